@@ -1,0 +1,86 @@
+"""How a network is called and which of its outputs counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfix.errors import NormfixError
+
+__all__ = ["Caller", "evaluating", "home_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Calls a model on one image and picks the output.
+
+    Args:
+        forward_fn: `forward_fn(model, image)` for any other calling convention; None means `model(image)`.
+        output: key or index where the model returns a mapping or a sequence.
+    """
+
+    forward_fn: Callable[[nn.Module, Tensor], Any] | None = None
+    output: str | int | None = None
+
+    def __call__(self, model: nn.Module, image: Tensor) -> Tensor:
+        """Return the output tensor for an image (N, C, *space).
+
+        Raises:
+            NormfixError: NF110 if `output` does not lead to a tensor.
+        """
+        result = model(image) if self.forward_fn is None else self.forward_fn(model, image)
+        return self.pick(result)
+
+    def pick(self, result: Any) -> Tensor:
+        """Return the tensor that `output` names in what the model returned."""
+        if self.output is None:
+            found = result
+        else:
+            key = self.output
+            if isinstance(key, str) and key.isdigit() and not isinstance(result, Mapping):
+                key = int(key)
+            try:
+                found = result[key]
+            except (KeyError, IndexError, TypeError) as error:
+                raise self._not_found(result) from error
+        if not isinstance(found, Tensor):
+            raise self._not_found(result)
+        return found
+
+    def _not_found(self, result: Any) -> NormfixError:
+        if isinstance(result, Mapping):
+            choices = f"a mapping with keys {', '.join(map(repr, result))}"
+        elif isinstance(result, Sequence):
+            choices = f"a sequence of {len(result)}"
+        else:
+            choices = f"a {type(result).__name__}"
+        return NormfixError(
+            "NF110",
+            f"the network returned {choices}, and output={self.output!r} names no tensor in it. "
+            "Choose one with --output KEY or --output INDEX (output= in Python).",
+        )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode and give every module its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def home_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Return the device and floating dtype a model computes in, by its first floating tensor."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            return tensor.device, tensor.dtype
+    return torch.device("cpu"), torch.float32

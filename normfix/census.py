@@ -1,0 +1,256 @@
+"""Every call that one eager forward pass makes, with the module that makes it and the tensors it connects.
+
+A TorchFunctionMode sees calls at the level people write them (`F.instance_norm`, `x.mean((2, 3))`), also when
+they sit inside a norm module; module hooks say who is calling. Tensors that depend on the network's input
+carry a serial number, so the calls form a dataflow graph, and a norm of *weights* (weight standardisation)
+is told from a norm of activations.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+__all__ = ["DIRECT", "NORMS", "Call", "Shaped", "census"]
+
+NORMS: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {
+        "batch_norm": F.batch_norm,
+        "instance_norm": F.instance_norm,
+        "group_norm": F.group_norm,
+        "layer_norm": F.layer_norm,
+        "rms_norm": F.rms_norm,
+        "local_response_norm": F.local_response_norm,
+    }
+)
+"""The normalising functions whose arguments are bound by name, so that rules can read them."""
+
+DIRECT: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "torch.batch_norm": (
+            "input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled"
+        ),
+        "torch.instance_norm": (
+            "input", "weight", "bias", "running_mean", "running_var", "use_input_stats", "momentum", "eps", "cudnn_enabled"
+        ),
+        "torch.group_norm": ("input", "num_groups", "weight", "bias", "eps", "cudnn_enabled"),
+        "torch.layer_norm": ("input", "normalized_shape", "weight", "bias", "eps", "cudnn_enable"),
+    }
+)
+"""Their counterparts in the torch namespace, which carry no signature of their own."""
+
+_NAME_OF = {function: name for name, function in NORMS.items()}
+_SIGNATURES = {name: inspect.signature(function) for name, function in NORMS.items()}
+_NOT_OURS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+
+@dataclass(frozen=True, slots=True)
+class Shaped:
+    """What is remembered of a tensor argument: its shape, and whether it depends on the input."""
+
+    shape: tuple[int, ...]
+    depends: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a torch function during the root forward.
+
+    `within` holds the paths of the modules around the call, root first, owner last; `index` counts the
+    owner's calls of this function in this invocation. `arguments` are bound by name for norms only, tensors
+    replaced by Shaped. `reads` and `writes` are serial numbers of tensors that depend on the input.
+    """
+
+    function: str
+    within: tuple[str, ...]
+    owner_class: str
+    invocation: int
+    index: int
+    line: str
+    arguments: Mapping[str, Any] = field(repr=False)
+    inputs: tuple[tuple[int, ...], ...]
+    outputs: tuple[tuple[int, ...], ...]
+    reads: tuple[int, ...] = field(repr=False)
+    writes: tuple[int, ...] = field(repr=False)
+
+    @property
+    def owner(self) -> str:
+        """Return the path of the innermost module."""
+        return self.within[-1]
+
+
+@dataclass(slots=True)
+class _Frame:
+    path: str
+    kind: str
+    invocation: int
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+def census(
+    model: nn.Module, run: Callable[[nn.Module, Tensor], Any], example: Tensor
+) -> tuple[list[Call], Counter[str], Any]:
+    """Run the network once and record every call whose operand depends on the input, and every norm.
+
+    Args:
+        model: left as it was found; its training flags decide what it computes.
+        run: calls the model on one input.
+        example: (N, C, *space).
+
+    Returns:
+        The calls in order, how often each module path ran, and what `run` returned.
+    """
+    recorder = _Recorder()
+    with torch.no_grad(), _watched(model, recorder):
+        x = example.clone()
+        recorder.mark(x)
+        with recorder:
+            output = run(model, x)
+    return recorder.calls, recorder.invocations, output
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.invocations: Counter[str] = Counter()
+        self.frames: list[_Frame] = []
+        self._serials = WeakIdKeyDictionary()
+        self._next = 0
+
+    def mark(self, tensor: Tensor) -> int:
+        if tensor not in self._serials:
+            self._serials[tensor] = self._next
+            self._next += 1
+        return int(self._serials[tensor])
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        dependent = [t for t in operands if t in self._serials]
+        results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        name = _name_of(func)
+        if name == "__setitem__" and dependent and isinstance(args[0], Tensor):
+            results = [args[0]]
+        if self.frames and results and (dependent or name in NORMS or name in DIRECT):
+            self._record(name, func, args, kwargs, dependent, results)
+        return result
+
+    def _record(
+        self,
+        name: str,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        dependent: list[Tensor],
+        results: list[Tensor],
+    ) -> None:
+        frame = self.frames[-1]
+        reads = tuple(self.mark(t) for t in dependent)
+        inputs = tuple(tuple(t.shape) for t in dependent)
+        arguments: Mapping[str, Any] = {}
+        if name in NORMS or name in DIRECT:
+            arguments = {key: self._shaped(value) for key, value in _bound(name, args, kwargs).items()}
+        self.calls.append(
+            Call(
+                function=name,
+                within=tuple(f.path for f in self.frames),
+                owner_class=frame.kind,
+                invocation=frame.invocation,
+                index=frame.counts[name],
+                line=_source_line(),
+                arguments=arguments,
+                inputs=inputs,
+                outputs=tuple(tuple(t.shape) for t in results),
+                reads=reads,
+                writes=tuple(self.mark(t) for t in results) if dependent else (),
+            )
+        )
+        frame.counts[name] += 1
+
+    def _shaped(self, value: object) -> object:
+        if isinstance(value, Tensor):
+            return Shaped(tuple(value.shape), value in self._serials)
+        return value
+
+
+def _name_of(func: Callable[..., Any]) -> str:
+    name = getattr(func, "__name__", str(func))
+    if func in _NAME_OF:
+        return _NAME_OF[func]
+    return f"torch.{name}" if f"torch.{name}" in DIRECT else str(name)
+
+
+def _bound(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    if name in DIRECT:
+        defaults = {"weight": None, "bias": None, "eps": 1e-5}
+        return {**defaults, **dict(zip(DIRECT[name], args, strict=False)), **kwargs}
+    bound = _SIGNATURES[name].bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+@contextmanager
+def _watched(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+    """Keep the recorder's stack of running modules; all hooks are gone afterwards."""
+    handles = []
+
+    def watch(path: str, module: nn.Module) -> None:
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+
+        def enter(module: nn.Module, args: Any) -> None:
+            recorder.frames.append(_Frame(path, kind, recorder.invocations[path]))
+            recorder.invocations[path] += 1
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            recorder.frames.pop()
+
+        handles.append(module.register_forward_pre_hook(enter, prepend=True))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+
+    try:
+        for path, module in model.named_modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                watch(path, module)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _source_line() -> str:
+    """Name the innermost line outside torch and normfix, or, inside a torch module, torch's own."""
+    frame = sys._getframe(3)
+    first = ""
+    while frame is not None:
+        name = frame.f_code.co_filename
+        here = f"{'/'.join(Path(name).parts[-2:])}:{frame.f_lineno}"
+        if not name.startswith(_NOT_OURS) and not name.startswith("<"):
+            return here
+        if not first and name.startswith(_NOT_OURS[0]) and "/nn/modules/" in name and "module.py" not in name:
+            first = here
+        if frame.f_code.co_name == "census":
+            break
+        frame = frame.f_back  # type: ignore[assignment]
+    return first

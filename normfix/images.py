@@ -1,0 +1,270 @@
+"""Images as networks take them: files read with named axes, scaled over the whole image, checked.
+
+Scaling is part of the statistic: constants measured on an image scaled 255 times too large reproduce the
+original on that image and are wrong on every other. So integer images need a stated scaling, it runs over
+the whole image, never per tile, and it is stored with the model.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from normfix.errors import NormfixError
+from normfix.records import Scaling
+
+__all__ = ["Items", "find_images", "parse_scaling", "read_image", "scaled", "to_tensor"]
+
+Array = NDArray[Any]
+_SUFFIXES = (".tif", ".tiff", ".png", ".npy")
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """Re-iterable images for a network, each checked, on one device, in one dtype."""
+
+    images: Iterable[Tensor]
+    device: torch.device
+    dtype: torch.dtype
+    prepare: Callable[[Tensor], Tensor] = lambda image: image
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield (N, C, *space) tensors.
+
+        Raises:
+            NormfixError: NF104 for NaN or infinity, NF106 for what is no such tensor.
+        """
+        for number, image in enumerate(self.images):
+            yield self.prepare(_checked(image, f"image {number}").to(self.device, self.dtype))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.images)
+
+    @classmethod
+    def of(cls, images: Tensor | Iterable[Tensor], device: torch.device, dtype: torch.dtype) -> Items:
+        """Take a tensor (one item) or a re-iterable of tensors.
+
+        Raises:
+            NormfixError: NF103 for a generator, which could be read only once, and for an empty collection.
+        """
+        if isinstance(images, Tensor):
+            images = [images]
+        if iter(images) is images:
+            raise NormfixError(
+                "NF103",
+                "images were given as a generator, but they are read several times. Give a list, a dataset or "
+                "another object that can be iterated again.",
+                where="images",
+            )
+        items = cls(images, device, dtype)
+        if len(items) == 0:
+            raise NormfixError("NF103", "no image was given, and statistics need at least one.", where="images")
+        return items
+
+
+def find_images(patterns: Sequence[str]) -> list[Path]:
+    """Return the image files that files, folders and globs name, sorted within each.
+
+    Raises:
+        NormfixError: NF101 if one of them names nothing.
+    """
+    found: list[Path] = []
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            matched = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
+        elif path.exists():
+            matched = [path]
+        else:
+            matched = sorted(Path(p) for p in glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute globs
+        if not matched:
+            raise NormfixError(
+                "NF101", f"there is no such image file, and no {', '.join(_SUFFIXES)} file in it.", where=pattern
+            )
+        found += matched
+    return found
+
+
+def read_image(path: Path, *, ndim: int, channels: int, axes: str | None = None) -> Array:
+    """Read an image file as (C, *space) in its own dtype.
+
+    Args:
+        path: TIFF, PNG or npy.
+        ndim: number of spatial axes the network takes.
+        channels: number of channels the network takes.
+        axes: one letter per array axis: C for channels, Z Y X for space. Default: what the file says, or
+            what the shape leaves no doubt about.
+
+    Raises:
+        NormfixError: NF101 if the file cannot be read, NF106 if its axes do not fit the network.
+    """
+    array, said = _read(path)
+    named = (axes or said or _guess(array.shape, ndim, channels)).upper().replace("S", "C")
+    where = str(path)
+    if len(named) != array.ndim or len(set(named)) != len(named):
+        raise NormfixError(
+            "NF106", f"axes {named!r} do not name the {array.ndim} axes of an array of shape {array.shape}. "
+            "Give --axes with one letter per axis, such as YX, CYX, YXC or ZYX.", where=where,
+        )
+    space = [letter for letter in named if letter != "C"]
+    if len(space) != ndim:
+        raise NormfixError(
+            "NF106", f"the network takes {ndim} spatial axes, the image has {len(space)} ({named}, {array.shape}). "
+            "Give --axes if they are named wrongly, or cut the image.", where=where,
+        )
+    if "C" in named:
+        array = np.moveaxis(array, named.index("C"), 0)
+    else:
+        array = array[np.newaxis]
+    if array.shape[0] != channels:
+        raise NormfixError(
+            "NF106", f"the network takes {channels} channels, the image has {array.shape[0]} ({named}). "
+            "Give --axes if they are named wrongly, or select channels first.", where=where,
+        )
+    return array
+
+
+def scaled(array: Array, scaling: Scaling, where: str = "image") -> Array:
+    """Return a whole image (C, *space) as float32 or float64, scaled.
+
+    Raises:
+        NormfixError: NF104 for NaN or infinity, NF107 if the scaling does not fit the image.
+    """
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise _not_finite(where)
+    wide = array.astype(np.float64)
+    match scaling.kind:
+        case "none":
+            result = wide
+        case "unit":
+            if array.dtype.kind not in "iu":
+                raise NormfixError("NF107", f"'unit' is for integer images; this one is {array.dtype}.", where=where)
+            result = wide / np.iinfo(array.dtype).max
+        case "zscore":
+            result = (wide - wide.mean()) / _positive(wide.std(), where)
+        case "percentile":
+            low, high = np.percentile(wide, scaling.values)
+            result = (wide - low) / _positive(high - low, where)
+        case "fixed":
+            mean, sd = scaling.values
+            result = (wide - mean) / sd
+        case "preprocess":
+            result = np.asarray(_function(scaling.function)(array))
+    return result.astype(np.float64 if array.dtype == np.float64 else np.float32)
+
+
+def parse_scaling(text: str) -> Scaling:
+    """Read `none`, `unit`, `zscore`, `percentile:LOW,HIGH` or `MEAN,STD`.
+
+    Raises:
+        NormfixError: NF107 for anything else.
+    """
+    if text in ("none", "unit", "zscore"):
+        return Scaling(kind=cast(Literal["none", "unit", "zscore"], text))
+    kind, numbers = ("percentile", text.removeprefix("percentile:")) if text.startswith("percentile:") else (
+        "fixed", text)
+    try:
+        low, high = (float(n) for n in numbers.split(","))
+    except ValueError as error:
+        raise NormfixError(
+            "NF107", "give none, unit, zscore, percentile:LOW,HIGH or MEAN,STD.", where=f"--scale {text}"
+        ) from error
+    sane = 0 <= low < high <= 100 if kind == "percentile" else high > 0
+    if not sane:
+        raise NormfixError("NF107", "percentiles run from 0 to 100, low before high; a deviation is positive.",
+                           where=f"--scale {text}")
+    return Scaling(kind=cast(Literal["percentile", "fixed"], kind), values=(low, high))
+
+
+def to_tensor(array: Array) -> Tensor:
+    """Return (C, *space) as a tensor (1, C, *space) of the same dtype."""
+    return torch.from_numpy(np.ascontiguousarray(array))[None]
+
+
+def _read(path: Path) -> tuple[Array, str | None]:
+    """Return the array and the axes that the file itself names, if any."""
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".npy":
+            return np.load(path, allow_pickle=False), None
+        if suffix in (".tif", ".tiff"):
+            return _read_tiff(path)
+        import imageio.v3 as iio
+
+        array = np.asarray(iio.imread(path))
+        return array, "YX" if array.ndim == 2 else "YXC"
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise NormfixError(
+            "NF101", f"cannot read this file as {', '.join(_SUFFIXES)}: {reason}. Check that it exists and is whole.",
+            where=str(path),
+        ) from error
+
+
+def _read_tiff(path: Path) -> tuple[Array, str | None]:
+    import tifffile
+
+    with tifffile.TiffFile(path) as file:
+        series = file.series[0]
+        axes = series.axes
+        array = series.asarray()
+    singles = [i for i, (letter, n) in enumerate(zip(axes, array.shape, strict=True)) if n == 1 and letter not in "YX"]
+    array = np.squeeze(array, tuple(singles))
+    axes = "".join(letter for i, letter in enumerate(axes) if i not in singles)
+    known = set(axes) <= set("CSZYX")  # Q and I mean: not said
+    return array, axes if known else None
+
+
+def _guess(shape: tuple[int, ...], ndim: int, channels: int) -> str:
+    space = "ZYX"[-ndim:]
+    if len(shape) == ndim and channels == 1:
+        return space
+    if len(shape) == ndim + 1 and (shape[0] == channels) != (shape[-1] == channels):
+        return f"C{space}" if shape[0] == channels else f"{space}C"
+    raise NormfixError(
+        "NF106", f"the axes of an array of shape {shape} are not certain for a network with {channels} channels and "
+        f"{ndim} spatial axes. Name them with --axes, such as C{space} or {space}C.", where="axes",
+    )
+
+
+def _checked(image: object, where: str) -> Tensor:
+    if not isinstance(image, Tensor) or image.dim() < 3 or not image.is_floating_point():
+        what = f"{image.dtype} of shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+        raise NormfixError(
+            "NF106", f"expected a floating tensor (N, C, *space), got {what}. Convert and scale it first.", where=where
+        )
+    if not torch.isfinite(image).all():
+        raise _not_finite(where)
+    return image
+
+
+def _not_finite(where: str) -> NormfixError:
+    return NormfixError(
+        "NF104", "the image has NaN or infinite values, which would spread through every statistic. Replace or "
+        "mask them first.", where=where,
+    )
+
+
+def _positive(spread: float, where: str) -> float:
+    if not spread > 0:
+        raise NormfixError("NF107", "the image is constant, so it cannot be scaled by its spread.", where=where)
+    return spread
+
+
+def _function(name: str) -> Callable[[Array], Array]:
+    module, _, attribute = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise NormfixError("NF107", f"cannot import it: {error}. Give pkg.mod:function.", where=f"--preprocess {name}"
+                           ) from error
+    return cast(Callable[[Array], Array], function)

@@ -1,0 +1,31 @@
+"""Normalisation layers without live statistics at inference; usable without the rest of normfix."""
+
+from normfix.layers.base import ChannelNorm
+from normfix.layers.batchrenorm import BatchRenorm, BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from normfix.layers.frozen import FrozenNorm, FrozenNorm1d, FrozenNorm2d, FrozenNorm3d
+from normfix.layers.schedule import RenormSchedule
+from normfix.layers.synchronised import (
+    SyncBatchRenorm,
+    SyncBatchRenorm1d,
+    SyncBatchRenorm2d,
+    SyncBatchRenorm3d,
+    synchronise,
+)
+
+__all__ = [
+    "BatchRenorm",
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
+    "ChannelNorm",
+    "FrozenNorm",
+    "FrozenNorm1d",
+    "FrozenNorm2d",
+    "FrozenNorm3d",
+    "RenormSchedule",
+    "SyncBatchRenorm",
+    "SyncBatchRenorm1d",
+    "SyncBatchRenorm2d",
+    "SyncBatchRenorm3d",
+    "synchronise",
+]

@@ -1,0 +1,272 @@
+"""BatchRenorm (Ioffe 2017, arXiv:1702.03275): train on the statistics that inference will use.
+
+    sigma_b = sqrt(var_b + eps), var_b biased
+    sigma = sqrt(running_var + eps), running_var before its update
+    r = clip(sigma_b / sigma, 1 / r_max, r_max)
+    d = clip((mean_b - running_mean) / sigma, -d_max, d_max)
+    y = ((x - mean_b) / sigma_b * r + d) * weight + bias
+
+Gradients flow through mean_b and sigma_b but not through r and d. With r_max = 1 and d_max = 0 this is batch
+norm; where nothing is clipped, y is what inference gives with the running statistics.
+
+r and d only change the affine: y = xhat * (weight * r) + (bias + weight * d). So one pass takes the
+statistics, one call of batch norm in its eval form gives y, and batch norm's own backward, given weight * r,
+gives the gradients; what is kept for it beyond batch norm's is a few vectors of one value per channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from normfix.layers.base import ChannelNorm
+from normfix.layers.recomputation import Call, keep, recall, remember
+
+__all__ = ["BatchRenorm", "BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d"]
+
+
+class BatchRenorm(ChannelNorm):
+    """Normalise by batch statistics, corrected towards the running ones; abstract over the rank.
+
+    In eval, nn.BatchNorm to the last bit. A layer that has seen no batch treats its first as batch norm does.
+    `r_max` and `d_max` are 0-d buffers outside the state dict, which RenormSchedule writes.
+
+    Args:
+        num_features: number of channels c of an input (n, c, *space).
+        eps: added to each variance inside the root.
+        momentum: weight of a new batch in the running statistics; None gives every batch the same weight.
+        affine: hold a weight and a bias per channel.
+        track_running_stats: without them there is nothing to correct towards, and the layer is batch norm.
+        r_max: largest correction of the scale, at least 1.
+        d_max: largest correction of the shift, in running standard deviations.
+        device: where the tensors are made.
+        dtype: of parameters and statistics.
+
+    Raises:
+        ValueError: r_max is below 1 or d_max below 0.
+    """
+
+    r_max: Tensor
+    d_max: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.01,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        r_max: float = 3.0,
+        d_max: float = 5.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not (r_max >= 1 and d_max >= 0):
+            raise ValueError(f"r_max must be at least 1 and d_max at least 0, got {r_max} and {d_max}")
+        super().__init__(num_features, eps, affine, track_running_stats, device, dtype)
+        self.momentum = momentum
+        self.r_limit = float(r_max)  # where a schedule ends
+        self.d_limit = float(d_max)
+        self.register_buffer("r_max", torch.empty((), device=device), persistent=False)
+        self.register_buffer("d_max", torch.empty((), device=device), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Return to the state of a new layer, r_max and d_max included."""
+        super().reset_parameters()
+        self.set_bounds_(self.r_limit, self.d_limit)
+
+    def set_bounds_(self, r_max: float, d_max: float) -> None:
+        """Write the bounds of the corrections in place, without waiting for the device."""
+        self.r_max.fill_(r_max)
+        self.d_max.fill_(d_max)
+
+    def normalize(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Normalise x with the given affine in place of the layer's own.
+
+        Raises:
+            ValueError: x has a rank or a number of channels the layer is not for, or a single value per
+                channel where batch statistics are needed.
+        """
+        self._check_input(x)
+        if self.running_mean is not None and not self.training:
+            return self._normalize_by_constants(x, weight, bias)
+        return self._normalize_live(x, weight, bias)
+
+    def extra_repr(self) -> str:
+        """Show the arguments as nn.BatchNorm does; r_max and d_max as they were given."""
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"track_running_stats={self.track_running_stats}, r_max={self.r_limit:g}, d_max={self.d_limit:g}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        was_meta = self.r_max.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if was_meta and not self.r_max.is_meta:  # no state dict will fill in what to_empty left
+            self.set_bounds_(self.r_limit, self.d_limit)
+        return self
+
+    def _normalize_live(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        if x.numel() == x.shape[1]:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {x.size()}"
+            )
+        if self.running_mean is None or x.numel() == 0:
+            return self._normalize_by_batch(x, weight, bias)
+        return self._renormalize(x, weight, bias)
+
+    def _normalize_by_batch(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)  # all that an empty batch changes in BatchNorm
+        cudnn = torch.backends.cudnn.enabled
+        return torch.batch_norm(x, weight, bias, None, None, True, 0.0, self.eps, cudnn)
+
+    def _renormalize(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        mean, var, count = self._moments(x)
+        if torch.compiler.is_compiling():
+            r, d = self._correct_and_track(mean, var, count)
+            return self._apply_corrections(x, weight, bias, mean, var, r, d, count, None)
+        call = recall(self, mean, var)
+        if call is not None:
+            return self._apply_corrections(x, weight, bias, mean, var, call.r, call.d, count, call)
+        r, d = self._correct_and_track(mean, var, count)
+        call = Call(mean=mean, var=var, r=r, d=d)
+        y = self._apply_corrections(x, weight, bias, mean, var, r, d, count, call)
+        remember(self, call, held_by_graph=y.requires_grad)
+        return y
+
+    @torch.no_grad()
+    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor, int | Tensor]:
+        mean, var = batch_moments(x)
+        return mean, var, x.numel() // x.shape[1]
+
+    def _apply_corrections(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        r: Tensor,
+        d: Tensor,
+        count: int | Tensor,
+        call: Call | None,
+    ) -> Tensor:
+        y: Tensor = Renormalise.apply(x, weight, bias, mean, var, r, d, self.eps, call)
+        return y
+
+    @torch.no_grad()
+    def _correct_and_track(self, mean: Tensor, var: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
+        r, d = self._corrections(mean, var)
+        self._track(mean, var * (count / (count - 1)))  # unbiased, by torch's convention
+        return r, d
+
+    def _corrections(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        seen = self.num_batches_tracked > 0
+        sigma = (self.running_var.to(mean.dtype) + self.eps).sqrt()
+        r = ((var + self.eps).sqrt() / sigma).clamp(self.r_max.reciprocal(), self.r_max)
+        d = ((mean - self.running_mean) / sigma).clamp(-self.d_max, self.d_max)
+        r, d = torch.where(seen, r, 1.0), torch.where(seen, d, 0.0)
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            r, d = keep(torch.stack((r, d))).unbind()
+        return r, d
+
+    def _track(self, mean: Tensor, unbiased_var: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        for running, new in ((self.running_mean, mean), (self.running_var, unbiased_var)):
+            if self.momentum is None:
+                running.lerp_(new.to(running.dtype), self.num_batches_tracked.to(running.dtype).reciprocal())
+            else:
+                running.lerp_(new.to(running.dtype), self.momentum)
+
+
+class BatchRenorm1d(BatchRenorm):
+    """Renormalise batches of (n, c) or (n, c, l)."""
+
+    _ranks = (2, 3)
+
+
+class BatchRenorm2d(BatchRenorm):
+    """Renormalise batches of (n, c, h, w).
+
+    Example:
+        >>> import torch
+        >>> from normfix.layers import BatchRenorm2d
+        >>> layer = BatchRenorm2d(3)
+        >>> layer.load_state_dict(torch.nn.BatchNorm2d(3).state_dict())
+        <All keys matched successfully>
+        >>> layer(torch.randn(2, 3, 8, 8)).shape
+        torch.Size([2, 3, 8, 8])
+    """
+
+    _ranks = (4,)
+
+
+class BatchRenorm3d(BatchRenorm):
+    """Renormalise batches of (n, c, d, h, w)."""
+
+    _ranks = (5,)
+
+
+def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance per channel, in float32 at least."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
+        # scratch only for the dtype of the results, which is that of x otherwise
+        scratch = x.new_zeros((x.shape[1],), dtype=dtype) if dtype != x.dtype else None
+        mean, var = torch.batch_norm_update_stats(x, scratch, scratch, 0.0)
+        return mean, var
+    space = [dim for dim in range(x.ndim) if dim != 1]
+    var, mean = torch.var_mean(x.to(dtype), space, correction=0)
+    return mean, var
+
+
+def affine_of(weight: Tensor | None, bias: Tensor | None, r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weight * r and bias + weight * d, where a missing weight is 1 and a missing bias 0."""
+    scale, shift = (r, d) if weight is None else (weight * r, weight * d)
+    return scale, shift if bias is None else shift + bias
+
+
+class Renormalise(torch.autograd.Function):
+    """y = xhat * (weight * r) + (bias + weight * d), differentiated as batch norm with r and d constant."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        r: Tensor,
+        d: Tensor,
+        eps: float,
+        call: Call | None,
+    ) -> Tensor:
+        # setup_context, which torch.func wants, would cost as much as all of the per-channel arithmetic
+        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), r, d)
+        ctx.eps, ctx.call = eps, call
+        scale, shift = affine_of(weight, bias, r, d)
+        return torch.batch_norm(x, scale, shift, mean, var, False, 0.0, eps, torch.backends.cudnn.enabled)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, invstd, r, d = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        scale = r if weight is None else weight * r
+        needs = [needs_x, needs_weight, needs_weight or needs_bias]
+        grad_x, grad_scale, grad_shift = torch.ops.aten.native_batch_norm_backward(
+            grad, x, scale, None, None, mean, invstd, True, ctx.eps, needs
+        )
+        grad_weight = grad_scale * r + grad_shift * d if needs_weight else None
+        return grad_x, grad_weight, grad_shift if needs_bias else None, None, None, None, None, None, None

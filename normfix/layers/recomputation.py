@@ -1,0 +1,121 @@
+"""Give a recomputed call the corrections of the call it repeats.
+
+Activation checkpointing runs a part of the network once more during backward. By then the running statistics
+have moved, so a layer that read them again would compute another output and another gradient (17 % off was
+seen) and would count the batch twice. Here each training call leaves a record of its r and d; a call made
+during backward takes the record of the call it repeats, and changes nothing.
+
+Which call is repeated is told by the batch statistics, the same up to rounding in both runs. Where inputs are
+identical too, a segment's calls are repeated in their order, and later segments before earlier ones, as
+backward does. A record lives as long as the autograd graph it belongs to.
+
+A compiled graph recomputes too, of its own accord and likewise from running statistics that have moved: the
+partitioner sees no mutation. `keep` is an operation it does not repeat, and which refuses to be repeated by a
+checkpoint around compiled code or inside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections import deque
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Call", "keep", "recall", "remember"]
+
+_HELD = 32  # calls per layer without a graph to hold their record, as in reentrant checkpointing
+_NO_BACKWARD = -1
+_COMPILED_CHECKPOINT = (
+    "a compiled BatchRenorm is inside an activation checkpoint, which would run it again on running "
+    "statistics that have moved: wrong gradients, and each batch counted twice. Leave out the checkpoint, "
+    "for a compiled graph decides itself what to recompute, or leave the checkpointed part uncompiled."
+)
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Call:
+    """One training call: its batch statistics, its corrections and the checkpointed segment it is in."""
+
+    mean: Tensor
+    var: Tensor
+    r: Tensor
+    d: Tensor
+    segment: Callable[[], object] = dataclasses.field(default_factory=lambda: _segment())
+    repeated_in: int = _NO_BACKWARD
+
+
+@dataclasses.dataclass
+class _Memory:
+    calls: list[weakref.ref[Call]] = dataclasses.field(default_factory=list)
+    held: deque[Call] = dataclasses.field(default_factory=lambda: deque(maxlen=_HELD))
+    repeating: Callable[[], object] = lambda: None  # the segment run again at present ...
+    repeated: Call | None = None  # ... and the last call repeated in it
+
+
+# beside the layers rather than in them: nothing to copy, to pickle or to guard on
+_memories: weakref.WeakKeyDictionary[nn.Module, _Memory] = weakref.WeakKeyDictionary()
+
+
+def remember(layer: nn.Module, call: Call, *, held_by_graph: bool) -> None:
+    """Keep the record of a training call for as long as it may be repeated."""
+    memory = _memories.setdefault(layer, _Memory())
+    memory.calls = [ref for ref in memory.calls if ref() is not None]
+    memory.calls.append(weakref.ref(call))
+    if not held_by_graph:
+        memory.held.append(call)
+
+
+def recall(layer: nn.Module, mean: Tensor, var: Tensor) -> Call | None:
+    """Return the call that is being repeated, or None outside backward or when there was none."""
+    task = torch._C._current_graph_task_id()
+    if task == _NO_BACKWARD or layer not in _memories:
+        return None
+    memory = _memories[layer]
+    calls = [call for ref in memory.calls if (call := ref()) is not None]
+    if not calls:
+        return None
+    call = calls[0] if len(calls) == 1 else _choose(_nearest(calls, mean, var), memory, task)
+    call.repeated_in = task
+    memory.repeating, memory.repeated = _segment(), call
+    return call
+
+
+@torch.library.custom_op("normfix::keep", mutates_args=())
+def keep(values: Tensor) -> Tensor:
+    """Return a copy that a compiled graph saves for its backward and never recomputes."""
+    if torch._C._current_graph_task_id() != _NO_BACKWARD:
+        raise RuntimeError(_COMPILED_CHECKPOINT)
+    return values.clone()
+
+
+@keep.register_fake
+def _keep_fake(values: Tensor) -> Tensor:
+    if "ac_graph_id" in torch.fx.traceback.get_current_meta():  # checkpointing repeats any operation
+        raise RuntimeError(_COMPILED_CHECKPOINT)
+    return torch.empty_like(values)
+
+
+def _nearest(calls: list[Call], mean: Tensor, var: Tensor) -> list[Call]:
+    gaps = [((mean - call.mean).square() / call.var.clamp_min(1e-30)).nan_to_num(0).sum() for call in calls]
+    gaps = [gap + (var - call.var).abs().sum() for gap, call in zip(gaps, calls, strict=True)]
+    values = torch.stack(gaps).tolist()
+    return [call for call, value in zip(calls, values, strict=True) if value == min(values)]
+
+
+def _choose(equal: list[Call], memory: _Memory, task: int) -> Call:
+    waiting = [call for call in equal if call.repeated_in != task] or equal
+    segment = waiting[-1].segment()
+    if memory.repeated is not None and memory.repeating() is _segment()():
+        following = memory.repeated.segment()
+        if any(call.segment() is following for call in waiting):
+            segment = following
+    return next(call for call in waiting if call.segment() is segment)
+
+
+def _segment() -> Callable[[], object]:
+    # non-reentrant checkpointing installs one pack hook per segment, and another when it runs that again
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return weakref.ref(hooks[0]) if hooks else lambda: None

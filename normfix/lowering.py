@@ -1,0 +1,325 @@
+"""Lower: constants need no layer of ours. `lower` gives stock batch norm, `fold` gives it to a convolution.
+
+What a convolution's output is used for is observed on an example input, and the folded network is compared
+with the original there; without an example only neighbours in a plain nn.Sequential are folded. Whatever is
+left as it was is named, with the reason.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from normfix.interception import InterceptedNorm
+from normfix.layers import ChannelNorm
+from normfix.layers.folding import (
+    BATCH_NORMS,
+    STOCK,
+    TRANSPOSED,
+    fold_backward_,
+    fold_forward_,
+    is_convolution,
+    pads_zeros,
+    stock,
+)
+from normfix.records import Record
+
+__all__ = ["Lowering", "LoweringRecord", "LoweringStep", "fold", "lower"]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoweringStep(Record):
+    """One layer: what became of it, or why nothing did."""
+
+    path: str
+    layer: str
+    done: bool
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoweringRecord(Record):
+    """What was done to each layer, in the order of the model's modules."""
+
+    steps: tuple[LoweringStep, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether no layer was left as it was."""
+        return all(step.done for step in self.steps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lowering:
+    """A new model and the record of how it was made."""
+
+    model: nn.Module
+    record: LoweringRecord
+
+
+def lower(model: nn.Module) -> Lowering:
+    """Replace FrozenNorm and BatchRenorm by stock nn.BatchNorm in eval, in a copy of the model.
+
+    Outputs in eval are the same to the last bit, state dicts have the same keys, and nothing of normfix is
+    needed to load them. A stock layer obeys `train()`, which brings batch statistics back.
+
+    Example:
+        >>> from torch import nn
+        >>> from normfix.layers import FrozenNorm2d
+        >>> from normfix.lowering import lower
+        >>> lower(nn.Sequential(FrozenNorm2d(8))).model
+        Sequential(
+          (0): BatchNorm2d(8, eps=1e-05, momentum=0.0, affine=True, track_running_stats=True)
+        )
+    """
+    model = copy.deepcopy(model)
+    steps = []
+    for path, layer in list(model.named_modules()):
+        if not isinstance(layer, ChannelNorm):
+            continue
+        reason = _why_not_lowered(model, layer)
+        if not reason:
+            model = _replace(model, layer, stock(layer))
+        detail = reason or f"became {STOCK[type(layer)].__name__} in eval"
+        steps.append(LoweringStep(path=path, layer=type(layer).__name__, done=not reason, detail=detail))
+    return Lowering(model=model, record=LoweringRecord(steps=tuple(steps)))
+
+
+def fold(model: nn.Module, example: Tensor | tuple[Any, ...] | None = None) -> Lowering:
+    """Fold norms by constants into the neighbouring convolution, where that is exact, in a copy of the model.
+
+    Folds FrozenNorm, BatchRenorm in its eval form and stock BatchNorm in eval. The result is for inference.
+
+    Args:
+        model: any network.
+        example: input, or tuple of inputs, on which to observe the data flow and to compare the result with
+            the original; if the outputs differ, nothing is folded and every step says so.
+
+    Example:
+        >>> from torch import nn
+        >>> from normfix.layers import FrozenNorm2d
+        >>> from normfix.lowering import fold
+        >>> fold(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), FrozenNorm2d(8))).record.steps[0].detail
+        'folded into the convolution 0 before it'
+    """
+    folded = copy.deepcopy(model)
+    paths = {module: path for path, module in folded.named_modules()}
+    flow = _neighbours(folded) if example is None else _observe(folded, _as_tuple(example))
+    steps = []
+    for path, norm in list(folded.named_modules()):
+        if not (isinstance(norm, ChannelNorm) or type(norm) in BATCH_NORMS):
+            continue
+        before, after = flow(norm)
+        reason = _why_not_folded(folded, norm, before, after, observed=example is not None, paths=paths)
+        detail = reason
+        if not reason and is_convolution(before):
+            fold_backward_(before, norm)
+            detail = f"folded into the convolution {paths[before]} before it"
+        elif not reason:
+            fold_forward_(norm, after)
+            detail = f"folded into the convolution {paths[after]} behind it"
+        if not reason:
+            folded = _replace(folded, norm, nn.Identity())
+        steps.append(LoweringStep(path=path, layer=type(norm).__name__, done=not reason, detail=detail))
+    done = Lowering(model=folded, record=LoweringRecord(steps=tuple(steps)))
+    return done if example is None else _compared(model, done, _as_tuple(example))
+
+
+def _why_not_lowered(model: nn.Module, layer: ChannelNorm) -> str:
+    if type(layer) not in STOCK:
+        return "it is a subclass, which may compute more than its base"
+    if layer.running_mean is None:
+        return "it keeps no running statistics, so it has no constants"
+    return _why_not_replaced(model, layer)
+
+
+def _why_live(model: nn.Module, batch_norm: nn.Module) -> str:
+    if batch_norm.training or batch_norm.running_mean is None:
+        return "it normalises by batch statistics; call eval() first, or keep running statistics"
+    return _why_not_replaced(model, batch_norm)
+
+
+def _why_not_replaced(model: nn.Module, layer: nn.Module) -> str:
+    if any(getattr(layer, hooks) for hooks in _HOOKS):
+        return "it carries hooks, which would be lost"
+    if "forward" in layer.__dict__:
+        return "its forward is set on the instance"
+    if any(isinstance(parent, InterceptedNorm) for parent in _parents(model, layer)):
+        return "it serves a call inside its owner's forward; torch.export leaves plain batch norm of it"
+    return ""
+
+
+def _why_not_folded(
+    model: nn.Module,
+    norm: nn.Module,
+    before: nn.Module | None,
+    after: nn.Module | None,
+    *,
+    observed: bool,
+    paths: Mapping[nn.Module, str],
+) -> str:
+    if reason := _why_not_lowered(model, norm) if isinstance(norm, ChannelNorm) else _why_live(model, norm):
+        return reason
+    if is_convolution(before):
+        return _why_conv_stays(before)
+    if not is_convolution(after):
+        if observed:
+            return "no convolution feeds only it or is fed only by it, so there is nothing to fold it into"
+        return (
+            "no convolution is its neighbour in a plain nn.Sequential; give an example input, on which the "
+            "data flow can be observed"
+        )
+    if type(after) in TRANSPOSED:
+        return (
+            f"the convolution {paths[after]} behind it is transposed: outputs do not see every kernel weight"
+        )
+    if pads_zeros(after):
+        return (
+            f"the convolution {paths[after]} behind it pads zeros, which the norm does not shift: "
+            f"the border would change"
+        )
+    return _why_conv_stays(after)
+
+
+def _why_conv_stays(conv: nn.Module) -> str:
+    hooked = any(getattr(conv, hooks) for hooks in _HOOKS)
+    return "the convolution carries hooks, which may rely on its output" if hooked else ""
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+    return new if model is old else model
+
+
+def _parents(model: nn.Module, child: nn.Module) -> list[nn.Module]:
+    return [parent for parent in model.modules() for module in parent._modules.values() if module is child]
+
+
+_Flow: TypeAlias = Callable[[nn.Module], tuple[nn.Module | None, nn.Module | None]]
+
+
+def _neighbours(model: nn.Module) -> _Flow:
+    """Read who feeds whom from plain sequences; a module with two places in the model has no neighbours."""
+
+    def flow(norm: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+        parents = _parents(model, norm)
+        if len(parents) != 1 or type(parents[0]) is not nn.Sequential:
+            return None, None
+        row = [None, *parents[0], None]
+        place = row.index(norm)
+        before, after = (
+            module if module is not None and len(_parents(model, module)) == 1 else None
+            for module in (row[place - 1], row[place + 1])
+        )
+        return before, after
+
+    return flow
+
+
+def _observe(model: nn.Module, example: tuple[Any, ...]) -> _Flow:
+    """See on the example who feeds whom, counting only what has no other use and is called once."""
+    was_training = {module: module.training for module in model.modules()}
+    watched = [m for m in model.modules() if is_convolution(m) or type(m) in (*STOCK, *BATCH_NORMS)]
+    seen = _Observation()
+    handles = [hook for module in watched for hook in seen.watch(module)]
+    try:
+        with torch.no_grad(), seen:
+            outputs = model.eval()(*copy.deepcopy(example))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in was_training.items():
+            module.training = training
+    return seen.flow({id(leaf) for leaf in tree_leaves(outputs)})
+
+
+class _Observation(TorchFunctionMode):
+    """Records which watched module made a tensor, and in which ones it was used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._running: list[nn.Module] = []
+        self._calls: Counter[nn.Module] = Counter()
+        self._outputs: dict[nn.Module, Tensor] = {}  # kept, so that no other tensor takes their ids
+        self._users: defaultdict[int, set[nn.Module | None]] = defaultdict(set)
+
+    def watch(self, module: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+        def enter(module: nn.Module, _: Any) -> None:
+            self._calls[module] += 1
+            self._running.append(module)
+
+        def leave(module: nn.Module, _: Any, output: Tensor) -> None:
+            self._running.pop()
+            self._outputs[module] = output
+            self._users.pop(id(output), None)
+
+        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name in _METADATA or (name == "__get__" and not isinstance(result, Tensor)):
+            return result
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                self._users[id(leaf)].add(self._running[-1] if self._running else None)
+        return result
+
+    def flow(self, results: set[int]) -> _Flow:
+        feeds: dict[nn.Module, nn.Module] = {}
+        for maker, output in self._outputs.items():
+            users = self._users[id(output)]
+            once = len(users) == 1 and id(output) not in results and self._calls[maker] == 1
+            user = next(iter(users)) if once else None
+            if user is not None and self._calls[user] == 1:
+                feeds[maker] = user
+        fed_by = {user: maker for maker, user in feeds.items()}
+        return lambda norm: (fed_by.get(norm), feeds.get(norm))
+
+
+_METADATA = frozenset({"size", "dim", "numel", "stride", "is_contiguous", "ndimension", "element_size"})
+
+
+@torch.no_grad()
+def _compared(original: nn.Module, done: Lowering, example: tuple[Any, ...]) -> Lowering:
+    outputs = (copy.deepcopy(m).eval()(*copy.deepcopy(example)) for m in (original, done.model))
+    pairs = zip(*map(tree_leaves, outputs), strict=True)
+    gaps = [_gap(a, b) for a, b in pairs if isinstance(a, Tensor) and a.is_floating_point()]
+    worst = max((gap for gap, _ in gaps), default=0.0)
+    if all(gap <= limit for gap, limit in gaps):
+        return done
+    reason = f"not folded: the folded network's output differed by {worst:.1e} sd on the example"
+    steps = tuple(
+        LoweringStep(path=s.path, layer=s.layer, done=False, detail=reason if s.done else s.detail)
+        for s in done.record.steps
+    )
+    return Lowering(model=copy.deepcopy(original), record=LoweringRecord(steps=steps))
+
+
+def _gap(original: Tensor, folded: Tensor) -> tuple[float, float]:
+    sd = original.double().std(correction=0).item() or 1.0
+    limit = min(0.1, 1e4 * torch.finfo(original.dtype).eps)
+    return (original - folded).abs().max().item() / sd, limit
+
+
+def _as_tuple(example: Tensor | tuple[Any, ...]) -> tuple[Any, ...]:
+    return example if isinstance(example, tuple) else (example,)

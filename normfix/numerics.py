@@ -1,0 +1,52 @@
+"""The numbers that decide: one tolerance table keyed by dtype, the noise floor, reproducible settings."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+__all__ = ["IDENTITY", "deviation", "exact_arithmetic", "settings"]
+
+IDENTITY: dict[torch.dtype, float] = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.bfloat16: 1e-1,
+    torch.float16: 2e-2,
+}
+"""The largest difference, in sd of the output, at which two computations count as the same function."""
+
+
+def deviation(actual: Tensor, expected: Tensor, sd: float) -> tuple[float, float]:
+    """Return (largest, mean) absolute difference in units of `sd`, computed in float64."""
+    difference = (actual.double() - expected.double()).abs() / sd
+    return float(difference.max()), float(difference.mean())
+
+
+@contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """Switch TF32 and algorithm search off, without gradients, and restore both afterwards."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32
+    try:
+        cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32 = False, False, False
+        with torch.no_grad():
+            yield
+    finally:
+        cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32 = before
+
+
+def settings(device: torch.device, dtype: torch.dtype) -> tuple[tuple[str, str], ...]:
+    """Return what is needed to reproduce a number, as (name, value) pairs."""
+    return (
+        ("torch", torch.__version__.split("+")[0]),
+        ("python", platform.python_version()),
+        ("device", device.type),
+        ("dtype", str(dtype).removeprefix("torch.")),
+        ("threads", str(torch.get_num_threads())),
+        ("tf32", "off"),
+        ("cudnn.benchmark", "off"),
+    )

@@ -1,0 +1,26 @@
+"""The order of the stages: load -> scan -> plan -> rewrite -> calibrate -> prove -> save.
+
+Only this package knows the order; stages receive from it what they need of each other. No function modifies
+the model it is given, except those whose name ends in an underscore.
+"""
+
+from __future__ import annotations
+
+from normfix.pipeline.conversion import Conversion, convert
+from normfix.pipeline.looking import plan, scan
+from normfix.pipeline.storage import load, open_any, save
+from normfix.pipeline.using import calibrate, calibrate_, check, predict
+
+__all__ = [
+    "Conversion",
+    "calibrate",
+    "calibrate_",
+    "check",
+    "convert",
+    "load",
+    "open_any",
+    "plan",
+    "predict",
+    "save",
+    "scan",
+]

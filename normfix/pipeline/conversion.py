@@ -1,0 +1,293 @@
+"""convert: scan, plan, rewrite, calibrate and prove, on a copy of the caller's network."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from normfix.calibration import Calibration, measure_sites_
+from normfix.calling import Caller, evaluating, home_of
+from normfix.dye import strip
+from normfix.errors import NormfixError
+from normfix.images import Items
+from normfix.numerics import exact_arithmetic
+from normfix.pipeline.looking import Look, base_of, default_example, example_from, look, site_target
+from normfix.pipeline.using import compare_with
+from normfix.planning import decide
+from normfix.prediction import padded
+from normfix.provenance import attach_
+from normfix.proving import identity, residual, shift, tile_exactness, untouched, used
+from normfix.records import (
+    CalibrationSummary,
+    ConversionRecord,
+    ImageShift,
+    Plan,
+    Proof,
+    ProofStep,
+    Provenance,
+    Scaling,
+    Scan,
+    Source,
+    Verdict,
+)
+from normfix.rewriting import copy_of, rewrite
+from normfix.scanning import survey
+from normfix.tiles import Geometry, round_up
+
+__all__ = ["Conversion", "convert"]
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """A converted network and everything that was decided, measured and proved on the way.
+
+    `original` is the copy of the caller's network that the conversion was proved against.
+    """
+
+    model: nn.Module
+    plan: Plan
+    scan: Scan
+    calibration: Calibration | None
+    proof: Proof
+    caller: Caller
+    original: nn.Module
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Return the comparison of stitched tiles with the whole image."""
+        return self.proof.verdict
+
+    @property
+    def record(self) -> ConversionRecord:
+        """Return the conversion without its models."""
+        summary = self.calibration.summary if self.calibration else None
+        return ConversionRecord(plan=self.plan, scan=self.scan, calibration=summary, proof=self.proof)
+
+
+def convert(
+    model: nn.Module,
+    images: Tensor | Iterable[Tensor] | None = None,
+    to: Literal["frozen", "batchrenorm"] = "frozen",
+    *,
+    plan: Plan | None = None,
+    keep: Sequence[str] = (),
+    example: Tensor | None = None,
+    scaling: Scaling | None = None,
+    source: Source | None = None,
+    forward_fn: Callable[[nn.Module, Tensor], Any] | None = None,
+    output: str | int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    as_trained: bool = False,
+    progress: Progress = lambda stage, done, total: None,
+) -> Conversion:
+    """Convert a network's live statistics to constants measured on whole images, and prove the result.
+
+    Args:
+        model: not modified.
+        images: re-iterable of (N, C, *space) tensors, or one tensor; may be left out if every norm has
+            running statistics to carry over.
+        to: "frozen" (constants) or "batchrenorm" (constants in eval, trainable at small batches).
+        plan: a reviewed plan to replay, instead of `to` and `keep`.
+        keep: shell-style patterns of owner paths to leave alone.
+        example: what to scan with; default: the middle of the first image.
+        scaling: how the images were scaled, to travel with the model.
+        source: where the architecture comes from, to travel with the model.
+        forward_fn: `forward_fn(model, image)` for another calling convention.
+        output: key or index of the output that counts.
+        device: where to compute; default: where the model is.
+        dtype: what to compute in; default: the model's own.
+        as_trained: treat batch and instance norms as in train mode, where they are live.
+        progress: called with (stage, done, total).
+
+    Returns:
+        The conversion; `.proof.passed` tells whether it may be relied on.
+
+    Raises:
+        NormfixError: NF203 if live statistics are to be frozen and no image was given; NF205 if a given plan
+            is not of this network; codes of `scan` and of the images.
+
+    Example:
+        >>> import normfix, torch
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.InstanceNorm2d(4))
+        >>> done = normfix.convert(net, torch.rand(1, 1, 128, 128))
+        >>> done.proof.passed, type(done.model[1]).__name__
+        (True, 'FrozenNorm2d')
+    """
+    caller = Caller(forward_fn, output)
+    home = _home(model, device, dtype)
+    items = None if images is None else Items.of(images, *home)
+    first = None if items is None else next(iter(items))
+    if example is None:
+        example = default_example(model) if first is None else example_from(first)
+    base = base_of(model, example, caller, device=device, dtype=dtype, as_trained=as_trained)
+    progress("scan", 0, 1)
+    seen = look(base, example, caller)
+    progress("scan", 1, 1)
+    plan = decide(seen.scan.sites, model=seen.scan.model, to=to, keep=keep) if plan is None else _same(plan, seen.scan)
+    if items is not None and seen.geometry is not None:
+        items = Items(items.images, *home, prepare=partial(padded, geometry=seen.geometry))
+    converted = rewrite(base, plan)
+    summary = _calibrate_(converted, plan, items, caller, partial(progress, "calibrate"))
+    work = _Work(base, converted, plan, seen, items, example.to(*home), caller, summary)
+    progress("prove", 0, 1)
+    proof = work.prove()
+    progress("prove", 1, 1)
+    attach_(
+        converted,
+        Provenance(
+            plan=plan,
+            scan=seen.scan,
+            scaling=scaling or Scaling(),
+            source=source or Source(kind="object", spec=seen.scan.model.rpartition(".")[0] + ":" + type(model).__qualname__),
+            output=None if output is None else str(output),
+        ),
+    )
+    calibration = None if summary is None else Calibration(converted, summary)
+    return Conversion(converted, plan, seen.scan, calibration, proof, caller, base)
+
+
+def _home(
+    model: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None
+) -> tuple[torch.device, torch.dtype]:
+    own_device, own_dtype = home_of(model)
+    return torch.device(device) if device is not None else own_device, dtype or own_dtype
+
+
+def _same(plan: Plan, scan: Scan) -> Plan:
+    """Return a given plan if it names the sites of this network, and nothing else.
+
+    Raises:
+        NormfixError: NF205 with the first site that differs.
+    """
+    planned = {d.site.id: d.site.layer for d in plan.decisions}
+    found = {site.id: site.layer for site in scan.sites}
+    for site in sorted(planned.keys() ^ found.keys()):
+        where = "the plan" if site in planned else "the network"
+        raise NormfixError("NF205", f"only {where} has this site. Make the plan anew for this network.", where=site)
+    for site, layer in planned.items():
+        if layer != found[site]:
+            raise NormfixError(
+                "NF205", f"the plan has {layer}, the network {found[site]}. Make the plan anew.", where=site
+            )
+    return plan
+
+
+def _calibrate_(
+    model: nn.Module,
+    plan: Plan,
+    items: Items | None,
+    caller: Caller,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> CalibrationSummary | None:
+    """Measure what no original statistic can be carried over for."""
+    fresh = [d for d in plan.converted if d.site.layer is not None and not d.site.layer.carries]
+    if not fresh:
+        return None
+    if items is None:
+        site = fresh[0].site
+        raise NormfixError(
+            "NF203", "no running statistics, so there is nothing to freeze without measuring. Give at least one "
+            f"image, or --keep '{site.owner or '*'}'.", where=f"{site.owner or '(root)'} ({site.owner_class})",
+        )
+    return measure_sites_(model, [site_target(model, d, express=True) for d in fresh], items, caller, progress)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A finished conversion on the bench: what the proof needs."""
+
+    original: nn.Module
+    converted: nn.Module
+    plan: Plan
+    seen: Look
+    items: Items | None
+    example: Tensor
+    caller: Caller
+    summary: CalibrationSummary | None
+
+    def prove(self) -> Proof:
+        with evaluating(self.original), evaluating(self.converted), exact_arithmetic():
+            first = self.example if self.items is None else next(iter(self.items))[:1]
+            dtype = home_of(self.converted)[1]
+            verdict = self._tiles(first)
+            steps = (
+                self._identity(first),
+                residual(self.summary, dtype),
+                tile_exactness(verdict, self.plan.left_live, [f.message for f in self.seen.scan.findings]),
+                untouched(self.original, self.converted, self.plan),
+                self._used(first),
+            )
+            return Proof(steps=steps, shifts=self._shifts(), verdict=verdict)
+
+    def _identity(self, image: Tensor) -> ProofStep:
+        one = self.converted
+        if self.summary is not None and self.summary.images != (tuple(image.shape),):
+            one = rewrite(self.original, self.plan)
+            _calibrate_(one, self.plan, Items([image], image.device, image.dtype), self.caller)
+            one.eval()
+        return identity(self.caller(one, image), self.caller(self.original, image))
+
+    def _tiles(self, image: Tensor) -> Verdict | None:
+        """Compare on the image, or, where windows would cover it, on a strip made from it."""
+        geometry = self.seen.geometry
+        if geometry is None or self.plan.left_live:
+            return None
+        verdict = compare_with(self.converted, self.caller, image, geometry, tile=_tile(image, geometry))
+        if not verdict.inconclusive:
+            return verdict
+        long = _longer_than_windows(image, geometry)
+        return compare_with(self.converted, self.caller, long, geometry, tile=_tile(long, geometry))
+
+    def _used(self, image: Tensor) -> ProofStep:
+        """Count the converted layers' calls on a mirrored, dimmed and roughened version of the image."""
+        size = [round_up(n, 64) for n in self.example.shape[2:]]
+        noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        other = strip(image.flip(-1) * 0.5 + noise.to(image) * image.std() * 0.2, size)
+        calls: Counter[str] = Counter()
+        handles = [
+            self.converted.get_submodule(d.target).register_forward_pre_hook(
+                lambda module, args, target=d.target: calls.update([target])  # type: ignore[misc]
+            )
+            for d in self.plan.converted
+        ]
+        try:
+            self.caller(self.converted, other)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return used(calls, survey(self.converted, self.caller, other).sites, self.plan)
+
+    def _shifts(self) -> tuple[ImageShift, ...]:
+        if self.items is None:
+            return ()
+        return tuple(
+            shift(number, self.caller(self.converted, image), self.caller(self.original, image))
+            for number, image in enumerate(self.items)
+        )
+
+
+def _tile(image: Tensor, geometry: Geometry) -> tuple[int, ...]:
+    """Return a tile that leaves several windows per axis: a quarter of the image, at most 256 pixels."""
+    return tuple(
+        max(stride, min(256, n // 4) // stride * stride)
+        for n, stride in zip(image.shape[2:], geometry.stride, strict=True)
+    )
+
+
+def _longer_than_windows(image: Tensor, geometry: Geometry) -> Tensor:
+    """Return a strip made from the image, long enough on the axis with the smallest halo."""
+    axis = min(range(len(geometry.halo)), key=lambda a: sum(geometry.halo[a]))
+    size = [
+        round_up(min(n, max(64, 4 * s)), m) for n, s, m in zip(image.shape[2:], geometry.stride, geometry.multiple, strict=True)
+    ]
+    size[axis] = round_up(2 * sum(geometry.halo[axis]) + 512, geometry.stride[axis])
+    return strip(image, size)

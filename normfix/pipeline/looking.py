@@ -1,0 +1,229 @@
+"""scan and plan: sites from a survey of calls, geometry from a copy in which all of them are frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from normfix.calibration import Target, measure_sites_
+from normfix.calling import Caller, home_of
+from normfix.errors import NormfixError
+from normfix.locality import Locality, cross_section, measure_locality
+from normfix.moments import Moments, pool
+from normfix.numerics import exact_arithmetic
+from normfix.planning import decide
+from normfix.records import Action, Decision, Finding, Plan, Scan
+from normfix.rewriting import as_trained_copy, copy_of, layer_of, rewrite, set_statistics_
+from normfix.scanning import Survey, materialise_, survey
+from normfix.tiles import Geometry
+
+__all__ = [
+    "Look",
+    "base_of",
+    "default_example",
+    "example_from",
+    "geometry_of",
+    "input_of",
+    "look",
+    "plan",
+    "scan",
+    "site_target",
+    "thinnest",
+]
+
+_EXAMPLE_EXTENT = {1: 1024, 2: 256, 3: 64}
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A scan and the geometry in numbers."""
+
+    scan: Scan
+    geometry: Geometry | None
+
+
+def scan(
+    model: nn.Module,
+    example: Tensor | None = None,
+    *,
+    forward_fn: Callable[[nn.Module, Tensor], Any] | None = None,
+    output: str | int | None = None,
+    as_trained: bool = False,
+) -> Scan:
+    """Find every statistic of the tile, and the geometry once they are frozen.
+
+    Args:
+        model: not modified.
+        example: (N, C, *space); default: noise of the shape that the first convolution takes.
+        forward_fn: `forward_fn(model, image)` for another calling convention.
+        output: key or index of the output that counts.
+        as_trained: treat batch and instance norms as in train mode, where they are live.
+
+    Raises:
+        NormfixError: NF109 if the network does not run on the example, NF110 if `output` names no tensor.
+
+    Example:
+        >>> import normfix, torch
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.InstanceNorm2d(4))
+        >>> found = normfix.scan(net)
+        >>> [site.id for site in found.live], found.halo, found.tile_invariant
+        (['1/0/instance_norm/0'], ((1, 1), (1, 1)), False)
+    """
+    caller = Caller(forward_fn, output)
+    example = default_example(model) if example is None else example
+    return look(base_of(model, example, caller, as_trained=as_trained), example, caller).scan
+
+
+def plan(
+    scan: Scan, to: Literal["frozen", "batchrenorm"] = "frozen", keep: Sequence[str] = ()
+) -> Plan:
+    """Decide what happens to each site of a scan.
+
+    Args:
+        scan: of the network.
+        to: what normalising calls become.
+        keep: shell-style patterns of owner paths to leave alone.
+
+    Raises:
+        NormfixError: NF204 if a pattern matches no site, NF205 for another `to`.
+    """
+    if to not in ("frozen", "batchrenorm"):
+        raise NormfixError("NF205", "a plan converts to 'frozen' or to 'batchrenorm'.", where=f"to={to!r}")
+    return decide(scan.sites, model=scan.model, to=to, keep=keep)
+
+
+def base_of(
+    model: nn.Module,
+    example: Tensor,
+    caller: Caller,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    as_trained: bool = False,
+) -> nn.Module:
+    """Return the copy that everything is derived from: materialised, on its device, in its dtype."""
+    base = as_trained_copy(model) if as_trained else copy_of(model)
+    base.to(device=device, dtype=dtype)
+    materialise_(base, caller, example.to(*home_of(base)))
+    return base
+
+
+def look(base: nn.Module, example: Tensor, caller: Caller) -> Look:
+    """Scan a materialised network on CPU in float32 (geometry in float64 too); not modified."""
+    probe = copy_of(base).cpu().float().eval()
+    material = example[:1].detach().cpu().float()
+    with exact_arithmetic():
+        found = survey(probe, caller, material)
+        everything = decide(found.sites, model=_class_of(base), to="frozen")
+        locality = _locality(probe, everything, found, material, caller)
+    geometry = locality.geometry
+    live = any(site.live for site in found.sites)
+    return Look(
+        Scan(
+            model=_class_of(base),
+            example=tuple(example.shape),
+            sites=found.sites,
+            uncalled=found.uncalled,
+            dense=found.dense,
+            tile_invariant=geometry is not None and not live,
+            stride=geometry.stride if geometry else None,
+            halo=geometry.halo if geometry else None,
+            scale=tuple(map(str, geometry.scale)) if geometry else None,
+            exact_sizes=geometry.multiple if geometry else None,
+            findings=found.findings + locality.findings,
+        ),
+        geometry,
+    )
+
+
+def geometry_of(scan: Scan) -> Geometry | None:
+    """Return a scan's geometry in numbers, or None where it has none."""
+    if scan.stride is None or scan.halo is None or scan.scale is None or scan.exact_sizes is None:
+        return None
+    return Geometry(
+        stride=scan.stride, halo=scan.halo, scale=tuple(map(Fraction, scan.scale)), multiple=scan.exact_sizes
+    )
+
+
+def thinnest(f: Callable[[Tensor], Tensor], example: Tensor, geometry: Geometry) -> tuple[int, ...]:
+    """Return the extents of the thinnest strip the network runs on."""
+    cross = cross_section(f, example[:1], geometry.stride)
+    if cross is None:
+        raise NormfixError("NF210", "the network runs on no strip, so its halo cannot be proved.")
+    return cross
+
+
+def site_target(model: nn.Module, decision: Decision, *, express: bool) -> Target:
+    """Describe a converted site to calibration; `express` as in set_statistics_."""
+    layer, spec = layer_of(model, decision), decision.site.layer
+    assert spec is not None
+    grouped = decision.action is Action.FREEZE
+
+    def expected(moments: Moments) -> Moments:
+        return pool(moments, spec.groups) if grouped else moments
+
+    def store(moments: Moments) -> None:
+        set_statistics_(layer, decision, moments, express=express)
+
+    return Target(decision.site.id, model.get_submodule(decision.target), layer, store, expected)
+
+
+def input_of(model: nn.Module) -> tuple[int, int]:
+    """Return (channels, spatial axes) that the first convolution takes.
+
+    Raises:
+        NormfixError: NF109 if the network has none.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
+            channels = 0 if isinstance(module, nn.modules.lazy.LazyModuleMixin) else module.in_channels
+            return channels or 1, len(module.kernel_size)
+    raise NormfixError(
+        "NF109", "the network has no convolution to tell its input's shape from. Give one: --input NxCxHxW on the "
+        "command line, `example` in Python.", where=_class_of(model),
+    )
+
+
+def default_example(model: nn.Module) -> Tensor:
+    """Return seeded noise of the shape the first convolution takes."""
+    channels, ndim = input_of(model)
+    shape = (1, channels, *(_EXAMPLE_EXTENT[ndim],) * ndim)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def example_from(image: Tensor) -> Tensor:
+    """Return the middle of an image, small enough to scan with and of extents most networks accept."""
+    limit = _EXAMPLE_EXTENT[min(3, image.dim() - 2)]
+    for axis in range(2, image.dim()):
+        n = min(image.shape[axis], limit)
+        n = n // 64 * 64 or n // 32 * 32 or n
+        image = image.narrow(axis, (image.shape[axis] - n) // 2, n)
+    return image[:1]
+
+
+def _locality(
+    probe: nn.Module, everything: Plan, found: Survey, example: Tensor, caller: Caller
+) -> Locality:
+    if not found.dense:
+        finding = Finding(code="NF214", where="output", message="it does not follow the input's extent: not dense.")
+        return Locality(None, (finding,))
+    if everything.left_live:
+        return Locality(
+            None, tuple(Finding(code="NF215", where=d.site.id, message=d.reason) for d in everything.left_live)
+        )
+    frozen = rewrite(probe, everything)
+    fresh = [d for d in everything.converted if d.site.layer is not None and not d.site.layer.carries]
+    measure_sites_(frozen, [site_target(frozen, d, express=False) for d in fresh], [example], caller)
+    double = copy_of(frozen).double()
+    return measure_locality(
+        lambda x: caller(frozen, x), lambda x: caller(double, x), example, found.dilution
+    )
+
+
+def _class_of(model: nn.Module) -> str:
+    return f"{type(model).__module__}.{type(model).__qualname__}"

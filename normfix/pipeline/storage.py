@@ -1,0 +1,229 @@
+"""save and load: a folder that appears whole, proved by reading it back in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfix.calling import Caller, evaluating, home_of
+from normfix.errors import NormfixError
+from normfix.loading import Loaded, open_model, read_weights, rebuild
+from normfix.numerics import IDENTITY, exact_arithmetic
+from normfix.pipeline.conversion import Conversion
+from normfix.provenance import attach_, provenance_of
+from normfix.records import Probe, Proof, Provenance, Saved, Source
+from normfix.rewriting import copy_of, rewrite
+from normfix.saving import (
+    MANIFEST,
+    WEIGHTS,
+    appearing,
+    load_weights_,
+    read_manifest,
+    seeded_input,
+    write_folder,
+)
+from normfix.scanning import materialise_
+
+__all__ = ["load", "open_any", "save"]
+
+_SEED = 0
+_SAMPLES = 64
+
+
+def save(
+    done: Conversion | nn.Module,
+    folder: str | Path,
+    source: str | None = None,
+    args: Mapping[str, Any] | None = None,
+    *,
+    partial: bool = False,
+) -> None:
+    """Write a conversion, or a converted network that was trained further, as a folder.
+
+    The folder is read back before it appears under its name: in a fresh process where the source can be
+    called there, else on a copy of the original network.
+
+    Args:
+        done: a conversion, or a network that carries its plan.
+        folder: must not exist.
+        source: "pkg.mod:factory" or "timm:NAME", if the conversion does not know it.
+        args: keyword arguments of the factory, JSON-ready.
+        partial: save although the proof did not pass.
+
+    Raises:
+        NormfixError: NF114 if the folder exists or cannot be written, NF501 if the proof did not pass, NF502 if
+            the network carries no plan, NF503 if reading it back gives another result.
+    """
+    model, proof, caller, original, calibration = _parts(done)
+    provenance = provenance_of(model)
+    if provenance is None:
+        raise NormfixError("NF502", "it carries no plan, so normfix did not convert it. Save what convert returned.",
+                           where=type(model).__name__)
+    if proof is not None and not proof.passed and not partial:
+        wrong = ", ".join(f"{s.name} {s.status}" for s in proof.steps if s.status != "passed")
+        raise NormfixError("NF501", f"the proof did not pass ({wrong}), so nothing is written.", where=str(folder))
+    if source is not None:
+        named = Source(kind="factory", spec=source, args=json.dumps(dict(args or {}), sort_keys=True))
+        provenance = replace(provenance, source=named)
+    with appearing(Path(folder)) as draft:
+        write_folder(draft, model, provenance, proof, calibration, _probe(model, caller, provenance))
+        _read_back(draft, provenance.source, model, original)
+
+
+def load(
+    spec: str | Path,
+    *,
+    arch: str | None = None,
+    args: Mapping[str, Any] | None = None,
+    model: nn.Module | None = None,
+    trust_pickle: bool = False,
+) -> nn.Module:
+    """Open a folder that normfix saved, or any network `open_model` knows; in eval mode for a folder.
+
+    Args:
+        spec: folder, weights file, pickle, "timm:NAME" or "pkg.mod:factory".
+        arch: the architecture, where the file does not name it or may not.
+        args: keyword arguments of the factory.
+        model: a fresh network to convert and fill, instead of calling any factory; not modified.
+        trust_pickle: run a pickle.
+
+    Raises:
+        NormfixError: NF101, NF105, NF108, NF111, NF113, NF115: see `normfix explain CODE`.
+    """
+    return open_any(spec, arch=arch, args=args, model=model, trust_pickle=trust_pickle).model
+
+
+def open_any(
+    spec: str | Path,
+    *,
+    arch: str | None = None,
+    args: Mapping[str, Any] | None = None,
+    model: nn.Module | None = None,
+    trust_pickle: bool = False,
+) -> Loaded:
+    """Open as `load` does, with source and notes."""
+    folder = Path(spec)
+    if not (folder / MANIFEST).is_file():
+        return open_model(str(spec), arch=arch, arch_args=args, trust_pickle=trust_pickle)
+    saved = read_manifest(folder)
+    source = saved.provenance.source
+    base = copy_of(model) if model is not None else rebuild(source, arch=arch, arch_args=args)
+    return Loaded(_restored(folder, saved, base), source)
+
+
+def _parts(
+    done: Conversion | nn.Module,
+) -> tuple[nn.Module, Proof | None, Caller, nn.Module | None, Any]:
+    if isinstance(done, Conversion):
+        summary = done.calibration.summary if done.calibration else None
+        return done.model, done.proof, done.caller, done.original, summary
+    known = provenance_of(done)
+    return done, None, Caller(None, known.output if known else None), None, None
+
+
+def _restored(folder: Path, saved: Saved, base: nn.Module) -> nn.Module:
+    """Carry the saved plan out on a base network, fill it strictly and repeat the probe."""
+    known = saved.provenance
+    caller = Caller(None, known.output)
+    example = torch.zeros(1, *known.scan.example[1:])
+    materialise_(base, caller, example)
+    model = rewrite(base, known.plan)
+    load_weights_(model, read_weights(folder / WEIGHTS), saved, str(folder))
+    attach_(model, known)
+    if saved.probe is not None:
+        _require_probe(model.eval(), caller, saved.probe, str(folder))
+    return model.eval()
+
+
+def _probe(model: nn.Module, caller: Caller, provenance: Provenance) -> Probe | None:
+    """Return what the model gives for a seeded input; None if it needs a calling convention that is not saved."""
+    if caller.forward_fn is not None:
+        return None
+    dtype = home_of(model)[1]
+    shape = (1, *provenance.scan.example[1:])
+    output = _probed(model, caller, shape, _SEED, dtype)
+    return Probe(
+        shape=shape,
+        seed=_SEED,
+        dtype=str(dtype).removeprefix("torch."),
+        output=tuple(output.shape),
+        sd=float(output.double().std()),
+        values=_samples(output),
+    )
+
+
+def _require_probe(model: nn.Module, caller: Caller, probe: Probe, where: str) -> None:
+    dtype: torch.dtype = getattr(torch, probe.dtype)
+    output = _probed(model, caller, probe.shape, probe.seed, dtype)
+    scale = probe.sd or 1.0
+    same = tuple(output.shape) == probe.output and all(
+        abs(a - b) <= IDENTITY[dtype] * scale for a, b in zip(_samples(output), probe.values, strict=True)
+    )
+    if not same:
+        raise NormfixError(
+            "NF115", "the network does not give the output stored with it for the probe input, so it is another base "
+            "network or another version of its code. Rebuild it with the version it was converted with.", where=where,
+        )
+
+
+def _probed(model: nn.Module, caller: Caller, shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
+    device = home_of(model)[0]
+    with evaluating(model), exact_arithmetic():
+        return caller(model, seeded_input(shape, seed, dtype).to(device)).cpu()
+
+
+def _samples(output: Tensor) -> tuple[float, ...]:
+    flat = output.double().flatten()
+    places = torch.linspace(0, len(flat) - 1, _SAMPLES).long()
+    return tuple(float(v) for v in flat[places])
+
+
+def _read_back(draft: Path, source: Source, model: nn.Module, original: nn.Module | None) -> None:
+    """Reload the draft and compare; the probe is repeated on the way."""
+    if source.kind == "factory":
+        _read_in_fresh_process(draft, source)
+    elif original is not None:
+        again = load(draft, model=original)
+        _require_equal(again, model, str(draft))
+    else:
+        stored = read_weights(draft / WEIGHTS)
+        mine = model.state_dict()
+        if any(not torch.equal(stored[k], mine[k].cpu()) for k in stored):
+            raise NormfixError("NF503", "the written weights differ from the network's.", where=str(draft))
+
+
+def _read_in_fresh_process(draft: Path, source: Source) -> None:
+    """Load the folder in a new Python, where nothing of this one can help it."""
+    script = (
+        "import json, sys, normfix\n"
+        "folder, arch, args = sys.argv[1:]\n"
+        "normfix.load(folder, arch=arch, args=json.loads(args))\n"
+    )
+    paths = os.pathsep.join(p or "." for p in sys.path)
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(draft), source.spec, source.args],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["it died without a word"])[-1]
+        raise NormfixError(
+            "NF503", f"a fresh process could not load what was written: {reason}. Nothing was kept.", where=source.spec
+        )
+
+
+def _require_equal(again: nn.Module, model: nn.Module, where: str) -> None:
+    mine, theirs = model.state_dict(), again.state_dict()
+    if mine.keys() != theirs.keys() or any(not torch.equal(mine[k].cpu(), theirs[k].cpu()) for k in mine):
+        raise NormfixError("NF503", "what was written does not load back as the same network.", where=where)

@@ -1,0 +1,90 @@
+"""Decide for each site what happens to it, why and by which means: reviewable before anything is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+from normfix.errors import NormfixError
+from normfix.records import Action, Decision, Means, Plan, Site, matches
+
+__all__ = ["decide"]
+
+_REASONS = {
+    Action.FREEZE: "its statistic becomes a constant",
+    Action.BATCHRENORM: "BatchRenorm: constants in eval, trainable at small batches",
+}
+_INTERCEPTABLE = frozenset({"batch_norm", "instance_norm", "group_norm", "layer_norm"})
+
+
+def decide(
+    sites: Sequence[Site], *, model: str, to: Literal["frozen", "batchrenorm"], keep: Sequence[str] = ()
+) -> Plan:
+    """Return the plan for a network.
+
+    Args:
+        sites: as scanned, in the order of the calls.
+        model: the network's class, for the record.
+        to: what normalising calls become.
+        keep: shell-style patterns of owner paths to leave alone.
+
+    Raises:
+        NormfixError: NF204 if a pattern matches no site.
+    """
+    for pattern in keep:
+        if not any(matches(site.owner, (pattern,)) for site in sites):
+            owners = ", ".join(dict.fromkeys(site.owner for site in sites)) or "none"
+            raise NormfixError("NF204", f"no site matches this pattern; the owners are: {owners}.", where=pattern)
+    decisions = tuple(_decide(site, to, tuple(keep)) for site in sites)
+    return Plan(to=to, model=model, decisions=tuple(_positioned(i, decisions) for i in range(len(decisions))))
+
+
+def _decide(site: Site, to: Literal["frozen", "batchrenorm"], keep: tuple[str, ...]) -> Decision:
+    if keep and matches(site.owner, keep):
+        return _leave(site, Action.KEEP, "kept as asked")
+    if site.refusal:
+        return _leave(site, Action.REFUSE if site.live else Action.KEEP, site.refusal)
+    if site.layer is None:
+        return _leave(site, Action.KEEP, f"reduces {site.reduces}")
+    action = Action.FREEZE if to == "frozen" else Action.BATCHRENORM
+    reason = _REASONS[action]
+    if site.layer.carries:
+        reason = f"{reason}; its running statistics are carried over as they are"
+    if site.swappable:
+        target = site.owner
+        return Decision(site=site, action=action, means=Means.SWAP, reason=reason, target=target, position=0)
+    if site.function not in _INTERCEPTABLE:
+        action = Action.REFUSE if site.live else Action.KEEP
+        return _leave(site, action, f"direct calls of {site.function} cannot be intercepted")
+    return Decision(site=site, action=action, means=Means.INTERCEPT, reason=reason, target="", position=0)
+
+
+def _leave(site: Site, action: Action, reason: str) -> Decision:
+    return Decision(site=site, action=action, means=Means.NONE, reason=reason, target="", position=0)
+
+
+def _positioned(index: int, decisions: tuple[Decision, ...]) -> Decision:
+    """Number an intercepted call among those its anchor still sees once everything deeper is converted."""
+    decision = decisions[index]
+    if decision.means is not Means.INTERCEPT:
+        return decision
+    anchor, function = decision.site.anchor, decision.site.function
+    position = sum(_visible(earlier, anchor, function) for earlier in decisions[:index])
+    name = f"normfix_{function}_{position}"
+    target = f"{anchor}.{name}" if anchor else name
+    return replace(decision, position=position, target=target)
+
+
+def _visible(decision: Decision, anchor: str, function: str) -> bool:
+    site = decision.site
+    if site.function != function or anchor not in site.within:
+        return False
+    if decision.means is Means.SWAP:
+        return False
+    deeper = site.anchor != anchor and len(_path_to(site, site.anchor)) > len(_path_to(site, anchor))
+    return not (decision.means is Means.INTERCEPT and deeper)
+
+
+def _path_to(site: Site, path: str) -> tuple[str, ...]:
+    return site.within[: site.within.index(path) + 1]

@@ -1,0 +1,106 @@
+"""The steps a conversion must pass before anything is written; each can fail, and none passes by default."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from normfix.numerics import IDENTITY, deviation
+from normfix.records import CalibrationSummary, Decision, ImageShift, Plan, ProofStep, Site, SiteStatistics, Verdict
+
+__all__ = ["RESIDUAL", "identity", "residual", "shift", "tile_exactness", "untouched", "used"]
+
+RESIDUAL: dict[torch.dtype, float] = {
+    torch.float64: 1e-9,
+    torch.float32: 1e-6,
+    torch.bfloat16: 1e-2,
+    torch.float16: 1e-3,
+}
+"""The largest self-consistency residual: mean shift in sd, and |variance ratio - 1|."""
+
+Status = Literal["passed", "failed", "inconclusive"]
+
+
+def identity(converted: Tensor, original: Tensor) -> ProofStep:
+    """T1: calibrated on one image alone, the converted network gives what the original gives on it."""
+    claim = "calibrated on one image alone, the converted network equals the original on that image"
+    spread = float(original.double().std())
+    bound = IDENTITY[original.dtype]
+    if converted.shape != original.shape or not spread > 0:
+        note = "the original's output is constant" if converted.shape == original.shape else "shapes differ"
+        return _step("identity", claim, "inconclusive" if not spread > 0 else "failed", None, bound, note)
+    value, _ = deviation(converted, original, spread)
+    return _step("identity", claim, "passed" if value <= bound else "failed", value, bound)
+
+
+def residual(summary: CalibrationSummary | None, dtype: torch.dtype) -> ProofStep:
+    """The stored statistics are those the frozen network has: mean shift 0, variance ratio 1 at every site."""
+    claim = "re-measured under the stored statistics, every site has mean shift 0 and variance ratio 1"
+    bound = RESIDUAL[dtype]
+    if summary is None or not summary.sites:
+        return _step("residual", claim, "passed", 0.0, bound, "no site was calibrated: all statistics were carried over")
+    worst = max(summary.sites, key=_residual_of)
+    value = _residual_of(worst)
+    return _step("residual", claim, "passed" if value <= bound else "failed", value, bound, f"largest at {worst.site}")
+
+
+def tile_exactness(verdict: Verdict | None, left_live: Sequence[Decision], findings: Sequence[str]) -> ProofStep:
+    """T2: stitched tiles equal the whole image."""
+    claim = "stitched tiles of the converted network equal its output on the whole image"
+    live = ", ".join(f"{d.site.id} ({d.reason})" for d in left_live[:4])
+    if verdict is None:
+        reasons = "; ".join(findings) or "its geometry could not be measured"
+        return _step("tiles", claim, "failed", None, None, f"live: {live}" if live else reasons)
+    note = "; ".join(f"{f.where}: {f.message}" for f in verdict.findings)
+    return _step("tiles", claim, verdict.status, verdict.max_sd, verdict.threshold, f"live: {live}" if live else note)
+
+
+def untouched(original: nn.Module, converted: nn.Module, plan: Plan) -> ProofStep:
+    """Parameters and buffers outside the converted sites are bit-equal."""
+    claim = "parameters and buffers outside the converted sites are unchanged to the bit"
+    owners = {d.site.owner for d in plan.converted}
+    after = dict(_tensors(converted))
+    changed = [
+        name
+        for name, value in _tensors(original)
+        if name.rpartition(".")[0] not in owners and (name not in after or not torch.equal(value, after[name]))
+    ]
+    note = ", ".join(changed[:4])
+    return _step("untouched", claim, "failed" if changed else "passed", float(len(changed)), 0.0, note)
+
+
+def used(calls: Mapping[str, int], sites: Iterable[Site], plan: Plan) -> ProofStep:
+    """On another input than the calibration image, every planned layer runs once and no planned call is live.
+
+    On the calibration image itself a lost interception is invisible, since there live equals frozen.
+    """
+    claim = "on another input, every converted site runs once and none is live"
+    lost = [d.site.id for d in plan.converted if calls.get(d.target, 0) != 1]
+    expected = Counter((d.site.owner, d.site.function) for d in plan.left_live)
+    surplus = Counter((site.owner, site.function) for site in sites if site.live) - expected
+    wrong = [*lost, *(f"{owner or '(root)'}/{function} is live" for owner, function in surplus)]
+    note = ", ".join(wrong[:4])
+    return _step("used", claim, "failed" if wrong else "passed", float(len(wrong)), 0.0, note)
+
+
+def shift(number: int, converted: Tensor, original: Tensor) -> ImageShift:
+    """Say how far one image's prediction moved, in sd of the original's."""
+    largest, mean = deviation(converted, original, float(original.double().std()) or 1.0)
+    return ImageShift(image=number, mean_sd=mean, max_sd=largest)
+
+
+def _residual_of(site: SiteStatistics) -> float:
+    low, high = site.variance_ratio
+    return max(site.mean_shift, abs(low - 1), abs(high - 1))
+
+
+def _tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    return model.state_dict().items()
+
+
+def _step(name: str, claim: str, status: Status, value: float | None, bound: float | None, note: str = "") -> ProofStep:
+    return ProofStep(name=name, claim=claim, status=status, value=value, bound=bound, note=note)

@@ -1,0 +1,511 @@
+"""What normfix found, planned, measured and proved: plain data that knows nothing of torch.
+
+Every record is frozen and turns into JSON and back without loss: `Plan.from_json(plan.to_json()) == plan`.
+The records an API call returns and those `--format json` prints are the same objects.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+
+from normfix.errors import NormfixError
+
+__all__ = [
+    "Action",
+    "CalibrationSummary",
+    "ConversionRecord",
+    "Decision",
+    "Family",
+    "Finding",
+    "ImageShift",
+    "LayerSpec",
+    "Means",
+    "Plan",
+    "Probe",
+    "Proof",
+    "ProofStep",
+    "Provenance",
+    "Record",
+    "Saved",
+    "Scaling",
+    "Scan",
+    "Site",
+    "SiteStatistics",
+    "Source",
+    "Verdict",
+    "matches",
+]
+
+Spans = tuple[tuple[int, int], ...]
+
+
+class Family(StrEnum):
+    """Kinds of statistic, by what they are computed over."""
+
+    BATCH = "batch"
+    INSTANCE = "instance"
+    GROUP = "group"
+    LAYER = "layer"
+    RESPONSE = "response"
+    POOL = "pool"
+    REDUCTION = "reduction"
+    ATTENTION = "attention"
+    OTHER = "other"
+
+
+class Action(StrEnum):
+    """What a plan does with a site."""
+
+    FREEZE = "freeze"
+    BATCHRENORM = "batchrenorm"
+    KEEP = "keep"
+    REFUSE = "refuse"
+
+
+class Means(StrEnum):
+    """How a decision is carried out in the user's model."""
+
+    SWAP = "swap"
+    INTERCEPT = "intercept"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """Base of all records: JSON out and strict JSON in."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as JSON-ready dicts, lists, strings and numbers."""
+        return {f.name: _encode(getattr(self, f.name)) for f in fields(self)}
+
+    @classmethod
+    def from_json(cls, data: object, where: str = "") -> Self:
+        """Build the record from parsed JSON.
+
+        Raises:
+            NormfixError: NF108 if a field is missing, unknown or of the wrong type.
+        """
+        decoded = _decode(cls, data, where or cls.__name__)
+        assert isinstance(decoded, cls)
+        return decoded
+
+    def dumps(self) -> str:
+        """Return the record as indented JSON text, the same bytes for equal records."""
+        return json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site(Record):
+    """One normalising or reducing call over space (or batch), as seen in one forward pass.
+
+    `owner` is the path of the innermost module, `invocation` which call of that module in the root forward,
+    `index` the position among its calls of `function`. `within` holds the modules around the call, root
+    first; `anchor` is the nearest of them that runs once per root forward. `swappable` tells that the owner
+    is a module of a known exact class, run once, whose whole forward is this call.
+    """
+
+    owner: str
+    invocation: int
+    function: str
+    index: int
+    owner_class: str
+    anchor: str
+    within: tuple[str, ...]
+    family: Family
+    live: bool
+    reduces: str
+    line: str
+    swappable: bool
+    refusal: str = ""
+    layer: LayerSpec | None = None
+
+    @property
+    def id(self) -> str:
+        """Name the site in one string: owner, invocation, function and index."""
+        return f"{self.owner or '(root)'}/{self.invocation}/{self.function}/{self.index}"
+
+    @property
+    def convertible(self) -> bool:
+        """Tell whether normfix has a rule that converts it."""
+        return self.layer is not None and not self.refusal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSpec(Record):
+    """The shape of the replacement: enough to build it without weights, images or a forward pass.
+
+    `groups` is the number of sets of channels that share a statistic in the original: `features` for one
+    statistic per channel (batch, instance), 1 for one over all channels (layer).
+    `carries` tells that the original has running statistics that eval mode uses.
+    """
+
+    ndim: int
+    features: int
+    groups: int
+    eps: float
+    affine: bool
+    carries: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scan(Record):
+    """Sites of a network and the geometry its output has once they are frozen.
+
+    `stride`, `halo`, `scale` and `exact_sizes` run over the spatial axes. `halo` holds (before, after) in
+    input pixels; None means unbounded or not measurable. `scale` is output pixels per input pixel, as a
+    fraction in text ("1", "1/2", "2"). `exact_sizes` holds the number of pixels that sizes must be a
+    multiple of (1 = any). Geometry is None where the network is not dense or not local.
+    """
+
+    model: str
+    example: tuple[int, ...]
+    sites: tuple[Site, ...]
+    uncalled: tuple[str, ...]
+    dense: bool
+    tile_invariant: bool
+    stride: tuple[int, ...] | None
+    halo: Spans | None
+    scale: tuple[str, ...] | None
+    exact_sizes: tuple[int, ...] | None
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def live(self) -> tuple[Site, ...]:
+        """Return the sites whose statistic is computed from the current input."""
+        return tuple(site for site in self.sites if site.live)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision(Record):
+    """What happens to one site, why, and how.
+
+    An intercepted site is call number `position` of its function among those still visible inside the
+    anchor's forward once everything deeper is converted; `target` is the path of its new layer.
+    """
+
+    site: Site
+    action: Action
+    means: Means
+    reason: str
+    target: str
+    position: int
+
+    @property
+    def converts(self) -> bool:
+        """Tell whether the site gets a new layer."""
+        return self.action in (Action.FREEZE, Action.BATCHRENORM)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan(Record):
+    """The reviewable decisions for one network."""
+
+    to: Literal["frozen", "batchrenorm"]
+    model: str
+    decisions: tuple[Decision, ...]
+    schema: int = 1
+
+    @property
+    def converted(self) -> tuple[Decision, ...]:
+        """Return the decisions that put a new layer in place, in the order of the calls."""
+        return tuple(d for d in self.decisions if d.converts)
+
+    @property
+    def left_live(self) -> tuple[Decision, ...]:
+        """Return the decisions that leave a live statistic in the network."""
+        return tuple(d for d in self.decisions if d.site.live and not d.converts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteStatistics(Record):
+    """One site after calibration.
+
+    `elements` counts values per channel. `spread` is the largest difference between an image's own channel
+    mean and the population's, in population sd (0 for one image). The residual is re-measured under the
+    stored statistics: `mean_shift` is the largest |measured mean - stored mean| in sd (exactly consistent:
+    0), `variance_ratio` the (smallest, largest) measured over stored variance (exactly consistent: 1, 1).
+    """
+
+    site: str
+    elements: int
+    spread: float
+    mean_shift: float
+    variance_ratio: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageShift(Record):
+    """How far the prediction of one image moved from the original network's, in sd of the original."""
+
+    image: int
+    mean_sd: float
+    max_sd: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationSummary(Record):
+    """What was measured on which images."""
+
+    images: tuple[tuple[int, ...], ...]
+    sites: tuple[SiteStatistics, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding(Record):
+    """One named reason, with the place it concerns."""
+
+    code: str
+    where: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict(Record):
+    """The outcome of comparing stitched tiles with the whole image.
+
+    Differences are in sd of the whole-image output over the axes in `axes` (those that at least one window
+    does not cover). `noise` is the float32 noise floor n on the same scale; up to `tolerance` (4 n) passes,
+    up to `threshold` (100 n unless given) warns and passes, above it fails after confirmation in float64.
+    `interference` is the largest relative change of a tile's output when everything outside its window is
+    multiplied by 1e12 in float64, one entry per axis.
+    """
+
+    status: Literal["passed", "failed", "inconclusive"]
+    max_sd: float
+    mean_sd: float
+    tile_mismatch: float | None
+    noise: float
+    tolerance: float
+    threshold: float
+    sd: float
+    tile: tuple[int, ...]
+    halo: Spans
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    axes: tuple[int, ...]
+    windows: int
+    interference: tuple[float, ...]
+    findings: tuple[Finding, ...]
+    settings: tuple[tuple[str, str], ...]
+
+    @property
+    def passed(self) -> bool:
+        """Tell whether the network is tile-invariant on this image."""
+        return self.status == "passed"
+
+    @property
+    def inconclusive(self) -> bool:
+        """Tell whether nothing could be decided; this is not a pass."""
+        return self.status == "inconclusive"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProofStep(Record):
+    """One claim about a conversion, the number that supports it and the bound it was held against."""
+
+    name: str
+    claim: str
+    status: Literal["passed", "failed", "inconclusive"]
+    value: float | None
+    bound: float | None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proof(Record):
+    """All steps that a conversion had to pass before anything was written."""
+
+    steps: tuple[ProofStep, ...]
+    shifts: tuple[ImageShift, ...]
+    verdict: Verdict | None
+
+    @property
+    def passed(self) -> bool:
+        """Tell whether every step passed."""
+        return all(step.status == "passed" for step in self.steps)
+
+    def step(self, name: str) -> ProofStep:
+        """Return the step of that name.
+
+        Raises:
+            KeyError: if the proof has no such step.
+        """
+        for step in self.steps:
+            if step.name == name:
+                return step
+        raise KeyError(name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scaling(Record):
+    """How an image's values become the network's input; statistics run over the whole image.
+
+    kind: "none", "unit" (integer range to 0..1), "zscore", "percentile" (low, high to 0..1, not clipped),
+    "fixed" (mean, standard deviation) or "preprocess" (a function "pkg.mod:fn" of the whole array).
+    """
+
+    kind: Literal["none", "unit", "zscore", "percentile", "fixed", "preprocess"] = "none"
+    values: tuple[float, ...] = ()
+    function: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source(Record):
+    """Where the architecture comes from.
+
+    kind "factory": call `spec` ("pkg.mod:name" or "timm:NAME") with `args`; "object": an object whose class
+    is `spec`, so loading needs it again from the caller.
+    """
+
+    kind: Literal["factory", "object"]
+    spec: str
+    args: str = "{}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance(Record):
+    """What travels with a converted model: enough to save, reload, predict with and recalibrate it.
+
+    `output` is the key or index of the output that counts, for networks that return several.
+    """
+
+    plan: Plan
+    scan: Scan
+    scaling: Scaling
+    source: Source
+    output: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversionRecord(Record):
+    """A conversion without its model: what `--format json` prints."""
+
+    plan: Plan
+    scan: Scan
+    calibration: CalibrationSummary | None
+    proof: Proof
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe(Record):
+    """What the saved model gives for a seeded normal input: a reload must give the same.
+
+    `values` are the flattened output at even distances; `sd` is the standard deviation of the output.
+    """
+
+    shape: tuple[int, ...]
+    seed: int
+    dtype: str
+    output: tuple[int, ...]
+    sd: float
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved(Record):
+    """The content of normfix.json.
+
+    `aliases` are pairs (name, stored name) of tensors that share storage; `sha256` is of model.safetensors.
+    """
+
+    schema: int
+    provenance: Provenance
+    aliases: tuple[tuple[str, str], ...]
+    sha256: str
+    calibration: CalibrationSummary | None
+    proof: Proof | None
+    probe: Probe | None
+
+
+def matches(path: str, patterns: tuple[str, ...]) -> bool:
+    """Tell whether a module path matches one of the shell-style patterns.
+
+    >>> matches("head.0.norm", ("head.*",))
+    True
+    """
+    return any(fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def _encode(value: object) -> Any:
+    if isinstance(value, Record):
+        return value.to_json()
+    if isinstance(value, StrEnum):
+        return value.value
+    if isinstance(value, tuple):
+        return [_encode(item) for item in value]
+    return value
+
+
+def _decode(kind: Any, data: object, where: str) -> Any:
+    """Read `data` as `kind`; the annotations of the records are the whole schema."""
+    origin = get_origin(kind)
+    if origin is Union or origin is types.UnionType:
+        if data is None and type(None) in get_args(kind):
+            return None
+        (kind,) = (option for option in get_args(kind) if option is not type(None))
+        return _decode(kind, data, where)
+    if origin is tuple:
+        return _decode_tuple(get_args(kind), data, where)
+    if origin is Literal:
+        return _require(data in get_args(kind), data, where, f"one of {get_args(kind)}")
+    if is_dataclass(kind):
+        return _decode_record(kind, data, where)
+    if issubclass(kind, StrEnum):
+        _require(data in [str(member) for member in kind], data, where, f"one of {[str(m) for m in kind]}")
+        return kind(data)
+    if kind is float:
+        return float(_require(_is_number(data), data, where, "a number"))
+    right = isinstance(data, kind) and isinstance(data, bool) == (kind is bool)
+    return _require(right, data, where, f"{kind.__name__}")
+
+
+def _decode_tuple(items: tuple[Any, ...], data: object, where: str) -> tuple[Any, ...]:
+    if not isinstance(data, list | tuple):
+        raise _malformed(data, where, "a list")
+    if items[-1] is Ellipsis:
+        return tuple(_decode(items[0], item, f"{where}[{i}]") for i, item in enumerate(data))
+    _require(len(data) == len(items), data, where, f"a list of {len(items)}")
+    return tuple(_decode(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(items, data, strict=True)))
+
+
+def _decode_record(kind: Any, data: object, where: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise _malformed(data, where, "an object")
+    hints = _hints(kind)
+    unknown = sorted(set(data) - set(hints))
+    _require(not unknown, unknown, where, f"no fields but {', '.join(hints)}")
+    missing = sorted(set(hints) - set(data))
+    _require(not missing, missing, where, f"the missing fields {', '.join(missing)}")
+    return kind(**{name: _decode(hints[name], data[name], f"{where}.{name}") for name in hints})
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    return {f.name: hints[f.name] for f in fields(kind)}
+
+
+def _is_number(data: object) -> bool:
+    return isinstance(data, int | float) and not isinstance(data, bool)
+
+
+def _require(right: bool, data: Any, where: str, expected: str) -> Any:
+    if not right:
+        raise _malformed(data, where, expected)
+    return data
+
+
+def _malformed(data: object, where: str, expected: str) -> NormfixError:
+    return NormfixError(
+        "NF108",
+        f"expected {expected}, found {str(data)[:80]!r}. The file was edited or written by another version; "
+        "make it again with this version of normfix.",
+        where=where,
+    )

@@ -1,0 +1,1 @@
+"""Turn records into pages and pictures; nothing here measures."""

@@ -1,0 +1,18 @@
+"""One rule per family of norms, in one explicit order: the first whose functions include the call reads it."""
+
+from __future__ import annotations
+
+from normfix.rules.batch import BatchRule
+from normfix.rules.group import GroupRule
+from normfix.rules.instance import InstanceRule
+from normfix.rules.layer import LayerRule, OverChannelsRule, channel_affine
+from normfix.rules.reading import Reading, Rule
+
+__all__ = ["RULES", "Reading", "Rule", "channel_affine", "rule_of"]
+
+RULES: tuple[Rule, ...] = (BatchRule(), InstanceRule(), GroupRule(), LayerRule(), OverChannelsRule())
+
+
+def rule_of(function: str) -> Rule | None:
+    """Return the rule that reads this function, or None."""
+    return next((rule for rule in RULES if function in rule.functions), None)

@@ -1,0 +1,188 @@
+"""The saved folder: model.safetensors, normfix.json, README.md; written whole or not at all.
+
+Nothing in it is code or a pickle. Tensors that share storage are stored once and their other names listed.
+normfix.json holds what rebuilds the network (source, plan), what using it needs (geometry, scaling), what
+was proved, a checksum of the weights and a probe: the output for a seeded input, which a reload must repeat.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jinja2 import Environment, PackageLoader
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from normfix.errors import NormfixError
+from normfix.records import CalibrationSummary, Probe, Proof, Provenance, Saved
+
+__all__ = ["MANIFEST", "WEIGHTS", "appearing", "load_weights_", "read_manifest", "require_absent", "seeded_input", "write_folder"]
+
+MANIFEST, WEIGHTS, CARD = "normfix.json", "model.safetensors", "README.md"
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    tensors: dict[str, Tensor]
+    aliases: tuple[tuple[str, str], ...]
+
+
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `target` that becomes `target` if the block succeeds.
+
+    Raises:
+        NormfixError: NF114 if `target` exists or its parent cannot be written.
+    """
+    require_absent(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise NormfixError("NF114", f"cannot write there: {error.strerror}.", where=str(target)) from error
+    try:
+        yield draft
+        draft.chmod(0o755)
+        draft.rename(target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def require_absent(target: Path) -> None:
+    """Refuse an output that exists.
+
+    Raises:
+        NormfixError: NF114.
+    """
+    if target.exists():
+        raise NormfixError(
+            "NF114", "it exists, and normfix overwrites nothing. Name another folder or remove this one.",
+            where=str(target),
+        )
+
+
+def write_folder(
+    folder: Path,
+    model: nn.Module,
+    provenance: Provenance,
+    proof: Proof | None,
+    calibration: CalibrationSummary | None,
+    probe: Probe,
+) -> None:
+    """Write the three files of a saved model into an existing folder."""
+    stored = _stored(model)
+    save_file(stored.tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    saved = Saved(
+        schema=SCHEMA,
+        provenance=provenance,
+        aliases=stored.aliases,
+        sha256=_sha256(folder / WEIGHTS),
+        calibration=calibration,
+        proof=proof,
+        probe=probe,
+    )
+    (folder / MANIFEST).write_text(saved.dumps(), encoding="utf-8")
+    (folder / CARD).write_text(_card(saved), encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> Saved:
+    """Read normfix.json and check the weights' checksum.
+
+    Raises:
+        NormfixError: NF101 unreadable, NF108 malformed or of a newer schema, NF115 weights changed.
+    """
+    path = folder / MANIFEST
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise NormfixError("NF101", f"cannot read it: {error}.", where=str(path)) from error
+    schema = data.get("schema") if isinstance(data, Mapping) else None
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise NormfixError(
+            "NF108", f"it has schema {schema}, this normfix reads up to {SCHEMA}. Update normfix.", where=str(path)
+        )
+    saved = Saved.from_json(data, where=str(path))
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise NormfixError("NF101", "the folder has no weights file.", where=str(weights))
+    if _sha256(weights) != saved.sha256:
+        raise NormfixError(
+            "NF115", "the weights are not those that were saved: the checksum in normfix.json differs. Fetch or "
+            "convert the network again.", where=str(weights),
+        )
+    return saved
+
+
+def load_weights_(model: nn.Module, weights: Mapping[str, Tensor], saved: Saved, where: str) -> None:
+    """Load saved weights into a rewritten model, strictly, in place.
+
+    Raises:
+        NormfixError: NF105 if names or shapes differ: another base network.
+    """
+    full = dict(weights)
+    for alias, name in saved.aliases:
+        if name in full:
+            full[alias] = full[name]
+    for name, tensor in full.items():  # a folder saved in another dtype rebuilds in that dtype
+        _match_dtype_(model, name, tensor)
+    try:
+        model.load_state_dict(full, strict=True)
+    except RuntimeError as error:
+        reason = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
+        raise NormfixError(
+            "NF105", f"the saved weights do not fit this network: {reason}. It is not the one that was converted.",
+            where=where,
+        ) from error
+
+
+def _match_dtype_(model: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, attribute = name.rpartition(".")
+    try:
+        current = getattr(model.get_submodule(path), attribute)
+    except AttributeError:
+        return  # load_state_dict names what does not fit
+    if isinstance(current, Tensor) and current.dtype != tensor.dtype:
+        current.data = current.data.to(tensor.dtype)
+
+
+def _stored(model: nn.Module) -> _Stored:
+    """Return each distinct tensor once, contiguous, and the other names of shared ones."""
+    names: dict[tuple[object, ...], str] = {}
+    tensors: dict[str, Tensor] = {}
+    aliases = []
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and place in names:
+            aliases.append((name, names[place]))
+        else:
+            names[place] = name
+            tensors[name] = tensor.detach().cpu().contiguous().clone()
+    return _Stored(tensors, tuple(aliases))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _card(saved: Saved) -> str:
+    environment = Environment(
+        loader=PackageLoader("normfix.reporting"), trim_blocks=True, lstrip_blocks=True, autoescape=False,  # noqa: S701
+        keep_trailing_newline=True,
+    )  # Markdown, not HTML
+    return environment.get_template("card.md").render(saved=saved)
+
+
+def seeded_input(probe_shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
+    """Return the reproducible input of a probe: normal values, shape as stored."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(probe_shape, generator=generator, dtype=torch.float64).to(dtype)
