@@ -1,7 +1,7 @@
 """Time the layers as ratios to nn.BatchNorm, A and B interleaved, and print the table of docs/layers.md.
 
-Run: python benchmarks/layers.py [--rounds 15]. Ratios are medians over rounds of time(A) / time(B), each round
-running both within a moment of each other, so that a busy machine slows both.
+Run: python benchmarks/layers.py [--rounds 15]. Ratios are medians over rounds of time(A) / time(B), where
+each round runs B, A, B within a moment of each other, so that a busy machine slows both.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -124,9 +125,7 @@ class UNet(nn.Module):
     def __init__(self, norm: Callable[[int], nn.Module], widths: tuple[int, ...] = (16, 32, 64, 128)) -> None:
         super().__init__()
         self.down = nn.ModuleList(_block(a, b, norm) for a, b in zip((1, *widths[:-1]), widths, strict=True))
-        self.up = nn.ModuleList(
-            nn.ConvTranspose2d(b, a, 2, 2) for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in pairwise(widths))
         self.join = nn.ModuleList(_block(2 * a, a, norm) for a in widths[:-1])
         self.head = nn.Conv2d(widths[0], 1, 1)
 
@@ -226,7 +225,8 @@ def _machine() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {len(names)} cores; python {platform.python_version()}"
+    name = names[0] if names else platform.processor()
+    return f"{name}, {len(names)} cores; python {platform.python_version()}"
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ CODES: dict[str, str] = {
     "NF113": "A saved folder may name what builds its network, but a file does not decide what runs here: only network "
     "classes and functions of a fixed list of packages are called unasked. Anything else the caller repeats.",
     "NF114": "Output appears whole or not at all, and never over something that exists. Name a new folder.",
+    "NF117": "The demo image comes in the package mahotas: pip install \"normfix[demo]\".",
+    "NF116": "The device does not exist here, or the network cannot be moved to it or to this dtype.",
     "NF115": "Weights, plan and probe of a saved folder belong together; here they do not: the file was changed, or the "
     "network code of the source package differs from the version it was converted with.",
     # 2xx: finding and planning

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import glob
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,7 +22,7 @@ from torch import Tensor
 from normfix.errors import NormfixError
 from normfix.records import Scaling
 
-__all__ = ["Items", "find_images", "parse_scaling", "read_image", "scaled", "to_tensor"]
+__all__ = ["ImageFiles", "Items", "find_images", "parse_scaling", "read_image", "scaled", "to_tensor", "write_image"]
 
 Array = NDArray[Any]
 _SUFFIXES = (".tif", ".tiff", ".png", ".npy")
@@ -47,7 +47,7 @@ class Items:
             yield self.prepare(_checked(image, f"image {number}").to(self.device, self.dtype))
 
     def __len__(self) -> int:
-        return sum(1 for _ in self.images)
+        return len(self.images) if isinstance(self.images, Sized) else sum(1 for _ in self.images)
 
     @classmethod
     def of(cls, images: Tensor | Iterable[Tensor], device: torch.device, dtype: torch.dtype) -> Items:
@@ -69,6 +69,51 @@ class Items:
         if len(items) == 0:
             raise NormfixError("NF103", "no image was given, and statistics need at least one.", where="images")
         return items
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFiles:
+    """Image files as a re-iterable of (1, C, *space) tensors, each read and scaled when its turn comes."""
+
+    paths: Sequence[Path]
+    ndim: int
+    channels: int
+    scaling: Scaling | None
+    axes: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for path in self.paths:
+            array = read_image(path, ndim=self.ndim, channels=self.channels, axes=self.axes)
+            yield to_tensor(scaled(array, self.scaling, str(path)))
+
+
+def write_image(path: Path, array: Array) -> None:
+    """Write (C, *space) as .npy or TIFF (single channels without the axis), whole or not at all.
+
+    Raises:
+        NormfixError: NF114 for another kind of file, one that exists, or a folder that cannot be written.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (".npy", ".tif", ".tiff") or path.exists():
+        raise NormfixError("NF114", "give a new file ending in .npy or .tif; nothing is overwritten.", where=str(path))
+    draft = path.with_name(f".{path.stem}-draft{path.suffix}")
+    try:
+        if suffix == ".npy":
+            np.save(draft, array)
+        else:
+            import tifffile
+
+            axes = "ZYX"[-(array.ndim - 1) :]
+            data, named = (array[0], axes) if array.shape[0] == 1 else (array, f"C{axes}")
+            tifffile.imwrite(draft, data, metadata={"axes": named})
+        draft.rename(path)
+    except OSError as error:
+        raise NormfixError("NF114", f"cannot write it: {error.strerror}.", where=str(path)) from error
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def find_images(patterns: Sequence[str]) -> list[Path]:
@@ -133,12 +178,20 @@ def read_image(path: Path, *, ndim: int, channels: int, axes: str | None = None)
     return array
 
 
-def scaled(array: Array, scaling: Scaling, where: str = "image") -> Array:
-    """Return a whole image (C, *space) as float32 or float64, scaled.
+def scaled(array: Array, scaling: Scaling | None, where: str = "image") -> Array:
+    """Return a whole image (C, *space) as float32 or float64, scaled; None means: not stated.
 
     Raises:
-        NormfixError: NF104 for NaN or infinity, NF107 if the scaling does not fit the image.
+        NormfixError: NF104 for NaN or infinity, NF107 if the scaling does not fit the image, or is not stated
+            for an integer image.
     """
+    if scaling is None:
+        if array.dtype.kind != "f":
+            raise NormfixError(
+                "NF107", f"the image is {array.dtype}, and what the network takes is not known. State it: --scale unit, "
+                "zscore, percentile:1,99.8, MEAN,STD or none, as it was trained with.", where=where,
+            )
+        scaling = Scaling()
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise _not_finite(where)
     wide = array.astype(np.float64)

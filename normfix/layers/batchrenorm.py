@@ -171,7 +171,8 @@ class BatchRenorm(ChannelNorm):
         assert self.num_batches_tracked is not None
         seen = self.num_batches_tracked > 0
         sigma = (self.running_var.to(mean.dtype) + self.eps).sqrt()
-        r = ((var + self.eps).sqrt() / sigma).clamp(self.r_max.reciprocal(), self.r_max)
+        r_max = self.r_max.to(mean.dtype)
+        r = ((var + self.eps).sqrt() / sigma).clamp(r_max.reciprocal(), r_max)
         d = ((mean - self.running_mean) / sigma).clamp(-self.d_max, self.d_max)
         r, d = torch.where(seen, r, 1.0), torch.where(seen, d, 0.0)
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():

@@ -1,0 +1,74 @@
+"""The command line: one error boundary, stdout for the result, stderr for everything else.
+
+Modules here import torch only inside the functions that need it, so help stays fast.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+import click
+
+from normfix import __version__
+from normfix.cli.convert import convert_command
+from normfix.cli.demo import demo_command
+from normfix.cli.explain import explain_command
+from normfix.cli.look import plan_command, scan_command
+from normfix.cli.use import calibrate_command, check_command, predict_command
+from normfix.errors import NormfixError
+
+__all__ = ["cli", "main"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+@click.option("--debug", is_flag=True, help="Show tracebacks of internal errors.")
+def cli(debug: bool) -> None:
+    """Make pretrained PyTorch networks tile-invariant, and prove it.
+
+    Finds statistics that a network computes from each tile, freezes them at the values of whole images, and
+    shows that stitched tiles equal the whole-image prediction.
+
+    Exit codes: 0 fine, 1 findings or an inconclusive proof, 2 usage, unreadable input or internal error.
+    """
+
+
+for command in (
+    scan_command,
+    plan_command,
+    convert_command,
+    calibrate_command,
+    predict_command,
+    check_command,
+    demo_command,
+    explain_command,
+):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Run the command line and exit with its code; the only place where errors become text."""
+    debug = "--debug" in sys.argv[1:]
+    try:
+        code = cli.main(standalone_mode=False)
+    except NormfixError as error:
+        _complain(str(error), debug=debug)
+        code = 2
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        _complain("Stopped; nothing was written.")
+        code = 130
+    except Exception as error:  # noqa: BLE001 - the boundary
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        _complain(str(NormfixError("NF901", f"{reason}. Nothing was written; --debug shows where.")), debug=debug)
+        code = 2
+    sys.exit(code or 0)
+
+
+def _complain(text: str, *, debug: bool = False) -> None:
+    if debug:
+        traceback.print_exc()
+    click.echo(text, err=True)

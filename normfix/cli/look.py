@@ -1,0 +1,78 @@
+"""normfix scan and normfix plan."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from normfix.cli.options import Arguments, format_option, model_options, show
+from normfix.cli.texts import plan_text, scan_text
+
+if TYPE_CHECKING:
+    from normfix.records import Scan
+
+__all__ = ["plan_command", "scan_command"]
+
+_INPUT = click.option("--input", "input_", metavar="NxCxHxW", help="Shape to scan with, such as 1x3x512x512.")
+_AS_TRAINED = click.option(
+    "--as-trained", is_flag=True, help="The network is used in train mode: its batch and instance norms are live."
+)
+
+
+@click.command("scan")
+@model_options
+@_INPUT
+@_AS_TRAINED
+@format_option
+def scan_command(input_: str | None, as_trained: bool, format_: str, **options: Any) -> None:
+    """Find every statistic of the tile in MODEL, and its stride and halo once they are frozen.
+
+    Exits 0 though live sites exist.
+
+    \b
+    Example:
+      normfix scan normfix.demo.network:nuclei_unet
+    """
+    found = _scan(Arguments.take(options), input_, as_trained)
+    show(found, scan_text(found), format_)
+
+
+@click.command("plan")
+@model_options
+@click.option("--to", type=click.Choice(["frozen", "batchrenorm"]), required=True, help="What norms become.")
+@click.option("--keep", multiple=True, help="Pattern of module paths to leave alone; may be repeated.")
+@_INPUT
+@_AS_TRAINED
+def plan_command(to: Any, keep: tuple[str, ...], input_: str | None, as_trained: bool, **options: Any) -> None:
+    """Print what would happen to each site of MODEL, as JSON to review, edit and replay with convert --plan.
+
+    \b
+    Example:
+      normfix plan normfix.demo.network:nuclei_unet --to frozen > plan.json
+    """
+    from normfix.pipeline import plan
+
+    decided = plan(_scan(Arguments.take(options), input_, as_trained), to=to, keep=keep)
+    show(decided, plan_text(decided), "json")
+
+
+def _scan(arguments: Arguments, input_: str | None, as_trained: bool) -> Scan:
+    import torch
+
+    from normfix.pipeline import scan
+
+    example = None
+    if input_ is not None:
+        example = torch.randn(_shape(input_), generator=torch.Generator().manual_seed(0))
+    return scan(arguments.open().model, example, output=arguments.output, as_trained=as_trained)
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(n) for n in text.lower().split("x"))
+    except ValueError:
+        shape = ()
+    if len(shape) < 3 or min(shape) < 1:
+        raise click.BadParameter(f"{text!r} is no shape like 1x3x512x512", param_hint="--input")
+    return shape

@@ -1,0 +1,195 @@
+"""Options that several commands share, and what they open."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import click
+
+from normfix.errors import NormfixError
+from normfix.records import Record, Scaling
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from normfix.images import ImageFiles
+    from normfix.loading import Loaded
+
+__all__ = ["Arguments", "format_option", "image_options", "model_options", "note", "show", "steps", "write_report"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class ArgumentsJson(click.ParamType):
+    """A JSON object of keyword arguments."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Mapping[str, Any]:
+        """Parse, or fail with the reason."""
+        if isinstance(value, Mapping):
+            return value
+        try:
+            parsed = json.loads(value)
+        except ValueError as error:
+            self.fail(f"not JSON: {error}", param, ctx)
+        if not isinstance(parsed, dict):
+            self.fail("give an object such as '{\"in_channels\": 1}'", param, ctx)
+        return cast(Mapping[str, Any], parsed)
+
+
+def model_options(command: Command) -> Command:
+    """Add MODEL and how to open it."""
+    for decorate in (
+        click.option("--device", help="Where to compute, such as cuda:0. Default: cpu."),
+        click.option("--dtype", type=click.Choice(["float32", "float64", "bfloat16"]), help="Compute in this precision."),
+        click.option("--output", help="Key or index of the output that counts, for networks that return several."),
+        click.option("--trust-pickle", is_flag=True, help="Run the pickle: it may execute any code."),
+        click.option("--arch-args", type=ArgumentsJson(), help="Keyword arguments of the factory, as JSON."),
+        click.option("--arch", help="pkg.module:factory or timm:NAME that builds the network for given weights."),
+        click.argument("model"),
+    ):
+        command = decorate(command)
+    return command
+
+
+def image_options(command: Command) -> Command:
+    """Add how images are read and scaled."""
+    for decorate in (
+        click.option("--preprocess", help="pkg.mod:function of the whole array (C, *space), instead of --scale."),
+        click.option("--scale", help="none, unit, zscore, percentile:LOW,HIGH or MEAN,STD, over the whole image."),
+        click.option("--axes", help="One letter per axis of the image: C channels; Z, Y, X space. Example: YXC."),
+    ):
+        command = decorate(command)
+    return command
+
+
+def format_option(command: Command) -> Command:
+    """Add --format."""
+    choice = click.Choice(["text", "json"])
+    return click.option("--format", "format_", type=choice, default="text", show_default=True, help="What stdout carries.")(
+        command
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """The shared options of one run."""
+
+    model: str
+    arch: str | None
+    arch_args: Mapping[str, Any] | None
+    trust_pickle: bool
+    output: str | None
+    device: str | None
+    dtype: str | None
+    axes: str | None = None
+    scale: str | None = None
+    preprocess: str | None = None
+
+    @classmethod
+    def take(cls, options: dict[str, Any]) -> Arguments:
+        """Take the shared options out of a command's keyword arguments."""
+        return cls(**{name: options.pop(name) for name in cls.__slots__ if name in options})
+
+    def open(self) -> Loaded:
+        """Open the network and put it where it shall compute; notes go to stderr."""
+        from normfix.pipeline import open_any
+
+        opened = open_any(self.model, arch=self.arch, args=self.arch_args, trust_pickle=self.trust_pickle)
+        for text in opened.notes:
+            note(text)
+        self._place_(opened.model)
+        return opened
+
+    def torch_dtype(self) -> torch.dtype | None:
+        """Return the dtype to compute in, if one was chosen."""
+        import torch
+
+        return None if self.dtype is None else cast("torch.dtype", getattr(torch, self.dtype))
+
+    def scaling(self, model: nn.Module | None = None) -> Scaling | None:
+        """Return the stated scaling, else the one that travels with the model, else None."""
+        from normfix.images import parse_scaling
+        from normfix.provenance import provenance_of
+
+        if self.scale is not None and self.preprocess is not None:
+            raise click.UsageError("give --scale or --preprocess, not both")
+        if self.preprocess is not None:
+            return Scaling(kind="preprocess", function=self.preprocess)
+        if self.scale is not None:
+            return parse_scaling(self.scale)
+        known = None if model is None else provenance_of(model)
+        return None if known is None else known.scaling
+
+    def images(self, patterns: tuple[str, ...], model: nn.Module) -> ImageFiles:
+        """Return the images that files, folders and globs name."""
+        from normfix.images import ImageFiles, find_images
+        from normfix.pipeline.looking import input_of
+
+        channels, ndim = input_of(model)
+        return ImageFiles(find_images(patterns), ndim, channels, self.scaling(model), self.axes)
+
+    def image(self, path: str, model: nn.Module) -> Tensor:
+        """Return one image, (1, C, *space)."""
+        found = list(self.images((path,), model))
+        if len(found) != 1:
+            raise click.UsageError(f"{path} names {len(found)} images; give one")
+        return found[0]
+
+    def _place_(self, model: nn.Module) -> None:
+        try:
+            model.to(device=self.device, dtype=self.torch_dtype())
+        except (RuntimeError, AssertionError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise NormfixError("NF116", f"cannot compute there: {reason}.", where=f"--device {self.device}") from error
+
+
+def note(text: str) -> None:
+    """Say something beside the result, on stderr."""
+    click.echo(text, err=True)
+
+
+def show(record: Record, text: str, format_: str) -> None:
+    """Put the result on stdout: the record as JSON, or its text."""
+    click.echo(record.dumps() if format_ == "json" else text, nl=format_ != "json")
+
+
+def write_report(path: str | None, record: Record) -> None:
+    """Write the record as JSON to a file, whole or not at all."""
+    if path is None:
+        return
+    from pathlib import Path
+
+    target = Path(path)
+    if target.suffix != ".json":
+        raise click.UsageError(f"--report {path}: give a file ending in .json")
+    draft = target.with_name(f".{target.name}-draft")
+    try:
+        draft.write_text(record.dumps(), encoding="utf-8")
+        draft.replace(target)
+    except OSError as error:
+        raise NormfixError("NF114", f"cannot write it: {error.strerror}.", where=path) from error
+
+
+@contextmanager
+def steps() -> Iterator[Callable[[str, int, int], None]]:
+    """Give a progress callback (stage, done, total): a bar on a terminal, nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total)
+            progress.update(tasks[stage], completed=done, total=total)
+
+        yield report

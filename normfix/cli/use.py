@@ -1,0 +1,125 @@
+"""normfix calibrate, predict and check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from normfix.cli.options import Arguments, format_option, image_options, model_options, note, show, write_report
+from normfix.cli.texts import calibration_text, verdict_text
+
+__all__ = ["calibrate_command", "check_command", "predict_command"]
+
+
+class Halo(click.ParamType):
+    """"auto" or a number of pixels."""
+
+    name = "auto|N"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | Literal["auto"]:
+        """Parse, or fail with the reason."""
+        if value == "auto":
+            return "auto"
+        if str(value).isdigit():
+            return int(value)
+        self.fail("give 'auto' or a number of pixels", param, ctx)
+
+
+_TILE = click.option("--tile", type=int, default=256, show_default=True, help="Tile size in pixels, on every axis.")
+_HALO = click.option("--halo", type=Halo(), default="auto", show_default=True, help="Context on every side, in pixels.")
+
+
+@click.command("calibrate")
+@model_options
+@click.argument("images", nargs=-1, required=True)
+@click.option("-o", "--out", required=True, help="Folder to write; must not exist.")
+@image_options
+@format_option
+def calibrate_command(images: tuple[str, ...], out: str, format_: str, **options: Any) -> None:
+    """Measure the statistics of a converted MODEL anew on other IMAGES, whole.
+
+    \b
+    Example:
+      normfix calibrate fixed other-images/ -o refitted
+    """
+    from normfix.pipeline import calibrate, save
+    from normfix.saving import require_absent
+
+    require_absent(Path(out))
+    arguments = Arguments.take(options)
+    opened = arguments.open()
+    done = calibrate(opened.model, arguments.images(images, opened.model), output=arguments.output)
+    save(done.model, out)
+    show(done.summary, calibration_text(done.summary), format_)
+    note(f"Wrote {out}.")
+
+
+@click.command("predict")
+@model_options
+@click.argument("image")
+@click.option("-o", "--out", required=True, help="File to write, .npy or .tif; must not exist.")
+@_TILE
+@_HALO
+@image_options
+def predict_command(image: str, out: str, tile: int, halo: int | Literal["auto"], **options: Any) -> None:
+    """Predict IMAGE tile by tile with a converted MODEL, exactly as the whole image would be predicted.
+
+    \b
+    Example:
+      normfix predict fixed nuclei.tif -o prediction.tif
+    """
+    from normfix.images import write_image
+    from normfix.pipeline import predict
+
+    arguments = Arguments.take(options)
+    opened = arguments.open()
+    whole = predict(opened.model, arguments.image(image, opened.model), tile, halo=halo, output=arguments.output)
+    write_image(Path(out), whole[0].float().cpu().numpy())
+    note(f"Wrote {out}.")
+
+
+@click.command("check")
+@model_options
+@click.argument("image")
+@_TILE
+@_HALO
+@click.option("--threshold", type=float, help="Largest difference in sd that still passes. Default: 100 noise floors.")
+@image_options
+@click.option("--report", help="Write the verdict to this .json file.")
+@format_option
+def check_command(
+    image: str,
+    tile: int,
+    halo: int | Literal["auto"],
+    threshold: float | None,
+    report: str | None,
+    format_: str,
+    **options: Any,
+) -> int:
+    """Compare stitched tiles of MODEL with its prediction of the whole IMAGE.
+
+    Exits 0 if they agree to rounding, 1 if they do not or nothing could be compared.
+
+    \b
+    Example:
+      normfix check fixed nuclei.tif --tile 256
+    """
+    from normfix.pipeline import check
+
+    arguments = Arguments.take(options)
+    opened = arguments.open()
+    verdict = check(
+        opened.model,
+        arguments.image(image, opened.model),
+        tile,
+        halo=halo,
+        threshold=threshold,
+        output=arguments.output,
+    )
+    write_report(report, verdict)
+    show(verdict, verdict_text(verdict), format_)
+    return 0 if verdict.passed else 1

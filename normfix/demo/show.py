@@ -1,0 +1,162 @@
+"""Run the demo: scan, tiled prediction with seams, conversion both ways, proof, pictures and a page.
+
+Importing this module does not import torch; running it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from normfix.errors import NormfixError
+from normfix.records import Scaling, Source
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from normfix.pipeline import Conversion
+    from normfix.records import Scan, Verdict
+
+__all__ = ["SCALING", "TILE", "DemoResult", "run_demo"]
+
+SCALING = Scaling(kind="percentile", values=(1.0, 99.8))
+"""How the demo network's training images were scaled, and therefore every image it is given."""
+
+TILE = 256
+_FACTORY = "normfix.demo.network:nuclei_unet"
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    """What the demo found: its text for a terminal, its page, and whether everything was proved."""
+
+    text: str
+    page: Path
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Maps:
+    """Predictions of the demo image, (H, W) each."""
+
+    whole: NDArray[np.float32]
+    tiled: NDArray[np.float32]
+    repaired: NDArray[np.float32]
+
+
+def run_demo(out: str, progress: Progress = lambda stage, done, total: None) -> DemoResult:
+    """Write the demo folder: two converted networks, three pictures and index.html.
+
+    Args:
+        out: folder to write; must not exist.
+        progress: called with (stage, done, total).
+
+    Raises:
+        NormfixError: NF114 if the folder exists, NF117 if the demo image is not installed.
+    """
+    from normfix.demo.network import nuclei_unet
+    from normfix.pipeline import check, convert, save
+    from normfix.saving import appearing
+
+    image, pixels = _image()
+    network = nuclei_unet()
+    with appearing(Path(out)) as draft:
+        progress("tile the original", 0, 1)
+        before = check(network, image, TILE)
+        progress("tile the original", 1, 1)
+        source = Source(kind="factory", spec=_FACTORY)
+        done = {
+            to: convert(network, image, to, scaling=SCALING, source=source, progress=_named(progress, to))
+            for to in ("frozen", "batchrenorm")
+        }
+        after = {to: check(conversion.model, image, TILE) for to, conversion in done.items()}
+        for to, conversion in done.items():
+            if conversion.proof.passed:
+                save(conversion, draft / to)
+        maps = _predictions(network, done["frozen"], image)
+        _write_pictures(draft, pixels, maps, before.sd)
+        _write_page(draft, done, before, after)
+    passed = all(c.proof.passed for c in done.values()) and all(v.passed for v in after.values())
+    return DemoResult(_text(done["frozen"].scan, before, after, out), Path(out) / "index.html", passed)
+
+
+def _named(progress: Progress, to: str) -> Progress:
+    return lambda stage, done, total: progress(f"{to}: {stage}", done, total)
+
+
+def _image() -> tuple[Tensor, NDArray[np.uint8]]:
+    """Return the scaled image (1, 1, H, W) and its pixels (H, W)."""
+    from normfix.demo.data import nuclei_image
+    from normfix.images import scaled, to_tensor
+
+    try:
+        pixels = nuclei_image()
+    except ImportError as error:
+        raise NormfixError("NF117", str(error), where="normfix demo") from error
+    return to_tensor(scaled(pixels[None], SCALING, "the demo image")), pixels
+
+
+def _predictions(network: Any, done: Conversion, image: Tensor) -> _Maps:
+    import torch
+
+    from normfix.pipeline import predict
+    from normfix.pipeline.looking import geometry_of
+    from normfix.prediction import tiled
+
+    geometry = geometry_of(done.scan)
+    assert geometry is not None
+    with torch.no_grad():
+        whole, seams = network(image), tiled(network, image, TILE, geometry)
+    repaired = predict(done.model, image, TILE)
+    return _Maps(*(m[0, 0].numpy() for m in (whole, seams, repaired)))
+
+
+def _write_pictures(folder: Path, pixels: NDArray[np.uint8], maps: _Maps, sd: float) -> None:
+    from normfix.reporting.pictures import closeup, difference, overview
+
+    pictures = {
+        "overview.png": overview(pixels, maps.tiled, maps.repaired, TILE),
+        "closeup.png": closeup(pixels, maps.whole, maps.tiled, maps.repaired, TILE),
+        "difference.png": difference(maps.whole, maps.tiled, maps.repaired, sd, TILE),
+    }
+    for name, png in pictures.items():
+        (folder / name).write_bytes(png)
+
+
+def _write_page(
+    folder: Path, done: dict[str, Conversion], before: Verdict, after: dict[str, Verdict]
+) -> None:
+    from normfix.reporting.page import render
+
+    page = render(
+        "demo.html",
+        pictures={p.stem: p.read_bytes() for p in sorted(folder.glob("*.png"))},
+        scan=done["frozen"].scan,
+        conversions={to: conversion.record for to, conversion in done.items()},
+        before=before,
+        after=after,
+        tile=TILE,
+    )
+    (folder / "index.html").write_text(page, encoding="utf-8")
+
+
+def _text(scan: Scan, before: Verdict, after: dict[str, Verdict], out: str) -> str:
+    assert scan.halo is not None
+    assert scan.stride is not None
+    lines = [
+        f"{len(scan.live)} norms compute statistics of the tile; stride {scan.stride[0]}, halo {scan.halo[0]}",
+        _line("original", before),
+        *(_line(to, verdict) for to, verdict in after.items()),
+    ]
+    return "\n".join(lines)
+
+
+def _line(name: str, verdict: Verdict) -> str:
+    mismatch = "" if verdict.tile_mismatch is None else f", tile mismatch {verdict.tile_mismatch:.2g}"
+    return f"{name}: tiles of {TILE} against the whole image: {verdict.status}, up to {verdict.max_sd:.2g} sd{mismatch}"
