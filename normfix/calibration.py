@@ -9,7 +9,7 @@ Measuring all sites in one pass with live statistics is not the same thing, howe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +92,9 @@ def measure_sites_(
     return summary
 
 
-def _freeze_as_it_goes(model: nn.Module, targets: Sequence[Target], images: Iterable[Tensor], run: Run) -> None:
+def _freeze_as_it_goes(
+    model: nn.Module, targets: Sequence[Target], images: Iterable[Tensor], run: Run
+) -> None:
     reached: set[str] = set()
 
     def observe(target: Target, operand: Tensor) -> None:
@@ -119,10 +121,8 @@ def _population(model: nn.Module, target: Target, images: Iterable[Tensor], run:
 
     with _observed([target], observe):
         for number, image in enumerate(images, start=1):
-            try:
+            with suppress(_Reached):
                 run(model, image)
-            except _Reached:
-                pass
             _require_reached([target], {target.name} if len(parts) == number else set())
     return merge(*parts)
 

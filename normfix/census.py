@@ -42,10 +42,26 @@ NORMS: Mapping[str, Callable[..., Any]] = MappingProxyType(
 DIRECT: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "torch.batch_norm": (
-            "input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled"
+            "input",
+            "weight",
+            "bias",
+            "running_mean",
+            "running_var",
+            "training",
+            "momentum",
+            "eps",
+            "cudnn_enabled",
         ),
         "torch.instance_norm": (
-            "input", "weight", "bias", "running_mean", "running_var", "use_input_stats", "momentum", "eps", "cudnn_enabled"
+            "input",
+            "weight",
+            "bias",
+            "running_mean",
+            "running_var",
+            "use_input_stats",
+            "momentum",
+            "eps",
+            "cudnn_enabled",
         ),
         "torch.group_norm": ("input", "num_groups", "weight", "bias", "eps", "cudnn_enabled"),
         "torch.layer_norm": ("input", "normalized_shape", "weight", "bias", "eps", "cudnn_enable"),

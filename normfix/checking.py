@@ -16,9 +16,9 @@ from torch import Tensor
 
 from normfix.dye import interference
 from normfix.numerics import IDENTITY, deviation
-from normfix.prediction import padded, stitch, tile_extents
 from normfix.records import Finding, Scan, Verdict
-from normfix.tiles import Geometry, Tile, grid, round_up
+from normfix.stitching import padded, stitch, tile_extents
+from normfix.tiles import Geometry, Tile, at, grid, round_up
 
 __all__ = ["ISOLATED", "Network", "compare", "undecided"]
 
@@ -81,20 +81,27 @@ def compare(
         noise = _noise(network, whole_image, tiles, spread)
     else:
         max_sd = mean_sd = noise = 0.0
-        findings.append(Finding(code="NF404", where="output", message="the output is constant on this image."))
+        findings.append(
+            Finding(code="NF404", where="output", message="the output is constant on this image.")
+        )
     axes = _cut_axes(tiles, whole_image.shape[2:])
     if not axes:
         findings.append(_covering(tiles[0], whole_image, extents))
     tolerance = 4 * noise
     limit = 100 * noise if threshold is None else threshold
-    differs = max_sd > max(limit, tolerance) and _confirmed(network, whole_image, tiles, stitched, whole, findings)
+    differs = max_sd > max(limit, tolerance) and _confirmed(
+        network, whole_image, tiles, stitched, whole, findings
+    )
     if tolerance < max_sd and not differs:
         findings.append(_rounding(max_sd, tolerance, limit))
     changes = _interference(network, image, geometry, cross)
     findings += _leaks(changes, geometry, exact_halo)
     leaking = any(change > ISOLATED for change in changes)
     if differs or leaking:
-        findings += [Finding(code="NF401", where=site, message="its statistic is computed from the tile.") for site in live]
+        findings += [
+            Finding(code="NF401", where=site, message="its statistic is computed from the tile.")
+            for site in live
+        ]
     return Verdict(
         status=_status(failed=differs or leaking, conclusive=bool(axes) and spread > 0),
         max_sd=max_sd,
@@ -154,7 +161,7 @@ def _noise(network: Network, image: Tensor, tiles: Sequence[Tile], spread: float
     """Return the noise floor n: largest |tested - float64| on the middle window, in sd."""
     if network.dtype == torch.float64:
         return IDENTITY[torch.float64] / 4
-    window = image[(..., *tiles[len(tiles) // 2].read)]
+    window = image[at(tiles[len(tiles) // 2].read)]
     rounded, _ = deviation(network.tested(window), network.double(window.double()), spread)
     return rounded
 
@@ -174,11 +181,11 @@ def _confirmed(
     findings: list[Finding],
 ) -> bool:
     """Repeat the worst tile in float64: a structural difference stays, rounding goes."""
-    worst = max(tiles, key=lambda t: float((stitched[(..., *t.write)] - whole[(..., *t.write)]).abs().max()))
+    worst = max(tiles, key=lambda t: float((stitched[at(t.write)] - whole[at(t.write)]).abs().max()))
     precise = image.double()
     expected = network.double(precise)
-    actual = network.double(precise[(..., *worst.read)])[(..., *worst.keep)]
-    largest, _ = deviation(actual, expected[(..., *worst.write)], float(expected.double().std()) or 1.0)
+    actual = network.double(precise[at(worst.read)])[at(worst.keep)]
+    largest, _ = deviation(actual, expected[at(worst.write)], float(expected.double().std()) or 1.0)
     bound = 100 * IDENTITY[torch.float64]
     if largest <= bound:
         message = f"the difference shrinks to {largest:.1e} sd in float64: it is rounding."
@@ -217,8 +224,12 @@ def _leaks(
     found = []
     for axis, change in enumerate(changes):
         if change > ISOLATED:
-            message = f"a tile changes by {change:.1e} of its output when everything beyond the halo is amplified"
-            if exact is not None and any(h < e for h, e in zip(geometry.halo[axis], exact[axis], strict=True)):
+            message = (
+                f"a tile changes by {change:.1e} of its output when everything beyond the halo is amplified"
+            )
+            if exact is not None and any(
+                h < e for h, e in zip(geometry.halo[axis], exact[axis], strict=True)
+            ):
                 message += f"; the halo is {geometry.halo[axis]}, the network reaches {exact[axis]}"
             found.append(Finding(code="NF403", where=f"axis {axis}", message=message + "."))
     return found

@@ -10,80 +10,99 @@ __all__ = ["CODES", "NormfixError"]
 
 CODES: dict[str, str] = {
     # 1xx: what was given
-    "NF101": "A model or image file is missing, truncated, or not of a kind normfix reads. Models: pickled modules "
-    "and state dicts (.pt, .pth), .safetensors, folders normfix saved, timm:NAME, pkg.module:factory. Images: TIFF, "
-    "PNG, npy. Nothing was changed; give another path or fetch the file again.",
-    "NF102": "A pickle is a program: loading it runs whatever it says. normfix first reads files in a mode that runs "
-    "nothing; this one needs classes, which the message lists. If you trust its origin, repeat the command with "
-    "--trust-pickle. Safer: save model.state_dict() and name the network with --arch.",
-    "NF103": "Images are read several times (to measure, to re-measure, to prove), so a generator, which can be read "
-    "once, is refused, and so is an empty collection. Give a list or an object with __iter__.",
-    "NF104": "One NaN or infinite value spreads through every statistic of the network. Replace or mask such pixels.",
-    "NF105": "The names or shapes of the stored weights are not those of the network that was built. Usually --arch or "
-    "--arch-args (number of channels, classes, levels) differ from what the weights were trained with.",
-    "NF106": "The image's axes do not fit what the network takes: channels, number of spatial axes, or dtype. Name the "
-    "axes with --axes, one letter each: C for channels; Z, Y, X for space.",
-    "NF107": "Scaling is part of the statistic, so it must be stated and fit the image: --scale none, unit (integers to "
-    "0..1), zscore, percentile:LOW,HIGH, MEAN,STD, or --preprocess pkg.mod:function. It runs over the whole image.",
-    "NF108": "A JSON file of normfix is malformed, was edited into something invalid, or was written by a newer version.",
-    "NF109": "The network failed on the input normfix tried, so nothing can be said about it. Give an input it accepts: "
-    "--input 1x3x512x512 (channels and sizes as it was trained), or forward_fn in Python.",
-    "NF110": "The network returns several things; --output KEY (a mapping) or --output INDEX (a sequence) says which counts.",
-    "NF111": "The factory that should build the network could not be imported or failed. Check the name, --arch-args, "
-    "and that its package is installed here.",
-    "NF112": "A state dict holds tensors, not the network. Name the network: --arch pkg.module:factory or --arch timm:NAME, "
-    "with --arch-args '{\"in_channels\": 1}' for its arguments.",
-    "NF113": "A saved folder may name what builds its network, but a file does not decide what runs here: only network "
-    "classes and functions of a fixed list of packages are called unasked. Anything else the caller repeats.",
+    "NF101": "A model or image file is missing, truncated, or not of a kind normfix reads. Models: pickled "
+    "modules and state dicts (.pt, .pth), .safetensors, folders normfix saved, timm:NAME, "
+    "pkg.module:factory. Images: TIFF, PNG, npy. Nothing was changed; give another path or fetch the "
+    "file again.",
+    "NF102": "A pickle is a program: loading it runs whatever it says. normfix first reads files in a mode "
+    "that runs nothing; this one needs classes, which the message lists. If you trust its origin, "
+    "repeat the command with --trust-pickle. Safer: save model.state_dict() and name the network "
+    "with --arch.",
+    "NF103": "Images are read several times (to measure, to re-measure, to prove), so a generator, which can "
+    "be read once, is refused, and so is an empty collection. Give a list or an object with "
+    "__iter__.",
+    "NF104": "One NaN or infinite value spreads through every statistic of the network. Replace or mask such "
+    "pixels.",
+    "NF105": "The names or shapes of the stored weights are not those of the network that was built. Usually "
+    "--arch or --arch-args (number of channels, classes, levels) differ from what the weights were "
+    "trained with.",
+    "NF106": "The image's axes do not fit what the network takes: channels, number of spatial axes, or dtype. "
+    "Name the axes with --axes, one letter each: C for channels; Z, Y, X for space.",
+    "NF107": "Scaling is part of the statistic, so it must be stated and fit the image: --scale none, unit "
+    "(integers to 0..1), zscore, percentile:LOW,HIGH, MEAN,STD, or --preprocess pkg.mod:function. It "
+    "runs over the whole image.",
+    "NF108": "A JSON file of normfix is malformed, was edited into something invalid, or was written by a "
+    "newer version.",
+    "NF109": "The network failed on the input normfix tried, so nothing can be said about it. Give an input "
+    "it accepts: --input 1x3x512x512 (channels and sizes as it was trained), or forward_fn in "
+    "Python.",
+    "NF110": "The network returns several things; --output KEY (a mapping) or --output INDEX (a sequence) "
+    "says which counts.",
+    "NF111": "The factory that should build the network could not be imported or failed. Check the name, "
+    "--arch-args, and that its package is installed here.",
+    "NF112": "A state dict holds tensors, not the network. Name the network: --arch pkg.module:factory or "
+    "--arch timm:NAME, with --arch-args '{\"in_channels\": 1}' for its arguments.",
+    "NF113": "A saved folder may name what builds its network, but a file does not decide what runs here: "
+    "only network classes and functions of a fixed list of packages are called unasked. Anything "
+    "else the caller repeats.",
     "NF114": "Output appears whole or not at all, and never over something that exists. Name a new folder.",
-    "NF117": "The demo image comes in the package mahotas: pip install \"normfix[demo]\".",
+    "NF115": "Weights, plan and probe of a saved folder belong together; here they do not: the file was "
+    "changed, or the network code of the source package differs from the version it was converted "
+    "with.",
     "NF116": "The device does not exist here, or the network cannot be moved to it or to this dtype.",
-    "NF115": "Weights, plan and probe of a saved folder belong together; here they do not: the file was changed, or the "
-    "network code of the source package differs from the version it was converted with.",
+    "NF117": 'The demo image comes in the package mahotas: pip install "normfix[demo]".',
     # 2xx: finding and planning
-    "NF201": "The network ran at one size only, so space could not be told from channels by varying it; dimensions from "
-    "the third on were taken as space.",
-    "NF202": "A norm that the network owns did not run on the example, so nothing can be measured for it. It is left as it is.",
-    "NF203": "The statistic is live and has no stored value, so freezing it needs at least one image to measure it on.",
+    "NF201": "The network ran at one size only, so space could not be told from channels by varying it; "
+    "dimensions from the third on were taken as space.",
+    "NF202": "A norm that the network owns did not run on the example, so nothing can be measured for it. It "
+    "is left as it is.",
+    "NF203": "The statistic is live and has no stored value, so freezing it needs at least one image to "
+    "measure it on.",
     "NF204": "A --keep pattern matches no owner of a site; the message lists the owners.",
-    "NF205": "The plan is not of this network: sites, layers or kind of conversion differ. Make it anew with normfix plan.",
-    "NF206": "The call cannot be intercepted without leaving it live unnoticed, or its statistics cannot be carried over.",
-    "NF207": "At run time an intercepted module made other calls than when it was planned. Rather than leave a statistic "
-    "live unnoticed, the converted network stops.",
+    "NF205": "The plan is not of this network: sites, layers or kind of conversion differ. Make it anew with "
+    "normfix plan.",
+    "NF206": "The call cannot be intercepted without leaving it live unnoticed, or its statistics cannot be "
+    "carried over.",
+    "NF207": "At run time an intercepted module made other calls than when it was planned. Rather than leave "
+    "a statistic live unnoticed, the converted network stops.",
     "NF208": "normfix works on a deep copy, and this network cannot be copied.",
     "NF209": "Normalisation over 1, 2 or 3 spatial axes can be converted; this one has another number.",
-    "NF210": "The network runs on no strip (long on one axis, thin on the others), so it cannot be tiled or proved.",
+    "NF210": "The network runs on no strip (long on one axis, thin on the others), so it cannot be tiled or "
+    "proved.",
     "NF211": "The output does not grow with the input along an axis, so there is nothing to stitch along it.",
-    "NF212": "Some operation spreads over the whole extent although every known statistic was frozen, for example a "
-    "softmax over space, a Fourier transform or a sort. No halo is enough.",
-    "NF213": "No shift of the input shifts the output. Typical causes: align_corners=True, position embeddings, resizing to "
-    "a fixed size. Tiles of such a network cannot equal the whole.",
-    "NF214": "The output is not a map of the input's extent (a classifier, for example), so there is nothing to stitch. Choose "
-    "another output with --output, or features_only for timm networks.",
-    "NF215": "A live statistic remains that normfix has no rule for, or that no constant can replace (attention over all "
-    "tokens). Geometry and tile exactness cannot be claimed while it is live.",
+    "NF212": "Some operation spreads over the whole extent although every known statistic was frozen, for "
+    "example a softmax over space, a Fourier transform or a sort. No halo is enough.",
+    "NF213": "No shift of the input shifts the output. Typical causes: align_corners=True, position "
+    "embeddings, resizing to a fixed size. Tiles of such a network cannot equal the whole.",
+    "NF214": "The output is not a map of the input's extent (a classifier, for example), so there is nothing "
+    "to stitch. Choose another output with --output, or features_only for timm networks.",
+    "NF215": "A live statistic remains that normfix has no rule for, or that no constant can replace "
+    "(attention over all tokens). Geometry and tile exactness cannot be claimed while it is live.",
     # 3xx: calibrating
-    "NF301": "A site ran more or less often than once per image, so its statistic is not defined. The network takes another "
-    "path on these images than on the example it was scanned with.",
+    "NF301": "A site ran more or less often than once per image, so its statistic is not defined. The network "
+    "takes another path on these images than on the example it was scanned with.",
     "NF302": "The network has live statistics, or none to calibrate. Convert it first.",
     # 4xx: checking and predicting
     "NF401": "This site computes its statistic from the tile, so tiles disagree whatever the halo.",
-    "NF402": "Tiles must start in phase: a tile size is a positive multiple of the network's total stride on each axis.",
-    "NF403": "A tile's output depends on pixels beyond its halo. Measured by amplifying everything outside the window by 1e12 in "
-    "float64, because one missing stride is invisible on ordinary images.",
+    "NF402": "Tiles must start in phase: a tile size is a positive multiple of the network's total stride on "
+    "each axis.",
+    "NF403": "A tile's output depends on pixels beyond its halo. Measured by amplifying everything outside "
+    "the window by 1e12 in float64, because one missing stride is invisible on ordinary images.",
     "NF404": "The output does not vary on this image, so agreement proves nothing.",
     "NF405": "The difference disappears in float64: it was rounding.",
     "NF406": "The difference stays in float64: it is structural.",
-    "NF407": "Every window covered the whole image, so tile and whole are the same computation and agreement proves nothing.",
+    "NF407": "Every window covered the whole image, so tile and whole are the same computation and agreement "
+    "proves nothing.",
     "NF408": "The difference is larger than four times the measured noise floor but within the threshold.",
     "NF409": "Tiles of this network do not give its prediction of the whole image; convert it first.",
     # 5xx: saving
-    "NF501": "Nothing is written that was not proved. See which step failed and where; --partial writes it all the same, with "
-    "what remains live stated.",
+    "NF501": "Nothing is written that was not proved. See which step failed and where; --partial writes it "
+    "all the same, with what remains live stated.",
     "NF502": "Only a network that normfix converted carries the plan a saved folder needs.",
     "NF503": "What was written did not load back as the same network, so it was removed.",
     # 9xx: normfix itself
-    "NF901": "Something failed inside normfix. Nothing was written. Please report it with the traceback that --debug prints.",
+    "NF901": "Something failed inside normfix. Nothing was written. Please report it with the traceback that "
+    "--debug prints.",
 }
 """What `normfix explain CODE` prints, by code."""
 

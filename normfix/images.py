@@ -22,7 +22,16 @@ from torch import Tensor
 from normfix.errors import NormfixError
 from normfix.records import Scaling
 
-__all__ = ["ImageFiles", "Items", "find_images", "parse_scaling", "read_image", "scaled", "to_tensor", "write_image"]
+__all__ = [
+    "ImageFiles",
+    "Items",
+    "find_images",
+    "parse_scaling",
+    "read_image",
+    "scaled",
+    "to_tensor",
+    "write_image",
+]
 
 Array = NDArray[Any]
 _SUFFIXES = (".tif", ".tiff", ".png", ".npy")
@@ -67,7 +76,9 @@ class Items:
             )
         items = cls(images, device, dtype)
         if len(items) == 0:
-            raise NormfixError("NF103", "no image was given, and statistics need at least one.", where="images")
+            raise NormfixError(
+                "NF103", "no image was given, and statistics need at least one.", where="images"
+            )
         return items
 
 
@@ -98,7 +109,9 @@ def write_image(path: Path, array: Array) -> None:
     """
     suffix = path.suffix.lower()
     if suffix not in (".npy", ".tif", ".tiff") or path.exists():
-        raise NormfixError("NF114", "give a new file ending in .npy or .tif; nothing is overwritten.", where=str(path))
+        raise NormfixError(
+            "NF114", "give a new file ending in .npy or .tif; nothing is overwritten.", where=str(path)
+        )
     draft = path.with_name(f".{path.stem}-draft{path.suffix}")
     try:
         if suffix == ".npy":
@@ -133,7 +146,9 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
             matched = sorted(Path(p) for p in glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute globs
         if not matched:
             raise NormfixError(
-                "NF101", f"there is no such image file, and no {', '.join(_SUFFIXES)} file in it.", where=pattern
+                "NF101",
+                f"there is no such image file, and no {', '.join(_SUFFIXES)} file in it.",
+                where=pattern,
             )
         found += matched
     return found
@@ -157,23 +172,26 @@ def read_image(path: Path, *, ndim: int, channels: int, axes: str | None = None)
     where = str(path)
     if len(named) != array.ndim or len(set(named)) != len(named):
         raise NormfixError(
-            "NF106", f"axes {named!r} do not name the {array.ndim} axes of an array of shape {array.shape}. "
-            "Give --axes with one letter per axis, such as YX, CYX, YXC or ZYX.", where=where,
+            "NF106",
+            f"axes {named!r} do not name the {array.ndim} axes of an array of shape {array.shape}. "
+            "Give --axes with one letter per axis, such as YX, CYX, YXC or ZYX.",
+            where=where,
         )
     space = [letter for letter in named if letter != "C"]
     if len(space) != ndim:
         raise NormfixError(
-            "NF106", f"the network takes {ndim} spatial axes, the image has {len(space)} ({named}, {array.shape}). "
-            "Give --axes if they are named wrongly, or cut the image.", where=where,
+            "NF106",
+            f"the network takes {ndim} spatial axes, the image has {len(space)} ({named}, {array.shape}). "
+            "Give --axes if they are named wrongly, or cut the image.",
+            where=where,
         )
-    if "C" in named:
-        array = np.moveaxis(array, named.index("C"), 0)
-    else:
-        array = array[np.newaxis]
+    array = np.moveaxis(array, named.index("C"), 0) if "C" in named else array[np.newaxis]
     if array.shape[0] != channels:
         raise NormfixError(
-            "NF106", f"the network takes {channels} channels, the image has {array.shape[0]} ({named}). "
-            "Give --axes if they are named wrongly, or select channels first.", where=where,
+            "NF106",
+            f"the network takes {channels} channels, the image has {array.shape[0]} ({named}). "
+            "Give --axes if they are named wrongly, or select channels first.",
+            where=where,
         )
     return array
 
@@ -188,8 +206,10 @@ def scaled(array: Array, scaling: Scaling | None, where: str = "image") -> Array
     if scaling is None:
         if array.dtype.kind != "f":
             raise NormfixError(
-                "NF107", f"the image is {array.dtype}, and what the network takes is not known. State it: --scale unit, "
-                "zscore, percentile:1,99.8, MEAN,STD or none, as it was trained with.", where=where,
+                "NF107",
+                f"the image is {array.dtype}, and what the network takes is not known. State it: --scale unit, "
+                "zscore, percentile:1,99.8, MEAN,STD or none, as it was trained with.",
+                where=where,
             )
         scaling = Scaling()
     if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -200,7 +220,9 @@ def scaled(array: Array, scaling: Scaling | None, where: str = "image") -> Array
             result = wide
         case "unit":
             if array.dtype.kind not in "iu":
-                raise NormfixError("NF107", f"'unit' is for integer images; this one is {array.dtype}.", where=where)
+                raise NormfixError(
+                    "NF107", f"'unit' is for integer images; this one is {array.dtype}.", where=where
+                )
             result = wide / np.iinfo(array.dtype).max
         case "zscore":
             result = (wide - wide.mean()) / _positive(wide.std(), where)
@@ -223,8 +245,11 @@ def parse_scaling(text: str) -> Scaling:
     """
     if text in ("none", "unit", "zscore"):
         return Scaling(kind=cast(Literal["none", "unit", "zscore"], text))
-    kind, numbers = ("percentile", text.removeprefix("percentile:")) if text.startswith("percentile:") else (
-        "fixed", text)
+    kind, numbers = (
+        ("percentile", text.removeprefix("percentile:"))
+        if text.startswith("percentile:")
+        else ("fixed", text)
+    )
     try:
         low, high = (float(n) for n in numbers.split(","))
     except ValueError as error:
@@ -233,8 +258,11 @@ def parse_scaling(text: str) -> Scaling:
         ) from error
     sane = 0 <= low < high <= 100 if kind == "percentile" else high > 0
     if not sane:
-        raise NormfixError("NF107", "percentiles run from 0 to 100, low before high; a deviation is positive.",
-                           where=f"--scale {text}")
+        raise NormfixError(
+            "NF107",
+            "percentiles run from 0 to 100, low before high; a deviation is positive.",
+            where=f"--scale {text}",
+        )
     return Scaling(kind=cast(Literal["percentile", "fixed"], kind), values=(low, high))
 
 
@@ -254,13 +282,14 @@ def _read(path: Path) -> tuple[Array, str | None]:
         import imageio.v3 as iio
 
         array = np.asarray(iio.imread(path))
-        return array, "YX" if array.ndim == 2 else "YXC"
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise NormfixError(
-            "NF101", f"cannot read this file as {', '.join(_SUFFIXES)}: {reason}. Check that it exists and is whole.",
+            "NF101",
+            f"cannot read this file as {', '.join(_SUFFIXES)}: {reason}. Check that it exists and is whole.",
             where=str(path),
         ) from error
+    return array, "YX" if array.ndim == 2 else "YXC"
 
 
 def _read_tiff(path: Path) -> tuple[Array, str | None]:
@@ -270,7 +299,11 @@ def _read_tiff(path: Path) -> tuple[Array, str | None]:
         series = file.series[0]
         axes = series.axes
         array = series.asarray()
-    singles = [i for i, (letter, n) in enumerate(zip(axes, array.shape, strict=True)) if n == 1 and letter not in "YX"]
+    singles = [
+        i
+        for i, (letter, n) in enumerate(zip(axes, array.shape, strict=True))
+        if n == 1 and letter not in "YX"
+    ]
     array = np.squeeze(array, tuple(singles))
     axes = "".join(letter for i, letter in enumerate(axes) if i not in singles)
     known = set(axes) <= set("CSZYX")  # Q and I mean: not said
@@ -284,16 +317,24 @@ def _guess(shape: tuple[int, ...], ndim: int, channels: int) -> str:
     if len(shape) == ndim + 1 and (shape[0] == channels) != (shape[-1] == channels):
         return f"C{space}" if shape[0] == channels else f"{space}C"
     raise NormfixError(
-        "NF106", f"the axes of an array of shape {shape} are not certain for a network with {channels} channels and "
-        f"{ndim} spatial axes. Name them with --axes, such as C{space} or {space}C.", where="axes",
+        "NF106",
+        f"the axes of an array of shape {shape} are not certain for a network with {channels} channels and "
+        f"{ndim} spatial axes. Name them with --axes, such as C{space} or {space}C.",
+        where="axes",
     )
 
 
 def _checked(image: object, where: str) -> Tensor:
     if not isinstance(image, Tensor) or image.dim() < 3 or not image.is_floating_point():
-        what = f"{image.dtype} of shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+        what = (
+            f"{image.dtype} of shape {tuple(image.shape)}"
+            if isinstance(image, Tensor)
+            else type(image).__name__
+        )
         raise NormfixError(
-            "NF106", f"expected a floating tensor (N, C, *space), got {what}. Convert and scale it first.", where=where
+            "NF106",
+            f"expected a floating tensor (N, C, *space), got {what}. Convert and scale it first.",
+            where=where,
         )
     if not torch.isfinite(image).all():
         raise _not_finite(where)
@@ -302,14 +343,18 @@ def _checked(image: object, where: str) -> Tensor:
 
 def _not_finite(where: str) -> NormfixError:
     return NormfixError(
-        "NF104", "the image has NaN or infinite values, which would spread through every statistic. Replace or "
-        "mask them first.", where=where,
+        "NF104",
+        "the image has NaN or infinite values, which would spread through every statistic. Replace or "
+        "mask them first.",
+        where=where,
     )
 
 
 def _positive(spread: float, where: str) -> float:
     if not spread > 0:
-        raise NormfixError("NF107", "the image is constant, so it cannot be scaled by its spread.", where=where)
+        raise NormfixError(
+            "NF107", "the image is constant, so it cannot be scaled by its spread.", where=where
+        )
     return spread
 
 
@@ -318,6 +363,7 @@ def _function(name: str) -> Callable[[Array], Array]:
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise NormfixError("NF107", f"cannot import it: {error}. Give pkg.mod:function.", where=f"--preprocess {name}"
-                           ) from error
+        raise NormfixError(
+            "NF107", f"cannot import it: {error}. Give pkg.mod:function.", where=f"--preprocess {name}"
+        ) from error
     return cast(Callable[[Array], Array], function)

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from normfix.census import NORMS
 from normfix.errors import NormfixError
+from normfix.layers.base import ChannelNorm
 
 __all__ = ["Intercept", "InterceptedNorm", "intercept_", "obstacle"]
 
@@ -45,26 +46,30 @@ class InterceptedNorm(nn.Module):
     (absent unless group statistics were turned into channel statistics).
     """
 
-    def __init__(self, norm: nn.Module) -> None:
+    norm: ChannelNorm
+
+    def __init__(self, norm: ChannelNorm) -> None:
         super().__init__()
         self.norm = norm
 
     def forward(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Normalise `input` (N, C, *space); `weight` and `bias` are (C,) or None."""
         scale, shift = self.norm.weight, self.norm.bias
-        if scale is None:
-            return self.norm.normalize(input, weight, bias)  # type: ignore[operator, no-any-return]
+        if scale is None or shift is None:
+            return self.norm.normalize(input, weight, bias)
         if weight is not None:
             scale, shift = weight * scale, weight * shift
         if bias is not None:
             shift = shift + bias
-        return self.norm.normalize(input, scale, shift)  # type: ignore[operator, no-any-return]
+        return self.norm.normalize(input, scale, shift)
 
 
 def obstacle(owner: nn.Module) -> str:
     """Say why this module's forward cannot be intercepted, or return ''."""
     if "forward" in owner.__dict__:
-        return "its forward is set on the instance, which bypasses the class and would stay live without a word"
+        return (
+            "its forward is set on the instance, which bypasses the class and would stay live without a word"
+        )
     if type(owner).__module__.startswith("torch.jit"):
         return "it is a TorchScript module"
     return ""
@@ -88,8 +93,16 @@ def intercept_(owner: nn.Module, intercepts: tuple[Intercept, ...]) -> None:
         owner.__class__ = _subclass(type(owner))
 
 
-@functools.cache
+_SUBCLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _subclass(base: type[nn.Module]) -> type[nn.Module]:
+    if base not in _SUBCLASSES:
+        _SUBCLASSES[base] = _make_subclass(base)
+    return _SUBCLASSES[base]
+
+
+def _make_subclass(base: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with _Calls(self):
@@ -146,12 +159,14 @@ class _Calls(TorchFunctionMode):
         try:
             return target(given["input"], given.get("weight"), given.get("bias"))  # type: ignore[no-any-return]
         except ValueError as error:
-            raise NormfixError("NF207", f"the call does not fit the plan: {error}.", where=planned.site) from error
+            raise NormfixError(
+                "NF207", f"the call does not fit the plan: {error}.", where=planned.site
+            ) from error
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        super().__exit__(kind, value, trace)
+        super().__exit__(kind, value, trace)  # type: ignore[no-untyped-call]
         if kind is not None:
             return
         for (function, index), planned in self._planned.items():
@@ -168,7 +183,16 @@ class _Calls(TorchFunctionMode):
 # a compiled forward breaks the graph.
 _PARAMETERS = {
     "batch_norm": ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
-    "instance_norm": ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps"),
+    "instance_norm": (
+        "input",
+        "running_mean",
+        "running_var",
+        "weight",
+        "bias",
+        "use_input_stats",
+        "momentum",
+        "eps",
+    ),
     "group_norm": ("input", "num_groups", "weight", "bias", "eps"),
     "layer_norm": ("input", "normalized_shape", "weight", "bias", "eps"),
 }

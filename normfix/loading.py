@@ -28,7 +28,15 @@ from normfix.records import Source
 
 __all__ = ["FACTORIES", "Loaded", "build", "open_model", "read_weights", "rebuild"]
 
-FACTORIES = ("torchvision", "timm", "monai", "segmentation_models_pytorch", "transformers", "diffusers", "normfix")
+FACTORIES = (
+    "torchvision",
+    "timm",
+    "monai",
+    "segmentation_models_pytorch",
+    "transformers",
+    "diffusers",
+    "normfix",
+)
 """Packages whose network classes and functions a saved folder may name."""
 
 _NESTED = ("state_dict", "model_state_dict", "model")
@@ -45,7 +53,11 @@ class Loaded:
 
 
 def open_model(
-    spec: str, *, arch: str | None = None, arch_args: Mapping[str, Any] | None = None, trust_pickle: bool = False
+    spec: str,
+    *,
+    arch: str | None = None,
+    arch_args: Mapping[str, Any] | None = None,
+    trust_pickle: bool = False,
 ) -> Loaded:
     """Load a network that the caller names.
 
@@ -86,7 +98,9 @@ def build(source: Source, *, blank: bool = False) -> nn.Module:
     try:
         if source.spec.startswith("timm:"):
             factory: Any = importlib.import_module("timm").create_model
-            model = factory(source.spec.removeprefix("timm:"), **{**args, **({"pretrained": False} if blank else {})})
+            model = factory(
+                source.spec.removeprefix("timm:"), **{**args, **({"pretrained": False} if blank else {})}
+            )
         else:
             model = _import(source.spec)(**args)
     except ModuleNotFoundError as error:
@@ -98,11 +112,15 @@ def build(source: Source, *, blank: bool = False) -> nn.Module:
             "NF111", f"{type(error).__name__}: {reason}. Check the name and --arch-args.", where=source.spec
         ) from error
     if not isinstance(model, nn.Module):
-        raise NormfixError("NF111", f"it returned {type(model).__name__}, not an nn.Module.", where=source.spec)
+        raise NormfixError(
+            "NF111", f"it returned {type(model).__name__}, not an nn.Module.", where=source.spec
+        )
     return model
 
 
-def rebuild(source: Source, *, arch: str | None = None, arch_args: Mapping[str, Any] | None = None) -> nn.Module:
+def rebuild(
+    source: Source, *, arch: str | None = None, arch_args: Mapping[str, Any] | None = None
+) -> nn.Module:
     """Build the architecture a saved folder names, or the one the caller repeats.
 
     Raises:
@@ -113,14 +131,18 @@ def rebuild(source: Source, *, arch: str | None = None, arch_args: Mapping[str, 
         return build(Source(kind="factory", spec=arch, args=_dumped(args)), blank=True)
     if source.kind == "object":
         raise NormfixError(
-            "NF113", "the folder was saved from an object, so it does not say how to build one. Give the network: "
-            "load(folder, model=MyNet()) or load(folder, arch='pkg.mod:factory').", where=source.spec,
+            "NF113",
+            "the folder was saved from an object, so it does not say how to build one. Give the network: "
+            "load(folder, model=MyNet()) or load(folder, arch='pkg.mod:factory').",
+            where=source.spec,
         )
     if not _allowed(source.spec):
         raise NormfixError(
-            "NF113", "the folder names this factory, but only network classes and functions of "
+            "NF113",
+            "the folder names this factory, but only network classes and functions of "
             f"{', '.join(FACTORIES)} are called unasked. If you trust it, repeat it: --arch {source.spec} "
-            f"(arch={source.spec!r} in Python).", where=source.spec,
+            f"(arch={source.spec!r} in Python).",
+            where=source.spec,
         )
     return build(source, blank=True)
 
@@ -139,8 +161,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def _open_file(path: Path, arch: str | None, args: dict[str, Any], trust_pickle: bool) -> Loaded:
     if path.is_dir():
-        raise NormfixError("NF101", "this folder holds no normfix.json, so it was not saved by normfix.",
-                           where=str(path))
+        raise NormfixError(
+            "NF101", "this folder holds no normfix.json, so it was not saved by normfix.", where=str(path)
+        )
     if path.suffix == ".safetensors":
         content: Any = read_weights(path)
     else:
@@ -154,8 +177,10 @@ def _open_file(path: Path, arch: str | None, args: dict[str, Any], trust_pickle:
     weights = _state_dict(content, path)
     if arch is None:
         raise NormfixError(
-            "NF112", f"the file holds {len(weights)} tensors but not the network. Name it: --arch pkg.module:factory "
-            "or --arch timm:NAME, with --arch-args '{\"...\": ...}'.", where=str(path),
+            "NF112",
+            f"the file holds {len(weights)} tensors but not the network. Name it: --arch pkg.module:factory "
+            "or --arch timm:NAME, with --arch-args '{\"...\": ...}'.",
+            where=str(path),
         )
     source = Source(kind="factory", spec=arch, args=_dumped(args))
     model = build(source, blank=True)
@@ -173,7 +198,8 @@ def _unpickled(path: Path, trust: bool) -> Any:
         raise _unreadable(path, error) from error
     if not trust:
         raise NormfixError(
-            "NF102", f"the file is a pickle that would import {_wanted(path)}. Loading it runs code; if you trust "
+            "NF102",
+            f"the file is a pickle that would import {_wanted(path)}. Loading it runs code; if you trust "
             "where it came from, add --trust-pickle, or save its state_dict and name the network with --arch.",
             where=str(path),
         )
@@ -196,8 +222,14 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     for key in _NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise NormfixError("NF101", "the file holds neither a network nor a state dict of tensors.", where=str(path))
+    if (
+        not isinstance(content, Mapping)
+        or not content
+        or not all(isinstance(v, Tensor) for v in content.values())
+    ):
+        raise NormfixError(
+            "NF101", "the file holds neither a network nor a state dict of tensors.", where=str(path)
+        )
     weights = {str(k): v for k, v in content.items()}
     for prefix in ("module.", "_orig_mod."):
         if all(key.startswith(prefix) for key in weights):
@@ -210,7 +242,9 @@ def _load_strictly(model: nn.Module, weights: Mapping[str, Tensor], path: Path) 
         result = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         reason = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
-        raise NormfixError("NF105", f"the weights do not fit this network: {reason}.", where=str(path)) from error
+        raise NormfixError(
+            "NF105", f"the weights do not fit this network: {reason}.", where=str(path)
+        ) from error
     if result.missing_keys or result.unexpected_keys:
         parts = [
             f"{len(keys)} {kind} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
@@ -218,7 +252,8 @@ def _load_strictly(model: nn.Module, weights: Mapping[str, Tensor], path: Path) 
             if keys
         ]
         raise NormfixError(
-            "NF105", f"the weights do not fit this network: {' and '.join(parts)}. Check --arch and --arch-args.",
+            "NF105",
+            f"the weights do not fit this network: {' and '.join(parts)}. Check --arch and --arch-args.",
             where=str(path),
         )
 
@@ -260,6 +295,7 @@ def _dumped(args: Mapping[str, Any]) -> str:
 def _unreadable(path: Path, error: Exception) -> NormfixError:
     reason = " ".join(str(error).split())[:160]
     return NormfixError(
-        "NF101", f"cannot read this file: {reason or type(error).__name__}. Check that it exists and is whole.",
+        "NF101",
+        f"cannot read this file: {reason or type(error).__name__}. Check that it exists and is whole.",
         where=str(path),
     )

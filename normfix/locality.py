@@ -31,7 +31,9 @@ class Locality:
     findings: tuple[Finding, ...]
 
 
-def measure_locality(single: Function, double: Function, example: Tensor, dilution: Sequence[int]) -> Locality:
+def measure_locality(
+    single: Function, double: Function, example: Tensor, dilution: Sequence[int]
+) -> Locality:
     """Measure a network in which no statistic is live.
 
     Args:
@@ -44,7 +46,11 @@ def measure_locality(single: Function, double: Function, example: Tensor, diluti
     cross = cross_section(single, example, dilution)
     if cross is None:
         size = "x".join(map(str, example.shape[2:]))
-        return _none("NF210", "size", f"the network runs on no strip, only on sizes like {size}, so it cannot be tiled.")
+        return _none(
+            "NF210",
+            "size",
+            f"the network runs on no strip, only on sizes like {size}, so it cannot be tiled.",
+        )
     strides, halos, scales, multiples = [], [], [], []
     for axis, grid in enumerate(dilution):
         name = f"axis {axis}"
@@ -53,19 +59,29 @@ def measure_locality(single: Function, double: Function, example: Tensor, diluti
             return _none("NF211", name, "the output does not grow with the input along this axis.")
         reach = halo(single, example, axis, grid, scale, cross)
         if reach is None:
-            return _none("NF212", name, "its output depends on the whole extent along this axis although no known "
-                         "statistic is live, so no halo is enough.")
+            return _none(
+                "NF212",
+                name,
+                "its output depends on the whole extent along this axis although no known "
+                "statistic is live, so no halo is enough.",
+            )
         padded = tuple(round_up(max(0, n), grid) for n in reach)
         around = (padded[0], padded[1])
         stride = smallest_stride(double, example.double(), axis, grid, scale, around, cross)
         if stride is None:
-            return _none("NF213", name, "no shift of the input shifts the output: it depends on size or position "
-                         "(align_corners=True, position embeddings, resizing to a fixed size).")
+            return _none(
+                "NF213",
+                name,
+                "no shift of the input shifts the output: it depends on size or position "
+                "(align_corners=True, position embeddings, resizing to a fixed size).",
+            )
         strides.append(stride)
         halos.append(reach)
         scales.append(scale)
         multiples.append(exact_multiple(double, example.double(), axis, stride, scale, around, cross))
-    geometry = Geometry(stride=tuple(strides), halo=tuple(halos), scale=tuple(scales), multiple=tuple(multiples))
+    geometry = Geometry(
+        stride=tuple(strides), halo=tuple(halos), scale=tuple(scales), multiple=tuple(multiples)
+    )
     return Locality(geometry, ())
 
 

@@ -48,7 +48,7 @@ def measure(x: Tensor, channels_per_slab: int = 16) -> Moments:
     """
     x = x.detach().movedim(1, 0).flatten(1)  # (N, C, *space) -> (C, N*space)
     means, m2s = [], []
-    for slab in x.split(channels_per_slab):
+    for slab in torch.split(x, channels_per_slab):
         wide = slab.double()
         mean = wide.mean(1, keepdim=True)
         means.append(mean.squeeze(1))

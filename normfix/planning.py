@@ -35,7 +35,9 @@ def decide(
     for pattern in keep:
         if not any(matches(site.owner, (pattern,)) for site in sites):
             owners = ", ".join(dict.fromkeys(site.owner for site in sites)) or "none"
-            raise NormfixError("NF204", f"no site matches this pattern; the owners are: {owners}.", where=pattern)
+            raise NormfixError(
+                "NF204", f"no site matches this pattern; the owners are: {owners}.", where=pattern
+            )
     decisions = tuple(_decide(site, to, tuple(keep)) for site in sites)
     return Plan(to=to, model=model, decisions=tuple(_positioned(i, decisions) for i in range(len(decisions))))
 
@@ -65,7 +67,7 @@ def _leave(site: Site, action: Action, reason: str) -> Decision:
 
 
 def _positioned(index: int, decisions: tuple[Decision, ...]) -> Decision:
-    """Number an intercepted call among those its anchor still sees once everything deeper is converted."""
+    """Return an intercepted site's number among the calls its anchor still sees."""
     decision = decisions[index]
     if decision.means is not Means.INTERCEPT:
         return decision

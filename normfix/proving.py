@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from normfix.numerics import IDENTITY, deviation
-from normfix.records import CalibrationSummary, Decision, ImageShift, Plan, ProofStep, Site, SiteStatistics, Verdict
+from normfix.records import (
+    CalibrationSummary,
+    Decision,
+    ImageShift,
+    Plan,
+    ProofStep,
+    Site,
+    SiteStatistics,
+    Verdict,
+)
 
 __all__ = ["RESIDUAL", "identity", "residual", "shift", "tile_exactness", "untouched", "used"]
 
@@ -26,7 +35,7 @@ Status = Literal["passed", "failed", "inconclusive"]
 
 
 def identity(converted: Tensor, original: Tensor) -> ProofStep:
-    """T1: calibrated on one image alone, the converted network gives what the original gives on it."""
+    """Prove T1: calibrated on one image alone, the converted network gives what the original gives."""
     claim = "calibrated on one image alone, the converted network equals the original on that image"
     spread = float(original.double().std())
     bound = IDENTITY[original.dtype]
@@ -38,43 +47,57 @@ def identity(converted: Tensor, original: Tensor) -> ProofStep:
 
 
 def residual(summary: CalibrationSummary | None, dtype: torch.dtype) -> ProofStep:
-    """The stored statistics are those the frozen network has: mean shift 0, variance ratio 1 at every site."""
+    """Prove that the stored statistics are those the frozen network has at every site."""
     claim = "re-measured under the stored statistics, every site has mean shift 0 and variance ratio 1"
     bound = RESIDUAL[dtype]
     if summary is None or not summary.sites:
-        return _step("residual", claim, "passed", 0.0, bound, "no site was calibrated: all statistics were carried over")
+        return _step(
+            "residual",
+            claim,
+            "passed",
+            0.0,
+            bound,
+            "no site was calibrated: all statistics were carried over",
+        )
     worst = max(summary.sites, key=_residual_of)
     value = _residual_of(worst)
-    return _step("residual", claim, "passed" if value <= bound else "failed", value, bound, f"largest at {worst.site}")
+    return _step(
+        "residual", claim, "passed" if value <= bound else "failed", value, bound, f"largest at {worst.site}"
+    )
 
 
-def tile_exactness(verdict: Verdict | None, left_live: Sequence[Decision], findings: Sequence[str]) -> ProofStep:
-    """T2: stitched tiles equal the whole image."""
+def tile_exactness(
+    verdict: Verdict | None, left_live: Sequence[Decision], findings: Sequence[str]
+) -> ProofStep:
+    """Prove T2: stitched tiles equal the whole image."""
     claim = "stitched tiles of the converted network equal its output on the whole image"
     live = ", ".join(f"{d.site.id} ({d.reason})" for d in left_live[:4])
     if verdict is None:
         reasons = "; ".join(findings) or "its geometry could not be measured"
         return _step("tiles", claim, "failed", None, None, f"live: {live}" if live else reasons)
     note = "; ".join(f"{f.where}: {f.message}" for f in verdict.findings)
-    return _step("tiles", claim, verdict.status, verdict.max_sd, verdict.threshold, f"live: {live}" if live else note)
+    return _step(
+        "tiles", claim, verdict.status, verdict.max_sd, verdict.threshold, f"live: {live}" if live else note
+    )
 
 
 def untouched(original: nn.Module, converted: nn.Module, plan: Plan) -> ProofStep:
-    """Parameters and buffers outside the converted sites are bit-equal."""
+    """Prove that parameters and buffers outside the converted sites are bit-equal."""
     claim = "parameters and buffers outside the converted sites are unchanged to the bit"
     owners = {d.site.owner for d in plan.converted}
     after = dict(_tensors(converted))
     changed = [
         name
         for name, value in _tensors(original)
-        if name.rpartition(".")[0] not in owners and (name not in after or not torch.equal(value, after[name]))
+        if name.rpartition(".")[0] not in owners
+        and (name not in after or not torch.equal(value, after[name]))
     ]
     note = ", ".join(changed[:4])
     return _step("untouched", claim, "failed" if changed else "passed", float(len(changed)), 0.0, note)
 
 
 def used(calls: Mapping[str, int], sites: Iterable[Site], plan: Plan) -> ProofStep:
-    """On another input than the calibration image, every planned layer runs once and no planned call is live.
+    """Prove on another input that every planned layer runs once and no planned call is live.
 
     On the calibration image itself a lost interception is invisible, since there live equals frozen.
     """
@@ -102,5 +125,7 @@ def _tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
     return model.state_dict().items()
 
 
-def _step(name: str, claim: str, status: Status, value: float | None, bound: float | None, note: str = "") -> ProofStep:
+def _step(
+    name: str, claim: str, status: Status, value: float | None, bound: float | None, note: str = ""
+) -> ProofStep:
     return ProofStep(name=name, claim=claim, status=status, value=value, bound=bound, note=note)

@@ -472,7 +472,9 @@ def _decode_tuple(items: tuple[Any, ...], data: object, where: str) -> tuple[Any
     if items[-1] is Ellipsis:
         return tuple(_decode(items[0], item, f"{where}[{i}]") for i, item in enumerate(data))
     _require(len(data) == len(items), data, where, f"a list of {len(items)}")
-    return tuple(_decode(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(items, data, strict=True)))
+    return tuple(
+        _decode(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(items, data, strict=True))
+    )
 
 
 def _decode_record(kind: Any, data: object, where: str) -> Any:

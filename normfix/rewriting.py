@@ -48,7 +48,9 @@ def rewrite(model: nn.Module, plan: Plan) -> nn.Module:
         path = decision.site.owner if decision.means is Means.SWAP else decision.site.anchor
         if path not in modules:
             raise NormfixError(
-                "NF205", "the plan names a module that this network does not have. Make the plan anew.", where=path
+                "NF205",
+                "the plan names a module that this network does not have. Make the plan anew.",
+                where=path,
             )
     for decision in _bottom_up(plan):
         if decision.means is Means.SWAP:
@@ -64,7 +66,9 @@ def layer_of(model: nn.Module, decision: Decision) -> ChannelNorm:
     return module.norm if isinstance(module, InterceptedNorm) else module  # type: ignore[return-value]
 
 
-def set_statistics_(layer: ChannelNorm, decision: Decision, moments: Moments, *, express: bool = True) -> None:
+def set_statistics_(
+    layer: ChannelNorm, decision: Decision, moments: Moments, *, express: bool = True
+) -> None:
     """Write calibrated statistics into a layer, in place.
 
     Args:
@@ -95,8 +99,10 @@ def copy_of(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model)
     except Exception as error:
         raise NormfixError(
-            "NF208", f"the network cannot be deep-copied ({error}), and normfix never changes the one it was given. "
-            "Detach what holds graphs, locks or open files.", where=type(model).__name__,
+            "NF208",
+            f"the network cannot be deep-copied ({error}), and normfix never changes the one it was given. "
+            "Detach what holds graphs, locks or open files.",
+            where=type(model).__name__,
         ) from error
 
 
@@ -115,14 +121,17 @@ def as_trained_copy(model: nn.Module) -> nn.Module:
 
 
 def _store(layer: ChannelNorm, moments: Moments) -> None:
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    assert layer.num_batches_tracked is not None
     with torch.no_grad():
-        layer.running_mean.copy_(moments.mean)  # type: ignore[operator, union-attr]
-        layer.running_var.copy_(moments.var)  # type: ignore[operator, union-attr]
-        layer.num_batches_tracked.fill_(1)  # type: ignore[operator, union-attr]
+        layer.running_mean.copy_(moments.mean)
+        layer.running_var.copy_(moments.var)
+        layer.num_batches_tracked.fill_(1)
 
 
 def _express_group_affine(layer: ChannelNorm, channel: Moments, group: Moments, spec: LayerSpec) -> None:
-    """w' = w s_c / s_g,  b' = b + w (m_c - m_g) / s_g  (normfix.rules.group)."""
+    """Apply w' = w s_c / s_g,  b' = b + w (m_c - m_g) / s_g  (normfix.rules.group)."""
     s_c, s_g = (channel.var + spec.eps).sqrt(), (group.var + spec.eps).sqrt()
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, Tensor)
@@ -134,7 +143,7 @@ def _express_group_affine(layer: ChannelNorm, channel: Moments, group: Moments, 
 
 
 def _bottom_up(plan: Plan) -> Iterator[Decision]:
-    """Swaps first, then interceptions in the order of the calls."""
+    """Yield swaps first, then interceptions in the order of the calls."""
     yield from (d for d in plan.converted if d.means is Means.SWAP)
     yield from (d for d in plan.converted if d.means is Means.INTERCEPT)
 
@@ -180,8 +189,11 @@ def _new_layer(decision: Decision, *, affine: bool, like: nn.Module) -> ChannelN
     spec = decision.site.layer
     assert spec is not None
     if spec.ndim not in _FROZEN:
-        raise NormfixError("NF209", f"it normalises {spec.ndim} spatial dimensions; 1, 2 or 3 are supported.",
-                           where=decision.site.id)
+        raise NormfixError(
+            "NF209",
+            f"it normalises {spec.ndim} spatial dimensions; 1, 2 or 3 are supported.",
+            where=decision.site.id,
+        )
     kinds = _FROZEN if decision.action is Action.FREEZE else _RENORM
     tensor = next((t for t in (*like.parameters(), *like.buffers()) if t.is_floating_point()), None)
     device = tensor.device if tensor is not None else None
@@ -190,7 +202,9 @@ def _new_layer(decision: Decision, *, affine: bool, like: nn.Module) -> ChannelN
 
 
 def _has_tensors(module: nn.Module) -> bool:
-    return any(t.is_floating_point() for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+    return any(
+        t.is_floating_point() for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    )
 
 
 def _take_affine(new: ChannelNorm, old: nn.Module, decision: Decision) -> None:

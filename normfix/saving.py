@@ -24,7 +24,16 @@ from torch import Tensor, nn
 from normfix.errors import NormfixError
 from normfix.records import CalibrationSummary, Probe, Proof, Provenance, Saved
 
-__all__ = ["MANIFEST", "WEIGHTS", "appearing", "load_weights_", "read_manifest", "require_absent", "seeded_input", "write_folder"]
+__all__ = [
+    "MANIFEST",
+    "WEIGHTS",
+    "appearing",
+    "load_weights_",
+    "read_manifest",
+    "require_absent",
+    "seeded_input",
+    "write_folder",
+]
 
 MANIFEST, WEIGHTS, CARD = "normfix.json", "model.safetensors", "README.md"
 SCHEMA = 1
@@ -65,7 +74,8 @@ def require_absent(target: Path) -> None:
     """
     if target.exists():
         raise NormfixError(
-            "NF114", "it exists, and normfix overwrites nothing. Name another folder or remove this one.",
+            "NF114",
+            "it exists, and normfix overwrites nothing. Name another folder or remove this one.",
             where=str(target),
         )
 
@@ -76,7 +86,7 @@ def write_folder(
     provenance: Provenance,
     proof: Proof | None,
     calibration: CalibrationSummary | None,
-    probe: Probe,
+    probe: Probe | None,
 ) -> None:
     """Write the three files of a saved model into an existing folder."""
     stored = _stored(model)
@@ -108,7 +118,9 @@ def read_manifest(folder: Path) -> Saved:
     schema = data.get("schema") if isinstance(data, Mapping) else None
     if isinstance(schema, int) and schema > SCHEMA:
         raise NormfixError(
-            "NF108", f"it has schema {schema}, this normfix reads up to {SCHEMA}. Update normfix.", where=str(path)
+            "NF108",
+            f"it has schema {schema}, this normfix reads up to {SCHEMA}. Update normfix.",
+            where=str(path),
         )
     saved = Saved.from_json(data, where=str(path))
     weights = folder / WEIGHTS
@@ -116,8 +128,10 @@ def read_manifest(folder: Path) -> Saved:
         raise NormfixError("NF101", "the folder has no weights file.", where=str(weights))
     if _sha256(weights) != saved.sha256:
         raise NormfixError(
-            "NF115", "the weights are not those that were saved: the checksum in normfix.json differs. Fetch or "
-            "convert the network again.", where=str(weights),
+            "NF115",
+            "the weights are not those that were saved: the checksum in normfix.json differs. Fetch or "
+            "convert the network again.",
+            where=str(weights),
         )
     return saved
 
@@ -139,7 +153,8 @@ def load_weights_(model: nn.Module, weights: Mapping[str, Tensor], saved: Saved,
     except RuntimeError as error:
         reason = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
         raise NormfixError(
-            "NF105", f"the saved weights do not fit this network: {reason}. It is not the one that was converted.",
+            "NF105",
+            f"the saved weights do not fit this network: {reason}. It is not the one that was converted.",
             where=where,
         ) from error
 
@@ -176,7 +191,10 @@ def _sha256(path: Path) -> str:
 
 def _card(saved: Saved) -> str:
     environment = Environment(
-        loader=PackageLoader("normfix.reporting"), trim_blocks=True, lstrip_blocks=True, autoescape=False,  # noqa: S701
+        loader=PackageLoader("normfix.reporting"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
         keep_trailing_newline=True,
     )  # Markdown, not HTML
     return environment.get_template("card.md").render(saved=saved)

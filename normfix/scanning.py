@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from normfix.census import Call, census
 from normfix.errors import NormfixError
@@ -86,7 +86,10 @@ def materialise_(model: nn.Module, run: Run, example: Tensor) -> None:
     Raises:
         NormfixError: NF109 if the network does not run on the example.
     """
-    if any(isinstance(p, UninitializedTensorMixin) for p in (*model.parameters(), *model.buffers())):
+    if any(
+        isinstance(p, UninitializedParameter | UninitializedBuffer)
+        for p in (*model.parameters(), *model.buffers())
+    ):
         _census(model, run, example)
 
 
@@ -115,7 +118,9 @@ def _census(model: nn.Module, run: Run, example: Tensor) -> tuple[list[Call], Co
 def _second_look(model: nn.Module, run: Run, example: Tensor, functions: list[str]) -> _Look | None:
     """Run at another size; None if the network accepts none of those tried with the same calls."""
     space = example.shape[2:]
-    trials: list[list[int]] = [[n // 2 for n in space]] if all(n % 64 == 0 and n >= 128 for n in space) else []
+    trials: list[list[int]] = (
+        [[n // 2 for n in space]] if all(n % 64 == 0 and n >= 128 for n in space) else []
+    )
     trials += [[n + step for n in space] for step in (32, 64, 128)]
     for trial in trials:
         resized = _resize(example, trial)
@@ -157,11 +162,17 @@ class _Growth:
 
     def inputs(self, position: int) -> float:
         """Return the exponent of the fastest growing input: 1 grows as the image does, 0 not at all."""
-        return max((self._exponent(position, "inputs", i) for i in range(len(self._calls[position].inputs))), default=0)
+        return max(
+            (self._exponent(position, "inputs", i) for i in range(len(self._calls[position].inputs))),
+            default=0,
+        )
 
     def outputs(self, position: int) -> float:
         """Return the exponent of the fastest growing output."""
-        return max((self._exponent(position, "outputs", i) for i in range(len(self._calls[position].outputs))), default=0)
+        return max(
+            (self._exponent(position, "outputs", i) for i in range(len(self._calls[position].outputs))),
+            default=0,
+        )
 
     def of_output(self, output: Tensor, other: _Look | None) -> bool:
         """Tell whether the network's output grows as its input does."""
@@ -249,7 +260,9 @@ def _site(
     }
     if rule is not None:
         if not call.arguments["input"].depends:
-            return Site(family=rule.family, live=False, reduces="weights, not the image", swappable=False, **common)
+            return Site(
+                family=rule.family, live=False, reduces="weights, not the image", swappable=False, **common
+            )
         reading = rule.read(call, growth.space(position), owner)
         swappable = type(owner) in rule.modules and invocations[call.owner] == 1
         return Site(

@@ -11,8 +11,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from types import EllipsisType
 
-__all__ = ["Geometry", "Tile", "grid", "round_up"]
+__all__ = ["Geometry", "Tile", "at", "grid", "round_up"]
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -50,6 +51,11 @@ class Tile:
     def covers(self, size: Sequence[int]) -> tuple[bool, ...]:
         """Tell per axis whether the window reads the whole extent."""
         return tuple(s.start == 0 and s.stop == n for s, n in zip(self.read, size, strict=True))
+
+
+def at(spans: Sequence[slice]) -> tuple[EllipsisType | slice, ...]:
+    """Return the index that applies one slice per spatial axis to a tensor (N, C, *space)."""
+    return (..., *spans)
 
 
 def round_up(n: int, multiple: int) -> int:

@@ -33,7 +33,7 @@ def _one_thread_and_seed():
 
 
 class Reference:
-    """Ioffe 2017, algorithms 1 and 2, in plain float64 arithmetic; running_var in place of a running sigma."""
+    """Ioffe 2017, algorithms 1 and 2, in plain float64; a running variance in place of sigma."""
 
     def __init__(self, layer: BatchRenorm) -> None:
         as64 = {name: value.detach().double() for name, value in layer.state_dict().items()}
@@ -64,7 +64,7 @@ class Reference:
         return y.reshape(c, n, *space).transpose(0, 1)
 
 
-def randomise(layer: ChannelNorm) -> ChannelNorm:
+def _randomise(layer: ChannelNorm) -> ChannelNorm:
     c = layer.num_features
     layer.set_statistics_(torch.randn(c, dtype=torch.double), torch.rand(c, dtype=torch.double) + 0.2)
     if layer.affine:
@@ -73,8 +73,8 @@ def randomise(layer: ChannelNorm) -> ChannelNorm:
     return layer
 
 
-def a_layer(**arguments) -> BatchRenorm2d:
-    return randomise(BatchRenorm2d(3, dtype=torch.double, **arguments))
+def _a_layer(**arguments) -> BatchRenorm2d:
+    return _randomise(BatchRenorm2d(3, dtype=torch.double, **arguments))
 
 
 shapes = st.tuples(
@@ -100,7 +100,7 @@ def test_equals_the_papers_formulas(shape, mean, sd, r_max, d_max, momentum, aff
     n, c, space = shape
     kind = LAYERS[max(1, len(space))]
     layer = kind(c, momentum=momentum, affine=affine, r_max=r_max, d_max=d_max, dtype=torch.double)
-    layer = randomise(layer) if warm else layer
+    layer = _randomise(layer) if warm else layer
     reference = Reference(layer)
     for _ in range(3):
         x = (torch.randn(n, c, *space, dtype=torch.double) * sd + mean).requires_grad_()
@@ -120,7 +120,7 @@ def test_equals_the_papers_formulas(shape, mean, sd, r_max, d_max, momentum, aff
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_lower_precision_stays_near_the_reference(dtype):
     """Inputs in float32, bfloat16 and float16 with float32 statistics stay within their rounding."""
-    layer = randomise(BatchRenorm2d(3))
+    layer = _randomise(BatchRenorm2d(3))
     reference = Reference(layer)
     x = (torch.randn(4, 3, 9, 7) * 2 + 1).to(dtype)
     y = layer(x)
@@ -132,7 +132,7 @@ def test_lower_precision_stays_near_the_reference(dtype):
 
 def test_double_backward_equals_the_reference():
     """A gradient penalty has the reference's gradients: r and d are constants there too."""
-    layer = a_layer(r_max=1.3, d_max=0.4)
+    layer = _a_layer(r_max=1.3, d_max=0.4)
     reference = Reference(layer)
     x = torch.randn(4, 3, 5, 5, dtype=torch.double, requires_grad=True)
     x2 = x.detach().clone().requires_grad_()
@@ -178,7 +178,7 @@ def test_closed_bounds_are_batch_norm(dims):
     """With r_max=1 and d_max=0 outputs, gradients and buffers are nn.BatchNorm's."""
     ours = LAYERS[dims](4, momentum=0.1, r_max=1, d_max=0, dtype=torch.double)
     theirs = STOCK[dims](4, dtype=torch.double)
-    theirs.load_state_dict(randomise(ours).state_dict())
+    theirs.load_state_dict(_randomise(ours).state_dict())
     for _ in range(3):
         x = torch.randn(3, 4, *[5] * dims, dtype=torch.double, requires_grad=True)
         y, expected = ours(x), theirs(x)
@@ -193,7 +193,7 @@ def test_closed_bounds_are_batch_norm(dims):
 
 def test_unclipped_training_is_inference_with_the_statistics_before():
     """Where nothing is clipped, the training output equals eval with the pre-update statistics."""
-    layer = a_layer(r_max=1e9, d_max=1e9)
+    layer = _a_layer(r_max=1e9, d_max=1e9)
     before = copy.deepcopy(layer).eval()
     x = torch.randn(4, 3, 6, 6, dtype=torch.double) * 4 + 2
     assert_close(layer(x), before(x), **EXACT)
@@ -201,7 +201,7 @@ def test_unclipped_training_is_inference_with_the_statistics_before():
 
 def test_clipped_training_is_not_inference():
     """The claim above is not vacuous: with bounds in force the two differ."""
-    layer = a_layer(r_max=1.1, d_max=0.1)
+    layer = _a_layer(r_max=1.1, d_max=0.1)
     before = copy.deepcopy(layer).eval()
     x = torch.randn(4, 3, 6, 6, dtype=torch.double) * 4 + 2
     assert (layer(x) - before(x)).abs().max() > 0.1
@@ -222,7 +222,7 @@ def test_a_fresh_layers_first_batch_is_batch_norm(momentum):
 @pytest.mark.parametrize("affine", [True, False])
 def test_eval_is_batch_norm_to_the_bit(dims, affine):
     """In eval the output has the same bits as nn.BatchNorm's."""
-    ours = randomise(LAYERS[dims](4, affine=affine)).eval()
+    ours = _randomise(LAYERS[dims](4, affine=affine)).eval()
     theirs = STOCK[dims](4, affine=affine).eval()
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(3, 4, *[5] * dims)
@@ -295,7 +295,7 @@ def test_normalize_uses_the_given_affine(given):
     bias = torch.randn(3, dtype=torch.double, requires_grad=True) if given in ("both", "bias") else None
     affine = [v for v in (weight, bias) if v is not None]
     for training in (True, False):
-        plain = a_layer(affine=False).train(training)
+        plain = _a_layer(affine=False).train(training)
         same = copy.deepcopy(plain)
         w = 1 if weight is None else weight[:, None, None]
         b = 0 if bias is None else bias[:, None, None]
@@ -317,7 +317,7 @@ def test_no_functional_batch_norm_is_called():
             self.seen.append(func)
             return func(*args, **(kwargs or {}))
 
-    layer = randomise(BatchRenorm2d(3))
+    layer = _randomise(BatchRenorm2d(3))
     with Census() as census:
         layer(torch.randn(2, 3, 4, 4))
         layer.eval()(torch.randn(2, 3, 4, 4))
@@ -342,7 +342,7 @@ def test_large_mean_keeps_the_variance():
 
 @pytest.mark.parametrize("n", [1, 2, 8])
 def test_bessel_counts_batch_and_space_unlike_torchrl(n):
-    """Bessel's factor is m/(m-1) with m = batch x space; torchrl's batch-only factor doubles it at batch 2."""
+    """Bessel's factor is m/(m-1), m = batch x space; torchrl's, of the batch alone, is 2 at batch 2."""
     layer = BatchRenorm2d(1, momentum=1.0, dtype=torch.double)
     x = torch.randn(n, 1, 16, 16, dtype=torch.double)
     layer(x)
@@ -369,14 +369,14 @@ def test_corrections_stay_within_bounds_for_ever_unlike_torchrl():
 
 def test_statistics_are_saved_unlike_avalanche():
     """Running statistics are buffers: saved, and moved with the module."""
-    layer = randomise(BatchRenorm2d(3))
+    layer = _randomise(BatchRenorm2d(3))
     assert {"running_mean", "running_var"} <= layer.state_dict().keys()
     assert layer.double().running_mean.dtype == torch.double
 
 
 def test_eval_does_not_update_unlike_mf1024():
     """Eval leaves the statistics alone."""
-    layer = a_layer().eval()
+    layer = _a_layer().eval()
     before = copy.deepcopy(layer.state_dict())
     layer(torch.randn(4, 3, 5, 5, dtype=torch.double))
     assert_close(layer.state_dict(), before, rtol=0, atol=0)
@@ -391,8 +391,8 @@ def test_eps_is_inside_the_root_unlike_ludvb():
 
 
 def test_affine_comes_after_the_corrections_unlike_tensorpack():
-    """r and d act before weight and bias: with weight 2 and bias 1 the output is 2 (xhat r + d) + 1."""
-    layer = a_layer(r_max=1.5, d_max=0.5)
+    """Corrections act before weight and bias: with weight 2 and bias 1 the output is 2 (xhat r + d) + 1."""
+    layer = _a_layer(r_max=1.5, d_max=0.5)
     bare = copy.deepcopy(layer)
     x = torch.randn(4, 3, 5, 5, dtype=torch.double)
     plain = bare.normalize(x, None, None)
@@ -401,7 +401,7 @@ def test_affine_comes_after_the_corrections_unlike_tensorpack():
 
 def test_channels_last_is_kept_unlike_ludvb():
     """Output and input gradient keep the channels_last layout."""
-    layer = randomise(BatchRenorm2d(3))
+    layer = _randomise(BatchRenorm2d(3))
     x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
     y = layer(x)
     y.sum().backward()
@@ -412,7 +412,7 @@ def test_channels_last_is_kept_unlike_ludvb():
 def test_equals_torchrl_where_that_is_right():
     """After torchrl's warm-up, on (n, c) with momentum 0, both give the same output and gradient."""
     modules = pytest.importorskip("torchrl.modules")
-    ours = randomise(BatchRenorm1d(4, dtype=torch.double, r_max=1.5, d_max=0.5))
+    ours = _randomise(BatchRenorm1d(4, dtype=torch.double, r_max=1.5, d_max=0.5))
     theirs = modules.BatchRenorm1d(4, warmup_steps=0, max_r=1.5, max_d=0.5).double()
     theirs.running_mean.copy_(ours.running_mean)
     theirs.running_var.copy_(ours.running_var)
@@ -428,7 +428,7 @@ def test_it_is_not_torchs_batch_norm():
     """update_bn and convert_sync_batchnorm look for _BatchNorm, and must not find these layers."""
     for kind in (*LAYERS.values(), SyncBatchRenorm2d):
         assert not issubclass(kind, nn.modules.batchnorm._BatchNorm)
-    layer = randomise(BatchRenorm2d(3))
+    layer = _randomise(BatchRenorm2d(3))
     before = copy.deepcopy(layer.state_dict())
     assert nn.SyncBatchNorm.convert_sync_batchnorm(layer) is layer
     torch.optim.swa_utils.update_bn([torch.randn(2, 3, 4, 4)], layer)

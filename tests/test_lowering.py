@@ -26,7 +26,7 @@ def _one_thread_and_seed():
     torch.manual_seed(0)
 
 
-def randomised(model):
+def _randomised(model):
     for layer in model.modules():
         if isinstance(layer, ChannelNorm | nn.BatchNorm2d) and layer.running_mean is not None:
             nn.init.normal_(layer.running_mean)
@@ -70,7 +70,7 @@ X = torch.randn(2, 3, 9, 9, dtype=torch.double, generator=torch.Generator().manu
 @pytest.mark.parametrize("affine", [True, False])
 def test_lower_gives_stock_batch_norm_with_the_same_bits(kind, affine):
     """Every layer becomes exactly nn.BatchNorm2d in eval; output and state dict keep their bits."""
-    model = randomised(nn.Sequential(nn.Conv2d(3, 4, 3), kind(4, affine=affine), nn.ReLU()))
+    model = _randomised(nn.Sequential(nn.Conv2d(3, 4, 3), kind(4, affine=affine), nn.ReLU()))
     done = lower(model)
     assert type(done.model[1]) is nn.BatchNorm2d
     assert not done.model[1].training
@@ -82,7 +82,7 @@ def test_lower_gives_stock_batch_norm_with_the_same_bits(kind, affine):
 
 def test_lower_leaves_the_given_model_alone():
     """The result shares no tensor with the model, whose layers stay what they were."""
-    model = randomised(nn.Sequential(FrozenNorm2d(3)))
+    model = _randomised(nn.Sequential(FrozenNorm2d(3)))
     done = lower(model)
     nn.init.zeros_(done.model[0].weight)
     nn.init.zeros_(done.model[0].running_var)
@@ -94,7 +94,7 @@ def test_lower_leaves_the_given_model_alone():
 def test_lower_replaces_every_alias_and_the_root():
     """A layer under two names is one stock layer under both; a layer alone is replaced, too."""
     layer = FrozenNorm2d(3)
-    done = lower(randomised(nn.ModuleDict({"a": layer, "b": nn.Sequential(layer)})))
+    done = lower(_randomised(nn.ModuleDict({"a": layer, "b": nn.Sequential(layer)})))
     assert done.model["a"] is done.model["b"][0]
     assert len(done.record.steps) == 1
     assert type(lower(layer).model) is nn.BatchNorm2d
@@ -104,7 +104,7 @@ def test_lower_replaces_every_alias_and_the_root():
 
 def test_lowered_constants_do_not_drift_in_training():
     """A lowered FrozenNorm has momentum 0, so train() cannot move its statistics."""
-    layer = lower(randomised(FrozenNorm2d(3))).model.train()
+    layer = lower(_randomised(FrozenNorm2d(3))).model.train()
     before = layer.running_mean.clone()
     layer(X)
     assert torch.equal(layer.running_mean, before)
@@ -132,7 +132,7 @@ def _hooked():
 )
 def test_what_cannot_be_lowered_or_folded_says_why(layer, reason):
     """A layer that would lose something is left as it is, with the reason, by lower and by fold."""
-    model = randomised(nn.Sequential(nn.Conv2d(3, 3, 1), layer))
+    model = _randomised(nn.Sequential(nn.Conv2d(3, 3, 1), layer))
     for done in (lower(model), fold(model), fold(model, X)):
         (step,) = done.record.steps
         assert not step.done
@@ -164,7 +164,7 @@ CONVOLUTIONS = {
 def test_conv_then_norm_is_folded_exactly(name, example):
     """A norm behind any convolution vanishes into it, padded or not; output equal to 1e-11 in float64."""
     conv, norm, shape = CONVOLUTIONS[name]
-    model = randomised(nn.Sequential(copy.deepcopy(conv), copy.deepcopy(norm)))
+    model = _randomised(nn.Sequential(copy.deepcopy(conv), copy.deepcopy(norm)))
     x = torch.randn(shape, dtype=torch.double)
     done = fold(model, x if example else None)
     assert done.record.complete
@@ -184,7 +184,7 @@ def test_conv_then_norm_is_folded_exactly(name, example):
 )
 def test_norm_then_conv_is_folded_where_no_zeros_are_padded(conv):
     """A norm before a convolution that pads no zeros vanishes into it, too."""
-    model = randomised(nn.Sequential(FrozenNorm2d(4), copy.deepcopy(conv)))
+    model = _randomised(nn.Sequential(FrozenNorm2d(4), copy.deepcopy(conv)))
     x = torch.randn(2, 4, 9, 9, dtype=torch.double)
     done = fold(model, x)
     assert done.record.complete
@@ -194,7 +194,7 @@ def test_norm_then_conv_is_folded_where_no_zeros_are_padded(conv):
 @pytest.mark.parametrize("padding", [1, "same"])
 def test_norm_then_zero_padded_conv_is_refused(padding):
     """Zero padding is not shifted by the norm, so folding would change the border, and is refused."""
-    model = randomised(nn.Sequential(FrozenNorm2d(3), nn.Conv2d(3, 3, 3, padding=padding)))
+    model = _randomised(nn.Sequential(FrozenNorm2d(3), nn.Conv2d(3, 3, 3, padding=padding)))
     done = fold(model, X)
     assert "pads zeros" in done.record.steps[0].detail
     assert_close(done.model(X), model(X), rtol=0, atol=0)
@@ -208,13 +208,13 @@ def test_norm_then_zero_padded_conv_is_refused(padding):
 
 def test_norm_then_transposed_conv_is_refused():
     """Outputs of a transposed convolution see part of the kernel each, so no one bias is right."""
-    model = randomised(nn.Sequential(FrozenNorm2d(3), nn.ConvTranspose2d(3, 3, 3, 2)))
+    model = _randomised(nn.Sequential(FrozenNorm2d(3), nn.ConvTranspose2d(3, 3, 3, 2)))
     assert "transposed" in fold(model, X).record.steps[0].detail
 
 
 def test_data_flow_is_observed_on_an_example():
     """Outside a Sequential the example shows conv -> norm; without it the record asks for one."""
-    model = randomised(Block())
+    model = _randomised(Block())
     blind, seen = fold(model), fold(model, X)
     assert ["example" in s.detail for s in blind.record.steps] == [True, True]
     assert [s.done for s in seen.record.steps] == [True, False]
@@ -236,7 +236,7 @@ def test_data_flow_is_observed_on_an_example():
 )
 def test_a_convolution_used_twice_is_not_folded_into(use):
     """Where the convolution's own output is also used, nothing is folded."""
-    model = randomised(Skip(use))
+    model = _randomised(Skip(use))
     done = fold(model, X)
     assert not done.record.complete
     assert_close(done.model(X), model(X), rtol=0, atol=0)
@@ -246,14 +246,14 @@ def test_shared_layers_are_not_folded():
     """A convolution or norm with two places in the model is left alone."""
     conv, norm = nn.Conv2d(3, 3, 1), FrozenNorm2d(3)
     for model in (nn.Sequential(conv, norm, conv), nn.Sequential(conv, norm, nn.Conv2d(3, 3, 1), norm)):
-        done = fold(randomised(model))
+        done = fold(_randomised(model))
         assert not done.record.steps[0].done
         assert not fold(model, X).record.steps[0].done
 
 
 def test_live_batch_norm_is_not_folded():
     """BatchNorm in training mode normalises by the batch, so it is refused with advice."""
-    model = randomised(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))).train()
+    model = _randomised(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))).train()
     assert "eval()" in fold(model, X).record.steps[0].detail
     assert "eval()" in fold(model).record.steps[0].detail
 
@@ -261,7 +261,7 @@ def test_live_batch_norm_is_not_folded():
 def test_parametrised_convolutions_are_not_folded_into():
     """Writing into a weight-normed convolution would be undone by its parametrisation."""
     conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 1))
-    assert not fold(randomised(nn.Sequential(conv, FrozenNorm2d(3))), X).record.complete
+    assert not fold(_randomised(nn.Sequential(conv, FrozenNorm2d(3))), X).record.complete
 
 
 class Elusive(nn.Module):
@@ -280,7 +280,7 @@ class Elusive(nn.Module):
 
 def test_a_fold_that_changes_the_output_is_taken_back():
     """The comparison on the example catches what observation missed: nothing is folded, and it says so."""
-    model = randomised(Elusive())
+    model = _randomised(Elusive())
     done = fold(model, X)
     assert "differed" in done.record.steps[0].detail
     assert_close(done.model(X), model(X), rtol=0, atol=0)
@@ -288,7 +288,7 @@ def test_a_fold_that_changes_the_output_is_taken_back():
 
 def test_fold_leaves_the_given_model_alone():
     """Neither weights nor modes nor hooks of the model change."""
-    model = randomised(Block()).train()
+    model = _randomised(Block()).train()
     before = copy.deepcopy(model.state_dict())
     fold(model, X)
     assert_close(model.state_dict(), before, rtol=0, atol=0)

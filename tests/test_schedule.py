@@ -16,11 +16,11 @@ def _one_thread_and_seed():
     torch.manual_seed(0)
 
 
-def bounds(layer):
+def _bounds(layer):
     return layer.r_max.item(), layer.d_max.item()
 
 
-def run_to(schedule, step):
+def _run_to(schedule, step):
     while schedule.steps < step:
         schedule.step()
 
@@ -39,8 +39,8 @@ def run_to(schedule, step):
 def test_bounds_follow_the_ramp_and_stop_at_its_end(step, expected):
     """Plain batch norm, then linear ramps, then constant for ever (one implementation's ran past)."""
     layer = BatchRenorm2d(3)
-    run_to(RenormSchedule(layer, 1000), step)
-    assert bounds(layer) == pytest.approx(expected)
+    _run_to(RenormSchedule(layer, 1000), step)
+    assert _bounds(layer) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("total", [1, 10, 100_000])
@@ -48,9 +48,9 @@ def test_the_ramp_scales_with_the_run(total):
     """Whatever the length of the run, its first step is batch norm and its last has open bounds."""
     layer = BatchRenorm2d(3, r_max=2, d_max=1)
     schedule = RenormSchedule(layer, total)
-    assert bounds(layer) == (1.0, 0.0)
+    assert _bounds(layer) == (1.0, 0.0)
     schedule.load_state_dict(schedule.state_dict() | {"steps": total})
-    assert bounds(layer) == (2.0, 1.0)
+    assert _bounds(layer) == (2.0, 1.0)
 
 
 def test_during_warm_up_the_layer_is_batch_norm():
@@ -99,8 +99,8 @@ def test_warm_layers_start_at_the_end():
     model = nn.Sequential(BatchRenorm1d(4), BatchRenorm1d(4))
     model[0].set_statistics_(torch.zeros(4), torch.ones(4))
     schedule = RenormSchedule(model, 100)
-    assert bounds(model[0]) == (3.0, 5.0)
-    assert bounds(model[1]) == (1.0, 0.0)
+    assert _bounds(model[0]) == (3.0, 5.0)
+    assert _bounds(model[1]) == (1.0, 0.0)
     assert schedule.warm == ("0",)
 
 
@@ -110,7 +110,7 @@ def test_warm_can_be_said(warm, expected):
     layer = BatchRenorm1d(4)
     layer.num_batches_tracked.fill_(0 if warm else 7)
     RenormSchedule(layer, 100, warm=warm)
-    assert bounds(layer) == expected
+    assert _bounds(layer) == expected
 
 
 def test_a_checkpoint_continues_the_ramp():
@@ -125,9 +125,9 @@ def test_a_checkpoint_continues_the_ramp():
     fresh = nn.Sequential(BatchRenorm1d(4), BatchRenorm1d(4))
     fresh.load_state_dict(saved[0])
     resumed = RenormSchedule(fresh, 7)
-    assert bounds(fresh[1]) == (3.0, 5.0)  # loaded counters look warm ...
+    assert _bounds(fresh[1]) == (3.0, 5.0)  # loaded counters look warm ...
     resumed.load_state_dict(saved[1])
-    assert [bounds(layer) for layer in fresh] == [bounds(layer) for layer in model]  # ... the state knows
+    assert [_bounds(layer) for layer in fresh] == [_bounds(layer) for layer in model]  # ... the state knows
     assert 1 < fresh[1].r_max < 3
 
 
@@ -158,7 +158,7 @@ def test_the_models_state_dict_has_batch_norms_keys():
     layer = BatchRenorm2d(3)
     schedule = RenormSchedule(layer, 10)
     for step in (0, 2, 10):
-        run_to(schedule, step)
+        _run_to(schedule, step)
         assert list(layer.state_dict()) == list(nn.BatchNorm2d(3).state_dict())
 
 
@@ -167,7 +167,7 @@ def test_bounds_are_tensors_written_in_place():
     layer = BatchRenorm2d(3)
     schedule = RenormSchedule(layer, 10)
     before = (layer.r_max, layer.d_max)
-    run_to(schedule, 10)
+    _run_to(schedule, 10)
     assert layer.r_max is before[0]
     assert layer.d_max is before[1]
     assert before[0].shape == ()

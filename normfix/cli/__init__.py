@@ -63,7 +63,9 @@ def main() -> None:
         code = 130
     except Exception as error:  # noqa: BLE001 - the boundary
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        _complain(str(NormfixError("NF901", f"{reason}. Nothing was written; --debug shows where.")), debug=debug)
+        _complain(
+            str(NormfixError("NF901", f"{reason}. Nothing was written; --debug shows where.")), debug=debug
+        )
         code = 2
     sys.exit(code or 0)
 

@@ -35,7 +35,9 @@ __all__ = ["convert_command"]
 @click.option("--plan", "plan_file", help="Replay this reviewed plan instead of --to and --keep.")
 @click.option("--keep", multiple=True, help="Pattern of module paths to leave alone; may be repeated.")
 @click.option("--as-trained", is_flag=True, help="The network is used in train mode: its norms are live.")
-@click.option("--partial", is_flag=True, help="Write the result although live statistics remain or a proof failed.")
+@click.option(
+    "--partial", is_flag=True, help="Write the result although live statistics remain or a proof failed."
+)
 @image_options
 @click.option("--report", help="Write the record to this .json file, also when the proof fails.")
 @format_option

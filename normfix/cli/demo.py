@@ -8,7 +8,9 @@ __all__ = ["demo_command"]
 
 
 @click.command("demo")
-@click.option("-o", "--out", default="normfix-demo", show_default=True, help="Folder to write; must not exist.")
+@click.option(
+    "-o", "--out", default="normfix-demo", show_default=True, help="Folder to write; must not exist."
+)
 def demo_command(out: str) -> int:
     """Show the seams of a real network on a real image, repair them, prove it, and write a page with pictures.
 

@@ -16,7 +16,9 @@ __all__ = ["plan_command", "scan_command"]
 
 _INPUT = click.option("--input", "input_", metavar="NxCxHxW", help="Shape to scan with, such as 1x3x512x512.")
 _AS_TRAINED = click.option(
-    "--as-trained", is_flag=True, help="The network is used in train mode: its batch and instance norms are live."
+    "--as-trained",
+    is_flag=True,
+    help="The network is used in train mode: its batch and instance norms are live.",
 )
 
 
@@ -44,7 +46,9 @@ def scan_command(input_: str | None, as_trained: bool, format_: str, **options: 
 @click.option("--keep", multiple=True, help="Pattern of module paths to leave alone; may be repeated.")
 @_INPUT
 @_AS_TRAINED
-def plan_command(to: Any, keep: tuple[str, ...], input_: str | None, as_trained: bool, **options: Any) -> None:
+def plan_command(
+    to: Any, keep: tuple[str, ...], input_: str | None, as_trained: bool, **options: Any
+) -> None:
     """Print what would happen to each site of MODEL, as JSON to review, edit and replay with convert --plan.
 
     \b

@@ -20,17 +20,28 @@ if TYPE_CHECKING:
     from normfix.images import ImageFiles
     from normfix.loading import Loaded
 
-__all__ = ["Arguments", "format_option", "image_options", "model_options", "note", "show", "steps", "write_report"]
+__all__ = [
+    "Arguments",
+    "format_option",
+    "image_options",
+    "model_options",
+    "note",
+    "show",
+    "steps",
+    "write_report",
+]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class ArgumentsJson(click.ParamType):
+class ArgumentsJson(click.ParamType[Mapping[str, Any]]):
     """A JSON object of keyword arguments."""
 
     name = "json"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Mapping[str, Any]:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Mapping[str, Any]:
         """Parse, or fail with the reason."""
         if isinstance(value, Mapping):
             return value
@@ -47,11 +58,19 @@ def model_options(command: Command) -> Command:
     """Add MODEL and how to open it."""
     for decorate in (
         click.option("--device", help="Where to compute, such as cuda:0. Default: cpu."),
-        click.option("--dtype", type=click.Choice(["float32", "float64", "bfloat16"]), help="Compute in this precision."),
-        click.option("--output", help="Key or index of the output that counts, for networks that return several."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["float32", "float64", "bfloat16"]),
+            help="Compute in this precision.",
+        ),
+        click.option(
+            "--output", help="Key or index of the output that counts, for networks that return several."
+        ),
         click.option("--trust-pickle", is_flag=True, help="Run the pickle: it may execute any code."),
         click.option("--arch-args", type=ArgumentsJson(), help="Keyword arguments of the factory, as JSON."),
-        click.option("--arch", help="pkg.module:factory or timm:NAME that builds the network for given weights."),
+        click.option(
+            "--arch", help="pkg.module:factory or timm:NAME that builds the network for given weights."
+        ),
         click.argument("model"),
     ):
         command = decorate(command)
@@ -61,9 +80,15 @@ def model_options(command: Command) -> Command:
 def image_options(command: Command) -> Command:
     """Add how images are read and scaled."""
     for decorate in (
-        click.option("--preprocess", help="pkg.mod:function of the whole array (C, *space), instead of --scale."),
-        click.option("--scale", help="none, unit, zscore, percentile:LOW,HIGH or MEAN,STD, over the whole image."),
-        click.option("--axes", help="One letter per axis of the image: C channels; Z, Y, X space. Example: YXC."),
+        click.option(
+            "--preprocess", help="pkg.mod:function of the whole array (C, *space), instead of --scale."
+        ),
+        click.option(
+            "--scale", help="none, unit, zscore, percentile:LOW,HIGH or MEAN,STD, over the whole image."
+        ),
+        click.option(
+            "--axes", help="One letter per axis of the image: C channels; Z, Y, X space. Example: YXC."
+        ),
     ):
         command = decorate(command)
     return command
@@ -72,9 +97,9 @@ def image_options(command: Command) -> Command:
 def format_option(command: Command) -> Command:
     """Add --format."""
     choice = click.Choice(["text", "json"])
-    return click.option("--format", "format_", type=choice, default="text", show_default=True, help="What stdout carries.")(
-        command
-    )
+    return click.option(
+        "--format", "format_", type=choice, default="text", show_default=True, help="What stdout carries."
+    )(command)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +172,9 @@ class Arguments:
             model.to(device=self.device, dtype=self.torch_dtype())
         except (RuntimeError, AssertionError) as error:
             reason = " ".join(str(error).split())[:160]
-            raise NormfixError("NF116", f"cannot compute there: {reason}.", where=f"--device {self.device}") from error
+            raise NormfixError(
+                "NF116", f"cannot compute there: {reason}.", where=f"--device {self.device}"
+            ) from error
 
 
 def note(text: str) -> None:

@@ -64,7 +64,7 @@ def calibration_text(summary: CalibrationSummary) -> str:
 
 def verdict_text(verdict: Verdict) -> str:
     """Return the verdict first, then the numbers behind it."""
-    lines = [verdict.status]
+    lines: list[str] = [verdict.status]
     if verdict.tile:
         lines += [
             f"  largest difference {verdict.max_sd:.2g} sd, mean {verdict.mean_sd:.2g} sd",

@@ -7,14 +7,22 @@ from typing import Any, Literal
 
 import click
 
-from normfix.cli.options import Arguments, format_option, image_options, model_options, note, show, write_report
+from normfix.cli.options import (
+    Arguments,
+    format_option,
+    image_options,
+    model_options,
+    note,
+    show,
+    write_report,
+)
 from normfix.cli.texts import calibration_text, verdict_text
 
 __all__ = ["calibrate_command", "check_command", "predict_command"]
 
 
-class Halo(click.ParamType):
-    """"auto" or a number of pixels."""
+class Halo(click.ParamType["int | Literal['auto']"]):
+    """A number of pixels, or auto."""
 
     name = "auto|N"
 
@@ -24,13 +32,17 @@ class Halo(click.ParamType):
         """Parse, or fail with the reason."""
         if value == "auto":
             return "auto"
-        if str(value).isdigit():
-            return int(value)
-        self.fail("give 'auto' or a number of pixels", param, ctx)
+        if not str(value).isdigit():
+            self.fail("give 'auto' or a number of pixels", param, ctx)
+        return int(value)
 
 
-_TILE = click.option("--tile", type=int, default=256, show_default=True, help="Tile size in pixels, on every axis.")
-_HALO = click.option("--halo", type=Halo(), default="auto", show_default=True, help="Context on every side, in pixels.")
+_TILE = click.option(
+    "--tile", type=int, default=256, show_default=True, help="Tile size in pixels, on every axis."
+)
+_HALO = click.option(
+    "--halo", type=Halo(), default="auto", show_default=True, help="Context on every side, in pixels."
+)
 
 
 @click.command("calibrate")
@@ -77,7 +89,9 @@ def predict_command(image: str, out: str, tile: int, halo: int | Literal["auto"]
 
     arguments = Arguments.take(options)
     opened = arguments.open()
-    whole = predict(opened.model, arguments.image(image, opened.model), tile, halo=halo, output=arguments.output)
+    whole = predict(
+        opened.model, arguments.image(image, opened.model), tile, halo=halo, output=arguments.output
+    )
     write_image(Path(out), whole[0].float().cpu().numpy())
     note(f"Wrote {out}.")
 
@@ -87,7 +101,9 @@ def predict_command(image: str, out: str, tile: int, halo: int | Literal["auto"]
 @click.argument("image")
 @_TILE
 @_HALO
-@click.option("--threshold", type=float, help="Largest difference in sd that still passes. Default: 100 noise floors.")
+@click.option(
+    "--threshold", type=float, help="Largest difference in sd that still passes. Default: 100 noise floors."
+)
 @image_options
 @click.option("--report", help="Write the verdict to this .json file.")
 @format_option

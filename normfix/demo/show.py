@@ -107,7 +107,7 @@ def _predictions(network: Any, done: Conversion, image: Tensor) -> _Maps:
 
     from normfix.pipeline import predict
     from normfix.pipeline.looking import geometry_of
-    from normfix.prediction import tiled
+    from normfix.stitching import tiled
 
     geometry = geometry_of(done.scan)
     assert geometry is not None

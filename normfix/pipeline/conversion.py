@@ -20,7 +20,6 @@ from normfix.numerics import exact_arithmetic
 from normfix.pipeline.looking import Look, base_of, default_example, example_from, look, site_target
 from normfix.pipeline.using import compare_with
 from normfix.planning import decide
-from normfix.prediction import padded
 from normfix.provenance import attach_
 from normfix.proving import identity, residual, shift, tile_exactness, untouched, used
 from normfix.records import (
@@ -36,8 +35,9 @@ from normfix.records import (
     Source,
     Verdict,
 )
-from normfix.rewriting import copy_of, rewrite
+from normfix.rewriting import rewrite
 from normfix.scanning import survey
+from normfix.stitching import padded
 from normfix.tiles import Geometry, round_up
 
 __all__ = ["Conversion", "convert"]
@@ -132,7 +132,11 @@ def convert(
     progress("scan", 0, 1)
     seen = look(base, example, caller)
     progress("scan", 1, 1)
-    plan = decide(seen.scan.sites, model=seen.scan.model, to=to, keep=keep) if plan is None else _same(plan, seen.scan)
+    plan = (
+        decide(seen.scan.sites, model=seen.scan.model, to=to, keep=keep)
+        if plan is None
+        else _same(plan, seen.scan)
+    )
     if items is not None and seen.geometry is not None:
         items = Items(items.images, *home, prepare=partial(padded, geometry=seen.geometry))
     converted = rewrite(base, plan)
@@ -147,7 +151,10 @@ def convert(
             plan=plan,
             scan=seen.scan,
             scaling=scaling or Scaling(),
-            source=source or Source(kind="object", spec=seen.scan.model.rpartition(".")[0] + ":" + type(model).__qualname__),
+            source=source
+            or Source(
+                kind="object", spec=seen.scan.model.rpartition(".")[0] + ":" + type(model).__qualname__
+            ),
             output=None if output is None else str(output),
         ),
     )
@@ -172,7 +179,9 @@ def _same(plan: Plan, scan: Scan) -> Plan:
     found = {site.id: site.layer for site in scan.sites}
     for site in sorted(planned.keys() ^ found.keys()):
         where = "the plan" if site in planned else "the network"
-        raise NormfixError("NF205", f"only {where} has this site. Make the plan anew for this network.", where=site)
+        raise NormfixError(
+            "NF205", f"only {where} has this site. Make the plan anew for this network.", where=site
+        )
     for site, layer in planned.items():
         if layer != found[site]:
             raise NormfixError(
@@ -195,10 +204,14 @@ def _calibrate_(
     if items is None:
         site = fresh[0].site
         raise NormfixError(
-            "NF203", "no running statistics, so there is nothing to freeze without measuring. Give at least one "
-            f"image, or --keep '{site.owner or '*'}'.", where=f"{site.owner or '(root)'} ({site.owner_class})",
+            "NF203",
+            "no running statistics, so there is nothing to freeze without measuring. Give at least one "
+            f"image, or --keep '{site.owner or '*'}'.",
+            where=f"{site.owner or '(root)'} ({site.owner_class})",
         )
-    return measure_sites_(model, [site_target(model, d, express=True) for d in fresh], items, caller, progress)
+    return measure_sites_(
+        model, [site_target(model, d, express=True) for d in fresh], items, caller, progress
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +268,7 @@ class _Work:
         calls: Counter[str] = Counter()
         handles = [
             self.converted.get_submodule(d.target).register_forward_pre_hook(
-                lambda module, args, target=d.target: calls.update([target])  # type: ignore[misc]
+                lambda module, args, target=d.target: calls.update([target])
             )
             for d in self.plan.converted
         ]
@@ -287,7 +300,8 @@ def _longer_than_windows(image: Tensor, geometry: Geometry) -> Tensor:
     """Return a strip made from the image, long enough on the axis with the smallest halo."""
     axis = min(range(len(geometry.halo)), key=lambda a: sum(geometry.halo[a]))
     size = [
-        round_up(min(n, max(64, 4 * s)), m) for n, s, m in zip(image.shape[2:], geometry.stride, geometry.multiple, strict=True)
+        round_up(min(n, max(64, 4 * s)), m)
+        for n, s, m in zip(image.shape[2:], geometry.stride, geometry.multiple, strict=True)
     ]
     size[axis] = round_up(2 * sum(geometry.halo[axis]) + 512, geometry.stride[axis])
     return strip(image, size)

@@ -79,9 +79,7 @@ def scan(
     return look(base_of(model, example, caller, as_trained=as_trained), example, caller).scan
 
 
-def plan(
-    scan: Scan, to: Literal["frozen", "batchrenorm"] = "frozen", keep: Sequence[str] = ()
-) -> Plan:
+def plan(scan: Scan, to: Literal["frozen", "batchrenorm"] = "frozen", keep: Sequence[str] = ()) -> Plan:
     """Decide what happens to each site of a scan.
 
     Args:
@@ -184,8 +182,10 @@ def input_of(model: nn.Module) -> tuple[int, int]:
             channels = 0 if isinstance(module, nn.modules.lazy.LazyModuleMixin) else module.in_channels
             return channels or 1, len(module.kernel_size)
     raise NormfixError(
-        "NF109", "the network has no convolution to tell its input's shape from. Give one: --input NxCxHxW on the "
-        "command line, `example` in Python.", where=_class_of(model),
+        "NF109",
+        "the network has no convolution to tell its input's shape from. Give one: --input NxCxHxW on the "
+        "command line, `example` in Python.",
+        where=_class_of(model),
     )
 
 
@@ -206,23 +206,22 @@ def example_from(image: Tensor) -> Tensor:
     return image[:1]
 
 
-def _locality(
-    probe: nn.Module, everything: Plan, found: Survey, example: Tensor, caller: Caller
-) -> Locality:
+def _locality(probe: nn.Module, everything: Plan, found: Survey, example: Tensor, caller: Caller) -> Locality:
     if not found.dense:
-        finding = Finding(code="NF214", where="output", message="it does not follow the input's extent: not dense.")
+        finding = Finding(
+            code="NF214", where="output", message="it does not follow the input's extent: not dense."
+        )
         return Locality(None, (finding,))
     if everything.left_live:
         return Locality(
-            None, tuple(Finding(code="NF215", where=d.site.id, message=d.reason) for d in everything.left_live)
+            None,
+            tuple(Finding(code="NF215", where=d.site.id, message=d.reason) for d in everything.left_live),
         )
     frozen = rewrite(probe, everything)
     fresh = [d for d in everything.converted if d.site.layer is not None and not d.site.layer.carries]
     measure_sites_(frozen, [site_target(frozen, d, express=False) for d in fresh], [example], caller)
     double = copy_of(frozen).double()
-    return measure_locality(
-        lambda x: caller(frozen, x), lambda x: caller(double, x), example, found.dilution
-    )
+    return measure_locality(lambda x: caller(frozen, x), lambda x: caller(double, x), example, found.dilution)
 
 
 def _class_of(model: nn.Module) -> str:

@@ -66,11 +66,16 @@ def save(
     model, proof, caller, original, calibration = _parts(done)
     provenance = provenance_of(model)
     if provenance is None:
-        raise NormfixError("NF502", "it carries no plan, so normfix did not convert it. Save what convert returned.",
-                           where=type(model).__name__)
+        raise NormfixError(
+            "NF502",
+            "it carries no plan, so normfix did not convert it. Save what convert returned.",
+            where=type(model).__name__,
+        )
     if proof is not None and not proof.passed and not partial:
         wrong = ", ".join(f"{s.name} {s.status}" for s in proof.steps if s.status != "passed")
-        raise NormfixError("NF501", f"the proof did not pass ({wrong}), so nothing is written.", where=str(folder))
+        raise NormfixError(
+            "NF501", f"the proof did not pass ({wrong}), so nothing is written.", where=str(folder)
+        )
     if source is not None:
         named = Source(kind="factory", spec=source, args=json.dumps(dict(args or {}), sort_keys=True))
         provenance = replace(provenance, source=named)
@@ -170,12 +175,16 @@ def _require_probe(model: nn.Module, caller: Caller, probe: Probe, where: str) -
     )
     if not same:
         raise NormfixError(
-            "NF115", "the network does not give the output stored with it for the probe input, so it is another base "
-            "network or another version of its code. Rebuild it with the version it was converted with.", where=where,
+            "NF115",
+            "the network does not give the output stored with it for the probe input, so it is another base "
+            "network or another version of its code. Rebuild it with the version it was converted with.",
+            where=where,
         )
 
 
-def _probed(model: nn.Module, caller: Caller, shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
+def _probed(
+    model: nn.Module, caller: Caller, shape: tuple[int, ...], seed: int, dtype: torch.dtype
+) -> Tensor:
     device = home_of(model)[0]
     with evaluating(model), exact_arithmetic():
         return caller(model, seeded_input(shape, seed, dtype).to(device)).cpu()
@@ -219,7 +228,9 @@ def _read_in_fresh_process(draft: Path, source: Source) -> None:
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["it died without a word"])[-1]
         raise NormfixError(
-            "NF503", f"a fresh process could not load what was written: {reason}. Nothing was kept.", where=source.spec
+            "NF503",
+            f"a fresh process could not load what was written: {reason}. Nothing was kept.",
+            where=source.spec,
         )
 
 

@@ -18,11 +18,11 @@ from normfix.images import Items
 from normfix.moments import Moments
 from normfix.numerics import exact_arithmetic, settings
 from normfix.pipeline.looking import base_of, example_from, geometry_of, look, site_target, thinnest
-from normfix.prediction import padded, tiled
 from normfix.provenance import provenance_of
 from normfix.records import CalibrationSummary, Family, Scan, Verdict
 from normfix.rewriting import copy_of
 from normfix.scanning import survey
+from normfix.stitching import padded, tiled
 from normfix.tiles import Geometry
 
 __all__ = ["calibrate", "calibrate_", "check", "compare_with", "predict"]
@@ -115,11 +115,13 @@ def predict(
     """
     caller, scan = _known(model, image, forward_fn, output)
     geometry = _with_halo(geometry_of(scan), halo)
-    if geometry is None or scan.live and provenance_of(model) is None:
+    if geometry is None or (scan.live and provenance_of(model) is None):
         reasons = [f"{site.id} is live" for site in scan.live[:3]] or [f.message for f in scan.findings]
         raise NormfixError(
-            "NF409", f"tiles of this network do not give its prediction of the whole image: {'; '.join(reasons)}. "
-            "Convert it first.", where=scan.model,
+            "NF409",
+            f"tiles of this network do not give its prediction of the whole image: {'; '.join(reasons)}. "
+            "Convert it first.",
+            where=scan.model,
         )
     (item,) = Items.of(image, *home_of(model))
     with evaluating(model), exact_arithmetic():
@@ -229,15 +231,18 @@ def _batch_norms(model: nn.Module, example: Tensor, caller: Caller) -> list[Targ
     batch = [s for s in sites if s.family is Family.BATCH and s.layer is not None and s.layer.carries]
     if live or not batch:
         reason = f"{live[0].id} is live" if live else "it has no normalisation with running statistics"
-        raise NormfixError("NF302", f"there is nothing to calibrate before it is converted: {reason}.",
-                           where=type(model).__name__)
+        raise NormfixError(
+            "NF302",
+            f"there is nothing to calibrate before it is converted: {reason}.",
+            where=type(model).__name__,
+        )
     return [_batch_target(site.id, model.get_submodule(site.owner)) for site in batch]
 
 
 def _batch_target(name: str, norm: nn.Module) -> Target:
     def store(moments: Moments) -> None:
         with torch.no_grad():
-            norm.running_mean.copy_(moments.mean)  # type: ignore[operator, union-attr]
-            norm.running_var.copy_(moments.var)  # type: ignore[operator, union-attr]
+            norm.running_mean.copy_(moments.mean)  # type: ignore[operator]
+            norm.running_var.copy_(moments.var)  # type: ignore[operator]
 
     return Target(name, norm, norm, store, lambda moments: moments)

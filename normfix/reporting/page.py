@@ -21,5 +21,7 @@ def render(template: str, *, pictures: Mapping[str, bytes], **values: Any) -> st
         lstrip_blocks=True,
     )
     environment.filters["sd"] = lambda value: f"{value:.2g}"
-    embedded = {name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in pictures.items()}
+    embedded = {
+        name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in pictures.items()
+    }
     return environment.get_template(template).render(pictures=embedded, **values)

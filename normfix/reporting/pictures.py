@@ -89,7 +89,8 @@ def _worst_window(error: Map, tile: int, extent: int) -> tuple[slice, slice]:
     height, width = error.shape
     centres = [(r, c) for r in range(tile, height, tile) for c in range(tile, width, tile)]
     windows = [
-        (_around(r, extent, height), _around(c, extent, width)) for r, c in centres or [(height // 2, width // 2)]
+        (_around(r, extent, height), _around(c, extent, width))
+        for r, c in centres or [(height // 2, width // 2)]
     ]
     return max(windows, key=lambda w: float(error[w].sum()))
 

@@ -1,4 +1,4 @@
-"""One rule per family of norms, in one explicit order: the first whose functions include the call reads it."""
+"""One rule per family of norms, in one explicit order: the first that names the function reads the call."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 With group mean m_g and deviation s_g = sqrt(v_g + eps), channel mean m_c and deviation s_c likewise:
 
-    w (x - m_g) / s_g + b  ==  w' (x - m_c) / s_c + b'    with  w' = w s_c / s_g,  b' = b + w (m_c - m_g) / s_g
+    w (x - m_g) / s_g + b  ==  w' (x - m_c) / s_c + b'
+    with  w' = w s_c / s_g  and  b' = b + w (m_c - m_g) / s_g
 
 so frozen group statistics can be stored broadcast to channels with w and b untouched, or, for BatchRenorm,
 as channel statistics with w' and b' (normfix.rewriting).

@@ -1,4 +1,4 @@
-"""Instance normalisation: y = (x - mean_nc) / sqrt(var_nc + eps) * w + b, one statistic per image and channel.
+"""Instance normalisation: y = (x - mean_nc) / sqrt(var_nc + eps) * w + b, per image and channel.
 
 With tracked statistics in eval mode it already uses constants, which are carried over as they are. (PyTorch
 tracks the mean of the images' variances and drops the variance of their means, so such constants can be too

@@ -69,7 +69,9 @@ class OverChannelsRule:
             rank = len(call.arguments["input"].shape)
             first = rank - len(call.arguments["normalized_shape"])
             if space & set(range(first, rank)):
-                return Reading(live=True, reduces="space", refusal="normfix has no rule for an RMS over space yet")
+                return Reading(
+                    live=True, reduces="space", refusal="normfix has no rule for an RMS over space yet"
+                )
         return Reading(live=False, reduces="channels of one pixel")
 
 

@@ -24,15 +24,22 @@ class Reading:
 
 
 class Rule(Protocol):
-    """One family of normalising calls.
+    """One family of normalising calls."""
 
-    `functions` are names from census.NORMS; `modules` the exact classes whose whole forward is the call,
-    which may therefore be replaced as modules.
-    """
+    @property
+    def family(self) -> Family:
+        """Return the kind of statistic."""
+        ...
 
-    family: Family
-    functions: frozenset[str]
-    modules: tuple[type[nn.Module], ...]
+    @property
+    def functions(self) -> frozenset[str]:
+        """Return the names it reads, from census.NORMS and census.DIRECT."""
+        ...
+
+    @property
+    def modules(self) -> tuple[type[nn.Module], ...]:
+        """Return the exact classes whose whole forward is the call, so that they may be replaced."""
+        ...
 
     def read(self, call: Call, space: frozenset[int], owner: nn.Module) -> Reading:
         """Read one call.

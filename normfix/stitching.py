@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normfix.errors import NormfixError
-from normfix.tiles import Geometry, Tile, grid
+from normfix.tiles import Geometry, Tile, at, grid
 
-__all__ = ["cropped", "padded", "stitch", "tile_extents"]
+__all__ = ["cropped", "padded", "stitch", "tile_extents", "tiled"]
 
 Function = Callable[[Tensor], Tensor]
 Progress = Callable[[int, int], None]
@@ -40,7 +40,7 @@ def stitch(
         if whole is None:  # the last tile of the grid tells how large the output is
             extents = [w.start + n for w, n in zip(tile.write, kept.shape[2:], strict=True)]
             whole = kept.new_empty((*kept.shape[:2], *extents))
-        whole[(..., *tile.write)] = kept
+        whole[at(tile.write)] = kept
         progress(done, len(tiles))
     assert whole is not None
     return whole
@@ -61,7 +61,7 @@ def padded(image: Tensor, geometry: Geometry) -> Tensor:
 def cropped(output: Tensor, size: Sequence[int], scale: Sequence[Fraction]) -> Tensor:
     """Cut the output of a padded image back to the part that belongs to the image of `size`."""
     extents = (-int(-(n * s) // 1) for n, s in zip(size, scale, strict=True))
-    return output[(..., *(slice(0, n) for n in extents))]
+    return output[at([slice(0, n) for n in extents])]
 
 
 def tile_extents(tile: int | Sequence[int], geometry: Geometry) -> tuple[int, ...]:
@@ -73,7 +73,9 @@ def tile_extents(tile: int | Sequence[int], geometry: Geometry) -> tuple[int, ..
     ndim = len(geometry.stride)
     extents = (tile,) * ndim if isinstance(tile, int) else tuple(tile)
     if len(extents) != ndim:
-        raise NormfixError("NF402", f"the network has {ndim} spatial axes, so give 1 or {ndim} numbers.", where="tile")
+        raise NormfixError(
+            "NF402", f"the network has {ndim} spatial axes, so give 1 or {ndim} numbers.", where="tile"
+        )
     for n, stride in zip(extents, geometry.stride, strict=True):
         if n <= 0 or n % stride:
             near = max(stride, n // stride * stride)
@@ -96,5 +98,5 @@ def tiled(f: Function, image: Tensor, tile: int | Sequence[int], geometry: Geome
 
 def _outputs(f: Function, image: Tensor, tiles: Iterator[Tile]) -> Iterator[tuple[Tile, Tensor]]:
     for tile in tiles:
-        window = image[(..., *tile.read)]
-        yield tile, f(window)[(..., *tile.keep)]
+        window = image[at(tile.read)]
+        yield tile, f(window)[at(tile.keep)]
