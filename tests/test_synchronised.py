@@ -51,7 +51,10 @@ def _rank(rank, folder, port):
 def _model():
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 4, 3, bias=False), BatchRenorm2d(4, momentum=0.2), nn.ReLU(), BatchRenorm2d(4, r_max=1.2, d_max=0.1)
+        nn.Conv2d(3, 4, 3, bias=False),
+        BatchRenorm2d(4, momentum=0.2),
+        nn.ReLU(),
+        BatchRenorm2d(4, r_max=1.2, d_max=0.1),
     ).double()
     for layer in (model[1], model[3]):
         layer.set_statistics_(torch.randn(4), torch.rand(4) + 0.5)
@@ -82,7 +85,7 @@ def _train(run, model, batches, world):
 
 @pytest.mark.parametrize("index", range(len(SHARES)), ids=[f"{a}+{b}" for a, b in SHARES])
 def test_two_ranks_are_one_process(results, index):
-    """Outputs, input gradients, parameter gradients and buffers equal one process's to 1e-10 in float64."""
+    """Outputs, all gradients and buffers equal those of one process to 1e-10 in float64."""
     torch.set_num_threads(1)
     whole = _model()
     expected = _train(whole, whole, [_batch(step) for step in range(STEPS)], world=1)
