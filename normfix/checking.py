@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from normfix.dye import interference
-from normfix.numerics import IDENTITY, deviation
+from normfix.numerics import BOUNDLESS, IDENTITY, deviation
 from normfix.records import Finding, Scan, Verdict
 from normfix.stitching import padded, stitch, tile_extents
 from normfix.tiles import Geometry, Tile, at, grid, round_up
@@ -74,7 +74,7 @@ def compare(
     tiles = list(grid(whole_image.shape[2:], extents, geometry))
     whole = network.tested(whole_image)
     stitched = stitch(network.tested, whole_image, tiles)
-    spread = float(whole.double().std())
+    spread = float(whole.double().std().nan_to_num(0, 0, 0))
     findings: list[Finding] = []
     if spread > 0:
         max_sd, mean_sd = deviation(stitched, whole, spread)
@@ -82,21 +82,23 @@ def compare(
     else:
         max_sd = mean_sd = noise = 0.0
         findings.append(
-            Finding(code="NF404", where="output", message="the output is constant on this image.")
+            Finding(
+                code="NF404", where="output", message="the output is constant or not finite on this image."
+            )
         )
     axes = _cut_axes(tiles, whole_image.shape[2:])
     if not axes:
         findings.append(_covering(tiles[0], whole_image, extents))
     tolerance = 4 * noise
     limit = 100 * noise if threshold is None else threshold
-    differs = max_sd > max(limit, tolerance) and _confirmed(
-        network, whole_image, tiles, stitched, whole, findings
-    )
-    if tolerance < max_sd and not differs:
-        findings.append(_rounding(max_sd, tolerance, limit))
     changes = _interference(network, image, geometry, cross)
+    leaking = any(change > ISOLATED for change in changes)  # measured in float64: a confirmation as well
+    differs = max_sd > max(limit, tolerance) and (
+        leaking or _confirmed(network, whole_image, tiles, stitched, whole, findings)
+    )
+    if tolerance < max_sd <= limit:
+        findings.append(_rounding(max_sd, tolerance, limit))
     findings += _leaks(changes, geometry, exact_halo)
-    leaking = any(change > ISOLATED for change in changes)
     if differs or leaking:
         findings += [
             Finding(code="NF401", where=site, message="its statistic is computed from the tile.")
@@ -163,7 +165,7 @@ def _noise(network: Network, image: Tensor, tiles: Sequence[Tile], spread: float
         return IDENTITY[torch.float64] / 4
     window = image[at(tiles[len(tiles) // 2].read)]
     rounded, _ = deviation(network.tested(window), network.double(window.double()), spread)
-    return rounded
+    return rounded if rounded < BOUNDLESS else 0.0  # a window without finite output excuses nothing
 
 
 def _cut_axes(tiles: Sequence[Tile], size: Sequence[int]) -> tuple[int, ...]:

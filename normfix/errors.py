@@ -43,8 +43,8 @@ CODES: dict[str, str] = {
     "NF112": "A state dict holds tensors, not the network. Name the network: --arch pkg.module:factory or "
     "--arch timm:NAME, with --arch-args '{\"in_channels\": 1}' for its arguments.",
     "NF113": "A saved folder may name what builds its network, but a file does not decide what runs here: "
-    "only network classes and functions of a fixed list of packages are called unasked. Anything "
-    "else the caller repeats.",
+    "only network classes and builders of a fixed list of packages are called unasked, and only with "
+    "arguments that name no file or address. Anything else the caller repeats: --arch, --preprocess.",
     "NF114": "Output appears whole or not at all, and never over something that exists. Name a new folder.",
     "NF115": "Weights, plan and probe of a saved folder belong together; here they do not: the file was "
     "changed, or the network code of the source package differs from the version it was converted "
@@ -78,6 +78,9 @@ CODES: dict[str, str] = {
     "to stitch. Choose another output with --output, or features_only for timm networks.",
     "NF215": "A live statistic remains that normfix has no rule for, or that no constant can replace "
     "(attention over all tokens). Geometry and tile exactness cannot be claimed while it is live.",
+    "NF216": "The halo is read from where NaN spreads to, and a comparison, argmax or cast turns NaN into an "
+    "ordinary number. Choose the output before that step (probabilities instead of labels) with --output or "
+    "forward_fn.",
     # 3xx: calibrating
     "NF301": "A site ran more or less often than once per image, so its statistic is not defined. The network "
     "takes another path on these images than on the example it was scanned with.",
@@ -88,7 +91,7 @@ CODES: dict[str, str] = {
     "each axis.",
     "NF403": "A tile's output depends on pixels beyond its halo. Measured by amplifying everything outside "
     "the window by 1e12 in float64, because one missing stride is invisible on ordinary images.",
-    "NF404": "The output does not vary on this image, so agreement proves nothing.",
+    "NF404": "The output does not vary on this image, or is not finite, so agreement proves nothing.",
     "NF405": "The difference disappears in float64: it was rounding.",
     "NF406": "The difference stays in float64: it is structural.",
     "NF407": "Every window covered the whole image, so tile and whole are the same computation and agreement "

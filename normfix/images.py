@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import glob
 import importlib
+import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -28,6 +31,7 @@ __all__ = [
     "find_images",
     "parse_scaling",
     "read_image",
+    "require_new_image",
     "scaled",
     "to_tensor",
     "write_image",
@@ -53,7 +57,7 @@ class Items:
             NormfixError: NF104 for NaN or infinity, NF106 for what is no such tensor.
         """
         for number, image in enumerate(self.images):
-            yield self.prepare(_checked(image, f"image {number}").to(self.device, self.dtype))
+            yield self.prepare(_checked(image, f"image {number}", self.dtype).to(self.device))
 
     def __len__(self) -> int:
         return len(self.images) if isinstance(self.images, Sized) else sum(1 for _ in self.images)
@@ -63,11 +67,20 @@ class Items:
         """Take a tensor (one item) or a re-iterable of tensors.
 
         Raises:
-            NormfixError: NF103 for a generator, which could be read only once, and for an empty collection.
+            NormfixError: NF103 for a generator, which could be read only once, for an empty collection and for
+                what cannot be iterated.
         """
         if isinstance(images, Tensor):
             images = [images]
-        if iter(images) is images:
+        try:
+            iterator = iter(images)
+        except TypeError as error:
+            raise NormfixError(
+                "NF103",
+                f"expected tensors (N, C, *space), got {type(images).__name__}. Give a tensor or a list of them.",
+                where="images",
+            ) from error
+        if iterator is images:
             raise NormfixError(
                 "NF103",
                 "images were given as a generator, but they are read several times. Give a list, a dataset or "
@@ -107,11 +120,8 @@ def write_image(path: Path, array: Array) -> None:
     Raises:
         NormfixError: NF114 for another kind of file, one that exists, or a folder that cannot be written.
     """
+    require_new_image(path)
     suffix = path.suffix.lower()
-    if suffix not in (".npy", ".tif", ".tiff") or path.exists():
-        raise NormfixError(
-            "NF114", "give a new file ending in .npy or .tif; nothing is overwritten.", where=str(path)
-        )
     draft = path.with_name(f".{path.stem}-draft{path.suffix}")
     try:
         if suffix == ".npy":
@@ -121,12 +131,27 @@ def write_image(path: Path, array: Array) -> None:
 
             axes = "ZYX"[-(array.ndim - 1) :]
             data, named = (array[0], axes) if array.shape[0] == 1 else (array, f"C{axes}")
-            tifffile.imwrite(draft, data, metadata={"axes": named})
+            grey = "minisblack" if data.ndim > 1 else None  # else 3 or 4 channels would become RGB
+            tifffile.imwrite(draft, data, photometric=grey, metadata={"axes": named})
         draft.rename(path)
     except OSError as error:
         raise NormfixError("NF114", f"cannot write it: {error.strerror}.", where=str(path)) from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+def require_new_image(path: Path) -> None:
+    """Refuse an output that `write_image` would refuse, before anything is computed for it.
+
+    Raises:
+        NormfixError: NF114 for another kind of file, one that exists, or a folder that does not.
+    """
+    if path.suffix.lower() not in (".npy", ".tif", ".tiff") or path.exists():
+        raise NormfixError(
+            "NF114", "give a new file ending in .npy or .tif; nothing is overwritten.", where=str(path)
+        )
+    if not path.parent.is_dir():
+        raise NormfixError("NF114", f"there is no folder {path.parent} to write it to.", where=str(path))
 
 
 def find_images(patterns: Sequence[str]) -> list[Path]:
@@ -137,13 +162,10 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
     """
     found: list[Path] = []
     for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            matched = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
-        elif path.exists():
-            matched = [path]
-        else:
-            matched = sorted(Path(p) for p in glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute globs
+        try:
+            matched = _matched(pattern)
+        except OSError:  # no file can have such a name
+            matched = []
         if not matched:
             raise NormfixError(
                 "NF101",
@@ -154,8 +176,17 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
     return found
 
 
+def _matched(pattern: str) -> list[Path]:
+    path = Path(pattern)
+    if path.is_dir():
+        return sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
+    if path.exists():
+        return [path]
+    return sorted(Path(p) for p in glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute globs
+
+
 def read_image(path: Path, *, ndim: int, channels: int, axes: str | None = None) -> Array:
-    """Read an image file as (C, *space) in its own dtype.
+    """Read an image file as (C, *space) in its own dtype, space in the order Z, Y, X.
 
     Args:
         path: TIFF, PNG or npy.
@@ -165,12 +196,18 @@ def read_image(path: Path, *, ndim: int, channels: int, axes: str | None = None)
             what the shape leaves no doubt about.
 
     Raises:
-        NormfixError: NF101 if the file cannot be read, NF106 if its axes do not fit the network.
+        NormfixError: NF101 if the file cannot be read, NF106 if its axes or dtype do not fit the network.
     """
     array, said = _read(path)
-    named = (axes or said or _guess(array.shape, ndim, channels)).upper().replace("S", "C")
     where = str(path)
-    if len(named) != array.ndim or len(set(named)) != len(named):
+    if array.dtype.kind not in "biuf":
+        raise NormfixError(
+            "NF106",
+            f"its values are {array.dtype}; networks take real numbers. Convert it first.",
+            where=where,
+        )
+    named = (axes or said or _guess(array.shape, ndim, channels, where)).upper().replace("S", "C")
+    if len(named) != array.ndim or len(set(named)) != len(named) or not set(named) <= set("CZYX"):
         raise NormfixError(
             "NF106",
             f"axes {named!r} do not name the {array.ndim} axes of an array of shape {array.shape}. "
@@ -185,7 +222,11 @@ def read_image(path: Path, *, ndim: int, channels: int, axes: str | None = None)
             "Give --axes if they are named wrongly, or cut the image.",
             where=where,
         )
-    array = np.moveaxis(array, named.index("C"), 0) if "C" in named else array[np.newaxis]
+    array = array.transpose([named.index(letter) for letter in "CZYX" if letter in named])
+    if "C" not in named:
+        array = array[np.newaxis]
+    if 0 in array.shape:
+        raise NormfixError("NF106", f"the image has no pixels: its shape is {array.shape}.", where=where)
     if array.shape[0] != channels:
         raise NormfixError(
             "NF106",
@@ -225,15 +266,16 @@ def scaled(array: Array, scaling: Scaling | None, where: str = "image") -> Array
                 )
             result = wide / np.iinfo(array.dtype).max
         case "zscore":
+            _positive(wide.max() - wide.min(), where)  # the deviation of a constant can round to more than 0
             result = (wide - wide.mean()) / _positive(wide.std(), where)
         case "percentile":
-            low, high = np.percentile(wide, scaling.values)
+            low, high = np.percentile(wide, _two(scaling))
             result = (wide - low) / _positive(high - low, where)
         case "fixed":
-            mean, sd = scaling.values
+            mean, sd = _two(scaling)
             result = (wide - mean) / sd
         case "preprocess":
-            result = np.asarray(_function(scaling.function)(array))
+            result = _preprocessed(array, scaling.function, where)
     return result.astype(np.float64 if array.dtype == np.float64 else np.float32)
 
 
@@ -256,14 +298,9 @@ def parse_scaling(text: str) -> Scaling:
         raise NormfixError(
             "NF107", "give none, unit, zscore, percentile:LOW,HIGH or MEAN,STD.", where=f"--scale {text}"
         ) from error
-    sane = 0 <= low < high <= 100 if kind == "percentile" else high > 0
-    if not sane:
-        raise NormfixError(
-            "NF107",
-            "percentiles run from 0 to 100, low before high; a deviation is positive.",
-            where=f"--scale {text}",
-        )
-    return Scaling(kind=cast(Literal["percentile", "fixed"], kind), values=(low, high))
+    scaling = Scaling(kind=cast(Literal["percentile", "fixed"], kind), values=(low, high))
+    _two(scaling)
+    return scaling
 
 
 def to_tensor(array: Array) -> Tensor:
@@ -281,7 +318,7 @@ def _read(path: Path) -> tuple[Array, str | None]:
             return _read_tiff(path)
         import imageio.v3 as iio
 
-        array = np.asarray(iio.imread(path))
+        array = np.asarray(iio.imread(path, plugin="pillow"))
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise NormfixError(
@@ -295,10 +332,12 @@ def _read(path: Path) -> tuple[Array, str | None]:
 def _read_tiff(path: Path) -> tuple[Array, str | None]:
     import tifffile
 
-    with tifffile.TiffFile(path) as file:
+    with _complaints("tifffile") as complaints, tifffile.TiffFile(path) as file:
         series = file.series[0]
         axes = series.axes
         array = series.asarray()
+    if complaints:  # such as a page beyond the end of a truncated file, which is left out of the stack
+        raise ValueError(complaints[0])
     singles = [
         i
         for i, (letter, n) in enumerate(zip(axes, array.shape, strict=True))
@@ -306,11 +345,25 @@ def _read_tiff(path: Path) -> tuple[Array, str | None]:
     ]
     array = np.squeeze(array, tuple(singles))
     axes = "".join(letter for i, letter in enumerate(axes) if i not in singles)
-    known = set(axes) <= set("CSZYX")  # Q and I mean: not said
-    return array, axes if known else None
+    said = not set(axes) & set("QI")  # unknown, or a plain sequence of pages
+    return array, axes if said else None
 
 
-def _guess(shape: tuple[int, ...], ndim: int, channels: int) -> str:
+@contextmanager
+def _complaints(name: str) -> Iterator[list[str]]:
+    """Collect the errors that a library only logs."""
+    found: list[str] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger(name)
+    logger.addHandler(handler)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
+
+
+def _guess(shape: tuple[int, ...], ndim: int, channels: int, where: str) -> str:
     space = "ZYX"[-ndim:]
     if len(shape) == ndim and channels == 1:
         return space
@@ -320,12 +373,13 @@ def _guess(shape: tuple[int, ...], ndim: int, channels: int) -> str:
         "NF106",
         f"the axes of an array of shape {shape} are not certain for a network with {channels} channels and "
         f"{ndim} spatial axes. Name them with --axes, such as C{space} or {space}C.",
-        where="axes",
+        where=where,
     )
 
 
-def _checked(image: object, where: str) -> Tensor:
-    if not isinstance(image, Tensor) or image.dim() < 3 or not image.is_floating_point():
+def _checked(image: object, where: str, dtype: torch.dtype) -> Tensor:
+    """Return the image in `dtype`, in which it must be finite too."""
+    if not isinstance(image, Tensor) or image.dim() < 3 or not image.numel() or not image.is_floating_point():
         what = (
             f"{image.dtype} of shape {tuple(image.shape)}"
             if isinstance(image, Tensor)
@@ -336,6 +390,7 @@ def _checked(image: object, where: str) -> Tensor:
             f"expected a floating tensor (N, C, *space), got {what}. Convert and scale it first.",
             where=where,
         )
+    image = image.to(dtype)
     if not torch.isfinite(image).all():
         raise _not_finite(where)
     return image
@@ -351,11 +406,47 @@ def _not_finite(where: str) -> NormfixError:
 
 
 def _positive(spread: float, where: str) -> float:
-    if not spread > 0:
+    if not 0 < spread < math.inf:
         raise NormfixError(
-            "NF107", "the image is constant, so it cannot be scaled by its spread.", where=where
+            "NF107",
+            f"the image's spread is {spread:g} (0: constant), so it cannot be scaled by it.",
+            where=where,
         )
     return spread
+
+
+def _two(scaling: Scaling) -> tuple[float, float]:
+    """Return the two numbers of a percentile or fixed scaling."""
+    low, high = scaling.values if len(scaling.values) == 2 else (math.nan, math.nan)
+    sane = (
+        0 <= low < high <= 100 if scaling.kind == "percentile" else math.isfinite(low) and 0 < high < math.inf
+    )
+    if not sane:
+        raise NormfixError(
+            "NF107",
+            "percentiles run from 0 to 100, low before high; a mean is finite and a deviation positive.",
+            where=f"--scale {scaling.kind} {','.join(map(str, scaling.values))}",
+        )
+    return low, high
+
+
+def _preprocessed(array: Array, name: str, where: str) -> Array:
+    function = _function(name)
+    try:
+        result = np.asarray(function(array.copy()))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise NormfixError(
+            "NF107", f"{name} failed on an array {array.shape} of {array.dtype}: {reason}.", where=where
+        ) from error
+    if result.shape != array.shape or result.dtype.kind not in "biuf":
+        raise NormfixError(
+            "NF107",
+            f"{name} made {result.dtype} {result.shape} of {array.shape}; it must keep (C, *space) and give "
+            "real numbers.",
+            where=where,
+        )
+    return result
 
 
 def _function(name: str) -> Callable[[Array], Array]:

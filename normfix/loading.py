@@ -1,8 +1,10 @@
 """Open what people have: nothing in a file runs unless asked.
 
 Weights are read without executing anything. A pickle that needs classes is listed, then refused, unless the
-caller trusts it. A factory named by the caller is imported; one named by a saved folder only if its package
-is on FACTORIES and it is a network class or a function defined there.
+caller trusts it. A factory named by the caller is imported; one named by a saved folder only if it is a network
+class of a package on FACTORIES, or a public function of a module on BUILDERS, and then only with arguments
+that name no file or address: `timm.models.load_checkpoint` or a `checkpoint_path` would open what the
+folder's author chose.
 """
 
 from __future__ import annotations
@@ -10,10 +12,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import os
 import pickle  # noqa: TID251 - for its exception
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +24,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor, _weights_only_unpickler, nn
 
 from normfix.errors import NormfixError
 from normfix.records import Source
 
-__all__ = ["FACTORIES", "Loaded", "build", "open_model", "read_weights", "rebuild"]
+__all__ = ["BUILDERS", "FACTORIES", "Loaded", "build", "dumped", "open_model", "read_weights", "rebuild"]
 
 FACTORIES = (
     "torchvision",
@@ -37,10 +40,22 @@ FACTORIES = (
     "diffusers",
     "normfix",
 )
-"""Packages whose network classes and functions a saved folder may name."""
+"""Packages whose network classes a saved folder may name."""
+
+BUILDERS = (
+    "torchvision.models",
+    "timm.models",
+    "monai.networks.nets",
+    "segmentation_models_pytorch",
+    "normfix.demo.network",
+)
+"""Modules, with what is below them, whose public functions build networks, so that a folder may name them."""
 
 _NESTED = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")
 _NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+_OPENS = re.compile(r"path|file|url|dir|cfg|config|checkpoint|hub|cache", re.IGNORECASE)
+_LEGACY = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # how torch.save before 1.6 began its files
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +89,13 @@ def open_model(
     """
     args = dict(arch_args or {})
     path = Path(spec)
-    if path.exists():
+    if os.path.exists(path):  # noqa: PTH110 - Path.exists raises where a name is too long to be a file
         return _open_file(path, arch, args, trust_pickle)
     if _NAME.fullmatch(spec) and path.suffix not in (".pt", ".pth", ".ckpt", ".safetensors"):
-        source = Source(kind="factory", spec=spec, args=_dumped(args))
+        source = Source(kind="factory", spec=spec, args=dumped(args))
         return Loaded(build(source), source, _random_weights(spec, args))
     raise NormfixError(
-        "NF101", "no such file, and no name of the form timm:NAME or pkg.module:factory.", where=spec
+        "NF101", "no such file, and no name of the form timm:NAME or pkg.module:factory.", where=spec[:200]
     )
 
 
@@ -92,9 +107,10 @@ def build(source: Source, *, blank: bool = False) -> nn.Module:
         blank: the weights come later, so do not fetch pretrained ones.
 
     Raises:
-        NormfixError: NF111 if it cannot be imported, fails, or returns no nn.Module.
+        NormfixError: NF111 if it cannot be imported, fails, or returns no nn.Module; NF108 if its arguments are
+            no JSON object.
     """
-    args = json.loads(source.args)
+    args = _arguments(source)
     try:
         if source.spec.startswith("timm:"):
             factory: Any = importlib.import_module("timm").create_model
@@ -104,7 +120,9 @@ def build(source: Source, *, blank: bool = False) -> nn.Module:
         else:
             model = _import(source.spec)(**args)
     except ModuleNotFoundError as error:
-        hint = 'pip install "normfix[timm]"' if error.name == "timm" else f"install {error.name}"
+        hint = f"install {error.name}, or name its folder in PYTHONPATH"
+        if error.name == "timm":
+            hint = 'pip install "normfix[timm]"'
         raise NormfixError("NF111", f"{error}. Next: {hint}.", where=source.spec) from error
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
@@ -127,8 +145,8 @@ def rebuild(
         NormfixError: NF113 if the folder names a factory that may not be called unasked.
     """
     if arch is not None:
-        args = json.loads(source.args) if arch_args is None and arch == source.spec else dict(arch_args or {})
-        return build(Source(kind="factory", spec=arch, args=_dumped(args)), blank=True)
+        args = _arguments(source) if arch_args is None and arch == source.spec else dict(arch_args or {})
+        return build(Source(kind="factory", spec=arch, args=dumped(args)), blank=True)
     if source.kind == "object":
         raise NormfixError(
             "NF113",
@@ -139,12 +157,37 @@ def rebuild(
     if not _allowed(source.spec):
         raise NormfixError(
             "NF113",
-            "the folder names this factory, but only network classes and functions of "
+            "the folder names this factory, but only network classes and builders of "
             f"{', '.join(FACTORIES)} are called unasked. If you trust it, repeat it: --arch {source.spec} "
             f"(arch={source.spec!r} in Python).",
             where=source.spec,
         )
+    opening = sorted(name for name in _names_in(_arguments(source)) if _OPENS.search(name))
+    if opening:
+        raise NormfixError(
+            "NF113",
+            f"the folder gives this factory the arguments {', '.join(opening)}, which may open a file or an "
+            f"address of its choice: {source.args[:200]}. If you trust it, repeat them: --arch {source.spec} "
+            "--arch-args JSON (arch= and args= in Python).",
+            where=source.spec,
+        )
     return build(source, blank=True)
+
+
+def dumped(args: Mapping[str, Any]) -> str:
+    """Return a factory's arguments as JSON text, the same for equal arguments.
+
+    Raises:
+        NormfixError: NF111 if they are not JSON-ready, so that they could not travel with the network.
+    """
+    try:
+        return json.dumps(dict(args), sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise NormfixError(
+            "NF111",
+            f"arguments of a factory travel as JSON: {error}. Write a factory that takes plain values.",
+            where="--arch-args",
+        ) from error
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -167,12 +210,13 @@ def _open_file(path: Path, arch: str | None, args: dict[str, Any], trust_pickle:
     if path.suffix == ".safetensors":
         content: Any = read_weights(path)
     else:
+        _require_torch_file(path)
         content = _unpickled(path, trust_pickle)
     if isinstance(content, nn.Module):
         kind = type(content)
         source = Source(kind="object", spec=f"{kind.__module__}:{kind.__qualname__}")
         if arch is not None:
-            source = Source(kind="factory", spec=arch, args=_dumped(args))
+            source = Source(kind="factory", spec=arch, args=dumped(args))
         return Loaded(content, source)
     weights = _state_dict(content, path)
     if arch is None:
@@ -182,18 +226,47 @@ def _open_file(path: Path, arch: str | None, args: dict[str, Any], trust_pickle:
             "or --arch timm:NAME, with --arch-args '{\"...\": ...}'.",
             where=str(path),
         )
-    source = Source(kind="factory", spec=arch, args=_dumped(args))
+    source = Source(kind="factory", spec=arch, args=dumped(args))
     model = build(source, blank=True)
     _load_strictly(model, weights, path)
     return Loaded(model, source)
 
 
+def _require_torch_file(path: Path) -> None:
+    """Refuse what torch.save did not write, and archives with a wrong checksum, which torch.load ignores."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(32)
+        if not start.startswith(b"PK"):
+            problem = "" if _LEGACY in start else "torch.save did not write it"
+        else:
+            problem = _archive_problem(path)
+    except Exception as error:  # zipfile raises half a dozen kinds for damaged archives
+        raise _unreadable(path, error) from error
+    if problem:
+        raise NormfixError(
+            "NF101", f"cannot read this file: {problem}. Check that it exists and is whole.", where=str(path)
+        )
+
+
+def _archive_problem(path: Path) -> str:
+    with zipfile.ZipFile(path) as archive:
+        members = {name.partition("/")[2] for name in archive.namelist()}
+        if "constants.pkl" in members:
+            return (
+                "it is a TorchScript program, which holds no modules to convert; save the state_dict instead"
+            )
+        if "data.pkl" not in members:
+            return "it is an archive, but torch.save did not write it (exported programs are not read)"
+        broken = archive.testzip()
+        return f"the checksum of {broken} is wrong" if broken else ""
+
+
 def _unpickled(path: Path, trust: bool) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
-    except pickle.UnpicklingError as error:
-        if not zipfile.is_zipfile(path) and not trust:
-            raise _unreadable(path, error) from error
+    except pickle.UnpicklingError:
+        pass
     except Exception as error:
         raise _unreadable(path, error) from error
     if not trust:
@@ -211,11 +284,20 @@ def _unpickled(path: Path, trust: bool) -> Any:
 
 def _wanted(path: Path) -> str:
     try:
-        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        if zipfile.is_zipfile(path):
+            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        else:
+            names = _legacy_globals(path)
     except Exception:  # noqa: BLE001 - a listing is a courtesy; whatever the file does wrong, it is refused
         names = []
     shown = ", ".join(names[:8]) or "classes that cannot be listed"
     return shown + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _legacy_globals(path: Path) -> list[str]:
+    """List the five pickles of a file in the format before torch 1.6."""
+    with path.open("rb") as file:
+        return sorted(set().union(*(_weights_only_unpickler.get_globals_in_pkl(file) for _ in range(5))))
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
@@ -230,16 +312,21 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
         raise NormfixError(
             "NF101", "the file holds neither a network nor a state dict of tensors.", where=str(path)
         )
-    weights = {str(k): v for k, v in content.items()}
-    for prefix in ("module.", "_orig_mod."):
-        if all(key.startswith(prefix) for key in weights):
+    return {str(k): v for k, v in content.items()}
+
+
+def _unwrapped(weights: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
+    """Strip what DataParallel and torch.compile put before every name, unless the network has it too."""
+    own = model.state_dict().keys()
+    for prefix in _PREFIXES * 2:
+        if weights.keys() != own and all(key.startswith(prefix) for key in weights):
             weights = {key.removeprefix(prefix): value for key, value in weights.items()}
     return weights
 
 
 def _load_strictly(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
     try:
-        result = model.load_state_dict(weights, strict=False)
+        result = model.load_state_dict(_unwrapped(weights, model), strict=False)
     except RuntimeError as error:
         reason = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
         raise NormfixError(
@@ -267,29 +354,58 @@ def _import(spec: str) -> Any:
 
 
 def _allowed(spec: str) -> bool:
-    """Tell whether a file may name this factory: on the list, and defined there, not merely imported there."""
-    if spec.startswith("timm:"):
-        return True
+    """Tell whether a file may name this factory: on a list, and defined there, not merely imported there."""
     package = spec.partition(":")[0].partition(".")[0]
     if package not in FACTORIES or not _NAME.fullmatch(spec):
         return False
+    if spec.startswith("timm:"):
+        return True
     try:
         found = _import(spec)
-    except (ImportError, AttributeError):
-        return True  # building it then says what is missing
-    home = str(getattr(found, "__module__", "")).partition(".")[0]
-    is_network = inspect.isclass(found) and issubclass(found, nn.Module)
-    return home == package and (is_network or inspect.isfunction(found))
+    except Exception as error:
+        raise NormfixError(
+            "NF111", f"{type(error).__name__}: {error}. Install {package} as it was.", where=spec
+        ) from error
+    home = str(getattr(found, "__module__", ""))
+    if inspect.isclass(found):
+        return issubclass(found, nn.Module) and _is_below(home, FACTORIES)
+    if not inspect.isfunction(found):
+        return False
+    public = not any(part.startswith("_") for part in (*home.split("."), found.__name__))
+    return public and _is_below(home, BUILDERS)
+
+
+def _is_below(module: str, places: tuple[str, ...]) -> bool:
+    return any(module == place or module.startswith(f"{place}.") for place in places)
+
+
+def _names_in(value: object) -> Iterator[str]:
+    """Yield every name in arguments, however deep."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield str(name)
+            yield from _names_in(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _names_in(inner)
+
+
+def _arguments(source: Source) -> dict[str, Any]:
+    try:
+        args = json.loads(source.args)
+    except (ValueError, RecursionError) as error:
+        raise NormfixError("NF108", f"its arguments are no JSON: {error}.", where=source.spec) from error
+    if not isinstance(args, dict):
+        raise NormfixError(
+            "NF108", f"its arguments are no JSON object: {source.args[:80]}.", where=source.spec
+        )
+    return args
 
 
 def _random_weights(spec: str, args: Mapping[str, Any]) -> tuple[str, ...]:
     if spec.startswith("timm:") and not args.get("pretrained"):
         return (f"{spec} has random weights; add --arch-args '{{\"pretrained\": true}}' for trained ones.",)
     return ()
-
-
-def _dumped(args: Mapping[str, Any]) -> str:
-    return json.dumps(dict(args), sort_keys=True)
 
 
 def _unreadable(path: Path, error: Exception) -> NormfixError:

@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from torch import Tensor
 
-from normfix.dye import halo, strip
+from normfix.dye import DyeLost, halo, strip
 from normfix.records import Finding
 from normfix.symmetry import exact_multiple, output_scale, smallest_stride
 from normfix.tiles import Geometry, round_up
@@ -51,13 +51,46 @@ def measure_locality(
             "size",
             f"the network runs on no strip, only on sizes like {size}, so it cannot be tiled.",
         )
+    try:
+        return _along_axes(single, double, example, dilution, cross)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        return _none("NF210", "size", f"it runs on no strip of another length: {error}.")
+
+
+def cross_section(f: Function, example: Tensor, grid: Sequence[int]) -> tuple[int, ...] | None:
+    """Return the thinnest strip the network runs on: extents per axis, each a multiple of the grid."""
+    for factor in (2, 4, 8, 16):
+        size = tuple(round_up(factor * max(8, g), g) for g in grid)
+        try:
+            f(strip(example, size))
+        except (RuntimeError, ValueError, AssertionError):
+            continue
+        return size
+    return None
+
+
+def _along_axes(
+    single: Function,
+    double: Function,
+    example: Tensor,
+    dilution: Sequence[int],
+    cross: tuple[int, ...],
+) -> Locality:
     strides, halos, scales, multiples = [], [], [], []
     for axis, grid in enumerate(dilution):
         name = f"axis {axis}"
         scale = output_scale(single, example, axis, grid, cross)
         if scale <= 0:
             return _none("NF211", name, "the output does not grow with the input along this axis.")
-        reach = halo(single, example, axis, grid, scale, cross)
+        try:
+            reach = halo(single, example, axis, grid, scale, cross)
+        except DyeLost:
+            return _none(
+                "NF216",
+                name,
+                "no dye arrives at its output (a comparison, argmax or cast swallows it), so its halo cannot be "
+                "read. Choose an output before that step.",
+            )
         if reach is None:
             return _none(
                 "NF212",
@@ -65,8 +98,8 @@ def measure_locality(
                 "its output depends on the whole extent along this axis although no known "
                 "statistic is live, so no halo is enough.",
             )
-        padded = tuple(round_up(max(0, n), grid) for n in reach)
-        around = (padded[0], padded[1])
+        reach = max(0, reach[0]), max(0, reach[1])  # a tile reads at least itself
+        around = round_up(reach[0], grid), round_up(reach[1], grid)
         stride = smallest_stride(double, example.double(), axis, grid, scale, around, cross)
         if stride is None:
             return _none(
@@ -83,18 +116,6 @@ def measure_locality(
         stride=tuple(strides), halo=tuple(halos), scale=tuple(scales), multiple=tuple(multiples)
     )
     return Locality(geometry, ())
-
-
-def cross_section(f: Function, example: Tensor, grid: Sequence[int]) -> tuple[int, ...] | None:
-    """Return the thinnest strip the network runs on: extents per axis, each a multiple of the grid."""
-    for factor in (2, 4, 8, 16):
-        size = tuple(round_up(max(16, factor * g), g) for g in grid)
-        try:
-            f(strip(example, size))
-        except (RuntimeError, ValueError, AssertionError):
-            continue
-        return size
-    return None
 
 
 def _none(code: str, where: str, message: str) -> Locality:

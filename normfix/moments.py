@@ -90,8 +90,8 @@ def pool(moments: Moments, groups: int) -> Moments:
 
 
 def _merge_two(a: Moments, b: Moments) -> Moments:
+    if a.count == 0 or b.count == 0:
+        return a if b.count == 0 else b  # the mean of nothing is NaN and must not spread
     n = a.count + b.count
-    if n == 0:
-        return a
     delta = b.mean - a.mean
     return Moments(n, a.mean + delta * (b.count / n), a.m2 + b.m2 + delta.square() * (a.count * b.count / n))

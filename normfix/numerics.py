@@ -9,7 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["IDENTITY", "deviation", "exact_arithmetic", "settings"]
+__all__ = ["BOUNDLESS", "IDENTITY", "deviation", "exact_arithmetic", "settings"]
+
+BOUNDLESS = 1e300
+"""Stands for a difference that is infinite or NaN: JSON knows neither, and NaN compares as if it were fine."""
 
 IDENTITY: dict[torch.dtype, float] = {
     torch.float64: 1e-10,
@@ -21,8 +24,9 @@ IDENTITY: dict[torch.dtype, float] = {
 
 
 def deviation(actual: Tensor, expected: Tensor, sd: float) -> tuple[float, float]:
-    """Return (largest, mean) absolute difference in units of `sd`, computed in float64."""
+    """Return (largest, mean) absolute difference in units of `sd`, in float64; NaN counts as BOUNDLESS."""
     difference = (actual.double() - expected.double()).abs() / sd
+    difference = difference.nan_to_num(nan=BOUNDLESS).clamp_max(BOUNDLESS)
     return float(difference.max()), float(difference.mean())
 
 

@@ -7,6 +7,7 @@ The records an API call returns and those `--format json` prints are the same ob
 from __future__ import annotations
 
 import json
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -44,6 +45,9 @@ __all__ = [
 ]
 
 Spans = tuple[tuple[int, int], ...]
+
+SCHEMA = 1
+"""Version of the JSON of plans and saved folders."""
 
 
 class Family(StrEnum):
@@ -90,7 +94,7 @@ class Record:
         """Build the record from parsed JSON.
 
         Raises:
-            NormfixError: NF108 if a field is missing, unknown or of the wrong type.
+            NormfixError: NF108 if a field is missing, unknown or of the wrong type, or the schema is newer.
         """
         decoded = _decode(cls, data, where or cls.__name__)
         assert isinstance(decoded, cls)
@@ -210,7 +214,7 @@ class Plan(Record):
     to: Literal["frozen", "batchrenorm"]
     model: str
     decisions: tuple[Decision, ...]
-    schema: int = 1
+    schema: int = SCHEMA
 
     @property
     def converted(self) -> tuple[Decision, ...]:
@@ -461,7 +465,7 @@ def _decode(kind: Any, data: object, where: str) -> Any:
         _require(data in [str(member) for member in kind], data, where, f"one of {[str(m) for m in kind]}")
         return kind(data)
     if kind is float:
-        return float(_require(_is_number(data), data, where, "a number"))
+        return float(_require(_is_number(data), data, where, "a finite number"))
     right = isinstance(data, kind) and isinstance(data, bool) == (kind is bool)
     return _require(right, data, where, f"{kind.__name__}")
 
@@ -480,6 +484,13 @@ def _decode_tuple(items: tuple[Any, ...], data: object, where: str) -> tuple[Any
 def _decode_record(kind: Any, data: object, where: str) -> Any:
     if not isinstance(data, Mapping):
         raise _malformed(data, where, "an object")
+    schema = data.get("schema")
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise NormfixError(
+            "NF108",
+            f"it has schema {schema}, this normfix reads up to {SCHEMA}. Update normfix.",
+            where=where,
+        )
     hints = _hints(kind)
     unknown = sorted(set(data) - set(hints))
     _require(not unknown, unknown, where, f"no fields but {', '.join(hints)}")
@@ -495,7 +506,12 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def _is_number(data: object) -> bool:
-    return isinstance(data, int | float) and not isinstance(data, bool)
+    if not isinstance(data, int | float) or isinstance(data, bool):
+        return False
+    try:
+        return math.isfinite(data)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _require(right: bool, data: Any, where: str, expected: str) -> Any:

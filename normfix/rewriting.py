@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from normfix import layers
 from normfix.errors import NormfixError
@@ -96,7 +97,7 @@ def copy_of(model: nn.Module) -> nn.Module:
         NormfixError: NF208 if the model cannot be copied.
     """
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, _blank_uninitialised(model))
     except Exception as error:
         raise NormfixError(
             "NF208",
@@ -104,6 +105,17 @@ def copy_of(model: nn.Module) -> nn.Module:
             "Detach what holds graphs, locks or open files.",
             where=type(model).__name__,
         ) from error
+
+
+def _blank_uninitialised(model: nn.Module) -> dict[int, object]:
+    """Return a deepcopy memo with new uninitialised tensors for those that torch cannot copy yet."""
+    memo: dict[int, object] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if isinstance(tensor, UninitializedParameter):
+            memo[id(tensor)] = UninitializedParameter(tensor.requires_grad, tensor.device, tensor.dtype)
+        elif isinstance(tensor, UninitializedBuffer):
+            memo[id(tensor)] = UninitializedBuffer(tensor.requires_grad, tensor.device, tensor.dtype)
+    return memo
 
 
 def as_trained_copy(model: nn.Module) -> nn.Module:
@@ -149,7 +161,7 @@ def _bottom_up(plan: Plan) -> Iterator[Decision]:
 
 
 def _swap(root: nn.Module, old: nn.Module, decision: Decision) -> nn.Module:
-    new = _new_layer(decision, affine=_needs_affine(decision), like=old)
+    new = _new_layer(decision, affine=_needs_affine(decision), like=old if _has_tensors(old) else root)
     _take_affine(new, old, decision)
     _take_statistics(new, old, decision)
     new.train(old.training)

@@ -12,17 +12,18 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from jinja2 import Environment, PackageLoader
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from normfix.errors import NormfixError
-from normfix.records import CalibrationSummary, Probe, Proof, Provenance, Saved
+from normfix.records import SCHEMA, CalibrationSummary, Probe, Proof, Provenance, Saved
 
 __all__ = [
     "MANIFEST",
@@ -36,7 +37,6 @@ __all__ = [
 ]
 
 MANIFEST, WEIGHTS, CARD = "normfix.json", "model.safetensors", "README.md"
-SCHEMA = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,23 +47,33 @@ class _Stored:
 
 @contextmanager
 def appearing(target: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `target` that becomes `target` if the block succeeds.
+    """Give a temporary folder beside `target` that becomes `target` if the block succeeds; else nothing is left.
 
     Raises:
         NormfixError: NF114 if `target` exists or its parent cannot be written.
     """
     require_absent(target)
+    made = [parent for parent in target.parents if not parent.exists()]
+    holder: Path | None = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise NormfixError("NF114", f"cannot write there: {error.strerror}.", where=str(target)) from error
-    try:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            holder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+            draft = holder / target.name  # made by mkdir, so that the user's umask counts
+            draft.mkdir()
+        except OSError as error:
+            raise NormfixError(
+                "NF114", f"cannot write there: {error.strerror}.", where=str(target)
+            ) from error
         yield draft
-        draft.chmod(0o755)
+        require_absent(target)  # rename would replace an empty folder made meanwhile
         draft.rename(target)
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        if holder is not None:
+            shutil.rmtree(holder, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # not empty: the folder appeared, or something else of the user's did
+                parent.rmdir()
 
 
 def require_absent(target: Path) -> None:
@@ -72,7 +82,7 @@ def require_absent(target: Path) -> None:
     Raises:
         NormfixError: NF114.
     """
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise NormfixError(
             "NF114",
             "it exists, and normfix overwrites nothing. Name another folder or remove this one.",
@@ -88,7 +98,25 @@ def write_folder(
     calibration: CalibrationSummary | None,
     probe: Probe | None,
 ) -> None:
-    """Write the three files of a saved model into an existing folder."""
+    """Write the three files of a saved model into an existing folder.
+
+    Raises:
+        NormfixError: NF114 if the disk is full or fails.
+    """
+    try:
+        _write(folder, model, provenance, proof, calibration, probe)
+    except (OSError, SafetensorError) as error:
+        raise NormfixError("NF114", f"cannot write there: {error}.", where=str(folder)) from error
+
+
+def _write(
+    folder: Path,
+    model: nn.Module,
+    provenance: Provenance,
+    proof: Proof | None,
+    calibration: CalibrationSummary | None,
+    probe: Probe | None,
+) -> None:
     stored = _stored(model)
     save_file(stored.tensors, folder / WEIGHTS, metadata={"format": "pt"})
     saved = Saved(
@@ -102,6 +130,7 @@ def write_folder(
     )
     (folder / MANIFEST).write_text(saved.dumps(), encoding="utf-8")
     (folder / CARD).write_text(_card(saved), encoding="utf-8")
+    shutil.copymode(folder / MANIFEST, folder / WEIGHTS)  # safetensors lets nobody else read
 
 
 def read_manifest(folder: Path) -> Saved:
@@ -113,15 +142,8 @@ def read_manifest(folder: Path) -> Saved:
     path = folder / MANIFEST
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise NormfixError("NF101", f"cannot read it: {error}.", where=str(path)) from error
-    schema = data.get("schema") if isinstance(data, Mapping) else None
-    if isinstance(schema, int) and schema > SCHEMA:
-        raise NormfixError(
-            "NF108",
-            f"it has schema {schema}, this normfix reads up to {SCHEMA}. Update normfix.",
-            where=str(path),
-        )
     saved = Saved.from_json(data, where=str(path))
     weights = folder / WEIGHTS
     if not weights.is_file():

@@ -32,7 +32,7 @@ _REDUCED, _SQUARED = 0.75, 1.4
 _FREQUENCY = frozenset({"fft_fft2", "fft_fftn", "fft_rfft2", "fft_rfftn", "fft_fft", "fft_rfft"})
 _ATTENTION = frozenset({"scaled_dot_product_attention", "multi_head_attention_forward"})
 _POOLS = ("adaptive_avg_pool", "adaptive_max_pool", "avg_pool", "max_pool")
-_SHAPING = frozenset({"__getitem__", "interpolate", "upsample", "size", "expand", "expand_as"})
+_SHAPING = frozenset({"__getitem__", "interpolate", "upsample", "size", "expand", "expand_as", "pad"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import torch
@@ -36,11 +36,13 @@ def stitch(
         (N, C', *out), on the image's device.
     """
     whole: Tensor | None = None
-    for done, (tile, kept) in enumerate(_outputs(f, image, reversed(tiles)), start=1):
-        if whole is None:  # the last tile of the grid tells how large the output is
-            extents = [w.start + n for w, n in zip(tile.write, kept.shape[2:], strict=True)]
-            whole = kept.new_empty((*kept.shape[:2], *extents))
-        whole[at(tile.write)] = kept
+    for done, tile in enumerate(reversed(tiles), start=1):
+        window = f(image[at(tile.read)])
+        if whole is None:  # the last window ends where the output ends, also if its tile keeps nothing of it
+            ends = zip(tile.write, tile.keep, window.shape[2:], strict=True)
+            extents = [write.start - keep.start + n for write, keep, n in ends]
+            whole = window.new_empty((*window.shape[:2], *extents))
+        whole[at(tile.write)] = window[at(tile.keep)]
         progress(done, len(tiles))
     assert whole is not None
     return whole
@@ -93,10 +95,5 @@ def tiled(f: Function, image: Tensor, tile: int | Sequence[int], geometry: Geome
     whole = padded(image, geometry)
     tiles = list(grid(whole.shape[2:], tile_extents(tile, geometry), geometry))
     with torch.no_grad():
-        return cropped(stitch(f, whole, tiles), image.shape[2:], geometry.scale)
-
-
-def _outputs(f: Function, image: Tensor, tiles: Iterator[Tile]) -> Iterator[tuple[Tile, Tensor]]:
-    for tile in tiles:
-        window = image[at(tile.read)]
-        yield tile, f(window)[at(tile.keep)]
+        stitched = stitch(f, whole, tiles)
+    return stitched if whole is image else cropped(stitched, image.shape[2:], geometry.scale)

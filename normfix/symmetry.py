@@ -7,13 +7,14 @@ align_corners=True and position embeddings fail it at every shift.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from normfix.dye import strip
+from normfix.dye import strip, texture
 from normfix.tiles import round_up
 
 __all__ = ["EXACT", "exact_multiple", "is_equivariant", "output_scale", "smallest_stride"]
@@ -43,7 +44,8 @@ def is_equivariant(
     scale: Fraction,
     reach: tuple[int, int],
     cross: Sequence[int],
-) -> bool:
+    grid: int = 1,
+) -> bool | None:
     """Tell whether shifting the input by `shift` pixels shifts the output, away from the ends.
 
     Args:
@@ -54,14 +56,18 @@ def is_equivariant(
         scale: output pixels per input pixel.
         reach: how far the ends of the strip are felt, (before, after), multiples of the stride.
         cross: extents of the other axes.
+        grid: what the network's input must be a multiple of.
+
+    Returns:
+        None if the output is constant over space, which tells nothing.
     """
     if (shift * scale).denominator != 1:
         return False
-    grid = max(1, shift)
+    grid = math.lcm(grid, shift)
     length = round_up(reach[0] + reach[1] + 64, grid) + 2 * grid
     size = [*cross]
     size[axis] = length + shift
-    x = strip(example, size) + _texture(example, size)
+    x = strip(example, size) + texture(example, size)
     still, moved = f(x.narrow(axis + 2, 0, length)), f(x.narrow(axis + 2, shift, length))
     first = round_up(reach[0], scale.denominator) + shift
     last = length - round_up(reach[1], scale.denominator)
@@ -83,13 +89,14 @@ def smallest_stride(
     """Return the smallest divisor of `hint` (or of twice or four times it) that the network commutes with.
 
     Returns:
-        None if it commutes with none of them: its output depends on size or position.
+        None if it commutes with none of them: its output depends on size or position. A constant output
+        tells nothing, so the hint stands.
     """
 
-    def commutes(shift: int) -> bool:
-        return is_equivariant(f, example, axis, shift, scale, reach, cross)
+    def commutes(shift: int) -> bool | None:
+        return is_equivariant(f, example, axis, shift, scale, reach, cross, hint)
 
-    stride = next((hint * k for k in (1, 2, 4) if commutes(hint * k)), None)
+    stride = next((hint * k for k in (1, 2, 4) if commutes(hint * k) is not False), None)
     if stride is None:
         return None
     for prime in _primes(stride):
@@ -110,38 +117,37 @@ def exact_multiple(
     """Return 1 if sizes that the stride does not divide are exact as well, else the stride.
 
     A window that starts on the grid and ends at the image's end must give what the whole strip gives there;
-    it does not where a feature map is resized to a skip connection of another ratio.
+    it does not where a feature map is resized to a skip connection of another ratio. A window of whole
+    strides at the image's start must do so too; it does not where the network pads odd sizes on both sides.
     """
     for rest in {1, stride // 2, stride - 1} - {0}:
         start = round_up(64, stride)
         size = [*cross]
         size[axis] = start + round_up(reach[0] + reach[1] + 64, stride) + rest
-        x = strip(example, size) + _texture(example, size)
+        x = strip(example, size) + texture(example, size)
         try:
             whole = f(x)
             part = f(x.narrow(axis + 2, start, size[axis] - start))
+            front = f(x.narrow(axis + 2, 0, size[axis] - rest))
         except (RuntimeError, ValueError, AssertionError):
             return stride
         begin, offset = int((start + reach[0]) * scale), int(start * scale)
+        inner = int((size[axis] - rest - round_up(reach[1], stride)) * scale)
         wide, narrow = whole.shape[axis + 2] - begin, part.shape[axis + 2] - (begin - offset)
-        if wide != narrow or not _same(
-            whole.narrow(axis + 2, begin, wide), part.narrow(axis + 2, begin - offset, narrow)
+        if wide != narrow or not (
+            _same(whole.narrow(axis + 2, begin, wide), part.narrow(axis + 2, begin - offset, narrow))
+            and _same(whole.narrow(axis + 2, 0, inner), front.narrow(axis + 2, 0, inner))
         ):
             return stride
     return 1
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Compare relative to the larger output; an output without any variation proves nothing."""
+def _same(a: Tensor, b: Tensor) -> bool | None:
+    """Compare relative to the larger output; an output without any variation proves nothing: None."""
+    if all(torch.equal(y, y[(..., *(slice(1),) * (y.dim() - 2))].expand_as(y)) for y in (a, b)):
+        return None
     extent = float(torch.maximum(a.abs().max(), b.abs().max()))
     return bool((a - b).abs().max() <= EXACT * max(extent, 1e-300))
-
-
-def _texture(example: Tensor, size: Sequence[int]) -> Tensor:
-    """Return reproducible noise as large as the example's own variation: no period can hide a shift."""
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(*example.shape[:2], *size, generator=generator, dtype=torch.float64)
-    return (noise * float(example.double().std().clamp_min(1e-3))).to(example)
 
 
 def _primes(n: int) -> list[int]:

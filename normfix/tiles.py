@@ -2,7 +2,8 @@
 
 Tiles start on multiples of the stride. A tile reads its own area and `halo` (before, after) pixels of
 context per axis, rounded outwards to the stride so that reading starts in phase; at the border of the image
-it ends where the image ends and the network's own padding applies, as it does to the whole image.
+it ends where the image ends and the network's own padding applies, as it does to the whole image. A last
+tile of a few pixels reads further back, since a network may not run on a window narrower than its halo.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def grid(size: Sequence[int], tile: Sequence[int], geometry: Geometry) -> Iterat
     Example:
         >>> g = Geometry(stride=(4,), halo=((3, 5),), scale=(Fraction(1),), multiple=(4,))
         >>> [(t.read[0].start, t.read[0].stop) for t in grid((24,), (8,), g)]
-        [(0, 16), (4, 24), (12, 24)]
+        [(0, 16), (4, 24), (8, 24)]
     """
     spans = [
         list(_spans(n, step, stride, halo, scale))
@@ -95,9 +96,10 @@ def _spans(
     n: int, step: int, stride: int, halo: tuple[int, int], scale: Fraction
 ) -> Iterator[tuple[slice, slice, slice]]:
     before, after = (round_up(h, stride) for h in halo)
+    latest = (n - before - stride - after) // stride * stride  # where the narrowest full window may start
     for start in range(0, n, step):
         stop = min(start + step, n)
-        read = slice(max(0, start - before), min(n, stop + after))
+        read = slice(max(0, min(start - before, latest)), min(n, stop + after))
         offset = int(read.start * scale)
         first = int(start * scale)
         last = int(stop * scale) if stop < n else None  # the border tile keeps all that comes out

@@ -5,6 +5,7 @@ Modules here import torch only inside the functions that need it, so help stays 
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 
@@ -61,10 +62,18 @@ def main() -> None:
     except (click.exceptions.Abort, KeyboardInterrupt):
         _complain("Stopped; nothing was written.")
         code = 130
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     except Exception as error:  # noqa: BLE001 - the boundary
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         _complain(
-            str(NormfixError("NF901", f"{reason}. Nothing was written; --debug shows where.")), debug=debug
+            str(
+                NormfixError(
+                    "NF901", f"{reason}. Nothing was written; `normfix --debug COMMAND ...` shows where."
+                )
+            ),
+            debug=debug,
         )
         code = 2
     sys.exit(code or 0)

@@ -14,6 +14,7 @@ from normfix.cli.options import (
     image_options,
     model_options,
     note,
+    require_report,
     show,
     steps,
     write_report,
@@ -69,6 +70,7 @@ def convert_command(
     if plan_file is not None and keep:
         raise click.UsageError("--keep belongs to --to; a plan already says what to keep")
     require_absent(Path(out))
+    require_report(report)
     plan = _read_plan(plan_file)
     arguments = Arguments.take(options)
     opened = arguments.open()
@@ -102,6 +104,6 @@ def _read_plan(path: str | None) -> Plan | None:
         return None
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise NormfixError("NF101", f"cannot read it as JSON: {error}.", where=path) from error
     return Plan.from_json(data, where=path)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
@@ -26,6 +29,7 @@ __all__ = [
     "image_options",
     "model_options",
     "note",
+    "require_report",
     "show",
     "steps",
     "write_report",
@@ -55,7 +59,8 @@ class ArgumentsJson(click.ParamType[Mapping[str, Any]]):
 
 
 def model_options(command: Command) -> Command:
-    """Add MODEL and how to open it."""
+    """Add MODEL and how to open it, and keep what the network's code prints off stdout."""
+    command = _quiet(command)
     for decorate in (
         click.option("--device", help="Where to compute, such as cuda:0. Default: cpu."),
         click.option(
@@ -75,6 +80,16 @@ def model_options(command: Command) -> Command:
     ):
         command = decorate(command)
     return command
+
+
+def _quiet(command: Command) -> Command:
+    @wraps(command)
+    def run(*args: Any, **options: Any) -> Any:
+        click.get_current_context().obj = sys.stdout
+        with redirect_stdout(sys.stderr):
+            return command(*args, **options)
+
+    return cast(Command, run)
 
 
 def image_options(command: Command) -> Command:
@@ -150,6 +165,14 @@ class Arguments:
         if self.scale is not None:
             return parse_scaling(self.scale)
         known = None if model is None else provenance_of(model)
+        if known is not None and known.scaling.kind == "preprocess":
+            name = known.scaling.function
+            raise NormfixError(
+                "NF113",
+                "the images of this network are prepared by a function that its folder names, and a file does "
+                f"not decide what runs here. If you trust it, repeat it: --preprocess {name}.",
+                where=name,
+            )
         return None if known is None else known.scaling
 
     def images(self, patterns: tuple[str, ...], model: nn.Module) -> ImageFiles:
@@ -184,24 +207,33 @@ def note(text: str) -> None:
 
 def show(record: Record, text: str, format_: str) -> None:
     """Put the result on stdout: the record as JSON, or its text."""
-    click.echo(record.dumps() if format_ == "json" else text, nl=format_ != "json")
+    stdout = click.get_current_context().obj
+    click.echo(record.dumps() if format_ == "json" else text, file=stdout, nl=format_ != "json")
+
+
+def require_report(path: str | None) -> None:
+    """Refuse a report that cannot be written, before anything is computed for it."""
+    if path is None:
+        return
+    if Path(path).suffix != ".json":
+        raise click.UsageError(f"--report {path}: give a file ending in .json")
+    if not Path(path).parent.is_dir():
+        raise NormfixError("NF114", "there is no such folder to write the report to.", where=path)
 
 
 def write_report(path: str | None, record: Record) -> None:
     """Write the record as JSON to a file, whole or not at all."""
     if path is None:
         return
-    from pathlib import Path
-
     target = Path(path)
-    if target.suffix != ".json":
-        raise click.UsageError(f"--report {path}: give a file ending in .json")
     draft = target.with_name(f".{target.name}-draft")
     try:
         draft.write_text(record.dumps(), encoding="utf-8")
         draft.replace(target)
     except OSError as error:
         raise NormfixError("NF114", f"cannot write it: {error.strerror}.", where=path) from error
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 @contextmanager

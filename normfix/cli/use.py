@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +15,7 @@ from normfix.cli.options import (
     image_options,
     model_options,
     note,
+    require_report,
     show,
     write_report,
 )
@@ -32,9 +35,25 @@ class Halo(click.ParamType["int | Literal['auto']"]):
         """Parse, or fail with the reason."""
         if value == "auto":
             return "auto"
-        if not str(value).isdigit():
+        if not str(value).isdecimal():
             self.fail("give 'auto' or a number of pixels", param, ctx)
         return int(value)
+
+
+class Threshold(click.ParamType[float]):
+    """A difference in sd; not a number would pass everything."""
+
+    name = "sd"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Parse, or fail with the reason."""
+        try:
+            threshold = float(value)
+        except ValueError:
+            threshold = math.nan
+        if not 0 <= threshold < math.inf:
+            self.fail("give a finite number of sd, 0 or more", param, ctx)
+        return threshold
 
 
 _TILE = click.option(
@@ -59,12 +78,16 @@ def calibrate_command(images: tuple[str, ...], out: str, format_: str, **options
       normfix calibrate fixed other-images/ -o refitted
     """
     from normfix.pipeline import calibrate, save
+    from normfix.provenance import attach_, provenance_of
     from normfix.saving import require_absent
 
     require_absent(Path(out))
     arguments = Arguments.take(options)
     opened = arguments.open()
     done = calibrate(opened.model, arguments.images(images, opened.model), output=arguments.output)
+    known, stated = provenance_of(done.model), arguments.scaling()
+    if known is not None and stated is not None:  # the new statistics are of images scaled this way
+        attach_(done.model, replace(known, scaling=stated))
     save(done.model, out)
     show(done.summary, calibration_text(done.summary), format_)
     note(f"Wrote {out}.")
@@ -84,9 +107,10 @@ def predict_command(image: str, out: str, tile: int, halo: int | Literal["auto"]
     Example:
       normfix predict fixed nuclei.tif -o prediction.tif
     """
-    from normfix.images import write_image
+    from normfix.images import require_new_image, write_image
     from normfix.pipeline import predict
 
+    require_new_image(Path(out))
     arguments = Arguments.take(options)
     opened = arguments.open()
     whole = predict(
@@ -102,7 +126,9 @@ def predict_command(image: str, out: str, tile: int, halo: int | Literal["auto"]
 @_TILE
 @_HALO
 @click.option(
-    "--threshold", type=float, help="Largest difference in sd that still passes. Default: 100 noise floors."
+    "--threshold",
+    type=Threshold(),
+    help="Largest difference in sd that still passes. Default: 100 noise floors.",
 )
 @image_options
 @click.option("--report", help="Write the verdict to this .json file.")
@@ -126,6 +152,7 @@ def check_command(
     """
     from normfix.pipeline import check
 
+    require_report(report)
     arguments = Arguments.take(options)
     opened = arguments.open()
     verdict = check(

@@ -17,7 +17,7 @@ from normfix.dye import strip
 from normfix.errors import NormfixError
 from normfix.images import Items
 from normfix.numerics import exact_arithmetic
-from normfix.pipeline.looking import Look, base_of, default_example, example_from, look, site_target
+from normfix.pipeline.looking import Look, base_of, default_example, fitting_example, look, site_target
 from normfix.pipeline.using import compare_with
 from normfix.planning import decide
 from normfix.provenance import attach_
@@ -87,6 +87,7 @@ def convert(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     as_trained: bool = False,
+    tile: int | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Conversion:
     """Convert a network's live statistics to constants measured on whole images, and prove the result.
@@ -106,6 +107,7 @@ def convert(
         device: where to compute; default: where the model is.
         dtype: what to compute in; default: the model's own.
         as_trained: treat batch and instance norms as in train mode, where they are live.
+        tile: size of the tiles to prove with; default: a quarter of the image, at most 256.
         progress: called with (stage, done, total).
 
     Returns:
@@ -127,7 +129,7 @@ def convert(
     items = None if images is None else Items.of(images, *home)
     first = None if items is None else next(iter(items))
     if example is None:
-        example = default_example(model) if first is None else example_from(first)
+        example = default_example(model) if first is None else fitting_example(model, first, caller)
     base = base_of(model, example, caller, device=device, dtype=dtype, as_trained=as_trained)
     progress("scan", 0, 1)
     seen = look(base, example, caller)
@@ -139,9 +141,9 @@ def convert(
     )
     if items is not None and seen.geometry is not None:
         items = Items(items.images, *home, prepare=partial(padded, geometry=seen.geometry))
-    converted = rewrite(base, plan)
+    converted = rewrite(base, plan).to(device=device, dtype=dtype)
     summary = _calibrate_(converted, plan, items, caller, partial(progress, "calibrate"))
-    work = _Work(base, converted, plan, seen, items, example.to(*home), caller, summary)
+    work = _Work(base, converted, plan, seen, items, example.to(*home), caller, summary, tile)
     progress("prove", 0, 1)
     proof = work.prove()
     progress("prove", 1, 1)
@@ -226,35 +228,38 @@ class _Work:
     example: Tensor
     caller: Caller
     summary: CalibrationSummary | None
+    tile: int | None
 
     def prove(self) -> Proof:
         with evaluating(self.original), evaluating(self.converted), exact_arithmetic():
             first = self.example if self.items is None else next(iter(self.items))[:1]
             dtype = home_of(self.converted)[1]
             verdict = self._tiles(first)
+            pair = self.caller(self.converted, first), self.caller(self.original, first)
             steps = (
-                self._identity(first),
+                self._identity(first, pair),
                 residual(self.summary, dtype),
                 tile_exactness(verdict, self.plan.left_live, [f.message for f in self.seen.scan.findings]),
                 untouched(self.original, self.converted, self.plan),
                 self._used(first),
             )
-            return Proof(steps=steps, shifts=self._shifts(), verdict=verdict)
+            return Proof(steps=steps, shifts=self._shifts(first, pair), verdict=verdict)
 
-    def _identity(self, image: Tensor) -> ProofStep:
-        one = self.converted
-        if self.summary is not None and self.summary.images != (tuple(image.shape),):
-            one = rewrite(self.original, self.plan)
-            _calibrate_(one, self.plan, Items([image], image.device, image.dtype), self.caller)
-            one.eval()
-        return identity(self.caller(one, image), self.caller(self.original, image))
+    def _identity(self, image: Tensor, pair: tuple[Tensor, Tensor]) -> ProofStep:
+        if self.summary is None or self.summary.images == (tuple(image.shape),):
+            return identity(*pair)
+        one = rewrite(self.original, self.plan)
+        _calibrate_(one, self.plan, Items([image], image.device, image.dtype), self.caller)
+        return identity(self.caller(one.eval(), image), pair[1])
 
     def _tiles(self, image: Tensor) -> Verdict | None:
         """Compare on the image, or, where windows would cover it, on a strip made from it."""
         geometry = self.seen.geometry
         if geometry is None or self.plan.left_live:
             return None
-        verdict = compare_with(self.converted, self.caller, image, geometry, tile=_tile(image, geometry))
+        verdict = compare_with(
+            self.converted, self.caller, image, geometry, tile=self.tile or _tile(image, geometry)
+        )
         if not verdict.inconclusive:
             return verdict
         long = _longer_than_windows(image, geometry)
@@ -262,9 +267,8 @@ class _Work:
 
     def _used(self, image: Tensor) -> ProofStep:
         """Count the converted layers' calls on a mirrored, dimmed and roughened version of the image."""
-        size = [round_up(n, 64) for n in self.example.shape[2:]]
         noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        other = strip(image.flip(-1) * 0.5 + noise.to(image) * image.std() * 0.2, size)
+        other = strip(image.flip(-1) * 0.5 + noise.to(image) * image.std() * 0.2, self.example.shape[2:])
         calls: Counter[str] = Counter()
         handles = [
             self.converted.get_submodule(d.target).register_forward_pre_hook(
@@ -279,11 +283,13 @@ class _Work:
                 handle.remove()
         return used(calls, survey(self.converted, self.caller, other).sites, self.plan)
 
-    def _shifts(self) -> tuple[ImageShift, ...]:
+    def _shifts(self, first: Tensor, pair: tuple[Tensor, Tensor]) -> tuple[ImageShift, ...]:
         if self.items is None:
             return ()
         return tuple(
-            shift(number, self.caller(self.converted, image), self.caller(self.original, image))
+            shift(number, *pair)
+            if number == 0 and image.shape == first.shape
+            else shift(number, self.caller(self.converted, image), self.caller(self.original, image))
             for number, image in enumerate(self.items)
         )
 

@@ -26,7 +26,7 @@ __all__ = [
     "Look",
     "base_of",
     "default_example",
-    "example_from",
+    "fitting_example",
     "geometry_of",
     "input_of",
     "look",
@@ -196,8 +196,21 @@ def default_example(model: nn.Module) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def example_from(image: Tensor) -> Tensor:
-    """Return the middle of an image, small enough to scan with and of extents most networks accept."""
+def fitting_example(model: nn.Module, image: Tensor, caller: Caller) -> Tensor:
+    """Return the middle of an image, small enough to scan with, or the whole where the network takes no less."""
+    middle = _middle(image)
+    if middle.shape == image.shape:
+        return image[:1]
+    probe = copy_of(model).eval()
+    try:
+        with torch.no_grad():
+            caller(probe, middle.to(*home_of(probe)))
+    except (RuntimeError, ValueError, AssertionError):
+        return image[:1]
+    return middle
+
+
+def _middle(image: Tensor) -> Tensor:
     limit = _EXAMPLE_EXTENT[min(3, image.dim() - 2)]
     for axis in range(2, image.dim()):
         n = min(image.shape[axis], limit)

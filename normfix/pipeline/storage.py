@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from normfix.calling import Caller, evaluating, home_of
 from normfix.errors import NormfixError
-from normfix.loading import Loaded, open_model, read_weights, rebuild
+from normfix.loading import Loaded, dumped, open_model, read_weights, rebuild
 from normfix.numerics import IDENTITY, exact_arithmetic
 from normfix.pipeline.conversion import Conversion
 from normfix.provenance import attach_, provenance_of
@@ -77,7 +77,7 @@ def save(
             "NF501", f"the proof did not pass ({wrong}), so nothing is written.", where=str(folder)
         )
     if source is not None:
-        named = Source(kind="factory", spec=source, args=json.dumps(dict(args or {}), sort_keys=True))
+        named = Source(kind="factory", spec=source, args=dumped(args or {}))
         provenance = replace(provenance, source=named)
     with appearing(Path(folder)) as draft:
         write_folder(draft, model, provenance, proof, calibration, _probe(model, caller, provenance))
@@ -139,14 +139,32 @@ def _restored(folder: Path, saved: Saved, base: nn.Module) -> nn.Module:
     """Carry the saved plan out on a base network, fill it strictly and repeat the probe."""
     known = saved.provenance
     caller = Caller(None, known.output)
-    example = torch.zeros(1, *known.scan.example[1:])
-    materialise_(base, caller, example)
-    model = rewrite(base, known.plan)
-    load_weights_(model, read_weights(folder / WEIGHTS), saved, str(folder))
-    attach_(model, known)
-    if saved.probe is not None:
-        _require_probe(model.eval(), caller, saved.probe, str(folder))
+    with _belonging(str(folder)):
+        example = torch.zeros(1, *known.scan.example[1:])
+        materialise_(base, caller, example)
+        model = rewrite(base, known.plan)
+        load_weights_(model, read_weights(folder / WEIGHTS), saved, str(folder))
+        attach_(model, known)
+        if saved.probe is not None:
+            _require_probe(model.eval(), caller, saved.probe, str(folder))
     return model.eval()
+
+
+@contextmanager
+def _belonging(where: str) -> Iterator[None]:
+    """Turn whatever a plan, probe or network that do not belong together run into, into NF115."""
+    try:
+        yield
+    except NormfixError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise NormfixError(
+            "NF115",
+            f"plan, weights and probe cannot be carried out on this network: {reason}. The folder was changed, "
+            "or the network's code is another version.",
+            where=where,
+        ) from error
 
 
 def _probe(model: nn.Module, caller: Caller, provenance: Provenance) -> Probe | None:

@@ -17,7 +17,7 @@ from normfix.errors import NormfixError
 from normfix.images import Items
 from normfix.moments import Moments
 from normfix.numerics import exact_arithmetic, settings
-from normfix.pipeline.looking import base_of, example_from, geometry_of, look, site_target, thinnest
+from normfix.pipeline.looking import base_of, fitting_example, geometry_of, look, site_target, thinnest
 from normfix.provenance import provenance_of
 from normfix.records import CalibrationSummary, Family, Scan, Verdict
 from normfix.rewriting import copy_of
@@ -82,7 +82,7 @@ def calibrate_(
             items = Items(items.images, items.device, items.dtype, prepare=partial(padded, geometry=geometry))
         targets = [site_target(model, decision, express=False) for decision in known.plan.converted]
     else:
-        targets = _batch_norms(model, example_from(next(iter(items))), caller)
+        targets = _batch_norms(model, fitting_example(model, next(iter(items)), caller), caller)
     return measure_sites_(model, targets, items, caller, progress)
 
 
@@ -213,7 +213,7 @@ def _known(
         return Caller(forward_fn, output if output is not None else known.output), known.scan
     caller = Caller(forward_fn, output)
     (item,) = Items.of(image, *home_of(model))
-    example = example_from(item)
+    example = fitting_example(model, item, caller)
     return caller, look(base_of(model, example, caller), example, caller).scan
 
 

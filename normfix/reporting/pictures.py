@@ -12,10 +12,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-__all__ = ["closeup", "difference", "overview"]
+__all__ = ["closeups", "difference", "overview"]
 
 Map = NDArray[Any]
 _GRID = "#35c5e0"
+_TITLE = 15
 
 
 def overview(pixels: Map, tiled: Map, repaired: Map, tile: int) -> bytes:
@@ -29,16 +30,18 @@ def overview(pixels: Map, tiled: Map, repaired: Map, tile: int) -> bytes:
     return _png(figure)
 
 
-def closeup(pixels: Map, whole: Map, tiled: Map, repaired: Map, tile: int, extent: int = 320) -> bytes:
-    """Draw the surroundings of the tile border along which tiled and whole prediction differ most."""
-    rows, columns = _worst_window(np.abs(tiled - whole), tile, extent)
-    figure, axes = _panels(4, (rows.stop - rows.start, columns.stop - columns.start))
-    _image(axes[0], pixels[rows, columns], "image")
-    _probability(axes[1], whole[rows, columns], "original, whole image")
-    _probability(axes[2], tiled[rows, columns], "original, tiled")
-    _probability(axes[3], repaired[rows, columns], "converted, tiled")
-    for axis in axes[2:]:
-        _draw_grid(axis, whole[rows, columns].shape, tile, (rows.start, columns.start))
+def closeups(pixels: Map, whole: Map, tiled: Map, repaired: Map, tile: int, extent: int = 288) -> bytes:
+    """Draw the two places where tile borders cut deepest into the prediction, one a row; all (H, W)."""
+    windows = _seams(tiled - whole, tile, extent)
+    figure, axes = _panels(4, (extent, extent), rows=len(windows))
+    for row, (rows, columns) in enumerate(windows):
+        here = axes[4 * row : 4 * row + 4]
+        _image(here[0], pixels[rows, columns], "image")
+        _probability(here[1], whole[rows, columns], "original, whole image")
+        _probability(here[2], tiled[rows, columns], "original, tiled")
+        _probability(here[3], repaired[rows, columns], "converted, tiled")
+        for axis in here[2:]:
+            _draw_grid(axis, whole[rows, columns].shape, tile, (rows.start, columns.start))
     return _png(figure)
 
 
@@ -49,33 +52,36 @@ def difference(whole: Map, tiled: Map, repaired: Map, sd: float, tile: int) -> b
     shown = None
     for axis, values, name in ((axes[0], before, "original"), (axes[1], after, "converted")):
         shown = axis.imshow(values, cmap="magma", vmin=0, vmax=max(float(before.max()), 1e-12))
-        axis.set_title(f"{name}: tiled minus whole, at most {values.max():.2g} sd", fontsize=10)
+        axis.set_title(f"{name}: |tiled - whole|, at most {values.max():.2g} sd", fontsize=_TITLE)
         _draw_grid(axis, whole.shape, tile)
     assert shown is not None
-    figure.colorbar(shown, ax=list(axes), label="sd of the output", shrink=0.8)
+    bar = figure.colorbar(shown, ax=list(axes), shrink=0.8)
+    bar.set_label("sd of the output", fontsize=_TITLE - 2)
     return _png(figure)
 
 
-def _panels(count: int, shape: Sequence[int]) -> tuple[Figure, list[Axes]]:
+def _panels(count: int, shape: Sequence[int], rows: int = 1) -> tuple[Figure, list[Axes]]:
     width = 4.6
-    height = width * shape[0] / shape[1] + 0.4
+    height = rows * (width * shape[0] / shape[1] + 0.4)
     figure = Figure(figsize=(width * count, height), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = list(np.ravel(figure.subplots(1, count)))
+    axes = list(np.ravel(figure.subplots(rows, count)))
     for axis in axes:
         axis.set_axis_off()
     return figure, axes
 
 
 def _image(axis: Axes, pixels: Map, title: str) -> None:
-    low, high = np.percentile(pixels, (0.5, 99.8))
-    axis.imshow(pixels, cmap="gray", vmin=low, vmax=max(high, low + 1))
-    axis.set_title(title, fontsize=10)
+    """Show pixels with a gamma of 0.5, so that dim structures are seen beside bright ones."""
+    low, high = np.percentile(pixels, (0.5, 99.9))
+    shown = np.clip((pixels - low) / max(high - low, 1), 0, 1) ** 0.5
+    axis.imshow(shown, cmap="gray", vmin=0, vmax=1)
+    axis.set_title(title, fontsize=_TITLE)
 
 
 def _probability(axis: Axes, values: Map, title: str) -> None:
     axis.imshow(values, cmap="viridis", vmin=0, vmax=1)
-    axis.set_title(title, fontsize=10)
+    axis.set_title(title, fontsize=_TITLE)
 
 
 def _draw_grid(axis: Axes, shape: Sequence[int], tile: int, start: tuple[int, int] = (0, 0)) -> None:
@@ -84,20 +90,31 @@ def _draw_grid(axis: Axes, shape: Sequence[int], tile: int, start: tuple[int, in
             draw(cut - 0.5, color=_GRID, linewidth=0.6, linestyle=(0, (4, 4)))
 
 
-def _worst_window(error: Map, tile: int, extent: int) -> tuple[slice, slice]:
-    """Return the window around the crossing of tile borders with the largest summed difference."""
+def _seams(error: Map, tile: int, extent: int, count: int = 2) -> list[tuple[slice, slice]]:
+    """Return the windows along tile borders across which the error jumps most, best first, apart."""
     height, width = error.shape
-    centres = [(r, c) for r in range(tile, height, tile) for c in range(tile, width, tile)]
-    windows = [
-        (_around(r, extent, height), _around(c, extent, width))
-        for r, c in centres or [(height // 2, width // 2)]
+    jumps = np.zeros(error.shape)
+    for cut in range(tile, height, tile):
+        jumps[cut] += np.abs(error[cut] - error[cut - 1])
+    for cut in range(tile, width, tile):
+        jumps[:, cut] += np.abs(error[:, cut] - error[:, cut - 1])
+    starts = [
+        (r, c)
+        for r in range(0, max(1, height - extent + 1), 32)
+        for c in range(0, max(1, width - extent + 1), 32)
     ]
-    return max(windows, key=lambda w: float(error[w].sum()))
+    windows = [(slice(r, min(height, r + extent)), slice(c, min(width, c + extent))) for r, c in starts]
+    chosen: list[tuple[slice, slice]] = []
+    for window in sorted(windows, key=lambda w: -float(jumps[w].sum())):
+        if all(_apart(window, other, extent) for other in chosen):
+            chosen.append(window)
+        if len(chosen) == count:
+            break
+    return chosen
 
 
-def _around(centre: int, extent: int, limit: int) -> slice:
-    start = min(max(0, centre - extent // 2), max(0, limit - extent))
-    return slice(start, min(limit, start + extent))
+def _apart(a: tuple[slice, slice], b: tuple[slice, slice], extent: int) -> bool:
+    return any(abs(x.start - y.start) >= extent for x, y in zip(a, b, strict=True))
 
 
 def _png(figure: Figure) -> bytes:

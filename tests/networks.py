@@ -1,0 +1,305 @@
+"""A zoo of tiny networks, each named for what it breaks, and the one tolerance table of the tests."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+TOLERANCE = {
+    torch.float64: {"rtol": 1e-11, "atol": 1e-11},
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 5e-2, "atol": 5e-2},
+}
+"""How closely two computations of one thing agree, by dtype."""
+
+
+def functions(net):
+    """Return the network as functions of float32 and of float64, without gradients."""
+    single, double = net.float().eval(), copy.deepcopy(net).double().eval()
+    return torch.no_grad()(single), torch.no_grad()(double)
+
+
+class UNet(nn.Module):
+    """Breaks nothing but the symmetry of the halo: what goes down and up decides how far each side reaches.
+
+    One 3x3 convolution per level; `down` and `up` are called once per level to make the resampling. Leaky, since
+    a dead path would hide a halo that is too short.
+    """
+
+    def __init__(self, down, up, depth=3, dilation=1, width=2, ndim=2):
+        super().__init__()
+        conv = {2: nn.Conv2d, 3: nn.Conv3d}[ndim]
+
+        def level(inputs):
+            return conv(inputs, width, 3, padding=dilation, dilation=dilation)
+
+        self.stem = level(1)
+        self.downs = nn.ModuleList(down(width) for _ in range(depth))
+        self.encoder = nn.ModuleList(level(width) for _ in range(depth))
+        self.ups = nn.ModuleList(up(width) for _ in range(depth))
+        self.decoder = nn.ModuleList(level(2 * width) for _ in range(depth))
+        self.head = conv(width, 1, 1)
+
+    def forward(self, x):
+        x = F.leaky_relu(self.stem(x))
+        skips = []
+        for down, level in zip(self.downs, self.encoder, strict=True):
+            skips.append(x)
+            x = F.leaky_relu(level(down(x)))
+        for up, level in zip(self.ups, self.decoder, strict=True):
+            x = F.leaky_relu(level(torch.cat((skips.pop(), up(x)), 1)))
+        return self.head(x)
+
+
+def max_pool(width, factor=2):
+    """Make a pooling of windows that do not overlap."""
+    return nn.MaxPool2d(factor)
+
+
+def nearest(width, factor=2):
+    """Make an upsampling that repeats pixels."""
+    return nn.Upsample(scale_factor=factor)
+
+
+def bilinear(width):
+    """Make an upsampling that looks at neighbours on both sides."""
+    return nn.Upsample(scale_factor=2, mode="bilinear")
+
+
+def strided(width, kernel=3):
+    """Make a strided convolution, which reaches further back than ahead."""
+    return nn.Conv2d(width, width, kernel, 2, padding=kernel // 2)
+
+
+def strided_even(width):
+    """Make a 2x2 convolution of stride 2."""
+    return nn.Conv2d(width, width, 2, 2)
+
+
+def transposed(width, kernel=3):
+    """Make a transposed convolution, which reaches further ahead than back if its kernel is odd."""
+    return nn.ConvTranspose2d(width, width, kernel, 2, padding=(kernel - 1) // 2, output_padding=kernel % 2)
+
+
+def shuffled(width):
+    """Make a learned upsampling by pixel shuffle."""
+    return nn.Sequential(nn.Conv2d(width, 4 * width, 3, padding=1), nn.PixelShuffle(2))
+
+
+def plain_unet():
+    """Make the U-Net that breaks nothing: stride 8, halo 23."""
+    return UNet(max_pool, nearest)
+
+
+class DilatedStack(nn.Sequential):
+    """Breaks the belief that reach needs stride: dilations 1, 2, 4, 8 reach 15 pixels at stride 1."""
+
+    def __init__(self):
+        super().__init__(*(nn.Conv2d(1, 1, 3, padding=d, dilation=d) for d in (1, 2, 4, 8)))
+
+
+class HiddenStride(nn.Module):
+    """Breaks reading the stride from dye: a wide branch at full resolution covers what a stride-2 one reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Conv2d(1, 1, 7, padding=3)
+        self.narrow = nn.Conv2d(1, 1, 1)
+
+    def forward(self, x):
+        return self.wide(x) + F.interpolate(self.narrow(F.avg_pool2d(x, 2)), scale_factor=2)
+
+
+class AlignedCorners(nn.Module):
+    """Breaks position: align_corners=True weighs pixels by their place in the whole extent."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x):
+        pooled = self.conv(F.avg_pool2d(x, 2))
+        return F.interpolate(pooled, scale_factor=2, mode="bilinear", align_corners=True)
+
+
+class PureShift(nn.Module):
+    """Breaks a halo with two positive sides: each output is a pixel four further on."""
+
+    def forward(self, x):
+        return F.pad(x, (0, 4, 0, 4))[..., 4:, 4:]
+
+
+class ResizesToSkip(nn.Module):
+    """Breaks odd sizes: a feature map is stretched to the extent of the skip connection."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 2, 3, padding=1)
+        self.deep = nn.Conv2d(2, 2, 3, padding=1)
+
+    def forward(self, x):
+        skip = self.stem(x)
+        deep = self.deep(F.max_pool2d(skip, 8))
+        return skip + F.interpolate(deep, size=skip.shape[2:], mode="bilinear")
+
+
+class PadsItself(nn.Module):
+    """Breaks the rule that odd sizes fail: pads at the end to a multiple of 8 and crops again."""
+
+    def __init__(self, both_sides=False):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(1, 2, 8, 8), nn.Upsample(scale_factor=8), nn.Conv2d(2, 1, 1))
+        self.both_sides = both_sides
+
+    def forward(self, x):
+        h, w = x.shape[2:]
+        rows, columns = -h % 8, -w % 8
+        top, left = (rows // 2, columns // 2) if self.both_sides else (0, 0)
+        padded = F.pad(x, (left, columns - left, top, rows - top))
+        return self.inner(padded)[..., top : top + h, left : left + w]
+
+
+class PadsBothSides(PadsItself):
+    """Breaks phase at odd sizes only: pads before the image too, so the whole is out of phase with its tiles."""
+
+    def __init__(self):
+        super().__init__(both_sides=True)
+
+
+class PoolsByThree(UNet):
+    """Breaks strides that are powers of two: pools by 3, then by 2, and runs on multiples of 6 only."""
+
+    def __init__(self):
+        factors = iter((3, 2, 2, 3))
+        super().__init__(lambda w: max_pool(w, next(factors)), lambda w: nearest(w, next(factors)), depth=2)
+
+
+class WideDilation(nn.Conv2d):
+    """Breaks short strips: looks 400 pixels away and nowhere between."""
+
+    def __init__(self):
+        super().__init__(1, 1, 3, padding=400, dilation=400)
+
+
+class FaintReach(nn.Module):
+    """Breaks the ordinary comparison: sees 24 pixels far, with a weight that no image shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.near = nn.Conv2d(1, 1, 3, padding=1)
+        self.far = nn.Conv2d(1, 1, 3, padding=24, dilation=24)
+
+    def forward(self, x):
+        return self.near(x) + 1e-9 * self.far(x)
+
+
+class ValidConvolutions(nn.Sequential):
+    """Breaks equal extents: the output is 4 pixels shorter than the input."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 1, 3))
+
+
+class GrowsByTwo(nn.ConvTranspose2d):
+    """Breaks whole scales: n pixels become 2 n + 2."""
+
+    def __init__(self):
+        super().__init__(1, 1, 4, stride=2)
+
+
+class Patchify(nn.Conv2d):
+    """Breaks scale 1 downwards: one output per 8 pixels."""
+
+    def __init__(self):
+        super().__init__(1, 2, 8, stride=8)
+
+
+class SuperResolution(nn.Sequential):
+    """Breaks scale 1 upwards: two outputs per pixel."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(1, 4, 3, padding=1), nn.PixelShuffle(2))
+
+
+class Anisotropic(UNet):
+    """Breaks one number for all axes: in 3D, strides (1, 4, 4) and kernels (1, 3, 3) at the top."""
+
+    def __init__(self):
+        def down(width):
+            return nn.MaxPool3d((1, 2, 2))
+
+        super().__init__(down, lambda width: nn.Upsample(scale_factor=(1, 2, 2)), depth=2, ndim=3)
+        self.stem = nn.Conv3d(1, 2, (1, 3, 3), padding=(0, 1, 1))
+
+
+class LiveInstance(nn.Sequential):
+    """Breaks the statistic: InstanceNorm of whatever extent it is given."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(1, 2, 3, padding=1), nn.InstanceNorm2d(2), nn.Conv2d(2, 1, 1))
+
+
+class LiveSpread(nn.Module):
+    """Breaks finiteness: divides by the standard deviation of the extent, which is 0 on a flat tile."""
+
+    def forward(self, x):
+        return x / x.std((2, 3), keepdim=True)
+
+
+class HiddenLive(nn.Module):
+    """Breaks bookkeeping: the operand reaches its norm through a buffer that was written by a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3, padding=1)
+
+    def forward(self, x):
+        y = self.conv(x)
+        buffer = torch.zeros(y.shape, dtype=y.dtype)
+        buffer.view(y.shape).copy_(y)
+        return F.instance_norm(buffer)
+
+
+class ConstantOutput(nn.Conv2d):
+    """Breaks comparing: says the same of every pixel, with another value per channel."""
+
+    def __init__(self):
+        super().__init__(1, 2, 3, padding=1)
+        nn.init.zeros_(self.weight)
+
+
+class DeadOutput(nn.Module):
+    """Breaks equivariance as evidence: a U-Net of stride 8 that answers 0 everywhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = plain_unet()
+
+    def forward(self, x):
+        return (self.inner(x) - 1e6).relu()
+
+
+class SwallowsDye(nn.Module):
+    """Breaks dye: labels are ordinary numbers wherever they come from."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 5, padding=2)
+
+    def forward(self, x):
+        return (self.conv(x) > 0).to(x.dtype)
+
+
+class NeedsRoom(nn.Conv2d):
+    """Breaks thin strips: reflects 20 pixels at the border, so it runs on no extent below 21."""
+
+    def __init__(self):
+        super().__init__(1, 1, 3, padding=20, dilation=20, padding_mode="reflect")
+
+
+class Identity(nn.Module):
+    """Breaks nothing."""
+
+    def forward(self, x):
+        return x

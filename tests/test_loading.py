@@ -1,0 +1,392 @@
+"""What people have opens, what does not is named, and nothing in a file runs unasked."""
+
+import pickle  # noqa: TID251 - to make what must not be run
+import sys
+import types
+
+import pytest
+import torch
+from factories import TinyUNet, Wrapped, tiny_unet
+from safetensors.torch import save_file
+
+from normfix.errors import NormfixError
+from normfix.loading import build, open_model, read_weights, rebuild
+from normfix.records import Source
+
+ARCH = "factories:tiny_unet"
+IMAGE = torch.linspace(-1, 1, 256).reshape(1, 1, 16, 16)
+
+
+class Payload:
+    """A pickle that creates a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (self.path / "ran").touch, ()
+
+
+def refusal(function, *args, **options) -> NormfixError:
+    """Return the error a call gives, which must be one paragraph."""
+    with pytest.raises(NormfixError) as caught:
+        function(*args, **options)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def factory(spec: str, args: str = "{}") -> Source:
+    """Return the source that a saved folder would name."""
+    return Source(kind="factory", spec=spec, args=args)
+
+
+def trained() -> TinyUNet:
+    """Return a network with other weights than its factory gives."""
+    model = tiny_unet()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    return model
+
+
+def assert_same(actual, expected):
+    """Two networks give the same."""
+    torch.testing.assert_close(actual(IMAGE), expected(IMAGE), rtol=0, atol=0)
+
+
+def state(prefix: str = "", model=None) -> dict[str, torch.Tensor]:
+    """Return a state dict whose names have a prefix."""
+    return {prefix + name: tensor for name, tensor in (model or trained()).state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        state(),
+        {"state_dict": state(), "epoch": 3},
+        {"model_state_dict": state(), "optimizer": {"lr": 0.1}},
+        {"model": state()},
+        {"model": {"state_dict": state()}},
+        state("module."),
+        state("_orig_mod."),
+        state("module._orig_mod."),
+        state("_orig_mod.module."),
+        {"state_dict": state("module.")},
+    ],
+    ids=["bare", "lightning", "tutorial", "model", "deep", "dp", "compiled", "dp(c)", "c(dp)", "nested dp"],
+)
+def test_a_state_dict_loads_into_its_architecture(tmp_path, content):
+    """State dicts bare, nested and from wrappers give the network they were saved from."""
+    torch.save(content, tmp_path / "w.pt")
+    assert_same(open_model(str(tmp_path / "w.pt"), arch=ARCH).model, trained())
+
+
+def test_a_prefix_that_the_network_has_is_kept(tmp_path):
+    """A network whose own names begin with module. loads its own weights."""
+    torch.save(state(model=Wrapped()), tmp_path / "w.pt")
+    assert_same(open_model(str(tmp_path / "w.pt"), arch="factories:Wrapped").model, Wrapped())
+
+
+def test_safetensors_load_into_their_architecture(tmp_path):
+    """A .safetensors file gives the network it was saved from."""
+    save_file(state(), tmp_path / "w.safetensors")
+    assert_same(open_model(str(tmp_path / "w.safetensors"), arch=ARCH).model, trained())
+
+
+def test_a_state_dict_in_the_old_format_loads(tmp_path):
+    """Files from before torch 1.6 are read, running nothing."""
+    torch.save(state(), tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    assert_same(open_model(str(tmp_path / "w.pth"), arch=ARCH).model, trained())
+
+
+def test_the_source_remembers_arch_and_arguments(tmp_path):
+    """Where the architecture came from travels on, byte for byte the same for equal arguments."""
+    torch.save(state(model=tiny_unet(2, 3)), tmp_path / "w.pt")
+    source = open_model(str(tmp_path / "w.pt"), arch=ARCH, arch_args={"width": 3, "channels": 2}).source
+    assert source == factory(ARCH, '{"channels": 2, "width": 3}')
+
+
+def test_weights_without_an_architecture_are_refused(tmp_path):
+    """A state dict alone is NF112, which says how to name the network."""
+    torch.save(state(), tmp_path / "w.pt")
+    error = refusal(open_model, str(tmp_path / "w.pt"))
+    assert (error.code, "--arch" in error.message) == ("NF112", True)
+
+
+def test_missing_and_unexpected_names_are_listed(tmp_path):
+    """Weights of another network are NF105, naming what is missing and what is too much."""
+    weights = state()
+    weights["other.weight"] = weights.pop("head.weight")
+    torch.save(weights, tmp_path / "w.pt")
+    error = refusal(open_model, str(tmp_path / "w.pt"), arch=ARCH)
+    assert error.code == "NF105"
+    assert "1 missing (head.weight)" in error.message
+    assert "1 unexpected (other.weight)" in error.message
+
+
+def test_a_shape_that_does_not_fit_is_named(tmp_path):
+    """Wrong --arch-args are NF105 with the tensor and both shapes."""
+    torch.save(state(), tmp_path / "w.pt")
+    error = refusal(open_model, str(tmp_path / "w.pt"), arch=ARCH, arch_args={"channels": 3})
+    assert error.code == "NF105"
+    assert "first.0.weight" in error.message
+    assert "[4, 3, 3, 3]" in error.message
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_pickled_module_is_listed_and_refused(tmp_path, zipped):
+    """A pickled module without trust is NF102, which names the classes it would import."""
+    torch.save(trained(), tmp_path / "m.pt", _use_new_zipfile_serialization=zipped)
+    error = refusal(open_model, str(tmp_path / "m.pt"))
+    assert (error.code, "factories.TinyUNet" in error.message) == ("NF102", True)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_pickle_runs_nothing_without_trust(tmp_path, zipped):
+    """A hostile pickle is refused with what it would call, and does not call it."""
+    torch.save(Payload(tmp_path), tmp_path / "m.pt", _use_new_zipfile_serialization=zipped)
+    error = refusal(open_model, str(tmp_path / "m.pt"))
+    assert (error.code, "getattr" in error.message) == ("NF102", True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_plain_pickle_is_not_even_opened(tmp_path):
+    """What torch.save did not write is NF101 also with trust, and does not run."""
+    (tmp_path / "m.pkl").write_bytes(pickle.dumps(Payload(tmp_path)))
+    assert refusal(open_model, str(tmp_path / "m.pkl"), trust_pickle=True).code == "NF101"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_payload_runs_when_trusted(tmp_path):
+    """Negative control: the same payload does run once the caller trusts it."""
+    torch.save(Payload(tmp_path), tmp_path / "m.pt")
+    refusal(open_model, str(tmp_path / "m.pt"), trust_pickle=True)
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_trusted_pickle_gives_its_network(tmp_path, zipped):
+    """With trust, a pickled module is the network that was pickled."""
+    torch.save(trained(), tmp_path / "m.pt", _use_new_zipfile_serialization=zipped)
+    opened = open_model(str(tmp_path / "m.pt"), trust_pickle=True)
+    assert opened.source == Source(kind="object", spec="factories:TinyUNet")
+    assert_same(opened.model, trained())
+
+
+@pytest.mark.parametrize("part", [0.0, 0.001, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors", "old.pth"])
+def test_a_truncated_file_is_refused(tmp_path, name, part):
+    """Weights cut short are NF101, never half loaded."""
+    path = tmp_path / name
+    if name == "w.safetensors":
+        save_file(state(), path)
+    else:
+        torch.save(state(), path, _use_new_zipfile_serialization=name == "w.pt")
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * part)])
+    assert refusal(open_model, str(path), arch=ARCH).code in {"NF101", "NF102"}
+
+
+def test_a_flipped_bit_never_changes_weights_unnoticed(tmp_path):
+    """Of a torch archive with one bit flipped, either all weights are right or it is refused as NF101 or NF105."""
+    path, codes = tmp_path / "w.pt", set()
+    torch.save(state(), path)
+    data = path.read_bytes()
+    for place in range(0, len(data), 29):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0x20]) + data[place + 1 :])
+        try:
+            assert_same(open_model(str(path), arch=ARCH).model, trained())
+        except NormfixError as error:
+            codes.add(error.code)
+    assert codes <= {"NF101", "NF105"}
+    assert "NF101" in codes
+
+
+def test_a_flipped_bit_in_a_safetensors_header_is_refused(tmp_path):
+    """No flip in the header gives anything but the weights, NF101 or NF105."""
+    path = tmp_path / "w.safetensors"
+    save_file(state(), path)
+    data = path.read_bytes()
+    for place in range(8 + int.from_bytes(data[:8], "little")):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0x04]) + data[place + 1 :])
+        try:
+            open_model(str(path), arch=ARCH)
+        except NormfixError as error:
+            assert error.code in {"NF101", "NF105"}  # noqa: PT017 - success is allowed too
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("trust", [True, False])
+def test_a_torchscript_file_is_named_as_such(tmp_path, trust):
+    """A TorchScript program is NF101, which says what it is."""
+    torch.jit.trace(tiny_unet(), IMAGE).save(str(tmp_path / "m.pt"))
+    error = refusal(open_model, str(tmp_path / "m.pt"), trust_pickle=trust)
+    assert (error.code, "TorchScript" in error.message) == ("NF101", True)
+
+
+@pytest.mark.parametrize("content", [{}, {"a": 1}, torch.ones(3), [1], {"state_dict": {}}])
+def test_a_file_without_weights_is_refused(tmp_path, content):
+    """A torch file with something else in it is NF101."""
+    torch.save(content, tmp_path / "w.pt")
+    assert refusal(open_model, str(tmp_path / "w.pt"), arch=ARCH).code == "NF101"
+
+
+@pytest.mark.parametrize("spec", ["", ".", "missing.pt", "text.pt", "x" * 5000, "a b:c", "no/such/dir"])
+def test_what_is_no_network_is_refused(tmp_path, monkeypatch, spec):
+    """A missing file, a text file, a folder without normfix.json and impossible names are NF101."""
+    (tmp_path / "text.pt").write_text("hello")
+    monkeypatch.chdir(tmp_path)
+    assert refusal(open_model, spec).code == "NF101"
+
+
+def test_a_missing_safetensors_file_is_refused(tmp_path):
+    """Reading weights that are not there is NF101."""
+    assert refusal(read_weights, tmp_path / "missing.safetensors").code == "NF101"
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["factories:nope", "nowhere:x", "factories:failing", "factories:no_network", "timm:no_such_network"]
+    + ["factories:tiny_unet.nope", "os:getcwd", "sys:exit.nope"],
+)
+def test_a_factory_that_does_not_work_is_refused(spec):
+    """What cannot be imported, fails, or returns no network is NF111."""
+    assert refusal(open_model, spec).code == "NF111"
+
+
+def test_wrong_arguments_of_a_factory_are_refused():
+    """An argument that the factory does not take is NF111 and named."""
+    error = refusal(open_model, ARCH, arch_args={"chanels": 1})
+    assert (error.code, "chanels" in error.message) == ("NF111", True)
+
+
+def test_arguments_that_are_no_json_are_refused():
+    """An argument that could not travel with the network is NF111."""
+    assert refusal(open_model, ARCH, arch_args={"norm": torch.nn.ReLU}).code == "NF111"
+
+
+def test_a_factory_of_the_callers_is_called_with_its_arguments():
+    """pkg.mod:factory with arguments builds that network."""
+    assert open_model(ARCH, arch_args={"width": 6}).model.head.in_channels == 12
+
+
+def test_a_timm_name_builds_that_network():
+    """timm:NAME gives timm's network, and a note that its weights are random."""
+    opened = open_model("timm:test_resnet")
+    assert type(opened.model).__name__ == "ResNet"
+    assert "random weights" in opened.notes[0]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "os:system",
+        "posix:system",
+        "builtins:exec",
+        "subprocess:run",
+        "factories:tiny_unet",
+        "torch:load",
+        "torch.hub:load",
+        "timmy:create_model",
+        "normfix.loading:importlib.import_module",
+        "normfix.loading:os.system",
+        "normfix.loading:torch.load",
+        "normfix.loading:open_model",
+        "normfix.loading:build",
+        "normfix.pipeline:load",
+        "normfix.pipeline.storage:open_any",
+        "normfix.pipeline.storage:subprocess.run",
+        "normfix.cli:main",
+        "normfix.loading:Path.touch",
+        "timm.models:load_checkpoint",
+        "timm.models._helpers:load_state_dict",
+        "timm.models.resnet:nn.Linear",
+        "torchvision.datasets.utils:download_url",
+        "timm:hf-hub:someone/network",
+        "timm:local-dir:/tmp",
+        "timm:",
+        "",
+    ],
+)
+def test_a_factory_named_by_a_file_is_not_called(spec):
+    """A saved folder cannot name anything but network classes and builders: NF113."""
+    assert refusal(rebuild, factory(spec)).code == "NF113"
+
+
+def test_a_factory_named_by_a_file_does_not_run(tmp_path):
+    """A folder that names normfix's own opener, which would call os.system, runs nothing."""
+    inner = f'{{"spec": "os:system", "arch_args": {{"command": "touch {tmp_path}/ran"}}}}'
+    assert refusal(rebuild, factory("normfix.loading:open_model", inner)).code == "NF113"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_same_call_runs_when_the_caller_makes_it(tmp_path):
+    """Negative control: repeated by the caller, the same words do run."""
+    refusal(open_model, "os:system", arch_args={"command": f"touch {tmp_path}/ran"})
+    assert (tmp_path / "ran").exists()
+
+
+def test_an_attribute_imported_into_an_allowed_package_is_not_called(monkeypatch):
+    """A function of elsewhere does not become allowed by an import into an allowed package."""
+    module = types.ModuleType("timm.models.planted")
+    module.build, module.Net = tiny_unet, TinyUNet
+    monkeypatch.setitem(sys.modules, "timm.models.planted", module)
+    codes = {refusal(rebuild, factory(f"timm.models.planted:{name}")).code for name in ("build", "Net")}
+    assert codes == {"NF113"}
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        '{"checkpoint_path": "evil.pth"}',
+        '{"pretrained_cfg": {"file": "evil.pth"}}',
+        '{"pretrained_cfg_overlay": {"url": "http://127.0.0.1/evil"}}',
+        '{"block_args": [{"cache_dir": "/tmp"}]}',
+    ],
+)
+def test_an_argument_that_opens_something_is_not_passed(args):
+    """A folder cannot hand an allowed factory a file or address of its choice: NF113."""
+    assert refusal(rebuild, factory("timm:test_resnet", args)).code == "NF113"
+
+
+@pytest.mark.parametrize("args", ["not json", "[1]", "3", "null", "[" * 100000, "NaN"])
+def test_arguments_in_a_file_that_are_no_object_are_refused(args):
+    """Edited arguments are NF108."""
+    assert refusal(build, factory(ARCH, args)).code == "NF108"
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [
+        ("timm:test_resnet", "ResNet"),
+        ("timm.models.resnet:resnet10t", "ResNet"),
+        ("torchvision.models:squeezenet1_1", "SqueezeNet"),
+        ("torchvision.models:SqueezeNet", "SqueezeNet"),
+        ("normfix.demo.network:NucleiUNet", "NucleiUNet"),
+    ],
+)
+def test_an_allowed_factory_named_by_a_file_is_called(spec, name):
+    """Negative control: networks of the fixed list are built from the file alone."""
+    assert type(rebuild(factory(spec))).__name__ == name
+
+
+def test_pretrained_weights_are_not_fetched_for_a_folder():
+    """A folder brings its weights, so a stored pretrained=true fetches none."""
+    assert type(rebuild(factory("timm:test_resnet.r160_in1k", '{"pretrained": true}'))).__name__ == "ResNet"
+
+
+def test_a_factory_the_caller_repeats_is_called_with_the_stored_arguments():
+    """Repeating the name alone is enough; the arguments come from the folder."""
+    assert rebuild(factory(ARCH, '{"width": 6}'), arch=ARCH).head.in_channels == 12
+
+
+def test_another_factory_does_not_take_the_stored_arguments():
+    """Arguments stored for one factory are not passed to another."""
+    assert rebuild(factory("os:system", '{"width": 6}'), arch=ARCH).head.in_channels == 8
+
+
+def test_an_object_needs_its_network_again():
+    """A folder saved from an object is NF113, with both ways to give the network."""
+    error = refusal(rebuild, Source(kind="object", spec="factories:TinyUNet"))
+    assert (error.code, "model=" in error.message, "arch=" in error.message) == ("NF113", True, True)

@@ -1,0 +1,109 @@
+"""Locality: geometry per axis of a network without live statistics, or a reason why there is none."""
+
+import pytest
+import torch
+from networks import (
+    AlignedCorners,
+    Anisotropic,
+    ConstantOutput,
+    DilatedStack,
+    HiddenLive,
+    LiveInstance,
+    NeedsRoom,
+    PadsItself,
+    Patchify,
+    PoolsByThree,
+    PureShift,
+    ResizesToSkip,
+    SuperResolution,
+    SwallowsDye,
+    UNet,
+    functions,
+    nearest,
+    plain_unet,
+    strided,
+)
+from torch import nn
+
+from normfix.locality import cross_section, measure_locality
+
+EXAMPLE = torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def _measure(net, dilution, example=EXAMPLE):
+    return measure_locality(*functions(net), example, dilution)
+
+
+@pytest.mark.parametrize(
+    ("make", "dilution", "stride", "halo", "scale", "multiple"),
+    [
+        (plain_unet, 8, 8, (23, 23), "1", 8),
+        (lambda: UNet(strided, nearest), 8, 8, (31, 23), "1", 8),
+        (PoolsByThree, 6, 6, (16, 16), "1", 6),
+        (DilatedStack, 1, 1, (15, 15), "1", 1),
+        (DilatedStack, 4, 1, (15, 15), "1", 1),
+        (PureShift, 1, 1, (0, 4), "1", 1),
+        (NeedsRoom, 1, 1, (20, 20), "1", 1),
+        (PadsItself, 8, 8, (0, 0), "1", 1),
+        (ResizesToSkip, 8, 8, (20, 20), "1", 8),
+        (Patchify, 8, 8, (0, 0), "1/8", 1),
+        (SuperResolution, 1, 1, (1, 1), "2", 1),
+    ],
+)
+def test_geometry(make, dilution, stride, halo, scale, multiple):
+    """Stride, halo, scale and exact sizes come out together, the halo never below zero."""
+    found = _measure(make(), (dilution, dilution)).geometry
+    assert (found.stride, found.halo, tuple(map(str, found.scale)), found.multiple) == (
+        (stride,) * 2,
+        (halo,) * 2,
+        (scale,) * 2,
+        (multiple,) * 2,
+    )
+
+
+def test_every_axis_has_its_own_geometry():
+    """A 3D network of strides (1, 4, 4) has one number per axis everywhere."""
+    found = _measure(Anisotropic(), (1, 4, 4), torch.randn(1, 1, 16, 32, 32)).geometry
+    assert found.stride == (1, 4, 4)
+    assert found.halo == ((4, 4), (11, 11), (11, 11))
+    assert found.multiple == (1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("make", "code"),
+    [(LiveInstance, "NF212"), (HiddenLive, "NF212"), (AlignedCorners, "NF213"), (SwallowsDye, "NF216")],
+)
+def test_a_reason_in_place_of_a_geometry(make, code):
+    """What cannot be tiled has no geometry and one finding that says why."""
+    found = _measure(make(), (2, 2))
+    assert found.geometry is None
+    assert [finding.code for finding in found.findings] == [code]
+
+
+def test_a_constant_output_keeps_the_careful_answer():
+    """A network that says nothing is given no finer stride than its feature maps."""
+    dead = nn.Sequential(nn.MaxPool2d(4), ConstantOutput(), nn.Upsample(scale_factor=4))
+    assert _measure(dead, (4, 4)).geometry.stride == (4, 4)
+
+
+def test_a_network_of_one_size_runs_on_no_strip():
+    """A network that accepts one size only is refused as NF210."""
+
+    def picky(x):
+        if x.shape[2:] != (64, 64):
+            raise ValueError("64 x 64 only")
+        return x
+
+    assert [f.code for f in measure_locality(picky, picky, EXAMPLE, (1, 1)).findings] == ["NF210"]
+
+
+def test_an_output_of_one_size_is_not_tiled():
+    """An output that does not grow with the input is refused as NF211."""
+    assert [f.code for f in _measure(nn.AdaptiveAvgPool2d(7), (1, 1)).findings] == ["NF211"]
+
+
+@pytest.mark.parametrize(("make", "expected"), [(plain_unet, (16, 16)), (NeedsRoom, (32, 32))])
+def test_the_cross_section_is_as_thin_as_the_network_allows(make, expected):
+    """Strips start at 16 pixels and widen until the network runs."""
+    grid = (8, 8) if make is plain_unet else (1, 1)
+    assert cross_section(functions(make())[0], EXAMPLE, grid) == expected
