@@ -321,9 +321,10 @@ def _read(path: Path) -> tuple[Array, str | None]:
         array = np.asarray(iio.imread(path, plugin="pillow"))
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
+        hint = "pip install imagecodecs" if "imagecodecs" in reason else "check that it exists and is whole"
         raise NormfixError(
             "NF101",
-            f"cannot read this file as {', '.join(_SUFFIXES)}: {reason}. Check that it exists and is whole.",
+            f"cannot read this file as {', '.join(_SUFFIXES)}: {reason}. Next: {hint}.",
             where=str(path),
         ) from error
     return array, "YX" if array.ndim == 2 else "YXC"

@@ -34,26 +34,25 @@ class Moments:
         return self.m2 / self.count
 
 
-def measure(x: Tensor, channels_per_slab: int = 16) -> Moments:
-    """Measure a tensor over batch and space, a few channels at a time to bound the float64 copies.
+def measure(x: Tensor) -> Moments:
+    """Measure a tensor over batch and space, channel by channel to bound the float64 copies.
 
     Args:
         x: (N, C) or (N, C, *space), any floating dtype.
-        channels_per_slab: how many channels are copied to float64 together.
 
     Example:
         >>> m = measure(torch.tensor([[[1.0, 3.0]]]))
         >>> m.count, m.mean.item(), m.var.item()
         (2, 2.0, 1.0)
     """
-    x = x.detach().movedim(1, 0).flatten(1)  # (N, C, *space) -> (C, N*space)
+    channels = x.detach().movedim(1, 0).flatten(1)  # (N, C, *space) -> (C, N*space)
     means, m2s = [], []
-    for slab in torch.split(x, channels_per_slab):
-        wide = slab.double()
-        mean = wide.mean(1, keepdim=True)
-        means.append(mean.squeeze(1))
-        m2s.append((wide - mean).square().sum(1))
-    return Moments(x.shape[1], torch.cat(means).cpu(), torch.cat(m2s).cpu())
+    for channel in channels:
+        wide = channel.to(torch.float64, copy=True)
+        mean = wide.mean()
+        means.append(mean)
+        m2s.append(wide.sub_(mean).square_().sum())
+    return Moments(channels.shape[1], torch.stack(means).cpu(), torch.stack(m2s).cpu())
 
 
 def merge(*parts: Moments) -> Moments:

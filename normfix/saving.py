@@ -197,6 +197,13 @@ def _stored(model: nn.Module) -> _Stored:
     tensors: dict[str, Tensor] = {}
     aliases = []
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise NormfixError(
+                "NF502",
+                f"its state holds {type(tensor).__name__}, and a folder holds only tensors. Keep such state in "
+                "buffers.",
+                where=name,
+            )
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and place in names:
             aliases.append((name, names[place]))

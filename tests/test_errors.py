@@ -1,6 +1,6 @@
 """Errors carry a code that normfix can explain, and survive the trip between processes."""
 
-import pickle  # noqa: TID251 - errors travel between processes
+import pickle
 import re
 from pathlib import Path
 

@@ -207,7 +207,9 @@ def test_a_truncated_image_is_refused(tmp_path, name, part):
 def test_a_stack_that_lost_its_last_pages_is_refused(tmp_path, part):
     """Pages beyond the end of a truncated file are not left out silently."""
     pages = [Image.fromarray(page) for page in STACK]
-    pages[0].save(tmp_path / "stack.tif", save_all=True, append_images=pages[1:], compression="tiff_lzw")
+    pages[0].save(
+        tmp_path / "stack.tif", save_all=True, append_images=pages[1:], compression="tiff_adobe_deflate"
+    )
     data = (tmp_path / "stack.tif").read_bytes()
     (tmp_path / "stack.tif").write_bytes(data[: int(len(data) * part)])
     assert code_of(read_image, tmp_path / "stack.tif", ndim=3, channels=1) == "NF101"
@@ -216,8 +218,22 @@ def test_a_stack_that_lost_its_last_pages_is_refused(tmp_path, part):
 def test_the_whole_stack_of_the_same_kind_is_read(tmp_path):
     """Negative control: untruncated, the pages are all there."""
     pages = [Image.fromarray(page) for page in STACK]
-    pages[0].save(tmp_path / "stack.tif", save_all=True, append_images=pages[1:], compression="tiff_lzw")
+    pages[0].save(
+        tmp_path / "stack.tif", save_all=True, append_images=pages[1:], compression="tiff_adobe_deflate"
+    )
     np.testing.assert_array_equal(read_image(tmp_path / "stack.tif", ndim=3, channels=1)[0], STACK)
+
+
+def test_a_compression_that_needs_another_package_says_so(tmp_path):
+    """An LZW file, which tifffile alone does not decode, names the package to install."""
+    Image.fromarray(GREY).save(tmp_path / "lzw.tif", compression="tiff_lzw")
+    try:
+        import imagecodecs  # noqa: F401 - with it, the file is read
+    except ImportError:
+        with pytest.raises(NormfixError, match="pip install imagecodecs"):
+            read_image(tmp_path / "lzw.tif", ndim=2, channels=1)
+    else:
+        np.testing.assert_array_equal(read_image(tmp_path / "lzw.tif", ndim=2, channels=1)[0], GREY)
 
 
 @pytest.mark.parametrize("name", ["missing.tif", "missing.png", "missing.npy", "text.txt"])

@@ -1,7 +1,7 @@
 """The layers survive what people do to modules: saving, copying, casting, compiling, exporting, averaging."""
 
 import copy
-import pickle  # noqa: TID251
+import pickle
 import shutil
 
 import pytest
