@@ -38,6 +38,7 @@ _HOMES = {
     "normfix.calibration": ("Calibration",),
     "normfix.pipeline": (
         "Conversion",
+        "assert_tile_invariant",
         "calibrate",
         "calibrate_",
         "check",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from normfix.layers import FrozenNorm3d as FrozenNorm3d
     from normfix.layers import RenormSchedule as RenormSchedule
     from normfix.pipeline import Conversion as Conversion
+    from normfix.pipeline import assert_tile_invariant as assert_tile_invariant
     from normfix.pipeline import calibrate as calibrate
     from normfix.pipeline import calibrate_ as calibrate_
     from normfix.pipeline import check as check

@@ -101,8 +101,8 @@ CODES: dict[str, str] = {
     # 5xx: saving
     "NF501": "Nothing is written that was not proved. See which step failed and where; --partial writes it "
     "all the same, with what remains live stated.",
-    "NF502": "Only a network that normfix converted carries the plan a saved folder needs, and only what its "
-    "state_dict holds as tensors can be written.",
+    "NF502": "Only a network that normfix converted carries the plan a saved folder needs, one plan that starts "
+    "at the original network, and only what its state_dict holds as tensors can be written.",
     "NF503": "What was written did not load back as the same network, so it was removed.",
     # 9xx: normfix itself
     "NF901": "Something failed inside normfix. Nothing was written. Please report it with the traceback that "

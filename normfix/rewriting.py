@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,10 +112,10 @@ def _blank_uninitialised(model: nn.Module) -> dict[int, object]:
     """Return a deepcopy memo with new uninitialised tensors for those that torch cannot copy yet."""
     memo: dict[int, object] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        if isinstance(tensor, UninitializedParameter):
-            memo[id(tensor)] = UninitializedParameter(tensor.requires_grad, tensor.device, tensor.dtype)
-        elif isinstance(tensor, UninitializedBuffer):
-            memo[id(tensor)] = UninitializedBuffer(tensor.requires_grad, tensor.device, tensor.dtype)
+        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+            kind: Any = type(tensor)
+            blank = kind(requires_grad=tensor.requires_grad, device=tensor.device, dtype=tensor.dtype)
+            memo[id(tensor)] = blank
     return memo
 
 

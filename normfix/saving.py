@@ -168,8 +168,7 @@ def load_weights_(model: nn.Module, weights: Mapping[str, Tensor], saved: Saved,
     for alias, name in saved.aliases:
         if name in full:
             full[alias] = full[name]
-    for name, tensor in full.items():  # a folder saved in another dtype rebuilds in that dtype
-        _match_dtype_(model, name, tensor)
+    _match_dtypes_(model, full)
     try:
         model.load_state_dict(full, strict=True)
     except RuntimeError as error:
@@ -179,6 +178,16 @@ def load_weights_(model: nn.Module, weights: Mapping[str, Tensor], saved: Saved,
             f"the saved weights do not fit this network: {reason}. It is not the one that was converted.",
             where=where,
         ) from error
+
+
+def _match_dtypes_(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Rebuild a folder saved in another dtype in that dtype, buffers that are not saved included."""
+    stored = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+    own = {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()}
+    if len(stored) == 1 and not stored & own:
+        model.to(dtype=stored.pop())
+    for name, tensor in weights.items():
+        _match_dtype_(model, name, tensor)
 
 
 def _match_dtype_(model: nn.Module, name: str, tensor: Tensor) -> None:

@@ -88,6 +88,17 @@ class Tied(nn.Module):
         return self.b(self.norm(self.a(self.first(x))))
 
 
+class Gained(TinyUNet):
+    """A buffer that is not in the state dict follows the dtype of the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("gain", torch.ones(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head.bias.sum() + super().forward(nn.functional.conv2d(x, self.gain.view(1, 1, 1, 1)))
+
+
 class ExtraState(nn.Module):
     """A module below carries state that is no tensor."""
 

@@ -392,6 +392,12 @@ def test_bad_input_is_refused_and_nothing_is_written(run, image, tmp_path, name)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
+def test_converting_twice_is_refused(run, fixed, image, tmp_path):
+    """A folder normfix wrote is not converted again: NF502."""
+    words = ("--arch", ARCH, "--to", "batchrenorm", "-o", tmp_path / "out")
+    assert_refused(run("convert", fixed, image, *words), "NF502")
+
+
 def test_every_bad_input_is_tested(image, tmp_path):
     """The list of names above is the whole list."""
     assert list(bad_inputs(tmp_path)) == BAD

@@ -5,7 +5,7 @@ import stat
 
 import pytest
 import torch
-from factories import ExtraState, Tied, batched, tiny_unet
+from factories import ExtraState, Gained, Tied, batched, tiny_unet
 from safetensors.torch import load_file, save_file
 
 import normfix
@@ -22,13 +22,13 @@ ARCH = "factories:tiny_unet"
 
 @pytest.fixture(scope="module")
 def done():
-    """A converted network whose source is an object."""
+    """Convert a network whose source is an object."""
     return normfix.convert(tiny_unet(), IMAGE)
 
 
 @pytest.fixture
 def folder(done, tmp_path):
-    """A saved folder."""
+    """Save a folder."""
     normfix.save(done, tmp_path / "fixed")
     return tmp_path / "fixed"
 
@@ -148,6 +148,14 @@ def test_a_network_keeps_its_dtype(tmp_path, dtype):
     loaded = normfix.load(tmp_path / "fixed", arch=ARCH)
     assert {p.dtype for p in loaded.parameters()} == {dtype}
     assert_same(loaded, done.model, OTHER.to(dtype))
+
+
+def test_buffers_that_are_not_saved_take_the_saved_dtype(tmp_path):
+    """A float32 factory with a non-persistent buffer loads a bfloat16 folder, with equal output."""
+    done = normfix.convert(Gained(), IMAGE, dtype=torch.bfloat16)
+    normfix.save(done, tmp_path / "fixed", partial=True)
+    torch.manual_seed(5)
+    assert_same(normfix.load(tmp_path / "fixed", arch="factories:Gained"), done.model, OTHER.bfloat16())
 
 
 def test_batch_norms_need_no_images(tmp_path):
@@ -353,6 +361,13 @@ def test_a_partial_conversion_is_saved_when_asked(tmp_path):
     done = normfix.convert(tiny_unet(), IMAGE, keep=("second.1",))
     normfix.save(done, tmp_path / "fixed", partial=True)
     assert_same(normfix.load(tmp_path / "fixed", arch=ARCH), done.model)
+
+
+def test_a_network_converted_twice_is_not_saved(done, tmp_path):
+    """A second conversion's plan does not start at the original network: NF502, and nothing is left."""
+    again = normfix.convert(done.model, IMAGE)
+    assert refusal(normfix.save, again, tmp_path / "fixed").code == "NF502"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_network_without_a_plan_is_not_saved(tmp_path):

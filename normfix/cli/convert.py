@@ -63,6 +63,7 @@ def convert_command(
       normfix convert normfix.demo.network:nuclei_unet nuclei.tif --scale percentile:1,99.8 --to frozen -o fixed
     """
     from normfix.pipeline import convert, save
+    from normfix.pipeline.storage import require_unconverted
     from normfix.saving import require_absent
 
     if (to is None) == (plan_file is None):
@@ -74,6 +75,7 @@ def convert_command(
     plan = _read_plan(plan_file)
     arguments = Arguments.take(options)
     opened = arguments.open()
+    require_unconverted(opened.model)
     with steps() as progress:
         done = convert(
             opened.model,

@@ -33,7 +33,7 @@ from normfix.saving import (
 )
 from normfix.scanning import materialise_
 
-__all__ = ["load", "open_any", "save"]
+__all__ = ["load", "open_any", "require_unconverted", "save"]
 
 _SEED = 0
 _SAMPLES = 64
@@ -61,7 +61,7 @@ def save(
 
     Raises:
         NormfixError: NF114 if the folder exists or cannot be written, NF501 if the proof did not pass, NF502 if
-            the network carries no plan, NF503 if reading it back gives another result.
+            the network carries no plan or was converted before, NF503 if reading it back gives another result.
     """
     model, proof, caller, original, calibration = _parts(done)
     provenance = provenance_of(model)
@@ -79,9 +79,26 @@ def save(
     if source is not None:
         named = Source(kind="factory", spec=source, args=dumped(args or {}))
         provenance = replace(provenance, source=named)
+    if original is not None:
+        require_unconverted(original)
     with appearing(Path(folder)) as draft:
         write_folder(draft, model, provenance, proof, calibration, _probe(model, caller, provenance))
         _read_back(draft, provenance.source, model, original)
+
+
+def require_unconverted(model: nn.Module) -> None:
+    """Refuse a network that was converted before: a folder holds one plan, from the original network on.
+
+    Raises:
+        NormfixError: NF502.
+    """
+    if provenance_of(model) is not None:
+        raise NormfixError(
+            "NF502",
+            "it was converted before, and a folder holds one plan, which starts at the original network. "
+            "Convert the original, or measure this one on other images with normfix calibrate.",
+            where=type(model).__name__,
+        )
 
 
 def load(

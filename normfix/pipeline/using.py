@@ -25,7 +25,7 @@ from normfix.scanning import survey
 from normfix.stitching import padded, tiled
 from normfix.tiles import Geometry
 
-__all__ = ["calibrate", "calibrate_", "check", "compare_with", "predict"]
+__all__ = ["assert_tile_invariant", "calibrate", "calibrate_", "check", "compare_with", "predict"]
 
 Progress = Callable[[int, int], None]
 ForwardFn = Callable[[nn.Module, Tensor], Any]
@@ -172,6 +172,35 @@ def check(
     return compare_with(
         model, caller, item, geometry, tile=tile, threshold=threshold, exact_halo=exact.halo, live=live
     )
+
+
+def assert_tile_invariant(
+    model: nn.Module,
+    image: Tensor,
+    tile: int | Sequence[int] = 256,
+    *,
+    halo: int | Literal["auto"] = "auto",
+    threshold: float | None = None,
+    forward_fn: ForwardFn | None = None,
+    output: str | int | None = None,
+) -> Verdict:
+    """Raise AssertionError unless `check` passes; an inconclusive check does not.
+
+    Takes what `check` takes and returns its verdict.
+
+    Example:
+        >>> import normfix, torch
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.BatchNorm2d(4))
+        >>> normfix.assert_tile_invariant(net, torch.rand(1, 1, 128, 128), tile=32).status
+        'passed'
+    """
+    verdict = check(model, image, tile, halo=halo, threshold=threshold, forward_fn=forward_fn, output=output)
+    if not verdict.passed:
+        reasons = "; ".join(f"{f.code} {f.where}: {f.message}" for f in verdict.findings)
+        raise AssertionError(
+            f"{verdict.status}, tiles are up to {verdict.max_sd:.2g} sd from the whole image. {reasons}"
+        )
+    return verdict
 
 
 def compare_with(
