@@ -108,8 +108,8 @@ def _freeze_as_it_goes(
     _require_reached(targets, reached)
 
 
-class _Reached(Exception):  # noqa: N818 - not an error: it ends a forward pass early
-    pass
+class _Reached(BaseException):
+    """Ends a forward pass early; no `except Exception` in a network's code may swallow it."""
 
 
 def _population(model: nn.Module, target: Target, images: Iterable[Tensor], run: Run) -> Moments:

@@ -105,7 +105,7 @@ def compare(
             for site in live
         ]
     return Verdict(
-        status=_status(failed=differs or leaking, conclusive=bool(axes) and spread > 0),
+        status=_status(failed=differs or leaking, compared=bool(axes), varies=spread > 0),
         max_sd=max_sd,
         mean_sd=mean_sd,
         tile_mismatch=_mismatch(stitched, whole),
@@ -153,10 +153,13 @@ def undecided(scan: Scan) -> Verdict:
     )
 
 
-def _status(*, failed: bool, conclusive: bool) -> Literal["passed", "failed", "inconclusive"]:
+def _status(*, failed: bool, compared: bool, varies: bool) -> Literal["passed", "failed", "inconclusive"]:
+    """Decide; a check that compared nothing is inconclusive, whatever interference found beside it."""
+    if not compared:
+        return "inconclusive"
     if failed:
         return "failed"
-    return "passed" if conclusive else "inconclusive"
+    return "passed" if varies else "inconclusive"
 
 
 def _noise(network: Network, image: Tensor, tiles: Sequence[Tile], spread: float) -> float:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from normfix.interception import InterceptedNorm
+from normfix.json_record import Record
 from normfix.layers import ChannelNorm
 from normfix.layers.folding import (
     BATCH_NORMS,
@@ -30,7 +31,6 @@ from normfix.layers.folding import (
     pads_zeros,
     stock,
 )
-from normfix.records import Record
 
 __all__ = ["Lowering", "LoweringRecord", "LoweringStep", "fold", "lower"]
 

@@ -9,7 +9,7 @@ from typing import Literal
 from normfix.errors import NormfixError
 from normfix.records import Action, Decision, Means, Plan, Site, matches
 
-__all__ = ["decide"]
+__all__ = ["decide", "replay"]
 
 _REASONS = {
     Action.FREEZE: "its statistic becomes a constant",
@@ -40,6 +40,44 @@ def decide(
             )
     decisions = tuple(_decide(site, to, tuple(keep)) for site in sites)
     return Plan(to=to, model=model, decisions=tuple(_positioned(i, decisions) for i in range(len(decisions))))
+
+
+def replay(plan: Plan, sites: Sequence[Site], *, model: str) -> Plan:
+    """Return a reviewed plan carried over to the sites of a scan.
+
+    Of the plan only the actions count, which a reviewer may have edited; how each is carried out is decided
+    anew, so that the two cannot contradict each other.
+
+    Raises:
+        NormfixError: NF205 with the first site that differs, or with an action that the site does not allow.
+    """
+    planned = {d.site.id: d for d in plan.decisions}
+    found = {site.id: site for site in sites}
+    for name in sorted(planned.keys() ^ found.keys()):
+        where = "the plan" if name in planned else "the network"
+        raise NormfixError(
+            "NF205", f"only {where} has this site. Make the plan anew for this network.", where=name
+        )
+    decisions = tuple(_replayed(planned[site.id], site) for site in sites)
+    return Plan(
+        to=plan.to, model=model, decisions=tuple(_positioned(i, decisions) for i in range(len(decisions)))
+    )
+
+
+def _replayed(planned: Decision, site: Site) -> Decision:
+    if replace(planned.site, line=site.line) != site:
+        raise NormfixError(
+            "NF205",
+            "the plan describes this site otherwise than the network is. Make the plan anew.",
+            where=site.id,
+        )
+    if not planned.converts:
+        return _leave(site, planned.action, planned.reason)
+    to: Literal["frozen", "batchrenorm"] = "frozen" if planned.action is Action.FREEZE else "batchrenorm"
+    decision = _decide(site, to, ())
+    if not decision.converts:
+        raise NormfixError("NF205", f"the plan converts what cannot be: {decision.reason}.", where=site.id)
+    return replace(decision, reason=planned.reason)
 
 
 def _decide(site: Site, to: Literal["frozen", "batchrenorm"], keep: tuple[str, ...]) -> Decision:

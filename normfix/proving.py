@@ -122,7 +122,9 @@ def _residual_of(site: SiteStatistics) -> float:
 
 
 def _tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    return model.state_dict().items()
+    return (
+        (k, v) for k, v in model.state_dict().items() if isinstance(v, Tensor)
+    )  # not every extra state is
 
 
 def _step(

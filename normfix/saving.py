@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from normfix.errors import NormfixError
-from normfix.records import SCHEMA, CalibrationSummary, Probe, Proof, Provenance, Saved
+from normfix.json_record import SCHEMA
+from normfix.records import CalibrationSummary, Probe, Proof, Provenance, Saved
 
 __all__ = [
     "MANIFEST",

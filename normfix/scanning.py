@@ -178,8 +178,8 @@ class _Growth:
         """Tell whether the network's output grows as its input does."""
         if other is None:
             return output.dim() == self._example.dim() and all(n > 1 for n in output.shape[2:])
-        ratio = self._log_ratio(tuple(output.shape), tuple(other.output.shape)) / self._unit
-        return _REDUCED <= ratio <= _SQUARED and output.dim() == self._example.dim()
+        grown = all(a != b for a, b in zip(output.shape[2:], other.output.shape[2:], strict=True))
+        return output.dim() == self._example.dim() and grown
 
     def dilution(self) -> tuple[int, ...]:
         """Return per axis the least common multiple of how much coarser than the image the feature maps are."""

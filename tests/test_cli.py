@@ -18,7 +18,7 @@ from factories import tiny_unet
 from normfix.cli import cli, main
 from normfix.cli.options import ArgumentsJson
 from normfix.errors import CODES
-from normfix.images import read_image
+from normfix.reading import read_image
 from normfix.records import CalibrationSummary, ConversionRecord, Plan, Saved, Scan, Verdict
 
 ARCH = "factories:tiny_unet"
@@ -285,7 +285,7 @@ def test_double_precision_is_saved_and_used(run, image, tmp_path):
 def test_a_preprocess_function_is_repeated_by_the_caller(run, image, tmp_path):
     """A function that a folder names for its images runs only if the caller repeats it."""
     torch.save(tiny_unet(), tmp_path / "m.pt")
-    preprocess = ("--preprocess", "test_images:preprocess_halves")
+    preprocess = ("--preprocess", "test_scaling:preprocess_halves")
     words = ("--trust-pickle", "--to", "frozen", "-o", tmp_path / "out")
     assert run("convert", tmp_path / "m.pt", image, *preprocess, *words).code == 0
     checking = ("check", tmp_path / "out", image, "--arch", ARCH, "--tile", 32)

@@ -92,6 +92,20 @@ class BatchAct(nn.BatchNorm2d):
         return F.relu(super().forward(x))
 
 
+class Keyword(nn.Module):
+    """Hands a norm its operand by keyword, and would swallow exceptions that end a pass early."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = conv(1, 8), nn.InstanceNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return self.norm(input=self.conv(x))
+        except Exception:  # noqa: BLE001 - what real networks do
+            return self.conv(x)
+
+
 class SharedBlock(nn.Module):
     """A block with a norm, run twice: the calls share owner and index, but not statistics."""
 
@@ -155,6 +169,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "lazy": lambda: stack(nn.LazyInstanceNorm2d(affine=True), nn.LazyBatchNorm2d()),
     "root": lambda: nn.InstanceNorm2d(1, affine=True),
     "called twice": Twice,
+    "called by keyword": Keyword,
     "aliased": Aliased,
     "functional": Functional,
     "fused subclass": lambda: stack(NormAct(2, 8)),

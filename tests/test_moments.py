@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import TOLERANCE
 from torch.testing import assert_close
@@ -27,6 +27,7 @@ def _assert_describes(moments, values):
     assert_close(moments.var, torch.from_numpy(values.var(1)), rtol=1e-9, atol=1e-9)
 
 
+@settings(deadline=None)
 @given(sizes, magnitudes, st.integers(0, 2**32 - 1))
 def test_any_partition_merges_to_the_whole(extents, mean, seed):
     """Parts of any sizes, also empty ones, merge to the moments of their concatenation."""
@@ -35,6 +36,7 @@ def test_any_partition_merges_to_the_whole(extents, mean, seed):
     _assert_describes(merged, np.concatenate([part[0] for part in parts], axis=1))
 
 
+@settings(deadline=None)
 @given(sizes, magnitudes, st.integers(0, 2**32 - 1))
 def test_the_order_of_merging_does_not_matter(extents, mean, seed):
     """Merging backwards agrees with merging forwards."""
@@ -45,6 +47,7 @@ def test_the_order_of_merging_does_not_matter(extents, mean, seed):
     assert_close(forwards.m2, backwards.m2, rtol=1e-9, atol=1e-9)
 
 
+@settings(deadline=None)
 @given(sizes, magnitudes, st.sampled_from([1, 2, 3, 6]), st.integers(0, 2**32 - 1))
 def test_pooled_groups_equal_a_direct_computation(extents, mean, groups, seed):
     """Group statistics from channel moments are those of all values of the group."""
@@ -57,6 +60,7 @@ def test_pooled_groups_equal_a_direct_computation(extents, mean, groups, seed):
     assert_close(pooled.var, torch.from_numpy(expected_var), rtol=1e-9, atol=1e-9)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 30), min_size=2, max_size=4), st.integers(0, 2**32 - 1))
 def test_pooling_commutes_with_merging(extents, seed):
     """Pooling each image and merging equals merging the images and pooling."""

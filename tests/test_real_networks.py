@@ -8,7 +8,8 @@ import normfix
 from normfix.demo.data import nuclei_image
 from normfix.demo.network import nuclei_unet
 from normfix.demo.show import SCALING
-from normfix.images import scaled, to_tensor
+from normfix.reading import to_tensor
+from normfix.scaling import scaled
 
 
 @pytest.fixture(scope="module")

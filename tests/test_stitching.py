@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import TOLERANCE, GrowsByTwo, Identity, Patchify, SuperResolution, ValidConvolutions, plain_unet
 from torch.testing import assert_close
@@ -54,6 +54,7 @@ def test_a_halo_that_is_too_small_shows_here():
     assert difference.abs().max() > 1e-3
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 12), st.integers(0, 9), st.integers(0, 9))
 def test_the_identity_stitches_for_any_grid(height, width, tile, before, after):
     """Sizes, tiles and halos of any relation give the image back."""

@@ -3,7 +3,7 @@
 from fractions import Fraction
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from normfix.tiles import Geometry, grid, round_up
@@ -29,6 +29,7 @@ def grids(draw):
     return size, tile, Geometry(stride=stride, halo=halo, scale=scale, multiple=stride)
 
 
+@settings(deadline=None)
 @given(grids())
 def test_every_output_pixel_is_written_once(case):
     """The written areas of all tiles cover the output, and none twice."""
@@ -39,6 +40,7 @@ def test_every_output_pixel_is_written_once(case):
     assert (written == 1).all()
 
 
+@settings(deadline=None)
 @given(grids())
 def test_windows_start_in_phase(case):
     """Every window starts on a multiple of the stride."""
@@ -47,6 +49,7 @@ def test_windows_start_in_phase(case):
         assert all(r.start % s == 0 for r, s in zip(part.read, geometry.stride, strict=True))
 
 
+@settings(deadline=None)
 @given(axes())
 def test_windows_hold_tile_and_halo(axis):
     """A window holds its tile and the halo on both sides, up to the border of the image."""
@@ -58,6 +61,7 @@ def test_windows_hold_tile_and_halo(axis):
         assert min(size, start + tile + halo[1]) <= read.stop <= size
 
 
+@settings(deadline=None)
 @given(axes())
 def test_no_window_is_narrower_than_its_halo(axis):
     """Every window holds both halos and a stride, if the image does: a network may not run on less."""
@@ -69,6 +73,7 @@ def test_no_window_is_narrower_than_its_halo(axis):
     assert windows[-1] >= min(size, full)
 
 
+@settings(deadline=None)
 @given(axes())
 def test_kept_and_written_areas_are_the_same_pixels(axis):
     """What is kept of a window lies at the place it is written to, counted from the window's start."""
@@ -87,6 +92,7 @@ def test_a_window_covers_an_axis_only_if_it_reads_all_of_it():
     assert first.covers((8, 32)) == (True, False)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2000), st.integers(1, 64))
 def test_padding_reaches_the_next_multiple(n, multiple):
     """A size and its padding are divisible, and no smaller padding is."""

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import click
 
 from normfix.errors import NormfixError
-from normfix.records import Record, Scaling
+from normfix.json_record import Record
+from normfix.records import Scaling
 
 if TYPE_CHECKING:
     import torch
@@ -155,8 +156,8 @@ class Arguments:
 
     def scaling(self, model: nn.Module | None = None) -> Scaling | None:
         """Return the stated scaling, else the one that travels with the model, else None."""
-        from normfix.images import parse_scaling
         from normfix.provenance import provenance_of
+        from normfix.scaling import parse_scaling
 
         if self.scale is not None and self.preprocess is not None:
             raise click.UsageError("give --scale or --preprocess, not both")

@@ -88,7 +88,7 @@ def calibrate_command(images: tuple[str, ...], out: str, format_: str, **options
     known, stated = provenance_of(done.model), arguments.scaling()
     if known is not None and stated is not None:  # the new statistics are of images scaled this way
         attach_(done.model, replace(known, scaling=stated))
-    save(done.model, out)
+    save(done, out)
     show(done.summary, calibration_text(done.summary), format_)
     note(f"Wrote {out}.")
 
@@ -107,8 +107,8 @@ def predict_command(image: str, out: str, tile: int, halo: int | Literal["auto"]
     Example:
       normfix predict fixed nuclei.tif -o prediction.tif
     """
-    from normfix.images import require_new_image, write_image
     from normfix.pipeline import predict
+    from normfix.reading import require_new_image, write_image
 
     require_new_image(Path(out))
     arguments = Arguments.take(options)

@@ -94,7 +94,8 @@ def _named(progress: Progress, to: str) -> Progress:
 def _image() -> tuple[Tensor, NDArray[np.uint8]]:
     """Return the scaled image (1, 1, H, W) and its pixels (H, W)."""
     from normfix.demo.data import nuclei_image
-    from normfix.images import scaled, to_tensor
+    from normfix.reading import to_tensor
+    from normfix.scaling import scaled
 
     try:
         pixels = nuclei_image()

@@ -55,9 +55,9 @@ class ChannelNorm(nn.Module):
         count = torch.empty((), device=device, dtype=torch.long) if track_running_stats else None
         self.register_buffer("num_batches_tracked", count)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise x, shaped (n, c, *space), with the layer's own affine."""
-        return self.normalize(x, self.weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise (n, c, *space) with the layer's own affine; the operand is named as torch names it."""
+        return self.normalize(input, self.weight, self.bias)
 
     def normalize(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Normalise x with the given affine in place of the layer's own."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from normfix.images import Items
 from normfix.numerics import exact_arithmetic
 from normfix.pipeline.looking import Look, base_of, default_example, fitting_example, look, site_target
 from normfix.pipeline.using import compare_with
-from normfix.planning import decide
+from normfix.planning import decide, replay
 from normfix.provenance import attach_
 from normfix.proving import identity, residual, shift, tile_exactness, untouched, used
 from normfix.records import (
@@ -134,13 +134,14 @@ def convert(
     progress("scan", 0, 1)
     seen = look(base, example, caller)
     progress("scan", 1, 1)
-    plan = (
-        decide(seen.scan.sites, model=seen.scan.model, to=to, keep=keep)
-        if plan is None
-        else _same(plan, seen.scan)
-    )
+    if plan is None:
+        plan = decide(seen.scan.sites, model=seen.scan.model, to=to, keep=keep)
+    else:
+        plan = replay(plan, seen.scan.sites, model=seen.scan.model)
+    if items is not None:
+        items = replace(items, like=tuple(example.shape))
     if items is not None and seen.geometry is not None:
-        items = Items(items.images, *home, prepare=partial(padded, geometry=seen.geometry))
+        items = replace(items, prepare=partial(padded, geometry=seen.geometry))
     converted = rewrite(base, plan).to(device=device, dtype=dtype)
     summary = _calibrate_(converted, plan, items, caller, partial(progress, "calibrate"))
     work = _Work(base, converted, plan, seen, items, example.to(*home), caller, summary, tile)
@@ -169,27 +170,6 @@ def _home(
 ) -> tuple[torch.device, torch.dtype]:
     own_device, own_dtype = home_of(model)
     return torch.device(device) if device is not None else own_device, dtype or own_dtype
-
-
-def _same(plan: Plan, scan: Scan) -> Plan:
-    """Return a given plan if it names the sites of this network, and nothing else.
-
-    Raises:
-        NormfixError: NF205 with the first site that differs.
-    """
-    planned = {d.site.id: d.site.layer for d in plan.decisions}
-    found = {site.id: site.layer for site in scan.sites}
-    for site in sorted(planned.keys() ^ found.keys()):
-        where = "the plan" if site in planned else "the network"
-        raise NormfixError(
-            "NF205", f"only {where} has this site. Make the plan anew for this network.", where=site
-        )
-    for site, layer in planned.items():
-        if layer != found[site]:
-            raise NormfixError(
-                "NF205", f"the plan has {layer}, the network {found[site]}. Make the plan anew.", where=site
-            )
-    return plan
 
 
 def _calibrate_(

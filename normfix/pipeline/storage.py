@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfix.calibration import Calibration
 from normfix.calling import Caller, evaluating, home_of
 from normfix.errors import NormfixError
-from normfix.loading import Loaded, dumped, open_model, read_weights, rebuild
+from normfix.factories import dumped, rebuild
+from normfix.loading import Loaded, open_model, read_weights
 from normfix.numerics import IDENTITY, exact_arithmetic
 from normfix.pipeline.conversion import Conversion
 from normfix.provenance import attach_, provenance_of
@@ -40,7 +42,7 @@ _SAMPLES = 64
 
 
 def save(
-    done: Conversion | nn.Module,
+    done: Conversion | Calibration | nn.Module,
     folder: str | Path,
     source: str | None = None,
     args: Mapping[str, Any] | None = None,
@@ -53,7 +55,7 @@ def save(
     called there, else on a copy of the original network.
 
     Args:
-        done: a conversion, or a network that carries its plan.
+        done: a conversion, a calibration, or a network that carries its plan.
         folder: must not exist.
         source: "pkg.mod:factory" or "timm:NAME", if the conversion does not know it.
         args: keyword arguments of the factory, JSON-ready.
@@ -143,13 +145,14 @@ def open_any(
 
 
 def _parts(
-    done: Conversion | nn.Module,
+    done: Conversion | Calibration | nn.Module,
 ) -> tuple[nn.Module, Proof | None, Caller, nn.Module | None, Any]:
     if isinstance(done, Conversion):
         summary = done.calibration.summary if done.calibration else None
         return done.model, done.proof, done.caller, done.original, summary
-    known = provenance_of(done)
-    return done, None, Caller(None, known.output if known else None), None, None
+    model, summary = (done.model, done.summary) if isinstance(done, Calibration) else (done, None)
+    known = provenance_of(model)
+    return model, None, Caller(None, known.output if known else None), None, summary
 
 
 def _restored(folder: Path, saved: Saved, base: nn.Module) -> nn.Module:

@@ -73,13 +73,13 @@ def calibrate_(
 
     Optimizers, compiled and distributed wrappers keep their model. On any error the old statistics are back.
     """
-    items = Items.of(images, *home_of(model))
     known = provenance_of(model)
+    items = Items.of(images, *home_of(model), like=known.scan.example if known else None)
     caller = Caller(forward_fn, output if output is not None else known.output if known else None)
     if known is not None:
         geometry = geometry_of(known.scan)
         if geometry is not None:
-            items = Items(items.images, items.device, items.dtype, prepare=partial(padded, geometry=geometry))
+            items = replace(items, prepare=partial(padded, geometry=geometry))
         targets = [site_target(model, decision, express=False) for decision in known.plan.converted]
     else:
         targets = _batch_norms(model, fitting_example(model, next(iter(items)), caller), caller)
@@ -123,7 +123,7 @@ def predict(
             "Convert it first.",
             where=scan.model,
         )
-    (item,) = Items.of(image, *home_of(model))
+    (item,) = Items.of(image, *home_of(model), like=scan.example)
     with evaluating(model), exact_arithmetic():
         return tiled(lambda x: caller(model, x), item, tile, geometry)
 
@@ -167,7 +167,7 @@ def check(
     geometry = _with_halo(exact, halo)
     if geometry is None or exact is None:
         return undecided(scan)
-    (item,) = Items.of(image, *home_of(model))
+    (item,) = Items.of(image, *home_of(model), like=scan.example)
     live = [] if provenance_of(model) is not None else [site.id for site in scan.live]
     return compare_with(
         model, caller, item, geometry, tile=tile, threshold=threshold, exact_halo=exact.halo, live=live

@@ -1,0 +1,139 @@
+"""Records as JSON and strictly back: the annotations of a record are its whole schema.
+
+Nothing is guessed, and nothing converted but an integer where a float belongs: a field that is missing,
+unknown or of another type is NF108, with the path that leads to it from the file on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from enum import StrEnum
+from functools import cache
+from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+
+from normfix.errors import NormfixError
+
+__all__ = ["SCHEMA", "Record"]
+
+SCHEMA = 1
+"""Version of the JSON of plans and saved folders."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """Base of all records: JSON out and strict JSON in."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as JSON-ready dicts, lists, strings and numbers."""
+        return {f.name: _encode(getattr(self, f.name)) for f in fields(self)}
+
+    @classmethod
+    def from_json(cls, data: object, where: str = "") -> Self:
+        """Build the record from parsed JSON.
+
+        Raises:
+            NormfixError: NF108 if a field is missing, unknown or of the wrong type, or the schema is newer.
+        """
+        decoded = _decode(cls, data, where or cls.__name__)
+        assert isinstance(decoded, cls)
+        return decoded
+
+    def dumps(self) -> str:
+        """Return the record as indented JSON text, the same bytes for equal records."""
+        return json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _encode(value: object) -> Any:
+    if isinstance(value, Record):
+        return value.to_json()
+    if isinstance(value, StrEnum):
+        return value.value
+    if isinstance(value, tuple):
+        return [_encode(item) for item in value]
+    return value
+
+
+def _decode(kind: Any, data: object, where: str) -> Any:
+    """Read `data` as `kind`; the annotations of the records are the whole schema."""
+    origin = get_origin(kind)
+    if origin is Union or origin is types.UnionType:
+        if data is None and type(None) in get_args(kind):
+            return None
+        (kind,) = (option for option in get_args(kind) if option is not type(None))
+        return _decode(kind, data, where)
+    if origin is tuple:
+        return _decode_tuple(get_args(kind), data, where)
+    if origin is Literal:
+        return _require(data in get_args(kind), data, where, f"one of {get_args(kind)}")
+    if is_dataclass(kind):
+        return _decode_record(kind, data, where)
+    if issubclass(kind, StrEnum):
+        _require(data in [str(member) for member in kind], data, where, f"one of {[str(m) for m in kind]}")
+        return kind(data)
+    if kind is float:
+        return float(_require(_is_number(data), data, where, "a finite number"))
+    right = isinstance(data, kind) and isinstance(data, bool) == (kind is bool)
+    return _require(right, data, where, f"{kind.__name__}")
+
+
+def _decode_tuple(items: tuple[Any, ...], data: object, where: str) -> tuple[Any, ...]:
+    if not isinstance(data, list | tuple):
+        raise _malformed(data, where, "a list")
+    if items[-1] is Ellipsis:
+        return tuple(_decode(items[0], item, f"{where}[{i}]") for i, item in enumerate(data))
+    _require(len(data) == len(items), data, where, f"a list of {len(items)}")
+    return tuple(
+        _decode(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(items, data, strict=True))
+    )
+
+
+def _decode_record(kind: Any, data: object, where: str) -> Any:
+    if not isinstance(data, Mapping):
+        raise _malformed(data, where, "an object")
+    schema = data.get("schema")
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise NormfixError(
+            "NF108",
+            f"it has schema {schema}, this normfix reads up to {SCHEMA}. Update normfix.",
+            where=where,
+        )
+    hints = _hints(kind)
+    unknown = sorted(set(data) - set(hints))
+    _require(not unknown, unknown, where, f"no fields but {', '.join(hints)}")
+    missing = sorted(set(hints) - set(data))
+    _require(not missing, missing, where, f"the missing fields {', '.join(missing)}")
+    return kind(**{name: _decode(hints[name], data[name], f"{where}.{name}") for name in hints})
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    return {f.name: hints[f.name] for f in fields(kind)}
+
+
+def _is_number(data: object) -> bool:
+    if not isinstance(data, int | float) or isinstance(data, bool):
+        return False
+    try:
+        return math.isfinite(data)
+    except OverflowError:  # an integer that no float holds
+        return False
+
+
+def _require(right: bool, data: Any, where: str, expected: str) -> Any:
+    if not right:
+        raise _malformed(data, where, expected)
+    return data
+
+
+def _malformed(data: object, where: str, expected: str) -> NormfixError:
+    return NormfixError(
+        "NF108",
+        f"expected {expected}, found {str(data)[:80]!r}. The file was edited or written by another version; "
+        "make it again with this version of normfix.",
+        where=where,
+    )
