@@ -16,7 +16,7 @@ __all__ = ["closeups", "difference", "overview"]
 
 Map = NDArray[Any]
 _GRID = "#35c5e0"
-_TITLE = 15
+_TITLE, _SMALL = 15, 11
 
 
 def overview(pixels: Map, tiled: Map, repaired: Map, tile: int) -> bytes:
@@ -52,11 +52,11 @@ def difference(whole: Map, tiled: Map, repaired: Map, sd: float, tile: int) -> b
     shown = None
     for axis, values, name in ((axes[0], before, "original"), (axes[1], after, "converted")):
         shown = axis.imshow(values, cmap="magma", vmin=0, vmax=max(float(before.max()), 1e-12))
-        axis.set_title(f"{name}: |tiled - whole|, at most {values.max():.2g} sd", fontsize=_TITLE)
+        axis.set_title(f"{name}: |tiled - whole| up to {values.max():.2g} sd", fontsize=_SMALL)
         _draw_grid(axis, whole.shape, tile)
     assert shown is not None
     bar = figure.colorbar(shown, ax=list(axes), shrink=0.8)
-    bar.set_label("sd of the output", fontsize=_TITLE - 2)
+    bar.set_label("sd of the output", fontsize=_SMALL)
     return _png(figure)
 
 
