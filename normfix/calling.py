@@ -12,7 +12,11 @@ from torch import Tensor, nn
 
 from normfix.errors import NormfixError
 
-__all__ = ["Caller", "evaluating", "home_of"]
+__all__ = ["REFUSALS", "Caller", "evaluating", "home_of", "require_network"]
+
+
+REFUSALS = (NormfixError, RuntimeError, ValueError, AssertionError)
+"""What a network may raise that does not take a size it is tried with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +35,21 @@ class Caller:
         """Return the output tensor for an image (N, C, *space).
 
         Raises:
-            NormfixError: NF110 if `output` does not lead to a tensor.
+            NormfixError: NF109 if the network fails on the image, NF110 if `output` does not lead to a tensor.
         """
-        result = model(image) if self.forward_fn is None else self.forward_fn(model, image)
+        try:
+            result = model(image) if self.forward_fn is None else self.forward_fn(model, image)
+        except NormfixError:
+            raise
+        except Exception as error:
+            shape = "x".join(map(str, image.shape))
+            reason = " ".join(str(error).split())[:200]
+            raise NormfixError(
+                "NF109",
+                f"the network does not run on an input of shape {shape}: {type(error).__name__}: {reason}. "
+                "Give an input it accepts: --input NxCxHxW to scan with, images of sizes it takes.",
+                where=type(model).__name__,
+            ) from error
         return self.pick(result)
 
     def pick(self, result: Any) -> Tensor:
@@ -78,8 +94,32 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def require_network(model: object) -> None:
+    """Refuse what is no network that can be looked into.
+
+    Raises:
+        NormfixError: NF118.
+    """
+    reason = ""
+    if not isinstance(model, nn.Module):
+        reason = "expected an nn.Module. To open a file or a name, use normfix.load."
+    elif hasattr(model, "_orig_mod"):
+        reason = (
+            "torch.compile hides its calls. Give the network before it (its _orig_mod), compile the result."
+        )
+    elif any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        reason = "it has tensors on the meta device, which hold no data. Load its weights first."
+    if reason:
+        raise NormfixError("NF118", reason, where=type(model).__name__)
+
+
 def home_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Return the device and floating dtype a model computes in, by its first floating tensor."""
+    """Return the device and floating dtype a model computes in, by its first floating tensor.
+
+    Raises:
+        NormfixError: NF118 for what is no network.
+    """
+    require_network(model)
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
             return tensor.device, tensor.dtype

@@ -51,6 +51,7 @@ CODES: dict[str, str] = {
     "with.",
     "NF116": "The device does not exist here, or the network cannot be moved to it or to this dtype.",
     "NF117": 'The demo image comes in the package mahotas: pip install "normfix[demo]".',
+    "NF118": "normfix takes an nn.Module with data, as it is before torch.compile.",
     # 2xx: finding and planning
     "NF201": "The network ran at one size only, so space could not be told from channels by varying it; "
     "dimensions from the third on were taken as space.",
@@ -98,6 +99,8 @@ CODES: dict[str, str] = {
     "proves nothing.",
     "NF408": "The difference is larger than four times the measured noise floor but within the threshold.",
     "NF409": "Tiles of this network do not give its prediction of the whole image; convert it first.",
+    "NF410": "A halo is 'auto' or a number of pixels; a threshold is a number of standard deviations. Predicting needs "
+    "at least the halo that was measured, since with less the result is not the whole image's.",
     # 5xx: saving
     "NF501": "Nothing is written that was not proved. See which step failed and where; --partial writes it "
     "all the same, with what remains live stated.",

@@ -13,6 +13,7 @@ from fractions import Fraction
 
 from torch import Tensor
 
+from normfix.calling import REFUSALS
 from normfix.dye import DyeLost, halo, strip
 from normfix.records import Finding
 from normfix.symmetry import exact_multiple, output_scale, smallest_stride
@@ -53,7 +54,7 @@ def measure_locality(
         )
     try:
         return _along_axes(single, double, example, dilution, cross)
-    except (RuntimeError, ValueError, AssertionError) as error:
+    except REFUSALS as error:
         return _none("NF210", "size", f"it runs on no strip of another length: {error}.")
 
 
@@ -63,7 +64,7 @@ def cross_section(f: Function, example: Tensor, grid: Sequence[int]) -> tuple[in
         size = tuple(round_up(factor * max(8, g), g) for g in grid)
         try:
             f(strip(example, size))
-        except (RuntimeError, ValueError, AssertionError):
+        except REFUSALS:
             continue
         return size
     return None

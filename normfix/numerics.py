@@ -32,12 +32,12 @@ def deviation(actual: Tensor, expected: Tensor, sd: float) -> tuple[float, float
 
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """Switch TF32 and algorithm search off, without gradients, and restore both afterwards."""
+    """Switch TF32, algorithm search, autocast and gradients off, and restore them afterwards."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32
     try:
         cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32 = False, False, False
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
         cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32 = before

@@ -30,8 +30,11 @@ def decide(
         keep: shell-style patterns of owner paths to leave alone.
 
     Raises:
-        NormfixError: NF204 if a pattern matches no site.
+        NormfixError: NF204 if a pattern matches no site, NF205 for another `to`.
     """
+    if to not in ("frozen", "batchrenorm"):
+        raise NormfixError("NF205", "a plan converts to 'frozen' or to 'batchrenorm'.", where=f"to={to!r}")
+    keep = (keep,) if isinstance(keep, str) else keep
     for pattern in keep:
         if not any(matches(site.owner, (pattern,)) for site in sites):
             owners = ", ".join(dict.fromkeys(site.owner for site in sites)) or "none"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from normfix import layers
+from normfix.calling import require_network
 from normfix.errors import NormfixError
 from normfix.interception import Intercept, InterceptedNorm, intercept_, obstacle
 from normfix.layers.base import ChannelNorm
@@ -95,8 +96,10 @@ def copy_of(model: nn.Module) -> nn.Module:
     """Return a deep copy of a model.
 
     Raises:
-        NormfixError: NF208 if the model cannot be copied.
+        NormfixError: NF118 if it is no network, or one without data or behind a compiler; NF208 if it cannot be
+            copied.
     """
+    require_network(model)
     try:
         return copy.deepcopy(model, _blank_uninitialised(model))
     except Exception as error:

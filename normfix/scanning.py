@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from normfix.calling import REFUSALS
 from normfix.census import Call, census
-from normfix.errors import NormfixError
 from normfix.records import Family, Finding, Site
 from normfix.rules import RULES, rule_of
 
@@ -58,7 +58,7 @@ def survey(model: nn.Module, run: Run, example: Tensor) -> Survey:
     Raises:
         NormfixError: NF109 if the network does not run on the example.
     """
-    calls, invocations, output = _census(model, run, example)
+    calls, invocations, output = census(model, run, example)
     other = _second_look(model, run, example, [c.function for c in calls])
     growth = _Growth(example, calls, other)
     modules = dict(model.named_modules())
@@ -90,7 +90,7 @@ def materialise_(model: nn.Module, run: Run, example: Tensor) -> None:
         isinstance(p, UninitializedParameter | UninitializedBuffer)
         for p in (*model.parameters(), *model.buffers())
     ):
-        _census(model, run, example)
+        census(model, run, example)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,21 +98,6 @@ class _Look:
     example: Tensor
     calls: list[Call]
     output: Tensor
-
-
-def _census(model: nn.Module, run: Run, example: Tensor) -> tuple[list[Call], Counter[str], Tensor]:
-    try:
-        return census(model, run, example)
-    except NormfixError:
-        raise
-    except Exception as error:
-        shape = "x".join(map(str, example.shape))
-        raise NormfixError(
-            "NF109",
-            f"the network does not run on an input of shape {shape}: {_brief(error)}. Give an input it accepts: "
-            "--input NxCxHxW on the command line, `example` in Python.",
-            where=type(model).__name__,
-        ) from error
 
 
 def _second_look(model: nn.Module, run: Run, example: Tensor, functions: list[str]) -> _Look | None:
@@ -126,7 +111,7 @@ def _second_look(model: nn.Module, run: Run, example: Tensor, functions: list[st
         resized = _resize(example, trial)
         try:
             calls, _, output = census(model, run, resized)
-        except Exception:  # noqa: BLE001 - any failure means: this size is not accepted
+        except REFUSALS:  # this size is not accepted
             continue
         if [c.function for c in calls] == functions:
             return _Look(resized, calls, output)
@@ -331,8 +316,3 @@ def _findings(example: Tensor, other: _Look | None, uncalled: tuple[str, ...]) -
         for path in uncalled
     ]
     return tuple(found)
-
-
-def _brief(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}"

@@ -73,11 +73,13 @@ def tile_extents(tile: int | Sequence[int], geometry: Geometry) -> tuple[int, ..
         NormfixError: NF402 if a size is not a positive multiple of the stride.
     """
     ndim = len(geometry.stride)
-    extents = (tile,) * ndim if isinstance(tile, int) else tuple(tile)
+    extents = tuple(tile) if isinstance(tile, Sequence) else (tile,) * ndim
     if len(extents) != ndim:
         raise NormfixError(
             "NF402", f"the network has {ndim} spatial axes, so give 1 or {ndim} numbers.", where="tile"
         )
+    if not all(isinstance(n, int) for n in extents):
+        raise NormfixError("NF402", f"give whole numbers of pixels, not {tile!r}.", where="tile")
     for n, stride in zip(extents, geometry.stride, strict=True):
         if n <= 0 or n % stride:
             near = max(stride, n // stride * stride)

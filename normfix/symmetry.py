@@ -14,6 +14,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from normfix.calling import REFUSALS
 from normfix.dye import strip, texture
 from normfix.tiles import at, round_up
 
@@ -129,7 +130,7 @@ def exact_multiple(
             whole = f(x)
             part = f(x.narrow(axis + 2, start, size[axis] - start))
             front = f(x.narrow(axis + 2, 0, size[axis] - rest))
-        except (RuntimeError, ValueError, AssertionError):
+        except REFUSALS:
             return stride
         begin, offset = int((start + reach[0]) * scale), int(start * scale)
         inner = int((size[axis] - rest - round_up(reach[1], stride)) * scale)

@@ -9,6 +9,7 @@ from torch import nn
 import normfix
 from normfix.calling import Caller
 from normfix.census import DIRECT, NORMS, census
+from normfix.errors import NormfixError
 
 IMAGE = torch.randn(1, 2, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -143,7 +144,7 @@ def test_no_hook_stays():
 def test_no_hook_stays_after_an_error():
     """A forward that raises leaves no hook and no mode behind."""
     net = LiveInstance()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(NormfixError, match="NF109"):
         census(net, Caller(), torch.randn(1, 3, 32, 32))
     assert _hooks(net) == 0
     assert torch.overrides._get_current_function_mode() is None

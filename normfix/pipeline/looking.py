@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from normfix.calibration import Target, measure_sites_
-from normfix.calling import Caller, home_of
+from normfix.calling import REFUSALS, Caller, home_of, require_network
 from normfix.errors import NormfixError
 from normfix.locality import Locality, cross_section, measure_locality
 from normfix.moments import Moments, pool
@@ -75,7 +75,9 @@ def scan(
         (['1/0/instance_norm/0'], ((1, 1), (1, 1)), False)
     """
     caller = Caller(forward_fn, output)
-    example = default_example(model) if example is None else example
+    if example is None:
+        require_network(model)
+        example = default_example(model)
     return look(base_of(model, example, caller, as_trained=as_trained), example, caller).scan
 
 
@@ -90,8 +92,6 @@ def plan(scan: Scan, to: Literal["frozen", "batchrenorm"] = "frozen", keep: Sequ
     Raises:
         NormfixError: NF204 if a pattern matches no site, NF205 for another `to`.
     """
-    if to not in ("frozen", "batchrenorm"):
-        raise NormfixError("NF205", "a plan converts to 'frozen' or to 'batchrenorm'.", where=f"to={to!r}")
     return decide(scan.sites, model=scan.model, to=to, keep=keep)
 
 
@@ -197,7 +197,19 @@ def default_example(model: nn.Module) -> Tensor:
 
 
 def fitting_example(model: nn.Module, image: Tensor, caller: Caller) -> Tensor:
-    """Return the middle of an image, small enough to scan with, or the whole where the network takes no less."""
+    """Return the middle of an image, small enough to scan with, or the whole where the network takes no less.
+
+    Raises:
+        NormfixError: NF106 if no convolution of the network takes as many spatial axes as the image has.
+    """
+    known = {len(m.kernel_size) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
+    if known and image.dim() - 2 not in known:
+        raise NormfixError(
+            "NF106",
+            f"the network convolves over {' or '.join(map(str, sorted(known)))} spatial axes, the image "
+            f"{tuple(image.shape)} read as (N, C, *space) has {image.dim() - 2}.",
+            where="image",
+        )
     middle = _middle(image)
     if middle.shape == image.shape:
         return image[:1]
@@ -205,7 +217,7 @@ def fitting_example(model: nn.Module, image: Tensor, caller: Caller) -> Tensor:
     try:
         with torch.no_grad():
             caller(probe, middle.to(*home_of(probe)))
-    except (RuntimeError, ValueError, AssertionError):
+    except REFUSALS:
         return image[:1]
     return middle
 

@@ -1,89 +1,28 @@
-"""What people do with a network: calibrate it, predict with it, check it."""
+"""What people do with a network: predict with it, check it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from normfix.calibration import Calibration, Target, measure_sites_
 from normfix.calling import Caller, evaluating, home_of
 from normfix.checking import Network, compare, undecided
 from normfix.errors import NormfixError
 from normfix.images import Items
-from normfix.moments import Moments
 from normfix.numerics import exact_arithmetic, settings
-from normfix.pipeline.looking import base_of, fitting_example, geometry_of, look, site_target, thinnest
-from normfix.provenance import provenance_of
-from normfix.records import CalibrationSummary, Family, Scan, Verdict
+from normfix.pipeline.looking import base_of, fitting_example, geometry_of, look, thinnest
+from normfix.provenance import is_current, provenance_of
+from normfix.records import Scan, Verdict
 from normfix.rewriting import copy_of
-from normfix.scanning import survey
-from normfix.stitching import padded, tiled
-from normfix.tiles import Geometry
+from normfix.stitching import tiled
+from normfix.tiles import Geometry, round_up
 
-__all__ = ["assert_tile_invariant", "calibrate", "calibrate_", "check", "compare_with", "predict"]
+__all__ = ["assert_tile_invariant", "check", "compare_with", "predict"]
 
-Progress = Callable[[int, int], None]
 ForwardFn = Callable[[nn.Module, Tensor], Any]
-
-
-def calibrate(
-    model: nn.Module,
-    images: Tensor | Iterable[Tensor],
-    tile: int | None = None,
-    *,
-    forward_fn: ForwardFn | None = None,
-    output: str | int | None = None,
-    progress: Progress = lambda done, total: None,
-) -> Calibration:
-    """Return a copy of a network whose statistics are measured anew on whole images.
-
-    Args:
-        model: converted by normfix, or any network with batch norms on running statistics; not modified.
-        images: re-iterable of (N, C, *space) tensors, or one tensor.
-        tile: has no influence on the statistics, which are those of whole images; this version holds each
-            image in memory whole.
-        forward_fn: `forward_fn(model, image)` for another calling convention.
-        output: key or index of the output that counts.
-        progress: called with (passes done, passes in all).
-
-    Raises:
-        NormfixError: NF302 if the network has live statistics, or none at all; NF301 and codes of the images.
-    """
-    copied = copy_of(model)
-    return Calibration(
-        copied, calibrate_(copied, images, tile, forward_fn=forward_fn, output=output, progress=progress)
-    )
-
-
-def calibrate_(
-    model: nn.Module,
-    images: Tensor | Iterable[Tensor],
-    tile: int | None = None,
-    *,
-    forward_fn: ForwardFn | None = None,
-    output: str | int | None = None,
-    progress: Progress = lambda done, total: None,
-) -> CalibrationSummary:
-    """Measure a network's statistics anew in place, on the same module objects; see `calibrate`.
-
-    Optimizers, compiled and distributed wrappers keep their model. On any error the old statistics are back.
-    """
-    known = provenance_of(model)
-    items = Items.of(images, *home_of(model), like=known.scan.example if known else None)
-    caller = Caller(forward_fn, output if output is not None else known.output if known else None)
-    if known is not None:
-        geometry = geometry_of(known.scan)
-        if geometry is not None:
-            items = replace(items, prepare=partial(padded, geometry=geometry))
-        targets = [site_target(model, decision, express=False) for decision in known.plan.converted]
-    else:
-        targets = _batch_norms(model, fitting_example(model, next(iter(items)), caller), caller)
-    return measure_sites_(model, targets, items, caller, progress)
 
 
 def predict(
@@ -111,21 +50,23 @@ def predict(
 
     Raises:
         NormfixError: NF409 if the network has live statistics or no halo is enough, NF402 for a tile that is
-            off the stride grid, and codes of the image.
+            off the stride grid, NF410 for a halo that is not enough, and codes of the image.
     """
-    caller, scan = _known(model, image, forward_fn, output)
-    geometry = _with_halo(geometry_of(scan), halo)
-    if geometry is None or (scan.live and provenance_of(model) is None):
-        reasons = [f"{site.id} is live" for site in scan.live[:3]] or [f.message for f in scan.findings]
+    known = _known(model, image, forward_fn, output)
+    exact = geometry_of(known.scan)
+    geometry = _with_halo(exact, halo)
+    if geometry is None or exact is None or known.live:
+        reasons = [f"{site} is live" for site in known.live[:3]] or [f.message for f in known.scan.findings]
         raise NormfixError(
             "NF409",
             f"tiles of this network do not give its prediction of the whole image: {'; '.join(reasons)}. "
             "Convert it first.",
-            where=scan.model,
+            where=known.scan.model,
         )
-    (item,) = Items.of(image, *home_of(model), like=scan.example)
+    _require_enough(geometry, exact)
+    (item,) = Items.of(image, *home_of(model), like=known.scan.example)
     with evaluating(model), exact_arithmetic():
-        return tiled(lambda x: caller(model, x), item, tile, geometry)
+        return tiled(lambda x: known.caller(model, x), item, tile, geometry)
 
 
 def check(
@@ -162,15 +103,25 @@ def check(
         >>> normfix.check(net, torch.rand(1, 1, 128, 128), tile=32).status
         'failed'
     """
-    caller, scan = _known(model, image, forward_fn, output)
-    exact = geometry_of(scan)
+    if threshold is not None and not threshold >= 0:
+        raise NormfixError(
+            "NF410", "a threshold is a number of sd, 0 or more.", where=f"threshold={threshold}"
+        )
+    known = _known(model, image, forward_fn, output)
+    exact = geometry_of(known.scan)
     geometry = _with_halo(exact, halo)
     if geometry is None or exact is None:
-        return undecided(scan)
-    (item,) = Items.of(image, *home_of(model), like=scan.example)
-    live = [] if provenance_of(model) is not None else [site.id for site in scan.live]
+        return undecided(known.scan)
+    (item,) = Items.of(image, *home_of(model), like=known.scan.example)
     return compare_with(
-        model, caller, item, geometry, tile=tile, threshold=threshold, exact_halo=exact.halo, live=live
+        model,
+        known.caller,
+        item,
+        geometry,
+        tile=tile,
+        threshold=threshold,
+        exact_halo=exact.halo,
+        live=known.live,
     )
 
 
@@ -233,45 +184,56 @@ def compare_with(
         )
 
 
-def _known(
-    model: nn.Module, image: Tensor, forward_fn: ForwardFn | None, output: str | int | None
-) -> tuple[Caller, Scan]:
-    """Return how to call the model and its scan: the one that travels with it, or a new one."""
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """How to call a model, its scan and which of its sites are live."""
+
+    caller: Caller
+    scan: Scan
+    live: tuple[str, ...]
+
+
+def _known(model: nn.Module, image: Tensor, forward_fn: ForwardFn | None, output: str | int | None) -> _Known:
+    """Take what travels with the model, or scan it where that is of other modules or of another output."""
     known = provenance_of(model)
-    if known is not None:
-        return Caller(forward_fn, output if output is not None else known.output), known.scan
-    caller = Caller(forward_fn, output)
+    if known is not None and is_current(model) and output in (None, known.output, _as_index(known.output)):
+        left = tuple(d.site.id for d in known.plan.left_live)
+        return _Known(Caller(forward_fn, known.output), known.scan, left)
+    caller = Caller(forward_fn, output if output is not None or known is None else known.output)
     (item,) = Items.of(image, *home_of(model))
     example = fitting_example(model, item, caller)
-    return caller, look(base_of(model, example, caller), example, caller).scan
+    scan = look(base_of(model, example, caller), example, caller).scan
+    return _Known(caller, scan, tuple(site.id for site in scan.live))
 
 
-def _with_halo(geometry: Geometry | None, halo: int | Literal["auto"]) -> Geometry | None:
-    if geometry is None or halo == "auto":
+def _as_index(output: str | None) -> int | None:
+    return int(output) if output is not None and output.isdigit() else None
+
+
+def _with_halo(geometry: Geometry | None, halo: object) -> Geometry | None:
+    """Return the geometry with a halo of the caller's on every side.
+
+    Raises:
+        NormfixError: NF410 for what is neither "auto" nor a number of pixels.
+    """
+    if halo == "auto":
         return geometry
-    return replace(geometry, halo=((halo, halo),) * len(geometry.stride))
+    if not isinstance(halo, int) or isinstance(halo, bool) or halo < 0:
+        raise NormfixError("NF410", "give 'auto' or a number of pixels, 0 or more.", where=f"halo={halo!r}")
+    return geometry and replace(geometry, halo=((halo, halo),) * len(geometry.stride))
 
 
-def _batch_norms(model: nn.Module, example: Tensor, caller: Caller) -> list[Target]:
-    """Describe the batch norms of a network that normfix did not convert."""
-    copied = copy_of(model).eval()
-    sites = survey(copied, caller, example).sites
-    live = [site for site in sites if site.live]
-    batch = [s for s in sites if s.family is Family.BATCH and s.layer is not None and s.layer.carries]
-    if live or not batch:
-        reason = f"{live[0].id} is live" if live else "it has no normalisation with running statistics"
+def _require_enough(geometry: Geometry, exact: Geometry) -> None:
+    """Refuse to predict with less context than the network needs."""
+    pairs = zip(geometry.halo, exact.halo, strict=True)
+    if any(
+        round_up(h, s) < round_up(e, s)
+        for (given, need), s in zip(pairs, exact.stride, strict=True)
+        for h, e in zip(given, need, strict=True)
+    ):
         raise NormfixError(
-            "NF302",
-            f"there is nothing to calibrate before it is converted: {reason}.",
-            where=type(model).__name__,
+            "NF410",
+            f"the network needs (before, after) {exact.halo}, so tiles would differ from the whole image. "
+            "Use 'auto'.",
+            where=f"halo={geometry.halo[0][0]}",
         )
-    return [_batch_target(site.id, model.get_submodule(site.owner)) for site in batch]
-
-
-def _batch_target(name: str, norm: nn.Module) -> Target:
-    def store(moments: Moments) -> None:
-        with torch.no_grad():
-            norm.running_mean.copy_(moments.mean)  # type: ignore[operator]
-            norm.running_var.copy_(moments.var)  # type: ignore[operator]
-
-    return Target(name, norm, norm, store, lambda moments: moments)

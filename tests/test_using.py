@@ -1,0 +1,176 @@
+"""predict and check on networks that changed, and on arguments that make no sense."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import normfix
+
+
+class Two(nn.Module):
+    """Returns a fine and a coarse output of different reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 8, 3, padding=1), nn.InstanceNorm2d(8)
+        self.near, self.far = nn.Conv2d(8, 1, 1), nn.Conv2d(8, 1, 3, padding=9, dilation=9)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        return self.near(x), self.far(x)
+
+
+@pytest.fixture
+def network():
+    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.InstanceNorm2d(8), nn.Conv2d(8, 2, 3, padding=1))
+
+
+@pytest.fixture
+def image():
+    return torch.rand(1, 1, 96, 128)
+
+
+@pytest.fixture
+def converted(network, image):
+    return normfix.convert(network, image).model.eval()
+
+
+def largest(model, image, tile=32):
+    """Return the largest difference between tiled and whole prediction."""
+    with torch.no_grad():
+        return float((normfix.predict(model, image, tile=tile) - model(image)).abs().max())
+
+
+def test_a_new_head_is_measured_anew(converted, image):
+    """A head of larger reach put on a converted network gets the halo it needs."""
+    converted[2] = nn.Conv2d(8, 2, 3, padding=12, dilation=12)
+    assert largest(converted, image) < 1e-5
+
+
+def test_a_new_live_norm_is_noticed(converted, image):
+    """A live norm put into a converted network is refused by predict and fails check."""
+    converted[2] = nn.Sequential(nn.InstanceNorm2d(8), nn.Conv2d(8, 2, 1))
+    with pytest.raises(normfix.NormfixError, match=r"NF409.*2\.0/0/instance_norm/0 is live"):
+        normfix.predict(converted, image)
+    assert normfix.check(converted, image, tile=32).status == "failed"
+
+
+def test_a_kept_live_norm_is_refused(network, image):
+    """A conversion that kept a live norm is not predicted with as if it were exact."""
+    done = normfix.convert(network, image, keep="1")
+    with pytest.raises(normfix.NormfixError, match=r"NF409.*1/0/instance_norm/0 is live"):
+        normfix.predict(done.model, image)
+
+
+def test_another_output_has_its_own_geometry(image):
+    """Asking for another output than the one converted with measures that one's halo."""
+    model = normfix.convert(Two(), image, output=0).model.eval()
+    with torch.no_grad():
+        whole = model(image)[1]
+    assert float((normfix.predict(model, image, tile=32, output=1) - whole).abs().max()) < 1e-5
+
+
+def test_trained_weights_keep_the_geometry(converted, image, monkeypatch):
+    """Changed weights alone do not make a network be scanned again."""
+    with torch.no_grad():
+        converted[2].weight.mul_(2)
+    monkeypatch.setattr("normfix.pipeline.using.look", None)
+    assert largest(converted, image) < 1e-5
+
+
+def test_less_halo_than_needed_is_refused(converted, image):
+    """Predicting with less context than measured is refused, with more it is exact."""
+    with pytest.raises(normfix.NormfixError, match="NF410"):
+        normfix.predict(converted, image, tile=32, halo=1)
+    assert normfix.predict(converted, image, tile=32, halo=16).shape == (1, 2, 96, 128)
+
+
+@pytest.mark.parametrize("halo", [-1, 1.5, None, "x", (3, 3), True])
+def test_impossible_halo(converted, image, halo):
+    """A halo that is no number of pixels is refused with a code."""
+    with pytest.raises(normfix.NormfixError, match="NF410"):
+        normfix.check(converted, image, tile=32, halo=halo)
+
+
+@pytest.mark.parametrize("tile", [0, -4, 1.5, "a", None, (32,), (32, 1.5)])
+def test_impossible_tile(converted, image, tile):
+    """A tile that is no number of pixels is refused with a code."""
+    with pytest.raises(normfix.NormfixError, match="NF402"):
+        normfix.check(converted, image, tile=tile)
+
+
+@pytest.mark.parametrize("threshold", [float("nan"), -1.0])
+def test_impossible_threshold(converted, image, threshold):
+    """A threshold that nothing could exceed, or everything, is refused."""
+    with pytest.raises(normfix.NormfixError, match="NF410"):
+        normfix.check(converted, image, tile=32, threshold=threshold)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 96, 128), (1, 96, 128), (1, 1, 8, 96, 128)])
+@pytest.mark.parametrize("use", ["check", "predict", "calibrate"])
+def test_an_image_of_another_kind_is_refused(converted, shape, use):
+    """Another number of channels or axes than the network was converted with is refused."""
+    with pytest.raises(normfix.NormfixError, match="NF106"):
+        getattr(normfix, use)(converted, torch.rand(shape))
+
+
+@pytest.mark.parametrize("shape", [(1, 96, 128), (1, 1, 8, 96, 128)])
+def test_axes_are_checked_before_conversion(network, shape):
+    """An image without a batch axis would be convolved as something else, so it is refused."""
+    with pytest.raises(normfix.NormfixError, match="NF106"):
+        normfix.convert(network, torch.rand(shape))
+
+
+def test_images_must_agree_in_channels(network, image):
+    """A second image of other channels is refused with its number."""
+    with pytest.raises(normfix.NormfixError, match="NF106 image 1"):
+        normfix.convert(network, [image, image.repeat(1, 2, 1, 1)])
+
+
+def test_an_image_too_small_for_the_network(network, image):
+    """An image the network fails on is named by its shape, with the network's own words."""
+    with pytest.raises(normfix.NormfixError, match=r"NF109.*1x1x1x1"):
+        normfix.convert(network, [image, image[..., :1, :1]])
+
+
+@pytest.mark.parametrize("model", ["name", len, None])
+def test_what_is_no_network(model, image):
+    """Anything but a module is refused by every verb."""
+    for use in (normfix.scan, normfix.convert, normfix.check, normfix.predict, normfix.calibrate):
+        with pytest.raises(normfix.NormfixError, match="NF118"):
+            use(model, image)
+
+
+def test_a_compiled_network_is_refused(network, image):
+    """torch.compile hides the calls; the message says what to give instead."""
+    with pytest.raises(normfix.NormfixError, match=r"NF118.*_orig_mod"):
+        normfix.convert(torch.compile(network, backend="eager"), image)
+
+
+def test_a_network_without_data_is_refused(network, image):
+    """A network on the meta device has no weights to convert."""
+    with pytest.raises(normfix.NormfixError, match=r"NF118.*meta"):
+        normfix.convert(copy.deepcopy(network).to("meta"), image)
+
+
+def test_an_unknown_target_is_refused(network, image):
+    """A conversion to anything but the two kinds is refused."""
+    with pytest.raises(normfix.NormfixError, match="NF205"):
+        normfix.convert(network, image, to="Frozen")
+
+
+def test_ambient_autocast_does_not_soften_the_proof(network, image):
+    """Inside the caller's autocast, the proof is still made in float32."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        done = normfix.convert(network, image)
+    assert done.proof.step("identity").bound == 1e-4
+    assert done.proof.passed
+
+
+def test_calibrating_without_a_converted_layer(converted, image):
+    """If a converted layer was replaced since, calibration says so."""
+    converted[1] = nn.Identity()
+    with pytest.raises(normfix.NormfixError, match="NF302"):
+        normfix.calibrate(converted, image)
