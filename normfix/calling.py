@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer
+from torch.overrides import TorchFunctionMode
 
 from normfix.errors import NormfixError
 
-__all__ = ["REFUSALS", "Caller", "evaluating", "home_of", "require_network"]
+__all__ = ["REFUSALS", "Caller", "buffers_kept", "evaluating", "home_of", "require_network"]
 
 
 REFUSALS = (NormfixError, RuntimeError, ValueError, AssertionError)
@@ -38,7 +40,8 @@ class Caller:
             NormfixError: NF109 if the network fails on the image, NF110 if `output` does not lead to a tensor.
         """
         try:
-            result = model(image) if self.forward_fn is None else self.forward_fn(model, image)
+            given = image.clone()  # some networks work in place on their input
+            result = model(given) if self.forward_fn is None else self.forward_fn(model, given)
         except NormfixError:
             raise
         except Exception as error:
@@ -51,6 +54,11 @@ class Caller:
                 where=type(model).__name__,
             ) from error
         return self.pick(result)
+
+    def in_double(self, model: nn.Module, image: Tensor) -> Tensor:
+        """Return the output of a float64 model for a float64 image, without casts to float32 on the way."""
+        with _StaysDouble():
+            return self(model, image)
 
     def pick(self, result: Any) -> Tensor:
         """Return the tensor that `output` names in what the model returned."""
@@ -82,6 +90,25 @@ class Caller:
         )
 
 
+class _StaysDouble(TorchFunctionMode):
+    """Leaves float64 tensors alone where a network casts to float32, as many norms do to be safe in half."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        operand = args[0] if args else None
+        to_single = func is Tensor.float or torch.float32 in (*args[1:], *kwargs.values())
+        casts = func in (Tensor.float, Tensor.to, Tensor.type) and to_single
+        if casts and isinstance(operand, Tensor) and operand.dtype == torch.float64:
+            return operand
+        return func(*args, **kwargs)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put the model in eval mode and give every module its own mode back."""
@@ -92,6 +119,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def buffers_kept(model: nn.Module, but: Sequence[str] = ()) -> Iterator[None]:
+    """Give buffers that forward passes change (counters, caches) their values back, but those under `but`."""
+    before = {
+        name: buffer.clone()
+        for name, buffer in model.named_buffers()
+        if not isinstance(buffer, UninitializedBuffer)
+        and not any(f"{name}.".startswith(path and f"{path}.") for path in but)
+    }
+    yield
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name in before and buffer.shape == before[name].shape:
+                buffer.copy_(before[name])
 
 
 def require_network(model: object) -> None:

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["DIRECT", "NORMS", "Call", "Shaped", "census"]
+__all__ = ["DIRECT", "LEAVES", "NORMS", "Call", "Shaped", "census"]
 
 NORMS: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
@@ -38,6 +38,9 @@ NORMS: Mapping[str, Callable[..., Any]] = MappingProxyType(
     }
 )
 """The normalising functions whose arguments are bound by name, so that rules can read them."""
+
+LEAVES = frozenset({"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__"})
+"""Methods by which a value leaves tensors, for a branch or for arithmetic that no census sees."""
 
 DIRECT: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -169,7 +172,11 @@ class _Recorder(TorchFunctionMode):
         name = _name_of(func)
         if name == "__setitem__" and dependent and isinstance(args[0], Tensor):
             results = [args[0]]
-        if self.frames and results and (dependent or name in NORMS or name in DIRECT):
+        if not self.frames and dependent:  # what is done to the image before the network has it
+            for tensor in results:
+                self.mark(tensor)
+        leaves = bool(dependent) and name in LEAVES
+        if self.frames and (leaves or (results and (dependent or name in NORMS or name in DIRECT))):
             self._record(name, func, args, kwargs, dependent, results)
         return result
 

@@ -31,7 +31,7 @@ _FUNCTIONS: dict[Callable[..., Any], str] = {function: name for name, function i
 
 @dataclass(frozen=True, slots=True)
 class Intercept:
-    """Hand the `index`-th call of `function` inside the owner's forward to the submodule `target`."""
+    """Hand the `index`-th call of `function` inside the owner's forward to its submodule at path `target`."""
 
     function: str
     index: int

@@ -16,7 +16,7 @@ from torch import Tensor
 from normfix.calling import REFUSALS
 from normfix.dye import DyeLost, halo, strip
 from normfix.records import Finding
-from normfix.symmetry import exact_multiple, output_scale, smallest_stride
+from normfix.symmetry import cutting_grid, exact_multiple, output_scale, smallest_stride
 from normfix.tiles import Geometry, round_up
 
 __all__ = ["Locality", "cross_section", "measure_locality"]
@@ -109,6 +109,12 @@ def _along_axes(
                 "no shift of the input shifts the output: it depends on size or position "
                 "(align_corners=True, position embeddings, resizing to a fixed size).",
             )
+        unit = cutting_grid(double, example.double(), axis, stride, scale, around, cross)
+        if unit is None:
+            return _none(
+                "NF213", name, "windows of whole strides differ from the whole: its output depends on size."
+            )
+        stride = unit
         strides.append(stride)
         halos.append(reach)
         scales.append(scale)

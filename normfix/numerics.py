@@ -32,12 +32,17 @@ def deviation(actual: Tensor, expected: Tensor, sd: float) -> tuple[float, float
 
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """Switch TF32, algorithm search, autocast and gradients off, and restore them afterwards."""
+    """Switch TF32, algorithm search, autocast and gradients off; restore them and the random state."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32
     try:
         cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32 = False, False, False
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
             yield
     finally:
         cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32 = before

@@ -114,9 +114,13 @@ def _positioned(index: int, decisions: tuple[Decision, ...]) -> Decision:
         return decision
     anchor, function = decision.site.anchor, decision.site.function
     position = sum(_visible(earlier, anchor, function) for earlier in decisions[:index])
-    name = f"normfix_{function}_{position}"
-    target = f"{anchor}.{name}" if anchor else name
-    return replace(decision, position=position, target=target)
+    holder = decision.site.holder
+    number = sum(
+        d.means is Means.INTERCEPT and (d.site.holder, d.site.function) == (holder, function)
+        for d in decisions[:index]
+    )
+    name = f"normfix_{function}_{number}"
+    return replace(decision, position=position, target=f"{holder}.{name}" if holder else name)
 
 
 def _visible(decision: Decision, anchor: str, function: str) -> bool:

@@ -78,7 +78,8 @@ class Site(Record):
 
     `owner` is the path of the innermost module, `invocation` which call of that module in the root forward,
     `index` the position among its calls of `function`. `within` holds the modules around the call, root
-    first; `anchor` is the nearest of them that runs once per root forward. `swappable` tells that the owner
+    first; `anchor` is the nearest of them that runs once per root forward, `holder` the module at or below it
+    that can keep a new layer without noticing. `swappable` tells that the owner
     is a module of a known exact class, run once, whose whole forward is this call.
     """
 
@@ -88,6 +89,7 @@ class Site(Record):
     index: int
     owner_class: str
     anchor: str
+    holder: str
     within: tuple[str, ...]
     family: Family
     live: bool
@@ -242,8 +244,9 @@ class Verdict(Record):
     """The outcome of comparing stitched tiles with the whole image.
 
     Differences are in sd of the whole-image output over the axes in `axes` (those that at least one window
-    does not cover). `noise` is the float32 noise floor n on the same scale; up to `tolerance` (4 n) passes,
-    up to `threshold` (100 n unless given) warns and passes, above it fails after confirmation in float64.
+    does not cover). `noise` is the noise floor n of the tested dtype on the same scale; up to `tolerance` (4 n,
+    at most 1e-3) passes, up to `threshold` (100 n, at most 1e-3, unless given) warns and passes, above it fails
+    if a repeat in float64 confirms it.
     `interference` is the largest relative change of a tile's output when everything outside its window is
     multiplied by 1e12 in float64, one entry per axis.
     """

@@ -59,7 +59,7 @@ def rewrite(model: nn.Module, plan: Plan) -> nn.Module:
         if decision.means is Means.SWAP:
             rewritten = _swap(rewritten, modules[decision.site.owner], decision)
         else:
-            _intercept(modules[decision.site.anchor], modules[decision.site.owner], decision)
+            _intercept(modules, decision)
     return rewritten
 
 
@@ -148,6 +148,12 @@ def _store(layer: ChannelNorm, moments: Moments) -> None:
 
 def _express_group_affine(layer: ChannelNorm, channel: Moments, group: Moments, spec: LayerSpec) -> None:
     """Apply w' = w s_c / s_g,  b' = b + w (m_c - m_g) / s_g  (normfix.rules.group)."""
+    for name in (
+        "weight",
+        "bias",
+    ):  # a parameter that several norms share would be re-expressed several times
+        given = getattr(layer, name)
+        setattr(layer, name, nn.Parameter(given.detach().clone(), requires_grad=given.requires_grad))
     s_c, s_g = (channel.var + spec.eps).sqrt(), (group.var + spec.eps).sqrt()
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, Tensor)
@@ -180,7 +186,8 @@ def _swap(root: nn.Module, old: nn.Module, decision: Decision) -> nn.Module:
     return root
 
 
-def _intercept(anchor: nn.Module, owner: nn.Module, decision: Decision) -> None:
+def _intercept(modules: dict[str, nn.Module], decision: Decision) -> None:
+    anchor, owner = modules[decision.site.anchor], modules[decision.site.owner]
     spec = decision.site.layer
     assert spec is not None
     if reason := obstacle(anchor):
@@ -188,11 +195,13 @@ def _intercept(anchor: nn.Module, owner: nn.Module, decision: Decision) -> None:
     regrouped = decision.action is Action.BATCHRENORM and spec.groups != spec.features
     norm = _new_layer(decision, affine=regrouped, like=owner if _has_tensors(owner) else anchor)
     _take_statistics(norm, owner, decision)
-    name = decision.target.rpartition(".")[2]
     wrapped = InterceptedNorm(norm)
     wrapped.train(owner.training)
-    anchor.add_module(name, wrapped)
-    intercept_(anchor, (Intercept(decision.site.function, decision.position, name, decision.site.id),))
+    modules[decision.site.holder].add_module(decision.target.rpartition(".")[2], wrapped)
+    path = (
+        decision.target.removeprefix(f"{decision.site.anchor}.") if decision.site.anchor else decision.target
+    )
+    intercept_(anchor, (Intercept(decision.site.function, decision.position, path, decision.site.id),))
 
 
 def _needs_affine(decision: Decision) -> bool:

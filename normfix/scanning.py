@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from normfix.calling import REFUSALS
-from normfix.census import Call, census
+from normfix.census import LEAVES, Call, census
 from normfix.records import Family, Finding, Site
 from normfix.rules import RULES, rule_of
 
@@ -181,9 +181,19 @@ class _Growth:
     def _coarseness(self, axis: int, here: int, there: int) -> int:
         """Return image pixels per pixel of a map whose extent is `here`, and `there` at the other size."""
         image = self._example.shape[axis + 2]
-        if self._other is not None:
-            image, here = self._other.example.shape[axis + 2] - image, there - here
-        return abs(image // here) if here and image % here == 0 and (self._other or here > 1) else 1
+        if self._other is None:
+            return image // here if here > 1 and image % here == 0 else 1
+        other = self._other.example.shape[axis + 2]
+        step, change = other - image, there - here
+        if change and step % change == 0:
+            return abs(step // change)
+        ratio = (
+            round(image / here) if here > 1 else 1
+        )  # sizes that the stride does not divide round down or up
+        fits = all(
+            extent in (n // ratio, -(-n // ratio)) for n, extent in ((image, here), (other, there)) if ratio
+        )
+        return ratio if ratio > 1 and fits else 1
 
     def _exponent(self, position: int, side: str, which: int) -> float:
         shape: tuple[int, ...] = getattr(self._calls[position], side)[which]
@@ -200,12 +210,12 @@ class _Growth:
 
 
 def _meeting_space(calls: list[Call], growth: _Growth) -> frozenset[int]:
-    """Return the reductions whose result meets a spatial map again, by position."""
+    """Return the reductions whose result meets a spatial map again, or leaves tensors and may decide a branch."""
     carried: dict[int, frozenset[int]] = {}
     met: frozenset[int] = frozenset()
     for position, call in enumerate(calls):
         inherited = frozenset().union(*(carried.get(serial, frozenset()) for serial in call.reads))
-        if growth.outputs(position) >= _REDUCED:
+        if growth.outputs(position) >= _REDUCED or call.function in LEAVES:
             met |= inherited
         if _is_reduction(position, call, growth):
             inherited |= {position}
@@ -215,7 +225,7 @@ def _meeting_space(calls: list[Call], growth: _Growth) -> frozenset[int]:
 
 
 def _is_reduction(position: int, call: Call, growth: _Growth) -> bool:
-    if call.function in _SHAPING or rule_of(call.function) is not None:
+    if call.function in _SHAPING | LEAVES or rule_of(call.function) is not None:
         return False
     into = growth.inputs(position)
     # what shrinks from squared is the second half of an attention, named at its first half
@@ -240,6 +250,7 @@ def _site(
         "index": call.index,
         "owner_class": call.owner_class,
         "anchor": anchor,
+        "holder": _holder(call.owner, anchor, modules),
         "within": call.within,
         "line": call.line,
     }
@@ -271,6 +282,21 @@ def _site(
         refusal=_REFUSALS[family],
         **common,
     )
+
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def _holder(owner: str, anchor: str, modules: dict[str, nn.Module]) -> str:
+    """Return where a new layer can be kept: a container would run, or hand out, whatever is added to it."""
+    norms = tuple(kind for rule in RULES for kind in rule.modules)
+    below = [path for path in modules if path and (not anchor or path.startswith(f"{anchor}."))]
+    candidates: list[str] = [*((owner,) if owner == anchor or owner in below else ()), anchor, *below]
+    for path in candidates:
+        replaced = path not in (owner, anchor) and isinstance(modules[path], norms)
+        if not isinstance(modules[path], _CONTAINERS) and not replaced:
+            return path
+    return anchor
 
 
 _REFUSALS = {

@@ -18,7 +18,7 @@ from normfix.calling import REFUSALS
 from normfix.dye import strip, texture
 from normfix.tiles import at, round_up
 
-__all__ = ["EXACT", "exact_multiple", "is_equivariant", "output_scale", "smallest_stride"]
+__all__ = ["EXACT", "cutting_grid", "exact_multiple", "is_equivariant", "output_scale", "smallest_stride"]
 
 EXACT = 1e-10
 """Largest relative difference in float64 that counts as none."""
@@ -106,6 +106,31 @@ def smallest_stride(
     return stride
 
 
+def cutting_grid(
+    f: Function,
+    example: Tensor,
+    axis: int,
+    stride: int,
+    scale: Fraction,
+    reach: tuple[int, int],
+    cross: Sequence[int],
+) -> int | None:
+    """Return the smallest multiple of the stride at which windows may be cut, in extent as well as in place.
+
+    It is the stride itself unless the network treats extents by another unit, as one does that pads to a
+    multiple of 16 around a net of stride 4. Whole and windows have odd and even numbers of units, so that they
+    cannot agree by sharing a remainder.
+
+    Returns:
+        None if not even sixteen strides are enough.
+    """
+    for unit in (stride * k for k in (1, 2, 4, 8, 16)):
+        start, length = _odd(64, unit), _odd(reach[0] + reach[1] + 64, unit)
+        if _cuts_agree(f, example, axis, start, start + length, unit, scale, reach, cross) is not False:
+            return unit
+    return None
+
+
 def exact_multiple(
     f: Function,
     example: Tensor,
@@ -121,26 +146,53 @@ def exact_multiple(
     it does not where a feature map is resized to a skip connection of another ratio. A window of whole
     strides at the image's start must do so too; it does not where the network pads odd sizes on both sides.
     """
+    start = round_up(64, stride)
+    length = start + round_up(reach[0] + reach[1] + 64, stride)
     for rest in {1, stride // 2, stride - 1} - {0}:
-        start = round_up(64, stride)
-        size = [*cross]
-        size[axis] = start + round_up(reach[0] + reach[1] + 64, stride) + rest
-        x = strip(example, size) + texture(example, size)
-        try:
-            whole = f(x)
-            part = f(x.narrow(axis + 2, start, size[axis] - start))
-            front = f(x.narrow(axis + 2, 0, size[axis] - rest))
-        except REFUSALS:
-            return stride
-        begin, offset = int((start + reach[0]) * scale), int(start * scale)
-        inner = int((size[axis] - rest - round_up(reach[1], stride)) * scale)
-        wide, narrow = whole.shape[axis + 2] - begin, part.shape[axis + 2] - (begin - offset)
-        if wide != narrow or not (
-            _same(whole.narrow(axis + 2, begin, wide), part.narrow(axis + 2, begin - offset, narrow))
-            and _same(whole.narrow(axis + 2, 0, inner), front.narrow(axis + 2, 0, inner))
-        ):
+        if _cuts_agree(f, example, axis, start, length + rest, rest, scale, reach, cross) is not True:
             return stride
     return 1
+
+
+def _odd(least: int, unit: int) -> int:
+    """Return the smallest odd number of units that is at least `least`."""
+    count = -(-least // unit)
+    return (count + 1 - count % 2) * unit
+
+
+def _cuts_agree(
+    f: Function,
+    example: Tensor,
+    axis: int,
+    start: int,
+    length: int,
+    cut: int,
+    scale: Fraction,
+    reach: tuple[int, int],
+    cross: Sequence[int],
+) -> bool | None:
+    """Compare a strip with its windows from `start` to the end, and from 0 to `cut` before the end.
+
+    Returns:
+        None if the output does not vary, so that nothing was compared.
+    """
+    size = [*cross]
+    size[axis] = length
+    x = strip(example, size) + texture(example, size)
+    try:
+        whole = f(x)
+        part = f(x.narrow(axis + 2, start, length - start))
+        front = f(x.narrow(axis + 2, 0, length - cut))
+    except REFUSALS:
+        return False
+    begin, offset = int((start + reach[0]) * scale), int(start * scale)
+    inner = int((length - cut - reach[1]) * scale)
+    wide, narrow = whole.shape[axis + 2] - begin, part.shape[axis + 2] - (begin - offset)
+    if wide != narrow:
+        return False
+    at_end = _same(whole.narrow(axis + 2, begin, wide), part.narrow(axis + 2, begin - offset, narrow))
+    at_start = _same(whole.narrow(axis + 2, 0, inner), front.narrow(axis + 2, 0, inner))
+    return None if None in (at_end, at_start) else bool(at_end and at_start)
 
 
 def _same(a: Tensor, b: Tensor) -> bool | None:

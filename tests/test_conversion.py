@@ -117,6 +117,21 @@ class SharedBlock(nn.Module):
         return self.block(self.block(self.head(x)) * 2 - 1)
 
 
+def shared_in_sequential() -> nn.Sequential:
+    """The simplest shared norm: a container runs whatever it holds, so nothing may be added to it."""
+    norm = nn.GroupNorm(2, 8)
+    return nn.Sequential(conv(1, 8), norm, nn.ReLU(), conv(8, 8), norm, conv(8, 2))
+
+
+class Listed(nn.ModuleList):
+    """A container with a forward of its own that normalises by function and runs all it holds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = F.instance_norm(layer(x))
+        return x
+
+
 def constant_layer_norm(shape: tuple[int, ...]) -> nn.LayerNorm:
     norm = nn.LayerNorm(shape)
     with torch.no_grad():
@@ -171,6 +186,8 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "called twice": Twice,
     "called by keyword": Keyword,
     "aliased": Aliased,
+    "shared in a sequential": shared_in_sequential,
+    "container with a forward": lambda: Listed([conv(1, 8), conv(8, 8), conv(8, 2)]),
     "functional": Functional,
     "fused subclass": lambda: stack(NormAct(2, 8)),
     "fused batch subclass": lambda: stack(BatchAct(8)),

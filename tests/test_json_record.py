@@ -20,6 +20,7 @@ def plan() -> Plan:
         index=0,
         owner_class="BatchNorm2d",
         anchor="bn",
+        holder="bn",
         within=("", "bn"),
         family=records.Family.BATCH,
         live=True,

@@ -68,7 +68,7 @@ def verdict_text(verdict: Verdict) -> str:
     if verdict.tile:
         lines += [
             f"  largest difference {verdict.max_sd:.2g} sd, mean {verdict.mean_sd:.2g} sd",
-            f"  noise floor n {verdict.noise:.2g} sd: up to 4 n = {verdict.tolerance:.2g} passes, up to "
+            f"  noise floor n {verdict.noise:.2g} sd: up to {verdict.tolerance:.2g} (4 n, at most 1e-3) passes, up to "
             f"{verdict.threshold:.2g} warns, above it fails once float64 confirms",
             f"  tile {_by_axis(verdict.tile)}, halo {_spans(verdict.halo)}, stride {_by_axis(verdict.stride)}, "
             f"{verdict.windows} windows",

@@ -128,7 +128,7 @@ def predict_command(image: str, out: str, tile: int, halo: int | Literal["auto"]
 @click.option(
     "--threshold",
     type=Threshold(),
-    help="Largest difference in sd that still passes. Default: 100 noise floors.",
+    help="Largest difference in sd that still passes. Default: 100 noise floors, at most 1e-3.",
 )
 @image_options
 @click.option("--report", help="Write the verdict to this .json file.")

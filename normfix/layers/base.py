@@ -123,9 +123,12 @@ class ChannelNorm(nn.Module):
     def _normalize_by_constants(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         # the call nn.BatchNorm makes in eval, one level lower, hence the same bits
         cudnn = torch.backends.cudnn.enabled
-        return torch.batch_norm(
-            x, weight, bias, self.running_mean, self.running_var, False, 0.0, self.eps, cudnn
-        )
+        mean, var = self.running_mean, self.running_var
+        if mean is not None and not _mixes(x.dtype, mean.dtype):  # x.float() in a half network
+            weight, bias, mean, var = (
+                None if t is None else t.to(x.dtype) for t in (weight, bias, mean, var)
+            )
+        return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, self.eps, cudnn)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
@@ -137,3 +140,8 @@ class ChannelNorm(nn.Module):
             count = self.num_batches_tracked
             state_dict.setdefault(key, count if count.device.type != "meta" else torch.tensor(0))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def _mixes(operand: torch.dtype, constants: torch.dtype) -> bool:
+    """Tell whether batch norm takes these dtypes together: equal ones, or a half operand with float32 constants."""
+    return operand == constants or (constants == torch.float32 and operand in (torch.float16, torch.bfloat16))

@@ -12,12 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from normfix.calibration import Calibration, measure_sites_
-from normfix.calling import Caller, evaluating, home_of
+from normfix.calling import Caller, buffers_kept, evaluating, home_of
 from normfix.dye import strip
 from normfix.errors import NormfixError
 from normfix.images import Items
 from normfix.numerics import exact_arithmetic
-from normfix.pipeline.looking import Look, base_of, default_example, fitting_example, look, site_target
+from normfix.pipeline.looking import (
+    Look,
+    base_of,
+    default_example,
+    fitting_example,
+    look,
+    site_target,
+    thinnest,
+)
 from normfix.pipeline.using import compare_with
 from normfix.planning import decide, replay
 from normfix.provenance import attach_
@@ -191,9 +199,9 @@ def _calibrate_(
             f"image, or --keep '{site.owner or '*'}'.",
             where=f"{site.owner or '(root)'} ({site.owner_class})",
         )
-    return measure_sites_(
-        model, [site_target(model, d, express=True) for d in fresh], items, caller, progress
-    )
+    targets = [site_target(model, d, express=True) for d in fresh]
+    with buffers_kept(model, but=[d.target for d in fresh]):
+        return measure_sites_(model, targets, items, caller, progress)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +219,13 @@ class _Work:
     tile: int | None
 
     def prove(self) -> Proof:
-        with evaluating(self.original), evaluating(self.converted), exact_arithmetic():
+        with (
+            evaluating(self.original),
+            evaluating(self.converted),
+            buffers_kept(self.original),
+            buffers_kept(self.converted),
+            exact_arithmetic(),
+        ):
             first = self.example if self.items is None else next(iter(self.items))[:1]
             dtype = home_of(self.converted)[1]
             verdict = self._tiles(first)
@@ -220,10 +234,11 @@ class _Work:
                 self._identity(first, pair),
                 residual(self.summary, dtype),
                 tile_exactness(verdict, self.plan.left_live, [f.message for f in self.seen.scan.findings]),
-                untouched(self.original, self.converted, self.plan),
                 self._used(first),
             )
-            return Proof(steps=steps, shifts=self._shifts(first, pair), verdict=verdict)
+            shifts = self._shifts(first, pair)
+        last = untouched(self.original, self.converted, self.plan)
+        return Proof(steps=(*steps, last), shifts=shifts, verdict=verdict)
 
     def _identity(self, image: Tensor, pair: tuple[Tensor, Tensor]) -> ProofStep:
         if self.summary is None or self.summary.images == (tuple(image.shape),):
@@ -233,17 +248,22 @@ class _Work:
         return identity(self.caller(one.eval(), image), pair[1])
 
     def _tiles(self, image: Tensor) -> Verdict | None:
-        """Compare on the image, or, where windows would cover it, on a strip made from it."""
+        """Compare on the image, and, along axes that windows cover there, on strips made from it.
+
+        The verdict is the first that did not pass, else the image's own if it compared anything.
+        """
         geometry = self.seen.geometry
         if geometry is None or self.plan.left_live:
             return None
-        verdict = compare_with(
-            self.converted, self.caller, image, geometry, tile=self.tile or _tile(image, geometry)
-        )
-        if not verdict.inconclusive:
-            return verdict
-        long = _longer_than_windows(image, geometry)
-        return compare_with(self.converted, self.caller, long, geometry, tile=_tile(long, geometry))
+        tile = self.tile or _tile(image, geometry)
+        verdict = compare_with(self.converted, self.caller, image, geometry, tile=tile)
+        verdicts = [verdict] if verdict.axes else []
+        thin = thinnest(partial(self.caller, self.converted), image, geometry)
+        for axis in sorted(set(range(len(geometry.stride))) - set(verdict.axes)):
+            long = _longer_than_windows(image, geometry, axis, thin)
+            short_tile = tuple(round_up(32, stride) for stride in geometry.stride)
+            verdicts.append(compare_with(self.converted, self.caller, long, geometry, tile=short_tile))
+        return next((v for v in verdicts if not v.passed), verdicts[0])
 
     def _used(self, image: Tensor) -> ProofStep:
         """Count the converted layers' calls on a mirrored, dimmed and roughened version of the image."""
@@ -282,12 +302,9 @@ def _tile(image: Tensor, geometry: Geometry) -> tuple[int, ...]:
     )
 
 
-def _longer_than_windows(image: Tensor, geometry: Geometry) -> Tensor:
-    """Return a strip made from the image, long enough on the axis with the smallest halo."""
-    axis = min(range(len(geometry.halo)), key=lambda a: sum(geometry.halo[a]))
-    size = [
-        round_up(min(n, max(64, 4 * s)), m)
-        for n, s, m in zip(image.shape[2:], geometry.stride, geometry.multiple, strict=True)
-    ]
-    size[axis] = round_up(2 * sum(geometry.halo[axis]) + 512, geometry.stride[axis])
+def _longer_than_windows(image: Tensor, geometry: Geometry, axis: int, thin: Sequence[int]) -> Tensor:
+    """Return a strip made from the image that no window covers along the axis; elsewhere it stays thin."""
+    stride = geometry.stride[axis]
+    size = [*thin]
+    size[axis] = round_up(2 * sum(geometry.halo[axis]), stride) + 4 * round_up(32, stride)
     return strip(image, size)

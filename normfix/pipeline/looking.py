@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from normfix.calibration import Target, measure_sites_
-from normfix.calling import REFUSALS, Caller, home_of, require_network
+from normfix.calling import REFUSALS, Caller, buffers_kept, evaluating, home_of, require_network
 from normfix.errors import NormfixError
 from normfix.locality import Locality, cross_section, measure_locality
 from normfix.moments import Moments, pool
@@ -107,8 +107,36 @@ def base_of(
     """Return the copy that everything is derived from: materialised, on its device, in its dtype."""
     base = as_trained_copy(model) if as_trained else copy_of(model)
     base.to(device=device, dtype=dtype)
-    materialise_(base, caller, example.to(*home_of(base)))
+    given = example.to(*home_of(base))
+    with torch.random.fork_rng():
+        materialise_(base, caller, given)
+        _require_independence(base, model, caller, given)
     return base
+
+
+def _require_independence(base: nn.Module, model: nn.Module, caller: Caller, example: Tensor) -> None:
+    """Run a copy once and make sure that no module of the original runs with it.
+
+    Raises:
+        NormfixError: NF208 if one does: a lambda or closure in the network still refers to the original.
+    """
+
+    def stop(module: nn.Module, args: object) -> None:
+        raise NormfixError(
+            "NF208",
+            "a lambda or closure in the network refers to the original's modules, which a copy would run as well. "
+            "Make it a method or a module.",
+            where=type(module).__name__,
+        )
+
+    mine = {id(module) for module in base.modules()}
+    handles = [m.register_forward_pre_hook(stop, prepend=True) for m in model.modules() if id(m) not in mine]
+    try:
+        with evaluating(base), buffers_kept(base), torch.no_grad():
+            caller(base, example)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def look(base: nn.Module, example: Tensor, caller: Caller) -> Look:
@@ -246,7 +274,9 @@ def _locality(probe: nn.Module, everything: Plan, found: Survey, example: Tensor
     fresh = [d for d in everything.converted if d.site.layer is not None and not d.site.layer.carries]
     measure_sites_(frozen, [site_target(frozen, d, express=False) for d in fresh], [example], caller)
     double = copy_of(frozen).double()
-    return measure_locality(lambda x: caller(frozen, x), lambda x: caller(double, x), example, found.dilution)
+    return measure_locality(
+        lambda x: caller(frozen, x), lambda x: caller.in_double(double, x), example, found.dilution
+    )
 
 
 def _class_of(model: nn.Module) -> str:

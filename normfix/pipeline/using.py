@@ -169,7 +169,7 @@ def compare_with(
     tested = copy_of(model).eval()
     double = copy_of(tested).double()
     device, dtype = home_of(tested)
-    network = Network(lambda x: caller(tested, x), lambda x: caller(double, x), dtype)
+    network = Network(lambda x: caller(tested, x), lambda x: caller.in_double(double, x), dtype)
     with exact_arithmetic():
         return compare(
             network,
