@@ -15,6 +15,7 @@ import tifffile
 import torch
 from factories import tiny_unet
 
+import normfix
 from normfix.cli import cli, main
 from normfix.cli.options import ArgumentsJson
 from normfix.errors import CODES
@@ -573,3 +574,15 @@ def test_arguments_must_be_a_json_object(text):
     """--arch-args takes an object and nothing else."""
     with pytest.raises(click.BadParameter):
         ArgumentsJson().convert(text, None, None)
+
+
+def test_a_network_converted_unscaled_does_not_take_integers_silently(tmp_path, monkeypatch):
+    """A folder that says 'none' takes an integer file only when that is said again."""
+    monkeypatch.chdir(tmp_path)
+    tifffile.imwrite("image.tif", PIXELS)
+    done = normfix.convert(tiny_unet(), torch.rand(1, 1, 96, 96))
+    normfix.save(done, "fixed", source=ARCH)
+    arguments = ["check", "fixed", "image.tif", "--tile", "32", "--arch", ARCH]
+    with pytest.raises(normfix.NormfixError, match="NF107"):
+        cli.main(arguments, standalone_mode=False)
+    assert cli.main([*arguments, "--scale", "none"], standalone_mode=False) == 0

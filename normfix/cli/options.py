@@ -174,7 +174,9 @@ class Arguments:
                 f"not decide what runs here. If you trust it, repeat it: --preprocess {name}.",
                 where=name,
             )
-        return None if known is None else known.scaling
+        if known is None or known.scaling.kind == "none":  # unscaled tensors say nothing of integer files
+            return None
+        return known.scaling
 
     def images(self, patterns: tuple[str, ...], model: nn.Module) -> ImageFiles:
         """Return the images that files, folders and globs name."""
