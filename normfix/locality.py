@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 from torch import Tensor
 
@@ -127,8 +126,3 @@ def _along_axes(
 
 def _none(code: str, where: str, message: str) -> Locality:
     return Locality(None, (Finding(code=code, where=where, message=message),))
-
-
-def fractions(scale: Sequence[Fraction]) -> tuple[str, ...]:
-    """Return fractions as text, as the records hold them."""
-    return tuple(str(s) for s in scale)

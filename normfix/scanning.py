@@ -42,7 +42,6 @@ class Survey:
     sites: tuple[Site, ...]
     uncalled: tuple[str, ...]
     dense: bool
-    sizes_compared: bool
     dilution: tuple[int, ...]
     findings: tuple[Finding, ...]
 
@@ -74,7 +73,6 @@ def survey(model: nn.Module, run: Run, example: Tensor) -> Survey:
         sites=sites,
         uncalled=uncalled,
         dense=growth.of_output(output, other),
-        sizes_compared=other is not None,
         dilution=growth.dilution(),
         findings=_findings(example, other, uncalled),
     )

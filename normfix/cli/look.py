@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from normfix.cli.options import Arguments, format_option, model_options, show
-from normfix.cli.texts import plan_text, scan_text
+from normfix.cli.texts import scan_text
 
 if TYPE_CHECKING:
     from normfix.records import Scan
@@ -58,7 +58,7 @@ def plan_command(
     from normfix.pipeline import plan
 
     decided = plan(_scan(Arguments.take(options), input_, as_trained), to=to, keep=keep)
-    show(decided, plan_text(decided), "json")
+    show(decided, "", "json")  # a plan is JSON always: it is there to be edited
 
 
 def _scan(arguments: Arguments, input_: str | None, as_trained: bool) -> Scan:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from normfix.records import CalibrationSummary, ConversionRecord, Plan, Scan, Spans, Verdict
+from normfix.records import CalibrationSummary, ConversionRecord, Scan, Spans, Verdict
 
-__all__ = ["calibration_text", "conversion_text", "plan_text", "scan_text", "verdict_text"]
+__all__ = ["calibration_text", "conversion_text", "scan_text", "verdict_text"]
 
 
 def scan_text(scan: Scan) -> str:
@@ -29,11 +29,6 @@ def scan_text(scan: Scan) -> str:
         ]
     lines += [f"{f.code} {f.where}: {f.message}" for f in scan.findings]
     return "\n".join(lines)
-
-
-def plan_text(plan: Plan) -> str:
-    """Return decisions, one a line."""
-    return "\n".join(f"{d.site.id}: {d.action} by {d.means}; {d.reason}" for d in plan.decisions)
 
 
 def conversion_text(record: ConversionRecord) -> str:

@@ -258,8 +258,9 @@ class _Work:
         tile = self.tile or _tile(image, geometry)
         verdict = compare_with(self.converted, self.caller, image, geometry, tile=tile)
         verdicts = [verdict] if verdict.axes else []
-        thin = thinnest(partial(self.caller, self.converted), image, geometry)
-        for axis in sorted(set(range(len(geometry.stride))) - set(verdict.axes)):
+        uncut = sorted(set(range(len(geometry.stride))) - set(verdict.axes))
+        thin = thinnest(partial(self.caller, self.converted), image, geometry) if uncut else ()
+        for axis in uncut:
             long = _longer_than_windows(image, geometry, axis, thin)
             short_tile = tuple(round_up(32, stride) for stride in geometry.stride)
             verdicts.append(compare_with(self.converted, self.caller, long, geometry, tile=short_tile))
