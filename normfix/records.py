@@ -22,6 +22,7 @@ __all__ = [
     "Finding",
     "ImageShift",
     "LayerSpec",
+    "Looked",
     "Means",
     "Plan",
     "Probe",
@@ -34,6 +35,7 @@ __all__ = [
     "Site",
     "SiteStatistics",
     "Source",
+    "StatisticSpec",
     "Verdict",
     "matches",
 ]
@@ -80,7 +82,8 @@ class Site(Record):
     `index` the position among its calls of `function`. `within` holds the modules around the call, root
     first; `anchor` is the nearest of them that runs once per root forward, `holder` the module at or below it
     that can keep a new layer without noticing. `swappable` tells that the owner
-    is a module of a known exact class, run once, whose whole forward is this call.
+    is a module of a known exact class, run once, whose whole forward is this call. `looks` names what saw
+    it: "census", "graph", "dye".
     """
 
     owner: str
@@ -98,6 +101,8 @@ class Site(Record):
     swappable: bool
     refusal: str = ""
     layer: LayerSpec | None = None
+    statistic: StatisticSpec | None = None
+    looks: tuple[str, ...] = ("census",)
 
     @property
     def id(self) -> str:
@@ -107,7 +112,7 @@ class Site(Record):
     @property
     def convertible(self) -> bool:
         """Tell whether normfix has a rule that converts it."""
-        return self.layer is not None and not self.refusal
+        return (self.layer is not None or self.statistic is not None) and not self.refusal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,13 +133,35 @@ class LayerSpec(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StatisticSpec(Record):
+    """The shape of a frozen statistic that is no norm: a pool, a hand-written mean, a response.
+
+    `shape` is the value's for one image (batch extent 1); `law` is how several images' values become one:
+    "none" where nothing but the value of a single image can be frozen.
+    """
+
+    law: Literal["mean", "variance", "deviation", "rms", "maximum", "minimum", "none"]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Looked(Record):
+    """How one of the three looks at a network went; `note` says why it was skipped or failed."""
+
+    name: Literal["census", "graph", "dye"]
+    status: Literal["done", "failed", "skipped"]
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scan(Record):
     """Sites of a network and the geometry its output has once they are frozen.
 
     `stride`, `halo`, `scale` and `exact_sizes` run over the spatial axes. `halo` holds (before, after) in
     input pixels; None means unbounded or not measurable. `scale` is output pixels per input pixel, as a
     fraction in text ("1", "1/2", "2"). `exact_sizes` holds the number of pixels that sizes must be a
-    multiple of (1 = any). Geometry is None where the network is not dense or not local.
+    multiple of (1 = any), `smallest_tile` the least extents the network runs on. Geometry is None where the
+    network is not dense or not local.
     """
 
     model: str
@@ -147,6 +174,8 @@ class Scan(Record):
     halo: Spans | None
     scale: tuple[str, ...] | None
     exact_sizes: tuple[int, ...] | None
+    smallest_tile: tuple[int, ...] | None = None
+    looks: tuple[Looked, ...] = ()
     findings: tuple[Finding, ...] = ()
 
     @property
