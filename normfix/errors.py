@@ -82,6 +82,9 @@ CODES: dict[str, str] = {
     "NF216": "The halo is read from where NaN spreads to, and a comparison, argmax or cast turns NaN into an "
     "ordinary number. Choose the output before that step (probabilities instead of labels) with --output or "
     "forward_fn.",
+    "NF230": "Some statistics have no population law: a median, a matrix product over space, a pool of a pool. The "
+    "value of one image can be frozen, the values of several cannot become one. Give one image, or keep the "
+    "module that computes it.",
     # 3xx: calibrating
     "NF301": "A site ran more or less often than once per image, so its statistic is not defined. The network "
     "takes another path on these images than on the example it was scanned with.",
