@@ -82,6 +82,12 @@ CODES: dict[str, str] = {
     "NF216": "The halo is read from where NaN spreads to, and a comparison, argmax or cast turns NaN into an "
     "ordinary number. Choose the output before that step (probabilities instead of labels) with --output or "
     "forward_fn.",
+    "NF221": "torch.export could not capture the network, or what it captured differs from it, so the graph "
+    "says nothing. Scanning and converting go on with the other looks.",
+    "NF222": "The looks at a network disagree: one saw a statistic that another did not. Nothing is resolved "
+    "silently; the proof of a conversion decides.",
+    "NF223": "The exported graph has an operator that normfix knows nothing of, a custom one for instance. It "
+    "may look at the whole extent; only the proof on tiles tells.",
     "NF230": "Some statistics have no population law: a median, a matrix product over space, a pool of a pool. The "
     "value of one image can be frozen, the values of several cannot become one. Give one image, or keep the "
     "module that computes it.",

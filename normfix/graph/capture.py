@@ -1,0 +1,299 @@
+"""Capture a network as a graph, before any decomposition, and believe it only once it was replayed.
+
+torch.export runs on a deep copy, with cloned inputs, in eval mode and with a batch of 2, since a batch of 1
+would be taken for a constant. Batch and space are left free where the network allows it; where it does not,
+fewer of them are, and at last none. The program is then run beside the network itself on the example and,
+where sizes are free, on another size and another batch. Whatever torch.export raises is a reason, not an error.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves
+
+from normfix.calling import REFUSALS
+from normfix.numerics import IDENTITY, deviation, exact_arithmetic
+
+__all__ = [
+    "WRAPPED",
+    "Captured",
+    "NotCaptured",
+    "capture",
+    "export",
+    "extents",
+    "free_dimensions",
+    "image_of",
+]
+
+Run = Callable[[nn.Module, Tensor], Any]
+
+WRAPPED = "network"
+"""The attribute under which the captured program knows the network: its module paths begin with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A graph that equals the network.
+
+    `free` are the input's dimensions that the program leaves free and that were confirmed on another extent.
+    `other` is the same graph at another
+    size, for networks whose sizes could not be left free; `shapes` reads both. `replayed` are the input
+    shapes on which program and network were compared.
+    """
+
+    program: ExportedProgram
+    free: tuple[int, ...]
+    other: ExportedProgram | None
+    replayed: tuple[tuple[int, ...], ...]
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]] | None]:
+        """Return each tensor node's shape at two image sizes; None where only one size is known."""
+        return extents(self)
+
+
+@dataclass(frozen=True, slots=True)
+class NotCaptured:
+    """There is no graph to believe, and one line says why."""
+
+    reason: str
+
+
+class _Network(nn.Module):
+    """The network as a function of one image that returns what counts, however it wants to be called."""
+
+    def __init__(self, network: nn.Module, run: Run) -> None:
+        super().__init__()
+        self.add_module(WRAPPED, network)
+        self._run = run
+
+    def forward(self, image: Tensor) -> Any:
+        return self._run(self.get_submodule(WRAPPED), image)
+
+
+def capture(model: nn.Module, run: Run, example: Tensor) -> Captured | NotCaptured:
+    """Capture a network as an exported program before decomposition.
+
+    Args:
+        model: not modified; a deep copy in eval mode is captured.
+        run: calls the model on one input and returns a tensor (normfix.calling.Caller does).
+        example: (N, C, *space) that the network runs on.
+
+    Returns:
+        A program that was compared with the network, or the reason why there is none.
+    """
+    try:
+        network = _Network(copy.deepcopy(model), run).eval()
+        with exact_arithmetic():
+            return _captured(network, example[:1].detach())
+    except Exception as error:  # noqa: BLE001 - torch.export runs the network's code and may raise anything
+        return NotCaptured(_line(error))
+
+
+def export(module: nn.Module, example: Tensor) -> ExportedProgram:
+    """Export a module of one image, leaving free as much as it allows.
+
+    Args:
+        module: in eval mode; a deep copy is exported.
+        example: (1, C, *space).
+
+    Raises:
+        Exception: whatever torch.export raised at the last trial, which frees nothing.
+    """
+    pair = _pair(example)
+    space = range(2, example.dim())
+    trials: list[tuple[Tensor, Sequence[int]]] = [
+        (pair, (0, *space)),
+        (example, space),
+        (pair, (0,)),
+        (example, ()),
+    ]
+    for given, free in trials[:-1]:
+        try:
+            return _export(module, given, free)
+        except Exception:  # noqa: BLE001 - the next trial asks for less
+            continue
+    return _export(module, *trials[-1])
+
+
+def free_dimensions(program: ExportedProgram) -> tuple[int, ...]:
+    """Return the dimensions of the program's image whose extent is free."""
+    shape = image_of(program).meta["val"].shape
+    return tuple(i for i, n in enumerate(shape) if _symbols(n))
+
+
+def image_of(program: ExportedProgram) -> Node:
+    """Return the placeholder of the first input that is a tensor."""
+    named = set(program.graph_signature.user_inputs)
+    nodes: list[Node] = list(program.graph.nodes)
+    for node in nodes:
+        if node.op == "placeholder" and node.name in named and isinstance(node.meta.get("val"), Tensor):
+            return node
+    raise ValueError("the program takes no tensor")
+
+
+def extents(captured: Captured) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]] | None]:
+    """Return each tensor node's shape at two image sizes; see Captured.shapes."""
+    here = dict(_tensor_nodes(captured.program))
+    if captured.other is not None:
+        there = dict(_tensor_nodes(captured.other))
+        return {name: (_sizes(v), _sizes(there[name])) for name, v in here.items()}
+    roots = _roots(captured.program)
+    if not roots:
+        return dict.fromkeys(here)
+    return {name: (_sizes(v), _sizes(v, roots)) for name, v in here.items()}
+
+
+def _captured(network: _Network, example: Tensor) -> Captured | NotCaptured:
+    program = export(network, example)
+    free = free_dimensions(program)
+    replayed = []
+    for trials in _replays(example, free):
+        for image in trials:
+            agree = _replay(program, network, image)
+            if agree is False:
+                shape = "x".join(map(str, image.shape))
+                return NotCaptured(
+                    f"the captured program differs from the network on an input of shape {shape}"
+                )
+            if agree:
+                replayed.append(tuple(image.shape))
+                break
+    if not replayed:
+        return NotCaptured("the captured program could be compared with the network on no input")
+    confirmed = tuple(d for d in free if any(shape[d] != example.shape[d] for shape in replayed))
+    other = None if _roots(program) else _other(network, example, program)
+    return Captured(program, confirmed, other, tuple(replayed))
+
+
+def _replays(example: Tensor, free: Sequence[int]) -> Iterator[list[Tensor]]:
+    """Yield lists of inputs of which one has to be replayed: the example, another batch, another size."""
+    yield [example]
+    if 0 in free:
+        yield [torch.cat([example, example.flip(-1), example * 0.5])]
+    if any(dim >= 2 for dim in free):
+        sizes = [[n + step * (d in free) for d, n in enumerate(example.shape)][2:] for step in (32, 64, 128)]
+        yield [_resized(example, size) for size in [*sizes, [2 * n for n in example.shape[2:]]]]
+
+
+def _replay(program: ExportedProgram, network: nn.Module, image: Tensor) -> bool | None:
+    """Tell whether program and network agree; None where one of them does not take the input."""
+    body = program.module()
+    with _silence():
+        try:
+            expected = network(image.clone())
+            actual = body(image.clone())
+        except REFUSALS:
+            return None
+    mine, theirs = tree_leaves(actual), tree_leaves(expected)
+    return len(mine) == len(theirs) and all(
+        _same(a, b) for a, b in zip(mine, theirs, strict=True) if isinstance(b, Tensor)
+    )
+
+
+def _same(actual: Any, expected: Tensor) -> bool:
+    if not isinstance(actual, Tensor) or actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return False
+    if torch.equal(actual, expected) or not expected.is_floating_point():
+        return torch.equal(actual, expected)
+    spread = float(expected.double().std()) or 1.0
+    return deviation(actual, expected, spread)[0] <= IDENTITY[expected.dtype]
+
+
+def _other(network: nn.Module, example: Tensor, program: ExportedProgram) -> ExportedProgram | None:
+    """Export at a second size; None if the network takes none of those tried with the same graph."""
+    names = [(node.name, str(node.target)) for node in program.graph.nodes]
+    for step in (32, 64):
+        try:
+            found = _export(network, _resized(example, [n + step for n in example.shape[2:]]), ())
+        except Exception:  # noqa: BLE001 - this size is not accepted
+            continue
+        if [(node.name, str(node.target)) for node in found.graph.nodes] == names:
+            return found
+    return None
+
+
+def _export(module: nn.Module, example: Tensor, free: Sequence[int]) -> ExportedProgram:
+    with _silence(), torch.no_grad():
+        return torch.export.export(
+            copy.deepcopy(module),
+            (example.clone(),),
+            dynamic_shapes=(dict.fromkeys(free, Dim.AUTO) or None,),
+            strict=False,
+        )
+
+
+def _pair(example: Tensor) -> Tensor:
+    """Return a batch of two different images made from one."""
+    return torch.cat([example[:1], example[:1].flip(-1)])
+
+
+def _resized(example: Tensor, size: Sequence[int]) -> Tensor:
+    for axis, n in enumerate(size, start=2):
+        example = example.index_select(axis, torch.arange(n, device=example.device) % example.shape[axis])
+    return example
+
+
+def _tensor_nodes(program: ExportedProgram) -> Iterator[tuple[str, Any]]:
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, (tuple, list)) and value and isinstance(value[0], Tensor):
+            value = value[0]  # of what returns several tensors the first counts
+        if isinstance(value, Tensor):
+            yield node.name, value
+
+
+def _roots(program: ExportedProgram) -> dict[Any, int]:
+    """Return a value for each symbol in the image's spatial extents: twice what it was captured at."""
+    free = [n for n in image_of(program).meta["val"].shape[2:] if _symbols(n)]
+    hints = {symbol: n.node.shape_env.backed_var_to_val[symbol] for n in free for symbol in _symbols(n)}
+    return {symbol: 2 * int(hint) for symbol, hint in hints.items()}
+
+
+def _symbols(extent: Any) -> frozenset[Any]:
+    """Return the symbols in an extent: none in a number, nor in one that was specialised to a number."""
+    return frozenset() if isinstance(extent, int) else frozenset(extent.node.expr.free_symbols)
+
+
+def _sizes(value: Any, replaced: dict[Any, int] | None = None) -> tuple[int, ...]:
+    sizes = []
+    for n in value.shape:
+        if isinstance(n, int):
+            sizes.append(n)
+            continue
+        known = {**n.node.shape_env.backed_var_to_val, **(replaced or {})}
+        resolved = n.node.expr.subs(known)
+        sizes.append(int(resolved) if resolved.is_number else 1)  # depends on the values of data
+    return tuple(sizes)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep what torch.export warns and logs to itself; what matters is returned."""
+    loggers = [
+        logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._dynamo", "torch._export")
+    ]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
