@@ -154,7 +154,7 @@ def test_gradcheck_with_constant_corrections(affine):
 
     def run(x, weight=None, bias=None):
         mean, var = batch_moments(x.detach())
-        return Renormalise.apply(x, weight, bias, mean, var, r, d, 1e-5, None)
+        return Renormalise.apply(x, weight, bias, mean, var, (var + 1e-5).rsqrt(), r, d, 1e-5, None)
 
     inputs = [torch.randn(3, 2, 4, dtype=torch.double, requires_grad=True)]
     inputs += [torch.randn(2, dtype=torch.double, requires_grad=True) for _ in range(2 if affine else 0)]
@@ -167,7 +167,7 @@ def test_gradcheck_notices_a_wrong_gradient():
 
     def run(x):
         mean, var = batch_moments(x.detach())
-        return Renormalise.apply(x, None, None, mean, var, var, mean, 1e-5, None)
+        return Renormalise.apply(x, None, None, mean, var, (var + 1e-5).rsqrt(), var, mean, 1e-5, None)
 
     x = torch.randn(3, 2, 4, dtype=torch.double, requires_grad=True)
     assert not torch.autograd.gradcheck(run, [x], raise_exception=False)

@@ -17,7 +17,7 @@ gives the gradients; what is kept for it beyond batch norm's is a few vectors of
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -129,69 +129,55 @@ class BatchRenorm(ChannelNorm):
         return torch.batch_norm(x, weight, bias, None, None, True, 0.0, self.eps, cudnn)
 
     def _renormalize(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        mean, var, count = self._moments(x)
+        batch = self._moments(x.detach())
         if torch.compiler.is_compiling():
-            r, d = self._correct_and_track(mean, var, count)
-            return self._apply_corrections(x, weight, bias, mean, var, r, d, count, None)
-        call = recall(self, mean, var)
+            return self._apply_corrections(x, weight, bias, batch, *self._correct_and_track(batch), None)
+        call = recall(self, batch.mean, batch.var)
         if call is not None:
-            return self._apply_corrections(x, weight, bias, mean, var, call.r, call.d, count, call)
-        r, d = self._correct_and_track(mean, var, count)
-        call = Call(mean=mean, var=var, r=r, d=d)
-        y = self._apply_corrections(x, weight, bias, mean, var, r, d, count, call)
+            return self._apply_corrections(x, weight, bias, batch, call.r, call.d, call)
+        r, d = self._correct_and_track(batch)
+        call = Call(mean=batch.mean, var=batch.var, r=r, d=d)
+        y = self._apply_corrections(x, weight, bias, batch, r, d, call)
         remember(self, call, held_by_graph=y.requires_grad)
         return y
 
-    @torch.no_grad()
-    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor, int | Tensor]:
+    def _moments(self, x: Tensor) -> Moments:
         mean, var = batch_moments(x)
-        return mean, var, x.numel() // x.shape[1]
+        return Moments(mean, var, (var + self.eps).rsqrt(), x.numel() // x.shape[1])
 
     def _apply_corrections(
         self,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
+        batch: Moments,
         r: Tensor,
         d: Tensor,
-        count: int | Tensor,
         call: Call | None,
     ) -> Tensor:
-        y: Tensor = Renormalise.apply(x, weight, bias, mean, var, r, d, self.eps, call)
+        y: Tensor = Renormalise.apply(x, weight, bias, *batch[:3], r, d, self.eps, call)
         return y
 
-    @torch.no_grad()
-    def _correct_and_track(self, mean: Tensor, var: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor]:
-        r, d = self._corrections(mean, var)
-        self._track(mean, var * (count / (count - 1)))  # unbiased, by torch's convention
-        return r, d
-
-    def _corrections(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        seen = self.num_batches_tracked > 0
-        sigma = (self.running_var.to(mean.dtype) + self.eps).sqrt()
-        r_max = self.r_max.to(mean.dtype)
-        r = ((var + self.eps).sqrt() / sigma).clamp(r_max.reciprocal(), r_max)
-        d = ((mean - self.running_mean) / sigma).clamp(-self.d_max, self.d_max)
-        r, d = torch.where(seen, r, 1.0), torch.where(seen, d, 0.0)
+    def _correct_and_track(self, batch: Moments) -> tuple[Tensor, Tensor]:
+        # cheap where channels are many and pixels few: every operation here costs as much as a small layer's
+        mean, var, invstd, count = batch
+        running_mean, running_var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        assert running_mean is not None
+        assert running_var is not None
+        assert batches is not None
+        seen = batches.clamp(max=1)  # 0 in a fresh layer, which closes the bounds
+        r_max, d_max = self.r_max.to(mean.dtype) ** seen, self.d_max
+        running_invstd = (running_var.to(mean.dtype) + self.eps).rsqrt()
+        r = (running_invstd / invstd).clamp(r_max.reciprocal(), r_max)
+        d = ((mean - running_mean) * running_invstd).clamp(-d_max, d_max) * seen
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             r, d = keep(torch.stack((r, d))).unbind()
+        batches.add_(1)
+        share = batches.to(running_mean.dtype).reciprocal() if self.momentum is None else self.momentum
+        unbiased = var * (count / (count - 1))  # by torch's convention
+        running_mean.lerp_(mean.to(running_mean.dtype), share)
+        running_var.lerp_(unbiased.to(running_var.dtype), share)
         return r, d
-
-    def _track(self, mean: Tensor, unbiased_var: Tensor) -> None:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        for running, new in ((self.running_mean, mean), (self.running_var, unbiased_var)):
-            if self.momentum is None:
-                running.lerp_(new.to(running.dtype), self.num_batches_tracked.to(running.dtype).reciprocal())
-            else:
-                running.lerp_(new.to(running.dtype), self.momentum)
 
 
 class BatchRenorm1d(BatchRenorm):
@@ -222,23 +208,44 @@ class BatchRenorm3d(BatchRenorm):
     _ranks = (5,)
 
 
+class Moments(NamedTuple):
+    """Mean, biased variance and 1 / sqrt(var + eps) per channel of a batch, and its values per channel."""
+
+    mean: Tensor
+    var: Tensor
+    invstd: Tensor
+    count: int | Tensor
+
+
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance per channel, in float32 at least."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    if x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
-        # scratch only for the dtype of the results, which is that of x otherwise
-        scratch = x.new_zeros((x.shape[1],), dtype=dtype) if dtype != x.dtype else None
-        mean, var = torch.batch_norm_update_stats(x, scratch, scratch, 0.0)
-        return mean, var
     space = [dim for dim in range(x.ndim) if dim != 1]
-    var, mean = torch.var_mean(x.to(dtype), space, correction=0)
+    if torch.compiler.is_compiling() or x.device.type not in ("cpu", "cuda"):
+        var, mean = torch.var_mean(x.to(dtype), space, correction=0)
+        return mean, var
+    if _sums_are_faster(x):
+        mean = x.mean(space)
+        return mean, (x - mean.view(-1, *[1] * (x.ndim - 2))).square_().mean(space)
+    # scratch only for the dtype of the results, which is that of x otherwise
+    scratch = x.new_zeros((x.shape[1],), dtype=dtype) if dtype != x.dtype else None
+    mean, var = torch.batch_norm_update_stats(x, scratch, scratch, 0.0)
     return mean, var
+
+
+def _sums_are_faster(x: Tensor) -> bool:
+    # torch's own pass is scalar code on CPU; sums are vectorised along contiguous memory
+    return x.is_cpu and x.dtype == torch.float32 and x.is_contiguous() and x.shape[2:].numel() >= _LONG_ROW
+
+
+_LONG_ROW = 64  # values of a channel in one sample
 
 
 def affine_of(weight: Tensor | None, bias: Tensor | None, r: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """Return weight * r and bias + weight * d, where a missing weight is 1 and a missing bias 0."""
-    scale, shift = (r, d) if weight is None else (weight * r, weight * d)
-    return scale, shift if bias is None else shift + bias
+    if weight is None:
+        return r, d if bias is None else d + bias
+    return weight * r, weight * d if bias is None else torch.addcmul(bias, weight, d)
 
 
 class Renormalise(torch.autograd.Function):
@@ -252,13 +259,14 @@ class Renormalise(torch.autograd.Function):
         bias: Tensor | None,
         mean: Tensor,
         var: Tensor,
+        invstd: Tensor,
         r: Tensor,
         d: Tensor,
         eps: float,
         call: Call | None,
     ) -> Tensor:
         # setup_context, which torch.func wants, would cost as much as all of the per-channel arithmetic
-        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt(), r, d)
+        ctx.save_for_backward(x, weight, mean, invstd, r, d)
         ctx.eps, ctx.call = eps, call
         scale, shift = affine_of(weight, bias, r, d)
         return torch.batch_norm(x, scale, shift, mean, var, False, 0.0, eps, torch.backends.cudnn.enabled)
@@ -272,5 +280,5 @@ class Renormalise(torch.autograd.Function):
         grad_x, grad_scale, grad_shift = torch.ops.aten.native_batch_norm_backward(
             grad, x, scale, None, None, mean, invstd, True, ctx.eps, needs
         )
-        grad_weight = grad_scale * r + grad_shift * d if needs_weight else None
-        return grad_x, grad_weight, grad_shift if needs_bias else None, None, None, None, None, None, None
+        grad_weight = torch.addcmul(grad_scale * r, grad_shift, d) if needs_weight else None
+        return grad_x, grad_weight, grad_shift if needs_bias else None, *[None] * 7

@@ -24,6 +24,7 @@ from normfix.layers.batchrenorm import (
     BatchRenorm1d,
     BatchRenorm2d,
     BatchRenorm3d,
+    Moments,
     affine_of,
     batch_moments,
 )
@@ -80,8 +81,7 @@ class SyncBatchRenorm(BatchRenorm):
         available = dist.is_available() and dist.is_initialized()
         return available and dist.get_world_size(self.process_group) > 1
 
-    @torch.no_grad()
-    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor, int | Tensor]:
+    def _moments(self, x: Tensor) -> Moments:
         if not self._is_shared():
             return super()._moments(x)
         # float64 counts 2^53 voxels exactly
@@ -96,23 +96,22 @@ class SyncBatchRenorm(BatchRenorm):
         mean = (counts * means).sum(0) / count
         var = (counts * (variances + (means - mean).square())).sum(0) / count
         dtype = torch.promote_types(x.dtype, torch.float32)
-        return mean.to(dtype), var.to(dtype), count.to(dtype)
+        mean, var, count = mean.to(dtype), var.to(dtype), count.to(dtype)
+        return Moments(mean, var, (var + self.eps).rsqrt(), count)
 
     def _apply_corrections(
         self,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
+        batch: Moments,
         r: Tensor,
         d: Tensor,
-        count: int | Tensor,
         call: Call | None,
     ) -> Tensor:
-        if not isinstance(count, Tensor):
-            return super()._apply_corrections(x, weight, bias, mean, var, r, d, count, call)
-        inputs = (x, weight, bias, mean, var, r, d, count, self.eps, self.process_group, call)
+        if not isinstance(batch.count, Tensor):
+            return super()._apply_corrections(x, weight, bias, batch, r, d, call)
+        inputs = (x, weight, bias, *batch, r, d, self.eps, self.process_group, call)
         y: Tensor = _SyncRenormalise.apply(*inputs)
         return y
 
@@ -151,14 +150,15 @@ class _SyncRenormalise(torch.autograd.Function):
         bias: Tensor | None,
         mean: Tensor,
         var: Tensor,
+        invstd: Tensor,
+        count: Tensor,
         r: Tensor,
         d: Tensor,
-        count: Tensor,
         eps: float,
         group: dist.ProcessGroup | None,
         call: Call | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, mean, var, r, d, count)
+        ctx.save_for_backward(x, weight, mean, var, invstd, count, r, d)
         ctx.eps, ctx.group, ctx.call = eps, group, call
         scale, shift = affine_of(weight, bias, r, d)
         return torch.batch_norm(x, scale, shift, mean, var, False, 0.0, eps, torch.backends.cudnn.enabled)
@@ -166,7 +166,7 @@ class _SyncRenormalise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, var, r, d, count = ctx.saved_tensors
+        x, weight, mean, var, invstd, count, r, d = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         scale = r if weight is None else weight * r
         grad_x, own = torch.zeros_like(x), torch.zeros_like(torch.stack((mean, mean)))
@@ -179,8 +179,8 @@ class _SyncRenormalise(torch.autograd.Function):
             total = own.clone()
             dist.all_reduce(total, group=ctx.group)
             if x.numel():
-                of_xhat, constant = total * scale * (var + ctx.eps).rsqrt() / count
+                of_xhat, constant = total * scale * invstd / count
                 grad_x -= torch.batch_norm(x, of_xhat, constant, mean, var, False, 0.0, ctx.eps, False)
         grad_weight = own[0] * r + own[1] * d if needs_weight else None
         grad_bias = own[1] if needs_bias else None
-        return grad_x if needs_x else None, grad_weight, grad_bias, *[None] * 8
+        return grad_x if needs_x else None, grad_weight, grad_bias, *[None] * 9
