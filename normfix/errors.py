@@ -16,8 +16,8 @@ CODES: dict[str, str] = {
     "file again.",
     "NF102": "A pickle is a program: loading it runs whatever it says. normfix first reads files in a mode "
     "that runs nothing; this one needs classes, which the message lists. If you trust its origin, "
-    "repeat the command with --trust-pickle. Safer: save model.state_dict() and name the network "
-    "with --arch.",
+    "repeat the command with --trust-pickle, or allow its classes one by one with --allow-class. Safer: save "
+    "model.state_dict() and name the network with --arch.",
     "NF103": "Images are read several times (to measure, to re-measure, to prove), so a generator, which can "
     "be read once, is refused, and so is an empty collection. Give a list or an object with "
     "__iter__.",
@@ -52,6 +52,23 @@ CODES: dict[str, str] = {
     "NF116": "The device does not exist here, or the network cannot be moved to it or to this dtype.",
     "NF117": 'The demo image comes in the package mahotas: pip install "normfix[demo]".',
     "NF118": "normfix takes an nn.Module with data, as it is before torch.compile.",
+    "NF119": "Something that must be one is several: a file with two sets of weights that both fit (trained and "
+    "averaged), a network inside several prefixes, a folder with several checkpoints. The message names them; "
+    "say which with --weights NAME, or give one of the files.",
+    "NF120": "The configuration beside the weights does not say in plain values how the network is built: it is "
+    "missing, of an older kind, or computes it with an expression, which would run code. Name the network: "
+    "--arch pkg.module:factory --arch-args JSON.",
+    "NF121": "The file is built to harm or badly damaged: it unpacks to far more than it is, leads outside of "
+    "itself, grows without end, or would run something on opening. It was not opened.",
+    "NF122": "--allow-class allows classes, which torch's safe mode builds without running their code's "
+    "constructors at will; a function could do anything. Trust the whole file with --trust-pickle, or save the "
+    "state_dict.",
+    "NF123": "TorchScript holds a compiled program, not modules. Save the state_dict where the network's source "
+    "is and name the network with --arch.",
+    "NF124": "A program of torch.export holds a graph of operations, not modules, so norms cannot be swapped in "
+    "it as in a network. Give the network it was exported from.",
+    "NF125": "hf-hub:ORG/NAME@REVISION is fetched through huggingface_hub; the repository or revision does not "
+    "exist, is private, or the hub cannot be reached. HF_TOKEN and HF_ENDPOINT are respected.",
     # 2xx: finding and planning
     "NF201": "The network ran at one size only, so space could not be told from channels by varying it; "
     "dimensions from the third on were taken as space.",

@@ -11,7 +11,7 @@ import importlib
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -19,7 +19,7 @@ from torch import nn
 from normfix.errors import NormfixError
 from normfix.records import Source
 
-__all__ = ["BUILDERS", "FACTORIES", "build", "dumped", "is_name", "rebuild"]
+__all__ = ["BUILDERS", "FACTORIES", "build", "classes_named", "dumped", "is_allowed", "is_name", "rebuild"]
 
 FACTORIES = (
     "torchvision",
@@ -40,6 +40,9 @@ BUILDERS = (
     "normfix.demo.network",
 )
 """Modules, with what is below them, whose public functions build networks, so that a folder may name them."""
+
+_FORMATS = re.compile(r"normfix\.loading\.formats\.\w+:network")
+"""Builders of the loaders' own, which check their arguments themselves."""
 
 _NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _OPENS = re.compile(r"path|file|url|dir|cfg|config|checkpoint|hub|cache", re.IGNORECASE)
@@ -104,7 +107,7 @@ def rebuild(
             "load(folder, model=MyNet()) or load(folder, arch='pkg.mod:factory').",
             where=source.spec,
         )
-    if not _allowed(source.spec):
+    if not is_allowed(source.spec):
         raise NormfixError(
             "NF113",
             "the folder names this factory, but only network classes and builders of "
@@ -113,7 +116,7 @@ def rebuild(
             where=source.spec,
         )
     opening = sorted(name for name in _names_in(_arguments(source)) if _OPENS.search(name))
-    if opening:
+    if opening and not _FORMATS.fullmatch(source.spec):
         raise NormfixError(
             "NF113",
             f"the folder gives this factory the arguments {', '.join(opening)}, which may open a file or an "
@@ -122,6 +125,40 @@ def rebuild(
             where=source.spec,
         )
     return build(source, blank=True)
+
+
+def classes_named(names: Iterable[str]) -> dict[str, type]:
+    """Import classes that the caller allows a pickle to build, by their dotted names.
+
+    Raises:
+        NormfixError: NF122 if one of them is no class, NF111 if it cannot be imported.
+    """
+    found = {}
+    for name in names:
+        kind = _dotted(name)
+        if not inspect.isclass(kind):
+            raise NormfixError(
+                "NF122",
+                f"it is {type(kind).__name__}, and only classes can be allowed one by one. If you trust the file, "
+                "run it: --trust-pickle.",
+                where=name,
+            )
+        found[name] = kind
+    return found
+
+
+def _dotted(name: str) -> Any:
+    """Import "pkg.mod.Class.Inner", trying the longest module first."""
+    parts = name.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:cut]))
+            for part in parts[cut:]:
+                found = getattr(found, part)
+        except (ImportError, AttributeError):
+            continue
+        return found
+    raise NormfixError("NF111", "it cannot be imported here. Install its package as it was.", where=name)
 
 
 def is_name(text: str) -> bool:
@@ -157,8 +194,10 @@ def _import(spec: str) -> Any:
     return found
 
 
-def _allowed(spec: str) -> bool:
+def is_allowed(spec: str) -> bool:
     """Tell whether a file may name this factory: on a list, and defined there, not merely imported there."""
+    if _FORMATS.fullmatch(spec):
+        return True
     package = spec.partition(":")[0].partition(".")[0]
     if package not in FACTORIES or not is_name(spec):
         return False

@@ -409,12 +409,13 @@ class Source(Record):
     """Where the architecture comes from.
 
     kind "factory": call `spec` ("pkg.mod:name" or "timm:NAME") with `args`; "object": an object whose class
-    is `spec`, so loading needs it again from the caller.
+    is `spec`, so loading needs it again from the caller. `origin` names the repository it was fetched from.
     """
 
     kind: Literal["factory", "object"]
     spec: str
     args: str = "{}"
+    origin: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -215,10 +215,10 @@ def test_a_flipped_bit_in_a_safetensors_header_is_refused(tmp_path):
 @pytest.mark.filterwarnings("ignore")  # tracing warns about itself in several ways
 @pytest.mark.parametrize("trust", [True, False])
 def test_a_torchscript_file_is_named_as_such(tmp_path, trust):
-    """A TorchScript program is NF101, which says what it is."""
+    """A TorchScript program is NF123, which says what it is and what to save instead."""
     torch.jit.trace(tiny_unet(), IMAGE).save(str(tmp_path / "m.pt"))
     error = refusal(open_model, str(tmp_path / "m.pt"), trust_pickle=trust)
-    assert (error.code, "TorchScript" in error.message) == ("NF101", True)
+    assert (error.code, "state_dict()" in error.message) == ("NF123", True)
 
 
 @pytest.mark.parametrize("content", [{}, {"a": 1}, torch.ones(3), [1], {"state_dict": {}}])

@@ -269,7 +269,7 @@ def test_a_folder_from_an_object_needs_the_network(folder):
 def test_a_factory_named_by_an_edited_folder_does_not_run(folder):
     """os:system as the factory in normfix.json is NF113, and its command does not run."""
     command = json.dumps({"command": f"touch {folder.parent}/ran"})
-    source = {"kind": "factory", "spec": "os:system", "args": command}
+    source = {"kind": "factory", "spec": "os:system", "args": command, "origin": ""}
     edited(folder, lambda data: data["provenance"].update(source=source))
     assert refusal(normfix.load, folder).code == "NF113"
     assert not (folder.parent / "ran").exists()

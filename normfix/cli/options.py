@@ -73,6 +73,15 @@ def model_options(command: Command) -> Command:
             "--output", help="Key or index of the output that counts, for networks that return several."
         ),
         click.option("--trust-pickle", is_flag=True, help="Run the pickle: it may execute any code."),
+        click.option(
+            "--allow-class",
+            "allow_classes",
+            multiple=True,
+            metavar="NAME",
+            help="Class, or PACKAGE.*, that a pickle may build; may be repeated.",
+        ),
+        click.option("--weights", help="Which weights, where a file holds several, such as ema."),
+        click.option("--revision", help="Branch, tag or commit of an hf-hub: repository."),
         click.option("--arch-args", type=ArgumentsJson(), help="Keyword arguments of the factory, as JSON."),
         click.option(
             "--arch", help="pkg.module:factory or timm:NAME that builds the network for given weights."
@@ -126,6 +135,9 @@ class Arguments:
     arch: str | None
     arch_args: Mapping[str, Any] | None
     trust_pickle: bool
+    allow_classes: tuple[str, ...]
+    weights: str | None
+    revision: str | None
     output: str | None
     device: str | None
     dtype: str | None
@@ -140,9 +152,18 @@ class Arguments:
 
     def open(self) -> Loaded:
         """Open the network and put it where it shall compute; notes go to stderr."""
+        from normfix.loading import Request
         from normfix.pipeline import open_any
 
-        opened = open_any(self.model, arch=self.arch, args=self.arch_args, trust_pickle=self.trust_pickle)
+        request = Request(
+            arch=self.arch,
+            arch_args=self.arch_args,
+            weights=self.weights,
+            trust_pickle=self.trust_pickle,
+            allow_classes=self.allow_classes,
+            tell=note,
+        )
+        opened = open_any(self.model, request, revision=self.revision)
         for text in opened.notes:
             note(text)
         self._place_(opened.model)

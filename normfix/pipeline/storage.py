@@ -18,7 +18,7 @@ from normfix.calibration import Calibration
 from normfix.calling import Caller, evaluating, home_of
 from normfix.errors import NormfixError
 from normfix.factories import dumped, rebuild
-from normfix.loading import Loaded, open_model, read_weights
+from normfix.loading import HUB, Loaded, Request, fetched, open_path, open_spec, read_weights
 from normfix.numerics import IDENTITY, exact_arithmetic
 from normfix.pipeline.conversion import Conversion
 from normfix.provenance import attach_, provenance_of
@@ -110,37 +110,54 @@ def load(
     args: Mapping[str, Any] | None = None,
     model: nn.Module | None = None,
     trust_pickle: bool = False,
+    allow_classes: tuple[str, ...] = (),
+    weights: str | None = None,
+    revision: str | None = None,
 ) -> nn.Module:
     """Open a folder that normfix saved, or any network `open_model` knows; in eval mode for a folder.
 
     Args:
-        spec: folder, weights file, pickle, "timm:NAME" or "pkg.mod:factory".
+        spec: folder, weights file, checkpoint, pickle, "timm:NAME", "hf-hub:ORG/NAME@REVISION" or "pkg.mod:factory".
         arch: the architecture, where the file does not name it or may not.
         args: keyword arguments of the factory.
         model: a fresh network to convert and fill, instead of calling any factory; not modified.
         trust_pickle: run a pickle.
+        allow_classes: classes that a pickle may build, by name or as "package.*".
+        weights: which of several sets of weights in the file, such as "ema".
+        revision: branch, tag or commit of a repository.
 
     Raises:
-        NormfixError: NF101, NF105, NF108, NF111, NF113, NF115: see `normfix explain CODE`.
+        NormfixError: NF101, NF105, NF108, NF111, NF113, NF115, NF119-NF125: see `normfix explain CODE`.
     """
-    return open_any(spec, arch=arch, args=args, model=model, trust_pickle=trust_pickle).model
+    request = Request(
+        arch=arch, arch_args=args, weights=weights, trust_pickle=trust_pickle, allow_classes=allow_classes
+    )
+    return open_any(spec, request, model=model, revision=revision).model
 
 
 def open_any(
-    spec: str | Path,
-    *,
-    arch: str | None = None,
-    args: Mapping[str, Any] | None = None,
-    model: nn.Module | None = None,
-    trust_pickle: bool = False,
+    spec: str | Path, request: Request, *, model: nn.Module | None = None, revision: str | None = None
 ) -> Loaded:
     """Open as `load` does, with source and notes."""
-    folder = Path(spec)
-    if not (folder / MANIFEST).is_file():
-        return open_model(str(spec), arch=arch, arch_args=args, trust_pickle=trust_pickle)
+    if not str(spec).startswith(HUB):
+        if (Path(spec) / MANIFEST).is_file():
+            return _open_saved(Path(spec), request, model)
+        return open_spec(str(spec), request)
+    folder, origin = fetched(str(spec), revision)
+    if (folder / MANIFEST).is_file():
+        return _open_saved(folder, request, model)
+    loaded = open_path(folder, request)
+    return replace(loaded, source=replace(loaded.source, origin=origin))
+
+
+def _open_saved(folder: Path, request: Request, model: nn.Module | None) -> Loaded:
     saved = read_manifest(folder)
     source = saved.provenance.source
-    base = copy_of(model) if model is not None else rebuild(source, arch=arch, arch_args=args)
+    base = (
+        copy_of(model)
+        if model is not None
+        else rebuild(source, arch=request.arch, arch_args=request.arch_args)
+    )
     return Loaded(_restored(folder, saved, base), source)
 
 

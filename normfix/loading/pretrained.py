@@ -1,0 +1,118 @@
+"""What folders of transformers, diffusers, timm and segmentation-models-pytorch share: config.json and weights.
+
+Their libraries read more than weights if a config says so: code of the author's, kernels and backbones from the
+hub. Such settings are refused here, before any of that can happen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from normfix.errors import NormfixError
+from normfix.loading.configs import read_json, read_mapping
+from normfix.loading.pickles import read_torch, require_plain
+from normfix.loading.request import Request, unreadable
+from normfix.loading.tensors import read_weights
+
+__all__ = ["CONFIG", "config_of", "folder_weights", "require_complete", "require_inert", "weight_files"]
+
+CONFIG = "config.json"
+
+_REACHING = ("auto_map", "custom_pipelines", "quantization_config", "backbone", "custom_code")
+"""Settings that make the libraries fetch or run something else."""
+_IMPLEMENTATIONS = ("eager", "sdpa")
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    """Return a folder's config.json; empty if it has none that is readable and plain."""
+    try:
+        return read_mapping(path / CONFIG) if (path / CONFIG).is_file() else {}
+    except NormfixError:
+        return {}
+
+
+def require_inert(settings: Mapping[str, Any], where: str) -> None:
+    """Refuse settings with which a library would fetch or run something that the caller did not name.
+
+    Raises:
+        NormfixError: NF113.
+    """
+    for name, value in _flat(settings):
+        fetches = name in _REACHING and value not in (None, {}, [])
+        runs = "implementation" in name and isinstance(value, str) and value not in _IMPLEMENTATIONS
+        trains = name == "use_pretrained_backbone" and value
+        if fetches or runs or trains:
+            raise NormfixError(
+                "NF113",
+                f"its setting {name} = {str(value)[:60]!r} makes the library fetch or run something beyond this "
+                "folder. Build the network yourself and name it: --arch pkg.module:factory.",
+                where=where,
+            )
+
+
+def weight_files(folder: Path, stem: str = "model") -> list[Path]:
+    """Return the weights files of a folder, .safetensors before .bin, each that an index names once.
+
+    Raises:
+        NormfixError: NF101 if there are none, or an index names a file outside of the folder.
+    """
+    for name in (f"{stem}.safetensors", "pytorch_model.bin", f"{stem}.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = sorted(set(map(str, dict(read_json(index)).get("weight_map", {}).values())))
+            if not shards or any(Path(s).name != s or not (folder / s).is_file() for s in shards):
+                raise unreadable(index, "it names weights files that are not in this folder")
+            return [folder / shard for shard in shards]
+    raise unreadable(folder, f"it holds a {CONFIG} but no weights ({stem}.safetensors or pytorch_model.bin)")
+
+
+def folder_weights(folder: Path, request: Request) -> dict[str, Tensor]:
+    """Return all weights of a folder, running nothing."""
+    found: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        found.update(read_weights(path) if path.suffix == ".safetensors" else read_torch(path, request))
+    return found
+
+
+def require_safe(folder: Path, stem: str = "model") -> bool:
+    """Check the weights files that a library is about to read; tell whether they are safetensors."""
+    files = weight_files(folder, stem)
+    for path in files:
+        if path.suffix == ".safetensors":
+            read_weights(path)
+        else:
+            require_plain(path)
+    return files[0].suffix == ".safetensors"
+
+
+def require_complete(info: Mapping[str, Any], where: Path) -> None:
+    """Refuse weights that a library read in part, which it only logs.
+
+    Raises:
+        NormfixError: NF105.
+    """
+    wrong = {kind: list(names) for kind, names in info.items() if names and kind != "error_msgs"}
+    if wrong or info.get("error_msgs"):
+        listed = "; ".join(
+            f"{kind.replace('_', ' ')}: {', '.join(map(str, n[:4]))}" for kind, n in wrong.items()
+        )
+        raise NormfixError(
+            "NF105", f"the weights do not fit the network of its config: {listed}.", where=str(where)
+        )
+
+
+def _flat(value: object, name: str = "") -> Iterator[tuple[str, Any]]:
+    if name:
+        yield name, value
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(inner, str(key))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _flat(inner)
