@@ -1,0 +1,85 @@
+"""Run examinations one after the other, each in a forked process of its own with a time and a memory limit."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import resource
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .entry import Entry
+from .examining import examine
+
+__all__ = ["apart", "done_before", "missing", "run_all"]
+
+MEMORY = 8 << 30
+
+
+def apart(entry: Entry, limit: float = 180) -> dict[str, Any]:
+    """Examine one network in a process of its own; what hangs or eats the machine ends there."""
+    torch.set_num_threads(1)  # before the fork: threads do not survive it
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import_module("normfix.pipeline")
+        import_module(entry.library)  # once, for all children
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_child, args=(entry, theirs), daemon=True)
+    start = time.perf_counter()
+    child.start()
+    theirs.close()
+    row: dict[str, Any] = {"name": entry.name, "library": entry.library, "step": "start"}
+    ended = False
+    while not ended and (left := start + limit - time.perf_counter()) > 0 and ours.poll(left):
+        try:
+            row = ours.recv()
+        except EOFError:
+            ended = True
+    if not ended:
+        child.kill()
+    child.join()
+    if "category" not in row:
+        row["category"] = "failed" if ended else "timeout"
+        row["cause"] = f"during {row['step']}" + (
+            f", the process ended with {child.exitcode}" if ended else ""
+        )
+    row["seconds"] = round(time.perf_counter() - start, 1)
+    return row
+
+
+def missing(entry: Entry) -> bool:
+    """Tell whether the library of an entry is not installed here."""
+    return find_spec(entry.library) is None
+
+
+def run_all(entries: Iterable[Entry], results: Path, limit: float) -> Iterator[dict[str, Any]]:
+    """Examine what has no row yet, appending a row to the file after each."""
+    for entry in entries:
+        row = apart(entry, limit)
+        with results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        yield row
+
+
+def done_before(results: Path) -> dict[str, dict[str, Any]]:
+    """Return the last row of each name."""
+    if not results.exists():
+        return {}
+    return {row["name"]: row for row in map(json.loads, results.read_text().splitlines())}
+
+
+def _child(entry: Entry, pipe: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    send: Callable[[dict[str, Any]], None] = pipe.send
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        send(examine(entry, send))

@@ -1,0 +1,100 @@
+"""docs/zoo.md from the rows of a run: the summary with its targets, what went wrong, and the table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .examining import CATEGORIES
+
+__all__ = ["page"]
+
+Row = Mapping[str, Any]
+
+_HEAD = """# Real architectures
+
+Made by `python -m tests.zoo`; not edited by hand. Every network is built with seeded random weights under which
+all its sites matter (tests/zoo/preparing.py), scanned, converted in float64 to constants measured on one image
+that is long on one axis, and checked by arithmetic that the package has no part in (tests/zoo/tiling.py): equal to
+the original's output of the whole image to 1e-9 standard deviations (1e-5 where the network itself casts to
+float32), and tiles equal to the whole, where the original's tiles must differ. Every third one is converted to
+BatchRenorm in float32 as well.
+"""
+
+
+def page(rows: Iterable[Row]) -> str:
+    """Return the page as Markdown."""
+    rows = sorted(rows, key=lambda row: (row["library"], row["name"]))
+    parts = [_HEAD, _summary(rows), _targets(rows), _problems(rows), _table(rows)]
+    return "\n".join(parts)
+
+
+def _summary(rows: list[Row]) -> str:
+    counts = Counter(row["category"] for row in rows)
+    lines = [f"| {name} | {counts[name]} | {meaning} |" for name, meaning in CATEGORIES.items()]
+    return "\n".join(
+        ["| outcome | networks | meaning |", "| --- | --- | --- |", *lines, f"| all | {len(rows)} | |", ""]
+    )
+
+
+def _targets(rows: list[Row]) -> str:
+    able = [r for r in rows if r.get("convertible") and not r.get("left") and r["category"] != "size fixed"]
+    proved = sum(row["category"] == "converted" for row in able)
+    missed = [r["name"] for r in rows if "missing from the plan" in r.get("cause", "")]
+    wrong = [r["name"] for r in rows if r["category"] == "silently wrong"]
+    share = f"{100 * proved / len(able):.1f} %" if able else "none"
+    return "\n".join(
+        (
+            "## Targets",
+            "",
+            f"- all live sites convertible and the output local: {len(able)} networks; converted and proved: {proved} "
+            f"({share}; target 98 %)",
+            f"- a global dependence that no site of the plan explains: {len(missed)} (target 0) {', '.join(missed)}",
+            f"- passed by the package, refuted by the zoo: {len(wrong)} (target 0) {', '.join(wrong)}",
+            "",
+        )
+    )
+
+
+def _problems(rows: list[Row]) -> str:
+    bad = [r for r in rows if r["category"] in ("inconclusive", "failed", "silently wrong", "timeout")]
+    lines = [f"- {r['name']}: {r['category']}. {_cell(r.get('cause', ''))}" for r in bad]
+    return "\n".join(["## What went wrong", "", *(lines or ["Nothing."]), ""])
+
+
+def _table(rows: list[Row]) -> str:
+    lines = ["## Table", "", "Sites are counted by family; `3/5 instance` means that 3 of 5 are live.", ""]
+    lines += ["| network | sites | looks | halo | stride | result | note |", "| --- " * 7 + "|"]
+    for row in rows:
+        halo = _axes(f"{a}+{b}" if a != b else str(a) for a, b in row.get("halo") or ())
+        stride = _axes(map(str, row.get("stride") or ()))
+        note = row.get("cause") or _measured(row)
+        cells = (row["name"], _sites(row), _looks(row), halo, stride, row["category"], _cell(note))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def _sites(row: Row) -> str:
+    live = row.get("live", {})
+    return ", ".join(f"{live.get(family, 0)}/{n} {family}" for family, n in row.get("sites", {}).items())
+
+
+def _looks(row: Row) -> str:
+    return ", ".join(f"{looks} {n}" for looks, n in row.get("looks", {}).items())
+
+
+def _axes(values: Iterable[str]) -> str:
+    found = list(values)
+    return found[0] if len(set(found)) == 1 else " x ".join(found)
+
+
+def _measured(row: Row) -> str:
+    if row["category"] == "converted":
+        return f"tiles {row['before']:.1g} sd before, {row['frozen_after']:.0e} after"
+    return f"tiles {row['before']:.0e} sd" if "before" in row else ""
+
+
+def _cell(text: str) -> str:
+    short = " ".join(text.replace("|", "/").split())
+    return short if len(short) <= 160 else short[:157] + "..."

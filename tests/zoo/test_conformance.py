@@ -1,0 +1,206 @@
+"""Real architectures fare as the package says, judged by arithmetic of the zoo's own; and the zoo can say no."""
+
+import os
+import time
+from collections import Counter
+from dataclasses import replace
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import nn
+
+import normfix
+
+from .catalogue import ENTRIES, by_name
+from .entry import Entry
+from .examining import CATEGORIES, GOOD, examine
+from .preparing import prepared
+from .running import apart, missing
+from .tiling import Pencil, distance, stitched
+
+REPRESENTATIVE = {
+    "monai UNet instance 2D": "converted",
+    "monai UNet instance 3D": "converted",
+    "monai DynUNet residual 2D": "converted",
+    "monai SegResNet pixelshuffle 2D": "converted",
+    "monai AutoEncoder batch 2D": "local",
+    "timm resnet18": "local",
+    "timm resnet18 classifier": "not dense",
+    "torchvision resnet18 layer2": "local",
+}
+
+
+def _fares(name):
+    entry = by_name(name)
+    if missing(entry):
+        pytest.skip(f"{entry.library} is not installed: pip install normfix[zoo]")
+    return apart(entry)
+
+
+@pytest.mark.parametrize("name", REPRESENTATIVE)
+def test_a_representative_network_fares_as_it_should(name):
+    """Scan, conversion and proof of the network end under the heading they should."""
+    row = _fares(name)
+    assert row["category"] == REPRESENTATIVE[name], row
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", [entry.name for entry in ENTRIES])
+def test_every_network_is_proved_or_named(name):
+    """The network is proved tile by tile, or what stands in the way is named: nothing fails or stays open."""
+    row = _fares(name)
+    assert row["category"] in GOOD, row
+    assert row["category"] not in ("refused", "size fixed") or row["cause"]
+
+
+def test_the_zoo_is_large_and_its_names_are_unique():
+    """At least 300 architectures of six libraries, 2D and 3D, dense and not."""
+    assert len({entry.name for entry in ENTRIES}) == len(ENTRIES) >= 300
+    assert len({entry.library for entry in ENTRIES}) == 6
+    assert {entry.ndim for entry in ENTRIES} == {1, 2, 3}
+    assert Counter(entry.dense for entry in ENTRIES)[True] >= 250
+
+
+class _Live(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+        self.norm = nn.InstanceNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+SMALL = Entry(name="small", library="torch", build=_Live, shape=(1, 1, 32, 32))
+
+
+def test_the_zoo_converts_what_is_simple():
+    """A convolution and an InstanceNorm are converted and proved, and the original's tiles differ."""
+    row = examine(SMALL)
+    assert row["category"] == "converted", row
+    assert row["before"] > 0.1
+    assert row["frozen_after"] < 1e-9
+
+
+def test_a_missed_site_is_silently_wrong(monkeypatch):
+    """Control: where a scan overlooks a live site, the zoo's own tiles say so."""
+    scan = normfix.scan
+
+    def overlooking(*args, **kwargs):
+        found = scan(*args, **kwargs)
+        return replace(found, sites=tuple(replace(site, live=False) for site in found.sites))
+
+    monkeypatch.setattr(normfix, "scan", overlooking)
+    assert examine(SMALL)["category"] == "silently wrong"
+
+
+@pytest.mark.parametrize("mistake", ["mean", "lost"])
+def test_a_wrong_conversion_that_was_passed_is_silently_wrong(monkeypatch, mistake):
+    """Control: a statistic that is off by 1e-3, or live again, is found although the proof passed."""
+    convert = normfix.convert
+
+    def mistaken(*args, **kwargs):
+        done = convert(*args, **kwargs)
+        if mistake == "lost":
+            done.model.norm = nn.InstanceNorm2d(4)
+        else:
+            done.model.norm.running_mean += 1e-3
+        assert done.proof.passed
+        return done
+
+    monkeypatch.setattr(normfix, "convert", mistaken)
+    row = examine(SMALL)
+    assert row["category"] == "silently wrong", row
+    assert ("tiles" in row["cause"]) is (mistake == "lost")
+
+
+def test_a_halo_that_is_short_is_silently_wrong(monkeypatch):
+    """Control: the zoo's own tiles find a halo that is a pixel short, on either side."""
+    scan = normfix.scan
+    plain = replace(SMALL, build=lambda: nn.Conv2d(1, 1, 5, padding=2))
+    for short in ((1, 2), (2, 1)):
+        monkeypatch.setattr(
+            normfix, "scan", lambda *a, cut=short, **k: replace(scan(*a, **k), halo=(cut, cut))
+        )
+        assert examine(plain)["category"] == "silently wrong"
+    monkeypatch.setattr(normfix, "scan", scan)
+    assert examine(plain)["category"] == "local"
+
+
+def test_a_constant_output_is_inconclusive():
+    """A network whose output does not vary proves nothing."""
+    dead = replace(SMALL, build=lambda: nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Threshold(1e9, 0.0)))
+    row = examine(dead)
+    assert row["category"] not in ("converted", "local"), row
+
+
+def test_a_wrong_word_on_density_fails():
+    """What the catalogue calls a classifier must not be scanned as dense."""
+    assert examine(replace(SMALL, dense=False))["category"] == "failed"
+
+
+def test_a_network_that_hangs_is_stopped():
+    """A time limit ends the process of a network and leaves a row."""
+    row = apart(replace(SMALL, build=lambda: time.sleep(60)), limit=1.5)
+    assert row["category"] == "timeout"
+    assert "build" in row["cause"]
+
+
+def test_a_network_that_dies_leaves_a_row():
+    """A crash of the interpreter is a failure with its exit status."""
+    row = apart(replace(SMALL, build=lambda: os._exit(7)))
+    assert row["category"] == "failed"
+    assert "7" in row["cause"]
+
+
+def test_an_exception_is_a_failure_with_its_place():
+    """What a network raises is told with file and line."""
+    row = examine(replace(SMALL, build=lambda: nn.Conv2d(1, 0, 0)))
+    assert row["category"] in CATEGORIES
+    assert row["category"] == "failed"
+    assert "build" in row["cause"]
+
+
+@pytest.mark.parametrize(
+    ("stride", "halo", "scale"), [(1, (0, 0), 1), (8, (23, 5), 1), (4, (100, 64), 0.25), (2, (3, 3), 2)]
+)
+def test_no_window_covers_the_pencil(stride, halo, scale):
+    """The zoo's tiler puts windows of an identity together again, each smaller than the pencil."""
+    pencil = Pencil((16, 8), 0, stride, halo, Fraction(scale))
+    image = torch.arange(float(pencil.length)).reshape(1, 1, -1, 1).expand(1, 1, -1, 8).contiguous()
+    if scale == 0.25:
+        result = stitched(lambda x: x[:, :, ::4], image, pencil)
+        assert torch.equal(result, image[:, :, ::4])
+    else:
+        result = stitched(lambda x: x.repeat_interleave(int(scale), 2), image, pencil)
+        assert torch.equal(result, image.repeat_interleave(int(scale), 2))
+    assert pencil.length > pencil.before + pencil.tile + pencil.after
+
+
+def test_distance_is_infinite_where_it_must_be():
+    """NaN and other shapes are never close."""
+    a = torch.randn(1, 1, 4, 4)
+    assert distance(a, a) == 0
+    assert distance(a * torch.nan, a) == float("inf")
+    assert distance(a[..., :2], a) == float("inf")
+
+
+def test_nothing_constant_is_left_in_the_weights():
+    """Zero gains and tiny layer scales, which would hide a site, are redrawn; running statistics are measured."""
+
+    class Hiding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(1)
+            self.scale = nn.Parameter(torch.full((3, 1, 1), 1e-6))
+            self.last = nn.Parameter(torch.zeros(4, 3))
+
+        def forward(self, x):
+            return self.norm(x)
+
+    model = prepared(replace(SMALL, build=Hiding))
+    assert float(model.scale.min()) >= 0.2
+    assert float(model.last.std()) > 0.1
+    assert float(model.norm.weight) != 1
+    assert float(model.norm.running_mean) != 0
