@@ -25,7 +25,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["DIRECT", "LEAVES", "NORMS", "Call", "Shaped", "census"]
+__all__ = ["DIRECT", "LEAVES", "NORMS", "Call", "Settle", "Shaped", "bound", "census"]
+
+Settle = Callable[[str, Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
+"""Gets (site id, function, args, kwargs) of a call and returns the result the network shall get."""
 
 NORMS: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
@@ -121,7 +124,10 @@ class _Frame:
 
 
 def census(
-    model: nn.Module, run: Callable[[nn.Module, Tensor], Any], example: Tensor
+    model: nn.Module,
+    run: Callable[[nn.Module, Tensor], Any],
+    example: Tensor,
+    settle: Settle | None = None,
 ) -> tuple[list[Call], Counter[str], Any]:
     """Run the network once and record every call whose operand depends on the input, and every norm.
 
@@ -129,11 +135,12 @@ def census(
         model: left as it was found; its training flags decide what it computes.
         run: calls the model on one input.
         example: (N, C, *space).
+        settle: may replace what a call returns, for experiments.
 
     Returns:
         The calls in order, how often each module path ran, and what `run` returned.
     """
-    recorder = _Recorder()
+    recorder = _Recorder(settle)
     with torch.no_grad(), _watched(model, recorder):
         x = example.clone()
         recorder.mark(x)
@@ -143,8 +150,9 @@ def census(
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self) -> None:
+    def __init__(self, settle: Settle | None = None) -> None:
         super().__init__()
+        self._settle = settle
         self.calls: list[Call] = []
         self.invocations: Counter[str] = Counter()
         self.frames: list[_Frame] = []
@@ -165,9 +173,14 @@ class _Recorder(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         dependent = [t for t in operands if t in self._serials]
+        if self._settle is not None and self.frames and (dependent or func in _NAME_OF):
+            frame, called = self.frames[-1], _name_of(func)
+            site = f"{frame.path or '(root)'}/{frame.invocation}/{called}/{frame.counts[called]}"
+            result = self._settle(site, func, args, kwargs)
+        else:
+            result = func(*args, **kwargs)
         results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         name = _name_of(func)
         if name == "__setitem__" and dependent and isinstance(args[0], Tensor):
@@ -194,7 +207,7 @@ class _Recorder(TorchFunctionMode):
         inputs = tuple(tuple(t.shape) for t in dependent)
         arguments: Mapping[str, Any] = {}
         if name in NORMS or name in DIRECT:
-            arguments = {key: self._shaped(value) for key, value in _bound(name, args, kwargs).items()}
+            arguments = {key: self._shaped(value) for key, value in bound(name, args, kwargs).items()}
         self.calls.append(
             Call(
                 function=name,
@@ -225,7 +238,8 @@ def _name_of(func: Callable[..., Any]) -> str:
     return f"torch.{name}" if f"torch.{name}" in DIRECT else str(name)
 
 
-def _bound(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+def bound(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the arguments of a normalising call by name; `name` is a key of NORMS or DIRECT."""
     if name in DIRECT:
         defaults = {"weight": None, "bias": None, "eps": 1e-5}
         return {**defaults, **dict(zip(DIRECT[name], args, strict=False)), **kwargs}
