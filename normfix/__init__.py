@@ -35,14 +35,17 @@ _HOMES = {
         "FrozenNorm3d",
         "RenormSchedule",
     ),
+    "normfix.diagnosis_record": ("Tiling",),
     "normfix.calibration": ("Calibration",),
     "normfix.pipeline": (
         "Conversion",
+        "Diagnosis",
         "assert_tile_invariant",
         "calibrate",
         "calibrate_",
         "check",
         "convert",
+        "diagnose",
         "load",
         "plan",
         "predict",
@@ -56,6 +59,7 @@ __all__ = sorted([*_HOME_OF, "__version__"])  # pyright: ignore[reportUnsupporte
 
 if TYPE_CHECKING:
     from normfix.calibration import Calibration as Calibration
+    from normfix.diagnosis_record import Tiling as Tiling
     from normfix.errors import NormfixError as NormfixError
     from normfix.layers import BatchRenorm1d as BatchRenorm1d
     from normfix.layers import BatchRenorm2d as BatchRenorm2d
@@ -65,11 +69,13 @@ if TYPE_CHECKING:
     from normfix.layers import FrozenNorm3d as FrozenNorm3d
     from normfix.layers import RenormSchedule as RenormSchedule
     from normfix.pipeline import Conversion as Conversion
+    from normfix.pipeline import Diagnosis as Diagnosis
     from normfix.pipeline import assert_tile_invariant as assert_tile_invariant
     from normfix.pipeline import calibrate as calibrate
     from normfix.pipeline import calibrate_ as calibrate_
     from normfix.pipeline import check as check
     from normfix.pipeline import convert as convert
+    from normfix.pipeline import diagnose as diagnose
     from normfix.pipeline import load as load
     from normfix.pipeline import plan as plan
     from normfix.pipeline import predict as predict

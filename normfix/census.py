@@ -27,7 +27,10 @@ from torch.utils._pytree import tree_leaves
 
 from normfix.functions import COUNTED, arguments_of
 
-__all__ = ["DIRECT", "LEAVES", "NORMS", "Call", "Shaped", "census"]
+__all__ = ["DIRECT", "LEAVES", "NORMS", "Call", "Settle", "Shaped", "bound", "census"]
+
+Settle = Callable[[str, Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
+"""Gets (site id, function, args, kwargs) of a call and returns the result the network shall get."""
 
 NORMS: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
@@ -134,7 +137,10 @@ class _Frame:
 
 
 def census(
-    model: nn.Module, run: Callable[[nn.Module, Tensor], Any], example: Tensor
+    model: nn.Module,
+    run: Callable[[nn.Module, Tensor], Any],
+    example: Tensor,
+    settle: Settle | None = None,
 ) -> tuple[list[Call], Counter[str], Any]:
     """Run the network once and record every call that depends on the input, every norm and counted function.
 
@@ -142,11 +148,12 @@ def census(
         model: left as it was found; its training flags decide what it computes.
         run: calls the model on one input.
         example: (N, C, *space).
+        settle: may replace what a call returns, for experiments.
 
     Returns:
         The calls in order, how often each module path ran, and what `run` returned.
     """
-    recorder = _Recorder()
+    recorder = _Recorder(settle)
     with torch.no_grad(), _watched(model, recorder):
         x = example.clone()
         recorder.mark(x)
@@ -157,8 +164,9 @@ def census(
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self) -> None:
+    def __init__(self, settle: Settle | None = None) -> None:
         super().__init__()
+        self._settle = settle
         self.calls: list[Call] = []
         self.invocations: Counter[str] = Counter()
         self.frames: list[_Frame] = []
@@ -194,18 +202,23 @@ class _Recorder(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
         operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         dependent = [t for t in operands if self.depends(t)]
-        results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         name = _name_of(func)
+        counted = name in NORMS or name in DIRECT or name in _COUNTED_NAMES
+        if self._settle is not None and self.frames and (dependent or counted):
+            frame = self.frames[-1]
+            site = f"{frame.path or '(root)'}/{frame.invocation}/{name}/{frame.counts[name]}"
+            result = self._settle(site, func, args, kwargs)
+        else:
+            result = func(*args, **kwargs)
+        results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if name == "__setitem__" and dependent and isinstance(args[0], Tensor):
             results = [args[0]]
         if not self.frames and dependent:  # what is done to the image before the network has it
             for tensor in results:
                 self.mark(tensor)
         leaves = bool(dependent) and name in LEAVES
-        counted = name in NORMS or name in DIRECT or name in _COUNTED_NAMES
         if self.frames and (leaves or (results and (dependent or counted))):
             operand = next((i for i, t in enumerate(operands) if self.depends(t)), 0)
             self._record(name, args, kwargs, dependent, results, operand)
@@ -225,7 +238,7 @@ class _Recorder(TorchFunctionMode):
         inputs = tuple(tuple(t.shape) for t in dependent)
         arguments: Mapping[str, Any] = {}
         if name in NORMS or name in DIRECT:
-            arguments = {key: self._shaped(value) for key, value in _bound(name, args, kwargs).items()}
+            arguments = {key: self._shaped(value) for key, value in bound(name, args, kwargs).items()}
         elif name in _COUNTED_NAMES:
             arguments = {k: self._shaped(v) for k, v in arguments_of(name, args, kwargs).items()}
         checkpoints = _checkpoints()
@@ -291,7 +304,8 @@ def _name_of(func: Callable[..., Any]) -> str:
     return f"torch.{name}" if f"torch.{name}" in DIRECT else str(name)
 
 
-def _bound(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+def bound(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the arguments of a normalising call by name; `name` is a key of NORMS or DIRECT."""
     if name in DIRECT:
         defaults = {"weight": None, "bias": None, "eps": 1e-5}
         return {**defaults, **dict(zip(DIRECT[name], args, strict=False)), **kwargs}

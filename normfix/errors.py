@@ -133,6 +133,23 @@ CODES: dict[str, str] = {
     "NF502": "Only a network that normfix converted carries the plan a saved folder needs, one plan that starts "
     "at the original network, and only what its state_dict holds as tensors can be written.",
     "NF503": "What was written did not load back as the same network, so it was removed.",
+    # 6xx: diagnosing
+    "NF601": "Even with every known global operation held constant, no halo or stride could be measured, so "
+    "there is no right tiling to compare with. Diagnose it as a pipeline, by a function predict(image).",
+    "NF602": "A tiling says, for each spatial axis, how many pixels a tile has and how many pixels before and after "
+    "it are read.",
+    "NF603": "The network does not run on this size, so the image was extended by its edge pixels to the next size "
+    "it is exact at; that image is the whole.",
+    "NF604": "Labels have the spatial shape of the prediction: one channel of class numbers, or a mask per channel.",
+    "NF605": "A pipeline is a function predict(image) that takes an array (C, *space) and returns an array of the "
+    "same spatial extents, and gives the same answer each time.",
+    "NF606": "The output is constant or not finite, so a difference has no unit and agreement proves nothing.",
+    "NF607": "No two windows overlap outside the border of the image, so tiles could not be compared.",
+    "NF608": "Cropping the image changes what the pipeline predicts far from the crop's border, so its result "
+    "depends on where its tiles fall.",
+    "NF609": "The pipeline's own steps were observed by running it with probe networks in place of its network.",
+    "NF610": "A report's ending decides its kind: .html, .json, .md or .xml.",
+    "NF611": "The output means something else than what was declared, for example labels with a fraction.",
     # 9xx: normfix itself
     "NF901": "Something failed inside normfix. Nothing was written. Please report it with the traceback that "
     "--debug prints.",

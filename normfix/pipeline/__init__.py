@@ -7,6 +7,7 @@ the model it is given, except those whose name ends in an underscore.
 from __future__ import annotations
 
 from normfix.pipeline.conversion import Conversion, convert
+from normfix.pipeline.diagnosing import Diagnosis, diagnose
 from normfix.pipeline.looking import plan, scan
 from normfix.pipeline.recalibration import calibrate, calibrate_
 from normfix.pipeline.storage import load, open_any, save
@@ -14,11 +15,13 @@ from normfix.pipeline.using import assert_tile_invariant, check, predict
 
 __all__ = [
     "Conversion",
+    "Diagnosis",
     "assert_tile_invariant",
     "calibrate",
     "calibrate_",
     "check",
     "convert",
+    "diagnose",
     "load",
     "open_any",
     "plan",

@@ -1,0 +1,90 @@
+"""Accuracy beside invariance: Dice with labels, and the user's own metric, of several predictions.
+
+Invariance is not quality. A converted network predicts on tiles what the original predicts on the whole
+image, right or wrong; only labels tell which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from normfix.diagnosis.indicators import foregrounds
+from normfix.diagnosis_record import AccuracyRow, Kind
+from normfix.errors import NormfixError
+from normfix.tiles import at
+
+__all__ = ["Labels"]
+
+Metric = Callable[[NDArray[Any], NDArray[Any]], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """True labels (*space) of class numbers, or masks (C, *space), with the kind of output they judge."""
+
+    values: Tensor
+    kind: Kind
+    metric: Metric | None
+
+    @classmethod
+    def of(cls, given: Any, size: Sequence[int], kind: Kind, metric: Metric | None) -> Labels:
+        """Take an array or tensor with the image's extents; a leading batch of one is dropped.
+
+        Raises:
+            NormfixError: NF604 if the extents differ.
+        """
+        values = torch.as_tensor(np.asarray(given))
+        if values.dim() == len(size) + 2 and values.shape[0] == 1:
+            values = values[0]
+        if tuple(values.shape[-len(size) :]) != tuple(size) or values.dim() not in (len(size), len(size) + 1):
+            raise NormfixError(
+                "NF604",
+                f"labels of shape {tuple(values.shape)} do not lie on an image of {tuple(size)}.",
+                where="labels",
+            )
+        return cls(values if values.dim() > len(size) else values[None], kind, metric)
+
+    def row(self, name: str, prediction: Tensor) -> AccuracyRow:
+        """Judge one prediction (1, C, *space)."""
+        own = None
+        if self.metric is not None:
+            own = float(self.metric(prediction[0].float().cpu().numpy(), self.values.numpy()))
+        return AccuracyRow(prediction=name, dice=self._dice(prediction, self.values), metric=own)
+
+    def dice_of_patches(
+        self, predictions: Tensor, places: Sequence[tuple[slice, ...]], scale: Sequence[Fraction]
+    ) -> float | None:
+        """Judge predictions of patches of the image; None where output and image differ in scale."""
+        if any(s != 1 for s in scale):
+            return None
+        there = torch.stack([self.values[at(place)] for place in places])
+        if predictions.shape[2:] != there.shape[2:]:
+            return None
+        scores = [self._dice(p[None], truth) for p, truth in zip(predictions, there, strict=True)]
+        known = [s for s in scores if s is not None]
+        return sum(known) / len(known) if known else None
+
+    def _dice(self, prediction: Tensor, truth: Tensor) -> float | None:
+        """Return Dice of the foregrounds, 1 where both are empty; None for regression."""
+        found = foregrounds(prediction, self.kind)
+        if found is None or tuple(prediction.shape[2:]) != tuple(truth.shape[1:]):
+            return None
+        truth = truth.to(found.device)
+        if self.kind in ("probability", "logits"):
+            mine, true = found[0] > 0, truth > 0
+            if mine.shape != true.shape:
+                true = true.expand_as(mine)
+            both = int((mine & true).sum())
+        else:
+            mine, true = found[0], truth
+            both = int(((mine == true) & (mine > 0)).sum())
+        total = int((mine > 0).sum()) + int((true > 0).sum())
+        return 2 * both / total if total else 1.0
