@@ -52,7 +52,8 @@ def _summary(rows: list[Row], absent: Collection[str]) -> str:
 
 
 def _targets(rows: list[Row]) -> str:
-    able = [r for r in rows if r.get("convertible") and not r.get("left") and r["category"] != "size fixed"]
+    apart = ("size fixed", "not dense")  # nothing to stitch there, whatever could be converted
+    able = [r for r in rows if r.get("convertible") and not r.get("left") and r["category"] not in apart]
     proved = sum(row["category"] == "converted" for row in able)
     missed = [r["name"] for r in rows if "missing from the plan" in r.get("cause", "")]
     wrong = [r["name"] for r in rows if r["category"] == "silently wrong"]
