@@ -17,10 +17,10 @@ from .table import page
 @click.option("--results", type=click.Path(path_type=Path), required=True, help="JSON lines, appended to.")
 @click.option("--only", default="*", help="Shell-style pattern of names.")
 @click.option("--jobs", default=1, show_default=True, help="Processes at a time.")
-@click.option("--limit", default=180.0, show_default=True, help="Seconds per network.")
+@click.option("--limit", default=180, show_default=True, help="Seconds of processor time per network.")
 @click.option("--again", default="", help="Outcomes, with commas: networks that ended so run again.")
 @click.option("--page", "target", type=click.Path(path_type=Path), help="Write the table here: docs/zoo.md.")
-def main(results: Path, only: str, jobs: int, limit: float, again: str, target: Path | None) -> None:
+def main(results: Path, only: str, jobs: int, limit: int, again: str, target: Path | None) -> None:
     rows = done_before(results)
     absent = sorted({entry.library for entry in ENTRIES if missing(entry)})
     for library in absent:
@@ -43,7 +43,7 @@ def main(results: Path, only: str, jobs: int, limit: float, again: str, target: 
     if target is not None:
         known = {entry.name for entry in ENTRIES}
         rows = done_before(results)
-        target.write_text(page(row for name, row in rows.items() if name in known), encoding="utf-8")
+        target.write_text(page([row for name, row in rows.items() if name in known], known), encoding="utf-8")
 
 
 if __name__ == "__main__":

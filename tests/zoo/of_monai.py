@@ -465,6 +465,7 @@ ENTRIES = (
         is_vae=False,
         z_dim=4,
         call=_with_labels,
+        dense=False,
     ),
     _entry(
         "SegResNetVAE",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .entry import Entry
 
@@ -22,6 +23,10 @@ def _whole(model: str, **options: Any) -> nn.Module:
     import timm
 
     return timm.create_model(model, **options)
+
+
+def _moved(model: nn.Module, image: Tensor) -> Any:
+    return model(image)[0].movedim(-1, 1)
 
 
 def _dense(model: str, stage: int = 2, size: int = 128, **options: Any) -> Entry:
@@ -63,21 +68,35 @@ _CONVOLUTIONAL = """
     darknet17 darknetaa53 cspnext_tiny hrnet_w18_small hrnet_w18_ssld inception_v3 inception_v4 inception_resnet_v2
     inception_next_atto xception41 xception41p legacy_xception selecsls42 dpn48b dpn68 convnext_atto convnext_atto_ols
     convnext_atto_rms convnextv2_atto edgenext_xx_small focalnet_tiny_srf poolformer_s12 poolformerv2_s12
-    convformer_s18 mambaout_femto hgnet_tiny hgnetv2_b0 rdnet_tiny starnet_s050 shvit_s1 tresnet_m fasternet_t0
+    convformer_s18 hgnet_tiny hgnetv2_b0 rdnet_tiny starnet_s050 shvit_s1 tresnet_m fasternet_t0
     lcnetv2_small convmixer_768_32 csatv2 nasnetalarge pnasnet5large test_byobnet test_convnext
     test_convnext2 test_convnext3 test_efficientnet test_efficientnet_gn test_efficientnet_ln test_efficientnet_evos
-    test_mambaout test_nfnet test_resnet
+    test_nfnet test_resnet
 """
 
 _ATTENDING = """
-    botnet26t_256 sebotnet33ts_256 halonet26t lambda_resnet26t haloregnetz_b efficientformer_l1 efficientformerv2_s0
-    efficientvit_b0 efficientvit_m0 efficientvim_m1 caformer_s18 mobilenetv4_hybrid_medium mobilevit_xxs
-    mobilevitv2_050 davit_tiny gcvit_xxtiny nextvit_small pvt_v2_b0 repvit_m1 swiftformer_xs test_coatnet test_maxvit
+    botnet26t_256 sebotnet33ts_256 halonet26t lambda_resnet26t
+    efficientvit_b0 caformer_s18 mobilenetv4_hybrid_medium mobilevit_xxs
+    mobilevitv2_050 davit_tiny nextvit_small pvt_v2_b0 repvit_m1 swiftformer_xs
 """
 
-_SIZED = """
-    visformer_tiny swin_tiny_patch4_window7_224 swinv2_cr_tiny_224 vit_tiny_patch16_224 coat_lite_tiny hiera_tiny_224
-"""
+_SIZED = {  # (stage, size)
+    "coat_lite_tiny": (1, 224),
+    "efficientformer_l1": (3, 224),
+    "efficientformerv2_s0": (3, 224),
+    "efficientvim_m1": (1, 128),
+    "efficientvit_m0": (1, 224),
+    "gcvit_xxtiny": (1, 224),
+    "haloregnetz_b": (3, 256),
+    "hiera_tiny_224": (1, 224),
+    "swinv2_cr_tiny_224": (1, 224),
+    "test_coatnet": (3, 160),
+    "test_maxvit": (3, 160),
+    "visformer_tiny": (1, 224),
+    "vit_tiny_patch16_224": (1, 224),
+}
+
+_CHANNELS_LAST = {"mambaout_femto": 128, "swin_tiny_patch4_window7_224": 224, "test_mambaout": 128}
 
 _CLASSIFIERS = """
     resnet18 resnet50_gn mobilenetv3_small_050 efficientnet_b0 convnextv2_atto convnext_atto densenet121 nf_resnet26
@@ -92,6 +111,10 @@ ENTRIES = (
     ),
     *(_dense(model, size=160) for model in ("inception_v3", "inception_v4", "inception_resnet_v2")),
     *(_dense(model, stage=3, size=256 if "_256" in model else 128) for model in _ATTENDING.split()),
-    *(_dense(model, stage=1, size=256 if "256" in model else 224) for model in _SIZED.split()),
+    *(_dense(model, stage=stage, size=size) for model, (stage, size) in _SIZED.items()),
+    *(
+        replace(_dense(model, stage=1, size=size), call=_moved, output=None)
+        for model, size in _CHANNELS_LAST.items()
+    ),
     *(_classifier(model, size=160 if "vit" in model else 64) for model in _CLASSIFIERS.split()),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import resource
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -24,8 +25,12 @@ __all__ = ["apart", "done_before", "missing", "run_all"]
 MEMORY = 8 << 30
 
 
-def apart(entry: Entry, limit: float = 180) -> dict[str, Any]:
-    """Examine one network in a process of its own; what hangs or eats the machine ends there."""
+def apart(entry: Entry, limit: int = 180, patience: int = 5) -> dict[str, Any]:
+    """Examine one network in a process of its own; what hangs or eats the machine ends there.
+
+    `limit` is in seconds of processor time, so that a busy machine changes no outcome; by the clock it may take
+    `patience` times as long.
+    """
     torch.set_num_threads(1)  # before the fork: threads do not survive it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -33,13 +38,13 @@ def apart(entry: Entry, limit: float = 180) -> dict[str, Any]:
         import_module(entry.library)  # once, for all children
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(entry, theirs), daemon=True)
+    child = context.Process(target=_child, args=(entry, theirs, limit), daemon=True)
     start = time.perf_counter()
     child.start()
     theirs.close()
     row: dict[str, Any] = {"name": entry.name, "library": entry.library, "step": "start"}
     ended = False
-    while not ended and (left := start + limit - time.perf_counter()) > 0 and ours.poll(left):
+    while not ended and (left := start + limit * patience - time.perf_counter()) > 0 and ours.poll(left):
         try:
             row = ours.recv()
         except EOFError:
@@ -48,11 +53,11 @@ def apart(entry: Entry, limit: float = 180) -> dict[str, Any]:
         child.kill()
     child.join()
     if "category" not in row:
-        row["category"] = "failed" if ended else "timeout"
-        row["cause"] = f"during {row['step']}" + (
-            f", the process ended with {child.exitcode}" if ended else ""
-        )
-    row["seconds"] = round(time.perf_counter() - start, 1)
+        crashed = ended and child.exitcode != -signal.SIGXCPU
+        row["category"] = "failed" if crashed else "timeout"
+        ending = f", the process ended with {child.exitcode}" if crashed else ""
+        row["cause"] = f"during {row['step']}{ending}"
+    row.setdefault("seconds", round(time.perf_counter() - start, 1))
     return row
 
 
@@ -61,7 +66,7 @@ def missing(entry: Entry) -> bool:
     return find_spec(entry.library) is None
 
 
-def run_all(entries: Iterable[Entry], results: Path, limit: float) -> Iterator[dict[str, Any]]:
+def run_all(entries: Iterable[Entry], results: Path, limit: int) -> Iterator[dict[str, Any]]:
     """Examine what has no row yet, appending a row to the file after each."""
     for entry in entries:
         row = apart(entry, limit)
@@ -77,9 +82,11 @@ def done_before(results: Path) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in map(json.loads, results.read_text().splitlines())}
 
 
-def _child(entry: Entry, pipe: Connection) -> None:
+def _child(entry: Entry, pipe: Connection, limit: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 10))
     send: Callable[[dict[str, Any]], None] = pipe.send
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        send(examine(entry, send))
+        row = examine(entry, send)
+        send(row | {"seconds": round(time.process_time(), 1)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from .examining import CATEGORIES
@@ -23,23 +23,37 @@ BatchRenorm in float32 as well.
 """
 
 
-def page(rows: Iterable[Row]) -> str:
-    """Return the page as Markdown."""
+def page(rows: Iterable[Row], names: Collection[str]) -> str:
+    """Return the page as Markdown; `names` are those of the whole catalogue, of which a run may be a part."""
     rows = sorted(rows, key=lambda row: (row["library"], row["name"]))
-    parts = [_HEAD, _summary(rows), _targets(rows), _problems(rows), _table(rows)]
+    parts = [
+        _HEAD,
+        _summary(rows, set(names) - {row["name"] for row in rows}),
+        _targets(rows),
+        _problems(rows),
+        _table(rows),
+    ]
     return "\n".join(parts)
 
 
-def _summary(rows: list[Row]) -> str:
+def _summary(rows: list[Row], absent: Collection[str]) -> str:
     counts = Counter(row["category"] for row in rows)
     lines = [f"| {name} | {counts[name]} | {meaning} |" for name, meaning in CATEGORIES.items()]
     return "\n".join(
-        ["| outcome | networks | meaning |", "| --- | --- | --- |", *lines, f"| all | {len(rows)} | |", ""]
+        [
+            "| outcome | networks | meaning |",
+            "| --- | --- | --- |",
+            *lines,
+            f"| not run | {len(absent)} | in the catalogue, without a row |",
+            f"| all | {len(rows) + len(absent)} | |",
+            "",
+        ]
     )
 
 
 def _targets(rows: list[Row]) -> str:
-    able = [r for r in rows if r.get("convertible") and not r.get("left") and r["category"] != "size fixed"]
+    apart = ("size fixed", "not dense")  # nothing to stitch there, whatever could be converted
+    able = [r for r in rows if r.get("convertible") and not r.get("left") and r["category"] not in apart]
     proved = sum(row["category"] == "converted" for row in able)
     missed = [r["name"] for r in rows if "missing from the plan" in r.get("cause", "")]
     wrong = [r["name"] for r in rows if r["category"] == "silently wrong"]

@@ -17,6 +17,7 @@ from .entry import Entry
 from .examining import CATEGORIES, GOOD, examine
 from .preparing import prepared
 from .running import apart, missing
+from .table import page
 from .tiling import Pencil, distance, stitched
 
 REPRESENTATIVE = {
@@ -142,9 +143,20 @@ def test_a_wrong_word_on_density_fails():
 
 def test_a_network_that_hangs_is_stopped():
     """A time limit ends the process of a network and leaves a row."""
-    row = apart(replace(SMALL, build=lambda: time.sleep(60)), limit=1.5)
+    row = apart(replace(SMALL, build=lambda: time.sleep(60)), limit=1, patience=2)
     assert row["category"] == "timeout"
     assert "build" in row["cause"]
+
+
+def test_a_network_that_computes_for_ever_is_stopped():
+    """The limit is on processor time, however long the clock says it took."""
+
+    def endless():
+        while True:
+            pass
+
+    row = apart(replace(SMALL, build=endless), limit=1, patience=60)
+    assert row["category"] == "timeout"
 
 
 def test_a_network_that_dies_leaves_a_row():
@@ -178,12 +190,33 @@ def test_no_window_covers_the_pencil(stride, halo, scale):
     assert pencil.length > pencil.before + pencil.tile + pencil.after
 
 
+def test_an_output_that_ends_early_is_put_together():
+    """Convolutions without padding give less than a whole tile at the end of the pencil."""
+    pencil = Pencil((8, 8), 1, 2, (4, 6), Fraction(1, 2))
+    image = torch.randn(1, 1, 8, pencil.length)
+    net = nn.Sequential(nn.Conv2d(1, 1, 4, 2, 1), nn.Conv2d(1, 1, 4, 1, 1)).requires_grad_(False)
+    assert distance(stitched(net, image, pencil), net(image)) < 1e-5
+    assert net(image).shape[-1] < pencil.length // 2
+
+
 def test_distance_is_infinite_where_it_must_be():
     """NaN and other shapes are never close."""
     a = torch.randn(1, 1, 4, 4)
     assert distance(a, a) == 0
     assert distance(a * torch.nan, a) == float("inf")
     assert distance(a[..., :2], a) == float("inf")
+
+
+def test_the_page_counts_every_network_once():
+    """Outcomes and networks without a row add up to the catalogue; what went wrong is named with its cause."""
+    good = examine(SMALL) | {"seconds": 1.0}
+    bad = {"name": "other", "library": "torch", "category": "timeout", "cause": "during scan", "seconds": 9.0}
+    text = page([good, bad], ["small", "other", "third"])
+    assert "| not run | 1 |" in text
+    assert "| all | 3 |" in text
+    assert "- other: timeout. during scan" in text
+    assert "1 networks; converted and proved: 1 (100.0 %" in text
+    assert "| small | 1/1 instance | " in text
 
 
 def test_nothing_constant_is_left_in_the_weights():

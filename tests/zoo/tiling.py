@@ -43,8 +43,10 @@ def stitched(f: Callable[[Tensor], Tensor], image: Tensor, pencil: Pencil) -> Te
         if last - first >= pencil.length:
             raise AssertionError("a window covers the pencil")
         part = f(image.narrow(pencil.axis + 2, first, last - first))
-        offset, width = (start - first) * pencil.scale, pencil.tile * pencil.scale
-        pieces.append(part.narrow(pencil.axis + 2, int(offset), int(width)))
+        offset, width = int((start - first) * pencil.scale), int(pencil.tile * pencil.scale)
+        width = min(width, part.shape[pencil.axis + 2] - offset)  # convolutions without padding end early
+        if width > 0:
+            pieces.append(part.narrow(pencil.axis + 2, offset, width))
     return torch.cat(pieces, pencil.axis + 2)
 
 
