@@ -210,7 +210,7 @@ class Moments(NamedTuple):
     mean: Tensor
     var: Tensor
     invstd: Tensor
-    count: int | Tensor
+    size: int | Tensor
 
 
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
