@@ -433,3 +433,44 @@ def test_it_is_not_torchs_batch_norm():
     assert nn.SyncBatchNorm.convert_sync_batchnorm(layer) is layer
     torch.optim.swa_utils.update_bn([torch.randn(2, 3, 4, 4)], layer)
     assert_close(layer.state_dict(), before)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 8, 8), (2, 3, 40), (2, 3, 3, 5, 7), (1, 2, 33, 31)])
+@pytest.mark.parametrize("mean", [0.0, -1000.0])
+def test_moments_in_float32_are_those_of_float64(shape, mean):
+    """Long rows and short, contiguous and not, give float64's moments to float32's rounding."""
+    x = torch.randn(shape) * 2 + mean
+    dims = [d for d in range(x.ndim) if d != 1]
+    var, expected = torch.var_mean(x.double(), dims, correction=0)
+    for laid_out in (x, x.transpose(0, 1).contiguous().transpose(0, 1)):
+        moments = batch_moments(laid_out)
+        assert_close(moments[0].double(), expected, rtol=1e-6, atol=1e-6)
+        assert_close(moments[1].double(), var, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("bounds", [(math.inf, math.inf), (1e30, 1e30)])
+def test_infinite_bounds_leave_a_fresh_layer_batch_norm(bounds):
+    """Without bounds a fresh layer's first batch is batch norm's, and its second inference's."""
+    layer = BatchRenorm2d(3, r_max=bounds[0], d_max=bounds[1], dtype=torch.double)
+    x = torch.randn(4, 3, 8, 8, dtype=torch.double) * 3 + 1
+    assert_close(layer(x), nn.BatchNorm2d(3, dtype=torch.double)(x), **EXACT)
+    before = copy.deepcopy(layer).eval()
+    assert_close(layer(x), before(x), **EXACT)
+
+
+def test_nothing_of_the_inputs_size_is_kept_beyond_batch_norm():
+    """Backward keeps x and vectors of one value per channel, as few bytes as nn.BatchNorm within six vectors."""
+    kept = []
+    for layer in (nn.BatchNorm2d(3), _randomise(BatchRenorm2d(3))):
+        storages = {}
+
+        def pack(saved, storages=storages):
+            storages[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
+            return saved
+
+        x = torch.randn(4, 3, 16, 16, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+            y = layer(x)
+        assert y.requires_grad
+        kept.append(sum(storages.values()))
+    assert kept[1] - kept[0] <= 6 * 3 * 4

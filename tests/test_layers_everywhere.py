@@ -164,9 +164,10 @@ def test_functional_call_uses_and_updates_what_it_is_given(kind):
     assert_close(layer.state_dict(), kind(4).state_dict(), rtol=0, atol=0)
 
 
-def test_averaging_weights_keeps_a_working_model():
+@pytest.mark.parametrize("kind", TWO_D)
+def test_averaging_weights_keeps_a_working_model(kind):
     """An EMA with buffers averages parameters and statistics and runs in train and eval."""
-    model = _network(BatchRenorm2d)
+    model = _network(kind)
     ema = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5), use_buffers=True
     )
@@ -245,6 +246,22 @@ def test_a_checkpoint_around_compiled_code_is_refused():
     y = checkpoint(layer, torch.randn(2, 4, 5, 5, requires_grad=True), use_reentrant=False)
     with pytest.raises(RuntimeError, match="inside an activation checkpoint"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("cut", ["around", "inside"])
+def test_without_the_guard_a_compiled_checkpoint_would_be_wrong(cut, monkeypatch):
+    """The refusals above are needed: with a mere copy in the guard's place nothing is said and it is wrong."""
+    monkeypatch.setattr("normfix.layers.batchrenorm.keep", torch.clone)
+    plain, checked = (_randomise(BatchRenorm2d(4, momentum=0.5)).double() for _ in range(2))
+    checked.load_state_dict(plain.state_dict())
+    compiled = torch.compile(checked, backend="aot_eager")
+    runs = {
+        "around": lambda x: checkpoint(compiled, x, use_reentrant=False),
+        "inside": torch.compile(lambda x: checkpoint(checked, x, use_reentrant=False), backend="aot_eager"),
+    }
+    x = torch.randn(4, 4, 5, 5, dtype=torch.double) * 3 + 2
+    a, b = _step(checked, runs[cut], x), _step(plain, plain, x)
+    assert (a["x"] - b["x"]).abs().max() > 1e-3 * b["x"].abs().max()
 
 
 @pytest.mark.parametrize("kind", TWO_D)

@@ -159,14 +159,13 @@ class BatchRenorm(ChannelNorm):
         return y
 
     def _correct_and_track(self, batch: Moments) -> tuple[Tensor, Tensor]:
-        # cheap where channels are many and pixels few: every operation here costs as much as a small layer's
+        # few operations and look-ups: on small inputs they are what the layer costs
         mean, var, invstd, count = batch
-        running_mean, running_var, batches = self.running_mean, self.running_var, self.num_batches_tracked
-        assert running_mean is not None
-        assert running_var is not None
-        assert batches is not None
+        buffers: dict[str, Any] = self._buffers
+        running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+        batches, r_max, d_max = buffers["num_batches_tracked"], buffers["r_max"], buffers["d_max"]
         seen = batches.clamp(max=1)  # 0 in a fresh layer, which closes the bounds
-        r_max, d_max = self.r_max.to(mean.dtype) ** seen, self.d_max
+        r_max = r_max.to(mean.dtype) ** seen
         running_invstd = (running_var.to(mean.dtype) + self.eps).rsqrt()
         r = (running_invstd / invstd).clamp(r_max.reciprocal(), r_max)
         d = ((mean - running_mean) * running_invstd).clamp(-d_max, d_max) * seen
@@ -214,7 +213,7 @@ class Moments(NamedTuple):
     mean: Tensor
     var: Tensor
     invstd: Tensor
-    count: int | Tensor
+    size: int | Tensor
 
 
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,9 @@ identical too, a segment's calls are repeated in their order, and later segments
 backward does. A record lives as long as the autograd graph it belongs to.
 
 A compiled graph recomputes too, of its own accord and likewise from running statistics that have moved: the
-partitioner sees no mutation. `keep` is an operation it does not repeat, and which refuses to be repeated by a
-checkpoint around compiled code or inside it.
+partitioner sees no mutation. `keep` is an operation it does not repeat of itself, and which refuses to be
+repeated where it is told to: by a checkpoint around compiled code or inside it, or by an
+`activation_memory_budget` below 1.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ class SyncBatchRenorm(BatchRenorm):
         d: Tensor,
         call: Call | None,
     ) -> Tensor:
-        if not isinstance(batch.count, Tensor):
+        if not isinstance(batch.size, Tensor):
             return super()._apply_corrections(x, weight, bias, batch, r, d, call)
         inputs = (x, weight, bias, *batch, r, d, self.eps, self.process_group, call)
         y: Tensor = _SyncRenormalise.apply(*inputs)
