@@ -12,7 +12,7 @@ import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["DIRECT", "LEAVES", "NORMS", "Call", "Shaped", "census"]
+__all__ = ["DIRECT", "LEAVES", "NORMS", "Call", "Recorder", "Shaped", "census", "source_line"]
 
 NORMS: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
@@ -121,7 +121,10 @@ class _Frame:
 
 
 def census(
-    model: nn.Module, run: Callable[[nn.Module, Tensor], Any], example: Tensor
+    model: nn.Module,
+    run: Callable[[nn.Module, Tensor], Any],
+    example: Tensor,
+    follow: Callable[[Recorder], AbstractContextManager[None]] = lambda recorder: nullcontext(),
 ) -> tuple[list[Call], Counter[str], Any]:
     """Run the network once and record every call whose operand depends on the input, and every norm.
 
@@ -129,20 +132,23 @@ def census(
         model: left as it was found; its training flags decide what it computes.
         run: calls the model on one input.
         example: (N, C, *space).
+        follow: is entered around the run with the recorder, for another look at the same calls.
 
     Returns:
         The calls in order, how often each module path ran, and what `run` returned.
     """
-    recorder = _Recorder()
+    recorder = Recorder()
     with torch.no_grad(), _watched(model, recorder):
         x = example.clone()
         recorder.mark(x)
-        with recorder:
+        with recorder, follow(recorder):
             output = run(model, x)
     return recorder.calls, recorder.invocations, output
 
 
-class _Recorder(TorchFunctionMode):
+class Recorder(TorchFunctionMode):
+    """Records calls while modules run; `frames` are the modules that are running, `calls` what they called."""
+
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
@@ -152,10 +158,15 @@ class _Recorder(TorchFunctionMode):
         self._next = 0
 
     def mark(self, tensor: Tensor) -> int:
+        """Return the serial number of a tensor that depends on the input."""
         if tensor not in self._serials:
             self._serials[tensor] = self._next
             self._next += 1
         return int(self._serials[tensor])
+
+    def depends(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor is known to depend on the input."""
+        return tensor in self._serials
 
     def __torch_function__(
         self,
@@ -202,7 +213,7 @@ class _Recorder(TorchFunctionMode):
                 owner_class=frame.kind,
                 invocation=frame.invocation,
                 index=frame.counts[name],
-                line=_source_line(),
+                line=source_line(),
                 arguments=arguments,
                 inputs=inputs,
                 outputs=tuple(tuple(t.shape) for t in results),
@@ -235,7 +246,7 @@ def _bound(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mappi
 
 
 @contextmanager
-def _watched(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+def _watched(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     """Keep the recorder's stack of running modules; all hooks are gone afterwards."""
     handles = []
 
@@ -262,7 +273,7 @@ def _watched(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
             handle.remove()
 
 
-def _source_line() -> str:
+def source_line() -> str:
     """Name the innermost line outside torch and normfix, or, inside a torch module, torch's own."""
     frame = sys._getframe(3)
     first = ""

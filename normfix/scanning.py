@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +21,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from normfix.calling import REFUSALS
-from normfix.census import LEAVES, Call, census
+from normfix.census import LEAVES, Call, Recorder, census
 from normfix.records import Family, Finding, Site
 from normfix.rules import RULES, rule_of
 
 __all__ = ["Survey", "materialise_", "survey"]
 
 Run = Callable[[nn.Module, Tensor], Tensor]
+Follow = Callable[[Recorder], AbstractContextManager[None]]
 
 _REDUCED, _SQUARED = 0.75, 1.4
 _FREQUENCY = frozenset({"fft_fft2", "fft_fftn", "fft_rfft2", "fft_rfftn", "fft_fft", "fft_rfft"})
@@ -37,28 +39,37 @@ _SHAPING = frozenset({"__getitem__", "interpolate", "upsample", "size", "expand"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
-    """What one look at the calls of a forward pass found."""
+    """What one look at the calls of a forward pass found.
+
+    `other` is the input of another size that was tried with the same calls; `reaching` the ids of calls whose
+    result is a spatial map, meets one later on, or leaves tensors.
+    """
 
     sites: tuple[Site, ...]
     uncalled: tuple[str, ...]
     dense: bool
     dilution: tuple[int, ...]
     findings: tuple[Finding, ...]
+    other: Tensor | None = None
+    reaching: frozenset[str] = frozenset()
 
 
-def survey(model: nn.Module, run: Run, example: Tensor) -> Survey:
+def survey(
+    model: nn.Module, run: Run, example: Tensor, follow: Follow = lambda recorder: nullcontext()
+) -> Survey:
     """Find the sites of a network.
 
     Args:
         model: run in the mode it is in; not modified.
         run: calls the model on one input and returns the output tensor that matters.
         example: (N, C, *space); a second, nearby size is tried as well.
+        follow: as for `census`, for each run.
 
     Raises:
         NormfixError: NF109 if the network does not run on the example.
     """
-    calls, invocations, output = census(model, run, example)
-    other = _second_look(model, run, example, [c.function for c in calls])
+    calls, invocations, output = census(model, run, example, follow)
+    other = _second_look(model, run, example, [c.function for c in calls], follow)
     growth = _Growth(example, calls, other)
     modules = dict(model.named_modules())
     met = _meeting_space(calls, growth)
@@ -75,6 +86,8 @@ def survey(model: nn.Module, run: Run, example: Tensor) -> Survey:
         dense=growth.of_output(output, other),
         dilution=growth.dilution(),
         findings=_findings(example, other, uncalled),
+        other=other.example if other else None,
+        reaching=_reaching(calls, growth),
     )
 
 
@@ -98,17 +111,17 @@ class _Look:
     output: Tensor
 
 
-def _second_look(model: nn.Module, run: Run, example: Tensor, functions: list[str]) -> _Look | None:
+def _second_look(
+    model: nn.Module, run: Run, example: Tensor, functions: list[str], follow: Follow
+) -> _Look | None:
     """Run at another size; None if the network accepts none of those tried with the same calls."""
     space = example.shape[2:]
-    trials: list[list[int]] = (
-        [[n // 2 for n in space]] if all(n % 64 == 0 and n >= 128 for n in space) else []
-    )
+    trials: list[list[int]] = [[n // 2 for n in space]] if all(n % 32 == 0 and n >= 64 for n in space) else []
     trials += [[n + step for n in space] for step in (32, 64, 128)]
     for trial in trials:
         resized = _resize(example, trial)
         try:
-            calls, _, output = census(model, run, resized)
+            calls, _, output = census(model, run, resized, follow)
         except REFUSALS:  # this size is not accepted
             continue
         if [c.function for c in calls] == functions:
@@ -220,6 +233,19 @@ def _meeting_space(calls: list[Call], growth: _Growth) -> frozenset[int]:
         for serial in call.writes:
             carried[serial] = carried.get(serial, frozenset()) | inherited
     return met
+
+
+def _reaching(calls: list[Call], growth: _Growth) -> frozenset[str]:
+    """Return the ids of all calls whose result is a spatial map, meets one later on, or leaves tensors."""
+    useful: set[int] = set()
+    found = set()
+    for position in reversed(range(len(calls))):
+        call = calls[position]
+        if useful & {*call.writes} or growth.outputs(position) >= _REDUCED:
+            found.add(f"{call.owner or '(root)'}/{call.invocation}/{call.function}/{call.index}")
+        if useful & {*call.writes} or growth.outputs(position) >= _REDUCED or call.function in LEAVES:
+            useful |= {*call.reads}
+    return frozenset(found)
 
 
 def _is_reduction(position: int, call: Call, growth: _Growth) -> bool:
