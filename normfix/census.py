@@ -12,7 +12,7 @@ import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType, MappingProxyType
@@ -27,7 +27,18 @@ from torch.utils._pytree import tree_leaves
 
 from normfix.functions import COUNTED, arguments_of
 
-__all__ = ["DIRECT", "LEAVES", "NORMS", "Call", "Settle", "Shaped", "bound", "census"]
+__all__ = [
+    "DIRECT",
+    "LEAVES",
+    "NORMS",
+    "Call",
+    "Recorder",
+    "Settle",
+    "Shaped",
+    "bound",
+    "census",
+    "source_line",
+]
 
 Settle = Callable[[str, Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
 """Gets (site id, function, args, kwargs) of a call and returns the result the network shall get."""
@@ -141,6 +152,7 @@ def census(
     run: Callable[[nn.Module, Tensor], Any],
     example: Tensor,
     settle: Settle | None = None,
+    follow: Callable[[Recorder], AbstractContextManager[None]] = lambda recorder: nullcontext(),
 ) -> tuple[list[Call], Counter[str], Any]:
     """Run the network once and record every call that depends on the input, every norm and counted function.
 
@@ -149,21 +161,24 @@ def census(
         run: calls the model on one input.
         example: (N, C, *space).
         settle: may replace what a call returns, for experiments.
+        follow: is entered around the run with the recorder, for another look at the same calls.
 
     Returns:
         The calls in order, how often each module path ran, and what `run` returned.
     """
-    recorder = _Recorder(settle)
+    recorder = Recorder(settle)
     with torch.no_grad(), _watched(model, recorder):
         x = example.clone()
         recorder.mark(x)
-        with recorder:
+        with recorder, follow(recorder):
             output = run(model, x)
         recorder.returned(output)
     return recorder.finished(), recorder.invocations, output
 
 
-class _Recorder(TorchFunctionMode):
+class Recorder(TorchFunctionMode):
+    """Records calls while modules run; `frames` are the modules that are running, `calls` what they called."""
+
     def __init__(self, settle: Settle | None = None) -> None:
         super().__init__()
         self._settle = settle
@@ -175,6 +190,7 @@ class _Recorder(TorchFunctionMode):
         self._returned: set[int] = set()
 
     def mark(self, tensor: Tensor) -> int:
+        """Return the serial number of memory that depends on the input."""
         key, reference = _memory(tensor)
         if key not in self._serials:
             self._serials[key] = len(self._serials)
@@ -182,6 +198,7 @@ class _Recorder(TorchFunctionMode):
         return self._serials[key]
 
     def depends(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor is known to depend on the input."""
         return _memory(tensor)[0] in self._serials
 
     def returned(self, result: object) -> None:
@@ -249,7 +266,7 @@ class _Recorder(TorchFunctionMode):
                 owner_class=frame.kind,
                 invocation=frame.invocation,
                 index=frame.counts[name],
-                line=_source_line(),
+                line=source_line(),
                 arguments=arguments,
                 inputs=inputs,
                 outputs=tuple(tuple(t.shape) for t in results),
@@ -315,7 +332,7 @@ def bound(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mappin
 
 
 @contextmanager
-def _watched(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
+def _watched(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     """Keep the recorder's stack of running modules; all hooks are gone afterwards."""
     handles = []
 
@@ -344,7 +361,7 @@ def _watched(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
             handle.remove()
 
 
-def _source_line() -> str:
+def source_line() -> str:
     """Name the innermost line outside torch and normfix, or, inside a torch module, torch's own."""
     frame = sys._getframe(3)
     first = ""

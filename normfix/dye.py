@@ -1,9 +1,9 @@
 """What an output depends on, observed on real forward passes: the exact halo, and interference.
 
-NaN is the dye: any arithmetic with it gives NaN, also times a zero weight. Everything outside a clean island
-of a long thin strip is dyed; the run of clean output left around the island's centre tells how far the
-outside reaches in, before and after, in one forward per axis. The island starts on the stride grid, since
-the reach of a strided network depends on the phase.
+NaN is the dye: any arithmetic with it gives NaN, also times a zero weight. A wide sea in the middle of a long
+thin strip is dyed; the last output it stains on either side tells how far a tile's outside reaches in, before
+and after, in one forward per axis. The sea starts and ends on the stride grid, since the reach of a strided
+network depends on the phase.
 
 Comparisons and selections swallow NaN, so a halo is confirmed by interference: at fixed shape, everything
 outside a window is multiplied by 1e12 in float64 and the tile must not change. Amplified, because a halo
@@ -15,27 +15,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from normfix import operators
 from normfix.numerics import BOUNDLESS
 from normfix.tiles import round_up
 
-__all__ = ["AMPLIFICATION", "DyeLost", "halo", "interference", "strip", "texture"]
+__all__ = ["AMPLIFICATION", "DyeLost", "DyeRefused", "halo", "interference", "strip", "texture"]
 
 AMPLIFICATION = 1e12
-_FIRST_ISLAND, _LARGEST_ISLAND = 256, 8192
+_FIRST_SEA, _LARGEST_SEA, _LARGEST_SHORE = 256, 8192, 4096
 
 Function = Callable[[Tensor], Tensor]
 
 
+class DyeRefused(BaseException):
+    """An operation was about to take NaN for an address, or is one that nobody knows."""
+
+
 class DyeLost(Exception):  # noqa: N818 - a finding, not a fault
-    """The dye reached no output on one side: comparisons, argmax or casts swallowed it."""
+    """The dye reached no output: comparisons, argmax or casts swallowed it."""
 
 
 def halo(
-    f: Function, example: Tensor, axis: int, grid: int, scale: Fraction, cross: Sequence[int]
+    f: Function,
+    example: Tensor,
+    axis: int,
+    grid: int,
+    scale: Fraction,
+    cross: Sequence[int],
+    expected: tuple[int, int] | None = None,
 ) -> tuple[int, int] | None:
     """Measure how far outside a tile, in input pixels, its output depends on the input along one axis.
 
@@ -46,6 +61,7 @@ def halo(
         grid: the stride along this axis, or a multiple of it.
         scale: output pixels per input pixel.
         cross: extents of the other axes, in the order of all axes (the entry at `axis` is ignored).
+        expected: what another axis gave; if this one agrees, it needs no second strip.
 
     Returns:
         (before, after), negative where a tile does not depend on its own edge; None if the dye reaches
@@ -53,14 +69,23 @@ def halo(
 
     Raises:
         DyeLost: the output shows no dye, so nothing can be read from it.
+        DyeRefused: an operation must not see NaN; its name.
     """
-    island, smaller = round_up(_FIRST_ISLAND, grid), None
-    while island <= _LARGEST_ISLAND:
-        reach = _reach(f, example, axis, island, scale, cross)
-        # a widely dilated convolution may look past a short strip altogether: two sizes must agree
-        if reach is not None and reach == smaller:
-            break
-        island, smaller = 2 * island, reach
+    sea, smaller = round_up(_FIRST_SEA, grid), None
+    shore = sea // 2
+    if expected is not None:
+        sea, shore = 2 * sea, max(0, *expected) + grid
+    while sea <= _LARGEST_SEA:
+        reach = _reach(f, example, axis, grid, sea, shore, scale, cross)
+        if reach is None:
+            if shore >= _LARGEST_SHORE:
+                return None
+            shore = 2 * shore
+            continue
+        # a widely dilated convolution may look past a narrow sea altogether: two sizes must agree
+        if reach in (smaller, expected):
+            return reach
+        sea, smaller, shore = 2 * sea, reach, max(0, *reach) + grid
     return smaller
 
 
@@ -122,28 +147,42 @@ def texture(example: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _reach(
-    f: Function, example: Tensor, axis: int, island: int, scale: Fraction, cross: Sequence[int]
+    f: Function,
+    example: Tensor,
+    axis: int,
+    grid: int,
+    sea: int,
+    shore: int,
+    scale: Fraction,
+    cross: Sequence[int],
 ) -> tuple[int, int] | None:
+    """Dye a sea between two clean shores; None if the dye reaches the end of one of them."""
+    first = round_up(shore, grid)
+    last = first + sea
     size = [*cross]
-    size[axis] = 3 * island
-    x = strip(example, size)
-    dyed = torch.full_like(x, torch.nan)
-    dyed.narrow(axis + 2, island, island).copy_(x.narrow(axis + 2, island, island))
-    clean = _clean_run(f(dyed), axis, centre=int(island * scale) + int(island * scale) // 2)
-    if clean is None:
-        return None
-    first, last = (Fraction(edge) / scale for edge in clean)
-    # rounded outwards to whole input pixels: ceil before, floor after
-    return -int(-(first - island) // 1), int(-((last - 2 * island) // 1))
-
-
-def _clean_run(output: Tensor, axis: int, centre: int) -> tuple[int, int] | None:
-    """Return the contiguous run of positions around `centre` where no element is NaN."""
+    size[axis] = last + first
+    dyed = strip(example, size)
+    dyed.narrow(axis + 2, first, sea).fill_(torch.nan)
+    with _Guard():  # type: ignore[no-untyped-call]
+        output = f(dyed)
     dirty = output.isnan().amax(dim=[d for d in range(output.dim()) if d != axis + 2])
-    if centre >= len(dirty) or dirty[centre]:
-        return None
     stained = dirty.nonzero().flatten()
-    before, after = stained[stained < centre], stained[stained > centre]
-    if not len(before) or not len(after):
+    if not len(stained):
         raise DyeLost
-    return int(before[-1]) + 1, int(after[0])
+    start, end = int(stained[0]), int(stained[-1]) + 1
+    if start == 0 or end == len(dirty):
+        return None
+    # rounded outwards to whole input pixels: ceil before, floor after
+    return -int(-(Fraction(end) / scale - last) // 1), -int((Fraction(start) / scale - first) // 1)
+
+
+class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Stops before an operator that could take NaN for an address."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, OpOverload):
+            risky = tree_leaves((operators.at_risk(func, args), kwargs if operators.is_foreign(func) else ()))
+            if any(isinstance(t, Tensor) and bool(t.isnan().any()) for t in risky):
+                raise DyeRefused(operators.name_of(func))
+        return func(*args, **kwargs)

@@ -108,6 +108,22 @@ CODES: dict[str, str] = {
     "NF230": "Some statistics have no population law: a median, a matrix product over space, a pool of a pool. The "
     "value of one image can be frozen, the values of several cannot become one. Give one image, or keep the "
     "module that computes it.",
+    "NF240": "The dye (one NaN pixel followed through a real forward pass) shows that the result of this operation "
+    "depends on the whole extent, and the list of calls has no rule for it. It counts as a live site and is refused.",
+    "NF241": "Two looks at the network disagree about this site. Nothing is assumed in favour of either: what one of "
+    "them holds for live counts as live. If the network takes another path at another size, scan it with an input "
+    "of the size it is used at (--input).",
+    "NF242": "normfix does not know this operation and could not watch it on dyed input, so it is not taken for local. "
+    "Check what it reads: an operation that looks at the whole image, or as far as the data tells it to, makes "
+    "tiles differ.",
+    "NF243": "A comparison, a selection or a cast to integers outside the known pointwise ones took the dye out, so "
+    "what depends on its result is not seen. An argmax over space, for instance, depends on the whole image.",
+    "NF244": "The call depends on absolute size or position, which a tile does not share with the whole image. Neither "
+    "a frozen statistic nor a halo repairs that. Where the message says that sizes are built in, the network "
+    "runs on one size only.",
+    "NF245": "A halo is read from where NaN spreads to, and some operations would take NaN for an address in memory "
+    "(deformable convolutions, sampling at computed coordinates, operations from outside torch). They are not run "
+    "on it; how far they read depends on the data.",
     # 3xx: calibrating
     "NF301": "A site ran more or less often than once per image, so its statistic is not defined. The network "
     "takes another path on these images than on the example it was scanned with.",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from normfix.calling import REFUSALS
-from normfix.census import Call, census
+from normfix.census import Call, Recorder, census
 
 __all__ = ["FIXED", "REDUCED", "SQUARED", "Growth", "Look", "look_again", "look_at_two"]
 
 Run = Callable[[nn.Module, Tensor], Any]
+Follow = Callable[[Recorder], AbstractContextManager[None]]
 
 FIXED, REDUCED, SQUARED = 0.1, 0.75, 1.4
 """Exponents: below the first a tensor does not grow; above the last it compares pixels with pixels."""
@@ -34,14 +36,18 @@ class Look:
     output: Any
 
 
-def look_again(model: nn.Module, run: Run, example: Tensor, functions: Sequence[str]) -> Look | None:
+def look_again(
+    model: nn.Module,
+    run: Run,
+    example: Tensor,
+    functions: Sequence[str],
+    follow: Follow = lambda recorder: nullcontext(),
+) -> Look | None:
     """Run at another size; None if the network accepts none of those tried with the same calls."""
     space = example.shape[2:]
-    trials: list[list[int]] = (
-        [[n // 2 for n in space]] if all(n % 64 == 0 and n >= 128 for n in space) else []
-    )
+    trials: list[list[int]] = [[n // 2 for n in space]] if all(n % 32 == 0 and n >= 64 for n in space) else []
     trials += [[n + step for n in space] for step in (32, 64, 128)]
-    looks = (_look(model, run, _resize(example, trial), functions) for trial in trials)
+    looks = (_look(model, run, _resize(example, trial), functions, follow) for trial in trials)
     return next((look for look in looks if look is not None), None)
 
 
@@ -50,9 +56,15 @@ def look_at_two(model: nn.Module, run: Run, example: Tensor, functions: Sequence
     return _look(model, run, torch.cat([example, example]), functions)
 
 
-def _look(model: nn.Module, run: Run, example: Tensor, functions: Sequence[str]) -> Look | None:
+def _look(
+    model: nn.Module,
+    run: Run,
+    example: Tensor,
+    functions: Sequence[str],
+    follow: Follow = lambda recorder: nullcontext(),
+) -> Look | None:
     try:
-        calls, _, output = census(model, run, example)
+        calls, _, output = census(model, run, example, follow=follow)
     except REFUSALS:  # the network does not take it
         return None
     return Look(example, calls, output) if [c.function for c in calls] == list(functions) else None

@@ -9,13 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from torch import Tensor
 
 from normfix.calling import REFUSALS
-from normfix.dye import DyeLost, halo, strip
+from normfix.dye import DyeLost, DyeRefused, halo, strip
 from normfix.records import Finding
-from normfix.symmetry import cutting_grid, exact_multiple, output_scale, smallest_stride
+from normfix.symmetry import (
+    common_unit,
+    cutting_grid,
+    exact_multiple,
+    output_scale,
+    smallest_stride,
+    smallest_tile,
+)
 from normfix.tiles import Geometry, round_up
 
 __all__ = ["Locality", "cross_section", "measure_locality"]
@@ -25,10 +33,11 @@ Function = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Locality:
-    """The geometry, or None and the findings that say why there is none."""
+    """The geometry and the least extents, or None and the findings that say why there is none."""
 
     geometry: Geometry | None
     findings: tuple[Finding, ...]
+    smallest_tile: tuple[int, ...] | None = None
 
 
 def measure_locality(
@@ -59,8 +68,8 @@ def measure_locality(
 
 def cross_section(f: Function, example: Tensor, grid: Sequence[int]) -> tuple[int, ...] | None:
     """Return the thinnest strip the network runs on: extents per axis, each a multiple of the grid."""
-    for factor in (2, 4, 8, 16):
-        size = tuple(round_up(factor * max(8, g), g) for g in grid)
+    for least in (16, 32, 64, 128):
+        size = tuple(round_up(max(least, g * least // 16), g) for g in grid)
         try:
             f(strip(example, size))
         except REFUSALS:
@@ -76,20 +85,29 @@ def _along_axes(
     dilution: Sequence[int],
     cross: tuple[int, ...],
 ) -> Locality:
-    strides, halos, scales, multiples = [], [], [], []
+    strides, halos, scales, multiples, least = [], [], [], [], []
+    expected: tuple[int, int] | None = None
+    seen: dict[tuple[int, Fraction, tuple[int, int]], int] = {}  # the stride of axes with equal grid and halo
     for axis, grid in enumerate(dilution):
         name = f"axis {axis}"
         scale = output_scale(single, example, axis, grid, cross)
         if scale <= 0:
             return _none("NF211", name, "the output does not grow with the input along this axis.")
         try:
-            reach = halo(single, example, axis, grid, scale, cross)
+            reach = halo(single, example, axis, grid, scale, cross, expected)
         except DyeLost:
             return _none(
                 "NF216",
                 name,
                 "no dye arrives at its output (a comparison, argmax or cast swallows it), so its halo cannot be "
                 "read. Choose an output before that step.",
+            )
+        except DyeRefused as refused:
+            return _none(
+                "NF245",
+                name,
+                f"the network runs {refused}, which must not see the NaN that a halo is read from: where it reads "
+                "may depend on the data, without bound.",
             )
         if reach is None:
             return _none(
@@ -98,30 +116,53 @@ def _along_axes(
                 "its output depends on the whole extent along this axis although no known "
                 "statistic is live, so no halo is enough.",
             )
+        expected = reach
         reach = max(0, reach[0]), max(0, reach[1])  # a tile reads at least itself
         around = round_up(reach[0], grid), round_up(reach[1], grid)
-        stride = smallest_stride(double, example.double(), axis, grid, scale, around, cross)
-        if stride is None:
-            return _none(
-                "NF213",
-                name,
-                "no shift of the input shifts the output: it depends on size or position "
-                "(align_corners=True, position embeddings, resizing to a fixed size).",
-            )
-        unit = cutting_grid(double, example.double(), axis, stride, scale, around, cross)
-        if unit is None:
-            return _none(
-                "NF213", name, "windows of whole strides differ from the whole: its output depends on size."
-            )
-        stride = unit
+        like = seen.get((grid, scale, reach))
+        stride = _unit(double, example.double(), axis, grid, scale, around, cross, like)
+        if isinstance(stride, str):
+            return _none("NF213", name, stride)
+        seen[grid, scale, reach] = stride
+        multiples.append(exact_multiple(double, example.double(), axis, stride, scale, around, cross, single))
+        least.append(smallest_tile(single, example, axis, stride, scale, reach[1], cross))
         strides.append(stride)
         halos.append(reach)
         scales.append(scale)
-        multiples.append(exact_multiple(double, example.double(), axis, stride, scale, around, cross))
     geometry = Geometry(
         stride=tuple(strides), halo=tuple(halos), scale=tuple(scales), multiple=tuple(multiples)
     )
-    return Locality(geometry, ())
+    return Locality(geometry, (), tuple(least))
+
+
+def _unit(
+    double: Function,
+    example: Tensor,
+    axis: int,
+    grid: int,
+    scale: Fraction,
+    around: tuple[int, int],
+    cross: Sequence[int],
+    like: int | None,
+) -> int | str:
+    """Return the stride at which windows may be cut, or why there is none; `like` is that of a like axis."""
+    if like and common_unit(double, example, axis, like, scale, around, cross, settled=True):
+        return like
+    unit = common_unit(double, example, axis, grid, scale, around, cross)
+    if unit is not None:
+        return unit
+    stride = smallest_stride(double, example, axis, grid, scale, around, cross)
+    if stride is None:
+        return (
+            "no shift of the input shifts the output: it depends on size or position (align_corners=True, position "
+            "embeddings, resizing to a fixed size)."
+        )
+    unit = cutting_grid(double, example, axis, stride, scale, around, cross)
+    return (
+        "windows of whole strides differ from the whole: its output depends on size."
+        if unit is None
+        else unit
+    )
 
 
 def _none(code: str, where: str, message: str) -> Locality:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from normfix.census import Call, census
+from normfix.census import Call, Recorder, census
 from normfix.growth import Growth, Look, look_again, look_at_two
 from normfix.influence import Role, live_positions, roles, tails
 from normfix.records import Finding, Site, StatisticSpec
@@ -26,44 +27,56 @@ from normfix.rules import RULES, family_of, refusal_of, rule_of, specify
 __all__ = ["Survey", "materialise_", "survey"]
 
 Run = Callable[[nn.Module, Tensor], Tensor]
+Follow = Callable[[Recorder], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
-    """What one look at the calls of a forward pass found."""
+    """What one look at the calls of a forward pass found.
+
+    `other` is the input of another size that was tried with the same calls; `reaching` the ids of calls from
+    which a path leads to the result, or out of tensors, without passing a statistic that can be frozen.
+    """
 
     sites: tuple[Site, ...]
     uncalled: tuple[str, ...]
     dense: bool
     dilution: tuple[int, ...]
     findings: tuple[Finding, ...]
+    other: Tensor | None = None
+    reaching: frozenset[str] = frozenset()
 
 
-def survey(model: nn.Module, run: Run, example: Tensor) -> Survey:
+def survey(
+    model: nn.Module, run: Run, example: Tensor, follow: Follow = lambda recorder: nullcontext()
+) -> Survey:
     """Find the sites of a network.
 
     Args:
         model: run in the mode it is in; not modified.
         run: calls the model on one input and returns the output tensor that matters.
         example: (N, C, *space); a second, nearby size is tried as well.
+        follow: as for `census`, for each run.
 
     Raises:
         NormfixError: NF109 if the network does not run on the example.
     """
-    calls, invocations, output = census(model, run, example)
+    calls, invocations, output = census(model, run, example, follow=follow)
     functions = [c.function for c in calls]
-    other = look_again(model, run, example, functions)
+    other = look_again(model, run, example, functions, follow)
     growth = Growth(example, calls, other, look_at_two(model, run, example, functions))
     modules = dict(model.named_modules())
-    sites = _Sites(calls, growth, modules, invocations).find()
+    found = _Sites(calls, growth, modules, invocations)
     norms = tuple(kind for rule in RULES for kind in rule.modules)
     uncalled = tuple(p for p, m in modules.items() if isinstance(m, norms) and not invocations[p])
     return Survey(
-        sites=sites,
+        sites=found.find(),
         uncalled=uncalled,
         dense=growth.of_output(output),
         dilution=growth.dilution(),
         findings=_findings(example, other, uncalled),
+        other=other.example if other else None,
+        reaching=found.reaching(),
     )
 
 
@@ -98,6 +111,11 @@ class _Sites:
     def find(self) -> tuple[Site, ...]:
         """Return the sites in the order of the calls."""
         return tuple(self._site(position) for position in self._positions)
+
+    def reaching(self) -> frozenset[str]:
+        """Return the ids of all calls from which a path leads on to the result without passing a frozen one."""
+        calls = (self._calls[position] for position in self._live)
+        return frozenset(f"{c.owner or '(root)'}/{c.invocation}/{c.function}/{c.index}" for c in calls)
 
     def _site(self, position: int) -> Site:
         call = self._calls[position]

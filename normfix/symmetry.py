@@ -18,17 +18,29 @@ from normfix.calling import REFUSALS
 from normfix.dye import strip, texture
 from normfix.tiles import at, round_up
 
-__all__ = ["EXACT", "cutting_grid", "exact_multiple", "is_equivariant", "output_scale", "smallest_stride"]
+__all__ = [
+    "EXACT",
+    "common_unit",
+    "cutting_grid",
+    "exact_multiple",
+    "is_equivariant",
+    "output_scale",
+    "smallest_stride",
+    "smallest_tile",
+]
 
 EXACT = 1e-10
 """Largest relative difference in float64 that counts as none."""
+
+_CLEARLY, _MARGIN = 1e-3, 32  # a difference that needs no float64; pixels compared at least
 
 Function = Callable[[Tensor], Tensor]
 
 
 def output_scale(f: Function, example: Tensor, axis: int, grid: int, cross: Sequence[int]) -> Fraction:
     """Return output pixels per input pixel along an axis, from the growth between two lengths."""
-    lengths = [round_up(n, grid) for n in (128, 128 + grid)]
+    least = round_up(max(64, cross[axis]), grid)
+    lengths = [least, least + grid]
     outputs = []
     for length in lengths:
         size = [*cross]
@@ -131,6 +143,88 @@ def cutting_grid(
     return None
 
 
+def common_unit(
+    f: Function,
+    example: Tensor,
+    axis: int,
+    hint: int,
+    scale: Fraction,
+    reach: tuple[int, int],
+    cross: Sequence[int],
+    *,
+    settled: bool = False,
+) -> int | None:
+    """Return what smallest_stride and cutting_grid agree on where windows may be cut at every `hint`, else None.
+
+    Each strip is run once and compared with several: a window one unit further on, shorter by that unit, and
+    windows of the same length at every smaller shift that could be the stride. With `settled`, the hint is
+    the answer of a like axis, and nothing smaller is tried.
+    """
+    unit, length = hint, _odd(sum(reach) + _MARGIN + hint, hint)
+    size = [*cross]
+    size[axis] = length + hint
+    x = strip(example, size) + texture(example, size)
+    begin = round_up(reach[0], scale.denominator)
+
+    def run(start: int, stop: int) -> Tensor:
+        return f(x.narrow(axis + 2, start, stop - start))
+
+    def agree(start: int, stop: int) -> bool | None:
+        """Compare the window [start, stop) with [0, length), to the end where both end there."""
+        if (start * scale).denominator != 1:
+            return False
+        try:
+            part = run(start, stop)
+        except REFUSALS:
+            return False
+        first = int(begin * scale)
+        if stop == length:
+            width = part.shape[axis + 2] - first
+            if whole.shape[axis + 2] != part.shape[axis + 2] + int(start * scale):
+                return False
+        else:
+            width = int((length - start - begin - round_up(reach[1], scale.denominator)) * scale)
+        a = whole.narrow(axis + 2, int((start + begin) * scale), width)
+        return _same(a, part.narrow(axis + 2, first, width))
+
+    whole = run(0, length)
+    if agree(unit, length) is False:
+        return None
+    for prime in [] if settled else _primes(hint):
+        while unit % prime == 0 and agree(unit // prime, length + unit // prime):
+            # equal lengths commute with the smaller shift; they may still be cut at larger units only
+            if cutting_grid(f, example, axis, unit // prime, scale, reach, cross) != unit // prime:
+                break
+            unit //= prime
+    return unit
+
+
+def smallest_tile(
+    f: Function, example: Tensor, axis: int, stride: int, scale: Fraction, after: int, cross: Sequence[int]
+) -> int:
+    """Return the least extent on the stride grid that the network runs on and answers rightly.
+
+    Right: as many outputs as the scale promises, and, where the extent is larger than what lies ahead of a
+    pixel, those of a longer strip.
+    """
+    length = round_up(cross[axis] + after, stride) + stride
+    size = [*cross]
+    size[axis] = length
+    x = strip(example, size)
+    whole = f(x)
+    surplus = whole.shape[axis + 2] - length * scale
+    for extent in range(stride, cross[axis], stride):
+        try:
+            part = f(x.narrow(axis + 2, 0, extent))
+        except REFUSALS:
+            continue
+        inner = max(0, int((extent - after) * scale))
+        same = torch.allclose(part.narrow(axis + 2, 0, inner), whole.narrow(axis + 2, 0, inner), 1e-3, 1e-3)
+        if part.shape[axis + 2] == extent * scale + surplus > 0 and same:
+            return extent
+    return round_up(cross[axis], stride)
+
+
 def exact_multiple(
     f: Function,
     example: Tensor,
@@ -139,19 +233,58 @@ def exact_multiple(
     scale: Fraction,
     reach: tuple[int, int],
     cross: Sequence[int],
+    rough: Function | None = None,
 ) -> int:
     """Return 1 if sizes that the stride does not divide are exact as well, else the stride.
 
     A window that starts on the grid and ends at the image's end must give what the whole strip gives there;
     it does not where a feature map is resized to a skip connection of another ratio. A window of whole
     strides at the image's start must do so too; it does not where the network pads odd sizes on both sides.
+    The remainder that is odd at every level of halving decides in float64; `rough`, the network in float32,
+    looks for clear differences at the others first, at half the price.
     """
-    start = round_up(64, stride)
-    length = start + round_up(reach[0] + reach[1] + 64, stride)
-    for rest in {1, stride // 2, stride - 1} - {0}:
-        if _cuts_agree(f, example, axis, start, length + rest, rest, scale, reach, cross) is not True:
-            return stride
-    return 1
+
+    def holds(rest: int, function: Function, bound: float) -> bool | None:
+        size = [*cross]
+        size[axis] = length + rest
+        x = strip(example, size) + texture(example, size)
+        if function is rough:
+            x = x.float()
+        ends, whole = _ends_agree(function, x, axis, stride, scale, reach, bound)
+        if not ends or whole is None:
+            return ends
+        inner = int((length - reach[1]) * scale)
+        front = function(x.narrow(axis + 2, 0, length))
+        return _same(whole.narrow(axis + 2, 0, inner), front.narrow(axis + 2, 0, inner), bound)
+
+    length = stride + round_up(sum(reach) + _MARGIN, stride)
+    quick = (f, EXACT) if rough is None else (rough, _CLEARLY)
+    trials = [(rest, *quick) for rest in (1, stride // 2) if 0 < rest < stride - 1]
+    trials += [(stride - 1, f, EXACT)] if stride > 1 else []
+    return 1 if all(holds(*trial) for trial in trials) else stride
+
+
+def _ends_agree(
+    f: Function,
+    x: Tensor,
+    axis: int,
+    start: int,
+    scale: Fraction,
+    reach: tuple[int, int],
+    bound: float = EXACT,
+) -> tuple[bool | None, Tensor | None]:
+    """Compare a strip with its window from `start` to the end; return how it came out, and the strip's output."""
+    try:
+        whole = f(x)
+        part = f(x.narrow(axis + 2, start, x.shape[axis + 2] - start))
+    except REFUSALS:
+        return False, None
+    begin, offset = int((start + reach[0]) * scale), int(start * scale)
+    wide, narrow = whole.shape[axis + 2] - begin, part.shape[axis + 2] - (begin - offset)
+    if wide != narrow:
+        return False, whole
+    ends = whole.narrow(axis + 2, begin, wide), part.narrow(axis + 2, begin - offset, narrow)
+    return _same(*ends, bound), whole
 
 
 def _odd(least: int, unit: int) -> int:
@@ -179,28 +312,24 @@ def _cuts_agree(
     size = [*cross]
     size[axis] = length
     x = strip(example, size) + texture(example, size)
+    at_end, whole = _ends_agree(f, x, axis, start, scale, reach)
+    if at_end is False or whole is None:
+        return False
     try:
-        whole = f(x)
-        part = f(x.narrow(axis + 2, start, length - start))
         front = f(x.narrow(axis + 2, 0, length - cut))
     except REFUSALS:
         return False
-    begin, offset = int((start + reach[0]) * scale), int(start * scale)
     inner = int((length - cut - reach[1]) * scale)
-    wide, narrow = whole.shape[axis + 2] - begin, part.shape[axis + 2] - (begin - offset)
-    if wide != narrow:
-        return False
-    at_end = _same(whole.narrow(axis + 2, begin, wide), part.narrow(axis + 2, begin - offset, narrow))
     at_start = _same(whole.narrow(axis + 2, 0, inner), front.narrow(axis + 2, 0, inner))
     return None if None in (at_end, at_start) else bool(at_end and at_start)
 
 
-def _same(a: Tensor, b: Tensor) -> bool | None:
+def _same(a: Tensor, b: Tensor, bound: float = EXACT) -> bool | None:
     """Compare relative to the larger output; an output without any variation proves nothing: None."""
     if all(torch.equal(y, y[at([slice(1)] * (y.dim() - 2))].expand_as(y)) for y in (a, b)):
         return None
     extent = float(torch.maximum(a.abs().max(), b.abs().max()))
-    return bool((a - b).abs().max() <= EXACT * max(extent, 1e-300))
+    return bool((a - b).abs().max() <= bound * max(extent, 1e-300))
 
 
 def _primes(n: int) -> list[int]:

@@ -549,7 +549,7 @@ def test_an_example_is_a_valid_call(line):
 def test_an_example_with_a_wrong_option_is_noticed():
     """Negative control: the same parsing refuses an option that does not exist."""
     with click.Context(cli) as parent, pytest.raises(click.NoSuchOption):
-        cli.commands["scan"].make_context("scan", ["model", "--fast"], parent=parent)
+        cli.commands["scan"].make_context("scan", ["model", "--slow"], parent=parent)
 
 
 def test_an_example_factory_exists(run):

@@ -20,14 +20,16 @@ _AS_TRAINED = click.option(
     is_flag=True,
     help="The network is used in train mode: its batch and instance norms are live.",
 )
+_FAST = click.option("--fast", is_flag=True, help="Skip the dye's confirmation; the output says so.")
 
 
 @click.command("scan")
 @model_options
 @_INPUT
 @_AS_TRAINED
+@_FAST
 @format_option
-def scan_command(input_: str | None, as_trained: bool, format_: str, **options: Any) -> None:
+def scan_command(input_: str | None, as_trained: bool, fast: bool, format_: str, **options: Any) -> None:
     """Find every statistic of the tile in MODEL, and its stride and halo once they are frozen.
 
     Exits 0 though live sites exist.
@@ -36,7 +38,7 @@ def scan_command(input_: str | None, as_trained: bool, format_: str, **options: 
     Example:
       normfix scan normfix.demo.network:nuclei_unet
     """
-    found = _scan(Arguments.take(options), input_, as_trained)
+    found = _scan(Arguments.take(options), input_, as_trained, fast=fast)
     show(found, scan_text(found), format_)
 
 
@@ -61,7 +63,7 @@ def plan_command(
     show(decided, "", "json")  # a plan is JSON always: it is there to be edited
 
 
-def _scan(arguments: Arguments, input_: str | None, as_trained: bool) -> Scan:
+def _scan(arguments: Arguments, input_: str | None, as_trained: bool, *, fast: bool = False) -> Scan:
     import torch
 
     from normfix.pipeline import scan
@@ -69,7 +71,7 @@ def _scan(arguments: Arguments, input_: str | None, as_trained: bool) -> Scan:
     example = None
     if input_ is not None:
         example = torch.randn(_shape(input_), generator=torch.Generator().manual_seed(0))
-    return scan(arguments.open().model, example, output=arguments.output, as_trained=as_trained)
+    return scan(arguments.open().model, example, output=arguments.output, as_trained=as_trained, fast=fast)
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 
-from normfix.records import CalibrationSummary, ConversionRecord, Scan, Spans, Verdict
+from normfix.records import CalibrationSummary, ConversionRecord, Scan, Site, Spans, Verdict
 
 __all__ = ["calibration_text", "conversion_text", "scan_text", "verdict_text"]
 
 
 def scan_text(scan: Scan) -> str:
-    """Return sites, one a line, then the geometry."""
+    """Return sites, then how the looks went, the geometry and the findings; at most 100 columns."""
     shape = "x".join(map(str, scan.example))
     lines = [f"{scan.model}, scanned at {shape}", ""]
     for site in scan.sites:
-        state = "live" if site.live else "not live"
-        how = "convertible" if site.convertible else site.refusal or "left alone"
-        lines.append(f"  {site.id}  {site.family}, {state}, reduces {site.reduces}; {how}")
+        lines += _site_lines(site)
     kinds = Counter(site.family for site in scan.live)
     counted = ", ".join(f"{n} {family}" for family, n in kinds.items())
-    lines += ["", f"live sites: {len(scan.live)}" + (f" ({counted})" if counted else "")]
+    lines += [""] * bool(scan.sites)
+    lines.append(f"live sites: {len(scan.live)}" + (f" ({counted})" if counted else ""))
+    looks = (f"{look.name} {look.status}" + (f" ({look.note})" if look.note else "") for look in scan.looks)
+    lines += _wrapped("looks: " + ", ".join(looks))
+    lines.append(f"dense output: {'yes' if scan.dense else 'no'}")
     lines.append(f"tile-invariant: {'yes' if scan.tile_invariant else 'no'}")
     if scan.stride is not None and scan.halo is not None and scan.exact_sizes is not None:
         lines += [
@@ -27,8 +30,41 @@ def scan_text(scan: Scan) -> str:
             f"halo once frozen (before/after): {_spans(scan.halo)}",
             "exact sizes: " + ", ".join("any" if n == 1 else f"multiples of {n}" for n in scan.exact_sizes),
         ]
-    lines += [f"{f.code} {f.where}: {f.message}" for f in scan.findings]
+        if scan.smallest_tile is not None:
+            lines.append(f"smallest tile: {_by_axis(scan.smallest_tile)}")
+    else:
+        lines.append("stride, halo and exact sizes: none; the findings say why")
+    for finding in scan.findings:
+        lines += _wrapped(f"{finding.code} {finding.where}: {finding.message}")
     return "\n".join(lines)
+
+
+def _site_lines(site: Site) -> list[str]:
+    """Return a site's id, then what it is and what can be done about it."""
+    state = "live" if site.live else "not live"
+    if site.convertible:
+        how = "convertible by " + ("swapping its module" if site.swappable else "interception")
+    else:
+        how = f"not convertible: {site.refusal}" if site.refusal else "left alone"
+    facts = [
+        f"{site.family}, {state}",
+        f"reduces {site.reduces}",
+        *([site.line] if site.line else []),
+        f"seen by {' and '.join(site.looks)}",
+        how,
+    ]
+    return [f"  {site.id}", *_wrapped("; ".join(facts), indent="      ")]
+
+
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(
+        text,
+        100,
+        initial_indent=indent,
+        subsequent_indent=indent or "    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def conversion_text(record: ConversionRecord) -> str:

@@ -15,12 +15,15 @@ from normfix.calling import REFUSALS, Caller, buffers_kept, evaluating, home_of,
 from normfix.errors import NormfixError
 from normfix.layers import FrozenStatistic
 from normfix.locality import Locality, cross_section, measure_locality
+from normfix.merging import GraphSeen, merge
 from normfix.moments import Moments, pool
 from normfix.numerics import exact_arithmetic
 from normfix.planning import decide
-from normfix.records import Action, Decision, Finding, Plan, Scan
+from normfix.positions import Positions
+from normfix.records import Action, Decision, Finding, Looked, Plan, Scan
 from normfix.rewriting import as_trained_copy, copy_of, layer_of, rewrite, set_statistics_
 from normfix.scanning import Survey, materialise_, survey
+from normfix.spreading import Dyed, confirmed, dye_look
 from normfix.tiles import Geometry
 
 __all__ = [
@@ -55,6 +58,7 @@ def scan(
     forward_fn: Callable[[nn.Module, Tensor], Any] | None = None,
     output: str | int | None = None,
     as_trained: bool = False,
+    fast: bool = False,
 ) -> Scan:
     """Find every statistic of the tile, and the geometry once they are frozen.
 
@@ -64,6 +68,7 @@ def scan(
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
         as_trained: treat batch and instance norms as in train mode, where they are live.
+        fast: skip the dye's confirmation; `Scan.looks` says so.
 
     Raises:
         NormfixError: NF109 if the network does not run on the example, NF110 if `output` names no tensor.
@@ -79,7 +84,7 @@ def scan(
     if example is None:
         require_network(model)
         example = default_example(model)
-    return look(base_of(model, example, caller, as_trained=as_trained), example, caller).scan
+    return look(base_of(model, example, caller, as_trained=as_trained), example, caller, fast=fast).scan
 
 
 def plan(scan: Scan, to: Literal["frozen", "batchrenorm"] = "frozen", keep: Sequence[str] = ()) -> Plan:
@@ -140,32 +145,62 @@ def _require_independence(base: nn.Module, model: nn.Module, caller: Caller, exa
             handle.remove()
 
 
-def look(base: nn.Module, example: Tensor, caller: Caller) -> Look:
+def look(base: nn.Module, example: Tensor, caller: Caller, *, fast: bool = False) -> Look:
     """Scan a materialised network on CPU in float32 (geometry in float64 too); not modified."""
     probe = copy_of(base).cpu().float().eval()
     material = example[:1].detach().cpu().float()
+    positions = Positions()
     with exact_arithmetic():
-        found = survey(probe, caller, material)
-        everything = decide(found.sites, model=_class_of(base), to="frozen")
+        found = survey(probe, caller, material, positions.follow)
+        dyed = _dyed(probe, caller, material, found, fast=fast)
+        merged = merge(
+            found.sites, dyed, _graph(), lambda seen: not seen.recorded or seen.id in found.reaching
+        )
+        everything = decide(merged.sites, model=_class_of(base), to="frozen")
         locality = _locality(probe, everything, found, material, caller)
     geometry = locality.geometry
-    live = any(site.live for site in found.sites)
+    live = any(site.live for site in merged.sites)
+    unknown = any(finding.code == "NF242" for finding in merged.findings)
+    placed = positions.findings(two_sizes=found.other is not None)
     return Look(
         Scan(
             model=_class_of(base),
             example=tuple(example.shape),
-            sites=found.sites,
+            sites=merged.sites,
             uncalled=found.uncalled,
             dense=found.dense,
-            tile_invariant=geometry is not None and not live,
+            tile_invariant=geometry is not None and not live and not unknown,
             stride=geometry.stride if geometry else None,
             halo=geometry.halo if geometry else None,
             scale=tuple(map(str, geometry.scale)) if geometry else None,
             exact_sizes=geometry.multiple if geometry else None,
-            findings=found.findings + locality.findings,
+            smallest_tile=locality.smallest_tile,
+            looks=merged.looks,
+            findings=found.findings + merged.findings + placed + locality.findings,
         ),
         geometry,
     )
+
+
+def _graph() -> GraphSeen | Looked:
+    """Return what a captured graph shows: nothing as yet, and the scan says so."""
+    return Looked(name="graph", status="skipped", note="no graph was captured")
+
+
+def _dyed(probe: nn.Module, caller: Caller, example: Tensor, found: Survey, *, fast: bool) -> Dyed | Looked:
+    """Run the dye at the smaller of two sizes; at the other too where it contradicts the census."""
+    if fast:
+        return Looked(name="dye", status="skipped", note="the scan was asked to be fast")
+    sizes = sorted([example, *([] if found.other is None else [found.other])], key=Tensor.numel)
+    try:
+        dyed = dye_look(probe, caller, sizes[0])
+        live = {site.id for site in found.sites if site.live}
+        if len(sizes) > 1 and live != {s.id for s in dyed.found if s.id in found.reaching or not s.recorded}:
+            known = frozenset(site.id for site in found.sites)
+            dyed = confirmed(dyed, dye_look(probe, caller, sizes[1]), known)
+    except REFUSALS as error:
+        return Looked(name="dye", status="failed", note=str(error))
+    return dyed
 
 
 def geometry_of(scan: Scan) -> Geometry | None:
@@ -277,7 +312,8 @@ def _locality(probe: nn.Module, everything: Plan, found: Survey, example: Tensor
         )
     frozen = rewrite(probe, everything)
     fresh = [d for d in everything.converted if d.measured]
-    measure_sites_(frozen, [site_target(frozen, d, express=False) for d in fresh], [example], caller)
+    small = min((example, *(() if found.other is None else (found.other,))), key=Tensor.numel)
+    measure_sites_(frozen, [site_target(frozen, d, express=False) for d in fresh], [small], caller)
     double = copy_of(frozen).double()
     return measure_locality(
         lambda x: caller(frozen, x), lambda x: caller.in_double(double, x), example, found.dilution

@@ -1,0 +1,201 @@
+"""What is known of ATen operators by name: which are local, which only move values, which must not see NaN.
+
+The dye observes; these tables only say where observing is needless (a convolution is local by definition),
+misleading (a gather computes nothing, wherever it takes its values from) or dangerous (a NaN used as a
+coordinate is an arbitrary address in some kernels). Whatever stands in no table is judged by what it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+__all__ = [
+    "at_risk",
+    "is_convolution_like",
+    "is_foreign",
+    "is_move",
+    "is_pointwise",
+    "is_pool",
+    "is_resizing_pool",
+    "is_view",
+    "name_of",
+    "writes_unsaid",
+    "written",
+]
+
+_LOCAL = frozenset(
+    {
+        "aten::convolution",
+        "aten::mkldnn_convolution",
+        "aten::_slow_conv2d_forward",
+        "aten::upsample_nearest1d",
+        "aten::upsample_nearest2d",
+        "aten::upsample_nearest3d",
+        "aten::_upsample_nearest_exact1d",
+        "aten::_upsample_nearest_exact2d",
+        "aten::_upsample_nearest_exact3d",
+        "aten::upsample_linear1d",
+        "aten::upsample_bilinear2d",
+        "aten::upsample_trilinear3d",
+        "aten::upsample_bicubic2d",
+        "aten::_upsample_bilinear2d_aa",
+        "aten::_upsample_bicubic2d_aa",
+    }
+)
+_POOLS = frozenset(
+    {
+        "aten::avg_pool2d",
+        "aten::avg_pool3d",
+        "aten::max_pool2d_with_indices",
+        "aten::max_pool3d_with_indices",
+        "aten::mkldnn_max_pool2d",
+        "aten::mkldnn_max_pool3d",
+        "aten::fractional_max_pool2d",
+    }
+)
+_RESIZING_POOLS = frozenset(
+    {
+        "aten::_adaptive_avg_pool2d",
+        "aten::_adaptive_avg_pool3d",
+        "aten::adaptive_max_pool2d",
+        "aten::adaptive_max_pool3d",
+    }
+)
+_POINTWISE = frozenset({"aten::_to_copy", "aten::clone", "aten::copy_", "aten::masked_fill", "aten::where"})
+_MOVES = frozenset(
+    {
+        "aten::cat",
+        "aten::stack",
+        "aten::_unsafe_view",
+        "aten::repeat",
+        "aten::repeat_interleave",
+        "aten::roll",
+        "aten::flip",
+        "aten::rot90",
+        "aten::constant_pad_nd",
+        "aten::reflection_pad1d",
+        "aten::reflection_pad2d",
+        "aten::reflection_pad3d",
+        "aten::replication_pad1d",
+        "aten::replication_pad2d",
+        "aten::replication_pad3d",
+        "aten::pixel_shuffle",
+        "aten::pixel_unshuffle",
+        "aten::channel_shuffle",
+        "aten::native_channel_shuffle",
+        "aten::im2col",
+        "aten::col2im",
+        "aten::index",
+        "aten::_unsafe_index",
+        "aten::index_select",
+        "aten::index_put",
+        "aten::index_put_",
+        "aten::index_copy",
+        "aten::index_copy_",
+        "aten::gather",
+        "aten::scatter",
+        "aten::scatter_",
+        "aten::slice_scatter",
+        "aten::select_scatter",
+        "aten::take",
+        "aten::tril",
+        "aten::triu",
+        "aten::max_unpool2d",
+        "aten::max_unpool3d",
+    }
+)
+_DANGEROUS = frozenset(
+    {
+        "aten::_grid_sampler_2d_cpu_fallback",
+        "aten::bincount",
+        "aten::histc",
+        "aten::histogram",
+        "aten::multinomial",
+        "aten::bernoulli",
+        "aten::bernoulli_",
+        "aten::searchsorted",
+        "aten::bucketize",
+        "aten::embedding_bag",
+        "aten::_ctc_loss",
+    }
+)
+_DANGEROUS_PREFIXES = ("aten::linalg_", "aten::_linalg_", "aten::cholesky", "aten::geqrf", "aten::lu_")
+_HARMLESS = ("aten::linalg_vector_norm",)
+_COORDINATES = {
+    "aten::grid_sampler_2d": (1,),
+    "aten::grid_sampler_3d": (1,),
+    "torchvision::deform_conv2d": (2,),
+    "torchvision::roi_align": (1,),
+    "torchvision::roi_pool": (1,),
+    "torchvision::ps_roi_align": (1,),
+    "torchvision::ps_roi_pool": (1,),
+}
+
+
+def name_of(op: OpOverload) -> str:
+    """Return the operator's qualified name without its overload, such as "aten::mean"."""
+    return op._schema.name
+
+
+def is_convolution_like(op: OpOverload) -> bool:
+    """Tell whether an output pixel sees a window of fixed size around its place, by definition."""
+    return name_of(op) in _LOCAL
+
+
+def is_pool(op: OpOverload) -> bool:
+    """Tell whether it pools windows; a window may be the whole extent, so pools are judged by what they do."""
+    return name_of(op) in _POOLS
+
+
+def is_resizing_pool(op: OpOverload) -> bool:
+    """Tell whether it pools to a given extent, in windows that grow with the image."""
+    return name_of(op) in _RESIZING_POOLS
+
+
+def is_move(op: OpOverload) -> bool:
+    """Tell whether the operator only moves or repeats values."""
+    return name_of(op) in _MOVES
+
+
+def is_pointwise(op: OpOverload) -> bool:
+    """Tell whether torch itself declares that each output element depends on the input elements at its place."""
+    return torch.Tag.pointwise in op.tags or name_of(op) in _POINTWISE
+
+
+def is_foreign(op: OpOverload) -> bool:
+    """Tell whether the operator is not torch's own: nothing is known of what it does."""
+    return name_of(op).partition("::")[0] not in ("aten", "prims")
+
+
+def at_risk(op: OpOverload, args: Sequence[Any]) -> Sequence[Any]:
+    """Return the positional arguments in which a NaN could be taken for an address."""
+    name = name_of(op)
+    if name in _COORDINATES:
+        return [args[i] for i in _COORDINATES[name] if i < len(args)]
+    listed = name in _DANGEROUS or (name.startswith(_DANGEROUS_PREFIXES) and name not in _HARMLESS)
+    return args if is_foreign(op) or listed else ()
+
+
+def is_view(op: OpOverload) -> bool:
+    """Tell whether every result is another view of an argument's memory, unchanged."""
+    aliases = [result.alias_info for result in op._schema.returns]
+    return bool(aliases) and all(info is not None and not info.is_write for info in aliases)
+
+
+def writes_unsaid(op: OpOverload) -> bool:
+    """Tell whether the operator may write to arguments although its schema does not say so."""
+    return "batch_norm" in name_of(op) or "moving_avg" in name_of(op)
+
+
+def written(op: OpOverload) -> frozenset[str]:
+    """Return the names of the arguments that the operator writes to."""
+    return frozenset(
+        argument.name
+        for argument in op._schema.arguments
+        if (argument.alias_info is not None and argument.alias_info.is_write)
+        or (op._schema.is_mutable and argument.alias_info is None and str(argument.type) == "List[Tensor]")
+    )

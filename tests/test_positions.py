@@ -1,0 +1,105 @@
+"""Size and position: calls that no dye and no statistic shows are named, with owner and line."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import AlignedCorners, DilatedStack, ResizesToSkip, plain_unet
+from torch import nn
+
+import normfix
+
+
+class Around(nn.Module):
+    """A convolution, then a function of the map."""
+
+    def __init__(self, function, **parameters):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+        self.function = function
+        for name, value in parameters.items():
+            setattr(self, name, nn.Parameter(value))
+
+    def forward(self, x):
+        return self.function(self, self.conv(x))
+
+
+def _findings(net, size=128):
+    found = normfix.scan(net.eval(), torch.randn(1, 1, size, size), fast=True)
+    return [(f.where, f.message) for f in found.findings if f.code == "NF244"]
+
+
+def _coordinates(self, x):
+    rows = torch.arange(x.shape[2], dtype=x.dtype) / x.shape[2]
+    return x * rows[:, None]
+
+
+def _sampled(self, x):
+    grid = F.affine_grid(torch.eye(2, 3)[None], x.shape, align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False)
+
+
+def _stretched(self, x):
+    return x + F.interpolate(self.table, size=x.shape[2:], mode="bilinear")
+
+
+def _fixed(self, x):
+    return F.interpolate(F.interpolate(x, size=(32, 32)), size=x.shape[2:])
+
+
+# name: (network, words of the message)
+NAMED = {
+    "aligned corners": (AlignedCorners(), "align_corners=True"),
+    "circular padding": (nn.Conv2d(1, 1, 3, padding=1, padding_mode="circular"), "opposite border"),
+    "rolling": (Around(lambda self, x: x.roll(3, 2)), "rolls"),
+    "fixed size": (Around(_fixed), "resizes to 32x32"),
+    "pooling to six": (
+        Around(lambda self, x: F.interpolate(F.adaptive_avg_pool2d(x, 6), x.shape[2:])),
+        "6x6 cells",
+    ),
+    "coordinates": (Around(_coordinates), "coordinates of the image's extent"),
+    "sampling": (Around(_sampled), "absolute coordinates"),
+    "stretched embedding": (Around(_stretched, table=torch.randn(1, 4, 7, 7)), "stretched"),
+    "stored embedding": (
+        Around(lambda self, x: x + self.table, table=torch.randn(1, 4, 128, 128)),
+        "fixed extent",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_names(name):
+    """Each dependence on size or position is a finding that says what it is."""
+    net, words = NAMED[name]
+    assert any(words in message for _, message in _findings(net))
+
+
+@pytest.mark.parametrize("make", [plain_unet, DilatedStack, ResizesToSkip])
+def test_says_nothing_of_ordinary_networks(make):
+    """Negative control: pooling, upsampling by a factor and to a skip connection are none of it."""
+    assert _findings(make()) == []
+
+
+def test_a_constant_table_of_numbers_is_no_coordinate():
+    """An arange that does not grow with the image is no position."""
+    assert _findings(Around(lambda self, x: x * torch.arange(4.0)[:, None, None])) == []
+
+
+def test_a_linear_layer_over_space_is_named_where_it_stops():
+    """A network of one size says which call has the size built in."""
+    net = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.Flatten(), nn.Linear(64 * 64, 8))
+    findings = _findings(net, size=64)
+    assert ("1", True) in [(where, "features of all of space" in message) for where, message in findings]
+    assert ("2", True) in [(where, "size is built in" in message) for where, message in findings]
+
+
+def test_calls_at_one_line_are_one_finding():
+    """Three blocks that roll are one finding with a count."""
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), *(_Rolls() for _ in range(3)))
+    ((where, message),) = _findings(net)
+    assert where == "1"
+    assert "(3 calls)" in message
+
+
+class _Rolls(nn.Module):
+    def forward(self, x):
+        return x.roll(1, 3)
