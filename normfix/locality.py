@@ -87,7 +87,7 @@ def _along_axes(
 ) -> Locality:
     strides, halos, scales, multiples, least = [], [], [], [], []
     expected: tuple[int, int] | None = None
-    seen: dict[tuple[int, Fraction, tuple[int, int]], int] = {}  # the stride of axes with equal grid and halo
+    seen: dict[tuple[int, Fraction, tuple[int, int]], tuple[int, int]] = {}  # of axes alike: stride, multiple
     for axis, grid in enumerate(dilution):
         name = f"axis {axis}"
         scale = output_scale(single, example, axis, grid, cross)
@@ -119,12 +119,15 @@ def _along_axes(
         expected = reach
         reach = max(0, reach[0]), max(0, reach[1])  # a tile reads at least itself
         around = round_up(reach[0], grid), round_up(reach[1], grid)
-        like = seen.get((grid, scale, reach))
-        stride = _unit(double, example.double(), axis, grid, scale, around, cross, like)
+        like = seen.get((grid, scale, reach), (None, None))
+        stride = _unit(double, example.double(), axis, grid, scale, around, cross, like[0])
         if isinstance(stride, str):
             return _none("NF213", name, stride)
-        seen[grid, scale, reach] = stride
-        multiples.append(exact_multiple(double, example.double(), axis, stride, scale, around, cross, single))
+        multiple = exact_multiple(
+            double, example.double(), axis, stride, scale, around, cross, single, like=like[1]
+        )
+        seen[grid, scale, reach] = stride, multiple
+        multiples.append(multiple)
         least.append(smallest_tile(single, example, axis, stride, scale, reach[1], cross))
         strides.append(stride)
         halos.append(reach)

@@ -234,6 +234,8 @@ def exact_multiple(
     reach: tuple[int, int],
     cross: Sequence[int],
     rough: Function | None = None,
+    *,
+    like: int | None = None,
 ) -> int:
     """Return 1 if sizes that the stride does not divide are exact as well, else the stride.
 
@@ -241,8 +243,11 @@ def exact_multiple(
     it does not where a feature map is resized to a skip connection of another ratio. A window of whole
     strides at the image's start must do so too; it does not where the network pads odd sizes on both sides.
     The remainder that is odd at every level of halving decides in float64; `rough`, the network in float32,
-    looks for clear differences at the others first, at half the price.
+    looks for clear differences at the others first, at half the price. `like` is the answer of a like axis: a
+    stride is taken over, exactness is held against float32 alone.
     """
+    if like is not None and like != 1:
+        return stride
 
     def holds(rest: int, function: Function, bound: float) -> bool | None:
         size = [*cross]
@@ -259,6 +264,8 @@ def exact_multiple(
 
     length = stride + round_up(sum(reach) + _MARGIN, stride)
     quick = (f, EXACT) if rough is None else (rough, _CLEARLY)
+    if like is not None and stride > 1:
+        return 1 if holds(stride - 1, *quick) else stride
     trials = [(rest, *quick) for rest in (1, stride // 2) if 0 < rest < stride - 1]
     trials += [(stride - 1, f, EXACT)] if stride > 1 else []
     return 1 if all(holds(*trial) for trial in trials) else stride
