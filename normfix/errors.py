@@ -145,7 +145,8 @@ CODES: dict[str, str] = {
     "at least the halo that was measured, since with less the result is not the whole image's.",
     # 5xx: saving
     "NF501": "Nothing is written that was not proved. See which step failed and where; --partial writes it "
-    "all the same, with what remains live stated.",
+    "all the same, with what remains live stated. Sites that were refused, as no constant can replace them, do "
+    "not hinder: the rest is converted, proved and written, and they are named.",
     "NF502": "Only a network that normfix converted carries the plan a saved folder needs, one plan that starts "
     "at the original network, and only what its state_dict holds as tensors can be written.",
     "NF503": "What was written did not load back as the same network, so it was removed.",

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from normfix.numerics import IDENTITY, deviation
 from normfix.records import (
+    Action,
     CalibrationSummary,
-    Decision,
     ImageShift,
     Plan,
     ProofStep,
@@ -31,7 +31,7 @@ RESIDUAL: dict[torch.dtype, float] = {
 }
 """The largest self-consistency residual: mean shift in sd, and |variance ratio - 1|."""
 
-Status = Literal["passed", "failed", "inconclusive"]
+Status = Literal["passed", "failed", "inconclusive", "refused"]
 
 
 def identity(converted: Tensor, original: Tensor) -> ProofStep:
@@ -67,11 +67,25 @@ def residual(summary: CalibrationSummary | None, dtype: torch.dtype) -> ProofSte
 
 
 def tile_exactness(
-    verdict: Verdict | None, left_live: Sequence[Decision], findings: Sequence[str]
+    verdict: Verdict | None,
+    plan: Plan,
+    findings: Sequence[str],
+    mismatch: tuple[float, str] | None = None,
 ) -> ProofStep:
-    """Prove T2: stitched tiles equal the whole image."""
+    """Prove T2: stitched tiles equal the whole image; not claimed where refused sites stay live.
+
+    Args:
+        verdict: of the comparison, where there was one.
+        plan: says what stays live; refusing all of it and converting nothing is no conversion.
+        findings: why there is no geometry.
+        mismatch: where sites stay live, how far tiles are from the whole in sd, and of which size they are.
+    """
     claim = "stitched tiles of the converted network equal its output on the whole image"
-    live = ", ".join(f"{d.site.id} ({d.reason})" for d in left_live[:4])
+    left = plan.left_live
+    live = ", ".join(f"{d.site.id} ({d.reason})" for d in left[:4])
+    if left and plan.converted and all(d.action is Action.REFUSE for d in left):
+        value, tiles = mismatch if mismatch is not None else (None, "no mismatch could be measured")
+        return _step("tiles", claim, "refused", value, None, f"{tiles}; live: {live}")
     if verdict is None:
         reasons = "; ".join(findings) or "its geometry could not be measured"
         return _step("tiles", claim, "failed", None, None, f"live: {live}" if live else reasons)

@@ -356,11 +356,15 @@ class Verdict(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProofStep(Record):
-    """One claim about a conversion, the number that supports it and the bound it was held against."""
+    """One claim about a conversion, the number that supports it and the bound it was held against.
+
+    "refused" is the status of a claim that is not made, because sites that no constant can replace stay live;
+    `value` is then what tiles differ by all the same.
+    """
 
     name: str
     claim: str
-    status: Literal["passed", "failed", "inconclusive"]
+    status: Literal["passed", "failed", "inconclusive", "refused"]
     value: float | None
     bound: float | None
     note: str = ""
@@ -378,6 +382,11 @@ class Proof(Record):
     def passed(self) -> bool:
         """Tell whether every step passed."""
         return all(step.status == "passed" for step in self.steps)
+
+    @property
+    def partial(self) -> bool:
+        """Tell whether all that could be converted is proved, while refused sites stay live."""
+        return not self.passed and all(step.status in ("passed", "refused") for step in self.steps)
 
     def step(self, name: str) -> ProofStep:
         """Return the step of that name.

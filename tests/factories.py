@@ -56,6 +56,22 @@ def talkative() -> TinyUNet:
     return model
 
 
+class Attentive(TinyUNet):
+    """Lets every second pixel look at every other, after its instance norms."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        coarse = self.second(self.pool(self.first(x)))
+        tokens = coarse.flatten(2).transpose(1, 2)
+        seen = nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
+        return self.up(seen.transpose(1, 2).reshape(coarse.shape))
+
+
+def attentive() -> Attentive:
+    """Return a network with convertible norms and an attention that is not."""
+    torch.manual_seed(0)
+    return Attentive()
+
+
 def _say(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
     print("forward", tuple(output.shape))  # noqa: T201 - the point
 

@@ -424,21 +424,31 @@ FROZEN = (
 )
 
 
-class StripPool(Nasty):
+class Stubborn(Nasty):
+    """An instance norm, which can be converted, before a body that cannot."""
+
+    def __init__(self):
+        super().__init__(norm=nn.InstanceNorm2d(4))
+
+    def forward(self, x):
+        return self.head(self.body(self.norm(self.stem(x))))
+
+
+class StripPool(Stubborn):
     """Breaks totals: rows are pooled, columns are not, and the result meets the map."""
 
     def body(self, x):
         return x * x.mean(3, keepdim=True).sigmoid()
 
 
-class RunningSum(Nasty):
+class RunningSum(Stubborn):
     """Breaks shapes: a cumulative sum keeps the extent and still sees everything before."""
 
     def body(self, x):
         return x + x.cumsum(3) * 0.01
 
 
-class PyramidPool(Nasty):
+class PyramidPool(Stubborn):
     """Breaks pools: six by six bins keep a layout of the image."""
 
     def body(self, x):
@@ -446,14 +456,14 @@ class PyramidPool(Nasty):
         return x + F.interpolate(bins, size=x.shape[2:], mode="bilinear")
 
 
-class SpatialSoftmax(Nasty):
+class SpatialSoftmax(Stubborn):
     """Breaks shapes: a softmax over space meets the map again."""
 
     def body(self, x):
         return x * (x.flatten(2).softmax(-1).view(x.shape) * x[0, 0].numel())
 
 
-class SelfAttention(Nasty):
+class SelfAttention(Stubborn):
     """Breaks constants: every pixel looks at every other."""
 
     def body(self, x):
@@ -463,21 +473,21 @@ class SelfAttention(Nasty):
         return x + F.interpolate(seen.reshape(n, c, h // 4, w // 4), scale_factor=4)
 
 
-class Fourier(Nasty):
+class Fourier(Stubborn):
     """Breaks locality: the image's spectrum is filtered."""
 
     def body(self, x):
         return torch.fft.irfft2(torch.fft.rfft2(x) * 0.5, s=x.shape[2:])
 
 
-class Sorted(Nasty):
+class Sorted(Stubborn):
     """Breaks locality: values are ordered along the rows."""
 
     def body(self, x):
         return x + torch.sort(x, dim=3).values
 
 
-class PlaceOfMaximum(Nasty):
+class PlaceOfMaximum(Stubborn):
     """Breaks constants: the place of the largest value is used, and places differ on every tile."""
 
     def body(self, x):
@@ -485,14 +495,21 @@ class PlaceOfMaximum(Nasty):
         return x + place[..., None, None].to(x.dtype) * 0.01
 
 
-class ExtentPower(Nasty):
+class ExtentPower(Stubborn):
     """Breaks quotients: the sum is combined with the extent by other arithmetic than a division."""
 
     def body(self, x):
         return x + x.sum((2, 3), keepdim=True).abs().sub(x.shape[2]).tanh()
 
 
-class InnerCheckpoint(Nasty):
+class HiddenExtent(Nasty):
+    """Breaks the census: the sum is divided by the extent, which hides in a tensor."""
+
+    def body(self, x):
+        return x - x.sum((2, 3), keepdim=True) / torch.full((), x.shape[2] * x.shape[3], dtype=x.dtype)
+
+
+class InnerCheckpoint(Stubborn):
     """Breaks interception under a compiler: the owner recomputes a part of its own forward."""
 
     def body(self, x):

@@ -247,6 +247,26 @@ def test_a_partial_conversion_is_written_and_exits_1(run, image, tmp_path):
     assert "model.safetensors" in names(tmp_path / "out")
 
 
+def test_refused_sites_are_written_named_and_no_pass(run, image, tmp_path):
+    """A network with attention is converted as far as it goes: exit 0, and the text never says it is invariant."""
+    words = ("--scale", "zscore", "--to", "frozen", "-o", tmp_path / "out")
+    done = run("convert", "factories:attentive", image, *words)
+    assert done.code == 0
+    assert "Partly converted: 1 sites stay live, so the network is not tile-invariant." in done.out
+    assert "scaled_dot_product_attention/0: every pixel looks at every other" in done.out
+    assert "tiles: passed" not in done.out
+    assert "model.safetensors" in names(tmp_path / "out")
+
+
+def test_strict_writes_nothing_where_a_site_is_refused(run, image, tmp_path):
+    """With --strict a refusal exits 1 and leaves no folder; a network without refusals is not concerned."""
+    words = ("--scale", "zscore", "--to", "frozen", "--strict", "-o")
+    refused = run("convert", "factories:attentive", image, *words, tmp_path / "out")
+    assert (refused.code, "live sites were refused" in refused.err) == (1, True)
+    assert not (tmp_path / "out").exists()
+    assert run("convert", ARCH, image, *words, tmp_path / "fine").code == 0
+
+
 def test_what_the_network_prints_is_kept_off_stdout(run):
     """A network whose code prints does not spoil the JSON on stdout."""
     done = run("scan", "factories:talkative", "--input", "1x1x64x64", "--format", "json")

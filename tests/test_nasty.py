@@ -1,11 +1,20 @@
 """The zoo of nasty networks, each converted and proved or refused by name, and planted mistakes."""
 
+from contextlib import suppress
+from dataclasses import replace
+
 import pytest
 import torch
-from nasty import ALONE, FROZEN, REFUSED
+from nasty import ALONE, FROZEN, REFUSED, Fourier, HiddenExtent, SpatialSoftmax
+from torch import nn
 
 import normfix
+from normfix import rewriting
+from normfix.errors import NormfixError
+from normfix.layers import ChannelNorm, FrozenStatistic
+from normfix.pipeline import conversion, looking
 from normfix.records import Action
+from normfix.scanning import survey
 
 NETWORKS = pytest.mark.parametrize("kind", FROZEN, ids=lambda kind: kind.__name__)
 
@@ -29,11 +38,14 @@ def test_converted_and_proved(kind):
 
 @pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.__name__)
 def test_refused_by_name(kind):
-    """What no constant can replace is live, refused with its reason, and the tiles fail."""
+    """What no constant can replace is live, refused with its reason, and tile exactness is not claimed."""
     done = normfix.convert(kind(), image())
     refused = [d for d in done.plan.left_live if d.action is Action.REFUSE]
     assert any(REFUSED[kind] in d.reason for d in refused), [d.reason for d in done.plan.decisions]
-    assert done.proof.step("tiles").status == "failed"
+    assert done.proof.step("tiles").status == "refused"
+    assert done.proof.partial
+    assert not done.proof.passed
+    assert done.verdict is None
 
 
 @pytest.mark.parametrize("kind", ALONE, ids=lambda kind: kind.__name__)
@@ -42,3 +54,92 @@ def test_left_alone(kind):
     scan = normfix.scan(kind(), image())
     assert scan.live == ()
     assert scan.tile_invariant
+
+
+def test_nothing_but_refusals_is_no_conversion():
+    """A network none of whose sites can be converted fails, rather than being called partly converted."""
+    model = Fourier()
+    model.norm = nn.Identity()
+    done = normfix.convert(model, image())
+    assert not done.proof.partial
+    assert done.proof.step("tiles").status == "failed"
+
+
+def test_refusal_names_the_mismatch():
+    """A partly converted network says how far its tiles are from the whole; that is not nothing here."""
+    step = normfix.convert(SpatialSoftmax(), image(128, 160)).proof.step("tiles")
+    assert step.value > 1e-3
+    assert "tiles of" in step.note
+
+
+def test_an_extent_hidden_in_a_tensor_fails_the_tiles():
+    """Dividing a frozen sum by a tensor of the tile's extent passes T1, and T2 catches it."""
+    done = normfix.convert(HiddenExtent(), image())
+    assert done.proof.step("identity").status == "passed"
+    assert done.proof.step("tiles").status == "failed"
+    assert not done.proof.partial
+
+
+# planted mistakes, and which step catches each
+
+
+@NETWORKS
+def test_a_site_the_scan_missed_is_caught(kind, monkeypatch):
+    """A live site that is missing from the plan is found live by the proof, or stops the network by name."""
+
+    def blind(*given):
+        found = survey(*given)
+        last = [site for site in found.sites if site.live][-1]
+        return replace(found, sites=tuple(site for site in found.sites if site is not last))
+
+    monkeypatch.setattr(looking, "survey", blind)
+    with suppress(Stopped):
+        assert converted(kind).proof.step("used").status == "failed"
+
+
+class Stopped(Exception):  # noqa: N818 - not an error of the test
+    """The converted network stopped and named the site."""
+
+
+def converted(kind):
+    try:
+        return normfix.convert(kind(), image())
+    except NormfixError as error:
+        if error.code != "NF207":
+            raise
+        raise Stopped from error
+
+
+@NETWORKS
+def test_an_interception_lost_after_calibration_is_caught(kind, monkeypatch):
+    """Where live equals frozen identity cannot show it; the proof on another input does."""
+    calibrate = conversion._calibrate_
+
+    def careless(model, *given):
+        summary = calibrate(model, *given)
+        for module in model.modules():
+            if module.__dict__.pop("_normfix_intercepts", None) is not None:
+                module.__class__ = type(module).__mro__[1]
+            for name, child in list(module.named_children()):
+                if isinstance(child, ChannelNorm):
+                    setattr(module, name, nn.InstanceNorm2d(child.num_features))
+        return summary
+
+    monkeypatch.setattr(conversion, "_calibrate_", careless)
+    assert normfix.convert(kind(), image()).proof.step("used").status == "failed"
+
+
+@NETWORKS
+def test_a_wrong_constant_is_caught(kind, monkeypatch):
+    """A value stored 1 % too large fails the residual."""
+    honest, honest_norm = FrozenStatistic.set_values_, rewriting._store
+
+    def wrong(self, *values):
+        honest(self, *(value * 1.01 for value in values))
+
+    def wrong_norm(layer, m):
+        honest_norm(layer, replace(m, mean=m.mean * 1.01 + 0.01))
+
+    monkeypatch.setattr(FrozenStatistic, "set_values_", wrong)
+    monkeypatch.setattr(rewriting, "_store", wrong_norm)
+    assert normfix.convert(kind(), image()).proof.step("residual").status == "failed"

@@ -37,7 +37,14 @@ __all__ = ["convert_command"]
 @click.option("--keep", multiple=True, help="Pattern of module paths to leave alone; may be repeated.")
 @click.option("--as-trained", is_flag=True, help="The network is used in train mode: its norms are live.")
 @click.option(
-    "--partial", is_flag=True, help="Write the result although live statistics remain or a proof failed."
+    "--strict",
+    is_flag=True,
+    help="Write nothing and exit 1 if a live site had to be refused (attention, sorting).",
+)
+@click.option(
+    "--partial",
+    is_flag=True,
+    help="Write the result although sites were kept live or a proof failed; exits 1.",
 )
 @image_options
 @click.option("--report", help="Write the record to this .json file, also when the proof fails.")
@@ -49,6 +56,7 @@ def convert_command(
     plan_file: str | None,
     keep: tuple[str, ...],
     as_trained: bool,
+    strict: bool,
     partial: bool,
     report: str | None,
     format_: str,
@@ -91,12 +99,15 @@ def convert_command(
         )
     write_report(report, done.record)
     show(done.record, conversion_text(done.record), format_)
-    if not done.proof.passed and not partial:
-        note(f"Nothing was written to {out}, because the proof did not pass.")
+    proof = done.proof
+    sound = proof.passed or (proof.partial and not strict)
+    if not (sound or partial):
+        why = "live sites were refused" if proof.partial else "the proof did not pass"
+        note(f"Nothing was written to {out}, because {why}.")
         return 1
     save(done, out, partial=partial)
     note(f"Wrote {out}. Load it with normfix.load({out!r}).")
-    return 0 if done.proof.passed else 1
+    return 0 if sound else 1
 
 
 def _read_plan(path: str | None) -> Plan | None:

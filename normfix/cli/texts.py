@@ -71,6 +71,8 @@ def conversion_text(record: ConversionRecord) -> str:
     """Return what was converted and how each step of the proof came out."""
     plan = record.plan
     lines = [f"{plan.model} to {plan.to}: {len(plan.converted)} of {len(plan.decisions)} sites converted"]
+    if record.proof.partial:
+        lines += _partly(record)
     for step in record.proof.steps:
         value = "" if step.value is None else f" {step.value:.2g}"
         bound = "" if step.bound is None else f" (bound {step.bound:.2g})"
@@ -81,6 +83,17 @@ def conversion_text(record: ConversionRecord) -> str:
         for s in record.proof.shifts
     ]
     return "\n".join(lines)
+
+
+def _partly(record: ConversionRecord) -> list[str]:
+    """Say first what a partial conversion is not."""
+    live, step = record.plan.left_live, record.proof.step("tiles")
+    apart = "could not be measured" if step.value is None else f"{step.value:.2g} sd at most"
+    return [
+        f"Partly converted: {len(live)} sites stay live, so the network is not tile-invariant.",
+        *(f"  {d.site.id}: {d.reason}" for d in live),
+        f"  Keep the tile size fixed. Difference of tiles from the whole: {apart}.",
+    ]
 
 
 def calibration_text(summary: CalibrationSummary) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from typing import Any, Literal
 
@@ -12,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from normfix.calibration import Calibration, measure_sites_
-from normfix.calling import Caller, buffers_kept, evaluating, home_of
+from normfix.calling import REFUSALS, Caller, buffers_kept, evaluating, home_of
 from normfix.dye import strip
 from normfix.errors import NormfixError
 from normfix.images import Items
-from normfix.numerics import exact_arithmetic
+from normfix.numerics import deviation, exact_arithmetic
 from normfix.pipeline.looking import (
     Look,
     base_of,
@@ -45,12 +46,15 @@ from normfix.records import (
 )
 from normfix.rewriting import rewrite
 from normfix.scanning import survey
-from normfix.stitching import padded
+from normfix.stitching import padded, tiled
 from normfix.tiles import Geometry, round_up
 
 __all__ = ["Conversion", "convert"]
 
 Progress = Callable[[str, int, int], None]
+
+_UNIT = 32
+"""Grid and context, in pixels, of the tiles that are tried where no halo is enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +123,8 @@ def convert(
         progress: called with (stage, done, total).
 
     Returns:
-        The conversion; `.proof.passed` tells whether it may be relied on.
+        The conversion; `.proof.passed` tells whether it may be relied on, `.proof.partial` that all but refused
+        sites were converted and proved.
 
     Raises:
         NormfixError: NF203 if live statistics are to be frozen and no image was given; NF205 if a given plan
@@ -233,7 +238,12 @@ class _Work:
             steps = (
                 self._identity(first, pair),
                 residual(self.summary, dtype),
-                tile_exactness(verdict, self.plan.left_live, [f.message for f in self.seen.scan.findings]),
+                tile_exactness(
+                    verdict,
+                    self.plan,
+                    [f.message for f in self.seen.scan.findings],
+                    self._mismatch(first, pair[0]) if self.plan.left_live else None,
+                ),
                 self._used(first),
             )
             shifts = self._shifts(first, pair)
@@ -265,6 +275,26 @@ class _Work:
             short_tile = tuple(round_up(32, stride) for stride in geometry.stride)
             verdicts.append(compare_with(self.converted, self.caller, long, geometry, tile=short_tile))
         return next((v for v in verdicts if not v.passed), verdicts[0])
+
+    def _mismatch(self, image: Tensor, whole: Tensor) -> tuple[float, str] | None:
+        """Say how far tiles are from the whole while sites stay live: tiles of a quarter, some context around.
+
+        None where the network is not dense, does not run on tiles, or its output is constant.
+        """
+        spread, space = float(whole.double().std()), image.shape[2:]
+        if whole.dim() != image.dim() or not spread > 0 or min(space) < 2 * _UNIT:
+            return None
+        scale = tuple(Fraction(a, b) for a, b in zip(whole.shape[2:], space, strict=True))
+        units = (_UNIT,) * len(space)
+        geometry = Geometry(stride=units, halo=((_UNIT, _UNIT),) * len(space), scale=scale, multiple=units)
+        tile = _tile(image, geometry)
+        try:
+            parts = tiled(lambda x: self.caller(self.converted, x), image, tile, geometry)
+        except REFUSALS:
+            return None
+        largest, mean = deviation(parts, whole, spread)
+        size = "x".join(map(str, tile))
+        return largest, f"tiles of {size} with {_UNIT} pixels of context are {mean:.2g} sd off on average"
 
     def _used(self, image: Tensor) -> ProofStep:
         """Count the converted layers' calls on a mirrored, dimmed and roughened version of the image."""

@@ -59,7 +59,7 @@ def save(
         folder: must not exist.
         source: "pkg.mod:factory" or "timm:NAME", if the conversion does not know it.
         args: keyword arguments of the factory, JSON-ready.
-        partial: save although the proof did not pass.
+        partial: save although sites were kept live or a step of the proof failed. (Refused sites do not hinder.)
 
     Raises:
         NormfixError: NF114 if the folder exists or cannot be written, NF501 if the proof did not pass, NF502 if
@@ -73,7 +73,7 @@ def save(
             "it carries no plan, so normfix did not convert it. Save what convert returned.",
             where=type(model).__name__,
         )
-    if proof is not None and not proof.passed and not partial:
+    if proof is not None and not (proof.passed or proof.partial or partial):
         wrong = ", ".join(f"{s.name} {s.status}" for s in proof.steps if s.status != "passed")
         raise NormfixError(
             "NF501", f"the proof did not pass ({wrong}), so nothing is written.", where=str(folder)
