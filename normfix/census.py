@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -72,6 +73,7 @@ DIRECT: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Their counterparts in the torch namespace, which carry no signature of their own."""
 
+_ATEN = {"slice": "__getitem__", "select": "__getitem__", "index": "__getitem__", "narrow": "__getitem__"}
 _NAME_OF = {function: name for name, function in NORMS.items()}
 _SIGNATURES = {name: inspect.signature(function) for name, function in NORMS.items()}
 _NOT_OURS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
@@ -220,6 +222,9 @@ class _Recorder(TorchFunctionMode):
 
 def _name_of(func: Callable[..., Any]) -> str:
     name = getattr(func, "__name__", str(func))
+    if isinstance(func, OpOverload):  # what an exported program calls
+        name = func._schema.name.partition("::")[2]
+        name = "interpolate" if "upsample_" in name else _ATEN.get(name, name)
     if func in _NAME_OF:
         return _NAME_OF[func]
     return f"torch.{name}" if f"torch.{name}" in DIRECT else str(name)

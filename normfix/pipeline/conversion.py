@@ -28,6 +28,7 @@ from normfix.pipeline.looking import (
 )
 from normfix.pipeline.using import compare_with
 from normfix.planning import decide, replay
+from normfix.programs import require_free
 from normfix.provenance import attach_
 from normfix.proving import identity, residual, shift, tile_exactness, untouched, used
 from normfix.records import (
@@ -132,6 +133,7 @@ def convert(
         >>> done.proof.passed, type(done.model[1]).__name__
         (True, 'FrozenNorm2d')
     """
+    require_free(model)
     caller = Caller(forward_fn, output)
     home = _home(model, device, dtype)
     items = None if images is None else Items.of(images, *home)
