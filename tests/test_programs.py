@@ -301,6 +301,24 @@ def test_guards_do_not_need_examples():
         raised(program)(torch.randn(1, 1, 32, 41))
 
 
+def test_tiles_that_are_too_small_are_enlarged():
+    """A program that refuses a deepest map of one pixel is proved with larger tiles."""
+
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = stack(nn.InstanceNorm2d(4))
+            self.deep = nn.Conv2d(1, 1, 32, 32)
+
+        def forward(self, x):
+            return self.net(x) + F.interpolate(self.deep(x), scale_factor=32)
+
+    image = torch.rand(1, 1, 128, 128)
+    program = raised(export(Deep().eval(), torch.randn(1, 1, 64, 64)))
+    done = normfix.convert(program, image)
+    assert done.proof.passed, done.proof.steps
+
+
 # ---- refusals
 
 

@@ -68,7 +68,6 @@ def convert_command(
     \b
     Example:
       normfix convert normfix.demo.network:nuclei_unet nuclei.tif --scale percentile:1,99.8 --to frozen -o fixed
-      normfix convert model.pt2 nuclei.tif --scale unit --to frozen -o fixed.pt2
     """
     from normfix.pipeline import convert, save
     from normfix.pipeline.storage import require_unconverted
