@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
@@ -88,6 +89,7 @@ DIRECT: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Their counterparts in the torch namespace, which carry no signature of their own."""
 
+_ATEN = {"slice": "__getitem__", "select": "__getitem__", "index": "__getitem__", "narrow": "__getitem__"}
 _NAME_OF = {function: name for name, function in NORMS.items()}
 _SIGNATURES = {name: inspect.signature(function) for name, function in NORMS.items()}
 _COUNTED_NAMES = frozenset(COUNTED.values())
@@ -314,6 +316,9 @@ def _checkpoints() -> int:
 
 def _name_of(func: Callable[..., Any]) -> str:
     name = getattr(func, "__name__", str(func))
+    if isinstance(func, OpOverload):  # what an exported program calls
+        name = func._schema.name.partition("::")[2]
+        name = "interpolate" if "upsample_" in name else _ATEN.get(name, name)
     if func in _NAME_OF:
         return _NAME_OF[func]
     if func in COUNTED:

@@ -99,6 +99,9 @@ CODES: dict[str, str] = {
     "NF216": "The halo is read from where NaN spreads to, and a comparison, argmax or cast turns NaN into an "
     "ordinary number. Choose the output before that step (probabilities instead of labels) with --output or "
     "forward_fn.",
+    "NF220": "An exported program keeps the sizes it was exported with unless they were left free. One with "
+    "fixed sizes runs on no other image and on no tile, so it cannot be measured, tiled or proved. "
+    "Export the network again with the line in the message: a batch of 2 and Dim.AUTO.",
     "NF221": "torch.export could not capture the network, or what it captured differs from it, so the graph "
     "says nothing. Scanning and converting go on with the other looks.",
     "NF222": "The looks at a network disagree: one saw a statistic that another did not. Nothing is resolved "
@@ -124,6 +127,12 @@ CODES: dict[str, str] = {
     "NF245": "A halo is read from where NaN spreads to, and some operations would take NaN for an address in memory "
     "(deformable convolutions, sampling at computed coordinates, operations from outside torch). They are not run "
     "on it; how far they read depends on the data.",
+    "NF224": "A program (.pt2) could not be read, or is not what torch.export.save writes for one image and "
+    "the tensors it holds.",
+    "NF225": "The network cannot be written as an exported program: torch.export failed, or something in it "
+    "needs code that does not travel with the file.",
+    "NF226": "The written program does not give the converted network's output to the bit, so it was removed.",
+    "NF227": "A program is written to one file whose name ends in .pt2.",
     # 3xx: calibrating
     "NF301": "A site ran more or less often than once per image, so its statistic is not defined. The network "
     "takes another path on these images than on the example it was scanned with.",

@@ -10,7 +10,6 @@ import click
 
 from normfix.cli.options import (
     Arguments,
-    format_option,
     image_options,
     model_options,
     note,
@@ -32,7 +31,7 @@ __all__ = ["convert_command"]
 @model_options
 @click.argument("images", nargs=-1)
 @click.option("--to", type=click.Choice(["frozen", "batchrenorm"]), help="What norms become.")
-@click.option("-o", "--out", required=True, help="Folder to write; must not exist.")
+@click.option("-o", "--out", required=True, help="Folder to write, or a program: FILE.pt2. Must not exist.")
 @click.option("--plan", "plan_file", help="Replay this reviewed plan instead of --to and --keep.")
 @click.option("--keep", multiple=True, help="Pattern of module paths to leave alone; may be repeated.")
 @click.option("--as-trained", is_flag=True, help="The network is used in train mode: its norms are live.")
@@ -48,7 +47,14 @@ __all__ = ["convert_command"]
 )
 @image_options
 @click.option("--report", help="Write the record to this .json file, also when the proof fails.")
-@format_option
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["text", "json", "pt2"]),
+    default="text",
+    show_default=True,
+    help="What stdout carries; pt2: text, and -o must name a program.",
+)
 def convert_command(
     images: tuple[str, ...],
     to: Any,
@@ -64,7 +70,8 @@ def convert_command(
 ) -> int:
     """Convert MODEL so that tiles of it agree, measuring statistics on whole IMAGES, and prove the result.
 
-    Exits 1 and writes no folder if a proof fails or is inconclusive.
+    The result is a folder, or with -o FILE.pt2 an exported program that needs neither normfix nor the network's
+    source. MODEL may be such a program itself. Exits 1 and writes nothing if a proof fails or is inconclusive.
 
     \b
     Example:
@@ -72,18 +79,22 @@ def convert_command(
     """
     from normfix.pipeline import convert, save
     from normfix.pipeline.storage import require_unconverted
+    from normfix.programs import SUFFIX, require_program_name
     from normfix.saving import require_absent
 
     if (to is None) == (plan_file is None):
         raise click.UsageError("give either --to frozen|batchrenorm or --plan FILE")
     if plan_file is not None and keep:
         raise click.UsageError("--keep belongs to --to; a plan already says what to keep")
+    if format_ == "pt2" and Path(out).suffix != SUFFIX:
+        raise NormfixError("NF227", "--format pt2 writes one file: give -o FILE.pt2.", where=out)
     require_absent(Path(out))
     require_report(report)
     plan = _read_plan(plan_file)
     arguments = Arguments.take(options)
     opened = arguments.open()
     require_unconverted(opened.model)
+    require_program_name(out, opened.model)
     with steps() as progress:
         done = convert(
             opened.model,

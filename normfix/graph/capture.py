@@ -142,6 +142,13 @@ def image_of(program: ExportedProgram) -> Node:
     raise ValueError("the program takes no tensor")
 
 
+def extent_of(extent: Any) -> int | None:
+    """Return an extent that is a number, also where it was specialised to one; None where it is free."""
+    if isinstance(extent, int):
+        return extent
+    return None if _symbols(extent) else int(extent.node.expr)
+
+
 def extents(captured: Captured) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]] | None]:
     """Return each tensor node's shape at two image sizes; see Captured.shapes."""
     here = dict(_tensor_nodes(captured.program))
@@ -189,7 +196,7 @@ def _replays(example: Tensor, free: Sequence[int]) -> Iterator[list[Tensor]]:
 def _replay(program: ExportedProgram, network: nn.Module, image: Tensor) -> bool | None:
     """Tell whether program and network agree; None where one of them does not take the input."""
     body = program.module()
-    with _silence():
+    with silence():
         try:
             expected = network(image.clone())
             actual = body(image.clone())
@@ -197,11 +204,11 @@ def _replay(program: ExportedProgram, network: nn.Module, image: Tensor) -> bool
             return None
     mine, theirs = tree_leaves(actual), tree_leaves(expected)
     return len(mine) == len(theirs) and all(
-        _same(a, b) for a, b in zip(mine, theirs, strict=True) if isinstance(b, Tensor)
+        same(a, b) for a, b in zip(mine, theirs, strict=True) if isinstance(b, Tensor)
     )
 
 
-def _same(actual: Any, expected: Tensor) -> bool:
+def same(actual: Any, expected: Tensor) -> bool:
     if not isinstance(actual, Tensor) or actual.shape != expected.shape or actual.dtype != expected.dtype:
         return False
     if torch.equal(actual, expected) or not expected.is_floating_point():
@@ -224,7 +231,7 @@ def _other(network: nn.Module, example: Tensor, program: ExportedProgram) -> Exp
 
 
 def _export(module: nn.Module, example: Tensor, free: Sequence[int]) -> ExportedProgram:
-    with _silence(), torch.no_grad():
+    with silence(), torch.no_grad():
         return torch.export.export(
             copy.deepcopy(module),
             (example.clone(),),
@@ -278,7 +285,7 @@ def _sizes(value: Any, replaced: dict[Any, int] | None = None) -> tuple[int, ...
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Keep what torch.export warns and logs to itself; what matters is returned."""
     loggers = [
         logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._dynamo", "torch._export")

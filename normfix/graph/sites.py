@@ -90,7 +90,7 @@ def read_sites(captured: Captured, model: nn.Module) -> Reading:
                 unknown[str(node.target)] += 1
             continue
         function = norm.function if norm else name_of(node)
-        owner = owner_of(node, names)
+        owner = _owner(node, names)
         operand = norm.operand in depends if norm else True
         seen.append(
             Seen(
@@ -109,19 +109,19 @@ def read_sites(captured: Captured, model: nn.Module) -> Reading:
     return Reading(tuple(seen), tuple(sorted(unknown.items())))
 
 
-def owner_of(node: Node, names: Mapping[str, str] | None = None) -> str:
-    """Return the path of the innermost module that made a node, '' for the root or where nothing is known.
-
-    Args:
-        node: its `nn_module_stack` is read.
-        names: from paths to the first path of the same module.
-    """
+def owner_of(node: Node) -> str:
+    """Return the path of the innermost module that made a node, '' for the root or where nothing is known."""
     stack = node.meta.get("nn_module_stack") or {}
     path = str(list(stack.values())[-1][0]) if stack else ""
-    if path == WRAPPED or path.startswith(f"{WRAPPED}."):
-        path = path[len(WRAPPED) + 1 :]
-    path = ".".join(part.partition("@")[0] for part in path.split("."))
-    return names.get(path, path) if names else path
+    parts = [part.partition("@")[0] for part in path.split(".")]
+    return ".".join(parts) if all(part.isidentifier() or part.isdecimal() for part in parts) else ""
+
+
+def _owner(node: Node, names: Mapping[str, str]) -> str:
+    """Return a node's owner as the network itself names it first."""
+    path = owner_of(node)
+    path = path[len(WRAPPED) + 1 :] if path == WRAPPED or path.startswith(f"{WRAPPED}.") else path
+    return names.get(path, path)
 
 
 class _Sizes:

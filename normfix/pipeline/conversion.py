@@ -29,6 +29,7 @@ from normfix.pipeline.looking import (
 )
 from normfix.pipeline.using import compare_with
 from normfix.planning import decide, replay
+from normfix.programs import require_free
 from normfix.provenance import attach_
 from normfix.proving import identity, residual, shift, tile_exactness, untouched, used
 from normfix.records import (
@@ -137,6 +138,7 @@ def convert(
         >>> done.proof.passed, type(done.model[1]).__name__
         (True, 'FrozenNorm2d')
     """
+    require_free(model)
     caller = Caller(forward_fn, output)
     home = _home(model, device, dtype)
     items = None if images is None else Items.of(images, *home)
@@ -265,15 +267,14 @@ class _Work:
         geometry = self.seen.geometry
         if geometry is None or self.plan.left_live:
             return None
-        tile = self.tile or _tile(image, geometry)
-        verdict = compare_with(self.converted, self.caller, image, geometry, tile=tile)
+        verdict = self._compared(image, geometry, self.tile or _tile(image, geometry))
         verdicts = [verdict] if verdict.axes else []
         uncut = sorted(set(range(len(geometry.stride))) - set(verdict.axes))
         thin = thinnest(partial(self.caller, self.converted), image, geometry) if uncut else ()
         for axis in uncut:
             long = _longer_than_windows(image, geometry, axis, thin)
             short_tile = tuple(round_up(32, stride) for stride in geometry.stride)
-            verdicts.append(compare_with(self.converted, self.caller, long, geometry, tile=short_tile))
+            verdicts.append(self._compared(long, geometry, short_tile))
         return next((v for v in verdicts if not v.passed), verdicts[0])
 
     def _mismatch(self, image: Tensor, whole: Tensor) -> tuple[float, str] | None:
@@ -295,6 +296,20 @@ class _Work:
         largest, mean = deviation(parts, whole, spread)
         size = "x".join(map(str, tile))
         return largest, f"tiles of {size} with {_UNIT} pixels of context are {mean:.2g} sd off on average"
+
+    def _compared(self, image: Tensor, geometry: Geometry, tile: int | tuple[int, ...]) -> Verdict:
+        """Compare tiles with the whole; tiles nobody asked for are doubled while the network takes none so small."""
+        while True:
+            try:
+                return compare_with(self.converted, self.caller, image, geometry, tile=tile)
+            except NormfixError as error:
+                small = isinstance(tile, tuple) and any(
+                    t < n for t, n in zip(tile, image.shape[2:], strict=True)
+                )
+                if error.code != "NF109" or tile == self.tile or not small:
+                    raise
+            assert isinstance(tile, tuple)
+            tile = tuple(2 * t for t in tile)
 
     def _used(self, image: Tensor) -> ProofStep:
         """Count the converted layers' calls on a mirrored, dimmed and roughened version of the image."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from normfix.calibration import NormTarget, StatisticTarget, Target, measure_sites_
 from normfix.calling import REFUSALS, Caller, buffers_kept, evaluating, home_of, require_network
 from normfix.errors import NormfixError
+from normfix.graph import Program
 from normfix.layers import FrozenStatistic
 from normfix.locality import Locality, cross_section, measure_locality
 from normfix.merging import GraphSeen, merge
@@ -245,6 +246,8 @@ def input_of(model: nn.Module) -> tuple[int, int]:
     Raises:
         NormfixError: NF109 if the network has none.
     """
+    if isinstance(model, Program):
+        return model.shape[1] or 1, len(model.shape) - 2
     for module in model.modules():
         if isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
             channels = 0 if isinstance(module, nn.modules.lazy.LazyModuleMixin) else module.in_channels
@@ -261,6 +264,8 @@ def default_example(model: nn.Module) -> Tensor:
     """Return seeded noise of the shape the first convolution takes."""
     channels, ndim = input_of(model)
     shape = (1, channels, *(_EXAMPLE_EXTENT[ndim],) * ndim)
+    if isinstance(model, Program):
+        shape = tuple(n or free for n, free in zip(model.shape, shape, strict=True))
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 

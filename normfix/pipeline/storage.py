@@ -18,11 +18,13 @@ from normfix.calibration import Calibration
 from normfix.calling import Caller, evaluating, home_of
 from normfix.errors import NormfixError
 from normfix.factories import dumped, rebuild
+from normfix.json_record import SCHEMA
 from normfix.loading import HUB, Loaded, Request, fetched, open_path, open_spec, read_weights
 from normfix.numerics import IDENTITY, exact_arithmetic
 from normfix.pipeline.conversion import Conversion
+from normfix.programs import SUFFIX, export_program, open_program, require_program_name, write_program
 from normfix.provenance import attach_, provenance_of
-from normfix.records import Probe, Proof, Provenance, Saved, Source
+from normfix.records import CalibrationSummary, Probe, Proof, Provenance, Saved, Source
 from normfix.rewriting import copy_of, rewrite
 from normfix.saving import (
     MANIFEST,
@@ -49,21 +51,23 @@ def save(
     *,
     partial: bool = False,
 ) -> None:
-    """Write a conversion, or a converted network that was trained further, as a folder.
+    """Write a conversion, or a converted network that was trained further, as a folder, or as a program (.pt2).
 
     The folder is read back before it appears under its name: in a fresh process where the source can be
     called there, else on a copy of the original network.
 
     Args:
         done: a conversion, a calibration, or a network that carries its plan.
-        folder: must not exist.
+        folder: must not exist. A name ending in .pt2 becomes an exported program, one file that needs neither
+            normfix nor the network's source.
         source: "pkg.mod:factory" or "timm:NAME", if the conversion does not know it.
         args: keyword arguments of the factory, JSON-ready.
         partial: save although sites were kept live or a step of the proof failed. (Refused sites do not hinder.)
 
     Raises:
         NormfixError: NF114 if the folder exists or cannot be written, NF501 if the proof did not pass, NF502 if
-            the network carries no plan or was converted before, NF503 if reading it back gives another result.
+            the network carries no plan or was converted before, NF503 if reading it back gives another result;
+            NF225 and NF226 for programs.
     """
     model, proof, caller, original, calibration = _parts(done)
     provenance = provenance_of(model)
@@ -83,6 +87,9 @@ def save(
         provenance = replace(provenance, source=named)
     if original is not None:
         require_unconverted(original)
+    if require_program_name(str(folder), model):
+        _save_program(Path(folder), model, caller, provenance, proof, calibration)
+        return
     with appearing(Path(folder)) as draft:
         write_folder(draft, model, provenance, proof, calibration, _probe(model, caller, provenance))
         _read_back(draft, provenance.source, model, original)
@@ -139,6 +146,8 @@ def open_any(
     spec: str | Path, request: Request, *, model: nn.Module | None = None, revision: str | None = None
 ) -> Loaded:
     """Open as `load` does, with source and notes."""
+    if Path(spec).suffix == SUFFIX and Path(spec).is_file():
+        return _open_program(Path(spec))
     if not str(spec).startswith(HUB):
         if (Path(spec) / MANIFEST).is_file():
             return _open_saved(Path(spec), request, model)
@@ -159,6 +168,46 @@ def _open_saved(folder: Path, request: Request, model: nn.Module | None) -> Load
         else rebuild(source, arch=request.arch, arch_args=request.arch_args)
     )
     return Loaded(_restored(folder, saved, base), source)
+
+
+def _open_program(path: Path) -> Loaded:
+    """Open a .pt2 file; one that normfix wrote brings plan, geometry and scaling with it."""
+    model, saved = open_program(path)
+    source = Source(kind="object", spec="torch.export:ExportedProgram")
+    if saved is None:
+        return Loaded(model, source)
+    known = saved.provenance
+    attach_(model, known)
+    if saved.probe is not None:
+        _require_probe(model, Caller(None, known.output), saved.probe, str(path))
+    return Loaded(model, known.source)
+
+
+def _save_program(
+    path: Path,
+    model: nn.Module,
+    caller: Caller,
+    provenance: Provenance,
+    proof: Proof | None,
+    calibration: CalibrationSummary | None,
+) -> None:
+    """Write a network as a program of one image, which returns all that the network returns."""
+    run = None if caller.forward_fn is None else caller
+    if run is not None:  # the program returns what counts already
+        provenance = replace(provenance, output=None)
+    shape = (1, *provenance.scan.example[1:])
+    device, dtype = home_of(model)
+    program = export_program(model, run, seeded_input(shape, _SEED, dtype).to(device))
+    saved = Saved(
+        schema=SCHEMA,
+        provenance=provenance,
+        aliases=(),
+        sha256="",
+        calibration=calibration,
+        proof=proof,
+        probe=_probe(model, caller, provenance),
+    )
+    write_program(path, program, model, run or (lambda network, image: network(image)), saved)
 
 
 def _parts(

@@ -14,6 +14,7 @@ from normfix.errors import NormfixError
 from normfix.images import Items
 from normfix.numerics import exact_arithmetic, settings
 from normfix.pipeline.looking import base_of, fitting_example, geometry_of, look, thinnest
+from normfix.programs import require_free
 from normfix.provenance import is_current, provenance_of
 from normfix.records import Scan, Verdict
 from normfix.rewriting import copy_of
@@ -195,6 +196,7 @@ class _Known:
 
 def _known(model: nn.Module, image: Tensor, forward_fn: ForwardFn | None, output: str | int | None) -> _Known:
     """Take what travels with the model, or scan it where that is of other modules or of another output."""
+    require_free(model)
     known = provenance_of(model)
     if known is not None and is_current(model) and output in (None, known.output, _as_index(known.output)):
         left = tuple(d.site.id for d in known.plan.left_live)

@@ -1,0 +1,108 @@
+"""An exported program as an ordinary module: copied, moved, scanned, converted and exported like any network.
+
+Its submodules hold the program's tensors under their own names, and its forward interprets the program's
+graph on them. What the graph calls as a module may be replaced there, which is how a program is rewritten.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Interpreter
+
+from normfix.errors import NormfixError
+
+__all__ = ["NormCall", "Program"]
+
+_FUNCTIONS: Mapping[str, Callable[..., Tensor]] = {
+    "batch_norm": F.batch_norm,
+    "instance_norm": F.instance_norm,
+    "group_norm": F.group_norm,
+    "layer_norm": F.layer_norm,
+}
+
+
+class Program(nn.Module):
+    """The function of an exported program, in eval mode as it was exported.
+
+    Args:
+        body: holds the program's tensors and its graph; taken over, not copied.
+        shape: of the image, None for each dimension that is free.
+    """
+
+    def __init__(self, body: GraphModule, shape: Sequence[int | None]) -> None:
+        super().__init__()
+        for name, child in body.named_children():
+            self.add_module(name, child)
+        for name, parameter in body.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, buffer in body.named_buffers(recurse=False):
+            self.register_buffer(name, buffer, persistent=name not in body._non_persistent_buffers_set)
+        for node in body.graph.nodes:
+            if node.op == "get_attr" and not hasattr(self, node.target.partition(".")[0]):
+                setattr(self, node.target, getattr(body, node.target))
+        self.shape = tuple(shape)
+        self._graph: Graph = copy.deepcopy(body.graph)
+        self.eval()
+
+    @property
+    def fixed(self) -> tuple[int, ...]:
+        """Return the dimensions of the image that hold another extent than any: space, or a batch above 1."""
+        return tuple(d for d, n in enumerate(self.shape) if d != 1 and n is not None and (d > 1 or n > 1))
+
+    def forward(self, image: Tensor, *others: Any) -> Any:
+        """Run the program.
+
+        Raises:
+            NormfixError: NF220 for an image of another size than the program was fixed to.
+        """
+        expected = "x".join("*" if n is None else str(n) for n in self.shape)
+        if any(n is not None and n != m for n, m in zip(self.shape, image.shape, strict=False)):
+            given = "x".join(map(str, image.shape))
+            raise NormfixError(
+                "NF220",
+                f"the program takes images of shape {expected}, not {given}. {self.remedy()}",
+                where="program",
+            )
+        interpreter = Interpreter(self, graph=self._graph)
+        interpreter.extra_traceback = False
+        return interpreter.run(image, *others)
+
+    def remedy(self) -> str:
+        """Return the line that exports the network with free sizes."""
+        space = {2: 64, 3: 64}.get(len(self.shape) - 2, 256)
+        shape = ", ".join(map(str, (2, self.shape[1], *(n or space for n in self.shape[2:]))))
+        free = ", ".join(f"{d}: torch.export.Dim.AUTO" for d in range(len(self.shape)) if d != 1)
+        return (
+            "Export it again, where the network's source is: torch.export.save(torch.export.export(model.eval(), "
+            f"(torch.randn({shape}),), dynamic_shapes=({{{free}}},), strict=False), 'free.pt2')"
+        )
+
+
+class NormCall(nn.Module):
+    """One norm of a program whose tensors come from elsewhere: a functional call, or one of several calls.
+
+    Args:
+        function: name in torch.nn.functional.
+        settings: its keyword arguments besides input, weight and bias.
+    """
+
+    def __init__(self, function: str, settings: dict[str, Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.settings = settings
+
+    def forward(
+        self, input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, shape: Any = None
+    ) -> Tensor:
+        """Normalise; `shape` is the normalized shape of a layer norm."""
+        given = self.settings if shape is None else {**self.settings, "normalized_shape": tuple(shape)}
+        return _FUNCTIONS[self.function](input, weight=weight, bias=bias, **given)
+
+    def extra_repr(self) -> str:
+        """Show the function."""
+        return self.function

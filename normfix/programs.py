@@ -1,0 +1,264 @@
+"""Exported programs (.pt2) in and out: one file that needs neither normfix nor the network's source.
+
+Opening raises a program into modules (normfix.graph) and replays it against the file before it is used.
+Writing exports a network, makes sure that nothing but torch's own operators is in it, and runs the file in a
+fresh process in which normfix and the network's packages cannot be imported: its output must be the network's
+to the bit. What normfix knows of the network travels inside, as the file's extra file normfix.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
+
+from normfix.calling import REFUSALS, evaluating, home_of
+from normfix.errors import NormfixError
+from normfix.graph import Program, export, raised
+from normfix.graph.capture import free_dimensions, image_of, same, silence
+from normfix.graph.raising import unlifted
+from normfix.numerics import exact_arithmetic
+from normfix.records import Saved
+
+__all__ = [
+    "SUFFIX",
+    "export_program",
+    "open_program",
+    "require_free",
+    "require_program_name",
+    "write_program",
+]
+
+SUFFIX = ".pt2"
+_MANIFEST = "normfix.json"
+_OURS = ("normfix",)
+_SAMPLE = {1: 256, 2: 64, 3: 64}
+
+
+def open_program(path: Path) -> tuple[Program, Saved | None]:
+    """Open a .pt2 file as a module, with what normfix knew of it if it wrote the file.
+
+    Raises:
+        NormfixError: NF224 if it is no program of one image, or differs from the file once it is raised.
+    """
+    extra = {_MANIFEST: ""}
+    try:
+        with silence():
+            program = torch.export.load(path, extra_files=extra)
+            model = raised(program)
+            _require_replay(model, program, str(path))
+    except NormfixError:
+        raise
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    text: Any = extra[_MANIFEST]
+    known = json.loads(text) if text else None
+    return model, None if known is None else Saved.from_json(known, where=str(path))
+
+
+def require_free(model: nn.Module) -> None:
+    """Refuse a program whose sizes are fixed, where tiles or other images are to be computed.
+
+    Raises:
+        NormfixError: NF220 with the line that exports it again.
+    """
+    if isinstance(model, Program) and model.fixed:
+        shape = "x".join("*" if n is None else str(n) for n in model.shape)
+        raise NormfixError(
+            "NF220",
+            f"the program was exported for images of shape {shape} only, so no other image and no tile can be "
+            f"computed with it. {model.remedy()}",
+            where="program",
+        )
+
+
+def require_program_name(path: str, model: nn.Module) -> bool:
+    """Tell whether an output is a program, by its name.
+
+    Raises:
+        NormfixError: NF227 if a program is to be written under another name.
+    """
+    named = Path(path).suffix == SUFFIX
+    if isinstance(model, Program) and not named:
+        raise NormfixError(
+            "NF227", "what was an exported program is written as one: give a file ending in .pt2.", where=path
+        )
+    return named
+
+
+def export_program(
+    model: nn.Module, run: Callable[[nn.Module, Tensor], Any] | None, example: Tensor
+) -> ExportedProgram:
+    """Export a network in eval mode, with batch and sizes free where it allows that.
+
+    Args:
+        model: not modified.
+        run: calls the model where `model(image)` is not how it is called; the program then takes the image.
+        example: (1, C, *space) that the network runs on.
+
+    Raises:
+        NormfixError: NF225 if torch.export fails, or operators other than torch's own are in the program.
+    """
+    network = model if run is None else _Called(model, run)
+    try:
+        with evaluating(network), exact_arithmetic():
+            program = export(network, example[:1])
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise NormfixError(
+            "NF225",
+            f"torch.export failed: {type(error).__name__}: {reason}. Save a folder instead.",
+            where=type(model).__name__,
+        ) from error
+    foreign = sorted(
+        {str(t) for t in _targets(program) if t.namespace not in ("aten", "prim", "prims", "higher_order")}
+    )
+    if any(name.startswith(_OURS) for name in foreign):
+        raise NormfixError(
+            "NF225", f"it calls {', '.join(foreign)}, which only normfix has.", where="program"
+        )
+    return program
+
+
+def write_program(
+    path: Path, program: ExportedProgram, model: nn.Module, run: Callable[..., Any], saved: Saved
+) -> None:
+    """Write a program to a new file, once it gave the network's output to the bit in a fresh process.
+
+    Args:
+        path: ends in .pt2 and does not exist.
+        program: exported from `model`.
+        model: the converted network, the reference.
+        run: calls it and returns all that the program returns.
+        saved: travels inside.
+
+    Raises:
+        NormfixError: NF114 if the file exists or cannot be written, NF226 if its output differs.
+    """
+    if path.exists() or path.is_symlink():
+        raise NormfixError(
+            "NF114", "it exists, and normfix overwrites nothing. Name another file.", where=str(path)
+        )
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
+            draft = Path(folder) / path.name
+            with silence():
+                torch.export.save(program, draft, extra_files={_MANIFEST: saved.dumps()})
+            _require_equal(draft, program, model, run, Path(folder) / "expected.safetensors", str(path))
+            draft.rename(path)
+    except OSError as error:
+        raise NormfixError("NF114", f"cannot write there: {error}.", where=str(path)) from error
+
+
+class _Called(nn.Module):
+    """A network that is called in its own way, as a function of one image."""
+
+    def __init__(self, network: nn.Module, run: Callable[[nn.Module, Tensor], Any]) -> None:
+        super().__init__()
+        self.network = network
+        self._run = run
+
+    def forward(self, image: Tensor) -> Any:
+        return self._run(self.network, image)
+
+
+def _require_replay(model: Program, program: ExportedProgram, where: str) -> None:
+    """Run the raised program beside the file's own, on another size than it was exported with if it may be."""
+    shape = [n or d for n, d in zip(model.shape, (2, 1, *(_SAMPLE[len(model.shape) - 2],) * 3), strict=False)]
+    image = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    image = image.to(image_of(program).meta["val"].dtype)
+    body = unlifted(program)
+    with exact_arithmetic():
+        mine, theirs = tree_leaves(model(image.clone())), tree_leaves(body(image.clone()))
+    if not all(same(a, b) for a, b in zip(mine, theirs, strict=True) if isinstance(b, Tensor)):
+        raise NormfixError(
+            "NF224",
+            "what was read from the file does not compute what the file computes, so it is not used.",
+            where=where,
+        )
+
+
+def _targets(program: ExportedProgram) -> Iterator[OpOverload]:
+    for module in program.graph_module.modules():
+        for node in getattr(module, "graph", program.graph).nodes:
+            if isinstance(node.target, OpOverload):
+                yield node.target
+
+
+def _require_equal(
+    draft: Path,
+    program: ExportedProgram,
+    model: nn.Module,
+    run: Callable[..., Any],
+    expected: Path,
+    where: str,
+) -> None:
+    """Run the file where neither normfix nor the network's packages can be imported, and compare bits."""
+    tensors: dict[str, Tensor] = {}
+    with evaluating(model), exact_arithmetic():
+        for number, image in enumerate(_inputs(program, model, run)):
+            tensors[f"{number}.input"] = image.cpu()
+            for position, output in enumerate(tree_leaves(run(model, image.clone()))):
+                if isinstance(output, Tensor):
+                    tensors[f"{number}.output.{position}"] = output.cpu().contiguous().clone()
+    save_file(tensors, expected)
+    script = Path(__file__).with_name("programs_alone.py")
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(script),
+            str(draft),
+            str(expected),
+            str(torch.get_num_threads()),
+            *_packages(model),
+        ],
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["it died without a word"])[-1]
+        raise NormfixError("NF226", f"run alone in a fresh process: {reason}. Nothing was kept.", where=where)
+
+
+def _inputs(program: ExportedProgram, model: nn.Module, run: Callable[..., Any]) -> Iterable[Tensor]:
+    """Yield seeded inputs: the size it was exported at and, as far as they are free, another batch and size."""
+    shape = [int(n) if isinstance(n, int) else int(n.node.hint) for n in image_of(program).meta["val"].shape]
+    free, (device, dtype) = free_dimensions(program), home_of(model)
+    if 0 in free:
+        shape[0] = 1
+    shapes = [shape, [n + 2 * (d == 0) + 64 * (d >= 2) if d in free else n for d, n in enumerate(shape)]]
+    for seed, chosen in enumerate(shapes):
+        image = torch.randn(chosen, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        image = image.to(device, dtype)
+        try:
+            run(model, image.clone())
+        except REFUSALS:
+            if not seed:
+                raise
+            continue
+        yield image
+
+
+def _packages(model: nn.Module) -> Sequence[str]:
+    """Return what the fresh process must do without: normfix and the packages of the network's classes."""
+    roots = {type(module).__module__.partition(".")[0] for module in model.modules()}
+    return sorted((roots | set(_OURS)) - {"torch", "builtins", "__main__"})
+
+
+def _unreadable(path: Path, error: Exception) -> NormfixError:
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    return NormfixError("NF224", f"cannot read this program: {reason}.", where=str(path))
