@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from normfix.calibration import NormTarget, StatisticTarget, Target, measure_sites_
+from normfix.calibration import measure_sites_
 from normfix.calling import REFUSALS, Caller, buffers_kept, evaluating, home_of, require_network
 from normfix.errors import NormfixError
 from normfix.layers import FrozenStatistic
@@ -21,6 +21,7 @@ from normfix.planning import decide
 from normfix.records import Action, Decision, Finding, Plan, Scan
 from normfix.rewriting import as_trained_copy, copy_of, layer_of, rewrite, set_statistics_
 from normfix.scanning import Survey, materialise_, survey
+from normfix.targets import NormTarget, StatisticTarget, Target
 from normfix.tiles import Geometry
 
 __all__ = [
