@@ -2,7 +2,8 @@
 
 The census names the sites. The graph and the dye confirm them, or add what the census missed: a site seen by
 the dye alone is live and refused, so that nothing it sees is missing from a plan. A disagreement is never
-settled in silence, and never towards "not live".
+settled in silence, and never towards "not live"; only where the census had to guess, at a single image size, the
+dye's word stands.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ def merge(
     dyed: Dyed | Looked,
     graph: GraphSeen | Looked,
     meets_map: Callable[[Sighting], bool] = lambda sighting: True,
+    *,
+    guessed: bool = False,
 ) -> Merged:
     """Merge what the looks saw.
 
@@ -59,6 +62,8 @@ def merge(
         dyed: what the dye saw, or why it saw nothing.
         graph: what the graph shows, or why it was not asked.
         meets_map: tells whether the result of an operation reaches a spatial map again.
+        guessed: the network ran at one size only, so the census could not tell space from channels; what the
+            dye then does not see to be global is not live.
     """
     findings: list[Finding] = []
     looks = [Looked(name="census", status="done")]
@@ -73,6 +78,8 @@ def merge(
         looks.append(dyed)
     else:
         looks.append(Looked(name="dye", status="done"))
+        if guessed:
+            merged = [_judged(site, dyed) for site in merged]
         merged, disputes = _with_dye(merged, dyed, meets_map)
         findings += disputes
     return Merged(sites=tuple(merged), looks=tuple(looks), findings=tuple(findings))
@@ -117,6 +124,14 @@ def _with_dye(
     return _in_order(merged, dyed), findings
 
 
+def _judged(site: Site, dyed: Dyed) -> Site:
+    """Take the dye's word for a site whose dimensions the census had to guess; what it lost stays as it was."""
+    if not site.live or site.id in {s.id for s in dyed.sightings}:
+        return site
+    reduces = "no extent of the image, as the dye shows"
+    return replace(site, live=False, reduces=reduces, refusal="", layer=None, statistic=None)
+
+
 def _confirmed(
     site: Site,
     sighting: Sighting | None,
@@ -130,7 +145,14 @@ def _confirmed(
         return site
     reason = f"not live for the census ({site.reduces}), but its result depends on the whole image."
     findings.append(_finding("NF241", site.id, reason))
-    return replace(site, live=True, reduces="the whole extent, as the dye shows", refusal=reason, layer=None)
+    return replace(
+        site,
+        live=True,
+        reduces="the whole extent, as the dye shows",
+        refusal=reason,
+        layer=None,
+        statistic=None,
+    )
 
 
 def _attended(sites: Sequence[Site], strangers: Sequence[Sighting]) -> tuple[list[Site], list[Sighting]]:

@@ -68,7 +68,7 @@ def replay(plan: Plan, sites: Sequence[Site], *, model: str) -> Plan:
 
 
 def _replayed(planned: Decision, site: Site) -> Decision:
-    if replace(planned.site, line=site.line) != site:
+    if replace(planned.site, line=site.line, looks=site.looks) != site:
         raise NormfixError(
             "NF205",
             "the plan describes this site otherwise than the network is. Make the plan anew.",

@@ -7,10 +7,11 @@ from torch import nn
 from torch.testing import assert_close
 
 import normfix
-from normfix.calibration import NormTarget, measure_sites_
+from normfix.calibration import measure_sites_
 from normfix.calling import Caller
 from normfix.errors import NormfixError
 from normfix.layers import FrozenNorm2d
+from normfix.targets import NormTarget
 
 SIZES = [(48, 64), (96, 64), (64, 32)]
 EPS = 1e-5

@@ -50,7 +50,7 @@ def sorting():
 def test_every_site_carries_the_looks_that_saw_it(sorting):
     """A norm is seen by census and dye, a running maximum by the dye at least."""
     norm, ranks = sorting.live
-    assert norm.looks == ("census", "dye")
+    assert norm.looks == ("census", "graph", "dye")
     assert "dye" in ranks.looks
     assert (ranks.function, ranks.owner, ranks.convertible) == ("cummax", "2", False)
 
@@ -120,7 +120,7 @@ def test_the_text_fits_a_terminal(sorting):
     assert max(map(len, text.splitlines())) <= 100
     words = " ".join(text.split())
     assert "1/0/instance_norm/0 instance, live; reduces space, per image and channel;" in words
-    assert "seen by census and dye; convertible by swapping its module" in words
+    assert "seen by census, graph and dye; convertible by swapping its module" in words
     assert "not convertible: seen by the dye only" in words
     assert "stride, halo and exact sizes: none" in words
 

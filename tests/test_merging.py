@@ -153,3 +153,17 @@ def test_a_failed_graph_carries_its_reason_and_findings():
     merged = merge([_site("a")], _dyed(_sighting("a")), Graph(looked=failed, findings=(finding,)))
     assert merged.looks[1] == failed
     assert merged.findings == (finding,)
+
+
+def test_what_the_census_guessed_at_one_size_the_dye_decides():
+    """Without a second size a norm over channels looks live; the dye does not see it, and it is left alone."""
+    (site,) = merge([_site("norm")], _dyed(), NO_GRAPH, guessed=True).sites
+    assert not site.live
+    assert not site.convertible
+
+
+@pytest.mark.parametrize("kind", ["global", "lost", "unknown"])
+def test_a_guess_that_the_dye_saw_or_could_not_judge_stays_live(kind):
+    """Negative control: what the dye sees, swallows or does not know is live for all that."""
+    (site, *_) = merge([_site("norm")], _dyed(_sighting("norm", kind=kind)), NO_GRAPH, guessed=True).sites
+    assert site.live

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 import normfix
 from normfix.errors import NormfixError
 from normfix.layers import FrozenStatistic
+from normfix.records import Action
 
 KINDS = (HandNorm, ResponseNorm, ConvolutionalBlock, GlobalContext, TwoStepsMax, SumOverExtent, Nested, Twice)
 EVERY = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -265,3 +267,34 @@ def test_a_checkpoint_around_the_owner_is_none_of_its_business():
     done = normfix.convert(Outer(block=SqueezeExcite(), width=1), IMAGE)
     assert done.proof.passed
     assert [d.site.owner for d in done.plan.converted] == ["block.pool"]
+
+
+def test_saved_and_loaded(tmp_path):
+    """A folder holds the constants, and a reload gives the same bits."""
+    torch.manual_seed(0)
+    model = ConvolutionalBlock()
+    done = normfix.convert(model, IMAGE)
+    normfix.save(done, tmp_path / "fixed")
+    loaded = normfix.load(tmp_path / "fixed", model=model)
+    assert torch.equal(output(loaded), output(done.model.eval()))
+
+
+def test_a_reviewed_plan_is_replayed():
+    """A plan that went through JSON freezes the same statistics; one edited to keep leaves that one live."""
+    torch.manual_seed(0)
+    model = HandNorm()
+    plan = normfix.Plan.from_json(normfix.plan(normfix.scan(model, IMAGE)).to_json())
+    assert normfix.convert(model, IMAGE, plan=plan).proof.passed
+    first, second = plan.decisions
+    edited = replace(plan, decisions=(replace(first, action=Action.KEEP), second))
+    done = normfix.convert(model, IMAGE, plan=edited)
+    assert [d.site.id for d in done.plan.left_live] == [first.site.id]
+    assert done.proof.step("identity").status == "passed"
+    assert done.proof.step("tiles").status == "failed"
+
+
+def test_uncalled_norms_are_reported():
+    """A norm that the network owns and never calls is named as uncalibrated."""
+    scan = normfix.scan(HandNorm(spare=nn.InstanceNorm2d(4)), IMAGE)
+    assert scan.uncalled == ("spare",)
+    assert [f.code for f in scan.findings] == ["NF202"]

@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from normfix.calibration import NormTarget, StatisticTarget, Target, measure_sites_
+from normfix.calibration import measure_sites_
 from normfix.calling import REFUSALS, Caller, buffers_kept, evaluating, home_of, require_network
 from normfix.errors import NormfixError
-from normfix.graph import Program
+from normfix.graph import Program, graph_look
 from normfix.layers import FrozenStatistic
 from normfix.locality import Locality, cross_section, measure_locality
 from normfix.merging import GraphSeen, merge
@@ -25,6 +25,7 @@ from normfix.records import Action, Decision, Finding, Looked, Plan, Scan
 from normfix.rewriting import as_trained_copy, copy_of, layer_of, rewrite, set_statistics_
 from normfix.scanning import Survey, materialise_, survey
 from normfix.spreading import Dyed, confirmed, dye_look
+from normfix.targets import NormTarget, StatisticTarget, Target
 from normfix.tiles import Geometry
 
 __all__ = [
@@ -42,6 +43,8 @@ __all__ = [
 ]
 
 _EXAMPLE_EXTENT = {1: 1024, 2: 256, 3: 64}
+_FAST = "the scan was asked to be fast"
+_PROVED = "nothing was captured: what follows is proved, so the other looks are enough"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,9 @@ def scan(
     if example is None:
         require_network(model)
         example = default_example(model)
-    return look(base_of(model, example, caller, as_trained=as_trained), example, caller, fast=fast).scan
+    return look(
+        base_of(model, example, caller, as_trained=as_trained), example, caller, fast=fast, graph=True
+    ).scan
 
 
 def plan(scan: Scan, to: Literal["frozen", "batchrenorm"] = "frozen", keep: Sequence[str] = ()) -> Plan:
@@ -146,8 +151,18 @@ def _require_independence(base: nn.Module, model: nn.Module, caller: Caller, exa
             handle.remove()
 
 
-def look(base: nn.Module, example: Tensor, caller: Caller, *, fast: bool = False) -> Look:
-    """Scan a materialised network on CPU in float32 (geometry in float64 too); not modified."""
+def look(
+    base: nn.Module, example: Tensor, caller: Caller, *, fast: bool = False, graph: bool = False
+) -> Look:
+    """Scan a materialised network on CPU in float32 (geometry in float64 too); not modified.
+
+    Args:
+        base: as base_of gives it.
+        example: (N, C, *space).
+        caller: calls it.
+        fast: leave out the dye and the graph.
+        graph: capture its graph as well, which takes seconds.
+    """
     probe = copy_of(base).cpu().float().eval()
     material = example[:1].detach().cpu().float()
     positions = Positions()
@@ -155,7 +170,11 @@ def look(base: nn.Module, example: Tensor, caller: Caller, *, fast: bool = False
         found = survey(probe, caller, material, positions.follow)
         dyed = _dyed(probe, caller, material, found, fast=fast)
         merged = merge(
-            found.sites, dyed, _graph(), lambda seen: not seen.recorded or seen.id in found.reaching
+            found.sites,
+            dyed,
+            _graph(probe, caller, material, found, skipped=_FAST if fast else "" if graph else _PROVED),
+            lambda seen: not seen.recorded or seen.id in found.reaching,
+            guessed=found.other is None,
         )
         everything = decide(merged.sites, model=_class_of(base), to="frozen")
         locality = _locality(probe, everything, found, material, caller)
@@ -183,15 +202,18 @@ def look(base: nn.Module, example: Tensor, caller: Caller, *, fast: bool = False
     )
 
 
-def _graph() -> GraphSeen | Looked:
-    """Return what a captured graph shows: nothing as yet, and the scan says so."""
-    return Looked(name="graph", status="skipped", note="no graph was captured")
+def _graph(
+    probe: nn.Module, caller: Caller, example: Tensor, found: Survey, *, skipped: str
+) -> GraphSeen | Looked:
+    if skipped:
+        return Looked(name="graph", status="skipped", note=skipped)
+    return graph_look(probe, caller, example, found.sites)
 
 
 def _dyed(probe: nn.Module, caller: Caller, example: Tensor, found: Survey, *, fast: bool) -> Dyed | Looked:
     """Run the dye at the smaller of two sizes; at the other too where it contradicts the census."""
     if fast:
-        return Looked(name="dye", status="skipped", note="the scan was asked to be fast")
+        return Looked(name="dye", status="skipped", note=_FAST)
     sizes = sorted([example, *([] if found.other is None else [found.other])], key=Tensor.numel)
     try:
         dyed = dye_look(probe, caller, sizes[0])

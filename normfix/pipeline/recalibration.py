@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfix.calibration import Calibration, NormTarget, Target, measure_sites_
+from normfix.calibration import Calibration, measure_sites_
 from normfix.calling import Caller, home_of
 from normfix.errors import NormfixError
 from normfix.images import Items
@@ -23,6 +23,7 @@ from normfix.records import CalibrationSummary, Family, Plan
 from normfix.rewriting import copy_of
 from normfix.scanning import survey
 from normfix.stitching import padded
+from normfix.targets import NormTarget, Target
 
 __all__ = ["calibrate", "calibrate_"]
 
