@@ -302,21 +302,21 @@ def test_guards_do_not_need_examples():
 
 
 def test_tiles_that_are_too_small_are_enlarged():
-    """A program that refuses a deepest map of one pixel is proved with larger tiles."""
+    """A program that was captured for images above 40 pixels is proved with tiles above that."""
 
-    class Deep(nn.Module):
+    class Large(nn.Module):
         def __init__(self):
             super().__init__()
             self.net = stack(nn.InstanceNorm2d(4))
-            self.deep = nn.Conv2d(1, 1, 32, 32)
 
         def forward(self, x):
-            return self.net(x) + F.interpolate(self.deep(x), scale_factor=32)
+            return self.net(x) * (2 if x.shape[-1] > 40 else 3)
 
-    image = torch.rand(1, 1, 128, 128)
-    program = raised(export(Deep().eval(), torch.randn(1, 1, 64, 64)))
-    done = normfix.convert(program, image)
+    done = normfix.convert(
+        raised(export(Large().eval(), torch.randn(1, 1, 64, 64))), torch.rand(1, 1, 128, 128)
+    )
     assert done.proof.passed, done.proof.steps
+    assert done.verdict.tile == (64, 64)
 
 
 # ---- refusals
