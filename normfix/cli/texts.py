@@ -50,7 +50,7 @@ def _site_lines(site: Site) -> list[str]:
         f"{site.family}, {state}",
         f"reduces {site.reduces}",
         *([site.line] if site.line else []),
-        f"seen by {' and '.join(site.looks)}",
+        f"seen by {', '.join(site.looks)}",
         how,
     ]
     return [f"  {site.id}", *_wrapped("; ".join(facts), indent="      ")]
