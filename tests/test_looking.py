@@ -121,7 +121,7 @@ def test_the_text_fits_a_terminal(sorting):
     words = " ".join(text.split())
     assert "1/0/instance_norm/0 instance, live; reduces space, per image and channel;" in words
     assert "seen by census, graph, dye; convertible by swapping its module" in words
-    assert "not convertible: seen by the dye only" in words
+    assert "not convertible: it mixes the whole extent" in words
     assert "stride, halo and exact sizes: none" in words
 
 
