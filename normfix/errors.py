@@ -118,6 +118,13 @@ CODES: dict[str, str] = {
     "NF409": "Tiles of this network do not give its prediction of the whole image; convert it first.",
     "NF410": "A halo is 'auto' or a number of pixels; a threshold is a number of standard deviations. Predicting needs "
     "at least the halo that was measured, since with less the result is not the whole image's.",
+    "NF411": "A portable result is the original class with new statistics, which is exact only where every "
+    "converted site was a BatchNorm with running statistics. Other norms have no place for constants: their class "
+    "would load the file and stay live. Save the normfix folder, which normfix.load rebuilds.",
+    "NF412": "The original class, filled with the converted network's state, does not give the converted network's "
+    "output, so nothing portable was written. Save the normfix folder instead.",
+    "NF413": "Pushing goes through huggingface_hub: the folder must be one that normfix saved, its proof must have "
+    "passed, and the token (HF_TOKEN, or hf auth login) must be allowed to write to the repository.",
     # 5xx: saving
     "NF501": "Nothing is written that was not proved. See which step failed and where; --partial writes it "
     "all the same, with what remains live stated.",

@@ -16,6 +16,7 @@ from normfix.cli.convert import convert_command
 from normfix.cli.demo import demo_command
 from normfix.cli.explain import explain_command
 from normfix.cli.look import plan_command, scan_command
+from normfix.cli.push import push_command
 from normfix.cli.use import calibrate_command, check_command, predict_command
 from normfix.errors import NormfixError
 
@@ -42,6 +43,7 @@ for command in (
     calibrate_command,
     predict_command,
     check_command,
+    push_command,
     demo_command,
     explain_command,
 ):

@@ -39,6 +39,11 @@ __all__ = ["convert_command"]
 @click.option(
     "--partial", is_flag=True, help="Write the result although live statistics remain or a proof failed."
 )
+@click.option(
+    "--portable",
+    is_flag=True,
+    help="Write the original class as its own library does; only where every norm was a BatchNorm.",
+)
 @image_options
 @click.option("--report", help="Write the record to this .json file, also when the proof fails.")
 @format_option
@@ -50,6 +55,7 @@ def convert_command(
     keep: tuple[str, ...],
     as_trained: bool,
     partial: bool,
+    portable: bool,
     report: str | None,
     format_: str,
     **options: Any,
@@ -94,8 +100,9 @@ def convert_command(
     if not done.proof.passed and not partial:
         note(f"Nothing was written to {out}, because the proof did not pass.")
         return 1
-    save(done, out, partial=partial)
-    note(f"Wrote {out}. Load it with normfix.load({out!r}).")
+    save(done, out, partial=partial, portable=portable)
+    how = "its own library" if portable else f"normfix.load({out!r})"
+    note(f"Wrote {out}. Load it with {how}.")
     return 0 if done.proof.passed else 1
 
 

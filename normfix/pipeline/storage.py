@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -21,8 +22,10 @@ from normfix.factories import dumped, rebuild
 from normfix.loading import HUB, Loaded, Request, fetched, open_path, open_spec, read_weights
 from normfix.numerics import IDENTITY, exact_arithmetic
 from normfix.pipeline.conversion import Conversion
+from normfix.programs import PROGRAM, write_program
 from normfix.provenance import attach_, provenance_of
 from normfix.records import Probe, Proof, Provenance, Saved, Source
+from normfix.returning import require_returnable, returned, write_original
 from normfix.rewriting import copy_of, rewrite
 from normfix.saving import (
     MANIFEST,
@@ -48,6 +51,7 @@ def save(
     args: Mapping[str, Any] | None = None,
     *,
     partial: bool = False,
+    portable: bool = False,
 ) -> None:
     """Write a conversion, or a converted network that was trained further, as a folder.
 
@@ -60,6 +64,8 @@ def save(
         source: "pkg.mod:factory" or "timm:NAME", if the conversion does not know it.
         args: keyword arguments of the factory, JSON-ready.
         partial: save although the proof did not pass.
+        portable: write the original class with new statistics as its own library writes it (a save_pretrained
+            folder, timm's files, or a state dict with the original names), where that is exact.
 
     Raises:
         NormfixError: NF114 if the folder exists or cannot be written, NF501 if the proof did not pass, NF502 if
@@ -83,9 +89,47 @@ def save(
         provenance = replace(provenance, source=named)
     if original is not None:
         require_unconverted(original)
+    if portable:
+        _save_portable(Path(folder), model, provenance, caller, original)
+        return
     with appearing(Path(folder)) as draft:
+        if provenance.source.kind == "object" and caller.forward_fn is None:
+            write_program(draft / PROGRAM, model, provenance.scan.example, provenance.scan.exact_sizes)
         write_folder(draft, model, provenance, proof, calibration, _probe(model, caller, provenance))
         _read_back(draft, provenance.source, model, original)
+
+
+def _save_portable(
+    folder: Path, model: nn.Module, provenance: Provenance, caller: Caller, original: nn.Module | None
+) -> None:
+    """Write the original class with the converted state, proved equal on the probe's input and read back."""
+    require_returnable(provenance.plan)
+    base = copy_of(original) if original is not None else rebuild(provenance.source)
+    home = home_of(model)
+    network = returned(model, base.to(*home))
+    shape = (1, *provenance.scan.example[1:])
+    wanted = _probed(model, caller, shape, _SEED, home[1])
+    _require_same(_probed(network, caller, shape, _SEED, home[1]), wanted, home[1], "the original class")
+    with appearing(folder) as draft:
+        path = write_original(draft, network, provenance.source)
+        source = provenance.source
+        named = path.is_file() and source.kind == "factory"
+        if path.is_dir() or named:
+            args = json.loads(source.args) if named else None
+            again = open_path(path, Request(arch=source.spec if named else None, arch_args=args)).model
+            _require_same(
+                _probed(again.to(*home), caller, shape, _SEED, home[1]), wanted, home[1], "what was written"
+            )
+
+
+def _require_same(actual: Tensor, wanted: Tensor, dtype: torch.dtype, what: str) -> None:
+    scale = float(wanted.double().std()) or 1.0
+    if actual.shape != wanted.shape or not bool(((actual - wanted).abs() <= IDENTITY[dtype] * scale).all()):
+        raise NormfixError(
+            "NF412",
+            f"{what} does not give the converted network's output, so nothing was written. Save the normfix folder "
+            "instead, without --portable.",
+        )
 
 
 def require_unconverted(model: nn.Module) -> None:
