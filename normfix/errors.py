@@ -69,6 +69,10 @@ CODES: dict[str, str] = {
     "it as in a network. Give the network it was exported from.",
     "NF125": "hf-hub:ORG/NAME@REVISION is fetched through huggingface_hub; the repository or revision does not "
     "exist, is private, or the hub cannot be reached. HF_TOKEN and HF_ENDPOINT are respected.",
+    "NF130": "pyproject.toml is read for the table [tool.normfix]; this one is no TOML.",
+    "NF131": "The table [tool.normfix] of pyproject.toml sets defaults of the commands' options, by their names, for "
+    "all commands or in [tool.normfix.COMMAND] for one. Options that run code or say where output goes cannot be "
+    "set there. normfix --show-settings prints what counts.",
     # 2xx: finding and planning
     "NF201": "The network ran at one size only, so space could not be told from channels by varying it; "
     "dimensions from the third on were taken as space.",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from normfix.cli.options import note
+from normfix.cli.answers import Pushed
+from normfix.cli.options import format_option, note, show
 
 __all__ = ["push_command"]
 
@@ -14,7 +15,8 @@ __all__ = ["push_command"]
 @click.argument("name", metavar="ORG/NAME")
 @click.option("--private", is_flag=True, help="Make the repository private, if it is new.")
 @click.option("--partial", is_flag=True, help="Push although the folder states no passed proof.")
-def push_command(out: str, name: str, private: bool, partial: bool) -> None:
+@format_option
+def push_command(out: str, name: str, private: bool, partial: bool, format_: str) -> None:
     """Put the folder OUT that normfix saved into a repository of the Hugging Face hub.
 
     \b
@@ -24,5 +26,5 @@ def push_command(out: str, name: str, private: bool, partial: bool) -> None:
     from normfix.pipeline import push
 
     address = push(out, name, private=private, partial=partial)
-    click.echo(address)
+    show(Pushed(repository=name, address=address), address, format_)
     note(f"Load it with normfix.load('hf-hub:{name}').")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import click
 
+from normfix.cli.answers import Predicted
 from normfix.cli.options import (
     Arguments,
     format_option,
@@ -100,7 +101,10 @@ def calibrate_command(images: tuple[str, ...], out: str, format_: str, **options
 @_TILE
 @_HALO
 @image_options
-def predict_command(image: str, out: str, tile: int, halo: int | Literal["auto"], **options: Any) -> None:
+@format_option
+def predict_command(
+    image: str, out: str, tile: int, halo: int | Literal["auto"], format_: str, **options: Any
+) -> None:
     """Predict IMAGE tile by tile with a converted MODEL, exactly as the whole image would be predicted.
 
     \b
@@ -116,7 +120,10 @@ def predict_command(image: str, out: str, tile: int, halo: int | Literal["auto"]
     whole = predict(
         opened.model, arguments.image(image, opened.model), tile, halo=halo, output=arguments.output
     )
-    write_image(Path(out), whole[0].float().cpu().numpy())
+    written = whole[0].float().cpu().numpy()
+    write_image(Path(out), written)
+    record = Predicted(path=out, shape=written.shape, dtype=str(written.dtype))
+    show(record, f"{out}: {'x'.join(map(str, written.shape))}, {written.dtype}", format_)
     note(f"Wrote {out}.")
 
 
