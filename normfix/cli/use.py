@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -21,6 +21,9 @@ from normfix.cli.options import (
     write_report,
 )
 from normfix.cli.texts import calibration_text, verdict_text
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["calibrate_command", "check_command", "predict_command"]
 
@@ -121,10 +124,22 @@ def predict_command(
         opened.model, arguments.image(image, opened.model), tile, halo=halo, output=arguments.output
     )
     written = whole[0].float().cpu().numpy()
-    write_image(Path(out), written)
+    write_image(Path(out), written, _pixel_size(image, opened.model))
     record = Predicted(path=out, shape=written.shape, dtype=str(written.dtype))
     show(record, f"{out}: {'x'.join(map(str, written.shape))}, {written.dtype}", format_)
     note(f"Wrote {out}.")
+
+
+def _pixel_size(image: str, model: nn.Module) -> dict[str, Any]:
+    """Return the image's pixel size, if the prediction has a pixel for each of its."""
+    from normfix.images import find_images
+    from normfix.provenance import provenance_of
+    from normfix.reading import pixel_size_of
+
+    known = provenance_of(model)
+    if known is None or set(known.scan.scale or ()) != {"1"}:
+        return {}
+    return pixel_size_of(find_images((image,))[0])
 
 
 @click.command("check")
