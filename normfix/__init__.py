@@ -49,6 +49,7 @@ _HOMES = {
         "load",
         "plan",
         "predict",
+        "push",
         "save",
         "scan",
     ),
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from normfix.pipeline import load as load
     from normfix.pipeline import plan as plan
     from normfix.pipeline import predict as predict
+    from normfix.pipeline import push as push
     from normfix.pipeline import save as save
     from normfix.pipeline import scan as scan
     from normfix.records import Action as Action

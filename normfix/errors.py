@@ -69,6 +69,10 @@ CODES: dict[str, str] = {
     "it as in a network. Give the network it was exported from.",
     "NF125": "hf-hub:ORG/NAME@REVISION is fetched through huggingface_hub; the repository or revision does not "
     "exist, is private, or the hub cannot be reached. HF_TOKEN and HF_ENDPOINT are respected.",
+    "NF130": "pyproject.toml is read for the table [tool.normfix]; this one is no TOML.",
+    "NF131": "The table [tool.normfix] of pyproject.toml sets defaults of the commands' options, by their names, for "
+    "all commands or in [tool.normfix.COMMAND] for one. Options that run code or say where output goes cannot be "
+    "set there. normfix --show-settings prints what counts.",
     # 2xx: finding and planning
     "NF201": "The network ran at one size only, so space could not be told from channels by varying it; "
     "dimensions from the third on were taken as space.",
@@ -152,6 +156,13 @@ CODES: dict[str, str] = {
     "NF409": "Tiles of this network do not give its prediction of the whole image; convert it first.",
     "NF410": "A halo is 'auto' or a number of pixels; a threshold is a number of standard deviations. Predicting needs "
     "at least the halo that was measured, since with less the result is not the whole image's.",
+    "NF411": "A portable result is the original class with new statistics, which is exact only where every "
+    "converted site was a BatchNorm with running statistics. Other norms have no place for constants: their class "
+    "would load the file and stay live. Save the normfix folder, which normfix.load rebuilds.",
+    "NF412": "The original class, filled with the converted network's state, does not give the converted network's "
+    "output, so nothing portable was written. Save the normfix folder instead.",
+    "NF413": "Pushing goes through huggingface_hub: the folder must be one that normfix saved, its proof must have "
+    "passed, and the token (HF_TOKEN, or hf auth login) must be allowed to write to the repository.",
     # 5xx: saving
     "NF501": "Nothing is written that was not proved. See which step failed and where; --partial writes it "
     "all the same, with what remains live stated. Sites that were refused, as no constant can replace them, do "

@@ -33,37 +33,45 @@ from normfix.numerics import exact_arithmetic
 from normfix.records import Saved
 
 __all__ = [
+    "PROGRAM",
     "SUFFIX",
     "export_program",
     "open_program",
     "require_free",
     "require_program_name",
+    "write_beside",
     "write_program",
 ]
 
-SUFFIX = ".pt2"
-_MANIFEST = "normfix.json"
+PROGRAM, SUFFIX = "program.pt2", ".pt2"
+MANIFEST = "normfix.json"
+Reader = Callable[[Path, dict[str, str]], ExportedProgram]
 _OURS = ("normfix",)
 _SAMPLE = {1: 256, 2: 64, 3: 64}
 
 
-def open_program(path: Path) -> tuple[Program, Saved | None]:
+def open_program(path: Path, read: Reader) -> tuple[Program, Saved | None]:
     """Open a .pt2 file as a module, with what normfix knew of it if it wrote the file.
 
+    Args:
+        path: of the file.
+        read: opens it safely, and fills the extra files that are asked for.
+
     Raises:
-        NormfixError: NF224 if it is no program of one image, or differs from the file once it is raised.
+        NormfixError: NF224 if it is no program of one image, or differs from the file once it is raised; the
+            reader's codes.
     """
-    extra = {_MANIFEST: ""}
+    extra = {MANIFEST: ""}
+    program = read(path, extra)
     try:
         with silence():
-            program = torch.export.load(path, extra_files=extra)
             model = raised(program)
             _require_replay(model, program, str(path))
     except NormfixError:
         raise
     except Exception as error:
         raise _unreadable(path, error) from error
-    text: Any = extra[_MANIFEST]
+    text: Any = extra[MANIFEST]
     known = json.loads(text) if text else None
     return model, None if known is None else Saved.from_json(known, where=str(path))
 
@@ -155,11 +163,30 @@ def write_program(
         with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
             draft = Path(folder) / path.name
             with silence():
-                torch.export.save(program, draft, extra_files={_MANIFEST: saved.dumps()})
+                torch.export.save(program, draft, extra_files={MANIFEST: saved.dumps()})
             _require_equal(draft, program, model, run, Path(folder) / "expected.safetensors", str(path))
             draft.rename(path)
     except OSError as error:
         raise NormfixError("NF114", f"cannot write there: {error}.", where=str(path)) from error
+
+
+def write_beside(
+    path: Path, program: ExportedProgram, model: nn.Module, run: Callable[..., Any], saved: Saved
+) -> None:
+    """Write a program into a folder that is read back by other means; it is compared in this process.
+
+    Raises:
+        NormfixError: NF226 if its output differs from the network's.
+    """
+    with silence():
+        torch.export.save(program, path, extra_files={MANIFEST: saved.dumps()})
+        body = torch.export.load(path).module()
+    with evaluating(model), exact_arithmetic():
+        for image in _inputs(program, model, run):
+            mine, theirs = tree_leaves(body(image.clone())), tree_leaves(run(model, image.clone()))
+            if not all(same(a, b) for a, b in zip(mine, theirs, strict=True) if isinstance(b, Tensor)):
+                path.unlink()
+                raise NormfixError("NF226", "it does not give the network's output.", where=path.name)
 
 
 class _Called(nn.Module):

@@ -7,7 +7,7 @@ is refused, since channels taken for slices would give statistics of something e
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from normfix.errors import NormfixError
 
-__all__ = ["SUFFIXES", "read_image", "require_new_image", "to_tensor", "write_image"]
+__all__ = ["SUFFIXES", "pixel_size_of", "read_image", "require_new_image", "to_tensor", "write_image"]
 
 Array = NDArray[Any]
 
@@ -84,8 +84,29 @@ def to_tensor(array: Array) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))[None]
 
 
-def write_image(path: Path, array: Array) -> None:
+def pixel_size_of(path: Path) -> dict[str, Any]:
+    """Return what a TIFF says of its pixels' size, as `write_image` takes it; empty if it says nothing."""
+    if path.suffix.lower() not in (".tif", ".tiff"):
+        return {}
+    import tifffile
+
+    with tifffile.TiffFile(path) as file:
+        tags, described = file.pages.first.tags, file.imagej_metadata or {}
+        found: dict[str, Any] = {key: described[key] for key in ("spacing", "unit") if key in described}
+        x, y, unit = (tags.get(name) for name in ("XResolution", "YResolution", "ResolutionUnit"))
+        if x is not None and y is not None and (1, 1) != x.value != (0, 0):
+            found["resolution"] = tuple(tag.value[0] / tag.value[1] for tag in (x, y))
+            found["resolutionunit"] = 1 if unit is None else int(unit.value)
+    return found
+
+
+def write_image(path: Path, array: Array, pixel_size: Mapping[str, Any] | None = None) -> None:
     """Write (C, *space) as .npy or TIFF (single channels without the axis), whole or not at all.
+
+    Args:
+        path: must not exist.
+        array: the image.
+        pixel_size: what `pixel_size_of` found in the image it belongs to; a .npy cannot hold it.
 
     Raises:
         NormfixError: NF114 for another kind of file, one that exists, or a folder that cannot be written.
@@ -102,7 +123,9 @@ def write_image(path: Path, array: Array) -> None:
             axes = "ZYX"[-(array.ndim - 1) :]
             data, named = (array[0], axes) if array.shape[0] == 1 else (array, f"C{axes}")
             grey = "minisblack" if data.ndim > 1 else None  # else 3 or 4 channels would become RGB
-            tifffile.imwrite(draft, data, photometric=grey, metadata={"axes": named})
+            size = dict(pixel_size or {})
+            described: dict[str, Any] = {key: size.pop(key) for key in ("spacing", "unit") if key in size}
+            tifffile.imwrite(draft, data, photometric=grey, metadata={"axes": named, **described}, **size)
         draft.rename(path)
     except OSError as error:
         raise NormfixError("NF114", f"cannot write it: {error.strerror}.", where=str(path)) from error

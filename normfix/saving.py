@@ -130,7 +130,7 @@ def _write(
         probe=probe,
     )
     (folder / MANIFEST).write_text(saved.dumps(), encoding="utf-8")
-    (folder / CARD).write_text(_card(saved), encoding="utf-8")
+    (folder / CARD).write_text(_card(saved, (folder / "program.pt2").exists()), encoding="utf-8")
     shutil.copymode(folder / MANIFEST, folder / WEIGHTS)  # safetensors lets nobody else read
 
 
@@ -228,7 +228,11 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _card(saved: Saved) -> str:
+def _card(saved: Saved, program: bool) -> str:
+    source = saved.provenance.source
+    base = source.origin.removeprefix("hf-hub:").partition("@")[0]
+    if not base and source.spec.startswith("timm:") and "." in source.spec:
+        base = f"timm/{source.spec.removeprefix('timm:')}"
     environment = Environment(
         loader=PackageLoader("normfix.reporting"),
         trim_blocks=True,
@@ -236,7 +240,7 @@ def _card(saved: Saved) -> str:
         autoescape=False,
         keep_trailing_newline=True,
     )  # Markdown, not HTML
-    return environment.get_template("card.md").render(saved=saved)
+    return environment.get_template("card.md").render(saved=saved, base=base, program=program)
 
 
 def seeded_input(probe_shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:

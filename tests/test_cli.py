@@ -183,7 +183,7 @@ def test_check_with_a_halo_one_stride_too_small_fails(run, fixed, image):
 def test_predict_equals_the_whole_image(run, fixed, image, tmp_path):
     """The stitched TIFF equals the original network's prediction of the whole image."""
     done = run("predict", fixed, image, "--arch", ARCH, "--tile", 32, "-o", tmp_path / "p.tif")
-    assert (done.code, done.out) == (0, "")
+    assert (done.code, done.out) == (0, f"{tmp_path / 'p.tif'}: 1x96x80, float32\n")
     whole = (PIXELS - PIXELS.mean()) / PIXELS.std()
     with torch.no_grad():
         expected = tiny_unet().eval()(torch.from_numpy(whole)[None, None].float())
@@ -606,3 +606,92 @@ def test_a_network_converted_unscaled_does_not_take_integers_silently(tmp_path, 
     with pytest.raises(normfix.NormfixError, match="NF107"):
         cli.main(arguments, standalone_mode=False)
     assert cli.main([*arguments, "--scale", "none"], standalone_mode=False) == 0
+
+
+def test_no_colour_and_no_animation_off_a_terminal(run, fixed, image, tmp_path):
+    """What goes to a file or pipe has no escape codes and no bars, on stdout and stderr."""
+    for words in (
+        ("convert", ARCH, image, "--scale", "zscore", "--to", "frozen"),
+        ("calibrate", fixed, image),
+    ):
+        extra = () if words[0] == "convert" else ("--arch", ARCH)
+        done = subprocess_run(*words, *extra, "-o", tmp_path / words[0])
+        assert done.returncode == 0
+        assert not re.search(r"\x1b|\r|━|█", done.stdout + done.stderr)
+
+
+def test_no_color_is_respected_on_a_terminal(tmp_path, image):
+    """With NO_COLOR, a terminal gets no colours; without it, the bar has them (negative control)."""
+    import pty
+
+    def coloured(**environment) -> bool:
+        parent, child = pty.openpty()
+        env = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR")} | environment
+        out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        words = ["convert", ARCH, str(image), "--scale", "zscore", "--to", "frozen", "-o", str(out)]
+        process = subprocess.Popen(
+            [sys.executable, "-c", "import normfix.cli; normfix.cli.main()", *words],
+            stdout=subprocess.DEVNULL,
+            stderr=child,
+            env={**env, "TERM": "xterm-256color", "PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)},
+        )
+        os.close(child)
+        seen = b""
+        while True:
+            try:
+                data = os.read(parent, 65536)
+            except OSError:
+                break
+            if not data:
+                break
+            seen += data
+        assert process.wait() == 0
+        os.close(parent)
+        return re.search(rb"\x1b\[[0-9;]*3[0-9][0-9;]*m", seen) is not None
+
+    assert coloured()
+    assert not coloured(NO_COLOR="1")
+
+
+def test_predict_prints_its_record(run, fixed, image, tmp_path):
+    """`predict --format json` prints the file, shape and type it wrote."""
+    done = run(
+        "predict", fixed, image, "--arch", ARCH, "--tile", "32", "-o", tmp_path / "p.npy", "--format", "json"
+    )
+    record = json.loads(done.out)
+    assert (record["path"], record["shape"]) == (str(tmp_path / "p.npy"), [1, 96, 80])
+    assert np.load(record["path"]).dtype == record["dtype"]
+
+
+@pytest.mark.parametrize("imagej", [True, False])
+def test_the_prediction_has_the_pixel_size_of_the_image(run, fixed, tmp_path, imagej):
+    """Resolution, unit and ImageJ's spacing of the image are in the prediction's TIFF."""
+    described = {"unit": "um", "spacing": 0.5} if imagej else None
+    options = {"resolution": (4.0, 2.0), "resolutionunit": 3, "imagej": imagej, "metadata": described}
+    tifffile.imwrite(tmp_path / "sized.tif", PIXELS, **options)
+    words = (
+        "predict",
+        fixed,
+        tmp_path / "sized.tif",
+        "--arch",
+        ARCH,
+        "--tile",
+        "32",
+        "-o",
+        tmp_path / "p.tif",
+    )
+    assert run(*words).code == 0
+    with tifffile.TiffFile(tmp_path / "p.tif") as file:
+        tags = file.pages[0].tags
+        sizes = [tags[name].value for name in ("XResolution", "YResolution")]
+        assert [a / b for a, b in sizes] == [4.0, 2.0]
+        assert int(tags["ResolutionUnit"].value) == 3
+        text = file.shaped_metadata[0] if imagej else {}
+    assert (text.get("unit"), text.get("spacing")) == (("um", 0.5) if imagej else (None, None))
+
+
+def test_an_image_without_a_size_gives_none(run, fixed, image, tmp_path):
+    """Negative control: no resolution is made up."""
+    run("predict", fixed, image, "--arch", ARCH, "--tile", "32", "-o", tmp_path / "p.tif")
+    with tifffile.TiffFile(tmp_path / "p.tif") as file:
+        assert file.pages[0].tags["XResolution"].value == (1, 1)

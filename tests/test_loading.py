@@ -8,7 +8,7 @@ from factories import TinyUNet, Wrapped, tiny_unet
 from safetensors.torch import save_file
 
 from normfix.errors import NormfixError
-from normfix.loading import open_model, read_weights
+from normfix.loading import Request, open_model, open_path, read_weights
 from normfix.records import Source
 
 ARCH = "factories:tiny_unet"
@@ -272,3 +272,103 @@ def test_a_timm_name_builds_that_network():
     opened = open_model("timm:test_resnet")
     assert type(opened.model).__name__ == "ResNet"
     assert "random weights" in opened.notes[0]
+
+
+CLASSES = ("factories.TinyUNet", "torch.nn.*")
+
+
+def test_allowed_classes_build_a_pickled_module(tmp_path):
+    """With its classes allowed, a pickled module opens in torch's safe mode, without trust."""
+    torch.save(trained(), tmp_path / "m.pt")
+    assert_same(open_model(str(tmp_path / "m.pt"), allow_classes=CLASSES).model, trained())
+
+
+def test_one_class_too_few_is_refused(tmp_path):
+    """Negative control: allowing only some of its classes is NF102."""
+    torch.save(trained(), tmp_path / "m.pt")
+    assert refusal(open_model, str(tmp_path / "m.pt"), allow_classes=("torch.nn.*",)).code == "NF102"
+
+
+@pytest.mark.parametrize("pattern", ["builtins.*", "__builtin__.getattr", "builtins.getattr"])
+def test_a_function_cannot_be_allowed(tmp_path, pattern):
+    """A payload that calls a function is refused although its name is allowed, and does not run."""
+    torch.save(Payload(tmp_path), tmp_path / "m.pt")
+    allowed = (pattern, "pathlib.*", "pathlib.PosixPath")
+    assert refusal(open_model, str(tmp_path / "m.pt"), allow_classes=allowed).code in {"NF102", "NF122"}
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_a_trusted_pickle_imports_is_said_before_it_runs(tmp_path):
+    """The listing comes first: when it is said, nothing has run."""
+    heard = []
+    torch.save(Payload(tmp_path), tmp_path / "m.pt")
+    request = Request(trust_pickle=True, tell=lambda text: heard.append((text, (tmp_path / "ran").exists())))
+    with pytest.raises(NormfixError):
+        open_path(tmp_path / "m.pt", request)
+    ((text, ran),) = heard
+    assert ("getattr" in text, ran, (tmp_path / "ran").exists()) == (True, False, True)
+
+
+def test_two_fitting_sets_of_weights_are_named(tmp_path):
+    """Weights and their moving average are NF119; --weights takes either, and says what it took."""
+    averaged = {name: tensor * 2 for name, tensor in state().items()}
+    torch.save(
+        {"model": state(), "ema": averaged, "optimizer": {"state": {0: {"m": torch.ones(1)}}}},
+        tmp_path / "w.pt",
+    )
+    error = refusal(open_model, str(tmp_path / "w.pt"), arch=ARCH)
+    assert (error.code, "model, ema" in error.message) == ("NF119", True)
+    opened = open_model(str(tmp_path / "w.pt"), arch=ARCH, weights="ema")
+    assert torch.equal(opened.model.head.weight, averaged["head.weight"])
+    assert "took ema" in opened.notes[0]
+
+
+def test_a_choice_that_is_not_there_is_refused(tmp_path):
+    """--weights with an unknown name is NF119, naming what there is."""
+    torch.save({"model": state()}, tmp_path / "w.pt")
+    error = refusal(open_model, str(tmp_path / "w.pt"), arch=ARCH, weights="ema")
+    assert (error.code, "model" in error.message) == ("NF119", True)
+
+
+def test_the_one_fitting_set_of_weights_is_taken_and_said(tmp_path):
+    """Of generator and discriminator, the one that fits the named network is loaded, with a note."""
+    torch.save({"critic": {"w": torch.ones(1)}, "generator": state()}, tmp_path / "w.pt")
+    opened = open_model(str(tmp_path / "w.pt"), arch=ARCH)
+    assert_same(opened.model, trained())
+    assert "took generator" in opened.notes[0]
+
+
+def test_a_network_inside_another_is_found_and_the_rest_said(tmp_path):
+    """Weights under a prefix are loaded, and names outside of it are listed, never silently dropped."""
+    torch.save(state("model.net.") | {"loss.weight": torch.ones(2)}, tmp_path / "w.pt")
+    opened = open_model(str(tmp_path / "w.pt"), arch=ARCH)
+    assert_same(opened.model, trained())
+    assert "loss.weight" in opened.notes[-1]
+
+
+def test_a_student_and_a_teacher_are_named(tmp_path):
+    """Two networks under two prefixes are NF119; --weights takes either."""
+    doubled = {"teacher." + name: tensor * 2 for name, tensor in state().items()}
+    torch.save(state("student.") | doubled, tmp_path / "w.pt")
+    assert refusal(open_model, str(tmp_path / "w.pt"), arch=ARCH).code == "NF119"
+    assert_same(open_model(str(tmp_path / "w.pt"), arch=ARCH, weights="student").model, trained())
+
+
+def test_an_averaged_model_of_torch_opens(tmp_path):
+    """torch.optim.swa_utils.AveragedModel puts module. before every name and adds a counter."""
+    averaged = torch.optim.swa_utils.AveragedModel(trained())
+    torch.save(averaged.state_dict(), tmp_path / "w.pt")
+    assert_same(open_model(str(tmp_path / "w.pt"), arch=ARCH).model, trained())
+
+
+def test_a_compiled_part_of_a_network_opens(tmp_path):
+    """Names that torch.compile changed in the middle are found."""
+    weights = {name.replace("first.", "first._orig_mod."): tensor for name, tensor in state().items()}
+    torch.save(weights, tmp_path / "w.pt")
+    assert_same(open_model(str(tmp_path / "w.pt"), arch=ARCH).model, trained())
+
+
+def test_a_leftover_inside_the_network_is_refused(tmp_path):
+    """Negative control: a name beside the network's own is no leftover of a wrapper but NF105."""
+    torch.save(state() | {"extra.weight": torch.ones(1)}, tmp_path / "w.pt")
+    assert refusal(open_model, str(tmp_path / "w.pt"), arch=ARCH).code == "NF105"

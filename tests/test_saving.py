@@ -2,6 +2,8 @@
 
 import json
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -55,9 +57,71 @@ def assert_same(actual, expected, image=OTHER):
         torch.testing.assert_close(actual(image), expected(image), rtol=0, atol=0)
 
 
-def test_the_folder_holds_three_files(folder):
-    """Weights, normfix.json and a model card; nothing else, and no pickle."""
-    assert {path.name for path in folder.iterdir()} == FILES
+def test_the_folder_holds_its_files(folder):
+    """Weights, normfix.json, a model card, and of an object's network a program; nothing else."""
+    assert {path.name for path in folder.iterdir()} == FILES | {"program.pt2"}
+
+
+def test_a_folder_from_a_factory_holds_no_program(tmp_path):
+    """Where the source can be called again, no program is written."""
+    source = normfix.Source(kind="factory", spec="factories:batched")
+    normfix.save(normfix.convert(batched(), source=source), tmp_path / "fixed")
+    assert {path.name for path in (tmp_path / "fixed").iterdir()} == FILES
+
+
+def test_the_program_needs_no_source(folder, done):
+    """program.pt2 gives the converted network's output, on another size, in a process without the source."""
+    save_file({"x": OTHER}, folder / "x.safetensors")
+    script = (
+        "import sys, torch; from safetensors.torch import load_file, save_file; "
+        "x = load_file(sys.argv[1] + '/x.safetensors')['x']; "
+        "y = torch.export.load(sys.argv[1] + '/program.pt2').module()(x); "
+        "save_file({'y': y.detach().contiguous()}, sys.argv[1] + '/y.safetensors'); "
+        "assert not {'normfix', 'factories'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(folder)], check=True)
+    with torch.no_grad():
+        torch.testing.assert_close(load_file(folder / "y.safetensors")["y"], done.model(OTHER))
+
+
+def test_a_network_that_cannot_be_exported_is_saved_without_program(tmp_path, monkeypatch):
+    """If torch.export fails, the folder is written without a program, and loads."""
+
+    def fail(*args, **options):
+        raise RuntimeError("data-dependent")
+
+    monkeypatch.setattr(torch.export, "export", fail)
+    done = normfix.convert(tiny_unet(), IMAGE)
+    normfix.save(done, tmp_path / "fixed")
+    assert not (tmp_path / "fixed" / "program.pt2").exists()
+    assert_same(normfix.load(tmp_path / "fixed", arch=ARCH), done.model)
+
+
+def test_a_batch_norm_network_goes_back_into_its_own_class(tmp_path):
+    """Portable: a state dict with the original names, which the original class loads strictly with equal output."""
+    done = normfix.convert(batched(), OTHER, source=normfix.Source(kind="factory", spec="factories:batched"))
+    normfix.save(done, tmp_path / "out", portable=True)
+    fresh = batched()
+    fresh.load_state_dict(torch.load(tmp_path / "out" / "state_dict.pt", weights_only=True), strict=True)
+    assert_same(fresh.eval(), done.model)
+
+
+def test_an_instance_norm_network_does_not_go_back(done, tmp_path):
+    """Portable of a network whose class would stay live is NF411, naming the sites, and nothing is left."""
+    error = refusal(normfix.save, done, tmp_path / "out", portable=True)
+    assert (error.code, "first.1" in error.message) == ("NF411", True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_card_names_the_base_and_the_proof(tmp_path):
+    """The model card has tags, the base model and every step of the proof."""
+    source = normfix.Source(kind="factory", spec=ARCH, origin="hf-hub:org/net@abc")
+    done = normfix.convert(tiny_unet(), IMAGE, source=source)
+    normfix.save(done, tmp_path / "fixed")
+    card = (tmp_path / "fixed" / "README.md").read_text()
+    assert "base_model: org/net\n" in card
+    assert "- tile-invariant" in card
+    assert all(step.claim in card for step in done.proof.steps)
 
 
 def test_the_folder_is_all_there_is(folder):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from pathlib import Path
 
 import click
 
@@ -16,16 +17,46 @@ from normfix.cli.convert import convert_command
 from normfix.cli.demo import demo_command
 from normfix.cli.explain import explain_command
 from normfix.cli.look import plan_command, scan_command
+from normfix.cli.push import push_command
 from normfix.cli.use import calibrate_command, check_command, predict_command
+from normfix.config import Settings, read_settings
 from normfix.errors import NormfixError
 
 __all__ = ["cli", "main"]
 
 
+def _settings() -> Settings:
+    """Return what the project's pyproject.toml sets."""
+    options = {
+        name: {p.name for p in command.params if isinstance(p, click.Option) and p.name}
+        for name, command in cli.commands.items()
+    }
+    return read_settings(Path.cwd(), options)
+
+
+def _show_settings(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if not value or context.resilient_parsing:
+        return
+    found = _settings()
+    click.echo(f"{found.path or 'no pyproject.toml with [tool.normfix]'}")
+    for line in found.lines():
+        click.echo(f"  {line}")
+    context.exit()
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 @click.option("--debug", is_flag=True, help="Show tracebacks of internal errors.")
-def cli(debug: bool) -> None:
+@click.option(
+    "--show-settings",
+    is_flag=True,
+    is_eager=True,
+    callback=_show_settings,
+    expose_value=False,
+    help="Print the options that pyproject.toml sets, and exit.",
+)
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
     """Make pretrained PyTorch networks tile-invariant, and prove it.
 
     Finds statistics that a network computes from each tile, freezes them at the values of whole images, and
@@ -33,6 +64,7 @@ def cli(debug: bool) -> None:
 
     Exit codes: 0 fine, 1 findings or an inconclusive proof, 2 usage, unreadable input or internal error.
     """
+    context.default_map = {name: dict(values) for name, values in _settings().commands.items()}
 
 
 for command in (
@@ -42,6 +74,7 @@ for command in (
     calibrate_command,
     predict_command,
     check_command,
+    push_command,
     demo_command,
     explain_command,
 ):

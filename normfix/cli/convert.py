@@ -45,6 +45,11 @@ __all__ = ["convert_command"]
     is_flag=True,
     help="Write the result although sites were kept live or a proof failed; exits 1.",
 )
+@click.option(
+    "--portable",
+    is_flag=True,
+    help="Write the original class as its own library does; only where every norm was a BatchNorm.",
+)
 @image_options
 @click.option("--report", help="Write the record to this .json file, also when the proof fails.")
 @click.option(
@@ -64,6 +69,7 @@ def convert_command(
     as_trained: bool,
     strict: bool,
     partial: bool,
+    portable: bool,
     report: str | None,
     format_: str,
     **options: Any,
@@ -116,8 +122,9 @@ def convert_command(
         why = "live sites were refused" if proof.partial else "the proof did not pass"
         note(f"Nothing was written to {out}, because {why}.")
         return 1
-    save(done, out, partial=partial)
-    note(f"Wrote {out}. Load it with normfix.load({out!r}).")
+    save(done, out, partial=partial, portable=portable)
+    how = "its own library" if portable else f"normfix.load({out!r})"
+    note(f"Wrote {out}. Load it with {how}.")
     return 0 if sound else 1
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import click
 
+from normfix.cli.answers import Shown
+from normfix.cli.options import format_option, show
+
 __all__ = ["demo_command"]
 
 
@@ -11,7 +14,8 @@ __all__ = ["demo_command"]
 @click.option(
     "-o", "--out", default="normfix-demo", show_default=True, help="Folder to write; must not exist."
 )
-def demo_command(out: str) -> int:
+@format_option
+def demo_command(out: str, format_: str) -> int:
     """Show the seams of a real network on a real image, repair them, prove it, and write a page with pictures.
 
     \b
@@ -23,6 +27,6 @@ def demo_command(out: str) -> int:
 
     with steps() as progress:
         result = run_demo(out, progress)
-    click.echo(result.text)
+    show(Shown(passed=result.passed, page=str(result.page), text=result.text), result.text, format_)
     note(f"Open {result.page}")
     return 0 if result.passed else 1

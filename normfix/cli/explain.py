@@ -6,6 +6,8 @@ import textwrap
 
 import click
 
+from normfix.cli.answers import Explained
+from normfix.cli.options import format_option, show
 from normfix.errors import CODES
 
 __all__ = ["explain_command"]
@@ -13,7 +15,8 @@ __all__ = ["explain_command"]
 
 @click.command("explain")
 @click.argument("code")
-def explain_command(code: str) -> None:
+@format_option
+def explain_command(code: str, format_: str) -> None:
     """Explain an error or finding by its CODE.
 
     \b
@@ -23,4 +26,5 @@ def explain_command(code: str) -> None:
     known = CODES.get(code.upper())
     if known is None:
         raise click.UsageError(f"no such code: {code}. Codes are: {', '.join(CODES)}")
-    click.echo(f"{code.upper()}\n\n{textwrap.fill(known, 88)}")
+    text = f"{code.upper()}\n\n{textwrap.fill(known, 88)}"
+    show(Explained(code=code.upper(), text=known), text, format_)

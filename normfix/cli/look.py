@@ -48,8 +48,11 @@ def scan_command(input_: str | None, as_trained: bool, fast: bool, format_: str,
 @click.option("--keep", multiple=True, help="Pattern of module paths to leave alone; may be repeated.")
 @_INPUT
 @_AS_TRAINED
+@click.option(
+    "--format", "format_", type=click.Choice(["json"]), default="json", help="A plan is JSON always."
+)
 def plan_command(
-    to: Any, keep: tuple[str, ...], input_: str | None, as_trained: bool, **options: Any
+    to: Any, keep: tuple[str, ...], input_: str | None, as_trained: bool, format_: str, **options: Any
 ) -> None:
     """Print what would happen to each site of MODEL, as JSON to review, edit and replay with convert --plan.
 
@@ -60,7 +63,7 @@ def plan_command(
     from normfix.pipeline import plan
 
     decided = plan(_scan(Arguments.take(options), input_, as_trained), to=to, keep=keep)
-    show(decided, "", "json")  # a plan is JSON always: it is there to be edited
+    show(decided, "", format_)  # a plan is JSON always: it is there to be edited
 
 
 def _scan(arguments: Arguments, input_: str | None, as_trained: bool, *, fast: bool = False) -> Scan:

@@ -231,7 +231,7 @@ def note(text: str) -> None:
 
 def show(record: Record, text: str, format_: str) -> None:
     """Put the result on stdout: the record as JSON, or its text."""
-    stdout = click.get_current_context().obj
+    stdout = click.get_current_context().obj  # None, which is stdout, where nothing was redirected
     click.echo(record.dumps() if format_ == "json" else text, file=stdout, nl=format_ != "json")
 
 

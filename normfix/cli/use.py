@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from normfix.cli.answers import Predicted
 from normfix.cli.options import (
     Arguments,
     format_option,
@@ -20,6 +21,9 @@ from normfix.cli.options import (
     write_report,
 )
 from normfix.cli.texts import calibration_text, verdict_text
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["calibrate_command", "check_command", "predict_command"]
 
@@ -100,7 +104,10 @@ def calibrate_command(images: tuple[str, ...], out: str, format_: str, **options
 @_TILE
 @_HALO
 @image_options
-def predict_command(image: str, out: str, tile: int, halo: int | Literal["auto"], **options: Any) -> None:
+@format_option
+def predict_command(
+    image: str, out: str, tile: int, halo: int | Literal["auto"], format_: str, **options: Any
+) -> None:
     """Predict IMAGE tile by tile with a converted MODEL, exactly as the whole image would be predicted.
 
     \b
@@ -116,8 +123,23 @@ def predict_command(image: str, out: str, tile: int, halo: int | Literal["auto"]
     whole = predict(
         opened.model, arguments.image(image, opened.model), tile, halo=halo, output=arguments.output
     )
-    write_image(Path(out), whole[0].float().cpu().numpy())
+    written = whole[0].float().cpu().numpy()
+    write_image(Path(out), written, _pixel_size(image, opened.model))
+    record = Predicted(path=out, shape=written.shape, dtype=str(written.dtype))
+    show(record, f"{out}: {'x'.join(map(str, written.shape))}, {written.dtype}", format_)
     note(f"Wrote {out}.")
+
+
+def _pixel_size(image: str, model: nn.Module) -> dict[str, Any]:
+    """Return the image's pixel size, if the prediction has a pixel for each of its."""
+    from normfix.images import find_images
+    from normfix.provenance import provenance_of
+    from normfix.reading import pixel_size_of
+
+    known = provenance_of(model)
+    if known is None or set(known.scan.scale or ()) != {"1"}:
+        return {}
+    return pixel_size_of(find_images((image,))[0])
 
 
 @click.command("check")

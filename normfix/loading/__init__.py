@@ -15,11 +15,11 @@ from typing import Any
 
 from normfix.errors import NormfixError
 from normfix.factories import build, is_name
-from normfix.loading.formats import FORMATS
+from normfix.loading.formats import FORMATS, Format
 from normfix.loading.formats.exported import read_program
 from normfix.loading.hub import HUB, fetched
 from normfix.loading.pretrained import folder_weights
-from normfix.loading.request import Loaded, Request, factory
+from normfix.loading.request import Loaded, Request, factory, unreadable
 from normfix.loading.state_dicts import filled
 from normfix.loading.tensors import read_weights
 
@@ -97,7 +97,7 @@ def open_path(path: Path, request: Request) -> Loaded:
     """Load a file or folder by the first format that recognises it."""
     for format_ in FORMATS:
         if format_.recognises(path):
-            return format_.open_network(path, request)
+            return _opened(format_, path, request)
     if path.is_dir():
         return _open_folder(path, request)
     raise NormfixError(
@@ -106,6 +106,20 @@ def open_path(path: Path, request: Request) -> Loaded:
         "Check that it exists and is whole.",
         where=str(path),
     )
+
+
+def _opened(format_: Format, path: Path, request: Request) -> Loaded:
+    """Let a format open it, and give whatever a library raises about what a file says the name of that file."""
+    try:
+        return format_.open_network(path, request)
+    except NormfixError:
+        raise
+    except ModuleNotFoundError as error:
+        raise NormfixError(
+            "NF111", f"{error}. Install the library that wrote it.", where=str(path)
+        ) from error
+    except Exception as error:
+        raise unreadable(path, f"{type(error).__name__}: {error}") from error
 
 
 def _open_folder(path: Path, request: Request) -> Loaded:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 from normfix.errors import NormfixError
@@ -34,7 +35,10 @@ def fetched(spec: str, revision: str | None = None) -> tuple[Path, str]:
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     name, wanted = match.group(1), match.group(2) or revision
     try:
         folder = Path(snapshot_download(name, revision=wanted, allow_patterns=list(_WANTED)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickle  # noqa: TID251 - for its exception
 import pickletools
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +130,7 @@ def inspect_pickle(file: IO[bytes], where: str) -> set[str]:
             raise _harmful(where, f"its pickle alone is longer than {_LARGEST >> 20} MB")
         item = _step(opcode, arg, stack, memo)
         if opcode.name in ("GLOBAL", "INST"):
-            names.add(str(arg).replace(" ", ".", 1))
+            names.add(_modern(*str(arg).split(" ", 1)))
         elif opcode.name == "STACK_GLOBAL":
             names.add(item.text or _HIDDEN)
         elif opcode.name.startswith("EXT"):
@@ -137,6 +138,12 @@ def inspect_pickle(file: IO[bytes], where: str) -> set[str]:
         if item.weight > _SHARING * (count + 100):
             raise _harmful(where, "its values share their parts so often that reading it would not end")
     return names
+
+
+def _modern(module: str, name: str = "") -> str:
+    """Return the name that Python 3 imports, as pickles of torch's protocol 2 still use Python 2's."""
+    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+    return f"{module}.{name}"
 
 
 def _step(opcode: Any, arg: Any, stack: list[_Item], memo: dict[int, _Item]) -> _Item:

@@ -10,6 +10,7 @@ from normfix.pipeline.conversion import Conversion, convert
 from normfix.pipeline.diagnosing import Diagnosis, diagnose
 from normfix.pipeline.looking import plan, scan
 from normfix.pipeline.recalibration import calibrate, calibrate_
+from normfix.pipeline.sharing import push
 from normfix.pipeline.storage import load, open_any, save
 from normfix.pipeline.using import assert_tile_invariant, check, predict
 
@@ -26,6 +27,7 @@ __all__ = [
     "open_any",
     "plan",
     "predict",
+    "push",
     "save",
     "scan",
 ]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,21 @@ from normfix.calling import Caller, evaluating, home_of
 from normfix.errors import NormfixError
 from normfix.factories import dumped, rebuild
 from normfix.json_record import SCHEMA
-from normfix.loading import HUB, Loaded, Request, fetched, open_path, open_spec, read_weights
+from normfix.loading import HUB, Loaded, Request, fetched, open_path, open_spec, read_program, read_weights
 from normfix.numerics import IDENTITY, exact_arithmetic
 from normfix.pipeline.conversion import Conversion
-from normfix.programs import SUFFIX, export_program, open_program, require_program_name, write_program
+from normfix.programs import (
+    PROGRAM,
+    SUFFIX,
+    export_program,
+    open_program,
+    require_program_name,
+    write_beside,
+    write_program,
+)
 from normfix.provenance import attach_, provenance_of
 from normfix.records import CalibrationSummary, Probe, Proof, Provenance, Saved, Source
+from normfix.returning import require_returnable, returned, write_original
 from normfix.rewriting import copy_of, rewrite
 from normfix.saving import (
     MANIFEST,
@@ -50,6 +60,7 @@ def save(
     args: Mapping[str, Any] | None = None,
     *,
     partial: bool = False,
+    portable: bool = False,
 ) -> None:
     """Write a conversion, or a converted network that was trained further, as a folder, or as a program (.pt2).
 
@@ -63,6 +74,8 @@ def save(
         source: "pkg.mod:factory" or "timm:NAME", if the conversion does not know it.
         args: keyword arguments of the factory, JSON-ready.
         partial: save although sites were kept live or a step of the proof failed. (Refused sites do not hinder.)
+        portable: write the original class with new statistics as its own library writes it (a save_pretrained
+            folder, timm's files, or a state dict with the original names), where that is exact.
 
     Raises:
         NormfixError: NF114 if the folder exists or cannot be written, NF501 if the proof did not pass, NF502 if
@@ -87,12 +100,51 @@ def save(
         provenance = replace(provenance, source=named)
     if original is not None:
         require_unconverted(original)
+    if portable:
+        _save_portable(Path(folder), model, provenance, caller, original)
+        return
     if require_program_name(str(folder), model):
         _save_program(Path(folder), model, caller, provenance, proof, calibration)
         return
     with appearing(Path(folder)) as draft:
+        if provenance.source.kind == "object" and caller.forward_fn is None:
+            with suppress(NormfixError):  # the folder is whole without it
+                _save_program(draft / PROGRAM, model, caller, provenance, proof, calibration, write_beside)
         write_folder(draft, model, provenance, proof, calibration, _probe(model, caller, provenance))
         _read_back(draft, provenance.source, model, original)
+
+
+def _save_portable(
+    folder: Path, model: nn.Module, provenance: Provenance, caller: Caller, original: nn.Module | None
+) -> None:
+    """Write the original class with the converted state, proved equal on the probe's input and read back."""
+    require_returnable(provenance.plan)
+    base = copy_of(original) if original is not None else rebuild(provenance.source)
+    home = home_of(model)
+    network = returned(model, base.to(*home))
+    shape = (1, *provenance.scan.example[1:])
+    wanted = _probed(model, caller, shape, _SEED, home[1])
+    _require_same(_probed(network, caller, shape, _SEED, home[1]), wanted, home[1], "the original class")
+    with appearing(folder) as draft:
+        path = write_original(draft, network, provenance.source)
+        source = provenance.source
+        named = path.is_file() and source.kind == "factory"
+        if path.is_dir() or named:
+            args = json.loads(source.args) if named else None
+            again = open_path(path, Request(arch=source.spec if named else None, arch_args=args)).model
+            _require_same(
+                _probed(again.to(*home), caller, shape, _SEED, home[1]), wanted, home[1], "what was written"
+            )
+
+
+def _require_same(actual: Tensor, wanted: Tensor, dtype: torch.dtype, what: str) -> None:
+    scale = float(wanted.double().std()) or 1.0
+    if actual.shape != wanted.shape or not bool(((actual - wanted).abs() <= IDENTITY[dtype] * scale).all()):
+        raise NormfixError(
+            "NF412",
+            f"{what} does not give the converted network's output, so nothing was written. Save the normfix folder "
+            "instead, without --portable.",
+        )
 
 
 def require_unconverted(model: nn.Module) -> None:
@@ -172,7 +224,7 @@ def _open_saved(folder: Path, request: Request, model: nn.Module | None) -> Load
 
 def _open_program(path: Path) -> Loaded:
     """Open a .pt2 file; one that normfix wrote brings plan, geometry and scaling with it."""
-    model, saved = open_program(path)
+    model, saved = open_program(path, read_program)
     source = Source(kind="object", spec="torch.export:ExportedProgram")
     if saved is None:
         return Loaded(model, source)
@@ -190,6 +242,7 @@ def _save_program(
     provenance: Provenance,
     proof: Proof | None,
     calibration: CalibrationSummary | None,
+    write: Callable[..., None] = write_program,
 ) -> None:
     """Write a network as a program of one image, which returns all that the network returns."""
     run = None if caller.forward_fn is None else caller
@@ -207,7 +260,7 @@ def _save_program(
         proof=proof,
         probe=_probe(model, caller, provenance),
     )
-    write_program(path, program, model, run or (lambda network, image: network(image)), saved)
+    write(path, program, model, run or (lambda network, image: network(image)), saved)
 
 
 def _parts(

@@ -37,17 +37,28 @@ _OPERATORS = re.compile(
 )
 _NODES = (
     *(ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Subscript, ast.Constant, ast.Name),
-    *(ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context, ast.Call, ast.Attribute, ast.Tuple),
+    *(
+        ast.operator,
+        ast.unaryop,
+        ast.boolop,
+        ast.cmpop,
+        ast.expr_context,
+        ast.Call,
+        ast.keyword,
+        ast.Attribute,
+        ast.Tuple,
+    ),
 )
 # fmt: off
 _CALLS = frozenset((  # functions on sizes that torch.export writes
-    "Max", "Min", "Mod", "PythonMod", "FloorDiv", "CleanDiv", "CeilDiv", "TruncToInt",
-    "FloorToInt", "CeilToInt", "ModularIndexing", "IntTrueDiv", "FloatTrueDiv", "ToFloat",
-    "RoundToInt", "Where", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not", "Piecewise",
-    "floor", "ceiling", "Identity", "size", "max", "min", "len",
+    "Max", "Min", "Mod", "PythonMod", "FloorDiv", "CleanDiv", "CeilDiv", "TruncToInt", "FloorToInt",
+    "CeilToInt", "ModularIndexing", "IntTrueDiv", "FloatTrueDiv", "ToFloat", "RoundToInt", "Where",
+    "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not", "Piecewise", "floor", "ceiling",
+    "Identity", "size", "max", "min", "len", "Symbol", "Integer", "Rational", "Add", "Mul", "Pow",
+    "Equality", "Unequality", "LessThan", "StrictLessThan", "GreaterThan", "StrictGreaterThan",
 ))
 # fmt: on
-_LONGEST = 2000
+_LONGEST, _POWERS = 2000, 4
 
 
 def recognises(path: Path) -> bool:
@@ -70,8 +81,12 @@ def open_network(path: Path, request: Request) -> Loaded:
     )
 
 
-def read_program(path: Path) -> torch.export.ExportedProgram:
+def read_program(path: Path, extra: dict[str, str] | None = None) -> torch.export.ExportedProgram:
     """Open a program that torch.export.save wrote, after a scan that nothing in it runs.
+
+    Args:
+        path: of the file.
+        extra: names of extra files inside, filled with their text.
 
     Raises:
         NormfixError: NF101 damaged, NF102 a pickle that needs classes, NF121 built to harm.
@@ -82,7 +97,7 @@ def read_program(path: Path) -> torch.export.ExportedProgram:
     logger.setLevel(logging.CRITICAL)  # it logs the error that is raised below
     try:
         with path.open("rb") as file:
-            return torch.export.load(io.BytesIO(file.read()))
+            return torch.export.load(io.BytesIO(file.read()), extra_files=extra)
     except Exception as error:
         raise unreadable(path, error) from error
     finally:
@@ -153,18 +168,23 @@ def _unsafe_values(value: Any, key: str = "") -> Iterator[str]:
 
 
 def _is_arithmetic(text: str) -> bool:
-    """Tell whether an expression only computes with sizes: no attribute but size, no call but these."""
+    """Tell whether an expression only computes with sizes: no attribute but size, no call but these, no high power."""
     if len(text) > _LONGEST:
         return False
     try:
         nodes = list(ast.walk(ast.parse(text.strip(), mode="eval")))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
-    return all(isinstance(node, _NODES) and _is_harmless(node) for node in nodes)
+    powers = sum(
+        (isinstance(node, ast.Name) and node.id == "Pow") or isinstance(node, ast.Pow) for node in nodes
+    )
+    return powers <= _POWERS and all(isinstance(node, _NODES) and _is_harmless(node) for node in nodes)
 
 
 def _is_harmless(node: ast.AST) -> bool:
     match node:
+        case ast.Call(func=ast.Name(id="Pow"), args=[_, power]):
+            return _small(power)
         case ast.Call(func=ast.Name(id=name)) | ast.Call(func=ast.Attribute(attr=name)):
             return name in _CALLS
         case ast.Call():
@@ -173,11 +193,24 @@ def _is_harmless(node: ast.AST) -> bool:
             return name in ("size", "shape")
         case ast.Name(id=name):
             return not name.startswith("__")
-        case ast.BinOp(op=ast.Pow(), right=ast.Constant(value=int(power))):
-            return abs(power) <= 8
-        case ast.BinOp(op=ast.Pow() | ast.LShift()):
+        case ast.BinOp(op=ast.Pow(), right=power):
+            return _small(power)
+        case ast.BinOp(op=ast.LShift()):
             return False
+        case ast.Constant(value=str(text)):  # sympy evaluates text wherever it meets it
+            return text.isidentifier() and "__" not in text
         case ast.Constant(value=value):
-            return not isinstance(value, int) or abs(value) < 2**63
+            return isinstance(value, int | float) and abs(value) < 2**63
         case _:
             return True
+
+
+def _small(power: ast.expr) -> bool:
+    """Tell whether an exponent, n or Integer(n), is a small number."""
+    if isinstance(power, ast.Call) and len(power.args) == 1:
+        power = power.args[0]
+    try:
+        value = ast.literal_eval(power)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return False
+    return isinstance(value, int) and abs(value) <= 8

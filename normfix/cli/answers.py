@@ -1,0 +1,43 @@
+"""Records that only the command line returns: what was written, sent, shown or explained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from normfix.json_record import Record
+
+__all__ = ["Explained", "Predicted", "Pushed", "Shown"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Predicted(Record):
+    """A prediction that was written: its file, its shape (C, *space) and its type."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pushed(Record):
+    """A folder that was pushed: the repository and the address of the commit."""
+
+    repository: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explained(Record):
+    """A code and what it means."""
+
+    code: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown(Record):
+    """The demo: whether everything was proved, the page with pictures, and its text."""
+
+    passed: bool
+    page: str
+    text: str

@@ -1,0 +1,25 @@
+"""Write docs/json.md: the JSON Schema of what each command prints with --format json."""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from test_tasks import RECORDS  # noqa: E402
+
+from normfix.json_schema import schema_of  # noqa: E402
+
+HEAD = """# JSON of the commands
+
+`--format json` prints one record on stdout, the same that the Python function returns (`.to_json()`). Nothing else is
+printed there; notes and progress go to stderr. Plans and saved folders carry a `schema` number; a newer one than this
+normfix knows is refused (NF108). The schemas are JSON Schema, written by scripts/write_schemas.py from the records.
+"""
+
+sections = [
+    f"\n## normfix {command}\n\n```json\n{json.dumps(schema_of(kind), separators=(',', ':'))}\n```\n"
+    for command, kind in RECORDS.items()
+]
+(ROOT / "docs" / "json.md").write_text(HEAD + "".join(sections), encoding="utf-8")
