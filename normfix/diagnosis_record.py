@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from normfix.json_record import SCHEMA, Record
-from normfix.records import Finding, Scaling, Spans
+from normfix.records import Finding, Scaling, Spans, Verdict
 
 __all__ = [
     "AccuracyRow",
@@ -19,7 +19,9 @@ __all__ = [
     "DiagnosisRecord",
     "Kind",
     "Mismatch",
+    "Observation",
     "Pair",
+    "PipelineRecord",
     "Profile",
     "ReceptiveField",
     "SiteReport",
@@ -213,4 +215,33 @@ class DiagnosisRecord(Record):
     cost: Cost
     findings: tuple[Finding, ...]
     settings: tuple[tuple[str, str], ...]
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation(Record):
+    """One cause of seams in a pipeline's own steps, and what was seen of it."""
+
+    cause: str
+    evidence: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineRecord(Record):
+    """A pipeline tested from outside, and, where its network could be replaced by probes, from inside.
+
+    `windows`, `extents`, `starts` (per axis) and `context` (before, after) are what the probes saw; None where
+    no network was given or the pipeline did not run probes. `held` is the verdict of the same pipeline with the
+    network's live statistics held at the whole image's values: what is left is the pipeline's own.
+    """
+
+    verdict: Verdict
+    windows: int | None
+    extents: tuple[int, ...] | None
+    starts: tuple[tuple[int, ...], ...] | None
+    context: Spans | None
+    culprits: tuple[Observation, ...]
+    held: Verdict | None
+    findings: tuple[Finding, ...]
     schema: int = SCHEMA
