@@ -39,7 +39,8 @@ scores (one class per pixel, by argmax), labels, or anything else, which has no 
 class Tiling(Record):
     """How a user's pipeline cuts an image; the default is what normfix itself does.
 
-    `halo` holds (before, after) pixels of context that each tile of `tile` pixels is read with. `last` tells
+    `halo` holds (before, after) pixels of context that each tile of `tile` pixels is read with; empty means what
+    the network needs. `last` tells
     where the last window of an axis starts: on the grid, or pushed back so that it is a full one. `context`
     tells what lies beyond: the image up to its border, mirrored pixels beyond the image's border, or the tile's
     own pixels mirrored. `scaling` is applied to every window by itself, `train` leaves the network in train

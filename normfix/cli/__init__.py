@@ -14,6 +14,7 @@ import click
 from normfix import __version__
 from normfix.cli.convert import convert_command
 from normfix.cli.demo import demo_command
+from normfix.cli.diagnose import diagnose_command
 from normfix.cli.explain import explain_command
 from normfix.cli.look import plan_command, scan_command
 from normfix.cli.use import calibrate_command, check_command, predict_command
@@ -42,6 +43,7 @@ for command in (
     calibrate_command,
     predict_command,
     check_command,
+    diagnose_command,
     demo_command,
     explain_command,
 ):

@@ -85,7 +85,7 @@ def probe(pipeline: Pipeline, network: nn.Module, shape: Sequence[int], space: i
         return None
     places = tuple(s for s in starts if s is not None)
     size, extents = tuple(shape[-space:]), tuple(windows[0].shape)
-    levels = answer[0, 0].unique()
+    levels = set(answer[0, 0].flatten().tolist())
     blended = len(levels) > min(2, len(windows))
     context = None
     if not blended and len(windows) > 1:

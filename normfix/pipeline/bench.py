@@ -166,19 +166,21 @@ def _completed(
     training: bool,
 ) -> Tiling:
     """Return the user's tiling, or normfix's own with the tile and halo given."""
-    if tiling is not None:
-        if not len(tiling.tile) == len(tiling.halo) == ndim or min(tiling.tile) < 1:
-            raise NormfixError(
-                "NF602", f"give tile and halo for each of the {ndim} spatial axes.", where=str(tiling.tile)
-            )
-        return tiling
-    extents = (tile,) * ndim if isinstance(tile, int) else tuple(tile)
-    if len(extents) != ndim or min(extents) < 1:
-        raise NormfixError("NF602", f"give one tile size or {ndim}, each positive.", where=f"tile={tile!r}")
     pairs = zip(geometry.halo, geometry.stride, strict=True)
     exact = tuple((round_up(b, s), round_up(a, s)) for (b, a), s in pairs)
-    own = exact if halo == "auto" else ((halo, halo),) * ndim
-    return Tiling(tile=extents, halo=own, train=training)
+    if tiling is None:
+        extents = (tile,) * ndim if isinstance(tile, int) else tuple(tile)
+        own = exact if halo == "auto" else ((halo, halo),) * ndim
+        tiling = Tiling(tile=extents, halo=own, train=training)
+    elif not tiling.halo:
+        tiling = replace(tiling, halo=exact)
+    if not len(tiling.tile) == len(tiling.halo) == ndim or min(tiling.tile) < 1:
+        raise NormfixError(
+            "NF602",
+            f"give tile and halo for each of the {ndim} spatial axes, tiles of a pixel or more.",
+            where=f"tile={tiling.tile}",
+        )
+    return tiling
 
 
 def _runs(

@@ -41,6 +41,7 @@ from normfix.pipeline.pipelines import PipelineDiagnosis, diagnose_pipeline
 from normfix.pipeline.using import predict
 from normfix.provenance import provenance_of
 from normfix.records import Finding
+from normfix.reporting.maps import Maps
 from normfix.rewriting import copy_of
 from normfix.stitching import cropped, padded
 from normfix.tiles import at
@@ -50,19 +51,6 @@ __all__ = ["Diagnosis", "Maps", "diagnose", "diagnose_network"]
 ForwardFn = Callable[[nn.Module, Tensor], Any]
 Metric = Callable[[NDArray[Any], NDArray[Any]], float]
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Maps:
-    """The arrays behind a diagnosis, for pictures: (C, *space), float32; `gradient` is (*space)."""
-
-    image: NDArray[Any]
-    whole: NDArray[Any]
-    stitched: NDArray[Any]
-    fixed: NDArray[Any]
-    difference: NDArray[Any]
-    gradient: NDArray[Any]
-    cuts: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +84,12 @@ class Diagnosis:
     def receptive_field(self) -> ReceptiveField | None:
         """Return how far an output can look, and does."""
         return self.record.receptive_field
+
+    def _repr_html_(self) -> str:
+        """Show the verdict and the pictures in a notebook."""
+        from normfix.reporting.report import fragment
+
+        return fragment(self.record, self.maps)
 
 
 @overload
