@@ -251,6 +251,16 @@ def test_a_volume_can_be_drawn():
     assert len(Reader(text_of(".html", found.record, found.maps)).images) == 4
 
 
+def test_noise_stays_small():
+    """The worst picture, noise in every pixel, still fits: five of them and a page stay under 2 MB."""
+    import numpy as np
+
+    from normfix.reporting.drawing import seams
+
+    noise = np.random.default_rng(0).random((1, 900, 1200))
+    assert len(seams(noise, noise, ((100,), (300,)))) < 280_000
+
+
 def test_a_notebook_shows_the_same_pieces(found):
     """The repr holds the verdict and pictures of the report."""
     shown = found._repr_html_()
