@@ -19,6 +19,7 @@ from typing import Any
 import mahotas.demos
 import numpy as np
 import onnxruntime
+import safetensors.torch
 import torch
 
 Run = Callable[[Any], Any]
@@ -48,6 +49,35 @@ def cosmics(folder: Path) -> Run:
     return run
 
 
+def demo(folder: Path) -> Run:
+    """Return the demo network, written anew from its weights: norms by numpy's mean and variance."""
+    (path,) = Path(__file__).parents[1].rglob("nuclei_unet.safetensors")
+    tensors = safetensors.torch.load_file(path)
+
+    def block(x: torch.Tensor, name: str) -> torch.Tensor:
+        for conv, norm in ((0, 1), (3, 4)):
+            x = torch.nn.functional.conv2d(x, tensors[f"{name}.{conv}.weight"], padding=1)
+            rows = x[0].numpy().astype(np.float64)
+            centre, spread = rows.mean((1, 2), keepdims=True), rows.std((1, 2), keepdims=True)
+            flat = torch.from_numpy((rows - centre) / np.sqrt(spread**2 + 1e-5)).float()[None]
+            weight, bias = (tensors[f"{name}.{norm}.{p}"].view(1, -1, 1, 1) for p in ("weight", "bias"))
+            x = (flat * weight + bias).clamp_min(0)
+        return x
+
+    def run(x: Any) -> Any:
+        y, skips = block(torch.from_numpy(x), "encoder.0"), []
+        for level in (1, 2, 3):
+            skips.append(y)
+            y = block(torch.nn.functional.max_pool2d(y, 2), f"encoder.{level}")
+        for level in (0, 1, 2):
+            wide = y.repeat_interleave(2, 2).repeat_interleave(2, 3)
+            y = block(torch.cat([skips.pop(), wide], 1), f"decoder.{level}")
+        y = torch.nn.functional.conv2d(y, tensors["head.weight"], tensors["head.bias"])
+        return (1 / (1 + torch.exp(-y))).numpy()
+
+    return run
+
+
 def measured(run: Run, image: Any, tile: int, before: int, after: int) -> dict[str, float]:
     """Stitch windows of a tile and its halo, cut at the border of the image."""
     whole = run(image).astype(np.float64)
@@ -73,9 +103,14 @@ def main() -> None:
     """Compare number by number."""
     folder, found = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     grey = mahotas.demos.load("nuclear")[300:684, 700:1084, 0].astype(np.float32)[None, None] / 255
-    images = {"style": np.repeat(grey, 3, 1), "cosmics": grey * 100}
+    pixels = mahotas.demos.load("nuclear")[..., 0].astype(np.float64)
+    low, high = np.percentile(pixels, (1, 99.8))
+    scaled = np.ascontiguousarray(
+        ((pixels - low) / (high - low)).astype(np.float32)[None, None, 300:684, 700:1084]
+    )
+    images = {"style": np.repeat(grey, 3, 1), "cosmics": grey * 100, "demo": scaled}
     wrong = 0
-    for name, build in (("style", style), ("cosmics", cosmics)):
+    for name, build in (("style", style), ("cosmics", cosmics), ("demo", demo)):
         record = found[name]
         halo = record["tiling"]["halo"][0]
         own = measured(build(folder), images[name], record["tiling"]["tile"][0], *halo)

