@@ -27,6 +27,8 @@ from normfix.tiles import Geometry, round_up
 
 __all__ = ["Setting", "bench_of", "prepare"]
 
+_INSTEAD = "Diagnose it as a pipeline: give a function predict(image), which needs no geometry."
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -124,7 +126,10 @@ def _geometry(model: nn.Module, example: Tensor, caller: Caller, live: Sequence[
     probe = copy_of(model).cpu().float()
     dilution = survey(probe, caller, material).dilution
     _, kept = record(probe, caller, material, live)
-    fixed = frozenset(s.id for s in live if kept.fixable(s.id)) | kept.resized.keys()
+    stuck = [s.id for s in live if not kept.fixable(s.id)]
+    if stuck:
+        raise NormfixError("NF601", f"it cannot be held constant. {_INSTEAD}", where=stuck[0])
+    fixed = frozenset(s.id for s in live) | kept.resized.keys()
     double = copy_of(probe).double()
     _, exact = record(double, caller.in_double, material.double(), live)
     found = measure_locality(
@@ -145,8 +150,7 @@ def _required(found: Locality, name: str) -> Geometry:
         reasons = "; ".join(f.message for f in found.findings)
         raise NormfixError(
             "NF601",
-            f"its geometry cannot be measured even with everything global held constant: {reasons} "
-            "Diagnose it as a pipeline: give a function predict(image), which needs no geometry.",
+            f"its geometry cannot be measured even with everything global held constant: {reasons} {_INSTEAD}",
             where=name,
         )
     return found.geometry
