@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from normfix.calling import REFUSALS, Caller, evaluating, home_of
 from normfix.diagnosis.experiments import Bench
@@ -70,15 +71,15 @@ def prepare(
     """
     example = fitting_example(model, image, caller)
     base = base_of(model, example, caller)
-    training = any(m.training for m in model.modules())
+    training = [name for name, m in base.named_modules() if isinstance(m, _NormBase) and m.training]
     seen = look(base, example, caller)
-    evaluated, trained = copy_of(base).eval(), as_trained_copy(base).eval()
+    evaluated, trained = copy_of(base).eval(), _as_used(base, training).eval()
     live = {
         mode: tuple(s for s in _sites(net, example, caller) if s.live)
         for mode, net in ((False, evaluated), (True, trained))
     }
     geometry = seen.geometry or _geometry(evaluated, example, caller, live[False])
-    tiling = _completed(tiling, tile, halo, geometry, image.ndim - 2, training)
+    tiling = _completed(tiling, tile, halo, geometry, image.ndim - 2, bool(training))
     tiling, findings = _runs(evaluated, image, tiling, geometry, caller)
     with evaluating(evaluated), torch.no_grad():
         middle = caller(evaluated, example.to(*home_of(evaluated)))
@@ -110,6 +111,15 @@ def bench_of(setting: Setting, progress: Progress) -> Bench:
         scale=setting.scale,
         progress=progress,
     )
+
+
+def _as_used(base: nn.Module, training: Sequence[str]) -> nn.Module:
+    """Return a copy with batch statistics in use where the network uses them: in some norms, or in all."""
+    used = as_trained_copy(base)
+    for name, module in base.named_modules():
+        if training and isinstance(module, _NormBase) and name not in training:
+            used.get_submodule(name).__dict__.update(copy_of(module).__dict__)
+    return used
 
 
 def _sites(model: nn.Module, example: Tensor, caller: Caller) -> tuple[Site, ...]:
