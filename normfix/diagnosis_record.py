@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from normfix.json_record import SCHEMA, Record
-from normfix.records import Finding, Scaling, Spans
+from normfix.records import Finding, Scaling, Spans, Verdict
 
 __all__ = [
     "AccuracyRow",
@@ -19,7 +19,9 @@ __all__ = [
     "DiagnosisRecord",
     "Kind",
     "Mismatch",
+    "Observation",
     "Pair",
+    "PipelineRecord",
     "Profile",
     "ReceptiveField",
     "SiteReport",
@@ -37,7 +39,8 @@ scores (one class per pixel, by argmax), labels, or anything else, which has no 
 class Tiling(Record):
     """How a user's pipeline cuts an image; the default is what normfix itself does.
 
-    `halo` holds (before, after) pixels of context that each tile of `tile` pixels is read with. `last` tells
+    `halo` holds (before, after) pixels of context that each tile of `tile` pixels is read with; empty means what
+    the network needs. `last` tells
     where the last window of an axis starts: on the grid, or pushed back so that it is a full one. `context`
     tells what lies beyond: the image up to its border, mirrored pixels beyond the image's border, or the tile's
     own pixels mirrored. `scaling` is applied to every window by itself, `train` leaves the network in train
@@ -213,4 +216,33 @@ class DiagnosisRecord(Record):
     cost: Cost
     findings: tuple[Finding, ...]
     settings: tuple[tuple[str, str], ...]
+    schema: int = SCHEMA
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation(Record):
+    """One cause of seams in a pipeline's own steps, and what was seen of it."""
+
+    cause: str
+    evidence: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineRecord(Record):
+    """A pipeline tested from outside, and, where its network could be replaced by probes, from inside.
+
+    `windows`, `extents`, `starts` (per axis) and `context` (before, after) are what the probes saw; None where
+    no network was given or the pipeline did not run probes. `held` is the verdict of the same pipeline with the
+    network's live statistics held at the whole image's values: what is left is the pipeline's own.
+    """
+
+    verdict: Verdict
+    windows: int | None
+    extents: tuple[int, ...] | None
+    starts: tuple[tuple[int, ...], ...] | None
+    context: Spans | None
+    culprits: tuple[Observation, ...]
+    held: Verdict | None
+    findings: tuple[Finding, ...]
     schema: int = SCHEMA

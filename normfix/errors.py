@@ -186,7 +186,6 @@ CODES: dict[str, str] = {
     "depends on where its tiles fall.",
     "NF609": "The pipeline's own steps were observed by running it with probe networks in place of its network.",
     "NF610": "A report's ending decides its kind: .html, .json, .md or .xml.",
-    "NF611": "The output means something else than what was declared, for example labels with a fraction.",
     # 9xx: normfix itself
     "NF901": "Something failed inside normfix. Nothing was written. Please report it with the traceback that "
     "--debug prints.",

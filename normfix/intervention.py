@@ -48,7 +48,7 @@ class Recording:
     sites: Mapping[str, Site]
     norms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
-    operands: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    operands: dict[str, dict[int | str, Tensor]] = field(default_factory=dict)
     partners: dict[str, str] = field(default_factory=dict)
     resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
 
@@ -108,7 +108,9 @@ def run_fixed(
         if site in kept.norms:
             return _normalised(site.split("/")[-2], args, kwargs, kept.norms[site])
         if site in kept.operands:
-            return func(*_with_operands(args, kept.operands[site]), **kwargs)
+            held = kept.operands[site]
+            named = {key: held.get(key, value) for key, value in kwargs.items()}
+            return func(*_with_operands(args, held), **named)
         result = func(*args, **kwargs)
         if site in kept.values:
             return _constant(kept.values[site], result)
@@ -168,11 +170,14 @@ def _keep_operands(
     kept: Recording, site: str, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> None:
     """Keep keys and values: the operands after the query, which pixels of the whole image look at."""
-    positions = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
-    if kwargs.keys() & {"query", "key", "value"}:
-        return
-    chosen = positions[1:2] if name in _PRODUCTS else positions[1:3]
-    kept.operands[site] = {i: args[i].clone() for i in chosen}
+    given: dict[int | str, Any] = dict(enumerate(args))
+    given.update(kwargs.items())
+    tensors = [key for key, value in given.items() if isinstance(value, Tensor)]
+    named = [key for key in ("key", "value") if key in kwargs]
+    chosen = (
+        tensors[1:2] if name in _PRODUCTS else [k for k in tensors[1:3] if not isinstance(k, str)] + named
+    )
+    kept.operands[site] = {key: given[key].clone() for key in chosen}
 
 
 def _keep_partner(
@@ -189,7 +194,7 @@ def _keep_partner(
             return
 
 
-def _with_operands(args: tuple[Any, ...], kept: Mapping[int, Tensor]) -> list[Any]:
+def _with_operands(args: tuple[Any, ...], kept: Mapping[int | str, Tensor]) -> list[Any]:
     return [kept.get(i, a) for i, a in enumerate(args)]
 
 

@@ -1,12 +1,16 @@
-"""A fixture for test suites: `tile_invariant(model, image)` fails unless tiles equal the whole image.
+"""A fixture for test suites: `tile_invariant(model_or_pipeline, image)` fails unless tiles do not matter.
 
-Loading this plugin does not import torch and changes nothing in a suite that does not use the fixture.
+Loading this plugin does not import torch and changes nothing in a suite that does not use the fixture. The
+options --normfix-tile, --normfix-threshold and --normfix-report, and the ini keys normfix_tile and
+normfix_threshold, are its defaults; what a test passes itself counts more.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -16,9 +20,64 @@ if TYPE_CHECKING:
 __all__ = ["tile_invariant"]
 
 
-@pytest.fixture
-def tile_invariant() -> Callable[..., Verdict]:
-    """Return `normfix.assert_tile_invariant`."""
-    from normfix.pipeline import assert_tile_invariant
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare the options and ini keys."""
+    group = parser.getgroup("normfix", "tile-invariance")
+    group.addoption("--normfix-tile", type=int, metavar="N", help="tile size of the tile_invariant fixture")
+    group.addoption(
+        "--normfix-threshold",
+        type=float,
+        metavar="SD",
+        help="largest difference in sd that the tile_invariant fixture passes",
+    )
+    group.addoption(
+        "--normfix-report",
+        metavar="DIR",
+        help="existing folder for an HTML report of every check that does not pass",
+    )
+    parser.addini("normfix_tile", "tile size of the tile_invariant fixture")
+    parser.addini("normfix_threshold", "largest difference in sd that the tile_invariant fixture passes")
 
-    return assert_tile_invariant
+
+@pytest.fixture
+def tile_invariant(request: pytest.FixtureRequest) -> Callable[..., Verdict]:
+    """Return `normfix.assert_tile_invariant` with the run's defaults; takes what that takes."""
+    from normfix.pipeline import assert_tile_invariant, check
+
+    config = request.config
+    tile = _number(config, "tile", int)
+    threshold = _number(config, "threshold", float)
+    folder = config.getoption("--normfix-report")
+
+    def fixture(model: Any, image: Any, *args: Any, **options: Any) -> Verdict:
+        if tile is not None and not args:
+            options.setdefault("tile", tile)
+        if threshold is not None:
+            options.setdefault("threshold", threshold)
+        try:
+            return assert_tile_invariant(model, image, *args, **options)
+        except AssertionError:
+            if folder:
+                _write(Path(folder), request.node.nodeid, check(model, image, *args, **options))
+            raise
+
+    return fixture
+
+
+def _number(config: pytest.Config, name: str, kind: Callable[[str], Any]) -> Any:
+    """Return an option, else the ini key of that name, else None."""
+    option = config.getoption(f"--normfix-{name}")
+    given = config.getini(f"normfix_{name}")
+    if option is not None or not given:
+        return option
+    try:
+        return kind(given)
+    except ValueError as error:
+        raise pytest.UsageError(f"normfix_{name} = {given}: give a number") from error
+
+
+def _write(folder: Path, test: str, verdict: Verdict) -> None:
+    from normfix.reporting.report import text_of
+
+    name = re.sub(r"\W+", "-", test).strip("-")
+    (folder / f"{name}.html").write_text(text_of(".html", verdict), encoding="utf-8")

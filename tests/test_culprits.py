@@ -10,6 +10,7 @@ from torch import nn
 from normfix.calling import Caller
 from normfix.diagnosis.experiments import UNKNOWN, culprits
 from normfix.diagnosis_record import Tiling
+from normfix.errors import NormfixError
 from normfix.numerics import exact_arithmetic
 from normfix.pipeline.bench import bench_of, prepare
 from normfix.records import Scaling
@@ -86,23 +87,24 @@ class Response(Middle):
 
 
 class Attention(Middle):
-    """All pixels look at all pixels, spelled out or by the fused call."""
+    """All pixels look at all pixels: by the fused call, by the same with keywords, or spelled out."""
 
     family = "attention"
 
-    def __init__(self, fused=True):
+    def __init__(self, written="fused"):
         super().__init__()
         self.project = nn.Conv2d(4, 12, 1)
-        self.fused = fused
+        self.written = written
         nn.init.normal_(self.project.weight)
 
     def forward(self, x):
         q, k, v = self.project(x).flatten(2).transpose(1, 2).chunk(3, 2)
-        mixed = (
-            F.scaled_dot_product_attention(q, k, v)
-            if self.fused
-            else (q @ k.transpose(1, 2) / 2).softmax(-1) @ v
-        )
+        if self.written == "fused":
+            mixed = F.scaled_dot_product_attention(q, k, v)
+        elif self.written == "keywords":
+            mixed = F.scaled_dot_product_attention(query=q, key=k, value=v)
+        else:
+            mixed = (q @ k.transpose(1, 2) / 2).softmax(-1) @ v
         return x + mixed.transpose(1, 2).reshape(x.shape)
 
     def held(self, x, whole):
@@ -318,14 +320,33 @@ def test_nothing_planted_names_nothing():
     assert named(*plant(())) == {}
 
 
-def test_attention_spelled_out_is_held_too():
-    """Keys and values are found behind two matrix products as well as in the fused call."""
+@pytest.mark.parametrize("written", ["keywords", "spelled out"])
+def test_attention_is_held_however_it_is_written(written):
+    """Keys and values are found behind keywords and two matrix products as well as in the fused call."""
     fused, image, tiling = plant(("attention",))
-    spelled = Planted(Attention(fused=False)).eval()
-    spelled.load_state_dict(fused.state_dict())
-    one, other = (named(net, image, tiling)["attention"] for net in (fused, spelled))
-    assert other.introduced == pytest.approx(one.introduced)
-    assert other.removed == pytest.approx(one.removed)
+    other = Planted(Attention(written)).eval()
+    other.load_state_dict(fused.state_dict())
+    mine, theirs = (named(net, image, tiling)["attention"] for net in (fused, other))
+    assert theirs.introduced == pytest.approx(mine.introduced)
+    assert theirs.removed == pytest.approx(mine.removed)
+
+
+class Frequencies(nn.Module):
+    """Filters in frequency space: named by the scan, and no constant holds it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return torch.fft.irfft2(torch.fft.rfft2(y) * 0.5, s=y.shape[2:]) + y
+
+
+def test_what_cannot_be_held_is_refused():
+    """Without a right tiling there is nothing to compare with, and that is said with the way out."""
+    with pytest.raises(NormfixError, match=r"NF601.*predict"):
+        named(Frequencies(), torch.rand(1, 1, 96, 96), None)
 
 
 class KnowsPlaces(nn.Module):
@@ -343,8 +364,6 @@ class KnowsPlaces(nn.Module):
 
 def test_what_no_experiment_explains_is_unknown_or_refused():
     """A map of positions is no known cause: it is not passed over."""
-    from normfix.errors import NormfixError
-
     with pytest.raises(NormfixError, match="NF601"):
         named(KnowsPlaces(), torch.rand(1, 1, 96, 96), None)
 

@@ -231,6 +231,24 @@ def test_disparity_leaves_running_statistics_alone():
     assert [c.cause for c in (*found.culprits, *again.culprits)] == ["train mode"] * 2
 
 
+def test_norms_frozen_in_a_training_network_stay_frozen():
+    """Train mode is what uses batch statistics: a norm that its owner put in eval mode is no cause."""
+    net = nn.Sequential(
+        nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)
+    )
+    net.train()
+    net[1].eval()
+    net[3].eval()
+    image = torch.rand(1, 1, 64, 64) * torch.linspace(0, 3, 64)
+    assert normfix.diagnose(net, image, 16).culprits == ()
+    net[3].train()
+    half = normfix.diagnose(net, image, 16).culprits
+    net[1].train()
+    both = normfix.diagnose(net, image, 16).culprits
+    assert [c.cause for c in (*half, *both)] == ["train mode"] * 2
+    assert half[0].introduced != pytest.approx(both[0].introduced, rel=1e-4)
+
+
 def test_a_batch_that_cannot_be_filled_is_left_out():
     """More patches than there are give no number."""
     places = patches((16, 16), (8, 8), (1, 1))

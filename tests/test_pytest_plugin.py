@@ -1,8 +1,21 @@
-"""The pytest fixture: it passes local networks, and fails what is live or compares nothing."""
+"""The pytest plugin: it passes local networks, fails what is live or compares nothing, and is silent elsewhere."""
 
 import pytest
 import torch
 from torch import nn
+
+pytest_plugins = ("pytester",)
+
+USES = """
+    import torch
+    from torch import nn
+
+    def test_tiles(tile_invariant):
+        torch.manual_seed(0)
+        norm = nn.{norm}(4)
+        net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), norm).eval()
+        print("tile", tile_invariant(net, torch.rand(1, 1, 96, 96){options}).tile)
+"""
 
 
 @pytest.fixture
@@ -26,3 +39,81 @@ def test_fails_inconclusive_check(tile_invariant, local):
     """Windows that cover the image prove nothing, which is not a pass."""
     with pytest.raises(AssertionError, match=r"inconclusive.*NF407"):
         tile_invariant(local, torch.rand(1, 1, 96, 96), tile=128)
+
+
+def test_takes_a_pipeline(tile_invariant, local):
+    """A function predict(image) is compared on crops."""
+    local.eval()
+    with torch.no_grad():
+        assert tile_invariant(local.forward, torch.rand(1, 1, 96, 96), tile=32, margin=8).passed
+
+
+def write(pytester, norm="BatchNorm2d", options="", ini=""):
+    pytester.makepyfile(USES.format(norm=norm, options=options))
+    pytester.makeini("[pytest]\n" + ini)
+
+
+@pytest.mark.parametrize(
+    ("flags", "ini", "options", "tile"),
+    [
+        (["--normfix-tile", "24"], "", "", 24),
+        ([], "normfix_tile = 40", "", 40),
+        (["--normfix-tile", "24"], "normfix_tile = 40", "", 24),
+        (["--normfix-tile", "24"], "", ", tile=48", 48),
+    ],
+    ids=["option", "ini", "option before ini", "test before option"],
+)
+def test_defaults_come_from_options_and_ini(pytester, flags, ini, options, tile):
+    """The command line counts more than the ini file, and the test itself more than both."""
+    write(pytester, options=options, ini=ini)
+    result = pytester.runpytest_inprocess("-s", "-p", "no:randomly", *flags)
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines([f"*tile ({tile}, {tile})*"])
+
+
+def test_no_threshold_passes_a_live_norm_by_accident(pytester):
+    """A live norm fails in a suite of its own; no option excuses it below what it does."""
+    write(pytester, norm="InstanceNorm2d", ini="normfix_threshold = 0.01\nnormfix_tile = 32")
+    pytester.runpytest_inprocess("-p", "no:randomly").assert_outcomes(failed=1)
+
+
+def test_a_failure_leaves_a_report(pytester):
+    """--normfix-report DIR holds a page named after the test; a pass leaves none."""
+    folder = pytester.mkdir("reports")
+    write(pytester, norm="InstanceNorm2d", options=", tile=32")
+    pytester.runpytest_inprocess("-p", "no:randomly", f"--normfix-report={folder}").assert_outcomes(failed=1)
+    (page,) = folder.glob("*test_tiles*.html")
+    assert "Failed: tiles are up to" in page.read_text(encoding="utf-8")
+    page.unlink()
+    write(pytester, options=", tile=32")
+    pytester.runpytest_inprocess("-p", "no:randomly", f"--normfix-report={folder}").assert_outcomes(passed=1)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_threshold_that_is_no_number_is_a_usage_error(pytester):
+    """A typing mistake in the ini file stops the test instead of passing it."""
+    write(pytester, ini="normfix_threshold = lax")
+    pytester.runpytest_inprocess("-p", "no:randomly").assert_outcomes(errors=1)
+
+
+def test_a_suite_that_does_not_use_it_is_unchanged(pytester):
+    """Installed but unused: the same tests, the same output, and neither torch nor reports are imported."""
+    pytester.makepyfile("""
+        import sys
+
+        def test_alone():
+            assert "torch" not in sys.modules
+            assert "normfix.reporting" not in sys.modules
+            assert "normfix.pipeline" not in sys.modules
+    """)
+    plain = pytester.runpytest_subprocess("-q", "-p", "no:randomly", "-p", "no:normfix", "--durations=0")
+    used = pytester.runpytest_subprocess("-q", "-p", "no:randomly", "--durations=0")
+    used.assert_outcomes(passed=1)
+
+    def told(result):
+        return [line for line in result.outlines if line and "s call" not in line and " in " not in line]
+
+    assert [line for line in told(used) if "setup" not in line and "teardown" not in line] == [
+        line for line in told(plain) if "setup" not in line and "teardown" not in line
+    ]
+    assert used.errlines == plain.errlines

@@ -15,6 +15,7 @@ import click
 from normfix import __version__
 from normfix.cli.convert import convert_command
 from normfix.cli.demo import demo_command
+from normfix.cli.diagnose import diagnose_command
 from normfix.cli.explain import explain_command
 from normfix.cli.look import plan_command, scan_command
 from normfix.cli.push import push_command
@@ -75,6 +76,7 @@ for command in (
     predict_command,
     check_command,
     push_command,
+    diagnose_command,
     demo_command,
     explain_command,
 ):

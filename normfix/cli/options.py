@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import wraps
@@ -30,10 +30,13 @@ __all__ = [
     "image_options",
     "model_options",
     "note",
+    "report_option",
     "require_report",
+    "require_reports",
     "show",
     "steps",
     "write_report",
+    "write_reports",
 ]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -235,6 +238,46 @@ def show(record: Record, text: str, format_: str) -> None:
     click.echo(record.dumps() if format_ == "json" else text, file=stdout, nl=format_ != "json")
 
 
+def report_option(command: Command) -> Command:
+    """Add --report, which may be repeated."""
+    return click.option(
+        "--report",
+        "reports",
+        multiple=True,
+        metavar="FILE",
+        help="Write a report too: .html, .json, .md or .xml (JUnit). May be repeated.",
+    )(command)
+
+
+def require_reports(paths: Sequence[str]) -> None:
+    """Refuse reports that cannot be written, before anything is computed for them."""
+    from normfix.reporting.endings import require_ending
+
+    for path in paths:
+        require_ending(path)
+        if not Path(path).parent.is_dir():
+            raise NormfixError("NF114", "there is no such folder to write the report to.", where=path)
+
+
+def write_reports(paths: Sequence[str], record: Any, maps: Any = None) -> None:
+    """Write each report, whole or not at all."""
+    from normfix.reporting.report import text_of
+
+    for path in paths:
+        _write(Path(path), text_of(Path(path).suffix.lower(), record, maps))
+
+
+def _write(target: Path, text: str) -> None:
+    draft = target.with_name(f".{target.name}-draft")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(target)
+    except OSError as error:
+        raise NormfixError("NF114", f"cannot write it: {error.strerror}.", where=str(target)) from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 def require_report(path: str | None) -> None:
     """Refuse a report that cannot be written, before anything is computed for it."""
     if path is None:
@@ -247,17 +290,8 @@ def require_report(path: str | None) -> None:
 
 def write_report(path: str | None, record: Record) -> None:
     """Write the record as JSON to a file, whole or not at all."""
-    if path is None:
-        return
-    target = Path(path)
-    draft = target.with_name(f".{target.name}-draft")
-    try:
-        draft.write_text(record.dumps(), encoding="utf-8")
-        draft.replace(target)
-    except OSError as error:
-        raise NormfixError("NF114", f"cannot write it: {error.strerror}.", where=path) from error
-    finally:
-        draft.unlink(missing_ok=True)
+    if path is not None:
+        _write(Path(path), record.dumps())
 
 
 @contextmanager

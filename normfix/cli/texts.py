@@ -5,9 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 
+from normfix.diagnosis_record import Cost, DiagnosisRecord, Mismatch
 from normfix.records import CalibrationSummary, ConversionRecord, Scan, Site, Spans, Verdict
 
-__all__ = ["calibration_text", "conversion_text", "scan_text", "verdict_text"]
+__all__ = ["calibration_text", "conversion_text", "cost_text", "diagnosis_text", "scan_text", "verdict_text"]
 
 
 def scan_text(scan: Scan) -> str:
@@ -122,6 +123,48 @@ def verdict_text(verdict: Verdict) -> str:
             lines.append(f"  the image was extended by {_by_axis(verdict.padding)} pixels to an exact size")
     lines += [f"  {f.code} {f.where}: {f.message}" for f in verdict.findings]
     return "\n".join(lines)
+
+
+def cost_text(cost: Cost) -> str:
+    """Return what a diagnosis will run, before it does."""
+    minutes = (
+        f"{cost.seconds / 60:.0f} minutes" if cost.seconds > 90 else f"{max(1, round(cost.seconds))} seconds"
+    )
+    return f"{cost.windows} windows in {cost.experiments} experiments, and {cost.wholes} whole images: about {minutes}."
+
+
+def diagnosis_text(record: DiagnosisRecord) -> str:
+    """Return the sentence that comes first, the causes and the indicators."""
+    from normfix.reporting.sentences import headline
+
+    lines = [record.status, f"  {headline(record)}"]
+    for culprit in record.culprits:
+        removed = "cannot be tried" if culprit.removed is None else f"{culprit.removed:.2g}"
+        lines.append(
+            f"  {culprit.cause}: introduces {culprit.introduced:.2g} sd alone; fixing it alone removes {removed}; "
+            f"{culprit.remedy}"
+        )
+    compared = record.tile_mismatch
+    lines += [
+        _mismatch("tile against tile, all of the overlap", compared.overlap),
+        _mismatch("tile against tile, beyond the halo", compared.beyond_halo),
+        _mismatch("stitched against the whole", compared.whole),
+        _mismatch("the same, causes fixed", record.after),
+    ]
+    lines += [
+        f"  train/eval disparity, {t.composition}: mean {t.mismatch.mean_sd:.2g} sd"
+        for t in record.train_eval
+    ]
+    lines += [f"  accuracy, {a.prediction}: Dice {a.dice:.4f}" for a in record.accuracy if a.dice is not None]
+    lines += [f"  {f.code} {f.where}: {f.message}" for f in record.findings]
+    return "\n".join(lines)
+
+
+def _mismatch(name: str, found: Mismatch | None) -> str:
+    if found is None:
+        return f"  {name}: nothing to compare"
+    dice = "" if found.dice is None else f"1 - Dice {found.dice:.2g}, "
+    return f"  {name}: {dice}mean {found.mean_sd:.2g}, largest {found.max_sd:.2g} sd"
 
 
 def _by_axis(numbers: tuple[int, ...]) -> str:

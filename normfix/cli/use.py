@@ -16,9 +16,10 @@ from normfix.cli.options import (
     image_options,
     model_options,
     note,
-    require_report,
+    report_option,
+    require_reports,
     show,
-    write_report,
+    write_reports,
 )
 from normfix.cli.texts import calibration_text, verdict_text
 
@@ -153,14 +154,14 @@ def _pixel_size(image: str, model: nn.Module) -> dict[str, Any]:
     help="Largest difference in sd that still passes. Default: 100 noise floors, at most 1e-3.",
 )
 @image_options
-@click.option("--report", help="Write the verdict to this .json file.")
+@report_option
 @format_option
 def check_command(
     image: str,
     tile: int,
     halo: int | Literal["auto"],
     threshold: float | None,
-    report: str | None,
+    reports: tuple[str, ...],
     format_: str,
     **options: Any,
 ) -> int:
@@ -170,11 +171,11 @@ def check_command(
 
     \b
     Example:
-      normfix check fixed nuclei.tif --tile 256
+      normfix check fixed nuclei.tif --tile 256 --report check.md --report check.xml
     """
     from normfix.pipeline import check
 
-    require_report(report)
+    require_reports(reports)
     arguments = Arguments.take(options)
     opened = arguments.open()
     verdict = check(
@@ -185,6 +186,6 @@ def check_command(
         threshold=threshold,
         output=arguments.output,
     )
-    write_report(report, verdict)
+    write_reports(reports, verdict)
     show(verdict, verdict_text(verdict), format_)
     return 0 if verdict.passed else 1

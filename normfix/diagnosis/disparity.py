@@ -67,7 +67,8 @@ def disparity(
         mismatch = gathered.result()
         if mismatch is not None:
             extents = "x".join(str(s.stop - s.start) for s in places[0])
-            composition = f"{batch} consecutive patches of {extents} in row-major order, without context"
+            how = "single patches" if batch == 1 else f"{batch} consecutive patches"
+            composition = f"{how} of {extents} in row-major order, without context"
             change = sum(changes) / len(changes) if changes else None
             found.append(
                 TrainEval(batch=batch, composition=composition, mismatch=mismatch, accuracy_change=change)

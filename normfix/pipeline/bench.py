@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from normfix.calling import REFUSALS, Caller, evaluating, home_of
 from normfix.diagnosis.experiments import Bench
@@ -26,6 +27,8 @@ from normfix.scanning import survey
 from normfix.tiles import Geometry, round_up
 
 __all__ = ["Setting", "bench_of", "prepare"]
+
+_INSTEAD = "Diagnose it as a pipeline: give a function predict(image), which needs no geometry."
 
 Progress = Callable[[str, int, int], None]
 
@@ -68,15 +71,15 @@ def prepare(
     """
     example = fitting_example(model, image, caller)
     base = base_of(model, example, caller)
-    training = any(m.training for m in model.modules())
+    training = [name for name, m in base.named_modules() if isinstance(m, _NormBase) and m.training]
     seen = look(base, example, caller)
-    evaluated, trained = copy_of(base).eval(), as_trained_copy(base).eval()
+    evaluated, trained = copy_of(base).eval(), _as_used(base, training).eval()
     live = {
         mode: tuple(s for s in _sites(net, example, caller) if s.live)
         for mode, net in ((False, evaluated), (True, trained))
     }
     geometry = seen.geometry or _geometry(evaluated, example, caller, live[False])
-    tiling = _completed(tiling, tile, halo, geometry, image.ndim - 2, training)
+    tiling = _completed(tiling, tile, halo, geometry, image.ndim - 2, bool(training))
     tiling, findings = _runs(evaluated, image, tiling, geometry, caller)
     with evaluating(evaluated), torch.no_grad():
         middle = caller(evaluated, example.to(*home_of(evaluated)))
@@ -110,6 +113,15 @@ def bench_of(setting: Setting, progress: Progress) -> Bench:
     )
 
 
+def _as_used(base: nn.Module, training: Sequence[str]) -> nn.Module:
+    """Return a copy with batch statistics in use where the network uses them: in some norms, or in all."""
+    used = as_trained_copy(base)
+    for name, module in base.named_modules():
+        if training and isinstance(module, _NormBase) and name not in training:
+            used.get_submodule(name).__dict__.update(copy_of(module).__dict__)
+    return used
+
+
 def _sites(model: nn.Module, example: Tensor, caller: Caller) -> tuple[Site, ...]:
     return survey(copy_of(model).cpu().float().eval(), caller, example[:1].detach().cpu().float()).sites
 
@@ -124,7 +136,10 @@ def _geometry(model: nn.Module, example: Tensor, caller: Caller, live: Sequence[
     probe = copy_of(model).cpu().float()
     dilution = survey(probe, caller, material).dilution
     _, kept = record(probe, caller, material, live)
-    fixed = frozenset(s.id for s in live if kept.fixable(s.id)) | kept.resized.keys()
+    stuck = [s.id for s in live if not kept.fixable(s.id)]
+    if stuck:
+        raise NormfixError("NF601", f"it cannot be held constant. {_INSTEAD}", where=stuck[0])
+    fixed = frozenset(s.id for s in live) | kept.resized.keys()
     double = copy_of(probe).double()
     _, exact = record(double, caller.in_double, material.double(), live)
     found = measure_locality(
@@ -145,8 +160,7 @@ def _required(found: Locality, name: str) -> Geometry:
         reasons = "; ".join(f.message for f in found.findings)
         raise NormfixError(
             "NF601",
-            f"its geometry cannot be measured even with everything global held constant: {reasons} "
-            "Diagnose it as a pipeline: give a function predict(image), which needs no geometry.",
+            f"its geometry cannot be measured even with everything global held constant: {reasons} {_INSTEAD}",
             where=name,
         )
     return found.geometry
@@ -166,19 +180,21 @@ def _completed(
     training: bool,
 ) -> Tiling:
     """Return the user's tiling, or normfix's own with the tile and halo given."""
-    if tiling is not None:
-        if not len(tiling.tile) == len(tiling.halo) == ndim or min(tiling.tile) < 1:
-            raise NormfixError(
-                "NF602", f"give tile and halo for each of the {ndim} spatial axes.", where=str(tiling.tile)
-            )
-        return tiling
-    extents = (tile,) * ndim if isinstance(tile, int) else tuple(tile)
-    if len(extents) != ndim or min(extents) < 1:
-        raise NormfixError("NF602", f"give one tile size or {ndim}, each positive.", where=f"tile={tile!r}")
     pairs = zip(geometry.halo, geometry.stride, strict=True)
     exact = tuple((round_up(b, s), round_up(a, s)) for (b, a), s in pairs)
-    own = exact if halo == "auto" else ((halo, halo),) * ndim
-    return Tiling(tile=extents, halo=own, train=training)
+    if tiling is None:
+        extents = (tile,) * ndim if isinstance(tile, int) else tuple(tile)
+        own = exact if halo == "auto" else ((halo, halo),) * ndim
+        tiling = Tiling(tile=extents, halo=own, train=training)
+    elif not tiling.halo:
+        tiling = replace(tiling, halo=exact)
+    if not len(tiling.tile) == len(tiling.halo) == ndim or min(tiling.tile) < 1:
+        raise NormfixError(
+            "NF602",
+            f"give tile and halo for each of the {ndim} spatial axes, tiles of a pixel or more.",
+            where=f"tile={tiling.tile}",
+        )
+    return tiling
 
 
 def _runs(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -37,31 +37,20 @@ from normfix.images import Items
 from normfix.intervention import Watched, record
 from normfix.numerics import IDENTITY, deviation, exact_arithmetic, settings
 from normfix.pipeline.bench import Setting, bench_of, prepare
+from normfix.pipeline.pipelines import PipelineDiagnosis, diagnose_pipeline
 from normfix.pipeline.using import predict
 from normfix.provenance import provenance_of
 from normfix.records import Finding
+from normfix.reporting.maps import Maps
 from normfix.rewriting import copy_of
 from normfix.stitching import cropped, padded
 from normfix.tiles import at
 
-__all__ = ["Diagnosis", "Maps", "diagnose"]
+__all__ = ["Diagnosis", "Maps", "diagnose", "diagnose_network"]
 
 ForwardFn = Callable[[nn.Module, Tensor], Any]
 Metric = Callable[[NDArray[Any], NDArray[Any]], float]
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Maps:
-    """The arrays behind a diagnosis, for pictures: (C, *space), float32; `gradient` is (*space)."""
-
-    image: NDArray[Any]
-    whole: NDArray[Any]
-    stitched: NDArray[Any]
-    fixed: NDArray[Any]
-    difference: NDArray[Any]
-    gradient: NDArray[Any]
-    cuts: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +85,49 @@ class Diagnosis:
         """Return how far an output can look, and does."""
         return self.record.receptive_field
 
+    def _repr_html_(self) -> str:
+        """Show the verdict and the pictures in a notebook."""
+        from normfix.reporting.report import fragment
 
+        return fragment(self.record, self.maps)
+
+
+@overload
 def diagnose(
+    model: nn.Module, image: Tensor, tile: int | Sequence[int] = 256, **options: Any
+) -> Diagnosis: ...
+@overload
+def diagnose(
+    model: Callable[..., Any], image: Any, tile: int | Sequence[int] = 256, **options: Any
+) -> PipelineDiagnosis: ...
+def diagnose(
+    model: Any, image: Any, tile: int | Sequence[int] = 256, **options: Any
+) -> Diagnosis | PipelineDiagnosis:
+    """Measure how tiles disagree and why, of a network or of a whole pipeline.
+
+    Args:
+        model: an nn.Module (options: those of `diagnose_network`), or a pipeline, `predict(image)` or, with
+            `network=`, `predict(image, network)` (options: those of `diagnose_pipeline`).
+        image: (1, C, *space); for a pipeline what it takes.
+        tile: pixels per axis.
+        **options: see there.
+
+    Raises:
+        NormfixError: codes of the two.
+
+    Example:
+        >>> import normfix, torch
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.InstanceNorm2d(4))
+        >>> found = normfix.diagnose(net.eval(), torch.rand(1, 1, 96, 96), tile=32)
+        >>> [culprit.cause for culprit in found.culprits]
+        ['instance']
+    """
+    if isinstance(model, nn.Module):
+        return diagnose_network(model, image, tile, **options)
+    return diagnose_pipeline(model, image, tile, **options)
+
+
+def diagnose_network(
     model: nn.Module,
     image: Tensor,
     tile: int | Sequence[int] = 256,
@@ -137,13 +167,6 @@ def diagnose(
     Raises:
         NormfixError: NF601 where no geometry can be measured, NF602 for a tiling that does not fit, NF604 for
             labels that do not, and codes of `scan` and of the image.
-
-    Example:
-        >>> import normfix, torch
-        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.InstanceNorm2d(4))
-        >>> found = normfix.diagnose(net.eval(), torch.rand(1, 1, 96, 96), tile=32)
-        >>> [str(culprit.cause) for culprit in found.culprits]
-        ['instance']
     """
     known = provenance_of(model)
     caller = Caller(forward_fn, output if output is not None or known is None else known.output)

@@ -13,6 +13,7 @@ from normfix.checking import Network, compare, undecided
 from normfix.errors import NormfixError
 from normfix.images import Items
 from normfix.numerics import exact_arithmetic, settings
+from normfix.pipeline.cropping import check_pipeline
 from normfix.pipeline.looking import base_of, fitting_example, geometry_of, look, thinnest
 from normfix.programs import require_free
 from normfix.provenance import is_current, provenance_of
@@ -71,26 +72,31 @@ def predict(
 
 
 def check(
-    model: nn.Module,
-    image: Tensor,
+    model: nn.Module | Callable[..., Any],
+    image: Any,
     tile: int | Sequence[int] = 256,
     *,
     halo: int | Literal["auto"] = "auto",
     threshold: float | None = None,
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
+    stride: int = 32,
+    margin: int | None = None,
 ) -> Verdict:
     """Compare stitched tiles with the whole image, in sd of the whole-image output.
 
     Args:
-        model: any network; not modified.
-        image: (N, C, *space), larger than a window on at least one axis.
+        model: any network, not modified; or a pipeline, a function predict(image) -> array. A pipeline has no
+            whole-image reference: it is compared with itself on crops (normfix.pipeline.cropping).
+        image: (N, C, *space), larger than a window on at least one axis; for a pipeline what it takes.
         tile: pixels per axis, multiples of the stride.
         halo: pixels of context on every side; "auto" is what the network needs once nothing is live.
         threshold: largest difference, in sd, that still passes with a warning; default 100 times the
             measured noise floor.
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
+        stride: of a pipeline's network; crops are multiples of it.
+        margin: of a pipeline, pixels from a crop's cut that do not count; at least its network's halo.
 
     Returns:
         The verdict: passed, failed or inconclusive, with findings.
@@ -108,6 +114,8 @@ def check(
         raise NormfixError(
             "NF410", "a threshold is a number of sd, 0 or more.", where=f"threshold={threshold}"
         )
+    if not isinstance(model, nn.Module) and callable(model):
+        return check_pipeline(model, image, tile, stride=stride, margin=margin, threshold=threshold)
     known = _known(model, image, forward_fn, output)
     exact = geometry_of(known.scan)
     geometry = _with_halo(exact, halo)
@@ -127,14 +135,7 @@ def check(
 
 
 def assert_tile_invariant(
-    model: nn.Module,
-    image: Tensor,
-    tile: int | Sequence[int] = 256,
-    *,
-    halo: int | Literal["auto"] = "auto",
-    threshold: float | None = None,
-    forward_fn: ForwardFn | None = None,
-    output: str | int | None = None,
+    model: nn.Module | Callable[..., Any], image: Any, tile: int | Sequence[int] = 256, **options: Any
 ) -> Verdict:
     """Raise AssertionError unless `check` passes; an inconclusive check does not.
 
@@ -146,7 +147,7 @@ def assert_tile_invariant(
         >>> normfix.assert_tile_invariant(net, torch.rand(1, 1, 128, 128), tile=32).status
         'passed'
     """
-    verdict = check(model, image, tile, halo=halo, threshold=threshold, forward_fn=forward_fn, output=output)
+    verdict = check(model, image, tile, **options)
     if not verdict.passed:
         reasons = "; ".join(f"{f.code} {f.where}: {f.message}" for f in verdict.findings)
         raise AssertionError(

@@ -20,7 +20,7 @@ def render(template: str, *, pictures: Mapping[str, bytes], **values: Any) -> st
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["sd"] = lambda value: f"{value:.2g}"
+    environment.filters["sd"] = lambda value: "–" if value is None else f"{value:.2g}"
     embedded = {
         name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in pictures.items()
     }

@@ -1,0 +1,54 @@
+"""Time of `normfix check` against the forward passes it needs: one untiled and one tiled, at 1024², tile 256.
+
+    python benchmarks/check.py
+
+Prints one line for the demo network, which fails, and one for its conversion, which passes. One thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+import normfix
+from normfix.demo.network import nuclei_unet
+from normfix.pipeline.looking import geometry_of
+from normfix.stitching import tiled
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Return the best of two runs."""
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def main() -> None:
+    """Time both networks."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    image = torch.rand(1, 1, 1024, 1024)
+    network = nuclei_unet()
+    converted = normfix.convert(network, image[..., :512, :512]).model.eval()
+    geometry = geometry_of(normfix.scan(network))
+    assert geometry is not None
+
+    for name, model in (("original", network), ("converted", converted)):
+
+        def passes(model: torch.nn.Module = model) -> None:
+            with torch.no_grad():
+                model(image)
+                tiled(model, image, 256, geometry)
+
+        needed = seconds(passes)
+        taken = seconds(lambda model=model: normfix.check(model, image, 256))
+        print(f"{name}: passes {needed:.1f} s, check {taken:.1f} s, {taken / needed:.2f}x")
+
+
+if __name__ == "__main__":
+    main()

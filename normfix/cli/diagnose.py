@@ -1,0 +1,150 @@
+"""normfix diagnose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from normfix.cli.options import (
+    Arguments,
+    format_option,
+    image_options,
+    model_options,
+    note,
+    report_option,
+    require_reports,
+    show,
+    steps,
+    write_reports,
+)
+from normfix.cli.texts import cost_text, diagnosis_text
+from normfix.cli.use import Halo
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from normfix.diagnosis_record import Tiling
+
+__all__ = ["diagnose_command"]
+
+_KINDS = ["probability", "logits", "softmax", "scores", "labels", "regression"]
+
+
+@click.command("diagnose")
+@model_options
+@click.argument("images", nargs=-1, required=True)
+@click.option("--tile", type=int, default=256, show_default=True, help="Tile size in pixels, on every axis.")
+@click.option(
+    "--halo", type=Halo(), default="auto", show_default=True, help="Context your pipeline reads, in pixels."
+)
+@click.option(
+    "--last", type=click.Choice(["grid", "pushed back"]), default="grid", help="Where the last window starts."
+)
+@click.option(
+    "--context",
+    type=click.Choice(["image", "mirrored border", "mirrored tile"]),
+    default="image",
+    help="What your pipeline reads beyond the image's border.",
+)
+@click.option("--scale-tiles", help="Your pipeline scales every tile by itself, such as zscore or unit.")
+@click.option("--train", is_flag=True, help="Your pipeline leaves the network in train mode.")
+@click.option("--kind", type=click.Choice(_KINDS), help="What the output means. Default: told by its values.")
+@click.option("--labels", help="File with true classes or masks, for accuracy; one image only.")
+@click.option("--metric", help="pkg.mod:function(prediction, labels) beside Dice, with --labels.")
+@click.option("--converted", help="Folder of the converted network, for accuracy.")
+@click.option("--sites", is_flag=True, help="Run the experiments for every site by itself too.")
+@image_options
+@report_option
+@format_option
+def diagnose_command(
+    images: tuple[str, ...],
+    tile: int,
+    halo: int | Literal["auto"],
+    kind: Any,
+    labels: str | None,
+    metric: str | None,
+    converted: str | None,
+    sites: bool,
+    reports: tuple[str, ...],
+    format_: str,
+    **options: Any,
+) -> int:
+    """Measure the seams that tiles of MODEL make in IMAGES, and name their causes.
+
+    States what it will cost before it starts. Exits 0 if no cause is found, 1 if one is or nothing could be
+    compared.
+
+    \b
+    Example:
+      normfix diagnose normfix.demo.network:nuclei_unet nuclei.png --scale percentile:1,99.8 --report seams.html
+    """
+    from normfix.pipeline import diagnose
+
+    require_reports(reports)
+    pipeline = {name: options.pop(name) for name in ("last", "context", "scale_tiles", "train")}
+    arguments = Arguments.take(options)
+    opened = arguments.open()
+    files = list(arguments.images(images, opened.model))
+    if len(files) > 1 and (labels or reports):
+        raise click.UsageError("--labels and --report are of one image; give one")
+    worst = 0
+    for image in files:
+        with steps() as progress:
+            found = diagnose(
+                opened.model.train(pipeline["train"]),
+                image,
+                tile,
+                tiling=_tiling(image, tile, halo, pipeline),
+                kind=kind,
+                labels=None if labels is None else _read(labels, image.dim() - 2),
+                metric=None if metric is None else _function(metric),
+                converted=None if converted is None else _converted(converted),
+                per_site=sites,
+                output=arguments.output,
+                announce=lambda cost: note(cost_text(cost)),
+                progress=progress,
+            )
+        write_reports(reports, found.record, found.maps)
+        show(found.record, diagnosis_text(found.record), format_)
+        worst = max(worst, 0 if found.status == "passed" else 1)
+    return worst
+
+
+def _tiling(image: Any, tile: int, halo: int | Literal["auto"], pipeline: dict[str, Any]) -> Tiling:
+    """Return the tiling that the options describe; an empty halo is what the network needs."""
+    from normfix.diagnosis_record import Tiling
+    from normfix.scaling import parse_scaling
+
+    ndim, scaling = image.dim() - 2, pipeline["scale_tiles"]
+    return Tiling(
+        tile=(tile,) * ndim,
+        halo=() if halo == "auto" else ((halo, halo),) * ndim,
+        last=pipeline["last"],
+        context=pipeline["context"],
+        scaling=None if scaling is None else parse_scaling(scaling),
+        train=pipeline["train"],
+    )
+
+
+def _read(path: str, ndim: int) -> Any:
+    from normfix.reading import read_image
+
+    return read_image(Path(path), ndim=ndim, channels=1)[0]
+
+
+def _function(name: str) -> Any:
+    import importlib
+
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise click.UsageError(f"--metric {name}: {error}") from error
+
+
+def _converted(folder: str) -> nn.Module:
+    from normfix.pipeline import load
+
+    return load(folder)

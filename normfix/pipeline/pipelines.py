@@ -1,0 +1,194 @@
+"""diagnose for pipelines: functions that a user tiles with, tested from outside and from inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from normfix.diagnosis.probes import Seen, probe
+from normfix.diagnosis_record import Observation, PipelineRecord
+from normfix.pipeline.conversion import convert
+from normfix.pipeline.cropping import check_pipeline, space_of
+from normfix.pipeline.looking import geometry_of, scan
+from normfix.records import Finding, Scan, Verdict
+from normfix.tiles import Geometry, round_up
+
+__all__ = ["PipelineDiagnosis", "diagnose_pipeline"]
+
+Pipeline = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineDiagnosis:
+    """A pipeline's diagnosis; `.record` is the plain data."""
+
+    record: PipelineRecord
+
+    @property
+    def status(self) -> str:
+        """Return the verdict's status, failed also where a probe saw a cause."""
+        return "failed" if self.culprits else self.record.verdict.status
+
+    @property
+    def culprits(self) -> tuple[Observation, ...]:
+        """Return the causes that were seen."""
+        return self.record.culprits
+
+
+def diagnose_pipeline(
+    predict: Pipeline,
+    image: Any,
+    tile: int | Sequence[int],
+    *,
+    network: nn.Module | None = None,
+    stride: int | None = None,
+    margin: int | None = None,
+) -> PipelineDiagnosis:
+    """Test a pipeline from outside, and with `network` from inside too.
+
+    Args:
+        predict: `predict(image)`, or, with a network, `predict(image, network)`.
+        image: what it takes; a tensor (N, C, *space) where a network is given.
+        tile: about how large its tiles are.
+        network: the network it runs, which probes replace.
+        stride: of the network; default: measured where it is given, else 32.
+        margin: as for check.
+
+    Example:
+        >>> import normfix, torch
+        >>> net = torch.nn.Conv2d(1, 1, 3, padding=1)
+        >>> def halves(image, network):  # without context, joined in the middle
+        ...     return torch.cat([network(half) for half in image.chunk(2, 3)], 3)
+        >>> seen = normfix.diagnose(halves, torch.rand(1, 1, 96, 192), 96, network=net)
+        >>> [culprit.cause for culprit in seen.culprits]
+        ['halo']
+    """
+    if network is None:
+        verdict = check_pipeline(predict, image, tile, stride=stride or 32, margin=margin)
+        return PipelineDiagnosis(_record(verdict, None, (), None, ()))
+    known = scan(network, image[..., :256, :256] if space_of(image) == 2 else None)
+    geometry = geometry_of(known)
+    step = stride or (max(geometry.stride) if geometry else 32)
+    verdict = check_pipeline(lambda x: predict(x, network), image, tile, stride=step, margin=margin)
+    seen = probe(predict, network, tuple(image.shape), space_of(image))
+    findings = () if seen else (_unseen(),)
+    held = _held(predict, network, known, image, tile, step, margin)
+    culprits = (*_of_network(known), *(() if seen is None else _of_steps(seen, geometry)))
+    return PipelineDiagnosis(_record(verdict, seen, culprits, held, findings))
+
+
+def _held(
+    predict: Pipeline,
+    network: nn.Module,
+    known: Scan,
+    image: Any,
+    tile: int | Sequence[int],
+    stride: int,
+    margin: int | None,
+) -> Verdict | None:
+    """Check the pipeline with the network's live statistics frozen on this image, where that can be done."""
+    if not known.live or not all(site.convertible for site in known.live):
+        return None
+    frozen = convert(network, image).model
+    return check_pipeline(lambda x: predict(x, frozen), image, tile, stride=stride, margin=margin)
+
+
+def _of_network(known: Scan) -> tuple[Observation, ...]:
+    families = dict.fromkeys(str(site.family) for site in known.live)
+    return tuple(
+        Observation(
+            cause=family,
+            evidence=", ".join(site.id for site in known.live if site.family == family)[:300],
+            remedy="freeze its statistic: normfix convert",
+        )
+        for family in families
+    )
+
+
+def _of_steps(seen: Seen, geometry: Geometry | None) -> tuple[Observation, ...]:
+    """Name what the probes saw that makes tiles differ."""
+    found = []
+    if seen.scaled:
+        evidence = "the same two pixel values reached the network as other values in other windows"
+        found.append(("tile scaling", evidence, "scale the whole image once, before it is cut"))
+    if seen.blended:
+        evidence = "constant outputs of windows came out mixed"
+        found.append(("blending", evidence, "crop the halo instead; mixing hides seams and repairs none"))
+    if any(
+        s < 0 or s + n > size
+        for start in seen.starts
+        for s, n, size in zip(start, seen.extents, seen.size, strict=True)
+    ):
+        evidence = "windows read beyond the border of the image"
+        found.append(("border padding", evidence, "end windows where the image ends"))
+    if geometry is not None:
+        found += _misplaced(seen, geometry) + _short(seen, geometry)
+    return tuple(Observation(cause=c, evidence=e, remedy=r) for c, e, r in found)
+
+
+def _misplaced(seen: Seen, geometry: Geometry) -> list[tuple[str, str, str]]:
+    """Return phase, and the last tile where only windows that touch the end are off the grid."""
+    off: set[tuple[int, int, bool]] = set()
+    for start in seen.starts:
+        for axis, (s, n, size, stride) in enumerate(
+            zip(start, seen.extents, seen.size, geometry.stride, strict=True)
+        ):
+            if s % stride:
+                off.add((axis, s, s + n >= size))
+    if not off:
+        return []
+    places = ", ".join(f"{s} on axis {axis}" for axis, s, _ in sorted(off)[:4])
+    evidence = f"windows start at {places}; the stride is {'x'.join(map(str, geometry.stride))}"
+    if all(last for _, _, last in off):
+        return [("last tile", evidence, "start the last tile on the grid as well")]
+    return [("phase", evidence, "start windows on multiples of the stride")]
+
+
+def _short(seen: Seen, geometry: Geometry) -> list[tuple[str, str, str]]:
+    if seen.context is None:
+        return []
+    pairs = zip(seen.context, geometry.halo, geometry.stride, strict=True)
+    if not any(
+        h < round_up(e, stride) and h < e
+        for given, need, stride in pairs
+        for h, e in zip(given, need, strict=True)
+    ):
+        return []
+    evidence = (
+        f"pixels were predicted with {seen.context} pixels of context, the network reaches {geometry.halo}"
+    )
+    return [("halo", evidence, "read tiles with at least the exact halo, and crop it")]
+
+
+def _unseen() -> Finding:
+    message = (
+        "windows were not found in the probe image (resampled, augmented or of several sizes), so only the "
+        "outside of the pipeline was tested."
+    )
+    return Finding(code="NF609", where="probes", message=message)
+
+
+def _record(
+    verdict: Verdict,
+    seen: Seen | None,
+    culprits: tuple[Observation, ...],
+    held: Verdict | None,
+    findings: tuple[Finding, ...],
+) -> PipelineRecord:
+    starts = None
+    if seen is not None:
+        axes = zip(*seen.starts, strict=True)
+        starts = tuple(tuple(sorted(set(axis))) for axis in axes)
+    return PipelineRecord(
+        verdict=verdict,
+        windows=len(seen.starts) if seen else None,
+        extents=seen.extents if seen else None,
+        starts=starts,
+        context=seen.context if seen else None,
+        culprits=culprits,
+        held=held,
+        findings=findings,
+    )

@@ -1,0 +1,51 @@
+"""JUnit XML: one test case per question, so that a CI service lists what failed.
+
+An inconclusive verdict is an error, not a failure and never a success: the question was not answered.
+"""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+
+from normfix.diagnosis_record import DiagnosisRecord, PipelineRecord
+from normfix.json_record import Record
+from normfix.records import Verdict
+from normfix.reporting.sentences import headline
+
+__all__ = ["junit"]
+
+
+def junit(record: Record) -> str:
+    """Return a <testsuites> document with the verdict and one case per named cause."""
+    suite = ET.Element("testsuite", name="normfix")
+    status = _status(record)
+    cases = [("tile-invariant", status, headline(record))]
+    for culprit in record.culprits if isinstance(record, DiagnosisRecord | PipelineRecord) else ():
+        evidence = (
+            getattr(culprit, "evidence", "") or f"introduces {getattr(culprit, 'introduced', 0):.2g} sd"
+        )
+        cases.append((f"cause: {culprit.cause}", "failed", f"{evidence}. {culprit.remedy}"))
+    for name, outcome, message in cases:
+        case = ET.SubElement(suite, "testcase", classname="normfix", name=name)
+        if outcome != "passed":
+            tag = "failure" if outcome == "failed" else "error"
+            ET.SubElement(case, tag, message=_clean(message), type=outcome)
+    suite.set("tests", str(len(cases)))
+    suite.set("failures", str(sum(outcome == "failed" for _, outcome, _ in cases)))
+    suite.set("errors", str(sum(outcome == "inconclusive" for _, outcome, _ in cases)))
+    root = ET.Element("testsuites")
+    root.append(suite)
+    ET.indent(root)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+
+
+def _status(record: Record) -> str:
+    if isinstance(record, PipelineRecord):
+        return "failed" if record.culprits else record.verdict.status
+    assert isinstance(record, Verdict | DiagnosisRecord)
+    return record.status
+
+
+def _clean(text: str) -> str:
+    """Drop the control characters that XML cannot hold."""
+    return "".join(c for c in text if c >= " " or c in "\t\n")

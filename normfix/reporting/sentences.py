@@ -1,0 +1,54 @@
+"""The one sentence that comes first: what was found, in numbers a reader can act on."""
+
+from __future__ import annotations
+
+from normfix.diagnosis_record import DiagnosisRecord, PipelineRecord
+from normfix.json_record import Record
+from normfix.records import Verdict
+
+__all__ = ["headline"]
+
+
+def headline(record: Record) -> str:
+    """Say the verdict in one or two sentences."""
+    if isinstance(record, DiagnosisRecord):
+        return _diagnosis(record)
+    if isinstance(record, PipelineRecord):
+        return _pipeline(record)
+    assert isinstance(record, Verdict)
+    return _verdict(record)
+
+
+def _diagnosis(record: DiagnosisRecord) -> str:
+    if record.status == "inconclusive":
+        return "Inconclusive: " + (record.findings[0].message if record.findings else "nothing was compared.")
+    whole = record.tile_mismatch.whole
+    if record.status == "passed":
+        largest = "" if whole is None else f", which differ by {whole.max_sd:.1g} sd at most: rounding"
+        return f"Tiles agree with the whole image{largest}."
+    names = [c.cause for c in record.culprits]
+    causes = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+    size = "" if whole is None else f" by {whole.mean_sd:.2g} sd on average and up to {whole.max_sd:.2g} sd"
+    return f"Tiles disagree with the whole image{size}. The cause{'s' * (len(names) > 1)}: {causes}."
+
+
+def _pipeline(record: PipelineRecord) -> str:
+    if not record.culprits:
+        return _verdict(record.verdict)
+    return (
+        "The pipeline's result depends on where its tiles fall: "
+        + ", ".join(c.cause for c in record.culprits)
+        + "."
+    )
+
+
+def _verdict(verdict: Verdict) -> str:
+    reasons = "; ".join(f"{f.where}: {f.message}" for f in verdict.findings[:2])
+    limit = f" (threshold {verdict.threshold:.1g})"
+    match verdict.status:
+        case "passed":
+            return f"Passed: tiles are within {verdict.max_sd:.1g} sd of the reference{limit}."
+        case "failed":
+            return f"Failed: tiles are up to {verdict.max_sd:.2g} sd away{limit}. {reasons}"
+        case _:
+            return f"Inconclusive, which is not a pass. {reasons}"

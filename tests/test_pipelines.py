@@ -1,0 +1,265 @@
+"""Pipelines of users: what their own steps do to seams is found, from outside and by probes from inside."""
+
+import numpy as np
+import pytest
+import torch
+from networks import LiveInstance, UNet, max_pool, nearest, plain_unet
+from torch import nn
+
+import normfix
+from normfix.errors import NormfixError
+
+ROI, SIZE = 48, 160
+
+
+@pytest.fixture
+def local():
+    """A U-Net of stride 2 that reaches 5 pixels."""
+    return UNet(max_pool, nearest, depth=1).eval()
+
+
+def image(n=SIZE):
+    return torch.rand(1, 1, n, n) * torch.linspace(0.2, 3, n)
+
+
+def zscore(x):
+    return (x - x.mean()) / x.std()
+
+
+def cropping(halo=8, roi=ROI, scale=None, whole=True, pad=False):
+    """Make a pipeline that reads windows with context and keeps their cores, as torch-em does.
+
+    A stand-in for torch_em.util.prediction.predict_with_halo: blocks, a halo on every side that ends at the
+    image's border, or is mirrored there (`pad`), the core kept, `scale` applied to every block.
+    """
+
+    def predict(x, network):
+        x = zscore(x) if whole else x
+        out, core = torch.zeros_like(x), roi - 2 * halo
+        height, width = x.shape[-2:]
+        for top in range(0, height, core):
+            for left in range(0, width, core):
+                rows, columns = _reads(top, halo, roi, height, pad), _reads(left, halo, roi, width, pad)
+                block = x[..., [_mirror(i, height) for i in rows], :][
+                    ..., [_mirror(i, width) for i in columns]
+                ]
+                y = network(scale(block) if scale else block)
+                y0, x0 = top - rows[0], left - columns[0]
+                target = out[..., top : top + core, left : left + core]
+                target.copy_(y[..., y0 : y0 + target.shape[-2], x0 : x0 + target.shape[-1]])
+        return out
+
+    return predict
+
+
+def _reads(start, halo, roi, n, pad):
+    first = start - halo if pad else min(max(0, start - halo), n - roi)
+    return range(first, first + roi)
+
+
+def _mirror(i, n):
+    return -i if i < 0 else 2 * (n - 1) - i if i >= n else i
+
+
+def blending(step=24, roi=ROI):
+    """Make a pipeline that averages overlapping windows, its last window pushed back.
+
+    A stand-in for nnU-Net's predictor: evenly spread steps, a weight that falls towards the window's border.
+    """
+
+    def predict(x, network):
+        height, width = x.shape[-2:]
+        weight = torch.hann_window(roi + 2, periodic=False)[1:-1].clamp_min(1e-3)
+        weight = weight[:, None] * weight
+        total, count = torch.zeros_like(x), torch.zeros_like(x)
+        for top in _pushed_back(height, roi, step):
+            for left in _pushed_back(width, roi, step):
+                here = (..., slice(top, top + roi), slice(left, left + roi))
+                total[here] += network(x[here]) * weight
+                count[here] += weight
+        return total / count
+
+    return predict
+
+
+def _pushed_back(n, roi, step):
+    return [min(s, n - roi) for s in range(0, n - roi + step, step)]
+
+
+def causes(predict, network, **options):
+    with torch.no_grad():
+        return {c.cause for c in normfix.diagnose(predict, image(), ROI, network=network, **options).culprits}
+
+
+def test_a_right_pipeline_passes(local):
+    """Control: enough context, aligned, scaled as a whole... of a fixed scale: nothing is named."""
+    predict = cropping(whole=False)
+    with torch.no_grad():
+        found = normfix.diagnose(predict, image(), ROI, network=local, margin=32)
+    assert found.status == "passed"
+    assert found.culprits == ()
+    assert found.record.context == ((8, 8), (8, 8))
+
+
+@pytest.mark.parametrize(
+    ("predict", "cause"),
+    [
+        (cropping(halo=2, whole=False), "halo"),
+        (cropping(halo=7, roi=47, whole=False), "phase"),
+        (cropping(whole=False, scale=zscore), "tile scaling"),
+        (cropping(whole=False, pad=True), "border padding"),
+    ],
+    ids=["halo", "phase", "tile scaling", "border padding"],
+)
+def test_probes_name_the_step(local, predict, cause):
+    """Short context, unaligned starts, scaling per tile and mirrored borders are each named, and nothing else."""
+    local = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), local) if cause == "phase" else local
+    found = causes(predict, _Crops(local) if cause == "phase" else local, margin=32, stride=2)
+    assert found == {cause}
+
+
+class _Crops(nn.Module):
+    """Takes any extent: pads by one at the end where it is odd and crops again."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner[1]
+
+    def forward(self, x):
+        h, w = x.shape[2:]
+        return self.inner(nn.functional.pad(x, (0, w % 2, 0, h % 2)))[..., :h, :w]
+
+
+def test_blending_is_named(local):
+    """Averaging windows is a cause of its own, and so is the pushed-back window it comes with."""
+    with torch.no_grad():
+        found = normfix.diagnose(blending(), image(161)[..., :160, :160], ROI, network=local, margin=32)
+    assert {c.cause for c in found.culprits} == {"blending"}
+    assert found.record.context is None
+    assert found.record.verdict.status == "failed"
+
+
+def test_a_pushed_back_window_is_told_from_phase(local):
+    """Where only the windows at the end are off the grid, it is the last tile."""
+    net = _Crops([None, local])
+    with torch.no_grad():
+        found = normfix.diagnose(blending(), image(161), ROI, network=net, margin=32, stride=2)
+    assert {c.cause for c in found.culprits} == {"blending", "last tile"}
+
+
+def test_the_networks_own_statistic_is_told_from_the_pipelines_steps():
+    """A live norm is named with its site; with it held the same pipeline passes."""
+    with torch.no_grad():
+        found = normfix.diagnose(cropping(whole=False), image(), ROI, network=LiveInstance(), margin=32)
+    assert [c.cause for c in found.culprits] == ["instance"]
+    assert found.record.verdict.status == "failed"
+    assert found.record.held.status == "passed"
+
+
+def test_scaling_of_the_whole_crop_moves_with_it(local):
+    """A scale of whatever array is given fails against crops: the statistic of a crop is another one."""
+    predict = cropping(whole=True)
+    with torch.no_grad():
+        assert normfix.check(lambda x: predict(x, local), image(), ROI, margin=32).status == "failed"
+
+
+def test_arrays_are_taken_as_tensors_are(local):
+    """A function of numpy arrays (H, W) gets the same verdict."""
+    predict = cropping(whole=False)
+
+    def of_arrays(array):
+        with torch.no_grad():
+            return predict(torch.from_numpy(array)[None, None], local)[0, 0].numpy()
+
+    verdict = normfix.check(of_arrays, image()[0, 0].numpy(), ROI, margin=32, stride=8)
+    assert verdict.passed
+    assert ("margin", "32") in verdict.settings
+    assert verdict.axes == (0, 1)
+
+
+def test_a_margin_below_the_halo_fails_a_right_pipeline():
+    """The margin is part of the claim: near a cut the crop's border is felt."""
+    with torch.no_grad():
+        net = plain_unet().eval()
+        verdict = normfix.check(net.forward, image(), ROI, margin=2, stride=8)
+        assert verdict.status == "failed"
+        assert normfix.check(net.forward, image(), ROI, margin=24, stride=8).passed
+
+
+def test_nothing_left_to_compare_is_inconclusive(local):
+    """A margin that eats the crops compares nothing."""
+    verdict = normfix.check(local.forward, image(48).detach(), ROI, margin=30)
+    assert verdict.inconclusive
+    assert {f.code for f in verdict.findings} >= {"NF407"}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda x: x[..., :-1], lambda x: None, lambda x: 1 / 0, lambda x: x + torch.randn(x.shape)],
+    ids=["extents", "nothing", "fails", "random"],
+)
+def test_what_is_no_pipeline_is_refused(wrong):
+    """Other extents, no array, an exception and chance are each NF605."""
+    with pytest.raises(NormfixError, match="NF605"):
+        normfix.check(wrong, image(), ROI)
+
+
+def test_an_assertion_takes_a_pipeline(local):
+    """The test-suite form fails on a pipeline with short context, naming the crop."""
+    predict = cropping(halo=2, whole=False)
+    with torch.no_grad(), pytest.raises(AssertionError, match="NF608"):
+        normfix.assert_tile_invariant(lambda x: predict(x, local), image(), ROI, margin=32)
+
+
+def test_monai_blends_by_default_and_can_be_made_exact():
+    """SlidingWindowInferer: Gaussian weights are named; a weight map of cores with aligned steps passes."""
+    from monai.inferers import sliding_window_inference
+
+    net, x = plain_unet().eval(), image(128)
+
+    def gaussian(x, network):
+        return sliding_window_inference(x, 64, 4, network, overlap=0.5, mode="gaussian")
+
+    with torch.no_grad():
+        found = normfix.diagnose(gaussian, x, 64, network=net, margin=40)
+    assert {c.cause for c in found.culprits} == {"blending"}
+
+    halo, roi = 24, 64
+
+    def core(coordinates, size):
+        """Mark what each window is responsible for: all but the halo, up to the image's border."""
+        masks = torch.zeros(len(coordinates), 1, roi, roi)
+        for mask, (*_, rows, columns) in zip(masks, coordinates, strict=True):
+            y, x = (
+                [halo * (s.start > 0), roi - halo * (s.stop < n)]
+                for s, n in zip((rows, columns), size, strict=True)
+            )
+            mask[:, slice(*y), slice(*x)] = 1
+        return masks
+
+    def exact(x, network):
+        def run(f):
+            options = {"overlap": 2 * halo / roi, "mode": "constant", "with_coord": True}
+            return sliding_window_inference(x, roi, 4, f, **options)
+
+        kept = run(lambda window, places: network(window) * core(places, x.shape[2:]))
+        return kept / run(lambda window, places: core(places, x.shape[2:]))
+
+    with torch.no_grad():
+        whole = net(x)
+        assert float((exact(x, net) - whole).abs().max() / whole.std()) < 1e-4
+        assert normfix.check(lambda x: exact(x, net), x, roi, margin=40, stride=8).passed
+        assert not normfix.check(lambda x: gaussian(x, net), x, roi, margin=40, stride=8).passed
+
+
+def test_input_is_not_changed():
+    """The pipeline gets copies: one that works in place does not spoil the comparison."""
+
+    def in_place(x):
+        return x.mul_(2)
+
+    x = image()
+    before = x.clone()
+    assert normfix.check(in_place, x, ROI, margin=8).passed
+    assert torch.equal(x, before)
+    assert isinstance(np.asarray(x), np.ndarray)
