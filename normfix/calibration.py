@@ -22,7 +22,7 @@ from normfix.moments import Moments, measure, merge
 from normfix.numerics import exact_arithmetic
 from normfix.records import CalibrationSummary, SiteStatistics
 
-__all__ = ["Calibration", "Target", "measure_sites_"]
+__all__ = ["Calibration", "Target", "measure_sites_", "restoring_on_error", "site_statistics"]
 
 Run = Callable[[nn.Module, Tensor], Tensor]
 Progress = Callable[[int, int], None]
@@ -78,7 +78,7 @@ def measure_sites_(
             after any other error.
     """
     count = sum(1 for _ in images)
-    with evaluating(model), exact_arithmetic(), _restoring_on_error(targets):
+    with evaluating(model), exact_arithmetic(), restoring_on_error(targets):
         passes = 2 if count == 1 else len(targets) + 1
         if count == 1:
             _freeze_as_it_goes(model, targets, images, run)
@@ -144,12 +144,12 @@ def _summary(
     for target in targets:
         if len(measured[target.name]) != len(shapes):
             raise _call_count(target, len(measured[target.name]), len(shapes))
-    sites = tuple(_statistics(target, measured[target.name]) for target in targets)
+    sites = tuple(site_statistics(target, measured[target.name]) for target in targets)
     return CalibrationSummary(images=tuple(shapes), sites=sites)
 
 
-def _statistics(target: Target, parts: list[Moments]) -> SiteStatistics:
-    """Compare what was measured, rounded as it would be stored, with what is stored."""
+def site_statistics(target: Target, parts: list[Moments]) -> SiteStatistics:
+    """Compare what was measured per image, rounded as it would be stored, with what is stored."""
     population = target.expected(merge(*parts))
     stored_mean, stored_var, eps = target.holder.running_mean, target.holder.running_var, target.holder.eps
     assert isinstance(stored_mean, Tensor)
@@ -189,7 +189,8 @@ def _observed(targets: Sequence[Target], observe: Callable[[Target, Tensor], Non
 
 
 @contextmanager
-def _restoring_on_error(targets: Sequence[Target]) -> Iterator[None]:
+def restoring_on_error(targets: Sequence[Target]) -> Iterator[None]:
+    """Give the targets their old statistics back after any error."""
     before = [{key: value.clone() for key, value in t.module.state_dict().items()} for t in targets]
     try:
         yield

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from normfix.interception import InterceptedNorm
 from normfix.layers.base import ChannelNorm
 from normfix.moments import Moments
 from normfix.pipeline.looking import fitting_example, geometry_of, site_target
+from normfix.pipeline.streamed import Resources, measure_streamed_
 from normfix.provenance import provenance_of
 from normfix.records import CalibrationSummary, Family, Plan
 from normfix.rewriting import copy_of
@@ -33,8 +35,11 @@ ForwardFn = Callable[[nn.Module, Tensor], Any]
 def calibrate(
     model: nn.Module,
     images: Tensor | Iterable[Tensor],
-    tile: int | None = None,
+    tile: int | Sequence[int] | None = None,
     *,
+    budget: int | None = None,
+    store: Path | None = None,
+    workers: int = 1,
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
     progress: Progress = lambda done, total: None,
@@ -44,26 +49,43 @@ def calibrate(
     Args:
         model: converted by normfix, or any network with batch norms on running statistics; not modified.
         images: re-iterable of (N, C, *space) tensors, or one tensor.
-        tile: has no influence on the statistics, which are those of whole images; this version holds each
-            image in memory whole.
+        tile: extents of blocks in pixels; given, the network runs once, stage by stage over such blocks, and what
+            it needs between stages fits a budget. The statistics are those of whole images either way; a
+            network that cannot run in stages takes passes over whole images, and the summary says why.
+        budget: bytes of memory for values between stages; None is no limit. Needs `tile`.
+        store: folder for what is beyond the budget.
+        workers: blocks computed at a time.
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
-        progress: called with (passes done, passes in all).
+        progress: called with (passes or stages done, passes or stages in all).
 
     Raises:
-        NormfixError: NF302 if the network has live statistics, or none at all; NF301 and codes of the images.
+        NormfixError: NF302 if the network has live statistics, or none at all; NF301 and codes of the images; NF326
+            and NF327 of the store.
     """
     copied = copy_of(model)
-    return Calibration(
-        copied, calibrate_(copied, images, tile, forward_fn=forward_fn, output=output, progress=progress)
+    summary = calibrate_(
+        copied,
+        images,
+        tile,
+        budget=budget,
+        store=store,
+        workers=workers,
+        forward_fn=forward_fn,
+        output=output,
+        progress=progress,
     )
+    return Calibration(copied, summary)
 
 
 def calibrate_(
     model: nn.Module,
     images: Tensor | Iterable[Tensor],
-    tile: int | None = None,
+    tile: int | Sequence[int] | None = None,
     *,
+    budget: int | None = None,
+    store: Path | None = None,
+    workers: int = 1,
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
     progress: Progress = lambda done, total: None,
@@ -75,14 +97,17 @@ def calibrate_(
     known = provenance_of(model)
     items = Items.of(images, *home_of(model), like=known.scan.example if known else None)
     caller = Caller(forward_fn, output if output is not None else known.output if known else None)
+    geometry = geometry_of(known.scan) if known is not None else None
     if known is not None:
-        geometry = geometry_of(known.scan)
         if geometry is not None:
             items = replace(items, prepare=partial(padded, geometry=geometry))
         targets = _planned(model, known.plan)
     else:
         targets = _batch_norms(model, fitting_example(model, next(iter(items)), caller), caller)
-    return measure_sites_(model, targets, items, caller, progress)
+    if tile is None:
+        return measure_sites_(model, targets, items, caller, progress)
+    resources = Resources(tile=tile, budget=budget, store=store, workers=workers)
+    return measure_streamed_(model, targets, items, caller, resources, geometry=geometry, progress=progress)
 
 
 def _planned(model: nn.Module, plan: Plan) -> list[Target]:
