@@ -32,7 +32,7 @@ from normfix.streaming import (
 )
 from normfix.tiles import Geometry
 
-__all__ = ["Resources", "measure_in_stages_", "measure_streamed_", "predict_in_stages"]
+__all__ = ["NOT_IN_STAGES", "Resources", "measure_in_stages_", "measure_streamed_", "predict_in_stages"]
 
 NOT_IN_STAGES = ("NF320", "NF321", "NF322", "NF323", "NF324", "NF325")
 """Codes that say that a network or an image cannot run in stages, while passes over the whole may."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -13,11 +15,13 @@ from normfix.checking import Network, compare, undecided
 from normfix.errors import NormfixError
 from normfix.images import Items
 from normfix.numerics import exact_arithmetic, settings
-from normfix.pipeline.looking import base_of, fitting_example, geometry_of, look, thinnest
+from normfix.pipeline.looking import base_of, fitting_example, geometry_of, look, site_target, thinnest
+from normfix.pipeline.streamed import NOT_IN_STAGES, Resources, measure_streamed_, predict_in_stages
 from normfix.provenance import is_current, provenance_of
 from normfix.records import Scan, Verdict
 from normfix.rewriting import copy_of
-from normfix.stitching import tiled
+from normfix.stitching import cropped, padded, tile_extents, tiled
+from normfix.streaming import TensorSource
 from normfix.tiles import Geometry, round_up
 
 __all__ = ["assert_tile_invariant", "check", "compare_with", "predict"]
@@ -31,17 +35,33 @@ def predict(
     tile: int | Sequence[int] = 256,
     *,
     halo: int | Literal["auto"] = "auto",
+    engine: Literal["auto", "stages", "tiles"] = "auto",
+    statistics: Literal["stored", "per-image"] = "stored",
+    budget: int | None = None,
+    store: Path | None = None,
+    workers: int = 1,
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
 ) -> Tensor:
-    """Predict one image tile by tile, exactly as the whole image would be predicted.
+    """Predict one image in parts, exactly as the whole image would be predicted.
+
+    Two engines give the same result. "tiles" runs the whole network on each tile with the whole network's halo.
+    "stages" runs the network once, stage by stage over all blocks, each with the stage's own small halo, and
+    keeps the maps in between: nearly no work is done twice, which pays on large images and deep networks.
 
     Args:
         model: without live statistics; not modified.
         image: (N, C, *space), any size. Where the network is not exact at that size, the image is extended
             by its edge pixels to the next exact size and the result cut back.
         tile: pixels per axis, multiples of the stride.
-        halo: pixels of context on every side; "auto" is what the network needs.
+        halo: pixels of context on every side; "auto" is what the network needs. A number asks for tiles.
+        engine: "auto" takes stages where tiles would compute over 16 million pixels of halo and the network can
+            be captured.
+        statistics: "per-image" normalises the image by its own statistics, measured over all of it before it is
+            predicted, as the network did before it was converted to frozen statistics.
+        budget: bytes of memory for what stages keep in between; None is no limit.
+        store: folder for what is beyond the budget.
+        workers: blocks computed at a time in stages.
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
 
@@ -50,8 +70,10 @@ def predict(
 
     Raises:
         NormfixError: NF409 if the network has live statistics or no halo is enough, NF402 for a tile that is
-            off the stride grid, NF410 for a halo that is not enough, and codes of the image.
+            off the stride grid, NF410 for a halo that is not enough or an engine, NF32x where stages are asked for
+            and not possible, and codes of the image.
     """
+    _require_known(engine=engine, statistics=statistics)
     known = _known(model, image, forward_fn, output)
     exact = geometry_of(known.scan)
     geometry = _with_halo(exact, halo)
@@ -65,8 +87,18 @@ def predict(
         )
     _require_enough(geometry, exact)
     (item,) = Items.of(image, *home_of(model), like=known.scan.example)
+    if statistics == "per-image":
+        model = _fitted(model, item, known, exact, tile)
+    extents = tile_extents(tile, geometry)
+    if halo == "auto" and (engine == "stages" or (engine == "auto" and _pays(item, extents, exact))):
+        resources = Resources(tile=extents, budget=budget, store=store, workers=workers)
+        try:
+            return _staged(model, item, known, exact, resources)
+        except NormfixError as error:
+            if engine == "stages" or error.code not in NOT_IN_STAGES:
+                raise
     with evaluating(model), exact_arithmetic():
-        return tiled(lambda x: known.caller(model, x), item, tile, geometry)
+        return tiled(lambda x: known.caller(model, x), item, extents, geometry)
 
 
 def check(
@@ -184,13 +216,63 @@ def compare_with(
         )
 
 
+_PAYS = 1 << 24
+"""Pixels of halo from which stages are worth capturing the network for."""
+
+
+def _pays(image: Tensor, tile: Sequence[int], geometry: Geometry) -> bool:
+    """Tell whether tiles would compute much more than the image."""
+    size = image.shape[2:]
+    tiles = math.prod(-(-n // t) for n, t in zip(size, tile, strict=True))
+    window = (min(n, t + sum(h)) for n, t, h in zip(size, tile, geometry.halo, strict=True))
+    return tiles * math.prod(window) - math.prod(size) > _PAYS
+
+
+def _staged(
+    model: nn.Module, image: Tensor, known: _Known, geometry: Geometry, resources: Resources
+) -> Tensor:
+    source = TensorSource(image, geometry.padding(image.shape[2:]))
+    whole = predict_in_stages(
+        model, source, known.caller, resources, sites=known.layers, multiple=geometry.multiple
+    )
+    return cropped(whole, image.shape[2:], geometry.scale)
+
+
+def _fitted(
+    model: nn.Module, image: Tensor, known: _Known, geometry: Geometry, tile: int | Sequence[int]
+) -> nn.Module:
+    """Return a copy of the model with the statistics of this image."""
+    provenance = provenance_of(model)
+    if provenance is None:
+        raise NormfixError(
+            "NF302", "only a converted network can take an image's own statistics.", where=known.scan.model
+        )
+    fitted = copy_of(model)
+    live = [d for d in provenance.plan.converted if d.site.layer is not None and not d.site.layer.carries]
+    targets = [site_target(fitted, decision, express=False) for decision in live]
+    if targets:
+        whole = padded(image, geometry)
+        measure_streamed_(fitted, targets, [whole], known.caller, Resources(tile=tile), geometry=geometry)
+    return fitted
+
+
+def _require_known(*, engine: str, statistics: str) -> None:
+    for name, given, choices in (
+        ("engine", engine, ("auto", "stages", "tiles")),
+        ("statistics", statistics, ("stored", "per-image")),
+    ):
+        if given not in choices:
+            raise NormfixError("NF410", f"give {' or '.join(choices)}.", where=f"{name}={given!r}")
+
+
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """How to call a model, its scan and which of its sites are live."""
+    """How to call a model, its scan, which of its sites are live and the paths of its converted layers."""
 
     caller: Caller
     scan: Scan
     live: tuple[str, ...]
+    layers: tuple[str, ...] = ()
 
 
 def _known(model: nn.Module, image: Tensor, forward_fn: ForwardFn | None, output: str | int | None) -> _Known:
@@ -198,7 +280,8 @@ def _known(model: nn.Module, image: Tensor, forward_fn: ForwardFn | None, output
     known = provenance_of(model)
     if known is not None and is_current(model) and output in (None, known.output, _as_index(known.output)):
         left = tuple(d.site.id for d in known.plan.left_live)
-        return _Known(Caller(forward_fn, known.output), known.scan, left)
+        layers = tuple(d.target for d in known.plan.converted)
+        return _Known(Caller(forward_fn, known.output), known.scan, left, layers)
     caller = Caller(forward_fn, output if output is not None or known is None else known.output)
     (item,) = Items.of(image, *home_of(model))
     example = fitting_example(model, item, caller)

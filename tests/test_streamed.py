@@ -1,0 +1,154 @@
+"""calibrate, predict and convert in stages: the same numbers as without, in less memory."""
+
+import pytest
+import torch
+from networks import TOLERANCE, LiveInstance
+from streamed_networks import DividesBySize, TwoLevels
+from torch.testing import assert_close
+
+import normfix
+from normfix.errors import NormfixError
+
+
+def _image(*size, seed=1, dtype=torch.float64):
+    return (
+        torch.rand(1, 1, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 3
+    ).to(dtype)
+
+
+@pytest.fixture(scope="module")
+def converted():
+    """A converted U-Net in float64."""
+    torch.manual_seed(0)
+    return normfix.convert(TwoLevels().double(), _image(64, 48))
+
+
+def _statistics(model):
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
+
+
+def test_calibrating_in_blocks_equals_passes(converted):
+    """With and without `tile` the statistics agree to 1e-9 for several images, and the summary says which way."""
+    images = [_image(40, 64, seed=2), 3 * _image(36, 20, seed=3)]
+    passes, stages = (
+        normfix.calibrate(converted.model, images),
+        normfix.calibrate(converted.model, images, tile=16),
+    )
+    for name, expected in _statistics(passes.model).items():
+        assert_close(stages.model.get_buffer(name), expected, rtol=1e-9, atol=1e-11)
+    assert (passes.summary.engine, stages.summary.engine) == ("passes", "stages")
+    for one, other in zip(passes.summary.sites, stages.summary.sites, strict=True):
+        assert one.site == other.site
+        assert one.elements == other.elements
+        assert_close(other.spread, one.spread, rtol=1e-9, atol=1e-9)
+
+
+def test_float32_agrees_to_its_rounding(converted):
+    """In float32 statistics from blocks are those of passes to float32's rounding."""
+    model, image = (
+        normfix.convert(converted.original.float(), _image(64, 48, dtype=torch.float32)).model,
+        None,
+    )
+    image = _image(48, 40, seed=5, dtype=torch.float32)
+    passes, stages = normfix.calibrate(model, image), normfix.calibrate(model, image, tile=16)
+    for name, expected in _statistics(passes.model).items():
+        assert_close(stages.model.get_buffer(name), expected, **TOLERANCE[torch.float32])
+    converted.original.double()
+
+
+def test_sizes_the_stride_does_not_divide(converted):
+    """An odd image means the image extended by its edge pixels, in stages as in passes and tiles."""
+    image = _image(45, 51, seed=4)
+    passes, stages = (
+        normfix.calibrate(converted.model, image),
+        normfix.calibrate(converted.model, image, tile=16),
+    )
+    for name, expected in _statistics(passes.model).items():
+        assert_close(stages.model.get_buffer(name), expected, rtol=1e-9, atol=1e-11)
+    tiles = normfix.predict(converted.model, image, tile=16, engine="tiles")
+    assert_close(
+        normfix.predict(converted.model, image, tile=16, engine="stages"), tiles, **TOLERANCE[torch.float64]
+    )
+
+
+@torch.no_grad()
+def test_prediction_in_stages_equals_the_untiled_output(converted):
+    """Stages give the converted network's untiled output, and on the calibration image the original's."""
+    image = _image(64, 48)
+    stages = normfix.predict(converted.model, image, tile=16, engine="stages")
+    assert_close(stages, converted.model(image), **TOLERANCE[torch.float64])
+    assert_close(stages, converted.original(image), **TOLERANCE[torch.float64])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("engine", ["stages", "tiles"])
+def test_per_image_statistics_are_the_original_network(converted, engine):
+    """With its own statistics every image gets the original network's prediction of it, tiled."""
+    other = 4 * _image(48, 80, seed=9) + 1
+    own = normfix.predict(converted.model, other, tile=16, engine=engine, statistics="per-image")
+    assert_close(own, converted.original(other), **TOLERANCE[torch.float64])
+    stored = normfix.predict(converted.model, other, tile=16, engine=engine)
+    assert (stored - own).abs().max() > 0.1  # the statistics do matter on this image
+
+
+def test_what_cannot_run_in_stages_takes_passes_and_says_why():
+    """A network whose blocks differ from its whole is calibrated in passes, with the reason in the summary."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(DividesBySize(), torch.nn.InstanceNorm2d(1)).double()
+    image = _image(32, 32)
+    model = normfix.convert(net, image).model
+    passes, stages = normfix.calibrate(model, image), normfix.calibrate(model, image, tile=16)
+    assert stages.summary.engine == "passes"
+    assert "NF324" in stages.summary.reason
+    for name, expected in _statistics(passes.model).items():
+        assert torch.equal(stages.model.get_buffer(name), expected)
+
+
+def test_an_error_on_the_way_leaves_the_old_statistics(converted):
+    """If the store is full in the middle, the model has the statistics it had."""
+    model = converted.model
+    before = _statistics(model)
+    with pytest.raises(NormfixError, match="NF326"):
+        normfix.calibrate_(model, _image(48, 40, seed=5), tile=16, budget=60_000)
+    assert all(torch.equal(model.get_buffer(name), value) for name, value in before.items())
+
+
+def test_a_changed_weight_counts_in_the_next_prediction(converted):
+    """The captured graph is kept, but always with the model's present weights."""
+    model, image = normfix.calibrate(converted.model, _image(64, 48), tile=32).model, _image(32, 32)
+    first = normfix.predict(model, image, tile=16, engine="stages")
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+        model.head.bias.mul_(2)
+    assert_close(
+        normfix.predict(model, image, tile=16, engine="stages"), 2 * first, **TOLERANCE[torch.float64]
+    )
+
+
+def test_batch_norms_of_an_unconverted_network_are_measured_in_blocks():
+    """Plain BatchNorm networks are recalibrated in stages as well."""
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 3, 3, padding=1),
+        torch.nn.BatchNorm2d(3),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(3, 2, 3, padding=1),
+    ).double()
+    net.append(torch.nn.BatchNorm2d(2).double())
+    image = _image(64, 96)
+    passes, stages = normfix.calibrate(net, image), normfix.calibrate(net, image, tile=20)
+    assert stages.summary.engine == "stages"
+    for name, expected in _statistics(passes.model).items():
+        assert_close(stages.model.get_buffer(name), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("given", [{"engine": "magic"}, {"statistics": "batch"}])
+def test_unknown_choices_are_refused(converted, given):
+    """Another engine or kind of statistics is an error."""
+    with pytest.raises(NormfixError, match="NF410"):
+        normfix.predict(converted.model, _image(16, 16), tile=16, **given)
+
+
+def test_live_networks_are_not_predicted_in_stages():
+    """A live network is refused by predict whatever the engine."""
+    with pytest.raises(NormfixError, match="NF409"):
+        normfix.predict(LiveInstance().double(), _image(64, 64), tile=16, engine="stages")
