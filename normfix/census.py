@@ -13,17 +13,19 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
+
+from normfix.functions import COUNTED, arguments_of
 
 __all__ = ["DIRECT", "LEAVES", "NORMS", "Call", "Shaped", "census"]
 
@@ -74,6 +76,7 @@ DIRECT: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 _NAME_OF = {function: name for name, function in NORMS.items()}
 _SIGNATURES = {name: inspect.signature(function) for name, function in NORMS.items()}
+_COUNTED_NAMES = frozenset(COUNTED.values())
 _NOT_OURS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
@@ -90,8 +93,12 @@ class Call:
     """One call of a torch function during the root forward.
 
     `within` holds the paths of the modules around the call, root first, owner last; `index` counts the
-    owner's calls of this function in this invocation. `arguments` are bound by name for norms only, tensors
-    replaced by Shaped. `reads` and `writes` are serial numbers of tensors that depend on the input.
+    owner's calls of this function in this invocation. `arguments` are bound by name for norms and reducing
+    functions only, tensors replaced by Shaped. `operand` tells which of the tensors among the arguments is
+    the first that depends on the input, of shape `inputs[0]`. `reads` and `writes` are serial numbers of memory
+    that depends on the input. `numbers` are the Python numbers among the arguments, `kinds` the outputs' dtypes.
+    `returned` tells that the network's result holds an output of this call, `checkpointed` names the modules
+    whose forward recomputes this call by an activation checkpoint.
     """
 
     function: str
@@ -105,6 +112,11 @@ class Call:
     outputs: tuple[tuple[int, ...], ...]
     reads: tuple[int, ...] = field(repr=False)
     writes: tuple[int, ...] = field(repr=False)
+    numbers: tuple[float, ...] = field(repr=False, default=())
+    kinds: tuple[str, ...] = field(repr=False, default=())
+    operand: int = 0
+    checkpointed: tuple[str, ...] = ()
+    returned: bool = False
 
     @property
     def owner(self) -> str:
@@ -117,13 +129,14 @@ class _Frame:
     path: str
     kind: str
     invocation: int
+    checkpoints: int
     counts: Counter[str] = field(default_factory=Counter)
 
 
 def census(
     model: nn.Module, run: Callable[[nn.Module, Tensor], Any], example: Tensor
 ) -> tuple[list[Call], Counter[str], Any]:
-    """Run the network once and record every call whose operand depends on the input, and every norm.
+    """Run the network once and record every call that depends on the input, every norm and counted function.
 
     Args:
         model: left as it was found; its training flags decide what it computes.
@@ -139,7 +152,8 @@ def census(
         recorder.mark(x)
         with recorder:
             output = run(model, x)
-    return recorder.calls, recorder.invocations, output
+        recorder.returned(output)
+    return recorder.finished(), recorder.invocations, output
 
 
 class _Recorder(TorchFunctionMode):
@@ -148,14 +162,29 @@ class _Recorder(TorchFunctionMode):
         self.calls: list[Call] = []
         self.invocations: Counter[str] = Counter()
         self.frames: list[_Frame] = []
-        self._serials = WeakIdKeyDictionary()
-        self._next = 0
+        self._serials: dict[int, int] = {}
+        self._held: list[object] = []  # while a storage is known here, no other takes its number
+        self._returned: set[int] = set()
 
     def mark(self, tensor: Tensor) -> int:
-        if tensor not in self._serials:
-            self._serials[tensor] = self._next
-            self._next += 1
-        return int(self._serials[tensor])
+        key, reference = _memory(tensor)
+        if key not in self._serials:
+            self._serials[key] = len(self._serials)
+            self._held.append(reference)
+        return self._serials[key]
+
+    def depends(self, tensor: Tensor) -> bool:
+        return _memory(tensor)[0] in self._serials
+
+    def returned(self, result: object) -> None:
+        """Note what the network hands out."""
+        self._returned |= {
+            self.mark(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and self.depends(leaf)
+        }
+
+    def finished(self) -> list[Call]:
+        """Return the calls, with those that made the result marked."""
+        return [replace(c, returned=True) if self._returned & {*c.writes} else c for c in self.calls]
 
     def __torch_function__(
         self,
@@ -167,7 +196,7 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        dependent = [t for t in operands if t in self._serials]
+        dependent = [t for t in operands if self.depends(t)]
         results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         name = _name_of(func)
         if name == "__setitem__" and dependent and isinstance(args[0], Tensor):
@@ -176,18 +205,20 @@ class _Recorder(TorchFunctionMode):
             for tensor in results:
                 self.mark(tensor)
         leaves = bool(dependent) and name in LEAVES
-        if self.frames and (leaves or (results and (dependent or name in NORMS or name in DIRECT))):
-            self._record(name, func, args, kwargs, dependent, results)
+        counted = name in NORMS or name in DIRECT or name in _COUNTED_NAMES
+        if self.frames and (leaves or (results and (dependent or counted))):
+            operand = next((i for i, t in enumerate(operands) if self.depends(t)), 0)
+            self._record(name, args, kwargs, dependent, results, operand)
         return result
 
     def _record(
         self,
         name: str,
-        func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         dependent: list[Tensor],
         results: list[Tensor],
+        operand: int,
     ) -> None:
         frame = self.frames[-1]
         reads = tuple(self.mark(t) for t in dependent)
@@ -195,6 +226,9 @@ class _Recorder(TorchFunctionMode):
         arguments: Mapping[str, Any] = {}
         if name in NORMS or name in DIRECT:
             arguments = {key: self._shaped(value) for key, value in _bound(name, args, kwargs).items()}
+        elif name in _COUNTED_NAMES:
+            arguments = {k: self._shaped(v) for k, v in arguments_of(name, args, kwargs).items()}
+        checkpoints = _checkpoints()
         self.calls.append(
             Call(
                 function=name,
@@ -208,20 +242,52 @@ class _Recorder(TorchFunctionMode):
                 outputs=tuple(tuple(t.shape) for t in results),
                 reads=reads,
                 writes=tuple(self.mark(t) for t in results) if dependent else (),
+                numbers=tuple(float(v) for v in tree_leaves((args, kwargs)) if type(v) in (int, float)),
+                kinds=tuple(_kind(t.dtype) for t in results),
+                operand=operand,
+                checkpointed=tuple(f.path for f in self.frames if f.checkpoints < checkpoints),
             )
         )
         frame.counts[name] += 1
 
     def _shaped(self, value: object) -> object:
         if isinstance(value, Tensor):
-            return Shaped(tuple(value.shape), value in self._serials)
+            return Shaped(tuple(value.shape), self.depends(value))
         return value
+
+
+def _memory(tensor: Tensor) -> tuple[int, object]:
+    """Return what tells a tensor's memory from all other, and what must be kept for that to hold."""
+    try:
+        reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+    except (NotImplementedError, RuntimeError, ValueError):  # no storage: sparse, lazy, transformed
+        return -id(tensor), tensor
+    return reference.cdata, reference
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype == torch.bool:
+        return "bool"
+    return "complex" if dtype.is_complex else "float" if dtype.is_floating_point else "int"
+
+
+def _checkpoints() -> int:
+    """Return how many activation checkpoints are being run."""
+    frame: FrameType | None = sys._getframe(1)
+    found = 0
+    while frame is not None:
+        code = frame.f_code
+        found += code.co_name == "checkpoint" and code.co_filename.endswith("/utils/checkpoint.py")
+        frame = frame.f_back
+    return found
 
 
 def _name_of(func: Callable[..., Any]) -> str:
     name = getattr(func, "__name__", str(func))
     if func in _NAME_OF:
         return _NAME_OF[func]
+    if func in COUNTED:
+        return COUNTED[func]
     return f"torch.{name}" if f"torch.{name}" in DIRECT else str(name)
 
 
@@ -243,11 +309,13 @@ def _watched(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
 
         def enter(module: nn.Module, args: Any) -> None:
-            recorder.frames.append(_Frame(path, kind, recorder.invocations[path]))
+            recorder.frames.append(_Frame(path, kind, recorder.invocations[path], _checkpoints()))
             recorder.invocations[path] += 1
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             recorder.frames.pop()
+            if not recorder.frames:
+                recorder.returned(output)
 
         handles.append(module.register_forward_pre_hook(enter, prepend=True))
         handles.append(module.register_forward_hook(leave, always_call=True))

@@ -88,6 +88,9 @@ CODES: dict[str, str] = {
     "silently; the proof of a conversion decides.",
     "NF223": "The exported graph has an operator that normfix knows nothing of, a custom one for instance. It "
     "may look at the whole extent; only the proof on tiles tells.",
+    "NF230": "Some statistics have no population law: a median, a matrix product over space, a pool of a pool. The "
+    "value of one image can be frozen, the values of several cannot become one. Give one image, or keep the "
+    "module that computes it.",
     # 3xx: calibrating
     "NF301": "A site ran more or less often than once per image, so its statistic is not defined. The network "
     "takes another path on these images than on the example it was scanned with.",

@@ -3,14 +3,14 @@
 An intercepted owner gets a dynamic subclass of its own class (same name, `isinstance` holds, picklable)
 whose forward runs the original forward under a TorchFunctionMode. The mode is made anew for every call of
 forward, so threads and recomputation do not share a counter; it counts calls of each function and hands the
-planned ones to the submodule of that site. If the calls at run time are not the planned ones, forward raises
-and names the site: a lost interception would be invisible on the image the statistics came from.
+planned ones to the submodule of that site. If the calls at run time are not the planned ones, by their number
+(in eval mode), rank, channels or reduced dimensions, forward raises and names the site: a lost interception
+would be invisible on the image the statistics came from.
 """
 
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -21,22 +21,34 @@ from torch.overrides import TorchFunctionMode
 
 from normfix.census import NORMS
 from normfix.errors import NormfixError
+from normfix.functions import COUNTED, arguments_of, operand_of, reduced_by
 from normfix.layers.base import ChannelNorm
+from normfix.layers.statistic import FrozenStatistic
 
 __all__ = ["Intercept", "InterceptedNorm", "intercept_", "obstacle"]
 
 _PLANNED = "_normfix_intercepts"
-_FUNCTIONS: dict[Callable[..., Any], str] = {function: name for name, function in NORMS.items()}
+_FUNCTIONS: dict[Callable[..., Any], str] = {
+    **COUNTED,
+    **{function: name for name, function in NORMS.items()},
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Intercept:
-    """Hand the `index`-th call of `function` inside the owner's forward to its submodule at path `target`."""
+    """Hand the `index`-th of `visible` calls of `function` inside the owner's forward to its submodule `target`.
+
+    For a statistic that is no norm, `operand` tells which of the call's tensors is reduced and `dims` along
+    which dimensions, where the call's arguments say so.
+    """
 
     function: str
     index: int
+    visible: int
     target: str
     site: str
+    operand: int = 0
+    dims: tuple[int, ...] = ()
 
 
 class InterceptedNorm(nn.Module):
@@ -79,7 +91,7 @@ def intercept_(owner: nn.Module, intercepts: tuple[Intercept, ...]) -> None:
     """Make the owner's forward hand the planned calls to their submodules, in place.
 
     Args:
-        owner: must hold a submodule of each target name that accepts (input, weight, bias).
+        owner: must hold a submodule of each target name: an InterceptedNorm or a FrozenStatistic.
         intercepts: of this owner; added to those it has.
 
     Raises:
@@ -133,7 +145,8 @@ class _Calls(TorchFunctionMode):
         super().__init__()
         self._owner = owner
         self._planned = {(i.function, i.index): i for i in owner.__dict__[_PLANNED]}
-        self._counts: Counter[str] = Counter()
+        self._expected = {i.function: i.visible for i in owner.__dict__[_PLANNED]}
+        self._counts = dict.fromkeys(self._expected, 0)
 
     def __torch_function__(
         self,
@@ -143,21 +156,21 @@ class _Calls(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        name = _FUNCTIONS.get(func)
-        if name is None:
+        # looked up apart: a compiler does not find this Python method among the built-in ones
+        name = "norm" if func is Tensor.norm else _FUNCTIONS.get(func)
+        if name is None or name not in self._counts:
             return func(*args, **kwargs)
         index = self._counts[name]
-        self._counts[name] += 1
+        self._counts[name] = index + 1
         planned = self._planned.get((name, index))
         if planned is None:
             return func(*args, **kwargs)
-        return self._replace(planned, args, kwargs)
-
-    def _replace(self, planned: Intercept, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        given = _bind(planned.function, args, kwargs)
         target = self._owner.get_submodule(planned.target)
         try:
-            return target(given["input"], given.get("weight"), given.get("bias"))  # type: ignore[no-any-return]
+            if isinstance(target, FrozenStatistic):
+                return _constant(planned, target, func, args, kwargs)
+            given = _bind(planned.function, args, kwargs)
+            return target(given["input"], given.get("weight"), given.get("bias"))
         except ValueError as error:
             raise NormfixError(
                 "NF207", f"the call does not fit the plan: {error}.", where=planned.site
@@ -169,14 +182,32 @@ class _Calls(TorchFunctionMode):
         super().__exit__(kind, value, trace)  # type: ignore[no-untyped-call]
         if kind is not None:
             return
-        for (function, index), planned in self._planned.items():
-            if self._counts[function] <= index:
+        for planned in self._planned.values():
+            made, expected = self._counts[planned.function], planned.visible
+            if made <= planned.index or (made != expected and not self._owner.training):
                 raise NormfixError(
                     "NF207",
-                    f"the plan expects call {index} of {function}, but only {self._counts[function]} were made, "
-                    "so the statistic may be live elsewhere. Scan and convert this network anew.",
+                    f"the plan expects {expected} calls of {planned.function} here, but {made} were made, so the "
+                    "statistic may be live elsewhere. Scan and convert this network anew.",
                     where=planned.site,
                 )
+
+
+def _constant(
+    planned: Intercept,
+    target: FrozenStatistic,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> object:
+    """Return the frozen results of a call after making sure that it is the planned one."""
+    operand = operand_of(args, kwargs, planned.operand)
+    given = arguments_of(planned.function, args, kwargs)
+    if planned.dims and reduced_by(planned.function, given, operand.dim()) != planned.dims:
+        raise ValueError(f"expected a reduction of dimensions {planned.dims}")
+    if target.observer is not None:
+        target.observer(func, args, kwargs)
+    return target(operand, given.get("dtype"))
 
 
 # The order of parameters after `input` in torch.nn.functional; bound by hand because inspect.signature inside

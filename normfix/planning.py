@@ -88,6 +88,13 @@ def _decide(site: Site, to: Literal["frozen", "batchrenorm"], keep: tuple[str, .
         return _leave(site, Action.KEEP, "kept as asked")
     if site.refusal:
         return _leave(site, Action.REFUSE if site.live else Action.KEEP, site.refusal)
+    if site.statistic is not None:
+        reason = _REASONS[Action.FREEZE]
+        if site.statistic.law == "none":
+            reason = f"{reason} (of one image: it has no population law)"
+        return Decision(
+            site=site, action=Action.FREEZE, means=Means.INTERCEPT, reason=reason, target="", position=0
+        )
     if site.layer is None:
         return _leave(site, Action.KEEP, f"reduces {site.reduces}")
     action = Action.FREEZE if to == "frozen" else Action.BATCHRENORM
@@ -108,19 +115,24 @@ def _leave(site: Site, action: Action, reason: str) -> Decision:
 
 
 def _positioned(index: int, decisions: tuple[Decision, ...]) -> Decision:
-    """Return an intercepted site's number among the calls its anchor still sees."""
+    """Return an intercepted site with its number among the calls its anchor still sees."""
     decision = decisions[index]
     if decision.means is not Means.INTERCEPT:
         return decision
-    anchor, function = decision.site.anchor, decision.site.function
-    position = sum(_visible(earlier, anchor, function) for earlier in decisions[:index])
-    holder = decision.site.holder
+    site = decision.site
+    seen = [_visible(other, site.anchor, site.function) for other in decisions]
+    before, others = site.others
     number = sum(
-        d.means is Means.INTERCEPT and (d.site.holder, d.site.function) == (holder, function)
+        d.means is Means.INTERCEPT and (d.site.holder, d.site.function) == (site.holder, site.function)
         for d in decisions[:index]
     )
-    name = f"normfix_{function}_{number}"
-    return replace(decision, position=position, target=f"{holder}.{name}" if holder else name)
+    name = f"normfix_{site.function}_{number}"
+    return replace(
+        decision,
+        position=before + sum(seen[:index]),
+        visible=others + sum(seen),
+        target=f"{site.holder}.{name}" if site.holder else name,
+    )
 
 
 def _visible(decision: Decision, anchor: str, function: str) -> bool:

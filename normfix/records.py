@@ -82,8 +82,9 @@ class Site(Record):
     `index` the position among its calls of `function`. `within` holds the modules around the call, root
     first; `anchor` is the nearest of them that runs once per root forward, `holder` the module at or below it
     that can keep a new layer without noticing. `swappable` tells that the owner
-    is a module of a known exact class, run once, whose whole forward is this call. `looks` names what saw
-    it: "census", "graph", "dye".
+    is a module of a known exact class, run once, whose whole forward is this call. `others` counts the
+    calls of the same function inside the anchor that are no sites: (before this one, in all). `looks` names
+    what saw it: "census", "graph", "dye".
     """
 
     owner: str
@@ -102,6 +103,7 @@ class Site(Record):
     refusal: str = ""
     layer: LayerSpec | None = None
     statistic: StatisticSpec | None = None
+    others: tuple[int, int] = (0, 0)
     looks: tuple[str, ...] = ("census",)
 
     @property
@@ -132,16 +134,48 @@ class LayerSpec(Record):
     carries: bool
 
 
+Law = Literal[
+    "mean",
+    "total",
+    "variance",
+    "deviation",
+    "variance_mean",
+    "deviation_mean",
+    "norm",
+    "maximum",
+    "minimum",
+    "extremes",
+    "none",
+]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatisticSpec(Record):
     """The shape of a frozen statistic that is no norm: a pool, a hand-written mean, a response.
 
-    `shape` is the value's for one image (batch extent 1); `law` is how several images' values become one:
-    "none" where nothing but the value of a single image can be frozen.
+    `law` is how several images' values become one (normfix.laws): "none" where nothing but the value of a
+    single image can be frozen. `shape` is a result's for one image, `outputs` how many results the function
+    returns, of which only the first is used if `selects` ((values, indices)). The operand is tensor number
+    `operand` among the call's arguments; it has `rank` dimensions, of which the call reduces `dims`, and the
+    extents in `sizes` ((dimension, extent)). `batch` is (dimension of the operand, its extent for one image,
+    dimension of the result) along which images are stacked, None where the statistic runs over the batch as
+    well. `correction` and `power` are the function's own (variance, norm). `quotient` tells that the call
+    divides a sum by the number of its terms. `number` is the kind of a result.
     """
 
-    law: Literal["mean", "variance", "deviation", "rms", "maximum", "minimum", "none"]
+    law: Law
     shape: tuple[int, ...]
+    outputs: int = 1
+    selects: bool = False
+    operand: int = 0
+    rank: int
+    dims: tuple[int, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
+    batch: tuple[int, int, int] | None = None
+    correction: float = 0.0
+    power: float = 2.0
+    quotient: bool = False
+    number: Literal["float", "int", "bool"] = "float"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,8 +222,9 @@ class Scan(Record):
 class Decision(Record):
     """What happens to one site, why, and how.
 
-    An intercepted site is call number `position` of its function among those still visible inside the
-    anchor's forward once everything deeper is converted; `target` is the path of its new layer.
+    An intercepted site is call number `position` of its function among the `visible` ones that are still
+    made inside the anchor's forward once everything deeper is converted; `target` is the path of its new
+    layer.
     """
 
     site: Site
@@ -198,11 +233,18 @@ class Decision(Record):
     reason: str
     target: str
     position: int
+    visible: int = 1
 
     @property
     def converts(self) -> bool:
         """Tell whether the site gets a new layer."""
         return self.action in (Action.FREEZE, Action.BATCHRENORM)
+
+    @property
+    def measured(self) -> bool:
+        """Tell whether the new layer's constants come from images, not from the original."""
+        carries = self.site.layer is not None and self.site.layer.carries
+        return self.converts and not carries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,6 +275,9 @@ class SiteStatistics(Record):
     mean and the population's, in population sd (0 for one image). The residual is re-measured under the
     stored statistics: `mean_shift` is the largest |measured mean - stored mean| in sd (exactly consistent:
     0), `variance_ratio` the (smallest, largest) measured over stored variance (exactly consistent: 1, 1).
+
+    A statistic that is no norm has no sd of its own: there, `spread` and `mean_shift` are the largest
+    difference in units of the root mean square of the stored values, and `variance_ratio` is 1, 1.
     """
 
     site: str

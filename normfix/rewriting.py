@@ -187,21 +187,50 @@ def _swap(root: nn.Module, old: nn.Module, decision: Decision) -> nn.Module:
 
 
 def _intercept(modules: dict[str, nn.Module], decision: Decision) -> None:
-    anchor, owner = modules[decision.site.anchor], modules[decision.site.owner]
+    site = decision.site
+    anchor, owner = modules[site.anchor], modules[site.owner]
+    if reason := obstacle(anchor):
+        raise NormfixError("NF206", f"its calls cannot be intercepted: {reason}.", where=site.id)
+    like = owner if _has_tensors(owner) else anchor
+    layer = _wrapped_norm(decision, owner, like) if site.statistic is None else _constant(decision, like)
+    layer.train(owner.training)
+    modules[site.holder].add_module(decision.target.rpartition(".")[2], layer)
+    spec = site.statistic
+    planned = Intercept(
+        function=site.function,
+        index=decision.position,
+        visible=decision.visible,
+        target=decision.target.removeprefix(f"{site.anchor}.") if site.anchor else decision.target,
+        site=site.id,
+        operand=spec.operand if spec else 0,
+        dims=spec.dims if spec else (),
+    )
+    intercept_(anchor, (planned,))
+
+
+def _wrapped_norm(decision: Decision, owner: nn.Module, like: nn.Module) -> InterceptedNorm:
     spec = decision.site.layer
     assert spec is not None
-    if reason := obstacle(anchor):
-        raise NormfixError("NF206", f"its calls cannot be intercepted: {reason}.", where=decision.site.id)
     regrouped = decision.action is Action.BATCHRENORM and spec.groups != spec.features
-    norm = _new_layer(decision, affine=regrouped, like=owner if _has_tensors(owner) else anchor)
+    norm = _new_layer(decision, affine=regrouped, like=like)
     _take_statistics(norm, owner, decision)
-    wrapped = InterceptedNorm(norm)
-    wrapped.train(owner.training)
-    modules[decision.site.holder].add_module(decision.target.rpartition(".")[2], wrapped)
-    path = (
-        decision.target.removeprefix(f"{decision.site.anchor}.") if decision.site.anchor else decision.target
+    return InterceptedNorm(norm)
+
+
+def _constant(decision: Decision, like: nn.Module) -> layers.FrozenStatistic:
+    spec = decision.site.statistic
+    assert spec is not None
+    device, dtype = _home(like)
+    return layers.FrozenStatistic(
+        spec.shape,
+        outputs=spec.outputs,
+        rank=spec.rank,
+        sizes=spec.sizes,
+        batch=spec.batch,
+        selects=spec.selects,
+        device=device,
+        dtype={"bool": torch.bool, "int": torch.long}.get(spec.number, dtype),
     )
-    intercept_(anchor, (Intercept(decision.site.function, decision.position, path, decision.site.id),))
 
 
 def _needs_affine(decision: Decision) -> bool:
@@ -220,10 +249,13 @@ def _new_layer(decision: Decision, *, affine: bool, like: nn.Module) -> ChannelN
             where=decision.site.id,
         )
     kinds = _FROZEN if decision.action is Action.FREEZE else _RENORM
-    tensor = next((t for t in (*like.parameters(), *like.buffers()) if t.is_floating_point()), None)
-    device = tensor.device if tensor is not None else None
-    dtype = tensor.dtype if tensor is not None else None
+    device, dtype = _home(like)
     return kinds[spec.ndim](spec.features, eps=spec.eps, affine=affine, device=device, dtype=dtype)
+
+
+def _home(like: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    tensor = next((t for t in (*like.parameters(), *like.buffers()) if t.is_floating_point()), None)
+    return (None, None) if tensor is None else (tensor.device, tensor.dtype)
 
 
 def _has_tensors(module: nn.Module) -> bool:

@@ -119,10 +119,19 @@ def dark(x):
 
 
 @pytest.mark.parametrize("decide", [brighter, negative, dim, dark])
-def test_a_statistic_that_decides_a_branch_is_live(image, decide):
-    """A reduction whose value leaves tensors is live, named, and fails the tiles."""
+def test_a_statistic_that_decides_a_branch_is_frozen(image, decide):
+    """A reduction whose value leaves tensors is live, and frozen: every tile takes the image's branch."""
+    scan = normfix.scan(Branching(decide), image)
+    assert scan.live[0].reduces == "space"
     done = normfix.convert(Branching(decide), image)
-    assert done.plan.left_live
+    assert done.proof.passed
+    assert [d.site.function for d in done.plan.converted][1:] == ["instance_norm"]
+
+
+@pytest.mark.parametrize("decide", [brighter, negative, dim, dark])
+def test_a_branch_that_is_kept_live_fails(image, decide):
+    """Control: with the statistic kept, the tiles fail."""
+    done = normfix.convert(Branching(decide), image, keep=("",))
     assert done.proof.step("tiles").status == "failed"
 
 

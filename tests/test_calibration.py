@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import normfix
-from normfix.calibration import Target, measure_sites_
+from normfix.calibration import NormTarget, measure_sites_
 from normfix.calling import Caller
 from normfix.errors import NormfixError
 from normfix.layers import FrozenNorm2d
@@ -112,14 +112,14 @@ def test_the_residual_is_zero_and_one(dtype):
 def test_the_residual_sees_a_wrong_statistic():
     """Control: a store that writes something else shows in the residual."""
     net, targets = _frozen()
-    honest = targets[0].store
+    honest = targets[0].write
 
     def dishonest(moments):
         honest(moments)
         targets[0].holder.running_mean.add_(0.1)
         targets[0].holder.running_var.mul_(2)
 
-    wrong = Target(targets[0].name, targets[0].module, targets[0].holder, dishonest, targets[0].expected)
+    wrong = NormTarget(targets[0].name, targets[0].module, targets[0].holder, dishonest, targets[0].expected)
     first, second = measure_sites_(net, [wrong, targets[1]], _images(), Caller()).sites
     assert first.mean_shift > 1e-2
     assert first.variance_ratio == pytest.approx((0.5, 0.5), abs=1e-3)
@@ -131,7 +131,7 @@ def _frozen():
 
     def target(index):
         layer = net[index]
-        return Target(
+        return NormTarget(
             str(index), layer, layer, lambda m: layer.set_statistics_(m.mean, m.var), lambda moments: moments
         )
 
@@ -263,7 +263,7 @@ class Skips(nn.Module):
 def test_a_site_off_the_plan_is_refused(widths):
     """A norm that runs never or twice on an image is NF301, and the old statistics are back."""
     net = Skips()
-    target = Target(
+    target = NormTarget(
         "norm", net.norm, net.norm, lambda m: net.norm.set_statistics_(m.mean, m.var), lambda moments: moments
     )
     before = _state(net)

@@ -393,8 +393,8 @@ def test_refuses_pixelwise_layer_norm() -> None:
     assert "pixel to pixel" in refused.reason
 
 
-def test_squeeze_excite_is_refused_by_name() -> None:
-    """A pool that gates a map is live and refused, while a classifier's final pool is not live."""
+def test_a_pool_that_gates_is_frozen_and_one_that_ends_is_not() -> None:
+    """A pool that gates a map is live and frozen, while a classifier's final pool is not live."""
 
     class Excite(nn.Module):
         def __init__(self) -> None:
@@ -406,7 +406,8 @@ def test_squeeze_excite_is_refused_by_name() -> None:
             return x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()
 
     (site,) = normfix.scan(Excite(), image()).live
-    assert (site.owner, site.function, site.convertible) == ("", "mean", False)
+    assert (site.owner, site.function, site.convertible) == ("", "mean", True)
+    assert normfix.convert(Excite(), image()).proof.passed
     classifier = nn.Sequential(conv(1, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     assert normfix.scan(classifier, image()).live == ()
 

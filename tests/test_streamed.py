@@ -3,7 +3,7 @@
 import pytest
 import torch
 from networks import TOLERANCE, LiveInstance
-from streamed_networks import DividesBySize, TwoLevels
+from streamed_networks import DividesBySize, Squeezed, TwoLevels
 from torch.testing import assert_close
 
 import normfix
@@ -139,6 +139,24 @@ def test_batch_norms_of_an_unconverted_network_are_measured_in_blocks():
     assert stages.summary.engine == "stages"
     for name, expected in _statistics(passes.model).items():
         assert_close(stages.model.get_buffer(name), expected, rtol=1e-9, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [1, 2])
+def test_statistics_that_are_no_norms_are_measured_in_blocks(count):
+    """Means and maxima of hand-written gates are put together from blocks by their population laws."""
+    torch.manual_seed(0)
+    net, images = Squeezed().double(), [_image(40, 32), 2 * _image(24, 48, seed=2)][:count]
+    model = normfix.convert(net, images[0]).model
+    passes, stages = normfix.calibrate(model, images), normfix.calibrate(model, images, tile=12)
+    assert (stages.summary.engine, stages.summary.reason) == ("stages", "")
+    assert len(stages.summary.sites) == 3
+    buffers = dict(passes.model.named_buffers())
+    for name, value in stages.model.named_buffers():
+        assert_close(value, buffers[name], rtol=1e-9, atol=1e-12)
+    if count == 1:
+        whole = normfix.predict(stages.model, images[0], tile=12, engine="stages")
+        assert_close(whole, net(images[0]), **TOLERANCE[torch.float64])
 
 
 @pytest.mark.parametrize("given", [{"engine": "magic"}, {"statistics": "batch"}])

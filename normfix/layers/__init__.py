@@ -4,6 +4,7 @@ from normfix.layers.base import ChannelNorm
 from normfix.layers.batchrenorm import BatchRenorm, BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from normfix.layers.frozen import FrozenNorm, FrozenNorm1d, FrozenNorm2d, FrozenNorm3d
 from normfix.layers.schedule import RenormSchedule
+from normfix.layers.statistic import FrozenStatistic
 from normfix.layers.synchronised import (
     SyncBatchRenorm,
     SyncBatchRenorm1d,
@@ -22,6 +23,7 @@ __all__ = [
     "FrozenNorm1d",
     "FrozenNorm2d",
     "FrozenNorm3d",
+    "FrozenStatistic",
     "RenormSchedule",
     "SyncBatchRenorm",
     "SyncBatchRenorm1d",

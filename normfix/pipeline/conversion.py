@@ -188,7 +188,7 @@ def _calibrate_(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> CalibrationSummary | None:
     """Measure what no original statistic can be carried over for."""
-    fresh = [d for d in plan.converted if d.site.layer is not None and not d.site.layer.carries]
+    fresh = [d for d in plan.converted if d.measured]
     if not fresh:
         return None
     if items is None:

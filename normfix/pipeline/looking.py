@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from normfix.calibration import Target, measure_sites_
+from normfix.calibration import NormTarget, StatisticTarget, Target, measure_sites_
 from normfix.calling import REFUSALS, Caller, buffers_kept, evaluating, home_of, require_network
 from normfix.errors import NormfixError
+from normfix.layers import FrozenStatistic
 from normfix.locality import Locality, cross_section, measure_locality
 from normfix.moments import Moments, pool
 from normfix.numerics import exact_arithmetic
@@ -186,6 +187,10 @@ def thinnest(f: Callable[[Tensor], Tensor], example: Tensor, geometry: Geometry)
 
 def site_target(model: nn.Module, decision: Decision, *, express: bool) -> Target:
     """Describe a converted site to calibration; `express` as in set_statistics_."""
+    module, statistic = model.get_submodule(decision.target), decision.site.statistic
+    if statistic is not None:
+        assert isinstance(module, FrozenStatistic)
+        return StatisticTarget(decision.site.id, module, statistic)
     layer, spec = layer_of(model, decision), decision.site.layer
     assert spec is not None
     grouped = decision.action is Action.FREEZE
@@ -196,7 +201,7 @@ def site_target(model: nn.Module, decision: Decision, *, express: bool) -> Targe
     def store(moments: Moments) -> None:
         set_statistics_(layer, decision, moments, express=express)
 
-    return Target(decision.site.id, model.get_submodule(decision.target), layer, store, expected)
+    return NormTarget(decision.site.id, module, layer, store, expected)
 
 
 def input_of(model: nn.Module) -> tuple[int, int]:
@@ -271,7 +276,7 @@ def _locality(probe: nn.Module, everything: Plan, found: Survey, example: Tensor
             tuple(Finding(code="NF215", where=d.site.id, message=d.reason) for d in everything.left_live),
         )
     frozen = rewrite(probe, everything)
-    fresh = [d for d in everything.converted if d.site.layer is not None and not d.site.layer.carries]
+    fresh = [d for d in everything.converted if d.measured]
     measure_sites_(frozen, [site_target(frozen, d, express=False) for d in fresh], [example], caller)
     double = copy_of(frozen).double()
     return measure_locality(

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfix.calibration import Calibration, Target, measure_sites_
+from normfix.calibration import Calibration, NormTarget, Target, measure_sites_
 from normfix.calling import Caller, home_of
 from normfix.errors import NormfixError
 from normfix.images import Items
 from normfix.interception import InterceptedNorm
-from normfix.layers.base import ChannelNorm
+from normfix.layers import ChannelNorm, FrozenStatistic
 from normfix.moments import Moments
 from normfix.pipeline.looking import fitting_example, geometry_of, site_target
 from normfix.pipeline.streamed import Resources, measure_streamed_
@@ -98,6 +98,7 @@ def calibrate_(
     items = Items.of(images, *home_of(model), like=known.scan.example if known else None)
     caller = Caller(forward_fn, output if output is not None else known.output if known else None)
     geometry = geometry_of(known.scan) if known is not None else None
+    targets: Sequence[Target]
     if known is not None:
         if geometry is not None:
             items = replace(items, prepare=partial(padded, geometry=geometry))
@@ -114,7 +115,7 @@ def _planned(model: nn.Module, plan: Plan) -> list[Target]:
     """Describe the converted sites, all of which must still be there."""
     modules = dict(model.named_modules())
     for decision in plan.converted:
-        if not isinstance(modules.get(decision.target), ChannelNorm | InterceptedNorm):
+        if not isinstance(modules.get(decision.target), ChannelNorm | InterceptedNorm | FrozenStatistic):
             raise NormfixError(
                 "NF302",
                 "the converted layer is gone. Convert the network as it is now.",
@@ -123,7 +124,7 @@ def _planned(model: nn.Module, plan: Plan) -> list[Target]:
     return [site_target(model, decision, express=False) for decision in plan.converted]
 
 
-def _batch_norms(model: nn.Module, example: Tensor, caller: Caller) -> list[Target]:
+def _batch_norms(model: nn.Module, example: Tensor, caller: Caller) -> list[NormTarget]:
     """Describe the batch norms of a network that normfix did not convert."""
     copied = copy_of(model).eval()
     sites = survey(copied, caller, example).sites
@@ -139,10 +140,10 @@ def _batch_norms(model: nn.Module, example: Tensor, caller: Caller) -> list[Targ
     return [_batch_target(site.id, model.get_submodule(site.owner)) for site in batch]
 
 
-def _batch_target(name: str, norm: nn.Module) -> Target:
+def _batch_target(name: str, norm: nn.Module) -> NormTarget:
     def store(moments: Moments) -> None:
         with torch.no_grad():
             norm.running_mean.copy_(moments.mean)  # type: ignore[operator]
             norm.running_var.copy_(moments.var)  # type: ignore[operator]
 
-    return Target(name, norm, norm, store, lambda moments: moments)
+    return NormTarget(name, norm, norm, store, lambda moments: moments)

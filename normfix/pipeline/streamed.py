@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from normfix.calibration import Target, measure_sites_, restoring_on_error, site_statistics
+from normfix.calibration import Target, measure_sites_, restoring_on_error
 from normfix.calling import Caller, evaluating
 from normfix.errors import NormfixError
-from normfix.moments import Moments, measure, merge
 from normfix.numerics import exact_arithmetic
 from normfix.records import CalibrationSummary, SiteStatistics
 from normfix.streaming import (
@@ -119,12 +118,12 @@ def measure_in_stages_(
     statistics: dict[str, SiteStatistics] = {}
 
     def statistic(target: Target) -> Statistic:
-        def settle(parts: list[list[Moments]]) -> None:
-            per_image = [merge(*blocks) for blocks in parts]
-            target.store(merge(*per_image))
-            statistics[target.name] = site_statistics(target, per_image)
+        def settle(parts: list[list[Any]]) -> None:
+            per_image = [target.join(blocks) for blocks in parts]
+            target.store(per_image)
+            statistics[target.name] = target.compare(per_image)
 
-        return Statistic(paths[target.name], measure, settle)
+        return Statistic(paths[target.name], target.dims, target.measure, settle)
 
     with evaluating(model), exact_arithmetic(), restoring_on_error(targets):
         program = _program(model, caller, tuple(paths.values()), images[0])

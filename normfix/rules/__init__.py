@@ -7,8 +7,18 @@ from normfix.rules.group import GroupRule
 from normfix.rules.instance import InstanceRule
 from normfix.rules.layer import LayerRule, OverChannelsRule, channel_affine
 from normfix.rules.reading import Reading, Rule
+from normfix.rules.statistics import family_of, refusal_of, specify
 
-__all__ = ["RULES", "Reading", "Rule", "channel_affine", "rule_of"]
+__all__ = [
+    "RULES",
+    "Reading",
+    "Rule",
+    "channel_affine",
+    "family_of",
+    "refusal_of",
+    "rule_of",
+    "specify",
+]
 
 RULES: tuple[Rule, ...] = (BatchRule(), InstanceRule(), GroupRule(), LayerRule(), OverChannelsRule())
 

@@ -40,11 +40,13 @@ Sink = Callable[[int, Node, tuple[int, ...], torch.dtype], Kept | None]
 class Statistic:
     """What becomes of a site's operand.
 
-    `measure` reduces the operand of one block; `settle` receives what was measured, per image in the order of
-    the blocks, and sets the statistic.
+    `dims` are the operand's dimensions it runs over, None if blocks of it cannot be put together. `measure`
+    reduces the operand of one block; `settle` receives what was measured, per image in the order of the blocks,
+    and sets the statistic.
     """
 
     site: str
+    dims: tuple[int, ...] | None
     measure: Callable[[Tensor], Any]
     settle: Callable[[list[list[Any]]], None]
 
@@ -105,9 +107,12 @@ def execute(
         progress: called after each block.
 
     Raises:
-        NormfixError: NF321 for an image size the program does not take, NF325 if a block does not come out as
+        NormfixError: NF321 for an image size the program does not take, NF323 for a statistic that blocks do not
+            add up to, NF325 if a block does not come out as
             the stage promised, NF326 and NF327 of the store.
     """
+    for stage in schedule.stages:
+        _require_whole(stage, schedule.maps, statistics)
     run = _Run(schedule, images, tuple(tile), store, {s.site: s for s in statistics}, sink)
     with ExitStack() as stack:
         stack.callback(store.clear)
@@ -249,6 +254,17 @@ class _Run:
                     where=f"stage {stage.number}, {node.name}",
                 )
         return result[found.index(crop, result.dim())], found.index(inner, len(shape))
+
+
+def _require_whole(stage: Stage, maps: Maps, statistics: Sequence[Statistic]) -> None:
+    """Refuse statistics that a block alone does not contribute to: of rows, say, or without a law."""
+    dims = {statistic.site: statistic.dims for statistic in statistics}
+    for site, node in stage.measures:
+        over = dims.get(site, maps.maps[node].dims)
+        if over is None or not set(maps.maps[node].dims) <= set(over):
+            raise NormfixError(
+                "NF323", "its statistic cannot be put together from blocks of the image.", where=site
+            )
 
 
 def _name(number: int, node: Node) -> str:

@@ -1,0 +1,184 @@
+"""How the calls of a forward pass follow the image: the same calls at another size, and with two images.
+
+A dimension is space if its extent follows the image's, and batch if it follows the number of images. The
+exponent of a tensor says how its elements grow: 1 as the image does, 2 as all pairs of pixels, 0 not at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfix.calling import REFUSALS
+from normfix.census import Call, census
+
+__all__ = ["FIXED", "REDUCED", "SQUARED", "Growth", "Look", "look_again", "look_at_two"]
+
+Run = Callable[[nn.Module, Tensor], Any]
+
+FIXED, REDUCED, SQUARED = 0.1, 0.75, 1.4
+"""Exponents: below the first a tensor does not grow; above the last it compares pixels with pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """The calls of one more forward pass, on another example."""
+
+    example: Tensor
+    calls: list[Call]
+    output: Any
+
+
+def look_again(model: nn.Module, run: Run, example: Tensor, functions: Sequence[str]) -> Look | None:
+    """Run at another size; None if the network accepts none of those tried with the same calls."""
+    space = example.shape[2:]
+    trials: list[list[int]] = (
+        [[n // 2 for n in space]] if all(n % 64 == 0 and n >= 128 for n in space) else []
+    )
+    trials += [[n + step for n in space] for step in (32, 64, 128)]
+    looks = (_look(model, run, _resize(example, trial), functions) for trial in trials)
+    return next((look for look in looks if look is not None), None)
+
+
+def look_at_two(model: nn.Module, run: Run, example: Tensor, functions: Sequence[str]) -> Look | None:
+    """Run on the example twice over; None if the network does not take it with the same calls."""
+    return _look(model, run, torch.cat([example, example]), functions)
+
+
+def _look(model: nn.Module, run: Run, example: Tensor, functions: Sequence[str]) -> Look | None:
+    try:
+        calls, _, output = census(model, run, example)
+    except REFUSALS:  # the network does not take it
+        return None
+    return Look(example, calls, output) if [c.function for c in calls] == list(functions) else None
+
+
+def _resize(example: Tensor, size: Sequence[int]) -> Tensor:
+    """Repeat or cut the example to another spatial size."""
+    for axis, n in enumerate(size, start=2):
+        example = example.index_select(axis, torch.arange(n, device=example.device) % example.shape[axis])
+    return example
+
+
+class Growth:
+    """How extents follow the image's, from the same calls at two sizes.
+
+    Without a second size, dimensions from 2 on of a tensor of the input's rank count as space.
+    """
+
+    def __init__(
+        self, example: Tensor, calls: list[Call], other: Look | None, two: Look | None = None
+    ) -> None:
+        self._example = example
+        self._calls = calls
+        self._other = other
+        self._two = two
+        self._unit = self._log_ratio(tuple(example.shape), tuple(other.example.shape)) if other else 1.0
+
+    def space(self, position: int) -> frozenset[int]:
+        """Return the dimensions of the call's main operand that are space."""
+        operand = _operand_shape(self._calls[position])
+        if self._other is None:
+            return frozenset(range(2, len(operand)))
+        return _differing(operand, _operand_shape(self._other.calls[position]))
+
+    def batch(self, position: int) -> tuple[frozenset[int], frozenset[int]] | None:
+        """Return the dimensions of the main operand and of the output along which images are stacked.
+
+        None if the network does not take two images.
+        """
+        if self._two is None:
+            return None
+        one, two = self._calls[position], self._two.calls[position]
+        return (
+            _differing(_operand_shape(one), _operand_shape(two)),
+            _differing(one.outputs[0], two.outputs[0]) if one.outputs else frozenset(),
+        )
+
+    def follows_size(self, position: int) -> bool:
+        """Tell whether a number that the call is given changes with the image's extent."""
+        return self._other is not None and (
+            self._calls[position].numbers != self._other.calls[position].numbers
+        )
+
+    def inputs(self, position: int) -> float:
+        """Return the exponent of the fastest growing input: 1 grows as the image does, 0 not at all."""
+        return max(
+            (self._exponent(position, "inputs", i) for i in range(len(self._calls[position].inputs))),
+            default=0,
+        )
+
+    def outputs(self, position: int) -> float:
+        """Return the exponent of the fastest growing output."""
+        return max(
+            (self._exponent(position, "outputs", i) for i in range(len(self._calls[position].outputs))),
+            default=0,
+        )
+
+    def of_output(self, output: Tensor) -> bool:
+        """Tell whether the network's output grows as its input does."""
+        other = self._other
+        if other is None:
+            return output.dim() == self._example.dim() and all(n > 1 for n in output.shape[2:])
+        grown = all(a != b for a, b in zip(output.shape[2:], other.output.shape[2:], strict=True))
+        return output.dim() == self._example.dim() and grown
+
+    def dilution(self) -> tuple[int, ...]:
+        """Return per axis the least common multiple of how much coarser than the image the feature maps are."""
+        rank = self._example.dim()
+        found = [1] * (rank - 2)
+        looks = self._other.calls if self._other else self._calls
+        for here, there in zip(self._calls, looks, strict=True):
+            for a, b in zip(here.outputs, there.outputs, strict=True):
+                if len(a) == rank:
+                    for axis in range(rank - 2):
+                        found[axis] = math.lcm(found[axis], self._coarseness(axis, a[axis + 2], b[axis + 2]))
+        return tuple(found)
+
+    def _coarseness(self, axis: int, here: int, there: int) -> int:
+        """Return image pixels per pixel of a map whose extent is `here`, and `there` at the other size."""
+        image = self._example.shape[axis + 2]
+        if self._other is None:
+            return image // here if here > 1 and image % here == 0 else 1
+        other = self._other.example.shape[axis + 2]
+        step, change = other - image, there - here
+        if change and step % change == 0:
+            return abs(step // change)
+        ratio = (
+            round(image / here) if here > 1 else 1
+        )  # sizes that the stride does not divide round down or up
+        fits = all(
+            extent in (n // ratio, -(-n // ratio)) for n, extent in ((image, here), (other, there)) if ratio
+        )
+        return ratio if ratio > 1 and fits else 1
+
+    def _exponent(self, position: int, side: str, which: int) -> float:
+        shape: tuple[int, ...] = getattr(self._calls[position], side)[which]
+        if self._other is None:
+            return float(any(n > 1 for n in shape[2:]))
+        shapes = getattr(self._other.calls[position], side)
+        if which >= len(shapes):
+            return 0.0
+        return self._log_ratio(shape, shapes[which]) / self._unit
+
+    @staticmethod
+    def _log_ratio(a: tuple[int, ...], b: tuple[int, ...]) -> float:
+        return math.log(max(1, math.prod(b)) / max(1, math.prod(a)))
+
+
+def _operand_shape(call: Call) -> tuple[int, ...]:
+    given = call.arguments.get("input")
+    if given is not None:
+        return given.shape  # type: ignore[no-any-return]
+    return call.inputs[0] if call.inputs else ()
+
+
+def _differing(a: tuple[int, ...], b: tuple[int, ...]) -> frozenset[int]:
+    if len(a) != len(b):
+        return frozenset(range(len(a)))
+    return frozenset(i for i, (m, n) in enumerate(zip(a, b, strict=True)) if m != n)
