@@ -58,7 +58,7 @@ class Case:
 
             return Statistic(path, (0, 2, 3, 4), measure, settle)
 
-        def sink(number, node, shape, dtype):
+        def sink(number, node, shape, dtype, blocks):
             if node in self.program.outputs:
                 wholes[number] = Whole(torch.full(shape, torch.nan, dtype=dtype))
                 return wholes[number]
@@ -184,7 +184,7 @@ def test_several_outputs_at_several_depths():
     program = captured_program(model, lambda model, x: model(x), image, ["one", "two"])
     planned, wholes = schedule(program, multiple=(2, 2)), {}
 
-    def sink(number, node, shape, dtype):
+    def sink(number, node, shape, dtype, blocks):
         if node not in program.outputs:
             return None
         return wholes.setdefault(node, Whole(torch.full(shape, torch.nan, dtype=dtype)))

@@ -171,7 +171,9 @@ def predict_in_stages(
     ndim = len(image.shape) - 2
     result: list[_InPlace] = []
 
-    def sink(number: int, node: Node, shape: tuple[int, ...], dtype: torch.dtype) -> _InPlace | None:
+    def sink(
+        number: int, node: Node, shape: tuple[int, ...], dtype: torch.dtype, blocks: tuple[int, ...]
+    ) -> _InPlace | None:
         if node not in program.outputs:
             return None
         result.append(_InPlace(torch.empty(shape, dtype=dtype, device=program.image.meta["val"].device)))

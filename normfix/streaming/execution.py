@@ -32,8 +32,8 @@ __all__ = ["Schedule", "Statistic", "block_extents", "execute"]
 Progress = Callable[[int, int, int, int], None]
 """Called with (stage, stages, blocks done, blocks in the stage)."""
 
-Sink = Callable[[int, Node, tuple[int, ...], torch.dtype], Kept | None]
-"""Gives the place where a computed value of an image is wanted, or None."""
+Sink = Callable[[int, Node, tuple[int, ...], torch.dtype, tuple[int, ...]], Kept | None]
+"""Called with (image, value, its shape, its dtype, the blocks it comes in); gives the place it goes to, or None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def execute(
     store: Store,
     statistics: Sequence[Statistic] = (),
     settled: Callable[[], None] = lambda: None,
-    sink: Sink = lambda image, node, shape, dtype: None,
+    sink: Sink = lambda image, node, shape, dtype, blocks: None,
     workers: int = 1,
     progress: Progress = lambda stage, stages, done, total: None,
 ) -> None:
@@ -169,12 +169,12 @@ class _Run:
         block = self.extents[stage.number]
         for node in stage.gives:
             shape, dtype = self.shapes[number][node], node.meta["val"].dtype
+            found, blocks = self.schedule.maps.maps[node], list(shape)
+            for dim, n, scale in zip(found.dims, block, found.scale, strict=True):
+                blocks[dim] = int(n * scale)
             if node in stage.stores:
-                found, chunks = self.schedule.maps.maps[node], list(shape)
-                for dim, n, scale in zip(found.dims, block, found.scale, strict=True):
-                    chunks[dim] = int(n * scale)
-                places.append((node, self.store.create(_name(number, node), shape, dtype, chunks)))
-            wanted = self.sink(number, node, shape, dtype)
+                places.append((node, self.store.create(_name(number, node), shape, dtype, blocks)))
+            wanted = self.sink(number, node, shape, dtype, tuple(blocks))
             if wanted is not None:
                 places.append((node, wanted))
         return places

@@ -77,7 +77,9 @@ def largest_difference(planned: Schedule, size: Sequence[int]) -> float:
     )
     found: dict[Node, _Whole] = {}
 
-    def sink(number: int, node: Node, shape: tuple[int, ...], dtype: torch.dtype) -> Kept:
+    def sink(
+        number: int, node: Node, shape: tuple[int, ...], dtype: torch.dtype, blocks: tuple[int, ...]
+    ) -> Kept:
         found[node] = _Whole(shape, torch.float64 if dtype.is_floating_point else dtype)
         return found[node]
 

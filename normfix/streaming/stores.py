@@ -20,7 +20,7 @@ from torch import Tensor
 
 from normfix.errors import NormfixError
 
-__all__ = ["Budget", "Kept", "Store"]
+__all__ = ["Budget", "Kept", "Store", "chunk_edge"]
 
 Index = tuple[slice, ...]
 
@@ -151,7 +151,7 @@ class _OnDisk:
             self._array: Any = zarr.create_array(
                 store=str(path),
                 shape=tuple(shape),
-                chunks=tuple(_divisor(c, n) for c, n in zip(chunks, shape, strict=True)),
+                chunks=tuple(chunk_edge(c, n) for c, n in zip(chunks, shape, strict=True)),
                 dtype=_NUMPY[self._stored_as],
                 compressors=None,
                 overwrite=True,
@@ -190,7 +190,7 @@ _NUMPY: dict[torch.dtype, str] = {
 }
 
 
-def _divisor(block: int, extent: int) -> int:
+def chunk_edge(block: int, extent: int) -> int:
     """Return an edge that divides the block (if the block is smaller than the extent) and is no longer than a chunk."""
     if block >= extent:
         block = extent
