@@ -1,6 +1,8 @@
 """calibrate, predict and convert in stages: the same numbers as without, in less memory."""
 
+import numpy as np
 import pytest
+import tifffile
 import torch
 from networks import TOLERANCE, LiveInstance
 from streamed_networks import DividesBySize, Squeezed, TwoLevels
@@ -8,6 +10,8 @@ from torch.testing import assert_close
 
 import normfix
 from normfix.errors import NormfixError
+from normfix.records import Scaling
+from normfix.scaling import scaled
 
 
 def _image(*size, seed=1, dtype=torch.float64):
@@ -170,3 +174,45 @@ def test_live_networks_are_not_predicted_in_stages():
     """A live network is refused by predict whatever the engine."""
     with pytest.raises(NormfixError, match="NF409"):
         normfix.predict(LiveInstance().double(), _image(64, 64), tile=16, engine="stages")
+
+
+def test_a_file_is_calibrated_and_predicted_by_window(converted, tmp_path):
+    """A scaled TIFF read by window gives what its array gives, and the prediction lands in a file."""
+    values = (_image(61, 50, seed=8) * 60000).numpy()[0, 0].astype(np.uint16)
+    tifffile.imwrite(tmp_path / "in.tif", values, tile=(16, 16))
+    with tifffile.TiffFile(tmp_path / "in.tif") as file:  # any object with shape, dtype and slicing
+        image = normfix.open_image(file.asarray(), converted.model, axes="YX", scaling=Scaling(kind="zscore"))
+    whole = torch.from_numpy(scaled(values.astype(np.float64)[None], Scaling(kind="zscore")))[None]
+    assert_close(image.read([(0, 61), (0, 50)]), whole, rtol=0, atol=1e-6)
+    whole = image.read([(0, 61), (0, 50)])
+    passes, stages = (
+        normfix.calibrate(converted.model, whole),
+        normfix.calibrate(converted.model, image, tile=20),
+    )
+    for name, expected in _statistics(passes.model).items():
+        assert_close(stages.model.get_buffer(name), expected, rtol=1e-9, atol=1e-11)
+    for name in ("out.npy", "out.zarr", "out.tif"):
+        normfix.write_prediction(passes.model, image, tmp_path / name, tile=20, budget=10_000, store=tmp_path)
+        with normfix.open_image(tmp_path / name, TwoOut()) as file:
+            written = file.read([(0, 61), (0, 50)])
+        assert_close(written.double(), normfix.predict(passes.model, whole, tile=20), rtol=1e-6, atol=1e-6)
+
+
+class TwoOut(torch.nn.Conv2d):
+    """Takes two channels, as the prediction has."""
+
+    def __init__(self):
+        super().__init__(2, 1, 1)
+
+
+@torch.no_grad()
+def test_converting_within_a_budget(tmp_path):
+    """With a budget the image is measured in stages, proved, and the constants are those of the whole image."""
+    torch.manual_seed(0)
+    net, image = TwoLevels().double(), _image(128, 96)
+    limited = normfix.convert(net, image, budget=100_000, store=tmp_path, tile=32)
+    assert limited.proof.passed, limited.proof
+    assert limited.calibration.summary.engine == "stages"
+    assert limited.calibration.summary.images == ((1, 1, 128, 96),)
+    assert_close(limited.model(image), net.eval()(image), **TOLERANCE[torch.float64])
+    assert not list(tmp_path.iterdir())

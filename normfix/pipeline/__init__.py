@@ -10,7 +10,8 @@ from normfix.pipeline.conversion import Conversion, convert
 from normfix.pipeline.looking import plan, scan
 from normfix.pipeline.recalibration import calibrate, calibrate_
 from normfix.pipeline.storage import load, open_any, save
-from normfix.pipeline.using import assert_tile_invariant, check, predict
+from normfix.pipeline.streamed import open_windowed as open_image
+from normfix.pipeline.using import assert_tile_invariant, check, predict, write_prediction
 
 __all__ = [
     "Conversion",
@@ -21,8 +22,10 @@ __all__ = [
     "convert",
     "load",
     "open_any",
+    "open_image",
     "plan",
     "predict",
     "save",
     "scan",
+    "write_prediction",
 ]

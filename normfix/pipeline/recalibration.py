@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +19,24 @@ from normfix.interception import InterceptedNorm
 from normfix.layers import ChannelNorm, FrozenStatistic
 from normfix.moments import Moments
 from normfix.pipeline.looking import fitting_example, geometry_of, site_target
-from normfix.pipeline.streamed import Resources, measure_streamed_
+from normfix.pipeline.streamed import Resources, Wholes, measure_streamed_, sources_of
 from normfix.provenance import provenance_of
 from normfix.records import CalibrationSummary, Family, Plan
 from normfix.rewriting import copy_of
 from normfix.scanning import survey
 from normfix.stitching import padded
+from normfix.streaming import Source, TensorSource
 
 __all__ = ["calibrate", "calibrate_"]
 
+_TILES = {1: 1 << 18, 2: 512, 3: 96}
 Progress = Callable[[int, int], None]
 ForwardFn = Callable[[nn.Module, Tensor], Any]
 
 
 def calibrate(
     model: nn.Module,
-    images: Tensor | Iterable[Tensor],
+    images: Tensor | Iterable[Tensor] | Source | Sequence[Source],
     tile: int | Sequence[int] | None = None,
     *,
     budget: int | None = None,
@@ -48,7 +50,8 @@ def calibrate(
 
     Args:
         model: converted by normfix, or any network with batch norms on running statistics; not modified.
-        images: re-iterable of (N, C, *space) tensors, or one tensor.
+        images: re-iterable of (N, C, *space) tensors, one tensor, or images that are read by window
+            (normfix.open_image) and measured in stages.
         tile: extents of blocks in pixels; given, the network runs once, stage by stage over such blocks, and what
             it needs between stages fits a budget. The statistics are those of whole images either way; a
             network that cannot run in stages takes passes over whole images, and the summary says why.
@@ -80,7 +83,7 @@ def calibrate(
 
 def calibrate_(
     model: nn.Module,
-    images: Tensor | Iterable[Tensor],
+    images: Tensor | Iterable[Tensor] | Source | Sequence[Source],
     tile: int | Sequence[int] | None = None,
     *,
     budget: int | None = None,
@@ -95,20 +98,27 @@ def calibrate_(
     Optimizers, compiled and distributed wrappers keep their model. On any error the old statistics are back.
     """
     known = provenance_of(model)
-    items = Items.of(images, *home_of(model), like=known.scan.example if known else None)
+    sources, items = sources_of(images), None
+    if sources is None:
+        tensors = cast("Tensor | Iterable[Tensor]", images)
+        items = Items.of(tensors, *home_of(model), like=known.scan.example if known else None)
     caller = Caller(forward_fn, output if output is not None else known.output if known else None)
     geometry = geometry_of(known.scan) if known is not None else None
     targets: Sequence[Target]
     if known is not None:
-        if geometry is not None:
-            items = replace(items, prepare=partial(padded, geometry=geometry))
         targets = _planned(model, known.plan)
     else:
-        targets = _batch_norms(model, fitting_example(model, next(iter(items)), caller), caller)
-    if tile is None:
+        targets = _batch_norms(
+            model, fitting_example(model, next(iter(items or Wholes(sources or ()))), caller), caller
+        )
+    if tile is None and items is not None:
+        if geometry is not None:
+            items = replace(items, prepare=partial(padded, geometry=geometry))
         return measure_sites_(model, targets, items, caller, progress)
+    sources = sources or [TensorSource(image) for image in items or ()]
+    tile = tile or _TILES[len(sources[0].shape) - 2]
     resources = Resources(tile=tile, budget=budget, store=store, workers=workers)
-    return measure_streamed_(model, targets, items, caller, resources, geometry=geometry, progress=progress)
+    return measure_streamed_(model, targets, sources, caller, resources, geometry=geometry, progress=progress)
 
 
 def _planned(model: nn.Module, plan: Plan) -> list[Target]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,24 +14,43 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from normfix.calibration import Target, measure_sites_, restoring_on_error
-from normfix.calling import Caller, evaluating
+from normfix.calling import Caller, evaluating, home_of
 from normfix.errors import NormfixError
 from normfix.numerics import exact_arithmetic
-from normfix.records import CalibrationSummary, SiteStatistics
+from normfix.pipeline.looking import input_of
+from normfix.provenance import provenance_of
+from normfix.records import CalibrationSummary, Scaling, SiteStatistics
+from normfix.stitching import cropped
 from normfix.streaming import (
+    Kept,
+    OutputFile,
     Program,
     Schedule,
     Source,
     Statistic,
     Store,
-    TensorSource,
+    WindowedImage,
     captured_program,
     execute,
+    open_image,
+    scaling_numbers,
     schedule,
+    windowed,
 )
-from normfix.tiles import Geometry
+from normfix.streaming.windows import ArrayLike
+from normfix.tiles import Geometry, round_up
 
-__all__ = ["NOT_IN_STAGES", "Resources", "measure_in_stages_", "measure_streamed_", "predict_in_stages"]
+__all__ = [
+    "NOT_IN_STAGES",
+    "Resources",
+    "StoredTarget",
+    "Wholes",
+    "measure_in_stages_",
+    "measure_streamed_",
+    "open_windowed",
+    "predict_in_stages",
+    "sources_of",
+]
 
 NOT_IN_STAGES = ("NF320", "NF321", "NF322", "NF323", "NF324", "NF325")
 """Codes that say that a network or an image cannot run in stages, while passes over the whole may."""
@@ -65,7 +84,7 @@ class Resources:
 def measure_streamed_(
     model: nn.Module,
     targets: Sequence[Target],
-    images: Iterable[Tensor],
+    images: Sequence[Source],
     caller: Caller,
     resources: Resources,
     *,
@@ -74,18 +93,20 @@ def measure_streamed_(
 ) -> CalibrationSummary:
     """Calibrate the targets in place, in stages where the network can, else in passes: the same numbers.
 
-    See `measure_in_stages_`; images are tensors here, as passes need them.
+    See `measure_in_stages_`. Images are extended to a size the network is exact at. Passes read them whole, one
+    at a time.
     """
-    sources = [TensorSource(image) for image in images]
     multiple = geometry.multiple if geometry is not None else None
+    if geometry is not None:
+        images = [image.padded(geometry.padding(image.shape[2:])) for image in images]
     try:
         return measure_in_stages_(
-            model, targets, sources, caller, resources, multiple=multiple, progress=progress
+            model, targets, images, caller, resources, multiple=multiple, progress=progress
         )
     except NormfixError as error:
         if error.code not in NOT_IN_STAGES:
             raise
-        return replace(measure_sites_(model, targets, images, caller, progress), reason=str(error))
+        return replace(measure_sites_(model, targets, Wholes(images), caller, progress), reason=str(error))
 
 
 def measure_in_stages_(
@@ -126,8 +147,9 @@ def measure_in_stages_(
         return Statistic(paths[target.name], target.dims, target.measure, settle)
 
     with evaluating(model), exact_arithmetic(), restoring_on_error(targets):
-        program = _program(model, caller, tuple(paths.values()), images[0])
-        planned = _schedule(program, multiple or (32,) * ndim, measured=tuple(paths.values()), outputs=False)
+        multiple = multiple or (32,) * ndim
+        program = _program(model, caller, tuple(paths.values()), images[0], multiple)
+        planned = _schedule(program, multiple, measured=tuple(paths.values()), outputs=False)
         with _store(resources) as store:
             execute(
                 planned,
@@ -146,24 +168,134 @@ def measure_in_stages_(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class StoredTarget:
+    """A target that is measured and compared, and keeps the statistic it has."""
+
+    target: Target
+
+    @property
+    def name(self) -> str:
+        """Return the site's id."""
+        return self.target.name
+
+    @property
+    def module(self) -> nn.Module:
+        """Return what holds the statistic."""
+        return self.target.module
+
+    @property
+    def dims(self) -> tuple[int, ...] | None:
+        """Return what the statistic runs over."""
+        return self.target.dims
+
+    def watch(self, report: Callable[[Any], None]) -> Callable[[], None]:
+        """Report the measures of every call."""
+        return self.target.watch(report)
+
+    def measure(self, operand: Tensor) -> Any:
+        """Return the measures of a block."""
+        return self.target.measure(operand)
+
+    def join(self, blocks: Sequence[Any]) -> Any:
+        """Put blocks together."""
+        return self.target.join(blocks)
+
+    def store(self, parts: Sequence[Any]) -> None:
+        """Keep what is stored."""
+
+    def compare(self, parts: Sequence[Any]) -> SiteStatistics:
+        """Compare with what is stored."""
+        return self.target.compare(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Wholes:
+    """Sources as whole tensors, each read when its turn comes; re-iterable."""
+
+    images: Sequence[Source]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield (N, C, *space) tensors."""
+        for image in self.images:
+            yield image.read([(0, n) for n in image.shape[2:]])
+
+
+def sources_of(images: object) -> list[Source] | None:
+    """Return images that are read by window, or None where they are tensors."""
+    found = [images] if _is_source(images) else images
+    if isinstance(found, Sequence) and found and all(map(_is_source, found)):
+        return list(found)
+    return None
+
+
+def _is_source(image: object) -> bool:
+    return not isinstance(image, Tensor) and hasattr(image, "read") and hasattr(image, "padded")
+
+
+def open_windowed(
+    image: Path | str | ArrayLike,
+    model: nn.Module,
+    *,
+    axes: str | None = None,
+    level: int = 0,
+    scaling: Scaling | None = None,
+) -> WindowedImage:
+    """Open an image to be read by window, scaled over all of it, for a model.
+
+    Args:
+        image: .npy, .tif, .zarr (also OME-Zarr), or an object with shape, dtype and slicing (h5py, dask, zarr).
+        model: says how many channels and axes, which dtype and device.
+        axes: one letter per array axis, C for channels, Z Y X for space.
+        level: of a pyramid, 0 is the finest.
+        scaling: default: what travels with the model.
+
+    Raises:
+        NormfixError: NF101, NF104, NF106 and NF107 of the image.
+
+    Example:
+        >>> import normfix, numpy, torch
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.InstanceNorm2d(4))
+        >>> normfix.open_image(numpy.zeros((300, 200), "float32"), net).shape
+        (1, 1, 300, 200)
+    """
+    channels, ndim = input_of(model)
+    known = provenance_of(model)
+    if isinstance(image, str | Path):
+        window = open_image(Path(image), ndim=ndim, channels=channels, axes=axes, level=level)
+    else:
+        window = windowed(image, ndim=ndim, channels=channels, axes=axes)
+    stated = scaling if scaling is not None else known.scaling if known is not None else None
+    if scaling is None and stated is not None and stated.kind == "none":
+        stated = None  # a network converted unscaled says nothing about integers
+    offset, divisor = scaling_numbers(window, stated)
+    device, dtype = home_of(model)
+    return WindowedImage(window, offset=offset, divisor=divisor, dtype=dtype, device=device)
+
+
 def predict_in_stages(
     model: nn.Module,
     image: Source,
     caller: Caller,
     resources: Resources,
     *,
+    geometry: Geometry,
     sites: Sequence[str] = (),
-    multiple: Sequence[int] | None = None,
-) -> Tensor:
+    out: OutputFile | None = None,
+) -> Tensor | None:
     """Predict an image stage by stage over blocks.
 
     Args:
         model: without live statistics.
-        image: of a size the network is exact at.
+        image: of any size; extended to one the network is exact at, and the result cut back.
         caller: calls the model and picks the output.
         resources: what may be used.
+        geometry: of the network.
         sites: paths of the layers to cut at; default: before norms, or after convolutions.
-        multiple: of image sizes, per axis.
+        out: where the prediction goes; default: into memory.
+
+    Returns:
+        (N, C', *out), or None if it went to `out`.
 
     Raises:
         NormfixError: a code of NOT_IN_STAGES where this network cannot run so.
@@ -173,25 +305,24 @@ def predict_in_stages(
 
     def sink(
         number: int, node: Node, shape: tuple[int, ...], dtype: torch.dtype, blocks: tuple[int, ...]
-    ) -> _InPlace | None:
+    ) -> Kept | None:
         if node not in program.outputs:
             return None
-        result.append(_InPlace(torch.empty(shape, dtype=dtype, device=program.image.meta["val"].device)))
+        if out is not None:
+            extents = [-int(-(n * s) // 1) for n, s in zip(image.shape[2:], geometry.scale, strict=True)]
+            out.create((shape[1], *extents), dtype, blocks[2:])
+            return out
+        result.append(_InPlace(torch.empty(shape, dtype=dtype, device=home_of(model)[0])))
         return result[-1]
 
     with evaluating(model), exact_arithmetic():
-        program = _program(model, caller, tuple(sites), image)
-        planned = _schedule(program, multiple or (32,) * ndim, measured=(), outputs=True)
+        whole = image.padded(geometry.padding(image.shape[2:]))
+        program = _program(model, caller, tuple(sites), whole, geometry.multiple)
+        planned = _schedule(program, geometry.multiple, measured=(), outputs=True)
+        tile, workers = resources.extents(ndim), resources.workers
         with _store(resources) as store:
-            execute(
-                planned,
-                [image],
-                tile=resources.extents(ndim),
-                store=store,
-                sink=sink,
-                workers=resources.workers,
-            )
-    return result[0].array
+            execute(planned, [whole], tile=tile, store=store, sink=sink, workers=workers)
+    return cropped(result[0].array, image.shape[2:], geometry.scale) if result else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +365,9 @@ _PROGRAMS: weakref.WeakKeyDictionary[nn.Module, tuple[object, Program]] = weakre
 _SCHEDULES: weakref.WeakKeyDictionary[Any, dict[object, Schedule]] = weakref.WeakKeyDictionary()
 
 
-def _program(model: nn.Module, caller: Caller, sites: tuple[str, ...], image: Source) -> Program:
+def _program(
+    model: nn.Module, caller: Caller, sites: tuple[str, ...], image: Source, multiple: Sequence[int]
+) -> Program:
     """Capture the model, or take the capture of last time with the model's present weights."""
     ndim = len(image.shape) - 2
     key = (caller, sites, ndim, _fingerprint(model))
@@ -243,7 +376,8 @@ def _program(model: nn.Module, caller: Caller, sites: tuple[str, ...], image: So
         known[1].refresh_(model)
         return known[1]
     limit = {1: 1024, 2: 256, 3: 64}[ndim]
-    example = image.read([(0, min(n, limit)) for n in image.shape[2:]])[:1]
+    window = [(0, min(n, round_up(limit, m))) for n, m in zip(image.shape[2:], multiple, strict=True)]
+    example = image.read(window)[:1]
     program = captured_program(model, caller, example, sites)
     _PROGRAMS[model] = key, program
     return program

@@ -5,17 +5,26 @@ from __future__ import annotations
 from normfix.streaming.execution import Schedule, Statistic, execute
 from normfix.streaming.program import Program, captured_program
 from normfix.streaming.scheduling import schedule
+from normfix.streaming.sinks import OutputFile
 from normfix.streaming.sources import Source, TensorSource
-from normfix.streaming.stores import Store
+from normfix.streaming.spread import scaling_numbers
+from normfix.streaming.stores import Kept, Store
+from normfix.streaming.windows import WindowedImage, open_image, windowed
 
 __all__ = [
+    "Kept",
+    "OutputFile",
     "Program",
     "Schedule",
     "Source",
     "Statistic",
     "Store",
     "TensorSource",
+    "WindowedImage",
     "captured_program",
     "execute",
+    "open_image",
+    "scaling_numbers",
     "schedule",
+    "windowed",
 ]

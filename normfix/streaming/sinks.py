@@ -118,7 +118,7 @@ def _ome_zarr(path: Path, shape: Sequence[int], dtype: np.dtype[Any], blocks: Se
     import zarr
 
     space = "zyx"[-(len(shape) - 1) :]
-    group = zarr.create_group(store=str(path), overwrite=True)
+    group: Any = zarr.create_group(store=str(path), overwrite=True)
     axes = [{"name": "c", "type": "channel"}, *({"name": letter, "type": "space"} for letter in space)]
     scale = [{"type": "scale", "scale": [1.0] * len(shape)}]
     datasets = [{"path": "0", "coordinateTransformations": scale}]

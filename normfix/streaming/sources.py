@@ -23,6 +23,9 @@ class Source(Protocol):
     def read(self, window: Sequence[Span]) -> Tensor:
         """Return (N, C, *window) in the dtype and on the device the network computes in."""
 
+    def padded(self, padding: Sequence[int]) -> Source:
+        """Return the same image extended at its end by its edge pixels, by so many per axis."""
+
 
 class TensorSource:
     """A tensor that is in memory anyway, extended at its end by its edge pixels."""
@@ -36,6 +39,10 @@ class TensorSource:
         """Return the extents, padding included."""
         space = (n + p for n, p in zip(self._image.shape[2:], self._padding, strict=True))
         return (*self._image.shape[:2], *space)
+
+    def padded(self, padding: Sequence[int]) -> TensorSource:
+        """Return the same image extended by so many pixels per axis."""
+        return TensorSource(self._image, padding)
 
     def read(self, window: Sequence[Span]) -> Tensor:
         """Return a window."""

@@ -123,6 +123,16 @@ class WindowedImage:
         channels, *space = self._window.shape
         return (1, channels, *(n + p for n, p in zip(space, self._padding, strict=True)))
 
+    def close(self) -> None:
+        """Let the file go."""
+        self._window.close()
+
+    def __enter__(self) -> WindowedImage:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def padded(self, padding: Sequence[int]) -> WindowedImage:
         """Return the same image extended by so many pixels per axis."""
         return WindowedImage(
@@ -240,10 +250,10 @@ def _tiff(path: Path, level: int) -> _Opened:
 def _zarr(path: Path, level: int) -> tuple[ArrayLike, str | None]:
     import zarr
 
-    node = zarr.open(str(path), mode="r")
+    node: Any = zarr.open(str(path), mode="r")
     if isinstance(node, zarr.Array):
         return node, None
-    attributes = dict(node.attrs)
+    attributes: dict[str, Any] = dict(node.attrs)
     multiscales = attributes.get("ome", attributes).get("multiscales")
     if not multiscales:
         raise NormfixError(
