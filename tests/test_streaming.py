@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import TOLERANCE
+from networks import TOLERANCE, ResizesToSkip
 from streamed_networks import (
     Anisotropic3d,
     ChannelsLast,
@@ -33,13 +33,13 @@ from normfix.streaming.scheduling import largest_difference
 class Case:
     """A network whose norms are frozen layers, captured and cut; its statistics are noise until calibrated."""
 
-    def __init__(self, net, images, multiple):
-        self.net, self.images, self.multiple = net.double().eval(), images, multiple
+    def __init__(self, net, images, stride):
+        self.net, self.images, self.stride = net.double().eval(), images, stride
         self.plan = decide(survey(self.net, Caller(), images[0]).sites, model="", to="frozen")
         self.model = rewrite(self.net, self.plan)
         self.paths = [d.target for d in self.plan.converted]
         self.program = captured_program(self.model, Caller(), images[0], self.paths)
-        self.measured = schedule(self.program, multiple=multiple, measured=self.paths, outputs=True)
+        self.measured = schedule(self.program, stride=stride, measured=self.paths, outputs=True)
 
     def streamed(self, images=None, tile=16, budget=None, folder=None, workers=1):
         """Return {path: (mean, var)} and the outputs, freshly measured."""
@@ -182,7 +182,7 @@ def test_several_outputs_at_several_depths():
     image = _images((24, 40))[0]
     model = normfix.convert(net, image, output="coarse").model
     program = captured_program(model, lambda model, x: model(x), image, ["one", "two"])
-    planned, wholes = schedule(program, multiple=(2, 2)), {}
+    planned, wholes = schedule(program, stride=(2, 2)), {}
 
     def sink(number, node, shape, dtype, blocks):
         if node not in program.outputs:
@@ -260,7 +260,7 @@ def test_what_blocks_would_get_wrong_is_refused(net, code):
     """A network whose parts differ from its whole is refused with a code, before any image is read."""
     torch.manual_seed(0)
     with pytest.raises(NormfixError, match=code):
-        schedule(captured_program(net().eval(), Caller(), torch.rand(1, 1, 64, 64), []), multiple=(2, 2))
+        schedule(captured_program(net().eval(), Caller(), torch.rand(1, 1, 64, 64), []), stride=(2, 2))
 
 
 def test_a_halo_one_pixel_short_is_found(tangled):
@@ -280,6 +280,29 @@ def test_a_network_without_norms_is_cut_at_its_convolutions():
     """Stages need no statistic: a plain stack of convolutions runs in stages of one convolution each."""
     net = nn.Sequential(*(nn.Conv2d(1, 1, 3, padding=1) for _ in range(4))).double()
     program = captured_program(net, Caller(), torch.rand(1, 1, 32, 32).double(), [])
-    planned = schedule(program, multiple=(1, 1))
+    planned = schedule(program, stride=(1, 1))
     assert len(planned.stages) == 4
     assert all(reach.halo == ((1, 1), (1, 1)) for reach in planned.reaches)
+
+
+@torch.no_grad()
+def test_ragged_sizes_are_proved_where_the_network_is_exact_at_them():
+    """A network that resizes to its skip takes sizes its stride does not divide; the proof says if blocks do too."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 2, 3, 2, padding=1), nn.LeakyReLU(), nn.Conv2d(2, 1, 3, padding=1)
+    ).double()
+    image = _images((37, 51))[0]
+    program = captured_program(net, Caller(), image[:, :, :36, :50], [])
+    planned, wholes = schedule(program, stride=(2, 2), ragged=True), []
+
+    def sink(number, node, shape, dtype, blocks):
+        wholes.append(Whole(torch.full(shape, torch.nan, dtype=dtype)))
+        return wholes[-1]
+
+    execute(planned, [TensorSource(image)], tile=(10, 14), store=Store(), sink=sink)
+    assert_close(wholes[-1].array, net(image), **TOLERANCE[torch.float64])
+    refused = captured_program(ResizesToSkip().double().eval(), Caller(), _images((64, 64))[0], [])
+    schedule(refused, stride=(8, 8))
+    with pytest.raises(NormfixError, match=r"NF32[15]"):
+        schedule(refused, stride=(8, 8), ragged=True)

@@ -96,13 +96,11 @@ def measure_streamed_(
     See `measure_in_stages_`. Images are extended to a size the network is exact at. Passes read them whole, one
     at a time.
     """
-    multiple = geometry.multiple if geometry is not None else None
+    stride = geometry.stride if geometry is not None else None
     if geometry is not None:
         images = [image.padded(geometry.padding(image.shape[2:])) for image in images]
     try:
-        return measure_in_stages_(
-            model, targets, images, caller, resources, multiple=multiple, progress=progress
-        )
+        return measure_in_stages_(model, targets, images, caller, resources, stride=stride, progress=progress)
     except NormfixError as error:
         if error.code not in NOT_IN_STAGES:
             raise
@@ -116,7 +114,7 @@ def measure_in_stages_(
     caller: Caller,
     resources: Resources,
     *,
-    multiple: Sequence[int] | None = None,
+    stride: Sequence[int] | None = None,
     progress: Progress = lambda done, total: None,
 ) -> CalibrationSummary:
     """Calibrate the targets in place in one walk through the network, stage by stage.
@@ -127,7 +125,7 @@ def measure_in_stages_(
         images: of any sizes the network is exact at.
         caller: calls the model.
         resources: what may be used.
-        multiple: of image sizes, per axis.
+        stride: of the network, per axis, or a multiple of it.
         progress: called with (stages done, stages).
 
     Raises:
@@ -147,9 +145,9 @@ def measure_in_stages_(
         return Statistic(paths[target.name], target.dims, target.measure, settle)
 
     with evaluating(model), exact_arithmetic(), restoring_on_error(targets):
-        multiple = multiple or (32,) * ndim
-        program = _program(model, caller, tuple(paths.values()), images[0], multiple)
-        planned = _schedule(program, multiple, measured=tuple(paths.values()), outputs=False)
+        stride = stride or (32,) * ndim
+        program = _program(model, caller, tuple(paths.values()), images[0], stride)
+        planned = _schedule(program, stride, images, measured=tuple(paths.values()), outputs=False)
         with _store(resources) as store:
             execute(
                 planned,
@@ -317,8 +315,8 @@ def predict_in_stages(
 
     with evaluating(model), exact_arithmetic():
         whole = image.padded(geometry.padding(image.shape[2:]))
-        program = _program(model, caller, tuple(sites), whole, geometry.multiple)
-        planned = _schedule(program, geometry.multiple, measured=(), outputs=True)
+        program = _program(model, caller, tuple(sites), whole, geometry.stride)
+        planned = _schedule(program, geometry.stride, [whole], measured=(), outputs=True)
         tile, workers = resources.extents(ndim), resources.workers
         with _store(resources) as store:
             execute(planned, [whole], tile=tile, store=store, sink=sink, workers=workers)
@@ -366,7 +364,7 @@ _SCHEDULES: weakref.WeakKeyDictionary[Any, dict[object, Schedule]] = weakref.Wea
 
 
 def _program(
-    model: nn.Module, caller: Caller, sites: tuple[str, ...], image: Source, multiple: Sequence[int]
+    model: nn.Module, caller: Caller, sites: tuple[str, ...], image: Source, stride: Sequence[int]
 ) -> Program:
     """Capture the model, or take the capture of last time with the model's present weights."""
     ndim = len(image.shape) - 2
@@ -376,7 +374,7 @@ def _program(
         known[1].refresh_(model)
         return known[1]
     limit = {1: 1024, 2: 256, 3: 64}[ndim]
-    window = [(0, min(n, round_up(limit, m))) for n, m in zip(image.shape[2:], multiple, strict=True)]
+    window = [(0, min(n, round_up(limit, m))) for n, m in zip(image.shape[2:], stride, strict=True)]
     example = image.read(window)[:1]
     program = captured_program(model, caller, example, sites)
     _PROGRAMS[model] = key, program
@@ -384,12 +382,19 @@ def _program(
 
 
 def _schedule(
-    program: Program, multiple: Sequence[int], *, measured: tuple[str, ...], outputs: bool
+    program: Program,
+    stride: Sequence[int],
+    images: Sequence[Source],
+    *,
+    measured: tuple[str, ...],
+    outputs: bool,
 ) -> Schedule:
+    """Cut the program into stages, or take the schedule of last time."""
+    ragged = any(n % s for image in images for n, s in zip(image.shape[2:], stride, strict=True))
     known = _SCHEDULES.setdefault(program.body, {})
-    key = (tuple(multiple), measured, outputs)
+    key = (tuple(stride), ragged, measured, outputs)
     if key not in known:
-        known[key] = schedule(program, multiple=multiple, measured=measured, outputs=outputs)
+        known[key] = schedule(program, stride=stride, ragged=ragged, measured=measured, outputs=outputs)
     return known[key]
 
 

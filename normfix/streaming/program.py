@@ -249,7 +249,10 @@ class _Recorder(Interpreter):
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep what torch.export warns and logs to itself; what matters is returned or raised."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx")]
+    loggers = [
+        logging.getLogger(name)
+        for name in ("torch.export", "torch._export", "torch.fx", "torch._subclasses.fake_tensor")
+    ]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

@@ -31,29 +31,35 @@ __all__ = ["largest_difference", "schedule"]
 
 
 def schedule(
-    program: Program, *, multiple: Sequence[int], measured: Sequence[str] = (), outputs: bool = True
+    program: Program,
+    *,
+    stride: Sequence[int],
+    ragged: bool = False,
+    measured: Sequence[str] = (),
+    outputs: bool = True,
 ) -> Schedule:
     """Cut a program into stages and prove that blocks of them are the whole.
 
     Args:
         program: of the network.
-        multiple: per axis, what image sizes are multiples of.
+        stride: of the network per axis, or a multiple of it.
+        ragged: whether there are images whose sizes it does not divide; the proof covers them then.
         measured: sites whose operands are measured.
         outputs: whether what the network returns is computed.
 
     Raises:
         NormfixError: NF323, NF324 with the value or stage that cannot be streamed, NF325 if the proof fails.
     """
-    size = _example_size(program, multiple)
-    maps = find_maps(program, size, [round_up(64, m) for m in multiple])
+    size = _example_size(program, stride)
+    maps = find_maps(program, size, [round_up(64, m) for m in stride])
     shapes = program.shapes(size)
     stages = cut(program, maps, shapes, cuts=program.cuts, measured=measured, outputs=outputs)
     with exact_arithmetic():
         reaches = tuple(measure_reach(stage, maps, shapes, program.image) for stage in stages)
         planned = Schedule(program, maps, tuple(stages), reaches)
-        for axis in range(len(multiple)):
+        for axis in range(len(stride)):
             difference = max(
-                largest_difference(planned, size) for size in _probe_sizes(planned, multiple, axis)
+                largest_difference(planned, size) for size in _probe_sizes(planned, stride, axis, ragged)
             )
             if not difference <= EXACT:
                 raise NormfixError(
@@ -94,11 +100,11 @@ def largest_difference(planned: Schedule, size: Sequence[int]) -> float:
     return worst
 
 
-def _example_size(program: Program, multiple: Sequence[int]) -> tuple[int, ...]:
-    """Return a size (1, C, *space) that the program takes: the smallest power of two times `multiple`."""
+def _example_size(program: Program, stride: Sequence[int]) -> tuple[int, ...]:
+    """Return a size (1, C, *space) that the program takes: the smallest power of two times the stride."""
     channels = int(program.image.meta["val"].shape[1])
     for factor in (1, 2, 4, 8, 16, 32):
-        size = (1, channels, *(round_up(factor * 16, m) for m in multiple))
+        size = (1, channels, *(round_up(factor * 16, m) for m in stride))
         try:
             program.shapes(size)
         except REFUSALS:
@@ -109,14 +115,16 @@ def _example_size(program: Program, multiple: Sequence[int]) -> tuple[int, ...]:
     )
 
 
-def _probe_sizes(planned: Schedule, multiple: Sequence[int], axis: int) -> Iterator[tuple[int, ...]]:
-    """Yield sizes of images with inner blocks along one axis in every stage, the last of which may be ragged."""
-    size = list(_example_size(planned.program, multiple))
+def _probe_sizes(
+    planned: Schedule, stride: Sequence[int], axis: int, ragged: bool
+) -> Iterator[tuple[int, ...]]:
+    """Yield sizes of images with inner blocks along one axis in every stage; the second is ragged."""
+    size = list(_example_size(planned.program, stride))
     needed = max(3 * r.grid[axis] + sum(r.halo[axis]) for r in planned.reaches)
-    size[axis + 2] = round_up(max(2 * needed, size[axis + 2]), multiple[axis])
+    size[axis + 2] = round_up(max(2 * needed, size[axis + 2]), stride[axis])
     yield tuple(size)
-    if any(multiple[axis] % r.grid[axis] for r in planned.reaches):
-        size[axis + 2] += multiple[axis]
+    if ragged and stride[axis] > 1:
+        size[axis + 2] += stride[axis] // 2
         yield tuple(size)
 
 
