@@ -1,5 +1,7 @@
 """Stages over blocks give what the whole image gives: statistics, predictions, refusals."""
 
+import shutil
+
 import pytest
 import torch
 from networks import TOLERANCE, ResizesToSkip
@@ -27,6 +29,7 @@ from normfix.planning import decide
 from normfix.rewriting import rewrite
 from normfix.scanning import survey
 from normfix.streaming import Statistic, Store, TensorSource, captured_program, execute, schedule
+from normfix.streaming.execution import forecast
 from normfix.streaming.scheduling import largest_difference
 
 
@@ -228,6 +231,24 @@ def test_values_are_freed_when_no_later_stage_needs_them(unet):
     sizes = [unet.measured.program.shapes((1, 1, 64, 48))[n] for s in unet.measured.stages for n in s.stores]
     assert unet.store.budget.most < 0.6 * sum(8 * torch.Size(size).numel() for size in sizes)
     assert unet.store.budget.used == 0
+
+
+def test_memory_and_disk_are_forecast(unet, tmp_path):
+    """What a run will hold at most, in memory and on disk, is known to the byte before it starts."""
+    images = _images((64, 48), (32, 40))
+    for budget in (None, 0, 30_000):
+        unet.streamed(images, tile=32, budget=budget, folder=tmp_path)
+        expected = forecast(unet.measured, [tuple(x.shape) for x in images], budget)
+        assert expected.most == unet.store.budget.most
+        assert expected.most_on_disk == unet.store.budget.most_on_disk
+
+
+def test_a_folder_without_room_is_refused_before_anything_is_computed(unet, tmp_path, monkeypatch):
+    """A disk that is too small for the run is an error at the start, with the bytes it needs."""
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    with pytest.raises(NormfixError, match=r"NF326.*1,000 free"):
+        unet.streamed(tile=32, budget=0, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_beyond_the_budget_a_folder_is_needed(unet):

@@ -7,6 +7,7 @@ before the next stage starts. So the numbers depend on the blocks alone: not on 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -24,10 +25,10 @@ from normfix.streaming.program import Program, Shapes
 from normfix.streaming.reach import Reach
 from normfix.streaming.sources import Source
 from normfix.streaming.stages import Stage
-from normfix.streaming.stores import Kept, Store
+from normfix.streaming.stores import Budget, Kept, Store
 from normfix.tiles import Geometry, Tile, grid, round_up
 
-__all__ = ["Schedule", "Statistic", "block_extents", "execute"]
+__all__ = ["Schedule", "Statistic", "block_extents", "execute", "forecast"]
 
 Progress = Callable[[int, int, int, int], None]
 """Called with (stage, stages, blocks done, blocks in the stage)."""
@@ -60,9 +61,11 @@ class Schedule:
     stages: tuple[Stage, ...]
     reaches: tuple[Reach, ...]
 
-    def last_use(self) -> dict[Node, int]:
-        """Return the number of the last stage that reads each stored value."""
-        return {node: stage.number for stage in self.stages for node in stage.reads}
+    def done_after(self, stage: Stage) -> list[Node]:
+        """Return the stored values that no stage after this one reads."""
+        last = {node: later.number for later in self.stages for node in later.reads}
+        held = dict.fromkeys((*stage.reads, *stage.stores))
+        return [n for n in held if n is not self.program.image and last.get(n, -1) <= stage.number]
 
 
 def block_extents(schedule: Schedule, tile: Sequence[int]) -> list[tuple[int, ...]]:
@@ -79,6 +82,21 @@ def block_extents(schedule: Schedule, tile: Sequence[int]) -> list[tuple[int, ..
             factor *= 2
         extents.append(tuple(round_up(n * factor, g) for n, g in zip(tile, reach.grid, strict=True)))
     return extents
+
+
+def forecast(schedule: Schedule, sizes: Sequence[tuple[int, ...]], limit: int | None) -> Budget:
+    """Tell what images of these sizes (N, C, *space) will hold between stages, at most, in memory and on disk."""
+    known = {size: schedule.program.shapes(size) for size in set(sizes)}
+    budget, held = Budget(limit), dict[tuple[int, Node], tuple[int, bool]]()
+    for stage in schedule.stages:
+        for number, size in enumerate(sizes):
+            for node in stage.stores:
+                amount = math.prod(known[size][node]) * node.meta["val"].element_size()
+                held[number, node] = amount, budget.take(amount)
+        for node in schedule.done_after(stage):
+            for number in range(len(sizes)):
+                budget.give(*held.pop((number, node)))
+    return budget
 
 
 def execute(
@@ -114,6 +132,7 @@ def execute(
     for stage in schedule.stages:
         _require_whole(stage, schedule.maps, statistics)
     run = _Run(schedule, images, tuple(tile), store, {s.site: s for s in statistics}, sink)
+    store.require(forecast(schedule, [image.shape for image in images], store.budget.limit).most_on_disk)
     with ExitStack() as stack:
         stack.callback(store.clear)
         pool = stack.enter_context(ThreadPoolExecutor(workers)) if workers > 1 else None
@@ -157,11 +176,9 @@ class _Run:
             progress(stage.number, total, done, len(jobs))
         for site in (name for name, _ in stage.measures if name in self.statistics):
             self.statistics[site].settle([[block[site] for block in image] for image in parts])
-        last = self.schedule.last_use()
-        for node in dict.fromkeys((*stage.reads, *stage.stores)):
-            if node is not self.schedule.program.image and last.get(node, -1) <= stage.number:
-                for number in range(len(self.images)):
-                    self.store.free(_name(number, node))
+        for node in self.schedule.done_after(stage):
+            for number in range(len(self.images)):
+                self.store.free(_name(number, node))
 
     def _make_room(self, stage: Stage, number: int) -> list[tuple[Node, Kept]]:
         """Return where the values of an image go that a stage computes."""

@@ -51,6 +51,13 @@ class Budget:
         self.most = max(self.most, self.used)
         return True
 
+    def give(self, size: int, in_memory: bool) -> None:
+        """Return what was taken."""
+        if in_memory:
+            self.used -= size
+        else:
+            self.on_disk -= size
+
 
 class Store:
     """Creates stored arrays and forgets them."""
@@ -63,6 +70,25 @@ class Store:
         self._device = torch.device(device)
         self._sizes: dict[str, tuple[bool, int]] = {}
         self._kept: dict[str, Kept] = {}
+
+    def require(self, on_disk: int) -> None:
+        """Refuse before anything is computed what the folder has no room for.
+
+        Raises:
+            NormfixError: NF326 if there is no folder, or it has less room than `on_disk` bytes.
+        """
+        if not on_disk:
+            return
+        if self._folder is None:
+            raise self._too_small(on_disk)
+        free = shutil.disk_usage(self._folder).free
+        if free < on_disk:
+            raise NormfixError(
+                "NF326",
+                f"{on_disk:,} bytes between stages go beyond the memory budget, and the folder has {free:,} free. "
+                "Raise the budget or name a folder with more room.",
+                where=str(self._folder),
+            )
 
     def create(self, name: str, shape: Sequence[int], dtype: torch.dtype, chunks: Sequence[int]) -> Kept:
         """Make room for an array.
@@ -92,10 +118,7 @@ class Store:
         """Forget an array and give its room back."""
         kept = self._kept.pop(name)
         fits, size = self._sizes.pop(name)
-        if fits:
-            self.budget.used -= size
-        else:
-            self.budget.on_disk -= size
+        self.budget.give(size, fits)
         if isinstance(kept, _OnDisk):
             kept.delete()
 
@@ -108,14 +131,16 @@ class Store:
         self, name: str, shape: Sequence[int], dtype: torch.dtype, chunks: Sequence[int], size: int
     ) -> Kept:
         if self._folder is None:
-            limit = self.budget.limit
-            raise NormfixError(
-                "NF326",
-                f"{size:,} more bytes do not fit the budget of {limit:,} and no folder was given for the rest. "
-                "Raise the budget, or name a folder with room: --store FOLDER (store= in Python).",
-                where=name,
-            )
+            raise self._too_small(size)
         return _OnDisk(self._folder / name, shape, dtype, chunks, self._device)
+
+    def _too_small(self, size: int) -> NormfixError:
+        return NormfixError(
+            "NF326",
+            f"{size:,} bytes do not fit the budget of {self.budget.limit or 0:,} and no folder was given for them. "
+            "Raise the budget, or name a folder with room: --store FOLDER (store= in Python).",
+            where="store",
+        )
 
 
 class _InMemory:
