@@ -129,6 +129,18 @@ def test_a_changed_weight_counts_in_the_next_prediction(converted):
     )
 
 
+def test_a_changed_behaviour_is_captured_anew(converted):
+    """A capture that is no longer what the model computes is not used, though no module or weight changed."""
+    model, image = normfix.calibrate(converted.model, _image(64, 48), tile=32).model, _image(32, 32)
+    normfix.predict(model, image, tile=16, engine="stages")
+    model.stem[2].negative_slope = 0.7
+    with torch.no_grad():
+        expected = model.eval()(image)
+    assert_close(
+        normfix.predict(model, image, tile=16, engine="stages"), expected, **TOLERANCE[torch.float64]
+    )
+
+
 def test_batch_norms_of_an_unconverted_network_are_measured_in_blocks():
     """Plain BatchNorm networks are recalibrated in stages as well."""
     net = torch.nn.Sequential(

@@ -246,9 +246,10 @@ def _calibrate_in_stages_(
     if not fresh:
         return None
     targets = [site_target(model, d, express=True) for d in fresh]
-    summary = measure_streamed_(
-        model, targets, images, caller, resources, geometry=geometry, progress=progress
-    )
+    with buffers_kept(model, but=[d.target for d in fresh]):
+        summary = measure_streamed_(
+            model, targets, images, caller, resources, geometry=geometry, progress=progress
+        )
     if summary.engine == "passes":  # which re-measure anyway
         return summary
     tile = tuple(n - n // 4 for n in resources.extents(len(images[0].shape) - 2))

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 from normfix.calibration import Target, measure_sites_, restoring_on_error
 from normfix.calling import Caller, evaluating, home_of
 from normfix.errors import NormfixError
-from normfix.numerics import exact_arithmetic
+from normfix.numerics import IDENTITY, deviation, exact_arithmetic
 from normfix.pipeline.looking import input_of
 from normfix.provenance import provenance_of
 from normfix.records import CalibrationSummary, Scaling, SiteStatistics
@@ -359,7 +360,27 @@ def _paths(model: nn.Module, targets: Sequence[Target]) -> dict[str, str]:
     return {target.name: paths[id(target.module)] for target in targets}
 
 
-_PROGRAMS: weakref.WeakKeyDictionary[nn.Module, tuple[object, Program]] = weakref.WeakKeyDictionary()
+@dataclass(frozen=True, slots=True)
+class _Capture:
+    """A program, what it was captured for and the example it is compared on."""
+
+    key: object
+    program: Program
+    example: Tensor
+
+    def still_holds(self, model: nn.Module, caller: Caller) -> bool:
+        """Tell whether the program, with the model's present weights, still computes what the model does."""
+        self.program.refresh_(model)
+        expected = tree_leaves(caller(model, self.example))
+        actual = tree_leaves(self.program.body(self.example))[: len(expected)]
+        return all(
+            a.shape == e.shape
+            and deviation(a, e, float(e.double().std()) or 1.0)[0] <= IDENTITY.get(e.dtype, 0.0)
+            for a, e in zip(actual, expected, strict=True)
+        )
+
+
+_CAPTURES: weakref.WeakKeyDictionary[nn.Module, _Capture] = weakref.WeakKeyDictionary()
 _SCHEDULES: weakref.WeakKeyDictionary[Any, dict[object, Schedule]] = weakref.WeakKeyDictionary()
 
 
@@ -369,15 +390,14 @@ def _program(
     """Capture the model, or take the capture of last time with the model's present weights."""
     ndim = len(image.shape) - 2
     key = (caller, sites, ndim, _fingerprint(model))
-    known = _PROGRAMS.get(model)
-    if known is not None and known[0] == key:
-        known[1].refresh_(model)
-        return known[1]
+    known = _CAPTURES.get(model)
+    if known is not None and known.key == key and known.still_holds(model, caller):
+        return known.program
     limit = {1: 1024, 2: 256, 3: 64}[ndim]
     window = [(0, min(n, round_up(limit, m))) for n, m in zip(image.shape[2:], stride, strict=True)]
-    example = image.read(window)[:1]
+    example = image.read(window)[:1].clone()
     program = captured_program(model, caller, example, sites)
-    _PROGRAMS[model] = key, program
+    _CAPTURES[model] = _Capture(key, program, example)
     return program
 
 
