@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from normfix.pipeline.conversion import Conversion, convert
 from normfix.pipeline.looking import plan, scan
+from normfix.pipeline.opening import open_windowed as open_image
 from normfix.pipeline.recalibration import calibrate, calibrate_
 from normfix.pipeline.storage import load, open_any, save
-from normfix.pipeline.streamed import open_windowed as open_image
 from normfix.pipeline.using import assert_tile_invariant, check, predict, write_prediction
 
 __all__ = [

@@ -27,7 +27,8 @@ from normfix.pipeline.looking import (
     site_target,
     thinnest,
 )
-from normfix.pipeline.streamed import Resources, StoredTarget, measure_streamed_, sources_of
+from normfix.pipeline.opening import sources_of
+from normfix.pipeline.streamed import Resources, StoredTarget, measure_streamed_
 from normfix.pipeline.using import compare_with
 from normfix.planning import decide, replay
 from normfix.provenance import attach_

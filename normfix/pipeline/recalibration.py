@@ -19,7 +19,8 @@ from normfix.interception import InterceptedNorm
 from normfix.layers import ChannelNorm, FrozenStatistic
 from normfix.moments import Moments
 from normfix.pipeline.looking import fitting_example, geometry_of, site_target
-from normfix.pipeline.streamed import Resources, Wholes, measure_streamed_, sources_of
+from normfix.pipeline.opening import Wholes, sources_of
+from normfix.pipeline.streamed import Resources, measure_streamed_
 from normfix.provenance import provenance_of
 from normfix.records import CalibrationSummary, Family, Plan
 from normfix.rewriting import copy_of

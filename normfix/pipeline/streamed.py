@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,45 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
 
 from normfix.calibration import Target, measure_sites_, restoring_on_error
 from normfix.calling import Caller, evaluating, home_of
 from normfix.errors import NormfixError
-from normfix.numerics import IDENTITY, deviation, exact_arithmetic
-from normfix.pipeline.looking import input_of
-from normfix.provenance import provenance_of
-from normfix.records import CalibrationSummary, Scaling, SiteStatistics
+from normfix.numerics import exact_arithmetic
+from normfix.pipeline.capturing import program_of, schedule_of
+from normfix.pipeline.opening import Wholes
+from normfix.records import CalibrationSummary, SiteStatistics
 from normfix.stitching import cropped
 from normfix.streaming import (
     Kept,
     OutputFile,
-    Program,
-    Schedule,
     Source,
     Statistic,
     Store,
-    WindowedImage,
-    captured_program,
     execute,
-    open_image,
-    scaling_numbers,
-    schedule,
-    windowed,
 )
-from normfix.streaming.windows import ArrayLike
-from normfix.tiles import Geometry, round_up
+from normfix.tiles import Geometry
 
 __all__ = [
     "NOT_IN_STAGES",
     "Resources",
     "StoredTarget",
-    "Wholes",
     "measure_in_stages_",
     "measure_streamed_",
-    "open_windowed",
     "predict_in_stages",
-    "sources_of",
 ]
 
 NOT_IN_STAGES = ("NF320", "NF321", "NF322", "NF323", "NF324", "NF325")
@@ -147,8 +133,8 @@ def measure_in_stages_(
 
     with evaluating(model), exact_arithmetic(), restoring_on_error(targets):
         stride = stride or (32,) * ndim
-        program = _program(model, caller, tuple(paths.values()), images[0], stride)
-        planned = _schedule(program, stride, images, measured=tuple(paths.values()), outputs=False)
+        program = program_of(model, caller, tuple(paths.values()), images[0], stride)
+        planned = schedule_of(program, stride, images, measured=tuple(paths.values()), outputs=False)
         with _store(resources) as store:
             execute(
                 planned,
@@ -208,70 +194,6 @@ class StoredTarget:
         return self.target.compare(parts)
 
 
-@dataclass(frozen=True, slots=True)
-class Wholes:
-    """Sources as whole tensors, each read when its turn comes; re-iterable."""
-
-    images: Sequence[Source]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """Yield (N, C, *space) tensors."""
-        for image in self.images:
-            yield image.read([(0, n) for n in image.shape[2:]])
-
-
-def sources_of(images: object) -> list[Source] | None:
-    """Return images that are read by window, or None where they are tensors."""
-    found = [images] if _is_source(images) else images
-    if isinstance(found, Sequence) and found and all(map(_is_source, found)):
-        return list(found)
-    return None
-
-
-def _is_source(image: object) -> bool:
-    return not isinstance(image, Tensor) and hasattr(image, "read") and hasattr(image, "padded")
-
-
-def open_windowed(
-    image: Path | str | ArrayLike,
-    model: nn.Module,
-    *,
-    axes: str | None = None,
-    level: int = 0,
-    scaling: Scaling | None = None,
-) -> WindowedImage:
-    """Open an image to be read by window, scaled over all of it, for a model.
-
-    Args:
-        image: .npy, .tif, .zarr (also OME-Zarr), or an object with shape, dtype and slicing (h5py, dask, zarr).
-        model: says how many channels and axes, which dtype and device.
-        axes: one letter per array axis, C for channels, Z Y X for space.
-        level: of a pyramid, 0 is the finest.
-        scaling: default: what travels with the model.
-
-    Raises:
-        NormfixError: NF101, NF104, NF106 and NF107 of the image.
-
-    Example:
-        >>> import normfix, numpy, torch
-        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.InstanceNorm2d(4))
-        >>> normfix.open_image(numpy.zeros((300, 200), "float32"), net).shape
-        (1, 1, 300, 200)
-    """
-    channels, ndim = input_of(model)
-    known = provenance_of(model)
-    if isinstance(image, str | Path):
-        window = open_image(Path(image), ndim=ndim, channels=channels, axes=axes, level=level)
-    else:
-        window = windowed(image, ndim=ndim, channels=channels, axes=axes)
-    stated = scaling if scaling is not None else known.scaling if known is not None else None
-    if scaling is None and stated is not None and stated.kind == "none":
-        stated = None  # a network converted unscaled says nothing about integers
-    offset, divisor = scaling_numbers(window, stated)
-    device, dtype = home_of(model)
-    return WindowedImage(window, offset=offset, divisor=divisor, dtype=dtype, device=device)
-
-
 def predict_in_stages(
     model: nn.Module,
     image: Source,
@@ -316,8 +238,8 @@ def predict_in_stages(
 
     with evaluating(model), exact_arithmetic():
         whole = image.padded(geometry.padding(image.shape[2:]))
-        program = _program(model, caller, tuple(sites), whole, geometry.stride)
-        planned = _schedule(program, geometry.stride, [whole], measured=(), outputs=True)
+        program = program_of(model, caller, tuple(sites), whole, geometry.stride)
+        planned = schedule_of(program, geometry.stride, [whole], measured=(), outputs=True)
         tile, workers = resources.extents(ndim), resources.workers
         with _store(resources) as store:
             execute(planned, [whole], tile=tile, store=store, sink=sink, workers=workers)
@@ -358,72 +280,3 @@ def _paths(model: nn.Module, targets: Sequence[Target]) -> dict[str, str]:
     """Return the path of each target's module."""
     paths = {id(module): path for path, module in model.named_modules()}
     return {target.name: paths[id(target.module)] for target in targets}
-
-
-@dataclass(frozen=True, slots=True)
-class _Capture:
-    """A program, what it was captured for and the example it is compared on."""
-
-    key: object
-    program: Program
-    example: Tensor
-
-    def still_holds(self, model: nn.Module, caller: Caller) -> bool:
-        """Tell whether the program, with the model's present weights, still computes what the model does."""
-        self.program.refresh_(model)
-        expected = tree_leaves(caller(model, self.example))
-        actual = tree_leaves(self.program.body(self.example))[: len(expected)]
-        return all(
-            a.shape == e.shape
-            and deviation(a, e, float(e.double().std()) or 1.0)[0] <= IDENTITY.get(e.dtype, 0.0)
-            for a, e in zip(actual, expected, strict=True)
-        )
-
-
-_CAPTURES: weakref.WeakKeyDictionary[nn.Module, _Capture] = weakref.WeakKeyDictionary()
-_SCHEDULES: weakref.WeakKeyDictionary[Any, dict[object, Schedule]] = weakref.WeakKeyDictionary()
-
-
-def _program(
-    model: nn.Module, caller: Caller, sites: tuple[str, ...], image: Source, stride: Sequence[int]
-) -> Program:
-    """Capture the model, or take the capture of last time with the model's present weights."""
-    ndim = len(image.shape) - 2
-    key = (caller, sites, ndim, _fingerprint(model))
-    known = _CAPTURES.get(model)
-    if known is not None and known.key == key and known.still_holds(model, caller):
-        return known.program
-    limit = {1: 1024, 2: 256, 3: 64}[ndim]
-    window = [(0, min(n, round_up(limit, m))) for n, m in zip(image.shape[2:], stride, strict=True)]
-    example = image.read(window)[:1].clone()
-    program = captured_program(model, caller, example, sites)
-    _CAPTURES[model] = _Capture(key, program, example)
-    return program
-
-
-def _schedule(
-    program: Program,
-    stride: Sequence[int],
-    images: Sequence[Source],
-    *,
-    measured: tuple[str, ...],
-    outputs: bool,
-) -> Schedule:
-    """Cut the program into stages, or take the schedule of last time."""
-    ragged = any(n % s for image in images for n, s in zip(image.shape[2:], stride, strict=True))
-    known = _SCHEDULES.setdefault(program.body, {})
-    key = (tuple(stride), ragged, measured, outputs)
-    if key not in known:
-        known[key] = schedule(program, stride=stride, ragged=ragged, measured=measured, outputs=outputs)
-    return known[key]
-
-
-def _fingerprint(model: nn.Module) -> object:
-    """Return what must not have changed for a captured graph to still be the model's."""
-    return (
-        tuple((path, type(module), id(module)) for path, module in model.named_modules()),
-        tuple(
-            (name, t.shape, t.dtype, t.device)
-            for name, t in (*model.named_parameters(), *model.named_buffers())
-        ),
-    )

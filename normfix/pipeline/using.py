@@ -16,10 +16,10 @@ from normfix.errors import NormfixError
 from normfix.images import Items
 from normfix.numerics import exact_arithmetic, settings
 from normfix.pipeline.looking import base_of, fitting_example, geometry_of, look, site_target, thinnest
+from normfix.pipeline.opening import Wholes
 from normfix.pipeline.streamed import (
     NOT_IN_STAGES,
     Resources,
-    Wholes,
     measure_streamed_,
     predict_in_stages,
 )
