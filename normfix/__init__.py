@@ -47,11 +47,13 @@ _HOMES = {
         "convert",
         "diagnose",
         "load",
+        "open_image",
         "plan",
         "predict",
         "push",
         "save",
         "scan",
+        "write_prediction",
     ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -78,11 +80,13 @@ if TYPE_CHECKING:
     from normfix.pipeline import convert as convert
     from normfix.pipeline import diagnose as diagnose
     from normfix.pipeline import load as load
+    from normfix.pipeline import open_image as open_image
     from normfix.pipeline import plan as plan
     from normfix.pipeline import predict as predict
     from normfix.pipeline import push as push
     from normfix.pipeline import save as save
     from normfix.pipeline import scan as scan
+    from normfix.pipeline import write_prediction as write_prediction
     from normfix.records import Action as Action
     from normfix.records import CalibrationSummary as CalibrationSummary
     from normfix.records import Decision as Decision

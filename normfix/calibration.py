@@ -23,7 +23,7 @@ from normfix.numerics import exact_arithmetic
 from normfix.records import CalibrationSummary
 from normfix.targets import Target
 
-__all__ = ["Calibration", "measure_sites_"]
+__all__ = ["Calibration", "measure_sites_", "restoring_on_error"]
 
 Run = Callable[[nn.Module, Tensor], Tensor]
 Progress = Callable[[int, int], None]
@@ -63,7 +63,7 @@ def measure_sites_(
             after any other error.
     """
     count = sum(1 for _ in images)
-    with evaluating(model), exact_arithmetic(), _restoring_on_error(targets):
+    with evaluating(model), exact_arithmetic(), restoring_on_error(targets):
         passes = 2 if count == 1 else len(targets) + 1
         if count == 1:
             _freeze_as_it_goes(model, targets, images, run)
@@ -147,7 +147,8 @@ def _observed(targets: Sequence[Target], observe: Callable[[Target, Any], None])
 
 
 @contextmanager
-def _restoring_on_error(targets: Sequence[Target]) -> Iterator[None]:
+def restoring_on_error(targets: Sequence[Target]) -> Iterator[None]:
+    """Give the targets their old statistics back after any error."""
     before = [{key: value.clone() for key, value in t.module.state_dict().items()} for t in targets]
     try:
         yield

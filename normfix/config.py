@@ -16,7 +16,10 @@ from normfix.errors import NormfixError
 
 __all__ = ["NEVER", "Settings", "read_settings"]
 
-NEVER = ("trust_pickle", "allow_classes", "arch", "arch_args", "preprocess", "out", "partial", "revision")
+NEVER = (
+    *("trust_pickle", "allow_classes", "arch", "arch_args", "preprocess", "metric"),
+    *("out", "partial", "revision", "converted", "labels", "reports"),
+)
 """Options that no file sets."""
 
 

@@ -141,6 +141,22 @@ CODES: dict[str, str] = {
     "NF301": "A site ran more or less often than once per image, so its statistic is not defined. The network "
     "takes another path on these images than on the example it was scanned with.",
     "NF302": "The network has live statistics, or none to calibrate. Convert it first.",
+    "NF320": "The network could not be captured as a graph, or its graph holds for one image size only, so it cannot "
+    "run in stages over blocks. Nothing is lost but speed and memory: it runs as a whole, one pass per "
+    "statistic.",
+    "NF321": "The captured graph does not take an image of this size. Sizes are often multiples of the network's "
+    "stride; images are extended to one that is exact.",
+    "NF322": "An operation of the captured graph writes into its operand, which may be kept for later stages.",
+    "NF323": "A later stage needs a value that is not laid out over the image, or depends on all of it, so it cannot "
+    "be kept in blocks. The network runs as a whole instead.",
+    "NF324": "A stage's blocks would differ from the whole whatever their halo: it looks at the whole extent, or "
+    "depends on size or position. The network runs as a whole instead.",
+    "NF325": "Blocks were compared with the whole, or came out with another extent than the whole has there, and "
+    "differ. The network runs as a whole instead.",
+    "NF326": "Values between stages do not fit the memory budget. Raise it, or name a folder with room (and install "
+    "normfix[stream] for zarr).",
+    "NF327": "Reading or writing the values kept on disk failed: the disk is full, the folder is gone, or a file is "
+    "damaged. Nothing half written is used.",
     # 4xx: checking and predicting
     "NF401": "This site computes its statistic from the tile, so tiles disagree whatever the halo.",
     "NF402": "Tiles must start in phase: a tile size is a positive multiple of the network's total stride on "

@@ -19,7 +19,15 @@ from torch import Tensor
 
 from normfix.errors import NormfixError
 
-__all__ = ["SUFFIXES", "pixel_size_of", "read_image", "require_new_image", "to_tensor", "write_image"]
+__all__ = [
+    "SUFFIXES",
+    "named_axes",
+    "pixel_size_of",
+    "read_image",
+    "require_new_image",
+    "to_tensor",
+    "write_image",
+]
 
 Array = NDArray[Any]
 
@@ -41,18 +49,36 @@ def read_image(path: Path, *, ndim: int, channels: int, axes: str | None = None)
         NormfixError: NF101 if the file cannot be read, NF106 if its axes or dtype do not fit the network.
     """
     array, said = _read(path)
-    where = str(path)
-    if array.dtype.kind not in "biuf":
+    named = named_axes(
+        array.shape, array.dtype, ndim=ndim, channels=channels, axes=axes or said, where=str(path)
+    )
+    array = array.transpose([named.index(letter) for letter in "CZYX" if letter in named])
+    return array if "C" in named else array[np.newaxis]
+
+
+def named_axes(
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    *,
+    ndim: int,
+    channels: int,
+    axes: str | None = None,
+    where: str = "image",
+) -> str:
+    """Return one letter of C, Z, Y, X per axis of an array, as named or as its shape leaves no doubt.
+
+    Raises:
+        NormfixError: NF106 if axes, channels or dtype do not fit the network.
+    """
+    if dtype.kind not in "biuf":
         raise NormfixError(
-            "NF106",
-            f"its values are {array.dtype}; networks take real numbers. Convert it first.",
-            where=where,
+            "NF106", f"its values are {dtype}; networks take real numbers. Convert it first.", where=where
         )
-    named = (axes or said or _guess(array.shape, ndim, channels, where)).upper().replace("S", "C")
-    if len(named) != array.ndim or len(set(named)) != len(named) or not set(named) <= set("CZYX"):
+    named = (axes or _guess(shape, ndim, channels, where)).upper().replace("S", "C")
+    if len(named) != len(shape) or len(set(named)) != len(named) or not set(named) <= set("CZYX"):
         raise NormfixError(
             "NF106",
-            f"axes {named!r} do not name the {array.ndim} axes of an array of shape {array.shape}. "
+            f"axes {named!r} do not name the {len(shape)} axes of an array of shape {shape}. "
             "Give --axes with one letter per axis, such as YX, CYX, YXC or ZYX.",
             where=where,
         )
@@ -60,23 +86,22 @@ def read_image(path: Path, *, ndim: int, channels: int, axes: str | None = None)
     if len(space) != ndim:
         raise NormfixError(
             "NF106",
-            f"the network takes {ndim} spatial axes, the image has {len(space)} ({named}, {array.shape}). "
+            f"the network takes {ndim} spatial axes, the image has {len(space)} ({named}, {shape}). "
             "Give --axes if they are named wrongly, or cut the image.",
             where=where,
         )
-    array = array.transpose([named.index(letter) for letter in "CZYX" if letter in named])
-    if "C" not in named:
-        array = array[np.newaxis]
-    if 0 in array.shape:
-        raise NormfixError("NF106", f"the image has no pixels: its shape is {array.shape}.", where=where)
-    if array.shape[0] != channels:
+    ordered = tuple(shape[named.index(letter)] for letter in "CZYX" if letter in named)
+    ordered = ordered if "C" in named else (1, *ordered)
+    if 0 in ordered:
+        raise NormfixError("NF106", f"the image has no pixels: its shape is {ordered}.", where=where)
+    if ordered[0] != channels:
         raise NormfixError(
             "NF106",
-            f"the network takes {channels} channels, the image has {array.shape[0]} ({named}). "
+            f"the network takes {channels} channels, the image has {ordered[0]} ({named}). "
             "Give --axes if they are named wrongly, or select channels first.",
             where=where,
         )
-    return array
+    return named
 
 
 def to_tensor(array: Array) -> Tensor:

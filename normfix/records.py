@@ -298,10 +298,16 @@ class ImageShift(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationSummary(Record):
-    """What was measured on which images."""
+    """What was measured on which images.
+
+    `engine` tells how: stage by stage over blocks, or in passes over whole images; `reason` why not in stages,
+    where they were asked for.
+    """
 
     images: tuple[tuple[int, ...], ...]
     sites: tuple[SiteStatistics, ...]
+    engine: Literal["stages", "passes"] = "passes"
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,6 +43,19 @@ class Target(Protocol):
         """Report the measures of every call before it is answered; return what ends the watch."""
         ...
 
+    @property
+    def dims(self) -> tuple[int, ...] | None:
+        """Return the operand's dimensions that the statistic runs over; None if blocks cannot be put together."""
+        ...
+
+    def measure(self, operand: Tensor) -> Any:
+        """Return the measures of one block of an operand."""
+        ...
+
+    def join(self, blocks: Sequence[Any]) -> Any:
+        """Put the measures of an image's blocks together, in the order given, as `watch` reports those of a call."""
+        ...
+
     def store(self, parts: Sequence[Any]) -> None:
         """Write the statistic of the union of all parts, one per image."""
         ...
@@ -75,6 +88,19 @@ class NormTarget:
                 report(measure(args[0] if args else kwargs["input"]))
 
         return self.module.register_forward_pre_hook(before, with_kwargs=True).remove
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """Return batch and space; see Target."""
+        return (0, 2, 3, 4)
+
+    def measure(self, operand: Tensor) -> Moments:
+        """Return a block's moments; see Target."""
+        return measure(operand)
+
+    def join(self, blocks: Sequence[Moments]) -> Moments:
+        """Merge the blocks' moments; see Target."""
+        return merge(*blocks)
 
     def store(self, parts: Sequence[Moments]) -> None:
         """Write the merged moments; see Target."""
@@ -131,6 +157,23 @@ class StatisticTarget:
         self.module.observer = observe
         return end
 
+    @property
+    def dims(self) -> tuple[int, ...] | None:
+        """Return what the law runs over; None without a law, or where the call's own numbers count; see Target."""
+        return None if self.spec.law == "none" or self.spec.quotient else self.spec.dims
+
+    def measure(self, operand: Tensor) -> _Seen:
+        """Return a block's part; see Target."""
+        images = self._images(operand)
+        return _Seen(images, (), self._part(operand, images, (), {}))
+
+    def join(self, blocks: Sequence[_Seen]) -> _Seen:
+        """Merge the blocks' parts by the law; see Target."""
+        spec, images = self.spec, blocks[0].images
+        part = merge_parts(spec.law, [block.part for block in blocks])
+        joined = finalise(spec.law, part, images=images, correction=spec.correction, power=spec.power)
+        return _Seen(images, joined, part)
+
     def store(self, parts: Sequence[_Seen]) -> None:
         """Write the population's values; see Target."""
         self.module.set_values_(*self._population(parts))
@@ -171,13 +214,17 @@ class StatisticTarget:
     def _see(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Seen:
         spec = self.spec
         operand = operand_of(args, kwargs, spec.operand)
-        images = operand.shape[spec.batch[0]] // spec.batch[1] if spec.batch else 1
+        images = self._images(operand)
         results: tuple[Tensor, ...] = ()
         if images == 1:
             given = tree_map(_widened, (args, dict(kwargs)))
             found = [v for v in tree_leaves(func(*given[0], **given[1])) if isinstance(v, Tensor)]
             results = tuple(v.double().cpu() for v in found[: spec.outputs])
         return _Seen(images, results, self._part(operand, images, args, kwargs))
+
+    def _images(self, operand: Tensor) -> int:
+        batch = self.spec.batch
+        return operand.shape[batch[0]] // batch[1] if batch else 1
 
     def _part(self, operand: Tensor, images: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Part:
         spec = self.spec

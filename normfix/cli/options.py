@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from normfix.images import ImageFiles
     from normfix.loading import Loaded
+    from normfix.streaming import WindowedImage
 
 __all__ = [
     "Arguments",
@@ -34,6 +35,7 @@ __all__ = [
     "require_report",
     "require_reports",
     "show",
+    "stage_options",
     "steps",
     "write_report",
     "write_reports",
@@ -117,6 +119,32 @@ def image_options(command: Command) -> Command:
         click.option(
             "--axes", help="One letter per axis of the image: C channels; Z, Y, X space. Example: YXC."
         ),
+    ):
+        command = decorate(command)
+    return command
+
+
+def stage_options(command: Command) -> Command:
+    """Add what stages over blocks may use."""
+    for decorate in (
+        click.option(
+            "--workers",
+            type=click.IntRange(1),
+            default=1,
+            show_default=True,
+            help="Blocks computed at a time.",
+        ),
+        click.option(
+            "--store",
+            type=click.Path(exists=True, file_okay=False, path_type=Path),
+            help="Folder for values between stages that go beyond the budget.",
+        ),
+        click.option(
+            "--budget",
+            type=click.IntRange(0),
+            help="MiB of memory for values between stages. Default: no limit.",
+        ),
+        click.option("--level", type=click.IntRange(0), default=0, help="Of a pyramid; 0 is the finest."),
     ):
         command = decorate(command)
     return command
@@ -217,6 +245,15 @@ class Arguments:
             raise click.UsageError(f"{path} names {len(found)} images; give one")
         return found[0]
 
+    def windows(self, patterns: tuple[str, ...], model: nn.Module, level: int) -> list[WindowedImage]:
+        """Return the images that files, folders and globs name, to be read by window."""
+        from normfix.images import find_images
+        from normfix.pipeline import open_image
+
+        paths = [p for text in patterns for p in ([Path(text)] if _is_zarr(text) else find_images((text,)))]
+        scaling = self.scaling(model)
+        return [open_image(p, model, axes=self.axes, level=level, scaling=scaling) for p in paths]
+
     def _place_(self, model: nn.Module) -> None:
         try:
             model.to(device=self.device, dtype=self.torch_dtype())
@@ -225,6 +262,10 @@ class Arguments:
             raise NormfixError(
                 "NF116", f"cannot compute there: {reason}.", where=f"--device {self.device}"
             ) from error
+
+
+def _is_zarr(text: str) -> bool:
+    return Path(text).suffix == ".zarr" and Path(text).is_dir()
 
 
 def note(text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +20,8 @@ from normfix.cli.options import (
     report_option,
     require_reports,
     show,
+    stage_options,
+    steps,
     write_reports,
 )
 from normfix.cli.texts import calibration_text, verdict_text
@@ -74,9 +77,25 @@ _HALO = click.option(
 @click.argument("images", nargs=-1, required=True)
 @click.option("-o", "--out", required=True, help="Folder to write; must not exist.")
 @image_options
+@click.option(
+    "--tile", type=click.IntRange(1), help="Read images by window and run in stages over blocks of this size."
+)
+@stage_options
 @format_option
-def calibrate_command(images: tuple[str, ...], out: str, format_: str, **options: Any) -> None:
+def calibrate_command(
+    images: tuple[str, ...],
+    out: str,
+    format_: str,
+    tile: int | None,
+    level: int,
+    budget: int | None,
+    store: Path | None,
+    workers: int,
+    **options: Any,
+) -> None:
     """Measure the statistics of a converted MODEL anew on other IMAGES, whole.
+
+    With --tile images may be larger than memory, also .zarr; the statistics are the same.
 
     \b
     Example:
@@ -89,7 +108,21 @@ def calibrate_command(images: tuple[str, ...], out: str, format_: str, **options
     require_absent(Path(out))
     arguments = Arguments.take(options)
     opened = arguments.open()
-    done = calibrate(opened.model, arguments.images(images, opened.model), output=arguments.output)
+    if tile is None:
+        given: Any = arguments.images(images, opened.model)
+    else:
+        given = arguments.windows(images, opened.model, level)
+    with steps() as progress:
+        done = calibrate(
+            opened.model,
+            given,
+            tile,
+            budget=None if budget is None else budget << 20,
+            store=store,
+            workers=workers,
+            output=arguments.output,
+            progress=partial(progress, "calibrate"),
+        )
     known, stated = provenance_of(done.model), arguments.scaling()
     if known is not None and stated is not None:  # the new statistics are of images scaled this way
         attach_(done.model, replace(known, scaling=stated))
@@ -104,25 +137,80 @@ def calibrate_command(images: tuple[str, ...], out: str, format_: str, **options
 @click.option("-o", "--out", required=True, help="File to write, .npy or .tif; must not exist.")
 @_TILE
 @_HALO
+@click.option(
+    "--engine",
+    type=click.Choice(["tiles", "stages"]),
+    default="tiles",
+    show_default=True,
+    help="stages: read by window and run once, stage by stage over blocks; for images larger than memory.",
+)
+@click.option(
+    "--statistics",
+    type=click.Choice(["stored", "per-image"]),
+    default="stored",
+    show_default=True,
+    help="per-image: normalise the image by its own statistics, measured over all of it.",
+)
+@stage_options
 @image_options
 @format_option
 def predict_command(
-    image: str, out: str, tile: int, halo: int | Literal["auto"], format_: str, **options: Any
+    image: str,
+    out: str,
+    tile: int,
+    halo: int | Literal["auto"],
+    engine: Literal["tiles", "stages"],
+    statistics: Literal["stored", "per-image"],
+    level: int,
+    budget: int | None,
+    store: Path | None,
+    workers: int,
+    format_: str,
+    **options: Any,
 ) -> None:
     """Predict IMAGE tile by tile with a converted MODEL, exactly as the whole image would be predicted.
 
     \b
     Example:
       normfix predict fixed nuclei.tif -o prediction.tif
+      normfix predict fixed slide.zarr -o prediction.zarr --engine stages --budget 4096 --store /scratch
     """
-    from normfix.pipeline import predict
+    from normfix.pipeline import predict, write_prediction
     from normfix.reading import require_new_image, write_image
 
-    require_new_image(Path(out))
     arguments = Arguments.take(options)
+    if engine == "stages":
+        if halo != "auto":
+            raise click.UsageError("--halo belongs to --engine tiles; stages measure their own")
+        opened = arguments.open()
+        windows = arguments.windows((image,), opened.model, level)
+        if len(windows) != 1:
+            raise click.UsageError(f"{image} names {len(windows)} images; give one")
+        with windows[0] as window:
+            write_prediction(
+                opened.model,
+                window,
+                Path(out),
+                tile,
+                engine="stages",
+                statistics=statistics,
+                budget=None if budget is None else budget << 20,
+                store=store,
+                workers=workers,
+                output=arguments.output,
+            )
+        note(f"Wrote {out}.")
+        return
+    require_new_image(Path(out))
     opened = arguments.open()
     whole = predict(
-        opened.model, arguments.image(image, opened.model), tile, halo=halo, output=arguments.output
+        opened.model,
+        arguments.image(image, opened.model),
+        tile,
+        halo=halo,
+        engine="tiles",
+        statistics=statistics,
+        output=arguments.output,
     )
     written = whole[0].float().cpu().numpy()
     write_image(Path(out), written, _pixel_size(image, opened.model))

@@ -9,10 +9,11 @@ from __future__ import annotations
 from normfix.pipeline.conversion import Conversion, convert
 from normfix.pipeline.diagnosing import Diagnosis, diagnose
 from normfix.pipeline.looking import plan, scan
+from normfix.pipeline.opening import open_windowed as open_image
 from normfix.pipeline.recalibration import calibrate, calibrate_
 from normfix.pipeline.sharing import push
 from normfix.pipeline.storage import load, open_any, save
-from normfix.pipeline.using import assert_tile_invariant, check, predict
+from normfix.pipeline.using import assert_tile_invariant, check, predict, write_prediction
 
 __all__ = [
     "Conversion",
@@ -25,9 +26,11 @@ __all__ = [
     "diagnose",
     "load",
     "open_any",
+    "open_image",
     "plan",
     "predict",
     "push",
     "save",
     "scan",
+    "write_prediction",
 ]

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ from normfix.pipeline.looking import (
     site_target,
     thinnest,
 )
+from normfix.pipeline.opening import sources_of
+from normfix.pipeline.streamed import Resources, StoredTarget, measure_streamed_
 from normfix.pipeline.using import compare_with
 from normfix.planning import decide, replay
 from normfix.programs import require_free
@@ -48,11 +51,15 @@ from normfix.records import (
 from normfix.rewriting import rewrite
 from normfix.scanning import survey
 from normfix.stitching import padded, tiled
+from normfix.streaming import Source as WindowedSource
+from normfix.streaming import TensorSource
 from normfix.tiles import Geometry, round_up
 
 __all__ = ["Conversion", "convert"]
 
 Progress = Callable[[str, int, int], None]
+_Tensors = Tensor | Iterable[Tensor]
+_TILES = {1: 1 << 18, 2: 512, 3: 96}
 
 _UNIT = 32
 """Grid and context, in pixels, of the tiles that are tried where no halo is enough."""
@@ -87,7 +94,7 @@ class Conversion:
 
 def convert(
     model: nn.Module,
-    images: Tensor | Iterable[Tensor] | None = None,
+    images: Tensor | Iterable[Tensor] | WindowedSource | Sequence[WindowedSource] | None = None,
     to: Literal["frozen", "batchrenorm"] = "frozen",
     *,
     plan: Plan | None = None,
@@ -101,14 +108,17 @@ def convert(
     dtype: torch.dtype | None = None,
     as_trained: bool = False,
     tile: int | None = None,
+    budget: int | None = None,
+    store: Path | None = None,
+    workers: int = 1,
     progress: Progress = lambda stage, done, total: None,
 ) -> Conversion:
     """Convert a network's live statistics to constants measured on whole images, and prove the result.
 
     Args:
         model: not modified.
-        images: re-iterable of (N, C, *space) tensors, or one tensor; may be left out if every norm has
-            running statistics to carry over.
+        images: re-iterable of (N, C, *space) tensors, one tensor, or images that are read by window
+            (normfix.open_image); may be left out if every norm has running statistics to carry over.
         to: "frozen" (constants) or "batchrenorm" (constants in eval, trainable at small batches).
         plan: a reviewed plan to replay, instead of `to` and `keep`.
         keep: shell-style patterns of owner paths to leave alone.
@@ -121,6 +131,11 @@ def convert(
         dtype: what to compute in; default: the model's own.
         as_trained: treat batch and instance norms as in train mode, where they are live.
         tile: size of the tiles to prove with; default: a quarter of the image, at most 256.
+        budget: bytes of memory for values between stages. Given, or with images read by window, statistics are
+            measured in stages over all of every image and then re-measured in other blocks; what needs whole
+            forward passes is proved on the middle of the first image.
+        store: folder for what is beyond the budget.
+        workers: blocks computed at a time in stages.
         progress: called with (stage, done, total).
 
     Returns:
@@ -141,7 +156,12 @@ def convert(
     require_free(model)
     caller = Caller(forward_fn, output)
     home = _home(model, device, dtype)
-    items = None if images is None else Items.of(images, *home)
+    sources = sources_of(images)
+    if budget is not None and images is not None and sources is None:
+        sources = [TensorSource(image) for image in Items.of(cast(_Tensors, images), *home)]
+    if sources is not None:
+        images = [_middle(sources[0])]
+    items = None if images is None else Items.of(cast(_Tensors, images), *home)
     first = None if items is None else next(iter(items))
     if example is None:
         example = default_example(model) if first is None else fitting_example(model, first, caller)
@@ -158,8 +178,17 @@ def convert(
     if items is not None and seen.geometry is not None:
         items = replace(items, prepare=partial(padded, geometry=seen.geometry))
     converted = rewrite(base, plan).to(device=device, dtype=dtype)
-    summary = _calibrate_(converted, plan, items, caller, partial(progress, "calibrate"))
-    work = _Work(base, converted, plan, seen, items, example.to(*home), caller, summary, tile)
+    report = partial(progress, "calibrate")
+    if sources is None:
+        summary = _calibrate_(converted, plan, items, caller, report)
+    else:
+        resources = Resources(
+            tile=tile or _TILES[example.dim() - 2], budget=budget, store=store, workers=workers
+        )
+        summary = _calibrate_in_stages_(converted, plan, sources, caller, resources, seen.geometry, report)
+    work = _Work(
+        base, converted, plan, seen, items, example.to(*home), caller, summary, tile, sources is None
+    )
     progress("prove", 0, 1)
     proof = work.prove()
     progress("prove", 1, 1)
@@ -211,6 +240,38 @@ def _calibrate_(
         return measure_sites_(model, targets, items, caller, progress)
 
 
+def _calibrate_in_stages_(
+    model: nn.Module,
+    plan: Plan,
+    images: Sequence[WindowedSource],
+    caller: Caller,
+    resources: Resources,
+    geometry: Geometry | None,
+    progress: Callable[[int, int], None],
+) -> CalibrationSummary | None:
+    """Measure in stages, and once more in other blocks under the stored statistics: the residual is of the latter."""
+    fresh = [d for d in plan.converted if d.measured]
+    if not fresh:
+        return None
+    targets = [site_target(model, d, express=True) for d in fresh]
+    with buffers_kept(model, but=[d.target for d in fresh]):
+        summary = measure_streamed_(
+            model, targets, images, caller, resources, geometry=geometry, progress=progress
+        )
+    if summary.engine == "passes":  # which re-measure anyway
+        return summary
+    tile = tuple(n - n // 4 for n in resources.extents(len(images[0].shape) - 2))
+    return measure_streamed_(
+        model,
+        [StoredTarget(target) for target in targets],
+        images,
+        caller,
+        replace(resources, tile=tile),
+        geometry=geometry,
+        progress=progress,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Work:
     """A finished conversion on the bench: what the proof needs."""
@@ -224,6 +285,7 @@ class _Work:
     caller: Caller
     summary: CalibrationSummary | None
     tile: int | None
+    whole: bool
 
     def prove(self) -> Proof:
         with (
@@ -330,7 +392,7 @@ class _Work:
         return used(calls, survey(self.converted, self.caller, other).sites, self.plan)
 
     def _shifts(self, first: Tensor, pair: tuple[Tensor, Tensor]) -> tuple[ImageShift, ...]:
-        if self.items is None:
+        if self.items is None or not self.whole:
             return ()
         return tuple(
             shift(number, *pair)
@@ -338,6 +400,15 @@ class _Work:
             else shift(number, self.caller(self.converted, image), self.caller(self.original, image))
             for number, image in enumerate(self.items)
         )
+
+
+def _middle(image: WindowedSource) -> Tensor:
+    """Return the middle of an image, small enough for whole forward passes."""
+    limit = {1: 1 << 14, 2: 512, 3: 96}[len(image.shape) - 2]
+    starts = [max(0, (n - limit) // 2) for n in image.shape[2:]]
+    return image.read(
+        [(start, min(n, start + limit)) for start, n in zip(starts, image.shape[2:], strict=True)]
+    )
 
 
 def _tile(image: Tensor, geometry: Geometry) -> tuple[int, ...]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,24 +19,31 @@ from normfix.interception import InterceptedNorm
 from normfix.layers import ChannelNorm, FrozenStatistic
 from normfix.moments import Moments
 from normfix.pipeline.looking import fitting_example, geometry_of, site_target
+from normfix.pipeline.opening import Wholes, sources_of
+from normfix.pipeline.streamed import Resources, measure_streamed_
 from normfix.provenance import provenance_of
 from normfix.records import CalibrationSummary, Family, Plan
 from normfix.rewriting import copy_of
 from normfix.scanning import survey
 from normfix.stitching import padded
+from normfix.streaming import Source, TensorSource
 from normfix.targets import NormTarget, Target
 
 __all__ = ["calibrate", "calibrate_"]
 
+_TILES = {1: 1 << 18, 2: 512, 3: 96}
 Progress = Callable[[int, int], None]
 ForwardFn = Callable[[nn.Module, Tensor], Any]
 
 
 def calibrate(
     model: nn.Module,
-    images: Tensor | Iterable[Tensor],
-    tile: int | None = None,
+    images: Tensor | Iterable[Tensor] | Source | Sequence[Source],
+    tile: int | Sequence[int] | None = None,
     *,
+    budget: int | None = None,
+    store: Path | None = None,
+    workers: int = 1,
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
     progress: Progress = lambda done, total: None,
@@ -44,27 +52,45 @@ def calibrate(
 
     Args:
         model: converted by normfix, or any network with batch norms on running statistics; not modified.
-        images: re-iterable of (N, C, *space) tensors, or one tensor.
-        tile: has no influence on the statistics, which are those of whole images; this version holds each
-            image in memory whole.
+        images: re-iterable of (N, C, *space) tensors, one tensor, or images that are read by window
+            (normfix.open_image) and measured in stages.
+        tile: extents of blocks in pixels; given, the network runs once, stage by stage over such blocks, and what
+            it needs between stages fits a budget. The statistics are those of whole images either way; a
+            network that cannot run in stages takes passes over whole images, and the summary says why.
+        budget: bytes of memory for values between stages; None is no limit. Needs `tile`.
+        store: folder for what is beyond the budget.
+        workers: blocks computed at a time.
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
-        progress: called with (passes done, passes in all).
+        progress: called with (passes or stages done, passes or stages in all).
 
     Raises:
-        NormfixError: NF302 if the network has live statistics, or none at all; NF301 and codes of the images.
+        NormfixError: NF302 if the network has live statistics, or none at all; NF301 and codes of the images; NF326
+            and NF327 of the store.
     """
     copied = copy_of(model)
-    return Calibration(
-        copied, calibrate_(copied, images, tile, forward_fn=forward_fn, output=output, progress=progress)
+    summary = calibrate_(
+        copied,
+        images,
+        tile,
+        budget=budget,
+        store=store,
+        workers=workers,
+        forward_fn=forward_fn,
+        output=output,
+        progress=progress,
     )
+    return Calibration(copied, summary)
 
 
 def calibrate_(
     model: nn.Module,
-    images: Tensor | Iterable[Tensor],
-    tile: int | None = None,
+    images: Tensor | Iterable[Tensor] | Source | Sequence[Source],
+    tile: int | Sequence[int] | None = None,
     *,
+    budget: int | None = None,
+    store: Path | None = None,
+    workers: int = 1,
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
     progress: Progress = lambda done, total: None,
@@ -74,17 +100,27 @@ def calibrate_(
     Optimizers, compiled and distributed wrappers keep their model. On any error the old statistics are back.
     """
     known = provenance_of(model)
-    items = Items.of(images, *home_of(model), like=known.scan.example if known else None)
+    sources, items = sources_of(images), None
+    if sources is None:
+        tensors = cast("Tensor | Iterable[Tensor]", images)
+        items = Items.of(tensors, *home_of(model), like=known.scan.example if known else None)
     caller = Caller(forward_fn, output if output is not None else known.output if known else None)
+    geometry = geometry_of(known.scan) if known is not None else None
     targets: Sequence[Target]
     if known is not None:
-        geometry = geometry_of(known.scan)
-        if geometry is not None:
-            items = replace(items, prepare=partial(padded, geometry=geometry))
         targets = _planned(model, known.plan)
     else:
-        targets = _batch_norms(model, fitting_example(model, next(iter(items)), caller), caller)
-    return measure_sites_(model, targets, items, caller, progress)
+        targets = _batch_norms(
+            model, fitting_example(model, next(iter(items or Wholes(sources or ()))), caller), caller
+        )
+    if tile is None and items is not None:
+        if geometry is not None:
+            items = replace(items, prepare=partial(padded, geometry=geometry))
+        return measure_sites_(model, targets, items, caller, progress)
+    sources = sources or [TensorSource(image) for image in items or ()]
+    tile = tile or _TILES[len(sources[0].shape) - 2]
+    resources = Resources(tile=tile, budget=budget, store=store, workers=workers)
+    return measure_streamed_(model, targets, sources, caller, resources, geometry=geometry, progress=progress)
 
 
 def _planned(model: nn.Module, plan: Plan) -> list[Target]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -14,36 +16,61 @@ from normfix.errors import NormfixError
 from normfix.images import Items
 from normfix.numerics import exact_arithmetic, settings
 from normfix.pipeline.cropping import check_pipeline
-from normfix.pipeline.looking import base_of, fitting_example, geometry_of, look, thinnest
+from normfix.pipeline.looking import base_of, fitting_example, geometry_of, look, site_target, thinnest
+from normfix.pipeline.opening import Wholes
+from normfix.pipeline.streamed import (
+    NOT_IN_STAGES,
+    Resources,
+    measure_streamed_,
+    predict_in_stages,
+)
 from normfix.programs import require_free
 from normfix.provenance import is_current, provenance_of
 from normfix.records import Scan, Verdict
 from normfix.rewriting import copy_of
-from normfix.stitching import tiled
+from normfix.stitching import tile_extents, tiled
+from normfix.streaming import OutputFile, Source, TensorSource
 from normfix.tiles import Geometry, round_up
 
-__all__ = ["assert_tile_invariant", "check", "compare_with", "predict"]
+__all__ = ["assert_tile_invariant", "check", "compare_with", "predict", "write_prediction"]
 
 ForwardFn = Callable[[nn.Module, Tensor], Any]
 
 
 def predict(
     model: nn.Module,
-    image: Tensor,
+    image: Tensor | Source,
     tile: int | Sequence[int] = 256,
     *,
     halo: int | Literal["auto"] = "auto",
+    engine: Literal["auto", "stages", "tiles"] = "auto",
+    statistics: Literal["stored", "per-image"] = "stored",
+    budget: int | None = None,
+    store: Path | None = None,
+    workers: int = 1,
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
 ) -> Tensor:
-    """Predict one image tile by tile, exactly as the whole image would be predicted.
+    """Predict one image in parts, exactly as the whole image would be predicted.
+
+    Two engines give the same result. "tiles" runs the whole network on each tile with the whole network's halo.
+    "stages" runs the network once, stage by stage over all blocks, each with the stage's own small halo, and
+    keeps the maps in between: nearly no work is done twice, which pays on large images and deep networks.
 
     Args:
         model: without live statistics; not modified.
-        image: (N, C, *space), any size. Where the network is not exact at that size, the image is extended
-            by its edge pixels to the next exact size and the result cut back.
+        image: (N, C, *space), any size, or one that is read by window (normfix.open_image). Where
+            the network is not exact at that size, the image is extended by its edge pixels to the next exact
+            size and the result cut back.
         tile: pixels per axis, multiples of the stride.
-        halo: pixels of context on every side; "auto" is what the network needs.
+        halo: pixels of context on every side; "auto" is what the network needs. A number asks for tiles.
+        engine: "auto" takes stages where tiles would compute over 16 million pixels of halo and the network can
+            be captured.
+        statistics: "per-image" normalises the image by its own statistics, measured over all of it before it is
+            predicted, as the network did before it was converted to frozen statistics.
+        budget: bytes of memory for what stages keep in between; None is no limit.
+        store: folder for what is beyond the budget.
+        workers: blocks computed at a time in stages.
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
 
@@ -52,23 +79,53 @@ def predict(
 
     Raises:
         NormfixError: NF409 if the network has live statistics or no halo is enough, NF402 for a tile that is
-            off the stride grid, NF410 for a halo that is not enough, and codes of the image.
+            off the stride grid, NF410 for a halo that is not enough or an engine, NF32x where stages are asked for
+            and not possible, and codes of the image.
     """
-    known = _known(model, image, forward_fn, output)
-    exact = geometry_of(known.scan)
-    geometry = _with_halo(exact, halo)
-    if geometry is None or exact is None or known.live:
-        reasons = [f"{site} is live" for site in known.live[:3]] or [f.message for f in known.scan.findings]
-        raise NormfixError(
-            "NF409",
-            f"tiles of this network do not give its prediction of the whole image: {'; '.join(reasons)}. "
-            "Convert it first.",
-            where=known.scan.model,
-        )
-    _require_enough(geometry, exact)
-    (item,) = Items.of(image, *home_of(model), like=known.scan.example)
-    with evaluating(model), exact_arithmetic():
-        return tiled(lambda x: known.caller(model, x), item, tile, geometry)
+    job = _Prediction.of(model, image, tile, halo, engine, statistics, forward_fn, output)
+    result = job.run(Resources(tile=job.tile, budget=budget, store=store, workers=workers))
+    assert result is not None
+    return result
+
+
+def write_prediction(
+    model: nn.Module,
+    image: Tensor | Source,
+    out: Path,
+    tile: int | Sequence[int] = 256,
+    *,
+    engine: Literal["auto", "stages", "tiles"] = "auto",
+    statistics: Literal["stored", "per-image"] = "stored",
+    budget: int | None = None,
+    store: Path | None = None,
+    workers: int = 1,
+    forward_fn: ForwardFn | None = None,
+    output: str | int | None = None,
+) -> None:
+    """Predict one image into a new file, block by block; in stages where the network can. See `predict`.
+
+    Args:
+        model: as for `predict`.
+        image: of a batch of one.
+        out: ends in .npy, .tif or .zarr (OME-Zarr); must not exist, and appears when it is whole.
+        tile: as for `predict`, as all that follow.
+        engine: "auto" takes stages if the network can be captured.
+        statistics: "stored" or "per-image".
+        budget: bytes of memory for what stages keep in between.
+        store: folder for what is beyond the budget.
+        workers: blocks computed at a time.
+        forward_fn: `forward_fn(model, image)` for another calling convention.
+        output: key or index of the output that counts.
+
+    Raises:
+        NormfixError: NF114 for a file that cannot be written, and codes of `predict`.
+    """
+    with OutputFile(out) as file:
+        job = _Prediction.of(model, image, tile, "auto", engine, statistics, forward_fn, output)
+        result = job.run(Resources(tile=job.tile, budget=budget, store=store, workers=workers), file)
+        if result is not None:
+            file.create(result.shape[1:], result.dtype, result.shape[2:])
+            file.write(tuple(slice(0, n) for n in result.shape), result)
 
 
 def check(
@@ -186,23 +243,128 @@ def compare_with(
         )
 
 
+_PAYS = 1 << 24
+"""Pixels of halo from which stages are worth capturing the network for."""
+
+
+def _pays(size: Sequence[int], tile: Sequence[int], geometry: Geometry) -> bool:
+    """Tell whether tiles would compute much more than the image."""
+    tiles = math.prod(-(-n // t) for n, t in zip(size, tile, strict=True))
+    window = (min(n, t + sum(h)) for n, t, h in zip(size, tile, geometry.halo, strict=True))
+    return tiles * math.prod(window) - math.prod(size) > _PAYS
+
+
+@dataclass(frozen=True, slots=True)
+class _Prediction:
+    """What to predict, checked."""
+
+    model: nn.Module
+    image: Source
+    known: _Known
+    geometry: Geometry
+    tile: tuple[int, ...]
+    engine: str
+    statistics: str
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        image: Tensor | Source,
+        tile: int | Sequence[int],
+        halo: int | Literal["auto"],
+        engine: str,
+        statistics: str,
+        forward_fn: ForwardFn | None,
+        output: str | int | None,
+    ) -> _Prediction:
+        _require_known(engine=engine, statistics=statistics)
+        known = _known(model, image, forward_fn, output)
+        exact = geometry_of(known.scan)
+        geometry = _with_halo(exact, halo)
+        if geometry is None or exact is None or known.live:
+            reasons = [f"{site} is live" for site in known.live[:3]] or [
+                f.message for f in known.scan.findings
+            ]
+            raise NormfixError(
+                "NF409",
+                "tiles of this network do not give its prediction of the whole image: "
+                f"{'; '.join(reasons)}. Convert it first.",
+                where=known.scan.model,
+            )
+        _require_enough(geometry, exact)
+        if isinstance(image, Tensor):
+            (item,) = Items.of(image, *home_of(model), like=known.scan.example)
+            image = TensorSource(item)
+        engine = engine if halo == "auto" else "tiles"
+        return cls(model, image, known, geometry, tile_extents(tile, geometry), engine, statistics)
+
+    def run(self, resources: Resources, out: OutputFile | None = None) -> Tensor | None:
+        """Predict by one engine; the result, or None if it went to `out`."""
+        model, caller, geometry = self.model, self.known.caller, self.geometry
+        if self.statistics == "per-image":
+            model = self._fitted(resources)
+        pays = out is not None or _pays(self.image.shape[2:], self.tile, geometry)
+        if self.engine == "stages" or (self.engine == "auto" and pays):
+            try:
+                return predict_in_stages(
+                    model, self.image, caller, resources, geometry=geometry, sites=self.known.layers, out=out
+                )
+            except NormfixError as error:
+                if self.engine == "stages" or error.code not in NOT_IN_STAGES:
+                    raise
+        (whole,) = Wholes([self.image])
+        with evaluating(model), exact_arithmetic():
+            return tiled(lambda x: caller(model, x), whole, self.tile, geometry)
+
+    def _fitted(self, resources: Resources) -> nn.Module:
+        """Return a copy of the model with the statistics of this image."""
+        provenance = provenance_of(self.model)
+        if provenance is None:
+            raise NormfixError(
+                "NF302",
+                "only a converted network can take an image's own statistics.",
+                where=self.known.scan.model,
+            )
+        model, caller = copy_of(self.model), self.known.caller
+        targets = [site_target(model, d, express=False) for d in provenance.plan.converted if d.measured]
+        if targets:
+            measure_streamed_(model, targets, [self.image], caller, resources, geometry=self.geometry)
+        return model
+
+
+def _require_known(*, engine: str, statistics: str) -> None:
+    for name, given, choices in (
+        ("engine", engine, ("auto", "stages", "tiles")),
+        ("statistics", statistics, ("stored", "per-image")),
+    ):
+        if given not in choices:
+            raise NormfixError("NF410", f"give {' or '.join(choices)}.", where=f"{name}={given!r}")
+
+
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """How to call a model, its scan and which of its sites are live."""
+    """How to call a model, its scan, which of its sites are live and the paths of its converted layers."""
 
     caller: Caller
     scan: Scan
     live: tuple[str, ...]
+    layers: tuple[str, ...] = ()
 
 
-def _known(model: nn.Module, image: Tensor, forward_fn: ForwardFn | None, output: str | int | None) -> _Known:
+def _known(
+    model: nn.Module, image: Tensor | Source, forward_fn: ForwardFn | None, output: str | int | None
+) -> _Known:
     """Take what travels with the model, or scan it where that is of other modules or of another output."""
     require_free(model)
     known = provenance_of(model)
     if known is not None and is_current(model) and output in (None, known.output, _as_index(known.output)):
         left = tuple(d.site.id for d in known.plan.left_live)
-        return _Known(Caller(forward_fn, known.output), known.scan, left)
+        layers = tuple(d.target for d in known.plan.converted)
+        return _Known(Caller(forward_fn, known.output), known.scan, left, layers)
     caller = Caller(forward_fn, output if output is not None or known is None else known.output)
+    if not isinstance(image, Tensor):
+        image = image.read([(0, min(n, 1024)) for n in image.shape[2:]])
     (item,) = Items.of(image, *home_of(model))
     example = fitting_example(model, item, caller)
     scan = look(base_of(model, example, caller), example, caller).scan

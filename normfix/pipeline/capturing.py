@@ -1,0 +1,87 @@
+"""Keep captured programs and their schedules per model, and use them only while they are what the model computes."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from normfix.calling import Caller
+from normfix.numerics import IDENTITY, deviation
+from normfix.streaming import Program, Schedule, Source, captured_program, schedule
+from normfix.tiles import round_up
+
+__all__ = ["program_of", "schedule_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Capture:
+    """A program, what it was captured for and the example it is compared on."""
+
+    key: object
+    program: Program
+    example: Tensor
+
+    def still_holds(self, model: nn.Module, caller: Caller) -> bool:
+        """Tell whether the program, with the model's present weights, still computes what the model does."""
+        self.program.refresh_(model)
+        expected = tree_leaves(caller(model, self.example))
+        actual = tree_leaves(self.program.body(self.example))[: len(expected)]
+        return all(
+            a.shape == e.shape
+            and deviation(a, e, float(e.double().std()) or 1.0)[0] <= IDENTITY.get(e.dtype, 0.0)
+            for a, e in zip(actual, expected, strict=True)
+        )
+
+
+_CAPTURES: weakref.WeakKeyDictionary[nn.Module, _Capture] = weakref.WeakKeyDictionary()
+_SCHEDULES: weakref.WeakKeyDictionary[Any, dict[object, Schedule]] = weakref.WeakKeyDictionary()
+
+
+def program_of(
+    model: nn.Module, caller: Caller, sites: tuple[str, ...], image: Source, stride: Sequence[int]
+) -> Program:
+    """Capture the model, or take the capture of last time with the model's present weights."""
+    ndim = len(image.shape) - 2
+    key = (caller, sites, ndim, _fingerprint(model))
+    known = _CAPTURES.get(model)
+    if known is not None and known.key == key and known.still_holds(model, caller):
+        return known.program
+    limit = {1: 1024, 2: 256, 3: 64}[ndim]
+    window = [(0, min(n, round_up(limit, m))) for n, m in zip(image.shape[2:], stride, strict=True)]
+    example = image.read(window)[:1].clone()
+    program = captured_program(model, caller, example, sites)
+    _CAPTURES[model] = _Capture(key, program, example)
+    return program
+
+
+def schedule_of(
+    program: Program,
+    stride: Sequence[int],
+    images: Sequence[Source],
+    *,
+    measured: tuple[str, ...],
+    outputs: bool,
+) -> Schedule:
+    """Cut the program into stages, or take the schedule of last time."""
+    ragged = any(n % s for image in images for n, s in zip(image.shape[2:], stride, strict=True))
+    known = _SCHEDULES.setdefault(program.body, {})
+    key = (tuple(stride), ragged, measured, outputs)
+    if key not in known:
+        known[key] = schedule(program, stride=stride, ragged=ragged, measured=measured, outputs=outputs)
+    return known[key]
+
+
+def _fingerprint(model: nn.Module) -> object:
+    """Return what must not have changed for a captured graph to still be the model's."""
+    return (
+        tuple((path, type(module), id(module)) for path, module in model.named_modules()),
+        tuple(
+            (name, t.shape, t.dtype, t.device)
+            for name, t in (*model.named_parameters(), *model.named_buffers())
+        ),
+    )

@@ -1,0 +1,283 @@
+"""Calibrate and predict stage by stage over blocks, where the network can be captured; the reason where not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from normfix.calibration import measure_sites_, restoring_on_error
+from normfix.calling import Caller, evaluating, home_of
+from normfix.errors import NormfixError
+from normfix.numerics import exact_arithmetic
+from normfix.pipeline.capturing import program_of, schedule_of
+from normfix.pipeline.opening import Wholes
+from normfix.records import CalibrationSummary, SiteStatistics
+from normfix.stitching import cropped
+from normfix.streaming import (
+    Kept,
+    OutputFile,
+    Source,
+    Statistic,
+    Store,
+    execute,
+)
+from normfix.targets import Target
+from normfix.tiles import Geometry
+
+__all__ = [
+    "NOT_IN_STAGES",
+    "Resources",
+    "StoredTarget",
+    "measure_in_stages_",
+    "measure_streamed_",
+    "predict_in_stages",
+]
+
+NOT_IN_STAGES = ("NF320", "NF321", "NF322", "NF323", "NF324", "NF325")
+"""Codes that say that a network or an image cannot run in stages, while passes over the whole may."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources:
+    """What stages may use: block extents in pixels per axis, bytes of memory, a folder, blocks at a time."""
+
+    tile: int | Sequence[int]
+    budget: int | None = None
+    store: Path | None = None
+    workers: int = 1
+
+    def extents(self, ndim: int) -> tuple[int, ...]:
+        """Return the block extents per axis.
+
+        Raises:
+            NormfixError: NF402 for what is no number of pixels per axis.
+        """
+        given = (self.tile,) * ndim if isinstance(self.tile, int) else tuple(self.tile)
+        if len(given) != ndim or not all(isinstance(n, int) and n > 0 for n in given):
+            raise NormfixError(
+                "NF402", f"give 1 or {ndim} positive numbers of pixels, not {self.tile!r}.", where="tile"
+            )
+        return given
+
+
+def measure_streamed_(
+    model: nn.Module,
+    targets: Sequence[Target],
+    images: Sequence[Source],
+    caller: Caller,
+    resources: Resources,
+    *,
+    geometry: Geometry | None = None,
+    progress: Progress = lambda done, total: None,
+) -> CalibrationSummary:
+    """Calibrate the targets in place, in stages where the network can, else in passes: the same numbers.
+
+    See `measure_in_stages_`. Images are extended to a size the network is exact at. Passes read them whole, one
+    at a time.
+    """
+    stride = geometry.stride if geometry is not None else None
+    if geometry is not None:
+        images = [image.padded(geometry.padding(image.shape[2:])) for image in images]
+    try:
+        return measure_in_stages_(model, targets, images, caller, resources, stride=stride, progress=progress)
+    except NormfixError as error:
+        if error.code not in NOT_IN_STAGES:
+            raise
+        return replace(measure_sites_(model, targets, Wholes(images), caller, progress), reason=str(error))
+
+
+def measure_in_stages_(
+    model: nn.Module,
+    targets: Sequence[Target],
+    images: Sequence[Source],
+    caller: Caller,
+    resources: Resources,
+    *,
+    stride: Sequence[int] | None = None,
+    progress: Progress = lambda done, total: None,
+) -> CalibrationSummary:
+    """Calibrate the targets in place in one walk through the network, stage by stage.
+
+    Args:
+        model: holds the targets' modules.
+        targets: in any order.
+        images: of any sizes the network is exact at.
+        caller: calls the model.
+        resources: what may be used.
+        stride: of the network, per axis, or a multiple of it.
+        progress: called with (stages done, stages).
+
+    Raises:
+        NormfixError: a code of NOT_IN_STAGES where this network cannot run so; the old statistics are back then,
+            as after any other error.
+    """
+    ndim = len(images[0].shape) - 2
+    paths = _paths(model, targets)
+    statistics: dict[str, SiteStatistics] = {}
+
+    def statistic(target: Target) -> Statistic:
+        def settle(parts: list[list[Any]]) -> None:
+            per_image = [target.join(blocks) for blocks in parts]
+            target.store(per_image)
+            statistics[target.name] = target.compare(per_image)
+
+        return Statistic(paths[target.name], target.dims, target.measure, settle)
+
+    with evaluating(model), exact_arithmetic(), restoring_on_error(targets):
+        stride = stride or (32,) * ndim
+        program = program_of(model, caller, tuple(paths.values()), images[0], stride)
+        planned = schedule_of(program, stride, images, measured=tuple(paths.values()), outputs=False)
+        with _store(resources) as store:
+            execute(
+                planned,
+                images,
+                tile=resources.extents(ndim),
+                store=store,
+                statistics=[statistic(target) for target in targets],
+                settled=lambda: program.refresh_(model),
+                workers=resources.workers,
+                progress=lambda stage, stages, done, total: progress(stage + (done == total), stages),
+            )
+    return CalibrationSummary(
+        images=tuple(image.shape for image in images),
+        sites=tuple(statistics[target.name] for target in targets),
+        engine="stages",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTarget:
+    """A target that is measured and compared, and keeps the statistic it has."""
+
+    target: Target
+
+    @property
+    def name(self) -> str:
+        """Return the site's id."""
+        return self.target.name
+
+    @property
+    def module(self) -> nn.Module:
+        """Return what holds the statistic."""
+        return self.target.module
+
+    @property
+    def dims(self) -> tuple[int, ...] | None:
+        """Return what the statistic runs over."""
+        return self.target.dims
+
+    def watch(self, report: Callable[[Any], None]) -> Callable[[], None]:
+        """Report the measures of every call."""
+        return self.target.watch(report)
+
+    def measure(self, operand: Tensor) -> Any:
+        """Return the measures of a block."""
+        return self.target.measure(operand)
+
+    def join(self, blocks: Sequence[Any]) -> Any:
+        """Put blocks together."""
+        return self.target.join(blocks)
+
+    def store(self, parts: Sequence[Any]) -> None:
+        """Keep what is stored."""
+
+    def compare(self, parts: Sequence[Any]) -> SiteStatistics:
+        """Compare with what is stored."""
+        return self.target.compare(parts)
+
+
+def predict_in_stages(
+    model: nn.Module,
+    image: Source,
+    caller: Caller,
+    resources: Resources,
+    *,
+    geometry: Geometry,
+    sites: Sequence[str] = (),
+    out: OutputFile | None = None,
+) -> Tensor | None:
+    """Predict an image stage by stage over blocks.
+
+    Args:
+        model: without live statistics.
+        image: of any size; extended to one the network is exact at, and the result cut back.
+        caller: calls the model and picks the output.
+        resources: what may be used.
+        geometry: of the network.
+        sites: paths of the layers to cut at; default: before norms, or after convolutions.
+        out: where the prediction goes; default: into memory.
+
+    Returns:
+        (N, C', *out), or None if it went to `out`.
+
+    Raises:
+        NormfixError: a code of NOT_IN_STAGES where this network cannot run so.
+    """
+    ndim = len(image.shape) - 2
+    result: list[_InPlace] = []
+
+    def sink(
+        number: int, node: Node, shape: tuple[int, ...], dtype: torch.dtype, blocks: tuple[int, ...]
+    ) -> Kept | None:
+        if node not in program.outputs:
+            return None
+        if out is not None:
+            extents = [-int(-(n * s) // 1) for n, s in zip(image.shape[2:], geometry.scale, strict=True)]
+            out.create((shape[1], *extents), dtype, blocks[2:])
+            return out
+        result.append(_InPlace(torch.empty(shape, dtype=dtype, device=home_of(model)[0])))
+        return result[-1]
+
+    with evaluating(model), exact_arithmetic():
+        whole = image.padded(geometry.padding(image.shape[2:]))
+        program = program_of(model, caller, tuple(sites), whole, geometry.stride)
+        planned = schedule_of(program, geometry.stride, [whole], measured=(), outputs=True)
+        tile, workers = resources.extents(ndim), resources.workers
+        with _store(resources) as store:
+            execute(planned, [whole], tile=tile, store=store, sink=sink, workers=workers)
+    return cropped(result[0].array, image.shape[2:], geometry.scale) if result else None
+
+
+@dataclass(frozen=True, slots=True)
+class _InPlace:
+    array: Tensor
+
+    def read(self, index: tuple[slice, ...]) -> Tensor:
+        return self.array[index]
+
+    def write(self, index: tuple[slice, ...], value: Tensor) -> None:
+        self.array[index] = value
+
+
+class _store:  # noqa: N801 - a context manager, used as a function
+    """Give a store whose folder is a temporary one inside the folder that the caller named."""
+
+    def __init__(self, resources: Resources) -> None:
+        self._resources = resources
+        self._folder = (
+            None
+            if resources.store is None
+            else TemporaryDirectory(dir=resources.store, prefix="normfix-", ignore_cleanup_errors=True)
+        )
+
+    def __enter__(self) -> Store:
+        return Store(self._resources.budget, None if self._folder is None else Path(self._folder.name))
+
+    def __exit__(self, *error: object) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+def _paths(model: nn.Module, targets: Sequence[Target]) -> dict[str, str]:
+    """Return the path of each target's module."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    return {target.name: paths[id(target.module)] for target in targets}

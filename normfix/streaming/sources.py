@@ -1,0 +1,56 @@
+"""What images are read from: by window, never whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from normfix.streaming.maps import Span
+
+__all__ = ["Source", "TensorSource"]
+
+
+class Source(Protocol):
+    """An image (N, C, *space) that gives windows of itself."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the extents of all dimensions."""
+
+    def read(self, window: Sequence[Span]) -> Tensor:
+        """Return (N, C, *window) in the dtype and on the device the network computes in."""
+
+    def padded(self, padding: Sequence[int]) -> Source:
+        """Return the same image extended at its end by its edge pixels, by so many per axis."""
+
+
+class TensorSource:
+    """A tensor that is in memory anyway, extended at its end by its edge pixels."""
+
+    def __init__(self, image: Tensor, padding: Sequence[int] = ()) -> None:
+        self._image = image
+        self._padding = tuple(padding) or (0,) * (image.dim() - 2)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the extents, padding included."""
+        space = (n + p for n, p in zip(self._image.shape[2:], self._padding, strict=True))
+        return (*self._image.shape[:2], *space)
+
+    def padded(self, padding: Sequence[int]) -> TensorSource:
+        """Return the same image extended by so many pixels per axis."""
+        return TensorSource(self._image, padding)
+
+    def read(self, window: Sequence[Span]) -> Tensor:
+        """Return a window."""
+        x = self._image
+        for axis, (start, stop) in enumerate(window, start=2):
+            n = x.shape[axis]
+            if stop <= n:
+                x = x.narrow(axis, start, stop - start)
+            else:
+                x = x.index_select(axis, torch.arange(start, stop, device=x.device).clamp_max(n - 1))
+        return x
