@@ -137,6 +137,11 @@ CODES: dict[str, str] = {
     "needs code that does not travel with the file.",
     "NF226": "The written program does not give the converted network's output to the bit, so it was removed.",
     "NF227": "A program is written to one file whose name ends in .pt2.",
+    "NF228": "In a converted program a frozen norm still normalises, so it can be measured anew on other images. A "
+    "frozen mean, pool or functional norm is a constant there and nothing else. Calibrate what the program was "
+    "written from, and write it again.",
+    "NF229": "The captured graph could not be read, by a fault of normfix. It says nothing then; scanning and "
+    "converting go on with the other looks. Please report it with the network.",
     # 3xx: calibrating
     "NF301": "A site ran more or less often than once per image, so its statistic is not defined. The network "
     "takes another path on these images than on the example it was scanned with.",

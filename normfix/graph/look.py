@@ -68,7 +68,12 @@ def graph_look(
             code="NF221", where="graph", message=f"{captured.reason}. The other looks carry on."
         )
         return GraphLook(Looked(name="graph", status="failed", note=captured.reason), findings=(finding,))
-    return compare_looks(captured, read_sites(captured, model), sites)
+    try:
+        return compare_looks(captured, read_sites(captured, model), sites)
+    except Exception as error:  # noqa: BLE001 - one look never takes the others with it
+        reason = f"reading the graph failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        finding = Finding(code="NF229", where="graph", message=f"{reason}. The other looks carry on.")
+        return GraphLook(Looked(name="graph", status="failed", note=reason), findings=(finding,))
 
 
 def compare_looks(captured: Captured, reading: Reading, sites: Sequence[Site]) -> GraphLook:

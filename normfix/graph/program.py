@@ -7,23 +7,15 @@ graph on them. What the graph calls as a module may be replaced there, which is 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Interpreter
 
 from normfix.errors import NormfixError
 
-__all__ = ["NormCall", "Program"]
-
-_FUNCTIONS: Mapping[str, Callable[..., Tensor]] = {
-    "batch_norm": F.batch_norm,
-    "instance_norm": F.instance_norm,
-    "group_norm": F.group_norm,
-    "layer_norm": F.layer_norm,
-}
+__all__ = ["Part", "Program"]
 
 
 class Program(nn.Module):
@@ -83,26 +75,21 @@ class Program(nn.Module):
         )
 
 
-class NormCall(nn.Module):
-    """One norm of a program whose tensors come from elsewhere: a functional call, or one of several calls.
+class Part(nn.Module):
+    """What ran inside one module of the program, so that its statistics have the names they have in the network.
 
     Args:
-        function: name in torch.nn.functional.
-        settings: its keyword arguments besides input, weight and bias.
+        home: whose children and tensors it takes over.
     """
 
-    def __init__(self, function: str, settings: dict[str, Any]) -> None:
+    def __init__(self, home: nn.Module | None = None) -> None:
         super().__init__()
-        self.function = function
-        self.settings = settings
+        for held in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            getattr(self, held).update(getattr(home, held, {}))
+        self.graphs: list[Graph] = []
 
-    def forward(
-        self, input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, shape: Any = None
-    ) -> Tensor:
-        """Normalise; `shape` is the normalized shape of a layer norm."""
-        given = self.settings if shape is None else {**self.settings, "normalized_shape": tuple(shape)}
-        return _FUNCTIONS[self.function](input, weight=weight, bias=bias, **given)
-
-    def extra_repr(self) -> str:
-        """Show the function."""
-        return self.function
+    def forward(self, call: int, *inputs: Any) -> Any:
+        """Run the nodes of one of the module's calls."""
+        interpreter = Interpreter(self, graph=self.graphs[call])
+        interpreter.extra_traceback = False
+        return interpreter.run(*inputs)

@@ -1,7 +1,8 @@
 """Raise an exported program into modules: every norm node becomes a stock layer again, where it was.
 
 A node whose tensors lie together at one path (`enc.norm.weight`, `enc.norm.bias`) becomes nn.InstanceNorm2d
-and the like at that path; one whose tensors come from elsewhere becomes a NormCall beside them. After
+and the like at that path; one whose tensors come from elsewhere, and every other statistic, becomes the function
+people call for it (normfix.graph.calls), inside the module it was called in (normfix.graph.parts). After
 decomposition the operators have other names and return several tensors, and an instance norm is
 
     view(x, [1, N C, *space]) -> _native_batch_norm_legit.no_stats -> getitem 0 -> view(., [N, C, *space])
@@ -22,9 +23,11 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
+from normfix.graph.calls import norm_call, write_calls_
 from normfix.graph.capture import extent_of, free_dimensions, image_of, silence
 from normfix.graph.operators import Normalisation, name_of, read_norm
-from normfix.graph.program import NormCall, Program
+from normfix.graph.parts import module_at, part_, put
+from normfix.graph.program import Program
 from normfix.graph.sites import owner_of
 
 __all__ = ["raised", "unlifted"]
@@ -57,11 +60,13 @@ def raised(program: ExportedProgram) -> Program:
     graph = body.graph
     nodes = [node for node in graph.nodes if _place(node) is not None]
     runs = Counter(owner_of(node) for node in nodes)
-    for number, node in enumerate(nodes):
+    for node in nodes:
         place = _place(node)  # read anew, since its operand may have been a norm that was raised
         assert place is not None
-        _raise(body, place, number, single=runs[owner_of(node)] == 1)
+        _raise(body, place, single=runs[owner_of(node)] == 1)
     _clean(graph)
+    write_calls_(graph)
+    part_(body)
     graph.lint()
     shape = image_of(program).meta["val"].shape
     free = free_dimensions(program)
@@ -136,20 +141,19 @@ def _unrepeated(tensor: Any) -> Any:
     return False
 
 
-def _raise(body: GraphModule, place: _Place, number: int, *, single: bool) -> None:
+def _raise(body: GraphModule, place: _Place, *, single: bool) -> None:
     norm, path = place.norm, owner_of(place.node)
     layer = _stock(body, norm, path) if single and path else None
-    arguments: tuple[Any, ...] = (norm.operand,)
-    if layer is None:
-        layer = _call(norm)
-        if layer is None:
-            return
-        path = ".".join(p for p in (path, f"{norm.function}_{number}") if p)
-        shape = (norm.normalized_shape,) if norm.function == "layer_norm" else ()
-        arguments = (norm.operand, norm.weight, norm.bias, *shape)
-    _put(body, path, layer)
+    written = None if layer is not None else norm_call(norm)
     with body.graph.inserting_before(place.node):
-        call = body.graph.call_module(path, arguments)
+        if layer is not None:
+            put(body, path, layer)
+            call = body.graph.call_module(path, (norm.operand,))
+        elif written is not None:
+            function, given = written
+            call = body.graph.call_function(function, (norm.operand,), given)
+        else:
+            return
     call.meta = dict(place.results[0].meta)
     for result in place.results:
         result.replace_all_uses_with(call)
@@ -164,10 +168,10 @@ def _stock(body: GraphModule, norm: Normalisation, path: str) -> nn.Module | Non
     tracking = norm.function in ("batch_norm", "instance_norm")
     if ("weight" in held) != ("bias" in held) or (tracking and ("running_mean" in held) == norm.computes):
         return None
-    home = _module_at(body, path)
+    home = module_at(body, path)
     own = {} if home is None else {**dict(home.named_parameters()), **dict(home.named_buffers())}
-    if not set(own) <= {*_HELD, "num_batches_tracked"} or (home is not None and list(home.children())):
-        return None
+    if set(own) - {"num_batches_tracked"} != set(held) or (home is not None and list(home.children())):
+        return None  # a norm of a convolution's weights, a subclass that does more
     layer = _new(norm, "weight" in held)
     for name in held if layer is not None else ():
         setattr(layer, name, own[name])
@@ -190,37 +194,6 @@ def _new(norm: Normalisation, affine: bool) -> nn.Module | None:
     if kind is not None:
         return kind(features, norm.eps, norm.momentum, affine, not norm.computes)
     return nn.GroupNorm(norm.groups, features, norm.eps, affine) if norm.function == "group_norm" else None
-
-
-def _call(norm: Normalisation) -> NormCall | None:
-    """Return a live norm as a module without tensors; None for what is not live or has no such function."""
-    if not norm.computes or norm.running_mean is not None:
-        return None
-    settings: dict[str, dict[str, Any]] = {
-        "batch_norm": {"running_mean": None, "running_var": None, "training": True},
-        "instance_norm": {},
-        "group_norm": {"num_groups": norm.groups},
-        "layer_norm": {},
-    }
-    if norm.function not in settings:
-        return None
-    return NormCall(norm.function, {**settings[norm.function], "eps": norm.eps})
-
-
-def _module_at(body: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return body.get_submodule(path)
-    except AttributeError:
-        return None
-
-
-def _put(body: nn.Module, path: str, layer: nn.Module) -> None:
-    *parents, name = path.split(".")
-    for parent in parents:
-        if parent not in body._modules:
-            body.add_module(parent, nn.Module())
-        body = body.get_submodule(parent)
-    body.add_module(name, layer)
 
 
 def _clean(graph: Graph) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from normfix.calibration import Calibration, measure_sites_
 from normfix.calling import Caller, home_of
 from normfix.errors import NormfixError
+from normfix.graph import Program
 from normfix.images import Items
 from normfix.interception import InterceptedNorm
 from normfix.layers import ChannelNorm, FrozenStatistic
@@ -127,7 +128,17 @@ def _planned(model: nn.Module, plan: Plan) -> list[Target]:
     """Describe the converted sites, all of which must still be there."""
     modules = dict(model.named_modules())
     for decision in plan.converted:
-        if not isinstance(modules.get(decision.target), ChannelNorm | InterceptedNorm | FrozenStatistic):
+        layer = modules.get(decision.target)
+        if isinstance(model, Program):
+            if not isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                raise NormfixError(
+                    "NF228",
+                    "the program holds the constant and no longer what computed it, so it cannot be measured anew. "
+                    "Calibrate the folder or network that the program was written from and write it again, or "
+                    "convert the program it was made of on these images.",
+                    where=decision.site.id,
+                )
+        elif not isinstance(layer, ChannelNorm | InterceptedNorm | FrozenStatistic):
             raise NormfixError(
                 "NF302",
                 "the converted layer is gone. Convert the network as it is now.",
