@@ -191,7 +191,8 @@ def _intercept(modules: dict[str, nn.Module], decision: Decision) -> None:
     anchor, owner = modules[site.anchor], modules[site.owner]
     if reason := obstacle(anchor):
         raise NormfixError("NF206", f"its calls cannot be intercepted: {reason}.", where=site.id)
-    like = owner if _has_tensors(owner) else anchor
+    around = (modules[path] for path in reversed(site.within))
+    like = next((module for module in (owner, *around) if _has_tensors(module)), modules[""])
     layer = _wrapped_norm(decision, owner, like) if site.statistic is None else _constant(decision, like)
     layer.train(owner.training)
     modules[site.holder].add_module(decision.target.rpartition(".")[2], layer)

@@ -16,8 +16,10 @@ from timm.layers.evo_norm import EvoNorm2dS0
 from timm.layers.global_context import GlobalContext
 from timm.layers.grn import GlobalResponseNorm
 from torch import nn
+from torch.testing import assert_close
 
 import normfix
+from normfix.layers import FrozenStatistic
 
 
 class ChannelsLast(nn.Module):
@@ -29,6 +31,17 @@ class ChannelsLast(nn.Module):
 
     def forward(self, x):
         return self.block(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Gated(nn.Module):
+    """Squeeze-excite by a pool module of its own, as torchvision writes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x):
+        return x * self.pool(x).sigmoid()
 
 
 def _response():
@@ -64,3 +77,14 @@ def test_converted_and_proved(name):
     assert [d.site.function for d in done.plan.converted] == functions
     assert done.plan.left_live == ()
     assert done.proof.passed, done.proof.steps
+
+
+def test_a_constant_has_the_networks_precision_although_its_owner_holds_no_tensor():
+    """A pool module has no tensor to take a dtype from; a float32 constant would be 1e-8 off in float64."""
+    network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), Gated()).double()
+    image = torch.randn(1, 1, 96, 64, dtype=torch.float64)
+    done = normfix.convert(network, image)
+    (constant,) = [m for m in done.model.modules() if isinstance(m, FrozenStatistic)]
+    assert constant.value.dtype == torch.float64
+    with torch.no_grad():
+        assert_close(done.model(image), network(image), rtol=0, atol=1e-14)
