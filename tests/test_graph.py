@@ -12,7 +12,7 @@ from torch import nn
 
 from normfix.calling import Caller
 from normfix.graph import Captured, NotCaptured, capture, graph_look, read_sites
-from normfix.graph.capture import _replay
+from normfix.graph.replaying import replay
 from normfix.records import Family
 from normfix.scanning import survey
 
@@ -161,10 +161,10 @@ def test_a_replay_tells_networks_apart():
     """A program is compared by value, shape and number of outputs; an input it does not take decides nothing."""
     captured = capture(tiny_unet(), Caller(), IMAGE)
     assert isinstance(captured, Captured)
-    assert _replay(captured.program, tiny_unet().eval(), IMAGE) is True
-    assert _replay(captured.program, nn.Identity(), IMAGE) is False
-    assert _replay(captured.program, nn.Conv2d(1, 2, 1), IMAGE) is False
-    assert _replay(captured.program, tiny_unet().eval(), IMAGE[..., 1:]) is None
+    assert replay(captured.program, tiny_unet().eval(), IMAGE) is True
+    assert replay(captured.program, nn.Identity(), IMAGE) is False
+    assert replay(captured.program, nn.Conv2d(1, 2, 1), IMAGE) is False
+    assert replay(captured.program, tiny_unet().eval(), IMAGE[..., 1:]) is None
 
 
 def test_sees_every_site_of_the_census():
