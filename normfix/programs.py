@@ -27,8 +27,9 @@ from torch.utils._pytree import tree_leaves
 from normfix.calling import REFUSALS, evaluating, home_of
 from normfix.errors import NormfixError
 from normfix.graph import Program, export, raised
-from normfix.graph.capture import free_dimensions, image_of, same, silence
+from normfix.graph.capture import free_dimensions, image_of
 from normfix.graph.raising import unlifted
+from normfix.graph.replaying import same, silence
 from normfix.numerics import exact_arithmetic
 from normfix.records import Saved
 

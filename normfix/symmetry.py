@@ -160,7 +160,7 @@ def common_unit(
     windows of the same length at every smaller shift that could be the stride. With `settled`, the hint is
     the answer of a like axis, and nothing smaller is tried.
     """
-    unit, length = hint, _odd(sum(reach) + _MARGIN + hint, hint)
+    unit, length = hint, _odd(max(sum(reach) + _MARGIN, cross[axis]) + hint, hint)
     size = [*cross]
     size[axis] = length + hint
     x = strip(example, size) + texture(example, size)

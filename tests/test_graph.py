@@ -12,7 +12,7 @@ from torch import nn
 
 from normfix.calling import Caller
 from normfix.graph import Captured, NotCaptured, capture, graph_look, read_sites
-from normfix.graph.capture import _replay
+from normfix.graph.replaying import replay
 from normfix.records import Family
 from normfix.scanning import survey
 
@@ -161,10 +161,10 @@ def test_a_replay_tells_networks_apart():
     """A program is compared by value, shape and number of outputs; an input it does not take decides nothing."""
     captured = capture(tiny_unet(), Caller(), IMAGE)
     assert isinstance(captured, Captured)
-    assert _replay(captured.program, tiny_unet().eval(), IMAGE) is True
-    assert _replay(captured.program, nn.Identity(), IMAGE) is False
-    assert _replay(captured.program, nn.Conv2d(1, 2, 1), IMAGE) is False
-    assert _replay(captured.program, tiny_unet().eval(), IMAGE[..., 1:]) is None
+    assert replay(captured.program, tiny_unet().eval(), IMAGE) is True
+    assert replay(captured.program, nn.Identity(), IMAGE) is False
+    assert replay(captured.program, nn.Conv2d(1, 2, 1), IMAGE) is False
+    assert replay(captured.program, tiny_unet().eval(), IMAGE[..., 1:]) is None
 
 
 def test_sees_every_site_of_the_census():
@@ -259,3 +259,83 @@ def test_a_hidden_operand_is_found():
     (site,) = (s for s in read_sites(captured, HiddenLive()).seen if s.family is Family.INSTANCE)
     assert site.depends
     assert site.live
+
+
+def test_a_custom_operator_is_unknown():
+    """An operator from outside torch is reported, whatever it computes."""
+
+    @torch.library.custom_op("normfix_test::doubled", mutates_args=())
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    doubled.register_fake(torch.empty_like)
+
+    class Custom(nn.Module):
+        def forward(self, x):
+            return doubled(x) + 1
+
+    reading = read_sites(capture(Custom(), Caller(), IMAGE), Custom())
+    assert reading.unknown == (("normfix_test.doubled.default", 1),)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x: x.view_as(x.clone()),
+        lambda x: F.hardswish(x.clone(), inplace=True),
+        lambda x: torch.hstack([x, x]),
+        lambda x: torch.cat([x, x], 1)[:, [1, 0]],
+        lambda x: F.pad(F.avg_pool2d(x, 16), (0, 1, 0, 1)),
+    ],
+)
+def test_ordinary_operations_are_local(operation):
+    """Shapes, activations in place, channels taken by number and padding of tiny maps are nothing to report."""
+
+    class Local(nn.Module):
+        def forward(self, x):
+            return operation(x)
+
+    reading = read_sites(capture(Local(), Caller(), IMAGE), Local())
+    assert reading.unknown == ()
+    assert reading.seen == ()
+
+
+def test_picking_along_space_is_unknown():
+    """Pixels taken by number may lie anywhere, so they are reported."""
+
+    class Picks(nn.Module):
+        def forward(self, x):
+            return x[:, :, torch.arange(x.shape[2] - 1, -1, -1)]
+
+    reading = read_sites(capture(Picks(), Caller(), IMAGE), Picks())
+    assert [name for name, _ in reading.unknown] == ["aten.index.Tensor"]
+
+
+def test_what_a_later_reduction_absorbs_is_no_dispute():
+    """Softmax over space before a contraction over space is dead to the census, and the graph does not object."""
+
+    class Context(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mask = nn.Conv2d(1, 1, 1)
+
+        def forward(self, x):
+            weights = F.softmax(self.mask(x).flatten(2), 2).transpose(1, 2)  # (n, h w, 1)
+            return x * torch.matmul(x.flatten(2), weights)[..., None]
+
+    sites, look = looked(Context())
+    assert [site.function for site in sites if site.live] == ["matmul"]
+    assert look.findings == ()
+
+
+def test_a_graph_that_cannot_be_read_takes_nothing_with_it(monkeypatch):
+    """A fault while reading the graph is a finding, and the scan goes on."""
+    from normfix.graph import look as looking
+
+    def fail(*args):
+        raise KeyError("val")
+
+    monkeypatch.setattr(looking, "read_sites", fail)
+    _, look = looked(tiny_unet())
+    assert look.looked.status == "failed"
+    assert [f.code for f in look.findings] == ["NF229"]

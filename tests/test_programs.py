@@ -83,6 +83,14 @@ def timm_features():
     return timm.create_model("resnet18", features_only=True, out_indices=(1,), in_chans=1)
 
 
+HEAVY = {"BasicUNet", "timm", "3D"}
+
+
+def named(*names):
+    """Return networks to run a test on; the heavy ones only in a run over real networks."""
+    return [pytest.param(n, marks=pytest.mark.zoo if n in HEAVY else ()) for n in names]
+
+
 NETWORKS = {
     "instance": lambda: stack(nn.InstanceNorm2d(4, affine=True)),
     "group": lambda: stack(nn.GroupNorm(2, 4)),
@@ -130,7 +138,7 @@ def fixed(tmp_path_factory, source):
     return path
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", named(*NETWORKS))
 def test_a_program_equals_the_converted_module(name):
     """The exported program gives the converted network's output to the bit, with batch and sizes free."""
     image, others = images_for(name)
@@ -147,7 +155,7 @@ def test_a_program_equals_the_converted_module(name):
 
 
 @pytest.mark.parametrize("decomposed", [False, True])
-@pytest.mark.parametrize("name", [n for n in NETWORKS if n not in ("layer over space", "BasicUNet")])
+@pytest.mark.parametrize("name", named(*(n for n in NETWORKS if n not in ("layer over space", "BasicUNet"))))
 def test_a_program_is_converted_without_source(name, decomposed):
     """A program, decomposed or not, is converted and proved like the module, with the same constants."""
     image, others = images_for(name)
@@ -168,7 +176,7 @@ def test_a_program_is_converted_without_source(name, decomposed):
 
 def test_raising_changes_nothing():
     """A raised program gives the program's output to the bit, its norms being stock layers at their paths."""
-    model = basic_unet().eval()
+    model = tiny_unet().eval()
     program = export(model, torch.randn(1, 1, 32, 32))
     lifted = raised(program)
     image = torch.randn(2, 1, 64, 32)
@@ -458,8 +466,8 @@ def test_a_swapped_constant_fails_the_identity(source, monkeypatch):
 # ---- command line
 
 
-def test_command_line(source, tmp_path):
-    """convert, scan, check and predict take a program, and convert writes one."""
+def test_command_line(source, tmp_path, capsys):
+    """plan, convert, calibrate, check and predict take a program, and convert and calibrate write one."""
     import numpy as np
 
     from normfix.cli import cli
@@ -470,8 +478,10 @@ def test_command_line(source, tmp_path):
     def run(*words):
         return cli.main([str(w) for w in words], standalone_mode=False)
 
-    assert run("scan", source) in (None, 0)
-    assert run("convert", source, image, "--to", "frozen", "-o", out, "--format", "pt2") == 0
+    assert run("plan", source, "--to", "frozen", "--input", "1x1x64x64") in (None, 0)
+    (tmp_path / "plan.json").write_text(capsys.readouterr().out)
+    assert run("convert", source, image, "--plan", tmp_path / "plan.json", "-o", out, "--format", "pt2") == 0
+    assert run("calibrate", out, image, "-o", tmp_path / "again.pt2") in (None, 0)
     assert run("check", out, image, "--tile", 32) == 0
     assert run("predict", out, image, "--tile", 32, "-o", tmp_path / "p.npy") in (None, 0)
     assert np.load(tmp_path / "p.npy").shape == (1, 96, 80)

@@ -9,10 +9,7 @@ where sizes are free, on another size and another batch. Whatever torch.export r
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
 
-from normfix.calling import REFUSALS
-from normfix.numerics import IDENTITY, deviation, exact_arithmetic
+from normfix.graph.replaying import replay, replays, resized, silence
+from normfix.numerics import exact_arithmetic
 
 __all__ = [
     "WRAPPED",
@@ -165,9 +161,9 @@ def _captured(network: _Network, example: Tensor) -> Captured | NotCaptured:
     program = export(network, example)
     free = free_dimensions(program)
     replayed = []
-    for trials in _replays(example, free):
+    for trials in replays(example, free):
         for image in trials:
-            agree = _replay(program, network, image)
+            agree = replay(program, network, image)
             if agree is False:
                 shape = "x".join(map(str, image.shape))
                 return NotCaptured(
@@ -183,46 +179,12 @@ def _captured(network: _Network, example: Tensor) -> Captured | NotCaptured:
     return Captured(program, confirmed, other, tuple(replayed))
 
 
-def _replays(example: Tensor, free: Sequence[int]) -> Iterator[list[Tensor]]:
-    """Yield lists of inputs of which one has to be replayed: the example, another batch, another size."""
-    yield [example]
-    if 0 in free:
-        yield [torch.cat([example, example.flip(-1), example * 0.5])]
-    if any(dim >= 2 for dim in free):
-        sizes = [[n + step * (d in free) for d, n in enumerate(example.shape)][2:] for step in (32, 64, 128)]
-        yield [_resized(example, size) for size in [*sizes, [2 * n for n in example.shape[2:]]]]
-
-
-def _replay(program: ExportedProgram, network: nn.Module, image: Tensor) -> bool | None:
-    """Tell whether program and network agree; None where one of them does not take the input."""
-    body = program.module()
-    with silence():
-        try:
-            expected = network(image.clone())
-            actual = body(image.clone())
-        except REFUSALS:
-            return None
-    mine, theirs = tree_leaves(actual), tree_leaves(expected)
-    return len(mine) == len(theirs) and all(
-        same(a, b) for a, b in zip(mine, theirs, strict=True) if isinstance(b, Tensor)
-    )
-
-
-def same(actual: Any, expected: Tensor) -> bool:
-    if not isinstance(actual, Tensor) or actual.shape != expected.shape or actual.dtype != expected.dtype:
-        return False
-    if torch.equal(actual, expected) or not expected.is_floating_point():
-        return torch.equal(actual, expected)
-    spread = float(expected.double().std()) or 1.0
-    return deviation(actual, expected, spread)[0] <= IDENTITY[expected.dtype]
-
-
 def _other(network: nn.Module, example: Tensor, program: ExportedProgram) -> ExportedProgram | None:
     """Export at a second size; None if the network takes none of those tried with the same graph."""
     names = [(node.name, str(node.target)) for node in program.graph.nodes]
     for step in (32, 64):
         try:
-            found = _export(network, _resized(example, [n + step for n in example.shape[2:]]), ())
+            found = _export(network, resized(example, [n + step for n in example.shape[2:]]), ())
         except Exception:  # noqa: BLE001 - this size is not accepted
             continue
         if [(node.name, str(node.target)) for node in found.graph.nodes] == names:
@@ -243,12 +205,6 @@ def _export(module: nn.Module, example: Tensor, free: Sequence[int]) -> Exported
 def _pair(example: Tensor) -> Tensor:
     """Return a batch of two different images made from one."""
     return torch.cat([example[:1], example[:1].flip(-1)])
-
-
-def _resized(example: Tensor, size: Sequence[int]) -> Tensor:
-    for axis, n in enumerate(size, start=2):
-        example = example.index_select(axis, torch.arange(n, device=example.device) % example.shape[axis])
-    return example
 
 
 def _tensor_nodes(program: ExportedProgram) -> Iterator[tuple[str, Any]]:
@@ -282,24 +238,6 @@ def _sizes(value: Any, replaced: dict[Any, int] | None = None) -> tuple[int, ...
         resolved = n.node.expr.subs(known)
         sizes.append(int(resolved) if resolved.is_number else 1)  # depends on the values of data
     return tuple(sizes)
-
-
-@contextmanager
-def silence() -> Iterator[None]:
-    """Keep what torch.export warns and logs to itself; what matters is returned."""
-    loggers = [
-        logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._dynamo", "torch._export")
-    ]
-    before = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
 
 
 def _line(error: Exception) -> str:

@@ -1,8 +1,8 @@
 """The graph's look at a network, held against the census: what both saw, and every disagreement.
 
 Nodes and calls are paired by owner and function in order. A call that torch decomposes (F.normalize, attention
-inside nn.MultiheadAttention) is paired by owner and source line instead. What remains unpaired on either side
-is a finding.
+inside nn.MultiheadAttention) is paired by owner, source line and the number of the call instead. What remains
+unpaired on either side is a finding. A graph of one size cannot tell space, so it denies norms only.
 """
 
 from __future__ import annotations
@@ -80,10 +80,12 @@ def compare_looks(captured: Captured, reading: Reading, sites: Sequence[Site]) -
     """Pair the nodes of a graph with the sites of a census."""
     pairs = _paired(reading.seen, sites)
     seen = frozenset(site.id for site in pairs.values())
-    unseen = tuple(site.id for site in sites if site.id not in seen)
+    two_sizes = any(pair is not None for pair in captured.shapes().values())
+    unseen = tuple(site.id for site in sites if site.id not in seen and (two_sizes or site.layer is not None))
     surplus = tuple(s for s in reading.seen if s.node not in pairs)
     disputed = _disputed(reading.seen, pairs)
     sizes = "free" if any(d >= 2 for d in captured.free) else "fixed"
+    sizes += "" if two_sizes else " at one, space told by position"
     note = f"sizes {sizes}, replayed on {len(captured.replayed)} inputs"
     return GraphLook(
         looked=Looked(name="graph", status="done", note=note),
@@ -105,15 +107,20 @@ def _paired(seen: Sequence[Seen], sites: Sequence[Site]) -> dict[str, Site]:
         by_call[site.owner, _canonical(site.function)].append(site)
         by_line[site.owner, site.line].append(site)
     numbers: dict[tuple[str, str], int] = defaultdict(int)
+    calls: dict[tuple[str, str], list[str]] = defaultdict(list)
     pairs: dict[str, Site] = {}
     for node in seen:
-        key = (node.owner, _canonical(node.function))
+        key, place = (node.owner, _canonical(node.function)), (node.owner, node.line)
         position = numbers[key]
         numbers[key] += 1
         if position < len(by_call[key]):
             pairs[node.node] = by_call[key][position]
-        elif by_line[node.owner, node.line] and node.line:
-            pairs[node.node] = by_line[node.owner, node.line][0]
+        elif by_line[place] and node.line:
+            if node.call not in calls[place]:
+                calls[place].append(node.call)
+            written = node.call.rpartition("_")[0]
+            alike = [site for site in by_line[place] if site.function == written] or by_line[place]
+            pairs[node.node] = alike[min(calls[place].index(node.call), len(alike) - 1)]
     return pairs
 
 
@@ -123,14 +130,18 @@ def _canonical(function: str) -> str:
 
 
 def _disputed(seen: Sequence[Seen], pairs: dict[str, Site]) -> tuple[str, ...]:
-    """Return the sites that one look calls live and the other does not."""
+    """Return the sites that one look calls live and the other does not.
+
+    The census calls a site dead if freezing another one behind it leaves nothing of it, which the graph alone
+    cannot tell; so what is absorbed by another reduction is no dispute either way.
+    """
     votes: dict[str, list[bool]] = defaultdict(list)
     sites = {}
     for node in seen:
         if node.node in pairs:
             site = pairs[node.node]
             sites[site.id] = site
-            votes[site.id].append(node.live)
+            votes[site.id].append(node.live and (site.live or not node.absorbed))
     return tuple(name for name, live in votes.items() if any(live) != sites[name].live)
 
 

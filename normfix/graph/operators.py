@@ -48,15 +48,29 @@ _LOCAL = frozenset(
         "moveaxis", "swapaxes", "unsqueeze", "squeeze", "expand", "expand_as", "flatten", "unflatten",
         "contiguous", "clone", "detach", "detach_", "alias", "lift_fresh_copy", "to", "_to_copy", "type_as",
         "_assert_tensor_metadata", "slice", "select", "narrow", "chunk", "split", "split_with_sizes",
-        "unbind", "cat", "concat", "stack", "index_select", "constant_pad_nd", "pad", "reflection_pad1d",
+        "unbind", "cat", "concat", "stack", "constant_pad_nd", "pad", "reflection_pad1d",
         "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d",
         "replication_pad3d", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
         "native_channel_shuffle", "unfold", "im2col", "repeat", "repeat_interleave", "tile", "meshgrid",
-        "broadcast_tensors", "dropout", "feature_dropout", "alpha_dropout",
+        "broadcast_tensors", "dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout",
+        "native_dropout", "view_as", "reshape_as", "broadcast_to", "adjoint", "numpy_T", "mT", "mH", "swapdims",
+        "atleast_1d", "atleast_2d", "atleast_3d", "ravel", "unsafe_chunk", "unsafe_split",
+        "unsafe_split_with_sizes", "tensor_split", "hsplit", "vsplit", "dsplit", "hstack", "vstack", "dstack",
+        "column_stack", "row_stack", "concatenate", "_stack", "view_as_complex", "view_as_real", "real", "imag",
+        "complex", "polar", "conj", "_conj", "resolve_conj", "resolve_neg", "lift", "lift_fresh", "data", "cpu",
+        "cuda", "pin_memory", "chalf", "copy", "fill", "zero", "slice_scatter", "select_scatter", "numel", "size",
+        "_functional_assert_async", "_assert_async", "_assert_scalar", "is_floating_point", "is_complex",
+        # pixel by pixel, but without the tag
+        "absolute", "arccos", "arccosh", "arcsin", "arcsinh", "arctan", "arctan2", "arctanh", "divide",
+        "multiply", "subtract", "true_divide", "floor_divide", "fix", "negative", "greater", "greater_equal",
+        "less", "less_equal", "not_equal", "hardswish", "log_sigmoid", "log_sigmoid_forward", "rrelu",
+        "rrelu_with_noise", "isclose", "isreal", "bucketize", "one_hot", "cross", "cosine_similarity",
+        "pairwise_distance", "rand_like", "randn_like", "randint_like", "bernoulli", "uniform", "normal",
+        "exponential",
         # made from sizes alone
         "sym_size", "sym_numel", "zeros", "ones", "full", "empty", "arange", "linspace", "zeros_like",
         "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
-        "scalar_tensor", "eye", "tril", "triu",
+        "scalar_tensor", "eye", "tril", "triu", "empty_strided", "new_empty_strided", "rand", "randn",
         # convolutions, pools over windows, resampling, channels
         "conv1d", "conv2d", "conv3d", "convolution", "_convolution", "conv_transpose1d", "conv_transpose2d",
         "conv_transpose3d", "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices",
@@ -70,7 +84,11 @@ _LOCAL = frozenset(
         "var_mean", "std_mean", "linalg_vector_norm", "norm", "argmax", "argmin", "cumsum", "cumprod",
         "cummax", "cummin", "logcumsumexp", "sort", "argsort", "topk", "adaptive_avg_pool1d",
         "adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool2d", "adaptive_max_pool2d",
-        "scaled_dot_product_attention", "flip", "roll", "median",
+        "scaled_dot_product_attention", "flip", "roll", "median", "_adaptive_avg_pool3d",
+        "adaptive_max_pool1d", "adaptive_max_pool3d", "max_pool1d_with_indices", "_convolution_mode",
+        "_conv_depthwise2d", "conv_depthwise3d", "thnn_conv2d", "conv_tbc", "col2im", "bilinear", "_trilinear",
+        "_addmm_activation", "addbmm", "addmv", "mv", "dot", "inner", "outer", "tensordot", "chain_matmul",
+        "cdist", "_safe_softmax", "nanmean", "nansum", "aminmax", "count_nonzero", "frobenius_norm", "diff",
     }
 )
 """Local unless `along` says that they run along space, or their output grows otherwise than their input."""
@@ -78,7 +96,14 @@ _LOCAL = frozenset(
 _ALONG = frozenset(
     {
         "softmax", "_softmax", "log_softmax", "_log_softmax", "logsumexp", "cumsum", "cumprod", "cummax",
-        "cummin", "logcumsumexp", "sort", "argsort", "flip", "roll", "topk", "median", "glu",
+        "cummin", "logcumsumexp", "sort", "argsort", "flip", "roll", "topk", "median", "glu", "_safe_softmax",
+    }
+)
+_PICKING = frozenset({"index", "_unsafe_index", "index_put", "_unsafe_index_put"})
+_PICKING_DIM = frozenset(
+    {
+        "index_select", "gather", "take_along_dim", "scatter", "scatter_add", "scatter_reduce", "index_add",
+        "index_copy", "index_fill",
     }
 )
 # fmt: on
@@ -111,15 +136,35 @@ def name_of(node: Node) -> str:
     return str(node.target._schema.name.partition("::")[2]) if isinstance(node.target, OpOverload) else ""
 
 
-def is_local(node: Node) -> bool:
-    """Tell whether an operator is known to be local, unless its sizes or dimensions say otherwise."""
+def is_local(node: Node, space: frozenset[int] = frozenset()) -> bool:
+    """Tell whether an operator is known to be local, unless its sizes or dimensions say otherwise.
+
+    Args:
+        node: of the graph.
+        space: dimensions of its first operand that follow the image's extent.
+    """
     target = node.target
     if not isinstance(target, OpOverload):
         return True  # arithmetic on sizes, getitem
+    if target.namespace not in ("aten", "prim", "prims"):
+        return False
     name = name_of(node).rstrip("_")
-    return target.namespace in ("aten", "prim", "prims") and (
-        torch.Tag.pointwise in target.tags or name in _LOCAL
-    )
+    if name in _PICKING | _PICKING_DIM:
+        return not set(_picked(node, name)) & space
+    in_name_only = getattr(torch.ops.aten, name, None) if name != name_of(node) else None
+    twins = () if in_name_only is None else (getattr(in_name_only, o) for o in in_name_only.overloads())
+    tags = set(target.tags).union(*(twin.tags for twin in twins))
+    attends = name.startswith("_scaled_dot_product")
+    return torch.Tag.pointwise in tags or name in _LOCAL or attends
+
+
+def _picked(node: Node, name: str) -> tuple[int, ...]:
+    """Return the dimensions along which an operator takes or puts what an index says."""
+    given = _bound(node)
+    if name in _PICKING:
+        return tuple(d for d, index in enumerate(given["indices"]) if index is not None)
+    rank = len(given["self"].meta["val"].shape)
+    return tuple(range(rank)) if given.get("dim") is None else (int(given["dim"]) % rank,)
 
 
 def along(node: Node) -> tuple[int, ...]:

@@ -35,7 +35,7 @@ _POOLS = ("adaptive_avg_pool", "adaptive_max_pool", "_adaptive_avg_pool", "avg_p
 _SHAPING = frozenset(
     {"slice", "select", "narrow", "index", "index_select", "split", "chunk", "expand", "view", "sym_size"}
 )
-_UPSAMPLES = ("upsample_", "_upsample_")
+_RESIZING = ("upsample_", "_upsample_", "pad", "constant_pad", "reflection_pad", "replication_pad")
 _LEAVES = frozenset({"item", "_local_scalar_dense"})
 _FAMILY_ALONG = {"softmax": Family.ATTENTION, "_softmax": Family.ATTENTION, "log_softmax": Family.ATTENTION}
 
@@ -46,7 +46,9 @@ class Seen:
 
     `owner` is the path of the innermost module as `named_modules` first names it, `number` the node's
     position among those of the same owner and function in graph order. `depends` tells whether the operand
-    depends on the image: a norm of weights does not, and is not live.
+    depends on the image: a norm of weights does not, and is not live. `absorbed` tells that whatever depends on a
+    live node runs through another reduction, so that nothing is left of it once that one is a constant. `call`
+    is the function people called, numbered, where the graph remembers it.
     """
 
     node: str
@@ -58,6 +60,8 @@ class Seen:
     family: Family
     depends: bool
     live: bool
+    absorbed: bool = False
+    call: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,7 @@ def read_sites(captured: Captured, model: nn.Module) -> Reading:
     nodes = [node for node in captured.program.graph.nodes if node.op == "call_function"]
     sizes = _Sizes(captured)
     depends = _dependent(captured)
-    meeting = _meeting(nodes, sizes, depends)
+    meeting, free = _meeting(nodes, sizes, depends), _unabsorbed(captured, sizes)
     names = _first_names(model)
     numbers: Counter[tuple[str, str]] = Counter()
     seen, unknown = [], Counter[str]()
@@ -86,7 +90,8 @@ def read_sites(captured: Captured, model: nn.Module) -> Reading:
         norm = read_norm(node)
         family = _FAMILIES[norm.function] if norm else _family(node, sizes, depends)
         if family is None:
-            if node in depends and not is_local(node):
+            first = node.all_input_nodes[0] if node.all_input_nodes else node
+            if node in depends and not is_local(node, sizes.space(first)):
                 unknown[str(node.target)] += 1
             continue
         function = norm.function if norm else name_of(node)
@@ -103,6 +108,8 @@ def read_sites(captured: Captured, model: nn.Module) -> Reading:
                 family=family,
                 depends=operand,
                 live=operand and (_live(norm, sizes) if norm else node in meeting or _lasts(node, sizes)),
+                absorbed=not any(user in free for user in node.users),
+                call=str((node.meta.get("torch_fn") or ("",))[0]),
             )
         )
         numbers[owner, function] += 1
@@ -177,7 +184,7 @@ def _family(node: Node, sizes: _Sizes, depends: frozenset[Node]) -> Family | Non
 
 def _reduces(node: Node, sizes: _Sizes) -> bool:
     name = name_of(node)
-    shaping = name in _SHAPING | _LEAVES or name.startswith(_UPSAMPLES)
+    shaping = name in _SHAPING | _LEAVES or name.startswith(_RESIZING)
     if not name or shaping or not sizes.known(node) or read_norm(node) is not None:
         return False
     into = sizes.inputs(node)
@@ -225,6 +232,16 @@ def _meeting(nodes: list[Node], sizes: _Sizes, depends: frozenset[Node]) -> froz
             met |= inherited
         carried[node] = inherited | ({node} if node in depends and _reduces(node, sizes) else frozenset())
     return met
+
+
+def _unabsorbed(captured: Captured, sizes: _Sizes) -> frozenset[Node]:
+    """Return the nodes from which a path leads to the result, or out of tensors, past every reduction."""
+    found: set[Node] = set()
+    for node in reversed(captured.program.graph.nodes):
+        leads = any(user in found for user in node.users) and not _reduces(node, sizes)
+        if leads or node.op == "output" or name_of(node) in _LEAVES:
+            found.add(node)
+    return frozenset(found)
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:

@@ -1,0 +1,79 @@
+"""Run a captured program beside the network it was captured from, on other inputs than it was captured with."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
+
+from normfix.calling import REFUSALS
+from normfix.numerics import IDENTITY, deviation
+
+__all__ = ["replay", "replays", "resized", "same", "silence"]
+
+
+def replays(example: Tensor, free: Sequence[int]) -> Iterator[list[Tensor]]:
+    """Yield lists of inputs of which one has to be replayed: the example, another batch, another size."""
+    yield [example]
+    if 0 in free:
+        yield [torch.cat([example, example.flip(-1), example * 0.5])]
+    if any(dim >= 2 for dim in free):
+        sizes = [[n + step * (d in free) for d, n in enumerate(example.shape)][2:] for step in (32, 64, 128)]
+        yield [resized(example, size) for size in [*sizes, [2 * n for n in example.shape[2:]]]]
+
+
+def replay(program: ExportedProgram, network: nn.Module, image: Tensor) -> bool | None:
+    """Tell whether program and network agree; None where one of them does not take the input."""
+    body = program.module()
+    with silence():
+        try:
+            expected = network(image.clone())
+            actual = body(image.clone())
+        except REFUSALS:
+            return None
+    mine, theirs = tree_leaves(actual), tree_leaves(expected)
+    return len(mine) == len(theirs) and all(
+        same(a, b) for a, b in zip(mine, theirs, strict=True) if isinstance(b, Tensor)
+    )
+
+
+def same(actual: Any, expected: Tensor) -> bool:
+    """Tell whether two outputs agree to rounding, in units of the spread of the second."""
+    if not isinstance(actual, Tensor) or actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return False
+    if torch.equal(actual, expected) or not expected.is_floating_point():
+        return torch.equal(actual, expected)
+    spread = float(expected.double().std()) or 1.0
+    return deviation(actual, expected, spread)[0] <= IDENTITY[expected.dtype]
+
+
+def resized(example: Tensor, size: Sequence[int]) -> Tensor:
+    """Return an input of another size, made by repeating or cutting one."""
+    for axis, n in enumerate(size, start=2):
+        example = example.index_select(axis, torch.arange(n, device=example.device) % example.shape[axis])
+    return example
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Keep what torch.export warns and logs to itself; what matters is returned."""
+    loggers = [
+        logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._dynamo", "torch._export")
+    ]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
