@@ -129,6 +129,8 @@ def _problems(archive: zipfile.ZipFile, where: str) -> Iterator[str]:
         name = full.partition("/")[2]
         if not _KNOWN.fullmatch(name):
             yield f"it holds {name[:80]!r}, which is no part of a program of tensors"
+        elif name.startswith("extra/"):
+            continue  # text that is handed over as it is
         elif name.endswith(".json"):
             yield from _unsafe_values(json.loads(archive.read(full)))
         elif name.endswith(".pt"):
