@@ -18,7 +18,7 @@ from normfix.layers import FrozenStatistic
 from normfix.locality import Locality, cross_section, measure_locality
 from normfix.merging import GraphSeen, merge
 from normfix.moments import Moments, pool
-from normfix.numerics import exact_arithmetic
+from normfix.numerics import IDENTITY, deviation, exact_arithmetic
 from normfix.planning import decide
 from normfix.positions import Positions
 from normfix.records import Action, Decision, Finding, Looked, Plan, Scan
@@ -122,12 +122,36 @@ def base_of(
     given = example.to(*home_of(base))
     with torch.random.fork_rng():
         materialise_(base, caller, given)
-        _require_independence(base, model, caller, given)
+        untried = copy_of(base)
+        first = _require_independence(base, model, caller, given)
+        _require_no_memory(untried, caller, given, first)
     return base
 
 
-def _require_independence(base: nn.Module, model: nn.Module, caller: Caller, example: Tensor) -> None:
-    """Run a copy once and make sure that no module of the original runs with it.
+def _require_no_memory(untried: nn.Module, caller: Caller, example: Tensor, first: Tensor) -> None:
+    """Run a copy on another input, then on the example: it must give what one gave that had seen nothing before.
+
+    Raises:
+        NormfixError: NF246 if it does not, so that "the original's output on an image" is no such thing.
+    """
+    with evaluating(untried), buffers_kept(untried), torch.no_grad():
+        caller(untried, example.flip(-1) * 0.5)
+        torch.manual_seed(0)
+        again = caller(untried, example)
+    a, b = first.double().nan_to_num(), again.double().nan_to_num()
+    bound = IDENTITY.get(first.dtype, 0.0)
+    if a.shape == b.shape and deviation(b, a, float(a.std().nan_to_num()) or 1.0)[0] <= bound:
+        return
+    raise NormfixError(
+        "NF246",
+        "its output on one input is another after it has run on a different one: it keeps what it computed in an "
+        "attribute or buffer, or draws random numbers of its own. Compute it anew in every forward, or reset it.",
+        where=type(untried).__name__,
+    )
+
+
+def _require_independence(base: nn.Module, model: nn.Module, caller: Caller, example: Tensor) -> Tensor:
+    """Run a copy once and make sure that no module of the original runs with it; return what it gave.
 
     Raises:
         NormfixError: NF208 if one does: a lambda or closure in the network still refers to the original.
@@ -142,10 +166,15 @@ def _require_independence(base: nn.Module, model: nn.Module, caller: Caller, exa
         )
 
     mine = {id(module) for module in base.modules()}
-    handles = [m.register_forward_pre_hook(stop, prepend=True) for m in model.modules() if id(m) not in mine]
+    handles = [
+        m.register_forward_pre_hook(stop, prepend=True)
+        for m in model.modules()
+        if id(m) not in mine and not isinstance(m, torch.jit.ScriptModule)  # which take no hooks
+    ]
     try:
         with evaluating(base), buffers_kept(base), torch.no_grad():
-            caller(base, example)
+            torch.manual_seed(0)
+            return caller(base, example)
     finally:
         for handle in handles:
             handle.remove()
@@ -189,7 +218,7 @@ def look(
             sites=merged.sites,
             uncalled=found.uncalled,
             dense=found.dense,
-            tile_invariant=geometry is not None and not live and not unknown,
+            tile_invariant=geometry is not None and not live and not unknown and not placed,
             stride=geometry.stride if geometry else None,
             halo=geometry.halo if geometry else None,
             scale=tuple(map(str, geometry.scale)) if geometry else None,
