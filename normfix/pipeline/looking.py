@@ -122,10 +122,31 @@ def base_of(
     given = example.to(*home_of(base))
     with torch.random.fork_rng():
         materialise_(base, caller, given)
-        untried = copy_of(base)
-        first = _require_independence(base, model, caller, given)
-        _require_no_memory(untried, caller, given, first)
+        try:
+            _require_one_network(base, model, caller, _quarter(given))
+        except NormfixError as error:
+            if error.code != "NF109":
+                raise
+            _require_one_network(base, model, caller, given)
     return base
+
+
+def _quarter(example: Tensor) -> Tensor:
+    """Return a corner of half the extents, on which most networks run as well."""
+    for axis in range(2, example.dim()):
+        if example.shape[axis] >= 64:
+            example = example.narrow(axis, 0, example.shape[axis] // 2)
+    return example
+
+
+def _require_one_network(base: nn.Module, model: nn.Module, caller: Caller, example: Tensor) -> None:
+    """Make sure, on copies, that what runs is the copy alone, and that each run is for itself.
+
+    Raises:
+        NormfixError: NF109 if it does not run on the example, NF208 and NF246 as below.
+    """
+    first = _require_independence(copy_of(base), model, caller, example)
+    _require_no_memory(copy_of(base), caller, example, first)
 
 
 def _require_no_memory(untried: nn.Module, caller: Caller, example: Tensor, first: Tensor) -> None:
