@@ -146,9 +146,10 @@ def require_network(model: object) -> None:
     reason = ""
     if not isinstance(model, nn.Module):
         reason = "expected an nn.Module. To open a file or a name, use normfix.load."
-    elif hasattr(model, "_orig_mod"):
+    elif compiled := [path for path, module in model.named_modules() if "_orig_mod" in module._modules]:
         reason = (
-            "torch.compile hides its calls. Give the network before it (its _orig_mod), compile the result."
+            f"torch.compile hides the calls of {compiled[0] or 'the network'}. Give the network before it (its "
+            "_orig_mod), compile the result."
         )
     elif any(t.is_meta for t in (*model.parameters(), *model.buffers())):
         reason = "it has tensors on the meta device, which hold no data. Load its weights first."

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType, MappingProxyType
 from typing import Any
@@ -32,6 +33,7 @@ __all__ = [
     "DIRECT",
     "LEAVES",
     "NORMS",
+    "PICKS",
     "Call",
     "Recorder",
     "Settle",
@@ -56,8 +58,15 @@ NORMS: Mapping[str, Callable[..., Any]] = MappingProxyType(
 )
 """The normalising functions whose arguments are bound by name, so that rules can read them."""
 
-LEAVES = frozenset({"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__"})
-"""Methods by which a value leaves tensors, for a branch or for arithmetic that no census sees."""
+LEAVES = (
+    frozenset({"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__array__"})
+    | frozenset({"__complex__", "__contains__", "__dlpack__", "to_dlpack"})
+    | frozenset({"equal", "allclose", "is_nonzero"})
+)
+"""Functions by which a value leaves tensors, for a branch or for arithmetic that no census sees."""
+
+PICKS = frozenset({"masked_select", "nonzero", "argwhere", "unique", "unique_consecutive", "unique_dim"})
+"""Functions that return as many values as the data tells them to: a size that no census follows."""
 
 DIRECT: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -114,7 +123,8 @@ class Call:
     the first that depends on the input, of shape `inputs[0]`. `reads` and `writes` are serial numbers of memory
     that depends on the input. `numbers` are the Python numbers among the arguments, `kinds` the outputs' dtypes.
     `returned` tells that the network's result holds an output of this call, `checkpointed` names the modules
-    whose forward recomputes this call by an activation checkpoint.
+    whose forward recomputes this call by an activation checkpoint, `hooked` that a hook of the root makes it,
+    outside of every forward.
     """
 
     function: str
@@ -133,6 +143,7 @@ class Call:
     operand: int = 0
     checkpointed: tuple[str, ...] = ()
     returned: bool = False
+    hooked: bool = False
 
     @property
     def owner(self) -> str:
@@ -146,6 +157,7 @@ class _Frame:
     kind: str
     invocation: int
     checkpoints: int
+    running: bool = False
     counts: Counter[str] = field(default_factory=Counter)
 
 
@@ -223,7 +235,7 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         dependent = [t for t in operands if self.depends(t)]
-        name = _name_of(func)
+        name = self._picking(_name_of(func), args)
         counted = name in NORMS or name in DIRECT or name in _COUNTED_NAMES
         if self._settle is not None and self.frames and (dependent or counted):
             frame = self.frames[-1]
@@ -278,9 +290,20 @@ class Recorder(TorchFunctionMode):
                 kinds=tuple(_kind(t.dtype) for t in results),
                 operand=operand,
                 checkpointed=tuple(f.path for f in self.frames if f.checkpoints < checkpoints),
+                hooked=not self.frames[0].running,
             )
         )
         frame.counts[name] += 1
+
+    def _picking(self, name: str, args: tuple[Any, ...]) -> str:
+        """Give `x[mask]` and `where(mask)`, with a mask made from the input, the names of what they do."""
+        if name == "where" and len(args) == 1:
+            return "nonzero"
+        if name != "__getitem__" or len(args) < 2:
+            return name
+        index = args[1] if isinstance(args[1], tuple | list) else (args[1],)
+        masks = (i for i in index if isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8))
+        return "masked_select" if any(map(self.depends, masks)) else name
 
     def _shaped(self, value: object) -> object:
         if isinstance(value, Tensor):
@@ -338,7 +361,11 @@ def bound(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mappin
 
 @contextmanager
 def _watched(model: nn.Module, recorder: Recorder) -> Iterator[None]:
-    """Keep the recorder's stack of running modules; all hooks are gone afterwards."""
+    """Keep the recorder's stack of running modules; all hooks are gone afterwards.
+
+    What a module's own hooks call belongs to the module around it, in whose forward they run. Nothing is around the
+    root: its hooks belong to itself, while it is not yet or no longer `running`.
+    """
     handles = []
 
     def watch(path: str, module: nn.Module) -> None:
@@ -353,8 +380,11 @@ def _watched(model: nn.Module, recorder: Recorder) -> Iterator[None]:
             if not recorder.frames:
                 recorder.returned(output)
 
-        handles.append(module.register_forward_pre_hook(enter, prepend=True))
-        handles.append(module.register_forward_hook(leave, always_call=True))
+        handles.append(module.register_forward_pre_hook(enter, prepend=module is model))
+        if module is model:
+            handles.append(module.register_forward_pre_hook(partial(_runs, recorder, True)))
+            handles.append(module.register_forward_hook(partial(_runs, recorder, False), prepend=True))
+        handles.append(module.register_forward_hook(leave, prepend=module is not model, always_call=True))
 
     try:
         for path, module in model.named_modules():
@@ -364,6 +394,10 @@ def _watched(model: nn.Module, recorder: Recorder) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _runs(recorder: Recorder, running: bool, *_: Any) -> None:
+    recorder.frames[0].running = running
 
 
 def source_line() -> str:

@@ -131,6 +131,8 @@ CODES: dict[str, str] = {
     "NF245": "A halo is read from where NaN spreads to, and some operations would take NaN for an address in memory "
     "(deformable convolutions, sampling at computed coordinates, operations from outside torch). They are not run "
     "on it; how far they read depends on the data.",
+    "NF246": "What the network gives for an input depends on what it ran on before: a value kept on self, a running "
+    "average that is updated in eval mode, random numbers from a generator of its own. No tiling of it is defined.",
     "NF224": "A program (.pt2) could not be read, or is not what torch.export.save writes for one image and "
     "the tensors it holds.",
     "NF225": "The network cannot be written as an exported program: torch.export failed, or something in it "

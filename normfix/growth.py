@@ -146,7 +146,7 @@ class Growth:
         found = [1] * (rank - 2)
         looks = self._other.calls if self._other else self._calls
         for here, there in zip(self._calls, looks, strict=True):
-            for a, b in zip(here.outputs, there.outputs, strict=True):
+            for a, b in zip(here.outputs, there.outputs, strict=False):  # unbind gives as many as there are
                 if len(a) == rank:
                     for axis in range(rank - 2):
                         found[axis] = math.lcm(found[axis], self._coarseness(axis, a[axis + 2], b[axis + 2]))

@@ -7,6 +7,7 @@ Calls that look at the whole extent play one of these roles:
     partial   the result still varies along an axis of the image (strip pooling)
     mixing    a map in, a map out, and each pixel has seen all (softmax, cumsum, sort, Fourier)
     pairs     every pixel is compared with every other (attention)
+    leaving   a map's values leave tensors, or say by a result's size how many they are (`equal`, `x[mask]`)
 
 A statistic is live if a path leads from it to the network's result, or to a value that leaves tensors and may
 decide a branch, without passing a total or quotient that is frozen: a constant cuts all that leads to it.
@@ -19,7 +20,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import StrEnum
 
-from normfix.census import LEAVES, Call
+from normfix.census import LEAVES, PICKS, Call
 from normfix.growth import FIXED, REDUCED, SQUARED, Growth
 
 __all__ = ["Role", "live_positions", "roles", "tails"]
@@ -33,6 +34,7 @@ class Role(StrEnum):
     PARTIAL = "partial"
     MIXING = "mixing"
     PAIRS = "pairs"
+    LEAVING = "leaving"
 
 
 _ATTENTION = frozenset({"scaled_dot_product_attention", "multi_head_attention_forward"})
@@ -93,7 +95,8 @@ def live_positions(calls: Sequence[Call], growth: Growth, cuts: Collection[int])
     live: set[int] = set()
     for position in reversed(range(len(calls))):
         call = calls[position]
-        if call.function in LEAVES:
+        if call.function in LEAVES | PICKS:
+            live.add(position)
             needed.update(call.reads)
         elif (call.returned and growth.outputs(position) >= FIXED) or needed.intersection(call.writes):
             live.add(position)
@@ -104,9 +107,11 @@ def live_positions(calls: Sequence[Call], growth: Growth, cuts: Collection[int])
 
 def _role(position: int, call: Call, growth: Growth) -> Role | None:
     name = call.function
-    if name in _SHAPING or name in _PICKING or name in LEAVES or not call.outputs:
-        return None
     into, out = growth.inputs(position), growth.outputs(position)
+    if name in LEAVES | PICKS:
+        return Role.LEAVING if into >= FIXED else None
+    if name in _SHAPING or name in _PICKING or not call.outputs:
+        return None
     if into < FIXED:
         return None
     if out < FIXED:

@@ -37,6 +37,11 @@ Status = Literal["passed", "failed", "inconclusive", "refused"]
 def identity(converted: Tensor, original: Tensor) -> ProofStep:
     """Prove T1: calibrated on one image alone, the converted network gives what the original gives."""
     claim = "calibrated on one image alone, the converted network equals the original on that image"
+    if not original.is_floating_point():
+        note = (
+            f"the output counts in {str(original.dtype).removeprefix('torch.')}; choose one before that step"
+        )
+        return _step("identity", claim, "inconclusive", None, None, note)
     spread = float(original.double().std())
     bound = IDENTITY[original.dtype]
     if converted.shape != original.shape or not spread > 0:

@@ -21,6 +21,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from normfix.census import Call, Recorder, census
 from normfix.growth import Growth, Look, look_again, look_at_two
 from normfix.influence import Role, live_positions, roles, tails
+from normfix.interception import obstacle
 from normfix.records import Finding, Site, StatisticSpec
 from normfix.rules import RULES, family_of, refusal_of, rule_of, specify
 
@@ -176,8 +177,12 @@ class _Sites:
         return reason or self._recomputed(call)
 
     def _recomputed(self, call: Call) -> str:
-        """Refuse what an activation checkpoint inside the intercepted forward runs once more."""
+        """Refuse what no interception sees, and what a checkpoint inside the intercepted forward runs once more."""
         anchor = self._anchor(call)
+        if call.hooked:
+            return "a hook of the network computes it, outside of every forward. Call the hook's function in forward"
+        if reason := obstacle(self._modules[anchor]):
+            return f"the calls of {anchor or 'the root'} cannot be intercepted: {reason}"
         below = call.within[call.within.index(anchor) :]
         if not set(below) & set(call.checkpointed):
             return ""
@@ -188,7 +193,10 @@ class _Sites:
         )
 
     def _anchor(self, call: Call) -> str:
-        return next(path for path in reversed(call.within) if self._invocations[path] == 1)
+        """Return the innermost module that ran once and has room for a layer; a container alone has none."""
+        once = [path for path in reversed(call.within) if self._invocations[path] == 1]
+        roomy = (p for p in once if not _is_container(self._modules[_holder(call.owner, p, self._modules)]))
+        return next(roomy, once[0])
 
     def _others(self, position: int, anchor: str) -> tuple[int, int]:
         """Count the calls of the same function inside the anchor that are no sites: before, and in all."""
@@ -208,6 +216,10 @@ def _can_cut(role: Role) -> bool:
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
+def _is_container(module: nn.Module) -> bool:
+    return isinstance(module, _CONTAINERS)
+
+
 def _holder(owner: str, anchor: str, modules: dict[str, nn.Module]) -> str:
     """Return where a new layer can be kept: a container would run, or hand out, whatever is added to it."""
     norms = tuple(kind for rule in RULES for kind in rule.modules)
@@ -215,7 +227,7 @@ def _holder(owner: str, anchor: str, modules: dict[str, nn.Module]) -> str:
     candidates: list[str] = [*((owner,) if owner == anchor or owner in below else ()), anchor, *below]
     for path in candidates:
         replaced = path not in (owner, anchor) and isinstance(modules[path], norms)
-        if not isinstance(modules[path], _CONTAINERS) and not replaced:
+        if not _is_container(modules[path]) and not replaced:
             return path
     return anchor
 

@@ -1,11 +1,15 @@
 """Networks that once got through: each is now converted right, or refused by name."""
 
+import warnings
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import normfix
+from normfix.scanning import survey
 
 
 def conv(inputs, outputs, kernel=3, **arguments):
@@ -250,3 +254,186 @@ def test_strides_that_are_no_power_of_two():
     done = normfix.convert(model, torch.rand(1, 1, 200, 300))
     assert done.proof.passed
     assert done.scan.stride == (5, 5)
+
+
+class Asking(nn.Module):
+    """Doubles the map where a question about all of it is answered with yes; `ask` returns no tensor."""
+
+    def __init__(self, ask):
+        super().__init__()
+        self.stem, self.norm, self.head, self.ask = conv(1, 4), nn.InstanceNorm2d(4), conv(4, 1), ask
+
+    def forward(self, x):
+        x = self.norm(self.stem(x))
+        return self.head(x * 2 if self.ask(x) else x)
+
+
+ASKED = {
+    "equal": lambda x: torch.equal(x, x.abs()),
+    "allclose": lambda x: torch.allclose(x, x.abs()),
+    "__contains__": lambda x: 1e3 in x,
+    "nonzero": lambda x: len((x > 100).nonzero()) > 0,
+    "masked_select": lambda x: x[x > 100].numel() > 0,
+    "unique": lambda x: torch.unique(x > 100).numel() > 1,
+    "numpy": lambda x: x.numpy().max() > 100,
+    "tolist": lambda x: max(x[0, 0, 0].tolist()) > 100,
+    "__dlpack__": lambda x: np.from_dlpack(x).max() > 100,
+}
+
+
+@pytest.mark.parametrize("function", ASKED)
+def test_values_that_leave_as_no_number_are_live(image, function):
+    """What a map's values tell outside of tensors, or by a size, is live and refused, though no image shows it."""
+    scan = normfix.scan(Asking(ASKED[function]), image)
+    assert [site.function for site in scan.live] == ["instance_norm", function]
+    assert not scan.tile_invariant
+    assert not normfix.convert(Asking(ASKED[function]), image).proof.passed
+
+
+class Remembering(nn.Module):
+    """Subtracts what `remember` made of earlier maps."""
+
+    def __init__(self, remember):
+        super().__init__()
+        self.stem, self.head, self.remember, self.kept = conv(1, 4), conv(4, 1), remember, None
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(x - self.remember(self, x.mean((2, 3), keepdim=True)))
+
+
+def first(network, mean):
+    network.kept = mean if network.kept is None else network.kept
+    return network.kept
+
+
+def last(network, mean):
+    before, network.kept = network.kept, mean
+    return 0 if before is None else before
+
+
+def average(network, mean):
+    network.kept = mean if network.kept is None else 0.9 * network.kept + 0.1 * mean
+    return network.kept
+
+
+@pytest.mark.parametrize("remember", [first, last, average])
+def test_networks_that_remember_are_refused(image, remember):
+    """A statistic of an earlier image looks like a constant, and is none."""
+    for use in (normfix.scan, normfix.convert, normfix.check):
+        with pytest.raises(normfix.NormfixError, match="NF246 Remembering"):
+            use(Remembering(remember), image)
+
+
+def test_what_is_kept_but_not_used_is_no_memory(image):
+    """Control: a network that only stores what it computed is converted."""
+    assert normfix.convert(Remembering(lambda network, mean: mean), image).proof.passed
+
+
+def centred(x):
+    return x - x.mean((2, 3), keepdim=True)
+
+
+def test_statistics_in_hooks_are_frozen_in_the_module_around(image):
+    """A hook runs in the forward of the module around its own, which is where it is intercepted."""
+
+    def network():
+        model = nn.Sequential(conv(1, 4), nn.ReLU(), conv(4, 1))
+        model[0].register_forward_hook(lambda module, args, output: centred(output))
+        model[2].register_forward_pre_hook(lambda module, args: (centred(args[0]),))
+        return model
+
+    done = normfix.convert(network(), image)
+    assert done.proof.passed
+    assert [d.site.id for d in done.plan.converted] == ["(root)/0/mean/0", "(root)/0/mean/1"]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_statistics_in_hooks_of_the_network_are_refused(image, before):
+    """Around the network's own hooks is nothing to intercept them in; what has a forward is converted."""
+    model = nn.Sequential(conv(1, 4), nn.InstanceNorm2d(4), conv(4, 1))
+    if before:
+        model.register_forward_pre_hook(lambda module, args: (centred(args[0]),))
+    else:
+        model.register_forward_hook(lambda module, args, output: centred(output))
+    done = normfix.convert(model, image)
+    (left,) = done.plan.left_live
+    assert "a hook of the network" in left.reason
+    assert done.proof.partial
+
+
+def test_a_scripted_part_is_refused_by_name(image):
+    """What a TorchScript module computes is seen by the dye, and not converted."""
+
+    class Centre(nn.Module):
+        def forward(self, x):
+            return x - x.mean((2, 3), keepdim=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls TorchScript deprecated
+        scripted = torch.jit.script(Centre())
+    done = normfix.convert(nn.Sequential(conv(1, 4), nn.InstanceNorm2d(4), scripted, conv(4, 1)), image)
+    assert [d.site.function for d in done.plan.left_live] == ["hidden.mean"]
+    assert not done.proof.passed
+
+
+def test_a_compiled_part_is_refused_by_name(image):
+    """torch.compile hides the calls of a part as it does those of the whole."""
+    model = nn.Sequential(conv(1, 4), torch.compile(nn.Sequential(nn.InstanceNorm2d(4))), conv(4, 1))
+    with pytest.raises(normfix.NormfixError, match=r"NF118.*of 1\."):
+        normfix.convert(model, image)
+
+
+@pytest.mark.parametrize("to", ["frozen", "batchrenorm"])
+def test_a_norm_shared_between_containers(image, to):
+    """The layer of a run inside a container of its own is kept where no container would run it."""
+    norm = nn.GroupNorm(2, 4)
+    model = nn.Sequential(conv(1, 4), norm, nn.ReLU(), norm, conv(4, 4), nn.Sequential(norm), conv(4, 1))
+    done = normfix.convert(model, image, to)
+    assert done.proof.passed
+    assert len(done.plan.converted) == 3
+
+
+def test_as_many_results_as_there_are_rows(image):
+    """unbind gives another number of results at another size; that is no reason to stop."""
+
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = conv(1, 4), conv(4, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.head(x - x.unbind(2)[0].mean(-1)[..., None, None])
+
+    found = survey(Rows().eval(), lambda model, x: model(x), image[..., :32, :32])
+    assert [site.id for site in found.sites if site.live] == ["(root)/0/mean/0"]
+
+
+def test_labels_prove_nothing(image):
+    """An output of integers has no standard deviation; identity is inconclusive, and says what to choose."""
+
+    class Labels(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).argmax(1, keepdim=True)
+
+    step = normfix.convert(Labels(conv(1, 4), nn.InstanceNorm2d(4)), image).proof.step("identity")
+    assert step.status == "inconclusive"
+    assert "int64" in step.note
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x.roll(3, 3), lambda x: F.pad(x, (3, 3, 0, 0), "circular")])
+def test_scan_does_not_call_wrapping_invariant(image, wrap):
+    """What wraps around the border of a tile is no statistic, and yet no tile of it equals the whole."""
+
+    class Wraps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = conv(1, 1)
+
+        def forward(self, x):
+            return self.body(wrap(x))
+
+    scan = normfix.scan(Wraps(), image)
+    assert scan.live == ()
+    assert not scan.tile_invariant

@@ -51,6 +51,8 @@ _REFUSALS = {
     Role.PARTIAL: "its result still varies along an axis of the image, so no constant can replace it",
     Role.MIXING: "it mixes the whole extent into every pixel; there is no constant that could replace that",
     Role.PAIRS: "every pixel looks at every other; there is no constant that could replace that",
+    Role.LEAVING: "it takes a map's values, or how many there are of a kind, out of tensors, where nothing can be "
+    "seen of what is computed from them",
 }
 
 
@@ -58,7 +60,7 @@ def family_of(call: Call, role: Role) -> Family:
     """Return the kind of statistic."""
     if role is Role.PAIRS:
         return Family.ATTENTION
-    if role is Role.MIXING:
+    if role in (Role.MIXING, Role.LEAVING):
         return Family.OTHER
     if "_pool" in call.function:
         return Family.POOL
