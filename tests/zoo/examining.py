@@ -46,9 +46,6 @@ GOOD = ("converted", "local", "not dense", "refused", "size fixed")
 EQUAL_64 = 1e-9
 """Largest distance in sd at which two float64 computations count as one function."""
 
-EQUAL_CAST = 1e-5
-"""The same where a network casts to float32 inside, so that constants were measured in float32."""
-
 EQUAL_32 = 1e-4
 """The same in float32; ten times the original's own rounding, where that is more."""
 
@@ -167,7 +164,6 @@ def _prove_converted(
 ) -> None:
     """Convert in float64 to constants and, for every third name, in float32 to BatchRenorm."""
     run, problems = _runner(entry), []
-    equal = EQUAL_CAST if row["casts"] else EQUAL_64
     for to, given in (
         ("frozen", original),
         *((("batchrenorm", model),) if seed_of(entry.name) % 3 == 0 else ()),
@@ -190,7 +186,7 @@ def _prove_converted(
             f"{s.name} {s.status}: {s.note} ({s.value})" for s in done.proof.steps if s.status != "passed"
         ]
         undecided = all(s.status != "failed" for s in done.proof.steps)
-        mine = _differences(row, to, run, done.model.eval(), given, image, whole, pencil, equal)
+        mine = _differences(row, to, run, done.model.eval(), given, image, whole, pencil)
         if done.proof.passed and mine:
             row |= {"category": "silently wrong", "cause": f"{to}: {'; '.join(mine)}"[:600]}
             return
@@ -219,7 +215,6 @@ def _differences(
     image: Tensor,
     whole: Tensor,
     pencil: Pencil,
-    equal: float,
 ) -> list[str]:
     """Compare with the original's whole image and with tiles; return what is not as claimed."""
     wide = copy.deepcopy(converted).double().eval()
@@ -227,7 +222,7 @@ def _differences(
         mine = run(wide, image.double())
         after = distance(stitched(lambda x: run(wide, x), image.double(), pencil), mine)
     if to == "frozen":
-        identity, bound = distance(mine, whole), equal
+        identity, bound = distance(mine, whole), EQUAL_64
         single, narrow = (copy.deepcopy(net).float().eval() for net in (original, converted))
     else:
         identity, bound, single, narrow = 0.0, 1.0, original, converted
@@ -242,7 +237,7 @@ def _differences(
         "rounding": rounding,
     }
     found = []
-    if after > equal:
+    if after > EQUAL_64:
         found.append(f"tiles are {after:.1e} sd from the whole in float64")
     if identity > bound:
         found.append(f"{identity:.1e} sd from the original in float64")

@@ -17,8 +17,8 @@ _HEAD = """# Real architectures
 Made by `python -m tests.zoo`; not edited by hand. Every network is built with seeded random weights under which
 all its sites matter (tests/zoo/preparing.py), scanned, converted in float64 to constants measured on one image
 that is long on one axis, and checked by arithmetic that the package has no part in (tests/zoo/tiling.py): equal to
-the original's output of the whole image to 1e-9 standard deviations (1e-5 where the network itself casts to
-float32), and tiles equal to the whole, where the original's tiles must differ. Every third one is converted to
+the original's output of the whole image to 1e-9 standard deviations (casts to float32 inside a network are left out
+for that), and tiles equal to the whole, where the original's tiles must differ. Every third one is converted to
 BatchRenorm in float32 as well.
 """
 
