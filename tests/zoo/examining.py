@@ -52,7 +52,7 @@ EQUAL_32 = 1e-4
 SEEN = 1e-7
 """Smallest distance of the original's tiles at which the check is known to see its statistics."""
 
-_SIZE, _GLOBAL = {"NF210", "NF213"}, {"NF212"}
+_SIZE, _GLOBAL, _DYE_AGAINST_CENSUS = {"NF210", "NF213"}, {"NF212"}, {"NF240", "NF241"}
 
 
 def examine(entry: Entry, report: Callable[[dict[str, Any]], None] = lambda row: None) -> dict[str, Any]:
@@ -93,7 +93,11 @@ def _examine(entry: Entry, row: dict[str, Any], report: Callable[[dict[str, Any]
 
 def _describe(row: dict[str, Any], scan: Scan) -> None:
     plan = normfix.plan(scan)
+    dyed = {s.id for s in scan.live if "dye" in s.looks}
+    disputed = {f.where for f in scan.findings if f.code in _DYE_AGAINST_CENSUS}
     row |= {
+        "dye_live": len(dyed),
+        "dye_missing": sorted((dyed | disputed) - {d.site.id for d in plan.decisions}),
         "sites": dict(Counter(str(s.family) for s in scan.sites)),
         "live": dict(Counter(str(s.family) for s in scan.live)),
         "convertible": sum(s.convertible for s in scan.live),
