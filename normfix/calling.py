@@ -60,6 +60,10 @@ class Caller:
         with _StaysDouble():
             return self(model, image)
 
+    def exactly(self, model: nn.Module, image: Tensor) -> Tensor:
+        """Return the output as the network computes it, but in float64 throughout if it is a float64 network."""
+        return (self.in_double if image.dtype == torch.float64 else self)(model, image)
+
     def pick(self, result: Any) -> Tensor:
         """Return the tensor that `output` names in what the model returned."""
         if self.output is None:

@@ -60,10 +60,14 @@ def measure_locality(
             "size",
             f"the network runs on no strip, only on sizes like {size}, so it cannot be tiled.",
         )
-    try:
-        return _along_axes(single, double, example, dilution, cross)
-    except REFUSALS as error:
-        return _none("NF210", "size", f"it runs on no strip of another length: {error}.")
+    for coarser in (1, 2, 4, 8):  # attention in blocks takes multiples of several pixels of its map only
+        grid = [n * coarser for n in dilution]
+        extents = tuple(map(round_up, cross, grid))
+        try:
+            return _along_axes(single, double, example, grid, extents)
+        except REFUSALS as error:
+            refusal = error
+    return _none("NF210", "size", f"it runs on no strip of another length: {refusal}.")
 
 
 def cross_section(f: Function, example: Tensor, grid: Sequence[int]) -> tuple[int, ...] | None:

@@ -20,6 +20,7 @@ __all__ = ["GraphSeen", "Merged", "merge"]
 _ATTENDING = frozenset({"softmax", "matmul", "bmm", "baddbmm", "__matmul__", "einsum"})
 
 DYE_ONLY = "seen by the dye only: its output depends on the whole extent, and no rule names what it computes"
+ATTENDS = "every pixel takes from all others, as in attention; there is no constant that could replace that"
 
 
 class GraphSeen(Protocol):
@@ -172,6 +173,7 @@ def _attended(sites: Sequence[Site], strangers: Sequence[Sighting]) -> tuple[lis
 def _site_of(sighting: Sighting, invocations: Mapping[str, int], *, live: bool) -> Site:
     anchor = next((p for p in reversed(sighting.within) if invocations.get(p) == 1), "")
     extents = "x".join(map(str, sighting.over)) or "all of them"
+    attends = sighting.function.removeprefix("hidden.") in _ATTENDING
     return Site(
         owner=sighting.owner,
         invocation=sighting.invocation,
@@ -186,7 +188,7 @@ def _site_of(sighting: Sighting, invocations: Mapping[str, int], *, live: bool) 
         reduces=f"an extent ({extents}), as the dye shows",
         line=sighting.line,
         swappable=False,
-        refusal=DYE_ONLY,
+        refusal=ATTENDS if attends else DYE_ONLY,
         looks=("dye",),
     )
 

@@ -191,8 +191,7 @@ def _intercept(modules: dict[str, nn.Module], decision: Decision) -> None:
     anchor, owner = modules[site.anchor], modules[site.owner]
     if reason := obstacle(anchor):
         raise NormfixError("NF206", f"its calls cannot be intercepted: {reason}.", where=site.id)
-    around = (modules[path] for path in reversed(site.within))
-    like = next((module for module in (owner, *around) if _has_tensors(module)), modules[""])
+    like = next((m for m in (owner, anchor, modules[""]) if _home(m)[1] is not None), anchor)
     layer = _wrapped_norm(decision, owner, like) if site.statistic is None else _constant(decision, like)
     layer.train(owner.training)
     modules[site.holder].add_module(decision.target.rpartition(".")[2], layer)

@@ -12,6 +12,7 @@ from torch import nn
 
 from normfix.calling import Caller
 from normfix.graph import Captured, NotCaptured, capture, graph_look, read_sites
+from normfix.graph.capture import export, free_dimensions
 from normfix.graph.replaying import replay
 from normfix.records import Family
 from normfix.scanning import survey
@@ -82,6 +83,13 @@ def test_leaves_the_network_alone():
     assert model.training
     assert torch.equal(image, IMAGE)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_one_size_frees_no_extent():
+    """A network known to take one size is captured at that size; control: otherwise its extents are free."""
+    free = [free_dimensions(export(tiny_unet(), IMAGE[:1], one_size=given)) for given in (True, False)]
+    assert set(free[0]) == {0}
+    assert {2, 3} <= set(free[1])
 
 
 def test_a_network_that_writes_to_its_input_is_captured():

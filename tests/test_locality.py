@@ -69,6 +69,35 @@ def test_every_axis_has_its_own_geometry():
     assert found.multiple == (1, 4, 4)
 
 
+class InBlocks(nn.Module):
+    """Every pixel takes from its block of 8 x 8 map pixels, at stride 2: sizes are multiples of 16 or refused."""
+
+    def __init__(self, block=8):
+        super().__init__()
+        self.down, self.block = nn.Conv2d(1, 2, 2, 2), block
+
+    def forward(self, x):
+        x = self.down(x)
+        n, c, h, w = x.shape
+        y = x.view(n, c, h // self.block, self.block, w // self.block, self.block)
+        if h % self.block or w % self.block:
+            raise ValueError("sizes must be whole blocks")
+        return (y + y.mean((3, 5), keepdim=True)).reshape(n, c, h, w)
+
+
+def test_sizes_of_whole_blocks_are_found():
+    """A network that takes only multiples of its attention's blocks is measured on that grid."""
+    found = _measure(InBlocks(), (2, 2)).geometry
+    assert found.stride == (16, 16)
+    assert found.halo == ((0, 0), (0, 0))
+
+
+def test_blocks_larger_than_any_that_is_tried_are_a_reason():
+    """Control: where no grid that is tried is taken, there is no geometry."""
+    (finding,) = _measure(InBlocks(48), (2, 2)).findings
+    assert finding.code == "NF210"
+
+
 @pytest.mark.parametrize(
     ("make", "code"),
     [(LiveInstance, "NF212"), (HiddenLive, "NF212"), (AlignedCorners, "NF213"), (SwallowsDye, "NF216")],

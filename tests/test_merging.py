@@ -121,6 +121,13 @@ def test_the_parts_of_an_attention_are_one_site():
     assert merged.findings == ()
 
 
+@pytest.mark.parametrize(("function", "word"), [("matmul", "as in attention"), ("roll", "by the dye only")])
+def test_what_only_the_dye_sees_is_refused_by_what_it_is(function, word):
+    """A product over the extent is refused as attention is; control: other functions are not called so."""
+    (site,) = merge([], _dyed(_sighting("a", function)), NO_GRAPH).sites
+    assert word in site.refusal
+
+
 def test_a_softmax_elsewhere_is_not_that_attention():
     """Negative control: another owner's softmax is its own site."""
     merged = merge([_site("a", "matmul", Family.ATTENTION)], _dyed(_sighting("b", "softmax")), NO_GRAPH)

@@ -135,6 +135,27 @@ def test_a_checkpoint_around_the_owner_changes_no_gradient(models, kind):
         assert a is None or torch.equal(a, b)
 
 
+class SingleInside(Nasty):
+    """Casts to float32 before its statistic, as norms do to be safe in half."""
+
+    def body(self, x):
+        return x * x.square().float().mean((2, 3), keepdim=True).add(1e-5).rsqrt().to(x.dtype)
+
+
+@pytest.mark.parametrize("make", [SqueezeExcite, SingleInside])
+def test_constants_are_as_exact_as_the_network(monkeypatch, make):
+    """In float64 the identity holds to 1e-10, without tensors near the statistic or with casts around it.
+
+    Control: constants that were rounded to float32 do not pass.
+    """
+    torch.manual_seed(0)
+    model, x = make().double(), IMAGE.double()
+    assert normfix.convert(model, x).proof.step("identity").status == "passed"
+    store = FrozenStatistic.set_values_
+    monkeypatch.setattr(FrozenStatistic, "set_values_", lambda self, *v: store(self, *(t.float() for t in v)))
+    assert normfix.convert(model, x).proof.step("identity").status == "failed"
+
+
 class Renormalised(Nasty):
     """Makes divisions and products inside a layer that trains, before those that are intercepted."""
 

@@ -77,13 +77,14 @@ class _Network(nn.Module):
         return self._run(self.get_submodule(WRAPPED), image)
 
 
-def capture(model: nn.Module, run: Run, example: Tensor) -> Captured | NotCaptured:
+def capture(model: nn.Module, run: Run, example: Tensor, *, one_size: bool = False) -> Captured | NotCaptured:
     """Capture a network as an exported program before decomposition.
 
     Args:
         model: not modified; a deep copy in eval mode is captured.
         run: calls the model on one input and returns a tensor (normfix.calling.Caller does).
         example: (N, C, *space) that the network runs on.
+        one_size: the network is known to take no other size, so none is left free: proving that costs minutes.
 
     Returns:
         A program that was compared with the network, or the reason why there is none.
@@ -91,17 +92,18 @@ def capture(model: nn.Module, run: Run, example: Tensor) -> Captured | NotCaptur
     try:
         network = _Network(copy.deepcopy(model), run).eval()
         with exact_arithmetic():
-            return _captured(network, example[:1].detach())
+            return _captured(network, example[:1].detach(), one_size=one_size)
     except Exception as error:  # noqa: BLE001 - torch.export runs the network's code and may raise anything
         return NotCaptured(_line(error))
 
 
-def export(module: nn.Module, example: Tensor) -> ExportedProgram:
+def export(module: nn.Module, example: Tensor, *, one_size: bool = False) -> ExportedProgram:
     """Export a module of one image, leaving free as much as it allows.
 
     Args:
         module: in eval mode; a deep copy is exported.
         example: (1, C, *space).
+        one_size: leave no spatial extent free.
 
     Raises:
         Exception: whatever torch.export raised at the last trial, which frees nothing.
@@ -113,7 +115,7 @@ def export(module: nn.Module, example: Tensor) -> ExportedProgram:
         (example, space),
         (pair, (0,)),
         (example, ()),
-    ]
+    ][2 * one_size :]
     for given, free in trials[:-1]:
         try:
             return _export(module, given, free)
@@ -157,8 +159,8 @@ def extents(captured: Captured) -> dict[str, tuple[tuple[int, ...], tuple[int, .
     return {name: (_sizes(v), _sizes(v, roots)) for name, v in here.items()}
 
 
-def _captured(network: _Network, example: Tensor) -> Captured | NotCaptured:
-    program = export(network, example)
+def _captured(network: _Network, example: Tensor, *, one_size: bool) -> Captured | NotCaptured:
+    program = export(network, example, one_size=one_size)
     free = free_dimensions(program)
     replayed = []
     for trials in replays(example, free):
@@ -175,7 +177,7 @@ def _captured(network: _Network, example: Tensor) -> Captured | NotCaptured:
     if not replayed:
         return NotCaptured("the captured program could be compared with the network on no input")
     confirmed = tuple(d for d in free if any(shape[d] != example.shape[d] for shape in replayed))
-    other = None if _roots(program) else _other(network, example, program)
+    other = None if one_size or _roots(program) else _other(network, example, program)
     return Captured(program, confirmed, other, tuple(replayed))
 
 

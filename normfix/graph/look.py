@@ -52,7 +52,12 @@ class GraphLook:
 
 
 def graph_look(
-    model: nn.Module, run: Callable[[nn.Module, Tensor], Any], example: Tensor, sites: Sequence[Site]
+    model: nn.Module,
+    run: Callable[[nn.Module, Tensor], Any],
+    example: Tensor,
+    sites: Sequence[Site],
+    *,
+    one_size: bool = False,
 ) -> GraphLook:
     """Capture a network and hold its graph against the sites the census found.
 
@@ -61,8 +66,9 @@ def graph_look(
         run: calls the model on one input and returns the output tensor that matters.
         example: (N, C, *space), the one the census ran on.
         sites: of the census, in the order of the calls.
+        one_size: as for `capture`.
     """
-    captured = capture(model, run, example)
+    captured = capture(model, run, example, one_size=one_size)
     if isinstance(captured, NotCaptured):
         finding = Finding(
             code="NF221", where="graph", message=f"{captured.reason}. The other looks carry on."

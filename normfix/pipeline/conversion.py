@@ -237,7 +237,7 @@ def _calibrate_(
         )
     targets = [site_target(model, d, express=True) for d in fresh]
     with buffers_kept(model, but=[d.target for d in fresh]):
-        return measure_sites_(model, targets, items, caller, progress)
+        return measure_sites_(model, targets, items, caller.exactly, progress)
 
 
 def _calibrate_in_stages_(
@@ -298,7 +298,7 @@ class _Work:
             first = self.example if self.items is None else next(iter(self.items))[:1]
             dtype = home_of(self.converted)[1]
             verdict = self._tiles(first)
-            pair = self.caller(self.converted, first), self.caller(self.original, first)
+            pair = self.caller.exactly(self.converted, first), self.caller.exactly(self.original, first)
             steps = (
                 self._identity(first, pair),
                 residual(self.summary, dtype),
@@ -319,7 +319,7 @@ class _Work:
             return identity(*pair)
         one = rewrite(self.original, self.plan)
         _calibrate_(one, self.plan, Items([image], image.device, image.dtype), self.caller)
-        return identity(self.caller(one.eval(), image), pair[1])
+        return identity(self.caller.exactly(one.eval(), image), pair[1])
 
     def _tiles(self, image: Tensor) -> Verdict | None:
         """Compare on the image, and, along axes that windows cover there, on strips made from it.
@@ -334,9 +334,8 @@ class _Work:
         uncut = sorted(set(range(len(geometry.stride))) - set(verdict.axes))
         thin = thinnest(partial(self.caller, self.converted), image, geometry) if uncut else ()
         for axis in uncut:
-            long = _longer_than_windows(image, geometry, axis, thin)
-            short_tile = tuple(round_up(32, stride) for stride in geometry.stride)
-            verdicts.append(self._compared(long, geometry, short_tile))
+            long, tile = _longer_than_windows(image, geometry, axis, thin)
+            verdicts.append(self._compared(long, geometry, tile))
         return next((v for v in verdicts if not v.passed), verdicts[0])
 
     def _mismatch(self, image: Tensor, whole: Tensor) -> tuple[float, str] | None:
@@ -419,9 +418,15 @@ def _tile(image: Tensor, geometry: Geometry) -> tuple[int, ...]:
     )
 
 
-def _longer_than_windows(image: Tensor, geometry: Geometry, axis: int, thin: Sequence[int]) -> Tensor:
-    """Return a strip made from the image that no window covers along the axis; elsewhere it stays thin."""
-    stride = geometry.stride[axis]
-    size = [*thin]
-    size[axis] = round_up(2 * sum(geometry.halo[axis]), stride) + 4 * round_up(32, stride)
-    return strip(image, size)
+def _longer_than_windows(
+    image: Tensor, geometry: Geometry, axis: int, thin: Sequence[int]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Return a strip made from the image that no window covers along the axis, and its tile; elsewhere it stays thin.
+
+    Tiles grow with the halo: small ones would compute it over and over.
+    """
+    halo, stride = sum(geometry.halo[axis]), geometry.stride[axis]
+    tile, size = [round_up(n, s) for n, s in zip(thin, geometry.stride, strict=True)], [*thin]
+    tile[axis] = round_up(max(_UNIT, halo // 2), stride)
+    size[axis] = round_up(halo, stride) + 4 * tile[axis]
+    return strip(image, size), tuple(tile)

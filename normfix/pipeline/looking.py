@@ -257,7 +257,7 @@ def _graph(
 ) -> GraphSeen | Looked:
     if skipped:
         return Looked(name="graph", status="skipped", note=skipped)
-    return graph_look(probe, caller, example, found.sites)
+    return graph_look(probe, caller, example, found.sites, one_size=found.other is None)
 
 
 def _dyed(probe: nn.Module, caller: Caller, example: Tensor, found: Survey, *, fast: bool) -> Dyed | Looked:

@@ -46,16 +46,13 @@ GOOD = ("converted", "local", "not dense", "refused", "size fixed")
 EQUAL_64 = 1e-9
 """Largest distance in sd at which two float64 computations count as one function."""
 
-EQUAL_CAST = 1e-5
-"""The same where a network casts to float32 inside, so that constants were measured in float32."""
-
 EQUAL_32 = 1e-4
 """The same in float32; ten times the original's own rounding, where that is more."""
 
 SEEN = 1e-7
 """Smallest distance of the original's tiles at which the check is known to see its statistics."""
 
-_SIZE, _GLOBAL = {"NF210", "NF213"}, {"NF212"}
+_SIZE, _GLOBAL, _DYE_AGAINST_CENSUS = {"NF210", "NF213"}, {"NF212"}, {"NF240", "NF241"}
 
 
 def examine(entry: Entry, report: Callable[[dict[str, Any]], None] = lambda row: None) -> dict[str, Any]:
@@ -96,7 +93,11 @@ def _examine(entry: Entry, row: dict[str, Any], report: Callable[[dict[str, Any]
 
 def _describe(row: dict[str, Any], scan: Scan) -> None:
     plan = normfix.plan(scan)
+    dyed = {s.id for s in scan.live if "dye" in s.looks}
+    disputed = {f.where for f in scan.findings if f.code in _DYE_AGAINST_CENSUS}
     row |= {
+        "dye_live": len(dyed),
+        "dye_missing": sorted((dyed | disputed) - {d.site.id for d in plan.decisions}),
         "sites": dict(Counter(str(s.family) for s in scan.sites)),
         "live": dict(Counter(str(s.family) for s in scan.live)),
         "convertible": sum(s.convertible for s in scan.live),
@@ -167,7 +168,6 @@ def _prove_converted(
 ) -> None:
     """Convert in float64 to constants and, for every third name, in float32 to BatchRenorm."""
     run, problems = _runner(entry), []
-    equal = EQUAL_CAST if row["casts"] else EQUAL_64
     for to, given in (
         ("frozen", original),
         *((("batchrenorm", model),) if seed_of(entry.name) % 3 == 0 else ()),
@@ -190,7 +190,7 @@ def _prove_converted(
             f"{s.name} {s.status}: {s.note} ({s.value})" for s in done.proof.steps if s.status != "passed"
         ]
         undecided = all(s.status != "failed" for s in done.proof.steps)
-        mine = _differences(row, to, run, done.model.eval(), given, image, whole, pencil, equal)
+        mine = _differences(row, to, run, done.model.eval(), given, image, whole, pencil)
         if done.proof.passed and mine:
             row |= {"category": "silently wrong", "cause": f"{to}: {'; '.join(mine)}"[:600]}
             return
@@ -219,7 +219,6 @@ def _differences(
     image: Tensor,
     whole: Tensor,
     pencil: Pencil,
-    equal: float,
 ) -> list[str]:
     """Compare with the original's whole image and with tiles; return what is not as claimed."""
     wide = copy.deepcopy(converted).double().eval()
@@ -227,7 +226,7 @@ def _differences(
         mine = run(wide, image.double())
         after = distance(stitched(lambda x: run(wide, x), image.double(), pencil), mine)
     if to == "frozen":
-        identity, bound = distance(mine, whole), equal
+        identity, bound = distance(mine, whole), EQUAL_64
         single, narrow = (copy.deepcopy(net).float().eval() for net in (original, converted))
     else:
         identity, bound, single, narrow = 0.0, 1.0, original, converted
@@ -242,7 +241,7 @@ def _differences(
         "rounding": rounding,
     }
     found = []
-    if after > equal:
+    if after > EQUAL_64:
         found.append(f"tiles are {after:.1e} sd from the whole in float64")
     if identity > bound:
         found.append(f"{identity:.1e} sd from the original in float64")

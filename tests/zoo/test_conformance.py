@@ -219,6 +219,19 @@ def test_the_page_counts_every_network_once():
     assert "| small | 1/1 instance | " in text
 
 
+def test_what_the_plan_misses_is_on_the_page(monkeypatch):
+    """The page counts sites that the dye sees; control: one that a plan leaves out is named there."""
+    row = examine(SMALL) | {"seconds": 1.0}
+    assert "misses: 0 of 1 live sites in 1 networks (target 0; 1 without a dye look)" in page(
+        [row, {"name": "other", "library": "torch", "category": "timeout", "seconds": 9.0}], ["small"]
+    )
+    plan = normfix.plan
+    monkeypatch.setattr(normfix, "plan", lambda *a, **k: replace(plan(*a, **k), decisions=()))
+    careless = examine(SMALL) | {"seconds": 1.0}
+    assert "misses: 1 of 1 live sites in 1 networks" in page([careless], ["small"])
+    assert "small norm/0/instance_norm/0" in page([careless], ["small"])
+
+
 def test_nothing_constant_is_left_in_the_weights():
     """Zero gains and tiny layer scales, which would hide a site, are redrawn; running statistics are measured."""
 
