@@ -173,7 +173,6 @@ def predict_command(
     \b
     Example:
       normfix predict fixed nuclei.tif -o prediction.tif
-      normfix predict fixed slide.zarr -o prediction.zarr --engine stages --budget 4096 --store /scratch
     """
     from normfix.pipeline import predict, write_prediction
     from normfix.reading import require_new_image, write_image

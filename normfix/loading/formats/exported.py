@@ -55,6 +55,7 @@ _CALLS = frozenset((  # functions on sizes that torch.export writes
     "CeilToInt", "ModularIndexing", "IntTrueDiv", "FloatTrueDiv", "ToFloat", "RoundToInt", "Where",
     "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not", "Piecewise", "floor", "ceiling",
     "Identity", "size", "max", "min", "len", "Symbol", "Integer", "Rational", "Add", "Mul", "Pow",
+    "sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite",
     "Equality", "Unequality", "LessThan", "StrictLessThan", "GreaterThan", "StrictGreaterThan",
 ))
 # fmt: on
@@ -191,6 +192,8 @@ def _is_harmless(node: ast.AST) -> bool:
             return name in _CALLS
         case ast.Call():
             return False
+        case ast.Attribute(value=ast.Name(id="torch"), attr=name):
+            return name.startswith("sym_")
         case ast.Attribute(attr=name):
             return name in ("size", "shape")
         case ast.Name(id=name):
