@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from normfix.functions import COUNTED, arguments_of
+from normfix.records import site_id
 
 __all__ = [
     "DIRECT",
@@ -35,13 +36,18 @@ __all__ = [
     "NORMS",
     "PICKS",
     "Call",
+    "Follow",
     "Recorder",
     "Settle",
     "Shaped",
+    "alone",
     "bound",
     "census",
     "source_line",
 ]
+
+Follow = Callable[["Recorder"], AbstractContextManager[None]]
+"""Gets the recorder and is entered around a run, for another look at the same calls."""
 
 Settle = Callable[[str, Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
 """Gets (site id, function, args, kwargs) of a call and returns the result the network shall get."""
@@ -150,6 +156,11 @@ class Call:
         """Return the path of the innermost module."""
         return self.within[-1]
 
+    @property
+    def id(self) -> str:
+        """Name the call as Site.id does."""
+        return site_id(self.owner, self.invocation, self.function, self.index)
+
 
 @dataclass(slots=True)
 class _Frame:
@@ -161,12 +172,17 @@ class _Frame:
     counts: Counter[str] = field(default_factory=Counter)
 
 
+def alone(recorder: Recorder) -> AbstractContextManager[None]:
+    """Follow a run with nothing: the census is the only look."""
+    return nullcontext()
+
+
 def census(
     model: nn.Module,
     run: Callable[[nn.Module, Tensor], Any],
     example: Tensor,
     settle: Settle | None = None,
-    follow: Callable[[Recorder], AbstractContextManager[None]] = lambda recorder: nullcontext(),
+    follow: Follow = alone,
 ) -> tuple[list[Call], Counter[str], Any]:
     """Run the network once and record every call that depends on the input, every norm and counted function.
 
@@ -239,7 +255,7 @@ class Recorder(TorchFunctionMode):
         counted = name in NORMS or name in DIRECT or name in _COUNTED_NAMES
         if self._settle is not None and self.frames and (dependent or counted):
             frame = self.frames[-1]
-            site = f"{frame.path or '(root)'}/{frame.invocation}/{name}/{frame.counts[name]}"
+            site = site_id(frame.path, frame.invocation, name, frame.counts[name])
             result = self._settle(site, func, args, kwargs)
         else:
             result = func(*args, **kwargs)

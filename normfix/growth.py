@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from normfix.calling import REFUSALS
-from normfix.census import Call, Recorder, census
+from normfix.census import Call, Follow, alone, census
 
-__all__ = ["FIXED", "REDUCED", "SQUARED", "Growth", "Look", "look_again", "look_at_two"]
+__all__ = ["FIXED", "REDUCED", "SQUARED", "Growth", "Look", "look_again", "look_at_two", "resized"]
 
 Run = Callable[[nn.Module, Tensor], Any]
-Follow = Callable[[Recorder], AbstractContextManager[None]]
 
 FIXED, REDUCED, SQUARED = 0.1, 0.75, 1.4
 """Exponents: below the first a tensor does not grow; above the last it compares pixels with pixels."""
@@ -41,13 +39,13 @@ def look_again(
     run: Run,
     example: Tensor,
     functions: Sequence[str],
-    follow: Follow = lambda recorder: nullcontext(),
+    follow: Follow = alone,
 ) -> Look | None:
     """Run at another size; None if the network accepts none of those tried with the same calls."""
     space = example.shape[2:]
     trials: list[list[int]] = [[n // 2 for n in space]] if all(n % 32 == 0 and n >= 64 for n in space) else []
     trials += [[n + step for n in space] for step in (32, 64, 128)]
-    looks = (_look(model, run, _resize(example, trial), functions, follow) for trial in trials)
+    looks = (_look(model, run, resized(example, trial), functions, follow) for trial in trials)
     return next((look for look in looks if look is not None), None)
 
 
@@ -61,7 +59,7 @@ def _look(
     run: Run,
     example: Tensor,
     functions: Sequence[str],
-    follow: Follow = lambda recorder: nullcontext(),
+    follow: Follow = alone,
 ) -> Look | None:
     try:
         calls, _, output = census(model, run, example, follow=follow)
@@ -70,8 +68,8 @@ def _look(
     return Look(example, calls, output) if [c.function for c in calls] == list(functions) else None
 
 
-def _resize(example: Tensor, size: Sequence[int]) -> Tensor:
-    """Repeat or cut the example to another spatial size."""
+def resized(example: Tensor, size: Sequence[int]) -> Tensor:
+    """Return an input of another size, made by repeating or cutting one."""
     for axis, n in enumerate(size, start=2):
         example = example.index_select(axis, torch.arange(n, device=example.device) % example.shape[axis])
     return example

@@ -7,17 +7,23 @@ from dataclasses import fields, is_dataclass
 from enum import StrEnum
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["schema_of"]
+__all__ = ["record_schema", "schema_of"]
 
 _PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean"}
 
 
 def schema_of(kind: Any) -> dict[str, Any]:
     """Return the JSON Schema of a record's JSON, with records inside it as definitions."""
+    own, inner = record_schema(kind)
+    return {"$ref": f"#/$defs/{kind.__name__}", "$defs": {kind.__name__: own, **inner}}
+
+
+def record_schema(kind: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the schema of a record itself and, by name, those of the records inside it."""
     inner: dict[str, Any] = {}
-    schema = _schema(kind, inner)
+    _record(kind, inner)
     own = inner.pop(kind.__name__)
-    return {"$ref": schema["$ref"], "$defs": {kind.__name__: own, **dict(sorted(inner.items()))}}
+    return own, dict(sorted(inner.items()))
 
 
 def _schema(kind: Any, inner: dict[str, Any]) -> dict[str, Any]:
@@ -30,7 +36,12 @@ def _schema(kind: Any, inner: dict[str, Any]) -> dict[str, Any]:
         items = get_args(kind)
         if items[-1] is Ellipsis:
             return {"type": "array", "items": _schema(items[0], inner)}
-        return {"type": "array", "prefixItems": [_schema(i, inner) for i in items], "minItems": len(items)}
+        return {
+            "type": "array",
+            "prefixItems": [_schema(i, inner) for i in items],
+            "minItems": len(items),
+            "items": False,
+        }
     if origin is Literal:
         return {"enum": list(get_args(kind))}
     if is_dataclass(kind):

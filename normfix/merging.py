@@ -161,7 +161,7 @@ def _attended(sites: Sequence[Site], strangers: Sequence[Sighting]) -> tuple[lis
     heads = {(s.owner, s.invocation): s.id for s in sites if s.family is Family.ATTENTION}
     credited, left = set(), []
     for sighting in strangers:
-        parts = sighting.function.removeprefix("hidden.") in _ATTENDING
+        parts = _is_part_of_attention(sighting)
         head = next((heads[key] for key in heads if parts and key[0] in sighting.within[-2:]), None)
         if head is None:
             left.append(sighting)
@@ -170,10 +170,13 @@ def _attended(sites: Sequence[Site], strangers: Sequence[Sighting]) -> tuple[lis
     return [_seen(site, "dye") if site.id in credited else site for site in sites], left
 
 
+def _is_part_of_attention(sighting: Sighting) -> bool:
+    return sighting.function.removeprefix("hidden.") in _ATTENDING
+
+
 def _site_of(sighting: Sighting, invocations: Mapping[str, int], *, live: bool) -> Site:
     anchor = next((p for p in reversed(sighting.within) if invocations.get(p) == 1), "")
     extents = "x".join(map(str, sighting.over)) or "all of them"
-    attends = sighting.function.removeprefix("hidden.") in _ATTENDING
     return Site(
         owner=sighting.owner,
         invocation=sighting.invocation,
@@ -188,16 +191,14 @@ def _site_of(sighting: Sighting, invocations: Mapping[str, int], *, live: bool) 
         reduces=f"an extent ({extents}), as the dye shows",
         line=sighting.line,
         swappable=False,
-        refusal=ATTENDS if attends else DYE_ONLY,
+        refusal=ATTENDS if _is_part_of_attention(sighting) else DYE_ONLY,
         looks=("dye",),
     )
 
 
 def _in_order(sites: Sequence[Site], dyed: Dyed) -> list[Site]:
     """Put sites in the order of their calls; positions are compared after planning, which counts calls."""
-    positions = {
-        f"{c.owner or '(root)'}/{c.invocation}/{c.function}/{c.index}": i for i, c in enumerate(dyed.calls)
-    }
+    positions = {call.id: i for i, call in enumerate(dyed.calls)}
     positions |= {s.id: s.position for s in dyed.found if not s.recorded}
     return sorted(sites, key=lambda site: positions.get(site.id, len(dyed.calls)))
 

@@ -38,6 +38,7 @@ __all__ = [
     "StatisticSpec",
     "Verdict",
     "matches",
+    "site_id",
 ]
 
 Spans = tuple[tuple[int, int], ...]
@@ -109,7 +110,7 @@ class Site(Record):
     @property
     def id(self) -> str:
         """Name the site in one string: owner, invocation, function and index."""
-        return f"{self.owner or '(root)'}/{self.invocation}/{self.function}/{self.index}"
+        return site_id(self.owner, self.invocation, self.function, self.index)
 
     @property
     def convertible(self) -> bool:
@@ -486,6 +487,15 @@ class Saved(Record):
     calibration: CalibrationSummary | None
     proof: Proof | None
     probe: Probe | None
+
+
+def site_id(owner: str, invocation: int, function: str, index: int) -> str:
+    """Name a call in one string, the same for every look at a network.
+
+    >>> site_id("", 0, "mean", 1)
+    '(root)/0/mean/1'
+    """
+    return f"{owner or '(root)'}/{invocation}/{function}/{index}"
 
 
 def matches(path: str, patterns: tuple[str, ...]) -> bool:

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from normfix.census import Call, Recorder, census
+from normfix.census import Call, Follow, alone, census
 from normfix.growth import Growth, Look, look_again, look_at_two
 from normfix.influence import Role, live_positions, roles, tails
 from normfix.interception import obstacle
@@ -28,7 +27,6 @@ from normfix.rules import RULES, family_of, refusal_of, rule_of, specify
 __all__ = ["Survey", "materialise_", "survey"]
 
 Run = Callable[[nn.Module, Tensor], Tensor]
-Follow = Callable[[Recorder], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,10 +45,12 @@ class Survey:
     other: Tensor | None = None
     reaching: frozenset[str] = frozenset()
 
+    def sizes(self, example: Tensor) -> list[Tensor]:
+        """Return the inputs known to run with the same calls, the smaller first."""
+        return sorted([example, *([] if self.other is None else [self.other])], key=Tensor.numel)
 
-def survey(
-    model: nn.Module, run: Run, example: Tensor, follow: Follow = lambda recorder: nullcontext()
-) -> Survey:
+
+def survey(model: nn.Module, run: Run, example: Tensor, follow: Follow = alone) -> Survey:
     """Find the sites of a network.
 
     Args:
@@ -115,8 +115,7 @@ class _Sites:
 
     def reaching(self) -> frozenset[str]:
         """Return the ids of all calls from which a path leads on to the result without passing a frozen one."""
-        calls = (self._calls[position] for position in self._live)
-        return frozenset(f"{c.owner or '(root)'}/{c.invocation}/{c.function}/{c.index}" for c in calls)
+        return frozenset(self._calls[position].id for position in self._live)
 
     def _site(self, position: int) -> Site:
         call = self._calls[position]

@@ -114,11 +114,6 @@ class Shadows:
         if entry is not None:
             entry.known.clear()
 
-    def drop(self, clean: Tensor) -> None:
-        """Forget the twin of a tensor."""
-        if _has_storage(clean):
-            self._entries.pop(clean.untyped_storage()._cdata, None)
-
     def _entry(self, clean: Tensor) -> _Entry | None:
         if not self._entries or not _has_storage(clean):
             return None

@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from normfix import operators
 from normfix.census import Call, Recorder, census, source_line
+from normfix.records import site_id
 from normfix.shadows import Dye, Shadows, holds_nan
 
 __all__ = ["Dyed", "Sighting", "confirmed", "dye_look"]
@@ -67,7 +68,7 @@ class Sighting:
     @property
     def id(self) -> str:
         """Name the call as Site.id does."""
-        return f"{self.owner or '(root)'}/{self.invocation}/{self.function}/{self.index}"
+        return site_id(self.owner, self.invocation, self.function, self.index)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

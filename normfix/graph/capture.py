@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 
-from normfix.graph.replaying import replay, replays, resized, silence
+from normfix.graph.replaying import replay, replays, silence
+from normfix.growth import resized
 from normfix.numerics import exact_arithmetic
 
 __all__ = [

@@ -14,9 +14,18 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from normfix.calling import REFUSALS
+from normfix.growth import resized
 from normfix.numerics import IDENTITY, deviation
 
-__all__ = ["replay", "replays", "resized", "same", "silence"]
+__all__ = ["replay", "replays", "same", "silence"]
+
+_LOUD = (
+    "torch.export",
+    "torch._export",
+    "torch.fx",
+    "torch._dynamo",
+    "torch._subclasses.fake_tensor",
+)
 
 
 def replays(example: Tensor, free: Sequence[int]) -> Iterator[list[Tensor]]:
@@ -54,19 +63,10 @@ def same(actual: Any, expected: Tensor) -> bool:
     return deviation(actual, expected, spread)[0] <= IDENTITY[expected.dtype]
 
 
-def resized(example: Tensor, size: Sequence[int]) -> Tensor:
-    """Return an input of another size, made by repeating or cutting one."""
-    for axis, n in enumerate(size, start=2):
-        example = example.index_select(axis, torch.arange(n, device=example.device) % example.shape[axis])
-    return example
-
-
 @contextmanager
 def silence() -> Iterator[None]:
     """Keep what torch.export warns and logs to itself; what matters is returned."""
-    loggers = [
-        logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._dynamo", "torch._export")
-    ]
+    loggers = [logging.getLogger(name) for name in _LOUD]
     before = [logger.level for logger in loggers]
     try:
         for logger in loggers:

@@ -264,7 +264,7 @@ def _dyed(probe: nn.Module, caller: Caller, example: Tensor, found: Survey, *, f
     """Run the dye at the smaller of two sizes; at the other too where it contradicts the census."""
     if fast:
         return Looked(name="dye", status="skipped", note=_FAST)
-    sizes = sorted([example, *([] if found.other is None else [found.other])], key=Tensor.numel)
+    sizes = found.sizes(example)
     try:
         dyed = dye_look(probe, caller, sizes[0])
         live = {site.id for site in found.sites if site.live}
@@ -389,8 +389,8 @@ def _locality(probe: nn.Module, everything: Plan, found: Survey, example: Tensor
         )
     frozen = rewrite(probe, everything)
     fresh = [d for d in everything.converted if d.measured]
-    small = min((example, *(() if found.other is None else (found.other,))), key=Tensor.numel)
-    measure_sites_(frozen, [site_target(frozen, d, express=False) for d in fresh], [small], caller)
+    small = found.sizes(example)[:1]
+    measure_sites_(frozen, [site_target(frozen, d, express=False) for d in fresh], small, caller)
     double = copy_of(frozen).double()
     return measure_locality(
         lambda x: caller(frozen, x), lambda x: caller.in_double(double, x), example, found.dilution

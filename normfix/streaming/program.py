@@ -7,10 +7,7 @@ so that no operation can write into what it reads. Asserts on sizes drop out: no
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from normfix.calling import REFUSALS
 from normfix.errors import NormfixError
 from normfix.graph.capture import WRAPPED, NotCaptured, capture
+from normfix.graph.replaying import silence
 
 __all__ = ["Cut", "Program", "Shapes", "captured_program", "is_tensor_node"]
 
@@ -59,7 +57,7 @@ class Program:
         Raises:
             NormfixError: NF321 if the program does not take the size.
         """
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, _quiet():
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, silence():
             image = torch.empty(tuple(size), dtype=self.image.meta["val"].dtype)
             recorder = _Recorder(self.body)
             try:
@@ -106,7 +104,7 @@ def captured_program(model: nn.Module, run: Run, example: Tensor, sites: Sequenc
             "its graph holds for one image size only, so no block can be run through it.",
             where=where,
         )
-    with _quiet():
+    with silence():
         body = captured.program.run_decompositions({}).module()
     assert isinstance(body, GraphModule)
     return _program(body, sites, where)
@@ -244,22 +242,3 @@ class _Recorder(Interpreter):
         if isinstance(result, Tensor):
             self.found[n] = tuple(int(e) for e in result.shape)
         return result
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what torch.export warns and logs to itself; what matters is returned or raised."""
-    loggers = [
-        logging.getLogger(name)
-        for name in ("torch.export", "torch._export", "torch.fx", "torch._subclasses.fake_tensor")
-    ]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -136,7 +136,6 @@ class _Packing:
     """Moves the pixels of a cell into channels and back."""
 
     def __init__(self, found: Map, shape: Sequence[int], grid: Sequence[int]) -> None:
-        self._dims = found.dims
         self._pixels = tuple(int(g * s) for g, s in zip(grid, found.scale, strict=True))
         others = [d for d in range(len(shape)) if d not in found.dims]
         self._rest = tuple(1 if d == 0 else shape[d] for d in others)  # a batch of one
