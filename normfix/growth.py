@@ -90,6 +90,11 @@ class Growth:
         self._two = two
         self._unit = self._log_ratio(tuple(example.shape), tuple(other.example.shape)) if other else 1.0
 
+    @property
+    def two_sizes(self) -> bool:
+        """Tell whether the calls are known at a second size."""
+        return self._other is not None
+
     def space(self, position: int) -> frozenset[int]:
         """Return the dimensions of the call's main operand that are space."""
         operand = _operand_shape(self._calls[position])

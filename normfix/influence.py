@@ -45,6 +45,7 @@ _ALONG = frozenset(
     {"softmax", "log_softmax", "softmin", "normalize", "cumsum", "cumprod", "logcumsumexp", "sort"}
 )
 _ALONG_TOO = frozenset({"argsort", "cummax", "cummin", "cumsum_", "cumprod_", "flip"})
+_CONTRACTING = frozenset({"matmul", "mm", "mv", "bmm", "baddbmm", "einsum", "tensordot"})
 _SHAPING = frozenset({"__getitem__", "interpolate", "upsample", "size", "expand", "expand_as", "pad"})
 _PICKING = frozenset({"narrow", "select", "index_select", "split", "chunk", "unbind", "gather", "take", "t"})
 
@@ -115,7 +116,7 @@ def _role(position: int, call: Call, growth: Growth) -> Role | None:
     if into < FIXED:
         return None
     if out < FIXED:
-        return Role.TOTAL if _smaller(call) else None
+        return Role.TOTAL if (name in _CONTRACTING and growth.two_sizes) or _smaller(call) else None
     if name in _ATTENTION or out > SQUARED * max(1.0, into):
         return Role.PAIRS
     if name in _FREQUENCY or (name in _ALONG | _ALONG_TOO and _along_space(position, call, growth)):

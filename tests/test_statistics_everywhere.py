@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from nasty import (
     ConvolutionalBlock,
     GlobalContext,
@@ -60,6 +61,27 @@ def test_copies_are_equal_to_the_bit(models, kind):
     fresh.load_state_dict(model.state_dict(), strict=True)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), fresh):
         assert torch.equal(output(copied), output(model))
+
+
+class LinearAttention(Nasty):
+    """Breaks tests by size: the product of keys and values over a small map has more elements than the map."""
+
+    def __init__(self):
+        super().__init__(deep=nn.Conv2d(4, 32, 1), back=nn.Conv2d(32, 4, 1))
+
+    def body(self, x):
+        y = self.deep(F.avg_pool2d(x, 16))
+        tokens = y.flatten(2)
+        mixed = (tokens @ tokens.mT).sigmoid() @ tokens
+        return x + F.interpolate(self.back(mixed.view(y.shape)), scale_factor=16)
+
+
+def test_a_product_over_space_larger_than_the_map_is_frozen():
+    """What no longer varies over space is a statistic however large: linear attention is converted and proved."""
+    torch.manual_seed(0)
+    done = normfix.convert(LinearAttention(), IMAGE, example=IMAGE[..., :64, :64])
+    assert done.proof.passed
+    assert [d.site.id for d in done.plan.converted] == ["(root)/0/matmul/0"]
 
 
 @EVERY

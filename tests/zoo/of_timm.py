@@ -87,7 +87,7 @@ _SIZED = {  # (stage, size)
     "efficientvim_m1": (1, 128),
     "efficientvit_m0": (1, 224),
     "gcvit_xxtiny": (1, 224),
-    "haloregnetz_b": (3, 256),
+    "haloregnetz_b": (3, 224),
     "hiera_tiny_224": (1, 224),
     "swinv2_cr_tiny_224": (1, 224),
     "test_coatnet": (3, 160),
