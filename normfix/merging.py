@@ -80,7 +80,8 @@ def merge(
     else:
         looks.append(Looked(name="dye", status="done"))
         if guessed:
-            merged = [_judged(site, dyed) for site in merged]
+            seen = {s.id for s in dyed.sightings}
+            merged = [site if not site.live or site.id in seen else _judged(site) for site in merged]
         merged, disputes = _with_dye(merged, dyed, meets_map)
         findings += disputes
     return Merged(sites=tuple(merged), looks=tuple(looks), findings=tuple(findings))
@@ -108,12 +109,11 @@ def _with_dye(
                     f"{sighting.op} at {sighting.line} depends on the whole extent ({over}); only the dye sees it.",
                 )
             )
+    unclear = {s.id for s in (*dyed.lost, *dyed.unknown)}
     findings += [
         _finding("NF241", site.id, "live in the census, but the dye does not confirm that it is global.")
         for site in merged
-        if site.live
-        and "dye" not in site.looks
-        and site.id not in {s.id for s in (*dyed.lost, *dyed.unknown)}
+        if site.live and "dye" not in site.looks and site.id not in unclear
     ]
     findings += [_finding("NF242", s.id, f"{s.op} at {s.line}: {_UNKNOWN}") for s in dyed.unknown]
     findings += [
@@ -125,10 +125,8 @@ def _with_dye(
     return _in_order(merged, dyed), findings
 
 
-def _judged(site: Site, dyed: Dyed) -> Site:
-    """Take the dye's word for a site whose dimensions the census had to guess; what it lost stays as it was."""
-    if not site.live or site.id in {s.id for s in dyed.sightings}:
-        return site
+def _judged(site: Site) -> Site:
+    """Take the dye's word for a site whose dimensions the census had to guess, and that the dye never met."""
     reduces = "no extent of the image, as the dye shows"
     return replace(site, live=False, reduces=reduces, refusal="", layer=None, statistic=None)
 

@@ -166,6 +166,7 @@ class _Watch:
 
     def __init__(self, rank: int) -> None:
         self.sightings: list[Sighting] = []
+        self._known: set[tuple[str, Kind]] = set()
         self._stain = _Stain(rank)
         self._recorder: Recorder | None = None
         self._hidden: Counter[tuple[str, int, str]] = Counter()
@@ -219,7 +220,8 @@ class _Watch:
             over=event.over,
             shape=event.shape,
         )
-        if all((s.id, s.kind) != (sighting.id, sighting.kind) for s in self.sightings):
+        if (sighting.id, sighting.kind) not in self._known:
+            self._known.add((sighting.id, sighting.kind))
             self.sightings.append(sighting)
 
     def _add_hidden(self, event: _Event, recorder: Recorder, name: str) -> None:

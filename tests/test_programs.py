@@ -17,6 +17,7 @@ import normfix
 from normfix import NormfixError
 from normfix.graph import Program, export, raised
 from normfix.pipeline import storage
+from normfix.loading import read_program
 from normfix.programs import export_program, open_program, require_free
 from normfix.records import Action
 
@@ -356,8 +357,8 @@ def test_an_image_of_another_size_is_refused():
 def test_what_is_no_program_is_refused(tmp_path):
     """A damaged file is refused."""
     (tmp_path / "x.pt2").write_bytes(b"PK nonsense")
-    with pytest.raises(NormfixError, match="NF224"):
-        open_program(tmp_path / "x.pt2")
+    with pytest.raises(NormfixError, match="NF101"):
+        open_program(tmp_path / "x.pt2", read_program)
 
 
 def test_what_cannot_be_exported_is_refused():

@@ -11,6 +11,7 @@ from test_formats import nnunet_folder
 
 import normfix
 from normfix.cli import answers, cli
+from normfix.diagnosis_record import DiagnosisRecord
 from normfix.json_schema import schema_of
 from normfix.records import CalibrationSummary, ConversionRecord, Plan, Scan, Verdict
 
@@ -25,6 +26,7 @@ RECORDS = {
     "push": answers.Pushed,
     "explain": answers.Explained,
     "demo": answers.Shown,
+    "diagnose": DiagnosisRecord,
 }
 
 
