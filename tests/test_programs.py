@@ -16,8 +16,8 @@ from torch.export import ExportedProgram
 import normfix
 from normfix import NormfixError
 from normfix.graph import Program, export, raised
-from normfix.pipeline import storage
 from normfix.loading import read_program
+from normfix.pipeline import storage
 from normfix.programs import export_program, open_program, require_free
 from normfix.records import Action
 
