@@ -185,19 +185,18 @@ def predict_command(
         windows = arguments.windows((image,), opened.model, level)
         if len(windows) != 1:
             raise click.UsageError(f"{image} names {len(windows)} images; give one")
-        with windows[0] as window:
-            write_prediction(
-                opened.model,
-                window,
-                Path(out),
-                tile,
-                engine="stages",
-                statistics=statistics,
-                budget=None if budget is None else budget << 20,
-                store=store,
-                workers=workers,
-                output=arguments.output,
-            )
+        write_prediction(
+            opened.model,
+            windows[0],
+            Path(out),
+            tile,
+            engine="stages",
+            statistics=statistics,
+            budget=None if budget is None else budget << 20,
+            store=store,
+            workers=workers,
+            output=arguments.output,
+        )
         note(f"Wrote {out}.")
         return
     require_new_image(Path(out))
