@@ -40,6 +40,7 @@ _HOMES = {
     "normfix.pipeline": (
         "Conversion",
         "Diagnosis",
+        "FineTuning",
         "assert_tile_invariant",
         "calibrate",
         "calibrate_",
@@ -50,6 +51,7 @@ _HOMES = {
         "open_image",
         "plan",
         "predict",
+        "prepare_finetune",
         "push",
         "save",
         "scan",
@@ -73,6 +75,7 @@ if TYPE_CHECKING:
     from normfix.layers import RenormSchedule as RenormSchedule
     from normfix.pipeline import Conversion as Conversion
     from normfix.pipeline import Diagnosis as Diagnosis
+    from normfix.pipeline import FineTuning as FineTuning
     from normfix.pipeline import assert_tile_invariant as assert_tile_invariant
     from normfix.pipeline import calibrate as calibrate
     from normfix.pipeline import calibrate_ as calibrate_
@@ -83,6 +86,7 @@ if TYPE_CHECKING:
     from normfix.pipeline import open_image as open_image
     from normfix.pipeline import plan as plan
     from normfix.pipeline import predict as predict
+    from normfix.pipeline import prepare_finetune as prepare_finetune
     from normfix.pipeline import push as push
     from normfix.pipeline import save as save
     from normfix.pipeline import scan as scan

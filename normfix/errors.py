@@ -133,6 +133,7 @@ CODES: dict[str, str] = {
     "on it; how far they read depends on the data.",
     "NF246": "What the network gives for an input depends on what it ran on before: a value kept on self, a running "
     "average that is updated in eval mode, random numbers from a generator of its own. No tiling of it is defined.",
+    "NF247": "A pattern of parameters to train matches none, so nothing would train that it names.",
     "NF224": "A program (.pt2) could not be read, or is not what torch.export.save writes for one image and "
     "the tensors it holds.",
     "NF225": "The network cannot be written as an exported program: torch.export failed, or something in it "

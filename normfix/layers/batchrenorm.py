@@ -32,7 +32,8 @@ class BatchRenorm(ChannelNorm):
     """Normalise by batch statistics, corrected towards the running ones; abstract over the rank.
 
     In eval, nn.BatchNorm to the last bit. A layer that has seen no batch treats its first as batch norm does.
-    `r_max` and `d_max` are 0-d buffers outside the state dict, which RenormSchedule writes.
+    `r_max` and `d_max` are 0-d buffers outside the state dict, which RenormSchedule writes. A `held` layer stays in
+    eval mode; as with `training`, that is no part of the state dict.
 
     Args:
         num_features: number of channels c of an input (n, c, *space).
@@ -51,6 +52,7 @@ class BatchRenorm(ChannelNorm):
 
     r_max: Tensor
     d_max: Tensor
+    held = False
 
     def __init__(
         self,
@@ -83,6 +85,16 @@ class BatchRenorm(ChannelNorm):
         """Write the bounds of the corrections in place, without waiting for the device."""
         self.r_max.fill_(r_max)
         self.d_max.fill_(d_max)
+
+    def hold_(self, held: bool = True) -> None:
+        """Normalise by the running statistics, unchanged, also where `train()` is called; or no longer."""
+        was_training = self.training or self.held
+        self.held = held
+        self.train(was_training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode; a held layer stays in eval mode."""
+        return super().train(mode and not self.held)
 
     def normalize(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Normalise x with the given affine in place of the layer's own.

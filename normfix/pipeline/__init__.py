@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from normfix.pipeline.conversion import Conversion, convert
 from normfix.pipeline.diagnosing import Diagnosis, diagnose
+from normfix.pipeline.finetuning import FineTuning, prepare_finetune
 from normfix.pipeline.looking import plan, scan
 from normfix.pipeline.opening import open_windowed as open_image
 from normfix.pipeline.recalibration import calibrate, calibrate_
@@ -18,6 +19,7 @@ from normfix.pipeline.using import assert_tile_invariant, check, predict, write_
 __all__ = [
     "Conversion",
     "Diagnosis",
+    "FineTuning",
     "assert_tile_invariant",
     "calibrate",
     "calibrate_",
@@ -29,6 +31,7 @@ __all__ = [
     "open_image",
     "plan",
     "predict",
+    "prepare_finetune",
     "push",
     "save",
     "scan",
