@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 from normfix.errors import NormfixError
-from normfix.programs import PROGRAM
-from normfix.saving import MANIFEST, WEIGHTS, read_manifest
+from normfix.saving import MANIFEST, PROGRAM, WEIGHTS, read_manifest
 
 __all__ = ["push"]
 
