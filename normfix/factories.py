@@ -72,6 +72,8 @@ def build(source: Source, *, blank: bool = False) -> nn.Module:
             model = factory(source.spec.removeprefix("timm:"), **args)
         else:
             model = _import(source.spec)(**args)
+    except NormfixError:
+        raise
     except ModuleNotFoundError as error:
         hint = f"install {error.name}, or name its folder in PYTHONPATH"
         if error.name == "timm":

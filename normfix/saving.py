@@ -150,11 +150,14 @@ def read_manifest(folder: Path) -> Saved:
     """
     path = folder / MANIFEST
     try:
-        if path.stat().st_size > _LARGEST:
-            raise ValueError(f"it is longer than {_LARGEST >> 20} MB, which no such file is")
-        data = json.loads(path.read_text(encoding="utf-8"))
+        large = path.stat().st_size > _LARGEST
+        data = None if large else json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise NormfixError("NF101", f"cannot read it: {error}.", where=str(path)) from error
+    if large:
+        raise NormfixError(
+            "NF101", f"it is longer than {_LARGEST >> 20} MB, which no such file is.", where=str(path)
+        )
     saved = Saved.from_json(data, where=str(path))
     weights = folder / WEIGHTS
     if not weights.is_file():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from normfix.errors import NormfixError
 
-__all__ = ["HUB", "fetched"]
+__all__ = ["HUB", "fetched", "require_repository"]
 
 HUB = "hf-hub:"
 _NAME = re.compile(r"hf-hub:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
@@ -16,6 +16,20 @@ _WANTED = (
     *("*.json", "*.yml", "*.yaml", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pytorch", "*.pt2"),
     "README.md",
 )
+
+
+def require_repository(spec: str, revision: str | None) -> None:
+    """Refuse a revision of what has none, rather than open another one than was asked for.
+
+    Raises:
+        NormfixError: NF125.
+    """
+    if revision is not None and not spec.startswith(HUB):
+        raise NormfixError(
+            "NF125",
+            f"it is no repository, so it has no revision {revision!r}. Drop --revision.",
+            where=spec[:200],
+        )
 
 
 def fetched(spec: str, revision: str | None = None) -> tuple[Path, str]:

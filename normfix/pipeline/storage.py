@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfix.allocation import bounded_by
 from normfix.calibration import Calibration
 from normfix.calling import Caller, evaluating, home_of
 from normfix.errors import NormfixError
 from normfix.factories import dumped, rebuild
 from normfix.json_record import SCHEMA
-from normfix.loading import HUB, Loaded, Request, fetched, open_path, open_spec, read_program, read_weights
+from normfix.loading import (
+    HUB,
+    Loaded,
+    Request,
+    fetched,
+    open_path,
+    open_spec,
+    read_program,
+    read_weights,
+    require_repository,
+)
 from normfix.numerics import IDENTITY, exact_arithmetic
 from normfix.pipeline.conversion import Conversion
 from normfix.programs import (
@@ -206,6 +217,7 @@ def open_any(
     spec: str | Path, request: Request, *, model: nn.Module | None = None, revision: str | None = None
 ) -> Loaded:
     """Open as `load` does, with source and notes."""
+    require_repository(str(spec), revision)
     if Path(spec).suffix == SUFFIX and Path(spec).is_file():
         return _open_program(Path(spec))
     if not str(spec).startswith(HUB):
@@ -226,11 +238,10 @@ def _open_saved(folder: Path, request: Request, model: nn.Module | None) -> Load
         program = program_beside(folder, saved)
         if program is not None:
             return _open_beside(program, saved)
-    base = (
-        copy_of(model)
-        if model is not None
-        else rebuild(source, arch=request.arch, arch_args=request.arch_args)
-    )
+    if model is not None:
+        return Loaded(_restored(folder, saved, copy_of(model)), source)
+    with bounded_by(folder) if request.arch is None else nullcontext():
+        base = rebuild(source, arch=request.arch, arch_args=request.arch_args)
     return Loaded(_restored(folder, saved, base), source)
 
 
@@ -305,7 +316,7 @@ def _restored(folder: Path, saved: Saved, base: nn.Module) -> nn.Module:
     known = saved.provenance
     caller = Caller(None, known.output)
     with _belonging(str(folder)):
-        example = torch.zeros(1, *known.scan.example[1:])
+        example = torch.zeros(1).expand(1, *known.scan.example[1:])  # takes no memory, whatever the file says
         materialise_(base, caller, example)
         model = rewrite(base, known.plan)
         load_weights_(model, read_weights(folder / WEIGHTS), saved, str(folder))
