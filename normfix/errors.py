@@ -6,7 +6,7 @@ cannot be constructed, so the explanations cannot lag behind the code.
 
 from __future__ import annotations
 
-__all__ = ["CODES", "NormfixError"]
+__all__ = ["CODES", "NormfixError", "printable"]
 
 CODES: dict[str, str] = {
     # 1xx: what was given
@@ -229,6 +229,7 @@ class NormfixError(Exception):
     def __init__(self, code: str, message: str, *, where: str = "") -> None:
         if code not in CODES:
             raise KeyError(f"{code} is not in normfix.errors.CODES")
+        where, message = printable(where), printable(message)  # names in files may hold terminal sequences
         self.code = code
         self.where = where
         self.message = message
@@ -236,6 +237,17 @@ class NormfixError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (self.code, self.message, self.where)
+
+
+def printable(text: str) -> str:
+    r"""Return a text in which what would steer a terminal, lines included, is written as its escape.
+
+    >>> printable("a\x1b[2J b")
+    'a\\x1b[2J b'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _rebuild(code: str, message: str, where: str) -> NormfixError:

@@ -72,6 +72,8 @@ def build(source: Source, *, blank: bool = False) -> nn.Module:
             model = factory(source.spec.removeprefix("timm:"), **args)
         else:
             model = _import(source.spec)(**args)
+    except NormfixError:
+        raise
     except ModuleNotFoundError as error:
         hint = f"install {error.name}, or name its folder in PYTHONPATH"
         if error.name == "timm":
@@ -103,8 +105,8 @@ def rebuild(
     if source.kind == "object":
         raise NormfixError(
             "NF113",
-            "the folder was saved from an object, so it does not say how to build one. Give the network: "
-            "load(folder, model=MyNet()) or load(folder, arch='pkg.mod:factory').",
+            "the folder was saved from an object, so it does not say how to build one, and it holds no program.pt2 "
+            "to run instead. Give the network: load(folder, model=MyNet()) or load(folder, arch='pkg.mod:factory').",
             where=source.spec,
         )
     if not is_allowed(source.spec):

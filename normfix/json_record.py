@@ -36,7 +36,7 @@ class Record:
         """Build the record from parsed JSON.
 
         Raises:
-            NormfixError: NF108 if a field is missing, unknown or of the wrong type, or the schema is newer.
+            NormfixError: NF108 if a field is missing, unknown or of the wrong type, or the schema is another.
         """
         decoded = _decode(cls, data, where or cls.__name__)
         assert isinstance(decoded, cls)
@@ -94,14 +94,10 @@ def _decode_tuple(items: tuple[Any, ...], data: object, where: str) -> tuple[Any
 def _decode_record(kind: Any, data: object, where: str) -> Any:
     if not isinstance(data, Mapping):
         raise _malformed(data, where, "an object")
-    schema = data.get("schema")
-    if isinstance(schema, int) and schema > SCHEMA:
-        raise NormfixError(
-            "NF108",
-            f"it has schema {schema}, this normfix reads up to {SCHEMA}. Update normfix.",
-            where=where,
-        )
     hints = _hints(kind)
+    schema = data.get("schema")
+    if "schema" in hints and isinstance(schema, int) and schema != SCHEMA:
+        raise _of_another_version(schema, where)
     unknown = sorted(set(data) - set(hints))
     _require(not unknown, unknown, where, f"no fields but {', '.join(hints)}")
     missing = sorted(set(hints) - set(data))
@@ -128,6 +124,18 @@ def _require(right: bool, data: Any, where: str, expected: str) -> Any:
     if not right:
         raise _malformed(data, where, expected)
     return data
+
+
+def _of_another_version(schema: int, where: str) -> NormfixError:
+    """Return the error for JSON of a newer or an older normfix, which is never guessed at."""
+    todo = (
+        "Update normfix"
+        if schema > SCHEMA
+        else "Make it again with this version from the original network, or install the version that wrote it"
+    )
+    return NormfixError(
+        "NF108", f"it has schema {schema}, and this normfix reads schema {SCHEMA}. {todo}.", where=where
+    )
 
 
 def _malformed(data: object, where: str, expected: str) -> NormfixError:

@@ -34,7 +34,6 @@ from normfix.numerics import exact_arithmetic
 from normfix.records import Saved
 
 __all__ = [
-    "PROGRAM",
     "SUFFIX",
     "export_program",
     "open_program",
@@ -44,7 +43,7 @@ __all__ = [
     "write_program",
 ]
 
-PROGRAM, SUFFIX = "program.pt2", ".pt2"
+SUFFIX = ".pt2"
 MANIFEST = "normfix.json"
 Reader = Callable[[Path, dict[str, str]], ExportedProgram]
 _OURS = ("normfix",)

@@ -477,13 +477,15 @@ class Probe(Record):
 class Saved(Record):
     """The content of normfix.json.
 
-    `aliases` are pairs (name, stored name) of tensors that share storage; `sha256` is of model.safetensors.
+    `aliases` are pairs (name, stored name) of tensors that share storage; `sha256` is of model.safetensors,
+    `program` of program.pt2 where the folder has one.
     """
 
     schema: int
     provenance: Provenance
     aliases: tuple[tuple[str, str], ...]
     sha256: str
+    program: str = ""
     calibration: CalibrationSummary | None
     proof: Proof | None
     probe: Probe | None

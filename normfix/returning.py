@@ -7,6 +7,7 @@ what it knows and silently stay live, so they are refused by name.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -73,7 +74,11 @@ def write_original(folder: Path, network: nn.Module, source: Source) -> Path:
     if source.spec.startswith("timm:"):
         from timm.models import save_for_hf
 
-        save_for_hf(network, str(folder), safe_serialization=True)
+        args = json.loads(source.args)
+        args = {
+            name: value for name, value in args.items() if not name.startswith(("pretrained", "checkpoint"))
+        }
+        save_for_hf(network, str(folder), model_args=args, safe_serialization=True)
         return folder
     torch.save(network.state_dict(), folder / STATE)
     return folder / STATE

@@ -28,9 +28,11 @@ from normfix.records import CalibrationSummary, Probe, Proof, Provenance, Saved
 
 __all__ = [
     "MANIFEST",
+    "PROGRAM",
     "WEIGHTS",
     "appearing",
     "load_weights_",
+    "program_beside",
     "read_manifest",
     "require_absent",
     "seeded_input",
@@ -38,6 +40,10 @@ __all__ = [
 ]
 
 MANIFEST, WEIGHTS, CARD = "normfix.json", "model.safetensors", "README.md"
+PROGRAM = "program.pt2"
+"""Beside the weights where the folder cannot say how to build the network."""
+_LARGEST = 64 << 20
+"""normfix.json of ten thousand sites takes 20 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,17 +126,19 @@ def _write(
 ) -> None:
     stored = _stored(model)
     save_file(stored.tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    program = folder / PROGRAM
     saved = Saved(
         schema=SCHEMA,
         provenance=provenance,
         aliases=stored.aliases,
         sha256=_sha256(folder / WEIGHTS),
+        program=_sha256(program) if program.exists() else "",
         calibration=calibration,
         proof=proof,
         probe=probe,
     )
     (folder / MANIFEST).write_text(saved.dumps(), encoding="utf-8")
-    (folder / CARD).write_text(_card(saved, (folder / "program.pt2").exists()), encoding="utf-8")
+    (folder / CARD).write_text(_card(saved), encoding="utf-8")
     shutil.copymode(folder / MANIFEST, folder / WEIGHTS)  # safetensors lets nobody else read
 
 
@@ -138,25 +146,47 @@ def read_manifest(folder: Path) -> Saved:
     """Read normfix.json and check the weights' checksum.
 
     Raises:
-        NormfixError: NF101 unreadable, NF108 malformed or of a newer schema, NF115 weights changed.
+        NormfixError: NF101 unreadable, NF108 malformed or of another schema, NF115 weights changed.
     """
     path = folder / MANIFEST
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        large = path.stat().st_size > _LARGEST
+        data = None if large else json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise NormfixError("NF101", f"cannot read it: {error}.", where=str(path)) from error
+    if large:
+        raise NormfixError(
+            "NF101", f"it is longer than {_LARGEST >> 20} MB, which no such file is.", where=str(path)
+        )
     saved = Saved.from_json(data, where=str(path))
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise NormfixError("NF101", "the folder has no weights file.", where=str(weights))
-    if _sha256(weights) != saved.sha256:
+    _require_unchanged(weights, saved.sha256)
+    return saved
+
+
+def program_beside(folder: Path, saved: Saved) -> Path | None:
+    """Return the program of a saved folder; None if it has none.
+
+    Raises:
+        NormfixError: NF115 if it is not the one that was saved.
+    """
+    path = folder / PROGRAM
+    if not saved.program or not path.is_file():
+        return None
+    _require_unchanged(path, saved.program)
+    return path
+
+
+def _require_unchanged(path: Path, sha256: str) -> None:
+    if _sha256(path) != sha256:
         raise NormfixError(
             "NF115",
-            "the weights are not those that were saved: the checksum in normfix.json differs. Fetch or "
-            "convert the network again.",
-            where=str(weights),
+            "it is not the file that was saved: the checksum in normfix.json differs. Fetch or convert the "
+            "network again.",
+            where=str(path),
         )
-    return saved
 
 
 def load_weights_(model: nn.Module, weights: Mapping[str, Tensor], saved: Saved, where: str) -> None:
@@ -228,7 +258,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _card(saved: Saved, program: bool) -> str:
+def _card(saved: Saved) -> str:
     source = saved.provenance.source
     base = source.origin.removeprefix("hf-hub:").partition("@")[0]
     if not base and source.spec.startswith("timm:") and "." in source.spec:
@@ -240,7 +270,7 @@ def _card(saved: Saved, program: bool) -> str:
         autoescape=False,
         keep_trailing_newline=True,
     )  # Markdown, not HTML
-    return environment.get_template("card.md").render(saved=saved, base=base, program=program)
+    return environment.get_template("card.md").render(saved=saved, base=base)
 
 
 def seeded_input(probe_shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:

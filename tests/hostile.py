@@ -203,6 +203,43 @@ def _checkpoint(folder: Path) -> Path:
     return folder / "c.ckpt"
 
 
+def _huge_network(folder: Path, config: dict) -> Path:
+    """Write a folder whose config asks for more than any machine has, with weights of four bytes."""
+    (folder / "hf").mkdir()
+    (folder / "hf" / "config.json").write_text(json.dumps(config))
+    for name in ("model.safetensors", "diffusion_pytorch_model.safetensors"):
+        (folder / "hf" / name).write_bytes(
+            _safetensors({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}})
+        )
+    return folder / "hf"
+
+
+def _claims(folder: Path) -> Path:
+    """Write a program whose weights and input claim 2**40 values."""
+
+    def change(name, data):
+        return data.replace(b'"as_int": 2}', b'"as_int": 1099511627776}') if name.endswith(".json") else data
+
+    return edited(program(folder), change)
+
+
+def _long_json(folder: Path) -> Path:
+    """Write a program whose graph is a hundred megabytes of blanks."""
+
+    def change(name, data):
+        return data + b" " * (100 << 20) if name.endswith("models/model.json") else data
+
+    return edited(program(folder), change)
+
+
+def _bomb(folder: Path) -> Path:
+    """Write a program whose graph unpacks to a thousand times its size."""
+    with zipfile.ZipFile(program(folder)) as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    grown = {n: d + b" " * (100 << 20) * n.endswith("model.json") for n, d in members.items()}
+    return archive(folder / "p.pt2", grown, compressed=True)
+
+
 def _bin_folder(folder: Path, config: dict, name: str) -> Path:
     (folder / "hf").mkdir()
     (folder / "hf" / "config.json").write_text(json.dumps(config))
@@ -268,6 +305,27 @@ CORPUS = {
         d, {"architecture": "test_resnet", "num_features": 1}, "pytorch_model.bin"
     ),
     "folder with an index that leads outside": lambda d: _index(d),
+    "program that claims terabytes": _claims,
+    "program with a long graph": _long_json,
+    "program that is a zip bomb": _bomb,
+    "timm folder that asks for terabytes": lambda d: _huge_network(
+        d, {"architecture": "test_resnet", "num_features": 1, "num_classes": 10**8}
+    ),
+    "timm folder that asks for gigabytes": lambda d: _huge_network(
+        d, {"architecture": "test_resnet", "num_features": 1, "num_classes": 10**7}
+    ),
+    "diffusers folder that asks for gigabytes": lambda d: _huge_network(
+        d,
+        {
+            "_class_name": "UNet2DModel",
+            "_diffusers_version": "0",
+            "block_out_channels": [16384],
+            "norm_num_groups": 4,
+            "down_block_types": ["DownBlock2D"],
+            "up_block_types": ["UpBlock2D"],
+        },
+    ),
+    "folder of a symlink that leads nowhere": lambda d: _symlink(d),
     "deep config": lambda d: _written(d / "config.json", b'{"a":' * 100_000).parent,
 }
 """Name -> function (folder) that writes the file and returns its path; opening creates folder/ran."""
@@ -281,6 +339,14 @@ def _written(path: Path, data: bytes) -> Path:
 def _safetensors(header: dict) -> bytes:
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + b"\0" * 4
+
+
+def _symlink(folder: Path) -> Path:
+    """Write a folder whose weights are a link to themselves."""
+    (folder / "hf").mkdir()
+    (folder / "hf" / "config.json").write_text('{"architecture": "test_resnet", "num_features": 1}')
+    (folder / "hf" / "model.safetensors").symlink_to("model.safetensors")
+    return folder / "hf"
 
 
 def _index(folder: Path) -> Path:

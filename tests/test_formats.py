@@ -94,7 +94,8 @@ def test_a_timm_folder_opens(tmp_path):
     from timm.models import save_for_hf
 
     model = scrambled(timm.create_model("test_resnet", num_classes=3, in_chans=1))
-    save_for_hf(model, str(tmp_path / "timm"), safe_serialization=True)
+    args = {"in_chans": 1, "num_classes": 3}
+    save_for_hf(model, str(tmp_path / "timm"), model_args=args, safe_serialization=True)
     opened = open_model(str(tmp_path / "timm"))
     assert opened.source.spec == "timm:test_resnet"
     assert_same(opened.model, model)

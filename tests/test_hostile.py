@@ -26,8 +26,9 @@ LONGER = int(os.environ.get("NORMFIX_FUZZ", "1"))
 
 
 def refused(path: Path) -> str:
-    """Return the code with which a file is refused, program or not."""
-    opening = read_program if path.suffix == ".pt2" else lambda p: open_model(str(p), arch=ARCH)
+    """Return the code with which a file is refused, program or not; only files of weights are given a network."""
+    arch = ARCH if path.is_file() else None
+    opening = read_program if path.suffix == ".pt2" else lambda p: open_model(str(p), arch=arch)
     try:
         opening(path)
     except NormfixError as error:
@@ -94,6 +95,8 @@ def _within_memory(write, folder, answer) -> None:
         n
         for n in CORPUS
         if n.startswith(("pickle of", "pickle that all", "zip", "safetensors", "pickle with"))
+        or "bytes" in n
+        or n in ("program with a long graph", "program that is a zip bomb")
     ],
 )
 def test_memory_is_bounded(tmp_path, name):

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,6 +105,12 @@ def test_a_folder_that_is_not_whole_is_not_pushed(hub, fixed, tmp_path):
     (copy / "model.safetensors").write_bytes(b"\0" * 9)
     assert run(hub, tmp_path, "push", copy, "lab/new").returncode == 2
     assert "lab/new" not in hub.commits
+
+
+def test_a_hub_that_is_not_there_is_named(fixed, tmp_path):
+    """Pushing to where nothing answers is NF413 and exit 2, not a failure of normfix's own."""
+    done = run(SimpleNamespace(address="http://127.0.0.1:9"), tmp_path, "push", fixed, "lab/nuclei")
+    assert (done.returncode, "NF413" in done.stderr) == (2, True)
 
 
 def test_without_the_right_to_write_nothing_is_pushed(hub, fixed, tmp_path):

@@ -7,6 +7,7 @@ import torch
 from factories import TinyUNet, Wrapped, tiny_unet
 from safetensors.torch import save_file
 
+import normfix
 from normfix.errors import NormfixError
 from normfix.loading import Request, open_model, open_path, read_weights
 from normfix.records import Source
@@ -372,3 +373,59 @@ def test_a_leftover_inside_the_network_is_refused(tmp_path):
     """Negative control: a name beside the network's own is no leftover of a wrapper but NF105."""
     torch.save(state() | {"extra.weight": torch.ones(1)}, tmp_path / "w.pt")
     assert refusal(open_model, str(tmp_path / "w.pt"), arch=ARCH).code == "NF105"
+
+
+@pytest.mark.parametrize("prefix", ["module._orig_mod.", "_orig_mod.module.", "model.module._orig_mod."])
+def test_stacked_prefixes_are_found(tmp_path, prefix):
+    """DataParallel, torch.compile and Lightning around one another, in any order, are taken off."""
+    model = tiny_unet()
+    state = {prefix + name: tensor + 1 for name, tensor in model.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "w.pt")
+    opened = open_model(str(tmp_path / "w.pt"), arch=ARCH).model
+    assert all(torch.equal(t, model.state_dict()[n] + 1) for n, t in opened.state_dict().items())
+
+
+def test_a_prefix_before_half_of_the_names_is_refused(tmp_path):
+    """Names of which only some have a prefix are NF105, not filled in part."""
+    state = {("module." if i % 2 else "") + n: t for i, (n, t) in enumerate(tiny_unet().state_dict().items())}
+    torch.save(state, tmp_path / "w.pt")
+    assert refusal(open_model, str(tmp_path / "w.pt"), arch=ARCH).code == "NF105"
+
+
+@pytest.mark.parametrize("content", ["nested", "prefixed"])
+def test_an_average_is_chosen_by_the_name_of_what_holds_it(tmp_path, content):
+    """--weights ema finds ema.shadow, and ema.module. before the names, as well as their full names do."""
+    state = tiny_unet().state_dict()
+    average = {name: tensor + 1 for name, tensor in state.items()}
+    nested = {"ema": {"decay": 0.9, "shadow": average}, "model": state}
+    prefixed = {f"model.{n}": t for n, t in state.items()} | {
+        f"ema.module.{n}": t for n, t in average.items()
+    }
+    torch.save(nested if content == "nested" else prefixed, tmp_path / "w.pt")
+    opened = open_model(str(tmp_path / "w.pt"), arch=ARCH, weights="ema").model
+    assert all(torch.equal(tensor, average[name]) for name, tensor in opened.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.bool])
+def test_weights_that_lost_their_scale_are_refused(tmp_path, dtype):
+    """Integers or complex numbers for real weights are NF105: torch would copy them without scale or half."""
+    state = {name: tensor.to(dtype) for name, tensor in tiny_unet().state_dict().items()}
+    torch.save(state, tmp_path / "w.pt")
+    assert refusal(open_model, str(tmp_path / "w.pt"), arch=ARCH).code == "NF105"
+
+
+def test_a_revision_of_a_file_is_refused(tmp_path):
+    """A revision of what is no repository is NF125, from open_model and from load."""
+    torch.save(tiny_unet().state_dict(), tmp_path / "w.pt")
+    for function in (open_model, normfix.load):
+        error = refusal(function, str(tmp_path / "w.pt"), arch=ARCH, revision="v1")
+        assert (error.code, "v1" in error.message) == ("NF125", True)
+
+
+def test_names_in_a_file_do_not_steer_the_terminal(tmp_path):
+    """Escape sequences and line ends in names of weights, and of files, are shown as such."""
+    path = tmp_path / "a\nb.pt"
+    torch.save({"\x1b[2Jw": torch.ones(1)}, path)
+    error = refusal(open_model, str(path))
+    assert error.code == "NF112"
+    assert str(error).isprintable()

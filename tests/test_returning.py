@@ -42,7 +42,10 @@ def assert_same(actual, expected, image=OTHER):
 def test_smp_loads_what_was_given_back(tmp_path):
     """segmentation_models_pytorch.from_pretrained gives the converted network's output."""
     smp = pytest.importorskip("segmentation_models_pytorch")
-    used(smp.Unet("resnet18", encoder_weights=None, in_channels=1)).save_pretrained(tmp_path / "smp")
+    small = smp.Unet(
+        "resnet18", encoder_weights=None, in_channels=1, encoder_depth=3, decoder_channels=(16, 8, 8)
+    )
+    used(small).save_pretrained(tmp_path / "smp")
     done = returned(tmp_path / "smp")
     assert done.plan.converted
     assert_same(smp.from_pretrained(tmp_path / "back"), done.model)
@@ -54,7 +57,8 @@ def test_timm_loads_what_was_given_back(tmp_path):
     from timm.models import save_for_hf
 
     model = used(timm.create_model("test_resnet", in_chans=1, num_classes=3))
-    save_for_hf(model, str(tmp_path / "timm"), safe_serialization=True)
+    args = {"in_chans": 1, "num_classes": 3}
+    save_for_hf(model, str(tmp_path / "timm"), model_args=args, safe_serialization=True)
     opened = open_model(str(tmp_path / "timm"))
     done = normfix.convert(opened.model, source=opened.source)
     normfix.save(done, tmp_path / "back", portable=True, partial=True)
@@ -74,6 +78,29 @@ def test_transformers_loads_what_was_given_back(tmp_path):
     normfix.save(done, tmp_path / "back", portable=True, partial=True)
     again, info = transformers.ResNetModel.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not any(info.values())
+    assert_same(again, done.model)
+
+
+def test_diffusers_loads_what_was_given_back(tmp_path):
+    """A component of a pipeline with BatchNorms goes back into its folder: its own from_pretrained gives the same."""
+    diffusers = pytest.importorskip("diffusers")
+    shape = {
+        "block_out_channels": (8, 8),
+        "layers_per_block": (1, 1),
+        "block_types": ("ResBlock", "ResBlock"),
+        "qkv_multiscales": ((), ()),
+    }
+    settings = {
+        f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in shape.items()
+    } | {"decoder_norm_types": "batch_norm", "decoder_act_fns": "silu"}
+    model = used(diffusers.AutoencoderDC(in_channels=1, latent_channels=2, attention_head_dim=4, **settings))
+    model.save_pretrained(tmp_path / "vae")
+    opened = open_model(str(tmp_path / "vae"))
+    done = normfix.convert(opened.model, IMAGE, source=opened.source, output="sample")
+    normfix.save(done, tmp_path / "back", portable=True, partial=True)
+    again, info = diffusers.AutoencoderDC.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(info.values())
+    assert done.plan.converted
     assert_same(again, done.model)
 
 

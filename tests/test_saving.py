@@ -1,10 +1,12 @@
 """A saved folder is whole, belongs together, loads strictly, and appears only when it was read back."""
 
+import hashlib
 import json
 import stat
 import subprocess
 import sys
 
+import hostile
 import pytest
 import torch
 from factories import ExtraState, Gained, Tied, batched, tiny_unet
@@ -12,9 +14,11 @@ from safetensors.torch import load_file, save_file
 
 import normfix
 from normfix.errors import NormfixError
+from normfix.loading import Request
 from normfix.pipeline import storage
+from normfix.pipeline.storage import open_any
 from normfix.provenance import provenance_of
-from normfix.saving import MANIFEST, WEIGHTS, appearing
+from normfix.saving import MANIFEST, PROGRAM, WEIGHTS, appearing
 
 IMAGE = torch.randn(1, 1, 96, 80, generator=torch.Generator().manual_seed(1))
 OTHER = torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(2))
@@ -325,9 +329,65 @@ def test_another_network_of_the_same_weights_is_refused(folder):
     assert refusal(normfix.load, folder, model=base).code == "NF115"
 
 
-def test_a_folder_from_an_object_needs_the_network(folder):
-    """Without a base, a folder saved from an object is NF113."""
+def test_a_folder_from_an_object_gives_its_program(folder, done):
+    """Without a base, a folder saved from an object gives the same at another size, predicts and says what it is."""
+    opened = open_any(folder, Request())
+    with torch.no_grad():
+        torch.testing.assert_close(opened.model(OTHER), done.model(OTHER))
+    assert "cannot be trained" in opened.notes[0]
+    tiled = normfix.predict(opened.model, IMAGE, tile=32)
+    torch.testing.assert_close(tiled, normfix.predict(done.model, IMAGE, tile=32))
+
+
+def test_a_folder_from_an_object_without_program_needs_the_network(folder):
+    """Where neither a factory nor a program is there, load is NF113 and asks for the network."""
+    (folder / PROGRAM).unlink()
     assert refusal(normfix.load, folder).code == "NF113"
+
+
+def test_a_swapped_program_is_noticed(folder, tmp_path):
+    """A program of other weights in place of the saved one is NF115 before it is opened."""
+    other = tiny_unet(width=6)
+    normfix.save(normfix.convert(other, IMAGE), tmp_path / "other.pt2")
+    (folder / PROGRAM).write_bytes((tmp_path / "other.pt2").read_bytes())
+    assert refusal(normfix.load, folder).code == "NF115"
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch about what it is shown
+def test_a_swapped_program_with_its_checksum_is_noticed(folder, tmp_path):
+    """With the checksum changed too, the probe's output differs: NF115; and a pickle inside stays unopened."""
+    other = tiny_unet()
+    torch.nn.init.ones_(other.head.weight)
+    normfix.save(normfix.convert(other, IMAGE), tmp_path / "other.pt2")
+    for path, code in ((tmp_path / "other.pt2", "NF115"), (hostile._sample_inputs(tmp_path), "NF102")):
+        (folder / PROGRAM).write_bytes(path.read_bytes())
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        edited(folder, lambda data, digest=digest: data.update(program=digest))
+        assert refusal(normfix.load, folder).code == code
+    assert not list(tmp_path.rglob(hostile.MARK))
+
+
+def test_a_huge_manifest_is_refused(folder):
+    """A normfix.json of a terabyte is NF101 and is not read."""
+    with (folder / MANIFEST).open("r+b") as file:
+        file.truncate(1 << 40)
+    assert refusal(normfix.load, folder, arch=ARCH).code == "NF101"
+
+
+def test_a_probe_that_takes_all_memory_is_refused(folder):
+    """A probe of 10**12 values is NF121, and is not made."""
+    edited(folder, lambda data: data["probe"].update(shape=[1, 1, 10**6, 10**6]))
+    assert refusal(normfix.load, folder, arch=ARCH).code == "NF121"
+
+
+@pytest.mark.parametrize(
+    ("schema", "todo"), [(2, "Update normfix"), (0, "Make it again"), (-1, "Make it again")]
+)
+def test_a_folder_of_another_schema_says_what_to_do(folder, schema, todo):
+    """A newer or an older schema is NF108 with the next step, whatever else the file holds."""
+    edited(folder, lambda data: data.update(schema=schema, unheard_of=1))
+    error = refusal(normfix.load, folder, arch=ARCH)
+    assert (error.code, todo in error.message) == ("NF108", True)
 
 
 def test_a_factory_named_by_an_edited_folder_does_not_run(folder):

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from normfix.allocation import bounded_by
 from normfix.errors import NormfixError
 from normfix.factories import build, is_name
 from normfix.loading.formats import FORMATS, Format
 from normfix.loading.formats.exported import read_program
-from normfix.loading.hub import HUB, fetched
+from normfix.loading.hub import HUB, fetched, require_repository
 from normfix.loading.pretrained import folder_weights
 from normfix.loading.request import Loaded, Request, factory, unreadable
 from normfix.loading.state_dicts import filled
@@ -33,6 +35,7 @@ __all__ = [
     "open_spec",
     "read_program",
     "read_weights",
+    "require_repository",
 ]
 
 _ENDINGS = (".pt", ".pth", ".ckpt", ".safetensors", ".pytorch", ".pt2", ".bin")
@@ -76,6 +79,7 @@ def open_model(
 
 def open_spec(spec: str, request: Request, revision: str | None = None) -> Loaded:
     """Load what a path or name means."""
+    require_repository(spec, revision)
     if spec.startswith(HUB):
         folder, origin = fetched(spec, revision)
         loaded = open_path(folder, request)
@@ -110,8 +114,10 @@ def open_path(path: Path, request: Request) -> Loaded:
 
 def _opened(format_: Format, path: Path, request: Request) -> Loaded:
     """Let a format open it, and give whatever a library raises about what a file says the name of that file."""
+    bound = bounded_by(path) if request.arch is None else nullcontext()
     try:
-        return format_.open_network(path, request)
+        with bound:
+            return format_.open_network(path, request)
     except NormfixError:
         raise
     except ModuleNotFoundError as error:

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from normfix.errors import NormfixError
 from normfix.loading.request import unreadable
 
 __all__ = ["read_json", "read_mapping", "read_yaml"]
@@ -36,12 +35,8 @@ def read_json(path: Path) -> Any:
 
 def read_yaml(path: Path) -> Any:
     """Return what a YAML file holds, plain values only and no shared parts; NF101 if it cannot be read."""
-    try:
-        import yaml
-    except ModuleNotFoundError as error:
-        raise NormfixError(
-            "NF111", "reading YAML needs a package: pip install pyyaml.", where=str(path)
-        ) from error
+    import yaml
+
     try:
         text = _text(path)
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):

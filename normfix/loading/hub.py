@@ -8,7 +8,7 @@ from pathlib import Path
 
 from normfix.errors import NormfixError
 
-__all__ = ["HUB", "fetched"]
+__all__ = ["HUB", "fetched", "require_repository"]
 
 HUB = "hf-hub:"
 _NAME = re.compile(r"hf-hub:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
@@ -16,6 +16,20 @@ _WANTED = (
     *("*.json", "*.yml", "*.yaml", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pytorch", "*.pt2"),
     "README.md",
 )
+
+
+def require_repository(spec: str, revision: str | None) -> None:
+    """Refuse a revision of what has none, rather than open another one than was asked for.
+
+    Raises:
+        NormfixError: NF125.
+    """
+    if revision is not None and not spec.startswith(HUB):
+        raise NormfixError(
+            "NF125",
+            f"it is no repository, so it has no revision {revision!r}. Drop --revision.",
+            where=spec[:200],
+        )
 
 
 def fetched(spec: str, revision: str | None = None) -> tuple[Path, str]:
@@ -34,7 +48,6 @@ def fetched(spec: str, revision: str | None = None) -> tuple[Path, str]:
             "NF125", "give it as hf-hub:ORG/NAME or hf-hub:ORG/NAME@REVISION.", where=spec[:200]
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
@@ -42,7 +55,7 @@ def fetched(spec: str, revision: str | None = None) -> tuple[Path, str]:
     name, wanted = match.group(1), match.group(2) or revision
     try:
         folder = Path(snapshot_download(name, revision=wanted, allow_patterns=list(_WANTED)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except Exception as error:  # its own kinds, and those of whatever carries the requests
         reason = " ".join(str(error).split())[:200]
         raise NormfixError(
             "NF125",

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normfix.errors import NormfixError
+from normfix.errors import NormfixError, printable
 from normfix.factories import build
 from normfix.loading.request import Loaded, Request
 from normfix.records import Source
@@ -88,6 +88,9 @@ def _choice(found: dict[str, Weights], wanted: str | None) -> tuple[dict[str, We
         if wanted == name:
             return {name: weights}, None
     prefix = wanted.rstrip(".") + "."
+    inside = {name: weights for name, weights in found.items() if name.startswith(prefix)}
+    if inside:
+        return inside, None
     within = {name: w for name, w in found.items() if any(key.startswith(prefix) for key in w)}
     if not within:
         names = ", ".join(map(_named, found))
@@ -105,11 +108,14 @@ def fill_(model: nn.Module, weights: Weights, path: Path, prefix: str | None = N
     """
     own = model.state_dict().keys()
     weights = _uncompiled(weights, own)
-    prefixes = _prefixes(weights, own) if prefix is None else [prefix]
+    prefixes = _prefixes(weights, own)
+    if prefix is not None:  # below it there may be a wrapper's prefix
+        prefixes = [p for p in prefixes if p.startswith(prefix)] or [prefix]
     if len(prefixes) > 1:
         raise _several(prefixes, path, "prefixes")
     cut = prefixes[0] if prefixes else _common(weights, own)
     inside = {key.removeprefix(cut): value for key, value in weights.items() if key.startswith(cut)}
+    _require_real(model, inside, path)
     try:
         result = model.load_state_dict(inside, strict=False)
     except RuntimeError as error:
@@ -129,6 +135,19 @@ def fill_(model: nn.Module, weights: Weights, path: Path, prefix: str | None = N
             where=str(path),
         )
     return [key for key in weights if not key.startswith(cut)]
+
+
+def _require_real(model: nn.Module, weights: Weights, path: Path) -> None:
+    """Refuse integers and complex numbers for real weights, which torch would copy without their scale or half."""
+    own = model.state_dict()
+    for name, tensor in weights.items():
+        if name in own and own[name].is_floating_point() and not tensor.is_floating_point():
+            raise NormfixError(
+                "NF105",
+                f"{printable(name)} is {str(tensor.dtype).removeprefix('torch.')}, and the network's is real; a "
+                "quantised network's weights mean nothing without their scales. Give the weights before that.",
+                where=str(path),
+            )
 
 
 def _uncompiled(weights: Weights, own: Any) -> Weights:
@@ -185,8 +204,8 @@ def _without_weights(path: Path) -> NormfixError:
 
 
 def _named(name: str) -> str:
-    return name.rstrip(".") or "the whole file"
+    return printable(name.rstrip(".")) or "the whole file"
 
 
 def _shown(keys: list[str]) -> str:
-    return ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
+    return ", ".join(map(printable, keys[:4])) + (", ..." if len(keys) > 4 else "")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfix.allocation import bounded_by
 from normfix.calibration import Calibration
 from normfix.calling import Caller, evaluating, home_of
 from normfix.errors import NormfixError
 from normfix.factories import dumped, rebuild
 from normfix.json_record import SCHEMA
-from normfix.loading import HUB, Loaded, Request, fetched, open_path, open_spec, read_program, read_weights
+from normfix.loading import (
+    HUB,
+    Loaded,
+    Request,
+    fetched,
+    open_path,
+    open_spec,
+    read_program,
+    read_weights,
+    require_repository,
+)
 from normfix.numerics import IDENTITY, exact_arithmetic
 from normfix.pipeline.conversion import Conversion
 from normfix.programs import (
-    PROGRAM,
     SUFFIX,
     export_program,
     open_program,
@@ -38,9 +49,11 @@ from normfix.returning import require_returnable, returned, write_original
 from normfix.rewriting import copy_of, rewrite
 from normfix.saving import (
     MANIFEST,
+    PROGRAM,
     WEIGHTS,
     appearing,
     load_weights_,
+    program_beside,
     read_manifest,
     seeded_input,
     write_folder,
@@ -51,6 +64,8 @@ __all__ = ["load", "open_any", "require_unconverted", "save"]
 
 _SEED = 0
 _SAMPLES = 64
+_LARGEST_PROBE = 1 << 27
+"""Values of a probe: 512 pixels cubed; a file must not ask for more."""
 
 
 def save(
@@ -175,6 +190,10 @@ def load(
 ) -> nn.Module:
     """Open a folder that normfix saved, or any network `open_model` knows; in eval mode for a folder.
 
+    A folder that does not say how to build its network (it was saved from an object) gives its program.pt2 as a
+    module: it computes the same at every size it was exported for, and cannot be trained. `model` or `arch` give
+    the network itself.
+
     Args:
         spec: folder, weights file, checkpoint, pickle, "timm:NAME", "hf-hub:ORG/NAME@REVISION" or "pkg.mod:factory".
         arch: the architecture, where the file does not name it or may not.
@@ -198,6 +217,7 @@ def open_any(
     spec: str | Path, request: Request, *, model: nn.Module | None = None, revision: str | None = None
 ) -> Loaded:
     """Open as `load` does, with source and notes."""
+    require_repository(str(spec), revision)
     if Path(spec).suffix == SUFFIX and Path(spec).is_file():
         return _open_program(Path(spec))
     if not str(spec).startswith(HUB):
@@ -214,12 +234,29 @@ def open_any(
 def _open_saved(folder: Path, request: Request, model: nn.Module | None) -> Loaded:
     saved = read_manifest(folder)
     source = saved.provenance.source
-    base = (
-        copy_of(model)
-        if model is not None
-        else rebuild(source, arch=request.arch, arch_args=request.arch_args)
-    )
+    if model is None and request.arch is None and source.kind == "object":
+        program = program_beside(folder, saved)
+        if program is not None:
+            return _open_beside(program, saved)
+    if model is not None:
+        return Loaded(_restored(folder, saved, copy_of(model)), source)
+    with bounded_by(folder) if request.arch is None else nullcontext():
+        base = rebuild(source, arch=request.arch, arch_args=request.arch_args)
     return Loaded(_restored(folder, saved, base), source)
+
+
+def _open_beside(path: Path, saved: Saved) -> Loaded:
+    """Open the program beside the weights, where the folder does not say how to build the network."""
+    known = saved.provenance
+    with _belonging(str(path)):
+        program, _ = open_program(path, read_program)
+        attach_(program, known)
+        if saved.probe is not None:
+            _require_probe(program, Caller(None, known.output), saved.probe, str(path))
+    note = (
+        f"{path}: opened as a program, which cannot be trained; for the network itself give it with --arch."
+    )
+    return Loaded(program, known.source, (note,))
 
 
 def _open_program(path: Path) -> Loaded:
@@ -279,7 +316,7 @@ def _restored(folder: Path, saved: Saved, base: nn.Module) -> nn.Module:
     known = saved.provenance
     caller = Caller(None, known.output)
     with _belonging(str(folder)):
-        example = torch.zeros(1, *known.scan.example[1:])
+        example = torch.zeros(1).expand(1, *known.scan.example[1:])  # takes no memory, whatever the file says
         materialise_(base, caller, example)
         model = rewrite(base, known.plan)
         load_weights_(model, read_weights(folder / WEIGHTS), saved, str(folder))
@@ -312,6 +349,8 @@ def _probe(model: nn.Module, caller: Caller, provenance: Provenance) -> Probe | 
         return None
     dtype = home_of(model)[1]
     shape = (1, *provenance.scan.example[1:])
+    if math.prod(shape) > _LARGEST_PROBE:
+        return None
     output = _probed(model, caller, shape, _SEED, dtype)
     return Probe(
         shape=shape,
@@ -324,6 +363,8 @@ def _probe(model: nn.Module, caller: Caller, provenance: Provenance) -> Probe | 
 
 
 def _require_probe(model: nn.Module, caller: Caller, probe: Probe, where: str) -> None:
+    if math.prod(probe.shape) > _LARGEST_PROBE:
+        raise NormfixError("NF121", f"its probe has the shape {probe.shape}. It is not made.", where=where)
     dtype: torch.dtype = getattr(torch, probe.dtype)
     output = _probed(model, caller, probe.shape, probe.seed, dtype)
     scale = probe.sd or 1.0

@@ -60,6 +60,8 @@ _CALLS = frozenset((  # functions on sizes that torch.export writes
 ))
 # fmt: on
 _LONGEST, _POWERS = 2000, 4
+_LARGEST = 64 << 20
+"""A graph of a thousand operations takes 2 MB of JSON; reading it takes ten times its size in memory."""
 
 
 def recognises(path: Path) -> bool:
@@ -132,6 +134,8 @@ def _problems(archive: zipfile.ZipFile, where: str) -> Iterator[str]:
             yield f"it holds {name[:80]!r}, which is no part of a program of tensors"
         elif name.startswith("extra/"):
             continue  # text that is handed over as it is
+        elif name.endswith(".json") and archive.getinfo(full).file_size > _LARGEST:
+            yield f"its {name[:80]} is longer than {_LARGEST >> 20} MB"
         elif name.endswith(".json"):
             yield from _unsafe_values(json.loads(archive.read(full)))
         elif name.endswith(".pt"):
