@@ -2,15 +2,14 @@
 
 Stage by stage, within it image by image and block by block. At the end of a stage, what the blocks measured is
 put together in the order of images and blocks, whoever computed them in which order, and the statistics are set
-before the next stage starts. So the numbers depend on the blocks alone: not on workers, order or budget.
+before the next stage starts. So the numbers depend on the blocks alone: not on engine, workers, order, budget or on
+how often the run was stopped and continued.
 """
 
 from __future__ import annotations
 
-import math
+import hashlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -20,18 +19,19 @@ from torch import Tensor
 from torch.fx import Node
 
 from normfix.errors import NormfixError
+from normfix.streaming.blocks import Block, Given, Part, Read, Told, Work
+from normfix.streaming.engines import Crew, Engine, Local
+from normfix.streaming.journal import Journal, Measured, Unwritten
 from normfix.streaming.maps import Maps
+from normfix.streaming.outlook import Clock, Watch
 from normfix.streaming.program import Program, Shapes
-from normfix.streaming.reach import Reach
+from normfix.streaming.schedules import Schedule, block_extents, forecast
 from normfix.streaming.sources import Source
-from normfix.streaming.stages import Stage
-from normfix.streaming.stores import Budget, Kept, Store
-from normfix.tiles import Geometry, Tile, grid, round_up
+from normfix.streaming.stages import Stage, extent_of
+from normfix.streaming.stores import Kept, Store
+from normfix.tiles import Geometry, grid
 
-__all__ = ["Schedule", "Statistic", "block_extents", "execute", "forecast"]
-
-Progress = Callable[[int, int, int, int], None]
-"""Called with (stage, stages, blocks done, blocks in the stage)."""
+__all__ = ["Run", "Statistic", "execute", "kept_name"]
 
 Sink = Callable[[int, Node, tuple[int, ...], torch.dtype, tuple[int, ...]], Kept | None]
 """Called with (image, value, its shape, its dtype, the blocks it comes in); gives the place it goes to, or None."""
@@ -52,53 +52,6 @@ class Statistic:
     settle: Callable[[list[list[Any]]], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """A program cut into stages, each with its reach."""
-
-    program: Program
-    maps: Maps
-    stages: tuple[Stage, ...]
-    reaches: tuple[Reach, ...]
-
-    def done_after(self, stage: Stage) -> list[Node]:
-        """Return the stored values that no stage after this one reads."""
-        last = {node: later.number for later in self.stages for node in later.reads}
-        held = dict.fromkeys((*stage.reads, *stage.stores))
-        return [n for n in held if n is not self.program.image and last.get(n, -1) <= stage.number]
-
-
-def block_extents(schedule: Schedule, tile: Sequence[int]) -> list[tuple[int, ...]]:
-    """Return the blocks of each stage in pixels, multiples of its grid.
-
-    The heaviest stage works on blocks of `tile`; one that holds a fourth (2D) of its bytes per pixel on blocks
-    twice as long, and so on, so that small maps are not cut into crumbs.
-    """
-    most = max(stage.weight for stage in schedule.stages)
-    extents = []
-    for stage, reach in zip(schedule.stages, schedule.reaches, strict=True):
-        factor = 1
-        while stage.weight * (2 * factor) ** len(tile) <= most:
-            factor *= 2
-        extents.append(tuple(round_up(n * factor, g) for n, g in zip(tile, reach.grid, strict=True)))
-    return extents
-
-
-def forecast(schedule: Schedule, sizes: Sequence[tuple[int, ...]], limit: int | None) -> Budget:
-    """Tell what images of these sizes (N, C, *space) will hold between stages, at most, in memory and on disk."""
-    known = {size: schedule.program.shapes(size) for size in set(sizes)}
-    budget, held = Budget(limit), dict[tuple[int, Node], tuple[int, bool]]()
-    for stage in schedule.stages:
-        for number, size in enumerate(sizes):
-            for node in stage.stores:
-                amount = math.prod(known[size][node]) * node.meta["val"].element_size()
-                held[number, node] = amount, budget.take(amount)
-        for node in schedule.done_after(stage):
-            for number in range(len(sizes)):
-                budget.give(*held.pop((number, node)))
-    return budget
-
-
 def execute(
     schedule: Schedule,
     images: Sequence[Source],
@@ -108,8 +61,10 @@ def execute(
     statistics: Sequence[Statistic] = (),
     settled: Callable[[], None] = lambda: None,
     sink: Sink = lambda image, node, shape, dtype, blocks: None,
-    workers: int = 1,
-    progress: Progress = lambda stage, stages, done, total: None,
+    keep: Sequence[Node] = (),
+    engine: Engine | None = None,
+    journal: Journal | None = None,
+    watch: Watch | None = None,
 ) -> None:
     """Run all stages over all images.
 
@@ -117,40 +72,62 @@ def execute(
         schedule: of the network.
         images: each read by window, once or a few times per stage that needs it.
         tile: extents of the heaviest stage's blocks, in pixels per axis.
-        store: keeps values between stages; empty again at the end.
+        store: keeps values between stages; empty again at the end but for what `keep` names.
         statistics: of the sites that the schedule measures.
         settled: called after each barrier, to take new statistics over into the program.
         sink: where computed values go besides the store.
-        workers: blocks computed at a time.
-        progress: called after each block.
+        keep: values that the store holds at the end, under `kept_name`.
+        engine: computes the blocks; default: this process, one at a time.
+        journal: knows which blocks are whole already, and is told of new ones.
+        watch: is told what to expect, and of each block.
 
     Raises:
         NormfixError: NF321 for an image size the program does not take, NF323 for a statistic that blocks do not
-            add up to, NF325 if a block does not come out as
-            the stage promised, NF326 and NF327 of the store.
+            add up to, NF325 if a block does not come out as the stage promised, NF326, NF327 and NF330 of the
+            store, NF329 if the journal is of other statistics, and codes of the images and the engine.
     """
     for stage in schedule.stages:
         _require_whole(stage, schedule.maps, statistics)
-    run = _Run(schedule, images, tuple(tile), store, {s.site: s for s in statistics}, sink)
-    store.require(forecast(schedule, [image.shape for image in images], store.budget.limit).most_on_disk)
-    with ExitStack() as stack:
-        stack.callback(store.clear)
-        pool = stack.enter_context(ThreadPoolExecutor(workers)) if workers > 1 else None
+    run = Run(
+        schedule,
+        images,
+        tuple(tile),
+        store,
+        {s.site: s for s in statistics},
+        settled,
+        sink,
+        frozenset(keep),
+        journal or Unwritten(),
+    )
+    held = forecast(schedule, [image.shape for image in images], store.fresh_budget(), keep)
+    store.require(held.most_on_disk)
+    with (engine or Local()).opened() as crew:
+        clock = Clock(watch, run, held, crew.at_a_time) if watch is not None else None
         for stage in schedule.stages:
-            run.stage(stage, pool, progress)
-            settled()
+            run.stage(stage, crew, clock)
+
+
+def kept_name(image: int, node: Node) -> str:
+    """Return the name under which the store holds a value that was to be kept."""
+    return f"{image}-{node.name}-whole"
 
 
 @dataclass(slots=True)
-class _Run:
+class Run:
+    """A schedule on its way over images."""
+
     schedule: Schedule
     images: Sequence[Source]
     tile: tuple[int, ...]
     store: Store
     statistics: dict[str, Statistic]
+    settled: Callable[[], None]
     sink: Sink
+    keep: frozenset[Node]
+    journal: Journal
     shapes: list[Shapes] = field(init=False)
     extents: list[tuple[int, ...]] = field(init=False)
+    earlier: dict[str, list[tuple[Given, Part, Block]]] = field(init=False)
 
     def __post_init__(self) -> None:
         known: dict[tuple[int, ...], Shapes] = {}
@@ -159,118 +136,122 @@ class _Run:
                 known[image.shape] = self.schedule.program.shapes(image.shape)
         self.shapes = [known[image.shape] for image in self.images]
         self.extents = block_extents(self.schedule, self.tile)
+        self.earlier = {}
 
-    def stage(self, stage: Stage, pool: ThreadPoolExecutor | None, progress: Progress) -> None:
-        """Run one stage, settle its statistics and free what no later stage reads."""
-        sinks = [self._make_room(stage, number) for number in range(len(self.images))]
-        jobs = [(number, tile) for number in range(len(self.images)) for tile in self._blocks(stage, number)]
-        total = len(self.schedule.stages)
-        parts: list[list[dict[str, Any]]] = [[] for _ in self.images]
-
-        def work(job: tuple[int, Tile]) -> dict[str, Any]:
-            return self._block(stage, job[0], job[1], sinks[job[0]])
-
-        results = pool.map(work, jobs) if pool is not None else map(work, jobs)
-        for done, ((number, _), measured) in enumerate(zip(jobs, results, strict=True), start=1):
-            parts[number].append(measured)
-            progress(stage.number, total, done, len(jobs))
-        for site in (name for name, _ in stage.measures if name in self.statistics):
-            self.statistics[site].settle([[block[site] for block in image] for image in parts])
+    def stage(self, stage: Stage, crew: Crew, clock: Clock | None) -> None:
+        """Run what is left of a stage, settle its statistics and free what no later stage reads."""
+        work = self._work(stage)
+        measured = dict(self.journal.blocks(stage.number))
+        self._remember(work, stage, measured)
+        digest = self.journal.settled(stage.number)
+        if digest is None:
+            self._require_earlier()
+            waiting = [number for number in range(len(work.blocks)) if number not in measured]
+            for number, found in crew.run(work, waiting):
+                self.journal.note(stage.number, number, found)
+                measured[number] = found
+                if clock is not None:
+                    clock.tick(stage.number, len(measured), len(work.blocks))
+        self._settle(stage, work, measured)
+        now = _digest(self.schedule.program)
+        if digest is None:
+            self.journal.settle(stage.number, now)
+        elif digest != now:
+            raise NormfixError(
+                "NF329",
+                "its statistics are not those that were measured before. Delete the unfinished run to start anew.",
+                where=f"stage {stage.number}",
+            )
         for node in self.schedule.done_after(stage):
-            for number in range(len(self.images)):
-                self.store.free(_name(number, node))
+            for image in range(len(self.images)):
+                self.earlier.pop(_name(image, node), None)
+                self.store.free(_name(image, node))
 
-    def _make_room(self, stage: Stage, number: int) -> list[tuple[Node, Kept]]:
-        """Return where the values of an image go that a stage computes."""
-        places: list[tuple[Node, Kept]] = []
-        block = self.extents[stage.number]
-        for node in stage.gives:
-            shape, dtype = self.shapes[number][node], node.meta["val"].dtype
-            found, blocks = self.schedule.maps.maps[node], list(shape)
-            for dim, n, scale in zip(found.dims, block, found.scale, strict=True):
-                blocks[dim] = int(n * scale)
-            if node in stage.stores:
-                places.append((node, self.store.create(_name(number, node), shape, dtype, blocks)))
-            wanted = self.sink(number, node, shape, dtype, tuple(blocks))
-            if wanted is not None:
-                places.append((node, wanted))
-        return places
-
-    def _blocks(self, stage: Stage, number: int) -> list[Tile]:
+    def blocks(self, stage: Stage) -> list[Block]:
+        """Return the blocks of a stage, image by image."""
         reach = self.schedule.reaches[stage.number]
         ones = (1,) * len(reach.grid)
         geometry = Geometry(
             stride=reach.grid, halo=reach.halo, scale=tuple(map(Fraction, ones)), multiple=ones
         )
-        return list(grid(self.images[number].shape[2:], self.extents[stage.number], geometry))
+        found = []
+        for number, image in enumerate(self.images):
+            size = image.shape[2:]
+            for tile in grid(size, self.extents[stage.number], geometry):
+                window = tuple((s.start, s.stop) for s in tile.read)
+                ends = (n if s.stop is None else s.stop for s, n in zip(tile.write, size, strict=True))
+                interior = tuple((s.start, end) for s, end in zip(tile.write, ends, strict=True))
+                found.append(Block(number, window, interior))
+        return found
 
-    def _block(
-        self, stage: Stage, number: int, tile: Tile, places: list[tuple[Node, Kept]]
-    ) -> dict[str, Any]:
-        """Compute one block, write its interior and return what was measured of it."""
-        size = self.images[number].shape[2:]
-        window = [(s.start, s.stop) for s in tile.read]
-        interior = [(s.start, n if s.stop is None else s.stop) for s, n in zip(tile.write, size, strict=True)]
-        values = [self._value(number, node, window) for node in stage.reads]
-        sizes = [self._extent(number, node, window) for node in stage.sizes]
-        with torch.no_grad():
-            results = dict(zip(stage.gives, stage.run(*values, *sizes), strict=True))
-        del values
-        kept, index = {}, {}
-        for node, result in results.items():
-            kept[node], index[node] = self._interior(stage, number, node, result, window, interior)
-        for node, place in places:
-            place.write(index[node], kept[node])
-        return {
-            site: self.statistics[site].measure(kept[node])
+    def _settle(self, stage: Stage, work: Work, measured: dict[int, Measured]) -> None:
+        parts: list[list[Measured]] = [[] for _ in self.images]
+        for number, block in enumerate(work.blocks):
+            parts[block.image].append(measured[number])
+        for site in work.measures:
+            self.statistics[site].settle([[block[site] for block in image] for image in parts])
+        self.settled()
+
+    def _work(self, stage: Stage) -> Work:
+        """Return a stage as work on blocks, with room for what it computes."""
+        measures = {
+            site: (stage.gives.index(node), self.statistics[site].measure)
             for site, node in stage.measures
             if site in self.statistics
         }
+        parts = tuple(self._part(stage, image) for image in range(len(self.images)))
+        return Work(stage.number, stage.run, parts, measures, tuple(self.blocks(stage)))
 
-    def _value(self, number: int, node: Node, window: list[tuple[int, int]]) -> Tensor:
-        if node is self.schedule.program.image:
-            return self.images[number].read(window)
-        shape, found = self.shapes[number][node], self.schedule.maps.maps[node]
-        spans = found.window(window, self.images[number].shape[2:], shape)
-        return self.store[_name(number, node)].read(found.index(spans, len(shape))).contiguous()
-
-    def _extent(self, number: int, node: Node, window: list[tuple[int, int]]) -> int:
-        """Return an extent that a stage is told, as it is in the window."""
-        of, dim = node.args[0], node.args[1]
-        assert isinstance(of, Node)
-        assert isinstance(dim, int)
-        shape, found = self.shapes[number][of], self.schedule.maps.maps[of]
-        if dim not in found.dims:
-            return shape[dim]
-        start, stop = found.window(window, self.images[number].shape[2:], shape)[found.dims.index(dim)]
-        return stop - start
-
-    def _interior(
-        self,
-        stage: Stage,
-        number: int,
-        node: Node,
-        result: Tensor,
-        window: list[tuple[int, int]],
-        interior: list[tuple[int, int]],
-    ) -> tuple[Tensor, tuple[slice, ...]]:
-        """Return the part of a block's value that it is responsible for, and where it goes."""
-        size, shape = self.images[number].shape[2:], self.shapes[number][node]
-        found = self.schedule.maps.maps[node]
-        outer, inner = found.window(window, size, shape), found.window(interior, size, shape)
-        crop = tuple(
-            (start - first, stop - first) for (start, stop), (first, _) in zip(inner, outer, strict=True)
+    def _part(self, stage: Stage, image: int) -> Part:
+        shapes, maps = self.shapes[image], self.schedule.maps.maps
+        reads = (
+            Read(self.images[image], None, shapes[node])
+            if node is self.schedule.program.image
+            else Read(self.store[_name(image, node)], maps[node], shapes[node])
+            for node in stage.reads
         )
-        for dim, (_, stop), (_, end), (first, last) in zip(found.dims, crop, window, outer, strict=True):
-            axis = found.dims.index(dim)
-            if result.shape[dim] < stop or (end == size[axis] and result.shape[dim] != last - first):
-                raise NormfixError(
-                    "NF325",
-                    f"a block of {[b - a for a, b in window]} pixels gave {tuple(result.shape)} where the whole image "
-                    f"has {shape}; the network treats this size otherwise than its parts.",
-                    where=f"stage {stage.number}, {node.name}",
-                )
-        return result[found.index(crop, result.dim())], found.index(inner, len(shape))
+        told = (Told(maps[of], shapes[of], dim) for of, dim in map(extent_of, stage.sizes))
+        gives = (Given(n.name, maps[n], shapes[n], self._places(stage, image, n)) for n in stage.gives)
+        return Part(self.images[image].shape[2:], tuple(reads), tuple(told), tuple(gives))
+
+    def _places(self, stage: Stage, image: int, node: Node) -> tuple[Kept, ...]:
+        """Return where a value goes that a stage computes."""
+        shape, dtype, found = self.shapes[image][node], node.meta["val"].dtype, self.schedule.maps.maps[node]
+        blocks = list(shape)
+        for dim, n, scale in zip(found.dims, self.extents[stage.number], found.scale, strict=True):
+            blocks[dim] = int(n * scale)
+        places: list[Kept] = []
+        if node in stage.stores:
+            places.append(self.store.create(_name(image, node), shape, dtype, blocks))
+        if node in self.keep:
+            places.append(self.store.create(kept_name(image, node), shape, dtype, blocks))
+        wanted = self.sink(image, node, shape, dtype, tuple(blocks))
+        return (*places, wanted) if wanted is not None else tuple(places)
+
+    def _remember(self, work: Work, stage: Stage, measured: dict[int, Measured]) -> None:
+        """Note what the journal says is in the store."""
+        for number in measured:
+            block = work.blocks[number]
+            part = work.parts[block.image]
+            for node, given in zip(stage.gives, part.gives, strict=True):
+                names = {
+                    _name(block.image, node): node in stage.stores,
+                    kept_name(block.image, node): node in self.keep,
+                }
+                for name in (name for name, stored in names.items() if stored):
+                    self.earlier.setdefault(name, []).append((given, part, block))
+
+    def _require_earlier(self) -> None:
+        """Refuse to go on from blocks that are no longer in the store; once, before the first block is computed."""
+        for name, written in self.earlier.items():
+            for given, part, block in written:
+                if not self.store.whole(name, given.index(block, part.size)):
+                    raise NormfixError(
+                        "NF330",
+                        "a part of it that was written is gone or cut short. Delete the unfinished run to start anew.",
+                        where=name,
+                    )
+        self.earlier = {}
 
 
 def _require_whole(stage: Stage, maps: Maps, statistics: Sequence[Statistic]) -> None:
@@ -284,5 +265,14 @@ def _require_whole(stage: Stage, maps: Maps, statistics: Sequence[Statistic]) ->
             )
 
 
-def _name(number: int, node: Node) -> str:
-    return f"{number}-{node.name}"
+def _digest(program: Program) -> str:
+    """Return a digest of the statistics that the program holds."""
+    found = hashlib.sha256()
+    for name, value in program.body.named_buffers():
+        found.update(name.encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _name(image: int, node: Node) -> str:
+    return f"{image}-{node.name}"

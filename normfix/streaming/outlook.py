@@ -1,0 +1,147 @@
+"""What a run will take, before it starts, and how far it is.
+
+Time is measured: every stage runs once on a small part of a block, and its blocks are taken to cost the same per pixel
+they read. Later, what has passed corrects it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from normfix.calling import REFUSALS
+from normfix.streaming.budget import Budget
+from normfix.streaming.stages import extent_of
+from normfix.tiles import round_up
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+    from normfix.streaming.execution import Run
+    from normfix.streaming.stages import Stage
+
+__all__ = ["Clock", "Outlook", "Step", "Watch"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlook:
+    """What a run will take.
+
+    `whole` of the `blocks` are computed already, by an earlier process; `seconds` are for the others, None if they
+    could not be measured. `memory` and `disk` are the bytes between stages, at most.
+    """
+
+    stages: int
+    blocks: int
+    whole: int
+    seconds: float | None
+    memory: int
+    disk: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """How far a run is: `done` of the `blocks` of a stage; `left` seconds, if known."""
+
+    stage: int
+    stages: int
+    done: int
+    blocks: int
+    left: float | None
+
+
+class Watch(Protocol):
+    """Is told about a run; `timed` if it wants to know how long, for which every stage is tried."""
+
+    @property
+    def timed(self) -> bool:
+        """Tell whether seconds are wanted."""
+
+    def begin(self, outlook: Outlook) -> None:
+        """Take what the run will take, before its first block."""
+
+    def block(self, step: Step) -> None:
+        """Take how far it is, after each block."""
+
+
+class Clock:
+    """Tells a watch what a run will take and how far it is."""
+
+    def __init__(self, watch: Watch, run: Run, held: Budget, at_a_time: int) -> None:
+        self._watch, self._stages = watch, len(run.schedule.stages)
+        counts, whole, costs = [], 0, []
+        for stage in run.schedule.stages:
+            blocks, done = run.blocks(stage), run.journal.blocks(stage.number)
+            rate = _seconds_per_pixel(stage, run) if watch.timed else None
+            counts.append(len(blocks))
+            whole += len(done)
+            pixels = sum(block.pixels for number, block in enumerate(blocks) if number not in done)
+            costs.append(None if rate is None else rate * pixels / at_a_time)
+        known = [cost for cost in costs if cost is not None]
+        self._costs = known if len(known) == len(costs) else [float(count) for count in counts]
+        self._waiting = [count - len(run.journal.blocks(n)) for n, count in enumerate(counts)]
+        self._start = time.monotonic()
+        watch.begin(
+            Outlook(
+                stages=self._stages,
+                blocks=sum(counts),
+                whole=whole,
+                seconds=sum(known) if len(known) == len(costs) else None,
+                memory=held.most,
+                disk=held.most_on_disk,
+            )
+        )
+
+    def tick(self, stage: int, done: int, blocks: int) -> None:
+        """Tell that so many blocks of a stage are done."""
+        remaining = self._costs[stage] * (blocks - done) / max(1, self._waiting[stage])
+        after = remaining + sum(self._costs[stage + 1 :])
+        passed = sum(self._costs) - after
+        elapsed = time.monotonic() - self._start
+        left = elapsed * after / passed if passed > 0 else None
+        self._watch.block(Step(stage=stage, stages=self._stages, done=done, blocks=blocks, left=left))
+
+
+_PIXELS = 1 << 15
+"""What a stage is tried on."""
+
+
+def _seconds_per_pixel(stage: Stage, run: Run) -> float | None:
+    """Time a stage on a window that is small but has its shape; None if it does not run on such a window."""
+    maps, grid = run.schedule.maps.maps, run.schedule.reaches[stage.number].grid
+    window = _window(run.extents[stage.number], grid, run.images[0].shape[2:])
+
+    def shape(node: Node) -> list[int]:
+        extents = list(run.shapes[0][node])
+        for dim, n, scale in zip(maps[node].dims, window, maps[node].scale, strict=True):
+            extents[dim] = int(n * scale)
+        return extents
+
+    likes = [node.meta["val"] for node in stage.reads]
+    values = [
+        torch.full(shape(node), 0.5, device=like.device).to(like.dtype)
+        for node, like in zip(stage.reads, likes, strict=True)
+    ]
+    told = [shape(of)[dim] for of, dim in map(extent_of, stage.sizes)]
+    try:
+        with torch.no_grad():
+            stage.run(*values, *told)  # the first call is slower
+            start = time.perf_counter()
+            stage.run(*values, *told)
+            return (time.perf_counter() - start) / math.prod(window)
+    except REFUSALS:
+        return None
+
+
+def _window(extents: Sequence[int], grid: Sequence[int], size: Sequence[int]) -> tuple[int, ...]:
+    """Return a window on the grid, no larger than a block and about _PIXELS large."""
+    edge = max(16, round(_PIXELS ** (1 / len(grid))))
+    return tuple(
+        min(round_up(n, g), round_up(edge, g), max(g, s // g * g))
+        for n, g, s in zip(extents, grid, size, strict=True)
+    )
