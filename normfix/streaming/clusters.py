@@ -95,7 +95,7 @@ class _Workers:
 
         try:
             ahead = min(len(numbers), _AHEAD * self.at_a_time)
-            arriving = distributed.as_completed([submit() for _ in range(ahead)])
+            arriving = distributed.as_completed([submit() for _ in range(ahead)], loop=self._client.loop)
             for future in arriving:
                 yield running.pop(future), self._result(future)
                 with suppress(StopIteration):
@@ -142,7 +142,9 @@ _ATTEMPTS = 5
 
 def _compute(name: str, number: int) -> Measured:
     """Compute a block on a worker, with the tools that were handed out under this name."""
-    toolbox = _distributed().get_worker().plugins[name]
+    toolbox = _distributed().get_worker().plugins.get(name)
+    if toolbox is None:  # the run was stopped, and nobody waits for this block
+        return {}
     if torch.get_num_threads() != toolbox.threads:
         torch.set_num_threads(
             toolbox.threads

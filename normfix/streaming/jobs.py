@@ -53,7 +53,6 @@ class Job:
         self.begun = True
         try:
             yield place / "values", journal
-            shutil.rmtree(place / "values", ignore_errors=True)
         finally:
             journal.close()
 
