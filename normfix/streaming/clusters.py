@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -121,15 +122,20 @@ class _Workers:
                 return
 
     def _result(self, future: Any) -> Measured:
-        killed = _distributed().KilledWorker
+        """Return what a worker measured, or raise what it raised."""
+        distributed = _distributed()
+        block = f"block {future.key.rpartition('-')[2]}"
         try:
             found: Measured = future.result()
-        except killed as error:
+        except distributed.KilledWorker as error:
             raise NormfixError(
                 "NF336",
-                f"the same block ended several workers: {' '.join(str(error).split())[:160]}. Give smaller blocks "
-                "(--tile), or workers more memory.",
-                where=f"block {future.key.rpartition('-')[2]}",
+                "it ended several workers one after another. Give smaller blocks (--tile), or workers more memory.",
+                where=block,
+            ) from error
+        except CancelledError as error:
+            raise NormfixError(
+                "NF334", "the scheduler went away. Start it again and repeat the command.", where=block
             ) from error
         return found
 
