@@ -1,16 +1,17 @@
 """What a run will take, before it starts, and how far it is.
 
-Time is measured: every stage runs once on a small part of a block, and its blocks are taken to cost the same per pixel
-they read. Later, what has passed corrects it.
+Time is measured: every stage runs on a small part of a block, which is measured and kept as blocks are, and its blocks
+are taken to cost the same per pixel they read. Later, what has passed corrects it.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -20,6 +21,7 @@ from normfix.streaming.stages import extent_of
 from normfix.tiles import round_up
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.fx import Node
 
     from normfix.streaming.execution import Run
@@ -107,8 +109,11 @@ class Clock:
         self._watch.block(Step(stage=stage, stages=self._stages, done=done, blocks=blocks, left=left))
 
 
-_PIXELS = 1 << 15
+_PIXELS = 1 << 16
 """What a stage is tried on."""
+
+_TRIAL = "trial"
+"""Name in the store of what is tried."""
 
 
 def _seconds_per_pixel(stage: Stage, run: Run) -> float | None:
@@ -130,12 +135,34 @@ def _seconds_per_pixel(stage: Stage, run: Run) -> float | None:
     told = [shape(of)[dim] for of, dim in map(extent_of, stage.sizes)]
     try:
         with torch.no_grad():
-            stage.run(*values, *told)  # the first call is slower
-            start = time.perf_counter()
-            stage.run(*values, *told)
-            return (time.perf_counter() - start) / math.prod(window)
+            _seconds(lambda: stage.run(*values, *told))  # the first call is slower
+            results, seconds = _seconds(lambda: stage.run(*values, *told))
     except REFUSALS:
         return None
+    for node, result in zip(stage.gives, results, strict=True):
+        seconds += _seconds_after(node, result, stage, run)
+    return seconds / math.prod(window)
+
+
+def _seconds_after(node: Node, result: Tensor, stage: Stage, run: Run) -> float:
+    """Time what is done with a block's value: it is measured, written to the store and read again."""
+    seconds = 0.0
+    for site, measured in stage.measures:
+        if measured is node and site in run.statistics:
+            seconds += _seconds(partial(run.statistics[site].measure, result))[1]
+    if node in stage.stores or node in run.keep:
+        everything = tuple(slice(0, n) for n in result.shape)
+        kept = run.store.create(_TRIAL, result.shape, result.dtype, result.shape)
+        seconds += _seconds(lambda: kept.write(everything, result))[1]
+        seconds += _seconds(lambda: kept.read(everything).clone())[1]
+        run.store.free(_TRIAL)
+    return seconds
+
+
+def _seconds(call: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - start
 
 
 def _window(extents: Sequence[int], grid: Sequence[int], size: Sequence[int]) -> tuple[int, ...]:
