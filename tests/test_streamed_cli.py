@@ -115,9 +115,12 @@ _STEPS = [Step(stage=1, stages=9, done=n, blocks=40, left=None if n == 1 else 20
 
 def test_what_a_run_will_take_is_a_sentence():
     """Stages, blocks, time, memory and disk stand in one line, and what an earlier process did."""
-    outlook = Outlook(stages=9, blocks=360, whole=0, seconds=200.0, memory=10**6, disk=34_359_738_368)
+    outlook = Outlook(
+        stages=9, blocks=360, whole=0, seconds=200.0, memory=10**6, disk=34_359_738_368, block=900
+    )
     assert outlook_text(outlook) == (
-        "9 stages, 360 blocks: about 3 minutes; between stages at most 1.0 MB in memory and 34.4 GB on disk."
+        "9 stages, 360 blocks: about 3 minutes; between stages at most 1.0 MB in memory and 34.4 GB on disk, "
+        "and about 900 bytes for each block at a time."
     )
 
 
@@ -142,7 +145,7 @@ def test_on_a_terminal_a_bar():
 
     progress = Progress(disable=True)
     bar = Bar(progress)
-    bar.begin(Outlook(stages=9, blocks=360, whole=0, seconds=None, memory=0, disk=0))
+    bar.begin(Outlook(stages=9, blocks=360, whole=0, seconds=None, memory=0, disk=0, block=0))
     for step in _STEPS:
         bar.block(step)
     (task,) = progress.tasks

@@ -169,7 +169,8 @@ def outlook_text(outlook: Outlook) -> str:
     duration = "time not known" if outlook.seconds is None else f"about {duration_text(outlook.seconds)}"
     return (
         f"{outlook.stages} stages, {outlook.blocks} blocks{done}: {duration}; between stages at most "
-        f"{size_text(outlook.memory)} in memory and {size_text(outlook.disk)} on disk."
+        f"{size_text(outlook.memory)} in memory and {size_text(outlook.disk)} on disk, and about "
+        f"{size_text(outlook.block)} for each block at a time."
     )
 
 

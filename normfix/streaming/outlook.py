@@ -35,7 +35,8 @@ class Outlook:
     """What a run will take.
 
     `whole` of the `blocks` are computed already, by an earlier process; `seconds` are for the others, None if they
-    could not be measured. `memory` and `disk` are the bytes between stages, at most.
+    could not be measured. `memory` and `disk` are the bytes between stages, at most; `block` is what the largest block
+    takes while it is computed, about.
     """
 
     stages: int
@@ -44,6 +45,7 @@ class Outlook:
     seconds: float | None
     memory: int
     disk: int
+    block: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,28 +78,31 @@ class Clock:
 
     def __init__(self, watch: Watch, run: Run, held: Budget, at_a_time: int) -> None:
         self._watch, self._stages = watch, len(run.schedule.stages)
-        counts, whole, costs = [], 0, []
+        counts, costs, largest = [], [], 0.0
+        self._waiting: list[int] = []
         for stage in run.schedule.stages:
             blocks, done = run.blocks(stage), run.journal.blocks(stage.number)
-            rate = _seconds_per_pixel(stage, run) if watch.timed else None
+            waiting = [block for number, block in enumerate(blocks) if number not in done]
+            rate = _seconds_per_pixel(stage, run) if watch.timed and waiting else 0.0
             counts.append(len(blocks))
-            whole += len(done)
-            pixels = sum(block.pixels for number, block in enumerate(blocks) if number not in done)
-            costs.append(None if rate is None else rate * pixels / at_a_time)
+            self._waiting.append(len(waiting))
+            costs.append(None if rate is None else rate * sum(b.pixels for b in waiting) / at_a_time)
+            largest = max(largest, stage.weight * max(b.pixels for b in blocks))
         known = [cost for cost in costs if cost is not None]
-        self._costs = known if len(known) == len(costs) else [float(count) for count in counts]
-        self._waiting = [count - len(run.journal.blocks(n)) for n, count in enumerate(counts)]
-        self._start = time.monotonic()
+        self._timed = watch.timed and len(known) == len(costs)
+        self._costs = known if self._timed else [float(n) for n in self._waiting]
         watch.begin(
             Outlook(
                 stages=self._stages,
                 blocks=sum(counts),
-                whole=whole,
-                seconds=sum(known) if len(known) == len(costs) else None,
+                whole=sum(counts) - sum(self._waiting),
+                seconds=sum(known) if self._timed else None,
                 memory=held.most,
                 disk=held.most_on_disk,
+                block=int(largest),
             )
         )
+        self._start = time.monotonic()
 
     def tick(self, stage: int, done: int, blocks: int) -> None:
         """Tell that so many blocks of a stage are done."""
@@ -105,12 +110,17 @@ class Clock:
         after = remaining + sum(self._costs[stage + 1 :])
         passed = sum(self._costs) - after
         elapsed = time.monotonic() - self._start
-        left = elapsed * after / passed if passed > 0 else None
+        left: float | None = elapsed * after / passed if passed > 0 else None
+        if passed < _EARLY * (passed + after):  # the first blocks wait for files, caches and workers
+            left = after if self._timed else None
         self._watch.block(Step(stage=stage, stages=self._stages, done=done, blocks=blocks, left=left))
 
 
 _PIXELS = 1 << 16
 """What a stage is tried on."""
+
+_EARLY = 0.05
+"""The part of the work that is done before what has passed says more than the trial."""
 
 _TRIAL = "trial"
 """Name in the store of what is tried."""
