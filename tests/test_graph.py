@@ -1,6 +1,7 @@
 """The exported graph: captured, replayed, read for sites and held against the census."""
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -347,3 +348,24 @@ def test_a_graph_that_cannot_be_read_takes_nothing_with_it(monkeypatch):
     _, look = looked(tiny_unet())
     assert look.looked.status == "failed"
     assert [f.code for f in look.findings] == ["NF229"]
+
+
+class _SameAsTensorFlow(nn.Module):
+    """Breaks capture with free sizes: padding from the size, so each size is a formula with the last in it thrice."""
+
+    def __init__(self, levels):
+        super().__init__()
+        self.levels = nn.ModuleList(nn.Conv2d(4 if i else 1, 4, 3, stride=2) for i in range(levels))
+
+    def forward(self, x):
+        for level in self.levels:
+            rows, columns = (max((math.ceil(n / 2) - 1) * 2 + 3 - n, 0) for n in x.shape[2:])
+            x = level(F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)))
+        return x
+
+
+@pytest.mark.parametrize(("levels", "free"), [(1, (0, 2, 3)), (5, (0,))])
+def test_sizes_that_nest_are_not_left_free(levels, free):
+    """One such padding keeps its sizes free; from the second on they are fixed, in seconds and not in hours."""
+    captured = capture(_SameAsTensorFlow(levels).eval(), lambda model, x: model(x), torch.randn(1, 1, 64, 64))
+    assert captured.free == free

@@ -118,8 +118,7 @@ def convert_command(
         stack.enter_context(resumable(stages.store))  # until it is saved
         given: Any = None
         if images and stages.asked:
-            windows = arguments.windows(images, opened.model, stages.level)
-            given = [stack.enter_context(window) for window in windows]
+            given = arguments.windows(images, opened.model, stages.level)
         elif images:
             given = arguments.images(images, opened.model)
         watch = stack.enter_context(watching()) if stages.asked else None

@@ -114,8 +114,7 @@ def calibrate_command(
             given: Any = arguments.images(images, opened.model)
             watch, progress = None, stack.enter_context(steps())
         else:
-            windows = arguments.windows(images, opened.model, stages.level)
-            given = [stack.enter_context(window) for window in windows]
+            given = arguments.windows(images, opened.model, stages.level)
             watch, progress = stack.enter_context(watching()), no_steps
         done = calibrate(
             opened.model,
@@ -221,10 +220,10 @@ def _predict_in_stages(
     windows = arguments.windows((image,), opened.model, stages.level)
     if len(windows) != 1:
         raise click.UsageError(f"{image} names {len(windows)} images; give one")
-    with windows[0] as window, watching() as watch:
+    with watching() as watch:
         return write_prediction(
             opened.model,
-            window,
+            windows[0],
             Path(out),
             tile,
             **stages.keywords(),

@@ -19,6 +19,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 
 from normfix.graph.replaying import replay, replays, silence
+from normfix.graph.sizes import LongFormulaError, ShortSizes
 from normfix.growth import resized
 from normfix.numerics import exact_arithmetic
 
@@ -111,18 +112,18 @@ def export(module: nn.Module, example: Tensor, *, one_size: bool = False) -> Exp
     """
     pair = _pair(example)
     space = range(2, example.dim())
-    trials: list[tuple[Tensor, Sequence[int]]] = [
-        (pair, (0, *space)),
-        (example, space),
-        (pair, (0,)),
-        (example, ()),
-    ][2 * one_size :]
-    for given, free in trials[:-1]:
+    with_space: list[tuple[Tensor, Sequence[int]]] = [(pair, (0, *space)), (example, space)]
+    for given, free in [] if one_size else with_space:
         try:
             return _export(module, given, free)
+        except LongFormulaError:
+            break
         except Exception:  # noqa: BLE001 - the next trial asks for less
             continue
-    return _export(module, *trials[-1])
+    try:
+        return _export(module, pair, (0,))
+    except Exception:  # noqa: BLE001 - the last trial asks for nothing
+        return _export(module, example, ())
 
 
 def free_dimensions(program: ExportedProgram) -> tuple[int, ...]:
@@ -196,7 +197,7 @@ def _other(network: nn.Module, example: Tensor, program: ExportedProgram) -> Exp
 
 
 def _export(module: nn.Module, example: Tensor, free: Sequence[int]) -> ExportedProgram:
-    with silence(), torch.no_grad():
+    with silence(), torch.no_grad(), ShortSizes():
         return torch.export.export(
             copy.deepcopy(module),
             (example.clone(),),

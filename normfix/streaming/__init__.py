@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from normfix.streaming.clusters import Dask
 from normfix.streaming.engines import Engine, Local
-from normfix.streaming.execution import Statistic, execute, kept_name
+from normfix.streaming.execution import execute
 from normfix.streaming.files import open_image
 from normfix.streaming.jobs import resumable, run_of
 from normfix.streaming.journal import Journal
 from normfix.streaming.manifest import describe
 from normfix.streaming.outlook import Outlook, Step, Watch
 from normfix.streaming.program import Program, captured_program
+from normfix.streaming.running import Statistic, kept_name
 from normfix.streaming.schedules import Schedule
 from normfix.streaming.scheduling import schedule
 from normfix.streaming.sinks import OutputFile

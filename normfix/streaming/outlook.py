@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import Node
 
-    from normfix.streaming.execution import Run
+    from normfix.streaming.running import Run
     from normfix.streaming.stages import Stage
 
 __all__ = ["Clock", "Outlook", "Step", "Watch"]
