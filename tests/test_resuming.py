@@ -141,7 +141,7 @@ def test_the_error_says_how_to_go_on(bench, stop, tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"tile": 12}, "other blocks"),
+        ({"tile": 12}, r"other blocks \(16x16, now 12x12\)"),
         ({"image": _image(5)}, "other images"),
         ({"weights": 1.5}, "other weights"),
         ({"threads": 2}, r"other threads \(1, now 2\)"),

@@ -13,7 +13,7 @@ import torch
 
 from normfix.errors import NormfixError
 from normfix.streaming.chunks import sync
-from normfix.streaming.schedules import Schedule, block_extents
+from normfix.streaming.schedules import Schedule
 from normfix.streaming.sources import Source
 
 __all__ = ["Parts", "describe", "require_same", "write_manifest"]
@@ -44,7 +44,7 @@ def describe(
         ),
         "weights": _weights(schedule),
         "images": "; ".join(image.fingerprint() for image in images),
-        "blocks": "x".join(map(str, tile)) + f" ({_digest(repr(block_extents(schedule, tile)))})",
+        "blocks": "x".join(map(str, tile)),
         "statistics": ", ".join(statistics) or "as they are",
         "precision": f"{str(value.dtype).removeprefix('torch.')} on {value.device}",
         "threads": str(torch.get_num_threads()),
@@ -83,7 +83,7 @@ def require_same(path: Path, parts: Parts) -> bool:
     return True
 
 
-_SHOWN = ("versions", "statistics", "precision", "threads", "processor")
+_SHOWN = ("versions", "blocks", "statistics", "precision", "threads", "processor")
 
 
 def write_manifest(path: Path, parts: Parts) -> None:
