@@ -18,7 +18,7 @@ __all__ = ["NEVER", "Settings", "read_settings"]
 
 NEVER = (
     *("trust_pickle", "allow_classes", "arch", "arch_args", "preprocess", "metric"),
-    *("out", "partial", "revision", "converted", "labels", "reports"),
+    *("out", "partial", "revision", "converted", "labels", "reports", "store", "scheduler"),
 )
 """Options that no file sets."""
 

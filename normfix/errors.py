@@ -163,8 +163,28 @@ CODES: dict[str, str] = {
     "differ. The network runs as a whole instead.",
     "NF326": "Values between stages do not fit the memory budget. Raise it, or name a folder with room (and install "
     "normfix[stream] for zarr).",
-    "NF327": "Reading or writing the values kept on disk failed: the disk is full, the folder is gone, or a file is "
-    "damaged. Nothing half written is used.",
+    "NF327": "Reading or writing the values kept on disk failed: the disk is full or the folder is gone. Nothing half "
+    "written is used; make room and give the same command again, which goes on where it stopped.",
+    "NF328": "The store holds an unfinished run of something else: another network, other weights, images, blocks, "
+    "threads or versions, which the message names. Nothing is mixed. Repeat the command that began it, name another "
+    "folder, or delete the folder normfix-run in it.",
+    "NF329": "The manifest or the journal of an unfinished run is not what was written, so nothing in it can be relied "
+    "on. Delete the folder normfix-run in the store and start anew.",
+    "NF330": "A value that was kept on disk is gone, cut short, or fails its checksum. Check the disk, delete the "
+    "folder normfix-run in the store and start anew.",
+    "NF331": "An image file changed or vanished while it was read, so what was computed would be of two images. "
+    "Nothing has the result's name. Put the file back as it was and give the same command again, or start anew.",
+    "NF332": "Two processes cannot keep their values in one store: one of them would take the other's for its own. "
+    "Name another folder with --store.",
+    "NF333": 'A cluster is reached through dask.distributed: pip install "normfix[dask]", here and where its workers '
+    "run.",
+    "NF334": "A dask cluster needs the address of its scheduler (--scheduler tcp://HOST:8786), a scheduler and workers "
+    "that answer there, and a store that all of them see (--store).",
+    "NF335": "A worker of the cluster could not take the work: normfix is not installed there or is of another "
+    "version, the store or the image is not on storage that it sees, or the image is an object that cannot be sent "
+    "(give a path).",
+    "NF336": "The same block ended several workers one after another, mostly for want of memory. Give smaller blocks "
+    "(--tile), or workers more memory. What is whole is kept; the same command goes on from there.",
     # 4xx: checking and predicting
     "NF401": "This site computes its statistic from the tile, so tiles disagree whatever the halo.",
     "NF402": "Tiles must start in phase: a tile size is a positive multiple of the network's total stride on "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +24,7 @@ from normfix.layers.statistic import FrozenStatistic
 from normfix.moments import Moments, measure, merge
 from normfix.records import SiteStatistics, StatisticSpec
 
-__all__ = ["NormTarget", "StatisticTarget", "Target"]
+__all__ = ["NormTarget", "Seen", "StatisticTarget", "Target"]
 
 
 class Target(Protocol):
@@ -48,8 +49,9 @@ class Target(Protocol):
         """Return the operand's dimensions that the statistic runs over; None if blocks cannot be put together."""
         ...
 
-    def measure(self, operand: Tensor) -> Any:
-        """Return the measures of one block of an operand."""
+    @property
+    def measure(self) -> Callable[[Tensor], Any]:
+        """Return what measures one block of an operand; it can be sent to another process."""
         ...
 
     def join(self, blocks: Sequence[Any]) -> Any:
@@ -94,9 +96,10 @@ class NormTarget:
         """Return batch and space; see Target."""
         return (0, 2, 3, 4)
 
-    def measure(self, operand: Tensor) -> Moments:
-        """Return a block's moments; see Target."""
-        return measure(operand)
+    @property
+    def measure(self) -> Callable[[Tensor], Moments]:
+        """Return what gives a block's moments; see Target."""
+        return measure
 
     def join(self, blocks: Sequence[Moments]) -> Moments:
         """Merge the blocks' moments; see Target."""
@@ -128,7 +131,7 @@ class NormTarget:
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
+class Seen:
     """What one call of a statistic gave: its own results where it saw one image, and the part its law needs."""
 
     images: int
@@ -162,23 +165,23 @@ class StatisticTarget:
         """Return what the law runs over; None without a law, or where the call's own numbers count; see Target."""
         return None if self.spec.law == "none" or self.spec.quotient else self.spec.dims
 
-    def measure(self, operand: Tensor) -> _Seen:
-        """Return a block's part; see Target."""
-        images = self._images(operand)
-        return _Seen(images, (), self._part(operand, images, (), {}))
+    @property
+    def measure(self) -> Callable[[Tensor], Seen]:
+        """Return what gives a block's part; see Target."""
+        return partial(_part_of_block, self.spec)
 
-    def join(self, blocks: Sequence[_Seen]) -> _Seen:
+    def join(self, blocks: Sequence[Seen]) -> Seen:
         """Merge the blocks' parts by the law; see Target."""
         spec, images = self.spec, blocks[0].images
         part = merge_parts(spec.law, [block.part for block in blocks])
         joined = finalise(spec.law, part, images=images, correction=spec.correction, power=spec.power)
-        return _Seen(images, joined, part)
+        return Seen(images, joined, part)
 
-    def store(self, parts: Sequence[_Seen]) -> None:
+    def store(self, parts: Sequence[Seen]) -> None:
         """Write the population's values; see Target."""
         self.module.set_values_(*self._population(parts))
 
-    def compare(self, parts: Sequence[_Seen]) -> SiteStatistics:
+    def compare(self, parts: Sequence[Seen]) -> SiteStatistics:
         """Compare values, rounded as they would be stored, with what is stored; see Target."""
         stored = torch.cat([v.double().cpu().flatten() for v in self.module.values()])
         unit = float(stored.square().mean().sqrt()) or 1.0
@@ -196,7 +199,7 @@ class StatisticTarget:
             variance_ratio=(1.0, 1.0),
         )
 
-    def _population(self, parts: Sequence[_Seen]) -> tuple[Tensor, ...]:
+    def _population(self, parts: Sequence[Seen]) -> tuple[Tensor, ...]:
         images = sum(part.images for part in parts)
         if images == 1:
             return parts[0].results
@@ -211,38 +214,49 @@ class StatisticTarget:
         spec = self.spec
         return finalise(spec.law, part, images=images, correction=spec.correction, power=spec.power)
 
-    def _see(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Seen:
+    def _see(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Seen:
         spec = self.spec
         operand = operand_of(args, kwargs, spec.operand)
-        images = self._images(operand)
+        images = _images(spec, operand)
         results: tuple[Tensor, ...] = ()
         if images == 1:
             given = tree_map(_widened, (args, dict(kwargs)))
             found = [v for v in tree_leaves(func(*given[0], **given[1])) if isinstance(v, Tensor)]
             results = tuple(v.double().cpu() for v in found[: spec.outputs])
-        return _Seen(images, results, self._part(operand, images, args, kwargs))
+        return Seen(images, results, _part(spec, operand, images, self._terms(args, kwargs)))
 
-    def _images(self, operand: Tensor) -> int:
-        batch = self.spec.batch
-        return operand.shape[batch[0]] // batch[1] if batch else 1
-
-    def _part(self, operand: Tensor, images: int, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Part:
-        spec = self.spec
-        if spec.law == "none":
-            return Part(1, ())
-        dims = spec.dims
-        if spec.batch is not None:
-            stacked = spec.batch[0]
-            shape = [*operand.shape]
-            shape[stacked : stacked + 1] = [images, spec.batch[1]]
-            operand = operand.reshape(shape)  # (.., n*u, ..) -> (.., n, u, ..)
-            dims = (stacked, *(d if d < stacked else d + 1 for d in dims))
-        if not spec.quotient:
-            return observe_part(spec.law, operand, dims, power=spec.power)
+    def _terms(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
+        """Return what the call divides by, where that is its statistic."""
+        if self.spec.law == "none" or not self.spec.quotient:
+            return 1.0
         (number,) = [v for v in tree_leaves((args, kwargs)) if type(v) in (int, float)]
-        terms = float(number) if self.name.split("/")[-2] == "div" else 1 / float(number)
-        part = observe_part("mean", operand.double() / terms, dims)
-        return Part(terms * images, part.values)
+        return float(number) if self.name.split("/")[-2] == "div" else 1 / float(number)
+
+
+def _part_of_block(spec: StatisticSpec, operand: Tensor) -> Seen:
+    images = _images(spec, operand)
+    return Seen(images, (), _part(spec, operand, images))
+
+
+def _images(spec: StatisticSpec, operand: Tensor) -> int:
+    return operand.shape[spec.batch[0]] // spec.batch[1] if spec.batch else 1
+
+
+def _part(spec: StatisticSpec, operand: Tensor, images: int, terms: float = 1.0) -> Part:
+    """Return the part of an operand; of a quotient, `terms` is what the call divides by."""
+    if spec.law == "none":
+        return Part(1, ())
+    dims = spec.dims
+    if spec.batch is not None:
+        stacked = spec.batch[0]
+        shape = [*operand.shape]
+        shape[stacked : stacked + 1] = [images, spec.batch[1]]
+        operand = operand.reshape(shape)  # (.., n*u, ..) -> (.., n, u, ..)
+        dims = (stacked, *(d if d < stacked else d + 1 for d in dims))
+    if not spec.quotient:
+        return observe_part(spec.law, operand, dims, power=spec.power)
+    part = observe_part("mean", operand.double() / terms, dims)
+    return Part(terms * images, part.values)
 
 
 def _widened(value: object) -> object:

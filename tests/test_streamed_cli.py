@@ -1,15 +1,23 @@
 """calibrate --tile and predict --engine stages: files larger than memory on the command line."""
 
+import json
+import sys
+
+import click
 import numpy as np
 import pytest
 import tifffile
 import torch
 import zarr
 from click.testing import CliRunner
+from streamed_networks import Tangled
 
 import normfix
-from normfix.cli import cli
+from normfix.cli import cli, main
+from normfix.cli.stages import Bar, Lines, outlook_text
 from normfix.demo.network import nuclei_unet
+from normfix.streaming import Outlook, Step
+from normfix.streaming.journal import Written
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +40,38 @@ def _run(*arguments):
     return result
 
 
-def test_predict_in_stages_writes_what_tiles_write(folder):
-    """A Zarr image predicted in stages within a small budget is the TIFF predicted in tiles."""
+def test_predict_in_stages_writes_what_tiles_write(folder, monkeypatch, capsys):
+    """A Zarr image predicted in stages, stopped by Ctrl-C and continued, is the TIFF predicted in tiles."""
     _run("predict", folder / "fixed", folder / "image.tif", "-o", folder / "tiles.npy", "--tile", 32)
-    _run(
+    arguments = [
         *("predict", folder / "fixed", folder / "image.zarr", "-o", folder / "stages.npy", "--tile", 32),
-        *("--engine", "stages", "--budget", 0, "--store", folder, "--workers", 2),
-    )
+        *("--engine", "stages", "--budget", 0, "--store", folder, "--workers", 2, "--format", "json"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["normfix", *map(str, arguments)])
+    compute = Written.note
+
+    def stop(self, stage, block, measured):
+        if self.count == 20:
+            raise KeyboardInterrupt
+        compute(self, stage, block, measured)
+
+    monkeypatch.setattr(Written, "note", stop)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    said = capsys.readouterr().err
+    assert "Stopped; nothing was written. 20 blocks are kept in" in said
+    assert "The same command goes on from there" in said
+    assert not (folder / "stages.npy").exists()
+    monkeypatch.setattr(Written, "note", compute)
+    result = _run(*arguments)
+    assert json.loads(result.stdout) == {
+        "path": str(folder / "stages.npy"),
+        "shape": [1, 96, 128],
+        "dtype": "float32",
+    }
+    assert "20 are whole already: about" in result.stderr
+    assert not (folder / "normfix-run").exists()
     tiles, stages = np.load(folder / "tiles.npy"), np.load(folder / "stages.npy")
     np.testing.assert_allclose(stages, tiles, atol=1e-5 * tiles.std())
 
@@ -51,3 +84,70 @@ def test_calibrate_by_window_writes_the_same_statistics(folder):
     assert whole.keys() == blocks.keys()
     for name, value in whole.items():
         torch.testing.assert_close(blocks[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_convert_in_stages_writes_the_whole_image_s_statistics(folder):
+    """convert --store reads a Zarr image by window; the constants are those of the whole image."""
+    torch.manual_seed(0)
+    _run(
+        *("convert", "streamed_networks:Tangled", folder / "image.zarr", "--to", "frozen"),
+        *("--scale", "none", "--tile", 48, "--store", folder, "-o", folder / "staged"),
+    )
+    torch.manual_seed(0)
+    net = Tangled()
+    image = torch.from_numpy(tifffile.imread(folder / "image.tif"))[None, None]
+    whole = normfix.convert(net, image).model.state_dict()
+    staged = normfix.load(folder / "staged", model=Tangled()).state_dict()
+    assert whole.keys() == staged.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(staged[name], value, rtol=1e-5, atol=1e-6)
+    assert not (folder / "normfix-run").exists()
+
+
+def test_options_of_stages_need_stages(folder):
+    """calibrate without --tile runs no stages, so options of theirs are refused and not ignored."""
+    with pytest.raises(click.UsageError, match="--tile"):
+        _run("calibrate", folder / "fixed", folder / "image.tif", "-o", folder / "x", "--budget", 1)
+
+
+_STEPS = [Step(stage=1, stages=9, done=n, blocks=40, left=None if n == 1 else 200.0) for n in (1, 2, 3)]
+
+
+def test_what_a_run_will_take_is_a_sentence():
+    """Stages, blocks, time, memory and disk stand in one line, and what an earlier process did."""
+    outlook = Outlook(
+        stages=9, blocks=360, whole=0, seconds=200.0, memory=10**6, disk=34_359_738_368, block=900
+    )
+    assert outlook_text(outlook) == (
+        "9 stages, 360 blocks: about 3 minutes; between stages at most 1.0 MB in memory and 34.4 GB on disk, "
+        "and about 900 bytes for each block at a time."
+    )
+
+
+def test_elsewhere_than_on_a_terminal_a_line_now_and_then(capsys):
+    """Lines are written to stderr no more often than asked for, and say stage, block and time left."""
+    often, seldom = Lines(every=0), Lines(every=60)
+    for step in _STEPS:
+        often.block(step)
+        seldom.block(step)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.splitlines() == [
+        "stage 2 of 9, block 1 of 40",
+        "stage 2 of 9, block 2 of 40, 3 minutes left",
+        "stage 2 of 9, block 3 of 40, 3 minutes left",
+    ]
+
+
+def test_on_a_terminal_a_bar():
+    """The bar shows the stage, its blocks and the time left."""
+    from rich.progress import Progress
+
+    progress = Progress(disable=True)
+    bar = Bar(progress)
+    bar.begin(Outlook(stages=9, blocks=360, whole=0, seconds=None, memory=0, disk=0, block=0))
+    for step in _STEPS:
+        bar.block(step)
+    (task,) = progress.tasks
+    assert (task.description, task.completed, task.total) == ("stage 2 of 9", 3, 40)
+    assert task.fields["left"] == "3 minutes left"

@@ -12,9 +12,10 @@ from hypothesis.extra.numpy import arrays
 from normfix.errors import NormfixError
 from normfix.records import Scaling
 from normfix.scaling import scaled
+from normfix.streaming.files import open_image
 from normfix.streaming.sinks import OutputFile
 from normfix.streaming.spread import percentiles, scaling_numbers
-from normfix.streaming.windows import Window, WindowedImage, open_image, windowed
+from normfix.streaming.windows import Window, WindowedImage, windowed
 
 SPACE = (37, 53)
 

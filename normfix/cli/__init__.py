@@ -89,13 +89,13 @@ def main() -> None:
     try:
         code = cli.main(standalone_mode=False)
     except NormfixError as error:
-        _complain(str(error), debug=debug)
+        _complain(" ".join([str(error), *_notes(error)]), debug=debug)
         code = 2
     except click.ClickException as error:
         error.show()
         code = error.exit_code
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        _complain("Stopped; nothing was written.")
+    except (click.exceptions.Abort, KeyboardInterrupt) as stop:
+        _complain(" ".join(["Stopped; nothing was written.", *_notes(stop)]))
         code = 130
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -112,6 +112,11 @@ def main() -> None:
         )
         code = 2
     sys.exit(code or 0)
+
+
+def _notes(error: BaseException) -> list[str]:
+    """Return what was noted on an error or on what it stands for, such as how to go on."""
+    return [note for one in (error, error.__cause__) for note in getattr(one, "__notes__", ())]
 
 
 def _complain(text: str, *, debug: bool = False) -> None:

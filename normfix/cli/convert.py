@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,14 @@ from normfix.cli.options import (
     Arguments,
     image_options,
     model_options,
+    no_steps,
     note,
     require_report,
     show,
     steps,
     write_report,
 )
+from normfix.cli.stages import StageArguments, engine_option, stage_options, watching
 from normfix.cli.texts import conversion_text
 from normfix.errors import NormfixError
 
@@ -51,6 +54,11 @@ __all__ = ["convert_command"]
     help="Write the original class as its own library does; only where every norm was a BatchNorm.",
 )
 @image_options
+@click.option(
+    "--tile", type=click.IntRange(1), help="Size of the blocks to measure in, and of the tiles to prove with."
+)
+@engine_option
+@stage_options
 @click.option("--report", help="Write the record to this .json file, also when the proof fails.")
 @click.option(
     "--format",
@@ -72,9 +80,12 @@ def convert_command(
     portable: bool,
     report: str | None,
     format_: str,
+    tile: int | None,
     **options: Any,
 ) -> int:
     """Convert MODEL so that tiles of it agree, measuring statistics on whole IMAGES, and prove the result.
+
+    With --budget, --store or --engine dask images are read by window, also .zarr, and may be larger than memory.
 
     The result is a folder, or with -o FILE.pt2 an exported program that needs neither normfix nor the network's
     source. MODEL may be such a program itself. Exits 1 and writes nothing if a proof fails or is inconclusive.
@@ -87,6 +98,7 @@ def convert_command(
     from normfix.pipeline.storage import require_unconverted
     from normfix.programs import SUFFIX, require_program_name
     from normfix.saving import require_absent
+    from normfix.streaming import resumable
 
     if (to is None) == (plan_file is None):
         raise click.UsageError("give either --to frozen|batchrenorm or --plan FILE")
@@ -97,14 +109,22 @@ def convert_command(
     require_absent(Path(out))
     require_report(report)
     plan = _read_plan(plan_file)
+    stages = StageArguments.take(options)
     arguments = Arguments.take(options)
     opened = arguments.open()
     require_unconverted(opened.model)
     require_program_name(out, opened.model)
-    with steps() as progress:
+    with ExitStack() as stack:
+        stack.enter_context(resumable(stages.store))  # until it is saved
+        given: Any = None
+        if images and stages.asked:
+            given = arguments.windows(images, opened.model, stages.level)
+        elif images:
+            given = arguments.images(images, opened.model)
+        watch = stack.enter_context(watching()) if stages.asked else None
         done = convert(
             opened.model,
-            arguments.images(images, opened.model) if images else None,
+            given,
             to=to or "frozen",
             plan=plan,
             keep=keep,
@@ -112,17 +132,20 @@ def convert_command(
             source=opened.source,
             output=arguments.output,
             as_trained=as_trained,
-            progress=progress,
+            tile=tile,
+            **stages.keywords(),
+            watch=watch,
+            progress=no_steps if stages.asked else stack.enter_context(steps()),
         )
-    write_report(report, done.record)
-    show(done.record, conversion_text(done.record), format_)
-    proof = done.proof
-    sound = proof.passed or (proof.partial and not strict)
-    if not (sound or partial):
-        why = "live sites were refused" if proof.partial else "the proof did not pass"
-        note(f"Nothing was written to {out}, because {why}.")
-        return 1
-    save(done, out, partial=partial, portable=portable)
+        write_report(report, done.record)
+        show(done.record, conversion_text(done.record), format_)
+        proof = done.proof
+        sound = proof.passed or (proof.partial and not strict)
+        if not (sound or partial):
+            why = "live sites were refused" if proof.partial else "the proof did not pass"
+            note(f"Nothing was written to {out}, because {why}.")
+            return 1
+        save(done, out, partial=partial, portable=portable)
     how = "its own library" if portable else f"normfix.load({out!r})"
     note(f"Wrote {out}. Load it with {how}.")
     return 0 if sound else 1

@@ -30,12 +30,12 @@ __all__ = [
     "format_option",
     "image_options",
     "model_options",
+    "no_steps",
     "note",
     "report_option",
     "require_report",
     "require_reports",
     "show",
-    "stage_options",
     "steps",
     "write_report",
     "write_reports",
@@ -119,32 +119,6 @@ def image_options(command: Command) -> Command:
         click.option(
             "--axes", help="One letter per axis of the image: C channels; Z, Y, X space. Example: YXC."
         ),
-    ):
-        command = decorate(command)
-    return command
-
-
-def stage_options(command: Command) -> Command:
-    """Add what stages over blocks may use."""
-    for decorate in (
-        click.option(
-            "--workers",
-            type=click.IntRange(1),
-            default=1,
-            show_default=True,
-            help="Blocks computed at a time.",
-        ),
-        click.option(
-            "--store",
-            type=click.Path(exists=True, file_okay=False, path_type=Path),
-            help="Folder for values between stages that go beyond the budget.",
-        ),
-        click.option(
-            "--budget",
-            type=click.IntRange(0),
-            help="MiB of memory for values between stages. Default: no limit.",
-        ),
-        click.option("--level", type=click.IntRange(0), default=0, help="Of a pyramid; 0 is the finest."),
     ):
         command = decorate(command)
     return command
@@ -337,6 +311,10 @@ def write_report(path: str | None, record: Record) -> None:
     """Write the record as JSON to a file, whole or not at all."""
     if path is not None:
         _write(Path(path), record.dumps())
+
+
+def no_steps(stage: str, done: int, total: int) -> None:
+    """Say nothing, as a progress callback."""
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,14 +17,15 @@ from normfix.cli.options import (
     format_option,
     image_options,
     model_options,
+    no_steps,
     note,
     report_option,
     require_reports,
     show,
-    stage_options,
     steps,
     write_reports,
 )
+from normfix.cli.stages import StageArguments, engine_option, stage_options, watching
 from normfix.cli.texts import calibration_text, verdict_text
 
 if TYPE_CHECKING:
@@ -80,22 +82,16 @@ _HALO = click.option(
 @click.option(
     "--tile", type=click.IntRange(1), help="Read images by window and run in stages over blocks of this size."
 )
+@engine_option
 @stage_options
 @format_option
 def calibrate_command(
-    images: tuple[str, ...],
-    out: str,
-    format_: str,
-    tile: int | None,
-    level: int,
-    budget: int | None,
-    store: Path | None,
-    workers: int,
-    **options: Any,
+    images: tuple[str, ...], out: str, format_: str, tile: int | None, **options: Any
 ) -> None:
     """Measure the statistics of a converted MODEL anew on other IMAGES, whole.
 
-    With --tile images may be larger than memory, also .zarr; the statistics are the same.
+    With --tile images may be larger than memory, also .zarr; the statistics are the same. With --store too, the same
+    command goes on where it was stopped.
 
     \b
     Example:
@@ -104,29 +100,35 @@ def calibrate_command(
     from normfix.pipeline import calibrate, save
     from normfix.provenance import attach_, provenance_of
     from normfix.saving import require_absent
+    from normfix.streaming import resumable
 
     require_absent(Path(out))
+    stages = StageArguments.take(options)
     arguments = Arguments.take(options)
+    if tile is None and stages.asked:
+        raise click.UsageError("--budget, --store and --engine dask belong to --tile")
     opened = arguments.open()
-    if tile is None:
-        given: Any = arguments.images(images, opened.model)
-    else:
-        given = arguments.windows(images, opened.model, level)
-    with steps() as progress:
+    with ExitStack() as stack:
+        stack.enter_context(resumable(stages.store))  # until it is saved
+        if tile is None:
+            given: Any = arguments.images(images, opened.model)
+            watch, progress = None, stack.enter_context(steps())
+        else:
+            given = arguments.windows(images, opened.model, stages.level)
+            watch, progress = stack.enter_context(watching()), no_steps
         done = calibrate(
             opened.model,
             given,
             tile,
-            budget=None if budget is None else budget << 20,
-            store=store,
-            workers=workers,
+            **stages.keywords(),
+            watch=watch,
             output=arguments.output,
             progress=partial(progress, "calibrate"),
         )
-    known, stated = provenance_of(done.model), arguments.scaling()
-    if known is not None and stated is not None:  # the new statistics are of images scaled this way
-        attach_(done.model, replace(known, scaling=stated))
-    save(done, out)
+        known, stated = provenance_of(done.model), arguments.scaling()
+        if known is not None and stated is not None:  # the new statistics are of images scaled this way
+            attach_(done.model, replace(known, scaling=stated))
+        save(done, out)
     show(done.summary, calibration_text(done.summary), format_)
     note(f"Wrote {out}.")
 
@@ -134,15 +136,18 @@ def calibrate_command(
 @click.command("predict")
 @model_options
 @click.argument("image")
-@click.option("-o", "--out", required=True, help="File to write, .npy or .tif; must not exist.")
+@click.option(
+    "-o", "--out", required=True, help="File to write, .npy, .tif or, in stages, .zarr; must not exist."
+)
 @_TILE
 @_HALO
 @click.option(
     "--engine",
-    type=click.Choice(["tiles", "stages"]),
+    type=click.Choice(["tiles", "stages", "dask"]),
     default="tiles",
     show_default=True,
-    help="stages: read by window and run once, stage by stage over blocks; for images larger than memory.",
+    help="stages: read by window and run once, stage by stage over blocks; for images larger than memory. dask: the "
+    "same on the cluster at --scheduler; needs a --store that all of it sees.",
 )
 @click.option(
     "--statistics",
@@ -159,46 +164,37 @@ def predict_command(
     out: str,
     tile: int,
     halo: int | Literal["auto"],
-    engine: Literal["tiles", "stages"],
     statistics: Literal["stored", "per-image"],
-    level: int,
-    budget: int | None,
-    store: Path | None,
-    workers: int,
     format_: str,
     **options: Any,
 ) -> None:
     """Predict IMAGE tile by tile with a converted MODEL, exactly as the whole image would be predicted.
 
+    With --engine stages and --store the same command goes on where it was stopped.
+
     \b
     Example:
       normfix predict fixed nuclei.tif -o prediction.tif
     """
-    from normfix.pipeline import predict, write_prediction
-    from normfix.reading import require_new_image, write_image
-
+    stages = StageArguments.take(options)
     arguments = Arguments.take(options)
-    if engine == "stages":
+    if stages.engine != "tiles":
         if halo != "auto":
             raise click.UsageError("--halo belongs to --engine tiles; stages measure their own")
-        opened = arguments.open()
-        windows = arguments.windows((image,), opened.model, level)
-        if len(windows) != 1:
-            raise click.UsageError(f"{image} names {len(windows)} images; give one")
-        write_prediction(
-            opened.model,
-            windows[0],
-            Path(out),
-            tile,
-            engine="stages",
-            statistics=statistics,
-            budget=None if budget is None else budget << 20,
-            store=store,
-            workers=workers,
-            output=arguments.output,
-        )
-        note(f"Wrote {out}.")
-        return
+        shape, dtype = _predict_in_stages(image, out, tile, statistics, stages, arguments)
+    else:
+        shape, dtype = _predict_in_tiles(image, out, tile, halo, statistics, arguments)
+    record = Predicted(path=out, shape=shape, dtype=dtype)
+    show(record, f"{out}: {'x'.join(map(str, shape))}, {dtype}", format_)
+    note(f"Wrote {out}.")
+
+
+def _predict_in_tiles(
+    image: str, out: str, tile: int, halo: int | Literal["auto"], statistics: Any, arguments: Arguments
+) -> tuple[tuple[int, ...], str]:
+    from normfix.pipeline import predict
+    from normfix.reading import require_new_image, write_image
+
     require_new_image(Path(out))
     opened = arguments.open()
     whole = predict(
@@ -212,9 +208,29 @@ def predict_command(
     )
     written = whole[0].float().cpu().numpy()
     write_image(Path(out), written, _pixel_size(image, opened.model))
-    record = Predicted(path=out, shape=written.shape, dtype=str(written.dtype))
-    show(record, f"{out}: {'x'.join(map(str, written.shape))}, {written.dtype}", format_)
-    note(f"Wrote {out}.")
+    return written.shape, str(written.dtype)
+
+
+def _predict_in_stages(
+    image: str, out: str, tile: int, statistics: Any, stages: StageArguments, arguments: Arguments
+) -> tuple[tuple[int, ...], str]:
+    from normfix.pipeline import write_prediction
+
+    opened = arguments.open()
+    windows = arguments.windows((image,), opened.model, stages.level)
+    if len(windows) != 1:
+        raise click.UsageError(f"{image} names {len(windows)} images; give one")
+    with watching() as watch:
+        return write_prediction(
+            opened.model,
+            windows[0],
+            Path(out),
+            tile,
+            **stages.keywords(),
+            statistics=statistics,
+            watch=watch,
+            output=arguments.output,
+        )
 
 
 def _pixel_size(image: str, model: nn.Module) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from normfix.dye import strip
 from normfix.errors import NormfixError
 from normfix.images import Items
 from normfix.numerics import deviation, exact_arithmetic
+from normfix.pipeline.engines import engine_of
 from normfix.pipeline.looking import (
     Look,
     base_of,
@@ -52,7 +53,7 @@ from normfix.rewriting import rewrite
 from normfix.scanning import survey
 from normfix.stitching import padded, tiled
 from normfix.streaming import Source as WindowedSource
-from normfix.streaming import TensorSource
+from normfix.streaming import TensorSource, Watch, resumable
 from normfix.tiles import Geometry, round_up
 
 __all__ = ["Conversion", "convert"]
@@ -111,6 +112,9 @@ def convert(
     budget: int | None = None,
     store: Path | None = None,
     workers: int = 1,
+    engine: Literal["local", "dask"] = "local",
+    scheduler: str | None = None,
+    watch: Watch | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Conversion:
     """Convert a network's live statistics to constants measured on whole images, and prove the result.
@@ -131,11 +135,14 @@ def convert(
         dtype: what to compute in; default: the model's own.
         as_trained: treat batch and instance norms as in train mode, where they are live.
         tile: size of the tiles to prove with; default: a quarter of the image, at most 256.
-        budget: bytes of memory for values between stages. Given, or with images read by window, statistics are
+        budget: bytes of memory for values between stages. With it, a store, or images read by window, statistics are
             measured in stages over all of every image and then re-measured in other blocks; what needs whole
             forward passes is proved on the middle of the first image.
-        store: folder for what is beyond the budget.
+        store: folder where values between stages are kept on disk and stages that were stopped are continued from.
         workers: blocks computed at a time in stages.
+        engine: "dask" computes blocks on a cluster; needs `scheduler` and a `store` that all of it sees.
+        scheduler: address of a dask scheduler.
+        watch: is told what stages will take, and of each block.
         progress: called with (stage, done, total).
 
     Returns:
@@ -157,7 +164,9 @@ def convert(
     caller = Caller(forward_fn, output)
     home = _home(model, device, dtype)
     sources = sources_of(images)
-    if budget is not None and images is not None and sources is None:
+    crew = engine_of(engine, scheduler, store, workers)
+    staged = budget is not None or store is not None or crew.shared
+    if staged and images is not None and sources is None:
         sources = [TensorSource(image) for image in Items.of(cast(_Tensors, images), *home)]
     if sources is not None:
         images = [_middle(sources[0])]
@@ -183,9 +192,12 @@ def convert(
         summary = _calibrate_(converted, plan, items, caller, report)
     else:
         resources = Resources(
-            tile=tile or _TILES[example.dim() - 2], budget=budget, store=store, workers=workers
+            tile=tile or _TILES[example.dim() - 2], budget=budget, store=store, engine=crew, watch=watch
         )
-        summary = _calibrate_in_stages_(converted, plan, sources, caller, resources, seen.geometry, report)
+        with resumable(store):
+            summary = _calibrate_in_stages_(
+                converted, plan, sources, caller, resources, seen.geometry, report
+            )
     work = _Work(
         base, converted, plan, seen, items, example.to(*home), caller, summary, tile, sources is None
     )

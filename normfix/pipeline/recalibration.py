@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from normfix.images import Items
 from normfix.interception import InterceptedNorm
 from normfix.layers import ChannelNorm, FrozenStatistic
 from normfix.moments import Moments
+from normfix.pipeline.engines import engine_of
 from normfix.pipeline.looking import fitting_example, geometry_of, site_target
 from normfix.pipeline.opening import Wholes, sources_of
 from normfix.pipeline.streamed import Resources, measure_streamed_
@@ -27,7 +28,7 @@ from normfix.records import CalibrationSummary, Family, Plan
 from normfix.rewriting import copy_of
 from normfix.scanning import survey
 from normfix.stitching import padded
-from normfix.streaming import Source, TensorSource
+from normfix.streaming import Source, TensorSource, Watch
 from normfix.targets import NormTarget, Target
 
 __all__ = ["calibrate", "calibrate_"]
@@ -45,6 +46,9 @@ def calibrate(
     budget: int | None = None,
     store: Path | None = None,
     workers: int = 1,
+    engine: Literal["local", "dask"] = "local",
+    scheduler: str | None = None,
+    watch: Watch | None = None,
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
     progress: Progress = lambda done, total: None,
@@ -59,15 +63,18 @@ def calibrate(
             it needs between stages fits a budget. The statistics are those of whole images either way; a
             network that cannot run in stages takes passes over whole images, and the summary says why.
         budget: bytes of memory for values between stages; None is no limit. Needs `tile`.
-        store: folder for what is beyond the budget.
+        store: folder where values are kept on disk and the run can be continued from, after whatever stopped it.
         workers: blocks computed at a time.
+        engine: "dask" computes blocks on a cluster; needs `scheduler` and a `store` that all of it sees.
+        scheduler: address of a dask scheduler.
+        watch: is told what a run in stages will take, and of each block.
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
         progress: called with (passes or stages done, passes or stages in all).
 
     Raises:
         NormfixError: NF302 if the network has live statistics, or none at all; NF301 and codes of the images; NF326
-            and NF327 of the store.
+            to NF332 of the store; NF333 to NF336 of the cluster.
     """
     copied = copy_of(model)
     summary = calibrate_(
@@ -77,6 +84,9 @@ def calibrate(
         budget=budget,
         store=store,
         workers=workers,
+        engine=engine,
+        scheduler=scheduler,
+        watch=watch,
         forward_fn=forward_fn,
         output=output,
         progress=progress,
@@ -92,6 +102,9 @@ def calibrate_(
     budget: int | None = None,
     store: Path | None = None,
     workers: int = 1,
+    engine: Literal["local", "dask"] = "local",
+    scheduler: str | None = None,
+    watch: Watch | None = None,
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
     progress: Progress = lambda done, total: None,
@@ -100,6 +113,7 @@ def calibrate_(
 
     Optimizers, compiled and distributed wrappers keep their model. On any error the old statistics are back.
     """
+    crew = engine_of(engine, scheduler, store, workers)
     known = provenance_of(model)
     sources, items = sources_of(images), None
     if sources is None:
@@ -114,13 +128,13 @@ def calibrate_(
         targets = _batch_norms(
             model, fitting_example(model, next(iter(items or Wholes(sources or ()))), caller), caller
         )
-    if tile is None and items is not None:
+    if tile is None and items is not None and not crew.shared:
         if geometry is not None:
             items = replace(items, prepare=partial(padded, geometry=geometry))
         return measure_sites_(model, targets, items, caller, progress)
     sources = sources or [TensorSource(image) for image in items or ()]
     tile = tile or _TILES[len(sources[0].shape) - 2]
-    resources = Resources(tile=tile, budget=budget, store=store, workers=workers)
+    resources = Resources(tile=tile, budget=budget, store=store, engine=crew, watch=watch)
     return measure_streamed_(model, targets, sources, caller, resources, geometry=geometry, progress=progress)
 
 

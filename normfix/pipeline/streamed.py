@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.fx import Node
 
 from normfix.calibration import measure_sites_, restoring_on_error
 from normfix.calling import Caller, evaluating, home_of
@@ -18,15 +17,24 @@ from normfix.errors import NormfixError
 from normfix.numerics import exact_arithmetic
 from normfix.pipeline.capturing import program_of, schedule_of
 from normfix.pipeline.opening import Wholes
+from normfix.pipeline.placing import Place
 from normfix.records import CalibrationSummary, SiteStatistics
-from normfix.stitching import cropped
 from normfix.streaming import (
-    Kept,
+    Engine,
+    Journal,
+    Local,
+    Outlook,
     OutputFile,
+    Schedule,
     Source,
     Statistic,
+    Step,
     Store,
+    Watch,
+    describe,
     execute,
+    kept_name,
+    run_of,
 )
 from normfix.targets import Target
 from normfix.tiles import Geometry
@@ -48,12 +56,24 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
-    """What stages may use: block extents in pixels per axis, bytes of memory, a folder, blocks at a time."""
+    """What stages may use: block extents in pixels per axis, bytes of memory, a folder, an engine; who is told."""
 
     tile: int | Sequence[int]
     budget: int | None = None
     store: Path | None = None
-    workers: int = 1
+    engine: Engine = field(default_factory=Local)
+    watch: Watch | None = None
+
+    @contextmanager
+    def run(
+        self, planned: Schedule, images: Sequence[Source], statistics: Sequence[Statistic]
+    ) -> Iterator[tuple[Store, Journal]]:
+        """Give a store and a journal for one run, that of an earlier process if it was the same."""
+        tile = self.extents(len(images[0].shape) - 2)
+        sites = [statistic.site for statistic in statistics]
+        parts = partial(describe, planned, images, tile, sites)
+        with run_of(self.store, parts, self.budget, shared=self.engine.shared) as given:
+            yield given
 
     def extents(self, ndim: int) -> tuple[int, ...]:
         """Return the block extents per axis.
@@ -136,16 +156,18 @@ def measure_in_stages_(
         stride = stride or (32,) * ndim
         program = program_of(model, caller, tuple(paths.values()), images[0], stride)
         planned = schedule_of(program, stride, images, measured=tuple(paths.values()), outputs=False)
-        with _store(resources) as store:
+        measured = [statistic(target) for target in targets]
+        with resources.run(planned, images, measured) as (store, journal):
             execute(
                 planned,
                 images,
                 tile=resources.extents(ndim),
                 store=store,
-                statistics=[statistic(target) for target in targets],
+                statistics=measured,
                 settled=lambda: program.refresh_(model),
-                workers=resources.workers,
-                progress=lambda stage, stages, done, total: progress(stage + (done == total), stages),
+                engine=resources.engine,
+                journal=journal,
+                watch=resources.watch or _Counted(progress),
             )
     return CalibrationSummary(
         images=tuple(image.shape for image in images),
@@ -179,9 +201,10 @@ class StoredTarget:
         """Report the measures of every call."""
         return self.target.watch(report)
 
-    def measure(self, operand: Tensor) -> Any:
-        """Return the measures of a block."""
-        return self.target.measure(operand)
+    @property
+    def measure(self) -> Callable[[Tensor], Any]:
+        """Return what measures a block."""
+        return self.target.measure
 
     def join(self, blocks: Sequence[Any]) -> Any:
         """Put blocks together."""
@@ -223,58 +246,42 @@ def predict_in_stages(
         NormfixError: a code of NOT_IN_STAGES where this network cannot run so.
     """
     ndim = len(image.shape) - 2
-    result: list[_InPlace] = []
-
-    def sink(
-        number: int, node: Node, shape: tuple[int, ...], dtype: torch.dtype, blocks: tuple[int, ...]
-    ) -> Kept | None:
-        if node not in program.outputs:
-            return None
-        if out is not None:
-            extents = [-int(-(n * s) // 1) for n, s in zip(image.shape[2:], geometry.scale, strict=True)]
-            out.create((shape[1], *extents), dtype, blocks[2:])
-            return out
-        result.append(_InPlace(torch.empty(shape, dtype=dtype, device=home_of(model)[0])))
-        return result[-1]
-
     with evaluating(model), exact_arithmetic():
         whole = image.padded(geometry.padding(image.shape[2:]))
         program = program_of(model, caller, tuple(sites), whole, geometry.stride)
         planned = schedule_of(program, geometry.stride, [whole], measured=(), outputs=True)
-        tile, workers = resources.extents(ndim), resources.workers
-        with _store(resources) as store:
-            execute(planned, [whole], tile=tile, store=store, sink=sink, workers=workers)
-    return cropped(result[0].array, image.shape[2:], geometry.scale) if result else None
+        lasts = resources.store is not None
+        place = Place(program.outputs[0], image, geometry, home_of(model)[0], out)
+        with resources.run(planned, [whole], ()) as (store, journal):
+            execute(
+                planned,
+                [whole],
+                tile=resources.extents(ndim),
+                store=store,
+                sink=place.wait if lasts else place.take,
+                keep=[place.node] if lasts else [],
+                engine=resources.engine,
+                journal=journal,
+                watch=resources.watch,
+            )
+            if lasts:
+                place.copy(store[kept_name(0, place.node)])
+    return place.result()
 
 
 @dataclass(frozen=True, slots=True)
-class _InPlace:
-    array: Tensor
+class _Counted:
+    """A watch that counts stages."""
 
-    def read(self, index: tuple[slice, ...]) -> Tensor:
-        return self.array[index]
+    report: Progress
+    timed: bool = False
 
-    def write(self, index: tuple[slice, ...], value: Tensor) -> None:
-        self.array[index] = value
+    def begin(self, outlook: Outlook) -> None:
+        """Expect nothing."""
 
-
-class _store:  # noqa: N801 - a context manager, used as a function
-    """Give a store whose folder is a temporary one inside the folder that the caller named."""
-
-    def __init__(self, resources: Resources) -> None:
-        self._resources = resources
-        self._folder = (
-            None
-            if resources.store is None
-            else TemporaryDirectory(dir=resources.store, prefix="normfix-", ignore_cleanup_errors=True)
-        )
-
-    def __enter__(self) -> Store:
-        return Store(self._resources.budget, None if self._folder is None else Path(self._folder.name))
-
-    def __exit__(self, *error: object) -> None:
-        if self._folder is not None:
-            self._folder.cleanup()
+    def block(self, step: Step) -> None:
+        """Report the stages done."""
+        self.report(step.stage + (step.done == step.blocks), step.stages)
 
 
 def _paths(model: nn.Module, targets: Sequence[Target]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from normfix.errors import NormfixError
 from normfix.images import Items
 from normfix.numerics import exact_arithmetic, settings
 from normfix.pipeline.cropping import check_pipeline
+from normfix.pipeline.engines import engine_of
 from normfix.pipeline.looking import base_of, fitting_example, geometry_of, look, site_target, thinnest
 from normfix.pipeline.opening import Wholes
 from normfix.pipeline.streamed import (
@@ -29,7 +30,7 @@ from normfix.provenance import is_current, provenance_of
 from normfix.records import Scan, Verdict
 from normfix.rewriting import copy_of
 from normfix.stitching import tile_extents, tiled
-from normfix.streaming import OutputFile, Source, TensorSource
+from normfix.streaming import OutputFile, Source, TensorSource, Watch, resumable
 from normfix.tiles import Geometry, round_up
 
 __all__ = ["assert_tile_invariant", "check", "compare_with", "predict", "write_prediction"]
@@ -43,11 +44,13 @@ def predict(
     tile: int | Sequence[int] = 256,
     *,
     halo: int | Literal["auto"] = "auto",
-    engine: Literal["auto", "stages", "tiles"] = "auto",
+    engine: Literal["auto", "stages", "tiles", "dask"] = "auto",
     statistics: Literal["stored", "per-image"] = "stored",
     budget: int | None = None,
     store: Path | None = None,
     workers: int = 1,
+    scheduler: str | None = None,
+    watch: Watch | None = None,
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
 ) -> Tensor:
@@ -65,12 +68,14 @@ def predict(
         tile: pixels per axis, multiples of the stride.
         halo: pixels of context on every side; "auto" is what the network needs. A number asks for tiles.
         engine: "auto" takes stages where tiles would compute over 16 million pixels of halo and the network can
-            be captured.
+            be captured. "dask" runs stages on a cluster; needs `scheduler` and a `store` that all of it sees.
         statistics: "per-image" normalises the image by its own statistics, measured over all of it before it is
             predicted, as the network did before it was converted to frozen statistics.
         budget: bytes of memory for what stages keep in between; None is no limit.
-        store: folder for what is beyond the budget.
+        store: folder where values between stages are kept on disk; stages that were stopped go on from it.
         workers: blocks computed at a time in stages.
+        scheduler: address of a dask scheduler.
+        watch: is told what stages will take, and of each block.
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
 
@@ -80,10 +85,12 @@ def predict(
     Raises:
         NormfixError: NF409 if the network has live statistics or no halo is enough, NF402 for a tile that is
             off the stride grid, NF410 for a halo that is not enough or an engine, NF32x where stages are asked for
-            and not possible, and codes of the image.
+            and not possible, NF326 to NF336 of the store and the cluster, and codes of the image.
     """
     job = _Prediction.of(model, image, tile, halo, engine, statistics, forward_fn, output)
-    result = job.run(Resources(tile=job.tile, budget=budget, store=store, workers=workers))
+    crew = engine_of(engine, scheduler, store, workers)
+    with resumable(store):
+        result = job.run(Resources(tile=job.tile, budget=budget, store=store, engine=crew, watch=watch))
     assert result is not None
     return result
 
@@ -94,14 +101,16 @@ def write_prediction(
     out: Path,
     tile: int | Sequence[int] = 256,
     *,
-    engine: Literal["auto", "stages", "tiles"] = "auto",
+    engine: Literal["auto", "stages", "tiles", "dask"] = "auto",
     statistics: Literal["stored", "per-image"] = "stored",
     budget: int | None = None,
     store: Path | None = None,
     workers: int = 1,
+    scheduler: str | None = None,
+    watch: Watch | None = None,
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
-) -> None:
+) -> tuple[tuple[int, ...], str]:
     """Predict one image into a new file, block by block; in stages where the network can. See `predict`.
 
     Args:
@@ -112,20 +121,28 @@ def write_prediction(
         engine: "auto" takes stages if the network can be captured.
         statistics: "stored" or "per-image".
         budget: bytes of memory for what stages keep in between.
-        store: folder for what is beyond the budget.
+        store: folder where values between stages are kept on disk; stages that were stopped go on from it.
         workers: blocks computed at a time.
+        scheduler: address of a dask scheduler.
+        watch: is told what stages will take, and of each block.
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
+
+    Returns:
+        Shape (C, *space) and dtype of what was written.
 
     Raises:
         NormfixError: NF114 for a file that cannot be written, and codes of `predict`.
     """
-    with OutputFile(out) as file:
+    crew = engine_of(engine, scheduler, store, workers)
+    with resumable(store), OutputFile(out) as file:
         job = _Prediction.of(model, image, tile, "auto", engine, statistics, forward_fn, output)
-        result = job.run(Resources(tile=job.tile, budget=budget, store=store, workers=workers), file)
+        resources = Resources(tile=job.tile, budget=budget, store=store, engine=crew, watch=watch)
+        result = job.run(resources, file)
         if result is not None:
             file.create(result.shape[1:], result.dtype, result.shape[2:])
             file.write(tuple(slice(0, n) for n in result.shape), result)
+    return file.written
 
 
 def check(
@@ -305,13 +322,13 @@ class _Prediction:
         if self.statistics == "per-image":
             model = self._fitted(resources)
         pays = out is not None or _pays(self.image.shape[2:], self.tile, geometry)
-        if self.engine == "stages" or (self.engine == "auto" and pays):
+        if self.engine in ("stages", "dask") or (self.engine == "auto" and pays):
             try:
                 return predict_in_stages(
                     model, self.image, caller, resources, geometry=geometry, sites=self.known.layers, out=out
                 )
             except NormfixError as error:
-                if self.engine == "stages" or error.code not in NOT_IN_STAGES:
+                if self.engine in ("stages", "dask") or error.code not in NOT_IN_STAGES:
                     raise
         (whole,) = Wholes([self.image])
         with evaluating(model), exact_arithmetic():
@@ -335,7 +352,7 @@ class _Prediction:
 
 def _require_known(*, engine: str, statistics: str) -> None:
     for name, given, choices in (
-        ("engine", engine, ("auto", "stages", "tiles")),
+        ("engine", engine, ("auto", "stages", "tiles", "dask")),
         ("statistics", statistics, ("stored", "per-image")),
     ):
         if given not in choices:

@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
-from normfix.streaming.execution import Schedule, Statistic, execute
+from normfix.streaming.clusters import Dask
+from normfix.streaming.engines import Engine, Local
+from normfix.streaming.execution import execute
+from normfix.streaming.files import open_image
+from normfix.streaming.jobs import resumable, run_of
+from normfix.streaming.journal import Journal
+from normfix.streaming.manifest import describe
+from normfix.streaming.outlook import Outlook, Step, Watch
 from normfix.streaming.program import Program, captured_program
+from normfix.streaming.running import Statistic, kept_name
+from normfix.streaming.schedules import Schedule
 from normfix.streaming.scheduling import schedule
 from normfix.streaming.sinks import OutputFile
 from normfix.streaming.sources import Source, TensorSource
 from normfix.streaming.spread import scaling_numbers
 from normfix.streaming.stores import Kept, Store
-from normfix.streaming.windows import WindowedImage, open_image, windowed
+from normfix.streaming.windows import WindowedImage, windowed
 
 __all__ = [
+    "Dask",
+    "Engine",
+    "Journal",
     "Kept",
+    "Local",
+    "Outlook",
     "OutputFile",
     "Program",
     "Schedule",
     "Source",
     "Statistic",
+    "Step",
     "Store",
     "TensorSource",
+    "Watch",
     "WindowedImage",
     "captured_program",
+    "describe",
     "execute",
+    "kept_name",
     "open_image",
+    "resumable",
+    "run_of",
     "scaling_numbers",
     "schedule",
     "windowed",

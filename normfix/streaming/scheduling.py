@@ -17,10 +17,11 @@ from torch.fx import GraphModule, Interpreter, Node
 from normfix.calling import REFUSALS
 from normfix.errors import NormfixError
 from normfix.numerics import exact_arithmetic
-from normfix.streaming.execution import Schedule, execute
+from normfix.streaming.execution import execute
 from normfix.streaming.maps import find_maps
 from normfix.streaming.program import Program
 from normfix.streaming.reach import in_dtype, measure_reach
+from normfix.streaming.schedules import Schedule
 from normfix.streaming.sources import TensorSource
 from normfix.streaming.stages import cut
 from normfix.streaming.stores import Kept, Store

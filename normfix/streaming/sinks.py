@@ -6,6 +6,7 @@ file of that name is whole.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from normfix.errors import NormfixError
-from normfix.streaming.stores import chunk_edge
+from normfix.streaming.chunks import chunk_edge
 
 __all__ = ["OutputFile"]
 
@@ -34,6 +35,7 @@ class OutputFile:
         self._array: Any = None
         self._squeezed = False
         self._space: tuple[int, ...] = ()
+        self.written: tuple[tuple[int, ...], str] = (), ""  # shape and dtype
         if path.suffix.lower() not in (".npy", ".tif", ".tiff", ".zarr") or path.exists():
             raise NormfixError(
                 "NF114",
@@ -51,8 +53,10 @@ class OutputFile:
         """
         numpy_dtype = np.dtype(str(dtype).removeprefix("torch.").replace("bfloat16", "float32"))
         self._space = tuple(shape[1:])
+        self.written = tuple(shape), str(numpy_dtype)
         suffix = self._path.suffix.lower()
         try:
+            self._remove()  # what a killed process left
             if suffix == ".zarr":
                 self._array = _ome_zarr(self._draft, shape, numpy_dtype, blocks)
             elif suffix == ".npy":
@@ -62,6 +66,7 @@ class OutputFile:
                 axes = "ZYX"[-(len(shape) - 1) :]
                 axes, extents = (axes, shape[1:]) if self._squeezed else (f"C{axes}", shape)
                 self._array = _tiff(self._draft, extents, axes, numpy_dtype)
+            _reserve(self._draft)
         except OSError as error:
             raise self._failed(error) from error
 
@@ -97,13 +102,24 @@ class OutputFile:
         self._array = None
         if kind is None:
             self._draft.rename(self._path)
-        elif self._draft.is_dir():
+        else:
+            self._remove()
+
+    def _remove(self) -> None:
+        if self._draft.is_dir():
             shutil.rmtree(self._draft, ignore_errors=True)
         else:
             self._draft.unlink(missing_ok=True)
 
     def _failed(self, error: OSError) -> NormfixError:
         return NormfixError("NF114", f"cannot write it: {error.strerror or error}.", where=str(self._path))
+
+
+def _reserve(path: Path) -> None:
+    """Take a mapped file's room now: on a disk that fills up later, writing to it would end the process."""
+    if path.is_file() and hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _tiff(path: Path, shape: Sequence[int], axes: str, dtype: np.dtype[Any]) -> Any:

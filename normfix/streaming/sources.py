@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import math
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from normfix.streaming.maps import Span
 
-__all__ = ["Source", "TensorSource"]
+__all__ = ["Source", "TensorSource", "digest_of"]
 
 
 class Source(Protocol):
@@ -25,6 +27,9 @@ class Source(Protocol):
 
     def padded(self, padding: Sequence[int]) -> Source:
         """Return the same image extended at its end by its edge pixels, by so many per axis."""
+
+    def fingerprint(self) -> str:
+        """Return what differs if anything that `read` returns does."""
 
 
 class TensorSource:
@@ -54,3 +59,29 @@ class TensorSource:
             else:
                 x = x.index_select(axis, torch.arange(start, stop, device=x.device).clamp_max(n - 1))
         return x
+
+    def fingerprint(self) -> str:
+        """Return a digest of the values; see Source."""
+        space, batch = self._image.shape[2:], math.prod(self._image.shape[:2])
+        found = digest_of(lambda window: _bytes(self.read(window)), space, batch)
+        return f"tensor {self._image.dtype} {self.shape} {found}"
+
+
+def digest_of(read: Callable[[Sequence[Span]], bytes], space: Sequence[int], values: int) -> str:
+    """Return the SHA-256 of an image that is read in slabs of about four million values.
+
+    Args:
+        read: returns the bytes of a window.
+        space: extents of the image.
+        values: per pixel.
+    """
+    first, *rest = space
+    step = max(1, (1 << 22) // max(1, values * math.prod(rest)))
+    found = hashlib.sha256()
+    for start in range(0, first, step):
+        found.update(read([(start, min(first, start + step)), *((0, n) for n in rest)]))
+    return found.hexdigest()
+
+
+def _bytes(x: Tensor) -> bytes:
+    return x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()

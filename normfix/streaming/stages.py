@@ -21,7 +21,7 @@ from normfix.errors import NormfixError
 from normfix.streaming.maps import Maps
 from normfix.streaming.program import Cut, Program, Shapes, is_tensor_node
 
-__all__ = ["Stage", "cut"]
+__all__ = ["Stage", "cut", "extent_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +98,14 @@ def cut(
             )
         )
     return stages
+
+
+def extent_of(size: Node) -> tuple[Node, int]:
+    """Return the value and the dimension whose extent a node stands for."""
+    of, dim = size.args[0], size.args[1]
+    assert isinstance(of, Node)
+    assert isinstance(dim, int)
+    return of, dim
 
 
 def _levels(program: Program, cuts: Sequence[Cut]) -> dict[Node, int]:

@@ -1,15 +1,13 @@
-"""Images that are read by window, whatever holds them: npy, TIFF, Zarr and OME-Zarr, or any array-like object.
+"""Images that are read by window, whatever holds them: a file or any array-like object.
 
-Nothing is read before a window is asked for, and never more than it needs: npy by memory map, TIFF by tiles or
-strips (tifffile), Zarr by chunks. Values are scaled window by window with numbers that were measured over the
-whole image (normfix.streaming.spread).
+Nothing is read before a window is asked for, and never more than it needs. Values are scaled window by window with
+numbers that were measured over the whole image (normfix.streaming.spread).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,11 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from normfix.errors import NormfixError
-from normfix.reading import named_axes, read_image
+from normfix.reading import named_axes
 from normfix.scaling import not_finite
 from normfix.streaming.maps import Span
+from normfix.streaming.origins import Origin
+from normfix.streaming.sources import digest_of
 
-__all__ = ["ArrayLike", "Window", "WindowedImage", "open_image"]
+__all__ = ["ArrayLike", "Window", "WindowedImage", "windowed"]
 
 
 class ArrayLike(Protocol):
@@ -40,19 +40,30 @@ class ArrayLike(Protocol):
         """Return a window as something that np.asarray takes."""
 
 
+def _nothing() -> None:
+    """Close what needs no closing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
     """An array-like image brought into the order (C, *space), still unread.
 
     `fixed` are axes of extent 1 that are no space and no channels. `close` lets a file go; leaving the context
-    does so too.
+    does so too. `origin` is the file, which `reopen` opens again where this window is sent to another process.
     """
 
     array: ArrayLike
     named: str
     fixed: tuple[int, ...] = ()
     where: str = "image"
-    close: Callable[[], None] = lambda: None
+    close: Callable[[], None] = _nothing
+    origin: Origin | None = None
+    reopen: Callable[[], Window] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.reopen is not None:
+            return _reopened, (self.reopen, self.origin)
+        return Window, (self.array, self.named, self.fixed, self.where)
 
     def __enter__(self) -> Window:
         return self
@@ -71,8 +82,10 @@ class Window:
         """Return (C, *window) in the array's own dtype.
 
         Raises:
-            NormfixError: NF101 if the window cannot be read, NF104 if it has NaN or infinity.
+            NormfixError: NF101 if the window cannot be read, NF104 if it has NaN or infinity, NF331 if the file
+                is no longer what it was.
         """
+        self._require_unchanged()
         space = dict(zip([letter for letter in "ZYX" if letter in self.named], spans, strict=True))
         letters = iter(self.named)
         index = tuple(
@@ -82,14 +95,32 @@ class Window:
         try:
             window = np.asarray(self.array[index])
         except Exception as error:
+            self._require_unchanged()
             reason = " ".join(str(error).split())[:160]
+            pixels = ", ".join(f"{start}:{stop}" for start, stop in spans)
             raise NormfixError(
-                "NF101", f"a window of it cannot be read: {reason}. Check that it is whole.", where=self.where
+                "NF101",
+                f"the window [{pixels}] of it cannot be read: {reason}. Check that it is whole.",
+                where=self.where,
             ) from error
+        self._require_unchanged()
         if window.dtype.kind == "f" and not np.isfinite(window).all():
             raise not_finite(self.where)
         window = window.transpose([self.named.index(letter) for letter in "CZYX" if letter in self.named])
         return window if "C" in self.named else window[np.newaxis]
+
+    def fingerprint(self) -> str:
+        """Return what differs if the image does: of its file, else of its values, in one walk over them."""
+        layout = f"{self.named} {self.shape} {self.array.dtype}"
+        if self.origin is not None:
+            return f"{layout} {self.origin.array} {self.origin.fingerprint()}"
+        channels, *space = self.shape
+        found = digest_of(lambda spans: np.ascontiguousarray(self.read(spans)).tobytes(), space, channels)
+        return f"{layout} {found}"
+
+    def _require_unchanged(self) -> None:
+        if self.origin is not None:
+            self.origin.require_unchanged()
 
     def pieces(self, most: int = 1 << 22) -> Iterator[NDArray[Any]]:
         """Yield the whole image in slabs of about `most` values, each pixel once."""
@@ -98,6 +129,14 @@ class Window:
         whole = [(0, n) for n in rest]
         for start in range(0, first, step):
             yield self.read([(start, min(first, start + step)), *whole])
+
+
+def _reopened(reopen: Callable[[], Window], origin: Origin | None) -> Window:
+    """Open an image in another process, where it must be the one that was opened first."""
+    window = reopen()
+    if origin is not None:
+        origin.require_unchanged()
+    return window
 
 
 class WindowedImage:
@@ -144,6 +183,11 @@ class WindowedImage:
             padding=padding,
         )
 
+    def fingerprint(self) -> str:
+        """Return what differs if the image, its scaling or its padding does; see Source."""
+        how = f"({self._offset!r}, {self._divisor!r}) {self._padding} {self._dtype}"
+        return f"{self._window.fingerprint()} {how}"
+
     def read(self, window: Sequence[Span]) -> Tensor:
         """Return (1, C, *window)."""
         space = self._window.shape[1:]
@@ -162,38 +206,6 @@ class WindowedImage:
         return x.to(self._device, self._dtype)
 
 
-def open_image(path: Path, *, ndim: int, channels: int, axes: str | None = None, level: int = 0) -> Window:
-    """Open an image file or folder to be read by window.
-
-    Args:
-        path: .npy, .tif or .tiff (tiled and pyramidal too), .zarr (an array, or OME-Zarr), .png (read whole).
-        ndim: number of spatial axes the network takes.
-        channels: number of channels the network takes.
-        axes: one letter per array axis; default: what the file says, or what the shape leaves no doubt about.
-        level: of a pyramid, 0 is the finest.
-
-    Raises:
-        NormfixError: NF101 if it cannot be opened, NF106 if its axes or dtype do not fit the network.
-    """
-    suffix = path.suffix.lower()
-    if suffix == ".png":
-        whole = read_image(path, ndim=ndim, channels=channels, axes=axes)
-        return Window(whole, "C" + "ZYX"[-ndim:], where=str(path))
-    try:
-        array, said, close = _opened(path, suffix, level)
-    except NormfixError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:160]
-        raise NormfixError("NF101", f"cannot open it: {reason}.", where=str(path)) from error
-    try:
-        window = windowed(array, said, ndim=ndim, channels=channels, axes=axes, where=str(path))
-    except NormfixError:
-        close()
-        raise
-    return replace(window, close=close)
-
-
 def windowed(
     array: ArrayLike,
     said: str | None = None,
@@ -203,7 +215,7 @@ def windowed(
     axes: str | None = None,
     where: str = "image",
 ) -> Window:
-    """Name the axes of an array-like object; see `open_image`."""
+    """Name the axes of an array-like object; see `files.open_image`."""
     fixed: tuple[int, ...] = ()
     if axes is None and said is not None:
         fixed = tuple(
@@ -218,53 +230,3 @@ def windowed(
         shape, np.dtype(array.dtype), ndim=ndim, channels=channels, axes=axes or said, where=where
     )
     return Window(array, named, fixed, where)
-
-
-_Opened = tuple[ArrayLike, str | None, Callable[[], None]]
-
-
-def _opened(path: Path, suffix: str, level: int) -> _Opened:
-    """Return an array-like, the axes that the file itself names, if any, and what closes it."""
-    if suffix == ".npy":
-        return np.load(path, mmap_mode="r", allow_pickle=False), None, lambda: None
-    if suffix in (".tif", ".tiff"):
-        return _tiff(path, level)
-    if (path / "zarr.json").exists() or (path / ".zgroup").exists() or (path / ".zarray").exists():
-        return (*_zarr(path, level), lambda: None)
-    raise NormfixError("NF101", "it is no .npy, .tif, .png or Zarr image.", where=str(path))
-
-
-def _tiff(path: Path, level: int) -> _Opened:
-    import tifffile
-    import zarr
-
-    file = tifffile.TiffFile(path)
-    try:
-        chosen = _level(file.series[0].levels, level, path)
-        return zarr.open_array(chosen.aszarr(), mode="r"), chosen.axes, file.close
-    except BaseException:
-        file.close()
-        raise
-
-
-def _zarr(path: Path, level: int) -> tuple[ArrayLike, str | None]:
-    import zarr
-
-    node: Any = zarr.open(str(path), mode="r")
-    if isinstance(node, zarr.Array):
-        return node, None
-    attributes: dict[str, Any] = dict(node.attrs)
-    multiscales = attributes.get("ome", attributes).get("multiscales")
-    if not multiscales:
-        raise NormfixError(
-            "NF101", "it is a Zarr group without OME metadata. Name the array inside it.", where=str(path)
-        )
-    datasets = _level(multiscales[0]["datasets"], level, path)
-    names = [axis["name"] if isinstance(axis, dict) else axis for axis in multiscales[0].get("axes", "tczyx")]
-    return node[datasets["path"]], "".join(str(name).upper() for name in names)
-
-
-def _level(levels: Sequence[Any], level: int, path: Path) -> Any:
-    if not 0 <= level < len(levels):
-        raise NormfixError("NF101", f"it has {len(levels)} levels, and no level {level}.", where=str(path))
-    return levels[level]

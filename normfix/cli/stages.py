@@ -1,0 +1,204 @@
+"""Options of runs in stages over blocks, and what is said about such a run on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from normfix.cli.options import note
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from normfix.streaming import Outlook, Step
+
+__all__ = ["StageArguments", "engine_option", "stage_options", "watching"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_EVERY = 30.0
+"""Seconds between lines where stderr is no terminal."""
+
+
+def stage_options(command: Command) -> Command:
+    """Add what stages over blocks may use."""
+    for decorate in (
+        click.option("--scheduler", metavar="ADDRESS", help="Of a dask cluster, such as tcp://HOST:8786."),
+        click.option(
+            "--workers",
+            type=click.IntRange(1),
+            default=1,
+            show_default=True,
+            help="Blocks computed at a time.",
+        ),
+        click.option(
+            "--store",
+            type=click.Path(exists=True, file_okay=False, path_type=Path),
+            help="Folder to keep values between stages in; the same command goes on from it if it was stopped.",
+        ),
+        click.option(
+            "--budget",
+            type=click.IntRange(0),
+            help="MiB of memory for values between stages. Default: no limit.",
+        ),
+        click.option("--level", type=click.IntRange(0), default=0, help="Of a pyramid; 0 is the finest."),
+    ):
+        command = decorate(command)
+    return command
+
+
+def engine_option(command: Command) -> Command:
+    """Add --engine for commands whose stages run here or on a cluster."""
+    return click.option(
+        "--engine",
+        type=click.Choice(["local", "dask"]),
+        default="local",
+        show_default=True,
+        help="dask: compute blocks on the cluster at --scheduler; needs a --store that all of it sees.",
+    )(command)
+
+
+@dataclass(frozen=True, slots=True)
+class StageArguments:
+    """The options of stages of one command."""
+
+    level: int
+    budget: int | None
+    store: Path | None
+    workers: int
+    scheduler: str | None
+    engine: Any
+
+    @classmethod
+    def take(cls, options: dict[str, Any]) -> StageArguments:
+        """Take the options of stages out of a command's keyword arguments."""
+        return cls(**{name: options.pop(name) for name in cls.__slots__})
+
+    @property
+    def asked(self) -> bool:
+        """Tell whether an option was given that stages alone have."""
+        return self.budget is not None or self.store is not None or self.engine != "local"
+
+    def keywords(self) -> dict[str, Any]:
+        """Return them as Python functions take them."""
+        return {
+            "budget": None if self.budget is None else self.budget << 20,
+            "store": self.store,
+            "workers": self.workers,
+            "scheduler": self.scheduler,
+            "engine": self.engine,
+        }
+
+
+@contextmanager
+def watching() -> Iterator[Bar | Lines]:
+    """Give a watch: a bar on a terminal, a line now and then elsewhere, both on stderr."""
+    if not sys.stderr.isatty():
+        yield Lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        yield Bar(progress)
+
+
+class Lines:
+    """Says what a run will take, then how far it is every half minute."""
+
+    timed = True
+
+    def __init__(self, every: float = _EVERY) -> None:
+        self._every, self._last = every, time.monotonic()
+
+    def begin(self, outlook: Outlook) -> None:
+        """Say what it will take."""
+        note(outlook_text(outlook))
+        self._last = time.monotonic()
+
+    def block(self, step: Step) -> None:
+        """Say how far it is, if that was not said lately."""
+        if time.monotonic() - self._last >= self._every:
+            self._last = time.monotonic()
+            note(
+                f"stage {step.stage + 1} of {step.stages}, block {step.done} of {step.blocks}{left_text(step)}"
+            )
+
+
+class Bar:
+    """Says what a run will take and shows how far it is: stage, blocks, time left."""
+
+    timed = True
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task: Any = None
+
+    def begin(self, outlook: Outlook) -> None:
+        """Say what it will take."""
+        note(outlook_text(outlook))
+        self._task = self._progress.add_task("", total=None, left="")
+
+    def block(self, step: Step) -> None:
+        """Move the bar."""
+        self._progress.update(
+            self._task,
+            description=f"stage {step.stage + 1} of {step.stages}",
+            completed=step.done,
+            total=step.blocks,
+            left=left_text(step).removeprefix(", "),
+        )
+
+
+def outlook_text(outlook: Outlook) -> str:
+    """Return what a run will take, in a line."""
+    done = f"; {outlook.whole} are whole already" if outlook.whole else ""
+    duration = "time not known" if outlook.seconds is None else f"about {duration_text(outlook.seconds)}"
+    return (
+        f"{outlook.stages} stages, {outlook.blocks} blocks{done}: {duration}; between stages at most "
+        f"{size_text(outlook.memory)} in memory and {size_text(outlook.disk)} on disk, and about "
+        f"{size_text(outlook.block)} for each block at a time."
+    )
+
+
+def left_text(step: Step) -> str:
+    """Return the time left as an appendix, if it is known."""
+    return "" if step.left is None else f", {duration_text(step.left)} left"
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration in the unit that suits it.
+
+    >>> duration_text(4.2), duration_text(600), duration_text(90_000)
+    ('5 seconds', '10 minutes', '25.0 hours')
+    """
+    if seconds < 100:
+        return f"{max(1, -int(-seconds // 1))} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
+
+
+def size_text(size: int) -> str:
+    """Return bytes in the unit that suits them.
+
+    >>> size_text(900), size_text(34_359_738_368)
+    ('900 bytes', '34.4 GB')
+    """
+    if size < 1000:
+        return f"{size} bytes"
+    value, unit = float(size), 0
+    while value >= 1000:
+        value, unit = value / 1000, unit + 1
+    return f"{value:.1f} {('', 'kB', 'MB', 'GB', 'TB', 'PB')[unit]}"

@@ -1,0 +1,191 @@
+"""An array on disk, in Zarr: whole chunks with a checksum each, written out before a block counts as done.
+
+Each block of the stage that writes is a whole number of chunks, so two writers never share one. A chunk appears
+under its name when it is whole, and what is read is checked against its sum, so nothing torn or missing is ever
+taken for a value. Chunks are not compressed: they are read once or twice and then deleted.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from normfix.errors import NormfixError
+
+__all__ = ["Chunked", "chunk_edge", "sync"]
+
+Index = tuple[slice, ...]
+
+_EDGE = 128
+"""Largest edge of a chunk: a window with a halo of a few pixels then reads little more than it needs."""
+
+_CHECKSUM = 4
+"""Bytes that a checksum adds to a chunk."""
+
+
+class Chunked:
+    """An array in Zarr format 3, bfloat16 as its bits. It travels between processes as its place and layout."""
+
+    def __init__(
+        self,
+        path: Path,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        chunks: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        self._path, self._dtype, self._device, self._shape = path, dtype, device, tuple(shape)
+        self._stored_as = torch.int16 if dtype == torch.bfloat16 else dtype
+        self._edges = tuple(chunk_edge(c, n) for c, n in zip(chunks, shape, strict=True))
+        self._array: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_array": None}
+
+    def create(self) -> bool:
+        """Make the array on disk unless it is there; tell whether it was not."""
+        if (self._path / "zarr.json").exists():
+            return False
+        zarr = _zarr()
+        try:
+            self._array = zarr.create_array(
+                store=str(self._path),
+                shape=self._shape,
+                chunks=self._edges,
+                dtype=_NUMPY[self._stored_as],
+                compressors=[zarr.codecs.Crc32cCodec()],
+                config={"write_empty_chunks": True},  # a chunk that is missing is missing, not zero
+                overwrite=True,
+            )
+        except OSError as error:
+            raise self._failed(error) from error
+        return True
+
+    def read(self, index: Index) -> Tensor:
+        """Return a window.
+
+        Raises:
+            NormfixError: NF327 if the disk fails, NF330 if a chunk is not what was written.
+        """
+        try:
+            array = np.asarray(self._opened()[index])
+        except OSError as error:
+            raise self._failed(error) from error
+        except ValueError as error:
+            raise self._damaged(str(error)) from error
+        if not self.whole(index):
+            raise self._damaged("a chunk is missing")
+        return torch.from_numpy(np.ascontiguousarray(array)).view(self._dtype).to(self._device)
+
+    def write(self, index: Index, value: Tensor) -> None:
+        """Write a window, which is on the disk when this returns.
+
+        Raises:
+            NormfixError: NF327 if the disk fails.
+        """
+        array = value.detach().cpu().contiguous().view(self._stored_as).numpy()
+        try:
+            self._opened()[index] = array
+            for chunk in self._chunks(index):
+                sync(chunk)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def whole(self, index: Index) -> bool:
+        """Tell whether every chunk of a window is there at full length."""
+        size = int(np.prod(self._edges)) * np.dtype(_NUMPY[self._stored_as]).itemsize + _CHECKSUM
+        return all(chunk.exists() and chunk.stat().st_size == size for chunk in self._chunks(index))
+
+    def delete(self) -> None:
+        """Delete it."""
+        shutil.rmtree(self._path, ignore_errors=True)
+
+    def _opened(self) -> Any:
+        if self._array is None:
+            self._array = _zarr().open_array(str(self._path), mode="r+", config={"write_empty_chunks": True})
+        return self._array
+
+    def _chunks(self, index: Index) -> Iterator[Path]:
+        """Yield the files of the chunks that a window touches."""
+        spans = (s.indices(n)[:2] for s, n in zip(index, self._shape, strict=True))
+        numbers = (range(a // e, -(-b // e)) for (a, b), e in zip(spans, self._edges, strict=True))
+        for place in itertools.product(*numbers):
+            yield self._path.joinpath("c", *map(str, place))
+
+    def _failed(self, error: OSError) -> NormfixError:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "the disk is full" if full else " ".join(str(error).split())[:160]
+        remedy = "Make room" if full else "Check that the disk is still there"
+        return NormfixError(
+            "NF327",
+            f"keeping values between stages failed: {reason}. {remedy}; nothing that is half written is used.",
+            where=str(self._path),
+        )
+
+    def _damaged(self, reason: str) -> NormfixError:
+        return NormfixError(
+            "NF330",
+            f"what was kept there is not what was written: {' '.join(reason.split())[:120]}. Check the disk, delete "
+            "the unfinished run's folder and start anew.",
+            where=str(self._path),
+        )
+
+
+def sync(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def chunk_edge(block: int, extent: int) -> int:
+    """Return an edge that divides the block (if the block is smaller than the extent) and is no longer than a chunk."""
+    if block >= extent:
+        block = extent
+        return max(1, min(block, _EDGE))
+    for parts in range(1, block + 1):
+        if block % parts == 0 and block // parts <= _EDGE:
+            return block // parts
+    return 1
+
+
+_NUMPY: dict[torch.dtype, str] = {
+    torch.float64: "float64",
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.int16: "int16",
+    torch.int32: "int32",
+    torch.int64: "int64",
+    torch.uint8: "uint8",
+    torch.int8: "int8",
+    torch.bool: "bool",
+}
+
+
+def _zarr() -> Any:
+    with _IMPORT:
+        try:
+            import zarr
+            import zarr.codecs
+        except ImportError as error:
+            raise NormfixError(
+                "NF326",
+                'values are kept on disk with zarr: pip install "normfix[stream]".',
+                where="store",
+            ) from error
+    return zarr
+
+
+_IMPORT = threading.Lock()
