@@ -91,7 +91,7 @@ def _partly(record: ConversionRecord) -> list[str]:
     live, step = record.plan.left_live, record.proof.step("tiles")
     apart = "could not be measured" if step.value is None else f"{step.value:.2g} sd at most"
     return [
-        f"Partly converted: {len(live)} sites stay live, so the network is not tile-invariant.",
+        f"Partly converted: {len(live)} {'site stays' if len(live) == 1 else 'sites stay'} live, so the network is not tile-invariant.",
         *(f"  {d.site.id}: {d.reason}" for d in live),
         f"  Keep the tile size fixed. Difference of tiles from the whole: {apart}.",
     ]
