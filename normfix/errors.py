@@ -81,8 +81,9 @@ CODES: dict[str, str] = {
     "NF203": "The statistic is live and has no stored value, so freezing it needs at least one image to "
     "measure it on.",
     "NF204": "A --keep pattern matches no owner of a site; the message lists the owners.",
-    "NF205": "The plan is not of this network: sites, layers or kind of conversion differ. Make it anew with "
-    "normfix plan.",
+    "NF205": "The plan is not of this network: sites, layers or kind of conversion differ, or it says two things of "
+    "one site. Make it anew with normfix plan. A module and the program (.pt2) exported from it have plans of their "
+    "own.",
     "NF206": "The call cannot be intercepted without leaving it live unnoticed, or its statistics cannot be "
     "carried over.",
     "NF207": "At run time an intercepted module made other calls than when it was planned. Rather than leave "

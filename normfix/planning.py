@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Literal
 
 from normfix.errors import NormfixError
@@ -74,21 +74,24 @@ def replay(plan: Plan, sites: Sequence[Site], *, model: str) -> Plan:
     decisions = tuple(_replayed(planned[site.id], site) for site in sites)
     kinds = {d.action for d in decisions if d.converts and d.site.layer is not None}
     to = _TARGETS[kinds.pop()] if len(kinds) == 1 else plan.to
-    return Plan(
-        to=to, model=model, decisions=tuple(_positioned(i, decisions) for i in range(len(decisions)))
-    )
+    return Plan(to=to, model=model, decisions=tuple(_positioned(i, decisions) for i in range(len(decisions))))
 
 
 def _replayed(planned: Decision, site: Site) -> Decision:
-    if replace(planned.site, line=site.line, looks=site.looks) != site:
+    given = replace(planned.site, line=site.line, looks=site.looks)
+    if differing := [f.name for f in fields(site) if getattr(given, f.name) != getattr(site, f.name)]:
         raise NormfixError(
             "NF205",
-            "the plan describes this site otherwise than the network is. Make the plan anew.",
+            f"the plan describes this site otherwise than the network is ({', '.join(differing)}). Make the plan "
+            "anew; a module and the program exported from it have plans of their own.",
             where=site.id,
         )
-    edited = planned.reason.startswith(tuple(_REASONS.values()))  # the reason of an action is no reviewer's own
+    edited = planned.reason.startswith(
+        tuple(_REASONS.values())
+    )  # the reason of an action is no reviewer's own
     if not planned.converts:
-        return _leave(site, planned.action, _EDITED if edited else planned.reason)
+        spared = edited and _decide(site, "frozen", ()).converts  # which is a choice, and no refusal
+        return _leave(site, Action.KEEP if spared else planned.action, _EDITED if edited else planned.reason)
     decision = _decide(site, _TARGETS[planned.action], ())
     if not decision.converts:
         raise NormfixError("NF205", f"the plan converts what cannot be: {decision.reason}.", where=site.id)
