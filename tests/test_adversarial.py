@@ -564,3 +564,14 @@ def test_what_is_no_map_says_what_it_is(layout):
     (finding,) = normfix.scan(Laid(), torch.rand(1, 1, 256, 256), fast=True).findings
     assert finding.code == "NF214"
     assert words in finding.message
+
+
+def test_a_norm_inside_a_call_says_how_it_is_written_out(image):
+    """F.normalize over space hides its norm; the refusal says how to write it, and so written it is converted."""
+    hidden = normfix.scan(Through(lambda x: F.normalize(x.flatten(2), dim=2).view_as(x)), image, fast=True)
+    assert "x.norm(dim=..., keepdim=True).clamp_min(eps)" in hidden.live[0].refusal
+
+    def written(x):
+        return x / x.norm(dim=(2, 3), keepdim=True).clamp_min(1e-12)
+
+    assert normfix.convert(Through(written), image).proof.passed
