@@ -27,7 +27,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from normfix.functions import COUNTED, arguments_of
+from normfix.functions import COUNTED, arguments_of, taken_by
 from normfix.records import site_id
 
 __all__ = [
@@ -250,8 +250,8 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        dependent = [t for t in operands if self.depends(t)]
         name = self._picking(_name_of(func), args)
+        dependent = [t for t in taken_by(name, operands) if self.depends(t)]
         counted = name in NORMS or name in DIRECT or name in _COUNTED_NAMES
         if self._settle is not None and self.frames and (dependent or counted):
             frame = self.frames[-1]

@@ -18,6 +18,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -177,7 +178,7 @@ def _reach(
 
 
 class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Stops before an operator that could take NaN for an address."""
+    """Stops before an operator that could take NaN for an address, and lets an unpooled maximum dye its window."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -185,4 +186,13 @@ class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
             risky = tree_leaves((operators.at_risk(func, args), kwargs if operators.is_foreign(func) else ()))
             if any(isinstance(t, Tensor) and bool(t.isnan().any()) for t in risky):
                 raise DyeRefused(operators.name_of(func))
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if isinstance(func, OpOverload) and operators.is_unpooling(func):
+            _fill_windows_(result, args[0])
+        return result
+
+
+def _fill_windows_(unpooled: Tensor, pooled: Tensor) -> None:
+    """Dye all of a window whose maximum is dyed: the index of a NaN says where it is, not where else it could be."""
+    dyed = F.interpolate(pooled.isnan().to(unpooled.dtype), size=unpooled.shape[2:])
+    unpooled.masked_fill_(dyed > 0, torch.nan)

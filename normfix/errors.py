@@ -81,8 +81,9 @@ CODES: dict[str, str] = {
     "NF203": "The statistic is live and has no stored value, so freezing it needs at least one image to "
     "measure it on.",
     "NF204": "A --keep pattern matches no owner of a site; the message lists the owners.",
-    "NF205": "The plan is not of this network: sites, layers or kind of conversion differ. Make it anew with "
-    "normfix plan.",
+    "NF205": "The plan is not of this network: sites, layers or kind of conversion differ, or it says two things of "
+    "one site. Make it anew with normfix plan. A module and the program (.pt2) exported from it have plans of their "
+    "own.",
     "NF206": "The call cannot be intercepted without leaving it live unnoticed, or its statistics cannot be "
     "carried over.",
     "NF207": "At run time an intercepted module made other calls than when it was planned. Rather than leave "
@@ -94,10 +95,14 @@ CODES: dict[str, str] = {
     "NF211": "The output does not grow with the input along an axis, so there is nothing to stitch along it.",
     "NF212": "Some operation spreads over the whole extent although every known statistic was frozen, for "
     "example a softmax over space, a Fourier transform or a sort. No halo is enough.",
-    "NF213": "No shift of the input shifts the output. Typical causes: align_corners=True, position "
-    "embeddings, resizing to a fixed size. Tiles of such a network cannot equal the whole.",
-    "NF214": "The output is not a map of the input's extent (a classifier, for example), so there is nothing "
-    "to stitch. Choose another output with --output, or features_only for timm networks.",
+    "NF213": "The output does not move with the input, or is another in a window than in the whole image, though no "
+    "statistic is live: something knows the place of a pixel or the size. Typical: align_corners=True, position "
+    "embeddings, resizing to a fixed size, a division by H*W, a branch on the size, a cyclic shift. Tiles cannot equal "
+    "the whole until it is taken out; NF244 names the calls that are known. Else keep to one tile size, or "
+    "predict whole images.",
+    "NF214": "The output is not a map (N, C, *space) of the input's extent, so there is nothing to stitch: a "
+    "classifier, tokens, or a map with channels last. Choose another output with --output, features_only for timm "
+    "networks, or bring it to that layout with forward_fn in Python or a module around the network.",
     "NF215": "A live statistic remains that normfix has no rule for, or that no constant can replace "
     "(attention over all tokens). Geometry and tile exactness cannot be claimed while it is live.",
     "NF216": "The halo is read from where NaN spreads to, and a comparison, argmax or cast turns NaN into an "
@@ -116,7 +121,9 @@ CODES: dict[str, str] = {
     "value of one image can be frozen, the values of several cannot become one. Give one image, or keep the "
     "module that computes it.",
     "NF240": "The dye (one NaN pixel followed through a real forward pass) shows that the result of this operation "
-    "depends on the whole extent, and the list of calls has no rule for it. It counts as a live site and is refused.",
+    "depends on the whole extent, and the list of calls has no rule for it. It counts as a live site and is refused. "
+    "A statistic that is written with known functions of torch (mean, var, amax, norm) is converted; attention and "
+    "the like are not. Until then keep the tile size fixed.",
     "NF241": "Two looks at the network disagree about this site. Nothing is assumed in favour of either: what one of "
     "them holds for live counts as live. If the network takes another path at another size, scan it with an input "
     "of the size it is used at (--input).",

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["COUNTED", "arguments_of", "operand_of", "reduced_by"]
+__all__ = ["COUNTED", "arguments_of", "operand_of", "reduced_by", "taken_by"]
 
 _REDUCING: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -34,6 +34,7 @@ _REDUCING: Mapping[str, tuple[str, ...]] = MappingProxyType(
         **dict.fromkeys(("softmax", "log_softmax"), ("input", "dim")),
     }
 )
+_LIKE = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
 _POOLING = tuple(
     f"{kind}_pool{n}d" for kind in ("adaptive_avg", "adaptive_max", "avg", "max") for n in (1, 2, 3)
 )
@@ -83,6 +84,11 @@ def arguments_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> d
     if isinstance(given.get("dim"), bool):  # var(input, unbiased)
         given["unbiased"] = given.pop("dim")
     return given
+
+
+def taken_by(name: str, operands: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the tensors whose values a call may use: `kernel.to(x)` takes from x its type and place alone."""
+    return operands[:1] if name in _LIKE else operands
 
 
 def operand_of(args: Sequence[Any], kwargs: Mapping[str, Any], which: int = 0) -> Tensor:

@@ -135,13 +135,11 @@ class Growth:
             default=0,
         )
 
-    def of_output(self, output: Tensor) -> bool:
-        """Tell whether the network's output grows as its input does."""
-        other = self._other
-        if other is None:
-            return output.dim() == self._example.dim() and all(n > 1 for n in output.shape[2:])
-        grown = all(a != b for a, b in zip(output.shape[2:], other.output.shape[2:], strict=True))
-        return output.dim() == self._example.dim() and grown
+    def of_output(self, output: Tensor) -> frozenset[int]:
+        """Return the dimensions of the network's output that follow the image's extent."""
+        if self._other is None:
+            return frozenset(d for d, n in enumerate(output.shape) if d >= 2 and n > 1)
+        return _differing(tuple(output.shape), tuple(self._other.output.shape))
 
     def dilution(self) -> tuple[int, ...]:
         """Return per axis the least common multiple of how much coarser than the image the feature maps are."""

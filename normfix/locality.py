@@ -7,7 +7,7 @@ one axis and as thin as the network allows on the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -26,7 +26,7 @@ from normfix.symmetry import (
 )
 from normfix.tiles import Geometry, round_up
 
-__all__ = ["Locality", "cross_section", "measure_locality"]
+__all__ = ["Locality", "cross_section", "measure_locality", "not_dense"]
 
 Function = Callable[[Tensor], Tensor]
 
@@ -68,6 +68,35 @@ def measure_locality(
         except REFUSALS as error:
             refusal = error
     return _none("NF210", "size", f"it runs on no strip of another length: {refusal}.")
+
+
+def not_dense(output: Sequence[int], follows: Collection[int], rank: int) -> Locality:
+    """Say why there is nothing to stitch, and what to give instead.
+
+    Args:
+        output: shape of the network's result.
+        follows: its dimensions that follow the image's extent.
+        rank: of the image.
+    """
+    shape = "x".join(map(str, output))
+    if len(output) == rank and {*follows} == {*range(1, rank - 1)}:
+        order = ", ".join(map(str, (0, rank - 1, *range(1, rank - 1))))
+        message = (
+            f"its shape {shape} follows the image with channels last, so it is no map (N, C, *space). Give "
+            f"forward_fn=lambda net, x: net(x).permute({order}), or such a module around the network."
+        )
+    elif follows:
+        message = (
+            f"its shape {shape} follows the image, but not along each axis as a map (N, C, *space) does: tokens, or an "
+            "axis that was pooled away. Bring it to that layout in "
+            "forward_fn or in a module around the network, or choose another output with --output."
+        )
+    else:
+        message = (
+            f"its shape {shape} does not follow the image's extent (a classifier?), so there is nothing to stitch. "
+            "Choose another output with --output, or features_only for timm networks."
+        )
+    return _none("NF214", "output", message)
 
 
 def cross_section(f: Function, example: Tensor, grid: Sequence[int]) -> tuple[int, ...] | None:
@@ -161,14 +190,17 @@ def _unit(
     stride = smallest_stride(double, example, axis, grid, scale, around, cross)
     if stride is None:
         return (
-            "no shift of the input shifts the output: it depends on size or position (align_corners=True, position "
-            "embeddings, resizing to a fixed size)."
+            "no shift of the input shifts the output: something knows the place of a pixel or the size "
+            "(align_corners=True, position embeddings, a resize to a fixed size; NF244 names such calls). Replace it, "
+            "or keep to one tile size and place."
         )
     unit = cutting_grid(double, example, axis, stride, scale, around, cross)
+    if unit is not None:
+        return unit
     return (
-        "windows of whole strides differ from the whole: its output depends on size."
-        if unit is None
-        else unit
+        "its output moves with the input, but is another in a window than in the whole image: something depends on "
+        "the size or on the opposite border (a division by H*W, a branch on the size, a cyclic shift). Take it out, "
+        "or keep to one tile size."
     )
 
 

@@ -106,7 +106,8 @@ def _with_dye(
                 _finding(
                     "NF240",
                     sighting.id,
-                    f"{sighting.op} at {sighting.line} depends on the whole extent ({over}); only the dye sees it.",
+                    f"{sighting.op} at {sighting.line} depends on a whole extent ({over}) and has no rule, so it stays "
+                    "live. If it is a statistic, write it with a function of torch that is known (mean, var, amax).",
                 )
             )
     unclear = {s.id for s in (*dyed.lost, *dyed.unknown)}

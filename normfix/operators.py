@@ -15,12 +15,14 @@ from torch._ops import OpOverload
 
 __all__ = [
     "at_risk",
+    "is_blank",
     "is_convolution_like",
     "is_foreign",
     "is_move",
     "is_pointwise",
     "is_pool",
     "is_resizing_pool",
+    "is_unpooling",
     "is_view",
     "name_of",
     "writes_unsaid",
@@ -108,6 +110,18 @@ _MOVES = frozenset(
         "aten::max_unpool3d",
     }
 )
+_BLANKS = frozenset(
+    {
+        "aten::zeros_like",
+        "aten::ones_like",
+        "aten::full_like",
+        "aten::empty_like",
+        "aten::new_zeros",
+        "aten::new_ones",
+        "aten::new_full",
+        "aten::new_empty",
+    }
+)
 _DANGEROUS = frozenset(
     {
         "aten::_grid_sampler_2d_cpu_fallback",
@@ -161,6 +175,11 @@ def is_move(op: OpOverload) -> bool:
     return name_of(op) in _MOVES
 
 
+def is_blank(op: OpOverload) -> bool:
+    """Tell whether the operator makes a tensor of an operand's shape and type, without looking at its values."""
+    return name_of(op) in _BLANKS
+
+
 def is_pointwise(op: OpOverload) -> bool:
     """Tell whether torch itself declares that each output element depends on the input elements at its place."""
     return torch.Tag.pointwise in op.tags or name_of(op) in _POINTWISE
@@ -169,6 +188,11 @@ def is_pointwise(op: OpOverload) -> bool:
 def is_foreign(op: OpOverload) -> bool:
     """Tell whether the operator is not torch's own: nothing is known of what it does."""
     return name_of(op).partition("::")[0] not in ("aten", "prims")
+
+
+def is_unpooling(op: OpOverload) -> bool:
+    """Tell whether the operator puts the maxima of windows back to where they were found."""
+    return name_of(op) in ("aten::max_unpool2d", "aten::max_unpool3d")
 
 
 def at_risk(op: OpOverload, args: Sequence[Any]) -> Sequence[Any]:

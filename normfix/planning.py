@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Literal
 
 from normfix.errors import NormfixError
@@ -15,6 +16,11 @@ _REASONS = {
     Action.FREEZE: "its statistic becomes a constant",
     Action.BATCHRENORM: "BatchRenorm: constants in eval, trainable at small batches",
 }
+_TARGETS: Mapping[Action, Literal["frozen", "batchrenorm"]] = {
+    Action.FREEZE: "frozen",
+    Action.BATCHRENORM: "batchrenorm",
+}
+_EDITED = "left as the reviewed plan says"
 _INTERCEPTABLE = frozenset({"batch_norm", "instance_norm", "group_norm", "layer_norm"})
 
 
@@ -52,9 +58,13 @@ def replay(plan: Plan, sites: Sequence[Site], *, model: str) -> Plan:
     anew, so that the two cannot contradict each other.
 
     Raises:
-        NormfixError: NF205 with the first site that differs, or with an action that the site does not allow.
+        NormfixError: NF205 with the first site that differs or stands there twice, or with an action that the site
+            does not allow.
     """
     planned = {d.site.id: d for d in plan.decisions}
+    for name, count in Counter(d.site.id for d in plan.decisions).items():
+        if count > 1:
+            raise NormfixError("NF205", f"the plan has {count} decisions on this site. Keep one.", where=name)
     found = {site.id: site for site in sites}
     for name in sorted(planned.keys() ^ found.keys()):
         where = "the plan" if name in planned else "the network"
@@ -62,25 +72,30 @@ def replay(plan: Plan, sites: Sequence[Site], *, model: str) -> Plan:
             "NF205", f"only {where} has this site. Make the plan anew for this network.", where=name
         )
     decisions = tuple(_replayed(planned[site.id], site) for site in sites)
-    return Plan(
-        to=plan.to, model=model, decisions=tuple(_positioned(i, decisions) for i in range(len(decisions)))
-    )
+    kinds = {d.action for d in decisions if d.converts and d.site.layer is not None}
+    to = _TARGETS[kinds.pop()] if len(kinds) == 1 else plan.to
+    return Plan(to=to, model=model, decisions=tuple(_positioned(i, decisions) for i in range(len(decisions))))
 
 
 def _replayed(planned: Decision, site: Site) -> Decision:
-    if replace(planned.site, line=site.line, looks=site.looks) != site:
+    given = replace(planned.site, line=site.line, looks=site.looks)
+    if differing := [f.name for f in fields(site) if getattr(given, f.name) != getattr(site, f.name)]:
         raise NormfixError(
             "NF205",
-            "the plan describes this site otherwise than the network is. Make the plan anew.",
+            f"the plan describes this site otherwise than the network is ({', '.join(differing)}). Make the plan "
+            "anew; a module and the program exported from it have plans of their own.",
             where=site.id,
         )
+    edited = planned.reason.startswith(
+        tuple(_REASONS.values())
+    )  # the reason of an action is no reviewer's own
     if not planned.converts:
-        return _leave(site, planned.action, planned.reason)
-    to: Literal["frozen", "batchrenorm"] = "frozen" if planned.action is Action.FREEZE else "batchrenorm"
-    decision = _decide(site, to, ())
+        spared = edited and _decide(site, "frozen", ()).converts  # which is a choice, and no refusal
+        return _leave(site, Action.KEEP if spared else planned.action, _EDITED if edited else planned.reason)
+    decision = _decide(site, _TARGETS[planned.action], ())
     if not decision.converts:
         raise NormfixError("NF205", f"the plan converts what cannot be: {decision.reason}.", where=site.id)
-    return replace(decision, reason=planned.reason)
+    return decision if edited else replace(decision, reason=planned.reason)
 
 
 def _decide(site: Site, to: Literal["frozen", "batchrenorm"], keep: tuple[str, ...]) -> Decision:

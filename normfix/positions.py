@@ -197,4 +197,8 @@ def _read(
 
 
 def _is_map(tensor: Tensor) -> bool:
-    return sum(n > 1 for n in tensor.shape) > 1 and tensor.dtype is not torch.bool
+    """Tell whether a tensor varies along several dimensions: a bias that was expanded does not."""
+    long = [dim for dim, n in enumerate(tensor.shape) if n > 1]
+    if len(long) < 2 or tensor.dtype is torch.bool:
+        return False
+    return sum(bool((tensor != tensor.narrow(dim, 0, 1)).any()) for dim in long) > 1

@@ -39,11 +39,18 @@ class Survey:
 
     sites: tuple[Site, ...]
     uncalled: tuple[str, ...]
-    dense: bool
+    output: tuple[int, ...]
+    follows: frozenset[int]
     dilution: tuple[int, ...]
     findings: tuple[Finding, ...]
     other: Tensor | None = None
     reaching: frozenset[str] = frozenset()
+
+    @property
+    def dense(self) -> bool:
+        """Tell whether the result is a map of the image: (N, C, *space)."""
+        rank = len(self.dilution) + 2
+        return len(self.output) == rank and self.follows >= frozenset(range(2, rank))
 
     def sizes(self, example: Tensor) -> list[Tensor]:
         """Return the inputs known to run with the same calls, the smaller first."""
@@ -73,7 +80,8 @@ def survey(model: nn.Module, run: Run, example: Tensor, follow: Follow = alone) 
     return Survey(
         sites=found.find(),
         uncalled=uncalled,
-        dense=growth.of_output(output),
+        output=tuple(output.shape),
+        follows=growth.of_output(output),
         dilution=growth.dilution(),
         findings=_findings(example, other, uncalled),
         other=other.example if other else None,

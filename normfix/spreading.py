@@ -38,6 +38,7 @@ __all__ = ["Dyed", "Sighting", "confirmed", "dye_look"]
 Run = Callable[[nn.Module, Tensor], Any]
 Kind = Literal["global", "lost", "unknown"]
 
+_Lost = tuple[tuple[int, ...], tuple[tuple[int, int], ...]]
 _FAULTS = (RuntimeError, ValueError, IndexError, TypeError)
 
 
@@ -48,7 +49,8 @@ class Sighting:
     kind: "global" (its output depends on the whole extent), "lost" (it swallows the dye, so nothing is known
     of what follows), "unknown" (it must not or could not run on dyed input). `function` and `index` name the
     call as the census does where it recorded one (`recorded`). `over` holds the extents over which it is global,
-    `shape` that of its first output, `position` how many calls the census had recorded by then.
+    `shape` that of its first output, `position` how many calls the census had recorded by then. `given` are the
+    shapes of its dyed operands, `lost` the dimensions that the extents may be of: (operand, dimension).
     """
 
     kind: Kind
@@ -64,6 +66,8 @@ class Sighting:
     position: int
     over: tuple[int, ...] = ()
     shape: tuple[int, ...] = ()
+    given: tuple[tuple[int, ...], ...] = ()
+    lost: tuple[tuple[int, int], ...] = ()
 
     @property
     def id(self) -> str:
@@ -144,11 +148,25 @@ def confirmed(dyed: Dyed, other: Dyed, known: frozenset[str]) -> Dyed:
         if again is None:
             return False
         pools = sighting.op in ("aten::_adaptive_avg_pool2d", "aten::_adaptive_avg_pool3d")
-        return sorted(sighting.over) != sorted(again.over) and not (pools and sighting.shape != again.shape)
+        if sorted(sighting.over) == sorted(again.over) or (pools and sighting.shape != again.shape):
+            return False
+        return _grows(sighting, again) or _grows(again, sighting)
 
     mine = {s.id for s in dyed.found}
     added = (s for s in other.found if s.id in known and s.id not in mine)
     return replace(dyed, sightings=(*filter(stays, dyed.sightings), *added))
+
+
+def _grows(sighting: Sighting, again: Sighting) -> bool:
+    """Tell whether an operation is global over an extent that is another at the other size.
+
+    It is not where dye on the edge of an attention window fills the window's queries, and in its middle the keys.
+    """
+    if [len(shape) for shape in sighting.given] != [len(shape) for shape in again.given]:
+        return True
+    return not sighting.lost or any(
+        sighting.given[number][dim] != again.given[number][dim] for number, dim in sighting.lost
+    )
 
 
 @dataclass(slots=True)
@@ -159,6 +177,8 @@ class _Event:
     op: str
     over: tuple[int, ...] = ()
     shape: tuple[int, ...] = ()
+    given: tuple[tuple[int, ...], ...] = ()
+    lost: tuple[tuple[int, int], ...] = ()
 
 
 class _Watch:
@@ -219,6 +239,8 @@ class _Watch:
             position=position,
             over=event.over,
             shape=event.shape,
+            given=event.given,
+            lost=event.lost,
         )
         if (sighting.id, sighting.kind) not in self._known:
             self._known.add((sighting.id, sighting.kind))
@@ -243,6 +265,8 @@ class _Watch:
                 position=self.calls(),
                 over=event.over,
                 shape=event.shape,
+                given=event.given,
+                lost=event.lost,
             )
         )
         self._hidden[key] += 1
@@ -278,7 +302,8 @@ class _Stain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         operands = _tensors((args, kwargs))
         touched = [t for t in operands if self.shadows.of(t) is not None]
-        if not touched or not isinstance(func, OpOverload) or operators.is_view(func):
+        plain = not isinstance(func, OpOverload) or operators.is_view(func) or operators.is_blank(func)
+        if not touched or plain:
             return func(*args, **kwargs)
         before = [self.shadows.dye(t) for t in touched]
         writes = _written(func, args, kwargs)
@@ -343,7 +368,7 @@ class _Stain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         still = max(len(dye.open if pool else dye.inside) for dye in after)
         filled = any(dye.full for dye in after) and any(dye.partial for dye in before)
         if filled or still < inside or (resizes and inside and floats[0].shape != touched[0].shape):
-            self._note("global", func, floats, _extents_lost(touched, before, floats, after))
+            self._note("global", func, floats, touched, _lost(touched, before, floats, after))
             self._reseed(floats, touched, before, centre=False)
         elif pool:
             self._shrink(floats)
@@ -382,7 +407,7 @@ class _Stain(TorchDispatchMode):  # type: ignore[no-untyped-call]
             except _FAULTS:
                 changed = []
         if any(changed) and any(dye.partial for dye in before):
-            self._note("global", func, outputs, _extents_lost(touched, before, outputs, []))
+            self._note("global", func, outputs, touched, _lost(touched, before, outputs, []))
             self._reseed(outputs, touched, before, centre=False)
         else:
             self._unseen(func, outputs, touched, writes)
@@ -395,10 +420,16 @@ class _Stain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._reseed([t for t in (*outputs, *writes) if holds_nan(t) and t.numel()], touched)
 
     def _note(
-        self, kind: Kind, func: OpOverload, outputs: Sequence[Tensor], over: tuple[int, ...] = ()
+        self,
+        kind: Kind,
+        func: OpOverload,
+        outputs: Sequence[Tensor],
+        touched: Sequence[Tensor] = (),
+        lost: _Lost = ((), ()),
     ) -> None:
         shape = tuple(outputs[0].shape) if outputs else ()
-        self.events.append(_Event(kind, operators.name_of(func), over, shape))
+        given = tuple(tuple(t.shape) for t in touched)
+        self.events.append(_Event(kind, operators.name_of(func), lost[0], shape, given, lost[1]))
 
     def _carry(self, outputs: list[Tensor], masks: list[Tensor]) -> None:
         """Dye, behind a pointwise operator, what stands in the place of dyed input, whatever swallowed it."""
@@ -488,17 +519,19 @@ def _centred(clean: Tensor, rank: int) -> Tensor:
     return dyed
 
 
-def _extents_lost(
+def _lost(
     touched: Sequence[Tensor], before: Sequence[Dye], outputs: Sequence[Tensor], after: Sequence[Dye]
-) -> tuple[int, ...]:
-    """Return the extents of the dimensions along which the dye was inside and no longer is."""
+) -> _Lost:
+    """Return the extents along which the dye was inside and no longer is, and the dimensions they may be of."""
     which = max(range(len(touched)), key=lambda i: (len(before[i].inside), len(before[i].open)))
     dye, shape = before[which], touched[which].shape
-    extents = Counter(shape[d] for d in dye.inside or dye.open)
+    dims = dye.inside or dye.open
+    extents = Counter(shape[d] for d in dims)
     partial = [(t, d) for t, d in zip(outputs, after, strict=False) if d.partial]
     if partial:
         extents -= Counter(partial[0][0].shape[d] for d in partial[0][1].inside)
-    return tuple(sorted(extents.elements(), reverse=True))
+    over = tuple(sorted(extents.elements(), reverse=True))
+    return over, tuple((which, d) for d in dims if shape[d] in extents)
 
 
 def _same_numbers(func: OpOverload) -> Any:

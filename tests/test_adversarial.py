@@ -10,6 +10,7 @@ from torch import nn
 
 import normfix
 from normfix.scanning import survey
+from normfix.spreading import confirmed, dye_look
 
 
 def conv(inputs, outputs, kernel=3, **arguments):
@@ -437,3 +438,140 @@ def test_scan_does_not_call_wrapping_invariant(image, wrap):
     scan = normfix.scan(Wraps(), image)
     assert scan.live == ()
     assert not scan.tile_invariant
+
+
+class Through(nn.Module):
+    """A convolution, a function of the map, a convolution."""
+
+    def __init__(self, function):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head, self.function = conv(1, 4), conv(4, 1), function
+
+    def forward(self, x):
+        return self.head(self.function(self.stem(x)))
+
+
+KERNEL = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]])[None, None] / 16
+
+
+def blurred(x):
+    return F.conv2d(x, KERNEL.to(x).expand(4, 1, 3, 3), padding=1, groups=4)
+
+
+def shifted(x):
+    return x + torch.ones(4, 1, 1).type_as(x).expand_as(x)
+
+
+def unpooled(x):
+    return F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2)
+
+
+@pytest.mark.parametrize(("function", "reach"), [(blurred, 3), (shifted, 2), (unpooled, 3)])
+def test_what_is_local_is_not_refused(image, function, reach):
+    """A constant that takes only its type or shape from the map is no statistic; unpooling reads its window."""
+    scan = normfix.scan(Through(function), image)
+    assert scan.tile_invariant, scan.findings
+    assert scan.halo == ((reach, reach),) * 2
+    assert not scan.findings
+
+
+def test_a_stored_map_of_the_maps_type_is_named(image):
+    """Control: a table that is stretched and cast to the map's type is a position embedding, not a constant."""
+    table = torch.rand(1, 4, 8, 8)
+    scan = normfix.scan(Through(lambda x: x + F.interpolate(table.to(x), size=x.shape[2:])), image)
+    assert {"NF213", "NF244"} <= {finding.code for finding in scan.findings}
+
+
+@pytest.mark.parametrize("condition", ["W <= 300", "H*N*W <= 500000"])
+def test_a_branch_on_the_size_is_named(image, condition):
+    """What runs something else above a size is no tile-exact network, though no tile here is that large."""
+
+    def branch(x):
+        large = x.shape[-1] > 300 if "300" in condition else x[:, 0].numel() > 500000
+        return x * 2 if large else x
+
+    scan = normfix.scan(Through(branch), image)
+    assert [f.code for f in scan.findings] == ["NF244"]
+    assert condition in scan.findings[0].message
+    assert not scan.tile_invariant
+
+
+def test_what_every_size_of_a_stride_takes_is_no_branch(image):
+    """Control: conditions on divisibility and on least sizes, as of skips and reflected borders, are no branch."""
+
+    def skips(x):
+        down = F.avg_pool2d(F.pad(x, (2, 2, 2, 2), "reflect")[..., 2:-2, 2:-2], 2)
+        return torch.cat([x[:, :2], F.interpolate(down, scale_factor=2)[:, :2]], 1)
+
+    assert normfix.scan(Through(skips), image).tile_invariant
+
+
+def dyed(function, extent):
+    """Return what the dye shows of a function of a map at one size."""
+    return dye_look(Through(function), lambda model, x: model(x), torch.rand(1, 1, extent, extent))
+
+
+def test_attention_in_windows_with_a_halo_is_local():
+    """Windows that overlap, on a map of few of them, are no attention over all pixels."""
+
+    def attended(x, block=8, halo=3):
+        n, c, h, w = x.shape
+        rows, columns, wide = h // block, w // block, block + 2 * halo
+        q = x.view(n, c, rows, block, columns, block).permute(0, 2, 4, 3, 5, 1).reshape(-1, block**2, c)
+        k = F.pad(x, (halo,) * 4).unfold(2, wide, block).unfold(3, wide, block)
+        k = k.permute(0, 2, 3, 4, 5, 1).reshape(-1, wide**2, c)
+        y = (q @ k.transpose(1, 2)).softmax(-1) @ k
+        return y.view(n, rows, columns, block, block, c).permute(0, 5, 1, 3, 2, 4).reshape(n, c, h, w)
+
+    small, large = (dyed(attended, extent) for extent in (8, 16))
+    assert small.found
+    assert large.found
+    assert confirmed(small, large, frozenset()).found == ()
+
+
+def test_attention_over_all_pixels_is_confirmed():
+    """Control: what takes from all pixels is kept, at both sizes."""
+
+    def attended(x):
+        t = x.flatten(2).transpose(1, 2)
+        return ((t @ t.transpose(1, 2)).softmax(-1) @ t).transpose(1, 2).view(x.shape)
+
+    found = confirmed(dyed(attended, 8), dyed(attended, 16), frozenset()).found
+    assert [s.function for s in found][:1] == ["matmul"]
+
+
+LAYOUTS = {
+    "channels last": (lambda x: x.permute(0, 2, 3, 1), "permute(0, 3, 1, 2)"),
+    "tokens": (lambda x: x.flatten(2).transpose(1, 2), "1x65536x4 follows the image, but"),
+    "a classifier": (lambda x: x.mean((2, 3)), "1x4 does not follow"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_no_map_says_what_it_is(layout):
+    """An output that is no map is refused with its shape and what brings it to one."""
+    function, words = LAYOUTS[layout]
+
+    class Laid(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = conv(1, 4)
+
+        def forward(self, x):
+            return function(self.stem(x))
+
+    (finding,) = normfix.scan(Laid(), torch.rand(1, 1, 256, 256), fast=True).findings
+    assert finding.code == "NF214"
+    assert words in finding.message
+
+
+def test_a_norm_inside_a_call_says_how_it_is_written_out(image):
+    """F.normalize over space hides its norm; the refusal says how to write it, and so written it is converted."""
+    hidden = normfix.scan(Through(lambda x: F.normalize(x.flatten(2), dim=2).view_as(x)), image, fast=True)
+    assert "x.norm(dim=..., keepdim=True).clamp_min(eps)" in hidden.live[0].refusal
+
+    def written(x):
+        return x / x.norm(dim=(2, 3), keepdim=True).clamp_min(1e-12)
+
+    assert normfix.convert(Through(written), image).proof.passed

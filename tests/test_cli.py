@@ -252,7 +252,7 @@ def test_refused_sites_are_written_named_and_no_pass(run, image, tmp_path):
     words = ("--scale", "zscore", "--to", "frozen", "-o", tmp_path / "out")
     done = run("convert", "factories:attentive", image, *words)
     assert done.code == 0
-    assert "Partly converted: 1 sites stay live, so the network is not tile-invariant." in done.out
+    assert "Partly converted: 1 site stays live, so the network is not tile-invariant." in done.out
     assert "scaled_dot_product_attention/0: every pixel looks at every other" in done.out
     assert "tiles: passed" not in done.out
     assert "model.safetensors" in names(tmp_path / "out")

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import normfix
+from normfix.planning import replay
 from normfix.records import Action, Means
 
 
@@ -72,6 +73,34 @@ def test_means_and_targets_are_decided_anew(planned, image):
     """A plan whose means or targets were spoiled by hand is carried out right all the same."""
     spoiled = tuple(replace(d, means=Means.SWAP, target="conv", position=7) for d in planned.decisions)
     assert normfix.convert(Deep(), image, plan=replace(planned, decisions=spoiled)).proof.passed
+
+
+@pytest.mark.parametrize("action", [Action.KEEP, Action.REFUSE])
+def test_the_reason_follows_the_action(planned, action):
+    """A site that a reviewer spares is kept as the plan says, not "refused" nor "made a constant"."""
+    sites = [d.site for d in planned.decisions]
+    first, *others = planned.decisions
+    edited = replace(planned, decisions=(replace(first, action=action), *others))
+    decision = replay(edited, sites, model="").decisions[0]
+    assert decision.action is Action.KEEP
+    assert "reviewed plan" in decision.reason
+
+
+def test_a_plan_is_called_what_its_actions_are(planned):
+    """Where a reviewer changes every action, kind and reasons of the plan follow."""
+    sites = [d.site for d in planned.decisions]
+    edited = tuple(replace(d, action=Action.BATCHRENORM) for d in planned.decisions)
+    followed = replay(replace(planned, decisions=edited), sites, model="")
+    assert followed.to == "batchrenorm"
+    assert all("BatchRenorm" in d.reason for d in followed.decisions)
+
+
+def test_two_decisions_on_one_site_are_refused(planned):
+    """A plan that says two things of one site is not followed in either."""
+    first, *others = planned.decisions
+    twice = replace(planned, decisions=(first, *others, replace(first, action=Action.KEEP)))
+    with pytest.raises(normfix.NormfixError, match=r"NF205.*2 decisions"):
+        replay(twice, [d.site for d in planned.decisions], model="")
 
 
 def test_impossible_action_is_refused(image):

@@ -90,8 +90,9 @@ def _partly(record: ConversionRecord) -> list[str]:
     """Say first what a partial conversion is not."""
     live, step = record.plan.left_live, record.proof.step("tiles")
     apart = "could not be measured" if step.value is None else f"{step.value:.2g} sd at most"
+    stay = "1 site stays" if len(live) == 1 else f"{len(live)} sites stay"
     return [
-        f"Partly converted: {len(live)} sites stay live, so the network is not tile-invariant.",
+        f"Partly converted: {stay} live, so the network is not tile-invariant.",
         *(f"  {d.site.id}: {d.reason}" for d in live),
         f"  Keep the tile size fixed. Difference of tiles from the whole: {apart}.",
     ]

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from normfix.graph.bounds import broken_when_larger
 from normfix.graph.capture import Captured, NotCaptured, capture
 from normfix.graph.sites import Reading, Seen, read_sites
 from normfix.records import Finding, Looked, Site
@@ -105,7 +106,7 @@ def compare_looks(captured: Captured, reading: Reading, sites: Sequence[Site]) -
         surplus=surplus,
         disputed=disputed,
         unknown=reading.unknown,
-        findings=_findings(unseen, surplus, disputed, reading),
+        findings=_findings(unseen, surplus, disputed, reading) + _bounds(captured),
     )
 
 
@@ -185,3 +186,16 @@ def _findings(
         for name, count in reading.unknown
     ]
     return tuple(found)
+
+
+def _bounds(captured: Captured) -> tuple[Finding, ...]:
+    """Name the sizes from which on the network is another: a tile below and a whole above take different paths."""
+    return tuple(
+        Finding(
+            code="NF244",
+            where="input size",
+            message=f"the network branches on the image's size: what was scanned holds while {condition}, and a "
+            "larger image runs something else than its tiles. Take the branch out.",
+        )
+        for condition in broken_when_larger(captured)
+    )

@@ -15,7 +15,16 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
-__all__ = ["Normalisation", "along", "is_local", "name_of", "read_norm", "viewed_by", "written_by"]
+__all__ = [
+    "Normalisation",
+    "along",
+    "is_local",
+    "name_of",
+    "read_norm",
+    "taken_by",
+    "viewed_by",
+    "written_by",
+]
 
 _NORMS = {
     "batch_norm": "batch_norm",
@@ -96,7 +105,14 @@ _LOCAL = frozenset(
 _ALONG = frozenset(
     {
         "softmax", "_softmax", "log_softmax", "_log_softmax", "logsumexp", "cumsum", "cumprod", "cummax",
-        "cummin", "logcumsumexp", "sort", "argsort", "flip", "roll", "topk", "median", "glu", "_safe_softmax",
+        "cummin", "logcumsumexp", "sort", "argsort", "flip", "topk", "median", "glu", "_safe_softmax",
+    }
+)
+_LIKE = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
+_BLANK = frozenset(
+    {
+        "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
+        "sym_size", "sym_numel",
     }
 )
 _PICKING = frozenset({"index", "_unsafe_index", "index_put", "_unsafe_index_put"})
@@ -175,7 +191,7 @@ def along(node: Node) -> tuple[int, ...]:
     given = _bound(node)
     dims = given.get("dim", given.get("dims", -1))
     rank = len(given["self"].meta["val"].shape)
-    if name in ("flip", "roll") and not dims:
+    if name == "flip" and not dims:
         return tuple(range(rank))
     listed: Sequence[int] = dims if isinstance(dims, (list, tuple)) else [-1 if dims is None else dims]
     return tuple(dim % rank for dim in listed)
@@ -205,6 +221,14 @@ def read_norm(node: Node) -> Normalisation | None:
         momentum=float(given.get("momentum", 0.1)),
         first=isinstance(node.meta.get("val"), (tuple, list)) or len(node.target._schema.returns) > 1,  # type: ignore[union-attr]
     )
+
+
+def taken_by(node: Node) -> list[Node]:
+    """Return the operands whose values a node may use: `kernel.to(x)` takes from x its type and place alone."""
+    name = name_of(node)
+    if name in _BLANK:
+        return []
+    return node.all_input_nodes[:1] if name in _LIKE else node.all_input_nodes
 
 
 def viewed_by(node: Node) -> Node | None:

@@ -18,7 +18,16 @@ from torch import nn
 from torch.fx import Node
 
 from normfix.graph.capture import WRAPPED, Captured, image_of
-from normfix.graph.operators import Normalisation, along, is_local, name_of, read_norm, viewed_by, written_by
+from normfix.graph.operators import (
+    Normalisation,
+    along,
+    is_local,
+    name_of,
+    read_norm,
+    taken_by,
+    viewed_by,
+    written_by,
+)
 from normfix.records import Family
 
 __all__ = ["Reading", "Seen", "owner_of", "read_sites"]
@@ -33,7 +42,19 @@ _FAMILIES = {
 }
 _POOLS = ("adaptive_avg_pool", "adaptive_max_pool", "_adaptive_avg_pool", "avg_pool", "max_pool")
 _SHAPING = frozenset(
-    {"slice", "select", "narrow", "index", "index_select", "split", "chunk", "expand", "view", "sym_size"}
+    {
+        "slice",
+        "select",
+        "narrow",
+        "index",
+        "index_select",
+        "split",
+        "chunk",
+        "unbind",
+        "expand",
+        "view",
+        "sym_size",
+    }
 )
 _RESIZING = ("upsample_", "_upsample_", "pad", "constant_pad", "reflection_pad", "replication_pad")
 _LEAVES = frozenset({"item", "_local_scalar_dense"})
@@ -154,7 +175,7 @@ class _Sizes:
 
     def inputs(self, node: Node) -> float:
         """Return the exponent of the fastest growing operand."""
-        return max((self.growth(n) for n in node.all_input_nodes), default=0.0)
+        return max((self.growth(n) for n in taken_by(node)), default=0.0)
 
     def space(self, node: Node) -> frozenset[int]:
         """Return a node's dimensions that follow the image's extent."""
@@ -214,9 +235,7 @@ def _dependent(captured: Captured) -> frozenset[Node]:
     for node in captured.program.graph.nodes:
         viewed = viewed_by(node)
         bases[node] = bases.get(viewed, viewed) if viewed else node
-        if node.op != "call_function" or name_of(node) in ("sym_size", "sym_numel"):
-            continue
-        if any(source in found or bases[source] in tainted for source in node.all_input_nodes):
+        if node.op == "call_function" and any(s in found or bases[s] in tainted for s in taken_by(node)):
             found.add(node)
             tainted.update(bases[written] for written in written_by(node))
     return frozenset(found | {node for node, base in bases.items() if base in tainted})

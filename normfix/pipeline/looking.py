@@ -15,7 +15,7 @@ from normfix.calling import REFUSALS, Caller, buffers_kept, evaluating, home_of,
 from normfix.errors import NormfixError
 from normfix.graph import Program, graph_look
 from normfix.layers import FrozenStatistic
-from normfix.locality import Locality, cross_section, measure_locality
+from normfix.locality import Locality, cross_section, measure_locality, not_dense
 from normfix.merging import GraphSeen, merge
 from normfix.moments import Moments, pool
 from normfix.numerics import IDENTITY, deviation, exact_arithmetic
@@ -232,6 +232,7 @@ def look(
     live = any(site.live for site in merged.sites)
     unknown = any(finding.code == "NF242" for finding in merged.findings)
     placed = positions.findings(two_sizes=found.other is not None)
+    sized = bool(placed) or any(finding.code == "NF244" for finding in merged.findings)
     return Look(
         Scan(
             model=_class_of(base),
@@ -239,7 +240,7 @@ def look(
             sites=merged.sites,
             uncalled=found.uncalled,
             dense=found.dense,
-            tile_invariant=geometry is not None and not live and not unknown and not placed,
+            tile_invariant=geometry is not None and not live and not unknown and not sized,
             stride=geometry.stride if geometry else None,
             halo=geometry.halo if geometry else None,
             scale=tuple(map(str, geometry.scale)) if geometry else None,
@@ -378,10 +379,7 @@ def _middle(image: Tensor) -> Tensor:
 
 def _locality(probe: nn.Module, everything: Plan, found: Survey, example: Tensor, caller: Caller) -> Locality:
     if not found.dense:
-        finding = Finding(
-            code="NF214", where="output", message="it does not follow the input's extent: not dense."
-        )
-        return Locality(None, (finding,))
+        return not_dense(found.output, found.follows, example.dim())
     if everything.left_live:
         return Locality(
             None,

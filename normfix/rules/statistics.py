@@ -47,6 +47,10 @@ _NAMES = frozenset(COUNTED.values())
 _LAYOUT = (
     "its bins keep a layout of the image (a fixed number per axis), which no constant can stand for on a tile"
 )
+_HIDDEN_NORM = (
+    "its norm over space is inside the call, where nothing can replace it. Write "
+    "x / x.norm(dim=..., keepdim=True).clamp_min(eps), which is converted"
+)
 _REFUSALS = {
     Role.PARTIAL: "its result still varies along an axis of the image, so no constant can replace it",
     Role.MIXING: "it mixes the whole extent into every pixel; there is no constant that could replace that",
@@ -80,6 +84,8 @@ def refusal_of(
         after: the calls on values that no longer vary over space (influence.tails).
     """
     call = calls[position]
+    if call.function == "normalize" and role is Role.MIXING:
+        return _HIDDEN_NORM
     if role in _REFUSALS:
         return _REFUSALS[role]
     if "_pool" in call.function and math.prod(call.outputs[0][-int(call.function[-2]) :]) > 1:

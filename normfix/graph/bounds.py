@@ -1,0 +1,38 @@
+"""Branches on the image's size: conditions under which a captured graph holds, and which larger images break.
+
+A network that asks `if width > 300` is another network above 300 pixels. No statistic and no dye shows that, and
+no tile tried here may be large enough; the guards that torch.export keeps with a graph do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from normfix.graph.capture import Captured, image_of
+
+__all__ = ["broken_when_larger"]
+
+_LARGER = 16  # keeps every divisibility, and stays below the 2**31 elements at which kernels branch
+_NAMES = {3: "NCL", 4: "NCHW", 5: "NCDHW"}
+
+
+def broken_when_larger(captured: Captured) -> tuple[str, ...]:
+    """Return the conditions of a graph with free sizes that do not hold for an image sixteen times as large."""
+    shape = image_of(captured.program).meta["val"].shape
+    free = {dim: n.node for dim, n in enumerate(shape) if not isinstance(n, int) and n.node.expr.is_Symbol}
+    if not any(dim >= 2 for dim in free):
+        return ()
+    environment: Any = next(iter(free.values())).shape_env
+    known = environment.backed_var_to_val
+    larger = {node.expr: int(known[node.expr]) * (_LARGER if dim >= 2 else 1) for dim, node in free.items()}
+    names = {
+        node.expr: _NAMES.get(len(shape), "")[dim : dim + 1] or str(node.expr) for dim, node in free.items()
+    }
+    guards = dict.fromkeys(guard.expr for guard in environment.guards)
+    broken = [
+        expr
+        for expr in guards
+        if expr.free_symbols and expr.free_symbols <= set(larger) and not expr.subs(larger)
+    ]
+    renamed = {symbol: type(symbol)(name) for symbol, name in names.items()}
+    return tuple(str(expr.subs(renamed)) for expr in broken)
