@@ -208,6 +208,18 @@ def test_compiled_inference_is_eager_inference():
     assert_close(torch.compile(model, fullgraph=True)(x), model(x), **EXACT)
 
 
+@needs_compiler
+def test_compiled_training_of_a_frozen_network_is_eagers():
+    """Inductor, fullgraph, in train mode: outputs and gradients are eager's, the statistics stay."""
+    eager = _network(FrozenNorm2d).double().train()
+    compiled = copy.deepcopy(eager)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.double)
+    before = {name: buffer.clone() for name, buffer in compiled.named_buffers()}
+    after = _step(compiled, torch.compile(compiled, fullgraph=True), x)
+    assert_close(after, _step(eager, eager, x), rtol=1e-8, atol=1e-8)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
 def test_a_changing_float_would_compile_again():
     """The claim of one compilation can fail: a Python float written per step compiles anew."""
 
@@ -358,6 +370,16 @@ def test_checkpointing_changes_nothing(cut, reentrant):
         x = torch.randn(3, 4, 5, 5, dtype=torch.double) * (step + 1) + step
         assert_close(_step(checked, checked, x), _step(plain, plain, x), **EXACT)
     assert checked.norm.num_batches_tracked == 7  # one by calibration, two per step
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_a_frozen_network_changes_nothing(reentrant):
+    """Outputs and gradients are the unchecked run's, and the statistics stay."""
+    plain = _network(FrozenNorm2d).double().train()
+    checked = copy.deepcopy(plain)
+    x = torch.randn(3, 3, 6, 6, dtype=torch.double)
+    run = lambda x: checkpoint(checked, x, use_reentrant=reentrant)  # noqa: E731
+    assert_close(_step(checked, run, x), _step(plain, plain, x), **EXACT)
 
 
 @pytest.mark.parametrize("segments", [1, 2])

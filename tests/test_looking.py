@@ -152,3 +152,13 @@ def test_a_scan_costs_about_ten_forward_passes():
 def test_labels_are_a_finding():
     """A network that answers with labels swallows the dye, and the scan says where its halo is lost."""
     assert "NF216" in [finding.code for finding in _scan(SwallowsDye()).findings]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_response_over_channels_is_no_statistic(size):
+    """LocalResponseNorm pads and pools channels, which is local; the norm beside it is found as ever."""
+    response = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.LocalResponseNorm(size))
+    assert normfix.scan(response).tile_invariant
+    assert [s.id for s in normfix.scan(nn.Sequential(*response, nn.InstanceNorm2d(8))).live] == [
+        "2/0/instance_norm/0"
+    ]

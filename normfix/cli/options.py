@@ -220,13 +220,17 @@ class Arguments:
         return found[0]
 
     def windows(self, patterns: tuple[str, ...], model: nn.Module, level: int) -> list[WindowedImage]:
-        """Return the images that files, folders and globs name, to be read by window."""
+        """Return the images that files, folders and globs name, to be read by window until the command ends."""
         from normfix.images import find_images
         from normfix.pipeline import open_image
 
         paths = [p for text in patterns for p in ([Path(text)] if _is_zarr(text) else find_images((text,)))]
         scaling = self.scaling(model)
-        return [open_image(p, model, axes=self.axes, level=level, scaling=scaling) for p in paths]
+        context = click.get_current_context()
+        return [
+            context.with_resource(open_image(p, model, axes=self.axes, level=level, scaling=scaling))
+            for p in paths
+        ]
 
     def _place_(self, model: nn.Module) -> None:
         try:

@@ -35,7 +35,7 @@ class GraphLook:
     """What the graph says of the census's sites.
 
     `looked` tells how the look went, with the reason where the network could not be captured. `seen` are the
-    ids of sites that the graph holds too, `unseen` those it does not; `surplus` are nodes that the census
+    ids of sites that the graph holds too, `unseen` live ones that it does not; `surplus` are nodes that the census
     has no site for. `disputed` are ids of sites that one look calls live and the other does not.
     `unknown` are operators whose locality nobody knows, with how many nodes have them. Findings say the same
     in words.
@@ -87,7 +87,11 @@ def compare_looks(captured: Captured, reading: Reading, sites: Sequence[Site]) -
     pairs = _paired(reading.seen, sites)
     seen = frozenset(site.id for site in pairs.values())
     two_sizes = any(pair is not None for pair in captured.shapes().values())
-    unseen = tuple(site.id for site in sites if site.id not in seen and (two_sizes or site.layer is not None))
+    unseen = tuple(
+        site.id
+        for site in sites
+        if site.live and site.id not in seen and (two_sizes or site.layer is not None)
+    )
     surplus = tuple(s for s in reading.seen if s.node not in pairs)
     disputed = _disputed(reading.seen, pairs)
     sizes = "free" if any(d >= 2 for d in captured.free) else "fixed"

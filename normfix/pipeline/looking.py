@@ -269,7 +269,7 @@ def _dyed(probe: nn.Module, caller: Caller, example: Tensor, found: Survey, *, f
         dyed = dye_look(probe, caller, sizes[0])
         live = {site.id for site in found.sites if site.live}
         if len(sizes) > 1 and live != {s.id for s in dyed.found if s.id in found.reaching or not s.recorded}:
-            known = frozenset(site.id for site in found.sites)
+            known = frozenset(live)
             dyed = confirmed(dyed, dye_look(probe, caller, sizes[1]), known)
     except REFUSALS as error:
         return Looked(name="dye", status="failed", note=str(error))
