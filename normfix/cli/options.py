@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from normfix.images import ImageFiles
     from normfix.loading import Loaded
-    from normfix.streaming import WindowedImage
+    from normfix.streaming import Source, WindowedImage
 
 __all__ = [
     "Arguments",
@@ -231,6 +231,16 @@ class Arguments:
             context.with_resource(open_image(p, model, axes=self.axes, level=level, scaling=scaling))
             for p in paths
         ]
+
+    def masks(self, patterns: tuple[str, ...], model: nn.Module) -> list[Source]:
+        """Return the masks that files, folders and globs name; of the images' axes, channels apart."""
+        from normfix.images import find_images
+        from normfix.pipeline.looking import input_of
+        from normfix.pipeline.masking import open_mask
+
+        paths = [p for text in patterns for p in ([Path(text)] if _is_zarr(text) else find_images((text,)))]
+        axes = None if self.axes is None else self.axes.upper().replace("C", "").replace("S", "")
+        return [open_mask(path, input_of(model)[1], axes) for path in paths]
 
     def _place_(self, model: nn.Module) -> None:
         try:

@@ -82,11 +82,31 @@ _HALO = click.option(
 @click.option(
     "--tile", type=click.IntRange(1), help="Read images by window and run in stages over blocks of this size."
 )
+@click.option(
+    "--mask",
+    "masks",
+    multiple=True,
+    metavar="FILE",
+    help="Ignore the pixels where it is nonzero; one for each image, in their order. May be repeated.",
+)
+@click.option(
+    "--sample",
+    type=Threshold(),
+    help="Measure a random sample of blocks, not all, until every standard error is at most this many sd.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the sample.")
 @engine_option
 @stage_options
 @format_option
 def calibrate_command(
-    images: tuple[str, ...], out: str, format_: str, tile: int | None, **options: Any
+    images: tuple[str, ...],
+    out: str,
+    format_: str,
+    tile: int | None,
+    masks: tuple[str, ...],
+    sample: float | None,
+    seed: int,
+    **options: Any,
 ) -> None:
     """Measure the statistics of a converted MODEL anew on other IMAGES, whole.
 
@@ -105,12 +125,12 @@ def calibrate_command(
     require_absent(Path(out))
     stages = StageArguments.take(options)
     arguments = Arguments.take(options)
-    if tile is None and stages.asked:
+    if tile is None and sample is None and stages.asked:
         raise click.UsageError("--budget, --store and --engine dask belong to --tile")
     opened = arguments.open()
     with ExitStack() as stack:
         stack.enter_context(resumable(stages.store))  # until it is saved
-        if tile is None:
+        if tile is None and sample is None:
             given: Any = arguments.images(images, opened.model)
             watch, progress = None, stack.enter_context(steps())
         else:
@@ -121,6 +141,9 @@ def calibrate_command(
             opened.model,
             given,
             tile,
+            mask=arguments.masks(masks, opened.model) or None,
+            sample=sample,
+            seed=seed,
             **stages.keywords(),
             watch=watch,
             output=arguments.output,
