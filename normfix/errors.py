@@ -82,6 +82,10 @@ CODES: dict[str, str] = {
     "pixels, a median or a matrix product has no law, and rows are no map. With a mask or a sample they are refused.",
     "NF140": "A sample is drawn from the blocks of a converted network's images, until the standard errors of all "
     "statistics are at most --sample sd. Statistics of a sample are estimates: the record says so.",
+    "NF141": "A file may hold several images (series of a TIFF, images of an OME-Zarr). Which is meant is not guessed: "
+    "--series NAME or NUMBER.",
+    "NF142": "The format of the output has no place for this array. Give another ending.",
+    "NF143": "The library that reads and writes this format is an extra, which the message names.",
     # 2xx: finding and planning
     "NF201": "The network ran at one size only, so space could not be told from channels by varying it; "
     "dimensions from the third on were taken as space.",

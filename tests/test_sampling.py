@@ -97,7 +97,7 @@ def test_a_maximum_is_not_estimated():
             return x / x.amax((2, 3), keepdim=True)
 
     model = normfix.convert(Peak().double(), _image(32, 32)).model
-    with pytest.raises(NormfixError, match="NF139 .*amax"):
+    with pytest.raises(NormfixError, match=r"NF139 .*amax"):
         normfix.calibrate(model, _image(32, 32), 8, sample=0.1)
 
 
