@@ -29,6 +29,7 @@ __all__ = [
     "Proof",
     "ProofStep",
     "Provenance",
+    "Sampled",
     "Saved",
     "Scaling",
     "Scan",
