@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -98,6 +99,13 @@ def test_channels_of_a_volume_come_back_last(tmp_path):
     assert found.header.get_zooms()[:3] == (2, 3, 4)
     with pytest.raises(NormfixError, match="NF142"):
         write_image(tmp_path / "plane.nii", np.zeros((2, 4, 4), np.float32))
+
+
+def test_nifti_without_its_library_says_what_to_install(tmp_path, monkeypatch):
+    """The extra is named where nibabel is missing."""
+    monkeypatch.setitem(sys.modules, "nibabel", None)
+    with pytest.raises(NormfixError, match=r"NF143 .*normfix\[nifti\]"):
+        open_file(tmp_path / "a.nii")
 
 
 GEO = [

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 import torch.nn.functional as F
 from streamed_networks import Anisotropic3d, Shallow
@@ -106,13 +107,13 @@ def test_what_lies_under_a_mask_is_not_measured(converted):
 
 @torch.no_grad()
 def test_masks_of_volumes_and_files(tmp_path):
-    """In 3D with other strides per axis, masks from .npy files give in blocks what they give in passes."""
+    """In 3D with other strides per axis, masks from files give in blocks what they give in passes."""
     torch.manual_seed(0)
     image = _image(6, 24, 36)
     model = normfix.convert(Anisotropic3d().double(), image).model
-    np.save(tmp_path / "mask.npy", _mask(6, 24, 36))
+    tifffile.imwrite(tmp_path / "mask.tif", _mask(6, 24, 36), imagej=True, metadata={"axes": "ZYX"})
     passes, stages = (
-        normfix.calibrate(model, image, tile, mask=tmp_path / "mask.npy") for tile in (None, (4, 8, 12))
+        normfix.calibrate(model, image, tile, mask=tmp_path / "mask.tif") for tile in (None, (4, 8, 12))
     )
     assert stages.summary.engine == "stages"
     for name, value in stages.model.named_buffers():

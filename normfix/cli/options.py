@@ -246,7 +246,8 @@ class Arguments:
 
         paths = find_images(patterns)
         axes = None if self.axes is None else self.axes.upper().replace("C", "").replace("S", "")
-        return [open_mask(path, input_of(model)[1], axes) for path in paths]
+        context = click.get_current_context()
+        return [context.with_resource(open_mask(path, input_of(model)[1], axes)) for path in paths]
 
     def _place_(self, model: nn.Module) -> None:
         try:

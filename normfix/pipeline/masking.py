@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -53,8 +54,8 @@ _LAWS = frozenset({"mean", "variance", "deviation", "variance_mean", "deviation_
 """Laws of values that do not grow with the number of pixels."""
 
 
-def masked(images: Sequence[Source], mask: Mask | Sequence[Mask]) -> list[Masked]:
-    """Give each image its mask.
+def masked(images: Sequence[Source], mask: Mask | Sequence[Mask], opened: ExitStack) -> list[Masked]:
+    """Give each image its mask; files are closed with `opened`.
 
     Raises:
         NormfixError: NF137 for another number of masks or other extents than the images', NF138 for an image that
@@ -71,7 +72,7 @@ def masked(images: Sequence[Source], mask: Mask | Sequence[Mask]) -> list[Masked
     found = []
     for number, (image, one) in enumerate(zip(images, masks, strict=True)):
         where = str(one) if isinstance(one, Path | str) else f"mask {number}"
-        source = _source(one, len(image.shape) - 2)
+        source = _source(one, len(image.shape) - 2, opened)
         if source.shape != (1, 1, *image.shape[2:]) or image.shape[0] != 1:
             raise NormfixError(
                 "NF137",
@@ -90,7 +91,7 @@ def masked(images: Sequence[Source], mask: Mask | Sequence[Mask]) -> list[Masked
     return found
 
 
-def open_mask(path: Path, ndim: int, axes: str | None = None) -> Source:
+def open_mask(path: Path, ndim: int, axes: str | None = None) -> WindowedImage:
     """Open a mask file to be read by window; `axes` names its axes, without channels.
 
     Raises:
@@ -262,10 +263,10 @@ def _shapes(
     return shapes.found
 
 
-def _source(mask: Mask, ndim: int) -> Source:
+def _source(mask: Mask, ndim: int, opened: ExitStack) -> Source:
     """Return a mask as (1, 1, *space) to be read by window."""
     if isinstance(mask, Path | str):
-        return open_mask(Path(mask), ndim)
+        return opened.enter_context(open_mask(Path(mask), ndim))
     if isinstance(mask, Tensor | np.ndarray):
         ignored = torch.as_tensor(np.asarray(mask) != 0) if isinstance(mask, np.ndarray) else mask != 0
         space = ignored.shape[max(0, ignored.dim() - ndim) :]

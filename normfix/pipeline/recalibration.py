@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -152,21 +153,28 @@ def calibrate_(
             items = replace(items, prepare=partial(padded, geometry=geometry))
         return measure_sites_(model, targets, items, caller, progress)
     sources = sources or [TensorSource(image) for image in items or ()]
-    ignored: tuple[int, ...] = ()
-    if mask is not None:
-        sources = list[Source](masked(sources, mask))
-        ignored = tuple(map(ignored_pixels, sources))
-    tile = tile or _TILES[len(sources[0].shape) - 2]
-    resources = Resources(tile=tile, budget=budget, store=store, engine=crew, watch=watch)
-    if sample is not None:
-        summary = measure_sampled_(
-            model, targets, sources, caller, resources, geometry=geometry, tolerance=sample, seed=seed
+    with ExitStack() as opened:  # mask files
+        ignored: tuple[int, ...] = ()
+        if mask is not None:
+            sources = list[Source](masked(sources, mask, opened))
+            ignored = tuple(map(ignored_pixels, sources))
+        tile = tile or _TILES[len(sources[0].shape) - 2]
+        resources = Resources(tile=tile, budget=budget, store=store, engine=crew, watch=watch)
+        if sample is not None:
+            summary = measure_sampled_(
+                model, targets, sources, caller, resources, geometry=geometry, tolerance=sample, seed=seed
+            )
+            return replace(summary, ignored=ignored)
+        summary = measure_streamed_(
+            model,
+            targets,
+            sources,
+            caller,
+            None if passes else resources,
+            geometry=geometry,
+            progress=progress,
         )
         return replace(summary, ignored=ignored)
-    summary = measure_streamed_(
-        model, targets, sources, caller, None if passes else resources, geometry=geometry, progress=progress
-    )
-    return replace(summary, ignored=ignored)
 
 
 def _planned(model: nn.Module, plan: Plan) -> list[Target]:
