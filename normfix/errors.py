@@ -73,6 +73,19 @@ CODES: dict[str, str] = {
     "NF131": "The table [tool.normfix] of pyproject.toml sets defaults of the commands' options, by their names, for "
     "all commands or in [tool.normfix.COMMAND] for one. Options that run code or say where output goes cannot be "
     "set there. normfix --show-settings prints what counts.",
+    "NF137": "A mask says for each pixel of its image whether to ignore it (nonzero: ignored). There is one mask per "
+    "image, in their order, of the image's extents without channels.",
+    "NF138": "Statistics need values: a mask ignored every pixel of its image, or a pixel in every cell that a coarse "
+    "map's positions stand for. A position counts where none of its pixels is ignored. Nonzero means ignored; an "
+    "inverted mask is the usual cause.",
+    "NF139": "Some statistics mean nothing for a part of the image: sums and norms over space grow with the number of "
+    "pixels, a median or a matrix product has no law, and rows are no map. With a mask or a sample they are refused.",
+    "NF140": "A sample is drawn from the blocks of a converted network's images, until the standard errors of all "
+    "statistics are at most --sample sd. Statistics of a sample are estimates: the record says so.",
+    "NF141": "A file may hold several images (series of a TIFF, images of an OME-Zarr). Which is meant is not guessed: "
+    "--series NAME or NUMBER.",
+    "NF142": "The format of the output has no place for this array. Give another ending.",
+    "NF143": "The library that reads and writes this format is an extra, which the message names.",
     # 2xx: finding and planning
     "NF201": "The network ran at one size only, so space could not be told from channels by varying it; "
     "dimensions from the third on were taken as space.",

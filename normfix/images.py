@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from normfix.errors import NormfixError
-from normfix.reading import SUFFIXES, read_image, to_tensor
+from normfix.formats import SUFFIXES, Choice, is_zarr, suffix_of
+from normfix.reading import read_image, to_tensor
 from normfix.records import Scaling
 from normfix.scaling import not_finite, scaled
 
@@ -95,13 +96,16 @@ class ImageFiles:
     channels: int
     scaling: Scaling | None
     axes: str | None = None
+    choice: Choice | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __iter__(self) -> Iterator[Tensor]:
         for path in self.paths:
-            array = read_image(path, ndim=self.ndim, channels=self.channels, axes=self.axes)
+            array = read_image(
+                path, ndim=self.ndim, channels=self.channels, axes=self.axes, choice=self.choice
+            )
             yield to_tensor(scaled(array, self.scaling, str(path)))
 
 
@@ -129,8 +133,8 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
 
 def _matched(pattern: str) -> list[Path]:
     path = Path(pattern)
-    if path.is_dir():
-        return sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+    if path.is_dir() and not is_zarr(path):
+        return sorted(p for p in path.iterdir() if suffix_of(p) in SUFFIXES)
     if path.exists():
         return [path]
     return sorted(Path(p) for p in glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute globs

@@ -55,6 +55,8 @@ def observe(law: str, x: Tensor, dims: Sequence[int], *, power: float = 2.0) -> 
     """
     dims = tuple(dims)
     count = math.prod(x.shape[d] for d in dims)
+    if not count:  # nothing counts (normfix.streaming.masks); the values are no part of any union
+        x = x.new_zeros([1 if d in dims else n for d, n in enumerate(x.shape)])
     wide = x.detach().to(torch.float64)
     if law in ("mean", "total"):
         return Part(count, (wide.mean(dims, keepdim=True).cpu(),))
@@ -111,6 +113,8 @@ def finalise(
 
 
 def _merged(law: str, a: Part, b: Part) -> Part:
+    if not a.count or not b.count:
+        return a if not b.count else b
     n = a.count + b.count
     if law in ("maximum", "minimum", "extremes"):
         least, most = torch.minimum(a.values[0], b.values[0]), torch.maximum(a.values[-1], b.values[-1])

@@ -1,4 +1,4 @@
-"""Image files in and out: TIFF, PNG and npy, their axes brought into the order C, Z, Y, X.
+"""Images of files, whole: their axes brought into the order C, Z, Y, X.
 
 Axes are those the caller names, else those the file names, else those the shape leaves no doubt about; doubt
 is refused, since channels taken for slices would give statistics of something else.
@@ -6,9 +6,7 @@ is refused, since channels taken for slices would give statistics of something e
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +16,98 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from normfix.errors import NormfixError
+from normfix.formats import OUTPUTS, Choice, Placement, create, open_file, suffix_of, unreadable
 
 __all__ = [
-    "SUFFIXES",
+    "KEEPING",
+    "laid_out",
     "named_axes",
-    "pixel_size_of",
     "read_image",
     "require_new_image",
+    "settled_axes",
     "to_tensor",
     "write_image",
 ]
 
 Array = NDArray[Any]
 
-SUFFIXES = (".tif", ".tiff", ".png", ".npy")
-"""Endings of the files that are read as images."""
+KEEPING = (".npy", ".zarr")
+"""Endings of the files that have an axis for a single channel too."""
 
 
-def read_image(path: Path, *, ndim: int, channels: int, axes: str | None = None) -> Array:
+def read_image(
+    path: Path, *, ndim: int, channels: int, axes: str | None = None, choice: Choice | None = None
+) -> Array:
     """Read an image file as (C, *space) in its own dtype, space in the order Z, Y, X.
 
     Args:
-        path: TIFF, PNG or npy.
+        path: TIFF, PNG, npy, NIfTI or a folder in Zarr.
         ndim: number of spatial axes the network takes.
         channels: number of channels the network takes.
         axes: one letter per array axis: C for channels, Z Y X for space. Default: what the file says, or
             what the shape leaves no doubt about.
+        choice: which series and level, where a file has several.
 
     Raises:
-        NormfixError: NF101 if the file cannot be read, NF106 if its axes or dtype do not fit the network.
+        NormfixError: NF101 and NF141 if the file cannot be read, NF106 if its axes or dtype do not fit the network.
     """
-    array, said = _read(path)
-    named = named_axes(
-        array.shape, array.dtype, ndim=ndim, channels=channels, axes=axes or said, where=str(path)
-    )
+    opened = open_file(path, choice)
+    try:
+        shape, said = tuple(opened.array.shape), opened.axes
+        dtype = np.dtype(opened.array.dtype)
+        named, fixed = settled_axes(
+            shape, said, dtype, ndim=ndim, channels=channels, axes=axes, where=str(path)
+        )
+        try:
+            whole = opened.array if hasattr(opened.array, "__array__") else opened.array[...]
+            array = np.squeeze(np.array(whole), fixed)
+        except Exception as error:
+            raise unreadable(path, error) from error
+    finally:
+        opened.close()
     array = array.transpose([named.index(letter) for letter in "CZYX" if letter in named])
     return array if "C" in named else array[np.newaxis]
+
+
+def settled_axes(
+    shape: tuple[int, ...],
+    said: str | None,
+    dtype: np.dtype[Any],
+    *,
+    ndim: int,
+    channels: int,
+    axes: str | None = None,
+    where: str = "image",
+) -> tuple[str, tuple[int, ...]]:
+    """Return one letter of C, Z, Y, X per axis that is kept, and the axes that are not.
+
+    Axes of extent 1 need no letter. `axes` names all axes of the file, or all but those; the file's own letters
+    count where it does not. An axis of another letter, such as T, is let go if its extent is 1, and may be missing.
+
+    Raises:
+        NormfixError: NF106 if axes, channels or dtype do not fit the network.
+    """
+    space = "ZYX"[-ndim:]
+    letters = (axes or said or "").upper().replace("S", "C")
+    if axes is not None and len(letters) > len(shape):  # the file left out what has extent 1
+        letters = "".join(letter for letter in letters if letter in "CZYX")
+    if axes is not None and len(letters) != len(shape):
+        known = (said or "").upper()
+        spare = [i for i, n in enumerate(shape) if n == 1 and (not known or known[i] not in "YX")]
+        fixed = tuple(spare[: max(0, len(shape) - len(letters))])
+    elif letters:
+        fixed = tuple(
+            i
+            for i, (letter, n) in enumerate(zip(letters, shape, strict=True))
+            if n == 1 and letter not in space
+        )
+        letters = "".join(letter for i, letter in enumerate(letters) if i not in fixed)
+        if axes is None and set(letters) & set("QI"):  # unknown, or a plain sequence of pages
+            letters = ""
+    else:
+        fixed = ()
+    kept = tuple(n for i, n in enumerate(shape) if i not in fixed)
+    return named_axes(kept, dtype, ndim=ndim, channels=channels, axes=letters or None, where=where), fixed
 
 
 def named_axes(
@@ -109,53 +163,41 @@ def to_tensor(array: Array) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))[None]
 
 
-def pixel_size_of(path: Path) -> dict[str, Any]:
-    """Return what a TIFF says of its pixels' size, as `write_image` takes it; empty if it says nothing."""
-    if path.suffix.lower() not in (".tif", ".tiff"):
-        return {}
-    import tifffile
-
-    with tifffile.TiffFile(path) as file:
-        tags, described = file.pages.first.tags, file.imagej_metadata or {}
-        found: dict[str, Any] = {key: described[key] for key in ("spacing", "unit") if key in described}
-        x, y, unit = (tags.get(name) for name in ("XResolution", "YResolution", "ResolutionUnit"))
-        if x is not None and y is not None and (1, 1) != x.value != (0, 0):
-            found["resolution"] = tuple(tag.value[0] / tag.value[1] for tag in (x, y))
-            found["resolutionunit"] = 1 if unit is None else int(unit.value)
-    return found
-
-
-def write_image(path: Path, array: Array, pixel_size: Mapping[str, Any] | None = None) -> None:
-    """Write (C, *space) as .npy or TIFF (single channels without the axis), whole or not at all.
+def write_image(path: Path, array: Array, placement: Placement | None = None) -> None:
+    """Write (C, *space) as .npy, TIFF, OME-Zarr or NIfTI, whole or not at all.
 
     Args:
         path: must not exist.
         array: the image.
-        pixel_size: what `pixel_size_of` found in the image it belongs to; a .npy cannot hold it.
+        placement: where its pixels lie; a .npy cannot hold it.
 
     Raises:
         NormfixError: NF114 for another kind of file, one that exists, or a folder that cannot be written.
     """
     require_new_image(path)
-    suffix = path.suffix.lower()
+    placement = placement or Placement()
     draft = path.with_name(f".{path.stem}-draft{path.suffix}")
+    array, axes = laid_out(array, placement, keep=suffix_of(path) in KEEPING)
     try:
-        if suffix == ".npy":
-            np.save(draft, array)
-        else:
-            import tifffile
-
-            axes = "ZYX"[-(array.ndim - 1) :]
-            data, named = (array[0], axes) if array.shape[0] == 1 else (array, f"C{axes}")
-            grey = "minisblack" if data.ndim > 1 else None  # else 3 or 4 channels would become RGB
-            size = dict(pixel_size or {})
-            described: dict[str, Any] = {key: size.pop(key) for key in ("spacing", "unit") if key in size}
-            tifffile.imwrite(draft, data, photometric=grey, metadata={"axes": named, **described}, **size)
+        create(draft, array.shape, array.dtype, axes, placement)[...] = array
         draft.rename(path)
     except OSError as error:
         raise NormfixError("NF114", f"cannot write it: {error.strerror}.", where=str(path)) from error
     finally:
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
         draft.unlink(missing_ok=True)
+
+
+def laid_out(array: Array, placement: Placement, *, keep: bool = False) -> tuple[Array, str]:
+    """Return (C, *space) with its channels where the image has them, and the letters of its axes.
+
+    A single channel has no axis, unless `keep`.
+    """
+    space = "ZYX"[-(array.ndim - 1) :]
+    if array.shape[0] == 1 and not keep:
+        return array[0], space
+    return (np.moveaxis(array, 0, -1), f"{space}C") if placement.channels_last else (array, f"C{space}")
 
 
 def require_new_image(path: Path) -> None:
@@ -164,68 +206,14 @@ def require_new_image(path: Path) -> None:
     Raises:
         NormfixError: NF114 for another kind of file, one that exists, or a folder that does not.
     """
-    if path.suffix.lower() not in (".npy", ".tif", ".tiff") or path.exists():
+    if suffix_of(path) not in OUTPUTS or path.exists():
         raise NormfixError(
-            "NF114", "give a new file ending in .npy or .tif; nothing is overwritten.", where=str(path)
+            "NF114",
+            "give a new name ending in .npy, .tif, .zarr or .nii; nothing is overwritten.",
+            where=str(path),
         )
     if not path.parent.is_dir():
         raise NormfixError("NF114", f"there is no folder {path.parent} to write it to.", where=str(path))
-
-
-def _read(path: Path) -> tuple[Array, str | None]:
-    """Return the array and the axes that the file itself names, if any."""
-    suffix = path.suffix.lower()
-    try:
-        if suffix == ".npy":
-            return np.load(path, allow_pickle=False), None
-        if suffix in (".tif", ".tiff"):
-            return _read_tiff(path)
-        import imageio.v3 as iio
-
-        array = np.asarray(iio.imread(path, plugin="pillow"))
-    except Exception as error:
-        reason = " ".join(str(error).split())[:160]
-        hint = "pip install imagecodecs" if "imagecodecs" in reason else "check that it exists and is whole"
-        raise NormfixError(
-            "NF101",
-            f"cannot read this file as {', '.join(SUFFIXES)}: {reason}. Next: {hint}.",
-            where=str(path),
-        ) from error
-    return array, "YX" if array.ndim == 2 else "YXC"
-
-
-def _read_tiff(path: Path) -> tuple[Array, str | None]:
-    import tifffile
-
-    with _complaints("tifffile") as complaints, tifffile.TiffFile(path) as file:
-        series = file.series[0]
-        axes = series.axes
-        array = series.asarray()
-    if complaints:  # such as a page beyond the end of a truncated file, which is left out of the stack
-        raise ValueError(complaints[0])
-    singles = [
-        i
-        for i, (letter, n) in enumerate(zip(axes, array.shape, strict=True))
-        if n == 1 and letter not in "YX"
-    ]
-    array = np.squeeze(array, tuple(singles))
-    axes = "".join(letter for i, letter in enumerate(axes) if i not in singles)
-    said = not set(axes) & set("QI")  # unknown, or a plain sequence of pages
-    return array, axes if said else None
-
-
-@contextmanager
-def _complaints(name: str) -> Iterator[list[str]]:
-    """Collect the errors that a library only logs."""
-    found: list[str] = []
-    handler = logging.Handler(logging.ERROR)
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger(name)
-    logger.addHandler(handler)
-    try:
-        yield found
-    finally:
-        logger.removeHandler(handler)
 
 
 def _guess(shape: tuple[int, ...], ndim: int, channels: int, where: str) -> str:

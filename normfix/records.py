@@ -29,6 +29,7 @@ __all__ = [
     "Proof",
     "ProofStep",
     "Provenance",
+    "Sampled",
     "Saved",
     "Scaling",
     "Scan",
@@ -279,6 +280,8 @@ class SiteStatistics(Record):
 
     A statistic that is no norm has no sd of its own: there, `spread` and `mean_shift` are the largest
     difference in units of the root mean square of the stored values, and `variance_ratio` is 1, 1.
+
+    Of a sample, `mean_error` and `sd_error` are the largest standard errors of a channel's mean and deviation, in sd.
     """
 
     site: str
@@ -286,6 +289,28 @@ class SiteStatistics(Record):
     spread: float
     mean_shift: float
     variance_ratio: tuple[float, float]
+    mean_error: float | None = None
+    sd_error: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled(Record):
+    """That statistics are those of a random sample of blocks: how many, of how many, drawn in the order of `seed`.
+
+    The sample grew until `error`, the largest standard error of any mean or deviation in sd, was at most
+    `tolerance`, or until no block was left. Unless `exact`, statistics are estimates.
+    """
+
+    blocks: int
+    of: int
+    tolerance: float
+    error: float
+    seed: int
+
+    @property
+    def exact(self) -> bool:
+        """Tell whether every block was measured."""
+        return self.blocks == self.of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -302,13 +327,16 @@ class CalibrationSummary(Record):
     """What was measured on which images.
 
     `engine` tells how: stage by stage over blocks, or in passes over whole images; `reason` why not in stages,
-    where they were asked for.
+    where they were asked for. `ignored` counts the pixels of each image that its mask left out, empty without
+    masks. `sample` is there where not all of the images was measured; spread is between blocks then.
     """
 
     images: tuple[tuple[int, ...], ...]
     sites: tuple[SiteStatistics, ...]
     engine: Literal["stages", "passes"] = "passes"
     reason: str = ""
+    ignored: tuple[int, ...] = ()
+    sample: Sampled | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,15 @@ from normfix.layers.statistic import FrozenStatistic
 from normfix.moments import Moments, measure, merge
 from normfix.records import SiteStatistics, StatisticSpec
 
-__all__ = ["NormTarget", "Seen", "StatisticTarget", "Target"]
+__all__ = ["Counting", "NormTarget", "Seen", "StatisticTarget", "Target"]
+
+
+Counting = Callable[[Tensor], Tensor]
+"""What counts of an operand."""
+
+
+def _all(operand: Tensor) -> Tensor:
+    return operand
 
 
 class Target(Protocol):
@@ -40,8 +48,11 @@ class Target(Protocol):
         """Return what holds the statistic."""
         ...
 
-    def watch(self, report: Callable[[Any], None]) -> Callable[[], None]:
-        """Report the measures of every call before it is answered; return what ends the watch."""
+    def watch(self, report: Callable[[Any], None], counting: Counting = _all) -> Callable[[], None]:
+        """Report the measures of every call before it is answered; return what ends the watch.
+
+        `counting` picks what counts of an operand; what it gives is measured as `measure` does.
+        """
         ...
 
     @property
@@ -82,12 +93,12 @@ class NormTarget:
     write: Callable[[Moments], None]
     expected: Callable[[Moments], Moments]
 
-    def watch(self, report: Callable[[Any], None]) -> Callable[[], None]:
+    def watch(self, report: Callable[[Any], None], counting: Counting = _all) -> Callable[[], None]:
         """Measure each call's operand; see Target."""
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             with torch._C.DisableTorchFunction():  # outer interceptions count calls
-                report(measure(args[0] if args else kwargs["input"]))
+                report(measure(counting(args[0] if args else kwargs["input"])))
 
         return self.module.register_forward_pre_hook(before, with_kwargs=True).remove
 
@@ -107,7 +118,9 @@ class NormTarget:
 
     def store(self, parts: Sequence[Moments]) -> None:
         """Write the merged moments; see Target."""
-        self.write(merge(*parts))
+        merged = merge(*parts)
+        _require_some(merged.count, self.name)
+        self.write(merged)
 
     def compare(self, parts: Sequence[Moments]) -> SiteStatistics:
         """Compare moments, rounded as they would be stored, with what is stored; see Target."""
@@ -120,7 +133,11 @@ class NormTarget:
         var = population.var.to(stored_var.dtype).double()
         sd = (stored_var.double().cpu() + eps).sqrt()
         ratio = (var + eps) / sd.square()
-        spread = max(float(((self.expected(part).mean - population.mean).abs() / sd).max()) for part in parts)
+        spread = max(
+            float(((self.expected(part).mean - population.mean).abs() / sd).max())
+            for part in parts
+            if part.count
+        )
         return SiteStatistics(
             site=self.name,
             elements=population.count,
@@ -147,12 +164,15 @@ class StatisticTarget:
     module: FrozenStatistic
     spec: StatisticSpec
 
-    def watch(self, report: Callable[[Any], None]) -> Callable[[], None]:
+    def watch(self, report: Callable[[Any], None], counting: Counting = _all) -> Callable[[], None]:
         """Evaluate each intercepted call in float64; see Target."""
 
         def observe(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             with torch._C.DisableTorchFunction():  # outer interceptions count calls
-                report(self._see(func, args, kwargs))
+                if counting is _all:
+                    report(self._see(func, args, kwargs))
+                else:
+                    report(self.join([self.measure(counting(operand_of(args, kwargs, self.spec.operand)))]))
 
         def end() -> None:
             self.module.observer = None
@@ -179,6 +199,7 @@ class StatisticTarget:
 
     def store(self, parts: Sequence[Seen]) -> None:
         """Write the population's values; see Target."""
+        _require_some(sum(part.part.count for part in parts), self.name)
         self.module.set_values_(*self._population(parts))
 
     def compare(self, parts: Sequence[Seen]) -> SiteStatistics:
@@ -189,7 +210,9 @@ class StatisticTarget:
         rounded = [
             p.to(v.dtype).double().flatten() for p, v in zip(population, self.module.values(), strict=True)
         ]
-        own = [torch.cat([v.flatten() for v in self._population([part])]) for part in parts]
+        own = [
+            torch.cat([v.flatten() for v in self._population([part])]) for part in parts if part.part.count
+        ]
         joint = torch.cat([v.flatten() for v in population])
         return SiteStatistics(
             site=self.name,
@@ -231,6 +254,17 @@ class StatisticTarget:
             return 1.0
         (number,) = [v for v in tree_leaves((args, kwargs)) if type(v) in (int, float)]
         return float(number) if self.name.split("/")[-2] == "div" else 1 / float(number)
+
+
+def _require_some(count: float, site: str) -> None:
+    """Refuse a statistic of nothing."""
+    if not count:
+        raise NormfixError(
+            "NF138",
+            "the masks ignore a pixel in every cell that a position here stands for, so nothing is left to measure. "
+            "Ignore larger regions and fewer scattered pixels.",
+            where=site,
+        )
 
 
 def _part_of_block(spec: StatisticSpec, operand: Tensor) -> Seen:

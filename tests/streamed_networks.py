@@ -34,6 +34,21 @@ class TwoLevels(nn.Module):
         return self.head(self.join_top(torch.cat([top, self.up_top(mid)], 1)))
 
 
+class Shallow(nn.Module):
+    """Is as little as a network with a stride, a skip and two instance norms can be."""
+
+    def __init__(self, width=3):
+        super().__init__()
+        self.stem, self.first = nn.Conv2d(1, width, 3, padding=1), nn.InstanceNorm2d(width)
+        self.down, self.second = nn.Conv2d(width, width, 3, 2, padding=1), nn.InstanceNorm2d(width)
+        self.head = nn.Conv2d(2 * width, 2, 1)
+
+    def forward(self, x):
+        skip = F.leaky_relu(self.first(self.stem(x)))
+        deep = F.leaky_relu(self.second(self.down(skip)))
+        return self.head(torch.cat([skip, F.interpolate(deep, scale_factor=2.0)], 1))
+
+
 class Tangled(nn.Module):
     """Works in place on skips and through views, has dropout, a residual, asserts, and resizes to its skip."""
 

@@ -665,7 +665,7 @@ def test_predict_prints_its_record(run, fixed, image, tmp_path):
 
 @pytest.mark.parametrize("imagej", [True, False])
 def test_the_prediction_has_the_pixel_size_of_the_image(run, fixed, tmp_path, imagej):
-    """Resolution, unit and ImageJ's spacing of the image are in the prediction's TIFF."""
+    """Resolution and the unit that ImageJ or the tag says are in the prediction's TIFF, as tags and in OME-XML."""
     described = {"unit": "um", "spacing": 0.5} if imagej else None
     options = {"resolution": (4.0, 2.0), "resolutionunit": 3, "imagej": imagej, "metadata": described}
     tifffile.imwrite(tmp_path / "sized.tif", PIXELS, **options)
@@ -686,8 +686,10 @@ def test_the_prediction_has_the_pixel_size_of_the_image(run, fixed, tmp_path, im
         sizes = [tags[name].value for name in ("XResolution", "YResolution")]
         assert [a / b for a, b in sizes] == [4.0, 2.0]
         assert int(tags["ResolutionUnit"].value) == 3
-        text = file.shaped_metadata[0] if imagej else {}
-    assert (text.get("unit"), text.get("spacing")) == (("um", 0.5) if imagej else (None, None))
+        text = file.ome_metadata
+    sizes, unit = (("0.25", "0.5"), "µm" if imagej else "cm")
+    assert f'PhysicalSizeX="{sizes[0]}" PhysicalSizeXUnit="{unit}"' in text
+    assert f'PhysicalSizeY="{sizes[1]}" PhysicalSizeYUnit="{unit}"' in text
 
 
 def test_an_image_without_a_size_gives_none(run, fixed, image, tmp_path):

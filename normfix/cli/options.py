@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from normfix.images import ImageFiles
     from normfix.loading import Loaded
-    from normfix.streaming import WindowedImage
+    from normfix.streaming import Source, WindowedImage
 
 __all__ = [
     "Arguments",
@@ -116,6 +116,7 @@ def image_options(command: Command) -> Command:
         click.option(
             "--scale", help="none, unit, zscore, percentile:LOW,HIGH or MEAN,STD, over the whole image."
         ),
+        click.option("--series", help="Name or number of the image, where a file holds several."),
         click.option(
             "--axes", help="One letter per axis of the image: C channels; Z, Y, X space. Example: YXC."
         ),
@@ -149,6 +150,7 @@ class Arguments:
     axes: str | None = None
     scale: str | None = None
     preprocess: str | None = None
+    series: str | None = None
 
     @classmethod
     def take(cls, options: dict[str, Any]) -> Arguments:
@@ -204,17 +206,19 @@ class Arguments:
             return None
         return known.scaling
 
-    def images(self, patterns: tuple[str, ...], model: nn.Module) -> ImageFiles:
+    def images(self, patterns: tuple[str, ...], model: nn.Module, level: int = 0) -> ImageFiles:
         """Return the images that files, folders and globs name."""
+        from normfix.formats import Choice
         from normfix.images import ImageFiles, find_images
         from normfix.pipeline.looking import input_of
 
         channels, ndim = input_of(model)
-        return ImageFiles(find_images(patterns), ndim, channels, self.scaling(model), self.axes)
+        choice = Choice(self.series, level)
+        return ImageFiles(find_images(patterns), ndim, channels, self.scaling(model), self.axes, choice)
 
-    def image(self, path: str, model: nn.Module) -> Tensor:
+    def image(self, path: str, model: nn.Module, level: int = 0) -> Tensor:
         """Return one image, (1, C, *space)."""
-        found = list(self.images((path,), model))
+        found = list(self.images((path,), model, level))
         if len(found) != 1:
             raise click.UsageError(f"{path} names {len(found)} images; give one")
         return found[0]
@@ -224,13 +228,26 @@ class Arguments:
         from normfix.images import find_images
         from normfix.pipeline import open_image
 
-        paths = [p for text in patterns for p in ([Path(text)] if _is_zarr(text) else find_images((text,)))]
+        paths = find_images(patterns)
         scaling = self.scaling(model)
         context = click.get_current_context()
         return [
-            context.with_resource(open_image(p, model, axes=self.axes, level=level, scaling=scaling))
+            context.with_resource(
+                open_image(p, model, axes=self.axes, level=level, series=self.series, scaling=scaling)
+            )
             for p in paths
         ]
+
+    def masks(self, patterns: tuple[str, ...], model: nn.Module) -> list[Source]:
+        """Return the masks that files, folders and globs name; of the images' axes, channels apart."""
+        from normfix.images import find_images
+        from normfix.pipeline.looking import input_of
+        from normfix.pipeline.masking import open_mask
+
+        paths = find_images(patterns)
+        axes = None if self.axes is None else self.axes.upper().replace("C", "").replace("S", "")
+        context = click.get_current_context()
+        return [context.with_resource(open_mask(path, input_of(model)[1], axes)) for path in paths]
 
     def _place_(self, model: nn.Module) -> None:
         try:
@@ -240,10 +257,6 @@ class Arguments:
             raise NormfixError(
                 "NF116", f"cannot compute there: {reason}.", where=f"--device {self.device}"
             ) from error
-
-
-def _is_zarr(text: str) -> bool:
-    return Path(text).suffix == ".zarr" and Path(text).is_dir()
 
 
 def note(text: str) -> None:

@@ -102,10 +102,21 @@ def calibration_text(summary: CalibrationSummary) -> str:
     """Return images, residual and spread."""
     shift = max(site.mean_shift for site in summary.sites)
     spread = max(site.spread for site in summary.sites)
-    return (
+    text = (
         f"{len(summary.sites)} sites calibrated on {len(summary.images)} images; largest residual {shift:.1g} sd; "
         f"largest spread between images {spread:.2g} sd"
     )
+    if summary.ignored:
+        text += f"; {sum(summary.ignored)} pixels ignored"
+    sample = summary.sample
+    if sample is not None:
+        kind = "all blocks, exact" if sample.exact else "ESTIMATES from a random sample"
+        text += (
+            f"\n{kind}: {sample.blocks} of {sample.of} blocks, largest standard error {sample.error:.2g} sd"
+        )
+        if sample.error > sample.tolerance:
+            text += f" (asked for {sample.tolerance:.2g})"
+    return text
 
 
 def verdict_text(verdict: Verdict) -> str:

@@ -31,6 +31,8 @@ from normfix.cli.texts import calibration_text, verdict_text
 if TYPE_CHECKING:
     from torch import nn
 
+    from normfix.formats import Placement
+
 __all__ = ["calibrate_command", "check_command", "predict_command"]
 
 
@@ -82,11 +84,31 @@ _HALO = click.option(
 @click.option(
     "--tile", type=click.IntRange(1), help="Read images by window and run in stages over blocks of this size."
 )
+@click.option(
+    "--mask",
+    "masks",
+    multiple=True,
+    metavar="FILE",
+    help="Ignore the pixels where it is nonzero; one for each image, in their order. May be repeated.",
+)
+@click.option(
+    "--sample",
+    type=Threshold(),
+    help="Measure a random sample of blocks, not all, until every standard error is at most this many sd.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the sample.")
 @engine_option
 @stage_options
 @format_option
 def calibrate_command(
-    images: tuple[str, ...], out: str, format_: str, tile: int | None, **options: Any
+    images: tuple[str, ...],
+    out: str,
+    format_: str,
+    tile: int | None,
+    masks: tuple[str, ...],
+    sample: float | None,
+    seed: int,
+    **options: Any,
 ) -> None:
     """Measure the statistics of a converted MODEL anew on other IMAGES, whole.
 
@@ -105,12 +127,12 @@ def calibrate_command(
     require_absent(Path(out))
     stages = StageArguments.take(options)
     arguments = Arguments.take(options)
-    if tile is None and stages.asked:
+    if tile is None and sample is None and stages.asked:
         raise click.UsageError("--budget, --store and --engine dask belong to --tile")
     opened = arguments.open()
     with ExitStack() as stack:
         stack.enter_context(resumable(stages.store))  # until it is saved
-        if tile is None:
+        if tile is None and sample is None:
             given: Any = arguments.images(images, opened.model)
             watch, progress = None, stack.enter_context(steps())
         else:
@@ -120,6 +142,9 @@ def calibrate_command(
             opened.model,
             given,
             tile,
+            mask=arguments.masks(masks, opened.model) or None,
+            sample=sample,
+            seed=seed,
             **stages.keywords(),
             watch=watch,
             output=arguments.output,
@@ -136,9 +161,7 @@ def calibrate_command(
 @click.command("predict")
 @model_options
 @click.argument("image")
-@click.option(
-    "-o", "--out", required=True, help="File to write, .npy, .tif or, in stages, .zarr; must not exist."
-)
+@click.option("-o", "--out", required=True, help="File to write, .npy, .tif, .nii or .zarr; must not exist.")
 @_TILE
 @_HALO
 @click.option(
@@ -183,14 +206,20 @@ def predict_command(
             raise click.UsageError("--halo belongs to --engine tiles; stages measure their own")
         shape, dtype = _predict_in_stages(image, out, tile, statistics, stages, arguments)
     else:
-        shape, dtype = _predict_in_tiles(image, out, tile, halo, statistics, arguments)
+        shape, dtype = _predict_in_tiles(image, out, tile, halo, statistics, stages.level, arguments)
     record = Predicted(path=out, shape=shape, dtype=dtype)
     show(record, f"{out}: {'x'.join(map(str, shape))}, {dtype}", format_)
     note(f"Wrote {out}.")
 
 
 def _predict_in_tiles(
-    image: str, out: str, tile: int, halo: int | Literal["auto"], statistics: Any, arguments: Arguments
+    image: str,
+    out: str,
+    tile: int,
+    halo: int | Literal["auto"],
+    statistics: Any,
+    level: int,
+    arguments: Arguments,
 ) -> tuple[tuple[int, ...], str]:
     from normfix.pipeline import predict
     from normfix.reading import require_new_image, write_image
@@ -199,7 +228,7 @@ def _predict_in_tiles(
     opened = arguments.open()
     whole = predict(
         opened.model,
-        arguments.image(image, opened.model),
+        arguments.image(image, opened.model, level),
         tile,
         halo=halo,
         engine="tiles",
@@ -207,7 +236,7 @@ def _predict_in_tiles(
         output=arguments.output,
     )
     written = whole[0].float().cpu().numpy()
-    write_image(Path(out), written, _pixel_size(image, opened.model))
+    write_image(Path(out), written, _placement(image, opened.model, level, arguments))
     return written.shape, str(written.dtype)
 
 
@@ -233,16 +262,21 @@ def _predict_in_stages(
         )
 
 
-def _pixel_size(image: str, model: nn.Module) -> dict[str, Any]:
-    """Return the image's pixel size, if the prediction has a pixel for each of its."""
+def _placement(image: str, model: nn.Module, level: int, arguments: Arguments) -> Placement | None:
+    """Return where the prediction's pixels lie, as the image's file says of its own."""
     from normfix.images import find_images
+    from normfix.pipeline.looking import geometry_of, input_of
     from normfix.provenance import provenance_of
-    from normfix.reading import pixel_size_of
+    from normfix.streaming import open_image
 
     known = provenance_of(model)
-    if known is None or set(known.scan.scale or ()) != {"1"}:
-        return {}
-    return pixel_size_of(find_images((image,))[0])
+    geometry = None if known is None else geometry_of(known.scan)
+    if geometry is None:
+        return None
+    channels, ndim = input_of(model)
+    options: dict[str, Any] = {"axes": arguments.axes, "level": level, "series": arguments.series}
+    with open_image(find_images((image,))[0], ndim=ndim, channels=channels, **options) as window:
+        return window.placement.scaled(geometry.scale)
 
 
 @click.command("check")

@@ -48,15 +48,17 @@ def open_windowed(
     *,
     axes: str | None = None,
     level: int = 0,
+    series: str | None = None,
     scaling: Scaling | None = None,
 ) -> WindowedImage:
     """Open an image to be read by window, scaled over all of it, for a model.
 
     Args:
-        image: .npy, .tif, .zarr (also OME-Zarr), or an object with shape, dtype and slicing (h5py, dask, zarr).
+        image: .npy, .tif, .zarr (also OME-Zarr), .nii, or an object with shape, dtype and slicing (h5py, dask, zarr).
         model: says how many channels and axes, which dtype and device.
         axes: one letter per array axis, C for channels, Z Y X for space.
         level: of a pyramid, 0 is the finest.
+        series: name or number of the image, where a file holds several.
         scaling: default: what travels with the model.
 
     Raises:
@@ -71,7 +73,7 @@ def open_windowed(
     channels, ndim = input_of(model)
     known = provenance_of(model)
     if isinstance(image, str | Path):
-        window = open_image(Path(image), ndim=ndim, channels=channels, axes=axes, level=level)
+        window = open_image(Path(image), ndim=ndim, channels=channels, axes=axes, level=level, series=series)
     else:
         window = windowed(image, ndim=ndim, channels=channels, axes=axes)
     stated = scaling if scaling is not None else known.scaling if known is not None else None

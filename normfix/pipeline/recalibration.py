@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,9 @@ from normfix.layers import ChannelNorm, FrozenStatistic
 from normfix.moments import Moments
 from normfix.pipeline.engines import engine_of
 from normfix.pipeline.looking import fitting_example, geometry_of, site_target
+from normfix.pipeline.masking import Mask, ignored_pixels, masked
 from normfix.pipeline.opening import Wholes, sources_of
+from normfix.pipeline.sampling import measure_sampled_
 from normfix.pipeline.streamed import Resources, measure_streamed_
 from normfix.provenance import provenance_of
 from normfix.records import CalibrationSummary, Family, Plan
@@ -43,6 +46,9 @@ def calibrate(
     images: Tensor | Iterable[Tensor] | Source | Sequence[Source],
     tile: int | Sequence[int] | None = None,
     *,
+    mask: Mask | Sequence[Mask] | None = None,
+    sample: float | None = None,
+    seed: int = 0,
     budget: int | None = None,
     store: Path | None = None,
     workers: int = 1,
@@ -62,6 +68,12 @@ def calibrate(
         tile: extents of blocks in pixels; given, the network runs once, stage by stage over such blocks, and what
             it needs between stages fits a budget. The statistics are those of whole images either way; a
             network that cannot run in stages takes passes over whole images, and the summary says why.
+        mask: for each image an array or file of its extents, without channels; pixels where it is nonzero are
+            ignored. The network still reads them; they are no part of any statistic. Where a map is coarser than
+            the image, a position counts if none of the pixels it stands for is ignored.
+        sample: measure a random sample of blocks of `tile` instead of all, and stop when no standard error of a mean
+            or deviation is above this many sd. The statistics are estimates then, and the summary says so.
+        seed: of the sample.
         budget: bytes of memory for values between stages; None is no limit. Needs `tile`.
         store: folder where values are kept on disk and the run can be continued from, after whatever stopped it.
         workers: blocks computed at a time.
@@ -74,13 +86,17 @@ def calibrate(
 
     Raises:
         NormfixError: NF302 if the network has live statistics, or none at all; NF301 and codes of the images; NF326
-            to NF332 of the store; NF333 to NF336 of the cluster.
+            to NF332 of the store; NF333 to NF336 of the cluster; NF137, NF138 and NF139 of the masks; NF140 of
+            the sample.
     """
     copied = copy_of(model)
     summary = calibrate_(
         copied,
         images,
         tile,
+        mask=mask,
+        sample=sample,
+        seed=seed,
         budget=budget,
         store=store,
         workers=workers,
@@ -99,6 +115,9 @@ def calibrate_(
     images: Tensor | Iterable[Tensor] | Source | Sequence[Source],
     tile: int | Sequence[int] | None = None,
     *,
+    mask: Mask | Sequence[Mask] | None = None,
+    sample: float | None = None,
+    seed: int = 0,
     budget: int | None = None,
     store: Path | None = None,
     workers: int = 1,
@@ -128,14 +147,34 @@ def calibrate_(
         targets = _batch_norms(
             model, fitting_example(model, next(iter(items or Wholes(sources or ()))), caller), caller
         )
-    if tile is None and items is not None and not crew.shared:
+    passes = tile is None and items is not None and not crew.shared and sample is None
+    if passes and items is not None and mask is None:
         if geometry is not None:
             items = replace(items, prepare=partial(padded, geometry=geometry))
         return measure_sites_(model, targets, items, caller, progress)
     sources = sources or [TensorSource(image) for image in items or ()]
-    tile = tile or _TILES[len(sources[0].shape) - 2]
-    resources = Resources(tile=tile, budget=budget, store=store, engine=crew, watch=watch)
-    return measure_streamed_(model, targets, sources, caller, resources, geometry=geometry, progress=progress)
+    with ExitStack() as opened:  # mask files
+        ignored: tuple[int, ...] = ()
+        if mask is not None:
+            sources = list[Source](masked(sources, mask, opened))
+            ignored = tuple(map(ignored_pixels, sources))
+        tile = tile or _TILES[len(sources[0].shape) - 2]
+        resources = Resources(tile=tile, budget=budget, store=store, engine=crew, watch=watch)
+        if sample is not None:
+            summary = measure_sampled_(
+                model, targets, sources, caller, resources, geometry=geometry, tolerance=sample, seed=seed
+            )
+            return replace(summary, ignored=ignored)
+        summary = measure_streamed_(
+            model,
+            targets,
+            sources,
+            caller,
+            None if passes else resources,
+            geometry=geometry,
+            progress=progress,
+        )
+        return replace(summary, ignored=ignored)
 
 
 def _planned(model: nn.Module, plan: Plan) -> list[Target]:

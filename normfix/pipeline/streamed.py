@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normfix.calibration import measure_sites_, restoring_on_error
+from normfix.calibration import restoring_on_error
 from normfix.calling import Caller, evaluating, home_of
 from normfix.errors import NormfixError
 from normfix.numerics import exact_arithmetic
 from normfix.pipeline.capturing import program_of, schedule_of
-from normfix.pipeline.opening import Wholes
+from normfix.pipeline.masking import measure_in_passes_, require_maskable
 from normfix.pipeline.placing import Place
 from normfix.records import CalibrationSummary, SiteStatistics
 from normfix.streaming import (
@@ -94,7 +94,7 @@ def measure_streamed_(
     targets: Sequence[Target],
     images: Sequence[Source],
     caller: Caller,
-    resources: Resources,
+    resources: Resources | None,
     *,
     geometry: Geometry | None = None,
     progress: Progress = lambda done, total: None,
@@ -102,17 +102,21 @@ def measure_streamed_(
     """Calibrate the targets in place, in stages where the network can, else in passes: the same numbers.
 
     See `measure_in_stages_`. Images are extended to a size the network is exact at. Passes read them whole, one
-    at a time.
+    at a time; without resources passes are what is asked for.
     """
     stride = geometry.stride if geometry is not None else None
     if geometry is not None:
         images = [image.padded(geometry.padding(image.shape[2:])) for image in images]
+    require_maskable(targets, images)
+    if resources is None:
+        return measure_in_passes_(model, targets, images, caller, stride, progress)
     try:
         return measure_in_stages_(model, targets, images, caller, resources, stride=stride, progress=progress)
     except NormfixError as error:
         if error.code not in NOT_IN_STAGES:
             raise
-        return replace(measure_sites_(model, targets, Wholes(images), caller, progress), reason=str(error))
+        summary = measure_in_passes_(model, targets, images, caller, stride, progress)
+        return replace(summary, reason=str(error))
 
 
 def measure_in_stages_(
@@ -197,9 +201,11 @@ class StoredTarget:
         """Return what the statistic runs over."""
         return self.target.dims
 
-    def watch(self, report: Callable[[Any], None]) -> Callable[[], None]:
+    def watch(
+        self, report: Callable[[Any], None], counting: Callable[[Tensor], Tensor] | None = None
+    ) -> Callable[[], None]:
         """Report the measures of every call."""
-        return self.target.watch(report)
+        return self.target.watch(report) if counting is None else self.target.watch(report, counting)
 
     @property
     def measure(self) -> Callable[[Tensor], Any]:

@@ -116,7 +116,8 @@ def write_prediction(
     Args:
         model: as for `predict`.
         image: of a batch of one.
-        out: ends in .npy, .tif or .zarr (OME-Zarr); must not exist, and appears when it is whole.
+        out: ends in .npy, .tif, .zarr (OME-Zarr) or .nii; must not exist, and appears when it is whole. Size of
+            pixels, their place and the order of channels are those of the image, as far as the format holds them.
         tile: as for `predict`, as all that follow.
         engine: "auto" takes stages if the network can be captured.
         statistics: "stored" or "per-image".
@@ -137,6 +138,9 @@ def write_prediction(
     crew = engine_of(engine, scheduler, store, workers)
     with resumable(store), OutputFile(out) as file:
         job = _Prediction.of(model, image, tile, "auto", engine, statistics, forward_fn, output)
+        placement = getattr(image, "placement", None)
+        if placement is not None:
+            file.place(placement.scaled(job.geometry.scale))
         resources = Resources(tile=job.tile, budget=budget, store=store, engine=crew, watch=watch)
         result = job.run(resources, file)
         if result is not None:

@@ -9,13 +9,15 @@ from normfix.streaming.files import open_image
 from normfix.streaming.jobs import resumable, run_of
 from normfix.streaming.journal import Journal
 from normfix.streaming.manifest import describe
+from normfix.streaming.maps import Map, Span, map_of
+from normfix.streaming.masks import Masked, counted, mask_of, selected
 from normfix.streaming.outlook import Outlook, Step, Watch
 from normfix.streaming.program import Program, captured_program
 from normfix.streaming.running import Statistic, kept_name
 from normfix.streaming.schedules import Schedule
 from normfix.streaming.scheduling import schedule
 from normfix.streaming.sinks import OutputFile
-from normfix.streaming.sources import Source, TensorSource
+from normfix.streaming.sources import Source, TensorSource, digest_of
 from normfix.streaming.spread import scaling_numbers
 from normfix.streaming.stores import Kept, Store
 from normfix.streaming.windows import WindowedImage, windowed
@@ -26,11 +28,14 @@ __all__ = [
     "Journal",
     "Kept",
     "Local",
+    "Map",
+    "Masked",
     "Outlook",
     "OutputFile",
     "Program",
     "Schedule",
     "Source",
+    "Span",
     "Statistic",
     "Step",
     "Store",
@@ -38,13 +43,18 @@ __all__ = [
     "Watch",
     "WindowedImage",
     "captured_program",
+    "counted",
     "describe",
+    "digest_of",
     "execute",
     "kept_name",
+    "map_of",
+    "mask_of",
     "open_image",
     "resumable",
     "run_of",
     "scaling_numbers",
     "schedule",
+    "selected",
     "windowed",
 ]

@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 
 from normfix.errors import NormfixError
 from normfix.streaming.maps import Map, Span
+from normfix.streaming.masks import counted, selected
 from normfix.streaming.sources import Source
 from normfix.streaming.stores import Kept
 
@@ -109,12 +110,21 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a stage reads, is told and gives of one image of `size` pixels."""
+    """What a stage reads, is told and gives of one image of `size` pixels; which of them to ignore."""
 
     size: tuple[int, ...]
     reads: tuple[Read, ...]
     told: tuple[Told, ...]
     gives: tuple[Given, ...]
+    mask: Source | None = None
+
+    def counting(self, position: int, value: Tensor, block: Block) -> Tensor:
+        """Return what counts of a block's interior of one of the values."""
+        if self.mask is None:
+            return value
+        given = self.gives[position]
+        spans = given.map.window(block.interior, self.size, given.shape)
+        return selected(value, given.map.dims, counted(self.mask, given.map, spans))
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,4 +157,7 @@ class Work:
         for given, value in zip(part.gives, kept, strict=True):
             for place in given.places:
                 place.write(given.index(block, part.size), value)
-        return {site: measure(kept[position]) for site, (position, measure) in self.measures.items()}
+        return {
+            site: measure(part.counting(position, kept[position], block))
+            for site, (position, measure) in self.measures.items()
+        }

@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from normfix.streaming.program import Program, Shapes, is_tensor_node
 
-__all__ = ["Map", "Maps", "Span", "find_maps"]
+__all__ = ["Map", "Maps", "Span", "find_maps", "map_of"]
 
 Span = tuple[int, int]
 """First and past-the-last position along one axis."""
@@ -82,7 +82,7 @@ def find_maps(program: Program, size: Sequence[int], step: Sequence[int]) -> Map
             continue
         growth = [_growth(node, here, there, n) for there, n in zip(longer, step, strict=True)]
         scales[node] = tuple(tuple(found.values()) for found in growth)
-        found = _map(growth)
+        found = map_of(growth)
         if found is not None:
             maps[node] = found
     return Maps(maps, frozenset(moving), scales)
@@ -94,8 +94,8 @@ def _growth(node: Node, here: Shapes, there: Shapes, step: int) -> dict[int, Fra
     return {dim: Fraction(after - before, step) for dim, (before, after) in pairs if after != before}
 
 
-def _map(growth: Sequence[Mapping[int, Fraction]]) -> Map | None:
-    """Return the map whose axes each grow along one dimension of their own."""
+def map_of(growth: Sequence[Mapping[int, Fraction]]) -> Map | None:
+    """Return the map whose axes each grow along one dimension of their own; see `_growth`."""
     if any(len(found) != 1 for found in growth):
         return None
     dims = tuple(next(iter(found)) for found in growth)

@@ -16,6 +16,7 @@ from normfix.errors import NormfixError
 from normfix.streaming.blocks import Block, Given, Part, Read, Told, Work
 from normfix.streaming.engines import Crew
 from normfix.streaming.journal import Journal, Measured
+from normfix.streaming.masks import mask_of
 from normfix.streaming.outlook import Clock
 from normfix.streaming.program import Program, Shapes
 from normfix.streaming.schedules import Schedule, block_extents
@@ -150,7 +151,8 @@ class Run:
         )
         told = (Told(maps[of], shapes[of], dim) for of, dim in map(extent_of, stage.sizes))
         gives = (Given(n.name, maps[n], shapes[n], self._places(stage, image, n)) for n in stage.gives)
-        return Part(self.images[image].shape[2:], tuple(reads), tuple(told), tuple(gives))
+        source = self.images[image]
+        return Part(source.shape[2:], tuple(reads), tuple(told), tuple(gives), mask_of(source))
 
     def _places(self, stage: Stage, image: int, node: Node) -> tuple[Kept, ...]:
         """Return where a value goes that a stage computes."""

@@ -1,4 +1,4 @@
-"""Where predictions are written block by block: npy and TIFF by memory map, Zarr as OME-Zarr in whole chunks.
+"""Where predictions are written block by block: npy, TIFF and NIfTI by memory map, Zarr as OME-Zarr in whole shards.
 
 Everything goes to a draft beside the target, which takes the target's name when the last block is written: a
 file of that name is whole.
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from normfix.errors import NormfixError
-from normfix.streaming.chunks import chunk_edge
+from normfix.formats import Placement, create, suffix_of
+from normfix.reading import KEEPING, laid_out, require_new_image
 
 __all__ = ["OutputFile"]
 
@@ -33,17 +34,16 @@ class OutputFile:
         self._path = path
         self._draft = path.with_name(f".{path.stem}-draft{path.suffix}")
         self._array: Any = None
-        self._squeezed = False
+        self._axes = ""
+        self._keeps = suffix_of(path) in KEEPING  # the axis of a single channel
         self._space: tuple[int, ...] = ()
         self.written: tuple[tuple[int, ...], str] = (), ""  # shape and dtype
-        if path.suffix.lower() not in (".npy", ".tif", ".tiff", ".zarr") or path.exists():
-            raise NormfixError(
-                "NF114",
-                "give a new name ending in .npy, .tif or .zarr; nothing is overwritten.",
-                where=str(path),
-            )
-        if not path.parent.is_dir():
-            raise NormfixError("NF114", f"there is no folder {path.parent} to write it to.", where=str(path))
+        self._placement = Placement()
+        require_new_image(path)
+
+    def place(self, placement: Placement) -> None:
+        """Say where the pixels will lie, before `create`; the file holds what its format can."""
+        self._placement = placement
 
     def create(self, shape: Sequence[int], dtype: torch.dtype, blocks: Sequence[int]) -> None:
         """Make room for (C, *space), to be written in blocks of these extents per axis of space.
@@ -54,18 +54,14 @@ class OutputFile:
         numpy_dtype = np.dtype(str(dtype).removeprefix("torch.").replace("bfloat16", "float32"))
         self._space = tuple(shape[1:])
         self.written = tuple(shape), str(numpy_dtype)
-        suffix = self._path.suffix.lower()
+        room, axes = laid_out(np.broadcast_to(np.zeros(1), tuple(shape)), self._placement, keep=self._keeps)
+        self._axes = axes
+        edges = dict(zip("ZYX"[-len(blocks) :], blocks, strict=True), C=shape[0])
         try:
             self._remove()  # what a killed process left
-            if suffix == ".zarr":
-                self._array = _ome_zarr(self._draft, shape, numpy_dtype, blocks)
-            elif suffix == ".npy":
-                self._array = np.lib.format.open_memmap(self._draft, "w+", numpy_dtype, tuple(shape))
-            else:
-                self._squeezed = shape[0] == 1
-                axes = "ZYX"[-(len(shape) - 1) :]
-                axes, extents = (axes, shape[1:]) if self._squeezed else (f"C{axes}", shape)
-                self._array = _tiff(self._draft, extents, axes, numpy_dtype)
+            self._array = create(
+                self._draft, room.shape, numpy_dtype, axes, self._placement, [edges[a] for a in axes]
+            )
             _reserve(self._draft)
         except OSError as error:
             raise self._failed(error) from error
@@ -78,12 +74,10 @@ class OutputFile:
             return
         block = value[0][(slice(None), *(slice(0, s.stop - s.start) for s in spans))]
         block = block.float() if block.dtype == torch.bfloat16 else block
-        array = block.cpu().numpy()
+        array, axes = laid_out(block.cpu().numpy(), self._placement, keep="C" in self._axes)
+        known = dict(zip("ZYX"[-len(spans) :], spans, strict=True), C=slice(None))
         try:
-            if self._squeezed:
-                self._array[spans] = array[0]
-            else:
-                self._array[(slice(None), *spans)] = array
+            self._array[tuple(known[a] for a in axes)] = array
         except OSError as error:
             raise self._failed(error) from error
 
@@ -98,7 +92,7 @@ class OutputFile:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(self._array, np.memmap):
-            self._array.flush()
+            self._array.flush()  # also of a view
         self._array = None
         if kind is None:
             self._draft.rename(self._path)
@@ -120,24 +114,3 @@ def _reserve(path: Path) -> None:
     if path.is_file() and hasattr(os, "posix_fallocate"):
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-
-
-def _tiff(path: Path, shape: Sequence[int], axes: str, dtype: np.dtype[Any]) -> Any:
-    import tifffile
-
-    return tifffile.memmap(
-        path, shape=tuple(shape), dtype=dtype, bigtiff=True, photometric="minisblack", metadata={"axes": axes}
-    )
-
-
-def _ome_zarr(path: Path, shape: Sequence[int], dtype: np.dtype[Any], blocks: Sequence[int]) -> Any:
-    import zarr
-
-    space = "zyx"[-(len(shape) - 1) :]
-    group: Any = zarr.create_group(store=str(path), overwrite=True)
-    axes = [{"name": "c", "type": "channel"}, *({"name": letter, "type": "space"} for letter in space)]
-    scale = [{"type": "scale", "scale": [1.0] * len(shape)}]
-    datasets = [{"path": "0", "coordinateTransformations": scale}]
-    group.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": datasets}]}
-    edges = (chunk_edge(b, n) for b, n in zip(blocks, shape[1:], strict=True))
-    return group.create_array("0", shape=tuple(shape), chunks=(shape[0], *edges), dtype=dtype)

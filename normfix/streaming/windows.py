@@ -7,8 +7,8 @@ numbers that were measured over the whole image (normfix.streaming.spread).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,28 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from normfix.errors import NormfixError
-from normfix.reading import named_axes
+from normfix.formats import ArrayLike, Placement
+from normfix.reading import settled_axes
 from normfix.scaling import not_finite
 from normfix.streaming.maps import Span
 from normfix.streaming.origins import Origin
 from normfix.streaming.sources import digest_of
 
 __all__ = ["ArrayLike", "Window", "WindowedImage", "windowed"]
-
-
-class ArrayLike(Protocol):
-    """What numpy, zarr, h5py and dask arrays have in common."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Return the extents."""
-
-    @property
-    def dtype(self) -> Any:
-        """Return the numpy dtype."""
-
-    def __getitem__(self, index: Any) -> Any:
-        """Return a window as something that np.asarray takes."""
 
 
 def _nothing() -> None:
@@ -49,7 +35,8 @@ class Window:
     """An array-like image brought into the order (C, *space), still unread.
 
     `fixed` are axes of extent 1 that are no space and no channels. `close` lets a file go; leaving the context
-    does so too. `origin` is the file, which `reopen` opens again where this window is sent to another process.
+    does so too. `origin` is the file, which `reopen` opens again where this window is sent to another process;
+    `placement` what the file says of where its pixels lie.
     """
 
     array: ArrayLike
@@ -59,6 +46,7 @@ class Window:
     close: Callable[[], None] = _nothing
     origin: Origin | None = None
     reopen: Callable[[], Window] | None = None
+    placement: Placement = field(default_factory=Placement)
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.reopen is not None:
@@ -157,6 +145,11 @@ class WindowedImage:
         self._padding = tuple(padding) or (0,) * (len(window.shape) - 1)
 
     @property
+    def placement(self) -> Placement:
+        """Return where the pixels lie, as far as the file says."""
+        return self._window.placement
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Return (1, C, *space), padding included."""
         channels, *space = self._window.shape
@@ -216,17 +209,6 @@ def windowed(
     where: str = "image",
 ) -> Window:
     """Name the axes of an array-like object; see `files.open_image`."""
-    fixed: tuple[int, ...] = ()
-    if axes is None and said is not None:
-        fixed = tuple(
-            axis
-            for axis, (letter, n) in enumerate(zip(said, array.shape, strict=True))
-            if n == 1 and letter not in "YX"
-        )
-        said = "".join(letter for axis, letter in enumerate(said) if axis not in fixed)
-        said = None if set(said) & set("QI") else said
-    shape = tuple(n for axis, n in enumerate(array.shape) if axis not in fixed)
-    named = named_axes(
-        shape, np.dtype(array.dtype), ndim=ndim, channels=channels, axes=axes or said, where=where
-    )
-    return Window(array, named, fixed, where)
+    shape, dtype = tuple(array.shape), np.dtype(array.dtype)
+    named, fixed = settled_axes(shape, said, dtype, ndim=ndim, channels=channels, axes=axes, where=where)
+    return Window(array, named, fixed, where, placement=Placement(channels_last=named.endswith("C")))

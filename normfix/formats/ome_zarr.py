@@ -1,0 +1,141 @@
+"""Zarr 2 and 3 and OME-Zarr: axes, units and scales of a level; outputs in whole chunks and shards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from normfix.errors import NormfixError
+from normfix.formats.opened import Choice, Opened, choose
+from normfix.formats.placement import Placement, unit_named
+
+__all__ = ["create", "open_zarr"]
+
+_EDGE = 128
+"""Largest edge of a chunk."""
+
+
+def open_zarr(path: Path, choice: Choice) -> Opened:
+    """Open an array, or an image and level of OME-Zarr; see `normfix.formats.open_file`."""
+    import zarr
+
+    node: Any = zarr.open(str(path), mode="r")
+    if isinstance(node, zarr.Array):
+        dims = node.metadata.dimension_names if node.metadata.zarr_format == 3 else None
+        said = "".join(str(name).upper() for name in dims or ())
+        return Opened(node, said if len(said) == node.ndim else None, part=str(getattr(node, "path", "")))
+    attributes: dict[str, Any] = dict(node.attrs)
+    ome = attributes.get("ome", attributes)
+    images = ome.get("multiscales")
+    if not images:
+        raise NormfixError(
+            "NF101", "it is a Zarr group without OME metadata. Name the array inside it.", where=str(path)
+        )
+    arrays = [node[image["datasets"][0]["path"]] for image in images]
+    names = [str(image.get("name") or number) for number, image in enumerate(images)]
+    image = images[choose(names, [a.shape for a in arrays], choice.series, path)]
+    datasets = image["datasets"]
+    if not 0 <= choice.level < len(datasets):
+        raise NormfixError(
+            "NF101", f"it has {len(datasets)} levels, and no level {choice.level}.", where=str(path)
+        )
+    dataset = datasets[choice.level]
+    array = node[dataset["path"]]
+    axes = [a if isinstance(a, Mapping) else {"name": a} for a in image.get("axes", "tczyx")]
+    letters = "".join(str(axis["name"]).upper() for axis in axes)
+    placement = _placement(image, dataset, axes, letters)
+    labels = tuple(str(c.get("label", "")) for c in (ome.get("omero") or {}).get("channels", ()))
+    if "C" in letters and len(labels) == array.shape[letters.index("C")] and all(labels):
+        placement = replace(placement, channels=labels)
+    return Opened(array, letters, placement, part=str(getattr(array, "path", "")))
+
+
+def create(
+    path: Path,
+    shape: Sequence[int],
+    dtype: np.dtype[Any],
+    axes: str,
+    placement: Placement,
+    blocks: Sequence[int],
+) -> Any:
+    """Make an OME-Zarr of one level to be written by block; see `tiff.create`.
+
+    A block is a whole number of shards, so that two blocks never write one file, and a shard of chunks.
+    """
+    import zarr
+
+    group: Any = zarr.create_group(store=str(path), overwrite=True)
+    spaces = [letter for letter in axes if letter in "ZYX"]
+    order = [letter for letter in "ZYX" if letter in axes]
+
+    def by_axis(values: Sequence[float], other: float) -> list[float]:
+        known = dict(zip(order, values, strict=False))
+        return [known.get(letter, other) for letter in axes]
+
+    described: list[dict[str, str]] = []
+    for letter in axes:
+        axis = {"name": letter.lower(), "type": "space" if letter in spaces else "channel"}
+        if letter in spaces and placement.unit and placement.spacing:
+            axis["unit"] = placement.unit
+        described.append(axis)
+    transforms: list[dict[str, Any]] = [{"type": "scale", "scale": by_axis(placement.spacing, 1.0)}]
+    if placement.origin:
+        transforms.append({"type": "translation", "translation": by_axis(placement.origin, 0.0)})
+    multiscale = {
+        "name": path.stem.removeprefix(".").removesuffix("-draft"),
+        "axes": described,
+        "datasets": [{"path": "0", "coordinateTransformations": transforms}],
+    }
+    ome: dict[str, Any] = {"version": "0.5", "multiscales": [multiscale]}
+    if "C" in axes and len(placement.channels) == shape[axes.index("C")]:
+        ome["omero"] = {"channels": [{"label": name} for name in placement.channels]}
+    group.attrs["ome"] = ome
+    shards = [min(b, n) if b < n else n for b, n in zip(blocks, shape, strict=True)]
+    chunks = [_edge(n) for n in shards]
+    whole = [math.ceil(s / c) * c for s, c in zip(shards, chunks, strict=True)]
+    return group.create_array(
+        "0",
+        shape=tuple(shape),
+        chunks=tuple(chunks),
+        shards=tuple(whole) if whole != chunks else None,
+        dtype=dtype,
+        dimension_names=[letter.lower() for letter in axes],
+    )
+
+
+def _edge(block: int) -> int:
+    """Return the longest edge of a chunk that divides a block, if one of a sensible length does."""
+    for parts in range(math.ceil(block / _EDGE), block + 1):
+        if block % parts == 0:
+            return block // parts if block // parts * 4 >= min(block, _EDGE) else block
+    return block
+
+
+def _placement(
+    image: Mapping[str, Any], dataset: Mapping[str, Any], axes: Sequence[Mapping[str, Any]], letters: str
+) -> Placement:
+    """Return what the coordinate transformations say of the axes of space."""
+    scale, moved = np.ones(len(letters)), np.zeros(len(letters))
+    told = False
+    for one in (*dataset.get("coordinateTransformations", ()), *image.get("coordinateTransformations", ())):
+        if one.get("type") == "scale" and "scale" in one:
+            scale, moved, told = scale * one["scale"], moved * one["scale"], True
+        elif one.get("type") == "translation" and "translation" in one:
+            moved = moved + one["translation"]
+    order = [letters.index(letter) for letter in "ZYX" if letter in letters]
+    units = {unit_named(axes[i].get("unit")) for i in order}
+    unit = units.pop() if len(units) == 1 else ""
+    last = letters.endswith("C")
+    if not told or (not unit and (scale == 1).all()):
+        return Placement(channels_last=last)
+    return Placement(
+        spacing=tuple(float(scale[i]) for i in order),
+        unit=unit,
+        origin=tuple(float(moved[i]) for i in order) if moved.any() else (),
+        channels_last=last,
+    )

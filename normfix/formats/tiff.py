@@ -1,0 +1,223 @@
+"""TIFF through tifffile: series, levels, OME and ImageJ descriptions, resolution and GeoTIFF tags."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normfix.errors import NormfixError
+from normfix.formats.opened import Choice, Opened, choose, letters_of
+from normfix.formats.placement import UNITS, Placement, unit_named
+
+__all__ = ["create", "open_tiff"]
+
+_GEO = {33550: 12, 33922: 12, 34264: 12, 34735: 3, 34736: 12, 34737: 2}
+"""Tags of GeoTIFF and their TIFF types: pixel scale, tie points, transformation, keys, doubles, text."""
+
+_PIXEL_SCALE, _TIE_POINTS = 33550, 33922
+
+
+@dataclass(frozen=True, slots=True)
+class _Tags:
+    """Resolution and GeoTIFF tags as they are."""
+
+    resolution: tuple[float, float] | None
+    resolution_unit: int
+    geo: tuple[tuple[int, Any], ...]
+
+    def scaled(self, scale: Sequence[Fraction]) -> _Tags | None:
+        """Return the tags of a map of another scale, where pixel scale and tie points at a corner say it all."""
+        down, right = (float(s) for s in scale[-2:])
+        geo = dict(self.geo)
+        if geo:
+            if _PIXEL_SCALE not in geo or tuple(geo.get(_TIE_POINTS, (1,))[:3]) != (0.0, 0.0, 0.0):
+                return None
+            x, y, z = geo[_PIXEL_SCALE]
+            geo[_PIXEL_SCALE] = (x / right, y / down, z)
+        size = self.resolution
+        finer = None if size is None else (size[0] * right, size[1] * down)
+        return _Tags(finer, self.resolution_unit, tuple(geo.items()))
+
+    def options(self) -> dict[str, Any]:
+        """Return them as tifffile writes them."""
+        found: dict[str, Any] = {}
+        if self.resolution is not None:
+            found = {"resolution": self.resolution, "resolutionunit": self.resolution_unit}
+        if self.geo:
+            found["extratags"] = [
+                (code, _GEO[code], len(value) + (_GEO[code] == 2), value, True) for code, value in self.geo
+            ]
+        return found
+
+
+class _Pages:
+    """A level of a series: whole through tifffile, windows of it through its tiles or strips (zarr)."""
+
+    def __init__(self, level: Any) -> None:
+        self._level = level
+        self._windows: Any = None
+        self.shape: tuple[int, ...] = tuple(level.shape)
+        self.dtype = np.dtype(level.dtype)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        with _complaints("tifffile") as complaints:
+            array = self._level.asarray()
+        if complaints:  # such as a page beyond the end of a truncated file, which is left out of the stack
+            raise ValueError(complaints[0])
+        return np.asarray(array, dtype)
+
+    def __getitem__(self, index: Any) -> Any:
+        if self._windows is None:
+            import zarr
+
+            self._windows = zarr.open_array(self._level.aszarr(level=0), mode="r")
+        return self._windows[index]
+
+
+def open_tiff(path: Path, choice: Choice) -> Opened:
+    """Open a series and level of a TIFF; see `normfix.formats.open_file`."""
+    import tifffile
+
+    with _complaints("tifffile") as complaints:
+        file = tifffile.TiffFile(path)
+        try:
+            opened = _opened(file, path, choice)
+        except BaseException:
+            file.close()
+            raise
+    if complaints:
+        file.close()
+        raise ValueError(complaints[0])
+    return opened
+
+
+def _opened(file: Any, path: Path, choice: Choice) -> Opened:
+    series = list(file.series)
+    number = choose([s.name for s in series], [s.shape for s in series], choice.series, path)
+    levels = series[number].levels
+    if not 0 <= choice.level < len(levels):
+        raise NormfixError(
+            "NF101", f"it has {len(levels)} levels, and no level {choice.level}.", where=str(path)
+        )
+    level = levels[choice.level]
+    placement = _placement(file, series[number], number)
+    if choice.level:
+        placement = placement.of_level(_extents(levels[0]), _extents(level))
+    return Opened(_Pages(level), level.axes, placement, file.close)
+
+
+def create(path: Path, shape: Sequence[int], dtype: np.dtype[Any], axes: str, placement: Placement) -> Any:
+    """Make a TIFF to be written by window: OME where size or channels are known, GeoTIFF as it came.
+
+    Args:
+        path: of the file.
+        shape: of the array.
+        dtype: of the array.
+        axes: a letter per axis of the array.
+        placement: of the pixels.
+    """
+    import tifffile
+
+    tags = placement.native if isinstance(placement.native, _Tags) else None
+    options = {} if tags is None else tags.options()
+    described: dict[str, Any] = {"axes": axes}
+    sizes = placement.spacing if placement.unit in UNITS and not (tags and tags.geo) else ()
+    for letter, size in zip(letters_of("ZYX"[-len(sizes) :] if sizes else ""), sizes, strict=True):
+        described[f"PhysicalSize{letter}"] = size
+        described[f"PhysicalSize{letter}Unit"] = UNITS[placement.unit]
+    if "C" in axes and len(placement.channels) == shape[axes.index("C")]:
+        described["Channel"] = {"Name": list(placement.channels)}
+    if axes[-1] == "C":
+        options["planarconfig"] = "contig"
+        described["axes"] = axes = axes[:-1] + "S"
+    grey = "minisblack" if len(shape) > 1 else None  # else 3 or 4 channels would become RGB
+    ome = len(described) > 1
+    return tifffile.memmap(
+        path,
+        shape=tuple(shape),
+        dtype=dtype,
+        bigtiff=True,
+        photometric=grey,
+        ome=ome,
+        metadata=described,
+        **options,
+    )
+
+
+def _extents(level: Any) -> list[int]:
+    named = dict(zip(level.axes, level.shape, strict=True))
+    return [named[letter] for letter in "ZYX" if letter in named]
+
+
+def _placement(file: Any, series: Any, number: int) -> Placement:
+    page = series.keyframe
+    letters = "".join(letter for letter in "ZYX" if letter in series.axes)
+    last = series.axes[-1:] in ("S", "C") and series.axes[-3:-1] == "YX"
+    tags = _tags(page)
+    base = Placement(channels_last=last, native=tags)
+    if file.is_ome and file.ome_metadata:
+        return _ome(file.ome_metadata, number, letters, base)
+    described = file.imagej_metadata or {}
+    unit = unit_named(described.get("unit"))
+    if tags is None or tags.resolution is None or 0 in tags.resolution:
+        return base
+    physical = {2: "inch", 3: "centimeter"}.get(tags.resolution_unit, "")
+    unit = unit if unit in UNITS else physical
+    sizes = {"X": 1 / tags.resolution[0], "Y": 1 / tags.resolution[1], "Z": described.get("spacing", 0)}
+    if not unit or not all(sizes.get(letter) for letter in letters):
+        return base
+    return replace(base, spacing=tuple(float(sizes[letter]) for letter in letters), unit=unit)
+
+
+def _ome(xml: str, number: int, letters: str, base: Placement) -> Placement:
+    """Read physical sizes and channel names of an image in OME-XML."""
+    images = [e for e in ElementTree.fromstring(xml).iter() if e.tag.endswith("}Image") or e.tag == "Image"]
+    if number >= len(images):
+        return base
+    pixels = next(e for e in images[number].iter() if e.tag.endswith("Pixels"))
+    names = tuple(e.get("Name", "") for e in pixels if e.tag.endswith("Channel"))
+    base = replace(base, channels=names if all(names) else ())
+    sizes = [pixels.get(f"PhysicalSize{letter}") for letter in letters]
+    units = {unit_named(pixels.get(f"PhysicalSize{letter}Unit", "µm")) for letter in letters}
+    if not all(sizes) or len(units) != 1:
+        return base
+    return replace(base, spacing=tuple(float(size or 0) for size in sizes), unit=units.pop())
+
+
+def _tags(page: Any) -> _Tags | None:
+    def value(name: str | int) -> Any:
+        tag = page.tags.get(name)
+        return None if tag is None else tag.value
+
+    x, y = value("XResolution"), value("YResolution")
+    told = x is not None and y is not None and x != (1, 1) and 0 not in (*x, *y)
+    size = (x[0] / x[1], y[0] / y[1]) if told else None
+    geo = tuple((code, value(code)) for code in _GEO if value(code) is not None)
+    return _Tags(size, int(value("ResolutionUnit") or 1), geo) if size or geo else None
+
+
+@contextmanager
+def _complaints(name: str) -> Iterator[list[str]]:
+    """Collect the errors that a library only logs."""
+    found: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.levelno >= logging.ERROR:
+                found.append(record.getMessage())
+
+    logger, handler = logging.getLogger(name), Collector()
+    logger.addHandler(handler)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)
