@@ -93,7 +93,7 @@ def set_statistics_(
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """Return a deep copy of a model.
+    """Return a deep copy of a model, in the same mode module by module: some classes' own copies are in train mode.
 
     Raises:
         NormfixError: NF118 if it is no network, or one without data or behind a compiler; NF208 if it cannot be
@@ -101,7 +101,7 @@ def copy_of(model: nn.Module) -> nn.Module:
     """
     require_network(model)
     try:
-        return copy.deepcopy(model, _blank_uninitialised(model))
+        copied = copy.deepcopy(model, _blank_uninitialised(model))
     except Exception as error:
         raise NormfixError(
             "NF208",
@@ -109,6 +109,10 @@ def copy_of(model: nn.Module) -> nn.Module:
             "Detach what holds graphs, locks or open files.",
             where=type(model).__name__,
         ) from error
+    modes = {path: module.training for path, module in model.named_modules()}
+    for path, module in copied.named_modules():
+        module.training = modes.get(path, module.training)
+    return copied
 
 
 def _blank_uninitialised(model: nn.Module) -> dict[int, object]:

@@ -562,3 +562,16 @@ def test_predict_refuses_live() -> None:
     """Prediction with a live network is refused: its tiles would not be the whole image's."""
     with pytest.raises(normfix.NormfixError, match=r"NF409.*instance_norm"):
         normfix.predict(build("instance"), image())
+
+
+def test_a_network_whose_copies_forget_eval_mode_is_proved_in_it():
+    """A copy of torchvision's feature extractor is in train mode; the proof must not train its BatchRenorm."""
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    whole = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.InstanceNorm2d(4), nn.Conv2d(4, 1, 1)
+    )
+    net = create_feature_extractor(whole.eval(), {"3": "map"}).eval()
+    assert any(module.training for module in copy.deepcopy(net).modules())  # else nothing is tested
+    image = torch.rand(1, 1, 96, 96, generator=torch.Generator().manual_seed(0))
+    assert normfix.convert(net, image, "batchrenorm", tile=32, output="map").proof.passed
