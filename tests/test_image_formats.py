@@ -14,6 +14,7 @@ import torch
 import zarr
 
 import normfix
+from normfix.demo.data import nuclei_image
 from normfix.errors import NormfixError
 from normfix.formats import Choice, Placement, open_file
 from normfix.reading import read_image, write_image
@@ -133,7 +134,7 @@ def test_a_prediction_of_a_geotiff_is_a_geotiff(tmp_path, suffix, stride):
 
 def test_a_real_microscopy_image_keeps_its_values_through_every_format(tmp_path):
     """A real image of nuclei, with a physical size, is predicted into TIFF, OME-Zarr, npy and NIfTI alike."""
-    nuclei = tifffile.imread(_in("stardist", "data", "images", "img2d.tif"))[:96, :130]
+    nuclei = nuclei_image()[:96, :130]
     size = {"PhysicalSizeX": 0.25, "PhysicalSizeXUnit": "µm", "PhysicalSizeY": 0.5, "PhysicalSizeYUnit": "µm"}
     tifffile.imwrite(tmp_path / "a.ome.tif", nuclei, metadata={"axes": "YX", **size})
     model = _converted(outputs=2)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import Tensor, nn, optim
 from torch.utils.hooks import RemovableHandle
 
@@ -131,7 +130,7 @@ def prepare_finetune(
         >>> model(torch.rand(2, 1, 32, 32)).square().mean().backward()
         >>> optimizer.step()
         >>> run.steps, model[1].r_max.item(), [len(group["params"]) for group in run.groups]
-        (1, 3.0, [2, 4])
+        (1, 3.0, [2, 2])
     """
     if total_steps < 1 or not 0 <= hold <= 1:
         raise ValueError(f"need total_steps >= 1 and 0 <= hold <= 1, got {total_steps} and {hold}")
@@ -150,13 +149,16 @@ def prepare_finetune(
         layer.momentum = momentum or min(_FASTEST, max(_SLOWEST, _RENEWALS / total_steps))
     schedule = RenormSchedule(model, total_steps, warm=warm) if layers else None
     hold_at = total_steps - round(hold * total_steps) if hold else total_steps + 1
-    return FineTuning(model, _groups(named.values(), weight_decay), schedule, hold_at=hold_at)
+    return FineTuning(model, _groups(model, weight_decay), schedule, hold_at=hold_at)
 
 
-def _groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    training = [p for p in parameters if p.requires_grad]
-    vectors = [p for p in training if _is_vector(p)]
-    weights = [p for p in training if not _is_vector(p)]
+def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    mixing = (nn.Linear, nn.modules.conv._ConvNd)  # their weights are weights, however few channels they have
+    sure = {id(module.weight) for module in model.modules() if isinstance(module, mixing)}
+    training = [p for p in model.parameters() if p.requires_grad]
+    vectors = [p for p in training if id(p) not in sure and _is_vector(p)]
+    ids = set(map(id, vectors))
+    weights = [p for p in training if id(p) not in ids]
     groups = [
         {"params": weights, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -164,6 +166,6 @@ def _groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dic
     return [group for group in groups if group["params"]]
 
 
-def _is_vector(parameter: torch.Tensor) -> bool:
-    """Tell whether one number per channel or less is in it: a bias, an affine, a scale, whatever its shape."""
+def _is_vector(parameter: Tensor) -> bool:
+    """Tell whether it has one axis but for extents of 1: a bias, an affine, a scale."""
     return parameter.numel() == max(parameter.shape, default=1)

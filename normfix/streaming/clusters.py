@@ -103,7 +103,8 @@ class _Workers:
                     arriving.add(submit())
         finally:
             self._client.cancel(list(running), force=True)
-            self._client.unregister_worker_plugin(name)
+            with suppress(OSError):  # a worker that has died has nothing to let go of
+                self._client.unregister_worker_plugin(name)
 
     def _hand_out(self, toolbox: Any, name: str) -> None:
         """Send a stage's work to all workers; one that dies meanwhile is no reason to give up."""
