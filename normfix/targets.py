@@ -24,7 +24,7 @@ from normfix.layers.statistic import FrozenStatistic
 from normfix.moments import Moments, measure, merge
 from normfix.records import SiteStatistics, StatisticSpec
 
-__all__ = ["Counting", "NormTarget", "Seen", "StatisticTarget", "Target"]
+__all__ = ["Counting", "NormTarget", "Seen", "StatisticTarget", "Target", "TargetAround"]
 
 
 Counting = Callable[[Tensor], Tensor]
@@ -76,6 +76,49 @@ class Target(Protocol):
     def compare(self, parts: Sequence[Any]) -> SiteStatistics:
         """Compare what the parts' union would store with what is stored."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class TargetAround:
+    """A target that does what another does; subclasses say what they do otherwise."""
+
+    target: Target
+
+    @property
+    def name(self) -> str:
+        """Return the site's id."""
+        return self.target.name
+
+    @property
+    def module(self) -> nn.Module:
+        """Return what holds the statistic."""
+        return self.target.module
+
+    @property
+    def dims(self) -> tuple[int, ...] | None:
+        """Return what the statistic runs over."""
+        return self.target.dims
+
+    @property
+    def measure(self) -> Callable[[Tensor], Any]:
+        """Return what measures a block."""
+        return self.target.measure
+
+    def watch(self, report: Callable[[Any], None], counting: Counting = _all) -> Callable[[], None]:
+        """Report the measures of every call."""
+        return self.target.watch(report, counting)
+
+    def join(self, blocks: Sequence[Any]) -> Any:
+        """Put blocks together."""
+        return self.target.join(blocks)
+
+    def store(self, parts: Sequence[Any]) -> None:
+        """Write the statistic."""
+        self.target.store(parts)
+
+    def compare(self, parts: Sequence[Any]) -> SiteStatistics:
+        """Compare with what is stored."""
+        return self.target.compare(parts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,10 +155,10 @@ def prepare_finetune(
 def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     mixing = (nn.Linear, nn.modules.conv._ConvNd)  # their weights are weights, however few channels they have
     sure = {id(module.weight) for module in model.modules() if isinstance(module, mixing)}
-    training = [p for p in model.parameters() if p.requires_grad]
-    vectors = [p for p in training if id(p) not in sure and _is_vector(p)]
-    ids = set(map(id, vectors))
-    weights = [p for p in training if id(p) not in ids]
+    weights, vectors = list[nn.Parameter](), list[nn.Parameter]()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            (weights if id(parameter) in sure or not _is_vector(parameter) else vectors).append(parameter)
     groups = [
         {"params": weights, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},

@@ -23,7 +23,7 @@ from normfix.calling import Caller, evaluating, home_of
 from normfix.errors import NormfixError
 from normfix.pipeline.looking import fitting_example
 from normfix.pipeline.opening import Wholes
-from normfix.records import CalibrationSummary, SiteStatistics
+from normfix.records import CalibrationSummary
 from normfix.streaming import (
     Map,
     Masked,
@@ -36,7 +36,7 @@ from normfix.streaming import (
     selected,
 )
 from normfix.streaming import open_image as open_file
-from normfix.targets import StatisticTarget, Target
+from normfix.targets import StatisticTarget, Target, TargetAround
 from normfix.tiles import round_up
 
 __all__ = ["Mask", "ignored_pixels", "masked", "measure_in_passes_", "open_mask", "require_maskable"]
@@ -165,42 +165,16 @@ class _Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class _Counting:
+class _Counting(TargetAround):
     """A target that measures the positions that count of the image whose turn it is."""
 
-    target: Target
     map: Map
     turn: _Turn
-
-    @property
-    def name(self) -> str:
-        return self.target.name
-
-    @property
-    def module(self) -> nn.Module:
-        return self.target.module
-
-    @property
-    def dims(self) -> tuple[int, ...] | None:
-        return self.target.dims
-
-    @property
-    def measure(self) -> Callable[[Tensor], Any]:
-        return self.target.measure
 
     def watch(
         self, report: Callable[[Any], None], counting: Callable[[Tensor], Tensor] | None = None
     ) -> Callable[[], None]:
         return self.target.watch(report, self._counting)
-
-    def join(self, blocks: Sequence[Any]) -> Any:
-        return self.target.join(blocks)
-
-    def store(self, parts: Sequence[Any]) -> None:
-        self.target.store(parts)
-
-    def compare(self, parts: Sequence[Any]) -> SiteStatistics:
-        return self.target.compare(parts)
 
     def _counting(self, operand: Tensor) -> Tensor:
         if self.turn.mask is None:

@@ -28,8 +28,8 @@ from normfix.errors import NormfixError
 from normfix.moments import Moments, merge
 from normfix.pipeline.streamed import Resources, measure_streamed_
 from normfix.records import CalibrationSummary, Sampled, SiteStatistics
-from normfix.streaming import Masked, Source, Span, digest_of, mask_of
-from normfix.targets import NormTarget, StatisticTarget, Target
+from normfix.streaming import Masked, Source, Span, mask_of, values_digest
+from normfix.targets import NormTarget, StatisticTarget, Target, TargetAround
 from normfix.tiles import Geometry, grid, round_up
 
 __all__ = ["measure_sampled_"]
@@ -142,7 +142,7 @@ class _Crop:
         return self
 
     def fingerprint(self) -> str:
-        return _fingerprint(self)
+        return values_digest(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,49 +174,14 @@ class _Outside:
         return self
 
     def fingerprint(self) -> str:
-        return _fingerprint(self)
-
-
-def _fingerprint(source: Source) -> str:
-    batch, channels, *space = source.shape
-    return digest_of(
-        lambda window: source.read(window).cpu().contiguous().numpy().tobytes(), space, batch * channels
-    )
+        return values_digest(self)
 
 
 @dataclass(frozen=True, slots=True)
-class _Estimating:
+class _Estimating(TargetAround):
     """A target that is measured on some of the blocks, and tells its error."""
 
-    target: Target
     blocks: int
-
-    @property
-    def name(self) -> str:
-        return self.target.name
-
-    @property
-    def module(self) -> nn.Module:
-        return self.target.module
-
-    @property
-    def dims(self) -> tuple[int, ...] | None:
-        return self.target.dims
-
-    @property
-    def measure(self) -> Callable[[Tensor], Any]:
-        return self.target.measure
-
-    def watch(
-        self, report: Callable[[Any], None], counting: Callable[[Tensor], Tensor] | None = None
-    ) -> Callable[[], None]:
-        return self.target.watch(report) if counting is None else self.target.watch(report, counting)
-
-    def join(self, blocks: Sequence[Any]) -> Any:
-        return self.target.join(blocks)
-
-    def store(self, parts: Sequence[Any]) -> None:
-        self.target.store(parts)
 
     def compare(self, parts: Sequence[Any]) -> SiteStatistics:
         """Compare with what is stored, and add the errors."""

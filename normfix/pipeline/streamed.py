@@ -36,7 +36,7 @@ from normfix.streaming import (
     kept_name,
     run_of,
 )
-from normfix.targets import Target
+from normfix.targets import Target, TargetAround
 from normfix.tiles import Geometry
 
 __all__ = [
@@ -180,48 +180,13 @@ def measure_in_stages_(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTarget:
+class StoredTarget(TargetAround):
     """A target that is measured and compared, and keeps the statistic it has."""
 
-    target: Target
-
-    @property
-    def name(self) -> str:
-        """Return the site's id."""
-        return self.target.name
-
-    @property
-    def module(self) -> nn.Module:
-        """Return what holds the statistic."""
-        return self.target.module
-
-    @property
-    def dims(self) -> tuple[int, ...] | None:
-        """Return what the statistic runs over."""
-        return self.target.dims
-
-    def watch(
-        self, report: Callable[[Any], None], counting: Callable[[Tensor], Tensor] | None = None
-    ) -> Callable[[], None]:
-        """Report the measures of every call."""
-        return self.target.watch(report) if counting is None else self.target.watch(report, counting)
-
-    @property
-    def measure(self) -> Callable[[Tensor], Any]:
-        """Return what measures a block."""
-        return self.target.measure
-
-    def join(self, blocks: Sequence[Any]) -> Any:
-        """Put blocks together."""
-        return self.target.join(blocks)
+    __slots__ = ()
 
     def store(self, parts: Sequence[Any]) -> None:
         """Keep what is stored."""
-
-    def compare(self, parts: Sequence[Any]) -> SiteStatistics:
-        """Compare with what is stored."""
-        return self.target.compare(parts)
 
 
 def predict_in_stages(

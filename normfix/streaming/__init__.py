@@ -17,7 +17,7 @@ from normfix.streaming.running import Statistic, kept_name
 from normfix.streaming.schedules import Schedule
 from normfix.streaming.scheduling import schedule
 from normfix.streaming.sinks import OutputFile
-from normfix.streaming.sources import Source, TensorSource, digest_of
+from normfix.streaming.sources import Source, TensorSource, values_digest
 from normfix.streaming.spread import scaling_numbers
 from normfix.streaming.stores import Kept, Store
 from normfix.streaming.windows import WindowedImage, windowed
@@ -45,7 +45,6 @@ __all__ = [
     "captured_program",
     "counted",
     "describe",
-    "digest_of",
     "execute",
     "kept_name",
     "map_of",
@@ -56,5 +55,6 @@ __all__ = [
     "scaling_numbers",
     "schedule",
     "selected",
+    "values_digest",
     "windowed",
 ]

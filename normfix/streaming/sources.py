@@ -12,7 +12,7 @@ from torch import Tensor
 
 from normfix.streaming.maps import Span
 
-__all__ = ["Source", "TensorSource", "digest_of"]
+__all__ = ["Source", "TensorSource", "digest_of", "values_digest"]
 
 
 class Source(Protocol):
@@ -62,9 +62,13 @@ class TensorSource:
 
     def fingerprint(self) -> str:
         """Return a digest of the values; see Source."""
-        space, batch = self._image.shape[2:], math.prod(self._image.shape[:2])
-        found = digest_of(lambda window: _bytes(self.read(window)), space, batch)
-        return f"tensor {self._image.dtype} {self.shape} {found}"
+        return f"tensor {self._image.dtype} {self.shape} {values_digest(TensorSource(self._image))}"
+
+
+def values_digest(source: Source) -> str:
+    """Return the digest of all values of a source, read by window."""
+    batch, channels, *space = source.shape
+    return digest_of(lambda window: _bytes(source.read(window)), space, batch * channels)
 
 
 def digest_of(read: Callable[[Sequence[Span]], bytes], space: Sequence[int], values: int) -> str:
