@@ -24,7 +24,7 @@ def _image(seed, height=48, width=44):
 @pytest.fixture(scope="module")
 def cluster():
     """Two worker processes, each watched by a nanny that starts it again."""
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as found:
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=":0") as found:
         yield found
 
 
