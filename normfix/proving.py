@@ -115,14 +115,23 @@ def untouched(original: nn.Module, converted: nn.Module, plan: Plan) -> ProofSte
     return _step("untouched", claim, "failed" if changed else "passed", float(len(changed)), 0.0, note)
 
 
-def used(calls: Mapping[str, int], sites: Iterable[Site], plan: Plan) -> ProofStep:
+def used(
+    calls: Mapping[str, int], sites: Iterable[Site], plan: Plan, judged: Iterable[Site] = ()
+) -> ProofStep:
     """Prove on another input that every planned layer runs once and no planned call is live.
 
     On the calibration image itself a lost interception is invisible, since there live equals frozen.
+
+    Args:
+        calls: how often each planned layer ran.
+        sites: what the census finds in the converted network.
+        plan: says what was converted, and what stays live.
+        judged: sites that it calls live in the original too and that the scan has found not to be.
     """
     claim = "on another input, every converted site runs once and none is live"
     lost = [d.site.id for d in plan.converted if calls.get(d.target, 0) != 1]
     expected = Counter((d.site.owner, d.site.function) for d in plan.left_live)
+    expected += Counter((site.owner, site.function) for site in judged)
     surplus = Counter((site.owner, site.function) for site in sites if site.live) - expected
     wrong = [*lost, *(f"{owner or '(root)'}/{function} is live" for owner, function in surplus)]
     note = ", ".join(wrong[:4])

@@ -133,6 +133,42 @@ def test_an_interception_lost_after_calibration_is_caught(kind, monkeypatch):
     assert normfix.convert(kind(), image()).proof.step("used").status == "failed"
 
 
+class TokensOfOneSize(nn.Module):
+    """A patch embedding with learned positions, so that the census sees one size and suspects every token norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Conv2d(1, 8, 4, 4)
+        self.positions = nn.Parameter(torch.rand(1, 64, 8))
+        self.tokens = nn.LayerNorm(8)
+        self.up = nn.ConvTranspose2d(8, 4, 4, 4)
+        self.norm = nn.InstanceNorm2d(4, affine=True)
+        self.head = nn.Conv2d(4, 1, 3, padding=1)
+
+    def forward(self, x):
+        tokens = self.tokens(self.embed(x).flatten(2).transpose(1, 2) + self.positions)
+        seen = torch.einsum("nqk,nkc->nqc", torch.einsum("nqc,nkc->nqk", tokens, tokens).softmax(-1), tokens)
+        return self.head(self.norm(self.up(seen.transpose(1, 2).unflatten(2, (8, 8)))))
+
+
+def test_token_norms_of_a_one_size_network_do_not_fail_its_proof(monkeypatch):
+    """What the scan has judged not live is no surplus; a norm left live still is."""
+    x = torch.rand(1, 1, 32, 32)
+    done = normfix.convert(TokensOfOneSize(), x)
+    assert done.proof.partial
+    assert done.proof.step("used").status == "passed"
+    assert {d.site.owner for d in done.plan.converted} == {"norm"}
+    calibrate = conversion._calibrate_
+
+    def careless(model, *given):
+        summary = calibrate(model, *given)
+        model.norm = nn.InstanceNorm2d(4)
+        return summary
+
+    monkeypatch.setattr(conversion, "_calibrate_", careless)
+    assert normfix.convert(TokensOfOneSize(), x).proof.step("used").status == "failed"
+
+
 @NETWORKS
 def test_a_wrong_constant_is_caught(kind, monkeypatch):
     """A value stored 1 % too large fails the residual."""

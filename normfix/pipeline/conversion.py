@@ -46,6 +46,7 @@ from normfix.records import (
     Provenance,
     Scaling,
     Scan,
+    Site,
     Source,
     Verdict,
 )
@@ -400,7 +401,18 @@ class _Work:
         finally:
             for handle in handles:
                 handle.remove()
-        return used(calls, survey(self.converted, self.caller, other).sites, self.plan)
+        sites = survey(self.converted, self.caller, other).sites
+        judged = self._judged(other) if any(site.live for site in sites) else ()
+        return used(calls, sites, self.plan, judged)
+
+    def _judged(self, image: Tensor) -> list[Site]:
+        """Return the sites that the census alone calls live in the original and the scan, seeing more, does not.
+
+        A network that takes one size shows the census no growth, so it suspects every norm over tokens.
+        """
+        quiet = {site.id for site in self.seen.scan.sites if not site.live}
+        before = survey(self.original, self.caller, image).sites
+        return [site for site in before if site.live and site.id in quiet]
 
     def _shifts(self, first: Tensor, pair: tuple[Tensor, Tensor]) -> tuple[ImageShift, ...]:
         if self.items is None or not self.whole:
