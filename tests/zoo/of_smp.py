@@ -130,7 +130,6 @@ ENTRIES = (
         for e in ("resnet18", "mobilenet_v2", "tu-resnet50_gn")
     ),
     *(_entry("UPerNet", e, decoder_channels=32) for e in ("resnet18", "mobilenet_v2")),
-    _entry("UPerNet", "resnet18", "instance", decoder_channels=32, decoder_use_norm=_INSTANCE),
     *(
         _entry("Segformer", e, decoder_segmentation_channels=32)
         for e in ("resnet18", "mobilenet_v2", "mit_b0")
