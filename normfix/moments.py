@@ -35,7 +35,7 @@ class Moments:
 
 
 def measure(x: Tensor) -> Moments:
-    """Measure a tensor over batch and space, channel by channel to bound the float64 copies.
+    """Measure a tensor over batch and space, channel by channel in one float64 copy.
 
     Args:
         x: (N, C) or (N, C, *space), any floating dtype.
@@ -47,9 +47,9 @@ def measure(x: Tensor) -> Moments:
     """
     channels = x.detach().movedim(1, 0).flatten(1)  # (N, C, *space) -> (C, N*space)
     means, m2s = [], []
+    wide = torch.empty(channels.shape[1], dtype=torch.float64, device=x.device)
     for channel in channels:
-        wide = channel.to(torch.float64, copy=True)
-        mean = wide.mean()
+        mean = wide.copy_(channel).mean()
         means.append(mean)
         m2s.append(wide.sub_(mean).square_().sum())
     return Moments(channels.shape[1], torch.stack(means).cpu(), torch.stack(m2s).cpu())

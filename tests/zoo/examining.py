@@ -195,9 +195,10 @@ def _prove_converted(
             row |= {"category": "silently wrong", "cause": f"{to}: {'; '.join(mine)}"[:600]}
             return
         if steps:
+            branches = [f"{f.code} {f.where}: {f.message}" for f in scan.findings if f.code == "NF244"]
             row |= {
-                "category": "inconclusive" if undecided else "failed",
-                "cause": f"{to}: {'; '.join(steps)}"[:600],
+                "category": "size fixed" if branches else "inconclusive" if undecided else "failed",
+                "cause": f"{to}: {'; '.join((*branches[:2], *steps))}"[:600],
             }
             return
         problems += mine
