@@ -98,12 +98,13 @@ class Subject:
         Where the census finds anything live there, `judge` is asked which of it the scan has found not to be.
         """
         other = self.other(image)
-        calls: Counter[str] = Counter()
+        modules, calls = dict(self.model.named_modules()), Counter[str]()
         handles = [
-            self.model.get_submodule(d.target).register_forward_pre_hook(
+            modules[d.target].register_forward_pre_hook(
                 lambda module, args, target=d.target: calls.update([target])
             )
             for d in self.plan.converted
+            if d.target in modules
         ]
         try:
             self.caller(self.model, other)
