@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -26,15 +26,19 @@ from normfix.pipeline.using import Known, known_of
 from normfix.programs import require_free
 from normfix.provenance import provenance_of
 from normfix.proving import CONSISTENT, residual, tile_exactness, unmeasured
-from normfix.records import Plan, Proof, ProofStep, Provenance, Verdict
+from normfix.records import Plan, Proof, ProofStep, Provenance, Scan, Site, Verdict
 from normfix.stitching import padded
 from normfix.streaming import Source
 from normfix.tiles import Geometry
 
 __all__ = ["prove"]
 
-_GONE = ("NF301", "NF302")
-"""A converted site is not reached, or its layer is gone."""
+_UNMEASURED: Mapping[str, Literal["failed", "inconclusive"]] = {
+    "NF228": "inconclusive",
+    "NF301": "failed",
+    "NF302": "failed",
+}
+"""A program holds constants only; a converted site is not reached; its layer is gone."""
 
 _FORMS = (reloaded, frozen, folded, stock, portable, exported)
 
@@ -123,7 +127,7 @@ def prove(
         owed = (
             partial(_residual, subject, whole, geometry, mask, blocks),
             partial(_tiles, subject, first, verdict, [*surplus, *(f.message for f in known.scan.findings)]),
-            partial(subject.used, first),
+            partial(subject.used, first, partial(_judged, known.scan, provenance.plan)),
             *(partial(form, bench) for form in _FORMS),
         )
         for step in owed:
@@ -151,6 +155,20 @@ def _unplanned(known: Known, plan: Plan) -> list[str]:
     ]
 
 
+def _judged(scan: Scan, plan: Plan, image: Tensor, sites: Sequence[Site]) -> list[Site]:
+    """Return what the census calls live and the scan, seeing more, does not.
+
+    A norm with running statistics is never one of them: it is live where it does not obey eval.
+    """
+    converted = {d.site.id for d in plan.converted}
+    quiet = {
+        site.id
+        for site in scan.sites
+        if not site.live and site.id not in converted and not (site.layer and site.layer.carries)
+    }
+    return [site for site in sites if site.live and site.id in quiet]
+
+
 def _residual(
     subject: Subject,
     images: Items | list[Source],
@@ -164,9 +182,9 @@ def _residual(
             subject.model, subject.plan, images, subject.caller, geometry=geometry, mask=mask, blocks=blocks
         )
     except NormfixError as error:
-        if error.code not in _GONE:
+        if error.code not in _UNMEASURED:
             raise
-        return unmeasured("residual", CONSISTENT, "failed", str(error))
+        return unmeasured("residual", CONSISTENT, _UNMEASURED[error.code], str(error))
     step = residual(summary, home_of(subject.model)[1])
     if step.status == "passed":
         return step
