@@ -18,9 +18,10 @@ from normfix.cli import main
 from normfix.errors import NormfixError
 from normfix.layers import BatchRenorm2d, FrozenNorm2d
 from normfix.numerics import BOUNDLESS
-from normfix.pipeline import forms, reproving
+from normfix.pipeline import forms, reloading, reproving
 from normfix.pipeline.forms import Bench
-from normfix.pipeline.storage import sourced, write_draft
+from normfix.pipeline.storage import save_program, sourced, write_draft
+from normfix.programs import write_beside
 from normfix.provenance import provenance_of
 from normfix.proving import residual, same
 from normfix.records import CalibrationSummary, Proof, ProofStep, SiteStatistics
@@ -233,13 +234,28 @@ def test_what_was_not_converted_is_refused():
 
 
 def test_a_folder_of_other_weights_is_seen(bench, monkeypatch):
-    """Negative control: what is loaded in a fresh process answers, and it is not the network's answer."""
+    """Negative control: what is loaded answers, and it is not the network's answer; nor may the process die."""
+    monkeypatch.setattr(reloading, "run_fresh", lambda script, folder: reloading.answer(folder) or "")
     monkeypatch.setattr(
         forms, "write_draft", lambda draft, model, *rest: write_draft(draft, nudged(model, 1), *rest)
     )
     step = forms.reloaded(bench)
     assert step.status == "failed"
     assert step.value > step.bound
+    (bench.folder / "saved").rename(bench.folder / "first")
+    monkeypatch.setattr(reloading, "run_fresh", lambda *_: "killed")
+    dead = forms.reloaded(bench)
+    assert (dead.status, dead.note) == ("failed", "killed")
+
+
+@pytest.mark.usefixtures("no_forms")
+def test_a_program_of_batchrenorm_is_measured_anew(bench, trained):
+    """A .pt2 of BatchRenorm layers opens with norms that can be measured: tuned it passes, trained it fails."""
+    for model, status in ((bench.model, "passed"), (trained, "failed")):
+        path = bench.folder / f"{status}.pt2"
+        save_program(path, model, bench.caller, bench.provenance, write=write_beside)
+        proof = normfix.prove(normfix.load(path), images())
+        assert [step.status for step in proof.steps] == [status, "passed", "passed"]
 
 
 def test_what_a_fresh_process_cannot_do_is_open(tuned, tmp_path):
