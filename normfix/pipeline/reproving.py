@@ -40,6 +40,8 @@ _UNMEASURED: Mapping[str, Literal["failed", "inconclusive"]] = {
 }
 """A program holds constants only; a converted site is not reached; its layer is gone."""
 
+_STALE = "NF249"
+
 _FORMS = (reloaded, frozen, folded, stock, portable, exported)
 
 
@@ -189,7 +191,7 @@ def _residual(
     if step.status == "passed":
         return step
     note = (
-        f"{step.note}; NF249: the stored statistics are not those of these images under the weights of now. "
+        f"{step.note}; {_STALE}: the stored statistics are not those of these images under the weights of now. "
         "Next: normfix calibrate, or give the images it was calibrated on"
     )
     return replace(step, note=note)
