@@ -20,6 +20,7 @@ _HOMES = {
         "Finding",
         "Plan",
         "Proof",
+        "ProofStep",
         "Scaling",
         "Scan",
         "Site",
@@ -52,6 +53,7 @@ _HOMES = {
         "plan",
         "predict",
         "prepare_finetune",
+        "prove",
         "push",
         "save",
         "scan",
@@ -87,6 +89,7 @@ if TYPE_CHECKING:
     from normfix.pipeline import plan as plan
     from normfix.pipeline import predict as predict
     from normfix.pipeline import prepare_finetune as prepare_finetune
+    from normfix.pipeline import prove as prove
     from normfix.pipeline import push as push
     from normfix.pipeline import save as save
     from normfix.pipeline import scan as scan
@@ -98,6 +101,7 @@ if TYPE_CHECKING:
     from normfix.records import Finding as Finding
     from normfix.records import Plan as Plan
     from normfix.records import Proof as Proof
+    from normfix.records import ProofStep as ProofStep
     from normfix.records import Scaling as Scaling
     from normfix.records import Scan as Scan
     from normfix.records import Site as Site

@@ -154,6 +154,14 @@ CODES: dict[str, str] = {
     "NF246": "What the network gives for an input depends on what it ran on before: a value kept on self, a running "
     "average that is updated in eval mode, random numbers from a generator of its own. No tiling of it is defined.",
     "NF247": "A pattern of parameters to train matches none, so nothing would train that it names.",
+    "NF248": "normfix prove shows what holds of a network that normfix converted and that was trained or calibrated "
+    "since. This one carries no plan, or one that converted nothing. Convert it first; normfix check compares "
+    "tiles of any network.",
+    "NF249": "Statistics measured anew on the given images differ from the stored ones. After fine-tuning the "
+    "weights are others, and running statistics of training are averages over batches: measure them on whole images "
+    "with normfix calibrate MODEL IMAGES -o OUT (run.recalibrate(images) in Python), then prove OUT on the same "
+    "images. If nothing was trained, it was calibrated on other images, or its original's running statistics "
+    "were carried over, which are those of its training data.",
     "NF224": "A program (.pt2) could not be read, or is not what torch.export.save writes for one image and "
     "the tensors it holds.",
     "NF225": "The network cannot be written as an exported program: torch.export failed, or something in it "

@@ -1,5 +1,7 @@
 """Lower: constants need no layer of ours. `lower` gives stock batch norm, `fold` gives it to a convolution.
 
+`freeze` comes before both: BatchRenorm becomes the layer of constants that it is in eval.
+
 What a convolution's output is used for is observed on an example input, and the folded network is compared
 with the original there; without an example only neighbours in a plain nn.Sequential are folded. Whatever is
 left as it was is named, with the reason.
@@ -20,20 +22,32 @@ from torch.utils._pytree import tree_leaves
 
 from normfix.interception import InterceptedNorm
 from normfix.json_record import Record
-from normfix.layers import ChannelNorm
+from normfix.layers import BatchRenorm, ChannelNorm
 from normfix.layers.folding import (
     BATCH_NORMS,
+    FROZEN,
     STOCK,
     TRANSPOSED,
     fold_backward_,
     fold_forward_,
+    frozen,
     is_convolution,
     pads_zeros,
     stock,
 )
 
-__all__ = ["Lowering", "LoweringRecord", "LoweringStep", "fold", "lower"]
+__all__ = [
+    "Lowering",
+    "LoweringRecord",
+    "LoweringStep",
+    "attempt_fold",
+    "fold",
+    "freeze",
+    "lower",
+    "rounding",
+]
 
+Run: TypeAlias = Callable[[nn.Module], Any]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -65,6 +79,31 @@ class Lowering:
 
     model: nn.Module
     record: LoweringRecord
+
+
+def freeze(model: nn.Module) -> Lowering:
+    """Replace BatchRenorm by FrozenNorm, also where it serves a call inside its owner's forward, in a copy.
+
+    Outputs in eval are the same to the last bit, state dicts have the same keys, and `train()` changes no norm.
+
+    Example:
+        >>> from torch import nn
+        >>> from normfix.layers import BatchRenorm2d
+        >>> from normfix.lowering import freeze
+        >>> type(freeze(nn.Sequential(BatchRenorm2d(8))).model[0]).__name__
+        'FrozenNorm2d'
+    """
+    model = copy.deepcopy(model)
+    steps = []
+    for path, layer in list(model.named_modules()):
+        if not isinstance(layer, BatchRenorm):
+            continue
+        reason = _why_not_frozen(layer)
+        if not reason:
+            model = _replace(model, layer, frozen(layer))
+        detail = reason or f"became {FROZEN[type(layer)].__name__}"
+        steps.append(LoweringStep(path=path, layer=type(layer).__name__, done=not reason, detail=detail))
+    return Lowering(model=model, record=LoweringRecord(steps=tuple(steps)))
 
 
 def lower(model: nn.Module) -> Lowering:
@@ -110,15 +149,28 @@ def fold(model: nn.Module, example: Tensor | tuple[Any, ...] | None = None) -> L
         >>> fold(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), FrozenNorm2d(8))).record.steps[0].detail
         'folded into the convolution 0 before it'
     """
+    if example is None:
+        return attempt_fold(model)
+    given = _as_tuple(example)
+    return _compared(model, attempt_fold(model, lambda network: network(*copy.deepcopy(given))), given)
+
+
+def attempt_fold(model: nn.Module, run: Run | None = None) -> Lowering:
+    """Fold as `fold` does, and leave it to the caller to compare outputs.
+
+    Args:
+        model: any network.
+        run: runs a network on an example, by which the data flow is observed; returns all it returns.
+    """
     folded = copy.deepcopy(model)
     paths = {module: path for path, module in folded.named_modules()}
-    flow = _neighbours(folded) if example is None else _observe(folded, _as_tuple(example))
+    flow = _neighbours(folded) if run is None else _observe(folded, run)
     steps = []
     for path, norm in list(folded.named_modules()):
         if not (isinstance(norm, ChannelNorm) or type(norm) in BATCH_NORMS):
             continue
         before, after = flow(norm)
-        reason = _why_not_folded(folded, norm, before, after, observed=example is not None, paths=paths)
+        reason = _why_not_folded(folded, norm, before, after, observed=run is not None, paths=paths)
         detail = reason
         if not reason and is_convolution(before):
             fold_backward_(before, norm)
@@ -129,8 +181,20 @@ def fold(model: nn.Module, example: Tensor | tuple[Any, ...] | None = None) -> L
         if not reason:
             folded = _replace(folded, norm, nn.Identity())
         steps.append(LoweringStep(path=path, layer=type(norm).__name__, done=not reason, detail=detail))
-    done = Lowering(model=folded, record=LoweringRecord(steps=tuple(steps)))
-    return done if example is None else _compared(model, done, _as_tuple(example))
+    return Lowering(model=folded, record=LoweringRecord(steps=tuple(steps)))
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Return by how many sd of its output a folded network may differ: weights are rounded once more."""
+    return min(0.1, 1e4 * torch.finfo(dtype).eps)
+
+
+def _why_not_frozen(layer: ChannelNorm) -> str:
+    if type(layer) not in FROZEN:
+        return "it is a subclass, which may compute more than its base"
+    if layer.running_mean is None:
+        return "it keeps no running statistics, so it has no constants"
+    return _why_bound(layer)
 
 
 def _why_not_lowered(model: nn.Module, layer: ChannelNorm) -> str:
@@ -148,12 +212,18 @@ def _why_live(model: nn.Module, batch_norm: nn.Module) -> str:
 
 
 def _why_not_replaced(model: nn.Module, layer: nn.Module) -> str:
+    if reason := _why_bound(layer):
+        return reason
+    if any(isinstance(parent, InterceptedNorm) for parent in _parents(model, layer)):
+        return "it serves a call inside its owner's forward; torch.export leaves plain batch norm of it"
+    return ""
+
+
+def _why_bound(layer: nn.Module) -> str:
     if any(getattr(layer, hooks) for hooks in _HOOKS):
         return "it carries hooks, which would be lost"
     if "forward" in layer.__dict__:
         return "its forward is set on the instance"
-    if any(isinstance(parent, InterceptedNorm) for parent in _parents(model, layer)):
-        return "it serves a call inside its owner's forward; torch.export leaves plain batch norm of it"
     return ""
 
 
@@ -227,7 +297,7 @@ def _neighbours(model: nn.Module) -> _Flow:
     return flow
 
 
-def _observe(model: nn.Module, example: tuple[Any, ...]) -> _Flow:
+def _observe(model: nn.Module, run: Run) -> _Flow:
     """See on the example who feeds whom, counting only what has no other use and is called once."""
     was_training = {module: module.training for module in model.modules()}
     watched = [m for m in model.modules() if is_convolution(m) or type(m) in (*STOCK, *BATCH_NORMS)]
@@ -235,7 +305,7 @@ def _observe(model: nn.Module, example: tuple[Any, ...]) -> _Flow:
     handles = [hook for module in watched for hook in seen.watch(module)]
     try:
         with torch.no_grad(), seen:
-            outputs = model.eval()(*copy.deepcopy(example))
+            outputs = run(model.eval())
     finally:
         for handle in handles:
             handle.remove()
@@ -315,8 +385,7 @@ def _compared(original: nn.Module, done: Lowering, example: tuple[Any, ...]) -> 
 
 def _gap(original: Tensor, folded: Tensor) -> tuple[float, float]:
     sd = original.double().std(correction=0).item() or 1.0
-    limit = min(0.1, 1e4 * torch.finfo(original.dtype).eps)
-    return (original - folded).abs().max().item() / sd, limit
+    return (original - folded).abs().max().item() / sd, rounding(original.dtype)
 
 
 def _as_tuple(example: Tensor | tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""The steps a conversion must pass before anything is written; each can fail, and none passes by default."""
+"""The steps of a proof, before anything is written or again later; each can fail, and none passes by default."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from normfix.numerics import IDENTITY, deviation
+from normfix.numerics import BOUNDLESS, IDENTITY, deviation
 from normfix.records import (
     Action,
     CalibrationSummary,
@@ -21,7 +21,18 @@ from normfix.records import (
     Verdict,
 )
 
-__all__ = ["RESIDUAL", "identity", "residual", "shift", "tile_exactness", "untouched", "used"]
+__all__ = [
+    "CONSISTENT",
+    "RESIDUAL",
+    "identity",
+    "residual",
+    "same",
+    "shift",
+    "tile_exactness",
+    "unmeasured",
+    "untouched",
+    "used",
+]
 
 RESIDUAL: dict[torch.dtype, float] = {
     torch.float64: 1e-9,
@@ -31,29 +42,48 @@ RESIDUAL: dict[torch.dtype, float] = {
 }
 """The largest self-consistency residual: mean shift in sd, and |variance ratio - 1|."""
 
-Status = Literal["passed", "failed", "inconclusive", "refused"]
+CONSISTENT = "re-measured under the stored statistics, every site has mean shift 0 and variance ratio 1"
+
+Status = Literal["passed", "failed", "inconclusive", "refused", "inapplicable"]
 
 
 def identity(converted: Tensor, original: Tensor) -> ProofStep:
     """Prove T1: calibrated on one image alone, the converted network gives what the original gives."""
     claim = "calibrated on one image alone, the converted network equals the original on that image"
-    if not original.is_floating_point():
-        note = (
-            f"the output counts in {str(original.dtype).removeprefix('torch.')}; choose one before that step"
-        )
-        return _step("identity", claim, "inconclusive", None, None, note)
-    spread = float(original.double().std())
-    bound = IDENTITY[original.dtype]
-    if converted.shape != original.shape or not spread > 0:
-        note = "the original's output is constant" if converted.shape == original.shape else "shapes differ"
-        return _step("identity", claim, "inconclusive" if not spread > 0 else "failed", None, bound, note)
-    value, _ = deviation(converted, original, spread)
-    return _step("identity", claim, "passed" if value <= bound else "failed", value, bound)
+    return same("identity", claim, [(converted, original)], IDENTITY.get(original.dtype, 0.0))
+
+
+def same(
+    name: str, claim: str, pairs: Sequence[tuple[Tensor, Tensor]], bound: float, note: str = ""
+) -> ProofStep:
+    """Prove that what two networks give for each of some inputs differs by at most `bound` sd of the second's."""
+    worst = 0.0
+    for actual, expected in pairs:
+        if not expected.is_floating_point():
+            kind = str(expected.dtype).removeprefix("torch.")
+            reason = f"the output counts in {kind}; choose one before that step"
+            return unmeasured(name, claim, "inconclusive", reason)
+        if actual.shape != expected.shape:
+            return _step(name, claim, "failed", None, bound, "shapes differ")
+        spread = float(expected.double().std())
+        if not spread > 0:
+            return _step(name, claim, "inconclusive", None, bound, "the output to compare with is constant")
+        worst = max(worst, deviation(actual, expected, spread)[0])
+    if not pairs:
+        return unmeasured(name, claim, "inconclusive", "nothing was compared")
+    return _step(name, claim, "passed" if worst <= bound else "failed", worst, bound, note)
+
+
+def unmeasured(
+    name: str, claim: str, status: Literal["failed", "inconclusive", "inapplicable"], reason: str
+) -> ProofStep:
+    """Say what became of a claim for which there is no number, and why."""
+    return _step(name, claim, status, None, None, reason)
 
 
 def residual(summary: CalibrationSummary | None, dtype: torch.dtype) -> ProofStep:
     """Prove that the stored statistics are those the frozen network has at every site."""
-    claim = "re-measured under the stored statistics, every site has mean shift 0 and variance ratio 1"
+    claim = CONSISTENT
     bound = RESIDUAL[dtype]
     if summary is None or not summary.sites:
         return _step(
@@ -146,7 +176,8 @@ def shift(number: int, converted: Tensor, original: Tensor) -> ImageShift:
 
 def _residual_of(site: SiteStatistics) -> float:
     low, high = site.variance_ratio
-    return max(site.mean_shift, abs(low - 1), abs(high - 1))
+    values = (site.mean_shift, abs(low - 1), abs(high - 1))
+    return min(max(values), BOUNDLESS) if all(v == v for v in values) else BOUNDLESS  # NaN is below nothing
 
 
 def _tensors(model: nn.Module) -> Iterable[tuple[str, Tensor]]:

@@ -394,12 +394,13 @@ class ProofStep(Record):
     """One claim about a conversion, the number that supports it and the bound it was held against.
 
     "refused" is the status of a claim that is not made, because sites that no constant can replace stay live;
-    `value` is then what tiles differ by all the same.
+    `value` is then what tiles differ by all the same. "inapplicable" is that of a claim about a form that this network
+    cannot be given; `note` says why. It is not a pass.
     """
 
     name: str
     claim: str
-    status: Literal["passed", "failed", "inconclusive", "refused"]
+    status: Literal["passed", "failed", "inconclusive", "refused", "inapplicable"]
     value: float | None
     bound: float | None
     note: str = ""
@@ -407,7 +408,7 @@ class ProofStep(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proof(Record):
-    """All steps that a conversion had to pass before anything was written."""
+    """All steps that a conversion, or a network that was trained or measured since, had to pass."""
 
     steps: tuple[ProofStep, ...]
     shifts: tuple[ImageShift, ...]
@@ -415,13 +416,21 @@ class Proof(Record):
 
     @property
     def passed(self) -> bool:
-        """Tell whether every step passed."""
-        return all(step.status == "passed" for step in self.steps)
+        """Tell whether every step that applies passed, and any did."""
+        return self._all("passed", "inapplicable")
 
     @property
     def partial(self) -> bool:
         """Tell whether all that could be converted is proved, while refused sites stay live."""
-        return not self.passed and all(step.status in ("passed", "refused") for step in self.steps)
+        return not self.passed and self._all("passed", "refused", "inapplicable")
+
+    @property
+    def status(self) -> Literal["passed", "failed", "inconclusive"]:
+        """Sum the steps up: a refused one is a failure here, an open one leaves all open unless another failed."""
+        if self.passed:
+            return "passed"
+        wrong = any(step.status in ("failed", "refused") for step in self.steps)
+        return "failed" if wrong else "inconclusive"
 
     def step(self, name: str) -> ProofStep:
         """Return the step of that name.
@@ -433,6 +442,11 @@ class Proof(Record):
             if step.name == name:
                 return step
         raise KeyError(name)
+
+    def _all(self, *statuses: str) -> bool:
+        """Tell whether the steps have no other status than these, and one passed."""
+        found = {step.status for step in self.steps}
+        return "passed" in found and found <= set(statuses)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

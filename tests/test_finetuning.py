@@ -1,6 +1,8 @@
 """prepare_finetune and its adapters, each training a real small network through the real framework."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,3 +230,60 @@ def test_ignite_trains_and_recalibrates(model):
     fresh = FineTuningHandler(normfix.prepare_finetune(copy.deepcopy(model), total_steps=8))
     fresh.load_state_dict(handler.state_dict())
     assert fresh.run.steps == 8
+
+
+@ERRORS
+@pytest.mark.parametrize("library", ["accelerate", "transformers", "timm"])
+def test_the_blocks_of_other_frameworks_run(model, library, tmp_path, monkeypatch):
+    """What the page shows trains through the real framework: 8 batches are 4 steps, and no statistic is stale."""
+    pytest.importorskip(library)
+    pytest.importorskip("accelerate")  # transformers' Trainer needs it as well
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    found = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (block,) = (b for b in found if f"from {library}" in b)
+    before = copy.deepcopy(model.state_dict())
+    names = {
+        "normfix": normfix,
+        "torch": torch,
+        "nn": nn,
+        "model": model,
+        "images": IMAGES,
+        "batches": patches(8),
+    }
+    exec(compile(block, library, "exec"), names)
+    run = names["run"]
+    assert run.steps == 4
+    assert run.schedule.steps == 4
+    assert model[1].held
+    assert not torch.equal(model[0].weight, before["0.weight"])
+    measured = normfix.calibrate(model, IMAGES).model[1].running_mean
+    torch.testing.assert_close(model[1].running_mean, measured, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_that_timm_skips_does_not_count(model):
+    """A gradient that overflows makes no step, in timm's scaler and here."""
+    optim, utils = pytest.importorskip("timm.optim"), pytest.importorskip("timm.utils")
+    run = normfix.prepare_finetune(model, total_steps=4)
+    optimizer = optim.create_optimizer_v2(run.groups, opt="adamw", lr=1e-3)
+    run.follow(optimizer)
+    scaler = utils.NativeScaler(device="cpu")
+    ((x, y),) = patches(1)
+    for factor in (1.0, float("inf"), 1.0):
+        scaler((model(x) - y).square().mean() * factor, optimizer)
+        optimizer.zero_grad()
+    assert run.steps == 2
+
+
+def test_a_wrapper_that_would_not_tell_is_refused(model):
+    """Lookahead steps without running hooks: following it would count nothing, following what it wraps counts."""
+    optim = pytest.importorskip("timm.optim")
+    run = normfix.prepare_finetune(model, total_steps=4)
+    inner = torch.optim.AdamW(run.groups, lr=1e-3)
+    outer = optim.Lookahead(inner)
+    for follow in (run.follow, run.schedule.follow):
+        with pytest.raises(ValueError, match="follow the optimizer inside"):
+            follow(outer)
+    run.follow(inner)
+    outer.step()
+    assert run.steps == 1

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
+import normfix
 from normfix.layers import BatchRenorm2d, synchronise
 
 SHARES = [(3, 5), (8, 0), (1, 7)]
@@ -44,6 +45,11 @@ def _rank(rank, folder, port):
             batches = [_batch(step).split(share)[rank] for step in range(STEPS)]
             for name, value in _train(model, model.module, batches, world=2).items():
                 measured[f"{index}.{kind}.{name}"] = value.contiguous()
+    for kind, make in (("sync", synchronise), ("plain", lambda model: model)):
+        network = make(_converted())
+        batches = [_batch(step)[:, :1].split(SHARES[0])[rank] for step in range(STEPS)]
+        for name, value in _fine_tuned(network, DistributedDataParallel, batches, world=2).items():
+            measured[f"tuned.{kind}.{name}"] = value.contiguous()
     save_file(measured, f"{folder}/{rank}.safetensors")
     dist.destroy_process_group()
 
@@ -60,6 +66,28 @@ def _model():
         layer.set_statistics_(torch.randn(4), torch.rand(4) + 0.5)
         nn.init.normal_(layer.weight)
     return model
+
+
+def _converted():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.InstanceNorm2d(4), nn.ReLU(), nn.Conv2d(4, 1, 1)
+    ).double()
+    images = torch.rand(2, 1, 32, 32, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+    return normfix.convert(net, images, "batchrenorm").model.train()
+
+
+def _fine_tuned(network, wrap, batches, world):
+    """Follow the page on fine-tuning for a run whose last step is held; return the state and the steps counted."""
+    run = normfix.prepare_finetune(network, total_steps=len(batches), hold=1 / len(batches))
+    wrapped = wrap(network)
+    optimizer = torch.optim.SGD(run.groups, lr=0.05)
+    run.follow(optimizer)
+    for x in batches:
+        optimizer.zero_grad()
+        ((wrapped(x) - x).pow(2).sum() * world / 8).backward()
+        optimizer.step()
+    return {**network.state_dict(), "steps": torch.tensor([run.steps, run.schedule.steps])}
 
 
 def _batch(step):
@@ -103,6 +131,30 @@ def test_without_synchronisation_they_differ(results):
     whole = _model()
     expected = _train(whole, whole, [_batch(0)], world=1)["y0"]
     assert (torch.cat([r["0.plain.y0"] for r in results]) - expected).abs().max() > 0.1
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """What one process on the joined batches ends with."""
+    torch.set_num_threads(1)
+    batches = [_batch(step)[:, :1] for step in range(STEPS)]
+    return _fine_tuned(_converted(), lambda network: network, batches, world=1)
+
+
+def test_fine_tuning_on_two_ranks_is_fine_tuning_on_one(results, expected):
+    """prepare_finetune under DDP: both ranks end with the weights and statistics of one process on the joined batch."""
+    assert expected["steps"].tolist() == [STEPS, STEPS]
+    start = _converted().state_dict()
+    assert (expected["1.running_mean"] - start["1.running_mean"]).abs().max() > 1e-3
+    for name, value in expected.items():
+        for rank in results:
+            assert_close(rank[f"tuned.sync.{name}"], value, **EXACT)
+
+
+def test_fine_tuning_without_synchronisation_differs(results, expected):
+    """The comparison can fail: under DDP alone statistics are those of one rank's share."""
+    for rank in results:
+        assert (rank["tuned.plain.1.running_mean"] - expected["1.running_mean"]).abs().max() > 1e-3
 
 
 def test_without_a_process_group_it_is_batchrenorm():

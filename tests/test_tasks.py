@@ -13,7 +13,7 @@ import normfix
 from normfix.cli import answers, cli
 from normfix.diagnosis_record import DiagnosisRecord
 from normfix.json_schema import schema_of
-from normfix.records import CalibrationSummary, ConversionRecord, Plan, Scan, Verdict
+from normfix.records import CalibrationSummary, ConversionRecord, Plan, Proof, Scan, Verdict
 
 DOCS = Path(__file__).parents[1] / "docs"
 RECORDS = {
@@ -22,6 +22,7 @@ RECORDS = {
     "convert": ConversionRecord,
     "calibrate": CalibrationSummary,
     "check": Verdict,
+    "prove": Proof,
     "predict": answers.Predicted,
     "push": answers.Pushed,
     "explain": answers.Explained,

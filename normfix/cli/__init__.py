@@ -18,6 +18,7 @@ from normfix.cli.demo import demo_command
 from normfix.cli.diagnose import diagnose_command
 from normfix.cli.explain import explain_command
 from normfix.cli.look import plan_command, scan_command
+from normfix.cli.prove import prove_command
 from normfix.cli.push import push_command
 from normfix.cli.use import calibrate_command, check_command, predict_command
 from normfix.config import Settings, read_settings
@@ -75,6 +76,7 @@ for command in (
     calibrate_command,
     predict_command,
     check_command,
+    prove_command,
     push_command,
     diagnose_command,
     demo_command,

@@ -6,9 +6,26 @@ import textwrap
 from collections import Counter
 
 from normfix.diagnosis_record import Cost, DiagnosisRecord, Mismatch
-from normfix.records import CalibrationSummary, ConversionRecord, Scan, Site, Spans, Verdict
+from normfix.records import (
+    CalibrationSummary,
+    ConversionRecord,
+    Proof,
+    ProofStep,
+    Scan,
+    Site,
+    Spans,
+    Verdict,
+)
 
-__all__ = ["calibration_text", "conversion_text", "cost_text", "diagnosis_text", "scan_text", "verdict_text"]
+__all__ = [
+    "calibration_text",
+    "conversion_text",
+    "cost_text",
+    "diagnosis_text",
+    "proof_text",
+    "scan_text",
+    "verdict_text",
+]
 
 
 def scan_text(scan: Scan) -> str:
@@ -74,16 +91,24 @@ def conversion_text(record: ConversionRecord) -> str:
     lines = [f"{plan.model} to {plan.to}: {len(plan.converted)} of {len(plan.decisions)} sites converted"]
     if record.proof.partial:
         lines += _partly(record)
-    for step in record.proof.steps:
-        value = "" if step.value is None else f" {step.value:.2g}"
-        bound = "" if step.bound is None else f" (bound {step.bound:.2g})"
-        remark = f"; {step.note}" if step.note and step.status != "passed" else ""
-        lines.append(f"  {step.name}: {step.status}{value}{bound}{remark}")
+    lines += [_step_line(step) for step in record.proof.steps]
     lines += [
         f"  image {s.image}: prediction moved by {s.mean_sd:.2g} sd on average, {s.max_sd:.2g} at most"
         for s in record.proof.shifts
     ]
     return "\n".join(lines)
+
+
+def proof_text(proof: Proof) -> str:
+    """Return the outcome and how each step came out."""
+    return "\n".join([proof.status, *map(_step_line, proof.steps)])
+
+
+def _step_line(step: ProofStep) -> str:
+    value = "" if step.value is None else f" {step.value:.2g}"
+    bound = "" if step.bound is None else f" (bound {step.bound:.2g})"
+    remark = f"; {step.note}" if step.note and step.status != "passed" else ""
+    return f"  {step.name}: {step.status}{value}{bound}{remark}"
 
 
 def _partly(record: ConversionRecord) -> list[str]:

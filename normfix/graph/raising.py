@@ -42,6 +42,9 @@ _KINDS: Mapping[tuple[str, int], Callable[..., nn.Module]] = {
     ("instance_norm", 4): nn.InstanceNorm2d,
     ("instance_norm", 5): nn.InstanceNorm3d,
 }
+_BOUNDS = ("r_max", "d_max")
+"""Buffers that BatchRenorm has and eval does not read."""
+
 _HELD = ("weight", "bias", "running_mean", "running_var")
 _VIEWS = frozenset({"view", "reshape", "_unsafe_view"})
 
@@ -171,7 +174,9 @@ def _stock(body: GraphModule, norm: Normalisation, path: str) -> nn.Module | Non
         return None
     home = module_at(body, path)
     own = {} if home is None else {**dict(home.named_parameters()), **dict(home.named_buffers())}
-    if set(own) - {"num_batches_tracked"} != set(held) or (home is not None and list(home.children())):
+    read = {node.target for node in body.graph.nodes if node.op == "get_attr" and node.users}
+    idle = {name for name in _BOUNDS if f"{path}.{name}" not in read}
+    if set(own) - idle - {"num_batches_tracked"} != set(held) or (home is not None and list(home.children())):
         return None  # a norm of a convolution's weights, a subclass that does more
     layer = _new(norm, "weight" in held)
     for name in held if layer is not None else ():

@@ -23,10 +23,12 @@ from normfix.layers.synchronised import SyncBatchRenorm1d, SyncBatchRenorm2d, Sy
 
 __all__ = [
     "BATCH_NORMS",
+    "FROZEN",
     "STOCK",
     "TRANSPOSED",
     "fold_backward_",
     "fold_forward_",
+    "frozen",
     "is_convolution",
     "pads_zeros",
     "stock",
@@ -42,6 +44,14 @@ STOCK: dict[type[nn.Module], type[nn.Module]] = {
     SyncBatchRenorm1d: nn.BatchNorm1d,
     SyncBatchRenorm2d: nn.BatchNorm2d,
     SyncBatchRenorm3d: nn.BatchNorm3d,
+}
+FROZEN: dict[type[nn.Module], type[ChannelNorm]] = {
+    BatchRenorm1d: FrozenNorm1d,
+    BatchRenorm2d: FrozenNorm2d,
+    BatchRenorm3d: FrozenNorm3d,
+    SyncBatchRenorm1d: FrozenNorm1d,
+    SyncBatchRenorm2d: FrozenNorm2d,
+    SyncBatchRenorm3d: FrozenNorm3d,
 }
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -65,11 +75,15 @@ def stock(layer: ChannelNorm) -> nn.Module:
     # a frozen layer's constants must not drift should someone call train()
     momentum = layer.momentum if isinstance(layer, BatchRenorm) else 0.0
     stock = STOCK[type(layer)](layer.num_features, layer.eps, momentum, layer.affine, device="meta")
-    stock.weight, stock.bias = layer.weight, layer.bias  # type: ignore[assignment]
-    for name, buffer in layer.named_buffers():
-        if name in stock._buffers:
-            stock._buffers[name] = buffer
+    _share_(stock, layer)
     return stock.eval()
+
+
+def frozen(layer: ChannelNorm) -> ChannelNorm:
+    """Return the layer of constants that shares a BatchRenorm's tensors."""
+    constant = FROZEN[type(layer)](layer.num_features, layer.eps, layer.affine, device="meta")
+    _share_(constant, layer)
+    return constant.train(layer.training)
 
 
 @torch.no_grad()
@@ -101,6 +115,13 @@ def fold_forward_(norm: nn.Module, conv: Any) -> None:
     )
     bias = (weight * shift).flatten(1).sum(1)
     _write(conv, weight * scale, bias if conv.bias is None else conv.bias.double() + bias)
+
+
+def _share_(new: Any, layer: ChannelNorm) -> None:
+    new.weight, new.bias = layer.weight, layer.bias
+    for name, buffer in layer.named_buffers():
+        if name in new._buffers:
+            new._buffers[name] = buffer
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ they start at the end, for resetting the ramp of a trained network makes its pre
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn, optim
@@ -14,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from normfix.layers.batchrenorm import BatchRenorm
 
-__all__ = ["RenormSchedule"]
+__all__ = ["RenormSchedule", "after_steps"]
 
 
 class RenormSchedule:
@@ -83,8 +84,12 @@ class RenormSchedule:
         self._write()
 
     def follow(self, optimizer: optim.Optimizer) -> RemovableHandle:
-        """Step after every step of the optimizer; remove the returned handle to stop."""
-        return optimizer.register_step_post_hook(lambda *_: self.step())
+        """Step after every step of the optimizer; remove the returned handle to stop.
+
+        Raises:
+            ValueError: it is a wrapper that would never tell.
+        """
+        return after_steps(optimizer, self.step)
 
     def bounds(self, layer: BatchRenorm) -> tuple[float, float]:
         """Return (r_max, d_max) of a ramping layer at the present step."""
@@ -130,3 +135,17 @@ class RenormSchedule:
 
 def _has_seen_a_batch(layer: BatchRenorm) -> bool:
     return layer.num_batches_tracked is not None and bool(layer.num_batches_tracked > 0)
+
+
+def after_steps(optimizer: optim.Optimizer, call: Callable[[], None]) -> RemovableHandle:
+    """Call after every step of an optimizer; remove the returned handle to stop.
+
+    Raises:
+        ValueError: it was not built by torch's own __init__, which makes `step` run hooks: it would never call.
+    """
+    if not getattr(type(optimizer).step, "hooked", False):
+        raise ValueError(
+            f"{type(optimizer).__name__} is a wrapper whose steps run no hooks, so they would not be counted: "
+            "follow the optimizer inside it"
+        )
+    return optimizer.register_step_post_hook(lambda *_: call())

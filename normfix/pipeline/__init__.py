@@ -12,6 +12,7 @@ from normfix.pipeline.finetuning import FineTuning, prepare_finetune
 from normfix.pipeline.looking import plan, scan
 from normfix.pipeline.opening import open_windowed as open_image
 from normfix.pipeline.recalibration import calibrate, calibrate_
+from normfix.pipeline.reproving import prove
 from normfix.pipeline.sharing import push
 from normfix.pipeline.storage import load, open_any, save
 from normfix.pipeline.using import assert_tile_invariant, check, predict, write_prediction
@@ -32,6 +33,7 @@ __all__ = [
     "plan",
     "predict",
     "prepare_finetune",
+    "prove",
     "push",
     "save",
     "scan",

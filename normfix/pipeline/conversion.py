@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -14,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from normfix.calibration import Calibration, measure_sites_
-from normfix.calling import REFUSALS, Caller, buffers_kept, evaluating, home_of
-from normfix.dye import strip
+from normfix.calling import Caller, buffers_kept, evaluating, home_of
 from normfix.errors import NormfixError
 from normfix.images import Items
-from normfix.numerics import deviation, exact_arithmetic
+from normfix.numerics import exact_arithmetic
 from normfix.pipeline.engines import engine_of
+from normfix.pipeline.exactness import Subject, middle_of
 from normfix.pipeline.looking import (
     Look,
     base_of,
@@ -27,15 +25,13 @@ from normfix.pipeline.looking import (
     fitting_example,
     look,
     site_target,
-    thinnest,
 )
 from normfix.pipeline.opening import sources_of
 from normfix.pipeline.streamed import Resources, StoredTarget, measure_streamed_
-from normfix.pipeline.using import compare_with
 from normfix.planning import decide, replay
 from normfix.programs import require_free
 from normfix.provenance import attach_
-from normfix.proving import identity, residual, shift, tile_exactness, untouched, used
+from normfix.proving import identity, residual, shift, tile_exactness, untouched
 from normfix.records import (
     CalibrationSummary,
     ConversionRecord,
@@ -52,19 +48,16 @@ from normfix.records import (
 )
 from normfix.rewriting import rewrite
 from normfix.scanning import survey
-from normfix.stitching import padded, tiled
+from normfix.stitching import padded
 from normfix.streaming import Source as WindowedSource
 from normfix.streaming import TensorSource, Watch, resumable
-from normfix.tiles import Geometry, round_up
+from normfix.tiles import Geometry
 
 __all__ = ["Conversion", "convert"]
 
 Progress = Callable[[str, int, int], None]
 _Tensors = Tensor | Iterable[Tensor]
 _TILES = {1: 1 << 18, 2: 512, 3: 96}
-
-_UNIT = 32
-"""Grid and context, in pixels, of the tiles that are tried where no halo is enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +163,7 @@ def convert(
     if staged and images is not None and sources is None:
         sources = [TensorSource(image) for image in Items.of(cast(_Tensors, images), *home)]
     if sources is not None:
-        images = [_middle(sources[0])]
+        images = [middle_of(sources[0])]
     items = None if images is None else Items.of(cast(_Tensors, images), *home)
     first = None if items is None else next(iter(items))
     if example is None:
@@ -310,7 +303,15 @@ class _Work:
         ):
             first = self.example if self.items is None else next(iter(self.items))[:1]
             dtype = home_of(self.converted)[1]
-            verdict = self._tiles(first)
+            subject = Subject(
+                self.converted,
+                self.caller,
+                self.plan,
+                self.seen.geometry,
+                tuple(self.example.shape[2:]),
+                self.tile,
+            )
+            verdict = subject.verdict(first)
             pair = self.caller.exactly(self.converted, first), self.caller.exactly(self.original, first)
             steps = (
                 self._identity(first, pair),
@@ -319,9 +320,9 @@ class _Work:
                     verdict,
                     self.plan,
                     [f.message for f in self.seen.scan.findings],
-                    self._mismatch(first, pair[0]) if self.plan.left_live else None,
+                    subject.mismatch(first, pair[0]) if self.plan.left_live else None,
                 ),
-                self._used(first),
+                subject.used(first, self._judged),
             )
             shifts = self._shifts(first, pair)
         last = untouched(self.original, self.converted, self.plan)
@@ -334,78 +335,7 @@ class _Work:
         _calibrate_(one, self.plan, Items([image], image.device, image.dtype), self.caller)
         return identity(self.caller.exactly(one.eval(), image), pair[1])
 
-    def _tiles(self, image: Tensor) -> Verdict | None:
-        """Compare on the image, and, along axes that windows cover there, on strips made from it.
-
-        The verdict is the first that did not pass, else the image's own if it compared anything.
-        """
-        geometry = self.seen.geometry
-        if geometry is None or self.plan.left_live:
-            return None
-        verdict = self._compared(image, geometry, self.tile or _tile(image, geometry))
-        verdicts = [verdict] if verdict.axes else []
-        uncut = sorted(set(range(len(geometry.stride))) - set(verdict.axes))
-        thin = thinnest(partial(self.caller, self.converted), image, geometry) if uncut else ()
-        for axis in uncut:
-            long, tile = _longer_than_windows(image, geometry, axis, thin)
-            verdicts.append(self._compared(long, geometry, tile))
-        return next((v for v in verdicts if not v.passed), verdicts[0])
-
-    def _mismatch(self, image: Tensor, whole: Tensor) -> tuple[float, str] | None:
-        """Say how far tiles are from the whole while sites stay live: tiles of a quarter, some context around.
-
-        None where the network is not dense, does not run on tiles, or its output is constant.
-        """
-        spread, space = float(whole.double().std()), image.shape[2:]
-        if whole.dim() != image.dim() or not spread > 0 or min(space) < 2 * _UNIT:
-            return None
-        scale = tuple(Fraction(a, b) for a, b in zip(whole.shape[2:], space, strict=True))
-        units = (_UNIT,) * len(space)
-        geometry = Geometry(stride=units, halo=((_UNIT, _UNIT),) * len(space), scale=scale, multiple=units)
-        tile = _tile(image, geometry)
-        try:
-            parts = tiled(lambda x: self.caller(self.converted, x), image, tile, geometry)
-        except REFUSALS:
-            return None
-        largest, mean = deviation(parts, whole, spread)
-        size = "x".join(map(str, tile))
-        return largest, f"tiles of {size} with {_UNIT} pixels of context are {mean:.2g} sd off on average"
-
-    def _compared(self, image: Tensor, geometry: Geometry, tile: int | tuple[int, ...]) -> Verdict:
-        """Compare tiles with the whole; tiles nobody asked for are doubled while the network takes none so small."""
-        while True:
-            try:
-                return compare_with(self.converted, self.caller, image, geometry, tile=tile)
-            except NormfixError as error:
-                small = isinstance(tile, tuple) and any(
-                    t < n for t, n in zip(tile, image.shape[2:], strict=True)
-                )
-                if error.code != "NF109" or tile == self.tile or not small:
-                    raise
-            assert isinstance(tile, tuple)
-            tile = tuple(2 * t for t in tile)
-
-    def _used(self, image: Tensor) -> ProofStep:
-        """Count the converted layers' calls on a mirrored, dimmed and roughened version of the image."""
-        noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        other = strip(image.flip(-1) * 0.5 + noise.to(image) * image.std() * 0.2, self.example.shape[2:])
-        calls: Counter[str] = Counter()
-        handles = [
-            self.converted.get_submodule(d.target).register_forward_pre_hook(
-                lambda module, args, target=d.target: calls.update([target])
-            )
-            for d in self.plan.converted
-        ]
-        try:
-            self.caller(self.converted, other)
-        finally:
-            for handle in handles:
-                handle.remove()
-        sites = survey(self.converted, self.caller, other).sites
-        judged = self._judged(other) if any(site.live for site in sites) else ()
-        return used(calls, sites, self.plan, judged)
-
-    def _judged(self, image: Tensor) -> list[Site]:
+    def _judged(self, image: Tensor, sites: Sequence[Site]) -> list[Site]:
         """Return the sites that the census alone calls live in the original and the scan, seeing more, does not.
 
         A network that takes one size shows the census no growth, so it suspects every norm over tokens.
@@ -423,34 +353,3 @@ class _Work:
             else shift(number, self.caller(self.converted, image), self.caller(self.original, image))
             for number, image in enumerate(self.items)
         )
-
-
-def _middle(image: WindowedSource) -> Tensor:
-    """Return the middle of an image, small enough for whole forward passes."""
-    limit = {1: 1 << 14, 2: 512, 3: 96}[len(image.shape) - 2]
-    starts = [max(0, (n - limit) // 2) for n in image.shape[2:]]
-    return image.read(
-        [(start, min(n, start + limit)) for start, n in zip(starts, image.shape[2:], strict=True)]
-    )
-
-
-def _tile(image: Tensor, geometry: Geometry) -> tuple[int, ...]:
-    """Return a tile that leaves several windows per axis: a quarter of the image, at most 256 pixels."""
-    return tuple(
-        max(stride, min(256, n // 4) // stride * stride)
-        for n, stride in zip(image.shape[2:], geometry.stride, strict=True)
-    )
-
-
-def _longer_than_windows(
-    image: Tensor, geometry: Geometry, axis: int, thin: Sequence[int]
-) -> tuple[Tensor, tuple[int, ...]]:
-    """Return a strip made from the image that no window covers along the axis, and its tile; elsewhere it stays thin.
-
-    Tiles grow with the halo: small ones would compute it over and over.
-    """
-    halo, stride = sum(geometry.halo[axis]), geometry.stride[axis]
-    tile, size = [round_up(n, s) for n, s in zip(thin, geometry.stride, strict=True)], [*thin]
-    tile[axis] = round_up(max(_UNIT, halo // 2), stride)
-    size[axis] = round_up(halo, stride) + 4 * tile[axis]
-    return strip(image, size), tuple(tile)

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from normfix.errors import NormfixError
 from normfix.layers import BatchRenorm, RenormSchedule
+from normfix.layers.schedule import after_steps
 from normfix.pipeline.recalibration import calibrate_
 from normfix.records import CalibrationSummary
 
@@ -45,8 +46,12 @@ class FineTuning:
         self._hold()
 
     def follow(self, optimizer: optim.Optimizer) -> RemovableHandle:
-        """Step after every step of the optimizer; remove the returned handle to stop."""
-        return optimizer.register_step_post_hook(lambda *_: self.step())
+        """Step after every step of the optimizer; remove the returned handle to stop.
+
+        Raises:
+            ValueError: it is a wrapper that would never tell.
+        """
+        return after_steps(optimizer, self.step)
 
     def step(self) -> None:
         """Count one optimizer step."""

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from normfix.calibration import Calibration, measure_sites_
+from normfix.calibration import Calibration, measure_sites_, remeasure_sites
 from normfix.calling import Caller, home_of
 from normfix.errors import NormfixError
 from normfix.graph import Program
@@ -25,7 +25,7 @@ from normfix.pipeline.looking import fitting_example, geometry_of, site_target
 from normfix.pipeline.masking import Mask, ignored_pixels, masked
 from normfix.pipeline.opening import Wholes, sources_of
 from normfix.pipeline.sampling import measure_sampled_
-from normfix.pipeline.streamed import Resources, measure_streamed_
+from normfix.pipeline.streamed import Resources, StoredTarget, measure_streamed_
 from normfix.provenance import provenance_of
 from normfix.records import CalibrationSummary, Family, Plan
 from normfix.rewriting import copy_of
@@ -33,8 +33,9 @@ from normfix.scanning import survey
 from normfix.stitching import padded
 from normfix.streaming import Source, TensorSource, Watch
 from normfix.targets import NormTarget, Target
+from normfix.tiles import Geometry
 
-__all__ = ["calibrate", "calibrate_"]
+__all__ = ["calibrate", "calibrate_", "remeasure"]
 
 _TILES = {1: 1 << 18, 2: 512, 3: 96}
 Progress = Callable[[int, int], None]
@@ -175,6 +176,47 @@ def calibrate_(
             progress=progress,
         )
         return replace(summary, ignored=ignored)
+
+
+def remeasure(
+    model: nn.Module,
+    plan: Plan,
+    images: Items | Sequence[Source],
+    caller: Caller,
+    *,
+    geometry: Geometry | None = None,
+    mask: Mask | Sequence[Mask] | None = None,
+    blocks: int | Sequence[int] | None = None,
+) -> CalibrationSummary:
+    """Measure the converted sites under the statistics they have, over all of every image, and change none.
+
+    Args:
+        model: converted by the plan.
+        plan: names the sites.
+        images: whole, or read by window and measured in stages.
+        caller: calls the model.
+        geometry: extends images to a size that the network is exact at.
+        mask: as for `calibrate`.
+        blocks: extents of the blocks of stages.
+
+    Raises:
+        NormfixError: as for `calibrate`.
+    """
+    targets = _planned(model, plan)
+    if isinstance(images, Items) and mask is None:
+        if geometry is not None:
+            images = replace(images, prepare=partial(padded, geometry=geometry))
+        return remeasure_sites(model, targets, images, caller)
+    passes = isinstance(images, Items)
+    sources: Sequence[Source] = [TensorSource(image) for image in images] if passes else images  # type: ignore[arg-type,assignment]
+    with ExitStack() as opened:  # mask files
+        if mask is not None:
+            sources = list[Source](masked(sources, mask, opened))
+        resources = Resources(tile=blocks or _TILES[len(sources[0].shape) - 2])
+        kept = [StoredTarget(target) for target in targets]
+        return measure_streamed_(
+            model, kept, sources, caller, None if passes else resources, geometry=geometry
+        )
 
 
 def _planned(model: nn.Module, plan: Plan) -> list[Target]:

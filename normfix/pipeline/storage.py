@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -35,6 +32,7 @@ from normfix.loading import (
 )
 from normfix.numerics import IDENTITY, exact_arithmetic
 from normfix.pipeline.conversion import Conversion
+from normfix.pipeline.fresh import run_fresh
 from normfix.programs import (
     SUFFIX,
     export_program,
@@ -60,7 +58,7 @@ from normfix.saving import (
 )
 from normfix.scanning import materialise_
 
-__all__ = ["load", "open_any", "require_unconverted", "save"]
+__all__ = ["load", "open_any", "require_unconverted", "save", "save_program", "sourced", "write_draft"]
 
 _SEED = 0
 _SAMPLES = 64
@@ -110,23 +108,40 @@ def save(
         raise NormfixError(
             "NF501", f"the proof did not pass ({wrong}), so nothing is written.", where=str(folder)
         )
-    if source is not None:
-        named = Source(kind="factory", spec=source, args=dumped(args or {}))
-        provenance = replace(provenance, source=named)
+    provenance = sourced(provenance, source, args)
     if original is not None:
         require_unconverted(original)
     if portable:
         _save_portable(Path(folder), model, provenance, caller, original)
         return
     if require_program_name(str(folder), model):
-        _save_program(Path(folder), model, caller, provenance, proof, calibration)
+        save_program(Path(folder), model, caller, provenance, proof, calibration)
         return
     with appearing(Path(folder)) as draft:
-        if provenance.source.kind == "object" and caller.forward_fn is None:
-            with suppress(NormfixError):  # the folder is whole without it
-                _save_program(draft / PROGRAM, model, caller, provenance, proof, calibration, write_beside)
-        write_folder(draft, model, provenance, proof, calibration, _probe(model, caller, provenance))
+        write_draft(draft, model, caller, provenance, proof, calibration)
         _read_back(draft, provenance.source, model, original)
+
+
+def sourced(provenance: Provenance, source: str | None, args: Mapping[str, Any] | None) -> Provenance:
+    """Return provenance with the factory that the caller names, if any."""
+    if source is None:
+        return provenance
+    return replace(provenance, source=Source(kind="factory", spec=source, args=dumped(args or {})))
+
+
+def write_draft(
+    draft: Path,
+    model: nn.Module,
+    caller: Caller,
+    provenance: Provenance,
+    proof: Proof | None = None,
+    calibration: CalibrationSummary | None = None,
+) -> None:
+    """Write the files of a saved model into an existing folder; nothing is read back yet."""
+    if provenance.source.kind == "object" and caller.forward_fn is None:
+        with suppress(NormfixError):  # the folder is whole without it
+            save_program(draft / PROGRAM, model, caller, provenance, proof, calibration, write_beside)
+    write_folder(draft, model, provenance, proof, calibration, _probe(model, caller, provenance))
 
 
 def _save_portable(
@@ -272,13 +287,13 @@ def _open_program(path: Path) -> Loaded:
     return Loaded(model, known.source)
 
 
-def _save_program(
+def save_program(
     path: Path,
     model: nn.Module,
     caller: Caller,
     provenance: Provenance,
-    proof: Proof | None,
-    calibration: CalibrationSummary | None,
+    proof: Proof | None = None,
+    calibration: CalibrationSummary | None = None,
     write: Callable[..., None] = write_program,
 ) -> None:
     """Write a network as a program of one image, which returns all that the network returns."""
@@ -415,16 +430,7 @@ def _read_in_fresh_process(draft: Path, source: Source) -> None:
         "folder, arch, args = sys.argv[1:]\n"
         "normfix.load(folder, arch=arch, args=json.loads(args))\n"
     )
-    paths = os.pathsep.join(p or "." for p in sys.path)
-    result = subprocess.run(
-        [sys.executable, "-c", script, str(draft), source.spec, source.args],
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if result.returncode:
-        reason = (result.stderr.strip().splitlines() or ["it died without a word"])[-1]
+    if reason := run_fresh(script, str(draft), source.spec, source.args):
         raise NormfixError(
             "NF503",
             f"a fresh process could not load what was written: {reason}. Nothing was kept.",

@@ -33,7 +33,15 @@ from normfix.stitching import tile_extents, tiled
 from normfix.streaming import OutputFile, Source, TensorSource, Watch, resumable
 from normfix.tiles import Geometry, round_up
 
-__all__ = ["assert_tile_invariant", "check", "compare_with", "predict", "write_prediction"]
+__all__ = [
+    "Known",
+    "assert_tile_invariant",
+    "check",
+    "compare_with",
+    "known_of",
+    "predict",
+    "write_prediction",
+]
 
 ForwardFn = Callable[[nn.Module, Tensor], Any]
 
@@ -194,7 +202,7 @@ def check(
         )
     if not isinstance(model, nn.Module) and callable(model):
         return check_pipeline(model, image, tile, stride=stride, margin=margin, threshold=threshold)
-    known = _known(model, image, forward_fn, output)
+    known = known_of(model, image, forward_fn, output)
     exact = geometry_of(known.scan)
     geometry = _with_halo(exact, halo)
     if geometry is None or exact is None:
@@ -281,7 +289,7 @@ class _Prediction:
 
     model: nn.Module
     image: Source
-    known: _Known
+    known: Known
     geometry: Geometry
     tile: tuple[int, ...]
     engine: str
@@ -300,7 +308,7 @@ class _Prediction:
         output: str | int | None,
     ) -> _Prediction:
         _require_known(engine=engine, statistics=statistics)
-        known = _known(model, image, forward_fn, output)
+        known = known_of(model, image, forward_fn, output)
         exact = geometry_of(known.scan)
         geometry = _with_halo(exact, halo)
         if geometry is None or exact is None or known.live:
@@ -364,7 +372,7 @@ def _require_known(*, engine: str, statistics: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
+class Known:
     """How to call a model, its scan, which of its sites are live and the paths of its converted layers."""
 
     caller: Caller
@@ -373,23 +381,23 @@ class _Known:
     layers: tuple[str, ...] = ()
 
 
-def _known(
+def known_of(
     model: nn.Module, image: Tensor | Source, forward_fn: ForwardFn | None, output: str | int | None
-) -> _Known:
+) -> Known:
     """Take what travels with the model, or scan it where that is of other modules or of another output."""
     require_free(model)
     known = provenance_of(model)
     if known is not None and is_current(model) and output in (None, known.output, _as_index(known.output)):
         left = tuple(d.site.id for d in known.plan.left_live)
         layers = tuple(d.target for d in known.plan.converted)
-        return _Known(Caller(forward_fn, known.output), known.scan, left, layers)
+        return Known(Caller(forward_fn, known.output), known.scan, left, layers)
     caller = Caller(forward_fn, output if output is not None or known is None else known.output)
     if not isinstance(image, Tensor):
         image = image.read([(0, min(n, 1024)) for n in image.shape[2:]])
     (item,) = Items.of(image, *home_of(model))
     example = fitting_example(model, item, caller)
     scan = look(base_of(model, example, caller), example, caller).scan
-    return _Known(caller, scan, tuple(site.id for site in scan.live))
+    return Known(caller, scan, tuple(site.id for site in scan.live))
 
 
 def _as_index(output: str | None) -> int | None:

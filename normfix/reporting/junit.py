@@ -1,6 +1,7 @@
 """JUnit XML: one test case per question, so that a CI service lists what failed.
 
-An inconclusive verdict is an error, not a failure and never a success: the question was not answered.
+An inconclusive verdict is an error, not a failure and never a success: the question was not answered. A step of a
+proof that does not apply is skipped.
 """
 
 from __future__ import annotations
@@ -9,17 +10,24 @@ import xml.etree.ElementTree as ET
 
 from normfix.diagnosis_record import DiagnosisRecord, PipelineRecord
 from normfix.json_record import Record
-from normfix.records import Verdict
+from normfix.records import Proof, Verdict
 from normfix.reporting.sentences import headline
 
 __all__ = ["junit"]
 
 
+_TAGS = {"failed": "failure", "refused": "failure", "inconclusive": "error", "inapplicable": "skipped"}
+"""What a test case holds that did not pass."""
+
+
 def junit(record: Record) -> str:
-    """Return a <testsuites> document with the verdict and one case per named cause."""
+    """Return a <testsuites> document with the verdict and one case per named cause, or per step of a proof."""
     suite = ET.Element("testsuite", name="normfix")
-    status = _status(record)
-    cases = [("tile-invariant", status, headline(record))]
+    cases = (
+        [(step.name, step.status, f"{step.claim}: {step.note}") for step in record.steps]
+        if isinstance(record, Proof)
+        else [("tile-invariant", _status(record), headline(record))]
+    )
     for culprit in record.culprits if isinstance(record, DiagnosisRecord | PipelineRecord) else ():
         evidence = (
             getattr(culprit, "evidence", "") or f"introduces {getattr(culprit, 'introduced', 0):.2g} sd"
@@ -28,11 +36,11 @@ def junit(record: Record) -> str:
     for name, outcome, message in cases:
         case = ET.SubElement(suite, "testcase", classname="normfix", name=name)
         if outcome != "passed":
-            tag = "failure" if outcome == "failed" else "error"
+            tag = _TAGS[outcome]
             ET.SubElement(case, tag, message=_clean(message), type=outcome)
     suite.set("tests", str(len(cases)))
-    suite.set("failures", str(sum(outcome == "failed" for _, outcome, _ in cases)))
-    suite.set("errors", str(sum(outcome == "inconclusive" for _, outcome, _ in cases)))
+    for plural, tag in (("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
+        suite.set(plural, str(sum(_TAGS.get(outcome) == tag for _, outcome, _ in cases)))
     root = ET.Element("testsuites")
     root.append(suite)
     ET.indent(root)

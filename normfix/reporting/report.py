@@ -1,4 +1,4 @@
-"""Reports of verdicts and diagnoses, by the ending of the file: HTML, JSON, Markdown and JUnit XML.
+"""Reports of verdicts, proofs and diagnoses, by the ending of the file: HTML, JSON, Markdown and JUnit XML.
 
 All say the same: the verdict first, then the numbers behind it. A page is one file that fetches nothing.
 """
@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from normfix.diagnosis_record import DiagnosisRecord, PipelineRecord
 from normfix.json_record import Record
-from normfix.records import Verdict
+from normfix.records import Proof, Verdict
 from normfix.reporting.junit import junit
 from normfix.reporting.maps import Maps
 from normfix.reporting.page import render
@@ -20,7 +20,9 @@ from normfix.reporting.sentences import headline
 __all__ = ["fragment", "text_of"]
 
 
-def text_of(ending: str, record: Verdict | DiagnosisRecord | PipelineRecord, maps: Maps | None = None) -> str:
+def text_of(
+    ending: str, record: Verdict | Proof | DiagnosisRecord | PipelineRecord, maps: Maps | None = None
+) -> str:
     """Return a report as text; `maps` add the pictures to a page."""
     makers: Mapping[str, Callable[[], str]] = {
         ".json": record.dumps,
@@ -40,6 +42,8 @@ def _page(record: Record, maps: Maps | None) -> str:
     if isinstance(record, DiagnosisRecord):
         pictures = _pictures(record, maps) if maps is not None else {}
         return render("diagnosis.html", pictures=pictures, record=record, headline=headline(record))
+    if isinstance(record, Proof):
+        return render("proof.html", pictures={}, proof=record, headline=headline(record))
     verdict = record.verdict if isinstance(record, PipelineRecord) else record
     pipeline = record if isinstance(record, PipelineRecord) else None
     return render("verdict.html", pictures={}, verdict=verdict, pipeline=pipeline, headline=headline(record))
@@ -55,9 +59,8 @@ def _markdown(record: Record) -> str:
     )
     environment.filters["sd"] = lambda value: "" if value is None else f"{value:.2g}"
     environment.filters["cell"] = _cell
-    name = {"DiagnosisRecord": "diagnosis.md", "PipelineRecord": "pipeline.md"}.get(
-        type(record).__name__, "verdict.md"
-    )
+    names = {"DiagnosisRecord": "diagnosis.md", "PipelineRecord": "pipeline.md", "Proof": "proof.md"}
+    name = names.get(type(record).__name__, "verdict.md")
     return environment.get_template(name).render(record=record, headline=headline(record))
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from normfix.diagnosis_record import DiagnosisRecord, PipelineRecord
 from normfix.json_schema import record_schema
-from normfix.records import Verdict
+from normfix.records import Proof, Verdict
 
 __all__ = ["SCHEMAS", "schema_of", "shipped"]
 
-SCHEMAS = {"verdict": Verdict, "diagnosis": DiagnosisRecord, "pipeline": PipelineRecord}
+SCHEMAS = {"verdict": Verdict, "proof": Proof, "diagnosis": DiagnosisRecord, "pipeline": PipelineRecord}
 
 
 def schema_of(name: str) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from normfix.diagnosis_record import DiagnosisRecord, PipelineRecord
 from normfix.json_record import Record
-from normfix.records import Verdict
+from normfix.records import Proof, Verdict
 
 __all__ = ["headline"]
 
@@ -15,6 +17,8 @@ def headline(record: Record) -> str:
         return _diagnosis(record)
     if isinstance(record, PipelineRecord):
         return _pipeline(record)
+    if isinstance(record, Proof):
+        return _proof(record)
     assert isinstance(record, Verdict)
     return _verdict(record)
 
@@ -30,6 +34,17 @@ def _diagnosis(record: DiagnosisRecord) -> str:
     causes = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
     size = "" if whole is None else f" by {whole.mean_sd:.2g} sd on average and up to {whole.max_sd:.2g} sd"
     return f"Tiles disagree with the whole image{size}. The cause{'s' * (len(names) > 1)}: {causes}."
+
+
+def _proof(record: Proof) -> str:
+    counts = Counter(step.status for step in record.steps)
+    missing = f"; {counts['inapplicable']} do not apply" if counts["inapplicable"] else ""
+    if record.passed:
+        return f"Passed: {counts['passed']} steps of the proof{missing}."
+    open_steps = [s for s in record.steps if s.status not in ("passed", "inapplicable")]
+    reasons = "; ".join(f"{s.name} {s.status}" + (f" ({s.note})" if s.note else "") for s in open_steps)
+    outcome = "Failed" if record.status == "failed" else "Inconclusive, which is not a pass"
+    return f"{outcome}: {reasons}."
 
 
 def _pipeline(record: PipelineRecord) -> str:
