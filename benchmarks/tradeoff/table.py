@@ -1,0 +1,136 @@
+"""Tables between two marks of a page whose other text is written by hand, and one figure per network."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+__all__ = ["write_page"]
+
+BEGIN, END = "<!-- tables: made by benchmarks/tradeoffs.py -->", "<!-- end of tables -->"
+COLUMNS = {
+    "untiled": "Dice, whole image",
+    "tiled": "Dice, tiled",
+    "mismatch": "tile mismatch",
+    "max_sd": "largest difference of tiles, sd",
+    "disparity": "train/eval disparity",
+    "alone": "target, left alone",
+    "recalibrated": "target, recalibrated",
+    "fine-tuned": "target, fine-tuned",
+    "seconds": "training, s",
+}
+Rows = dict[str, dict[str, list[float]]]
+"""By variant and column, one value per seed."""
+
+
+def write_page(lines: Sequence[dict[str, Any]], target: Path) -> None:
+    """Write the tables into the page, and a figure per network beside it."""
+    groups = defaultdict[tuple[str, int], list[dict[str, Any]]](list)
+    for line in lines:
+        groups[line["setting"], line["batch"]].append(line)
+    text, figures = list[str](), defaultdict[str, dict[int, Rows]](dict)
+    for (setting, batch), found in groups.items():
+        rows = _gathered(found)
+        figures[setting][batch] = rows
+        text += [f"### {setting}, batch size {batch} ({len(found)} seeds)", "", *_table(rows), ""]
+    folder = target.parent / target.stem
+    folder.mkdir(exist_ok=True)
+    for setting, batches in figures.items():
+        name = f"{setting.replace(' ', '-').lower()}.png"
+        _draw(setting, batches, folder / name)
+        place = next(i for i, line in enumerate(text) if line.startswith(f"### {setting},"))
+        text[place:place] = [f"![{setting}: seams, accuracy, transfer]({target.stem}/{name})", ""]
+    before, _, rest = target.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    target.write_text(f"{before}{BEGIN}\n\n" + "\n".join(text) + f"\n{END}{after}", encoding="utf-8")
+
+
+def _gathered(lines: Sequence[dict[str, Any]]) -> Rows:
+    rows = defaultdict[str, dict[str, list[float]]](lambda: defaultdict(list))
+    for line in lines:
+        for variant, row in line["rows"].items():
+            for column in COLUMNS:
+                if row.get(column) is not None:
+                    rows[variant][column].append(row[column])
+    return rows
+
+
+def _table(rows: Rows) -> list[str]:
+    columns = [c for c in COLUMNS if any(c in row for row in rows.values())]
+    heads = " | ".join(COLUMNS[c] for c in columns)
+    lines = [f"| trained with | {heads} |", "| --- |" + " --- |" * len(columns)]
+    for variant, row in rows.items():
+        lines.append(f"| {variant} | " + " | ".join(_shown(c, row.get(c)) for c in columns) + " |")
+    return lines
+
+
+def _shown(column: str, values: list[float] | None) -> str:
+    if not values:
+        return ""
+    spread = stdev(values) if len(values) > 1 else 0.0
+    if column == "seconds":
+        return f"{fmean(values):.0f}"
+    if column == "max_sd":
+        return f"{fmean(values):.2g}"
+    return f"{fmean(values):.3f} ± {spread:.3f}"
+
+
+def _draw(setting: str, batches: dict[int, Rows], path: Path) -> None:
+    """Draw variants downwards; in each panel one mark per batch size or state, with the spread over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    variants = list(next(iter(batches.values())))
+    figure, (seams, accuracy, transfer) = plt.subplots(
+        1, 3, figsize=(12, 0.42 * len(variants) + 1.2), sharey=True, layout="constrained"
+    )
+    middle = 2 if 2 in batches else next(iter(batches))
+    colors = dict(zip(sorted(batches), ("#9ecae1", "#3182bd", "#08306b"), strict=False))
+    for number, (batch, rows) in enumerate(sorted(batches.items())):
+        shift = (number - (len(batches) - 1) / 2) * 0.22
+        for panel, column in ((seams, "mismatch"), (accuracy, "tiled")):
+            _marks(panel, rows, variants, column, shift, "o", colors[batch], f"batch {batch}")
+    states = {"alone": ("o", "#bdbdbd"), "recalibrated": ("D", "#e6550d"), "fine-tuned": ("s", "#31a354")}
+    for column, (marker, color) in states.items():
+        _marks(transfer, batches[middle], variants, column, 0, marker, color, column)
+    seams.set(title="tile mismatch (1 - Dice of two tilings)", yticks=range(len(variants)))
+    seams.set_yticklabels(variants)
+    seams.invert_yaxis()
+    accuracy.set(title="Dice on unseen source, tiled")
+    transfer.set(title=f"Dice on the target, tiled (batch {middle})")
+    for panel in (seams, accuracy, transfer):
+        panel.grid(axis="y", color="0.92")
+        panel.spines[["top", "right"]].set_visible(False)
+    accuracy.legend(frameon=False, fontsize=8)
+    transfer.legend(frameon=False, fontsize=8)
+    figure.suptitle(setting)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def _marks(
+    panel: Any,
+    rows: Rows,
+    variants: Sequence[str],
+    column: str,
+    shift: float,
+    marker: str,
+    color: str,
+    label: str,
+) -> None:
+    found = [(i, rows[v][column]) for i, v in enumerate(variants) if rows[v].get(column)]
+    panel.errorbar(
+        [fmean(values) for _, values in found],
+        [i + shift for i, _ in found],
+        xerr=[stdev(values) if len(values) > 1 else 0.0 for _, values in found],
+        fmt=marker,
+        color=color,
+        markersize=5,
+        linewidth=1,
+        label=label,
+    )

