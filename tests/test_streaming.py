@@ -37,6 +37,7 @@ from normfix.streaming import (
     execute,
     schedule,
 )
+from normfix.streaming.reuse import reuse_
 from normfix.streaming.schedules import forecast
 from normfix.streaming.scheduling import largest_difference
 
@@ -335,3 +336,29 @@ def test_ragged_sizes_are_proved_where_the_network_is_exact_at_them():
     schedule(refused, stride=(8, 8))
     with pytest.raises(NormfixError, match=r"NF32[15]"):
         schedule(refused, stride=(8, 8), ragged=True)
+
+
+class WritesOver(nn.Module):
+    """Only the activation after the norm may write over its operand."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2)
+
+    def forward(self, x):
+        read_twice = self.conv(x)
+        passed_on = torch.nn.functional.dropout(x, 0.5, training=False)
+        return read_twice + read_twice.relu() + passed_on.relu() + x.relu() + self.norm(x).relu()
+
+
+def test_an_activation_writes_only_over_what_nothing_else_reads():
+    """The image, what dropout hands through in eval and a value with a second reader stay as they are."""
+    net, x = WritesOver().eval(), torch.randn(1, 2, 8, 8)
+    before, expected = x.clone(), net(x)
+    body = torch.export.export(net, (x,)).module(check_guards=False)
+    reuse_(body.graph)
+    body.recompile()
+    assert [n.target for n in body.graph.nodes].count(torch.ops.aten.relu_.default) == 1
+    with torch.no_grad():
+        assert torch.equal(body(x), expected)
+    assert torch.equal(x, before)

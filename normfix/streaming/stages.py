@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 from normfix.errors import NormfixError
 from normfix.streaming.maps import Maps
 from normfix.streaming.program import Cut, Program, Shapes, is_tensor_node
+from normfix.streaming.reuse import reuse_
 
 __all__ = ["Stage", "cut", "extent_of"]
 
@@ -227,6 +228,7 @@ def _stage(
     for node in order:
         copies[node] = graph.node_copy(node, lambda n: copies[n])
     graph.output(tuple(copies[n] for n in gives))
+    reuse_(graph)
     graph.lint()
     ndim = len(maps.maps[program.image].dims)
     values = [n for n in (*order, *reads) if n in maps.moving]
