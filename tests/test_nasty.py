@@ -7,6 +7,7 @@ import pytest
 import torch
 from nasty import ALONE, FROZEN, REFUSED, Fourier, HiddenExtent, SpatialSoftmax
 from torch import nn
+from torch.testing import assert_close
 
 import normfix
 from normfix import rewriting
@@ -167,6 +168,22 @@ def test_token_norms_of_a_one_size_network_do_not_fail_its_proof(monkeypatch):
 
     monkeypatch.setattr(conversion, "_calibrate_", careless)
     assert normfix.convert(TokensOfOneSize(), x).proof.step("used").status == "failed"
+
+
+def test_batch_norms_beside_attention_are_calibrated():
+    """Attention stays live whatever is done, so it is no reason to refuse; a norm that can be converted is."""
+    net, images = TokensOfOneSize(), [torch.rand(1, 1, 32, 32) for _ in range(2)]
+    with pytest.raises(NormfixError, match=r"NF302.*norm/0/instance_norm"):
+        normfix.calibrate_(net, images)
+    net.norm = nn.BatchNorm2d(4)
+    summary = normfix.calibrate_(net.eval(), images)
+    with torch.no_grad():
+        before = []
+        net.norm.register_forward_pre_hook(lambda module, args: before.append(args[0]))
+        for image in images:
+            net(image)
+    assert [site.site for site in summary.sites] == ["norm/0/batch_norm/0"]
+    assert_close(net.norm.running_var, torch.cat(before).var((0, 2, 3), correction=0))
 
 
 @NETWORKS

@@ -21,7 +21,7 @@ from normfix.interception import InterceptedNorm
 from normfix.layers import ChannelNorm, FrozenStatistic
 from normfix.moments import Moments
 from normfix.pipeline.engines import engine_of
-from normfix.pipeline.looking import fitting_example, geometry_of, site_target
+from normfix.pipeline.looking import fitting_example, geometry_of, look, site_target
 from normfix.pipeline.masking import Mask, ignored_pixels, masked
 from normfix.pipeline.opening import Wholes, sources_of
 from normfix.pipeline.sampling import measure_sampled_
@@ -243,10 +243,12 @@ def _planned(model: nn.Module, plan: Plan) -> list[Target]:
 
 
 def _batch_norms(model: nn.Module, example: Tensor, caller: Caller) -> list[NormTarget]:
-    """Describe the batch norms of a network that normfix did not convert."""
+    """Describe the batch norms of a network that normfix did not convert; what no one can convert may stay live."""
     copied = copy_of(model).eval()
     sites = survey(copied, caller, example).sites
     live = [site for site in sites if site.live]
+    if live:  # the census alone suspects the token norms of a network that takes one size
+        live = [site for site in look(copied, example, caller).scan.sites if site.live and site.convertible]
     batch = [s for s in sites if s.family is Family.BATCH and s.layer is not None and s.layer.carries]
     if live or not batch:
         reason = f"{live[0].id} is live" if live else "it has no normalisation with running statistics"
