@@ -48,7 +48,7 @@ def factory(spec: str, args: str = "{}") -> Source:
         "normfix.loading:build",
         "normfix.pipeline:load",
         "normfix.pipeline.storage:open_any",
-        "normfix.pipeline.storage:subprocess.run",
+        "normfix.pipeline.fresh:subprocess.run",
         "normfix.cli:main",
         "normfix.loading:Path.touch",
         "timm.models:load_checkpoint",
