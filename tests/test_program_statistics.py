@@ -162,21 +162,24 @@ def test_a_statistic_that_is_not_written_as_a_call_is_caught(converted, monkeypa
     """An operator that interception does not see is never left live without a word."""
     from normfix.graph import calls
 
-    honest = calls.function_of
+    honest, program = calls.function_of, converted("mean and variance")[1]  # made before anything is planted
     monkeypatch.setattr(calls, "function_of", lambda n: None if n.name == "mean" else honest(n))
     with pytest.raises(NormfixError, match=r"NF207 \(root\)/0/mean/0"):
-        normfix.convert(raised(converted("mean and variance")[1]), IMAGE)
+        normfix.convert(raised(program), IMAGE)
 
 
 def test_a_wrong_constant_fails_the_identity(converted, monkeypatch):
     """A frozen value of the program that is off is found by comparing with the original program."""
     from normfix.layers import FrozenStatistic
 
-    honest = FrozenStatistic.set_values_
+    honest, program = (
+        FrozenStatistic.set_values_,
+        converted("mean and variance")[1],
+    )  # made before it is planted
     monkeypatch.setattr(
         FrozenStatistic, "set_values_", lambda self, *values: honest(self, *(v.flip(1) for v in values))
     )
-    done = normfix.convert(raised(converted("mean and variance")[1]), IMAGE)
+    done = normfix.convert(raised(program), IMAGE)
     assert not done.proof.passed
     assert done.proof.step("identity").status == "failed"
 
