@@ -15,13 +15,14 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 from torch import Tensor, nn
-from tradeoff.data import Domain, Region, domains
+from tradeoff.data import Region, domains
 from tradeoff.measuring import disparity, measured, tiled_dice, windows
 from tradeoff.networks import SETTINGS, TRAINED, Setting, build
 from tradeoff.table import write_page
@@ -91,9 +92,10 @@ class Piece:
             taken = train(model, self.source.train, self.setting.window, self.batch, self.steps)
             self._add(norm, model, taken, adapts=norm in ("batch", "batchrenorm"))
             if norm in ("instance", "group"):
-                self._add(f"{norm} → frozen", self._converted(model, "frozen"), taken, adapts=True)
-            if norm == "instance" and self.setting.dense:
-                self._add_per_image(f"{norm} → frozen, per image", self._converted(model, "frozen"), taken)
+                frozen = self._converted(model, "frozen")
+                self._add(f"{norm} → frozen", frozen, taken, adapts=True)
+                if norm == "instance" and self.setting.dense:
+                    self._add_per_image(f"{norm} → frozen, per image", frozen, taken)
             if norm in ("instance", "batch"):
                 converted = self._converted(model, "batchrenorm")
                 more = self._finetuned(converted, self.source.train)
@@ -110,7 +112,7 @@ class Piece:
         row["alone"] = self._transferred(lambda _: model)
         if adapts:
             recalibrated = copy.deepcopy(model)
-            normfix.calibrate_(recalibrated, self._images(self.target))
+            normfix.calibrate_(recalibrated, self._images(self.target.train))
             row["recalibrated"] = self._transferred(lambda _: recalibrated)
         tuned = copy.deepcopy(model)
         self._finetuned(tuned, self.target.train)
@@ -119,29 +121,18 @@ class Piece:
 
     def _add_per_image(self, name: str, model: nn.Module, seconds: float) -> None:
         """Measure a converted network that takes its statistics from each whole image, without labels."""
-
-        def of_image(image: Tensor) -> nn.Module:
-            own = copy.deepcopy(model)
-            normfix.calibrate_(own, image)
-            return own
-
-        row: dict[str, Any] = {"seconds": seconds, **measured(of_image, self.source.test, self.setting)}
-        row["alone"] = self._transferred(of_image)
+        own = partial(_of_image, model)
+        row: dict[str, Any] = {"seconds": seconds, **measured(own, self.source.test, self.setting)}
+        row["alone"] = self._transferred(own)
         tuned = copy.deepcopy(model)
         self._finetuned(tuned, self.target.train)
-
-        def tuned_of_image(image: Tensor) -> nn.Module:
-            own = copy.deepcopy(tuned)
-            normfix.calibrate_(own, image)
-            return own
-
-        row["fine-tuned"] = self._transferred(tuned_of_image)
+        row["fine-tuned"] = self._transferred(partial(_of_image, tuned))
         self.rows[name] = row
 
     def _converted(self, model: nn.Module, to: Any) -> nn.Module:
         """Convert on the source's training region; a network whose attention stays live is converted in part."""
         example = torch.rand(1, 1, *self.setting.window)
-        done = normfix.convert(model, self._images(self.source), to, example=example)
+        done = normfix.convert(model, self._images(self.source.train), to, example=example)
         if not (done.proof.passed or (done.proof.partial and not self.setting.dense)):
             raise click.ClickException(f"{self.name}, {to}: {done.proof}")
         return done.model.eval()
@@ -150,12 +141,12 @@ class Piece:
         self._seed()
         taken = finetune(model, region, self.setting.window, self.batch, self.steps // FEW)
         if any(isinstance(module, BatchRenorm) for module in model.modules()):
-            normfix.calibrate_(model, self._images(Domain(region, region)))
+            normfix.calibrate_(model, self._images(region))
         return taken
 
-    def _images(self, domain: Domain) -> list[Tensor]:
+    def _images(self, region: Region) -> list[Tensor]:
         """Return what statistics are measured on: whole training images, or windows where one size is taken."""
-        images = domain.train.images.split(1)
+        images = region.images.split(1)
         if self.setting.dense:
             return list(images)
         apart = replace(self.setting, halo=(0,) * self.setting.ndim)
@@ -167,6 +158,13 @@ class Piece:
     def _seed(self) -> None:
         random.seed(self.seed)
         torch.manual_seed(self.seed)
+
+
+def _of_image(model: nn.Module, image: Tensor) -> nn.Module:
+    """Return a copy with the statistics of one image."""
+    own = copy.deepcopy(model)
+    normfix.calibrate_(own, image)
+    return own
 
 
 if __name__ == "__main__":

@@ -93,17 +93,7 @@ def freeze(model: nn.Module) -> Lowering:
         >>> type(freeze(nn.Sequential(BatchRenorm2d(8))).model[0]).__name__
         'FrozenNorm2d'
     """
-    model = copy.deepcopy(model)
-    steps = []
-    for path, layer in list(model.named_modules()):
-        if not isinstance(layer, BatchRenorm):
-            continue
-        reason = _why_not_frozen(layer)
-        if not reason:
-            model = _replace(model, layer, frozen(layer))
-        detail = reason or f"became {FROZEN[type(layer)].__name__}"
-        steps.append(LoweringStep(path=path, layer=type(layer).__name__, done=not reason, detail=detail))
-    return Lowering(model=model, record=LoweringRecord(steps=tuple(steps)))
+    return _each_replaced(model, BatchRenorm, lambda _, layer: _why_not_frozen(layer), frozen)
 
 
 def lower(model: nn.Module) -> Lowering:
@@ -119,17 +109,7 @@ def lower(model: nn.Module) -> Lowering:
         >>> lower(nn.Sequential(FrozenNorm2d(8))).record.steps[0].detail
         'became BatchNorm2d in eval'
     """
-    model = copy.deepcopy(model)
-    steps = []
-    for path, layer in list(model.named_modules()):
-        if not isinstance(layer, ChannelNorm):
-            continue
-        reason = _why_not_lowered(model, layer)
-        if not reason:
-            model = _replace(model, layer, stock(layer))
-        detail = reason or f"became {STOCK[type(layer)].__name__} in eval"
-        steps.append(LoweringStep(path=path, layer=type(layer).__name__, done=not reason, detail=detail))
-    return Lowering(model=model, record=LoweringRecord(steps=tuple(steps)))
+    return _each_replaced(model, ChannelNorm, _why_not_lowered, stock, " in eval")
 
 
 def fold(model: nn.Module, example: Tensor | tuple[Any, ...] | None = None) -> Lowering:
@@ -187,6 +167,28 @@ def attempt_fold(model: nn.Module, run: Run | None = None) -> Lowering:
 def rounding(dtype: torch.dtype) -> float:
     """Return by how many sd of its output a folded network may differ: weights are rounded once more."""
     return min(0.1, 1e4 * torch.finfo(dtype).eps)
+
+
+def _each_replaced(
+    model: nn.Module,
+    kind: type[ChannelNorm],
+    why_not: Callable[[nn.Module, ChannelNorm], str],
+    make: Callable[[ChannelNorm], nn.Module],
+    ending: str = "",
+) -> Lowering:
+    """Replace every layer of a kind, where nothing speaks against it, in a copy of the model."""
+    model = copy.deepcopy(model)
+    steps = []
+    for path, layer in list(model.named_modules()):
+        if not isinstance(layer, kind):
+            continue
+        detail = reason = why_not(model, layer)
+        if not reason:
+            new = make(layer)
+            model = _replace(model, layer, new)
+            detail = f"became {type(new).__name__}{ending}"
+        steps.append(LoweringStep(path=path, layer=type(layer).__name__, done=not reason, detail=detail))
+    return Lowering(model=model, record=LoweringRecord(steps=tuple(steps)))
 
 
 def _why_not_frozen(layer: ChannelNorm) -> str:
