@@ -47,7 +47,7 @@ def factory(spec: str, args: str = "{}") -> Source:
         "normfix.factories:build",
         "normfix.loading:build",
         "normfix.pipeline:load",
-        "normfix.pipeline.storage:open_any",
+        "normfix.pipeline.restoring:open_any",
         "normfix.pipeline.fresh:subprocess.run",
         "normfix.cli:main",
         "normfix.loading:Path.touch",

@@ -16,7 +16,7 @@ import normfix
 from normfix.errors import NormfixError
 from normfix.loading import Request
 from normfix.pipeline import storage
-from normfix.pipeline.storage import open_any
+from normfix.pipeline.restoring import open_any
 from normfix.provenance import provenance_of
 from normfix.saving import MANIFEST, PROGRAM, WEIGHTS, appearing
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 from normfix.pipeline.conversion import Conversion, convert
 from normfix.pipeline.diagnosing import Diagnosis, diagnose
 from normfix.pipeline.finetuning import FineTuning, prepare_finetune
+from normfix.pipeline.invariance import assert_tile_invariant, check
 from normfix.pipeline.looking import plan, scan
 from normfix.pipeline.opening import open_windowed as open_image
+from normfix.pipeline.predicting import predict, write_prediction
 from normfix.pipeline.recalibration import calibrate, calibrate_
 from normfix.pipeline.reproving import prove
+from normfix.pipeline.restoring import load, open_any
 from normfix.pipeline.sharing import push
-from normfix.pipeline.storage import load, open_any, save
-from normfix.pipeline.using import assert_tile_invariant, check, predict, write_prediction
+from normfix.pipeline.storage import save
 
 __all__ = [
     "Conversion",

@@ -38,7 +38,7 @@ from normfix.intervention import Watched, record
 from normfix.numerics import IDENTITY, deviation, exact_arithmetic, settings
 from normfix.pipeline.bench import Setting, bench_of, prepare
 from normfix.pipeline.pipelines import PipelineDiagnosis, diagnose_pipeline
-from normfix.pipeline.using import predict
+from normfix.pipeline.predicting import predict
 from normfix.provenance import provenance_of
 from normfix.records import Finding
 from normfix.reporting.maps import Maps

@@ -15,8 +15,8 @@ from normfix.calling import REFUSALS, Caller
 from normfix.dye import strip
 from normfix.errors import NormfixError
 from normfix.numerics import deviation
+from normfix.pipeline.invariance import compare_with
 from normfix.pipeline.looking import thinnest
-from normfix.pipeline.using import compare_with
 from normfix.proving import used
 from normfix.records import Plan, ProofStep, Site, Verdict
 from normfix.scanning import survey

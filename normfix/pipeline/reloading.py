@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from normfix.calling import Caller, evaluating
 from normfix.numerics import exact_arithmetic
 from normfix.pipeline.fresh import run_fresh
-from normfix.pipeline.storage import load
+from normfix.pipeline.restoring import load
 from normfix.records import Source
 
 __all__ = ["answer", "answers_of", "importable"]

@@ -17,12 +17,12 @@ from normfix.images import Items
 from normfix.numerics import exact_arithmetic
 from normfix.pipeline.exactness import Subject, middle_of
 from normfix.pipeline.forms import Bench, exported, folded, frozen, portable, reloaded, stock
+from normfix.pipeline.known import Known, known_of
 from normfix.pipeline.looking import geometry_of
 from normfix.pipeline.masking import Mask
 from normfix.pipeline.opening import sources_of
 from normfix.pipeline.recalibration import remeasure
 from normfix.pipeline.storage import sourced
-from normfix.pipeline.using import Known, known_of
 from normfix.programs import require_free
 from normfix.provenance import provenance_of
 from normfix.proving import CONSISTENT, residual, tile_exactness, unmeasured

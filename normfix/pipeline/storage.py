@@ -1,11 +1,10 @@
-"""save and load: a folder that appears whole, proved by reading it back in a fresh process."""
+"""save: a folder that appears whole, proved by reading it back in a fresh process."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,57 +12,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfix.allocation import bounded_by
 from normfix.calibration import Calibration
-from normfix.calling import Caller, evaluating, home_of
+from normfix.calling import Caller, home_of
 from normfix.errors import NormfixError
 from normfix.factories import dumped, rebuild
 from normfix.json_record import SCHEMA
 from normfix.loading import (
-    HUB,
-    Loaded,
     Request,
-    fetched,
     open_path,
-    open_spec,
-    read_program,
     read_weights,
-    require_repository,
 )
-from normfix.numerics import IDENTITY, exact_arithmetic
+from normfix.numerics import IDENTITY
 from normfix.pipeline.conversion import Conversion
 from normfix.pipeline.fresh import run_fresh
+from normfix.pipeline.probing import SEED, probe_of, probed
+from normfix.pipeline.restoring import load
 from normfix.programs import (
-    SUFFIX,
     export_program,
-    open_program,
     require_program_name,
     write_beside,
     write_program,
 )
-from normfix.provenance import attach_, provenance_of
-from normfix.records import CalibrationSummary, Probe, Proof, Provenance, Saved, Source
+from normfix.provenance import provenance_of
+from normfix.records import CalibrationSummary, Proof, Provenance, Saved, Source
 from normfix.returning import require_returnable, returned, write_original
-from normfix.rewriting import copy_of, rewrite
+from normfix.rewriting import copy_of
 from normfix.saving import (
-    MANIFEST,
     PROGRAM,
     WEIGHTS,
     appearing,
-    load_weights_,
-    program_beside,
-    read_manifest,
     seeded_input,
     write_folder,
 )
-from normfix.scanning import materialise_
 
-__all__ = ["load", "open_any", "require_unconverted", "save", "save_program", "sourced", "write_draft"]
-
-_SEED = 0
-_SAMPLES = 64
-_LARGEST_PROBE = 1 << 27
-"""Values of a probe: 512 pixels cubed; a file must not ask for more."""
+__all__ = ["require_unconverted", "save", "save_program", "sourced", "write_draft"]
 
 
 def save(
@@ -141,7 +123,7 @@ def write_draft(
     if provenance.source.kind == "object" and caller.forward_fn is None:
         with suppress(NormfixError):  # the folder is whole without it
             save_program(draft / PROGRAM, model, caller, provenance, proof, calibration, write_beside)
-    write_folder(draft, model, provenance, proof, calibration, _probe(model, caller, provenance))
+    write_folder(draft, model, provenance, proof, calibration, probe_of(model, caller, provenance))
 
 
 def _save_portable(
@@ -153,8 +135,8 @@ def _save_portable(
     home = home_of(model)
     network = returned(model, base.to(*home))
     shape = (1, *provenance.scan.example[1:])
-    wanted = _probed(model, caller, shape, _SEED, home[1])
-    _require_same(_probed(network, caller, shape, _SEED, home[1]), wanted, home[1], "the original class")
+    wanted = probed(model, caller, shape, SEED, home[1])
+    _require_same(probed(network, caller, shape, SEED, home[1]), wanted, home[1], "the original class")
     with appearing(folder) as draft:
         path = write_original(draft, network, provenance.source)
         source = provenance.source
@@ -163,7 +145,7 @@ def _save_portable(
             args = json.loads(source.args) if named else None
             again = open_path(path, Request(arch=source.spec if named else None, arch_args=args)).model
             _require_same(
-                _probed(again.to(*home), caller, shape, _SEED, home[1]), wanted, home[1], "what was written"
+                probed(again.to(*home), caller, shape, SEED, home[1]), wanted, home[1], "what was written"
             )
 
 
@@ -192,101 +174,6 @@ def require_unconverted(model: nn.Module) -> None:
         )
 
 
-def load(
-    spec: str | Path,
-    *,
-    arch: str | None = None,
-    args: Mapping[str, Any] | None = None,
-    model: nn.Module | None = None,
-    trust_pickle: bool = False,
-    allow_classes: tuple[str, ...] = (),
-    weights: str | None = None,
-    revision: str | None = None,
-) -> nn.Module:
-    """Open a folder that normfix saved, or any network `open_model` knows; in eval mode for a folder.
-
-    A folder that does not say how to build its network (it was saved from an object) gives its program.pt2 as a
-    module: it computes the same at every size it was exported for, and cannot be trained. `model` or `arch` give
-    the network itself.
-
-    Args:
-        spec: folder, weights file, checkpoint, pickle, "timm:NAME", "hf-hub:ORG/NAME@REVISION" or "pkg.mod:factory".
-        arch: the architecture, where the file does not name it or may not.
-        args: keyword arguments of the factory.
-        model: a fresh network to convert and fill, instead of calling any factory; not modified.
-        trust_pickle: run a pickle.
-        allow_classes: classes that a pickle may build, by name or as "package.*".
-        weights: which of several sets of weights in the file, such as "ema".
-        revision: branch, tag or commit of a repository.
-
-    Raises:
-        NormfixError: NF101, NF105, NF108, NF111, NF113, NF115, NF119-NF125: see `normfix explain CODE`.
-    """
-    request = Request(
-        arch=arch, arch_args=args, weights=weights, trust_pickle=trust_pickle, allow_classes=allow_classes
-    )
-    return open_any(spec, request, model=model, revision=revision).model
-
-
-def open_any(
-    spec: str | Path, request: Request, *, model: nn.Module | None = None, revision: str | None = None
-) -> Loaded:
-    """Open as `load` does, with source and notes."""
-    require_repository(str(spec), revision)
-    if Path(spec).suffix == SUFFIX and Path(spec).is_file():
-        return _open_program(Path(spec))
-    if not str(spec).startswith(HUB):
-        if (Path(spec) / MANIFEST).is_file():
-            return _open_saved(Path(spec), request, model)
-        return open_spec(str(spec), request)
-    folder, origin = fetched(str(spec), revision)
-    if (folder / MANIFEST).is_file():
-        return _open_saved(folder, request, model)
-    loaded = open_path(folder, request)
-    return replace(loaded, source=replace(loaded.source, origin=origin))
-
-
-def _open_saved(folder: Path, request: Request, model: nn.Module | None) -> Loaded:
-    saved = read_manifest(folder)
-    source = saved.provenance.source
-    if model is None and request.arch is None and source.kind == "object":
-        program = program_beside(folder, saved)
-        if program is not None:
-            return _open_beside(program, saved)
-    if model is not None:
-        return Loaded(_restored(folder, saved, copy_of(model)), source)
-    with bounded_by(folder) if request.arch is None else nullcontext():
-        base = rebuild(source, arch=request.arch, arch_args=request.arch_args)
-    return Loaded(_restored(folder, saved, base), source)
-
-
-def _open_beside(path: Path, saved: Saved) -> Loaded:
-    """Open the program beside the weights, where the folder does not say how to build the network."""
-    known = saved.provenance
-    with _belonging(str(path)):
-        program, _ = open_program(path, read_program)
-        attach_(program, known)
-        if saved.probe is not None:
-            _require_probe(program, Caller(None, known.output), saved.probe, str(path))
-    note = (
-        f"{path}: opened as a program, which cannot be trained; for the network itself give it with --arch."
-    )
-    return Loaded(program, known.source, (note,))
-
-
-def _open_program(path: Path) -> Loaded:
-    """Open a .pt2 file; one that normfix wrote brings plan, geometry and scaling with it."""
-    model, saved = open_program(path, read_program)
-    source = Source(kind="object", spec="torch.export:ExportedProgram")
-    if saved is None:
-        return Loaded(model, source)
-    known = saved.provenance
-    attach_(model, known)
-    if saved.probe is not None:
-        _require_probe(model, Caller(None, known.output), saved.probe, str(path))
-    return Loaded(model, known.source)
-
-
 def save_program(
     path: Path,
     model: nn.Module,
@@ -302,7 +189,7 @@ def save_program(
         provenance = replace(provenance, output=None)
     shape = (1, *provenance.scan.example[1:])
     device, dtype = home_of(model)
-    program = export_program(model, run, seeded_input(shape, _SEED, dtype).to(device))
+    program = export_program(model, run, seeded_input(shape, SEED, dtype).to(device))
     saved = Saved(
         schema=SCHEMA,
         provenance=provenance,
@@ -310,7 +197,7 @@ def save_program(
         sha256="",
         calibration=calibration,
         proof=proof,
-        probe=_probe(model, caller, provenance),
+        probe=probe_of(model, caller, provenance),
     )
     write(path, program, model, run or (lambda network, image: network(image)), saved)
 
@@ -324,89 +211,6 @@ def _parts(
     model, summary = (done.model, done.summary) if isinstance(done, Calibration) else (done, None)
     known = provenance_of(model)
     return model, None, Caller(None, known.output if known else None), None, summary
-
-
-def _restored(folder: Path, saved: Saved, base: nn.Module) -> nn.Module:
-    """Carry the saved plan out on a base network, fill it strictly and repeat the probe."""
-    known = saved.provenance
-    caller = Caller(None, known.output)
-    with _belonging(str(folder)):
-        example = torch.zeros(1).expand(1, *known.scan.example[1:])  # takes no memory, whatever the file says
-        materialise_(base, caller, example)
-        model = rewrite(base, known.plan)
-        load_weights_(model, read_weights(folder / WEIGHTS), saved, str(folder))
-        attach_(model, known)
-        if saved.probe is not None:
-            _require_probe(model.eval(), caller, saved.probe, str(folder))
-    return model.eval()
-
-
-@contextmanager
-def _belonging(where: str) -> Iterator[None]:
-    """Turn whatever a plan, probe or network that do not belong together run into, into NF115."""
-    try:
-        yield
-    except NormfixError:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise NormfixError(
-            "NF115",
-            f"plan, weights and probe cannot be carried out on this network: {reason}. The folder was changed, "
-            "or the network's code is another version.",
-            where=where,
-        ) from error
-
-
-def _probe(model: nn.Module, caller: Caller, provenance: Provenance) -> Probe | None:
-    """Return what the model gives for a seeded input; None if it needs a calling convention that is not saved."""
-    if caller.forward_fn is not None:
-        return None
-    dtype = home_of(model)[1]
-    shape = (1, *provenance.scan.example[1:])
-    if math.prod(shape) > _LARGEST_PROBE:
-        return None
-    output = _probed(model, caller, shape, _SEED, dtype)
-    return Probe(
-        shape=shape,
-        seed=_SEED,
-        dtype=str(dtype).removeprefix("torch."),
-        output=tuple(output.shape),
-        sd=float(output.double().std()),
-        values=_samples(output),
-    )
-
-
-def _require_probe(model: nn.Module, caller: Caller, probe: Probe, where: str) -> None:
-    if math.prod(probe.shape) > _LARGEST_PROBE:
-        raise NormfixError("NF121", f"its probe has the shape {probe.shape}. It is not made.", where=where)
-    dtype: torch.dtype = getattr(torch, probe.dtype)
-    output = _probed(model, caller, probe.shape, probe.seed, dtype)
-    scale = probe.sd or 1.0
-    same = tuple(output.shape) == probe.output and all(
-        abs(a - b) <= IDENTITY[dtype] * scale for a, b in zip(_samples(output), probe.values, strict=True)
-    )
-    if not same:
-        raise NormfixError(
-            "NF115",
-            "the network does not give the output stored with it for the probe input, so it is another base "
-            "network or another version of its code. Rebuild it with the version it was converted with.",
-            where=where,
-        )
-
-
-def _probed(
-    model: nn.Module, caller: Caller, shape: tuple[int, ...], seed: int, dtype: torch.dtype
-) -> Tensor:
-    device = home_of(model)[0]
-    with evaluating(model), exact_arithmetic():
-        return caller(model, seeded_input(shape, seed, dtype).to(device)).cpu()
-
-
-def _samples(output: Tensor) -> tuple[float, ...]:
-    flat = output.double().flatten()
-    places = torch.linspace(0, len(flat) - 1, _SAMPLES).long()
-    return tuple(float(v) for v in flat[places])
 
 
 def _read_back(draft: Path, source: Source, model: nn.Module, original: nn.Module | None) -> None:

@@ -1,0 +1,173 @@
+"""load: what normfix saved, or any network that can be opened, as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from normfix.allocation import bounded_by
+from normfix.calling import Caller
+from normfix.errors import NormfixError
+from normfix.factories import rebuild
+from normfix.loading import (
+    HUB,
+    Loaded,
+    Request,
+    fetched,
+    open_path,
+    open_spec,
+    read_program,
+    read_weights,
+    require_repository,
+)
+from normfix.pipeline.probing import require_probe
+from normfix.programs import (
+    SUFFIX,
+    open_program,
+)
+from normfix.provenance import attach_
+from normfix.records import Saved, Source
+from normfix.rewriting import copy_of, rewrite
+from normfix.saving import (
+    MANIFEST,
+    WEIGHTS,
+    load_weights_,
+    program_beside,
+    read_manifest,
+)
+from normfix.scanning import materialise_
+
+__all__ = ["load", "open_any"]
+
+
+def load(
+    spec: str | Path,
+    *,
+    arch: str | None = None,
+    args: Mapping[str, Any] | None = None,
+    model: nn.Module | None = None,
+    trust_pickle: bool = False,
+    allow_classes: tuple[str, ...] = (),
+    weights: str | None = None,
+    revision: str | None = None,
+) -> nn.Module:
+    """Open a folder that normfix saved, or any network `open_model` knows; in eval mode for a folder.
+
+    A folder that does not say how to build its network (it was saved from an object) gives its program.pt2 as a
+    module: it computes the same at every size it was exported for, and cannot be trained. `model` or `arch` give
+    the network itself.
+
+    Args:
+        spec: folder, weights file, checkpoint, pickle, "timm:NAME", "hf-hub:ORG/NAME@REVISION" or "pkg.mod:factory".
+        arch: the architecture, where the file does not name it or may not.
+        args: keyword arguments of the factory.
+        model: a fresh network to convert and fill, instead of calling any factory; not modified.
+        trust_pickle: run a pickle.
+        allow_classes: classes that a pickle may build, by name or as "package.*".
+        weights: which of several sets of weights in the file, such as "ema".
+        revision: branch, tag or commit of a repository.
+
+    Raises:
+        NormfixError: NF101, NF105, NF108, NF111, NF113, NF115, NF119-NF125: see `normfix explain CODE`.
+    """
+    request = Request(
+        arch=arch, arch_args=args, weights=weights, trust_pickle=trust_pickle, allow_classes=allow_classes
+    )
+    return open_any(spec, request, model=model, revision=revision).model
+
+
+def open_any(
+    spec: str | Path, request: Request, *, model: nn.Module | None = None, revision: str | None = None
+) -> Loaded:
+    """Open as `load` does, with source and notes."""
+    require_repository(str(spec), revision)
+    if Path(spec).suffix == SUFFIX and Path(spec).is_file():
+        return _open_program(Path(spec))
+    if not str(spec).startswith(HUB):
+        if (Path(spec) / MANIFEST).is_file():
+            return _open_saved(Path(spec), request, model)
+        return open_spec(str(spec), request)
+    folder, origin = fetched(str(spec), revision)
+    if (folder / MANIFEST).is_file():
+        return _open_saved(folder, request, model)
+    loaded = open_path(folder, request)
+    return replace(loaded, source=replace(loaded.source, origin=origin))
+
+
+def _open_saved(folder: Path, request: Request, model: nn.Module | None) -> Loaded:
+    saved = read_manifest(folder)
+    source = saved.provenance.source
+    if model is None and request.arch is None and source.kind == "object":
+        program = program_beside(folder, saved)
+        if program is not None:
+            return _open_beside(program, saved)
+    if model is not None:
+        return Loaded(_restored(folder, saved, copy_of(model)), source)
+    with bounded_by(folder) if request.arch is None else nullcontext():
+        base = rebuild(source, arch=request.arch, arch_args=request.arch_args)
+    return Loaded(_restored(folder, saved, base), source)
+
+
+def _open_beside(path: Path, saved: Saved) -> Loaded:
+    """Open the program beside the weights, where the folder does not say how to build the network."""
+    known = saved.provenance
+    with _belonging(str(path)):
+        program, _ = open_program(path, read_program)
+        attach_(program, known)
+        if saved.probe is not None:
+            require_probe(program, Caller(None, known.output), saved.probe, str(path))
+    note = (
+        f"{path}: opened as a program, which cannot be trained; for the network itself give it with --arch."
+    )
+    return Loaded(program, known.source, (note,))
+
+
+def _open_program(path: Path) -> Loaded:
+    """Open a .pt2 file; one that normfix wrote brings plan, geometry and scaling with it."""
+    model, saved = open_program(path, read_program)
+    source = Source(kind="object", spec="torch.export:ExportedProgram")
+    if saved is None:
+        return Loaded(model, source)
+    known = saved.provenance
+    attach_(model, known)
+    if saved.probe is not None:
+        require_probe(model, Caller(None, known.output), saved.probe, str(path))
+    return Loaded(model, known.source)
+
+
+def _restored(folder: Path, saved: Saved, base: nn.Module) -> nn.Module:
+    """Carry the saved plan out on a base network, fill it strictly and repeat the probe."""
+    known = saved.provenance
+    caller = Caller(None, known.output)
+    with _belonging(str(folder)):
+        example = torch.zeros(1).expand(1, *known.scan.example[1:])  # takes no memory, whatever the file says
+        materialise_(base, caller, example)
+        model = rewrite(base, known.plan)
+        load_weights_(model, read_weights(folder / WEIGHTS), saved, str(folder))
+        attach_(model, known)
+        if saved.probe is not None:
+            require_probe(model.eval(), caller, saved.probe, str(folder))
+    return model.eval()
+
+
+@contextmanager
+def _belonging(where: str) -> Iterator[None]:
+    """Turn whatever a plan, probe or network that do not belong together run into, into NF115."""
+    try:
+        yield
+    except NormfixError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise NormfixError(
+            "NF115",
+            f"plan, weights and probe cannot be carried out on this network: {reason}. The folder was changed, "
+            "or the network's code is another version.",
+            where=where,
+        ) from error
