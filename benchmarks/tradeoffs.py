@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from tradeoff.data import Region, domains
 from tradeoff.measuring import disparity, measured, tiled_dice, windows
-from tradeoff.networks import SETTINGS, TRAINED, Setting, build
+from tradeoff.networks import PREPARED, SETTINGS, TRAINED, Setting, build
 from tradeoff.table import write_page
 from tradeoff.training import finetune, train
 
@@ -89,17 +89,27 @@ class Piece:
             self._seed()
             model = build(self.name, norm)
             self._seed()
-            taken = train(model, self.source.train, self.setting.window, self.batch, self.steps)
-            self._add(norm, model, taken, adapts=norm in ("batch", "batchrenorm"))
-            if norm in ("instance", "group"):
+            taken = train(
+                model,
+                self.source.train,
+                self.setting.window,
+                self.batch,
+                self.steps,
+                prepared=norm == PREPARED,
+            )
+            self._add(norm, model, taken, adapts=norm.startswith("batch"))
+            if norm in ("instance", "group", "batch"):
                 frozen = self._converted(model, "frozen")
                 self._add(f"{norm} → frozen", frozen, taken, adapts=True)
-                if norm == "instance" and self.setting.dense:
+                if norm != "group" and self.setting.dense:
                     self._add_per_image(f"{norm} → frozen, per image", frozen, taken)
             if norm in ("instance", "batch"):
                 converted = self._converted(model, "batchrenorm")
                 more = self._finetuned(converted, self.source.train)
                 self._add(f"{norm} → batchrenorm, fine-tuned", converted, taken + more, adapts=True)
+            if norm == PREPARED:
+                normfix.calibrate_(model, self._images(self.source.train))
+                self._add(f"{norm}, recalibrated", model, taken, adapts=True)
         return self.rows
 
     def _add(self, name: str, model: nn.Module, seconds: float, *, adapts: bool) -> None:
@@ -114,6 +124,8 @@ class Piece:
             recalibrated = copy.deepcopy(model)
             normfix.calibrate_(recalibrated, self._images(self.target.train))
             row["recalibrated"] = self._transferred(lambda _: recalibrated)
+            self._finetuned(recalibrated, self.target.train)
+            row["both"] = self._transferred(lambda _: recalibrated)
         tuned = copy.deepcopy(model)
         self._finetuned(tuned, self.target.train)
         row["fine-tuned"] = self._transferred(lambda _: tuned)

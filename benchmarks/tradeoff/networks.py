@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from normfix.layers import BatchRenorm2d, BatchRenorm3d
 
-__all__ = ["SETTINGS", "TRAINED", "Setting", "build"]
+__all__ = ["PREPARED", "SETTINGS", "TRAINED", "Setting", "build"]
 
-TRAINED = ("instance", "instance tracked", "group", "batch", "batchrenorm")
+PREPARED = "batchrenorm, prepared"
+"""BatchRenorm from scratch by the choices of prepare_finetune: momentum for the run's length, held at the end."""
+TRAINED = ("instance", "instance tracked", "group", "batch", "batchrenorm", PREPARED)
 """What networks are trained with; everything else is made of these."""
 
 
@@ -114,7 +116,7 @@ def build(setting: str, norm: str) -> nn.Module:
         spatial_dims=2,
         norm_name=names.get(norm, "batch"),
     )
-    if norm == "batchrenorm":
+    if norm.startswith("batchrenorm"):
         for parent in list(net.modules()):
             for name, child in parent.named_children():
                 if isinstance(child, nn.BatchNorm2d):

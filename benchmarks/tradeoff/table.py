@@ -20,6 +20,7 @@ COLUMNS = {
     "alone": "target, left alone",
     "recalibrated": "target, recalibrated",
     "fine-tuned": "target, fine-tuned",
+    "both": "target, recalibrated, then fine-tuned",
     "seconds": "training, s",
 }
 Rows = dict[str, dict[str, list[float]]]
@@ -95,9 +96,15 @@ def _draw(setting: str, batches: dict[int, Rows], path: Path) -> None:
         shift = (number - (len(batches) - 1) / 2) * 0.22
         for panel, column in ((seams, "mismatch"), (accuracy, "tiled")):
             _marks(panel, rows, variants, column, shift, "o", colors[batch], f"batch {batch}")
-    states = {"alone": ("o", "#bdbdbd"), "recalibrated": ("D", "#e6550d"), "fine-tuned": ("s", "#31a354")}
+    states = {
+        "alone": ("o", "#bdbdbd"),
+        "recalibrated": ("D", "#e6550d"),
+        "fine-tuned": ("s", "#31a354"),
+        "both": ("^", "#756bb1"),
+    }
     for column, (marker, color) in states.items():
-        _marks(transfer, batches[middle], variants, column, 0, marker, color, column)
+        label = COLUMNS[column].removeprefix("target, ")
+        _marks(transfer, batches[middle], variants, column, 0, marker, color, label)
     seams.set(title="tile mismatch (1 - Dice of two tilings)", yticks=range(len(variants)))
     seams.set_yticklabels(variants)
     seams.invert_yaxis()

@@ -17,8 +17,18 @@ from .data import Region
 __all__ = ["finetune", "train"]
 
 
-def train(model: nn.Module, region: Region, window: tuple[int, ...], batch: int, steps: int) -> float:
-    """Train from scratch; return seconds of processor time."""
+def train(
+    model: nn.Module,
+    region: Region,
+    window: tuple[int, ...],
+    batch: int,
+    steps: int,
+    *,
+    prepared: bool = False,
+) -> float:
+    """Train from scratch, `prepared` by the package's own choices; return seconds of processor time."""
+    if prepared:
+        return _prepared(model, region, window, batch, steps, rate=3e-3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-3)
     if any(isinstance(module, BatchRenorm) for module in model.modules()):
         RenormSchedule(model, steps).follow(optimizer)
@@ -27,8 +37,14 @@ def train(model: nn.Module, region: Region, window: tuple[int, ...], batch: int,
 
 def finetune(model: nn.Module, region: Region, window: tuple[int, ...], batch: int, steps: int) -> float:
     """Go on training on new data, by the package's own choices; return seconds of processor time."""
+    return _prepared(model, region, window, batch, steps, rate=1e-3)
+
+
+def _prepared(
+    model: nn.Module, region: Region, window: tuple[int, ...], batch: int, steps: int, *, rate: float
+) -> float:
     run = normfix.prepare_finetune(model.train(), steps, weight_decay=1e-3)
-    optimizer = torch.optim.AdamW(run.groups, lr=1e-3)
+    optimizer = torch.optim.AdamW(run.groups, lr=rate)
     run.follow(optimizer)
     taken = _run(model, optimizer, region, window, batch, steps)
     for module in model.modules():
