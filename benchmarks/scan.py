@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import normfix
-from normfix.pipeline.looking import default_example
+from normfix.pipeline.examples import default_example
 
 
 class Work(TorchDispatchMode):

@@ -10,14 +10,12 @@ left as it was is named, with the reason.
 from __future__ import annotations
 
 import copy
-from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from normfix.interception import InterceptedNorm
@@ -35,6 +33,7 @@ from normfix.layers.folding import (
     pads_zeros,
     stock,
 )
+from normfix.neighbours import Run, neighbours, observe, parents_of
 
 __all__ = [
     "Lowering",
@@ -47,7 +46,6 @@ __all__ = [
     "rounding",
 ]
 
-Run: TypeAlias = Callable[[nn.Module], Any]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -144,7 +142,7 @@ def attempt_fold(model: nn.Module, run: Run | None = None) -> Lowering:
     """
     folded = copy.deepcopy(model)
     paths = {module: path for path, module in folded.named_modules()}
-    flow = _neighbours(folded) if run is None else _observe(folded, run)
+    flow = neighbours(folded) if run is None else observe(folded, run)
     steps = []
     for path, norm in list(folded.named_modules()):
         if not (isinstance(norm, ChannelNorm) or type(norm) in BATCH_NORMS):
@@ -216,7 +214,7 @@ def _why_live(model: nn.Module, batch_norm: nn.Module) -> str:
 def _why_not_replaced(model: nn.Module, layer: nn.Module) -> str:
     if reason := _why_bound(layer):
         return reason
-    if any(isinstance(parent, InterceptedNorm) for parent in _parents(model, layer)):
+    if any(isinstance(parent, InterceptedNorm) for parent in parents_of(model, layer)):
         return "it serves a call inside its owner's forward; torch.export leaves plain batch norm of it"
     return ""
 
@@ -272,101 +270,6 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
             if child is old:
                 parent._modules[name] = new
     return new if model is old else model
-
-
-def _parents(model: nn.Module, child: nn.Module) -> list[nn.Module]:
-    return [parent for parent in model.modules() for module in parent._modules.values() if module is child]
-
-
-_Flow: TypeAlias = Callable[[nn.Module], tuple[nn.Module | None, nn.Module | None]]
-
-
-def _neighbours(model: nn.Module) -> _Flow:
-    """Read who feeds whom from plain sequences; a module with two places in the model has no neighbours."""
-
-    def flow(norm: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
-        parents = _parents(model, norm)
-        if len(parents) != 1 or type(parents[0]) is not nn.Sequential:
-            return None, None
-        row = [None, *parents[0], None]
-        place = row.index(norm)
-        before, after = (
-            module if module is not None and len(_parents(model, module)) == 1 else None
-            for module in (row[place - 1], row[place + 1])
-        )
-        return before, after
-
-    return flow
-
-
-def _observe(model: nn.Module, run: Run) -> _Flow:
-    """See on the example who feeds whom, counting only what has no other use and is called once."""
-    was_training = {module: module.training for module in model.modules()}
-    watched = [m for m in model.modules() if is_convolution(m) or type(m) in (*STOCK, *BATCH_NORMS)]
-    seen = _Observation()
-    handles = [hook for module in watched for hook in seen.watch(module)]
-    try:
-        with torch.no_grad(), seen:
-            outputs = run(model.eval())
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in was_training.items():
-            module.training = training
-    return seen.flow({id(leaf) for leaf in tree_leaves(outputs)})
-
-
-class _Observation(TorchFunctionMode):
-    """Records which watched module made a tensor, and in which ones it was used."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._running: list[nn.Module] = []
-        self._calls: Counter[nn.Module] = Counter()
-        self._outputs: dict[nn.Module, Tensor] = {}  # kept, so that no other tensor takes their ids
-        self._users: defaultdict[int, set[nn.Module | None]] = defaultdict(set)
-
-    def watch(self, module: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
-        def enter(module: nn.Module, _: Any) -> None:
-            self._calls[module] += 1
-            self._running.append(module)
-
-        def leave(module: nn.Module, _: Any, output: Tensor) -> None:
-            self._running.pop()
-            self._outputs[module] = output
-            self._users.pop(id(output), None)
-
-        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "")
-        if name in _METADATA or (name == "__get__" and not isinstance(result, Tensor)):
-            return result
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                self._users[id(leaf)].add(self._running[-1] if self._running else None)
-        return result
-
-    def flow(self, results: set[int]) -> _Flow:
-        feeds: dict[nn.Module, nn.Module] = {}
-        for maker, output in self._outputs.items():
-            users = self._users[id(output)]
-            once = len(users) == 1 and id(output) not in results and self._calls[maker] == 1
-            user = next(iter(users)) if once else None
-            if user is not None and self._calls[user] == 1:
-                feeds[maker] = user
-        fed_by = {user: maker for maker, user in feeds.items()}
-        return lambda norm: (fed_by.get(norm), feeds.get(norm))
-
-
-_METADATA = frozenset({"size", "dim", "numel", "stride", "is_contiguous", "ndimension", "element_size"})
 
 
 @torch.no_grad()

@@ -9,17 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normfix.cli.options import (
-    Arguments,
-    image_options,
-    model_options,
-    no_steps,
-    note,
-    require_report,
-    show,
-    steps,
-    write_report,
-)
+from normfix.cli.options import Arguments, image_options, model_options
+from normfix.cli.showing import no_steps, note, require_report, show, steps, write_report
 from normfix.cli.stages import StageArguments, engine_option, stage_options, watching
 from normfix.cli.texts import conversion_text
 from normfix.errors import NormfixError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from normfix.cli.answers import Shown
-from normfix.cli.options import format_option, show
+from normfix.cli.showing import format_option, show
 
 __all__ = ["demo_command"]
 
@@ -22,7 +22,7 @@ def demo_command(out: str, format_: str) -> int:
     Example:
       normfix demo
     """
-    from normfix.cli.options import note, steps
+    from normfix.cli.showing import note, steps
     from normfix.demo import run_demo
 
     with steps() as progress:

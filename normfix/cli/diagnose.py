@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from normfix.cli.options import (
-    Arguments,
+from normfix.cli.options import Arguments, image_options, model_options
+from normfix.cli.showing import (
     format_option,
-    image_options,
-    model_options,
     note,
     report_option,
     require_reports,

@@ -7,7 +7,7 @@ import textwrap
 import click
 
 from normfix.cli.answers import Explained
-from normfix.cli.options import format_option, show
+from normfix.cli.showing import format_option, show
 from normfix.errors import CODES
 
 __all__ = ["explain_command"]

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normfix.cli.options import Arguments, format_option, model_options, show
+from normfix.cli.options import Arguments, model_options
+from normfix.cli.showing import format_option, show
 from normfix.cli.texts import scan_text
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from normfix.cli.answers import Pushed
-from normfix.cli.options import format_option, note, show
+from normfix.cli.showing import format_option, note, show
 
 __all__ = ["push_command"]
 

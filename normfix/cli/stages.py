@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from normfix.cli.options import note
+from normfix.cli.showing import note
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from normfix.cli.answers import Predicted
-from normfix.cli.options import (
-    Arguments,
+from normfix.cli.options import Arguments, image_options, model_options
+from normfix.cli.showing import (
     format_option,
-    image_options,
-    model_options,
     no_steps,
     note,
     report_option,
@@ -265,7 +263,8 @@ def _predict_in_stages(
 def _placement(image: str, model: nn.Module, level: int, arguments: Arguments) -> Placement | None:
     """Return where the prediction's pixels lie, as the image's file says of its own."""
     from normfix.images import find_images
-    from normfix.pipeline.looking import geometry_of, input_of
+    from normfix.pipeline.examples import input_of
+    from normfix.pipeline.looking import geometry_of
     from normfix.provenance import provenance_of
     from normfix.streaming import open_image
 

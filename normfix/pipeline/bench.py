@@ -19,7 +19,9 @@ from normfix.diagnosis_record import Kind, Tiling
 from normfix.errors import NormfixError
 from normfix.intervention import record, run_fixed
 from normfix.locality import Locality, measure_locality
-from normfix.pipeline.looking import base_of, fitting_example, look
+from normfix.pipeline.bases import base_of
+from normfix.pipeline.examples import fitting_example
+from normfix.pipeline.looking import look
 from normfix.records import Finding, Scaling, Scan, Site
 from normfix.rewriting import as_trained_copy, copy_of
 from normfix.scaling import scaled

@@ -16,16 +16,11 @@ from normfix.calling import Caller, buffers_kept, evaluating, home_of
 from normfix.errors import NormfixError
 from normfix.images import Items
 from normfix.numerics import exact_arithmetic
+from normfix.pipeline.bases import base_of
 from normfix.pipeline.engines import engine_of
 from normfix.pipeline.exactness import Subject, middle_of
-from normfix.pipeline.looking import (
-    Look,
-    base_of,
-    default_example,
-    fitting_example,
-    look,
-    site_target,
-)
+from normfix.pipeline.examples import default_example, fitting_example
+from normfix.pipeline.looking import Look, look, site_target
 from normfix.pipeline.opening import sources_of
 from normfix.pipeline.streamed import Resources, StoredTarget, measure_streamed_
 from normfix.planning import decide, replay

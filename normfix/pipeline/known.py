@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from normfix.calling import Caller, home_of
 from normfix.errors import NormfixError
 from normfix.images import Items
-from normfix.pipeline.looking import base_of, fitting_example, look
+from normfix.pipeline.bases import base_of
+from normfix.pipeline.examples import fitting_example
+from normfix.pipeline.looking import look
 from normfix.programs import require_free
 from normfix.provenance import is_current, provenance_of
 from normfix.records import Scan

@@ -7,34 +7,31 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from normfix.calibration import measure_sites_
-from normfix.calling import REFUSALS, Caller, buffers_kept, evaluating, home_of, require_network
+from normfix.calling import REFUSALS, Caller, require_network
 from normfix.errors import NormfixError
-from normfix.graph import Program, graph_look
+from normfix.graph import graph_look
 from normfix.layers import FrozenStatistic
 from normfix.locality import Locality, cross_section, measure_locality, not_dense
 from normfix.merging import GraphSeen, merge
 from normfix.moments import Moments, pool
-from normfix.numerics import IDENTITY, deviation, exact_arithmetic
+from normfix.numerics import exact_arithmetic
+from normfix.pipeline.bases import base_of, class_of
+from normfix.pipeline.examples import default_example
 from normfix.planning import decide
 from normfix.positions import Positions
 from normfix.records import Action, Decision, Finding, Looked, Plan, Scan
-from normfix.rewriting import as_trained_copy, copy_of, layer_of, rewrite, set_statistics_
-from normfix.scanning import Survey, materialise_, survey
+from normfix.rewriting import copy_of, layer_of, rewrite, set_statistics_
+from normfix.scanning import Survey, survey
 from normfix.spreading import Dyed, confirmed, dye_look
 from normfix.targets import NormTarget, StatisticTarget, Target
 from normfix.tiles import Geometry
 
 __all__ = [
     "Look",
-    "base_of",
-    "default_example",
-    "fitting_example",
     "geometry_of",
-    "input_of",
     "look",
     "plan",
     "scan",
@@ -42,7 +39,6 @@ __all__ = [
     "thinnest",
 ]
 
-_EXAMPLE_EXTENT = {1: 1024, 2: 256, 3: 64}
 _FAST = "the scan was asked to be fast"
 _PROVED = "nothing was captured: what follows is proved, so the other looks are enough"
 
@@ -107,100 +103,6 @@ def plan(scan: Scan, to: Literal["frozen", "batchrenorm"] = "frozen", keep: Sequ
     return decide(scan.sites, model=scan.model, to=to, keep=keep)
 
 
-def base_of(
-    model: nn.Module,
-    example: Tensor,
-    caller: Caller,
-    *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    as_trained: bool = False,
-) -> nn.Module:
-    """Return the copy that everything is derived from: materialised, on its device, in its dtype."""
-    base = as_trained_copy(model) if as_trained else copy_of(model)
-    base.to(device=device, dtype=dtype)
-    given = example.to(*home_of(base))
-    with torch.random.fork_rng():
-        materialise_(base, caller, given)
-        try:
-            _require_one_network(base, model, caller, _quarter(given))
-        except NormfixError as error:
-            if error.code != "NF109":
-                raise
-            _require_one_network(base, model, caller, given)
-    return base
-
-
-def _quarter(example: Tensor) -> Tensor:
-    """Return a corner of half the extents, on which most networks run as well."""
-    for axis in range(2, example.dim()):
-        if example.shape[axis] >= 64:
-            example = example.narrow(axis, 0, example.shape[axis] // 2)
-    return example
-
-
-def _require_one_network(base: nn.Module, model: nn.Module, caller: Caller, example: Tensor) -> None:
-    """Make sure, on copies, that what runs is the copy alone, and that each run is for itself.
-
-    Raises:
-        NormfixError: NF109 if it does not run on the example, NF208 and NF246 as below.
-    """
-    first = _require_independence(copy_of(base), model, caller, example)
-    _require_no_memory(copy_of(base), caller, example, first)
-
-
-def _require_no_memory(untried: nn.Module, caller: Caller, example: Tensor, first: Tensor) -> None:
-    """Run a copy on another input, then on the example: it must give what one gave that had seen nothing before.
-
-    Raises:
-        NormfixError: NF246 if it does not, so that "the original's output on an image" is no such thing.
-    """
-    with evaluating(untried), buffers_kept(untried), torch.no_grad():
-        caller(untried, example.flip(-1) * 0.5)
-        torch.manual_seed(0)
-        again = caller(untried, example)
-    a, b = first.double().nan_to_num(), again.double().nan_to_num()
-    bound = IDENTITY.get(first.dtype, 0.0)
-    if a.shape == b.shape and deviation(b, a, float(a.std().nan_to_num()) or 1.0)[0] <= bound:
-        return
-    raise NormfixError(
-        "NF246",
-        "its output on one input is another after it has run on a different one: it keeps what it computed in an "
-        "attribute or buffer, or draws random numbers of its own. Compute it anew in every forward, or reset it.",
-        where=type(untried).__name__,
-    )
-
-
-def _require_independence(base: nn.Module, model: nn.Module, caller: Caller, example: Tensor) -> Tensor:
-    """Run a copy once and make sure that no module of the original runs with it; return what it gave.
-
-    Raises:
-        NormfixError: NF208 if one does: a lambda or closure in the network still refers to the original.
-    """
-
-    def stop(module: nn.Module, args: object) -> None:
-        raise NormfixError(
-            "NF208",
-            "a lambda or closure in the network refers to the original's modules, which a copy would run as well. "
-            "Make it a method or a module.",
-            where=type(module).__name__,
-        )
-
-    mine = {id(module) for module in base.modules()}
-    handles = [
-        m.register_forward_pre_hook(stop, prepend=True)
-        for m in model.modules()
-        if id(m) not in mine and not isinstance(m, torch.jit.ScriptModule)  # which take no hooks
-    ]
-    try:
-        with evaluating(base), buffers_kept(base), torch.no_grad():
-            torch.manual_seed(0)
-            return caller(base, example)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def look(
     base: nn.Module, example: Tensor, caller: Caller, *, fast: bool = False, graph: bool = False
 ) -> Look:
@@ -226,7 +128,7 @@ def look(
             lambda seen: not seen.recorded or seen.id in found.reaching,
             guessed=found.other is None,
         )
-        everything = decide(merged.sites, model=_class_of(base), to="frozen")
+        everything = decide(merged.sites, model=class_of(base), to="frozen")
         locality = _locality(probe, everything, found, material, caller)
     geometry = locality.geometry
     live = any(site.live for site in merged.sites)
@@ -235,7 +137,7 @@ def look(
     sized = bool(placed) or any(finding.code == "NF244" for finding in merged.findings)
     return Look(
         Scan(
-            model=_class_of(base),
+            model=class_of(base),
             example=tuple(example.shape),
             sites=merged.sites,
             uncalled=found.uncalled,
@@ -313,70 +215,6 @@ def site_target(model: nn.Module, decision: Decision, *, express: bool) -> Targe
     return NormTarget(decision.site.id, module, layer, store, expected)
 
 
-def input_of(model: nn.Module) -> tuple[int, int]:
-    """Return (channels, spatial axes) that the first convolution takes.
-
-    Raises:
-        NormfixError: NF109 if the network has none.
-    """
-    if isinstance(model, Program):
-        return model.shape[1] or 1, len(model.shape) - 2
-    for module in model.modules():
-        if isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
-            channels = 0 if isinstance(module, nn.modules.lazy.LazyModuleMixin) else module.in_channels
-            return channels or 1, len(module.kernel_size)
-    raise NormfixError(
-        "NF109",
-        "the network has no convolution to tell its input's shape from. Give one: --input NxCxHxW on the "
-        "command line, `example` in Python.",
-        where=_class_of(model),
-    )
-
-
-def default_example(model: nn.Module) -> Tensor:
-    """Return seeded noise of the shape the first convolution takes."""
-    channels, ndim = input_of(model)
-    shape = (1, channels, *(_EXAMPLE_EXTENT[ndim],) * ndim)
-    if isinstance(model, Program):
-        shape = tuple(n or free for n, free in zip(model.shape, shape, strict=True))
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
-def fitting_example(model: nn.Module, image: Tensor, caller: Caller) -> Tensor:
-    """Return the middle of an image, small enough to scan with, or the whole where the network takes no less.
-
-    Raises:
-        NormfixError: NF106 if no convolution of the network takes as many spatial axes as the image has.
-    """
-    known = {len(m.kernel_size) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
-    if known and image.dim() - 2 not in known:
-        raise NormfixError(
-            "NF106",
-            f"the network convolves over {' or '.join(map(str, sorted(known)))} spatial axes, the image "
-            f"{tuple(image.shape)} read as (N, C, *space) has {image.dim() - 2}.",
-            where="image",
-        )
-    middle = _middle(image)
-    if middle.shape == image.shape:
-        return image[:1]
-    probe = copy_of(model).eval()
-    try:
-        with torch.no_grad():
-            caller(probe, middle.to(*home_of(probe)))
-    except REFUSALS:
-        return image[:1]
-    return middle
-
-
-def _middle(image: Tensor) -> Tensor:
-    limit = _EXAMPLE_EXTENT[min(3, image.dim() - 2)]
-    for axis in range(2, image.dim()):
-        n = min(image.shape[axis], limit)
-        n = n // 64 * 64 or n // 32 * 32 or n
-        image = image.narrow(axis, (image.shape[axis] - n) // 2, n)
-    return image[:1]
-
-
 def _locality(probe: nn.Module, everything: Plan, found: Survey, example: Tensor, caller: Caller) -> Locality:
     if not found.dense:
         return not_dense(found.output, found.follows, example.dim())
@@ -393,7 +231,3 @@ def _locality(probe: nn.Module, everything: Plan, found: Survey, example: Tensor
     return measure_locality(
         lambda x: caller(frozen, x), lambda x: caller.in_double(double, x), example, found.dilution
     )
-
-
-def _class_of(model: nn.Module) -> str:
-    return f"{type(model).__module__}.{type(model).__qualname__}"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from normfix.calibration import measure_sites_
 from normfix.calling import Caller, evaluating, home_of
 from normfix.errors import NormfixError
-from normfix.pipeline.looking import fitting_example
+from normfix.pipeline.examples import fitting_example
 from normfix.pipeline.opening import Wholes
 from normfix.records import CalibrationSummary
 from normfix.streaming import (

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from normfix.calling import home_of
-from normfix.pipeline.looking import input_of
+from normfix.pipeline.examples import input_of
 from normfix.provenance import provenance_of
 from normfix.records import Scaling
 from normfix.streaming import Source, WindowedImage, open_image, scaling_numbers, windowed

@@ -21,7 +21,8 @@ from normfix.interception import InterceptedNorm
 from normfix.layers import ChannelNorm, FrozenStatistic
 from normfix.moments import Moments
 from normfix.pipeline.engines import engine_of
-from normfix.pipeline.looking import fitting_example, geometry_of, look, site_target
+from normfix.pipeline.examples import fitting_example
+from normfix.pipeline.looking import geometry_of, look, site_target
 from normfix.pipeline.masking import Mask, ignored_pixels, masked
 from normfix.pipeline.opening import Wholes, sources_of
 from normfix.pipeline.sampling import measure_sampled_

@@ -1,0 +1,128 @@
+"""How results leave a command: text or JSON on stdout, notes and progress on stderr, reports in files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from normfix.errors import NormfixError
+from normfix.json_record import Record
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = [
+    "format_option",
+    "no_steps",
+    "note",
+    "report_option",
+    "require_report",
+    "require_reports",
+    "show",
+    "steps",
+    "write_report",
+    "write_reports",
+]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def format_option(command: Command) -> Command:
+    """Add --format."""
+    choice = click.Choice(["text", "json"])
+    return click.option(
+        "--format", "format_", type=choice, default="text", show_default=True, help="What stdout carries."
+    )(command)
+
+
+def note(text: str) -> None:
+    """Say something beside the result, on stderr."""
+    click.echo(text, err=True)
+
+
+def show(record: Record, text: str, format_: str) -> None:
+    """Put the result on stdout: the record as JSON, or its text."""
+    stdout = click.get_current_context().obj  # None, which is stdout, where nothing was redirected
+    click.echo(record.dumps() if format_ == "json" else text, file=stdout, nl=format_ != "json")
+
+
+def report_option(command: Command) -> Command:
+    """Add --report, which may be repeated."""
+    return click.option(
+        "--report",
+        "reports",
+        multiple=True,
+        metavar="FILE",
+        help="Write a report too: .html, .json, .md or .xml (JUnit). May be repeated.",
+    )(command)
+
+
+def require_reports(paths: Sequence[str]) -> None:
+    """Refuse reports that cannot be written, before anything is computed for them."""
+    from normfix.reporting.endings import require_ending
+
+    for path in paths:
+        require_ending(path)
+        if not Path(path).parent.is_dir():
+            raise NormfixError("NF114", "there is no such folder to write the report to.", where=path)
+
+
+def write_reports(paths: Sequence[str], record: Any, maps: Any = None) -> None:
+    """Write each report, whole or not at all."""
+    from normfix.reporting.report import text_of
+
+    for path in paths:
+        _write(Path(path), text_of(Path(path).suffix.lower(), record, maps))
+
+
+def _write(target: Path, text: str) -> None:
+    draft = target.with_name(f".{target.name}-draft")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(target)
+    except OSError as error:
+        raise NormfixError("NF114", f"cannot write it: {error.strerror}.", where=str(target)) from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def require_report(path: str | None) -> None:
+    """Refuse a report that cannot be written, before anything is computed for it."""
+    if path is None:
+        return
+    if Path(path).suffix != ".json":
+        raise click.UsageError(f"--report {path}: give a file ending in .json")
+    if not Path(path).parent.is_dir():
+        raise NormfixError("NF114", "there is no such folder to write the report to.", where=path)
+
+
+def write_report(path: str | None, record: Record) -> None:
+    """Write the record as JSON to a file, whole or not at all."""
+    if path is not None:
+        _write(Path(path), record.dumps())
+
+
+def no_steps(stage: str, done: int, total: int) -> None:
+    """Say nothing, as a progress callback."""
+
+
+@contextmanager
+def steps() -> Iterator[Callable[[str, int, int], None]]:
+    """Give a progress callback (stage, done, total): a bar on a terminal, nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total)
+            progress.update(tasks[stage], completed=done, total=total)
+
+        yield report
