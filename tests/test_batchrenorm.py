@@ -474,3 +474,18 @@ def test_nothing_of_the_inputs_size_is_kept_beyond_batch_norm():
         assert y.requires_grad
         kept.append(sum(storages.values()))
     assert kept[1] - kept[0] <= 6 * 3 * 4
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_released_layer_takes_the_mode_it_was_set_to(training):
+    """Holding changes no mode for good: not that of before, and not one that was set meanwhile."""
+    layer = BatchRenorm2d(2).train(training)
+    layer.hold_()
+    assert not layer.training
+    layer.hold_(False)
+    assert layer.training is training
+    layer.hold_()
+    layer.train(not training)
+    assert not layer.training
+    layer.hold_(False)
+    assert layer.training is not training

@@ -287,3 +287,42 @@ def test_a_wrapper_that_would_not_tell_is_refused(model):
     run.follow(inner)
     outer.step()
     assert run.steps == 1
+
+
+def test_following_twice_counts_once(model):
+    """A loop that follows the optimizer and a callback that does so too count each step once."""
+    run = normfix.prepare_finetune(model, total_steps=4)
+    optimizer = torch.optim.SGD(run.groups, lr=1e-3)
+    first = run.follow(optimizer)
+    run.follow(optimizer)
+    _trained(model, run, optimizer, patches(2))
+    assert run.steps == 2
+    first.remove()
+    _trained(model, run, optimizer, patches(1))
+    assert run.steps == 3
+
+
+def test_momentum_may_be_nothing(model):
+    """A momentum of 0 is a choice: statistics stay those of the calibration."""
+    run = normfix.prepare_finetune(model, total_steps=4, momentum=0.0)
+    mean = model[1].running_mean.clone()
+    _trained(model, run, torch.optim.SGD(run.groups, lr=1e-3), patches(2))
+    assert torch.equal(model[1].running_mean, mean)
+
+
+def test_a_shared_parameter_trains_under_each_of_its_names():
+    """A pattern may name a parameter by the second place it stands in."""
+    net = nn.Sequential(nn.Conv2d(1, 1, 3), BatchRenorm2d(1), nn.Conv2d(1, 1, 3))
+    net[2].weight = net[0].weight
+    run = normfix.prepare_finetune(net, total_steps=4, trainable=("2.*",))
+    assert [p is net[0].weight for group in run.groups for p in group["params"]] == [True, False]
+    assert not net[0].bias.requires_grad
+
+
+def test_parameters_that_cannot_train_are_left_alone():
+    """Integers that stand among the parameters stay as they are."""
+    net = nn.Sequential(nn.Conv2d(1, 1, 3), BatchRenorm2d(1))
+    net.register_parameter("table", nn.Parameter(torch.arange(3), requires_grad=False))
+    run = normfix.prepare_finetune(net, total_steps=4)
+    assert not net.table.requires_grad
+    assert all(p is not net.table for group in run.groups for p in group["params"])

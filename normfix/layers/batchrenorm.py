@@ -53,6 +53,7 @@ class BatchRenorm(ChannelNorm):
     r_max: Tensor
     d_max: Tensor
     held = False
+    _wanted = True  # the mode of a held layer once it is released
 
     def __init__(
         self,
@@ -88,12 +89,13 @@ class BatchRenorm(ChannelNorm):
 
     def hold_(self, held: bool = True) -> None:
         """Normalise by the running statistics, unchanged, also where `train()` is called; or no longer."""
-        was_training = self.training or self.held
+        wanted = self._wanted if self.held else self.training
         self.held = held
-        self.train(was_training)
+        self.train(wanted)
 
     def train(self, mode: bool = True) -> Self:
-        """Set training mode; a held layer stays in eval mode."""
+        """Set training mode; a held layer stays in eval mode, and takes the mode it was set to once it is released."""
+        self._wanted = mode
         return super().train(mode and not self.held)
 
     def normalize(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

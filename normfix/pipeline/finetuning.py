@@ -42,16 +42,21 @@ class FineTuning:
     ) -> None:
         self.model, self.groups, self.schedule, self.hold_at = model, groups, schedule, hold_at
         self.steps = 0
+        self._following: RemovableHandle | None = None
         self._layers = [module for module in model.modules() if isinstance(module, BatchRenorm)]
         self._hold()
 
     def follow(self, optimizer: optim.Optimizer) -> RemovableHandle:
-        """Step after every step of the optimizer; remove the returned handle to stop.
+        """Step after every step of the optimizer, and of no other; remove the returned handle to stop.
 
         Raises:
             ValueError: it is a wrapper that would never tell.
         """
-        return after_steps(optimizer, self.step)
+        handle = after_steps(optimizer, self.step)
+        if self._following is not None:
+            self._following.remove()
+        self._following = handle
+        return handle
 
     def step(self) -> None:
         """Count one optimizer step."""
@@ -139,19 +144,22 @@ def prepare_finetune(
     """
     if total_steps < 1 or not 0 <= hold <= 1:
         raise ValueError(f"need total_steps >= 1 and 0 <= hold <= 1, got {total_steps} and {hold}")
-    named = dict(model.named_parameters())
+    everything = model.named_parameters(remove_duplicate=False)
+    named = [(n, p) for n, p in everything if p.is_floating_point() or p.is_complex()]
     for pattern in trainable:
-        if not any(fnmatchcase(name, pattern) for name in named):
+        if not any(fnmatchcase(name, pattern) for name, _ in named):
             raise NormfixError(
                 "NF247",
                 "it matches no parameter; `model.named_parameters()` lists their names.",
                 where=pattern,
             )
-    for name, parameter in named.items():
-        parameter.requires_grad_(any(fnmatchcase(name, pattern) for pattern in trainable))
+    chosen = {id(p) for name, p in named if any(fnmatchcase(name, pattern) for pattern in trainable)}
+    for _, parameter in named:
+        parameter.requires_grad_(id(parameter) in chosen)
     layers = [module for module in model.modules() if isinstance(module, BatchRenorm)]
     for layer in layers:
-        layer.momentum = momentum or min(_FASTEST, max(_SLOWEST, _RENEWALS / total_steps))
+        share = min(_FASTEST, max(_SLOWEST, _RENEWALS / total_steps))
+        layer.momentum = share if momentum is None else momentum
     schedule = RenormSchedule(model, total_steps, warm=warm) if layers else None
     hold_at = total_steps - round(hold * total_steps) if hold else total_steps + 1
     return FineTuning(model, _groups(model, weight_decay), schedule, hold_at=hold_at)
