@@ -697,3 +697,12 @@ def test_an_image_without_a_size_gives_none(run, fixed, image, tmp_path):
     run("predict", fixed, image, "--arch", ARCH, "--tile", "32", "-o", tmp_path / "p.tif")
     with tifffile.TiffFile(tmp_path / "p.tif") as file:
         assert file.pages[0].tags["XResolution"].value == (1, 1)
+
+
+def test_it_is_a_module_too():
+    """`python -m normfix` is the command."""
+    done = subprocess.run(
+        [sys.executable, "-m", "normfix", "explain", "NF115"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert "NF115" in done.stdout
