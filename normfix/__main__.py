@@ -1,8 +1,6 @@
-"""python -m normfix is the command normfix."""
-
-import sys
+"""`python -m normfix` is the command normfix."""
 
 from normfix.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
