@@ -113,8 +113,8 @@ def _draw(setting: str, batches: dict[int, Rows], path: Path) -> None:
     for panel in (seams, accuracy, transfer):
         panel.grid(axis="y", color="0.92")
         panel.spines[["top", "right"]].set_visible(False)
-    accuracy.legend(frameon=False, fontsize=8)
-    transfer.legend(frameon=False, fontsize=8)
+    for panel in (accuracy, transfer):  # below the axes, where no mark can be
+        panel.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.06))
     figure.suptitle(setting)
     figure.savefig(path, dpi=90)
     plt.close(figure)

@@ -38,7 +38,8 @@ def _diagnosis(record: DiagnosisRecord) -> str:
 
 def _proof(record: Proof) -> str:
     counts = Counter(step.status for step in record.steps)
-    missing = f"; {counts['inapplicable']} do not apply" if counts["inapplicable"] else ""
+    without = counts["inapplicable"]
+    missing = f"; {without} {'does' if without == 1 else 'do'} not apply" if without else ""
     if record.passed:
         return f"Passed: {counts['passed']} steps of the proof{missing}."
     open_steps = [s for s in record.steps if s.status not in ("passed", "inapplicable")]
