@@ -288,6 +288,7 @@ def test_the_frozen_form_has_the_same_bits(bench, monkeypatch):
 def test_a_norm_that_trains_in_eval_is_seen(bench):
     """A layer that does not obey eval is not its frozen form."""
     layer = bench.model.first[1]
+    layer.hold_(False)
     layer.train = lambda mode=True: layer
     layer.training = True
     assert forms.frozen(bench).status == "failed"
