@@ -134,11 +134,13 @@ def buffers_kept(model: nn.Module, but: Sequence[str] = ()) -> Iterator[None]:
         if not isinstance(buffer, UninitializedBuffer)
         and not any(f"{name}.".startswith(path and f"{path}.") for path in but)
     }
-    yield
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            if name in before and buffer.shape == before[name].shape:
-                buffer.copy_(before[name])
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in before and buffer.shape == before[name].shape:
+                    buffer.copy_(before[name])
 
 
 def require_network(model: object) -> None:

@@ -476,16 +476,15 @@ def test_nothing_of_the_inputs_size_is_kept_beyond_batch_norm():
     assert kept[1] - kept[0] <= 6 * 3 * 4
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_a_released_layer_takes_the_mode_it_was_set_to(training):
-    """Holding changes no mode for good: not that of before, and not one that was set meanwhile."""
-    layer = BatchRenorm2d(2).train(training)
+def test_a_held_layer_is_as_in_eval_whatever_its_mode():
+    """Holding changes no mode, so neither does whoever puts modes back while it is held; released, it trains."""
+    layer, x = BatchRenorm2d(2), torch.randn(2, 2, 8, 8)
+    layer(x)
+    expected, mean = copy.deepcopy(layer).eval()(x), layer.running_mean.clone()
     layer.hold_()
-    assert not layer.training
+    assert layer.train().training
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(layer.running_mean, mean)
     layer.hold_(False)
-    assert layer.training is training
-    layer.hold_()
-    layer.train(not training)
-    assert not layer.training
-    layer.hold_(False)
-    assert layer.training is not training
+    layer(x)
+    assert not torch.equal(layer.running_mean, mean)

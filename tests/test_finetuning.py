@@ -56,7 +56,6 @@ def test_a_plain_loop_learns_and_keeps_its_promises(model):
     mean = layer.running_mean.clone()
     model.train()  # as loops do every epoch
     assert layer.held
-    assert not layer.training
     _trained(model, run, optimizer, batches)
     assert torch.equal(layer.running_mean, mean)
     assert run.steps == 20
@@ -158,29 +157,37 @@ def test_statistics_are_measured_anew_after_averaging(model):
     assert max(site.mean_shift for site in summary.sites) < 1e-5
 
 
-@ERRORS
-def test_lightning_trains_resumes_and_recalibrates(model, tmp_path):
-    """A LightningModule: steps counted under accumulation, statistics measured before validation, state kept."""
+def lightning_task(net, run):
+    """A LightningModule that trains a network and keeps the means it is validated with, and those it should have."""
     pl = pytest.importorskip("pytorch_lightning")
-    from normfix.integrations.lightning import FineTuningCallback
 
     class Task(pl.LightningModule):
-        def __init__(self, net, run):
+        def __init__(self):
             super().__init__()
-            self.net, self.run, self.seen = net, run, []
+            self.net, self.run, self.seen, self.measured = net, run, [], []
 
         def training_step(self, batch, _):
             return (self.net(batch[0]) - batch[1]).square().mean()
 
         def validation_step(self, batch, _):
             self.seen.append(self.net[1].running_mean.clone())
+            self.measured.append(normfix.calibrate(self.net, IMAGES).model[1].running_mean)
 
         def configure_optimizers(self):
             return torch.optim.AdamW(self.run.groups, lr=0.01)
 
+    return Task()
+
+
+@ERRORS
+def test_lightning_trains_resumes_and_recalibrates(model, tmp_path):
+    """A LightningModule: steps counted under accumulation, statistics measured before validation, state kept."""
+    pl = pytest.importorskip("pytorch_lightning")
+    from normfix.integrations.lightning import FineTuningCallback
+
     def fit(net, epochs, checkpoint=None):
         run = normfix.prepare_finetune(net, total_steps=8)
-        task = Task(net, run)
+        task = lightning_task(net, run)
         trainer = pl.Trainer(
             max_epochs=epochs,
             accumulate_grad_batches=2,
@@ -199,11 +206,33 @@ def test_lightning_trains_resumes_and_recalibrates(model, tmp_path):
     again = copy.deepcopy(model)
     run, task = fit(model, 1)
     assert run.steps == 4
-    measured = normfix.calibrate(model, IMAGES).model[1].running_mean
-    torch.testing.assert_close(task.seen[-1], measured, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(task.seen[-1], task.measured[-1], rtol=1e-5, atol=1e-6)
     resumed, _ = fit(again, 2, tmp_path / "last.ckpt")
     assert resumed.steps == 8
     assert again[1].held
+
+
+@ERRORS
+def test_lightning_validates_averaged_weights_with_their_own_statistics(model, tmp_path):
+    """Where a callback swaps an average in for validation, the average is what is measured."""
+    pl = pytest.importorskip("pytorch_lightning", minversion="2.6")
+    from normfix.integrations.lightning import FineTuningCallback
+
+    run = normfix.prepare_finetune(model, total_steps=4)
+    task = lightning_task(model, run)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        callbacks=[FineTuningCallback(run, IMAGES), pl.callbacks.EMAWeightAveraging(decay=0.5)],
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    data = torch.utils.data.DataLoader(patches(4), batch_size=None)
+    trainer.fit(task, data, data)
+    torch.testing.assert_close(task.seen[-1], task.measured[-1], rtol=1e-5, atol=1e-6)
 
 
 @ERRORS
@@ -230,6 +259,27 @@ def test_ignite_trains_and_recalibrates(model):
     fresh = FineTuningHandler(normfix.prepare_finetune(copy.deepcopy(model), total_steps=8))
     fresh.load_state_dict(handler.state_dict())
     assert fresh.run.steps == 8
+
+
+@ERRORS
+def test_ignite_leaves_errors_to_those_who_asked_for_them(model):
+    """A handler of errors that is added later hears of one, and may end the run; without any it is raised."""
+    engine = pytest.importorskip("ignite.engine")
+    from normfix.integrations.ignite import FineTuningHandler
+
+    def failing():
+        trainer = engine.Engine(lambda *_: 1 / 0)
+        run = normfix.prepare_finetune(model, total_steps=8)
+        FineTuningHandler(run).attach(trainer, torch.optim.SGD(run.groups, lr=1e-3))
+        return trainer
+
+    heard = []
+    with pytest.raises(ZeroDivisionError):
+        failing().run(patches(1))
+    trainer = failing()
+    trainer.add_event_handler(engine.Events.EXCEPTION_RAISED, heard.append)
+    trainer.run(patches(1))
+    assert [type(error) for error in heard] == [ZeroDivisionError]
 
 
 @ERRORS
@@ -300,6 +350,40 @@ def test_following_twice_counts_once(model):
     first.remove()
     _trained(model, run, optimizer, patches(1))
     assert run.steps == 3
+
+
+def test_a_step_that_a_fused_optimizer_skips_does_not_count(model):
+    """A GradScaler leaves the skipping to a fused optimizer, whose step is called all the same."""
+    run = normfix.prepare_finetune(model, total_steps=4)
+    optimizer = torch.optim.SGD(run.groups, lr=1e-3, fused=True)
+    run.follow(optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    ((x, y),) = patches(1)
+    for factor in (1.0, float("inf"), 1.0):
+        scaler.scale((model(x) - y).square().mean() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert run.steps == 2
+
+
+def test_a_second_optimizer_takes_its_own_options(model):
+    """An optimizer writes its learning rate into the groups it is given; the next one does not inherit it."""
+    run = normfix.prepare_finetune(model, total_steps=4)
+    torch.optim.AdamW(run.groups, lr=1.0)
+    again = torch.optim.AdamW(run.groups, lr=1e-3)
+    assert [group["lr"] for group in again.param_groups] == [1e-3, 1e-3]
+
+
+def test_a_second_run_trains_what_the_first_held(model):
+    """Held at the end of a run and recalibrated, layers track batches again in the next, without a call of train()."""
+    run = normfix.prepare_finetune(model, total_steps=1, hold=1.0)
+    run.recalibrate(IMAGES)
+    assert model[1].held
+    run = normfix.prepare_finetune(model, total_steps=4, hold=0.0)
+    mean = model[1].running_mean.clone()
+    _trained(model, run, torch.optim.SGD(run.groups, lr=1e-3), patches(1))
+    assert not torch.equal(model[1].running_mean, mean)
 
 
 def test_momentum_may_be_nothing(model):

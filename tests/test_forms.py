@@ -210,6 +210,16 @@ def test_a_norm_left_live_fails(tuned):
 
 
 @pytest.mark.usefixtures("no_forms")
+def test_a_layer_that_lost_its_statistics_fails(tuned):
+    """A converted layer that tracks none any more is live in eval too, and there is nothing to re-measure."""
+    tuned.first[1].running_mean = tuned.first[1].running_var = None
+    proof = normfix.prove(tuned, images())
+    assert [proof.step(name).status for name in ("residual", "tiles", "used")] == ["failed"] * 3
+    assert "NF302" in proof.step("residual").note
+    assert "batch_norm is live" in proof.step("used").note
+
+
+@pytest.mark.usefixtures("no_forms")
 def test_a_live_norm_added_since_fails(tuned):
     """A new head with an instance norm is not in the plan: its tiles are not claimed to be exact."""
     tuned.head = nn.Sequential(tuned.head, nn.Conv2d(1, 3, 1), nn.InstanceNorm2d(3), nn.Conv2d(3, 1, 1))
@@ -228,6 +238,30 @@ def test_what_was_not_converted_is_refused():
     for model in (net, normfix.convert(net, images()).model):
         with pytest.raises(NormfixError, match="NF248"):
             normfix.prove(model, images())
+
+
+class Counting(nn.Module):
+    """Counts its calls in a buffer, in eval too."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return x
+
+
+def test_a_stopped_proof_leaves_the_network_as_it_was(tuned):
+    """Stopped between steps, it gives buffers that forward passes change their values back."""
+
+    def stop(stage, done, total):
+        raise KeyboardInterrupt
+
+    tuned.head = nn.Sequential(tuned.head, Counting())
+    with pytest.raises(KeyboardInterrupt):
+        normfix.prove(tuned, images(), progress=stop)
+    assert tuned.head[1].calls == 0
 
 
 # --- forms ---
@@ -288,6 +322,7 @@ def test_the_frozen_form_has_the_same_bits(bench, monkeypatch):
 def test_a_norm_that_trains_in_eval_is_seen(bench):
     """A layer that does not obey eval is not its frozen form."""
     layer = bench.model.first[1]
+    layer.hold_(False)
     layer.train = lambda mode=True: layer
     layer.training = True
     assert forms.frozen(bench).status == "failed"

@@ -33,7 +33,6 @@ class FineTuningHandler:
         """Add the handler to a trainer, and to the evaluator that validates its network."""
         trainer.add_event_handler(Events.STARTED, self._follow, optimizer)
         trainer.add_event_handler(Events.COMPLETED, self._release)
-        trainer.add_event_handler(Events.EXCEPTION_RAISED, self._give_up)
         if evaluator is not None and self.images is not None:
             evaluator.add_event_handler(Events.STARTED, self._recalibrate)
 
@@ -52,10 +51,6 @@ class FineTuningHandler:
         if self._handle is not None:
             self._handle.remove()
         self._handle = None
-
-    def _give_up(self, engine: Engine, error: BaseException) -> None:
-        self._release(engine)
-        raise error
 
     def _recalibrate(self, engine: Engine) -> None:
         assert self.images is not None

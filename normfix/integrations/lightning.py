@@ -43,9 +43,20 @@ class FineTuningCallback(pl.Callback):
         """Stop counting."""
         self._release()
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure the statistics anew, except for the check before training."""
-        if self.images is not None and not trainer.sanity_checking:
+    def on_validation_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Measure the statistics anew before the first batch, except for the check before training.
+
+        Not earlier, for at the start of the epoch callbacks that average weights put those in place.
+        """
+        first = batch_idx == 0 and dataloader_idx == 0
+        if first and self.images is not None and not trainer.sanity_checking:
             self.run.recalibrate(self.images)
 
     def state_dict(self) -> dict[str, Any]:

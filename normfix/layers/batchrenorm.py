@@ -32,8 +32,8 @@ class BatchRenorm(ChannelNorm):
     """Normalise by batch statistics, corrected towards the running ones; abstract over the rank.
 
     In eval, nn.BatchNorm to the last bit. A layer that has seen no batch treats its first as batch norm does.
-    `r_max` and `d_max` are 0-d buffers outside the state dict, which RenormSchedule writes. A `held` layer stays in
-    eval mode; as with `training`, that is no part of the state dict.
+    `r_max` and `d_max` are 0-d buffers outside the state dict, which RenormSchedule writes. A `held` layer
+    normalises as in eval in either mode; as with `training`, that is no part of the state dict.
 
     Args:
         num_features: number of channels c of an input (n, c, *space).
@@ -53,7 +53,6 @@ class BatchRenorm(ChannelNorm):
     r_max: Tensor
     d_max: Tensor
     held = False
-    _wanted = True  # the mode of a held layer once it is released
 
     def __init__(
         self,
@@ -88,15 +87,8 @@ class BatchRenorm(ChannelNorm):
         self.d_max.fill_(d_max)
 
     def hold_(self, held: bool = True) -> None:
-        """Normalise by the running statistics, unchanged, also where `train()` is called; or no longer."""
-        wanted = self._wanted if self.held else self.training
+        """Normalise by the running statistics, unchanged, in training mode too; or no longer."""
         self.held = held
-        self.train(wanted)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set training mode; a held layer stays in eval mode, and takes the mode it was set to once it is released."""
-        self._wanted = mode
-        return super().train(mode and not self.held)
 
     def normalize(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """Normalise x with the given affine in place of the layer's own.
@@ -106,9 +98,9 @@ class BatchRenorm(ChannelNorm):
                 channel where batch statistics are needed.
         """
         self._check_input(x)
-        if self.running_mean is not None and not self.training:
+        if self.running_mean is not None and (self.held or not self.training):
             return self._normalize_by_constants(x, weight, bias)
-        if torch._C._len_torch_function_stack() == 0:
+        if torch._C._len_torch_function_stack() == 0 or not self.training:
             return self._normalize_live(x, weight, bias)
         with torch._C.DisableTorchFunction():  # whoever counts the calls of a forward counts the same in eval
             return self._normalize_live(x, weight, bias)

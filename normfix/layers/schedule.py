@@ -138,7 +138,7 @@ def _has_seen_a_batch(layer: BatchRenorm) -> bool:
 
 
 def after_steps(optimizer: optim.Optimizer, call: Callable[[], None]) -> RemovableHandle:
-    """Call after every step of an optimizer; remove the returned handle to stop.
+    """Call after every step of an optimizer that was not skipped; remove the returned handle to stop.
 
     Raises:
         ValueError: it was not built by torch's own __init__, which makes `step` run hooks: it would never call.
@@ -148,4 +148,9 @@ def after_steps(optimizer: optim.Optimizer, call: Callable[[], None]) -> Removab
             f"{type(optimizer).__name__} is a wrapper whose steps run no hooks, so they would not be counted: "
             "follow the optimizer inside it"
         )
-    return optimizer.register_step_post_hook(lambda *_: call())
+    return optimizer.register_step_post_hook(lambda *_: None if _skipped(optimizer) else call())
+
+
+def _skipped(optimizer: optim.Optimizer) -> bool:
+    """Tell whether a GradScaler found infinities and left the skipping to the optimizer, as to a fused one."""
+    return bool(getattr(optimizer, "found_inf", None))

@@ -26,7 +26,6 @@ class FineTuning:
 
     Attributes:
         model: the network that is trained.
-        groups: parameter groups for an optimizer: weights, and vectors without weight decay.
         schedule: of its BatchRenorm layers, or None if it has none.
         steps: optimizer steps so far.
         hold_at: the step from which BatchRenorm layers normalise by their running statistics, unchanged.
@@ -40,11 +39,20 @@ class FineTuning:
         *,
         hold_at: int,
     ) -> None:
-        self.model, self.groups, self.schedule, self.hold_at = model, groups, schedule, hold_at
+        self.model, self.schedule, self.hold_at = model, schedule, hold_at
+        self._groups = groups
         self.steps = 0
         self._following: RemovableHandle | None = None
         self._layers = [module for module in model.modules() if isinstance(module, BatchRenorm)]
         self._hold()
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """Return parameter groups for an optimizer: weights, and vectors without weight decay.
+
+        They are new ones each time, for an optimizer writes its options into them.
+        """
+        return [{**group, "params": list(group["params"])} for group in self._groups]
 
     def follow(self, optimizer: optim.Optimizer) -> RemovableHandle:
         """Step after every step of the optimizer, and of no other; remove the returned handle to stop.

@@ -221,7 +221,7 @@ def remeasure(
 
 
 def _planned(model: nn.Module, plan: Plan) -> list[Target]:
-    """Describe the converted sites, all of which must still be there."""
+    """Describe the converted sites, all of which must still be there, with their statistics."""
     modules = dict(model.named_modules())
     for decision in plan.converted:
         layer = modules.get(decision.target)
@@ -234,10 +234,13 @@ def _planned(model: nn.Module, plan: Plan) -> list[Target]:
                     "convert the program it was made of on these images.",
                     where=decision.site.id,
                 )
-        elif not isinstance(layer, ChannelNorm | InterceptedNorm | FrozenStatistic):
+        elif (
+            not isinstance(layer, ChannelNorm | InterceptedNorm | FrozenStatistic)
+            or getattr(layer, "running_mean", layer) is None
+        ):
             raise NormfixError(
                 "NF302",
-                "the converted layer is gone. Convert the network as it is now.",
+                "the converted layer or its statistics are gone. Convert the network as it is now.",
                 where=decision.target,
             )
     return [site_target(model, decision, express=False) for decision in plan.converted]
