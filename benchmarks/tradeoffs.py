@@ -26,7 +26,7 @@ from tradeoff.data import Region, domains
 from tradeoff.measuring import disparity, measured, tiled_dice, windows
 from tradeoff.networks import PREPARED, SETTINGS, TRAINED, Setting, build
 from tradeoff.table import write_page
-from tradeoff.training import finetune, train
+from tradeoff.training import RATE, finetune, train
 
 import normfix
 from normfix.layers import BatchRenorm
@@ -89,14 +89,8 @@ class Piece:
             self._seed()
             model = build(self.name, norm)
             self._seed()
-            taken = train(
-                model,
-                self.source.train,
-                self.setting.window,
-                self.batch,
-                self.steps,
-                prepared=norm == PREPARED,
-            )
+            fit = partial(finetune, rate=RATE) if norm == PREPARED else train
+            taken = fit(model, self.source.train, self.setting.window, self.batch, self.steps)
             self._add(norm, model, taken, adapts=norm.startswith("batch"))
             if norm in ("instance", "group", "batch"):
                 frozen = self._converted(model, "frozen")

@@ -11,11 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from normfix.layers.folding import (
-    BATCH_NORMS,
-    STOCK,
-    is_convolution,
-)
+from normfix.layers.folding import BATCH_NORMS, STOCK, is_convolution
 
 __all__ = ["Flow", "Run", "neighbours", "observe", "parents_of"]
 

@@ -14,35 +14,24 @@ from normfix.layers import BatchRenorm, RenormSchedule
 
 from .data import Region
 
-__all__ = ["finetune", "train"]
+__all__ = ["RATE", "finetune", "train"]
+
+RATE = 3e-3
+"""Learning rate of a network that is trained from scratch, whoever chooses the rest."""
 
 
-def train(
-    model: nn.Module,
-    region: Region,
-    window: tuple[int, ...],
-    batch: int,
-    steps: int,
-    *,
-    prepared: bool = False,
-) -> float:
-    """Train from scratch, `prepared` by the package's own choices; return seconds of processor time."""
-    if prepared:
-        return _prepared(model, region, window, batch, steps, rate=3e-3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-3)
+def train(model: nn.Module, region: Region, window: tuple[int, ...], batch: int, steps: int) -> float:
+    """Train from scratch; return seconds of processor time."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=1e-3)
     if any(isinstance(module, BatchRenorm) for module in model.modules()):
         RenormSchedule(model, steps).follow(optimizer)
     return _run(model, optimizer, region, window, batch, steps)
 
 
-def finetune(model: nn.Module, region: Region, window: tuple[int, ...], batch: int, steps: int) -> float:
-    """Go on training on new data, by the package's own choices; return seconds of processor time."""
-    return _prepared(model, region, window, batch, steps, rate=1e-3)
-
-
-def _prepared(
-    model: nn.Module, region: Region, window: tuple[int, ...], batch: int, steps: int, *, rate: float
+def finetune(
+    model: nn.Module, region: Region, window: tuple[int, ...], batch: int, steps: int, rate: float = 1e-3
 ) -> float:
+    """Train, or go on training on new data, by the package's own choices; return seconds of processor time."""
     run = normfix.prepare_finetune(model.train(), steps, weight_decay=1e-3)
     optimizer = torch.optim.AdamW(run.groups, lr=rate)
     run.follow(optimizer)
@@ -50,7 +39,6 @@ def _prepared(
     for module in model.modules():
         if isinstance(module, BatchRenorm):
             module.hold_(False)
-    model.eval()
     return taken
 
 

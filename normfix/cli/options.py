@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import wraps
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from normfix.cli.showing import note
+from normfix.cli.showing import Command, note
 from normfix.errors import NormfixError
 from normfix.records import Scaling
 
@@ -29,8 +29,6 @@ __all__ = [
     "image_options",
     "model_options",
 ]
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class ArgumentsJson(click.ParamType[Mapping[str, Any]]):

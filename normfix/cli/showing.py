@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from normfix.errors import NormfixError
 from normfix.json_record import Record
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = [
+    "Command",
     "format_option",
     "no_steps",
     "note",
@@ -67,8 +65,7 @@ def require_reports(paths: Sequence[str]) -> None:
 
     for path in paths:
         require_ending(path)
-        if not Path(path).parent.is_dir():
-            raise NormfixError("NF114", "there is no such folder to write the report to.", where=path)
+        _require_folder(path)
 
 
 def write_reports(paths: Sequence[str], record: Any, maps: Any = None) -> None:
@@ -96,6 +93,10 @@ def require_report(path: str | None) -> None:
         return
     if Path(path).suffix != ".json":
         raise click.UsageError(f"--report {path}: give a file ending in .json")
+    _require_folder(path)
+
+
+def _require_folder(path: str) -> None:
     if not Path(path).parent.is_dir():
         raise NormfixError("NF114", "there is no such folder to write the report to.", where=path)
 

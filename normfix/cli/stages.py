@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from normfix.cli.showing import note
+from normfix.cli.showing import Command, note
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["StageArguments", "engine_option", "stage_options", "watching"]
 
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 _EVERY = 30.0
 """Seconds between lines where stderr is no terminal."""

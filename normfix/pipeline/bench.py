@@ -28,7 +28,7 @@ from normfix.scaling import scaled
 from normfix.scanning import survey
 from normfix.tiles import Geometry, round_up
 
-__all__ = ["Setting", "bench_of", "prepare"]
+__all__ = ["Progress", "Setting", "bench_of", "prepare"]
 
 _INSTEAD = "Diagnose it as a pipeline: give a function predict(image), which needs no geometry."
 

@@ -23,15 +23,15 @@ from normfix.diagnosis_record import (
 )
 from normfix.images import Items
 from normfix.numerics import exact_arithmetic
-from normfix.pipeline.bench import bench_of, prepare
-from normfix.pipeline.examining import Examination, Progress
+from normfix.pipeline.bench import Progress, bench_of, prepare
+from normfix.pipeline.examining import Examination
+from normfix.pipeline.known import ForwardFn
 from normfix.pipeline.pipelines import PipelineDiagnosis, diagnose_pipeline
 from normfix.provenance import provenance_of
 from normfix.reporting.maps import Maps
 
 __all__ = ["Diagnosis", "Maps", "diagnose", "diagnose_network"]
 
-ForwardFn = Callable[[nn.Module, Tensor], Any]
 Metric = Callable[[NDArray[Any], NDArray[Any]], float]
 
 

@@ -31,7 +31,7 @@ from normfix.diagnosis_record import (
 )
 from normfix.intervention import Watched, record
 from normfix.numerics import IDENTITY, deviation, settings
-from normfix.pipeline.bench import Setting
+from normfix.pipeline.bench import Progress, Setting
 from normfix.pipeline.predicting import predict
 from normfix.records import Finding
 from normfix.reporting.maps import Maps
@@ -39,9 +39,7 @@ from normfix.rewriting import copy_of
 from normfix.stitching import cropped, padded
 from normfix.tiles import at
 
-__all__ = ["Examination", "Progress"]
-
-Progress = Callable[[str, int, int], None]
+__all__ = ["Examination"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,10 +103,8 @@ class FineTuning:
         self._hold()
 
     def _hold(self) -> None:
-        held = self.steps >= self.hold_at
         for layer in self._layers:
-            if layer.held is not held:
-                layer.hold_(held)
+            layer.hold_(self.steps >= self.hold_at)
 
 
 def prepare_finetune(
@@ -165,9 +163,10 @@ def prepare_finetune(
     for _, parameter in named:
         parameter.requires_grad_(id(parameter) in chosen)
     layers = [module for module in model.modules() if isinstance(module, BatchRenorm)]
+    if momentum is None:
+        momentum = min(_FASTEST, max(_SLOWEST, _RENEWALS / total_steps))
     for layer in layers:
-        share = min(_FASTEST, max(_SLOWEST, _RENEWALS / total_steps))
-        layer.momentum = share if momentum is None else momentum
+        layer.momentum = momentum
     schedule = RenormSchedule(model, total_steps, warm=warm) if layers else None
     hold_at = total_steps - round(hold * total_steps) if hold else total_steps + 1
     return FineTuning(model, _groups(model, weight_decay), schedule, hold_at=hold_at)

@@ -11,16 +11,13 @@ from normfix.calling import Caller, evaluating, home_of
 from normfix.errors import NormfixError
 from normfix.numerics import IDENTITY, exact_arithmetic
 from normfix.records import Probe, Provenance
-from normfix.saving import (
-    seeded_input,
-)
+from normfix.saving import seeded_input
 
 __all__ = ["SEED", "probe_of", "probed", "require_probe"]
 
 SEED = 0
 _SAMPLES = 64
 _LARGEST_PROBE = 1 << 27
-
 """Values of a probe: 512 pixels cubed; a file must not ask for more."""
 
 

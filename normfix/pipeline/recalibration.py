@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from normfix.layers import ChannelNorm, FrozenStatistic
 from normfix.moments import Moments
 from normfix.pipeline.engines import engine_of
 from normfix.pipeline.examples import fitting_example
+from normfix.pipeline.known import ForwardFn
 from normfix.pipeline.looking import geometry_of, look, site_target
 from normfix.pipeline.masking import Mask, ignored_pixels, masked
 from normfix.pipeline.opening import Wholes, sources_of
@@ -40,7 +41,6 @@ __all__ = ["calibrate", "calibrate_", "remeasure"]
 
 _TILES = {1: 1 << 18, 2: 512, 3: 96}
 Progress = Callable[[int, int], None]
-ForwardFn = Callable[[nn.Module, Tensor], Any]
 
 
 def calibrate(

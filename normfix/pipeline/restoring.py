@@ -27,20 +27,11 @@ from normfix.loading import (
     require_repository,
 )
 from normfix.pipeline.probing import require_probe
-from normfix.programs import (
-    SUFFIX,
-    open_program,
-)
+from normfix.programs import SUFFIX, open_program
 from normfix.provenance import attach_
 from normfix.records import Saved, Source
 from normfix.rewriting import copy_of, rewrite
-from normfix.saving import (
-    MANIFEST,
-    WEIGHTS,
-    load_weights_,
-    program_beside,
-    read_manifest,
-)
+from normfix.saving import MANIFEST, WEIGHTS, load_weights_, program_beside, read_manifest
 from normfix.scanning import materialise_
 
 __all__ = ["load", "open_any"]

@@ -17,33 +17,18 @@ from normfix.calling import Caller, home_of
 from normfix.errors import NormfixError
 from normfix.factories import dumped, rebuild
 from normfix.json_record import SCHEMA
-from normfix.loading import (
-    Request,
-    open_path,
-    read_weights,
-)
+from normfix.loading import Request, open_path, read_weights
 from normfix.numerics import IDENTITY
 from normfix.pipeline.conversion import Conversion
 from normfix.pipeline.fresh import run_fresh
 from normfix.pipeline.probing import SEED, probe_of, probed
 from normfix.pipeline.restoring import load
-from normfix.programs import (
-    export_program,
-    require_program_name,
-    write_beside,
-    write_program,
-)
+from normfix.programs import export_program, require_program_name, write_beside, write_program
 from normfix.provenance import provenance_of
 from normfix.records import CalibrationSummary, Proof, Provenance, Saved, Source
 from normfix.returning import require_returnable, returned, write_original
 from normfix.rewriting import copy_of
-from normfix.saving import (
-    PROGRAM,
-    WEIGHTS,
-    appearing,
-    seeded_input,
-    write_folder,
-)
+from normfix.saving import PROGRAM, WEIGHTS, appearing, seeded_input, write_folder
 
 __all__ = ["require_unconverted", "save", "save_program", "sourced", "write_draft"]
 
