@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import normfix
+from normfix.calling import Caller
 from normfix.pipeline.examples import default_example
 
 
@@ -123,7 +124,7 @@ def main(names: list[str]) -> None:
         make, output = NETWORKS[name]
         torch.manual_seed(0)
         model = make().eval()
-        example = default_example(model)
+        example = default_example(model, Caller())
         with torch.no_grad():
             work, seconds, _ = measured(lambda m=model, x=example: m(x))
         total, spent, scan = measured(lambda m=model, o=output: normfix.scan(m, output=o))

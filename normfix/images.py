@@ -16,7 +16,7 @@ from torch import Tensor
 
 from normfix.errors import NormfixError
 from normfix.formats import SUFFIXES, Choice, is_zarr, suffix_of
-from normfix.reading import read_image, to_tensor
+from normfix.reading import Channels, read_image, to_tensor
 from normfix.records import Scaling
 from normfix.scaling import not_finite, scaled
 
@@ -93,7 +93,7 @@ class ImageFiles:
 
     paths: Sequence[Path]
     ndim: int
-    channels: int
+    channels: Channels
     scaling: Scaling | None
     axes: str | None = None
     choice: Choice | None = None

@@ -7,8 +7,9 @@ is refused, since channels taken for slices would give statistics of something e
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from normfix.formats import OUTPUTS, Choice, Placement, create, open_file, suffi
 
 __all__ = [
     "KEEPING",
+    "Channels",
+    "Taking",
     "laid_out",
     "named_axes",
     "read_image",
@@ -31,19 +34,35 @@ __all__ = [
 
 Array = NDArray[Any]
 
+
+class Taking(Protocol):
+    """Knows which images (C, *space) a network takes."""
+
+    def runs(self, shape: Sequence[int]) -> bool:
+        """Tell whether the network runs with as many channels."""
+        ...
+
+    def refusal(self, shape: Sequence[int]) -> str:
+        """Return why it is no image for the network, or nothing."""
+        ...
+
+
+Channels = int | Taking
+"""How many channels a network takes, or what knows it."""
+
 KEEPING = (".npy", ".zarr")
 """Endings of the files that have an axis for a single channel too."""
 
 
 def read_image(
-    path: Path, *, ndim: int, channels: int, axes: str | None = None, choice: Choice | None = None
+    path: Path, *, ndim: int, channels: Channels, axes: str | None = None, choice: Choice | None = None
 ) -> Array:
     """Read an image file as (C, *space) in its own dtype, space in the order Z, Y, X.
 
     Args:
         path: TIFF, PNG, npy, NIfTI or a folder in Zarr.
         ndim: number of spatial axes the network takes.
-        channels: number of channels the network takes.
+        channels: how many channels the network takes, or what knows it.
         axes: one letter per array axis: C for channels, Z Y X for space. Default: what the file says, or
             what the shape leaves no doubt about.
         choice: which series and level, where a file has several.
@@ -75,7 +94,7 @@ def settled_axes(
     dtype: np.dtype[Any],
     *,
     ndim: int,
-    channels: int,
+    channels: Channels,
     axes: str | None = None,
     where: str = "image",
 ) -> tuple[str, tuple[int, ...]]:
@@ -115,7 +134,7 @@ def named_axes(
     dtype: np.dtype[Any],
     *,
     ndim: int,
-    channels: int,
+    channels: Channels,
     axes: str | None = None,
     where: str = "image",
 ) -> str:
@@ -148,11 +167,10 @@ def named_axes(
     ordered = ordered if "C" in named else (1, *ordered)
     if 0 in ordered:
         raise NormfixError("NF106", f"the image has no pixels: its shape is {ordered}.", where=where)
-    if ordered[0] != channels:
+    if problem := _refusal(ordered, channels):
         raise NormfixError(
             "NF106",
-            f"the network takes {channels} channels, the image has {ordered[0]} ({named}). "
-            "Give --axes if they are named wrongly, or select channels first.",
+            f"{problem} ({named}). Give --axes if they are named wrongly, or select channels first.",
             where=where,
         )
     return named
@@ -216,15 +234,33 @@ def require_new_image(path: Path) -> None:
         raise NormfixError("NF114", f"there is no folder {path.parent} to write it to.", where=str(path))
 
 
-def _guess(shape: tuple[int, ...], ndim: int, channels: int, where: str) -> str:
+def _guess(shape: tuple[int, ...], ndim: int, channels: Channels, where: str) -> str:
     space = "ZYX"[-ndim:]
-    if len(shape) == ndim and channels == 1:
-        return space
-    if len(shape) == ndim + 1 and (shape[0] == channels) != (shape[-1] == channels):
-        return f"C{space}" if shape[0] == channels else f"{space}C"
+    readings: dict[str, tuple[int, ...]] = {}
+    if len(shape) == ndim:
+        readings = {space: (1, *shape)}
+    elif len(shape) == ndim + 1:
+        readings = {f"C{space}": shape, f"{space}C": (shape[-1], *shape[:-1])}
+    fitting = [named for named, ordered in readings.items() if _runs(ordered, channels)]
+    if len(fitting) == 1:
+        return fitting[0]
+    taken = f"{channels} channels and " if isinstance(channels, int) else ""
+    doubt = "the network runs on it either way" if fitting else "the network runs on it in no order"
     raise NormfixError(
         "NF106",
-        f"the axes of an array of shape {shape} are not certain for a network with {channels} channels and "
-        f"{ndim} spatial axes. Name them with --axes, such as C{space} or {space}C.",
+        f"the axes of an array of shape {shape} are not certain for a network with {taken}{ndim} spatial axes: "
+        f"{doubt}. Name them with --axes, such as C{space} or {space}C.",
         where=where,
     )
+
+
+def _runs(ordered: tuple[int, ...], channels: Channels) -> bool:
+    return channels == ordered[0] if isinstance(channels, int) else channels.runs(ordered)
+
+
+def _refusal(ordered: tuple[int, ...], channels: Channels) -> str:
+    if not isinstance(channels, int):
+        return channels.refusal(ordered)
+    if ordered[0] == channels:
+        return ""
+    return f"the network takes {channels} channels, the image has {ordered[0]}"

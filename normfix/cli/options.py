@@ -189,11 +189,11 @@ class Arguments:
         """Return the images that files, folders and globs name."""
         from normfix.formats import Choice
         from normfix.images import ImageFiles, find_images
-        from normfix.pipeline.examples import input_of
+        from normfix.pipeline.intake import Intake
 
-        channels, ndim = input_of(model)
-        choice = Choice(self.series, level)
-        return ImageFiles(find_images(patterns), ndim, channels, self.scaling(model), self.axes, choice)
+        intake, choice = Intake(model), Choice(self.series, level)
+        paths, scaling = find_images(patterns), self.scaling(model)
+        return ImageFiles(paths, intake.ndim, intake, scaling, self.axes, choice)
 
     def image(self, path: str, model: nn.Module, level: int = 0) -> Tensor:
         """Return one image, (1, C, *space)."""
@@ -220,13 +220,13 @@ class Arguments:
     def masks(self, patterns: tuple[str, ...], model: nn.Module) -> list[Source]:
         """Return the masks that files, folders and globs name; of the images' axes, channels apart."""
         from normfix.images import find_images
-        from normfix.pipeline.examples import input_of
+        from normfix.pipeline.intake import Intake
         from normfix.pipeline.masking import open_mask
 
         paths = find_images(patterns)
         axes = None if self.axes is None else self.axes.upper().replace("C", "").replace("S", "")
-        context = click.get_current_context()
-        return [context.with_resource(open_mask(path, input_of(model)[1], axes)) for path in paths]
+        context, ndim = click.get_current_context(), Intake(model).ndim
+        return [context.with_resource(open_mask(path, ndim, axes)) for path in paths]
 
     def _place_(self, model: nn.Module) -> None:
         try:

@@ -263,7 +263,7 @@ def _predict_in_stages(
 def _placement(image: str, model: nn.Module, level: int, arguments: Arguments) -> Placement | None:
     """Return where the prediction's pixels lie, as the image's file says of its own."""
     from normfix.images import find_images
-    from normfix.pipeline.examples import input_of
+    from normfix.pipeline.intake import Intake
     from normfix.pipeline.looking import geometry_of
     from normfix.provenance import provenance_of
     from normfix.streaming import open_image
@@ -272,9 +272,9 @@ def _placement(image: str, model: nn.Module, level: int, arguments: Arguments) -
     geometry = None if known is None else geometry_of(known.scan)
     if geometry is None:
         return None
-    channels, ndim = input_of(model)
+    intake = Intake(model)
     options: dict[str, Any] = {"axes": arguments.axes, "level": level, "series": arguments.series}
-    with open_image(find_images((image,))[0], ndim=ndim, channels=channels, **options) as window:
+    with open_image(find_images((image,))[0], ndim=intake.ndim, channels=intake, **options) as window:
         return window.placement.scaled(geometry.scale)
 
 

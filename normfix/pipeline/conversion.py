@@ -162,7 +162,7 @@ def convert(
     items = None if images is None else Items.of(cast(_Tensors, images), *home)
     first = None if items is None else next(iter(items))
     if example is None:
-        example = default_example(model) if first is None else fitting_example(model, first, caller)
+        example = default_example(model, caller) if first is None else fitting_example(model, first, caller)
     base = base_of(model, example, caller, device=device, dtype=dtype, as_trained=as_trained)
     progress("scan", 0, 1)
     seen = look(base, example, caller)

@@ -8,38 +8,23 @@ from torch import Tensor, nn
 from normfix.calling import REFUSALS, Caller, home_of
 from normfix.errors import NormfixError
 from normfix.graph import Program
-from normfix.pipeline.bases import class_of
+from normfix.pipeline.intake import Intake
 from normfix.rewriting import copy_of
 
-__all__ = ["default_example", "fitting_example", "input_of"]
+__all__ = ["default_example", "fitting_example"]
 
 _EXAMPLE_EXTENT = {1: 1024, 2: 256, 3: 64}
 
 
-def input_of(model: nn.Module) -> tuple[int, int]:
-    """Return (channels, spatial axes) that the first convolution takes.
+def default_example(model: nn.Module, caller: Caller) -> Tensor:
+    """Return seeded noise of a shape that the network takes.
 
     Raises:
-        NormfixError: NF109 if the network has none.
+        NormfixError: NF109 if it has no convolution to tell the shape from.
     """
-    if isinstance(model, Program):
-        return model.shape[1] or 1, len(model.shape) - 2
-    for module in model.modules():
-        if isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
-            channels = 0 if isinstance(module, nn.modules.lazy.LazyModuleMixin) else module.in_channels
-            return channels or 1, len(module.kernel_size)
-    raise NormfixError(
-        "NF109",
-        "the network has no convolution to tell its input's shape from. Give one: --input NxCxHxW on the "
-        "command line, `example` in Python.",
-        where=class_of(model),
-    )
-
-
-def default_example(model: nn.Module) -> Tensor:
-    """Return seeded noise of the shape the first convolution takes."""
-    channels, ndim = input_of(model)
-    shape = (1, channels, *(_EXAMPLE_EXTENT[ndim],) * ndim)
+    intake = Intake(model, caller)
+    ndim = intake.ndim
+    shape = (1, intake.channels, *(_EXAMPLE_EXTENT[ndim],) * ndim)
     if isinstance(model, Program):
         shape = tuple(n or free for n, free in zip(model.shape, shape, strict=True))
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))

@@ -64,7 +64,7 @@ def scan(
 
     Args:
         model: not modified.
-        example: (N, C, *space); default: noise of the shape that the first convolution takes.
+        example: (N, C, *space); default: noise of a shape that the network runs on.
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
         as_trained: treat batch and instance norms as in train mode, where they are live.
@@ -83,7 +83,7 @@ def scan(
     caller = Caller(forward_fn, output)
     if example is None:
         require_network(model)
-        example = default_example(model)
+        example = default_example(model, caller)
     return look(
         base_of(model, example, caller, as_trained=as_trained), example, caller, fast=fast, graph=True
     ).scan

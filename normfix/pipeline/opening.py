@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from normfix.calling import home_of
-from normfix.pipeline.examples import input_of
+from normfix.pipeline.intake import Intake
 from normfix.provenance import provenance_of
 from normfix.records import Scaling
 from normfix.streaming import Source, WindowedImage, open_image, scaling_numbers, windowed
@@ -70,12 +70,12 @@ def open_windowed(
         >>> normfix.open_image(numpy.zeros((300, 200), "float32"), net).shape
         (1, 1, 300, 200)
     """
-    channels, ndim = input_of(model)
+    intake = Intake(model)
     known = provenance_of(model)
     if isinstance(image, str | Path):
-        window = open_image(Path(image), ndim=ndim, channels=channels, axes=axes, level=level, series=series)
+        window = open_image(Path(image), ndim=intake.ndim, channels=intake, axes=axes, level=level, series=series)
     else:
-        window = windowed(image, ndim=ndim, channels=channels, axes=axes)
+        window = windowed(image, ndim=intake.ndim, channels=intake, axes=axes)
     stated = scaling if scaling is not None else known.scaling if known is not None else None
     if scaling is None and stated is not None and stated.kind == "none":
         stated = None  # a network converted unscaled says nothing about integers

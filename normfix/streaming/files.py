@@ -8,6 +8,7 @@ from pathlib import Path
 
 from normfix.errors import NormfixError
 from normfix.formats import Choice, open_file, unreadable
+from normfix.reading import Channels
 from normfix.streaming.origins import Origin
 from normfix.streaming.windows import Window, windowed
 
@@ -18,7 +19,7 @@ def open_image(
     path: Path,
     *,
     ndim: int,
-    channels: int,
+    channels: Channels,
     axes: str | None = None,
     level: int = 0,
     series: str | None = None,
@@ -28,7 +29,7 @@ def open_image(
     Args:
         path: .npy, .tif or .tiff (tiled and pyramidal too), .zarr (an array, or OME-Zarr), .nii, .png (read whole).
         ndim: number of spatial axes the network takes.
-        channels: number of channels the network takes.
+        channels: how many channels the network takes, or what knows it.
         axes: one letter per array axis; default: what the file says, or what the shape leaves no doubt about.
         level: of a pyramid, 0 is the finest.
         series: name or number of the image, where a file holds several.
@@ -37,9 +38,6 @@ def open_image(
         NormfixError: NF101 if it cannot be opened, NF106 if its axes or dtype do not fit the network, NF141 if it
             holds several images.
     """
-    reopen = partial(
-        open_image, path.resolve(), ndim=ndim, channels=channels, axes=axes, level=level, series=series
-    )
     try:
         origin = Origin.of(path)  # before it is read, so that no change goes unseen
     except OSError as error:
@@ -52,5 +50,14 @@ def open_image(
     except NormfixError:
         opened.close()
         raise
+    reopen = partial(
+        open_image,
+        path.resolve(),
+        ndim=ndim,
+        channels=window.shape[0],
+        axes=axes if axes or opened.axes else window.named,
+        level=level,
+        series=series,
+    )
     placement = opened.placed(window.named)
     return replace(window, close=opened.close, origin=origin, reopen=reopen, placement=placement)

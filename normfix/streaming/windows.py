@@ -17,7 +17,7 @@ from torch import Tensor
 
 from normfix.errors import NormfixError
 from normfix.formats import ArrayLike, Placement
-from normfix.reading import settled_axes
+from normfix.reading import Channels, settled_axes
 from normfix.scaling import not_finite
 from normfix.streaming.maps import Span
 from normfix.streaming.origins import Origin
@@ -204,7 +204,7 @@ def windowed(
     said: str | None = None,
     *,
     ndim: int,
-    channels: int,
+    channels: Channels,
     axes: str | None = None,
     where: str = "image",
 ) -> Window:
