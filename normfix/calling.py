@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class Caller:
             raise NormfixError(
                 "NF109",
                 f"the network does not run on an input of shape {shape}: {type(error).__name__}: {reason}. "
-                "Give an input it accepts: --input NxCxHxW to scan with, images of sizes it takes.",
+                f"{self._way_on(model, error)}",
                 where=type(model).__name__,
             ) from error
         return self.pick(result)
@@ -80,6 +81,22 @@ class Caller:
             raise self._not_found(result)
         return found
 
+    def _way_on(self, model: nn.Module, error: Exception) -> str:
+        """Say what to give instead: another shape, or what the network takes beside the image."""
+        further = [] if self.forward_fn is not None else _further_inputs(model)
+        needed = [p.name for p in further if p.default is p.empty]
+        # an input left at None fails where it is used, as what None cannot do
+        if not needed and not (further and isinstance(error, TypeError | AttributeError)):
+            return "Give an input it accepts: --input NxCxHxW to scan with, images of sizes it takes."
+        names = needed or [p.name for p in further[:4]]
+        signature = str(inspect.signature(model.forward))[:160]
+        return (
+            f"It takes more than the image: forward{signature} {'needs' if needed else 'may need'} "
+            f"{', '.join(names)}. Say how it is called, in Python: forward_fn=lambda net, image: "
+            f"net(image, {', '.join(f'{name}={name}' for name in names)}), or wrap it in a module whose forward takes "
+            "the image alone."
+        )
+
     def _not_found(self, result: Any) -> NormfixError:
         if isinstance(result, Mapping):
             choices = f"a mapping with keys {', '.join(map(repr, result))}"
@@ -92,6 +109,15 @@ class Caller:
             f"the network returned {choices}, and output={self.output!r} names no tensor in it. "
             "Choose one with --output KEY or --output INDEX (output= in Python).",
         )
+
+
+def _further_inputs(model: nn.Module) -> list[inspect.Parameter]:
+    """Return the inputs of a network beside the first that can be named."""
+    try:
+        parameters = list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):  # a forward without a signature, such as a compiled one
+        return []
+    return [p for p in parameters[1:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
 class _StaysDouble(TorchFunctionMode):

@@ -137,3 +137,51 @@ def test_the_network_is_not_modified():
     assert network.training
     for name, value in network.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+class TimeStep(HeadFirst):
+    """A diffusion network: the image and a step."""
+
+    def forward(self, x, t):
+        return super().forward(x) * t
+
+
+class NoiseLevel(HeadFirst):
+    """A noise level that only a keyword gives, and labels it can do without."""
+
+    def forward(self, x, labels=None, *, sigma):
+        return super().forward(x) * sigma
+
+
+class Embedded(HeadFirst):
+    """An input that may be left out by its signature, not by its code."""
+
+    def forward(self, x, context=None):
+        return super().forward(x) * context.mean()
+
+
+@pytest.mark.parametrize(
+    ("network", "says"),
+    [
+        (TimeStep, r"forward\(x, t\) needs t\..*forward_fn=lambda net, image: net\(image, t=t\)"),
+        (NoiseLevel, r"needs sigma\..*net\(image, sigma=sigma\)"),
+        (Embedded, r"may need context\..*net\(image, context=context\)"),
+    ],
+)
+def test_a_second_input_is_named_with_the_way_to_give_it(network, says):
+    """No shape of image can help a network that lacks an input, so the error names that input and forward_fn."""
+    with pytest.raises(normfix.NormfixError, match=f"NF109 .*{says}") as caught:
+        normfix.scan(network().eval(), torch.rand(1, 3, 48, 48))
+    assert "--input" not in str(caught.value)
+
+
+def test_what_the_error_advises_works():
+    """With forward_fn the same network is scanned."""
+    found = normfix.scan(TimeStep().eval(), forward_fn=lambda net, image: net(image, t=0.5))
+    assert found.halo == ((1, 1), (1, 1))
+
+
+def test_a_network_of_one_input_is_advised_another_shape():
+    """Where nothing but the image is taken, its shape is what to change."""
+    with pytest.raises(normfix.NormfixError, match="NF109 .*--input NxCxHxW"):
+        normfix.scan(HeadFirst().eval(), torch.rand(1, 2, 48, 48))
