@@ -76,7 +76,13 @@ class Sized(nn.Module):
 
 @pytest.mark.parametrize(
     ("network", "channels", "ndim"),
-    [(HeadFirst, 3, 2), (DecoderOnly, 4, 2), (Weighed, 2, 3), (lambda: folded(2), 3, 2), (lambda: folded(4), 3, 2)],
+    [
+        (HeadFirst, 3, 2),
+        (DecoderOnly, 4, 2),
+        (Weighed, 2, 3),
+        (lambda: folded(2), 3, 2),
+        (lambda: folded(4), 3, 2),
+    ],
 )
 def test_channels_and_axes_are_those_the_network_runs_with(network, channels, ndim):
     """Whatever is registered first, an example is made of what runs."""
@@ -91,7 +97,12 @@ def test_scan_makes_an_example_the_network_takes():
 
 @pytest.mark.parametrize(
     ("network", "shape"),
-    [(HeadFirst, (3, 40, 56)), (HeadFirst, (40, 56, 3)), (DecoderOnly, (4, 40, 56)), (lambda: folded(2), (3, 40, 56))],
+    [
+        (HeadFirst, (3, 40, 56)),
+        (HeadFirst, (40, 56, 3)),
+        (DecoderOnly, (4, 40, 56)),
+        (lambda: folded(2), (3, 40, 56)),
+    ],
 )
 def test_an_array_is_read_in_the_order_the_network_runs_on(network, shape):
     """Where one order of the axes runs and the other does not, there is no doubt."""
@@ -104,7 +115,7 @@ def test_named_axes_are_believed_where_both_orders_run(axes):
     """A network that averages channels takes any number of them; the name decides, and without one it is refused."""
     array = np.zeros((3, 40, 56), "float32")
     assert normfix.open_image(array, Grey().eval(), axes=axes).shape[1] == (3 if axes == "CYX" else 56)
-    with pytest.raises(normfix.NormfixError, match="NF106 .*either way"):
+    with pytest.raises(normfix.NormfixError, match=r"NF106 .*either way"):
         normfix.open_image(array, Grey().eval())
 
 
@@ -126,7 +137,9 @@ def test_a_network_that_never_runs_is_not_refused_for_its_channels():
         def forward(self, x, t):
             return super().forward(x) * t
 
-    assert normfix.open_image(np.zeros((3, 40, 56), "float32"), Conditional().eval(), axes="CYX").shape[1] == 3
+    assert (
+        normfix.open_image(np.zeros((3, 40, 56), "float32"), Conditional().eval(), axes="CYX").shape[1] == 3
+    )
 
 
 def test_the_network_is_not_modified():
@@ -170,7 +183,7 @@ class Embedded(HeadFirst):
 )
 def test_a_second_input_is_named_with_the_way_to_give_it(network, says):
     """No shape of image can help a network that lacks an input, so the error names that input and forward_fn."""
-    with pytest.raises(normfix.NormfixError, match=f"NF109 .*{says}") as caught:
+    with pytest.raises(normfix.NormfixError, match=rf"NF109 .*{says}") as caught:
         normfix.scan(network().eval(), torch.rand(1, 3, 48, 48))
     assert "--input" not in str(caught.value)
 
@@ -183,5 +196,5 @@ def test_what_the_error_advises_works():
 
 def test_a_network_of_one_input_is_advised_another_shape():
     """Where nothing but the image is taken, its shape is what to change."""
-    with pytest.raises(normfix.NormfixError, match="NF109 .*--input NxCxHxW"):
+    with pytest.raises(normfix.NormfixError, match=r"NF109 .*--input NxCxHxW"):
         normfix.scan(HeadFirst().eval(), torch.rand(1, 2, 48, 48))

@@ -22,6 +22,7 @@ from normfix.pipeline.exactness import Subject, middle_of
 from normfix.pipeline.examples import default_example, fitting_example
 from normfix.pipeline.looking import Look, look, site_target
 from normfix.pipeline.opening import sources_of
+from normfix.pipeline.rounding import repeated_in_double
 from normfix.pipeline.streamed import Resources, StoredTarget, measure_streamed_
 from normfix.planning import decide, replay
 from normfix.programs import require_free
@@ -324,11 +325,20 @@ class _Work:
         return Proof(steps=(*steps, last), shifts=shifts, verdict=verdict)
 
     def _identity(self, image: Tensor, pair: tuple[Tensor, Tensor]) -> ProofStep:
-        if self.summary is None or self.summary.images == (tuple(image.shape),):
-            return identity(*pair)
-        one = rewrite(self.original, self.plan)
+        converted, original = pair
+        if self.summary is not None and self.summary.images != (tuple(image.shape),):
+            converted = self.caller.exactly(self._calibrated(self.original, image).eval(), image)
+        step = identity(converted, original)
+        if step.status != "failed" or original.dtype == torch.float64:
+            return step
+        outputs = converted, original
+        return repeated_in_double(step, self.original, image, self.caller, outputs, self._calibrated)
+
+    def _calibrated(self, original: nn.Module, image: Tensor) -> nn.Module:
+        """Convert a network as planned, calibrated on one image alone."""
+        one = rewrite(original, self.plan)
         _calibrate_(one, self.plan, Items([image], image.device, image.dtype), self.caller)
-        return identity(self.caller.exactly(one.eval(), image), pair[1])
+        return one
 
     def _judged(self, image: Tensor, sites: Sequence[Site]) -> list[Site]:
         """Return the sites that the census alone calls live in the original and the scan, seeing more, does not.

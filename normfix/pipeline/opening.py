@@ -73,7 +73,9 @@ def open_windowed(
     intake = Intake(model)
     known = provenance_of(model)
     if isinstance(image, str | Path):
-        window = open_image(Path(image), ndim=intake.ndim, channels=intake, axes=axes, level=level, series=series)
+        window = open_image(
+            Path(image), ndim=intake.ndim, channels=intake, axes=axes, level=level, series=series
+        )
     else:
         window = windowed(image, ndim=intake.ndim, channels=intake, axes=axes)
     stated = scaling if scaling is not None else known.scaling if known is not None else None
