@@ -5,29 +5,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from normfix.calling import REFUSALS, Caller, home_of
+from normfix.calling import Caller
 from normfix.errors import NormfixError
 from normfix.graph import Program
 from normfix.pipeline.intake import Intake
-from normfix.rewriting import copy_of
 
 __all__ = ["default_example", "fitting_example"]
 
-_EXAMPLE_EXTENT = {1: 1024, 2: 256, 3: 64}
+_EXTENT = {1: 1024, 2: 256, 3: 64}
+"""Pixels per axis of the larger of an example and what the network makes of it, per number of axes."""
+_LEAST = {1: 128, 2: 32, 3: 16}
+"""Pixels of an example that is enlarged much: what most networks still run on."""
+_PROBE = {1: 256, 2: 64, 3: 32}
+"""Pixels that the enlargement is measured on."""
 
 
 def default_example(model: nn.Module, caller: Caller) -> Tensor:
-    """Return seeded noise of a shape that the network takes.
+    """Return seeded noise of a shape that the network takes, the smaller the more it enlarges.
 
     Raises:
         NormfixError: NF109 if it has no convolution to tell the shape from.
     """
     intake = Intake(model, caller)
     ndim = intake.ndim
-    shape = (1, intake.channels, *(_EXAMPLE_EXTENT[ndim],) * ndim)
+    shape = (1, intake.channels, *(_EXTENT[ndim],) * ndim)
     if isinstance(model, Program):
         shape = tuple(n or free for n, free in zip(model.shape, shape, strict=True))
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return _affordable(intake, torch.randn(shape, generator=torch.Generator().manual_seed(0)))
 
 
 def fitting_example(model: nn.Module, image: Tensor, caller: Caller) -> Tensor:
@@ -44,22 +48,26 @@ def fitting_example(model: nn.Module, image: Tensor, caller: Caller) -> Tensor:
             f"{tuple(image.shape)} read as (N, C, *space) has {image.dim() - 2}.",
             where="image",
         )
-    middle = _middle(image)
-    if middle.shape == image.shape:
-        return image[:1]
-    probe = copy_of(model).eval()
-    try:
-        with torch.no_grad():
-            caller(probe, middle.to(*home_of(probe)))
-    except REFUSALS:
-        return image[:1]
-    return middle
+    middle, intake = _middle(image, _EXTENT[min(3, image.dim() - 2)]), Intake(model, caller)
+    smaller = _affordable(intake, middle)
+    if smaller.shape == image[:1].shape or intake.ratio(smaller.shape[1:]) is not None:
+        return smaller
+    return image[:1]
 
 
-def _middle(image: Tensor) -> Tensor:
-    limit = _EXAMPLE_EXTENT[min(3, image.dim() - 2)]
+def _affordable(intake: Intake, example: Tensor) -> Tensor:
+    """Return the middle of an example of a network that enlarges, so that its output is no larger than others' are."""
+    ndim = min(3, example.dim() - 2)
+    ratio = intake.ratio(_middle(example, _PROBE[ndim]).shape[1:])
+    if ratio is None or ratio <= 1:
+        return example
+    smaller = _middle(example, max(_LEAST[ndim], int(_EXTENT[ndim] / ratio)))
+    return smaller if intake.ratio(smaller.shape[1:]) is not None else example
+
+
+def _middle(image: Tensor, most: int) -> Tensor:
     for axis in range(2, image.dim()):
-        n = min(image.shape[axis], limit)
+        n = min(image.shape[axis], most)
         n = n // 64 * 64 or n // 32 * 32 or n
         image = image.narrow(axis, (image.shape[axis] - n) // 2, n)
     return image[:1]

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from normfix.calling import REFUSALS, Caller, home_of
 from normfix.errors import NormfixError
@@ -36,9 +37,6 @@ class Intake:
         model: not modified.
         caller: calls it.
 
-    Raises:
-        NormfixError: NF109 if it has no convolution to guess from.
-
     Example:
         >>> from torch import nn
         >>> net = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, 8, 3, padding=1), nn.Conv2d(8, 1, 1))
@@ -49,8 +47,10 @@ class Intake:
     def __init__(self, model: nn.Module, caller: Caller | None = None) -> None:
         self._model, self._caller = model, caller or Caller()
         self._copy: nn.Module | None = None
-        self._known: dict[tuple[int, ...], bool] = {}
-        self._registered = _convolutions(model)
+        self._known: dict[tuple[int, ...], float | None] = {}
+        self._convolutions = _convolutions(model)
+        # a lazy copy keeps the first shape that it sees
+        self._lazy = any(isinstance(module, LazyModuleMixin) for module in model.modules())
         self._settled: tuple[int, int] | None = None
 
     @property
@@ -86,6 +86,32 @@ class Intake:
             return ""
         return f"the network takes {running} channels, the image has {shape[0]}"
 
+    def ratio(self, shape: Sequence[int]) -> float | None:
+        """Return how many times as long as an image (C, *space) the output is along an axis, at most.
+
+        1 if the output is no map; None where the network does not run on such an image.
+        """
+        key = tuple(shape)
+        if key not in self._known:
+            self._known[key] = self._measured(key)
+        return self._known[key]
+
+    @property
+    def _registered(self) -> list[tuple[int, int]]:
+        """Return (channels, axes of space) that convolutions take, as they are registered.
+
+        Raises:
+            NormfixError: NF109 if there is none to guess from.
+        """
+        if self._convolutions:
+            return self._convolutions
+        raise NormfixError(
+            "NF109",
+            "the network has no convolution to tell its input's shape from. Give one: --input NxCxHxW on the "
+            "command line, `example` in Python.",
+            where=class_of(self._model),
+        )
+
     def _first(self) -> tuple[int, int]:
         if self._settled is None:
             self._settled = next(self._running(), self._registered[0])
@@ -102,27 +128,27 @@ class Intake:
                     yield channels, ndim
 
     def _guesses(self, ndim: int) -> list[int]:
-        taken = [channels for channels, rank in self._registered if rank == ndim]
+        taken = [channels for channels, rank in self._convolutions if rank == ndim]
         folded = [c // r**ndim for c in taken for r in _SHUFFLES if c % r**ndim == 0]
         return list(dict.fromkeys((*taken, *folded, *_USUAL)))
 
     def _runs_on(self, shape: tuple[int, ...]) -> bool:
         if isinstance(self._model, Program):
             return self._model.shape[1] in (None, shape[0])
-        if shape not in self._known:
-            if self._copy is None:
-                self._copy = copy_of(self._model).eval()
-            try:
-                with torch.no_grad():
-                    self._caller(self._copy, _noise((1, *shape)).to(*home_of(self._copy)))
-                self._known[shape] = True
-            except REFUSALS:
-                self._known[shape] = False
-        return self._known[shape]
+        return self.ratio(shape) is not None
 
-
-def _noise(shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    def _measured(self, shape: tuple[int, ...]) -> float | None:
+        if self._copy is None or self._lazy:
+            self._copy = copy_of(self._model).eval()
+        image = torch.randn((1, *shape), generator=torch.Generator().manual_seed(0))
+        try:
+            with torch.no_grad():
+                output = self._caller(self._copy, image.to(*home_of(self._copy)))
+        except REFUSALS:
+            return None
+        if output.dim() != image.dim():
+            return 1.0
+        return max(after / before for after, before in zip(output.shape[2:], shape[1:], strict=True))
 
 
 def _part(n: int, most: int) -> int:
@@ -131,23 +157,12 @@ def _part(n: int, most: int) -> int:
 
 
 def _convolutions(model: nn.Module) -> list[tuple[int, int]]:
-    """Return (channels, axes of space) that convolutions take, as they are registered, each once.
-
-    Raises:
-        NormfixError: NF109 if there is none.
-    """
+    """Return (channels, axes of space) that convolutions take, as they are registered, each once."""
     if isinstance(model, Program):
         return [(model.shape[1] or 1, len(model.shape) - 2)]
     found: dict[tuple[int, int], None] = {}
     for module in model.modules():
         if isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
-            lazy = isinstance(module, nn.modules.lazy.LazyModuleMixin)
-            found[1 if lazy else module.in_channels, len(module.kernel_size)] = None
-    if not found:
-        raise NormfixError(
-            "NF109",
-            "the network has no convolution to tell its input's shape from. Give one: --input NxCxHxW on the "
-            "command line, `example` in Python.",
-            where=class_of(model),
-        )
+            channels = 1 if isinstance(module, LazyModuleMixin) else module.in_channels
+            found[channels, len(module.kernel_size)] = None
     return list(found)
