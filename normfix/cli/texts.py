@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 
+from normfix.cli.showing import duration_text
 from normfix.diagnosis_record import Cost, DiagnosisRecord, Mismatch
 from normfix.records import (
     CalibrationSummary,
@@ -164,10 +165,8 @@ def verdict_text(verdict: Verdict) -> str:
 
 def cost_text(cost: Cost) -> str:
     """Return what a diagnosis will run, before it does."""
-    minutes = (
-        f"{cost.seconds / 60:.0f} minutes" if cost.seconds > 90 else f"{max(1, round(cost.seconds))} seconds"
-    )
-    return f"{cost.windows} windows in {cost.experiments} experiments, and {cost.wholes} whole images: about {minutes}."
+    runs = f"{cost.windows} windows in {cost.experiments} experiments, and {cost.wholes} whole images"
+    return f"{runs}: about {duration_text(cost.seconds)}."
 
 
 def diagnosis_text(record: DiagnosisRecord) -> str:

@@ -17,6 +17,7 @@ from normfix.errors import NormfixError
 from normfix.images import Items
 from normfix.numerics import exact_arithmetic
 from normfix.pipeline.bases import base_of
+from normfix.pipeline.durations import Announce, Durations, announce_notable, announced_nowhere
 from normfix.pipeline.engines import engine_of
 from normfix.pipeline.exactness import Subject, middle_of
 from normfix.pipeline.examples import default_example, fitting_example
@@ -106,6 +107,7 @@ def convert(
     scheduler: str | None = None,
     watch: Watch | None = None,
     progress: Progress = lambda stage, done, total: None,
+    announce: Announce = announced_nowhere,
 ) -> Conversion:
     """Convert a network's live statistics to constants measured on whole images, and prove the result.
 
@@ -134,6 +136,7 @@ def convert(
         scheduler: address of a dask scheduler.
         watch: is told what stages will take, and of each block.
         progress: called with (stage, done, total).
+        announce: called with (stage, seconds) before a stage that will take long (normfix.pipeline.durations).
 
     Returns:
         The conversion; `.proof.passed` tells whether it may be relied on, `.proof.partial` that all but refused
@@ -165,6 +168,10 @@ def convert(
     if example is None:
         example = default_example(model, caller) if first is None else fitting_example(model, first, caller)
     base = base_of(model, example, caller, device=device, dtype=dtype, as_trained=as_trained)
+    durations = None
+    if announce is not announced_nowhere:
+        durations = Durations.of(base, example, caller)
+        announce_notable(announce, "scan", durations.scan(graph=False))
     progress("scan", 0, 1)
     seen = look(base, example, caller)
     progress("scan", 1, 1)
@@ -178,6 +185,12 @@ def convert(
         items = replace(items, prepare=partial(padded, geometry=seen.geometry))
     converted = rewrite(base, plan).to(device=device, dtype=dtype)
     report = partial(progress, "calibrate")
+    sizes: list[tuple[int, ...]] = []
+    if durations is not None:
+        sizes = [tuple(image.shape[2:]) for image in items or [example]]
+        if sources is None:  # stages say themselves what they will take
+            measured = sum(d.measured for d in plan.converted)
+            announce_notable(announce, "calibrate", durations.calibration(sizes, measured))
     if sources is None:
         summary = _calibrate_(converted, plan, items, caller, report)
     else:
@@ -191,6 +204,8 @@ def convert(
     work = _Work(
         base, converted, plan, seen, items, example.to(*home), caller, summary, tile, sources is None
     )
+    if durations is not None:
+        announce_notable(announce, "prove", durations.proof(sizes, seen.geometry, tile))
     progress("prove", 0, 1)
     proof = work.prove()
     progress("prove", 1, 1)

@@ -19,6 +19,7 @@ from normfix.merging import GraphSeen, merge
 from normfix.moments import Moments, pool
 from normfix.numerics import exact_arithmetic
 from normfix.pipeline.bases import base_of, class_of
+from normfix.pipeline.durations import Announce, Durations, announce_notable, announced_nowhere
 from normfix.pipeline.examples import default_example
 from normfix.planning import decide
 from normfix.positions import Positions
@@ -59,6 +60,7 @@ def scan(
     output: str | int | None = None,
     as_trained: bool = False,
     fast: bool = False,
+    announce: Announce = announced_nowhere,
 ) -> Scan:
     """Find every statistic of the tile, and the geometry once they are frozen.
 
@@ -69,6 +71,7 @@ def scan(
         output: key or index of the output that counts.
         as_trained: treat batch and instance norms as in train mode, where they are live.
         fast: skip the dye's confirmation; `Scan.looks` says so.
+        announce: called with ("scan", seconds) before a scan that will take long (normfix.pipeline.durations).
 
     Raises:
         NormfixError: NF109 if the network does not run on the example, NF110 if `output` names no tensor.
@@ -84,9 +87,10 @@ def scan(
     if example is None:
         require_network(model)
         example = default_example(model, caller)
-    return look(
-        base_of(model, example, caller, as_trained=as_trained), example, caller, fast=fast, graph=True
-    ).scan
+    base = base_of(model, example, caller, as_trained=as_trained)
+    if announce is not announced_nowhere and not fast:
+        announce_notable(announce, "scan", Durations.of(base, example, caller).scan(graph=True))
+    return look(base, example, caller, fast=fast, graph=True).scan
 
 
 def plan(scan: Scan, to: Literal["frozen", "batchrenorm"] = "frozen", keep: Sequence[str] = ()) -> Plan:
