@@ -232,9 +232,10 @@ class Observation(Record):
 class PipelineRecord(Record):
     """A pipeline tested from outside, and, where its network could be replaced by probes, from inside.
 
-    `windows`, `extents`, `starts` (per axis) and `context` (before, after) are what the probes saw; None where
-    no network was given or the pipeline did not run probes. `held` is the verdict of the same pipeline with the
-    network's live statistics held at the whole image's values: what is left is the pipeline's own.
+    `windows`, `extents` (the largest per axis), `starts` (per axis) and `context` (before, after) are what the probes
+    saw; None where no network was given or the pipeline did not run probes, and what they could not see is a
+    finding. `held` is the verdict of the same pipeline with the network's live statistics held at the whole image's
+    values: what is left is the pipeline's own.
     """
 
     verdict: Verdict

@@ -256,7 +256,8 @@ CODES: dict[str, str] = {
     "NF607": "No two windows overlap outside the border of the image, so tiles could not be compared.",
     "NF608": "Cropping the image changes what the pipeline predicts far from the crop's border, so its result "
     "depends on where its tiles fall.",
-    "NF609": "The pipeline's own steps were observed by running it with probe networks in place of its network.",
+    "NF609": "The pipeline's own steps were observed by running it with probe networks in place of its network. What "
+    "they could not see is named, since a cause there would not be.",
     "NF610": "A report's ending decides its kind: .html, .json, .md or .xml.",
     # 9xx: normfix itself
     "NF901": "Something failed inside normfix. Nothing was written. Please report it with the traceback that "

@@ -118,6 +118,117 @@ def test_probes_name_the_step(local, predict, cause):
     assert found == {cause}
 
 
+def quantile(x, q):
+    return x.flatten().quantile(q)
+
+
+def cut_at_the_border(scale=None, finish=None, halo=8, tile=32):
+    """Make a pipeline whose windows end where the image ends, so that they have several sizes."""
+
+    def predict(x, network):
+        out = torch.zeros_like(x)
+        height, width = x.shape[-2:]
+        for top in range(0, height, tile):
+            for left in range(0, width, tile):
+                y, z = max(0, top - halo), max(0, left - halo)
+                window = x[..., y : top + tile + halo, z : left + tile + halo]
+                answer = network(scale(window) if scale else window)
+                answer = finish(answer) if finish else answer
+                target = out[..., top : top + tile, left : left + tile]
+                y, z = top - y, left - z
+                target.copy_(answer[..., y : y + target.shape[-2], z : z + target.shape[-1]])
+        return out
+
+    return predict
+
+
+SCALINGS = {
+    "zscore": zscore,
+    "percentile": lambda x: (x - quantile(x, 0.01)) / (quantile(x, 0.998) - quantile(x, 0.01)),
+    "clipped percentile": lambda x: ((x - quantile(x, 0.05)) / (quantile(x, 0.95) - quantile(x, 0.05))).clamp(
+        0, 1
+    ),
+    "min-max": lambda x: (x - x.min()) / (x.max() - x.min()),
+    "maximum": lambda x: x / x.max(),
+    "median": lambda x: x - x.median(),
+    "deviation of the logarithm": lambda x: zscore(torch.log1p(x)),
+}
+
+
+@pytest.fixture(scope="module")
+def convolutions():
+    """Takes every extent; reaches 2 pixels."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 1, 3, padding=1)).eval()
+
+
+def diagnosed(predict, network, height, width):
+    with torch.no_grad():
+        return normfix.diagnose(predict, image(width)[..., :height, :] + 0.3, 32, network=network, margin=16)
+
+
+@pytest.mark.parametrize("scaling", sorted(SCALINGS))
+@pytest.mark.parametrize("width", [96, 104], ids=["whole tiles", "a ragged last tile"])
+def test_scaling_per_tile_is_named_whatever_it_is_by(convolutions, scaling, width):
+    """Mean and deviation, percentiles, extremes, median, also clipped or bent, in windows of several sizes."""
+    found = diagnosed(cut_at_the_border(SCALINGS[scaling]), convolutions, 64, width)
+    assert [c.cause for c in found.culprits] == ["tile scaling"]
+    assert found.record.context == ((8, 8), (8, 8))
+    assert found.record.findings == ()
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [None, lambda x: (x.clamp(0.2, 2.5) - 0.1) / 2, lambda x: x.clamp_min(0) ** 0.5, lambda x: 1 - x],
+    ids=["none", "fixed, clipped", "gamma", "inverted"],
+)
+def test_a_scale_that_all_windows_share_is_no_cause(convolutions, scaling):
+    """Control: constants of the pipeline move every window alike, and it passes."""
+    found = diagnosed(cut_at_the_border(scaling), convolutions, 64, 104)
+    assert (found.status, found.culprits, found.record.findings) == ("passed", (), ())
+
+
+@pytest.mark.parametrize(
+    "finish",
+    [lambda y: (y - y.min()) / (y.max() - y.min()), lambda y: (y - y.mean()) / (y.std() + 1e-6)],
+    ids=["min-max", "zscore"],
+)
+def test_outputs_that_are_scaled_per_tile_are_named(convolutions, finish):
+    """A factor and a shift of the network's output change nothing then; it is not taken for blending."""
+    found = diagnosed(cut_at_the_border(finish=finish), convolutions, 64, 96)
+    assert [c.cause for c in found.culprits] == ["output scaling"]
+
+
+@pytest.mark.parametrize("finish", [torch.sigmoid, lambda y: (y > 0.5).float()], ids=["sigmoid", "threshold"])
+def test_what_is_done_to_each_pixel_of_an_output_is_no_cause(convolutions, finish):
+    """Control: windows are still told apart, and their context is measured."""
+    found = diagnosed(cut_at_the_border(finish=finish), convolutions, 64, 96)
+    assert found.culprits == ()
+    assert found.record.context == ((8, 8), (8, 8))
+
+
+def test_short_context_is_found_in_windows_of_several_sizes(convolutions):
+    """The least context of any pixel counts, whatever the window's size."""
+    found = diagnosed(cut_at_the_border(halo=1), convolutions, 64, 104)
+    assert [c.cause for c in found.culprits] == ["halo"]
+    assert found.record.context == ((1, 1), (1, 1))
+
+
+@pytest.mark.parametrize(
+    ("scale", "finish", "says"),
+    [
+        (lambda x: x - nn.functional.avg_pool2d(x, 9, 1, 4), None, "scaled by themselves"),
+        (lambda x: x.flip(-1), lambda y: y.flip(-1), "no window was found"),
+    ],
+    ids=["background", "turned"],
+)
+def test_what_the_probes_cannot_see_is_said(convolutions, scale, finish, says):
+    """No cause named is not no cause: local contrast and turned windows hide what the probes look for."""
+    found = diagnosed(cut_at_the_border(scale, finish), convolutions, 64, 96)
+    assert found.culprits == ()
+    assert any(f.code == "NF609" and says in f.message for f in found.record.findings)
+
+
 class _Crops(nn.Module):
     """Takes any extent: pads by one at the end where it is odd and crops again."""
 

@@ -1,9 +1,11 @@
 """Test a pipeline from inside: run it with probe networks in place of its own and watch what they are given.
 
-The image of a probe run is random bits, so that any patch of it is found again wherever a window was cut,
-also scaled: a scaled bit is still one of two values. What the probes answer is a digit of their window's
-number, so that the stitched result says for every pixel which window it came from, and a value that is no
-digit says that windows were mixed.
+The image of a probe run is noise, so that any patch of it is found again wherever a window was cut, also scaled:
+correlation does not see an offset or a factor. The noise is of another range in every part of the image, so whatever
+windows are scaled by (mean and deviation, percentiles, extremes, the median) differs between them; and two
+values, the marks, are strewn over all of it: where windows are scaled by themselves, a mark reaches the network as
+another value in another window. What the probes answer is a digit of their window's number, so that the stitched
+result says for every pixel which window it came from, and a value that is no digit says that windows were mixed.
 """
 
 from __future__ import annotations
@@ -17,34 +19,50 @@ from torch import Tensor, nn
 
 from normfix.diagnosis.crops import predicted
 
-__all__ = ["Seen", "probe"]
+__all__ = ["Placed", "Seen", "probe"]
 
 _PATCH = 16
 _SAME = 1e-3
+"""Of the distance between the marks: how far a mark may move between windows, by rounding."""
+_ALIKE = 0.8
+"""Correlation of a patch with the place it was cut from: 1 if it was scaled, less where values were clipped or bent
+(0.9); noise of 256 pixels elsewhere stays below 0.4."""
+_MARKS, _SHARE = (0.45, 0.55), 0.15
+"""The marks' values on a scale from 0 to 1, and the share of the pixels that have each."""
 Pipeline = Callable[[Any, nn.Module], Any]
+Answer = Callable[[int, Tensor], Tensor | float]
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A window: where it starts, which may lie before the image, and its extents."""
+
+    start: tuple[int, ...]
+    extents: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What the probes saw: where windows start, their extents, and what was done to them.
+    """What the probes saw: the windows, and what was done to them.
 
-    `starts` may be negative: such a window reads beyond the image. `scaled` tells whether windows were scaled
-    differently, `blended` whether outputs were mixed, `context` the least distance (before, after) per axis of
-    a pixel from a cut of the window it was taken from; None where outputs were mixed.
+    `scaled` tells whether windows were scaled differently, `rescaled` whether their outputs were, `blended` whether
+    outputs were mixed, `context` the least distance (before, after) per axis of a pixel from a cut of the window it was
+    taken from. `unseen` says what could not be told and why; what it concerns is False or None.
     """
 
-    starts: tuple[tuple[int, ...], ...]
-    extents: tuple[int, ...]
+    windows: tuple[Placed, ...]
     size: tuple[int, ...]
     scaled: bool
+    rescaled: bool
     blended: bool
     context: tuple[tuple[int, int], ...] | None
+    unseen: tuple[str, ...] = ()
 
 
 class _Probe(nn.Module):
-    """Keeps the windows it is given and answers a constant for each, like the network's own output."""
+    """Keeps the windows it is given and answers a number for each, in the first channel of the network's own shape."""
 
-    def __init__(self, network: nn.Module, answer: Callable[[int], float]) -> None:
+    def __init__(self, network: nn.Module, answer: Answer) -> None:
         super().__init__()
         self.windows: list[Tensor] = []
         self._like: dict[tuple[int, ...], Tensor] = {}
@@ -61,101 +79,206 @@ class _Probe(nn.Module):
                 self._like[key] = torch.zeros_like(self._network[0](one))
         answers = []
         for window in x:
-            answers.append(self._like[key] + self._answer(len(self.windows)))
+            answer = self._like[key].clone()
+            answer[:, :1] += self._answer(
+                len(self.windows), answer[:, :1]
+            )  # one channel: a softmax swallows what all have
+            answers.append(answer)
             self.windows.append(window.detach().clone())
         return torch.cat(answers)
 
 
-def probe(pipeline: Pipeline, network: nn.Module, shape: Sequence[int], space: int) -> Seen | None:
-    """Run a pipeline with probes; None if their windows are not found in the image or not one per call.
+def probe(pipeline: Pipeline, network: nn.Module, image: Tensor, space: int) -> Seen | None:
+    """Run a pipeline with probes; None if none of their windows is found in the image.
 
     Args:
-        pipeline: `pipeline(image, network)`, image a tensor of `shape`.
+        pipeline: `pipeline(image, network)`.
         network: the real one, run once per window size to learn what its output looks like.
-        shape: of the image, its last `space` axes spatial.
+        image: of the shape and the range of values that the pipeline takes; its last `space` axes are spatial.
         space: number of spatial axes.
     """
-    bits = _bits(shape, space)
-    first = _Probe(network, lambda number: float(number % 2))
-    answer = predicted(lambda image: pipeline(image, first), bits, space)
-    plane = bits.reshape(-1, *shape[-space:])[0]
+    field = _Field.like(image, space)
+    first = _Probe(network, lambda number, like: float(number % 2))
+    answer = predicted(lambda x: pipeline(x, first), field.image, space)
     windows = [w.reshape(-1, *w.shape[-space:])[0] for w in first.windows]
-    starts = [_found(w, plane) for w in windows]
-    if not windows or None in starts or len({w.shape for w in windows}) != 1:
+    starts = [_found(window, field.plane) for window in windows]
+    placed = {
+        number: Placed(start, tuple(windows[number].shape))
+        for number, start in enumerate(starts)
+        if start is not None
+    }
+    if not placed:
         return None
-    places = tuple(s for s in starts if s is not None)
-    size, extents = tuple(shape[-space:]), tuple(windows[0].shape)
-    levels = set(answer[0, 0].flatten().tolist())
-    blended = len(levels) > min(2, len(windows))
-    context = None
+    unseen = []
+    if lost := len(windows) - len(placed):
+        unseen.append(
+            f"{lost} of {len(windows)} windows were not found in the probe image (resampled, turned or padding alone); "
+            "what was seen is of the others."
+        )
+    scaled = _differently_scaled(windows, placed, field)
+    if scaled is None:
+        reason = "there was one" if len(placed) == 1 else "more was done to their pixels than one scale"
+        unseen.append(f"the probes cannot see whether windows are scaled by themselves: {reason}.")
+    finite = bool(torch.isfinite(answer).all())
+    blended = finite and len(set(answer[0, 0].flatten().tolist())) > min(2, len(windows))
+    context, rescaled = None, False
     if not blended and len(windows) > 1:
-        owners = _owners(pipeline, network, bits, space, len(windows))
-        context = _context(owners, places, extents, size)
-    return Seen(places, extents, size, _differently_scaled(windows), blended, context)
+        context = _context(pipeline, network, field, placed, len(windows)) if finite else None
+        rescaled = context is None and _rescaled(pipeline, network, field)
+        if context is None:
+            unseen.append(
+                "the probes cannot see which window a pixel was taken from, nor with how much context: the result does "
+                "not follow what the network answers."
+            )
+    found = tuple(placed[number] for number in sorted(placed))
+    return Seen(found, tuple(field.plane.shape), scaled is True, rescaled, blended, context, tuple(unseen))
 
 
-def _bits(shape: Sequence[int], space: int) -> Tensor:
-    """Return random bits, more of them ones towards the end of each axis, so that windows differ in scale."""
-    generator = torch.Generator().manual_seed(0)
-    density = torch.full(tuple(shape[-space:]), 0.2)
-    for axis, n in enumerate(shape[-space:]):
-        ramp = torch.linspace(0, 0.6 / space, n)
-        density = density + ramp.view(-1, *(1,) * (space - axis - 1))
-    plane = (torch.rand(density.shape, generator=generator) < density).float()
-    return plane.expand(tuple(shape)).clone()
+@dataclass(frozen=True, slots=True)
+class _Field:
+    """The probe image, its first plane, and where the marks lie in it."""
+
+    image: Tensor
+    plane: Tensor
+    marks: tuple[Tensor, Tensor]
+
+    @classmethod
+    def like(cls, image: Tensor, space: int) -> _Field:
+        """Make noise whose middle rises and whose range narrows towards the end of each axis."""
+        shape = tuple(image.shape[-space:])
+        generator = torch.Generator().manual_seed(0)
+        rise = torch.zeros(shape)
+        for axis, n in enumerate(shape):
+            weight = (axis + 1) / sum(
+                range(1, space + 1)
+            )  # of each axis another, so that no two windows are alike
+            rise = rise + weight * torch.linspace(0, 1, n).view(-1, *(1,) * (space - axis - 1))
+        middle, spread = 0.3 + 0.4 * rise, 0.25 - 0.15 * rise
+        plane = middle + spread * (2 * torch.rand(shape, generator=generator) - 1)
+        lot = torch.rand(shape, generator=generator)
+        marks = lot < _SHARE, (lot >= _SHARE) & (lot < 2 * _SHARE)
+        for mark, value in zip(marks, _MARKS, strict=True):
+            plane = plane.masked_fill(mark, value)
+        low, high = float(image.min()), float(image.max())
+        plane = low + plane * (high - low if high > low else 1.0)
+        return cls(plane.expand(tuple(image.shape)).to(image).clone(), plane, marks)
 
 
 def _found(window: Tensor, plane: Tensor) -> tuple[int, ...] | None:
-    """Find where a window was cut by the bits of its middle; the rest may be mirrored or padded."""
-    low, high = window.min(), window.max()
-    if not float(high) > float(low):
-        return None
-    patch_size = [min(_PATCH, n) for n in window.shape]
+    """Find where a window was cut by correlating its middle; the rest may be mirrored or padded."""
+    patch_size = [min(_PATCH, n, m) for n, m in zip(window.shape, plane.shape, strict=True)]
     offset = [(n - p) // 2 for n, p in zip(window.shape, patch_size, strict=True)]
-    patch = (window > (low + high) / 2).float()
+    patch = window.double()
     for axis, (start, length) in enumerate(zip(offset, patch_size, strict=True)):
         patch = patch.narrow(axis, start, length)
-    signs, kernel = 2 * plane - 1, 2 * patch - 1
+    patch = patch - patch.mean()
+    norm = float(patch.square().sum().sqrt())
+    if not norm > 0 or not bool(torch.isfinite(patch).all()):
+        return None
     convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[plane.dim() - 1]
-    scores = convolve(signs[None, None], kernel[None, None])[0, 0]
+    wide, ones = (plane.double() - plane.double().mean())[None, None], torch.ones_like(patch)[None, None]
+    total, square = convolve(wide, ones)[0, 0], convolve(wide.square(), ones)[0, 0]
+    spread = (square - total.square() / patch.numel()).clamp_min(1e-12).sqrt()
+    scores = (convolve(wide, patch[None, None])[0, 0] / spread / norm).abs()
     best = int(scores.argmax())
-    if float(scores.flatten()[best]) < kernel.numel() - 0.5:
+    if float(scores.flatten()[best]) < _ALIKE:
         return None
     position = torch.unravel_index(torch.tensor(best), scores.shape)
     return tuple(int(p) - o for p, o in zip(position, offset, strict=True))
 
 
-def _differently_scaled(windows: Sequence[Tensor]) -> bool:
-    """Tell whether the two values of the bits differ from window to window."""
-    levels = torch.tensor([[float(w.min()), float(w.max())] for w in windows])
-    width = float((levels[:, 1] - levels[:, 0]).abs().mean())
+def _differently_scaled(windows: Sequence[Tensor], placed: dict[int, Placed], field: _Field) -> bool | None:
+    """Tell whether the marks have other values in other windows; None if that cannot be told.
+
+    It cannot where a mark has several values within one window: then more was done than scaling.
+    """
+    values: list[list[float]] = []
+    for number, place in placed.items():
+        parts = [_inside(mark, windows[number], place) for mark in field.marks]
+        if any(not len(part) for part in parts):
+            continue
+        width = abs(float(parts[1].median() - parts[0].median()))
+        if any(float(part.max() - part.min()) > _SAME * max(width, 1e-30) for part in parts):
+            return None
+        values.append([float(part.median()) for part in parts])
+    if len(values) < 2:
+        return None
+    levels = torch.tensor(values, dtype=torch.float64)
+    width = float((levels[:, 1] - levels[:, 0]).abs().max())
     return bool((levels.amax(0) - levels.amin(0)).max() > _SAME * width)
 
 
-def _owners(pipeline: Pipeline, network: nn.Module, bits: Tensor, space: int, count: int) -> Tensor:
+def _inside(mark: Tensor, window: Tensor, place: Placed) -> Tensor:
+    """Return the window's values at the pixels of a mark, as far as the window lies inside the image."""
+    for axis, (start, length) in enumerate(zip(place.start, place.extents, strict=True)):
+        first, last = max(0, start), min(mark.shape[axis], start + length)
+        mark = mark.narrow(axis, first, max(0, last - first))
+        window = window.narrow(axis, first - start, max(0, last - first))
+    return window[mark].double()
+
+
+def _context(
+    pipeline: Pipeline, network: nn.Module, field: _Field, placed: dict[int, Placed], count: int
+) -> tuple[tuple[int, int], ...] | None:
+    """Return the least context (before, after) a pixel was predicted with, at cuts inside the image.
+
+    None if pixels are said to come from windows that they do not lie in: then the answer was not read rightly.
+    """
+    owners = _owners(pipeline, network, field, count)
+    space = owners.dim()
+    for guess in (owners, _complement(owners, count)):  # a class number may fall where the answer rises
+        least = [[n, n] for n in owners.shape]
+        for number in guess.unique().tolist():
+            mine = (guess == number).nonzero()
+            if number not in placed:
+                if number >= count:
+                    break
+                continue
+            place, low, high = placed[number], mine.amin(0).tolist(), mine.amax(0).tolist()
+            ends = [first + extent for first, extent in zip(place.start, place.extents, strict=True)]
+            if any(low[a] < place.start[a] or high[a] >= ends[a] for a in range(space)):
+                break
+            for axis in range(space):
+                if place.start[axis] > 0:
+                    least[axis][0] = min(least[axis][0], low[axis] - place.start[axis])
+                if ends[axis] < guess.shape[axis]:
+                    least[axis][1] = min(least[axis][1], ends[axis] - 1 - high[axis])
+        else:
+            return tuple((before, after) for before, after in least)
+    return None
+
+
+def _owners(pipeline: Pipeline, network: nn.Module, field: _Field, count: int) -> Tensor:
     """Return for each pixel the number of the window it came from, read digit by digit."""
-    owners = torch.zeros(bits.shape[-space:], dtype=torch.long)
+    owners = torch.zeros(field.plane.shape, dtype=torch.long)
     for digit in range((count - 1).bit_length()):
-        spy = _Probe(network, lambda number, digit=digit: float(number >> digit & 1))  # type: ignore[misc]
-        answer = predicted(lambda image, spy=spy: pipeline(image, spy), bits, space)[0, 0]  # type: ignore[misc]
+        spy = _Probe(network, lambda number, like, digit=digit: float(number >> digit & 1))  # type: ignore[misc]
+        answer = predicted(
+            lambda image, spy=spy: pipeline(image, spy),  # type: ignore[misc]
+            field.image,
+            owners.dim(),
+        )[0, 0]
         middle = (answer.min() + answer.max()) / 2
         owners += (answer > middle).long() << digit
     return owners
 
 
-def _context(
-    owners: Tensor, starts: Sequence[tuple[int, ...]], extents: Sequence[int], size: Sequence[int]
-) -> tuple[tuple[int, int], ...]:
-    """Return the least context (before, after) a pixel was predicted with, at cuts inside the image."""
-    least = [[n, n] for n in size]
-    for number, start in enumerate(starts):
-        mine = (owners == number).nonzero()
-        if not len(mine):
-            continue
-        for axis, (first, extent, n) in enumerate(zip(start, extents, size, strict=True)):
-            low, high = int(mine[:, axis].min()), int(mine[:, axis].max())
-            if first > 0:
-                least[axis][0] = min(least[axis][0], low - first)
-            if first + extent < n:
-                least[axis][1] = min(least[axis][1], first + extent - 1 - high)
-    return tuple((before, after) for before, after in least)
+def _rescaled(pipeline: Pipeline, network: nn.Module, field: _Field) -> bool:
+    """Tell whether each window's output is scaled by itself: then a factor and a shift of it change nothing."""
+
+    def pattern(like: Tensor) -> Tensor:
+        return torch.rand(like.shape, generator=torch.Generator().manual_seed(1)).to(like)
+
+    def run(answer: Answer) -> Tensor:
+        spy = _Probe(network, answer)
+        return predicted(lambda image: pipeline(image, spy), field.image, field.plane.dim())
+
+    plain = run(lambda number, like: pattern(like))
+    loud = run(lambda number, like: pattern(like) * (1 + number % 2) + number % 3)
+    spread = float(plain.std())
+    return spread > 0 and bool((plain - loud).abs().max() <= 1e-3 * spread)
+
+
+def _complement(owners: Tensor, count: int) -> Tensor:
+    """Return the numbers whose digits are all the other ones."""
+    return ((1 << (count - 1).bit_length()) - 1) - owners

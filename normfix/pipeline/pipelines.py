@@ -73,8 +73,8 @@ def diagnose_pipeline(
     geometry = geometry_of(known)
     step = stride or (max(geometry.stride) if geometry else 32)
     verdict = check_pipeline(lambda x: predict(x, network), image, tile, stride=step, margin=margin)
-    seen = probe(predict, network, tuple(image.shape), space_of(image))
-    findings = () if seen else (_unseen(),)
+    seen = probe(predict, network, image, space_of(image))
+    findings = _unseen(seen)
     held = _held(predict, network, known, image, tile, step, margin)
     culprits = (*_of_network(known), *(() if seen is None else _of_steps(seen, geometry)))
     return PipelineDiagnosis(_record(verdict, seen, culprits, held, findings))
@@ -114,13 +114,16 @@ def _of_steps(seen: Seen, geometry: Geometry | None) -> tuple[Observation, ...]:
     if seen.scaled:
         evidence = "the same two pixel values reached the network as other values in other windows"
         found.append(("tile scaling", evidence, "scale the whole image once, before it is cut"))
+    if seen.rescaled:
+        evidence = "windows whose output was multiplied and shifted came out the same"
+        found.append(("output scaling", evidence, "scale the prediction once, after it is stitched"))
     if seen.blended:
         evidence = "constant outputs of windows came out mixed"
         found.append(("blending", evidence, "crop the halo instead; mixing hides seams and repairs none"))
     if any(
         s < 0 or s + n > size
-        for start in seen.starts
-        for s, n, size in zip(start, seen.extents, seen.size, strict=True)
+        for window in seen.windows
+        for s, n, size in zip(window.start, window.extents, seen.size, strict=True)
     ):
         evidence = "windows read beyond the border of the image"
         found.append(("border padding", evidence, "end windows where the image ends"))
@@ -132,9 +135,9 @@ def _of_steps(seen: Seen, geometry: Geometry | None) -> tuple[Observation, ...]:
 def _misplaced(seen: Seen, geometry: Geometry) -> list[tuple[str, str, str]]:
     """Return phase, and the last tile where only windows that touch the end are off the grid."""
     off: set[tuple[int, int, bool]] = set()
-    for start in seen.starts:
+    for window in seen.windows:
         for axis, (s, n, size, stride) in enumerate(
-            zip(start, seen.extents, seen.size, geometry.stride, strict=True)
+            zip(window.start, window.extents, seen.size, geometry.stride, strict=True)
         ):
             if s % stride:
                 off.add((axis, s, s + n >= size))
@@ -163,12 +166,15 @@ def _short(seen: Seen, geometry: Geometry) -> list[tuple[str, str, str]]:
     return [("halo", evidence, "read tiles with at least the exact halo, and crop it")]
 
 
-def _unseen() -> Finding:
-    message = (
-        "windows were not found in the probe image (resampled, augmented or of several sizes), so only the "
-        "outside of the pipeline was tested."
-    )
-    return Finding(code="NF609", where="probes", message=message)
+def _unseen(seen: Seen | None) -> tuple[Finding, ...]:
+    """Say what the probes could not see, so that no cause named is not taken for no cause."""
+    if seen is None:
+        message = (
+            "no window was found in the probe image (resampled, turned or augmented), so only the outside of the "
+            "pipeline was tested: its scaling, starts, context and mixing are not known."
+        )
+        return (Finding(code="NF609", where="probes", message=message),)
+    return tuple(Finding(code="NF609", where="probes", message=what) for what in seen.unseen)
 
 
 def _record(
@@ -178,14 +184,15 @@ def _record(
     held: Verdict | None,
     findings: tuple[Finding, ...],
 ) -> PipelineRecord:
-    starts = None
+    starts = extents = None
     if seen is not None:
-        axes = zip(*seen.starts, strict=True)
+        axes = zip(*(window.start for window in seen.windows), strict=True)
         starts = tuple(tuple(sorted(set(axis))) for axis in axes)
+        extents = tuple(map(max, zip(*(window.extents for window in seen.windows), strict=True)))
     return PipelineRecord(
         verdict=verdict,
-        windows=len(seen.starts) if seen else None,
-        extents=seen.extents if seen else None,
+        windows=len(seen.windows) if seen else None,
+        extents=extents,
         starts=starts,
         context=seen.context if seen else None,
         culprits=culprits,
