@@ -150,13 +150,18 @@ def _one_child(
 
 # What follows runs in the child.
 
-_PACKAGES = frozenset(
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_PACKAGES = _words(
     "torch torchgen sympy mpmath numpy normfix safetensors jinja2 markupsafe click rich attacks typing_extensions "
     "timm torchvision transformers diffusers monai segmentation_models_pytorch huggingface_hub PIL yaml "
-    "dynamic_network_architectures pytorch3dunet".split()
+    "dynamic_network_architectures pytorch3dunet"
 )
 """Roots of packages that normfix itself or a network's library may import while a file is opened."""
-_STANDARD = frozenset(
+_STANDARD = _words(
     "_compat_pickle ast bisect bz2 cmath code codeop collections colorsys copy csv dataclasses decimal difflib "
     "enum fractions functools gzip hashlib importlib inspect io itertools json linecache logging lzma math "
     "mimetypes numbers opcode operator optparse pickle pickletools pkgutil platform plistlib pprint pyexpat queue "
@@ -165,9 +170,9 @@ _STANDARD = frozenset(
     "multiprocessing concurrent contextvars contextlib graphlib heapq hmac getpass glob fnmatch email html http "
     "ctypes array stringprep unicodedata argparse asyncio cProfile pstats profile doctest pdb bdb cmd "
     "configparser shutil warnings datetime calendar locale gettext netrc ipaddress socket ssl select selectors "
-    "signal subprocess threading time tomllib".split()
+    "signal subprocess threading time tomllib"
 )
-"""Of the standard library, what torch and others import late; what only an attack wants (xmlrpc, smtplib, ...) is not here."""
+"""Of the standard library, what torch and others import late, and not what only an attack wants (xmlrpc, smtplib)."""
 _STARTS = (
     "os.system",
     "os.exec",
