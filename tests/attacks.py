@@ -158,7 +158,7 @@ def _words(text: str) -> frozenset[str]:
 _PACKAGES = _words(
     "torch torchgen sympy mpmath numpy normfix safetensors jinja2 markupsafe click rich attacks typing_extensions "
     "timm torchvision transformers diffusers monai segmentation_models_pytorch huggingface_hub PIL yaml "
-    "dynamic_network_architectures pytorch3dunet"
+    "dynamic_network_architectures pytorch3dunet filelock fsspec networkx triton"
 )
 """Roots of packages that normfix itself or a network's library may import while a file is opened."""
 _STANDARD = _words(
@@ -190,9 +190,8 @@ _STARTS = (
     "smtplib.",
     "ctypes.dlopen",
     "webbrowser.open",
-    "code.__new__",
-    "marshal.loads",
 )
+_DRIVERS = ("libnvidia-ml", "libcuda", "libamd_smi", "librocm")
 _CHANGES = {
     "os.remove": 1,
     "os.rename": 2,
@@ -245,6 +244,8 @@ class _Watch:
             name = f"{args[0]}.{args[1]}"
             if not name.startswith(_TENSORS):
                 self.noted.append(f"a pickle looks up {name}")
+        elif event == "ctypes.dlopen" and str(args[0]).startswith(_DRIVERS):
+            return  # torch asks whether there is an accelerator
         elif event.startswith(_STARTS):
             self.noted.append(f"{event}{tuple(map(str, args))}"[:200])
 

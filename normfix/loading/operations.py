@@ -13,7 +13,7 @@ from functools import cache
 
 import torch
 
-__all__ = ["ARITHMETIC", "MESSAGES", "WORDS", "is_allowed", "is_equation"]
+__all__ = ["ARITHMETIC", "BLOCKS", "MESSAGES", "WORDS", "is_allowed", "is_equation"]
 
 
 def _words(text: str) -> frozenset[str]:
@@ -128,6 +128,11 @@ ARITHMETIC = _words(
 )
 """On sizes; shifts are not here, since they make numbers of any length."""
 _ELSEWHERE = frozenset({"torch.ops.torchvision.deform_conv2d.default"})
+# What `with torch.no_grad()` and `with torch.autocast(...)` inside a network become: they run the graph that is
+# given to them, once, and such a graph is looked at as the program's own is.
+BLOCKS = frozenset({
+    "torch.ops.higher_order.wrap_with_set_grad_enabled", "torch.ops.higher_order.wrap_with_autocast",
+})
 WORDS = _words(
     """none tanh floor trunc constant reflect replicate circular sum prod mean amax amin left right ij xy
     linear lower
@@ -155,7 +160,7 @@ def is_allowed(target: str) -> bool:
         >>> is_allowed("torch.ops.aten.conv2d.default"), is_allowed("torch.ops.aten.from_file.default")
         (True, False)
     """
-    if target in ARITHMETIC or target in _ELSEWHERE:
+    if target in ARITHMETIC | _ELSEWHERE | BLOCKS:
         return True
     parts = _TARGET.fullmatch(target)
     if parts is None or parts[1] not in _POINTWISE | _OTHERS | _IN_PLACE | _NUMBERS:

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 from torch._export.serde import schema
 
 from normfix.loading.expressions import guard, size_expression
-from normfix.loading.operations import ARITHMETIC, MESSAGES, WORDS, is_allowed, is_equation
+from normfix.loading.operations import ARITHMETIC, BLOCKS, MESSAGES, WORDS, is_allowed, is_equation
 
 __all__ = ["HarmfulProgramError", "parsed", "payloads", "program"]
 
@@ -35,7 +35,7 @@ _DEVICES = frozenset({"cpu", "cuda", "mps", "xpu", "hpu"})
 _DIALECTS = frozenset({"ATEN", "TRAINING", "EDGE", ""})
 _UNUSED = frozenset(
     {
-        *("as_custom_obj", "as_operator", "as_graph", "as_nested_tensors", "as_int_lists", "as_float_lists"),
+        *("as_custom_obj", "as_operator", "as_nested_tensors", "as_int_lists", "as_float_lists"),
         *(
             "as_string_to_argument",
             "custom_obj",
@@ -129,6 +129,8 @@ class _Program:
     def __init__(self) -> None:
         self._expressions = 0
         self._bits: dict[str, int] = {}
+        self._target = ""
+        self._depth = 0
 
     def of(self, kind: Any, value: Any, place: str) -> Any:
         """Return a value of the schema's type, made anew."""
@@ -155,11 +157,19 @@ class _Program:
         ((tag, inner),) = value.items()
         fields = _fields(kind)
         _require(tag in fields and tag not in _UNUSED, f"{kind.__name__} {tag[:40]}")
-        return {tag: self.of(fields[tag], inner, f"{kind.__name__}.{tag}")}
+        if tag != "as_graph":
+            return {tag: self.of(fields[tag], inner, f"{kind.__name__}.{tag}")}
+        _require(self._target in BLOCKS and self._depth < _DEEPEST, f"a graph given to {self._target[:80]!r}")
+        target, self._depth = self._target, self._depth + 1
+        made = {tag: self.of(fields[tag], inner, f"{kind.__name__}.{tag}")}
+        self._target, self._depth = target, self._depth - 1
+        return made
 
     def _record(self, kind: type, value: dict[str, Any]) -> dict[str, Any]:
         fields = _fields(kind)
         _require(_required(kind) <= value.keys(), kind.__name__)
+        if kind is schema.Node:
+            self._target = str(value["target"])
         made = {
             name: self.of(field, value[name], f"{kind.__name__}.{name}")
             for name, field in fields.items()
@@ -173,6 +183,7 @@ class _Program:
         node["metadata"] = {key: text for key, text in node["metadata"].items() if key in _KEPT}
         for given in node["inputs"]:
             _require_text(given, node["target"])
+        self._target = ""
         if node["target"] in ARITHMETIC:
             bits = self._growth(node["target"], [given["arg"] for given in node["inputs"]])
             _require(bits <= _MOST_BITS, f"sizes that grow without bound ({node['target']})")
@@ -298,6 +309,7 @@ def _require_text(given: dict[str, Any], target: str) -> None:
         argument["as_string"] = "a check of the program failed"
     elif text is not None:
         known = text in WORDS or (target == "torch.ops.aten.einsum.default" and is_equation(text))
+        known = known or (target in BLOCKS and text in _DEVICES)
         _require(known, f"the text {text[:80]!r} given to {target}")
     _require(not argument.get("as_strings"), f"texts given to {target}")
 
