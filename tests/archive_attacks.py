@@ -306,6 +306,13 @@ def wide_weight(content):
     return content
 
 
+def _digits(content):
+    """Put a number of a thousand million digits into a size."""
+    size = content["graph_module"]["graph"]["tensor_values"]["x"]["sizes"][2]
+    size["as_expr"]["expr_str"] = "Float('1.5', precision=1000000000)"
+    return content
+
+
 _IMPORTING = {
     "type": "collections.defaultdict",
     "context": {"default_factory_module": "xmlrpc.server", "default_factory_name": "x", "dict_context": []},
@@ -386,6 +393,10 @@ REFUSED = {
     "text to the console": _calls("torch.ops.aten._print.default"),
     "an operator given as an argument": lambda d: changed(d / "p.pt2", given_an_operator),
     "sizes that are squared fifty times": lambda d: changed(d / "p.pt2", powers),
+    "a symbol of a number to count to": lambda d: changed(
+        d / "p.pt2", lambda c: c | {"range_constraints": {"u99999999999": {"min_val": 2, "max_val": 9}}}
+    ),
+    "an expression of too many digits": lambda d: changed(d / "p.pt2", _digits),
     "a weight of terabytes": lambda d: changed(d / "p.pt2", wide_weight, "model_weights_config.json"),
     "a folder whose program touches files": altered_folder,
     "keys of one hash": lambda d: torch_archive(d / "w.pt", _keys(b"}", 40_000, lambda n: _long(n) + b"K\0")),

@@ -33,7 +33,7 @@ _SLOW = frozenset({"Max", "Min", "Mod", "PythonMod", "ModularIndexing", "Piecewi
 """What sympy simplifies in a time that grows fast with their number."""
 _NAMES = re.compile(r"[a-z]{1,4}\d{1,6}|L|torch|math|True|False|oo|int_oo|inf|nan|args", re.ASCII)
 _WORD = re.compile(r"[A-Za-z]\w{0,99}|_?\w{0,99}", re.ASCII)
-_SYMBOL = re.compile(r"[a-z]{1,8}\d{1,12}|-?\d{1,20}(\.\d{1,30})?(e-?\d{1,2})?", re.ASCII)
+_SYMBOL = re.compile(r"[a-z]{1,8}\d{1,6}|-?\d{1,20}(\.\d{1,30})?(e-?\d{1,2})?", re.ASCII)
 """A symbol, or the digits of a Float."""
 _OPTIONS = frozenset(
     {"positive", "negative", "nonnegative", "nonzero", "zero", "integer", "real", "finite", "precision"}

@@ -27,7 +27,8 @@ __all__ = ["HarmfulProgramError", "parsed", "payloads", "program"]
 
 _NAME = re.compile(r"[A-Za-z_]\w{0,250}", re.ASCII)
 _PATH = re.compile(r"[\w.\- /:+]{1,1000}")
-_SYMBOL = re.compile(r"[a-z]{1,8}\d{1,12}", re.ASCII)
+# torch counts up to the number of a symbol, one by one
+_SYMBOL = re.compile(r"[a-z]{1,8}\d{1,6}", re.ASCII)
 _VERSION = re.compile(r"[\w.+<=-]{1,60}", re.ASCII)
 _PAYLOAD = re.compile(r"(weight|tensor)_\d{1,9}", re.ASCII)
 _STACK = re.compile(r"[\w.\- /:+@'\"\[\]()<>,=;|*&#%!?~^$]{0,100000}")
@@ -50,7 +51,7 @@ _UNUSED = frozenset(
 _DROPPED = frozenset({("GraphModule", "metadata"), ("GraphModule", "treespec_namedtuple_fields")})
 _KEPT = ("stack_trace", "nn_module_stack", "torch_fn")
 """What normfix reads of a node's notes; torch would resolve names in others."""
-_MOST_NODES, _MOST_EXPRESSIONS = 20_000, 60_000
+_MOST_NODES, _MOST_EXPRESSIONS, _MOST_GUARDS = 20_000, 60_000, 5000
 _LARGEST = 2**63
 _MOST_BITS = 2048
 _DEEPEST = 20
@@ -211,6 +212,10 @@ class _Program:
         self._expressions += 1
         _require(self._expressions <= _MOST_EXPRESSIONS, f"more than {_MOST_EXPRESSIONS} size expressions")
         return expression
+
+    def _exportedprogram(self, content: dict[str, Any]) -> dict[str, Any]:
+        _require(len(content.get("guards_code", [])) <= _MOST_GUARDS, f"more than {_MOST_GUARDS} guards")
+        return content
 
     def _tensormeta(self, meta: dict[str, Any]) -> dict[str, Any]:
         _require(meta["layout"] == schema.Layout.Strided, "a tensor that is not strided")
