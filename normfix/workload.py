@@ -108,14 +108,15 @@ class Workload(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device.type != "meta":
                 storage = tensor.untyped_storage()
-                reference = StorageWeakRef(storage)
-                if reference.cdata not in self._alive or self._alive[reference.cdata][0].expired():
+                reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+                known = self._alive.get(reference.cdata)
+                if known is None or _is_gone(known[0]):
                     self._alive[reference.cdata] = reference, storage.nbytes()
                     self._bytes += storage.nbytes()
 
     def _forget(self) -> None:
         """Leave out the storages that are gone."""
-        self._alive = {key: held for key, held in self._alive.items() if not held[0].expired()}
+        self._alive = {key: held for key, held in self._alive.items() if not _is_gone(held[0])}
         self._bytes = sum(size for _, size in self._alive.values())
 
     def _refuse(self, func: OpOverload, what: str) -> None:
@@ -125,6 +126,10 @@ class Workload(TorchDispatchMode):  # type: ignore[no-untyped-call]
             "If it is right and its sizes are fixed, export it with free sizes, of a smaller image.",
             where=self._where,
         )
+
+
+def _is_gone(reference: StorageWeakRef) -> bool:
+    return bool(reference.expired())  # type: ignore[no-untyped-call]
 
 
 def _foresee(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, float]:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import _weights_only_unpickler
@@ -140,8 +140,7 @@ def beyond_tensors(names: Iterable[str]) -> list[str]:
     return sorted(set(names) - (_weights_only_unpickler._get_allowed_globals().keys() - _ALLOCATING))
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
+class _Item(NamedTuple):  # a tuple, since a file makes a million of them
     """A value on the machine's stack: how many leaves it has, shared ones counted again, and its text."""
 
     weight: int
@@ -162,6 +161,8 @@ _HASHING = frozenset(
     }
 )
 """What puts the values that it is called with into a table."""
+_LOOK_UP = frozenset({"GET", "BINGET", "LONG_BINGET"})
+_NOTE = frozenset({"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"})
 _CALLS = frozenset({"REDUCE", "NEWOBJ", "OBJ", "NEWOBJ_EX"})
 _TENSORS = ("torch._utils._rebuild", "torch._tensor._rebuild", "torch.nn.parameter.Parameter")
 """What gives tensors, which are told apart by their place in memory."""
@@ -209,26 +210,41 @@ def _modern(module: str, name: str = "") -> str:
 
 def _step(opcode: Any, arg: Any, stack: list[_Item], memo: dict[int, _Item]) -> tuple[_Item, int]:
     """Carry one operation out; return what it leaves on top and how many crafted keys went into a table."""
-    if opcode.name == "MARK":
+    name = opcode.name
+    if name == "MARK":
         stack.append(_MARK)
         return _MARK, 0
-    if "GET" in opcode.name:
+    if name in _LOOK_UP:
         stack.append(memo[int(arg)])
         return stack[-1], 0
-    if "PUT" in opcode.name or opcode.name == "MEMOIZE":
+    if name in _NOTE:
         number = len(memo) if arg is None else int(arg)
         if not 0 <= number < _MOST_NOTES:
             raise ValueError("a note under a number that no pickle comes to")
         memo[number] = stack[-1]
         return stack[-1], 0
-    if opcode.name == "DUP":
+    if name == "DUP":
         stack.append(stack[-1])
         return stack[-1], 0
-    taken = _taken(opcode, stack)
-    item = _made(opcode, arg, taken)
+    if not opcode.stack_before:
+        item, keys = _leaf(name, arg), 0
+    else:
+        taken = _taken(opcode, stack)
+        item, keys = _made(opcode, arg, taken), _crafted_keys(name, taken)
     if opcode.stack_after:
         stack.append(item)
-    return item, _crafted_keys(opcode.name, taken)
+    return item, keys
+
+
+def _leaf(name: str, arg: Any) -> _Item:
+    """Return a value that is made of no other."""
+    if name == "GLOBAL":
+        return _Item(1, _modern(*str(arg).split(" ", 1)))
+    if isinstance(arg, str):
+        return _Item(1, arg)
+    if isinstance(arg, int | float):
+        return _Item(1, number=True, crafted=int(not _is_distinct(arg)))
+    return _Item(1)
 
 
 def _made(opcode: Any, arg: Any, taken: list[_Item]) -> _Item:
@@ -238,7 +254,7 @@ def _made(opcode: Any, arg: Any, taken: list[_Item]) -> _Item:
     if opcode.name == "STACK_GLOBAL":
         parts = [item.text for item in taken]
         return _Item(weight, None if None in parts else ".".join(str(part) for part in parts))
-    if opcode.name in ("GLOBAL", "INST"):
+    if opcode.name == "INST":
         return _Item(weight, _modern(*str(arg).split(" ", 1)), crafted=crafted)
     if opcode.name.startswith("TUPLE"):
         number = any(item.number for item in taken)
@@ -253,9 +269,7 @@ def _made(opcode: Any, arg: Any, taken: list[_Item]) -> _Item:
         return _Item(weight, crafted=0 if plain else crafted + 1)
     if opcode.name == "BINPERSID":
         return _Item(weight)
-    if isinstance(arg, int | float) and not taken:
-        return _Item(weight, number=True, crafted=int(not _is_distinct(arg)))
-    return _Item(weight, arg if isinstance(arg, str) else None, crafted=crafted)
+    return _Item(weight, crafted=crafted)
 
 
 def _is_distinct(value: float) -> bool:

@@ -19,6 +19,7 @@ from functools import cache
 from typing import Annotated, Any
 
 from torch._export.serde import schema
+from torch._export.serde.union import _Union
 
 from normfix.loading.expressions import guard, size_expression
 from normfix.loading.operations import ARITHMETIC, BLOCKS, MESSAGES, WORDS, is_allowed, is_equation
@@ -241,7 +242,7 @@ class _Program:
 
 
 def _is_union(kind: type) -> bool:
-    return issubclass(kind, schema._Union)
+    return issubclass(kind, _Union)
 
 
 def _plain(kind: Any, value: Any, place: str) -> Any:

@@ -184,7 +184,7 @@ def _after_header(file: IO[bytes], offset: int, raw: bytes, member: Member, flag
     kind = method == (zipfile.ZIP_DEFLATED if member.compressed else zipfile.ZIP_STORED)
     if sign != b"PK\3\4" or name != raw or own_flags != flags or not kind or not same:
         raise HarmfulError(f"the archive says two things of its member {member.name[:80]!r}")
-    return offset + _HEADER.size + name_length + extra_length
+    return int(offset + _HEADER.size + name_length + extra_length)
 
 
 def _require_end(file: IO[bytes], end: int, following: int, member: Member, *, described: bool) -> None:
