@@ -20,13 +20,13 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from normfix.errors import NormfixError
 from normfix.loading.request import unreadable
 from normfix.loading.zips import DamagedError, HarmfulError, Member, directory, layout
 
-__all__ = ["CHUNK", "Archive", "View", "is_archive", "members", "start_of"]
+__all__ = ["CHUNK", "Archive", "View", "is_archive", "members", "start_of", "without_descriptor"]
 
 CHUNK = 1 << 20
 
@@ -121,7 +121,7 @@ class Archive:
         with self._refusing():
             return b"".join(self._content(member))
 
-    def rewritten(self, names: list[str], replaced: Mapping[str, bytes]) -> View:
+    def rewritten(self, names: list[str], replaced: Mapping[str, bytes]) -> IO[bytes]:
         """Return a new archive of the named members and of these contents, for torch to read.
 
         Tensors stay in this archive's file, so it must stay open as long as the new one is read.
@@ -137,7 +137,7 @@ class Archive:
                 parts[name] = (file, 0, member.size, member.crc)
             else:
                 parts[name] = (self._file, member.start, member.size, member.crc)
-        return View(layout(parts))
+        return cast("IO[bytes]", View(layout(parts)))
 
     def _check(self) -> None:
         """Read every member once, and compare its checksum."""
@@ -230,6 +230,11 @@ class View(io.RawIOBase):
             filled += len(data)
             self._place += len(data)
         return filled
+
+
+def without_descriptor(file: IO[bytes], length: int) -> IO[bytes]:
+    """Return a file as one that can be read and nothing else."""
+    return cast("IO[bytes]", View([(file, 0, length)]))
 
 
 class _Refusing:

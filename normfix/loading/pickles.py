@@ -119,7 +119,7 @@ def _inspected(path: Path) -> Iterator[_Content]:
         raise _harmful(str(path), "it is an archive of tar, the format of torch before 0.1.10")
     with path.open("rb") as file:
         names = _names(path, file, _LEGACY_PICKLES)
-        yield _Content(archives.View([(file, 0, path.stat().st_size)]), names)
+        yield _Content(archives.without_descriptor(file, path.stat().st_size), names)
 
 
 def _names(path: Path, file: IO[bytes], pickles: int) -> set[str]:
