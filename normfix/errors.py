@@ -86,6 +86,9 @@ CODES: dict[str, str] = {
     "--series NAME or NUMBER.",
     "NF142": "The format of the output has no place for this array. Give another ending.",
     "NF143": "The library that reads and writes this format is an extra, which the message names.",
+    "NF144": "Opening a program (.pt2) runs it once on a small image, and what it would take for that is foreseen "
+    "operation by operation. This one would take more memory or time than a file of its size may. A right program "
+    "with fixed, large sizes is refused too: export it with free sizes.",
     # 2xx: finding and planning
     "NF201": "The network ran at one size only, so space could not be told from channels by varying it; "
     "dimensions from the third on were taken as space.",

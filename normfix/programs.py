@@ -32,6 +32,7 @@ from normfix.graph.raising import unlifted
 from normfix.graph.replaying import same, silence
 from normfix.numerics import exact_arithmetic
 from normfix.records import Saved
+from normfix.workload import Workload
 
 __all__ = [
     "SUFFIX",
@@ -58,13 +59,13 @@ def open_program(path: Path, read: Reader) -> tuple[Program, Saved | None]:
         read: opens it safely, and fills the extra files that are asked for.
 
     Raises:
-        NormfixError: NF224 if it is no program of one image, or differs from the file once it is raised; the
-            reader's codes.
+        NormfixError: NF144 if running it once takes too much, NF224 if it is no program of one image, or differs
+            from the file once it is raised; the reader's codes.
     """
     extra = {MANIFEST: ""}
     program = read(path, extra)
     try:
-        with silence():
+        with silence(), Workload(path.stat().st_size, str(path)):
             model = raised(program)
             _require_replay(model, program, str(path))
     except NormfixError:
@@ -72,8 +73,7 @@ def open_program(path: Path, read: Reader) -> tuple[Program, Saved | None]:
     except Exception as error:
         raise _unreadable(path, error) from error
     text: Any = extra[MANIFEST]
-    known = json.loads(text) if text else None
-    return model, None if known is None else Saved.from_json(known, where=str(path))
+    return model, _manifest(text, path) if text else None
 
 
 def require_free(model: nn.Module) -> None:
@@ -284,6 +284,16 @@ def _packages(model: nn.Module) -> Sequence[str]:
     """Return what the fresh process must do without: normfix and the packages of the network's classes."""
     roots = {type(module).__module__.partition(".")[0] for module in model.modules()}
     return sorted((roots | set(_OURS)) - {"torch", "builtins", "__main__"})
+
+
+def _manifest(text: str, path: Path) -> Saved:
+    try:
+        known = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise NormfixError(
+            "NF108", f"its {MANIFEST} cannot be read: {error}. Write the program again.", where=str(path)
+        ) from error
+    return Saved.from_json(known, where=str(path))
 
 
 def _unreadable(path: Path, error: Exception) -> NormfixError:

@@ -151,7 +151,7 @@ def _plant(value, key, text) -> int:
     return sum(_plant(inner, key, text) for inner in value) if isinstance(value, list) else 0
 
 
-def _sample_inputs(folder: Path) -> Path:
+def sample_inputs(folder: Path) -> Path:
     """Write a program whose sample inputs are a pickle that runs."""
     buffer = io.BytesIO()
     torch.save(Touch(folder), buffer)
@@ -287,7 +287,6 @@ CORPUS = {
     ),
     "program with an expression that runs": _expression,
     "program with a guard that runs": _guard,
-    "program with sample inputs that run": _sample_inputs,
     "program with pickled weights": _pickled_weights,
     "program with a library": _library,
     "program that calls another function": lambda d: _in_json(

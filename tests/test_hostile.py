@@ -50,16 +50,27 @@ def test_a_hostile_file_is_refused_and_runs_nothing(tmp_path, monkeypatch, name)
     assert not list(tmp_path.rglob(f"{MARK}*"))
 
 
-@pytest.mark.parametrize(
-    "name", ["program with an expression that runs", "program with sample inputs that run"]
-)
+PLANTED = {
+    "expression": CORPUS["program with an expression that runs"],
+    "sample inputs": hostile.sample_inputs,
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
 @pytest.mark.filterwarnings("ignore")
 def test_the_program_runs_when_torch_opens_it(tmp_path, name):
-    """Negative control: torch.export.load itself runs what is planted, so the scan is what protects."""
-    path = CORPUS[name](tmp_path)
+    """Negative control: torch.export.load itself runs what is planted, so what normfix does before is what protects."""
+    path = PLANTED[name](tmp_path)
     with contextlib.suppress(Exception):  # whether it fails after running is not the point
         torch.export.load(path).module()
     assert (tmp_path / MARK).exists()
+
+
+def test_sample_inputs_are_never_read(tmp_path):
+    """Sample inputs that run code are left out: the program opens and computes, and nothing ran."""
+    program = read_program(hostile.sample_inputs(tmp_path))
+    assert program.module()(torch.randn(3, 1, 12, 20)).shape == (3, 2, 12, 20)
+    assert not (tmp_path / MARK).exists()
 
 
 def test_a_harmless_program_is_opened(tmp_path):

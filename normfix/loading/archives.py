@@ -1,4 +1,11 @@
-"""Look at an archive before anything reads it: its members, their names, sizes and checksums.
+"""Read a zip archive in one way, and hand on only what was read.
+
+A zip file says where its members are in two places, and programs disagree about which of them counts: what one
+checks, another does not load. So there is one reader here. It takes the layout that torch.save, torch.export.save
+and zip tools write and no other: members from the first byte on, one behind the other without gaps, one directory
+behind them that agrees with every member's own header, and the end. torch then reads an archive that is written
+anew from members that this reader has read (`Archive.rewritten`), never the file itself. Tensors are not copied
+for that: the new archive is a view, of which headers and small members lie in memory.
 
 torch.load ignores checksums, and an archive of a few kilobytes may claim terabytes. Neither torch.save nor
 torch.export compresses, so what unpacks to many times its size was not written by them.
@@ -6,18 +13,22 @@ torch.export compresses, so what unpacks to many times its size was not written 
 
 from __future__ import annotations
 
+import io
+import struct
 import zipfile
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from normfix.errors import NormfixError
 from normfix.loading.request import unreadable
+from normfix.loading.zips import DamagedError, HarmfulError, Member, directory, layout
 
-__all__ = ["CHUNK", "is_archive", "members", "opened", "require_sound", "start_of"]
+__all__ = ["CHUNK", "Archive", "View", "is_archive", "members", "start_of", "without_descriptor"]
 
 CHUNK = 1 << 20
-_GROWTH = 8
-"""An archive may unpack to this many times its size; torch writes members as they are (1)."""
 
 
 def start_of(path: Path, size: int = 64) -> bytes:
@@ -35,7 +46,10 @@ def is_archive(path: Path) -> bool:
 
 
 def members(path: Path) -> frozenset[str]:
-    """Return the names of an archive's members without the common top folder; none if it is no archive."""
+    """Return the names of an archive's members without the common top folder, to recognise its kind by.
+
+    None if it is no archive. Nothing is read by these names: `Archive` reads, and is stricter.
+    """
     if not is_archive(path):
         return frozenset()
     try:
@@ -45,49 +59,201 @@ def members(path: Path) -> frozenset[str]:
         return frozenset()
 
 
-def opened(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
-    """Open a member by its name below the top folder.
+class Archive:
+    """A zip archive of one top folder, opened for reading; a context manager.
+
+    Args:
+        path: of the file.
 
     Raises:
-        KeyError: if there is none.
+        NormfixError: NF101 damaged, NF121 of a layout that programs read differently, or that unpacks to far more
+            than it is.
+
+    Example:
+        >>> import tempfile, torch
+        >>> with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+        ...     torch.save({"a": torch.ones(2)}, file.name)
+        ...     with Archive(Path(file.name)) as archive:
+        ...         names = archive.names
+        >>> "data.pkl" in names
+        True
     """
-    for full in archive.namelist():
-        if full.partition("/")[2] == name:
-            return archive.open(full)
-    raise KeyError(name)
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._file = path.open("rb")
+        except OSError as error:
+            raise unreadable(path, error) from error
+        try:
+            with self._refusing():
+                self._members = directory(self._file, path.stat().st_size)
+                self._check()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Archive:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the members' names below the top folder, in their order in the file."""
+        return tuple(self._members)
+
+    def size(self, name: str) -> int:
+        """Return a member's length in bytes, unpacked."""
+        return self._members[name].size
+
+    def read(self, name: str, largest: int) -> bytes:
+        """Return a member's content.
+
+        Raises:
+            KeyError: if there is none of this name.
+            NormfixError: NF121 if it is longer than `largest`.
+        """
+        member = self._members[name]
+        if member.size > largest:
+            raise _harmful(self._path, f"its {name[:80]} is longer than {largest >> 20} MB")
+        with self._refusing():
+            return b"".join(self._content(member))
+
+    def rewritten(self, names: list[str], replaced: Mapping[str, bytes]) -> IO[bytes]:
+        """Return a new archive of the named members and of these contents, for torch to read.
+
+        Tensors stay in this archive's file, so it must stay open as long as the new one is read.
+        """
+        parts: dict[str, tuple[IO[bytes], int, int, int]] = {
+            name: (io.BytesIO(content), 0, len(content), zlib.crc32(content))
+            for name, content in replaced.items()
+        }
+        for name in names:
+            member = self._members[name]
+            if member.compressed:
+                file: IO[bytes] = io.BytesIO(self.read(name, member.size))
+                parts[name] = (file, 0, member.size, member.crc)
+            else:
+                parts[name] = (self._file, member.start, member.size, member.crc)
+        return cast("IO[bytes]", View(layout(parts)))
+
+    def _check(self) -> None:
+        """Read every member once, and compare its checksum."""
+        for member in self._members.values():
+            for _ in self._content(member):
+                pass
+
+    def _content(self, member: Member) -> Iterator[bytes]:
+        """Yield a member's content in chunks; its length and checksum are checked at the end."""
+        crc = length = 0
+        for chunk in self._unpacked(member):
+            crc, length = zlib.crc32(chunk, crc), length + len(chunk)
+            yield chunk
+        if length != member.size or crc != member.crc:
+            raise DamagedError(f"the checksum of {member.name[:80]} is wrong")
+
+    def _unpacked(self, member: Member) -> Iterator[bytes]:
+        self._file.seek(member.start)
+        unpacker = zlib.decompressobj(-zlib.MAX_WBITS) if member.compressed else None
+        left, room = member.packed, member.size
+        while left:
+            data = self._file.read(min(CHUNK, left))
+            if not data:
+                raise DamagedError("it ends before its members do")
+            left -= len(data)
+            while unpacker is not None and data:
+                chunk = unpacker.decompress(data, min(CHUNK, room + 1))
+                room -= len(chunk)
+                if room < 0:
+                    raise HarmfulError(f"its {member.name[:80]} unpacks to more than it says")
+                yield chunk
+                data = unpacker.unconsumed_tail
+            if unpacker is None:
+                yield data
+        if unpacker is not None and (not unpacker.eof or unpacker.unused_data):
+            raise HarmfulError(f"the compressed data of {member.name[:80]} end elsewhere than it says")
+
+    def _refusing(self) -> _Refusing:
+        return _Refusing(self._path)
 
 
-def require_sound(path: Path) -> None:
-    """Refuse an archive that is damaged, leads outside itself, or unpacks to far more than it is.
+class View(io.RawIOBase):
+    """A file made of parts of others, which are not copied together.
 
-    Raises:
-        NormfixError: NF101 damaged, NF121 built to harm.
+    It has no descriptor, so that what reads it cannot read anything else.
+
+    Args:
+        parts: file, first byte and length of each, in order.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            problem = _harm(archive.infolist(), path.stat().st_size)
-            broken = None if problem else archive.testzip()
-    except Exception as error:  # zipfile raises half a dozen kinds for damaged archives
-        raise unreadable(path, error) from error
-    if problem:
-        raise NormfixError(
-            "NF121", f"{problem}. It is not opened; get the file from its origin.", where=str(path)
-        )
-    if broken:
-        raise unreadable(path, f"the checksum of {broken[:80]} is wrong")
+
+    def __init__(self, parts: list[tuple[IO[bytes], int, int]]) -> None:
+        super().__init__()
+        self._parts = [part for part in parts if part[2]]
+        self._starts = [0]
+        for _, _, length in self._parts:
+            self._starts.append(self._starts[-1] + length)
+        self._place = 0
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def tell(self) -> int:
+        """Return the place of the next byte."""
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a place, as files do."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._starts[-1]}[whence]
+        self._place = max(0, base + offset)
+        return self._place
+
+    def readinto(self, buffer: object) -> int:
+        """Fill a buffer as far as there is something to read; return how many bytes that were."""
+        target = memoryview(buffer).cast("B")  # type: ignore[arg-type]
+        filled = 0
+        while filled < len(target) and self._place < self._starts[-1]:
+            number = bisect_right(self._starts, self._place) - 1
+            file, first, length = self._parts[number]
+            within = self._place - self._starts[number]
+            file.seek(first + within)
+            data = file.read(min(len(target) - filled, length - within, CHUNK))
+            if not data:
+                break
+            target[filled : filled + len(data)] = data
+            filled += len(data)
+            self._place += len(data)
+        return filled
 
 
-def _harm(infos: list[zipfile.ZipInfo], size: int) -> str:
-    """Say what no archive of torch's has, or nothing."""
-    names = [info.filename for info in infos]
-    if len(set(names)) != len(names):
-        return "two members of the archive have one name, so programs disagree about what it holds"
-    outside = [n for n in names if n.startswith(("/", "\\")) or ".." in n.replace("\\", "/").split("/")]
-    if outside:
-        return f"a member of the archive leads outside of it ({outside[0][:80]!r})"
-    if any(info.flag_bits & 1 for info in infos):
-        return "the archive is encrypted"
-    total = sum(info.file_size for info in infos)
-    if total > _GROWTH * size:
-        return f"the archive of {size} bytes unpacks to {total}"
-    return ""
+def without_descriptor(file: IO[bytes], length: int) -> IO[bytes]:
+    """Return a file as one that can be read and nothing else."""
+    return cast("IO[bytes]", View([(file, 0, length)]))
+
+
+class _Refusing:
+    """Give what the reader found the file's name and a code."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, HarmfulError):
+            raise _harmful(self._path, str(error)) from error
+        if isinstance(error, DamagedError | OSError | struct.error | zlib.error | UnicodeDecodeError):
+            raise unreadable(self._path, str(error)) from error
+
+
+def _harmful(path: Path, problem: str) -> NormfixError:
+    return NormfixError(
+        "NF121", f"{problem}. It is not opened; get the file from its origin.", where=str(path)
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -33,6 +34,7 @@ from normfix.records import Saved, Source
 from normfix.rewriting import copy_of, rewrite
 from normfix.saving import MANIFEST, WEIGHTS, load_weights_, program_beside, read_manifest
 from normfix.scanning import materialise_
+from normfix.workload import Workload
 
 __all__ = ["load", "open_any"]
 
@@ -112,7 +114,8 @@ def _open_beside(path: Path, saved: Saved) -> Loaded:
         program, _ = open_program(path, read_program)
         attach_(program, known)
         if saved.probe is not None:
-            require_probe(program, Caller(None, known.output), saved.probe, str(path))
+            with Workload(path.stat().st_size, str(path), math.prod(saved.probe.shape)):
+                require_probe(program, Caller(None, known.output), saved.probe, str(path))
     note = (
         f"{path}: opened as a program, which cannot be trained; for the network itself give it with --arch."
     )
@@ -128,7 +131,8 @@ def _open_program(path: Path) -> Loaded:
     known = saved.provenance
     attach_(model, known)
     if saved.probe is not None:
-        require_probe(model, Caller(None, known.output), saved.probe, str(path))
+        with Workload(path.stat().st_size, str(path), math.prod(saved.probe.shape)):
+            require_probe(model, Caller(None, known.output), saved.probe, str(path))
     return Loaded(model, known.source)
 
 

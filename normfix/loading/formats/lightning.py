@@ -30,8 +30,10 @@ def recognises(path: Path) -> bool:
     if not path.is_file() or not archives.is_archive(path) or not is_torch_file(path):
         return False
     try:
-        with zipfile.ZipFile(path) as archive, archives.opened(archive, "data.pkl") as file:
-            return _SIGN in file.read(archives.CHUNK)
+        with zipfile.ZipFile(path) as archive:
+            (name,) = (n for n in archive.namelist() if n.partition("/")[2] == "data.pkl")
+            with archive.open(name) as file:
+                return _SIGN in file.read(archives.CHUNK)
     except Exception:  # noqa: BLE001 - damaged archives are refused where they are read
         return False
 

@@ -1,0 +1,231 @@
+"""Foresee what each operation of a network from a file makes and costs, before it runs.
+
+A program of a few kilobytes may ask for a tensor of terabytes, or add up a trillion values of one that is stored once.
+So each operation first runs on tensors without data, which say what it would give; what it would add to memory, and
+how long it would take on one core, are counted against what a file of its size may take.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry
+
+from normfix.errors import NormfixError
+
+__all__ = ["Workload"]
+
+_LEAST, _GROWTH = 640 << 20, 8
+"""Bytes at once: what a three-dimensional network takes for 64 pixels a side, and what it takes of its weights."""
+_PER_VALUE, _MOST_OF_VALUES = 1600, 3 << 30
+"""Bytes for each value of an image that has to be run on: the maps of a U-Net of 64 channels."""
+_SECONDS, _PER_BYTE, _SECONDS_PER_VALUE = 6.0, 1e-6, 2e-6
+_CHEAP, _DEAR = 1e-9, 1e-8
+"""Seconds for each value of an operation that adds or copies, and of one that sorts, samples or takes roots."""
+_FLOPS = 4e10
+"""Multiplications and additions that one core does in a second, in a convolution."""
+_OPERATIONS = 200_000
+# fmt: off
+_COPYING = frozenset((
+    "add", "sub", "mul", "div", "add_", "sub_", "mul_", "div_", "neg", "relu", "relu_", "clamp", "maximum", "minimum",
+    "clone", "copy_", "cat", "stack", "_to_copy", "constant_pad_nd", "where", "index", "index_select", "select_scatter",
+    "slice_scatter", "fill_", "zero_", "zeros", "ones", "full", "empty", "empty_strided", "new_empty", "new_zeros",
+    "empty_like", "zeros_like", "ones_like", "full_like", "sum", "mean", "convolution", "mm", "addmm", "bmm", "baddbmm",
+))
+# fmt: on
+_FOLLOWS_DATA = frozenset({"nonzero", "masked_select", "_local_scalar_dense", "item", "is_nonzero", "index"})
+"""What gives as much as the values say, and never more than there are."""
+_DIMENSIONS = 8
+
+
+class Workload(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Run operations, and refuse the first that would make or cost too much.
+
+    Args:
+        stored: bytes of the file that says what is run.
+        where: named in the error.
+        values: of the image it is run on, where that is given and not chosen small.
+
+    Raises:
+        NormfixError: NF144.
+
+    Example:
+        >>> with Workload(1 << 20, "p.pt2"):
+        ...     _ = torch.ones(8) + 1
+    """
+
+    def __init__(self, stored: int, where: str, values: int = 0) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._where = where
+        self._most_bytes = _LEAST + _GROWTH * stored + min(_PER_VALUE * values, _MOST_OF_VALUES)
+        self._most_seconds = _SECONDS + _PER_BYTE * stored + _SECONDS_PER_VALUE * values
+        self._bytes = 0
+        self._seconds = 0.0
+        self._left = _OPERATIONS
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._foreseen: dict[object, tuple[int, float]] = {}
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation unless it makes or costs too much."""
+        kwargs = kwargs or {}
+        if not _is_view(func):
+            self._count(func, args, kwargs)
+        result = func(*args, **kwargs)
+        self._hold(result)
+        return result
+
+    def _count(self, func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        key = _key(func, args, kwargs)
+        made = self._foreseen.get(key)
+        if made is None:
+            made = _foresee(func, args, kwargs)
+            if "repeat_interleave" not in str(func):  # it gives as much as its values say
+                self._foreseen[key] = made
+        size, seconds = made
+        self._seconds += seconds
+        self._left -= 1
+        if self._bytes + size > self._most_bytes:
+            self._forget()
+        if self._bytes + size > self._most_bytes:
+            self._refuse(func, f"{(self._bytes + size) >> 20} MB at once")
+        if self._seconds > self._most_seconds:
+            self._refuse(func, f"about {self._seconds:.0f} s")
+        if self._left < 0:
+            self._refuse(func, f"more than {_OPERATIONS} operations")
+
+    def _hold(self, result: Any) -> None:
+        """Add the storages of what was made to those that are alive."""
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+                storage = tensor.untyped_storage()
+                reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+                known = self._alive.get(reference.cdata)
+                if known is None or _is_gone(known[0]):
+                    self._alive[reference.cdata] = reference, storage.nbytes()
+                    self._bytes += storage.nbytes()
+
+    def _forget(self) -> None:
+        """Leave out the storages that are gone."""
+        self._alive = {key: held for key, held in self._alive.items() if not _is_gone(held[0])}
+        self._bytes = sum(size for _, size in self._alive.values())
+
+    def _refuse(self, func: OpOverload, what: str) -> None:
+        raise NormfixError(
+            "NF144",
+            f"running it once takes {what} ({func}), out of proportion to a file of its size. It is not opened. "
+            "If it is right and its sizes are fixed, export it with free sizes, of a smaller image.",
+            where=self._where,
+        )
+
+
+def _is_gone(reference: StorageWeakRef) -> bool:
+    return bool(reference.expired())  # type: ignore[no-untyped-call]
+
+
+def _foresee(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, float]:
+    """Return the bytes that an operation makes, with what it needs beside them, and the seconds it takes."""
+    given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    read = max((value.numel() for value in given), default=0)
+    name = func._schema.name.partition("::")[2]
+    try:
+        bare, named = tree_map(_without_data, (args, dict(kwargs)))
+        if "generator" in named:
+            named["generator"] = None
+        if any(argument.name == "device" for argument in func._schema.arguments):
+            named["device"] = torch.device("meta")
+        named.pop("pin_memory", None)
+        result = func(*bare, **named)
+    except Exception:  # noqa: BLE001 - what has no such form says so in many ways
+        return _bound(name, given, args, kwargs)
+    made = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
+    own = {id(value) for value in tree_leaves((bare, named)) if isinstance(value, Tensor)}
+    size = sum(value.numel() * value.itemsize for value in made if id(value) not in own)
+    written = sum(value.numel() for value in made)
+    rate = _CHEAP if name in _COPYING else _DEAR
+    seconds = rate * max(read, written) + _multiplications(func, bare, named, result) / _FLOPS
+    if "pool" in name and written:
+        seconds += _CHEAP * written * _window(args)
+    # operands that are not stored as their extents say are copied before they are multiplied
+    copied = max((v.numel() * v.itemsize for v in given if not v.is_contiguous()), default=0)
+    return size + copied * (_multiplies(func)), seconds
+
+
+def _bound(
+    name: str, given: list[Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[int, float]:
+    """Return what an operation makes at most that cannot be run without data."""
+    read = sum(value.numel() for value in given)
+    if name in _FOLLOWS_DATA:
+        return 8 * _DIMENSIONS * read if name == "nonzero" else 8 * read, _DEAR * read
+    asked = max((abs(n) for n in tree_leaves((args, kwargs)) if isinstance(n, int)), default=0)
+    lists = [value for value in (*args, *kwargs.values()) if isinstance(value, list | tuple)]
+    product = max((math.prod(v) for v in lists if v and all(isinstance(n, int) for n in v)), default=0)
+    if name == "repeat_interleave":
+        product = int(given[-1].sum())
+    most = max(asked, abs(product), read)
+    return 16 * most, _DEAR * most
+
+
+def _without_data(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    if value.layout != torch.strided or value.is_quantized:
+        raise TypeError("no plain tensor")
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
+def _multiplies(func: OpOverload) -> bool:
+    return func.overloadpacket in flop_registry
+
+
+def _multiplications(func: OpOverload, args: Any, kwargs: Any, result: Any) -> float:
+    counter: Callable[..., Any] | None = flop_registry.get(func.overloadpacket)
+    if counter is None:
+        return 0.0
+    return float(counter(*args, **{k: v for k, v in kwargs.items() if k != "device"}, out_val=result))
+
+
+def _window(args: tuple[Any, ...]) -> int:
+    """Return how many values one value of a pool is made of."""
+    kernel = args[1] if len(args) > 1 else 1
+    numbers = kernel if isinstance(kernel, list | tuple) else [kernel]
+    return math.prod(n for n in numbers if isinstance(n, int)) if numbers else 1
+
+
+def _is_view(func: OpOverload) -> bool:
+    """Tell whether an operation gives another look at the same values."""
+    aliases = [argument.alias_info for argument in func._schema.arguments if argument.alias_info is not None]
+    return bool(aliases) and not any(alias.is_write for alias in aliases)
+
+
+def _key(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
+    return func, tuple(_described(value) for value in _flat((args, kwargs)))
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        for name in value:
+            yield name
+            yield from _flat(value[name])
+    elif isinstance(value, list | tuple):
+        yield len(value)
+        for inner in value:
+            yield from _flat(inner)
+    else:
+        yield value
+
+
+def _described(value: Any) -> object:
+    if isinstance(value, Tensor):
+        return tuple(value.shape), tuple(value.stride()), value.dtype, value.device.type
+    return type(value).__name__, str(value)
