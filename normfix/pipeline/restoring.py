@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normfix.allocation import bounded_by
+from normfix.allocation import Stored, bounded_by
 from normfix.calling import Caller
 from normfix.errors import NormfixError
 from normfix.factories import rebuild
@@ -100,9 +100,11 @@ def _open_saved(folder: Path, request: Request, model: nn.Module | None) -> Load
             return _open_beside(program, saved)
     if model is not None:
         return Loaded(_restored(folder, saved, copy_of(model)), source)
+    stored = Stored.of(read_weights(folder / WEIGHTS).values())
     with bounded_by(folder) if request.arch is None else nullcontext():
-        base = rebuild(source, arch=request.arch, arch_args=request.arch_args)
-    return Loaded(_restored(folder, saved, base), source)
+        base = rebuild(source, arch=request.arch, arch_args=request.arch_args, stored=stored)
+        restored = _restored(folder, saved, base)
+    return Loaded(restored, source)
 
 
 def _open_beside(path: Path, saved: Saved) -> Loaded:
