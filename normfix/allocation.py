@@ -30,8 +30,9 @@ _LARGE = 1 << 16
 """Elements of a tensor that a sketch makes without memory; constructors read smaller ones, of depths and the like."""
 _SURELY = 1 << 20
 """Elements that a call with tensors may at most make for its result not to be foreseen."""
-_MORE, _SLACK = 4, 1 << 20
-"""How many times the elements of its weights a network may have, and how many more where these are few."""
+_MORE, _SLACK, _FEW = 4, 1 << 20, 500
+"""How many times the elements and tensors of its weights a network may have, and how many more of these where they are
+few."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +55,11 @@ class Stored:
 
     @property
     def seconds(self) -> float:
-        """Processor time that building a network of these weights may take: 0.1 s and 1 ms a tensor are usual."""
-        return 5 + 0.02 * self.tensors + 2e-7 * self.elements
+        """Processor time that building a network of these weights may take, imports included.
+
+        Usual are 0.1 s and 1 ms a tensor.
+        """
+        return 6 + 0.02 * self.tensors + 2e-7 * self.elements
 
 
 PLENTY = Stored(tensors=20_000, elements=1 << 30)
@@ -69,12 +73,13 @@ def bounded_by(path: Path) -> Bounded:
 
 
 def require_proportion(model: nn.Module, stored: Stored, where: str) -> None:
-    """Refuse a network of many more elements than the weights that shall fill it.
+    """Refuse a network of many more elements, or tensors, than the weights that shall fill it.
 
     Raises:
         NormfixError: NF121.
     """
-    if sum(parameter.numel() for parameter in model.parameters()) > _MORE * stored.elements + _SLACK:
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    if sum(sizes) > _MORE * stored.elements + _SLACK or len(sizes) > _MORE * stored.tensors + _FEW:
         raise _too_large(where)
 
 
@@ -105,6 +110,7 @@ class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run an operation unless it makes too much."""
         kwargs = kwargs or {}
         if _writes_or_views(func) and not _resizes(func):
+            self._count_views(func, args)
             return self._in_place(func, args, kwargs)
         result = self._foreseen(func, args, kwargs)
         return func(*args, **kwargs) if result is None else result
@@ -117,6 +123,12 @@ class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         if self._left < 0 or self._calls < 0:
             raise _too_large(self._where)
+
+    def _count_views(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """Count the views that a tensor falls into when it is iterated over."""
+        if "unbind" in str(func) and args[0].dim():
+            self._calls -= args[0].shape[args[1] if len(args) > 1 else 0]
+            self.require_kept()
 
     def _in_place(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)

@@ -21,6 +21,8 @@ _OPENS = re.compile(
     re.IGNORECASE,
 )
 """Names of arguments that make a library open or fetch something."""
+_NUMBERED = re.compile(r"(?<!drop_)(path|file)$", re.IGNORECASE)
+"""Of these, those under which a number stands for a file that is open."""
 _ADDRESS = re.compile(r"[A-Za-z][\w.+-]*:\S|[/\\]|^\s*[.~]")
 """A scheme (hf-hub:, local-dir:, file:, https:), or a path."""
 _ENDING = re.compile(
@@ -132,9 +134,7 @@ def _names_something(name: str, value: Any, sections: bool) -> bool:
         return bool(value)
     if isinstance(value, Mapping | list):
         return not sections and any(isinstance(inner, str) and inner for _, inner in _nested(value))
-    return (
-        isinstance(value, int) and not isinstance(value, bool) and "drop" not in name and "size" not in name
-    )
+    return isinstance(value, int) and not isinstance(value, bool) and _NUMBERED.search(name) is not None
 
 
 def _reaching(name: str, value: Any, where: str) -> NormfixError:

@@ -200,11 +200,13 @@ def confined(
     Raises:
         NormfixError: NF113 if it would open or fetch something, NF121 if it is out of proportion to the weights.
     """
+
+    def both() -> nn.Module:
+        _sketch(sketch or make, stored, where)
+        return _within_memory(Bounded(4 * stored.elements, where), make)
+
     with watched(where):
-        within(stored.seconds, lambda: _sketch(sketch or make, stored, where), where)
-        return within(
-            stored.seconds, lambda: _within_memory(Bounded(4 * stored.elements, where), make), where
-        )
+        return within(stored.seconds, both, where)
 
 
 def _sketch(make: Callable[[], nn.Module], stored: Stored, where: str) -> None:

@@ -103,8 +103,7 @@ def _open_saved(folder: Path, request: Request, model: nn.Module | None) -> Load
     stored = Stored.of(read_weights(folder / WEIGHTS).values())
     with bounded_by(folder) if request.arch is None else nullcontext():
         base = rebuild(source, arch=request.arch, arch_args=request.arch_args, stored=stored)
-        restored = _restored(folder, saved, base)
-    return Loaded(restored, source)
+    return Loaded(_restored(folder, saved, base), source)
 
 
 def _open_beside(path: Path, saved: Saved) -> Loaded:
@@ -141,7 +140,8 @@ def _restored(folder: Path, saved: Saved, base: nn.Module) -> nn.Module:
     with _belonging(str(folder)):
         example = torch.zeros(1).expand(1, *known.scan.example[1:])  # takes no memory, whatever the file says
         materialise_(base, caller, example)
-        model = rewrite(base, known.plan)
+        with bounded_by(folder):
+            model = rewrite(base, known.plan)
         load_weights_(model, read_weights(folder / WEIGHTS), saved, str(folder))
         attach_(model, known)
         if saved.probe is not None:
