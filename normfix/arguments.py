@@ -17,7 +17,7 @@ from normfix.errors import NormfixError
 __all__ = ["blanked", "require_inert", "require_small"]
 
 _OPENS = re.compile(
-    r"path|file|url|uri|dir(?!ect)|cfg|config|checkpoint|ckpt|hub|cache|pretrained|weights|repo(?!rt)|custom_",
+    r"path|file|url|uri|dir(?!ect)|cfg|config|checkpoint|ckpt|hub|cache$|pretrained|weights|repo(?!rt)|custom_",
     re.IGNORECASE,
 )
 """Names of arguments that make a library open or fetch something."""
