@@ -129,7 +129,8 @@ def _problem(event: str, args: tuple[Any, ...]) -> str:
 
 
 def _is_installed(name: str) -> bool:
-    return os.path.realpath(name).startswith(_places())
+    """Tell whether it lies below the installed packages, or is an archive of packages itself."""
+    return os.path.realpath(name).startswith(_places()) or name in sys.path
 
 
 @cache
