@@ -59,8 +59,16 @@ class Stored:
 
         Usual are 0.1 s and 1 ms a tensor.
         """
-        return 6 + 0.02 * self.tensors + 2e-7 * self.elements
+        return 6 + 0.002 * min(self.tensors, _TENSORS) + 2e-7 * self.elements
 
+    @property
+    def room(self) -> int:
+        """Bytes by which the process may grow meanwhile, imports included."""
+        return (768 << 20) + 40 * self.elements
+
+
+_TENSORS = 5000
+"""The largest networks have as many; empty tensors cost nothing, and shall not buy time."""
 
 PLENTY = Stored(tensors=20_000, elements=1 << 30)
 """Of weights that are not known yet."""

@@ -8,9 +8,11 @@ bytecodes are interrupted: the numbers in a config are bounded before (`argument
 from __future__ import annotations
 
 import ctypes
+import mmap
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from normfix.errors import NormfixError
@@ -19,26 +21,30 @@ __all__ = ["within"]
 
 T = TypeVar("T")
 
+_OWN_THREADS = 2
+"""The one that works and the one that watches."""
 _EVERY, _AGAIN = 0.05, 0.5
 """Seconds between two looks, and between two exceptions: long enough to leave the block after the first."""
 
 
-def within(seconds: float, function: Callable[[], T], where: str) -> T:
+def within(seconds: float, function: Callable[[], T], where: str, *, growth: int | None = None) -> T:
     """Call a function that may take so many seconds of processor time of this thread.
 
     Args:
         seconds: of processor time; of elapsed time where the system does not count a thread's.
+        growth: bytes by which the process may grow meanwhile. Only looked at on Linux and while no other thread of
+            Python's runs, whose memory it might be.
         function: must leave nothing half done behind that matters when it is interrupted anywhere.
         where: named in the error.
 
     Raises:
-        NormfixError: NF121 if it takes longer.
+        NormfixError: NF121 if it takes longer, or more.
 
     Example:
         >>> within(5, lambda: sum(range(1000)), "config.json")
         499500
     """
-    watch = _Watch(seconds)
+    watch = _Watch(seconds, growth)
     try:
         watch.start()
         try:
@@ -50,8 +56,8 @@ def within(seconds: float, function: Callable[[], T], where: str) -> T:
         watch.stop()
         raise NormfixError(
             "NF121",
-            "what it asks for takes far longer than a file of this size is worth (a depth or count in it is too "
-            "large). It is not opened; name the network with --arch if it is right.",
+            "what it asks for takes far more time or memory than a file of this size is worth (a depth or count in it "
+            "is too large). It is not opened; name the network with --arch if it is right.",
             where=where,
         ) from None
 
@@ -61,10 +67,11 @@ class _Late(BaseException):
 
 
 class _Watch:
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, growth: int | None) -> None:
         self._thread = threading.get_ident()
         self._clock = _clock_of(self._thread)
         self._until = self._clock() + seconds
+        self._most = None if growth is None else _resident() + growth
         self._lock = threading.Lock()
         self._over = threading.Event()
 
@@ -81,9 +88,21 @@ class _Watch:
         pause = _EVERY
         while not self._over.wait(pause):
             with self._lock:
-                if self._clock() > self._until and not self._over.is_set():
+                if (self._clock() > self._until or self._is_large()) and not self._over.is_set():
                     _raise_in(self._thread, _Late)
                     pause = _AGAIN
+
+    def _is_large(self) -> bool:
+        alone = threading.active_count() <= _OWN_THREADS
+        return self._most is not None and alone and _resident() > self._most
+
+
+def _resident() -> int:
+    """Return the bytes that the process takes, 0 where they cannot be told."""
+    try:
+        return int(Path("/proc/self/statm").read_bytes().split()[1]) * mmap.PAGESIZE
+    except OSError:
+        return 0
 
 
 def _clock_of(thread: int) -> Callable[[], float]:

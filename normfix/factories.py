@@ -206,7 +206,7 @@ def confined(
         return _within_memory(Bounded(4 * stored.elements, where), make)
 
     with watched(where):
-        return within(stored.seconds, both, where)
+        return within(stored.seconds, both, where, growth=stored.room)
 
 
 def _sketch(make: Callable[[], nn.Module], stored: Stored, where: str) -> None:

@@ -153,11 +153,21 @@ def _is_loaded(name: str) -> bool:
     return False
 
 
+def _is_import(name: str) -> bool:
+    """Tell whether the interpreter's own reading of a module is of the user's choice, as what lies here may not be."""
+    try:
+        here = str(Path.cwd()) + os.sep
+    except OSError:
+        # The folder is gone, so nothing lies in it.
+        return True
+    return _COMPILED in name or not str(Path(name).absolute()).startswith(here)
+
+
 def _of_others(args: tuple[Any, ...]) -> bool:
     """Tell whether logging or the interpreter does it, as it would elsewhere."""
     # Below this function lie _problem and _heard.
     step: Any = sys._getframe(3)
-    if step.f_globals.get("__name__") in _IMPORTING and _COMPILED in str(args[0]):
+    if step.f_globals.get("__name__") in _IMPORTING and _is_import(str(args[0])):
         return True
     while step is not None:
         if step.f_globals.get("__name__") in _OTHERS:

@@ -16,7 +16,7 @@ from normfix.loading.request import unreadable
 
 __all__ = ["read_json", "read_mapping", "read_yaml"]
 
-_LARGEST, _LARGEST_YAML = 16 << 20, 1 << 19
+_LARGEST, _LARGEST_YAML = 16 << 20, 1 << 17
 """Bytes: an index of a thousand files of weights takes 10 MB; YAML is read a hundred times slower than JSON."""
 _VALUES, _OPEN = 500_000, 100_000
 """Commas, and brackets that open: lists and objects take a hundred bytes and more each."""

@@ -24,6 +24,7 @@ __all__ = ["network", "open_network", "prepare", "recognises"]
 _CLASSES = ("PlainConvUNet", "ResidualEncoderUNet", "ResidualUNet")
 _HOME = "dynamic_network_architectures.architectures.unet"
 _STANDARD = "nnUNetTrainer"
+_ANCESTORS = 32
 _LAYERS: Mapping[str, tuple[str, ...]] = {
     "conv_op": ("conv",),
     "norm_op": ("batchnorm", "instancenorm", "normalization"),
@@ -137,8 +138,8 @@ def _resolved(configurations: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return a configuration with what it inherits, each ancestor once."""
     chain = [name]
     while (parent := configurations[chain[-1]].get("inherits_from")) is not None:
-        if parent in chain:
-            raise ValueError(f"configuration {parent} inherits from itself")
+        if parent in chain or len(chain) > _ANCESTORS:
+            raise ValueError(f"configuration {parent} inherits from itself, or from more than {_ANCESTORS}")
         chain.append(parent)
     merged: dict[str, Any] = {}
     for ancestor in reversed(chain):
