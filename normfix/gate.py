@@ -129,7 +129,12 @@ def library(spec: str) -> str:
 
 
 def _is_public(module: str, package: str) -> bool:
-    """Tell whether a file may have this module imported: what leads to its package's networks or lies below them."""
+    """Tell whether a file may have this module imported: what leads to its package's networks or lies below them.
+
+    Scripts that convert weights lie among the networks of transformers, and import what they like.
+    """
+    if any(part.startswith(("_", "convert")) for part in module.split(".")):
+        return False
     return any(_is_below(place, (module,)) or _is_below(module, (place,)) for place in FACTORIES[package])
 
 

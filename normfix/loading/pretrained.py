@@ -30,6 +30,8 @@ _REACHING = (
     *("kernel_config", "use_kernels", "fusion_config", "distributed_config", "transformers_weights"),
 )
 """Settings that make the libraries fetch or run something else, or change themselves."""
+_LONGEST = 1000
+"""Characters of a tensor's name; libraries match patterns with it."""
 _ORIGINS = ("_name_or_path", "name_or_path", "_commit_hash")
 """Where the network came from, which the libraries only keep."""
 _IMPLEMENTATIONS = ("eager", "sdpa")
@@ -95,6 +97,12 @@ def folder_weights(folder: Path, request: Request, stem: str = "model") -> dict[
     found: dict[str, Tensor] = {}
     for path in weight_files(folder, stem):
         found.update(read_weights(path) if path.suffix == ".safetensors" else read_torch(path, request))
+    if any(len(name) > _LONGEST for name in found):
+        raise NormfixError(
+            "NF121",
+            f"it names a tensor with more than {_LONGEST} characters. It is not opened.",
+            where=str(folder),
+        )
     return found
 
 
