@@ -170,7 +170,7 @@ class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.require_kept()
 
 
-class Sketched(Bounded):
+class Sketched(Bounded):  # type: ignore[no-untyped-call]
     """Count as Bounded does, but take no memory for large tensors: they are left on the meta device.
 
     A network that is built within has the shapes it would have, and its elements are counted against its weights.
