@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -103,15 +105,21 @@ def plans_folder(folder: Path, **settings: Any) -> Path:
 
 def frozen_folder(folder: Path, spec: str, args: dict[str, Any]) -> Path:
     """Write what normfix saves of a network, with another factory in its place."""
+    shutil.copytree(_frozen(folder.parent / "frozen"), folder)
+    manifest = json.loads((folder / "normfix.json").read_text())
+    manifest["provenance"]["source"] |= {"spec": spec, "args": json.dumps(args)}
+    (folder / "normfix.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@cache
+def _frozen(folder: Path) -> Path:
+    """Save a converted network."""
     import normfix
     from normfix.demo.network import nuclei_unet
 
     source = normfix.Source(kind="factory", spec="normfix.demo.network:nuclei_unet")
-    done = normfix.convert(nuclei_unet(), torch.rand(1, 1, 64, 64), source=source)
-    normfix.save(done, folder)
-    manifest = json.loads((folder / "normfix.json").read_text())
-    manifest["provenance"]["source"] |= {"spec": spec, "args": json.dumps(args)}
-    (folder / "normfix.json").write_text(json.dumps(manifest))
+    normfix.save(normfix.convert(nuclei_unet(), torch.rand(1, 1, 64, 64), source=source), folder)
     return folder
 
 
@@ -272,7 +280,6 @@ CORPUS = {
             "in_channels": 1,
         },
     ),
-    "timm deep": lambda d: hub_folder(d, _timm("resnet18", layers=[BIG, 1, 1, 1])),
     "timm windows": lambda d: hub_folder(
         d, _timm("swin_tiny_patch4_window7_224", img_size=65536, window_size=16384, embed_dim=8)
     ),

@@ -83,7 +83,7 @@ def prepare(name: str, **config: Any) -> None:
 def _class(name: str) -> Any:
     import diffusers
 
-    kind = getattr(diffusers, name, None)
+    kind: Any = getattr(diffusers, name, None)
     if not (
         is_network(kind, "diffusers") and issubclass(kind, diffusers.ModelMixin) and kind.__name__ == name
     ):

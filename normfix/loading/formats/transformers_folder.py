@@ -92,7 +92,7 @@ def prepare(name: str, **config: Any) -> None:
 def _class(name: str) -> Any:
     import transformers
 
-    kind = getattr(transformers, name, None)
+    kind: Any = getattr(transformers, name, None)
     known = is_network(kind, "transformers") and issubclass(kind, transformers.PreTrainedModel)
     if not known or kind.__name__ != name:
         raise NormfixError("NF113", f"transformers has no network {name[:80]!r}.", where=name[:80])
