@@ -43,8 +43,9 @@ CODES: dict[str, str] = {
     "NF112": "A state dict holds tensors, not the network. Name the network: --arch pkg.module:factory or "
     "--arch timm:NAME, with --arch-args '{\"in_channels\": 1}' for its arguments.",
     "NF113": "A saved folder may name what builds its network, but a file does not decide what runs here: "
-    "only network classes and builders of a fixed list of packages are called unasked, and only with "
-    "arguments that name no file or address. Anything else the caller repeats: --arch, --preprocess.",
+    "only network classes that a fixed list of packages define, and builders they list, are called unasked, only with "
+    "arguments that name no file or address, and while they are built nothing is opened or fetched. Anything else the "
+    "caller repeats: --arch, --preprocess.",
     "NF114": "Output appears whole or not at all, and never over something that exists. Name a new folder.",
     "NF115": "Weights, plan and probe of a saved folder belong together; here they do not: the file was "
     "changed, or the network code of the source package differs from the version it was converted "

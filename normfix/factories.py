@@ -1,8 +1,9 @@
 """Build networks by name, "pkg.mod:factory" or "timm:NAME": any that the caller names, few that a file may.
 
-A factory named by a saved folder is called only if it is a network class of a package on FACTORIES, or a
-public function of a module on BUILDERS, and then only with arguments that name no file or address:
-`timm.models.load_checkpoint` or a `checkpoint_path` would open what the folder's author chose.
+A factory named by a file is called only if it is a network class that a library defines, or a builder that the
+library itself lists, and then only with arguments that name no file or address and are in proportion to the weights
+(`arguments`). It is built without memory first (`allocation`), in bounded time (`deadline`), while nothing can be
+opened or fetched (`guard`): `timm.models.load_checkpoint` or a `checkpoint_path` would open what the author chose.
 """
 
 from __future__ import annotations
@@ -10,94 +11,137 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 from torch import nn
 
+from normfix.allocation import PLENTY, Bounded, Sketched, Stored, require_proportion
+from normfix.arguments import blanked, require_inert, require_small
+from normfix.deadline import within
 from normfix.errors import NormfixError
+from normfix.gate import FACTORIES, FORMATS, imported, is_allowed, is_name, library
+from normfix.guard import watched
 from normfix.records import Source
 
-__all__ = ["BUILDERS", "FACTORIES", "build", "classes_named", "dumped", "is_allowed", "is_name", "rebuild"]
+__all__ = [
+    "FACTORIES",
+    "build",
+    "classes_named",
+    "confined",
+    "dumped",
+    "is_allowed",
+    "is_name",
+    "rebuild",
+]
 
-FACTORIES = (
-    "torchvision",
-    "timm",
-    "monai",
-    "segmentation_models_pytorch",
-    "transformers",
-    "diffusers",
-    "normfix",
-)
-"""Packages whose network classes a saved folder may name."""
-
-BUILDERS = (
-    "torchvision.models",
-    "timm.models",
-    "monai.networks.nets",
-    "segmentation_models_pytorch",
-    "normfix.demo.network",
-)
-"""Modules, with what is below them, whose public functions build networks, so that a folder may name them."""
-
-_FORMATS = re.compile(r"normfix\.loading\.formats\.\w+:network")
-"""Builders of the loaders' own, which check their arguments themselves."""
-
-_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
-_OPENS = re.compile(r"path|file|url|dir|cfg|config|checkpoint|hub|cache", re.IGNORECASE)
+T = TypeVar("T")
 
 
-_BLANK = {"pretrained": False, "weights": None, "weights_backbone": None, "encoder_weights": None}
-"""What arguments become that would fetch or open weights, where weights come later."""
-
-
-def build(source: Source, *, blank: bool = False) -> nn.Module:
+def build(source: Source, *, blank: bool = False, stored: Stored | None = None) -> nn.Module:
     """Call a factory the caller chose.
 
     Args:
         source: of kind "factory".
         blank: the weights come later, so do not fetch pretrained ones.
+        stored: the weights beside a file that wrote the arguments; then these are bounded as the file's are.
 
     Raises:
         NormfixError: NF111 if it cannot be imported, fails, or returns no nn.Module; NF108 if its arguments are
-            no JSON object.
+            no JSON object; NF113 or NF121 for a file's arguments that reach out or ask for too much.
     """
     args = _arguments(source)
+    factory = _factory(source.spec)
     if blank:
-        args = {name: _BLANK.get(name, value) for name, value in args.items()}
+        args = blanked(factory, args, defaults=library(source.spec) in FACTORIES)
+    if stored is None:
+        return _called(factory, args, source.spec)
+    require_inert(args, source.spec)
+    require_small(args, source.spec, tensors=stored.tensors, elements=stored.elements)
+    bound = Bounded(4 * stored.elements, source.spec)
+    return within(
+        2 * stored.seconds,
+        lambda: _within_memory(bound, lambda: _called(factory, args, source.spec)),
+        source.spec,
+    )
+
+
+def _factory(spec: str) -> Callable[..., Any]:
+    """Import a factory.
+
+    Raises:
+        NormfixError: NF111.
+    """
     try:
-        if source.spec.startswith("timm:"):
-            factory: Any = importlib.import_module("timm").create_model
-            model = factory(source.spec.removeprefix("timm:"), **args)
-        else:
-            model = _import(source.spec)(**args)
+        if not spec.startswith("timm:"):
+            found: Callable[..., Any] = imported(spec)
+            return found
+        create = importlib.import_module("timm").create_model
+        return _TimmFactory(create, spec.removeprefix("timm:"))
     except NormfixError:
         raise
     except ModuleNotFoundError as error:
         hint = f"install {error.name}, or name its folder in PYTHONPATH"
         if error.name == "timm":
             hint = 'pip install "normfix[timm]"'
-        raise NormfixError("NF111", f"{error}. Next: {hint}.", where=source.spec) from error
+        raise NormfixError("NF111", f"{error}. Next: {hint}.", where=spec) from error
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        raise _failed(spec, error) from error
+
+
+class _TimmFactory:
+    """timm's network of one name."""
+
+    def __init__(self, create: Callable[..., Any], name: str) -> None:
+        self._create = create
+        self._name = name
+
+    def __call__(self, **args: Any) -> Any:
+        return self._create(self._name, **args)
+
+
+def _called(factory: Callable[..., Any], args: Mapping[str, Any], spec: str) -> nn.Module:
+    """Return the network that a factory builds; NF111 if it fails or gives something else."""
+    try:
+        model = factory(**args)
+    except NormfixError:
+        raise
+    except ModuleNotFoundError as error:
         raise NormfixError(
-            "NF111", f"{type(error).__name__}: {reason}. Check the name and --arch-args.", where=source.spec
+            "NF111", f"{error}. Next: install {error.name}, or name its folder in PYTHONPATH.", where=spec
         ) from error
+    except Exception as error:
+        raise _failed(spec, error) from error
     if not isinstance(model, nn.Module):
-        raise NormfixError(
-            "NF111", f"it returned {type(model).__name__}, not an nn.Module.", where=source.spec
-        )
+        raise NormfixError("NF111", f"it returned {type(model).__name__}, not an nn.Module.", where=spec)
     return model
 
 
+def _failed(spec: str, error: Exception) -> NormfixError:
+    reason = " ".join(str(error).split())[:300]
+    return NormfixError(
+        "NF111", f"{type(error).__name__}: {reason}. Check the name and --arch-args.", where=spec
+    )
+
+
 def rebuild(
-    source: Source, *, arch: str | None = None, arch_args: Mapping[str, Any] | None = None
+    source: Source,
+    *,
+    arch: str | None = None,
+    arch_args: Mapping[str, Any] | None = None,
+    stored: Stored = PLENTY,
 ) -> nn.Module:
-    """Build the architecture a saved folder names, or the one the caller repeats.
+    """Build the architecture a file names, or the one the caller repeats.
+
+    Args:
+        source: what the file names.
+        arch: what the caller names, if anything.
+        arch_args: its arguments.
+        stored: the weights that will fill it.
 
     Raises:
-        NormfixError: NF113 if the folder names a factory that may not be called unasked.
+        NormfixError: NF113 if the file names a factory that may not be called unasked, or arguments that reach out;
+            NF121 if it asks for more than the weights need.
     """
     if arch is not None:
         args = _arguments(source) if arch_args is None and arch == source.spec else dict(arch_args or {})
@@ -112,21 +156,78 @@ def rebuild(
     if not is_allowed(source.spec):
         raise NormfixError(
             "NF113",
-            "the folder names this factory, but only network classes and builders of "
-            f"{', '.join(FACTORIES)} are called unasked. If you trust it, repeat it: --arch {source.spec} "
-            f"(arch={source.spec!r} in Python).",
-            where=source.spec,
+            "the file names this factory, but only network classes that "
+            f"{', '.join(FACTORIES)} define, and builders they list, are called unasked. If you trust it, repeat it: "
+            f"--arch {source.spec} (arch={source.spec!r} in Python).",
+            where=source.spec[:200],
         )
-    opening = sorted(name for name in _names_in(_arguments(source)) if _OPENS.search(name))
-    if opening and not _FORMATS.fullmatch(source.spec):
-        raise NormfixError(
-            "NF113",
-            f"the folder gives this factory the arguments {', '.join(opening)}, which may open a file or an "
-            f"address of its choice: {source.args[:200]}. If you trust it, repeat them: --arch {source.spec} "
-            "--arch-args JSON (arch= and args= in Python).",
-            where=source.spec,
-        )
-    return build(source, blank=True)
+    args = _arguments(source)
+    require_small(args, source.spec, tensors=stored.tensors, elements=stored.elements)
+    factory = _factory(source.spec)
+    if FORMATS.fullmatch(source.spec):
+        # Imports take seconds of their own, which are not the file's.
+        _called_for(source.spec, "prepare", args)
+    args = blanked(factory, args, defaults=True)
+    require_inert(args, source.spec, sections=FORMATS.fullmatch(source.spec) is not None)
+    return confined(lambda: _called(factory, args, source.spec), stored, source.spec)
+
+
+def _called_for(spec: str, name: str, args: Mapping[str, Any]) -> None:
+    """Call a function beside the builder that a loader offers."""
+    try:
+        imported(f"{spec.partition(':')[0]}:{name}")(**args)
+    except NormfixError:
+        raise
+    except Exception as error:
+        raise _failed(spec, error) from error
+
+
+def confined(
+    make: Callable[[], nn.Module],
+    stored: Stored,
+    where: str,
+    *,
+    sketch: Callable[[], nn.Module] | None = None,
+) -> nn.Module:
+    """Build what a file describes: without memory first, in bounded time, while nothing is opened or fetched.
+
+    Args:
+        make: builds it; called once or twice.
+        stored: the weights that will fill it.
+        where: named in errors.
+        sketch: builds it without its weights, where `make` fills it too.
+
+    Raises:
+        NormfixError: NF113 if it would open or fetch something, NF121 if it is out of proportion to the weights.
+    """
+
+    def both() -> nn.Module:
+        _sketch(sketch or make, stored, where)
+        return _within_memory(Bounded(4 * stored.elements, where), make)
+
+    with watched(where):
+        return within(stored.seconds, both, where, growth=stored.room)
+
+
+def _sketch(make: Callable[[], nn.Module], stored: Stored, where: str) -> None:
+    """Build it without memory, and compare it with its weights, unless its constructor reads values of its own."""
+    try:
+        model = _within_memory(Sketched(4 * stored.elements, where), make)
+    except NormfixError as error:
+        # Such a constructor fails here, and only here.
+        if isinstance(error.__cause__, Exception) and not isinstance(error.__cause__, NormfixError):
+            return
+        raise
+    require_proportion(model, stored, where)
+
+
+def _within_memory(bound: Bounded, make: Callable[[], T]) -> T:
+    try:
+        with bound:
+            return make()
+    finally:
+        # A library may have caught what was refused.
+        bound.require_kept()
 
 
 def classes_named(names: Iterable[str]) -> dict[str, type]:
@@ -163,15 +264,6 @@ def _dotted(name: str) -> Any:
     raise NormfixError("NF111", "it cannot be imported here. Install its package as it was.", where=name)
 
 
-def is_name(text: str) -> bool:
-    """Tell whether a text has the form pkg.mod:factory or timm:NAME.
-
-    >>> is_name("torchvision.models:resnet18"), is_name("model.pt")
-    (True, False)
-    """
-    return _NAME.fullmatch(text) is not None
-
-
 def dumped(args: Mapping[str, Any]) -> str:
     """Return a factory's arguments as JSON text, the same for equal arguments.
 
@@ -186,53 +278,6 @@ def dumped(args: Mapping[str, Any]) -> str:
             f"arguments of a factory travel as JSON: {error}. Write a factory that takes plain values.",
             where="--arch-args",
         ) from error
-
-
-def _import(spec: str) -> Any:
-    module, _, attribute = spec.partition(":")
-    found: Any = importlib.import_module(module)
-    for part in attribute.split("."):
-        found = getattr(found, part)
-    return found
-
-
-def is_allowed(spec: str) -> bool:
-    """Tell whether a file may name this factory: on a list, and defined there, not merely imported there."""
-    if _FORMATS.fullmatch(spec):
-        return True
-    package = spec.partition(":")[0].partition(".")[0]
-    if package not in FACTORIES or not is_name(spec):
-        return False
-    if spec.startswith("timm:"):
-        return True
-    try:
-        found = _import(spec)
-    except Exception as error:
-        raise NormfixError(
-            "NF111", f"{type(error).__name__}: {error}. Install {package} as it was.", where=spec
-        ) from error
-    home = str(getattr(found, "__module__", ""))
-    if inspect.isclass(found):
-        return issubclass(found, nn.Module) and _is_below(home, FACTORIES)
-    if not inspect.isfunction(found):
-        return False
-    public = not any(part.startswith("_") for part in (*home.split("."), found.__name__))
-    return public and _is_below(home, BUILDERS)
-
-
-def _is_below(module: str, places: tuple[str, ...]) -> bool:
-    return any(module == place or module.startswith(f"{place}.") for place in places)
-
-
-def _names_in(value: object) -> Iterator[str]:
-    """Yield every name in arguments, however deep."""
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield str(name)
-            yield from _names_in(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _names_in(inner)
 
 
 def _arguments(source: Source) -> dict[str, Any]:

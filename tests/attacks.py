@@ -190,6 +190,8 @@ _STARTS = (
     "smtplib.",
     "ctypes.dlopen",
     "webbrowser.open",
+    "code.__new__",
+    "marshal.loads",
 )
 _DRIVERS = ("libnvidia-ml", "libcuda", "libamd_smi", "librocm")
 _CHANGES = {

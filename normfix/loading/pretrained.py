@@ -1,7 +1,8 @@
 """What folders of transformers, diffusers, timm and segmentation-models-pytorch share: config.json and weights.
 
 Their libraries read more than weights if a config says so: code of the author's, kernels and backbones from the
-hub. Such settings are refused here, before any of that can happen.
+hub, another configuration beside this one. So the libraries are given the values and the weights that were read here,
+never the folder, and settings that reach further are refused before.
 """
 
 from __future__ import annotations
@@ -12,18 +13,27 @@ from typing import Any
 
 from torch import Tensor
 
+from normfix.arguments import require_inert
 from normfix.errors import NormfixError
 from normfix.loading.configs import read_json, read_mapping
-from normfix.loading.pickles import read_torch, require_plain
+from normfix.loading.pickles import read_torch
 from normfix.loading.request import Request, unreadable
 from normfix.loading.tensors import read_weights
 
-__all__ = ["CONFIG", "config_of", "folder_weights", "require_complete", "require_inert", "weight_files"]
+__all__ = ["CONFIG", "config_of", "folder_weights", "require_complete", "settled", "weight_files"]
 
 CONFIG = "config.json"
 
-_REACHING = ("auto_map", "custom_pipelines", "quantization_config", "backbone", "custom_code")
-"""Settings that make the libraries fetch or run something else."""
+_REACHING = (
+    *("auto_map", "custom_pipelines", "custom_code", "custom_generate", "trust_remote_code"),
+    *("backbone", "backbone_kwargs", "use_pretrained_backbone", "use_timm_backbone", "quantization_config"),
+    *("kernel_config", "use_kernels", "fusion_config", "distributed_config", "transformers_weights"),
+)
+"""Settings that make the libraries fetch or run something else, or change themselves."""
+_LONGEST = 1000
+"""Characters of a tensor's name; libraries match patterns with it."""
+_ORIGINS = ("_name_or_path", "name_or_path", "_commit_hash")
+"""Where the network came from, which the libraries only keep."""
 _IMPLEMENTATIONS = ("eager", "sdpa")
 
 
@@ -35,23 +45,33 @@ def config_of(path: Path) -> dict[str, Any]:
         return {}
 
 
-def require_inert(settings: Mapping[str, Any], where: str) -> None:
-    """Refuse settings with which a library would fetch or run something that the caller did not name.
+def settled(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return settings without what says where they came from, if they let a library fetch or run nothing.
 
     Raises:
         NormfixError: NF113.
     """
-    for name, value in _flat(settings):
-        fetches = name in _REACHING and value not in (None, {}, [])
+    plain = {name: _without_origins(value) for name, value in settings.items() if name not in _ORIGINS}
+    for name, value in _flat(plain):
+        reaches = name in _REACHING and value not in (None, {}, [], False)
         runs = "implementation" in name and isinstance(value, str) and value not in _IMPLEMENTATIONS
-        trains = name == "use_pretrained_backbone" and value
-        if fetches or runs or trains:
+        if reaches or runs:
             raise NormfixError(
                 "NF113",
                 f"its setting {name} = {str(value)[:60]!r} makes the library fetch or run something beyond this "
                 "folder. Build the network yourself and name it: --arch pkg.module:factory.",
                 where=where,
             )
+    require_inert(plain, where, sections=True)
+    return plain
+
+
+def _without_origins(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_origins(inner) for name, inner in value.items() if name not in _ORIGINS}
+    if isinstance(value, list):
+        return [_without_origins(inner) for inner in value]
+    return value
 
 
 def weight_files(folder: Path, stem: str = "model") -> list[Path]:
@@ -72,23 +92,18 @@ def weight_files(folder: Path, stem: str = "model") -> list[Path]:
     raise unreadable(folder, f"it holds a {CONFIG} but no weights ({stem}.safetensors or pytorch_model.bin)")
 
 
-def folder_weights(folder: Path, request: Request) -> dict[str, Tensor]:
+def folder_weights(folder: Path, request: Request, stem: str = "model") -> dict[str, Tensor]:
     """Return all weights of a folder, running nothing."""
     found: dict[str, Tensor] = {}
-    for path in weight_files(folder):
+    for path in weight_files(folder, stem):
         found.update(read_weights(path) if path.suffix == ".safetensors" else read_torch(path, request))
+    if any(len(name) > _LONGEST for name in found):
+        raise NormfixError(
+            "NF121",
+            f"it names a tensor with more than {_LONGEST} characters. It is not opened.",
+            where=str(folder),
+        )
     return found
-
-
-def require_safe(folder: Path, stem: str = "model") -> bool:
-    """Check the weights files that a library is about to read; tell whether they are safetensors."""
-    files = weight_files(folder, stem)
-    for path in files:
-        if path.suffix == ".safetensors":
-            read_weights(path)
-        else:
-            require_plain(path)
-    return files[0].suffix == ".safetensors"
 
 
 def require_complete(info: Mapping[str, Any], where: Path) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from normfix.allocation import Stored
 from normfix.errors import NormfixError, printable
-from normfix.factories import build
+from normfix.factories import build, rebuild
 from normfix.loading.request import Loaded, Request
 from normfix.records import Source
 
@@ -27,16 +28,28 @@ _DEPTH = 3
 _COMPILED = "_orig_mod."
 
 
-def filled(content: Any, path: Path, source: Source, request: Request) -> Loaded:
+def filled(content: Any, path: Path, source: Source, request: Request, *, lent: bool = False) -> Loaded:
     """Build a network and fill it with the weights that a file holds.
 
+    Args:
+        content: what the file holds.
+        path: the file.
+        source: what builds the network: the caller's if the request names an architecture, else the file's.
+        request: what the caller wants.
+        lent: the caller names the factory, and the file its arguments.
+
     Raises:
-        NormfixError: NF101 no weights, NF105 they do not fit, NF111 the factory fails, NF119 several fit.
+        NormfixError: NF101 no weights, NF105 they do not fit, NF111 the factory fails, NF113 or NF121 a factory or
+            arguments of the file's that are not taken unasked, NF119 several fit.
     """
     found = entries(content)
     if not found:
         raise _without_weights(path)
-    model = build(source, blank=True)
+    stored = Stored.of(tensor for group in found.values() for tensor in group.values())
+    if request.arch is None:
+        model = rebuild(source, stored=stored)
+    else:
+        model = build(source, blank=True, stored=stored if lent else None)
     chosen, prefix = _choice(found, request.weights)
     if len(chosen) > 1:
         chosen = {name: w for name, w in chosen.items() if _fits(w, model)} or chosen

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from normfix.allocation import bounded_by
+from normfix.allocation import Stored, bounded_by
 from normfix.calling import Caller
 from normfix.errors import NormfixError
 from normfix.factories import rebuild
@@ -100,11 +100,13 @@ def _open_saved(folder: Path, request: Request, model: nn.Module | None) -> Load
         program = program_beside(folder, saved)
         if program is not None:
             return _open_beside(program, saved)
+    weights = read_weights(folder / WEIGHTS)
     if model is not None:
-        return Loaded(_restored(folder, saved, copy_of(model)), source)
+        return Loaded(_restored(folder, saved, copy_of(model), weights), source)
+    stored = Stored.of(weights.values())
     with bounded_by(folder) if request.arch is None else nullcontext():
-        base = rebuild(source, arch=request.arch, arch_args=request.arch_args)
-    return Loaded(_restored(folder, saved, base), source)
+        base = rebuild(source, arch=request.arch, arch_args=request.arch_args, stored=stored)
+    return Loaded(_restored(folder, saved, base, weights), source)
 
 
 def _open_beside(path: Path, saved: Saved) -> Loaded:
@@ -136,15 +138,16 @@ def _open_program(path: Path) -> Loaded:
     return Loaded(model, known.source)
 
 
-def _restored(folder: Path, saved: Saved, base: nn.Module) -> nn.Module:
+def _restored(folder: Path, saved: Saved, base: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     """Carry the saved plan out on a base network, fill it strictly and repeat the probe."""
     known = saved.provenance
     caller = Caller(None, known.output)
     with _belonging(str(folder)):
         example = torch.zeros(1).expand(1, *known.scan.example[1:])  # takes no memory, whatever the file says
         materialise_(base, caller, example)
-        model = rewrite(base, known.plan)
-        load_weights_(model, read_weights(folder / WEIGHTS), saved, str(folder))
+        with bounded_by(folder):
+            model = rewrite(base, known.plan)
+        load_weights_(model, weights, saved, str(folder))
         attach_(model, known)
         if saved.probe is not None:
             require_probe(model.eval(), caller, saved.probe, str(folder))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from normfix.allocation import Stored
 from normfix.errors import NormfixError
-from normfix.loading.pretrained import config_of, require_complete, require_inert, require_safe
+from normfix.factories import rebuild
+from normfix.gate import is_network
+from normfix.loading.pretrained import config_of, folder_weights, require_complete, settled
 from normfix.loading.request import Loaded, Request, factory
+from normfix.loading.state_dicts import filled
 
-__all__ = ["network", "open_network", "recognises"]
+__all__ = ["network", "open_network", "prepare", "recognises"]
 
 _STEM = "diffusion_pytorch_model"
 
@@ -24,7 +28,7 @@ def recognises(path: Path) -> bool:
 
 
 def open_network(path: Path, request: Request) -> Loaded:
-    """Let diffusers read it, from this folder alone and without code of its own.
+    """Let diffusers build it from the plain values of its config, and fill it with the weights of this folder.
 
     Raises:
         NormfixError: NF119 for a pipeline, NF113 for a config that reaches beyond the folder.
@@ -37,33 +41,51 @@ def open_network(path: Path, request: Request) -> Loaded:
             f"this is a pipeline; give one of its networks: {', '.join(parts) or 'none'}.",
             where=str(path),
         )
-    require_inert(config, str(path))
-    name = str(config.get("_class_name"))
-    safe = require_safe(path, _STEM)
-    model, info = _class(name).from_pretrained(
-        str(path),
-        local_files_only=True,
-        use_safetensors=safe,
-        low_cpu_mem_usage=False,
-        output_loading_info=True,
-    )
-    require_complete(info, path)
+    weights = folder_weights(path, request, _STEM)
+    if request.named is not None:
+        return filled(weights, path, request.named, request)
     plain = {key: value for key, value in config.items() if not key.startswith("_")}
-    return Loaded(model, request.named or factory(f"{__name__}:network", {"name": name, "config": plain}))
+    args = {"name": str(config.get("_class_name")), "config": settled(plain, str(path))}
+    source = factory(f"{__name__}:network", args)
+    model = rebuild(source, stored=Stored.of(weights.values()))
+    _fill_(model, weights, path)
+    return Loaded(model.eval(), source)
+
+
+def _fill_(model: Any, weights: dict[str, Tensor], path: Path) -> None:
+    """Load weights strictly, in place, under the names of today, as diffusers' from_pretrained does."""
+    if hasattr(model, "_fix_state_dict_keys_on_load"):
+        model._fix_state_dict_keys_on_load(weights)
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    kept = {key: value for key, value in weights.items() if not any(re.search(p, key) for p in ignored)}
+    try:
+        result = model.load_state_dict(kept, strict=False)
+    except RuntimeError as error:
+        require_complete({"mismatched": str(error).splitlines()[1:4]}, path)
+    else:
+        require_complete(
+            {"missing_keys": result.missing_keys, "unexpected_keys": result.unexpected_keys}, path
+        )
 
 
 def network(name: str, config: Mapping[str, Any]) -> nn.Module:
     """Build a network of diffusers from its config, with weights to come."""
-    require_inert(config, name)
-    model = _class(name).from_config(dict(config))
+    model = _class(name).from_config(settled(config, name))
     assert isinstance(model, nn.Module)
     return model
+
+
+def prepare(name: str, **config: Any) -> None:
+    """Import what building the network needs."""
+    _class(name)
 
 
 def _class(name: str) -> Any:
     import diffusers
 
-    kind = getattr(diffusers, name, None)
-    if not (inspect.isclass(kind) and issubclass(kind, diffusers.ModelMixin) and kind.__name__ == name):
+    kind: Any = getattr(diffusers, name, None)
+    if not (
+        is_network(kind, "diffusers") and issubclass(kind, diffusers.ModelMixin) and kind.__name__ == name
+    ):
         raise NormfixError("NF113", f"diffusers has no network {name[:80]!r}.", where=name[:80])
     return kind

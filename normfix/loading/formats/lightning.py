@@ -45,7 +45,7 @@ def open_network(path: Path, request: Request) -> Loaded:
     if "current_model_state" in content:  # then state_dict is the moving average
         kept = {"averaged": content.get("state_dict"), "current": content["current_model_state"]}
     args = _hyperparameters(content, request)
-    loaded = filled(kept, path, require_named(kept, path, request, args), request)
+    loaded = filled(kept, path, require_named(kept, path, request, args), request, lent=bool(args))
     used = f"{path.name}: arguments {', '.join(args)} were taken from its hyper_parameters." if args else ""
     return Loaded(loaded.model, loaded.source, loaded.notes + ((used,) if used else ()))
 

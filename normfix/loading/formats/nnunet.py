@@ -19,11 +19,19 @@ from normfix.loading.pickles import read_torch
 from normfix.loading.request import Loaded, Request, factory
 from normfix.loading.state_dicts import filled
 
-__all__ = ["network", "open_network", "recognises"]
+__all__ = ["network", "open_network", "prepare", "recognises"]
 
 _CLASSES = ("PlainConvUNet", "ResidualEncoderUNet", "ResidualUNet")
 _HOME = "dynamic_network_architectures.architectures.unet"
 _STANDARD = "nnUNetTrainer"
+_ANCESTORS = 32
+_LAYERS: Mapping[str, tuple[str, ...]] = {
+    "conv_op": ("conv",),
+    "norm_op": ("batchnorm", "instancenorm", "normalization"),
+    "dropout_op": ("dropout",),
+    "nonlin": ("activation",),
+}
+"""The settings that name layers, and the modules of torch.nn.modules that define such layers."""
 
 
 def recognises(path: Path) -> bool:
@@ -79,22 +87,33 @@ def network(
         settings: what the plans call arch_kwargs.
         imported: those of the settings that name a layer of torch.nn.
     """
-    short = name.rpartition(".")[2]
-    if short not in _CLASSES:
-        raise ValueError(f"{name} is none of nnU-Net's architectures {', '.join(_CLASSES)}")
-    kind = getattr(importlib.import_module(_HOME), short)
-    parts = {key: _layer(value) if key in imported else value for key, value in settings.items()}
+    kind = _class(name)
+    parts = {key: _layer(key, value) if key in imported else value for key, value in settings.items()}
     model = kind(input_channels=inputs, num_classes=outputs, **{**parts, "deep_supervision": False})
     assert isinstance(model, nn.Module)
     return model
 
 
-def _layer(name: str | None) -> type[nn.Module] | None:
+def prepare(name: str, **settings: Any) -> None:
+    """Import what building the network needs."""
+    _class(name)
+
+
+def _class(name: str) -> Any:
+    short = name.rpartition(".")[2]
+    if short not in _CLASSES:
+        raise ValueError(f"{name} is none of nnU-Net's architectures {', '.join(_CLASSES)}")
+    return getattr(importlib.import_module(_HOME), short)
+
+
+def _layer(setting: str, name: str | None) -> type[nn.Module] | None:
+    """Return the layer of torch.nn that a setting names, if it is one for that setting."""
     if name is None:
         return None
-    kind = getattr(nn, name.rpartition(".")[2], None)
-    if not name.startswith("torch.nn.") or not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise ValueError(f"{name} is no layer of torch.nn")
+    kind = getattr(nn, str(name).rpartition(".")[2], None)
+    homes = tuple(f"torch.nn.modules.{home}" for home in _LAYERS.get(setting, ()))
+    if not str(name).startswith("torch.nn.") or not isinstance(kind, type) or kind.__module__ not in homes:
+        raise ValueError(f"{name} is no layer of torch.nn for {setting}")
     return kind
 
 
@@ -119,8 +138,8 @@ def _resolved(configurations: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return a configuration with what it inherits, each ancestor once."""
     chain = [name]
     while (parent := configurations[chain[-1]].get("inherits_from")) is not None:
-        if parent in chain:
-            raise ValueError(f"configuration {parent} inherits from itself")
+        if parent in chain or len(chain) > _ANCESTORS:
+            raise ValueError(f"configuration {parent} inherits from itself, or from more than {_ANCESTORS}")
         chain.append(parent)
     merged: dict[str, Any] = {}
     for ancestor in reversed(chain):

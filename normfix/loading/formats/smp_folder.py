@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from normfix.factories import is_allowed
+from normfix.gate import is_allowed
 from normfix.loading.candidates import require_named
 from normfix.loading.pretrained import config_of, folder_weights
 from normfix.loading.request import Loaded, Request, factory

@@ -30,12 +30,11 @@ def open_network(path: Path, request: Request) -> Loaded:
         )
     shared = {key: config[key] for key in ("num_classes", "global_pool") if key in config}
     args = dict(config.get("model_args") or shared)
-    opening = sorted(
-        key for key in args if key.startswith(("pretrained", "checkpoint")) or key == "scriptable"
-    )
-    if opening:
+    if "scriptable" in args:
         raise NormfixError(
-            "NF113", f"its model_args hold {', '.join(opening)}.", where=str(path / "config.json")
+            "NF113",
+            "its model_args set scriptable, which has torch compile the network. Name it: --arch timm:NAME.",
+            where=str(path / "config.json"),
         )
     source = request.named or factory(f"timm:{name}", args)
     return filled(folder_weights(path, request), path, source, request)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from normfix.allocation import Stored
+from normfix.arguments import require_small
 from normfix.errors import NormfixError
-from normfix.loading.pretrained import config_of, require_complete, require_inert, require_safe
+from normfix.factories import confined
+from normfix.gate import is_network
+from normfix.loading.pretrained import config_of, folder_weights, require_complete, settled
 from normfix.loading.request import Loaded, Request, factory
+from normfix.loading.state_dicts import filled
 
-__all__ = ["network", "open_network", "recognises"]
+__all__ = ["network", "open_network", "prepare", "recognises"]
 
 
 def recognises(path: Path) -> bool:
@@ -23,7 +27,7 @@ def recognises(path: Path) -> bool:
 
 
 def open_network(path: Path, request: Request) -> Loaded:
-    """Let transformers read it, from this folder alone and without code of its own.
+    """Let transformers build it from the plain values of its config, and fill it with the weights of this folder.
 
     Raises:
         NormfixError: NF113 for a class that is not its own or a config that reaches beyond the folder, NF105 for
@@ -37,33 +41,59 @@ def open_network(path: Path, request: Request) -> Loaded:
             f"its config names {len(names)} architectures: {', '.join(map(str, names))}.",
             where=str(path),
         )
-    name = str(names[0])
-    require_inert(config, str(path))
-    kind = _class(name)
-    safe = require_safe(path)
-    model, info = kind.from_pretrained(
-        str(path), local_files_only=True, use_safetensors=safe, output_loading_info=True
-    )
+    weights = folder_weights(path, request)
+    if request.named is not None:
+        return filled(weights, path, request.named, request)
+    name, stored = str(names[0]), Stored.of(weights.values())
+    require_small(config, str(path), tensors=stored.tensors, elements=stored.elements)
+    plain = settled(config, str(path))
+    prepare(name)
+    model, info = _filled(name, plain, weights, str(path))
     require_complete(info, path)
-    args = {"name": name, "config": model.config.to_dict()}
-    return Loaded(model, request.named or factory(f"{__name__}:network", args))
+    args = {"name": name, "config": settled(model.config.to_dict(), str(path))}
+    return Loaded(model, factory(f"{__name__}:network", args))
+
+
+def _filled(
+    name: str, config: Mapping[str, Any], weights: Mapping[str, Tensor], where: str
+) -> tuple[Any, dict[str, Any]]:
+    """Let transformers fill its network, renaming what is old, with no folder that it could read from."""
+    info: dict[str, Any] = {}
+    kind = _class(name)
+
+    def make() -> nn.Module:
+        model, told = kind.from_pretrained(
+            None,
+            config=kind.config_class.from_dict(config),
+            state_dict=dict(weights),
+            output_loading_info=True,
+        )
+        info.update(told)
+        assert isinstance(model, nn.Module)
+        return model
+
+    stored = Stored.of(weights.values())
+    return confined(make, stored, where, sketch=lambda: network(name, config)), info
 
 
 def network(name: str, config: Mapping[str, Any]) -> nn.Module:
     """Build a network of transformers from its config, with weights to come."""
-    require_inert(config, name)
     kind = _class(name)
-    model = kind(kind.config_class.from_dict(dict(config)))
+    model = kind(kind.config_class.from_dict(settled(config, name)))
     assert isinstance(model, nn.Module)
     return model
+
+
+def prepare(name: str, **config: Any) -> None:
+    """Import what building the network needs."""
+    _class(name)
 
 
 def _class(name: str) -> Any:
     import transformers
 
-    kind = getattr(transformers, name, None)
-    if not (
-        inspect.isclass(kind) and issubclass(kind, transformers.PreTrainedModel) and kind.__name__ == name
-    ):
+    kind: Any = getattr(transformers, name, None)
+    known = is_network(kind, "transformers") and issubclass(kind, transformers.PreTrainedModel)
+    if not known or kind.__name__ != name:
         raise NormfixError("NF113", f"transformers has no network {name[:80]!r}.", where=name[:80])
     return kind

@@ -14,7 +14,7 @@ from normfix.loading.pickles import is_torch_file, read_torch
 from normfix.loading.request import Loaded, Request, factory
 from normfix.loading.state_dicts import filled
 
-__all__ = ["network", "open_network", "recognises"]
+__all__ = ["network", "open_network", "prepare", "recognises"]
 
 _CLASSES = ("UNet3D", "ResidualUNet3D", "ResidualUNetSE3D", "UNet2D", "ResidualUNet2D")
 _CHECKPOINTS = ("best_checkpoint.pytorch", "last_checkpoint.pytorch")
@@ -47,11 +47,20 @@ def open_network(path: Path, request: Request) -> Loaded:
 
 def network(name: str, **settings: Any) -> nn.Module:
     """Build a network of pytorch-3dunet from the section `model` of its config."""
-    if name not in _CLASSES:
-        raise ValueError(f"{name} is none of {', '.join(_CLASSES)}")
-    model = getattr(importlib.import_module("pytorch3dunet.unet3d.model"), name)(**settings)
+    model = _class(name)(**settings)
     assert isinstance(model, nn.Module)
     return model
+
+
+def prepare(name: str, **settings: Any) -> None:
+    """Import what building the network needs."""
+    _class(name)
+
+
+def _class(name: str) -> Any:
+    if name not in _CLASSES:
+        raise ValueError(f"{name} is none of {', '.join(_CLASSES)}")
+    return getattr(importlib.import_module("pytorch3dunet.unet3d.model"), name)
 
 
 def _configs(folder: Path) -> list[Path]:
