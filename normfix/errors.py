@@ -213,6 +213,9 @@ CODES: dict[str, str] = {
     "(give a path).",
     "NF336": "The same block ended several workers one after another, mostly for want of memory. Give smaller blocks "
     "(--tile), or workers more memory. What is whole is kept; the same command goes on from there.",
+    "NF340": "What reads a site's statistic was not found in the captured graph, so stages after it would be measured "
+    "under the statistic it had before. Nothing is measured then. Passes over whole images do not use the graph: "
+    "calibrate without tile, store or budget.",
     # 4xx: checking and predicting
     "NF401": "This site computes its statistic from the tile, so tiles disagree whatever the halo.",
     "NF402": "Tiles must start in phase: a tile size is a positive multiple of the network's total stride on "

@@ -14,6 +14,7 @@ from normfix.records import (
     Action,
     CalibrationSummary,
     ImageShift,
+    Means,
     Plan,
     ProofStep,
     Site,
@@ -133,12 +134,13 @@ def tile_exactness(
 def untouched(original: nn.Module, converted: nn.Module, plan: Plan) -> ProofStep:
     """Prove that parameters and buffers outside the converted sites are bit-equal."""
     claim = "parameters and buffers outside the converted sites are unchanged to the bit"
-    owners = {d.site.owner for d in plan.converted}
+    modules = dict(original.named_modules(remove_duplicate=False))
+    replaced = {modules.get(d.site.owner) for d in plan.converted if d.means is Means.SWAP}
     after = dict(_tensors(converted))
     changed = [
         name
         for name, value in _tensors(original)
-        if name.rpartition(".")[0] not in owners
+        if modules.get(name.rpartition(".")[0]) not in replaced
         and (name not in after or not torch.equal(value, after[name]))
     ]
     note = ", ".join(changed[:4])
