@@ -16,9 +16,9 @@ Flat values that are divided by, by whatever spelling of a division, are reporte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ from normfix.layers.statistic import FrozenStatistic
 __all__ = ["Divisors", "following"]
 
 _LARGEST_EPS = 1e-2
+_NAMED = ("input", "running_mean", "running_var", "other", "tensor2")
 
 _DIVIDING = frozenset({"div", "true_divide", "divide", "truediv", "itruediv", "floor_divide"})
 _INVERTING = frozenset({"rtruediv", "rdiv", "rsqrt", "reciprocal"})
@@ -67,16 +68,11 @@ class Divisors(TorchFunctionMode):
         self._known: dict[int, _Known] = {}  # holds its tensors, so that no other takes their ids
         self.found: dict[str, set[int]] = {}
 
-    def take(self, site: str, module: FrozenStatistic, args: tuple[Any, ...], result: Any) -> None:
+    def take(self, site: str, law: str, args: tuple[Any, ...], result: Any) -> None:
         """Begin with what a frozen statistic gave."""
-        operand = args[0].detach().double()
-        largest = float(operand.abs().max()) if operand.numel() else 0.0
-        unit = torch.finfo(module.value.dtype).eps if module.value.is_floating_point() else 0.0
         for value in tree_leaves(result):
             if isinstance(value, Tensor) and value.is_floating_point():
-                # a variance counts in squares, a deviation does not; the smaller bound is right for both
-                least = min(unit * largest, (unit * largest) ** 2) if _is_spread(site) else 0.0
-                self._note(value, value.abs() <= least, frozenset({site}))
+                self._note(value, value.abs() <= _rounding(law, args[0], value.dtype), frozenset({site}))
 
     def __torch_function__(
         self,
@@ -89,93 +85,122 @@ class Divisors(TorchFunctionMode):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if not any(id(t) in self._known for t in given):
             return func(*args, **kwargs)
-        before = [self._flat_or_none(t) for t in given]
-        name = _name_of(func)
-        operands = _operands(args, kwargs)
-        values = [v.clone() if isinstance(v, Tensor) and id(v) in self._known else v for v in operands]
-        self._judge(name, operands, kwargs)
+        call = self._call(func, args, kwargs)
+        alone = all(id(t) in self._known or self._is_constant(t) for t in given)
+        self._judge(call)
         result = func(*args, **kwargs)
-        alone = all(known is not None or self._is_constant(t) for t, known in zip(given, before, strict=True))
         if alone and isinstance(result, Tensor) and result.is_floating_point():
             with torch._C.DisableTorchFunction():
-                self._follow(name, func, operands, values, args, kwargs, result)
+                flat = call.flat(result)
+                if flat is not None:
+                    sites: frozenset[str] = frozenset().union(*(k.sites for k in call.known))
+                    self._note(result, flat.expand_as(result), sites)
         return result
 
-    def _judge(self, name: str, operands: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Report flat values that this call divides by."""
-        exponent = operands[1] if name == "pow" and len(operands) > 1 else None
-        if (name in _DIVIDING and len(operands) > 1) or (name == "addcdiv" and len(operands) > 2):
-            self._report(operands[1 if name in _DIVIDING else 2])
-        elif name in _INVERTING or (isinstance(exponent, int | float) and exponent < 0):
-            self._report(operands[0])
-        elif name == "batch_norm" and len(operands) > 2:
-            numbers = [v for v in operands[3:] if isinstance(v, float)]
-            self._report(operands[2], float(kwargs.get("eps", numbers[-1] if numbers else 1e-5)))
+    def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Call:
+        """Describe a call before it is made: what it works on in place is copied."""
+        operands: list[Any] = [*args, *(kwargs[key] for key in _NAMED if key in kwargs)]
+        with torch._C.DisableTorchFunction():
+            for place, value in enumerate(operands):
+                known = self._known.get(id(value))
+                if known is not None:
+                    operands[place] = replace(known, value=known.value.clone())
+        name = _name_of(func)
+        if name == "max":
+            name = "maximum" if len(operands) > 1 and isinstance(operands[1], Tensor | _Known) else "amax"
+        return _Call(name, func, operands, args[1:], kwargs)
 
-    def _report(self, divisor: Any, eps: float = 0.0) -> None:
-        known = self._known.get(id(divisor))
-        if known is None:
+    def _judge(self, call: _Call) -> None:
+        """Report flat values that a call divides by."""
+        divisor, eps = call.divisor
+        if not isinstance(divisor, _Known):
             return
         with torch._C.DisableTorchFunction():
-            flat = known.flat | (known.value <= eps) if eps else known.flat
+            flat = divisor.flat | (divisor.value <= eps) if eps else divisor.flat
             places = flat.flatten().nonzero().flatten().tolist()
-        for site in known.sites if places else ():
+        for site in divisor.sites if places else ():
             self.found.setdefault(site, set()).update(places)
-
-    def _follow(
-        self,
-        name: str,
-        func: Callable[..., Any],
-        operands: Sequence[Any],
-        values: Sequence[Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        result: Tensor,
-    ) -> None:
-        """Say where the result of a call on statistics, weights and numbers alone is flat, if the rules tell."""
-        knowns = [self._known[id(v)] for v in operands if isinstance(v, Tensor) and id(v) in self._known]
-        sites = frozenset().union(*(k.sites for k in knowns))
-        first = knowns[0]
-        flat: Tensor | None = None
-        if name in _ADDING or name in _BOUNDING:
-            flat = _with_eps(knowns, values, kwargs, result)
-        elif name in _SUBTRACTING:
-            flat = _difference(knowns, values)
-        elif name in _REPLACING:
-            flat = first.flat | (first.value != result)
-        elif name in _COMBINING or name in _DIVIDING:
-            flat = first.flat
-            for other in knowns[1:]:
-                flat = flat | other.flat
-        elif name in _REDUCING:
-            flat = func(1 - first.flat.to(result.dtype), *args[1:], **kwargs) <= 0
-        elif name in _MOVING and operands[0] is first.value:
-            flat = func(first.flat.to(first.value.dtype), *args[1:], **kwargs) > 0
-        if flat is not None:
-            self._note(result, flat.expand_as(result), sites)
 
     def _note(self, value: Tensor, flat: Tensor, sites: frozenset[str]) -> None:
         self._known[id(value)] = _Known(value, flat, sites)
-
-    def _flat_or_none(self, tensor: Tensor) -> _Known | None:
-        return self._known.get(id(tensor))
 
     def _is_constant(self, tensor: Tensor) -> bool:
         """Tell whether a tensor is no map of the image: a weight, or a single number."""
         return id(tensor) in self._weights or tensor.numel() == 1 or tensor.dtype == torch.bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A call that statistics go into; among its operands they stand as _Known, `rest` are the arguments after one."""
+
+    name: str
+    func: Callable[..., Any]
+    operands: list[Any]
+    rest: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def known(self) -> list[_Known]:
+        """Return the statistics among the operands."""
+        return [value for value in self.operands if isinstance(value, _Known)]
+
+    @property
+    def divisor(self) -> tuple[Any, float]:
+        """Return what the call divides by, if it divides, and the eps that it adds itself."""
+        operands = self.operands
+        if self.name in _DIVIDING:
+            return operands[1] if len(operands) > 1 else None, 0.0
+        if self.name == "addcdiv":
+            return operands[2] if len(operands) > 2 else None, 0.0
+        if self.name == "batch_norm" and len(operands) > 2:
+            numbers = [value for value in operands[3:] if isinstance(value, float)]
+            return operands[2], float(self.kwargs.get("eps", numbers[-1] if numbers else 1e-5))
+        exponent = operands[1] if self.name == "pow" and len(operands) > 1 else 1
+        inverts = self.name in _INVERTING or (isinstance(exponent, int | float) and exponent < 0)
+        return (operands[0] if inverts else None), 0.0
+
+    def flat(self, result: Tensor) -> Tensor | None:
+        """Return where the result is flat, if the rules tell."""
+        first, *others = self.known
+        if self.name in _ADDING or self.name in _BOUNDING:
+            return first.flat & others[0].flat if others else first.flat | self._is_eps(first.value)
+        if self.name in _SUBTRACTING:
+            return _cancelled(first, others[0]) if others else first.flat
+        if self.name in _REPLACING:
+            return first.flat | (first.value != result)
+        if self.name in _COMBINING or self.name in _DIVIDING:
+            return first.flat | others[0].flat if others else first.flat
+        if not isinstance(self.operands[0], _Known):
+            return None
+        if self.name in _REDUCING:
+            live = self.func(1 - first.flat.to(result.dtype), *self.rest, **self.kwargs)
+            return live <= 0  # type: ignore[no-any-return]
+        if self.name in _MOVING:
+            moved = self.func(first.flat.to(first.value.dtype), *self.rest, **self.kwargs)
+            return moved > 0  # type: ignore[no-any-return]
+        return None
+
+    def _is_eps(self, value: Tensor) -> Tensor:
+        """Return where the number beside a value, which is added or bounds it from below, is what counts."""
+        numbers = [n for n in (*self.operands, self.kwargs.get("min")) if isinstance(n, int | float | Tensor)]
+        if not numbers:
+            return torch.zeros_like(value, dtype=torch.bool)
+        eps = torch.as_tensor(numbers[0], dtype=value.dtype, device=value.device)
+        return (value.abs() <= eps) & (eps > 0) & (eps <= _LARGEST_EPS)
+
+
 @contextmanager
-def following(model: nn.Module, sites: Mapping[str, FrozenStatistic]) -> Iterator[Divisors]:
-    """Follow the statistics of these sites, by id, while the model runs in the block."""
+def following(model: nn.Module, sites: Mapping[str, tuple[FrozenStatistic, str]]) -> Iterator[Divisors]:
+    """Follow statistics, given by site with their law, while the model runs in the block."""
     divisors = Divisors(model)
 
-    def take(site: str, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-        assert isinstance(module, FrozenStatistic)
+    def take(site: str, law: str, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         with torch._C.DisableTorchFunction():
-            divisors.take(site, module, args, result)
+            divisors.take(site, law, args, result)
 
-    handles = [module.register_forward_hook(partial(take, site)) for site, module in sites.items()]
+    handles = [
+        module.register_forward_hook(partial(take, site, law)) for site, (module, law) in sites.items()
+    ]
     try:
         with divisors:
             yield divisors
@@ -184,47 +209,23 @@ def following(model: nn.Module, sites: Mapping[str, FrozenStatistic]) -> Iterato
             handle.remove()
 
 
-def _with_eps(
-    knowns: Sequence[_Known], values: Sequence[Any], kwargs: Mapping[str, Any], result: Tensor
-) -> Tensor:
-    """Return where a sum, or the larger of two, is an eps."""
-    flat = knowns[0].flat
-    for other in knowns[1:]:
-        flat = flat & other.flat
-    if len(knowns) > 1:
-        return flat
-    (value,) = [v for v in values if isinstance(v, Tensor) and v.shape == knowns[0].flat.shape][:1] or [
-        knowns[0].value
-    ]
-    others = [v for v in (*values, kwargs.get("min")) if v is not None and v is not value]
-    for eps in others[:1]:
-        small = torch.as_tensor(eps, dtype=value.dtype, device=value.device)
-        flat = flat | ((value <= small) & (small > 0) & (small <= _LARGEST_EPS))
-    return flat
+def _rounding(law: str, operand: Tensor, dtype: torch.dtype) -> float:
+    """Return what a spread of this operand may be by rounding alone; other statistics are flat where they are 0."""
+    if not law.startswith(("variance", "deviation")) or not operand.numel():
+        return 0.0
+    unit = float(operand.detach().double().abs().max()) * torch.finfo(dtype).eps / 2
+    return unit**2 if law.startswith("variance") else unit
 
 
-def _difference(knowns: Sequence[_Known], values: Sequence[Any]) -> Tensor:
-    if len(knowns) < 2:
-        return knowns[0].flat
-    a, b = (v for v in values[:2])
-    unit = 2 * torch.finfo(a.dtype).eps
-    return (a - b).abs() <= unit * torch.maximum(a.abs(), b.abs())
-
-
-def _is_spread(site: str) -> bool:
-    return site.split("/")[-2] in ("var", "std", "var_mean", "std_mean")
-
-
-def _operands(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    named = [kwargs[key] for key in ("input", "running_mean", "running_var", "other", "tensor2") if key in kwargs]
-    return [*args, *named]
+def _cancelled(a: _Known, b: _Known) -> Tensor:
+    """Return where a difference is below the rounding of what it is the difference of."""
+    unit = 2 * torch.finfo(a.value.dtype).eps
+    return (a.value - b.value).abs() <= unit * torch.maximum(a.value.abs(), b.value.abs())
 
 
 def _name_of(func: Callable[..., Any]) -> str:
     """Return a call's name without what says how it was spelt: `__radd__`, `add_` and `aten.add.Tensor` are alike."""
-    if isinstance(func, OpOverload):
-        name = func._schema.name.partition("::")[2]
-    else:
-        name = getattr(func, "__name__", "")
+    named = isinstance(func, OpOverload)
+    name = func._schema.name.partition("::")[2] if named else getattr(func, "__name__", "")
     dunder = name.startswith("__") and name.endswith("__")
     return name.strip("_") if dunder else name.removesuffix("_")

@@ -340,8 +340,8 @@ class CalibrationSummary(Record):
 
     `engine` tells how: stage by stage over blocks, or in passes over whole images; `reason` why not in stages,
     where they were asked for. `ignored` counts the pixels of each image that its mask left out, empty without
-    masks. `sample` is there where not all of the images was measured; spread is between blocks then. `findings` name the
-    sites whose statistic is flat on every image, where that was allowed.
+    masks. `sample` is there where not all of the images was measured; spread is between blocks then. `findings` name
+    the sites whose statistic is flat on every image, where that was allowed.
     """
 
     images: tuple[tuple[int, ...], ...]
