@@ -5,7 +5,8 @@ network divides by it, the quotient of the next image is as large as 1 / eps. So
 is computed from them, weights and numbers alone, and each value carries whether it is flat:
 
     a statistic v             where v = 0; a variance or deviation also where it is below the rounding of its operand
-    v + eps, max(v, eps)      where v <= eps; eps is a number of at most 0.01, since a larger one amplifies nothing
+    v + eps, max(v, eps)      where v <= eps, for a number of at most 0.01; a larger one amplifies nothing: nowhere
+    v or another instead      where the other one is taken (torch.where)
     a - b                     where the difference is below the rounding of a and b (a range)
     a + b                     where both are
     sum, mean, maximum of v   where all are
@@ -40,6 +41,7 @@ _INVERTING = frozenset({"rtruediv", "rdiv", "rsqrt", "reciprocal"})
 _ADDING = frozenset({"add", "radd", "iadd"})
 _SUBTRACTING = frozenset({"sub", "subtract", "isub"})
 _BOUNDING = frozenset({"clamp", "clamp_min", "clip", "maximum"})
+_FILLING = frozenset({"ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full"})
 _REPLACING = frozenset({"where", "masked_fill", "nan_to_num"})
 _COMBINING = frozenset({"mul", "multiply", "rmul", "imul", "pow", "square", "abs", "sqrt"})
 _REDUCING = frozenset({"mean", "sum", "amax"})
@@ -64,7 +66,7 @@ class Divisors(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._weights = {id(t) for t in (*model.parameters(), *model.buffers())}
+        self._constants = {id(t): t for t in (*model.parameters(), *model.buffers())}
         self._known: dict[int, _Known] = {}  # holds its tensors, so that no other takes their ids
         self.found: dict[str, set[int]] = {}
 
@@ -89,7 +91,9 @@ class Divisors(TorchFunctionMode):
         alone = all(id(t) in self._known or self._is_constant(t) for t in given)
         self._judge(call)
         result = func(*args, **kwargs)
-        if alone and isinstance(result, Tensor) and result.is_floating_point():
+        if call.name in _FILLING:
+            self._constants[id(result)] = result
+        elif alone and isinstance(result, Tensor) and result.is_floating_point():
             with torch._C.DisableTorchFunction():
                 flat = call.flat(result)
                 if flat is not None:
@@ -126,7 +130,7 @@ class Divisors(TorchFunctionMode):
 
     def _is_constant(self, tensor: Tensor) -> bool:
         """Tell whether a tensor is no map of the image: a weight, or a single number."""
-        return id(tensor) in self._weights or tensor.numel() == 1 or tensor.dtype == torch.bool
+        return id(tensor) in self._constants or tensor.numel() == 1 or tensor.dtype == torch.bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +167,7 @@ class _Call:
         """Return where the result is flat, if the rules tell."""
         first, *others = self.known
         if self.name in _ADDING or self.name in _BOUNDING:
-            return first.flat & others[0].flat if others else first.flat | self._is_eps(first.value)
+            return first.flat & others[0].flat if others else self._beside_eps(first)
         if self.name in _SUBTRACTING:
             return _cancelled(first, others[0]) if others else first.flat
         if self.name in _REPLACING:
@@ -180,13 +184,14 @@ class _Call:
             return moved > 0  # type: ignore[no-any-return]
         return None
 
-    def _is_eps(self, value: Tensor) -> Tensor:
-        """Return where the number beside a value, which is added or bounds it from below, is what counts."""
+    def _beside_eps(self, known: _Known) -> Tensor:
+        """Return where a value is nothing beside the number that is added, or bounds it from below."""
+        value = known.value
         numbers = [n for n in (*self.operands, self.kwargs.get("min")) if isinstance(n, int | float | Tensor)]
         if not numbers:
-            return torch.zeros_like(value, dtype=torch.bool)
+            return known.flat
         eps = torch.as_tensor(numbers[0], dtype=value.dtype, device=value.device)
-        return (value.abs() <= eps) & (eps > 0) & (eps <= _LARGEST_EPS)
+        return (known.flat | (value.abs() <= eps)) & (eps <= _LARGEST_EPS)
 
 
 @contextmanager

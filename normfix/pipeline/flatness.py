@@ -97,9 +97,9 @@ def _message(target: Target, site: SiteStatistics) -> str:
             f"{_gain(target.holder.eps)}."
         )
     return (
-        f"the network divides by it, and {_places('value', site.flat)} of that divisor is zero, or no larger than the "
-        "eps beside it, on the calibration images: where another image has structure there, it is divided by next to "
-        "nothing."
+        f"the network divides by what it makes of it, and there {_places('value', site.flat)} vanish on the calibration "
+        "images (zero, or no larger than the eps beside it), so where another image has structure, it is divided by "
+        "next to nothing."
     )
 
 
