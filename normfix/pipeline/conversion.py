@@ -20,7 +20,7 @@ from normfix.pipeline.bases import base_of
 from normfix.pipeline.engines import engine_of
 from normfix.pipeline.exactness import Subject, middle_of
 from normfix.pipeline.examples import default_example, fitting_example
-from normfix.pipeline.flatness import judged
+from normfix.pipeline.flatness import all_empty, judged
 from normfix.pipeline.looking import Look, look, site_target
 from normfix.pipeline.opening import sources_of
 from normfix.pipeline.streamed import Resources, StoredTarget, measure_streamed_
@@ -201,6 +201,7 @@ def convert(
             example.to(*home),
             allow=allow_flat,
             classes={d.site.id: d.site.owner_class.rpartition(".")[2] for d in measured},
+            empty=all_empty(sources if sources is not None else items or ()),
         )
     work = _Work(
         base, converted, plan, seen, items, example.to(*home), caller, summary, tile, sources is None

@@ -7,7 +7,8 @@ is exact on that image.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,9 +18,10 @@ from normfix.calling import Caller, buffers_kept, evaluating
 from normfix.divisors import following
 from normfix.errors import NormfixError
 from normfix.records import CalibrationSummary, Finding, SiteStatistics
+from normfix.streaming import Source
 from normfix.targets import NormTarget, StatisticTarget, Target
 
-__all__ = ["FLAT", "flat_before", "judged"]
+__all__ = ["FLAT", "all_empty", "flat_before", "judged"]
 
 FLAT = "NF231"
 _NAMED = 8
@@ -37,6 +39,24 @@ def flat_before(targets: Sequence[Target]) -> dict[str, frozenset[int]]:
     return found
 
 
+def all_empty(images: Iterable[Tensor | Source]) -> bool:
+    """Tell whether every image is one constant per channel; reads no further than the first that is not."""
+    return all(map(_is_empty, images))
+
+
+def _is_empty(image: Tensor | Source) -> bool:
+    if isinstance(image, Tensor):
+        return bool((image == image[(..., *(slice(0, 1),) * (image.dim() - 2))]).all())
+    first, *rest = image.shape[2:]
+    whole = [(0, n) for n in rest]
+    pixel = image.read([(0, 1)] * (1 + len(rest)))
+    step = max(1, (1 << 22) // math.prod(rest))
+    return all(
+        bool((image.read([(start, min(first, start + step)), *whole]) == pixel).all())
+        for start in range(0, first, step)
+    )
+
+
 def judged(
     model: nn.Module,
     targets: Sequence[Target],
@@ -47,6 +67,7 @@ def judged(
     allow: bool,
     classes: Mapping[str, str],
     known: Mapping[str, frozenset[int]] | None = None,
+    empty: bool = False,
 ) -> CalibrationSummary:
     """Return the summary with a finding for every site that is flat on all images.
 
@@ -59,6 +80,7 @@ def judged(
         allow: name what is flat, and do not refuse it.
         classes: of the sites' owners, for the message.
         known: channels by site that are flat without being news, as a trained network has them.
+        empty: every image is constant, so that what spread there is comes from the network's own padding.
 
     Raises:
         NormfixError: NF231 for a flat site, unless allowed.
@@ -69,7 +91,8 @@ def judged(
         places = {*site.flat, *divided.get(site.site, ())} - (known or {}).get(site.site, frozenset())
         sites.append(replace(site, flat=tuple(sorted(places))))
     by_name = {target.name: target for target in targets}
-    found = [
+    found = [Finding(code=FLAT, where="images", message=_EMPTY)] if empty else []
+    found += [
         Finding(
             code=FLAT,
             where=f"{site.site} ({classes.get(site.site, '')})",
@@ -79,11 +102,15 @@ def judged(
         if site.flat
     ]
     if found and not allow:
-        others = f" So it is at {len(found) - 1} more sites." if found[1:] else ""
+        others = f" {len(found) - 1} more sites are flat." if found[1:] else ""
         raise NormfixError(FLAT, f"{found[0].message} {_NEXT}{others}", where=found[0].where)
     return replace(summary, sites=tuple(sites), findings=tuple(found))
 
 
+_EMPTY = (
+    "every calibration image is constant, so no statistic is of anything but the network's own padding at the border: "
+    "on an image with structure the constants are arbitrary."
+)
 _NEXT = (
     "Calibrate on an image that has such structure, or --allow-flat (allow_flat=True) to keep it as it is."
 )
@@ -97,9 +124,9 @@ def _message(target: Target, site: SiteStatistics) -> str:
             f"{_gain(target.holder.eps)}."
         )
     return (
-        f"the network divides by what it makes of it, and there {_places('value', site.flat)} vanish on the calibration "
-        "images (zero, or no larger than the eps beside it), so where another image has structure, it is divided by "
-        "next to nothing."
+        f"the network divides by what it makes of it, and there {_places('value', site.flat)} vanish on the "
+        "calibration images (zero, or no larger than the eps beside it), so where another image has structure, it is "
+        "divided by next to nothing."
     )
 
 

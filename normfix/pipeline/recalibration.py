@@ -23,7 +23,7 @@ from normfix.moments import Moments
 from normfix.pipeline.engines import engine_of
 from normfix.pipeline.exactness import middle_of
 from normfix.pipeline.examples import fitting_example
-from normfix.pipeline.flatness import flat_before, judged
+from normfix.pipeline.flatness import all_empty, flat_before, judged
 from normfix.pipeline.known import ForwardFn
 from normfix.pipeline.looking import geometry_of, look, site_target
 from normfix.pipeline.masking import Mask, ignored_pixels, masked
@@ -178,6 +178,7 @@ def calibrate_(
             allow=allow_flat,
             classes=_classes(known, model, targets),
             known=trained,
+            empty=all_empty(items if items is not None else sources or ()),
         )
 
 

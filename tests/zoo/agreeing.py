@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import normfix
@@ -66,6 +65,8 @@ def _output(entry: Entry, model: nn.Module, image: Tensor) -> tuple[Tensor, int]
         result = network(image.clone()) if entry.call is None else entry.call(network, image.clone())
     if entry.output is not None:
         key: Any = entry.output
-        result = result[int(key) if isinstance(key, str) and key.isdigit() and not isinstance(result, dict) else key]
+        result = result[
+            int(key) if isinstance(key, str) and key.isdigit() and not isinstance(result, dict) else key
+        ]
     assert isinstance(result, Tensor)
     return result, mode.casts
