@@ -230,7 +230,8 @@ def _cancelled(a: _Known, b: _Known) -> Tensor:
 
 def _name_of(func: Callable[..., Any]) -> str:
     """Return a call's name without what says how it was spelt: `__radd__`, `add_` and `aten.add.Tensor` are alike."""
-    named = isinstance(func, OpOverload)
-    name = func._schema.name.partition("::")[2] if named else getattr(func, "__name__", "")
+    if isinstance(func, OpOverload):
+        return func._schema.name.partition("::")[2].removesuffix("_")
+    name = getattr(func, "__name__", "")
     dunder = name.startswith("__") and name.endswith("__")
     return name.strip("_") if dunder else name.removesuffix("_")

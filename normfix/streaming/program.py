@@ -257,9 +257,8 @@ def _place(tensor: Tensor) -> tuple[int, int, int]:
     """Return a tensor's storage and the bytes between its first and last element there."""
     storage = tensor.untyped_storage()
     reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.storage_offset()
-    size = tensor.element_size()
-    return storage._cdata, start * size, (start + reach + 1) * size
+    start, size = int(tensor.storage_offset()), tensor.element_size()
+    return int(storage._cdata), start * size, (start + int(reach) + 1) * size
 
 
 def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

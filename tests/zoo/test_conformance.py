@@ -83,7 +83,7 @@ def _agree(entry):
     return found
 
 
-@pytest.mark.parametrize("entry", [NNUNET[0], by_name("monai DynUNet instance 2D")], ids=lambda e: e.name)
+@pytest.mark.parametrize("entry", [NNUNET[0], by_name("monai DynUNet group 2D")], ids=lambda e: e.name)
 def test_statistics_of_a_representative_network_agree_with_the_original(entry):
     """Measured in passes, in stages and per image, they give the original's output of another image to 1e-9 sd."""
     assert _agree(entry)["engine"] == "stages"
