@@ -46,7 +46,8 @@ def all_empty(images: Iterable[Tensor | Source]) -> bool:
 
 def _is_empty(image: Tensor | Source) -> bool:
     if isinstance(image, Tensor):
-        return bool((image == image[(..., *(slice(0, 1),) * (image.dim() - 2))]).all())
+        pixel = image.flatten(2)[..., :1]  # (n, c, *space) -> (n, c, 1)
+        return bool((image.flatten(2) == pixel).all())
     first, *rest = image.shape[2:]
     whole = [(0, n) for n in rest]
     pixel = image.read([(0, 1)] * (1 + len(rest)))

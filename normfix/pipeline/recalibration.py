@@ -168,7 +168,7 @@ def calibrate_(
             tile = tile or _TILES[len(sources[0].shape) - 2]
             resources = Resources(tile=tile, budget=budget, store=store, engine=crew, watch=watch)
             summary = work.of_sources(sources, mask, None if passes else resources, sample, seed)
-        first = next(iter(items)) if items is not None else middle_of((sources or ())[0])
+        first = next(iter(items if items is not None else (middle_of(source) for source in sources or ())))
         return judged(
             model,
             targets,
