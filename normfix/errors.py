@@ -137,6 +137,11 @@ CODES: dict[str, str] = {
     "NF230": "Some statistics have no population law: a median, a matrix product over space, a pool of a pool. The "
     "value of one image can be frozen, the values of several cannot become one. Give one image, or keep the "
     "module that computes it.",
+    "NF231": "A statistic that the network divides by (a variance, a range, a norm) is at or below its eps on every "
+    "calibration image: a channel that nothing in them reaches, an empty field, blank padding. Frozen, it would be a "
+    "constant of next to nothing, and the first image with structure there is multiplied by up to 1/sqrt(eps). "
+    "Calibrate on images that have such structure. If the channel is dead for good, or such images are all there "
+    "will be, --allow-flat (allow_flat=True) keeps it, and record, report and model card name it.",
     "NF240": "The dye (one NaN pixel followed through a real forward pass) shows that the result of this operation "
     "depends on the whole extent, and the list of calls has no rule for it. It counts as a live site and is refused. "
     "A statistic that is written with known functions of torch (mean, var, amax, norm) is converted; attention and "
@@ -217,6 +222,9 @@ CODES: dict[str, str] = {
     "(give a path).",
     "NF336": "The same block ended several workers one after another, mostly for want of memory. Give smaller blocks "
     "(--tile), or workers more memory. What is whole is kept; the same command goes on from there.",
+    "NF340": "What reads a site's statistic was not found in the captured graph, so stages after it would be measured "
+    "under the statistic it had before. Nothing is measured then. Passes over whole images do not use the graph: "
+    "calibrate without tile, store or budget.",
     # 4xx: checking and predicting
     "NF401": "This site computes its statistic from the tile, so tiles disagree whatever the halo.",
     "NF402": "Tiles must start in phase: a tile size is a positive multiple of the network's total stride on "

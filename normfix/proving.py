@@ -14,6 +14,7 @@ from normfix.records import (
     Action,
     CalibrationSummary,
     ImageShift,
+    Means,
     Plan,
     ProofStep,
     Site,
@@ -133,12 +134,13 @@ def tile_exactness(
 def untouched(original: nn.Module, converted: nn.Module, plan: Plan) -> ProofStep:
     """Prove that parameters and buffers outside the converted sites are bit-equal."""
     claim = "parameters and buffers outside the converted sites are unchanged to the bit"
-    owners = {d.site.owner for d in plan.converted}
+    modules = dict(original.named_modules(remove_duplicate=False))
+    replaced = {modules.get(d.site.owner) for d in plan.converted if d.means is Means.SWAP}
     after = dict(_tensors(converted))
     changed = [
         name
         for name, value in _tensors(original)
-        if name.rpartition(".")[0] not in owners
+        if modules.get(name.rpartition(".")[0]) not in replaced
         and (name not in after or not torch.equal(value, after[name]))
     ]
     note = ", ".join(changed[:4])
@@ -146,9 +148,13 @@ def untouched(original: nn.Module, converted: nn.Module, plan: Plan) -> ProofSte
 
 
 def used(
-    calls: Mapping[str, int], sites: Iterable[Site], plan: Plan, judged: Iterable[Site] = ()
+    calls: Mapping[str, int],
+    sites: Iterable[Site],
+    plan: Plan,
+    judged: Iterable[Site] = (),
+    values: Sequence[str] = (),
 ) -> ProofStep:
-    """Prove on another input that every planned layer runs once and no planned call is live.
+    """Prove on another input that every planned layer runs once, no planned call is live and values are right.
 
     On the calibration image itself a lost interception is invisible, since there live equals frozen.
 
@@ -157,13 +163,15 @@ def used(
         sites: what the census finds in the converted network.
         plan: says what was converted, and what stays live.
         judged: sites that it calls live in the original too and that the scan has found not to be.
+        values: what the network gives there that differs from its statistics' own formula, computed apart.
     """
-    claim = "on another input, every converted site runs once and none is live"
+    claim = "on another input, every converted site runs once, none is live, and each gives what its statistics say"
     lost = [d.site.id for d in plan.converted if calls.get(d.target, 0) != 1]
     expected = Counter((d.site.owner, d.site.function) for d in plan.left_live)
     expected += Counter((site.owner, site.function) for site in judged)
     surplus = Counter((site.owner, site.function) for site in sites if site.live) - expected
-    wrong = [*lost, *(f"{owner or '(root)'}/{function} is live" for owner, function in surplus)]
+    live = (f"{owner or '(root)'}/{function} is live" for owner, function in surplus)
+    wrong = [*lost, *live, *values]
     note = ", ".join(wrong[:4])
     return _step("used", claim, "failed" if wrong else "passed", float(len(wrong)), 0.0, note)
 

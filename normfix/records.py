@@ -282,6 +282,8 @@ class SiteStatistics(Record):
     difference in units of the root mean square of the stored values, and `variance_ratio` is 1, 1.
 
     Of a sample, `mean_error` and `sd_error` are the largest standard errors of a channel's mean and deviation, in sd.
+    `flat` are the channels whose variance is at or below the norm's eps on every image; of a statistic that is no norm
+    the values that the network divides by and that vanish beside the eps of that division.
     """
 
     site: str
@@ -291,6 +293,7 @@ class SiteStatistics(Record):
     variance_ratio: tuple[float, float]
     mean_error: float | None = None
     sd_error: float | None = None
+    flat: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -323,12 +326,22 @@ class ImageShift(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Finding(Record):
+    """One named reason, with the place it concerns."""
+
+    code: str
+    where: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationSummary(Record):
     """What was measured on which images.
 
     `engine` tells how: stage by stage over blocks, or in passes over whole images; `reason` why not in stages,
     where they were asked for. `ignored` counts the pixels of each image that its mask left out, empty without
-    masks. `sample` is there where not all of the images was measured; spread is between blocks then.
+    masks. `sample` is there where not all of the images was measured; spread is between blocks then. `findings` name
+    the sites whose statistic is flat on every image, where that was allowed.
     """
 
     images: tuple[tuple[int, ...], ...]
@@ -337,15 +350,7 @@ class CalibrationSummary(Record):
     reason: str = ""
     ignored: tuple[int, ...] = ()
     sample: Sampled | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding(Record):
-    """One named reason, with the place it concerns."""
-
-    code: str
-    where: str
-    message: str
+    findings: tuple[Finding, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

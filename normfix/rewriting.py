@@ -84,7 +84,7 @@ def set_statistics_(
     spec = decision.site.layer
     assert spec is not None
     grouped = pool(moments, spec.groups)
-    if decision.action is Action.FREEZE or spec.groups == spec.features:
+    if not _is_regrouped(decision):
         _store(layer, grouped)
         return
     _store(layer, moments)
@@ -152,12 +152,6 @@ def _store(layer: ChannelNorm, moments: Moments) -> None:
 
 def _express_group_affine(layer: ChannelNorm, channel: Moments, group: Moments, spec: LayerSpec) -> None:
     """Apply w' = w s_c / s_g,  b' = b + w (m_c - m_g) / s_g  (normfix.rules.group)."""
-    for name in (
-        "weight",
-        "bias",
-    ):  # a parameter that several norms share would be re-expressed several times
-        given = getattr(layer, name)
-        setattr(layer, name, nn.Parameter(given.detach().clone(), requires_grad=given.requires_grad))
     s_c, s_g = (channel.var + spec.eps).sqrt(), (group.var + spec.eps).sqrt()
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, Tensor)
@@ -215,8 +209,7 @@ def _intercept(modules: dict[str, nn.Module], decision: Decision) -> None:
 def _wrapped_norm(decision: Decision, owner: nn.Module, like: nn.Module) -> InterceptedNorm:
     spec = decision.site.layer
     assert spec is not None
-    regrouped = decision.action is Action.BATCHRENORM and spec.groups != spec.features
-    norm = _new_layer(decision, affine=regrouped, like=like)
+    norm = _new_layer(decision, affine=_is_regrouped(decision), like=like)
     _take_statistics(norm, owner, decision)
     return InterceptedNorm(norm)
 
@@ -240,7 +233,14 @@ def _constant(decision: Decision, like: nn.Module) -> layers.FrozenStatistic:
 def _needs_affine(decision: Decision) -> bool:
     spec = decision.site.layer
     assert spec is not None
-    return spec.affine or (decision.action is Action.BATCHRENORM and spec.groups != spec.features)
+    return spec.affine or _is_regrouped(decision)
+
+
+def _is_regrouped(decision: Decision) -> bool:
+    """Tell whether statistics of groups become those of channels, and the affine map is re-expressed."""
+    spec = decision.site.layer
+    assert spec is not None
+    return decision.action is Action.BATCHRENORM and spec.groups != spec.features
 
 
 def _new_layer(decision: Decision, *, affine: bool, like: nn.Module) -> ChannelNorm:
@@ -278,6 +278,9 @@ def _take_affine(new: ChannelNorm, old: nn.Module, decision: Decision) -> None:
         if isinstance(old, nn.LayerNorm):
             values = channel_affine(parameter.detach(), spec.features, spec.ndim)
             parameter = nn.Parameter(values, requires_grad=parameter.requires_grad)
+        elif _is_regrouped(decision):
+            # norms that share one affine map need one each
+            parameter = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
         setattr(new, name, parameter)
 
 

@@ -77,6 +77,10 @@ class Target(Protocol):
         """Compare what the parts' union would store with what is stored."""
         ...
 
+    def flat(self, parts: Sequence[Any]) -> tuple[int, ...]:
+        """Return the channels whose spread, which is divided by, is nothing in every part."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class TargetAround:
@@ -119,6 +123,10 @@ class TargetAround:
     def compare(self, parts: Sequence[Any]) -> SiteStatistics:
         """Compare with what is stored."""
         return self.target.compare(parts)
+
+    def flat(self, parts: Sequence[Any]) -> tuple[int, ...]:
+        """Return the channels without spread."""
+        return self.target.flat(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +195,18 @@ class NormTarget:
             spread=spread,
             mean_shift=float(((mean - stored_mean.double().cpu()).abs() / sd).max()),
             variance_ratio=(float(ratio.min()), float(ratio.max())),
+            flat=self.flat(parts),
         )
+
+    def flat(self, parts: Sequence[Moments]) -> tuple[int, ...]:
+        """Return the channels whose variance is at or below eps, or below rounding, in every part; see Target."""
+        stored, eps = self.holder.running_var, self.holder.eps
+        assert isinstance(stored, Tensor)
+        assert isinstance(eps, float)
+        unit = torch.finfo(stored.dtype).eps / 2
+        population = [self.expected(part) for part in parts if part.count]
+        small = [p.var <= (unit * p.mean).square().clamp_min(eps) for p in population]
+        return tuple(torch.stack(small).all(0).nonzero().flatten().tolist())
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +283,10 @@ class StatisticTarget:
             mean_shift=float((torch.cat(rounded) - stored).abs().max()) / unit,
             variance_ratio=(1.0, 1.0),
         )
+
+    def flat(self, parts: Sequence[Seen]) -> tuple[int, ...]:
+        """Return nothing: what is divided by it is seen only where it is used (normfix.divisors); see Target."""
+        return ()
 
     def _population(self, parts: Sequence[Seen]) -> tuple[Tensor, ...]:
         images = sum(part.images for part in parts)

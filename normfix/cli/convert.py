@@ -44,6 +44,11 @@ __all__ = ["convert_command"]
     is_flag=True,
     help="Write the original class as its own library does; only where every norm was a BatchNorm.",
 )
+@click.option(
+    "--allow-flat",
+    is_flag=True,
+    help="Keep statistics that are divided by and vanish on every image; they are named in the result.",
+)
 @image_options
 @click.option(
     "--tile", type=click.IntRange(1), help="Size of the blocks to measure in, and of the tiles to prove with."
@@ -69,6 +74,7 @@ def convert_command(
     strict: bool,
     partial: bool,
     portable: bool,
+    allow_flat: bool,
     report: str | None,
     format_: str,
     tile: int | None,
@@ -123,6 +129,7 @@ def convert_command(
             source=opened.source,
             output=arguments.output,
             as_trained=as_trained,
+            allow_flat=allow_flat,
             tile=tile,
             **stages.keywords(),
             watch=watch,

@@ -97,7 +97,7 @@ def conversion_text(record: ConversionRecord) -> str:
         f"  image {s.image}: prediction moved by {s.mean_sd:.2g} sd on average, {s.max_sd:.2g} at most"
         for s in record.proof.shifts
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_findings(record.calibration)])
 
 
 def proof_text(proof: Proof) -> str:
@@ -142,7 +142,11 @@ def calibration_text(summary: CalibrationSummary) -> str:
         )
         if sample.error > sample.tolerance:
             text += f" (asked for {sample.tolerance:.2g})"
-    return text
+    return "\n".join([text, *_findings(summary)])
+
+
+def _findings(summary: CalibrationSummary | None) -> list[str]:
+    return [f"  {f.code} {f.where}: {f.message}" for f in summary.findings] if summary is not None else []
 
 
 def verdict_text(verdict: Verdict) -> str:

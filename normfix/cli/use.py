@@ -95,6 +95,11 @@ _HALO = click.option(
     help="Measure a random sample of blocks, not all, until every standard error is at most this many sd.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the sample.")
+@click.option(
+    "--allow-flat",
+    is_flag=True,
+    help="Keep statistics that are divided by and vanish on every image; they are named in the result.",
+)
 @engine_option
 @stage_options
 @format_option
@@ -106,6 +111,7 @@ def calibrate_command(
     masks: tuple[str, ...],
     sample: float | None,
     seed: int,
+    allow_flat: bool,
     **options: Any,
 ) -> None:
     """Measure the statistics of a converted MODEL anew on other IMAGES, whole.
@@ -143,6 +149,7 @@ def calibrate_command(
             mask=arguments.masks(masks, opened.model) or None,
             sample=sample,
             seed=seed,
+            allow_flat=allow_flat,
             **stages.keywords(),
             watch=watch,
             output=arguments.output,

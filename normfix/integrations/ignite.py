@@ -23,10 +23,17 @@ class FineTuningHandler:
         run: of normfix.prepare_finetune.
         images: whole images, (N, C, *space) each, to measure the statistics on before each evaluation; None
             leaves them as training tracked them.
+        allow_flat: as for normfix.calibrate.
     """
 
-    def __init__(self, run: FineTuning, images: Tensor | Iterable[Tensor] | None = None) -> None:
-        self.run, self.images = run, images
+    def __init__(
+        self,
+        run: FineTuning,
+        images: Tensor | Iterable[Tensor] | None = None,
+        *,
+        allow_flat: bool = False,
+    ) -> None:
+        self.run, self.images, self.allow_flat = run, images, allow_flat
         self._handle: RemovableHandle | None = None
 
     def attach(self, trainer: Engine, optimizer: optim.Optimizer, evaluator: Engine | None = None) -> None:
@@ -54,4 +61,4 @@ class FineTuningHandler:
 
     def _recalibrate(self, engine: Engine) -> None:
         assert self.images is not None
-        self.run.recalibrate(self.images)
+        self.run.recalibrate(self.images, allow_flat=self.allow_flat)

@@ -23,10 +23,17 @@ class FineTuningCallback(pl.Callback):
         run: of normfix.prepare_finetune, on the network inside the LightningModule.
         images: whole images, (N, C, *space) each, to measure the statistics on before each validation; None
             leaves them as training tracked them.
+        allow_flat: as for normfix.calibrate.
     """
 
-    def __init__(self, run: FineTuning, images: Tensor | Iterable[Tensor] | None = None) -> None:
-        self.run, self.images = run, images
+    def __init__(
+        self,
+        run: FineTuning,
+        images: Tensor | Iterable[Tensor] | None = None,
+        *,
+        allow_flat: bool = False,
+    ) -> None:
+        self.run, self.images, self.allow_flat = run, images, allow_flat
         self._handles: list[RemovableHandle] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -57,7 +64,7 @@ class FineTuningCallback(pl.Callback):
         """
         first = batch_idx == 0 and dataloader_idx == 0
         if first and self.images is not None and not trainer.sanity_checking:
-            self.run.recalibrate(self.images)
+            self.run.recalibrate(self.images, allow_flat=self.allow_flat)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the run's state for Lightning's checkpoint."""

@@ -21,6 +21,7 @@ from normfix.pipeline.durations import Announce, Durations, announce_notable, an
 from normfix.pipeline.engines import engine_of
 from normfix.pipeline.exactness import Subject, middle_of
 from normfix.pipeline.examples import default_example, fitting_example
+from normfix.pipeline.flatness import all_empty, judged
 from normfix.pipeline.looking import Look, look, site_target
 from normfix.pipeline.opening import sources_of
 from normfix.pipeline.rounding import repeated_in_double
@@ -99,6 +100,7 @@ def convert(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     as_trained: bool = False,
+    allow_flat: bool = False,
     tile: int | None = None,
     budget: int | None = None,
     store: Path | None = None,
@@ -126,6 +128,8 @@ def convert(
         device: where to compute; default: where the model is.
         dtype: what to compute in; default: the model's own.
         as_trained: treat batch and instance norms as in train mode, where they are live.
+        allow_flat: keep a statistic that is divided by and that is at or below eps on every image; it is named in the
+            calibration. Without, it is refused.
         tile: size of the tiles to prove with; default: a quarter of the image, at most 256.
         budget: bytes of memory for values between stages. With it, a store, or images read by window, statistics are
             measured in stages over all of every image and then re-measured in other blocks; what needs whole
@@ -144,7 +148,7 @@ def convert(
 
     Raises:
         NormfixError: NF203 if live statistics are to be frozen and no image was given; NF205 if a given plan
-            is not of this network; codes of `scan` and of the images.
+            is not of this network; NF231 for a statistic without spread; codes of `scan` and of the images.
 
     Example:
         >>> import normfix, torch
@@ -201,6 +205,18 @@ def convert(
             summary = _calibrate_in_stages_(
                 converted, plan, sources, caller, resources, seen.geometry, report
             )
+    if summary is not None:
+        measured = [d for d in plan.converted if d.measured]
+        summary = judged(
+            converted,
+            [site_target(converted, d, express=False) for d in measured],
+            summary,
+            caller,
+            example.to(*home),
+            allow=allow_flat,
+            classes={d.site.id: d.site.owner_class.rpartition(".")[2] for d in measured},
+            empty=all_empty(sources if sources is not None else items or ()),
+        )
     work = _Work(
         base, converted, plan, seen, items, example.to(*home), caller, summary, tile, sources is None
     )
@@ -321,6 +337,7 @@ class _Work:
                 self.seen.geometry,
                 tuple(self.example.shape[2:]),
                 self.tile,
+                self.original,
             )
             verdict = subject.verdict(first)
             pair = self.caller.exactly(self.converted, first), self.caller.exactly(self.original, first)

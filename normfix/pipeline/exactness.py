@@ -17,6 +17,7 @@ from normfix.errors import NormfixError
 from normfix.numerics import deviation
 from normfix.pipeline.invariance import compare_with
 from normfix.pipeline.looking import thinnest
+from normfix.pipeline.values import differing_from_original, differing_layers
 from normfix.proving import used
 from normfix.records import Plan, ProofStep, Site, Verdict
 from normfix.scanning import survey
@@ -37,7 +38,7 @@ class Subject:
     """A converted network on the bench, in eval mode.
 
     `geometry` is None where it has none; `extents` are those of the example it was scanned with; `tile` is the size
-    to compare with, None for a quarter of the image.
+    to compare with, None for a quarter of the image. `original` is what it was converted from, where that is there.
     """
 
     model: nn.Module
@@ -46,6 +47,7 @@ class Subject:
     geometry: Geometry | None
     extents: tuple[int, ...]
     tile: int | None = None
+    original: nn.Module | None = None
 
     def verdict(self, image: Tensor) -> Verdict | None:
         """Compare on the image, and, along axes that windows cover there, on strips made from it.
@@ -93,7 +95,7 @@ class Subject:
         return strip(image.flip(-1) * 0.5 + noise.to(image) * image.std() * 0.2, self.extents)
 
     def used(self, image: Tensor, judge: Judge) -> ProofStep:
-        """Count the converted layers' calls on another version of the image.
+        """Count the converted layers' calls on another version of the image, and compare what they give.
 
         Where the census finds anything live there, `judge` is asked which of it the scan has found not to be.
         """
@@ -113,7 +115,13 @@ class Subject:
                 handle.remove()
         sites = survey(self.model, self.caller, other).sites
         judged = judge(other, sites) if any(site.live for site in sites) else ()
-        return used(calls, sites, self.plan, judged)
+        return used(calls, sites, self.plan, judged, self._differing(other))
+
+    def _differing(self, image: Tensor) -> list[str]:
+        """Return where the network does not give what its statistics say."""
+        if self.original is None:
+            return differing_layers(self.model, self.plan, partial(self.caller, self.model, image))
+        return differing_from_original(self.original, self.model, self.plan, self.caller, image)
 
     def _compared(self, image: Tensor, geometry: Geometry, tile: int | tuple[int, ...]) -> Verdict:
         """Compare tiles with the whole; tiles nobody asked for are doubled while the network takes none so small."""

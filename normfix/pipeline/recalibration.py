@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, cast
@@ -12,7 +12,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from normfix.calibration import Calibration, measure_sites_, remeasure_sites
+from normfix.calibration import Calibration, measure_sites_, remeasure_sites, restoring_on_error
 from normfix.calling import Caller, home_of
 from normfix.errors import NormfixError
 from normfix.graph import Program
@@ -21,7 +21,9 @@ from normfix.interception import InterceptedNorm
 from normfix.layers import ChannelNorm, FrozenStatistic
 from normfix.moments import Moments
 from normfix.pipeline.engines import engine_of
+from normfix.pipeline.exactness import middle_of
 from normfix.pipeline.examples import fitting_example
+from normfix.pipeline.flatness import all_empty, flat_before, judged
 from normfix.pipeline.known import ForwardFn
 from normfix.pipeline.looking import geometry_of, look, site_target
 from normfix.pipeline.masking import Mask, ignored_pixels, masked
@@ -29,7 +31,7 @@ from normfix.pipeline.opening import Wholes, sources_of
 from normfix.pipeline.sampling import measure_sampled_
 from normfix.pipeline.streamed import Resources, StoredTarget, measure_streamed_
 from normfix.provenance import provenance_of
-from normfix.records import CalibrationSummary, Family, Plan
+from normfix.records import CalibrationSummary, Family, Plan, Provenance
 from normfix.rewriting import copy_of
 from normfix.scanning import survey
 from normfix.stitching import padded
@@ -51,6 +53,7 @@ def calibrate(
     mask: Mask | Sequence[Mask] | None = None,
     sample: float | None = None,
     seed: int = 0,
+    allow_flat: bool = False,
     budget: int | None = None,
     store: Path | None = None,
     workers: int = 1,
@@ -76,6 +79,8 @@ def calibrate(
         sample: measure a random sample of blocks of `tile` instead of all, and stop when no standard error of a mean
             or deviation is above this many sd. The statistics are estimates then, and the summary says so.
         seed: of the sample.
+        allow_flat: keep a statistic that is divided by and that is at or below eps on every image; it is named in the
+            summary. Without, it is refused.
         budget: bytes of memory for values between stages; None is no limit. Needs `tile`.
         store: folder where values are kept on disk and the run can be continued from, after whatever stopped it.
         workers: blocks computed at a time.
@@ -89,7 +94,7 @@ def calibrate(
     Raises:
         NormfixError: NF302 if the network has live statistics, or none at all; NF301 and codes of the images; NF326
             to NF332 of the store; NF333 to NF336 of the cluster; NF137, NF138 and NF139 of the masks; NF140 of
-            the sample.
+            the sample; NF231 for a statistic without spread.
     """
     copied = copy_of(model)
     summary = calibrate_(
@@ -99,6 +104,7 @@ def calibrate(
         mask=mask,
         sample=sample,
         seed=seed,
+        allow_flat=allow_flat,
         budget=budget,
         store=store,
         workers=workers,
@@ -120,6 +126,7 @@ def calibrate_(
     mask: Mask | Sequence[Mask] | None = None,
     sample: float | None = None,
     seed: int = 0,
+    allow_flat: bool = False,
     budget: int | None = None,
     store: Path | None = None,
     workers: int = 1,
@@ -149,34 +156,95 @@ def calibrate_(
         targets = _batch_norms(
             model, fitting_example(model, next(iter(items or Wholes(sources or ()))), caller), caller
         )
-    passes = tile is None and items is not None and not crew.shared and sample is None
-    if passes and items is not None and mask is None:
-        if geometry is not None:
-            items = replace(items, prepare=partial(padded, geometry=geometry))
-        return measure_sites_(model, targets, items, caller, progress)
-    sources = sources or [TensorSource(image) for image in items or ()]
-    with ExitStack() as opened:  # mask files
-        ignored: tuple[int, ...] = ()
-        if mask is not None:
-            sources = list[Source](masked(sources, mask, opened))
-            ignored = tuple(map(ignored_pixels, sources))
-        tile = tile or _TILES[len(sources[0].shape) - 2]
-        resources = Resources(tile=tile, budget=budget, store=store, engine=crew, watch=watch)
-        if sample is not None:
-            summary = measure_sampled_(
-                model, targets, sources, caller, resources, geometry=geometry, tolerance=sample, seed=seed
-            )
-            return replace(summary, ignored=ignored)
-        summary = measure_streamed_(
+    work = _Work(model, targets, caller, geometry, progress)
+    # what is flat in the running statistics of a trained network is no news
+    trained = flat_before([t for t in targets if _is_trained(known, t.name)])
+    with restoring_on_error(targets):
+        passes = tile is None and items is not None and not crew.shared and sample is None
+        if passes and items is not None and mask is None:
+            summary = work.in_passes(items)
+        else:
+            sources = sources or [TensorSource(image) for image in items or ()]
+            tile = tile or _TILES[len(sources[0].shape) - 2]
+            resources = Resources(tile=tile, budget=budget, store=store, engine=crew, watch=watch)
+            summary = work.of_sources(sources, mask, None if passes else resources, sample, seed)
+        first = next(iter(items if items is not None else (middle_of(source) for source in sources or ())))
+        return judged(
             model,
             targets,
-            sources,
+            summary,
             caller,
-            None if passes else resources,
-            geometry=geometry,
-            progress=progress,
+            first[:1] if geometry is None else padded(first[:1], geometry),
+            allow=allow_flat,
+            classes=_classes(known, model, targets),
+            known=trained,
+            empty=all_empty(items if items is not None else sources or ()),
         )
-        return replace(summary, ignored=ignored)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Sites to measure anew, and how the network is called."""
+
+    model: nn.Module
+    targets: Sequence[Target]
+    caller: Caller
+    geometry: Geometry | None
+    progress: Progress
+
+    def in_passes(self, items: Items) -> CalibrationSummary:
+        """Measure in passes over whole images."""
+        if self.geometry is not None:
+            items = replace(items, prepare=partial(padded, geometry=self.geometry))
+        return measure_sites_(self.model, self.targets, items, self.caller, self.progress)
+
+    def of_sources(
+        self,
+        sources: Sequence[Source],
+        mask: Mask | Sequence[Mask] | None,
+        resources: Resources | None,
+        sample: float | None,
+        seed: int,
+    ) -> CalibrationSummary:
+        """Measure in stages, on a sample or without what masks ignore; without resources in passes."""
+        with ExitStack() as opened:  # mask files
+            ignored: tuple[int, ...] = ()
+            if mask is not None:
+                sources = list[Source](masked(sources, mask, opened))
+                ignored = tuple(map(ignored_pixels, sources))
+            if sample is not None and resources is not None:
+                summary = measure_sampled_(
+                    self.model,
+                    self.targets,
+                    sources,
+                    self.caller,
+                    resources,
+                    geometry=self.geometry,
+                    tolerance=sample,
+                    seed=seed,
+                )
+            else:
+                summary = measure_streamed_(
+                    self.model,
+                    self.targets,
+                    sources,
+                    self.caller,
+                    resources,
+                    geometry=self.geometry,
+                    progress=self.progress,
+                )
+            return replace(summary, ignored=ignored)
+
+
+def _is_trained(known: Provenance | None, site: str) -> bool:
+    """Tell whether a site's statistics began as running statistics of training."""
+    return known is None or any(d.site.id == site and not d.measured for d in known.plan.converted)
+
+
+def _classes(known: Provenance | None, model: nn.Module, targets: Sequence[Target]) -> dict[str, str]:
+    if known is not None:
+        return {d.site.id: d.site.owner_class.rpartition(".")[2] for d in known.plan.converted}
+    return {target.name: type(target.module).__name__ for target in targets}
 
 
 def remeasure(

@@ -198,6 +198,7 @@ class _Estimating(TargetAround):
         deviation = variance / union.var.sqrt().clamp_min(1e-300) / 2 / square.sqrt() if spreads else None
         return replace(
             found,
+            flat=self.target.flat([self.join(parts)]) if isinstance(self.target, NormTarget) else found.flat,
             mean_error=float((mean / square.sqrt()).max()),
             sd_error=None if deviation is None else float(deviation.max()),
         )

@@ -1,13 +1,16 @@
 """A network as a program to be cut: functional, with its sites' operands marked, its sizes known for any image.
 
-The network is captured with one extra output per site, the site's operand at the moment of the call. What the
-program works on in place is made functional (`run_decompositions({})` decomposes nothing that is kept as it is),
-so that no operation can write into what it reads. Asserts on sizes drop out: nothing that counts depends on them.
+The network is captured with two extra outputs per site: the site's operand at the moment of the call, and its
+answer. What reads a site's statistic is found by the tensor, whatever name the graph knows it by: a network may
+register a module twice, and the graph takes one of its names. The answer keeps such a reader in every graph, so a site
+without one is a fault that would leave statistics measured under old constants. What the program works on in place
+is made functional (`run_decompositions({})` decomposes nothing that is kept as it is), so that no operation can
+write into what it reads. Asserts on sizes drop out: nothing that counts depends on them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -73,8 +76,7 @@ class Program:
 
     def refresh_(self, model: nn.Module) -> None:
         """Take the network's state over from the model, after its statistics were set."""
-        theirs: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        theirs.update(model.named_buffers(remove_duplicate=False))
+        theirs = dict(_state(model))
         with torch.no_grad():
             for name, mine in (*self.body.named_parameters(), *self.body.named_buffers()):
                 given = theirs.get(name.removeprefix(f"{WRAPPED}."))
@@ -92,7 +94,8 @@ def captured_program(model: nn.Module, run: Run, example: Tensor, sites: Sequenc
         sites: paths of the sites' modules.
 
     Raises:
-        NormfixError: NF320 if there is no program, or one that streams cannot follow.
+        NormfixError: NF320 if there is no program, or one that streams cannot follow; NF340 if the program
+            does not read a site's statistic.
     """
     where = type(model).__name__
     captured = capture(model, partial(_with_operands, run, sites), example)
@@ -107,7 +110,7 @@ def captured_program(model: nn.Module, run: Run, example: Tensor, sites: Sequenc
     with silence():
         body = captured.program.run_decompositions({}).module()
     assert isinstance(body, GraphModule)
-    return _program(body, sites, where)
+    return _program(body, sites, _Names(model), where)
 
 
 @torch.library.custom_op("normfix::operand", mutates_args=())
@@ -121,11 +124,23 @@ def _(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
+@torch.library.custom_op("normfix::answer", mutates_args=())
+def _answer(x: Tensor) -> Tensor:
+    """Mark what a site gives by one of its values, so that its reading stays in the graph."""
+    return x.reshape(-1)[:1].clone()
+
+
+@_answer.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(1)
+
+
 def _with_operands(
     run: Run, sites: Sequence[str], model: nn.Module, image: Tensor
-) -> tuple[Any, tuple[Tensor, ...]]:
-    """Run the model and return the operands of its sites as well, in the order of `sites`."""
+) -> tuple[Any, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Run the model and return the operands and answers of its sites as well, in the order of `sites`."""
     found: dict[str, Tensor] = {}
+    answers: dict[str, Tensor] = {}
 
     def mark(site: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if site in found:
@@ -134,11 +149,18 @@ def _with_operands(
         found[site] = marked = _operand(given)
         return ((marked, *args[1:]), kwargs) if args else (args, {**kwargs, "input": marked})
 
+    def answered(site: str, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        answers[site] = _answer(next(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)))
+
     handles = [
-        model.get_submodule(site).register_forward_pre_hook(
-            partial(mark, site), prepend=True, with_kwargs=True
-        )
+        hook
         for site in sites
+        for hook in (
+            model.get_submodule(site).register_forward_pre_hook(
+                partial(mark, site), prepend=True, with_kwargs=True
+            ),
+            model.get_submodule(site).register_forward_hook(partial(answered, site), prepend=True),
+        )
     ]
     try:
         result = run(model, image)
@@ -148,22 +170,24 @@ def _with_operands(
     missing = [site for site in sites if site not in found]
     if missing:
         raise NormfixError("NF301", "the network does not reach it on this input.", where=missing[0])
-    return result, tuple(found[site] for site in sites)
+    return result, tuple(found[site] for site in sites), tuple(answers[site] for site in sites)
 
 
-def _program(body: GraphModule, sites: Sequence[str], where: str) -> Program:
+def _program(body: GraphModule, sites: Sequence[str], names: _Names, where: str) -> Program:
     graph = body.graph
     images = [n for n in graph.nodes if n.op == "placeholder"]
     if len(images) != 1:
         raise NormfixError("NF320", "its graph takes several inputs.", where=where)
     leaves = [n for n in tree_leaves(graph.output_node().args[0]) if isinstance(n, Node)]
-    outputs, marks = leaves[: len(leaves) - len(sites)], leaves[len(leaves) - len(sites) :]
+    first = len(leaves) - 2 * len(sites)
+    outputs, marks, answers = leaves[:first], leaves[first : first + len(sites)], leaves[first + len(sites) :]
     operands = [_operand_of(mark, where) for mark in marks]
     for mark in (n for n in graph.nodes if n.target is torch.ops.normfix.operand.default):
         mark.replace_all_uses_with(mark.args[0])
     outputs = [_operand_of(n, where) if n.target is torch.ops.normfix.operand.default else n for n in outputs]
     cuts = tuple(
-        Cut(site, operand, _readers(body, site)) for site, operand in zip(sites, operands, strict=True)
+        Cut(site, operand, _readers(body, site, names, answer))
+        for site, operand, answer in zip(sites, operands, answers, strict=True)
     )
     program = Program(body, images[0], tuple(outputs), cuts)
     _require_functional(program)
@@ -178,11 +202,69 @@ def _operand_of(mark: Node, where: str) -> Node:
     return mark.args[0]
 
 
-def _readers(body: GraphModule, site: str) -> frozenset[Node]:
-    """Return the nodes that read the state of a site's module."""
-    prefix = f"{WRAPPED}.{site}."
-    mine = [n for n in body.graph.nodes if n.op == "get_attr" and f"{n.target}.".startswith(prefix)]
-    return frozenset(user for node in mine for user in node.users)
+def _readers(body: GraphModule, site: str, names: _Names, answer: Node) -> frozenset[Node]:
+    """Return the nodes that read the state of a site's module, under whatever name.
+
+    Raises:
+        NormfixError: NF340 if what the site gives depends on none of them.
+    """
+    mine = names.of(site)
+    held = [n for n in body.graph.nodes if n.op == "get_attr" and n.target in mine]
+    readers = frozenset(user for node in held for user in node.users)
+    if not readers & ancestors((answer,)):
+        raise NormfixError(
+            "NF340",
+            "its graph does not read the statistic of this site from the network's state, so what comes after it "
+            "would be measured under the old one. Calibrate without tile, store or budget, in passes over whole "
+            "images, and please report it with the network.",
+            where=site,
+        )
+    return readers
+
+
+class _Names:
+    """Finds every name of a module's state, by the memory of its tensors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._at: dict[int, list[tuple[str, int, int]]] = {}
+        for name, tensor in _state(model):
+            storage, start, end = _place(tensor)
+            self._at.setdefault(storage, []).append((f"{WRAPPED}.{name}", start, end))
+
+    def of(self, site: str) -> frozenset[str]:
+        """Return the names, in the graph, of a site's buffers and of the parameters that it alone holds.
+
+        Parameters that other modules hold too are not part of any statistic.
+        """
+        module = self._model.get_submodule(site)
+        inside = set(module.modules())
+        elsewhere = {
+            id(parameter)
+            for other in self._model.modules()
+            if other not in inside
+            for parameter in other.parameters(recurse=False)
+        }
+        own = [t for t in module.parameters() if id(t) not in elsewhere]
+        return frozenset(name for tensor in (*module.buffers(), *own) for name in self._names(tensor))
+
+    def _names(self, tensor: Tensor) -> list[str]:
+        storage, start, end = _place(tensor)
+        return [name for name, a, b in self._at.get(storage, ()) if a < end and start < b]
+
+
+def _place(tensor: Tensor) -> tuple[int, int, int]:
+    """Return a tensor's storage and the bytes between its first and last element there."""
+    storage = tensor.untyped_storage()
+    reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    start, size = int(tensor.storage_offset()), tensor.element_size()
+    return int(storage._cdata), start * size, (start + int(reach) + 1) * size
+
+
+def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters and buffers, those of a module that is registered twice under both names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 _NORMS = frozenset({"batch_norm", "_native_batch_norm_legit_no_training"})

@@ -12,6 +12,7 @@ from torch import nn
 
 import normfix
 
+from .agreeing import agreement
 from .catalogue import ENTRIES, by_name
 from .entry import Entry
 from .examining import CATEGORIES, GOOD, examine
@@ -53,6 +54,64 @@ def test_every_network_is_proved_or_named(name):
     row = _fares(name)
     assert row["category"] in GOOD, row
     assert row["category"] not in ("refused", "size fixed") or row["cause"]
+
+
+def _nnunet(kind):
+    """Return an architecture of nnU-Net, which registers every norm twice."""
+
+    def build():
+        import dynamic_network_architectures.architectures.unet as unets
+
+        options = {"norm_op": nn.InstanceNorm2d, "norm_op_kwargs": {"affine": True}, "conv_bias": True}
+        options |= {"nonlin": nn.LeakyReLU, "nonlin_kwargs": {"inplace": True}}
+        return getattr(unets, kind)(1, 3, (4, 8, 8), nn.Conv2d, 3, (1, 2, 2), (1, 1, 1), 2, (1, 1), **options)
+
+    return Entry(name=kind, library="dynamic_network_architectures", build=build, shape=(1, 1, 64, 64))
+
+
+NNUNET = (_nnunet("PlainConvUNet"), _nnunet("ResidualEncoderUNet"))
+
+
+def _agree(entry):
+    if missing(entry):
+        pytest.skip(f"{entry.library} is not installed")
+    found = agreement(entry)
+    if "skipped" in found:
+        return found
+    ways = {way: found[way] for way in ("passes", "stages", "per-image")}
+    assert max(ways.values()) <= found["limit"], found
+    return found
+
+
+@pytest.mark.parametrize("entry", [NNUNET[0], by_name("monai DynUNet group 2D")], ids=lambda e: e.name)
+def test_statistics_of_a_representative_network_agree_with_the_original(entry):
+    """Measured in passes, in stages and per image, they give the original's output of another image to 1e-9 sd."""
+    assert _agree(entry)["engine"] == "stages"
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("entry", [NNUNET[1], *ENTRIES], ids=lambda e: e.name)
+def test_statistics_agree_with_the_original(entry):
+    """Of every network with live norms that is converted; the others have nothing to measure."""
+    _agree(entry)
+
+
+def test_a_stale_statistic_disagrees(monkeypatch):
+    """Control: a site that is measured under the old constants of the one before it is off by far more than 1e-9."""
+    two = replace(
+        SMALL, build=lambda: nn.Sequential(_Live(), nn.Conv2d(4, 4, 3, padding=1), nn.InstanceNorm2d(4))
+    )
+    assert max(v for v in _agree(two).values() if isinstance(v, float)) <= 1e-9
+    calibrate = normfix.calibrate
+
+    def stale(model, image, **keywords):
+        done = calibrate(model, image, **keywords)
+        if "tile" in keywords:
+            done.model[2].running_var.mul_(1.001)
+        return done
+
+    monkeypatch.setattr(normfix, "calibrate", stale)
+    assert agreement(two)["stages"] > 1e-6
 
 
 def test_the_zoo_is_large_and_its_names_are_unique():

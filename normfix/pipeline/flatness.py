@@ -1,0 +1,153 @@
+"""Refuse, or name, statistics without spread: constants that the next image would be divided by.
+
+A channel that was dead, an empty field or blank padding has variance 0 on the image it is measured on, and the frozen
+norm multiplies whatever comes there later by 1 / sqrt(eps). The proof of a conversion cannot see that, since it
+is exact on that image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from normfix.calling import Caller, buffers_kept, evaluating
+from normfix.divisors import following
+from normfix.errors import NormfixError
+from normfix.records import CalibrationSummary, Finding, SiteStatistics
+from normfix.streaming import Source
+from normfix.targets import NormTarget, StatisticTarget, Target
+
+__all__ = ["FLAT", "all_empty", "flat_before", "judged"]
+
+FLAT = "NF231"
+_NAMED = 8
+
+
+def flat_before(targets: Sequence[Target]) -> dict[str, frozenset[int]]:
+    """Return the channels whose stored variance is at or below eps: running statistics of training, for instance."""
+    found = {}
+    for target in targets:
+        if isinstance(target, NormTarget):
+            stored, eps = target.holder.running_var, target.holder.eps
+            assert isinstance(stored, Tensor)
+            assert isinstance(eps, float)
+            found[target.name] = frozenset((stored <= eps).nonzero().flatten().tolist())
+    return found
+
+
+def all_empty(images: Iterable[Tensor | Source]) -> bool:
+    """Tell whether every image is one constant per channel; reads no further than the first that is not."""
+    return all(map(_is_empty, images))
+
+
+def _is_empty(image: Tensor | Source) -> bool:
+    if isinstance(image, Tensor):
+        pixel = image.flatten(2)[..., :1]  # (n, c, *space) -> (n, c, 1)
+        return bool((image.flatten(2) == pixel).all())
+    first, *rest = image.shape[2:]
+    whole = [(0, n) for n in rest]
+    pixel = image.read([(0, 1)] * (1 + len(rest)))
+    step = max(1, (1 << 22) // math.prod(rest))
+    return all(
+        bool((image.read([(start, min(first, start + step)), *whole]) == pixel).all())
+        for start in range(0, first, step)
+    )
+
+
+def judged(
+    model: nn.Module,
+    targets: Sequence[Target],
+    summary: CalibrationSummary,
+    caller: Caller,
+    image: Tensor,
+    *,
+    allow: bool,
+    classes: Mapping[str, str],
+    known: Mapping[str, frozenset[int]] | None = None,
+    empty: bool = False,
+) -> CalibrationSummary:
+    """Return the summary with a finding for every site that is flat on all images.
+
+    Args:
+        model: holds the targets' modules with the statistics of the summary.
+        targets: that were measured.
+        summary: of the measurement.
+        caller: calls the model.
+        image: any that the network runs on, to see by which statistics it divides.
+        allow: name what is flat, and do not refuse it.
+        classes: of the sites' owners, for the message.
+        known: channels by site that are flat without being news, as a trained network has them.
+        empty: every image is constant, so that what spread there is comes from the network's own padding.
+
+    Raises:
+        NormfixError: NF231 for a flat site, unless allowed.
+    """
+    divided = _divided(model, targets, caller, image)
+    sites = []
+    for site in summary.sites:
+        places = {*site.flat, *divided.get(site.site, ())} - (known or {}).get(site.site, frozenset())
+        sites.append(replace(site, flat=tuple(sorted(places))))
+    by_name = {target.name: target for target in targets}
+    found = [Finding(code=FLAT, where="images", message=_EMPTY)] if empty else []
+    found += [
+        Finding(
+            code=FLAT,
+            where=f"{site.site} ({classes.get(site.site, '')})",
+            message=_message(by_name[site.site], site),
+        )
+        for site in sites
+        if site.flat
+    ]
+    if found and not allow:
+        others = f" {len(found) - 1} more sites are flat." if found[1:] else ""
+        raise NormfixError(FLAT, f"{found[0].message} {_NEXT}{others}", where=found[0].where)
+    return replace(summary, sites=tuple(sites), findings=tuple(found))
+
+
+_EMPTY = (
+    "every calibration image is constant, so no statistic is of anything but the network's own padding at the border: "
+    "on an image with structure the constants are arbitrary."
+)
+_NEXT = (
+    "Calibrate on an image that has such structure, or --allow-flat (allow_flat=True) to keep it as it is."
+)
+
+
+def _message(target: Target, site: SiteStatistics) -> str:
+    if isinstance(target, NormTarget):
+        return (
+            f"the variance of {_places('channel', site.flat)} is at or below its eps ({target.holder.eps:g}) on every "
+            "calibration image, so where another image has structure there, it is multiplied by up to "
+            f"{_gain(target.holder.eps)}."
+        )
+    return (
+        f"the network divides by what it makes of it, and there {_places('value', site.flat)} vanish on the "
+        "calibration images (zero, or no larger than the eps beside it), so where another image has structure, it is "
+        "divided by next to nothing."
+    )
+
+
+def _gain(eps: object) -> str:
+    return f"{eps**-0.5:.0f}" if isinstance(eps, float) and eps > 0 else "any number"
+
+
+def _places(noun: str, places: Sequence[int]) -> str:
+    named = ", ".join(map(str, places[:_NAMED]))
+    more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
+    return f"{noun}{'s' if places[1:] else ''} {named}{more}"
+
+
+def _divided(
+    model: nn.Module, targets: Sequence[Target], caller: Caller, image: Tensor
+) -> dict[str, set[int]]:
+    """Return the flat values that the network divides by, by the site of the statistic they come from."""
+    sites = {t.name: (t.module, t.spec.law) for t in targets if isinstance(t, StatisticTarget)}
+    if not sites:
+        return {}
+    with evaluating(model), buffers_kept(model), torch.no_grad(), following(model, sites) as divisors:
+        caller(model, image)
+    return divisors.found
