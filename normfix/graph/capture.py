@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 
-from normfix.graph.replaying import replay, replays, silence
+from normfix.calling import failures
+from normfix.graph.isolation import silence
+from normfix.graph.replaying import replay, replays
 from normfix.graph.sizes import LongFormulaError, ShortSizes
 from normfix.growth import resized
 from normfix.numerics import exact_arithmetic
@@ -95,7 +97,7 @@ def capture(model: nn.Module, run: Run, example: Tensor, *, one_size: bool = Fal
         network = _Network(copy.deepcopy(model), run).eval()
         with exact_arithmetic():
             return _captured(network, example[:1].detach(), one_size=one_size)
-    except Exception as error:  # noqa: BLE001 - torch.export runs the network's code and may raise anything
+    except failures() as error:  # torch.export runs the network's code and may raise anything
         return NotCaptured(_line(error))
 
 
@@ -118,11 +120,11 @@ def export(module: nn.Module, example: Tensor, *, one_size: bool = False) -> Exp
             return _export(module, given, free)
         except LongFormulaError:
             break
-        except Exception:  # noqa: BLE001 - the next trial asks for less
+        except failures():  # the next trial asks for less
             continue
     try:
         return _export(module, pair, (0,))
-    except Exception:  # noqa: BLE001 - the last trial asks for nothing
+    except failures():  # the last trial asks for nothing
         return _export(module, example, ())
 
 
@@ -189,7 +191,7 @@ def _other(network: nn.Module, example: Tensor, program: ExportedProgram) -> Exp
     for step in (32, 64):
         try:
             found = _export(network, resized(example, [n + step for n in example.shape[2:]]), ())
-        except Exception:  # noqa: BLE001 - this size is not accepted
+        except failures():  # this size is not accepted
             continue
         if [(node.name, str(node.target)) for node in found.graph.nodes] == names:
             return found

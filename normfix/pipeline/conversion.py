@@ -46,6 +46,7 @@ from normfix.scanning import survey
 from normfix.stitching import padded
 from normfix.streaming import Source as WindowedSource
 from normfix.streaming import TensorSource, Watch, resumable
+from normfix.surroundings import undisturbed
 from normfix.tiles import Geometry
 
 __all__ = ["Conversion", "convert"]
@@ -82,6 +83,7 @@ class Conversion:
         return ConversionRecord(plan=self.plan, scan=self.scan, calibration=summary, proof=self.proof)
 
 
+@undisturbed()
 def convert(
     model: nn.Module,
     images: Tensor | Iterable[Tensor] | WindowedSource | Sequence[WindowedSource] | None = None,
@@ -163,7 +165,8 @@ def convert(
     first = None if items is None else next(iter(items))
     if example is None:
         example = default_example(model) if first is None else fitting_example(model, first, caller)
-    base = base_of(model, example, caller, device=device, dtype=dtype, as_trained=as_trained)
+    ready = base_of(model, example, caller, device=device, dtype=dtype, as_trained=as_trained)
+    base, caller = ready.network, ready.caller
     progress("scan", 0, 1)
     seen = look(base, example, caller)
     progress("scan", 1, 1)

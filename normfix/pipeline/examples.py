@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from normfix.calling import REFUSALS, Caller, home_of
+from normfix.calling import Caller, home_of, refusals
 from normfix.errors import NormfixError
 from normfix.graph import Program
 from normfix.pipeline.bases import class_of
-from normfix.rewriting import copy_of
+from normfix.rewriting import twin_of
 
 __all__ = ["default_example", "fitting_example", "input_of"]
 
@@ -62,11 +62,11 @@ def fitting_example(model: nn.Module, image: Tensor, caller: Caller) -> Tensor:
     middle = _middle(image)
     if middle.shape == image.shape:
         return image[:1]
-    probe = copy_of(model).eval()
+    probe = twin_of(model)
     try:
         with torch.no_grad():
             caller(probe, middle.to(*home_of(probe)))
-    except REFUSALS:
+    except refusals():
         return image[:1]
     return middle
 

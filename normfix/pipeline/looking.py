@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from normfix.calibration import measure_sites_
-from normfix.calling import REFUSALS, Caller, require_network
+from normfix.calling import Caller, refusals, require_network
 from normfix.errors import NormfixError
 from normfix.graph import graph_look
 from normfix.layers import FrozenStatistic
@@ -26,6 +26,7 @@ from normfix.records import Action, Decision, Finding, Looked, Plan, Scan
 from normfix.rewriting import copy_of, layer_of, rewrite, set_statistics_
 from normfix.scanning import Survey, survey
 from normfix.spreading import Dyed, confirmed, dye_look
+from normfix.surroundings import undisturbed
 from normfix.targets import NormTarget, StatisticTarget, Target
 from normfix.tiles import Geometry
 
@@ -51,6 +52,7 @@ class Look:
     geometry: Geometry | None
 
 
+@undisturbed()
 def scan(
     model: nn.Module,
     example: Tensor | None = None,
@@ -84,9 +86,8 @@ def scan(
     if example is None:
         require_network(model)
         example = default_example(model)
-    return look(
-        base_of(model, example, caller, as_trained=as_trained), example, caller, fast=fast, graph=True
-    ).scan
+    base = base_of(model, example, caller, as_trained=as_trained)
+    return look(base.network, example, base.caller, fast=fast, graph=True).scan
 
 
 def plan(scan: Scan, to: Literal["frozen", "batchrenorm"] = "frozen", keep: Sequence[str] = ()) -> Plan:
@@ -174,7 +175,7 @@ def _dyed(probe: nn.Module, caller: Caller, example: Tensor, found: Survey, *, f
         if len(sizes) > 1 and live != {s.id for s in dyed.found if s.id in found.reaching or not s.recorded}:
             known = frozenset(live)
             dyed = confirmed(dyed, dye_look(probe, caller, sizes[1]), known)
-    except REFUSALS as error:
+    except refusals() as error:
         return Looked(name="dye", status="failed", note=str(error))
     return dyed
 

@@ -30,10 +30,11 @@ from normfix.pipeline.sampling import measure_sampled_
 from normfix.pipeline.streamed import Resources, StoredTarget, measure_streamed_
 from normfix.provenance import provenance_of
 from normfix.records import CalibrationSummary, Family, Plan
-from normfix.rewriting import copy_of
+from normfix.rewriting import copy_of, twin_of
 from normfix.scanning import survey
 from normfix.stitching import padded
 from normfix.streaming import Source, TensorSource, Watch
+from normfix.surroundings import undisturbed
 from normfix.targets import NormTarget, Target
 from normfix.tiles import Geometry
 
@@ -43,6 +44,7 @@ _TILES = {1: 1 << 18, 2: 512, 3: 96}
 Progress = Callable[[int, int], None]
 
 
+@undisturbed()
 def calibrate(
     model: nn.Module,
     images: Tensor | Iterable[Tensor] | Source | Sequence[Source],
@@ -112,6 +114,7 @@ def calibrate(
     return Calibration(copied, summary)
 
 
+@undisturbed()
 def calibrate_(
     model: nn.Module,
     images: Tensor | Iterable[Tensor] | Source | Sequence[Source],
@@ -132,8 +135,50 @@ def calibrate_(
 ) -> CalibrationSummary:
     """Measure a network's statistics anew in place, on the same module objects; see `calibrate`.
 
-    Optimizers, compiled and distributed wrappers keep their model. On any error the old statistics are back.
+    Optimizers, compiled and distributed wrappers keep their model. Nothing changes before all is measured, and nothing
+    on any error; whoever runs the model meanwhile runs it with the old statistics and in its own mode.
     """
+    twin = twin_of(model)
+    summary, targets = _calibrated_(
+        twin,
+        images,
+        tile,
+        mask=mask,
+        sample=sample,
+        seed=seed,
+        budget=budget,
+        store=store,
+        workers=workers,
+        engine=engine,
+        scheduler=scheduler,
+        watch=watch,
+        forward_fn=forward_fn,
+        output=output,
+        progress=progress,
+    )
+    _take_over_(model, twin, targets)
+    return summary
+
+
+def _calibrated_(
+    model: nn.Module,
+    images: Tensor | Iterable[Tensor] | Source | Sequence[Source],
+    tile: int | Sequence[int] | None,
+    *,
+    mask: Mask | Sequence[Mask] | None,
+    sample: float | None,
+    seed: int,
+    budget: int | None,
+    store: Path | None,
+    workers: int,
+    engine: Literal["local", "dask"],
+    scheduler: str | None,
+    watch: Watch | None,
+    forward_fn: ForwardFn | None,
+    output: str | int | None,
+    progress: Progress,
+) -> tuple[CalibrationSummary, Sequence[Target]]:
+    """Measure in place; return what was measured, and where."""
     crew = engine_of(engine, scheduler, store, workers)
     known = provenance_of(model)
     sources, items = sources_of(images), None
@@ -153,7 +198,7 @@ def calibrate_(
     if passes and items is not None and mask is None:
         if geometry is not None:
             items = replace(items, prepare=partial(padded, geometry=geometry))
-        return measure_sites_(model, targets, items, caller, progress)
+        return measure_sites_(model, targets, items, caller, progress), targets
     sources = sources or [TensorSource(image) for image in items or ()]
     with ExitStack() as opened:  # mask files
         ignored: tuple[int, ...] = ()
@@ -166,7 +211,7 @@ def calibrate_(
             summary = measure_sampled_(
                 model, targets, sources, caller, resources, geometry=geometry, tolerance=sample, seed=seed
             )
-            return replace(summary, ignored=ignored)
+            return replace(summary, ignored=ignored), targets
         summary = measure_streamed_(
             model,
             targets,
@@ -176,7 +221,17 @@ def calibrate_(
             geometry=geometry,
             progress=progress,
         )
-        return replace(summary, ignored=ignored)
+        return replace(summary, ignored=ignored), targets
+
+
+def _take_over_(model: nn.Module, measured: nn.Module, targets: Sequence[Target]) -> None:
+    """Write the statistics that were measured in a twin into the model's own layers."""
+    places = {id(module): path for path, module in measured.named_modules()}
+    with torch.no_grad():
+        for target in targets:
+            own = dict(model.get_submodule(places[id(target.module)]).named_buffers())
+            for name, value in target.module.named_buffers():
+                own[name].copy_(value)
 
 
 def remeasure(
