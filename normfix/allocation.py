@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from normfix.errors import NormfixError
+from normfix.quiet_imports import import_compiler
 
 __all__ = ["Bounded", "bounded_by"]
 
@@ -48,6 +49,7 @@ class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, stored: int, where: str) -> None:
+        import_compiler()  # which the mode would import on its own terms
         super().__init__()  # type: ignore[no-untyped-call]
         self._left = _LEAST + _GROWTH * stored
         self._calls = _CALLS

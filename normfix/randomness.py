@@ -16,6 +16,8 @@ import torch
 from torch import Generator, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from normfix.quiet_imports import import_compiler
+
 __all__ = ["OwnRandomness"]
 
 _SEED = 0
@@ -25,6 +27,7 @@ class OwnRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Let what runs inside draw from seeded generators made for it; `drawn` tells whether it drew at all."""
 
     def __init__(self) -> None:
+        import_compiler()  # which the mode would import on its own terms
         super().__init__()  # type: ignore[no-untyped-call]
         self.drawn = False
         self._generators: dict[torch.device, Generator] = {}

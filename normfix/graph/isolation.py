@@ -8,9 +8,7 @@ thread that traces, one thread traces at a time, and filters, loggers and enviro
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
-import os
 import re
 import threading
 import warnings
@@ -19,6 +17,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch.fx
+
+from normfix.quiet_imports import environment_kept, import_compiler
 
 __all__ = ["silence"]
 
@@ -29,7 +29,6 @@ _LOUD = (
     "torch._dynamo",
     "torch._subclasses.fake_tensor",
 )
-_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _EVERYTHING = ("ignore", re.compile("(?s).*"), Warning, None, 0)
 _ALONE = threading.RLock()
 
@@ -38,30 +37,11 @@ _ALONE = threading.RLock()
 def silence() -> Iterator[None]:
     """Run torch.export for this thread alone, and keep what it warns and logs to itself; what matters is returned."""
     with _ALONE, ExitStack() as stack:
-        stack.enter_context(_environment_kept())
-        _import_sympy()
+        import_compiler()
+        stack.enter_context(environment_kept())
         stack.enter_context(_unheard())
         stack.enter_context(_tracing_here())
         yield
-
-
-@contextmanager
-def _environment_kept() -> Iterator[None]:
-    """Take out what torch's compiler writes into the environment for processes of its own, which are not started."""
-    before = os.environ.get(_CACHE)
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(_CACHE, None)
-
-
-def _import_sympy() -> None:
-    """Import what sizes are computed with, whose import adds to the process's warning filters."""
-    before = list(warnings.filters)
-    importlib.import_module("torch.utils._sympy.functions")
-    for added in [item for item in warnings.filters if item not in before]:
-        warnings.filters.remove(added)  # type: ignore[attr-defined]
 
 
 @contextmanager
