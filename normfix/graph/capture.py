@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 Run = Callable[[nn.Module, Tensor], Any]
+_LIBRARIES = ("mkldnn", "cudnn", "miopen", "nnpack")
 
 WRAPPED = "network"
 """The attribute under which the captured program knows the network: its module paths begin with it."""
@@ -199,13 +200,25 @@ def _other(network: nn.Module, example: Tensor, program: ExportedProgram) -> Exp
 
 
 def _export(module: nn.Module, example: Tensor, free: Sequence[int]) -> ExportedProgram:
-    with silence(), torch.no_grad(), ShortSizes():
+    program = _traced(module, example, free, backends_off=False)
+    return _traced(module, example, free, backends_off=True) if _is_tied(program) else program
+
+
+def _traced(
+    module: nn.Module, example: Tensor, free: Sequence[int], *, backends_off: bool
+) -> ExportedProgram:
+    with silence(backends_off=backends_off), torch.no_grad(), ShortSizes():
         return torch.export.export(
             copy.deepcopy(module),
             (example.clone(),),
             dynamic_shapes=(dict.fromkeys(free, Dim.AUTO) or None,),
             strict=False,
         )
+
+
+def _is_tied(program: ExportedProgram) -> bool:
+    """Tell whether an operator of one library of kernels is in the graph, as of recurrent layers in oneDNN."""
+    return any(name in str(node.target) for node in program.graph.nodes for name in _LIBRARIES)
 
 
 def _pair(example: Tensor) -> Tensor:
