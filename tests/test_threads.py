@@ -32,8 +32,10 @@ class Served(nn.Module):
         self.seen[len(self.seen)] = tuple(x.shape)
         if len(self.seen) > 5:
             self.seen.clear()
+        if torch.compiler.is_compiling():
+            self.traced = True
         y = self.group(self.batch(self.second(F.relu(self.norm(self.first(x))))))
-        return y + 1 if self.training or torch.compiler.is_compiling() else y
+        return y + 1 if self.training else y
 
 
 def state(model):
@@ -43,11 +45,7 @@ def state(model):
         for path, m in model.named_modules()
     ]
     tensors = [(n, id(t), t._version) for n, t in (*model.named_parameters(), *model.named_buffers())]
-    return (
-        modules,
-        tensors,
-        [hook.__name__ for hook in vars(nn.Module).values() if hasattr(hook, "__wrapped__")],
-    )
+    return modules, tensors
 
 
 @contextmanager
@@ -67,6 +65,7 @@ def serving(model, x):
             except Exception as error:  # noqa: BLE001 - whatever it is, a server must not see it
                 faults.append(repr(error))
             calls[0] += 1
+            stop.wait(0.002)  # leaves the work some of the interpreter
 
     thread = threading.Thread(target=serve)
     thread.start()

@@ -193,6 +193,7 @@ def thinnest(f: Callable[[Tensor], Tensor], example: Tensor, geometry: Geometry)
     """Return the extents of the thinnest strip the network runs on."""
     cross = cross_section(f, example[:1], geometry.stride)
     if cross is None:
+        f(example[:1])  # a network that runs on nothing says why
         raise NormfixError("NF210", "the network runs on no strip, so its halo cannot be proved.")
     return cross
 
