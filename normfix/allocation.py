@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from normfix.errors import NormfixError
+from normfix.quiet_imports import import_compiler
 
 __all__ = ["PLENTY", "Bounded", "Sketched", "Stored", "bounded_by", "require_proportion"]
 
@@ -107,6 +108,7 @@ class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, stored: int, where: str) -> None:
+        import_compiler()  # which the mode would import on its own terms
         super().__init__()  # type: ignore[no-untyped-call]
         self._left = _LEAST + _GROWTH * stored
         self._calls = _CALLS

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import CodeType, TracebackType
 from typing import Any
 
 import torch
@@ -14,12 +17,79 @@ from torch.nn.parameter import UninitializedBuffer
 from torch.overrides import TorchFunctionMode
 
 from normfix.errors import NormfixError
+from normfix.randomness import OwnRandomness
+from normfix.surroundings import as_given
 
-__all__ = ["REFUSALS", "Caller", "buffers_kept", "evaluating", "home_of", "require_network"]
+__all__ = [
+    "REFUSALS",
+    "Caller",
+    "NotTaken",
+    "OutOfMemory",
+    "buffers_kept",
+    "evaluating",
+    "failures",
+    "home_of",
+    "refusals",
+    "require_network",
+]
 
 
 REFUSALS = (NormfixError, RuntimeError, ValueError, AssertionError)
-"""What a network may raise that does not take a size it is tried with."""
+"""What a network may raise that does not take a size it is tried with; to be caught by `refusals`."""
+
+
+class NotTaken(NormfixError):  # noqa: N818 - what happened, not what went wrong
+    """A network does not run on an input."""
+
+
+class OutOfMemory(NormfixError):  # noqa: N818 - what happened, as its siblings are named
+    """The machine, not the network, refused an input."""
+
+
+_STOPS = (TimeoutError, MemoryError, torch.OutOfMemoryError, OutOfMemory)
+
+
+def refusals() -> tuple[type[Exception], ...]:
+    """Return what `except` may take for a network that refuses an input: nothing while somebody stops the work.
+
+    A time-out, memory that ran out, and whatever a signal handler raises say nothing about the network, whichever
+    class they have, and go on to the caller. Meant for the head of an `except` clause alone.
+    """
+    return () if _stops(sys.exc_info()[1]) else REFUSALS
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """Return what `except` may take for any failure of code that is not ours; see `refusals`."""
+    return () if _stops(sys.exc_info()[1]) else (Exception,)
+
+
+def _stops(error: BaseException | None) -> bool:
+    """Tell whether an error, or one that it was raised over, stops the work instead of refusing an input."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, _STOPS) or _raised_by_signal(error.__traceback__):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _raised_by_signal(trace: TracebackType | None) -> bool:
+    """Tell whether a handler that is installed for a signal is among the frames that an error came through."""
+    handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()}
+    while trace is not None:
+        if trace.tb_frame.f_code in handlers:
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def _code_of(handler: Any) -> CodeType | None:
+    while hasattr(handler, "func"):  # a functools.partial
+        handler = handler.func
+    if not hasattr(handler, "__code__"):
+        handler = getattr(handler, "__func__", getattr(type(handler), "__call__", None))  # noqa: B004 - its code
+    return getattr(handler, "__code__", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,32 +99,47 @@ class Caller:
     Args:
         forward_fn: `forward_fn(model, image)` for any other calling convention; None means `model(image)`.
         output: key or index where the model returns a mapping or a sequence.
+        draws: the network draws random numbers: it gets the same ones in every call, from no generator of torch's.
     """
 
     forward_fn: Callable[[nn.Module, Tensor], Any] | None = None
     output: str | int | None = None
+    draws: bool = False
 
     def __call__(self, model: nn.Module, image: Tensor) -> Tensor:
         """Return the output tensor for an image (N, C, *space).
 
         Raises:
             NormfixError: NF109 if the network fails on the image, NF110 if `output` does not lead to a tensor.
+            OutOfMemory: NF250 if memory runs out.
         """
+        return self.pick(self.everything(model, image))
+
+    def everything(self, model: nn.Module, image: Tensor) -> Any:
+        """Return all that the network returns for an image (N, C, *space); raises as a call does, but NF110."""
         try:
-            given = image.clone()  # some networks work in place on their input
-            result = model(given) if self.forward_fn is None else self.forward_fn(model, given)
+            with ExitStack() as around:
+                around.enter_context(as_given(image.device))
+                if self.draws and not torch.compiler.is_exporting():
+                    around.enter_context(OwnRandomness())
+                given = image.clone()  # some networks work in place on their input
+                return model(given) if self.forward_fn is None else self.forward_fn(model, given)
         except NormfixError:
             raise
-        except Exception as error:
-            shape = "x".join(map(str, image.shape))
-            reason = " ".join(str(error).split())[:200]
-            raise NormfixError(
-                "NF109",
-                f"the network does not run on an input of shape {shape}: {type(error).__name__}: {reason}. "
-                f"{self._way_on(model, error)}",
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise OutOfMemory(
+                "NF250",
+                f"memory ran out on an input of shape {_shape(image)}{_layer(model, error)}: {_reason(error)}. "
+                "Give a smaller --input or image, or compute on another device.",
                 where=type(model).__name__,
             ) from error
-        return self.pick(result)
+        except failures() as error:
+            raise NotTaken(
+                "NF109",
+                f"the network does not run on an input of shape {_shape(image)}{_layer(model, error)}: "
+                f"{_reason(error)}. {self._way_on(model, error)}",
+                where=type(model).__name__,
+            ) from error
 
     def in_double(self, model: nn.Module, image: Tensor) -> Tensor:
         """Return the output of a float64 model for a float64 image, without casts to float32 on the way."""
@@ -118,6 +203,27 @@ def _further_inputs(model: nn.Module) -> list[inspect.Parameter]:
     except (TypeError, ValueError):  # a forward without a signature, such as a compiled one
         return []
     return [p for p in parameters[1:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+
+def _shape(image: Tensor) -> str:
+    return "x".join(map(str, image.shape))
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _layer(model: nn.Module, error: BaseException) -> str:
+    """Name the innermost module whose code an error came through, if it is not the whole network."""
+    paths = (
+        {id(module): path for path, module in model.named_modules()} if isinstance(model, nn.Module) else {}
+    )
+    found, trace = "", error.__traceback__
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        found = paths.get(id(owner)) or found
+        trace = trace.tb_next
+    return f", in {found}" if found else ""
 
 
 class _StaysDouble(TorchFunctionMode):

@@ -171,6 +171,8 @@ CODES: dict[str, str] = {
     "with normfix calibrate MODEL IMAGES -o OUT (run.recalibrate(images) in Python), then prove OUT on the same "
     "images. If nothing was trained, it was calibrated on other images, or its original's running statistics "
     "were carried over, which are those of its training data.",
+    "NF250": "Memory ran out while the network was run. That says nothing about which inputs it takes, so nothing was "
+    "concluded from it. Give a smaller --input or image, smaller tiles, or compute on another device.",
     "NF224": "A program (.pt2) could not be read, or is not what torch.export.save writes for one image and "
     "the tensors it holds.",
     "NF225": "The network cannot be written as an exported program: torch.export failed, or something in it "

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfix.calling import REFUSALS
+from normfix.calling import refusals
 from normfix.census import Call, Follow, alone, census
 
 __all__ = ["FIXED", "REDUCED", "SQUARED", "Growth", "Look", "look_again", "look_at_two", "resized"]
@@ -63,7 +63,7 @@ def _look(
 ) -> Look | None:
     try:
         calls, _, output = census(model, run, example, follow=follow)
-    except REFUSALS:  # the network does not take it
+    except refusals():  # the network does not take it
         return None
     return Look(example, calls, output) if [c.function for c in calls] == list(functions) else None
 

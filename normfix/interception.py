@@ -109,9 +109,8 @@ _SUBCLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def _subclass(base: type[nn.Module]) -> type[nn.Module]:
-    if base not in _SUBCLASSES:
-        _SUBCLASSES[base] = _make_subclass(base)
-    return _SUBCLASSES[base]
+    known = _SUBCLASSES.get(base)
+    return known or _SUBCLASSES.setdefault(base, _make_subclass(base))  # at once, whichever thread was first
 
 
 def _make_subclass(base: type[nn.Module]) -> type[nn.Module]:

@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from torch import Tensor
 
-from normfix.calling import REFUSALS
+from normfix.calling import refusals
 from normfix.dye import DyeLost, DyeRefused, halo, strip
 from normfix.records import Finding
 from normfix.symmetry import (
@@ -65,7 +65,7 @@ def measure_locality(
         extents = tuple(map(round_up, cross, grid))
         try:
             return _along_axes(single, double, example, grid, extents)
-        except REFUSALS as error:
+        except refusals() as error:
             refusal = error
     return _none("NF210", "size", f"it runs on no strip of another length: {refusal}.")
 
@@ -105,7 +105,7 @@ def cross_section(f: Function, example: Tensor, grid: Sequence[int]) -> tuple[in
         size = tuple(round_up(max(least, g * least // 16), g) for g in grid)
         try:
             f(strip(example, size))
-        except REFUSALS:
+        except refusals():
             continue
         return size
     return None

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import platform
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
+
+from normfix.precision import exact_precision
 
 __all__ = ["BOUNDLESS", "IDENTITY", "deviation", "exact_arithmetic", "settings"]
 
@@ -32,20 +35,51 @@ def deviation(actual: Tensor, expected: Tensor, sd: float) -> tuple[float, float
 
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """Switch TF32, algorithm search, autocast and gradients off; restore them and the random state."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32
+    """Switch TF32, algorithm search, autocast and gradients off; restore them.
+
+    Precision and algorithm search are settings of the whole process: the first thread that enters switches them off,
+    the last one that leaves brings them back, so regions may overlap. Autocast and gradients are the thread's own.
+    """
+    _SWITCH.enter()
     try:
-        cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32 = False, False, False
-        with (
-            torch.no_grad(),
-            torch.random.fork_rng(),
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False),
-        ):
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
-        cudnn.allow_tf32, cudnn.benchmark, matmul.allow_tf32 = before
+        _SWITCH.leave()
+
+
+class _Switch:
+    """Counts who computes exactly, and keeps how the process was set before the first of them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._undo = ExitStack()
+
+    def enter(self) -> None:
+        with self._lock:
+            if not self._inside:
+                with ExitStack() as undo:
+                    _search_off(undo)
+                    undo.callback(exact_precision())
+                    self._undo = undo.pop_all()
+            self._inside += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._undo.close()
+
+
+_SWITCH = _Switch()
+
+
+def _search_off(undo: ExitStack) -> None:
+    cudnn = torch.backends.cudnn
+    if cudnn.benchmark:
+        undo.callback(setattr, cudnn, "benchmark", True)
+        cudnn.benchmark = False
 
 
 def settings(device: torch.device, dtype: torch.dtype) -> tuple[tuple[str, str], ...]:

@@ -24,12 +24,13 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
-from normfix.calling import REFUSALS, evaluating, home_of
+from normfix.calling import evaluating, failures, home_of, refusals
 from normfix.errors import NormfixError
 from normfix.graph import Program, export, raised
 from normfix.graph.capture import free_dimensions, image_of
+from normfix.graph.isolation import silence
 from normfix.graph.raising import unlifted
-from normfix.graph.replaying import same, silence
+from normfix.graph.replaying import same
 from normfix.numerics import exact_arithmetic
 from normfix.records import Saved
 from normfix.workload import Workload
@@ -70,7 +71,7 @@ def open_program(path: Path, read: Reader) -> tuple[Program, Saved | None]:
             _require_replay(model, program, str(path))
     except NormfixError:
         raise
-    except Exception as error:
+    except failures() as error:
         raise _unreadable(path, error) from error
     text: Any = extra[MANIFEST]
     return model, _manifest(text, path) if text else None
@@ -123,7 +124,7 @@ def export_program(
     try:
         with evaluating(network), exact_arithmetic():
             program = export(network, example[:1])
-    except Exception as error:
+    except failures() as error:
         reason = " ".join(str(error).split())[:200]
         raise NormfixError(
             "NF225",
@@ -273,7 +274,7 @@ def _inputs(program: ExportedProgram, model: nn.Module, run: Callable[..., Any])
         image = image.to(device, dtype)
         try:
             run(model, image.clone())
-        except REFUSALS:
+        except refusals():
             if not seed:
                 raise
             continue

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from normfix import layers
-from normfix.calling import require_network
+from normfix.calling import failures, require_network
 from normfix.errors import NormfixError
 from normfix.interception import Intercept, InterceptedNorm, intercept_, obstacle
 from normfix.layers.base import ChannelNorm
@@ -23,10 +23,13 @@ from normfix.moments import Moments, pool
 from normfix.records import Action, Decision, LayerSpec, Means, Plan
 from normfix.rules import channel_affine
 
-__all__ = ["as_trained_copy", "copy_of", "layer_of", "rewrite", "set_statistics_"]
+__all__ = ["as_trained_copy", "copy_of", "layer_of", "rewrite", "set_statistics_", "twin_of"]
 
 _FROZEN = {1: layers.FrozenNorm1d, 2: layers.FrozenNorm2d, 3: layers.FrozenNorm3d}
 _RENORM = {1: layers.BatchRenorm1d, 2: layers.BatchRenorm2d, 3: layers.BatchRenorm3d}
+_TRIALS = 5
+Memo: TypeAlias = dict[int, Any]
+_STATE = frozenset({"_parameters", "_buffers", "_modules"})
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -100,30 +103,99 @@ def copy_of(model: nn.Module) -> nn.Module:
             copied.
     """
     require_network(model)
+    return _copied(model, {})
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """Return a copy to run in eval mode, whose parameters are the model's own: it takes next to no memory.
+
+    Modules, buffers, hooks and modes are its own, so that another thread that runs or trains the model meanwhile
+    notices nothing, and nothing that a forward pass keeps is kept in the model. What cannot be copied (locks, open
+    files) is the model's own too.
+
+    Raises:
+        NormfixError: NF118 if it is no network, NF208 if even so it cannot be copied.
+    """
+    require_network(model)
+    shared: Memo = {id(parameter): parameter for parameter in model.parameters()}
     try:
-        copied = copy.deepcopy(model, _blank_uninitialised(model))
-    except Exception as error:
-        raise NormfixError(
-            "NF208",
-            f"the network cannot be deep-copied ({error}), and normfix never changes the one it was given. "
-            "Detach what holds graphs, locks or open files.",
-            where=type(model).__name__,
-        ) from error
+        twin = _copied(model, shared)
+    except NormfixError as error:
+        if not isinstance(error.__cause__, TypeError):
+            raise
+        twin = _copied(model, {**shared, **_uncopyable(model, shared)})
+    return twin.eval()
+
+
+def _copied(model: nn.Module, shared: Memo) -> nn.Module:
+    """Copy a network, again if a container changed meanwhile: another thread may be running it."""
+    for trial in range(_TRIALS):
+        try:
+            return _deep_copy(model, dict(shared))
+        except failures() as error:
+            if trial + 1 == _TRIALS or type(error) is not RuntimeError:
+                raise _not_copied(model, error) from error
+    raise AssertionError("unreachable")
+
+
+def _deep_copy(model: nn.Module, memo: Memo) -> nn.Module:
     modes = {path: module.training for path, module in model.named_modules()}
+    alive = _replace_uninitialised(model, memo), _detach(model, memo)  # no other object may take their ids
+    copied = copy.deepcopy(model, memo)
     for path, module in copied.named_modules():
         module.training = modes.get(path, module.training)
+    del alive
     return copied
 
 
-def _blank_uninitialised(model: nn.Module) -> dict[int, object]:
-    """Return a deepcopy memo with new uninitialised tensors for those that torch cannot copy yet."""
-    memo: dict[int, object] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
-            kind: Any = type(tensor)
-            blank = kind(requires_grad=tensor.requires_grad, device=tensor.device, dtype=tensor.dtype)
-            memo[id(tensor)] = blank
-    return memo
+def _not_copied(model: nn.Module, error: Exception) -> NormfixError:
+    return NormfixError(
+        "NF208",
+        f"the network cannot be deep-copied ({error}), and normfix never changes the one it was given. "
+        "Detach what holds graphs, locks or open files.",
+        where=type(model).__name__,
+    )
+
+
+def _uncopyable(model: nn.Module, shared: Memo) -> Memo:
+    """Return the attributes of modules that cannot be copied, as a memo that shares them."""
+    found: Memo = {}
+    for module in model.modules():
+        for name, value in tuple(vars(module).items()):
+            if name in _STATE or isinstance(value, nn.Module | Tensor):
+                continue
+            try:
+                copy.deepcopy(value, dict(shared))
+            except TypeError:
+                found[id(value)] = value
+            except RuntimeError:  # it changed meanwhile, so it is no lock or file
+                continue
+    return found
+
+
+def _replace_uninitialised(model: nn.Module, memo: Memo) -> list[Tensor]:
+    """Let a deepcopy make new uninitialised tensors for those that torch cannot copy yet."""
+    blank = [
+        tensor
+        for tensor in (*model.parameters(), *model.buffers())
+        if isinstance(tensor, UninitializedParameter | UninitializedBuffer)
+    ]
+    for tensor in blank:
+        kind: Any = type(tensor)
+        memo[id(tensor)] = kind(requires_grad=tensor.requires_grad, device=tensor.device, dtype=tensor.dtype)
+    return blank
+
+
+def _detach(model: nn.Module, memo: Memo) -> list[Tensor]:
+    """Let a deepcopy take tensors that a forward pass in training left on a module, without their graph."""
+    left = [
+        value
+        for module in model.modules()
+        for value in tuple(vars(module).values())
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    memo.update((id(value), value.detach().clone()) for value in left)
+    return left
 
 
 def as_trained_copy(model: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from normfix.calling import failures
 from normfix.errors import NormfixError
 from normfix.records import Scaling
 
@@ -128,7 +129,7 @@ def _preprocessed(array: Array, name: str, where: str) -> Array:
     function = _function(name)
     try:
         result = np.asarray(function(array.copy()))
-    except Exception as error:
+    except failures() as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise NormfixError(
             "NF107", f"{name} failed on an array {array.shape} of {array.dtype}: {reason}.", where=where

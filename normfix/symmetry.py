@@ -14,7 +14,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from normfix.calling import REFUSALS
+from normfix.calling import refusals
 from normfix.dye import strip, texture
 from normfix.tiles import at, round_up
 
@@ -175,7 +175,7 @@ def common_unit(
             return False
         try:
             part = run(start, stop)
-        except REFUSALS:
+        except refusals():
             return False
         first = int(begin * scale)
         if stop == length:
@@ -216,7 +216,7 @@ def smallest_tile(
     for extent in range(stride, cross[axis], stride):
         try:
             part = f(x.narrow(axis + 2, 0, extent))
-        except REFUSALS:
+        except refusals():
             continue
         inner = max(0, int((extent - after) * scale))
         same = torch.allclose(part.narrow(axis + 2, 0, inner), whole.narrow(axis + 2, 0, inner), 1e-3, 1e-3)
@@ -284,7 +284,7 @@ def _ends_agree(
     try:
         whole = f(x)
         part = f(x.narrow(axis + 2, start, x.shape[axis + 2] - start))
-    except REFUSALS:
+    except refusals():
         return False, None
     begin, offset = int((start + reach[0]) * scale), int(start * scale)
     wide, narrow = whole.shape[axis + 2] - begin, part.shape[axis + 2] - (begin - offset)
@@ -324,7 +324,7 @@ def _cuts_agree(
         return False
     try:
         front = f(x.narrow(axis + 2, 0, length - cut))
-    except REFUSALS:
+    except refusals():
         return False
     inner = int((length - cut - reach[1]) * scale)
     at_start = _same(whole.narrow(axis + 2, 0, inner), front.narrow(axis + 2, 0, inner))

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from normfix.calling import failures
 from normfix.diagnosis.indicators import compare, differences, recognise, spread_of
 from normfix.errors import NormfixError
 
@@ -72,7 +73,7 @@ def predicted(predict: Predicts, image: Any, space: int) -> Tensor:
         answer = predict(given)
     except NormfixError:
         raise
-    except Exception as error:
+    except failures() as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise _unfit(f"it failed on an image of shape {tuple(image.shape)}: {reason}") from error
     output = answer.detach().cpu() if isinstance(answer, Tensor) else _tensor(answer)

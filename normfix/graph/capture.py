@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 
-from normfix.graph.replaying import replay, replays, silence
+from normfix.calling import failures
+from normfix.graph.isolation import silence
+from normfix.graph.replaying import replay, replays
 from normfix.graph.sizes import LongFormulaError, ShortSizes
 from normfix.growth import resized
 from normfix.numerics import exact_arithmetic
@@ -35,6 +37,7 @@ __all__ = [
 ]
 
 Run = Callable[[nn.Module, Tensor], Any]
+_LIBRARIES = ("mkldnn", "cudnn", "miopen", "nnpack")
 
 WRAPPED = "network"
 """The attribute under which the captured program knows the network: its module paths begin with it."""
@@ -95,7 +98,7 @@ def capture(model: nn.Module, run: Run, example: Tensor, *, one_size: bool = Fal
         network = _Network(copy.deepcopy(model), run).eval()
         with exact_arithmetic():
             return _captured(network, example[:1].detach(), one_size=one_size)
-    except Exception as error:  # noqa: BLE001 - torch.export runs the network's code and may raise anything
+    except failures() as error:  # torch.export runs the network's code and may raise anything
         return NotCaptured(_line(error))
 
 
@@ -118,11 +121,11 @@ def export(module: nn.Module, example: Tensor, *, one_size: bool = False) -> Exp
             return _export(module, given, free)
         except LongFormulaError:
             break
-        except Exception:  # noqa: BLE001 - the next trial asks for less
+        except failures():  # the next trial asks for less
             continue
     try:
         return _export(module, pair, (0,))
-    except Exception:  # noqa: BLE001 - the last trial asks for nothing
+    except failures():  # the last trial asks for nothing
         return _export(module, example, ())
 
 
@@ -189,7 +192,7 @@ def _other(network: nn.Module, example: Tensor, program: ExportedProgram) -> Exp
     for step in (32, 64):
         try:
             found = _export(network, resized(example, [n + step for n in example.shape[2:]]), ())
-        except Exception:  # noqa: BLE001 - this size is not accepted
+        except failures():  # this size is not accepted
             continue
         if [(node.name, str(node.target)) for node in found.graph.nodes] == names:
             return found
@@ -197,13 +200,25 @@ def _other(network: nn.Module, example: Tensor, program: ExportedProgram) -> Exp
 
 
 def _export(module: nn.Module, example: Tensor, free: Sequence[int]) -> ExportedProgram:
-    with silence(), torch.no_grad(), ShortSizes():
+    program = _traced(module, example, free, backends_off=False)
+    return _traced(module, example, free, backends_off=True) if _is_tied(program) else program
+
+
+def _traced(
+    module: nn.Module, example: Tensor, free: Sequence[int], *, backends_off: bool
+) -> ExportedProgram:
+    with silence(backends_off=backends_off), torch.no_grad(), ShortSizes():
         return torch.export.export(
             copy.deepcopy(module),
             (example.clone(),),
             dynamic_shapes=(dict.fromkeys(free, Dim.AUTO) or None,),
             strict=False,
         )
+
+
+def _is_tied(program: ExportedProgram) -> bool:
+    """Tell whether an operator of one library of kernels is in the graph, as of recurrent layers in oneDNN."""
+    return any(name in str(node.target) for node in program.graph.nodes for name in _LIBRARIES)
 
 
 def _pair(example: Tensor) -> Tensor:

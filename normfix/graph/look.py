@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from normfix.calling import failures
 from normfix.graph.bounds import broken_when_larger
 from normfix.graph.capture import Captured, NotCaptured, capture
 from normfix.graph.sites import Reading, Seen, read_sites
@@ -77,7 +78,7 @@ def graph_look(
         return GraphLook(Looked(name="graph", status="failed", note=captured.reason), findings=(finding,))
     try:
         return compare_looks(captured, read_sites(captured, model), sites)
-    except Exception as error:  # noqa: BLE001 - one look never takes the others with it
+    except failures() as error:  # one look never takes the others with it
         reason = f"reading the graph failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         finding = Finding(code="NF229", where="graph", message=f"{reason}. The other looks carry on.")
         return GraphLook(Looked(name="graph", status="failed", note=reason), findings=(finding,))

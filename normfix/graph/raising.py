@@ -25,10 +25,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from normfix.graph.calls import norm_call, write_calls_
 from normfix.graph.capture import extent_of, free_dimensions, image_of
+from normfix.graph.isolation import silence
 from normfix.graph.operators import Normalisation, name_of, read_norm
 from normfix.graph.parts import module_at, part_, put
 from normfix.graph.program import Program
-from normfix.graph.replaying import silence
 from normfix.graph.sites import owner_of
 
 __all__ = ["raised", "unlifted"]

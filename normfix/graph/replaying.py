@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,19 +10,12 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
-from normfix.calling import REFUSALS
+from normfix.calling import refusals
+from normfix.graph.isolation import silence
 from normfix.growth import resized
 from normfix.numerics import IDENTITY, deviation
 
-__all__ = ["replay", "replays", "same", "silence"]
-
-_LOUD = (
-    "torch.export",
-    "torch._export",
-    "torch.fx",
-    "torch._dynamo",
-    "torch._subclasses.fake_tensor",
-)
+__all__ = ["replay", "replays", "same"]
 
 
 def replays(example: Tensor, free: Sequence[int]) -> Iterator[list[Tensor]]:
@@ -45,7 +35,7 @@ def replay(program: ExportedProgram, network: nn.Module, image: Tensor) -> bool 
         try:
             expected = network(image.clone())
             actual = body(image.clone())
-        except REFUSALS:
+        except refusals():
             return None
     mine, theirs = tree_leaves(actual), tree_leaves(expected)
     return len(mine) == len(theirs) and all(
@@ -61,19 +51,3 @@ def same(actual: Any, expected: Tensor) -> bool:
         return torch.equal(actual, expected)
     spread = float(expected.double().std()) or 1.0
     return deviation(actual, expected, spread)[0] <= IDENTITY[expected.dtype]
-
-
-@contextmanager
-def silence() -> Iterator[None]:
-    """Keep what torch.export warns and logs to itself; what matters is returned."""
-    loggers = [logging.getLogger(name) for name in _LOUD]
-    before = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)

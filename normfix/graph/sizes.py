@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from torch.utils._sympy.functions import Max
 
 __all__ = ["LongFormulaError", "ShortSizes"]
 
@@ -44,4 +43,6 @@ class ShortSizes(TorchFunctionMode):
 def _nests(extent: int | torch.SymInt) -> bool:
     if isinstance(extent, int):
         return False
+    from torch.utils._sympy.functions import Max  # which imports sympy
+
     return any(arg.has(Max) for maximum in extent.node.expr.atoms(Max) for arg in maximum.args)

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import FrameType
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from normfix.calling import Caller, buffers_kept, evaluating, home_of
+from normfix.calling import Caller, NotTaken, home_of
 from normfix.errors import NormfixError
 from normfix.numerics import IDENTITY, deviation
+from normfix.randomness import OwnRandomness
 from normfix.rewriting import as_trained_copy, copy_of
 from normfix.scanning import materialise_
 
-__all__ = ["base_of", "class_of"]
+__all__ = ["Base", "base_of", "class_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A network that everything is derived from, and how it is called from here on."""
+
+    network: nn.Module
+    caller: Caller
 
 
 def base_of(
@@ -22,20 +38,18 @@ def base_of(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     as_trained: bool = False,
-) -> nn.Module:
+) -> Base:
     """Return the copy that everything is derived from: materialised, on its device, in its dtype."""
     base = as_trained_copy(model) if as_trained else copy_of(model)
     base.to(device=device, dtype=dtype)
     given = example.to(*home_of(base))
-    with torch.random.fork_rng():
+    with OwnRandomness():
         materialise_(base, caller, given)
-        try:
-            _require_one_network(base, model, caller, _quarter(given))
-        except NormfixError as error:
-            if error.code != "NF109":
-                raise
-            _require_one_network(base, model, caller, given)
-    return base
+    try:
+        draws = _require_one_network(base, model, caller, _quarter(given))
+    except NotTaken:
+        draws = _require_one_network(base, model, caller, given)
+    return Base(base, replace(caller, draws=draws))
 
 
 def _quarter(example: Tensor) -> Tensor:
@@ -46,14 +60,26 @@ def _quarter(example: Tensor) -> Tensor:
     return example
 
 
-def _require_one_network(base: nn.Module, model: nn.Module, caller: Caller, example: Tensor) -> None:
-    """Make sure, on copies, that what runs is the copy alone, and that each run is for itself.
+def _require_one_network(base: nn.Module, model: nn.Module, caller: Caller, example: Tensor) -> bool:
+    """Make sure, on copies, that what runs is the copy alone, and that each run is for itself; tell whether it draws.
 
     Raises:
         NormfixError: NF109 if it does not run on the example, NF208 and NF246 as below.
     """
-    first = _require_independence(copy_of(base), model, caller, example)
-    _require_no_memory(copy_of(base), caller, example, first)
+    first, draws = _drawing(lambda: _require_independence(copy_of(base).eval(), model, caller, example))
+    _require_no_memory(copy_of(base).eval(), replace(caller, draws=draws), example, first)
+    return draws
+
+
+def _drawing(run: Callable[[], Tensor]) -> tuple[Tensor, bool]:
+    """Run a network and tell whether it draws random numbers; if it does, it drew them from a source of our own."""
+    source = OwnRandomness()
+    with torch.no_grad():
+        try:
+            with source:
+                return run(), source.drawn
+        except NotTaken:  # perhaps of being watched
+            return run(), False
 
 
 def _require_no_memory(untried: nn.Module, caller: Caller, example: Tensor, first: Tensor) -> None:
@@ -62,9 +88,8 @@ def _require_no_memory(untried: nn.Module, caller: Caller, example: Tensor, firs
     Raises:
         NormfixError: NF246 if it does not, so that "the original's output on an image" is no such thing.
     """
-    with evaluating(untried), buffers_kept(untried), torch.no_grad():
+    with torch.no_grad():
         caller(untried, example.flip(-1) * 0.5)
-        torch.manual_seed(0)
         again = caller(untried, example)
     a, b = first.double().nan_to_num(), again.double().nan_to_num()
     bound = IDENTITY.get(first.dtype, 0.0)
@@ -84,28 +109,56 @@ def _require_independence(base: nn.Module, model: nn.Module, caller: Caller, exa
     Raises:
         NormfixError: NF208 if one does: a lambda or closure in the network still refers to the original.
     """
-
-    def stop(module: nn.Module, args: object) -> None:
-        raise NormfixError(
-            "NF208",
-            "a lambda or closure in the network refers to the original's modules, which a copy would run as well. "
-            "Make it a method or a module.",
-            where=type(module).__name__,
-        )
-
     mine = {id(module) for module in base.modules()}
-    handles = [
-        m.register_forward_pre_hook(stop, prepend=True)
-        for m in model.modules()
-        if id(m) not in mine and not isinstance(m, torch.jit.ScriptModule)  # which take no hooks
-    ]
-    try:
-        with evaluating(base), buffers_kept(base), torch.no_grad():
-            torch.manual_seed(0)
-            return caller(base, example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    watch = _Foreign({id(module): module for module in model.modules() if id(module) not in mine})
+    with watch:
+        output = caller(base, example)
+    if watch.met is not None:  # and the network caught the error
+        raise _entangled(watch.met)
+    return output
+
+
+def _entangled(where: str) -> NormfixError:
+    return NormfixError(
+        "NF208",
+        "a lambda or closure in the network refers to the original's modules, which a copy would run as well. "
+        "Make it a method or a module.",
+        where=where,
+    )
+
+
+class _Foreign(TorchFunctionMode):
+    """Looks up the stack at each call of torch in this thread for a module of another network.
+
+    Nothing is hooked into that network: other threads may be running it.
+    """
+
+    def __init__(self, foreign: Mapping[int, nn.Module]) -> None:
+        super().__init__()
+        self.met: str | None = None
+        self._foreign = foreign
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        self.met = self.met or self._above(sys._getframe(1))
+        if self.met is not None:
+            raise _entangled(self.met)
+        return func(*args, **(kwargs or {}))
+
+    def _above(self, frame: FrameType | None) -> str | None:
+        while frame is not None and frame.f_code is not _require_independence.__code__:
+            code = frame.f_code
+            first = code.co_varnames[:1] if code.co_argcount else ()
+            owner = frame.f_locals.get(*first) if first else None
+            if isinstance(owner, nn.Module) and id(owner) in self._foreign:
+                return type(owner).__name__
+            frame = frame.f_back
+        return None
 
 
 def class_of(model: nn.Module) -> str:

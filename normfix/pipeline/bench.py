@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from normfix.calling import REFUSALS, Caller, evaluating, home_of
+from normfix.calling import Caller, evaluating, home_of, refusals
 from normfix.diagnosis.experiments import Bench
 from normfix.diagnosis.indicators import recognise
 from normfix.diagnosis_record import Kind, Tiling
@@ -23,7 +23,7 @@ from normfix.pipeline.bases import base_of
 from normfix.pipeline.examples import fitting_example
 from normfix.pipeline.looking import look
 from normfix.records import Finding, Scaling, Scan, Site
-from normfix.rewriting import as_trained_copy, copy_of
+from normfix.rewriting import as_trained_copy, copy_of, twin_of
 from normfix.scaling import scaled
 from normfix.scanning import survey
 from normfix.tiles import Geometry, round_up
@@ -72,7 +72,8 @@ def prepare(
             a tiling that does not fit the image.
     """
     example = fitting_example(model, image, caller)
-    base = base_of(model, example, caller)
+    ready = base_of(model, example, caller)
+    base, caller = ready.network, ready.caller
     training = [name for name, m in base.named_modules() if isinstance(m, _NormBase) and m.training]
     seen = look(base, example, caller)
     evaluated, trained = copy_of(base).eval(), _as_used(base, training).eval()
@@ -207,8 +208,8 @@ def _runs(
         return tiling, ()
     try:
         with torch.no_grad():
-            caller(copy_of(model).eval(), image[:1])
-    except REFUSALS:
+            caller(twin_of(model), image[:1])
+    except refusals():
         size = "x".join(map(str, image.shape[2:]))
         message = f"the network does not run at {size}, so the image was extended by its edge pixels."
         return replace(tiling, padded=True), (Finding(code="NF603", where="size", message=message),)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,21 +43,39 @@ _CAPTURES: weakref.WeakKeyDictionary[nn.Module, _Capture] = weakref.WeakKeyDicti
 _SCHEDULES: weakref.WeakKeyDictionary[Any, dict[object, Schedule]] = weakref.WeakKeyDictionary()
 
 
+@contextmanager
 def program_of(
-    model: nn.Module, caller: Caller, sites: tuple[str, ...], image: Source, stride: Sequence[int]
-) -> Program:
-    """Capture the model, or take the capture of last time with the model's present weights."""
+    model: nn.Module,
+    caller: Caller,
+    sites: tuple[str, ...],
+    image: Source,
+    stride: Sequence[int],
+    *,
+    owner: nn.Module | None = None,
+) -> Iterator[Program]:
+    """Capture the model, or lend the capture of last time with the model's present weights, to one user at a time.
+
+    Args:
+        model: to capture.
+        caller: calls it.
+        sites: paths of modules to cut at.
+        image: to capture it on.
+        stride: of the network.
+        owner: whom the capture is kept for, where the model is a twin of it.
+    """
+    owner = model if owner is None else owner
     ndim = len(image.shape) - 2
-    key = (caller, sites, ndim, _fingerprint(model))
-    known = _CAPTURES.get(model)
-    if known is not None and known.key == key and known.still_holds(model, caller):
-        return known.program
-    limit = {1: 1024, 2: 256, 3: 64}[ndim]
-    window = [(0, min(n, round_up(limit, m))) for n, m in zip(image.shape[2:], stride, strict=True)]
-    example = image.read(window)[:1].clone()
-    program = captured_program(model, caller, example, sites)
-    _CAPTURES[model] = _Capture(key, program, example)
-    return program
+    key = (caller, sites, ndim, _fingerprint(owner))
+    known = _CAPTURES.pop(owner, None)
+    if known is None or known.key != key or not known.still_holds(model, caller):
+        limit = {1: 1024, 2: 256, 3: 64}[ndim]
+        window = [(0, min(n, round_up(limit, m))) for n, m in zip(image.shape[2:], stride, strict=True)]
+        example = image.read(window)[:1].clone()
+        known = _Capture(key, captured_program(model, caller, example, sites), example)
+    try:
+        yield known.program
+    finally:
+        _CAPTURES[owner] = known
 
 
 def schedule_of(

@@ -49,6 +49,7 @@ from normfix.scanning import survey
 from normfix.stitching import padded
 from normfix.streaming import Source as WindowedSource
 from normfix.streaming import TensorSource, Watch, resumable
+from normfix.surroundings import undisturbed
 from normfix.tiles import Geometry
 
 __all__ = ["Conversion", "convert"]
@@ -85,6 +86,7 @@ class Conversion:
         return ConversionRecord(plan=self.plan, scan=self.scan, calibration=summary, proof=self.proof)
 
 
+@undisturbed()
 def convert(
     model: nn.Module,
     images: Tensor | Iterable[Tensor] | WindowedSource | Sequence[WindowedSource] | None = None,
@@ -171,7 +173,8 @@ def convert(
     first = None if items is None else next(iter(items))
     if example is None:
         example = default_example(model, caller) if first is None else fitting_example(model, first, caller)
-    base = base_of(model, example, caller, device=device, dtype=dtype, as_trained=as_trained)
+    ready = base_of(model, example, caller, device=device, dtype=dtype, as_trained=as_trained)
+    base, caller = ready.network, ready.caller
     durations = None
     if announce is not announced_nowhere:
         durations = Durations.of(base, example, caller)

@@ -29,6 +29,7 @@ from normfix.pipeline.known import ForwardFn
 from normfix.pipeline.pipelines import PipelineDiagnosis, diagnose_pipeline
 from normfix.provenance import provenance_of
 from normfix.reporting.maps import Maps
+from normfix.surroundings import undisturbed
 
 __all__ = ["Diagnosis", "Maps", "diagnose", "diagnose_network"]
 
@@ -82,6 +83,7 @@ def diagnose(
 def diagnose(
     model: Callable[..., Any], image: Any, tile: int | Sequence[int] = 256, **options: Any
 ) -> PipelineDiagnosis: ...
+@undisturbed()
 def diagnose(
     model: Any, image: Any, tile: int | Sequence[int] = 256, **options: Any
 ) -> Diagnosis | PipelineDiagnosis:

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from normfix.calling import REFUSALS, Caller
+from normfix.calling import Caller, refusals
 from normfix.dye import strip
 from normfix.errors import NormfixError
 from normfix.numerics import deviation
@@ -80,7 +80,7 @@ class Subject:
         tile = _tile(image, geometry)
         try:
             parts = tiled(lambda x: self.caller(self.model, x), image, tile, geometry)
-        except REFUSALS:
+        except refusals():
             return None
         largest, mean = deviation(parts, whole, spread)
         size = "x".join(map(str, tile))

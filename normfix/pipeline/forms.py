@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfix.calling import REFUSALS, Caller, home_of
+from normfix.calling import Caller, home_of, refusals
 from normfix.errors import NormfixError
 from normfix.factories import rebuild
 from normfix.graph import Program
-from normfix.graph.replaying import silence
+from normfix.graph.isolation import silence
 from normfix.lowering import LoweringRecord, attempt_fold, freeze, lower, rounding
 from normfix.numerics import IDENTITY
 from normfix.pipeline.reloading import answers_of, importable
@@ -159,14 +159,13 @@ def exported(bench: Bench) -> ProofStep:
     for image, expected in zip(bench.inputs, bench.outputs(bench.model), strict=True):
         try:
             pairs.append((pick(body(image.clone())), expected))
-        except REFUSALS:
+        except refusals():
             refused = f"it takes no {'x'.join(map(str, image.shape))}"
     return same("exported", claim, pairs, 0.0, refused)
 
 
 def _everything(caller: Caller, network: nn.Module, image: Tensor) -> Any:
-    given = image.clone()
-    return network(given) if caller.forward_fn is None else caller.forward_fn(network, given)
+    return caller.everything(network, image)
 
 
 def _tolerance(bench: Bench) -> float:

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from normfix.calling import REFUSALS, Caller, home_of
+from normfix.calling import Caller, home_of, refusals
 from normfix.errors import NormfixError
 from normfix.graph import Program
 from normfix.pipeline.bases import class_of
-from normfix.rewriting import copy_of
+from normfix.rewriting import copy_of, twin_of
 
 __all__ = ["Intake"]
 
@@ -139,12 +139,12 @@ class Intake:
 
     def _measured(self, shape: tuple[int, ...]) -> float | None:
         if self._copy is None or self._lazy:
-            self._copy = copy_of(self._model).eval()
+            self._copy = copy_of(self._model).eval() if self._lazy else twin_of(self._model)
         image = torch.randn((1, *shape), generator=torch.Generator().manual_seed(0))
         try:
             with torch.no_grad():
                 output = self._caller(self._copy, image.to(*home_of(self._copy)))
-        except REFUSALS:
+        except refusals():
             return None
         if output.dim() != image.dim():
             return 1.0

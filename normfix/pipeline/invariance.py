@@ -16,12 +16,14 @@ from normfix.pipeline.cropping import check_pipeline
 from normfix.pipeline.known import ForwardFn, known_of, with_halo
 from normfix.pipeline.looking import geometry_of, thinnest
 from normfix.records import Verdict
-from normfix.rewriting import copy_of
+from normfix.rewriting import copy_of, twin_of
+from normfix.surroundings import undisturbed
 from normfix.tiles import Geometry
 
 __all__ = ["assert_tile_invariant", "check", "compare_with"]
 
 
+@undisturbed()
 def check(
     model: nn.Module | Callable[..., Any],
     image: Any,
@@ -119,7 +121,7 @@ def compare_with(
     live: Sequence[str] = (),
 ) -> Verdict:
     """Run `checking.compare` on copies of a model in its own dtype and in float64."""
-    tested = copy_of(model).eval()
+    tested = twin_of(model)
     double = copy_of(tested).double()
     device, dtype = home_of(tested)
     network = Network(lambda x: caller(tested, x), lambda x: caller.in_double(double, x), dtype)

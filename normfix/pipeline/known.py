@@ -50,8 +50,9 @@ def known_of(
         image = image.read([(0, min(n, 1024)) for n in image.shape[2:]])
     (item,) = Items.of(image, *home_of(model))
     example = fitting_example(model, item, caller)
-    scan = look(base_of(model, example, caller), example, caller).scan
-    return Known(caller, scan, tuple(site.id for site in scan.live))
+    base = base_of(model, example, caller)
+    scan = look(base.network, example, base.caller).scan
+    return Known(base.caller, scan, tuple(site.id for site in scan.live))
 
 
 def _as_index(output: str | None) -> int | None:

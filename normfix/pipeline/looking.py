@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from normfix.calibration import measure_sites_
-from normfix.calling import REFUSALS, Caller, require_network
+from normfix.calling import Caller, refusals, require_network
 from normfix.errors import NormfixError
 from normfix.graph import graph_look
 from normfix.layers import FrozenStatistic
@@ -27,6 +27,7 @@ from normfix.records import Action, Decision, Finding, Looked, Plan, Scan
 from normfix.rewriting import copy_of, layer_of, rewrite, set_statistics_
 from normfix.scanning import Survey, survey
 from normfix.spreading import Dyed, confirmed, dye_look
+from normfix.surroundings import undisturbed
 from normfix.targets import NormTarget, StatisticTarget, Target
 from normfix.tiles import Geometry
 
@@ -52,6 +53,7 @@ class Look:
     geometry: Geometry | None
 
 
+@undisturbed()
 def scan(
     model: nn.Module,
     example: Tensor | None = None,
@@ -89,8 +91,9 @@ def scan(
         example = default_example(model, caller)
     base = base_of(model, example, caller, as_trained=as_trained)
     if announce is not announced_nowhere and not fast:
-        announce_notable(announce, "scan", Durations.of(base, example, caller).scan(graph=True))
-    return look(base, example, caller, fast=fast, graph=True).scan
+        duration = Durations.of(base.network, example, base.caller).scan(graph=True)
+        announce_notable(announce, "scan", duration)
+    return look(base.network, example, base.caller, fast=fast, graph=True).scan
 
 
 def plan(scan: Scan, to: Literal["frozen", "batchrenorm"] = "frozen", keep: Sequence[str] = ()) -> Plan:
@@ -178,7 +181,7 @@ def _dyed(probe: nn.Module, caller: Caller, example: Tensor, found: Survey, *, f
         if len(sizes) > 1 and live != {s.id for s in dyed.found if s.id in found.reaching or not s.recorded}:
             known = frozenset(live)
             dyed = confirmed(dyed, dye_look(probe, caller, sizes[1]), known)
-    except REFUSALS as error:
+    except refusals() as error:
         return Looked(name="dye", status="failed", note=str(error))
     return dyed
 
@@ -196,6 +199,7 @@ def thinnest(f: Callable[[Tensor], Tensor], example: Tensor, geometry: Geometry)
     """Return the extents of the thinnest strip the network runs on."""
     cross = cross_section(f, example[:1], geometry.stride)
     if cross is None:
+        f(example[:1])  # a network that runs on nothing says why
         raise NormfixError("NF210", "the network runs on no strip, so its halo cannot be proved.")
     return cross
 

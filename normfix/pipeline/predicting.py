@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from normfix.calling import evaluating, home_of
+from normfix.calling import home_of
 from normfix.errors import NormfixError
 from normfix.images import Items
 from normfix.numerics import exact_arithmetic
@@ -25,9 +25,10 @@ from normfix.pipeline.streamed import (
     predict_in_stages,
 )
 from normfix.provenance import provenance_of
-from normfix.rewriting import copy_of
+from normfix.rewriting import copy_of, twin_of
 from normfix.stitching import tile_extents, tiled
 from normfix.streaming import OutputFile, Source, TensorSource, Watch, resumable
+from normfix.surroundings import undisturbed
 from normfix.tiles import Geometry, round_up
 
 __all__ = ["predict", "write_prediction"]
@@ -36,6 +37,7 @@ _PAYS = 1 << 24
 """Pixels of halo from which stages are worth capturing the network for."""
 
 
+@undisturbed()
 def predict(
     model: nn.Module,
     image: Tensor | Source,
@@ -93,6 +95,7 @@ def predict(
     return result
 
 
+@undisturbed()
 def write_prediction(
     model: nn.Module,
     image: Tensor | Source,
@@ -207,8 +210,9 @@ class _Prediction:
                 if self.engine in ("stages", "dask") or error.code not in NOT_IN_STAGES:
                     raise
         (whole,) = Wholes([self.image])
-        with evaluating(model), exact_arithmetic():
-            return tiled(lambda x: caller(model, x), whole, self.tile, geometry)
+        twin = twin_of(model)
+        with exact_arithmetic():
+            return tiled(lambda x: caller(twin, x), whole, self.tile, geometry)
 
     def _fitted(self, resources: Resources) -> nn.Module:
         """Return a copy of the model with the statistics of this image."""

@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from normfix.calling import Caller, evaluating, home_of
+from normfix.calling import Caller, home_of
 from normfix.errors import NormfixError
 from normfix.numerics import IDENTITY, exact_arithmetic
 from normfix.records import Probe, Provenance
+from normfix.rewriting import twin_of
 from normfix.saving import seeded_input
 
 __all__ = ["SEED", "probe_of", "probed", "require_probe"]
@@ -66,8 +67,8 @@ def require_probe(model: nn.Module, caller: Caller, probe: Probe, where: str) ->
 def probed(model: nn.Module, caller: Caller, shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
     """Return the output that counts for the seeded input, on the CPU."""
     device = home_of(model)[0]
-    with evaluating(model), exact_arithmetic():
-        return caller(model, seeded_input(shape, seed, dtype).to(device)).cpu()
+    with exact_arithmetic():
+        return caller(twin_of(model), seeded_input(shape, seed, dtype).to(device)).cpu()
 
 
 def _samples(output: Tensor) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from normfix.calibration import Calibration, measure_sites_, remeasure_sites, restoring_on_error
+from normfix.calibration import Calibration, measure_sites_, remeasure_sites
 from normfix.calling import Caller, home_of
 from normfix.errors import NormfixError
 from normfix.graph import Program
@@ -32,10 +32,11 @@ from normfix.pipeline.sampling import measure_sampled_
 from normfix.pipeline.streamed import Resources, StoredTarget, measure_streamed_
 from normfix.provenance import provenance_of
 from normfix.records import CalibrationSummary, Family, Plan, Provenance
-from normfix.rewriting import copy_of
+from normfix.rewriting import copy_of, twin_of
 from normfix.scanning import survey
 from normfix.stitching import padded
 from normfix.streaming import Source, TensorSource, Watch
+from normfix.surroundings import undisturbed
 from normfix.targets import NormTarget, Target
 from normfix.tiles import Geometry
 
@@ -45,6 +46,7 @@ _TILES = {1: 1 << 18, 2: 512, 3: 96}
 Progress = Callable[[int, int], None]
 
 
+@undisturbed()
 def calibrate(
     model: nn.Module,
     images: Tensor | Iterable[Tensor] | Source | Sequence[Source],
@@ -118,6 +120,7 @@ def calibrate(
     return Calibration(copied, summary)
 
 
+@undisturbed()
 def calibrate_(
     model: nn.Module,
     images: Tensor | Iterable[Tensor] | Source | Sequence[Source],
@@ -139,8 +142,52 @@ def calibrate_(
 ) -> CalibrationSummary:
     """Measure a network's statistics anew in place, on the same module objects; see `calibrate`.
 
-    Optimizers, compiled and distributed wrappers keep their model. On any error the old statistics are back.
+    Optimizers, compiled and distributed wrappers keep their model. Nothing changes before all is measured, and nothing
+    on any error; whoever runs the model meanwhile runs it with the old statistics and in its own mode.
     """
+    twin = twin_of(model)
+    summary, targets = _calibrated_(
+        twin,
+        images,
+        tile,
+        mask=mask,
+        sample=sample,
+        seed=seed,
+        allow_flat=allow_flat,
+        budget=budget,
+        store=store,
+        workers=workers,
+        engine=engine,
+        scheduler=scheduler,
+        watch=watch,
+        forward_fn=forward_fn,
+        output=output,
+        progress=progress,
+    )
+    _take_over_(model, twin, targets)
+    return summary
+
+
+def _calibrated_(
+    model: nn.Module,
+    images: Tensor | Iterable[Tensor] | Source | Sequence[Source],
+    tile: int | Sequence[int] | None,
+    *,
+    mask: Mask | Sequence[Mask] | None,
+    sample: float | None,
+    seed: int,
+    allow_flat: bool,
+    budget: int | None,
+    store: Path | None,
+    workers: int,
+    engine: Literal["local", "dask"],
+    scheduler: str | None,
+    watch: Watch | None,
+    forward_fn: ForwardFn | None,
+    output: str | int | None,
+    progress: Progress,
+) -> tuple[CalibrationSummary, Sequence[Target]]:
+    """Measure in place; return what was measured, and where."""
     crew = engine_of(engine, scheduler, store, workers)
     known = provenance_of(model)
     sources, items = sources_of(images), None
@@ -159,27 +206,27 @@ def calibrate_(
     work = _Work(model, targets, caller, geometry, progress)
     # what is flat in the running statistics of a trained network is no news
     trained = flat_before([t for t in targets if _is_trained(known, t.name)])
-    with restoring_on_error(targets):
-        passes = tile is None and items is not None and not crew.shared and sample is None
-        if passes and items is not None and mask is None:
-            summary = work.in_passes(items)
-        else:
-            sources = sources or [TensorSource(image) for image in items or ()]
-            tile = tile or _TILES[len(sources[0].shape) - 2]
-            resources = Resources(tile=tile, budget=budget, store=store, engine=crew, watch=watch)
-            summary = work.of_sources(sources, mask, None if passes else resources, sample, seed)
-        first = next(iter(items if items is not None else (middle_of(source) for source in sources or ())))
-        return judged(
-            model,
-            targets,
-            summary,
-            caller,
-            first[:1] if geometry is None else padded(first[:1], geometry),
-            allow=allow_flat,
-            classes=_classes(known, model, targets),
-            known=trained,
-            empty=all_empty(items if items is not None else sources or ()),
-        )
+    passes = tile is None and items is not None and not crew.shared and sample is None
+    if passes and items is not None and mask is None:
+        summary = work.in_passes(items)
+    else:
+        sources = sources or [TensorSource(image) for image in items or ()]
+        tile = tile or _TILES[len(sources[0].shape) - 2]
+        resources = Resources(tile=tile, budget=budget, store=store, engine=crew, watch=watch)
+        summary = work.of_sources(sources, mask, None if passes else resources, sample, seed)
+    first = next(iter(items if items is not None else (middle_of(source) for source in sources or ())))
+    judgement = judged(
+        model,
+        targets,
+        summary,
+        caller,
+        first[:1] if geometry is None else padded(first[:1], geometry),
+        allow=allow_flat,
+        classes=_classes(known, model, targets),
+        known=trained,
+        empty=all_empty(items if items is not None else sources or ()),
+    )
+    return judgement, targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +292,16 @@ def _classes(known: Provenance | None, model: nn.Module, targets: Sequence[Targe
     if known is not None:
         return {d.site.id: d.site.owner_class.rpartition(".")[2] for d in known.plan.converted}
     return {target.name: type(target.module).__name__ for target in targets}
+
+
+def _take_over_(model: nn.Module, measured: nn.Module, targets: Sequence[Target]) -> None:
+    """Write the statistics that were measured in a twin into the model's own layers."""
+    places = {id(module): path for path, module in measured.named_modules()}
+    with torch.no_grad():
+        for target in targets:
+            own = dict(model.get_submodule(places[id(target.module)]).named_buffers())
+            for name, value in target.module.named_buffers():
+                own[name].copy_(value)
 
 
 def remeasure(

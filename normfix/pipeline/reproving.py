@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from normfix.calling import buffers_kept, evaluating, home_of
+from normfix.calling import home_of
 from normfix.errors import NormfixError
 from normfix.images import Items
 from normfix.numerics import exact_arithmetic
@@ -27,8 +27,10 @@ from normfix.programs import require_free
 from normfix.provenance import provenance_of
 from normfix.proving import CONSISTENT, residual, tile_exactness, unmeasured
 from normfix.records import Plan, Proof, ProofStep, Provenance, Scan, Site, Verdict
+from normfix.rewriting import twin_of
 from normfix.stitching import padded
 from normfix.streaming import Source
+from normfix.surroundings import undisturbed
 from normfix.tiles import Geometry
 
 __all__ = ["prove"]
@@ -45,6 +47,7 @@ _STALE = "NF249"
 _FORMS = (reloaded, frozen, folded, stock, portable, exported)
 
 
+@undisturbed()
 def prove(
     model: nn.Module,
     images: Tensor | Iterable[Tensor] | Source | Sequence[Source],
@@ -103,6 +106,7 @@ def prove(
             "tiles with normfix check.",
             where=type(model).__name__,
         )
+    model = twin_of(model)
     whole, image = _taken(images, model, provenance)
     known = known_of(model, image, forward_fn, output)
     geometry = geometry_of(known.scan)
@@ -122,7 +126,7 @@ def prove(
         output=None if known.caller.output is None else str(known.caller.output),
     )
     steps: list[ProofStep] = []
-    with evaluating(model), buffers_kept(model), exact_arithmetic(), tempfile.TemporaryDirectory() as folder:
+    with exact_arithmetic(), tempfile.TemporaryDirectory() as folder:
         verdict = subject.verdict(first)
         inputs = (first, subject.other(first))
         bench = Bench(model, known.caller, travels, inputs, Path(folder), trusted=source is not None)

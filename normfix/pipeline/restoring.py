@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from normfix.allocation import Stored, bounded_by
-from normfix.calling import Caller
+from normfix.calling import Caller, failures
 from normfix.errors import NormfixError
 from normfix.factories import rebuild
 from normfix.loading import (
@@ -34,11 +34,13 @@ from normfix.records import Saved, Source
 from normfix.rewriting import copy_of, rewrite
 from normfix.saving import MANIFEST, WEIGHTS, load_weights_, program_beside, read_manifest
 from normfix.scanning import materialise_
+from normfix.surroundings import undisturbed
 from normfix.workload import Workload
 
 __all__ = ["load", "open_any"]
 
 
+@undisturbed()
 def load(
     spec: str | Path,
     *,
@@ -161,7 +163,7 @@ def _belonging(where: str) -> Iterator[None]:
         yield
     except NormfixError:
         raise
-    except Exception as error:
+    except failures() as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise NormfixError(
             "NF115",

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from normfix.calling import REFUSALS, Caller
+from normfix.calling import Caller, refusals
 from normfix.numerics import deviation
 from normfix.proving import identity
 from normfix.records import ProofStep
@@ -52,7 +52,7 @@ def repeated_in_double(
         double, wide = copy_of(original).double().eval(), image.double()
         exact = caller.in_double(double, wide)
         step = identity(caller.in_double(convert(double, wide).eval(), wide), exact)
-    except REFUSALS as error:
+    except refusals() as error:
         return replace(failed, note=f"it cannot be repeated in float64: {' '.join(str(error).split())[:160]}")
     spread = float(exact.std())
     ours, own = (deviation(output, exact, spread)[0] for output in outputs)

@@ -27,12 +27,14 @@ from normfix.programs import export_program, require_program_name, write_beside,
 from normfix.provenance import provenance_of
 from normfix.records import CalibrationSummary, Proof, Provenance, Saved, Source
 from normfix.returning import require_returnable, returned, write_original
-from normfix.rewriting import copy_of
+from normfix.rewriting import copy_of, twin_of
 from normfix.saving import PROGRAM, WEIGHTS, appearing, seeded_input, write_folder
+from normfix.surroundings import undisturbed
 
 __all__ = ["require_unconverted", "save", "save_program", "sourced", "write_draft"]
 
 
+@undisturbed()
 def save(
     done: Conversion | Calibration | nn.Module,
     folder: str | Path,
@@ -169,6 +171,7 @@ def save_program(
     write: Callable[..., None] = write_program,
 ) -> None:
     """Write a network as a program of one image, which returns all that the network returns."""
+    model = twin_of(model)
     run = None if caller.forward_fn is None else caller
     if run is not None:  # the program returns what counts already
         provenance = replace(provenance, output=None)
@@ -184,7 +187,7 @@ def save_program(
         proof=proof,
         probe=probe_of(model, caller, provenance),
     )
-    write(path, program, model, run or (lambda network, image: network(image)), saved)
+    write(path, program, model, run or caller.everything, saved)
 
 
 def _parts(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from normfix.pipeline.capturing import program_of, schedule_of
 from normfix.pipeline.masking import measure_in_passes_, require_maskable
 from normfix.pipeline.placing import Place
 from normfix.records import CalibrationSummary, SiteStatistics
+from normfix.rewriting import twin_of
 from normfix.streaming import (
     Engine,
     Journal,
@@ -156,23 +157,25 @@ def measure_in_stages_(
 
         return Statistic(paths[target.name], target.dims, target.measure, settle)
 
-    with evaluating(model), exact_arithmetic(), restoring_on_error(targets):
+    with ExitStack() as stack:
+        for context in (evaluating(model), exact_arithmetic(), restoring_on_error(targets)):
+            stack.enter_context(context)
         stride = stride or (32,) * ndim
-        program = program_of(model, caller, tuple(paths.values()), images[0], stride)
+        program = stack.enter_context(program_of(model, caller, tuple(paths.values()), images[0], stride))
         planned = schedule_of(program, stride, images, measured=tuple(paths.values()), outputs=False)
         measured = [statistic(target) for target in targets]
-        with resources.run(planned, images, measured) as (store, journal):
-            execute(
-                planned,
-                images,
-                tile=resources.extents(ndim),
-                store=store,
-                statistics=measured,
-                settled=lambda: program.refresh_(model),
-                engine=resources.engine,
-                journal=journal,
-                watch=resources.watch or _Counted(progress),
-            )
+        store, journal = stack.enter_context(resources.run(planned, images, measured))
+        execute(
+            planned,
+            images,
+            tile=resources.extents(ndim),
+            store=store,
+            statistics=measured,
+            settled=lambda: program.refresh_(model),
+            engine=resources.engine,
+            journal=journal,
+            watch=resources.watch or _Counted(progress),
+        )
     return CalibrationSummary(
         images=tuple(image.shape for image in images),
         sites=tuple(statistics[target.name] for target in targets),
@@ -217,26 +220,30 @@ def predict_in_stages(
         NormfixError: a code of NOT_IN_STAGES where this network cannot run so.
     """
     ndim = len(image.shape) - 2
-    with evaluating(model), exact_arithmetic():
+    twin = twin_of(model)
+    with ExitStack() as stack:
+        stack.enter_context(exact_arithmetic())
         whole = image.padded(geometry.padding(image.shape[2:]))
-        program = program_of(model, caller, tuple(sites), whole, geometry.stride)
+        program = stack.enter_context(
+            program_of(twin, caller, tuple(sites), whole, geometry.stride, owner=model)
+        )
         planned = schedule_of(program, geometry.stride, [whole], measured=(), outputs=True)
         lasts = resources.store is not None
         place = Place(program.outputs[0], image, geometry, home_of(model)[0], out)
-        with resources.run(planned, [whole], ()) as (store, journal):
-            execute(
-                planned,
-                [whole],
-                tile=resources.extents(ndim),
-                store=store,
-                sink=place.wait if lasts else place.take,
-                keep=[place.node] if lasts else [],
-                engine=resources.engine,
-                journal=journal,
-                watch=resources.watch,
-            )
-            if lasts:
-                place.copy(store[kept_name(0, place.node)])
+        store, journal = stack.enter_context(resources.run(planned, [whole], ()))
+        execute(
+            planned,
+            [whole],
+            tile=resources.extents(ndim),
+            store=store,
+            sink=place.wait if lasts else place.take,
+            keep=[place.node] if lasts else [],
+            engine=resources.engine,
+            journal=journal,
+            watch=resources.watch,
+        )
+        if lasts:
+            place.copy(store[kept_name(0, place.node)])
     return place.result()
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from normfix.calling import REFUSALS
+from normfix.calling import refusals
 from normfix.streaming.budget import Budget
 from normfix.streaming.stages import extent_of
 from normfix.tiles import round_up
@@ -147,7 +147,7 @@ def _seconds_per_pixel(stage: Stage, run: Run) -> float | None:
         with torch.no_grad():
             _seconds(lambda: stage.run(*values, *told))  # the first call is slower
             results, seconds = _seconds(lambda: stage.run(*values, *told))
-    except REFUSALS:
+    except refusals():
         return None
     for node, result in zip(stage.gives, results, strict=True):
         seconds += _seconds_after(node, result, stage, run)

@@ -21,10 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
-from normfix.calling import REFUSALS
+from normfix.calling import refusals
 from normfix.errors import NormfixError
 from normfix.graph.capture import WRAPPED, NotCaptured, capture
-from normfix.graph.replaying import silence
+from normfix.graph.isolation import silence
 
 __all__ = ["Cut", "Program", "Shapes", "captured_program", "is_tensor_node"]
 
@@ -65,7 +65,7 @@ class Program:
             recorder = _Recorder(self.body)
             try:
                 recorder.run(mode.from_tensor(image))
-            except REFUSALS as error:
+            except refusals() as error:
                 raise NormfixError(
                     "NF321",
                     f"the captured program does not take an image of {'x'.join(map(str, size))}: "

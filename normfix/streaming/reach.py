@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
-from normfix.calling import REFUSALS
+from normfix.calling import refusals
 from normfix.dye import DyeLost, halo, interference
 from normfix.errors import NormfixError
 from normfix.streaming.maps import Map, Maps
@@ -56,7 +56,7 @@ def measure_reach(stage: Stage, maps: Maps, shapes: Shapes, image: Node) -> Reac
             found = halo(single, single.example, axis, 1, Fraction(1), cross)
         except DyeLost:
             raise _refused(stage, axis, "no dye arrives at its output, so its halo cannot be read") from None
-        except REFUSALS as error:
+        except refusals() as error:
             raise _refused(stage, axis, f"it does not run on strips: {error}") from error
         if found is None:
             raise _refused(stage, axis, "its output depends on the whole extent, so no halo is enough")
@@ -88,7 +88,7 @@ def _cross_section(f: Function, ndim: int) -> tuple[int, ...]:
     for cells in (2, 4, 8, 16, 32):
         try:
             f(example[(..., *(slice(0, cells),) * ndim)])
-        except REFUSALS:
+        except refusals():
             continue
         return (cells,) * ndim
     raise NormfixError("NF324", "it runs on no small block.", where=f"stage {f.stage.number}")  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from normfix.calling import REFUSALS
+from normfix.calling import refusals
 from normfix.errors import NormfixError
 from normfix.numerics import exact_arithmetic
 from normfix.streaming.execution import execute
@@ -108,7 +108,7 @@ def _example_size(program: Program, stride: Sequence[int]) -> tuple[int, ...]:
         size = (1, channels, *(round_up(factor * 16, m) for m in stride))
         try:
             program.shapes(size)
-        except REFUSALS:
+        except refusals():
             continue
         return size
     raise NormfixError(

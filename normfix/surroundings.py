@@ -1,0 +1,50 @@
+"""What a caller has switched on around a call, kept from our own tensors and given back to his network.
+
+`with torch.device("meta")` and torch.set_default_device put every tensor that names no device there, seeded noise and
+tables of ours included; torch.inference_mode makes every copy one that can never train. Both are the thread's own, so
+a public function runs without them, and the network it calls runs with the device its author counts on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+__all__ = ["as_given", "undisturbed"]
+
+_GIVEN: ContextVar[torch.device | None] = ContextVar("normfix_given_device", default=None)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Put new tensors on the CPU unless a device is named, and make none that can never train.
+
+    Works as a decorator. Networks that are called inside get the device of before: see `as_given`.
+    """
+    given = torch.get_default_device()
+    with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        if given.type == "cpu":
+            yield
+            return
+        token = _GIVEN.set(given)
+        try:
+            with torch.device("cpu"):
+                yield
+        finally:
+            _GIVEN.reset(token)
+
+
+def as_given(home: torch.device) -> Any:
+    """Return the context in which a network on `home` finds the caller's default device again.
+
+    On the meta device nothing is computed, so there it finds its own.
+    """
+    given = _GIVEN.get()
+    if given is None:
+        return nullcontext()
+    device = home if given.type == "meta" else given
+    return nullcontext() if device.type == "cpu" else device
