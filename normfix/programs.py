@@ -8,11 +8,9 @@ to the bit. What normfix knows of the network travels inside, as the file's extr
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from normfix.calling import REFUSALS, evaluating, home_of
+from normfix.drafts import cannot_write, drafting, require_unnamed
 from normfix.errors import NormfixError
 from normfix.graph import Program, export, raised
 from normfix.graph.capture import free_dimensions, image_of
@@ -71,9 +70,8 @@ def open_program(path: Path, read: Reader) -> tuple[Program, Saved | None]:
         raise
     except Exception as error:
         raise _unreadable(path, error) from error
-    text: Any = extra[MANIFEST]
-    known = json.loads(text) if text else None
-    return model, None if known is None else Saved.from_json(known, where=str(path))
+    text = extra[MANIFEST]
+    return model, Saved.loads(text, where=str(path)) if text else None
 
 
 def require_free(model: nn.Module) -> None:
@@ -155,19 +153,15 @@ def write_program(
     Raises:
         NormfixError: NF114 if the file exists or cannot be written, NF226 if its output differs.
     """
-    if path.exists() or path.is_symlink():
-        raise NormfixError(
-            "NF114", "it exists, and normfix overwrites nothing. Name another file.", where=str(path)
-        )
+    require_unnamed(path)
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
-            draft = Path(folder) / path.name
+        with drafting(path) as draft:
             with silence():
                 torch.export.save(program, draft, extra_files={MANIFEST: saved.dumps()})
-            _require_equal(draft, program, model, run, Path(folder) / "expected.safetensors", str(path))
-            draft.rename(path)
+            expected = draft.with_name("expected.safetensors")
+            _require_equal(draft, program, model, run, expected, str(path))
     except OSError as error:
-        raise NormfixError("NF114", f"cannot write there: {error}.", where=str(path)) from error
+        raise cannot_write(path, error) from error
 
 
 def write_beside(
