@@ -148,7 +148,7 @@ def _swept(holder: Path) -> str:
     """Delete a draft if its process is gone; return why it cannot be told, '' if it can."""
     if holder.is_symlink() or not holder.is_dir():
         return "it is no folder"
-    names = set(os.listdir(holder))
+    names = {path.name for path in holder.iterdir()}
     if not names:
         holder.rmdir()
         return ""
@@ -292,7 +292,7 @@ def _placed(draft: Path, target: Path) -> bool:
 
 
 def _claimed(draft: Path, target: Path) -> bool:
-    """Name a file where there are neither links nor locks: take the name with an empty file, and put the draft there."""
+    """Name a file where there are neither links nor locks: take the name with an empty file, then replace that."""
     try:
         os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
