@@ -43,6 +43,7 @@ _LOCK, _INSIDE = "lock", "draft"
 _ATTEMPTS = 20
 _PATIENCE = 5.0
 """Seconds that another process may take to name an output in the same folder."""
+_UUID = re.compile(rb"urn:uuid:[0-9a-f-]{36}")
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)
 """What renaming says where something has the name."""
 
@@ -56,13 +57,12 @@ class UnwritableError(NormfixError):
 class TakenError(NormfixError):
     """The name of an output was taken when it was whole; `kept` is where it lies, if anywhere."""
 
-    def __init__(self, target: Path, kept: Path | None) -> None:
+    def __init__(self, target: Path, kept: Path | None, why: str) -> None:
         self.kept = kept
         where = "" if kept is None else f" What this run made is {kept}."
         super().__init__(
             "NF114",
-            f"something else has this name by now, and normfix overwrites nothing.{where} Name another output, or "
-            "remove this one.",
+            f"{why}, and normfix overwrites nothing.{where} Name another output, or remove this one.",
             where=str(target),
         )
 
@@ -84,10 +84,11 @@ def drafting(target: Path) -> Iterator[Path]:
         NormfixError: NF114 if the folder cannot be written, TakenError if something has the name by then.
     """
     sweep(target.parent)
+    _require_possible(target)
     with _holder(target) as inside:
         draft = inside / target.name
         yield draft
-        _appear(draft, target)
+        _appear(draft, target, "another run or program gave it this name in the meantime")
 
 
 @contextmanager
@@ -98,7 +99,13 @@ def naming(target: Path) -> Iterator[Naming]:
         NormfixError: NF114 if the folder cannot be written, TakenError if the target holds something else.
     """
     sweep(target.parent)
+    _require_possible(target)
     if not os.path.lexists(target):
+        if target.parent.is_dir():
+            with _holder(
+                target
+            ):  # so that a folder that cannot be written is known before anything is computed
+                pass
         yield Naming(target, target)
         return
     with _holder(target) as inside:
@@ -108,7 +115,7 @@ def naming(target: Path) -> Iterator[Naming]:
             return
         place.again = _same(place.path, target)
         if not place.again:
-            _appear(place.path, target)
+            _appear(place.path, target, "it exists and is not what this command makes")
 
 
 def require_unnamed(target: Path) -> None:
@@ -142,6 +149,16 @@ def sweep(folder: Path) -> None:
         with suppress(OSError):  # another process sweeps too, or it is not ours to delete
             if reason := _swept(folder / name):
                 _LOG.warning("%s is left alone: %s. Delete it if no run needs it.", folder / name, reason)
+
+
+def _require_possible(target: Path) -> None:
+    """Refuse a name that the system cannot give."""
+    try:
+        target.lstat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise cannot_write(target, error) from error
 
 
 def _swept(holder: Path) -> str:
@@ -241,11 +258,11 @@ def _remove(holder: Path) -> None:
         holder.rmdir()
 
 
-def _appear(draft: Path, target: Path) -> None:
+def _appear(draft: Path, target: Path, why: str) -> None:
     """Give a draft its name, or one like it where that is taken, which is an error."""
     try:
         if not _placed(draft, target):
-            raise TakenError(target, _spared(draft, target))
+            raise TakenError(target, _spared(draft, target), why)
     except OSError as error:
         raise cannot_write(target, error) from error
 
@@ -337,10 +354,15 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _same_bytes(one: Path, other: Path) -> bool:
+    """Tell whether two files are the same bytes, but for the random name that OME-TIFF gives every file."""
     if one.stat().st_size != other.stat().st_size:
         return False
+    named = one.suffix.lower() in (".tif", ".tiff")
     with one.open("rb") as a, other.open("rb") as b:
-        while left := a.read(1 << 20):
-            if left != b.read(1 << 20):
+        while mine := a.read(1 << 20):
+            theirs = b.read(1 << 20)
+            if named:  # it stands in the first description
+                mine, theirs, named = _UUID.sub(b"", mine), _UUID.sub(b"", theirs), False
+            if mine != theirs:
                 return False
     return True
