@@ -54,11 +54,11 @@ def _racing(make, target, text, barrier, told):
 @pytest.mark.parametrize("make", [_file, _folder])
 @pytest.mark.parametrize("links", [True, False])
 def test_of_runs_that_want_one_name_one_gets_it(tmp_path, monkeypatch, make, links):
-    """In 20 races of three processes, with hard links and without, one wrote and the others' results are kept whole."""
+    """In six races of three processes, with hard links and without, one wrote and the others' results are kept whole."""
     if not links:
         monkeypatch.setattr(os, "link", _no_links)
     context = get_context("fork")
-    for number in range(20):
+    for number in range(6):
         folder = tmp_path / str(number)
         folder.mkdir()
         barrier, told = context.Barrier(3), context.SimpleQueue()
