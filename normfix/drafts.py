@@ -34,6 +34,7 @@ __all__ = [
     "drafting",
     "naming",
     "require_unnamed",
+    "reserve",
     "sweep",
 ]
 
@@ -137,6 +138,13 @@ def cannot_write(target: Path, error: OSError) -> UnwritableError:
     reason = " ".join((error.strerror or str(error)).split())[:160]
     todo = "Make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Name a place that can be written"
     return UnwritableError("NF114", f"cannot write it: {reason}. {todo}.", where=str(target))
+
+
+def reserve(path: Path) -> None:
+    """Take a mapped file's room now: on a disk that fills up later, writing to it would end the process."""
+    if path.is_file() and hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def sweep(folder: Path) -> None:

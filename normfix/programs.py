@@ -8,6 +8,8 @@ to the bit. What normfix knows of the network travels inside, as the file's extr
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import subprocess
 import sys
@@ -70,8 +72,9 @@ def open_program(path: Path, read: Reader) -> tuple[Program, Saved | None]:
         raise
     except Exception as error:
         raise _unreadable(path, error) from error
-    text = extra[MANIFEST]
-    return model, Saved.loads(text, where=str(path)) if text else None
+    text: Any = extra[MANIFEST]
+    known = json.loads(text) if text else None
+    return model, None if known is None else Saved.from_json(known, where=str(path))
 
 
 def require_free(model: nn.Module) -> None:
@@ -156,12 +159,19 @@ def write_program(
     require_unnamed(path)
     try:
         with drafting(path) as draft:
-            with silence():
-                torch.export.save(program, draft, extra_files={MANIFEST: saved.dumps()})
+            _write(draft, program, saved)
             expected = draft.with_name("expected.safetensors")
             _require_equal(draft, program, model, run, expected, str(path))
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def _write(path: Path, program: ExportedProgram, saved: Saved) -> None:
+    """Write a program by way of memory: where there is no room, torch's own writer ends the process."""
+    whole = io.BytesIO()
+    with silence():
+        torch.export.save(program, whole, extra_files={MANIFEST: saved.dumps()})
+    path.write_bytes(whole.getbuffer())
 
 
 def write_beside(
@@ -170,10 +180,13 @@ def write_beside(
     """Write a program into a folder that is read back by other means; it is compared in this process.
 
     Raises:
-        NormfixError: NF226 if its output differs from the network's.
+        NormfixError: NF226 if its output differs from the network's, NF114 if it cannot be written.
     """
+    try:
+        _write(path, program, saved)
+    except OSError as error:
+        raise cannot_write(path, error) from error
     with silence():
-        torch.export.save(program, path, extra_files={MANIFEST: saved.dumps()})
         body = torch.export.load(path).module()
     with evaluating(model), exact_arithmetic():
         for image in _inputs(program, model, run):

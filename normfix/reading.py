@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from normfix.drafts import cannot_write, drafting, require_unnamed, sweep
+from normfix.drafts import cannot_write, drafting, require_unnamed, reserve, sweep
 from normfix.errors import NormfixError
 from normfix.formats import OUTPUTS, Choice, Placement, create, open_file, suffix_of, unreadable
 
@@ -180,7 +180,9 @@ def write_image(path: Path, array: Array, placement: Placement | None = None) ->
     array, axes = laid_out(array, placement, keep=suffix_of(path) in KEEPING)
     with drafting(path) as draft:
         try:
-            create(draft, array.shape, array.dtype, axes, placement)[...] = array
+            room = create(draft, array.shape, array.dtype, axes, placement)
+            reserve(draft)
+            room[...] = array
         except OSError as error:
             raise cannot_write(path, error) from error
 

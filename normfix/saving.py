@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from normfix.drafts import cannot_write, drafting, require_unnamed, sweep
+from normfix.drafts import UnwritableError, cannot_write, drafting, require_unnamed, sweep
 from normfix.errors import NormfixError
 from normfix.json_record import SCHEMA
 from normfix.records import CalibrationSummary, Probe, Proof, Provenance, Saved
@@ -105,7 +105,7 @@ def write_folder(
     try:
         _write(folder, model, provenance, proof, calibration, probe)
     except (OSError, SafetensorError) as error:
-        raise NormfixError("NF114", f"cannot write there: {error}.", where=str(folder)) from error
+        raise UnwritableError("NF114", f"cannot write there: {error}.", where=folder.name) from error
 
 
 def _write(

@@ -54,7 +54,7 @@ def _racing(make, target, text, barrier, told):
 @pytest.mark.parametrize("make", [_file, _folder])
 @pytest.mark.parametrize("links", [True, False])
 def test_of_runs_that_want_one_name_one_gets_it(tmp_path, monkeypatch, make, links):
-    """In six races of three processes, with hard links and without, one wrote and the others' results are kept whole."""
+    """In six races of three, with hard links and without, one wrote and the others' results are kept whole."""
     if not links:
         monkeypatch.setattr(os, "link", _no_links)
     context = get_context("fork")

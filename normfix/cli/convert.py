@@ -25,7 +25,9 @@ __all__ = ["convert_command"]
 @model_options
 @click.argument("images", nargs=-1)
 @click.option("--to", type=click.Choice(["frozen", "batchrenorm"]), help="What norms become.")
-@click.option("-o", "--out", required=True, help="Folder to write, or a program: FILE.pt2. Must not exist.")
+@click.option(
+    "-o", "--out", required=True, help="Folder to write, or a program: FILE.pt2. Never over anything."
+)
 @click.option("--plan", "plan_file", help="Replay this reviewed plan instead of --to and --keep.")
 @click.option("--keep", multiple=True, help="Pattern of module paths to leave alone; may be repeated.")
 @click.option("--as-trained", is_flag=True, help="The network is used in train mode: its norms are live.")

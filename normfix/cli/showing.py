@@ -56,7 +56,7 @@ def report_option(command: Command) -> Command:
         "reports",
         multiple=True,
         metavar="FILE",
-        help="Write a report too: .html, .json, .md or .xml (JUnit). May be repeated.",
+        help="Write a report too, never over another: .html, .json, .md or .xml (JUnit). May be repeated.",
     )(command)
 
 

@@ -78,7 +78,7 @@ _HALO = click.option(
 @click.command("calibrate")
 @model_options
 @click.argument("images", nargs=-1, required=True)
-@click.option("-o", "--out", required=True, help="Folder to write; must not exist.")
+@click.option("-o", "--out", required=True, help="Folder to write, never over anything.")
 @image_options
 @click.option(
     "--tile", type=click.IntRange(1), help="Read images by window and run in stages over blocks of this size."
@@ -159,7 +159,9 @@ def calibrate_command(
 @click.command("predict")
 @model_options
 @click.argument("image")
-@click.option("-o", "--out", required=True, help="File to write, .npy, .tif, .nii or .zarr; must not exist.")
+@click.option(
+    "-o", "--out", required=True, help="File to write, .npy, .tif, .nii or .zarr, never over anything."
+)
 @_TILE
 @_HALO
 @click.option(

@@ -6,7 +6,6 @@ file of that name is whole.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normfix.drafts import cannot_write, drafting
+from normfix.drafts import cannot_write, drafting, reserve
 from normfix.formats import Placement, create, suffix_of
 from normfix.reading import KEEPING, laid_out, require_new_image
 
@@ -61,7 +60,7 @@ class OutputFile:
             self._array = create(
                 self._draft, room.shape, numpy_dtype, axes, self._placement, [edges[a] for a in axes]
             )
-            _reserve(self._draft)
+            reserve(self._draft)
         except OSError as error:
             raise cannot_write(self._path, error) from error
 
@@ -100,10 +99,3 @@ class OutputFile:
             self._making.__exit__(type(failed), failed, error.__traceback__)
             raise failed from error
         self._making.__exit__(kind, value, trace)
-
-
-def _reserve(path: Path) -> None:
-    """Take a mapped file's room now: on a disk that fills up later, writing to it would end the process."""
-    if path.is_file() and hasattr(os, "posix_fallocate"):
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
