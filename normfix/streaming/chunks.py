@@ -179,7 +179,7 @@ class Chunked:
             ]
             name = f"{self._path.name}/{'/'.join(map(str, place))}"
             digest = hashlib.sha256(f"{self._run} {name} {part.shape}\n".encode())
-            digest.update(memoryview(np.ascontiguousarray(part)).cast("B"))
+            digest.update(np.ascontiguousarray(part).data.cast("B"))
             yield name, digest.hexdigest()[:32]
 
     def _failed(self, error: OSError) -> NormfixError:
