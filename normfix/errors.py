@@ -46,7 +46,9 @@ CODES: dict[str, str] = {
     "only network classes that a fixed list of packages define, and builders they list, are called unasked, only with "
     "arguments that name no file or address, and while they are built nothing is opened or fetched. Anything else the "
     "caller repeats: --arch, --preprocess.",
-    "NF114": "Output appears whole or not at all, and never over something that exists. Name a new folder.",
+    "NF114": "Output appears whole or not at all, and never over something that exists, also where that appeared while "
+    "it was computed: the message says then under which name the result lies. Name a new output, in a folder that can "
+    "be written and has room. A command that was done before finds its own output and exits 0.",
     "NF115": "Weights, plan and probe of a saved folder belong together; here they do not: the file was "
     "changed, or the network code of the source package differs from the version it was converted "
     "with.",
@@ -202,14 +204,16 @@ CODES: dict[str, str] = {
     "differ. The network runs as a whole instead.",
     "NF326": "Values between stages do not fit the memory budget. Raise it, or name a folder with room (and install "
     "normfix[stream] for zarr).",
-    "NF327": "Reading or writing the values kept on disk failed: the disk is full or the folder is gone. Nothing half "
-    "written is used; make room and give the same command again, which goes on where it stopped.",
+    "NF327": "Reading or writing the values kept on disk failed: the disk is full, the folder is gone or may not be "
+    "written. Nothing half written is used; make room or name another folder with --store, and give the same command "
+    "again, which goes on where it stopped.",
     "NF328": "The store holds an unfinished run of something else: another network, other weights, images, blocks, "
     "threads or versions, which the message names. Nothing is mixed. Repeat the command that began it, name another "
     "folder, or delete the folder normfix-run in it.",
     "NF329": "The manifest or the journal of an unfinished run is not what was written, so nothing in it can be relied "
     "on. Delete the folder normfix-run in the store and start anew.",
-    "NF330": "A value that was kept on disk is gone, cut short, or fails its checksum. Check the disk, delete the "
+    "NF330": "A value that was kept on disk is gone, cut short, fails its checksum, or is whole but not the one that "
+    "this run wrote at this place. Check the disk, delete the "
     "folder normfix-run in the store and start anew.",
     "NF331": "An image file changed or vanished while it was read, so what was computed would be of two images. "
     "Nothing has the result's name. Put the file back as it was and give the same command again, or start anew.",
@@ -224,6 +228,9 @@ CODES: dict[str, str] = {
     "(give a path).",
     "NF336": "The same block ended several workers one after another, mostly for want of memory. Give smaller blocks "
     "(--tile), or workers more memory. What is whole is kept; the same command goes on from there.",
+    "NF337": "The system refused to read or write something that is needed on the way, such as the folder for "
+    "temporary files (TMPDIR): no room, no permission, a read-only disk, too many open files. No output is half "
+    "written; put that right and give the same command again.",
     "NF340": "What reads a site's statistic was not found in the captured graph, so stages after it would be measured "
     "under the statistic it had before. Nothing is measured then. Passes over whole images do not use the graph: "
     "calibrate without tile, store or budget.",

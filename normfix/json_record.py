@@ -17,7 +17,7 @@ from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hin
 
 from normfix.errors import NormfixError
 
-__all__ = ["SCHEMA", "Record"]
+__all__ = ["SCHEMA", "Record", "parsed"]
 
 SCHEMA = 1
 """Version of the JSON of plans and saved folders."""
@@ -42,9 +42,30 @@ class Record:
         assert isinstance(decoded, cls)
         return decoded
 
+    @classmethod
+    def loads(cls, text: str, where: str = "") -> Self:
+        """Build the record from JSON text.
+
+        Raises:
+            NormfixError: NF101 if it is no JSON, or nested without end; see `from_json` for the rest.
+        """
+        return cls.from_json(parsed(text, where or cls.__name__), where)
+
     def dumps(self) -> str:
         """Return the record as indented JSON text, the same bytes for equal records."""
         return json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def parsed(text: str, where: str) -> Any:
+    """Return what JSON text holds.
+
+    Raises:
+        NormfixError: NF101 if it is no JSON, or nested too deep to be read.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise NormfixError("NF101", f"cannot read it as JSON: {error}.", where=where) from error
 
 
 def _encode(value: object) -> Any:
@@ -138,10 +159,17 @@ def _of_another_version(schema: int, where: str) -> NormfixError:
     )
 
 
+def _shown(data: object) -> str:
+    try:
+        return str(data)[:80]
+    except RecursionError:
+        return f"a {type(data).__name__} that is nested too deep"
+
+
 def _malformed(data: object, where: str, expected: str) -> NormfixError:
     return NormfixError(
         "NF108",
-        f"expected {expected}, found {str(data)[:80]!r}. The file was edited or written by another version; "
+        f"expected {expected}, found {_shown(data)!r}. The file was edited or written by another version; "
         "make it again with this version of normfix.",
         where=where,
     )

@@ -8,11 +8,11 @@ to the bit. What normfix knows of the network travels inside, as the file's extr
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from normfix.calling import evaluating, failures, home_of, refusals
+from normfix.drafts import cannot_write, drafting, require_unnamed
 from normfix.errors import NormfixError
 from normfix.graph import Program, export, raised
 from normfix.graph.capture import free_dimensions, image_of
@@ -156,19 +157,22 @@ def write_program(
     Raises:
         NormfixError: NF114 if the file exists or cannot be written, NF226 if its output differs.
     """
-    if path.exists() or path.is_symlink():
-        raise NormfixError(
-            "NF114", "it exists, and normfix overwrites nothing. Name another file.", where=str(path)
-        )
+    require_unnamed(path)
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
-            draft = Path(folder) / path.name
-            with silence():
-                torch.export.save(program, draft, extra_files={MANIFEST: saved.dumps()})
-            _require_equal(draft, program, model, run, Path(folder) / "expected.safetensors", str(path))
-            draft.rename(path)
+        with drafting(path) as draft:
+            _write(draft, program, saved)
+            expected = draft.with_name("expected.safetensors")
+            _require_equal(draft, program, model, run, expected, str(path))
     except OSError as error:
-        raise NormfixError("NF114", f"cannot write there: {error}.", where=str(path)) from error
+        raise cannot_write(path, error) from error
+
+
+def _write(path: Path, program: ExportedProgram, saved: Saved) -> None:
+    """Write a program by way of memory: where there is no room, torch's own writer ends the process."""
+    whole = io.BytesIO()
+    with silence():
+        torch.export.save(program, whole, extra_files={MANIFEST: saved.dumps()})
+    path.write_bytes(whole.getbuffer())
 
 
 def write_beside(
@@ -177,10 +181,13 @@ def write_beside(
     """Write a program into a folder that is read back by other means; it is compared in this process.
 
     Raises:
-        NormfixError: NF226 if its output differs from the network's.
+        NormfixError: NF226 if its output differs from the network's, NF114 if it cannot be written.
     """
+    try:
+        _write(path, program, saved)
+    except OSError as error:
+        raise cannot_write(path, error) from error
     with silence():
-        torch.export.save(program, path, extra_files={MANIFEST: saved.dumps()})
         body = torch.export.load(path).module()
     with evaluating(model), exact_arithmetic():
         for image in _inputs(program, model, run):

@@ -6,7 +6,6 @@ is refused, since channels taken for slices would give statistics of something e
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from normfix.drafts import cannot_write, drafting, require_unnamed, reserve, sweep
 from normfix.errors import NormfixError
 from normfix.formats import OUTPUTS, Choice, Placement, create, open_file, suffix_of, unreadable
 
@@ -26,6 +26,7 @@ __all__ = [
     "laid_out",
     "named_axes",
     "read_image",
+    "require_image_name",
     "require_new_image",
     "settled_axes",
     "to_tensor",
@@ -194,17 +195,14 @@ def write_image(path: Path, array: Array, placement: Placement | None = None) ->
     """
     require_new_image(path)
     placement = placement or Placement()
-    draft = path.with_name(f".{path.stem}-draft{path.suffix}")
     array, axes = laid_out(array, placement, keep=suffix_of(path) in KEEPING)
-    try:
-        create(draft, array.shape, array.dtype, axes, placement)[...] = array
-        draft.rename(path)
-    except OSError as error:
-        raise NormfixError("NF114", f"cannot write it: {error.strerror}.", where=str(path)) from error
-    finally:
-        if draft.is_dir():
-            shutil.rmtree(draft, ignore_errors=True)
-        draft.unlink(missing_ok=True)
+    with drafting(path) as draft:
+        try:
+            room = create(draft, array.shape, array.dtype, axes, placement)
+            reserve(draft)
+            room[...] = array
+        except OSError as error:
+            raise cannot_write(path, error) from error
 
 
 def laid_out(array: Array, placement: Placement, *, keep: bool = False) -> tuple[Array, str]:
@@ -224,7 +222,18 @@ def require_new_image(path: Path) -> None:
     Raises:
         NormfixError: NF114 for another kind of file, one that exists, or a folder that does not.
     """
-    if suffix_of(path) not in OUTPUTS or path.exists():
+    require_image_name(path)
+    sweep(path.parent)
+    require_unnamed(path)
+
+
+def require_image_name(path: Path) -> None:
+    """Refuse what no image can be written to.
+
+    Raises:
+        NormfixError: NF114 for another kind of file, or a folder that does not exist.
+    """
+    if suffix_of(path) not in OUTPUTS:
         raise NormfixError(
             "NF114",
             "give a new name ending in .npy, .tif, .zarr or .nii; nothing is overwritten.",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from normfix.drafts import UnwritableError, cannot_write, drafting, require_unnamed, sweep
 from normfix.errors import NormfixError
 from normfix.json_record import SCHEMA
 from normfix.records import CalibrationSummary, Probe, Proof, Provenance, Saved
@@ -57,27 +57,23 @@ def appearing(target: Path) -> Iterator[Path]:
     """Give a temporary folder beside `target` that becomes `target` if the block succeeds; else nothing is left.
 
     Raises:
-        NormfixError: NF114 if `target` exists or its parent cannot be written.
+        NormfixError: NF114 if `target` exists, before or after the block, or its parent cannot be written.
     """
     require_absent(target)
-    made = [parent for parent in target.parents if not parent.exists()]
-    holder: Path | None = None
+    made: list[Path] = []
     try:
         try:
+            made = [parent for parent in target.parents if not parent.exists()]
             target.parent.mkdir(parents=True, exist_ok=True)
-            holder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-            draft = holder / target.name  # made by mkdir, so that the user's umask counts
-            draft.mkdir()
         except OSError as error:
-            raise NormfixError(
-                "NF114", f"cannot write there: {error.strerror}.", where=str(target)
-            ) from error
-        yield draft
-        require_absent(target)  # rename would replace an empty folder made meanwhile
-        draft.rename(target)
+            raise cannot_write(target, error) from error
+        with drafting(target) as draft:
+            try:
+                draft.mkdir()
+            except OSError as error:
+                raise cannot_write(target, error) from error
+            yield draft
     finally:
-        if holder is not None:
-            shutil.rmtree(holder, ignore_errors=True)
         for parent in made:
             with suppress(OSError):  # not empty: the folder appeared, or something else of the user's did
                 parent.rmdir()
@@ -89,12 +85,8 @@ def require_absent(target: Path) -> None:
     Raises:
         NormfixError: NF114.
     """
-    if target.exists() or target.is_symlink():
-        raise NormfixError(
-            "NF114",
-            "it exists, and normfix overwrites nothing. Name another folder or remove this one.",
-            where=str(target),
-        )
+    sweep(target.parent)
+    require_unnamed(target)
 
 
 def write_folder(
@@ -113,7 +105,7 @@ def write_folder(
     try:
         _write(folder, model, provenance, proof, calibration, probe)
     except (OSError, SafetensorError) as error:
-        raise NormfixError("NF114", f"cannot write there: {error}.", where=str(folder)) from error
+        raise UnwritableError("NF114", f"cannot write there: {error}.", where=folder.name) from error
 
 
 def _write(

@@ -1,5 +1,7 @@
 """Image files are read with named axes and written whole; what does not fit is refused by name."""
 
+import errno
+import os
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -237,6 +239,19 @@ def test_an_existing_file_is_not_overwritten(tmp_path, name):
 def test_an_output_that_cannot_be_written_is_refused_beforehand(tmp_path, name):
     """Another kind of file or a missing folder is NF114 before anything is computed."""
     assert code_of(require_new_image, tmp_path / name) == "NF114"
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="needs POSIX")
+@pytest.mark.parametrize("suffix", [".npy", ".tif"])
+def test_a_full_disk_is_an_error_and_no_crash(tmp_path, monkeypatch, suffix):
+    """Room is taken before the file is mapped, where writing without it would end the process."""
+
+    def full(file, start, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    assert code_of(write_image, tmp_path / f"out{suffix}", FLOAT) == "NF114"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_tensor_has_a_batch_axis():

@@ -226,6 +226,181 @@ def test_measures_come_back_to_the_bit(tmp_path):
     assert torch.equal(found.m2, moments.m2)
 
 
+def _chunks(run):
+    """Return the chunks of the unfinished run that hold values, by map, the map with most chunks first."""
+    maps = [sorted(p for p in m.glob("c/**/*") if p.is_file()) for m in sorted(run.glob("0/values/*"))]
+    return sorted(maps, key=len, reverse=True)
+
+
+def _swapped(run, other):
+    one, two = _chunks(run)[0][:2]
+    first, second = one.read_bytes(), two.read_bytes()
+    one.write_bytes(second)
+    two.write_bytes(first)
+
+
+def _copied(run, other):
+    chunks = _chunks(run)[0]
+    chunks[0].write_bytes(chunks[-1].read_bytes())
+
+
+def _of_another_map(run, other):
+    maps = [chunks for chunks in _chunks(run) if chunks]
+    one, two = next(
+        (a[0], b[0])
+        for a in maps
+        for b in maps
+        if a is not b
+        and a[0].stat().st_size == b[0].stat().st_size
+        and a[0].read_bytes() != b[0].read_bytes()
+    )
+    for path in (one, two):
+        path.rename(path.with_suffix(".away"))
+    one.with_suffix(".away").rename(two)
+    two.with_suffix(".away").rename(one)
+
+
+def _of_another_run(run, other):
+    for chunk in (chunk for chunks in _chunks(run) for chunk in chunks):
+        chunk.write_bytes((other / chunk.relative_to(run)).read_bytes())
+
+
+def _maps_renamed(run, other):
+    one, two = (chunks[0].parents[4] for chunks in _chunks(run)[:2])
+    one.rename(one.with_name("away"))
+    two.rename(one)
+    one.with_name("away").rename(two)
+
+
+@pytest.fixture
+def others(bench, stop, tmp_path, monkeypatch):
+    """Return the folder of a run on another image that was stopped at the same block."""
+    (tmp_path / "others").mkdir()
+    stop(25)
+    with pytest.raises(KeyboardInterrupt):
+        bench.calibrate(tmp_path / "others", _image(3))
+    monkeypatch.undo()
+    return tmp_path / "others" / "normfix-run"
+
+
+@pytest.mark.parametrize("change", [_swapped, _copied, _of_another_map, _of_another_run, _maps_renamed])
+def test_a_whole_chunk_in_another_s_place_is_found(bench, stopped, others, change):
+    """Swapped, copied, of another map or of another run, a chunk with a right checksum is an error, not a number."""
+    change(stopped, others)
+    with pytest.raises(NormfixError, match="NF330"):
+        bench.calibrate(stopped.parent)
+
+
+def _line_moved(lines):
+    lines[3], lines[4] = lines[4], lines[3]
+
+
+def _line_repeated(lines):
+    lines.insert(4, lines[3])
+
+
+def _line_gone(lines):
+    del lines[3]
+
+
+@pytest.mark.parametrize("change", [_line_moved, _line_repeated, _line_gone])
+def test_a_line_of_the_journal_out_of_place_is_found(bench, stopped, change):
+    """A line that is whole but not at its place makes the journal another's: NF329."""
+    journal = stopped / "0" / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    change(lines)
+    journal.write_bytes(b"".join(lines))
+    with pytest.raises(NormfixError, match="NF329"):
+        bench.calibrate(stopped.parent)
+
+
+def test_the_journal_of_another_run_is_found(bench, stopped, others):
+    """A whole journal of a run on another image, with as many blocks, is NF329."""
+    (stopped / "0" / "journal.jsonl").write_bytes((others / "0" / "journal.jsonl").read_bytes())
+    with pytest.raises(NormfixError, match="NF329"):
+        bench.calibrate(stopped.parent)
+
+
+@pytest.mark.parametrize("lines", [0, 1, 24])
+def test_an_older_journal_costs_time_and_no_bits(bench, stopped, lines):
+    """A journal that was put back to an earlier state has its later blocks computed again."""
+    journal = stopped / "0" / "journal.jsonl"
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:lines]))
+    _same(bench.calibrate(stopped.parent), bench.calibrate())
+
+
+def test_a_chunk_swapped_in_what_is_predicted_is_found(bench, stop, tmp_path, monkeypatch):
+    """The finished prediction in the store is checked too when it is copied into its file."""
+    from normfix.pipeline.placing import Place
+
+    def stopping(self, kept):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Place, "copy", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        normfix.write_prediction(
+            bench.model, _image(), tmp_path / "p.npy", 16, engine="stages", store=tmp_path
+        )
+    monkeypatch.undo()
+    _swapped(tmp_path / "normfix-run", None)
+    with pytest.raises(NormfixError, match="NF330"):
+        normfix.write_prediction(
+            bench.model, _image(), tmp_path / "p.npy", 16, engine="stages", store=tmp_path
+        )
+    assert [p.name for p in tmp_path.iterdir()] == ["normfix-run"]
+
+
+def test_a_deep_manifest_is_an_error(bench, stopped):
+    """JSON that is nested without end is NF329, no crash."""
+    (stopped / "0" / "manifest.json").write_text('{"parts":' + "[" * 100_000)
+    with pytest.raises(NormfixError, match="NF329"):
+        bench.calibrate(stopped.parent)
+
+
+def test_a_finished_store_left_by_a_kill_goes(bench, tmp_path):
+    """What a process that was killed while it cleared its store left hidden there is deleted by the next run."""
+    left = tmp_path / ".normfix-run-done-4711"
+    (left / "0" / "values").mkdir(parents=True)
+    (left / "lock").write_text("")
+    mine = tmp_path / ".normfix-run-done-4712"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("mine")
+    bench.calibrate(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [mine.name]
+    assert (mine / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_store_that_cannot_be_written_is_an_error(bench, tmp_path, monkeypatch, number):
+    """A read-only or forbidden store is NF327 with the reason and what to give instead."""
+    make = Path.mkdir
+
+    def refuse(self, *args, **options):
+        if tmp_path in self.parents:
+            raise OSError(number, "refused")
+        make(self, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(NormfixError, match=r"NF327.*refused.*--store"):
+        bench.calibrate(tmp_path)
+
+
+def test_a_store_that_cannot_be_cleared_is_no_failure(bench, tmp_path, monkeypatch, caplog):
+    """The result is there, so a store that cannot be deleted is a line and not an error."""
+    replace = Path.replace
+
+    def refuse(self, target):
+        if self.name == "normfix-run":
+            raise OSError(errno.EROFS, "Read-only file system")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    found = bench.calibrate(tmp_path)
+    monkeypatch.undo()
+    assert "could not be deleted: Read-only" in caplog.text
+    _same(found, bench.calibrate())
+
+
 _HOLD = """
 import fcntl, sys
 with open(sys.argv[1], "a") as file:

@@ -16,6 +16,7 @@ import normfix
 from normfix.cli import cli, main
 from normfix.cli.stages import Bar, Lines, outlook_text
 from normfix.demo.network import nuclei_unet
+from normfix.errors import NormfixError
 from normfix.streaming import Outlook, Step
 from normfix.streaming.journal import Written
 
@@ -101,6 +102,58 @@ def test_convert_in_stages_writes_the_whole_image_s_statistics(folder):
     assert whole.keys() == staged.keys()
     for name, value in whole.items():
         torch.testing.assert_close(staged[name], value, rtol=1e-5, atol=1e-6)
+    assert not (folder / "normfix-run").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("again.npy", ("predict", "--tile", 32)),
+        ("again.tif", ("predict", "--tile", 32)),
+        ("again.zarr", ("predict", "--tile", 32, "--engine", "stages")),
+        ("again", ("calibrate", "--tile", 40)),
+    ],
+)
+def test_a_command_that_was_done_before_says_so(folder, out, words):
+    """Given again it writes nothing and exits 0; on another image it is NF114, and both results are there."""
+    command, *options = words
+    path, second = folder / out, folder / f"again-2{_ending(out)}"
+    np.save(folder / "other.npy", tifffile.imread(folder / "image.tif") * 0.5)
+
+    def given(image):
+        return _run(command, folder / "fixed", folder / image, "-o", path, *options)
+
+    assert f"Wrote {path}" in given("image.tif").stderr
+    before = _bytes(path)
+    assert "Nothing was written" in given("image.tif").stderr
+    with pytest.raises(NormfixError, match=rf"NF114 {path}: .*What this run made is {second}\."):
+        given("other.npy")
+    assert _bytes(path) == before != _bytes(second)
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+
+
+def _ending(name):
+    return name[len("again") :]
+
+
+def _bytes(path):
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return [p.read_bytes() for p in files]
+
+
+def test_a_run_that_was_killed_after_naming_its_output_is_done(folder, monkeypatch):
+    """Stopped between the output's name and the clearing of its store, the same command exits 0 and clears it."""
+    words = ("predict", folder / "fixed", folder / "image.tif", "-o", folder / "named.npy", "--tile", 32)
+    words = (*words, "--engine", "stages", "--store", folder)
+    monkeypatch.setattr("normfix.streaming.jobs._remove", lambda folder: None)
+    _run(*words)
+    monkeypatch.undo()
+    assert (folder / "normfix-run").exists()
+    computed = []
+    compute = Written.note
+    monkeypatch.setattr(Written, "note", lambda *given: (computed.append(given), compute(*given)))
+    assert "Nothing was written" in _run(*words).stderr
+    assert not computed
     assert not (folder / "normfix-run").exists()
 
 

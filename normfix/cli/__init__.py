@@ -103,17 +103,23 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except Exception as error:  # noqa: BLE001 - the boundary
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        _complain(
-            str(
-                NormfixError(
-                    "NF901", f"{reason}. Nothing was written; `normfix --debug COMMAND ...` shows where."
-                )
-            ),
-            debug=debug,
-        )
+        _complain(" ".join([str(_unforeseen(error)), *_notes(error)]), debug=debug)
         code = 2
     sys.exit(code or 0)
+
+
+def _unforeseen(error: Exception) -> NormfixError:
+    """Return the error for what the system refused, or normfix did wrong, where nobody expected it."""
+    shows = "`normfix --debug COMMAND ...` shows where"
+    if isinstance(error, OSError) and error.errno is not None:
+        return NormfixError(
+            "NF337",
+            f"the system refused: {' '.join((error.strerror or str(error)).split())[:300]}. No output is half "
+            f"written. Make room or give permission there and repeat the command; {shows}.",
+            where="" if error.filename is None else str(error.filename),
+        )
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return NormfixError("NF901", f"{reason}. Nothing was written; {shows}.")
 
 
 def _notes(error: BaseException) -> list[str]:

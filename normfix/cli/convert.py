@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from normfix.cli.options import Arguments, image_options, model_options
+from normfix.cli.outputs import is_saved, output, tell
 from normfix.cli.showing import no_steps, note, note_duration, require_report, show, steps, write_report
 from normfix.cli.stages import StageArguments, engine_option, stage_options, watching
 from normfix.cli.texts import conversion_text
@@ -25,7 +25,9 @@ __all__ = ["convert_command"]
 @model_options
 @click.argument("images", nargs=-1)
 @click.option("--to", type=click.Choice(["frozen", "batchrenorm"]), help="What norms become.")
-@click.option("-o", "--out", required=True, help="Folder to write, or a program: FILE.pt2. Must not exist.")
+@click.option(
+    "-o", "--out", required=True, help="Folder to write, or a program: FILE.pt2. Never over anything."
+)
 @click.option("--plan", "plan_file", help="Replay this reviewed plan instead of --to and --keep.")
 @click.option("--keep", multiple=True, help="Pattern of module paths to leave alone; may be repeated.")
 @click.option("--as-trained", is_flag=True, help="The network is used in train mode: its norms are live.")
@@ -94,7 +96,6 @@ def convert_command(
     from normfix.pipeline import convert, save
     from normfix.pipeline.storage import require_unconverted
     from normfix.programs import SUFFIX, require_program_name
-    from normfix.saving import require_absent
     from normfix.streaming import resumable
 
     if (to is None) == (plan_file is None):
@@ -103,15 +104,15 @@ def convert_command(
         raise click.UsageError("--keep belongs to --to; a plan already says what to keep")
     if format_ == "pt2" and Path(out).suffix != SUFFIX:
         raise NormfixError("NF227", "--format pt2 writes one file: give -o FILE.pt2.", where=out)
-    require_absent(Path(out))
     require_report(report)
     plan = _read_plan(plan_file)
     stages = StageArguments.take(options)
     arguments = Arguments.take(options)
-    opened = arguments.open()
-    require_unconverted(opened.model)
-    require_program_name(out, opened.model)
     with ExitStack() as stack:
+        place = stack.enter_context(output(out, is_saved))
+        opened = arguments.open()
+        require_unconverted(opened.model)
+        require_program_name(out, opened.model)
         stack.enter_context(resumable(stages.store))  # until it is saved
         given: Any = None
         if images and stages.asked:
@@ -136,7 +137,7 @@ def convert_command(
             progress=no_steps if stages.asked else stack.enter_context(steps()),
             announce=note_duration,
         )
-        write_report(report, done.record)
+        stack.callback(write_report, report, done.record)  # also when it is not saved
         show(done.record, conversion_text(done.record), format_)
         proof = done.proof
         sound = proof.passed or (proof.partial and not strict)
@@ -144,9 +145,9 @@ def convert_command(
             why = "live sites were refused" if proof.partial else "the proof did not pass"
             note(f"Nothing was written to {out}, because {why}.")
             return 1
-        save(done, out, partial=partial, portable=portable)
+        save(done, place.path, partial=partial, portable=portable)
     how = "its own library" if portable else f"normfix.load({out!r})"
-    note(f"Wrote {out}. Load it with {how}.")
+    tell(place, f" Load it with {how}.")
     return 0 if sound else 1
 
 
@@ -156,7 +157,7 @@ def _read_plan(path: str | None) -> Plan | None:
     if path is None:
         return None
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise NormfixError("NF101", f"cannot read it as JSON: {error}.", where=path) from error
-    return Plan.from_json(data, where=path)
+    return Plan.loads(text, where=path)

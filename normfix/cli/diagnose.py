@@ -104,8 +104,10 @@ def diagnose_command(
                 announce=lambda cost: note(cost_text(cost)),
                 progress=progress,
             )
-        write_reports(reports, found.record, found.maps)
-        show(found.record, diagnosis_text(found.record), format_)
+        try:
+            write_reports(reports, found.record, found.maps)
+        finally:
+            show(found.record, diagnosis_text(found.record), format_)
         worst = max(worst, 0 if found.status == "passed" else 1)
     return worst
 

@@ -44,7 +44,7 @@ class ArgumentsJson(click.ParamType[Mapping[str, Any]]):
             return value
         try:
             parsed = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             self.fail(f"not JSON: {error}", param, ctx)
         if not isinstance(parsed, dict):
             self.fail("give an object such as '{\"in_channels\": 1}'", param, ctx)

@@ -83,8 +83,10 @@ def prove_command(
             output=arguments.output,
             progress=progress,
         )
-    write_reports(reports, proof)
-    show(proof, proof_text(proof), format_)
+    try:
+        write_reports(reports, proof)
+    finally:
+        show(proof, proof_text(proof), format_)
     if proof.partial:
         note("Not proved tile-invariant: sites that no constant can replace stay live.")
     return 0 if proof.passed else 1

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
+from normfix.drafts import cannot_write, drafting, require_unnamed, sweep
 from normfix.errors import NormfixError
 from normfix.json_record import Record
 
@@ -71,7 +72,7 @@ def report_option(command: Command) -> Command:
         "reports",
         multiple=True,
         metavar="FILE",
-        help="Write a report too: .html, .json, .md or .xml (JUnit). May be repeated.",
+        help="Write a report too, never over another: .html, .json, .md or .xml (JUnit). May be repeated.",
     )(command)
 
 
@@ -85,7 +86,11 @@ def require_reports(paths: Sequence[str]) -> None:
 
 
 def write_reports(paths: Sequence[str], record: Any, maps: Any = None) -> None:
-    """Write each report, whole or not at all."""
+    """Write each report, whole or not at all, and over nothing.
+
+    Raises:
+        NormfixError: NF114 if one cannot be written, or something else has its name.
+    """
     from normfix.reporting.report import text_of
 
     for path in paths:
@@ -93,14 +98,22 @@ def write_reports(paths: Sequence[str], record: Any, maps: Any = None) -> None:
 
 
 def _write(target: Path, text: str) -> None:
-    draft = target.with_name(f".{target.name}-draft")
+    data = text.encode()
+    if _holds(target, data):
+        note(f"{target} is this report already.")
+        return
+    with drafting(target) as draft:
+        try:
+            draft.write_bytes(data)
+        except OSError as error:
+            raise cannot_write(target, error) from error
+
+
+def _holds(target: Path, data: bytes) -> bool:
     try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(target)
-    except OSError as error:
-        raise NormfixError("NF114", f"cannot write it: {error.strerror}.", where=str(target)) from error
-    finally:
-        draft.unlink(missing_ok=True)
+        return target.is_file() and target.read_bytes() == data
+    except OSError:
+        return False
 
 
 def require_report(path: str | None) -> None:
@@ -115,6 +128,9 @@ def require_report(path: str | None) -> None:
 def _require_folder(path: str) -> None:
     if not Path(path).parent.is_dir():
         raise NormfixError("NF114", "there is no such folder to write the report to.", where=path)
+    sweep(Path(path).parent)
+    if not Path(path).is_file():  # one that is there may be of the same command
+        require_unnamed(Path(path))
 
 
 def write_report(path: str | None, record: Record) -> None:

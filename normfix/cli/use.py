@@ -13,10 +13,10 @@ import click
 
 from normfix.cli.answers import Predicted
 from normfix.cli.options import Arguments, image_options, model_options
+from normfix.cli.outputs import is_image, is_saved, output, tell
 from normfix.cli.showing import (
     format_option,
     no_steps,
-    note,
     report_option,
     require_reports,
     show,
@@ -29,6 +29,7 @@ from normfix.cli.texts import calibration_text, verdict_text
 if TYPE_CHECKING:
     from torch import nn
 
+    from normfix.drafts import Naming
     from normfix.formats import Placement
 
 __all__ = ["calibrate_command", "check_command", "predict_command"]
@@ -77,7 +78,7 @@ _HALO = click.option(
 @click.command("calibrate")
 @model_options
 @click.argument("images", nargs=-1, required=True)
-@click.option("-o", "--out", required=True, help="Folder to write; must not exist.")
+@click.option("-o", "--out", required=True, help="Folder to write, never over anything.")
 @image_options
 @click.option(
     "--tile", type=click.IntRange(1), help="Read images by window and run in stages over blocks of this size."
@@ -125,16 +126,15 @@ def calibrate_command(
     """
     from normfix.pipeline import calibrate, save
     from normfix.provenance import attach_, provenance_of
-    from normfix.saving import require_absent
     from normfix.streaming import resumable
 
-    require_absent(Path(out))
     stages = StageArguments.take(options)
     arguments = Arguments.take(options)
     if tile is None and sample is None and stages.asked:
         raise click.UsageError("--budget, --store and --engine dask belong to --tile")
-    opened = arguments.open()
     with ExitStack() as stack:
+        place = stack.enter_context(output(out, is_saved))
+        opened = arguments.open()
         stack.enter_context(resumable(stages.store))  # until it is saved
         if tile is None and sample is None:
             given: Any = arguments.images(images, opened.model)
@@ -158,15 +158,17 @@ def calibrate_command(
         known, stated = provenance_of(done.model), arguments.scaling()
         if known is not None and stated is not None:  # the new statistics are of images scaled this way
             attach_(done.model, replace(known, scaling=stated))
-        save(done, out)
+        save(done, place.path)
     show(done.summary, calibration_text(done.summary), format_)
-    note(f"Wrote {out}.")
+    tell(place)
 
 
 @click.command("predict")
 @model_options
 @click.argument("image")
-@click.option("-o", "--out", required=True, help="File to write, .npy, .tif, .nii or .zarr; must not exist.")
+@click.option(
+    "-o", "--out", required=True, help="File to write, .npy, .tif, .nii or .zarr, never over anything."
+)
 @_TILE
 @_HALO
 @click.option(
@@ -209,12 +211,12 @@ def predict_command(
     if stages.engine != "tiles":
         if halo != "auto":
             raise click.UsageError("--halo belongs to --engine tiles; stages measure their own")
-        shape, dtype = _predict_in_stages(image, out, tile, statistics, stages, arguments)
+        place, (shape, dtype) = _predict_in_stages(image, out, tile, statistics, stages, arguments)
     else:
-        shape, dtype = _predict_in_tiles(image, out, tile, halo, statistics, stages.level, arguments)
+        place, (shape, dtype) = _predict_in_tiles(image, out, tile, halo, statistics, stages.level, arguments)
     record = Predicted(path=out, shape=shape, dtype=dtype)
     show(record, f"{out}: {'x'.join(map(str, shape))}, {dtype}", format_)
-    note(f"Wrote {out}.")
+    tell(place)
 
 
 def _predict_in_tiles(
@@ -225,46 +227,51 @@ def _predict_in_tiles(
     statistics: Any,
     level: int,
     arguments: Arguments,
-) -> tuple[tuple[int, ...], str]:
+) -> tuple[Naming, tuple[tuple[int, ...], str]]:
     from normfix.pipeline import predict
-    from normfix.reading import require_new_image, write_image
+    from normfix.reading import require_image_name, write_image
 
-    require_new_image(Path(out))
-    opened = arguments.open()
-    whole = predict(
-        opened.model,
-        arguments.image(image, opened.model, level),
-        tile,
-        halo=halo,
-        engine="tiles",
-        statistics=statistics,
-        output=arguments.output,
-    )
-    written = whole[0].float().cpu().numpy()
-    write_image(Path(out), written, _placement(image, opened.model, level, arguments))
-    return written.shape, str(written.dtype)
+    require_image_name(Path(out))
+    with output(out, is_image) as place:
+        opened = arguments.open()
+        whole = predict(
+            opened.model,
+            arguments.image(image, opened.model, level),
+            tile,
+            halo=halo,
+            engine="tiles",
+            statistics=statistics,
+            output=arguments.output,
+        )
+        written = whole[0].float().cpu().numpy()
+        write_image(place.path, written, _placement(image, opened.model, level, arguments))
+    return place, (written.shape, str(written.dtype))
 
 
 def _predict_in_stages(
     image: str, out: str, tile: int, statistics: Any, stages: StageArguments, arguments: Arguments
-) -> tuple[tuple[int, ...], str]:
+) -> tuple[Naming, tuple[tuple[int, ...], str]]:
     from normfix.pipeline import write_prediction
+    from normfix.reading import require_image_name
 
-    opened = arguments.open()
-    windows = arguments.windows((image,), opened.model, stages.level)
-    if len(windows) != 1:
-        raise click.UsageError(f"{image} names {len(windows)} images; give one")
-    with watching() as watch:
-        return write_prediction(
-            opened.model,
-            windows[0],
-            Path(out),
-            tile,
-            **stages.keywords(),
-            statistics=statistics,
-            watch=watch,
-            output=arguments.output,
-        )
+    require_image_name(Path(out))
+    with output(out, is_image) as place:
+        opened = arguments.open()
+        windows = arguments.windows((image,), opened.model, stages.level)
+        if len(windows) != 1:
+            raise click.UsageError(f"{image} names {len(windows)} images; give one")
+        with watching() as watch:
+            written = write_prediction(
+                opened.model,
+                windows[0],
+                place.path,
+                tile,
+                **stages.keywords(),
+                statistics=statistics,
+                watch=watch,
+                output=arguments.output,
+            )
+    return place, written
 
 
 def _placement(image: str, model: nn.Module, level: int, arguments: Arguments) -> Placement | None:
@@ -328,6 +335,8 @@ def check_command(
         threshold=threshold,
         output=arguments.output,
     )
-    write_reports(reports, verdict)
-    show(verdict, verdict_text(verdict), format_)
+    try:
+        write_reports(reports, verdict)
+    finally:
+        show(verdict, verdict_text(verdict), format_)
     return 0 if verdict.passed else 1

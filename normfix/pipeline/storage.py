@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from normfix.calibration import Calibration
 from normfix.calling import Caller, home_of
+from normfix.drafts import UnwritableError
 from normfix.errors import NormfixError
 from normfix.factories import dumped, rebuild
 from normfix.json_record import SCHEMA
@@ -108,8 +108,12 @@ def write_draft(
 ) -> None:
     """Write the files of a saved model into an existing folder; nothing is read back yet."""
     if provenance.source.kind == "object" and caller.forward_fn is None:
-        with suppress(NormfixError):  # the folder is whole without it
+        try:
             save_program(draft / PROGRAM, model, caller, provenance, proof, calibration, write_beside)
+        except UnwritableError:  # half of it may be there
+            raise
+        except NormfixError:  # the folder is whole without it
+            pass
     write_folder(draft, model, provenance, proof, calibration, probe_of(model, caller, provenance))
 
 

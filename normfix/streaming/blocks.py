@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from normfix.errors import NormfixError
+from normfix.streaming.chunks import Seals
+from normfix.streaming.journal import SEALS
 from normfix.streaming.maps import Map, Span
 from normfix.streaming.masks import counted, selected
 from normfix.streaming.sources import Source
@@ -142,7 +144,7 @@ class Work:
     blocks: tuple[Block, ...]
 
     def __call__(self, number: int) -> dict[str, Any]:
-        """Compute one block, write its interior and return what was measured of it."""
+        """Compute one block, write its interior and return what was measured of it, and the seals of its chunks."""
         block = self.blocks[number]
         part = self.parts[block.image]
         values = [read.window(block, part.size) for read in part.reads]
@@ -154,10 +156,12 @@ class Work:
             given.interior(result, block, part.size, self.stage)
             for given, result in zip(part.gives, results, strict=True)
         ]
+        seals: Seals = {}
         for given, value in zip(part.gives, kept, strict=True):
             for place in given.places:
-                place.write(given.index(block, part.size), value)
-        return {
+                seals |= place.write(given.index(block, part.size), value) or {}
+        measured = {
             site: measure(part.counting(position, kept[position], block))
             for site, (position, measure) in self.measures.items()
         }
+        return {**measured, SEALS: seals} if seals else measured

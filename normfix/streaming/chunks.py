@@ -2,29 +2,34 @@
 
 Each block of the stage that writes is a whole number of chunks, so two writers never share one. A chunk appears
 under its name when it is whole, and what is read is checked against its sum, so nothing torn or missing is ever
-taken for a value. Chunks are not compressed: they are read once or twice and then deleted.
+taken for a value. A seal binds each chunk to its run, its value and its place there: a chunk that is whole but
+another's is no value either. Chunks are not compressed: they are read once or twice and then deleted.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from normfix.errors import NormfixError
 
-__all__ = ["Chunked", "chunk_edge", "sync"]
+__all__ = ["Chunked", "Seals", "chunk_edge", "sync"]
 
 Index = tuple[slice, ...]
+Seals = dict[str, str]
+"""Digests of what was written, by "value/place of the chunk"."""
 
 _EDGE = 128
 """Largest edge of a chunk: a window with a halo of a few pixels then reads little more than it needs."""
@@ -34,7 +39,7 @@ _CHECKSUM = 4
 
 
 class Chunked:
-    """An array in Zarr format 3, bfloat16 as its bits. It travels between processes as its place and layout."""
+    """An array in Zarr format 3, bfloat16 as its bits. It travels between processes as its place, layout and seals."""
 
     def __init__(
         self,
@@ -43,7 +48,9 @@ class Chunked:
         dtype: torch.dtype,
         chunks: Sequence[int],
         device: torch.device,
+        run: str = "",
     ) -> None:
+        self._run, self._seals = run, Seals()
         self._path, self._dtype, self._device, self._shape = path, dtype, device, tuple(shape)
         self._stored_as = torch.int16 if dtype == torch.bfloat16 else dtype
         self._edges = tuple(chunk_edge(c, n) for c, n in zip(chunks, shape, strict=True))
@@ -53,11 +60,11 @@ class Chunked:
         return {**self.__dict__, "_array": None}
 
     def create(self) -> bool:
-        """Make the array on disk unless it is there; tell whether it was not."""
-        if (self._path / "zarr.json").exists():
-            return False
+        """Make the array on disk unless it is there in this layout; tell whether it was not."""
         zarr = _zarr()
         try:
+            if self._is_there():
+                return False
             self._array = zarr.create_array(
                 store=str(self._path),
                 shape=self._shape,
@@ -77,34 +84,55 @@ class Chunked:
         Raises:
             NormfixError: NF327 if the disk fails, NF330 if a chunk is not what was written.
         """
+        spans = [s.indices(n)[:2] for s, n in zip(index, self._shape, strict=True)]
+        outer = [
+            (a // e * e, min(n, -(-b // e) * e))
+            for (a, b), e, n in zip(spans, self._edges, self._shape, strict=True)
+        ]
         try:
-            array = np.asarray(self._opened()[index])
+            array = np.asarray(self._opened()[tuple(slice(a, b) for a, b in outer)])
         except OSError as error:
             raise self._failed(error) from error
-        except ValueError as error:
+        except (ValueError, TypeError, LookupError, RuntimeError) as error:
             raise self._damaged(str(error)) from error
         if not self.whole(index):
             raise self._damaged("a chunk is missing")
-        return torch.from_numpy(np.ascontiguousarray(array)).view(self._dtype).to(self._device)
+        for place, seal in self._sealed(array, outer):
+            if self._seals.get(place) != seal:
+                raise self._damaged(f"chunk {place} is not the one that was written there")
+        inner = tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(spans, outer, strict=True))
+        return torch.from_numpy(np.ascontiguousarray(array[inner])).view(self._dtype).to(self._device)
 
-    def write(self, index: Index, value: Tensor) -> None:
-        """Write a window, which is on the disk when this returns.
+    def write(self, index: Index, value: Tensor) -> Seals:
+        """Write a window of whole chunks, which is on the disk when this returns.
+
+        Returns:
+            The seals of its chunks.
 
         Raises:
             NormfixError: NF327 if the disk fails.
         """
         array = value.detach().cpu().contiguous().view(self._stored_as).numpy()
+        spans = [s.indices(n)[:2] for s, n in zip(index, self._shape, strict=True)]
+        seals = dict(self._sealed(array, spans))
         try:
             self._opened()[index] = array
             for chunk in self._chunks(index):
                 sync(chunk)
         except OSError as error:
             raise self._failed(error) from error
+        self._seals.update(seals)
+        return seals
+
+    def seal(self, seals: Mapping[str, str]) -> None:
+        """Take over the seals of chunks that another process wrote."""
+        self._seals.update(seals)
 
     def whole(self, index: Index) -> bool:
         """Tell whether every chunk of a window is there at full length."""
         size = int(np.prod(self._edges)) * np.dtype(_NUMPY[self._stored_as]).itemsize + _CHECKSUM
-        return all(chunk.exists() and chunk.stat().st_size == size for chunk in self._chunks(index))
+        chunks = (self._path.joinpath("c", *map(str, place)) for place in self._places(index))
+        return all(chunk.is_file() and chunk.stat().st_size == size for chunk in chunks)
 
     def delete(self) -> None:
         """Delete it."""
@@ -112,15 +140,47 @@ class Chunked:
 
     def _opened(self) -> Any:
         if self._array is None:
-            self._array = _zarr().open_array(str(self._path), mode="r+", config={"write_empty_chunks": True})
+            self._array = _zarr().open_array(
+                str(self._path), mode="r+", zarr_format=3, config={"write_empty_chunks": True}
+            )
         return self._array
+
+    def _is_there(self) -> bool:
+        if not (self._path / "zarr.json").exists():
+            return False
+        try:
+            array = self._opened()
+            layout = tuple(array.shape), tuple(array.chunks), str(array.dtype)
+        except (ValueError, TypeError, LookupError):
+            layout = None
+        if layout != (self._shape, self._edges, _NUMPY[self._stored_as]):
+            self._array = None
+        return self._array is not None
+
+    def _places(self, index: Index) -> Iterator[tuple[int, ...]]:
+        """Yield the numbers of the chunks that a window touches."""
+        spans = (s.indices(n)[:2] for s, n in zip(index, self._shape, strict=True))
+        numbers = (range(a // e, -(-b // e)) for (a, b), e in zip(spans, self._edges, strict=True))
+        yield from itertools.product(*numbers)
 
     def _chunks(self, index: Index) -> Iterator[Path]:
         """Yield the files of the chunks that a window touches."""
-        spans = (s.indices(n)[:2] for s, n in zip(index, self._shape, strict=True))
-        numbers = (range(a // e, -(-b // e)) for (a, b), e in zip(spans, self._edges, strict=True))
-        for place in itertools.product(*numbers):
+        for place in self._places(index):
             yield self._path.joinpath("c", *map(str, place))
+
+    def _sealed(self, array: NDArray[Any], spans: Sequence[tuple[int, int]]) -> Iterator[tuple[str, str]]:
+        """Yield the name and the seal of each chunk of an array that lies at these spans, in whole chunks."""
+        for place in self._places(tuple(slice(a, b) for a, b in spans)):
+            part = array[
+                tuple(
+                    slice(max(0, p * e - a), p * e + e - a)
+                    for p, e, (a, _) in zip(place, self._edges, spans, strict=True)
+                )
+            ]
+            name = f"{self._path.name}/{'/'.join(map(str, place))}"
+            digest = hashlib.sha256(f"{self._run} {name} {part.shape}\n".encode())
+            digest.update(np.ascontiguousarray(part).data.cast("B"))
+            yield name, digest.hexdigest()[:32]
 
     def _failed(self, error: OSError) -> NormfixError:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)

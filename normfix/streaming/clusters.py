@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from threading import Thread
 from typing import Any
 
 import torch
@@ -64,6 +66,8 @@ class Dask:
                     f"no worker joined in {self.patience:.0f} seconds. Start some: dask worker {self.scheduler}.",
                     where=self.scheduler,
                 ) from error
+            except OSError as error:
+                raise _gone(self.scheduler) from error
             yield _Workers(client)
 
 
@@ -76,7 +80,7 @@ class _Workers:
     @property
     def at_a_time(self) -> int:
         """Return the threads of all workers; see Crew."""
-        return max(1, sum(map(int, self._client.ncores().values())))
+        return max(1, sum(map(int, self._asked(self._client.ncores).values())))
 
     def run(self, work: Work, numbers: Sequence[int]) -> Iterator[tuple[int, Measured]]:
         """Submit block numbers, a few per thread ahead, and yield results as they come; see Crew."""
@@ -90,6 +94,8 @@ class _Workers:
 
         def submit() -> Any:
             number = next(waiting)
+            if self._client.status != _RUNNING:
+                raise _gone(f"block {number}")
             future = self._client.submit(_compute, name, number, key=f"{name}-{number}", pure=False)
             running[future] = number
             return future
@@ -102,18 +108,45 @@ class _Workers:
                 with suppress(StopIteration):
                     arriving.add(submit())
         finally:
-            self._client.cancel(list(running), force=True)
-            with suppress(OSError):  # a worker that has died has nothing to let go of
-                self._client.unregister_worker_plugin(name)
+            with suppress(
+                OSError, NormfixError
+            ):  # a worker, or a scheduler, that is gone has nothing to let go of
+                self._asked(partial(self._client.cancel, list(running), force=True))
+                self._asked(partial(self._client.unregister_worker_plugin, name))
+
+    def _asked(self, call: Callable[[], Any]) -> Any:
+        """Return what the scheduler answers; one that is gone is not waited for.
+
+        Raises:
+            NormfixError: NF334.
+        """
+        answers: list[Any] = []
+        errors: list[BaseException] = []
+
+        def ask() -> None:
+            try:
+                answers.append(call())
+            except BaseException as error:  # noqa: BLE001 - raised below, by the thread that asked
+                errors.append(error)
+
+        asking = Thread(target=ask, daemon=True)
+        asking.start()
+        while asking.is_alive() and self._client.status == _RUNNING:
+            asking.join(_LOOK)
+        if self._client.status != _RUNNING:
+            raise _gone("engine dask")
+        if errors:
+            raise errors[0]
+        return answers[0]
 
     def _hand_out(self, toolbox: Any, name: str) -> None:
         """Send a stage's work to all workers; one that dies meanwhile is no reason to give up."""
         for attempt in range(_ATTEMPTS):
             try:
-                self._client.register_plugin(toolbox, name=name)
-            except OSError:
+                self._asked(partial(self._client.register_plugin, toolbox, name=name))
+            except OSError as error:
                 if attempt + 1 == _ATTEMPTS:
-                    raise
+                    raise _gone("engine dask") from error
                 time.sleep(1)
             except NormfixError:
                 raise
@@ -135,9 +168,11 @@ class _Workers:
                 where=block,
             ) from error
         except CancelledError as error:
-            raise NormfixError(
-                "NF334", "the scheduler went away. Start it again and repeat the command.", where=block
-            ) from error
+            raise _gone(block) from error
+        except OSError as error:
+            if future.status == "error":  # the worker's own
+                raise
+            raise _gone(block) from error
         return found
 
 
@@ -145,6 +180,11 @@ _AHEAD = 4
 """Tasks per thread that are submitted ahead, so that no worker waits and the scheduler holds few."""
 
 _ATTEMPTS = 5
+
+_LOOK = 0.2
+"""Seconds between looks at whether the scheduler is still there."""
+
+_RUNNING = "running"
 
 
 def _compute(name: str, number: int) -> Measured:
@@ -176,6 +216,12 @@ def _toolbox(name: str, work: Work, threads: int) -> Any:
             self.exact.close()
 
     return Toolbox()
+
+
+def _gone(where: str) -> NormfixError:
+    return NormfixError(
+        "NF334", "the scheduler went away. Start it again and repeat the command.", where=where
+    )
 
 
 def _unable(error: Exception) -> NormfixError:

@@ -7,25 +7,46 @@ measured by blocks is done again. The folder is deleted when the whole command i
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from normfix.drafts import TakenError
 from normfix.errors import NormfixError
+from normfix.locks import lock
 from normfix.streaming.journal import Journal, Unwritten, Written
-from normfix.streaming.manifest import Parts, require_same, write_manifest
+from normfix.streaming.manifest import Parts, digest_of_parts, require_same, write_manifest
 from normfix.streaming.stores import Store
 
 __all__ = ["Job", "resumable", "run_of"]
 
 FOLDER = "normfix-run"
 
+_DONE = re.compile(rf"\.{FOLDER}-done-[0-9]+")
+_OURS = re.compile("[0-9]+|lock")
+"""What is in the folder of a command: its runs."""
+
+_ATTEMPTS = 20
+_LOG = logging.getLogger("normfix")
+
 _FUTILE = ("NF321", "NF323", "NF324", "NF325")
 """What would fail again, so nothing is left to continue."""
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What one run has: the folder of its values, its journal, and a digest of what is computed."""
+
+    folder: Path
+    journal: Written
+    run: str
 
 
 class Job:
@@ -37,22 +58,27 @@ class Job:
         self._runs = 0
 
     @contextmanager
-    def run(self, parts: Parts) -> Iterator[tuple[Path, Written]]:
-        """Begin or continue the next run; give the folder of its values and its journal.
+    def run(self, parts: Parts) -> Iterator[Given]:
+        """Begin or continue the next run.
 
         Raises:
-            NormfixError: NF328 if the folder holds another run in its place, NF329 if it is damaged.
+            NormfixError: NF328 if the folder holds another run in its place, NF329 if it is damaged, NF327 if it
+                cannot be written.
         """
         place = self.folder / str(self._runs)
         self._runs += 1
         if not require_same(place / "manifest.json", parts):
             shutil.rmtree(place, ignore_errors=True)
-            (place / "values").mkdir(parents=True)
+            try:
+                (place / "values").mkdir(parents=True)
+            except OSError as error:
+                raise _failed(self.folder, error) from error
             write_manifest(place / "manifest.json", parts)
-        journal = Written(place / "journal.jsonl")
+        run = digest_of_parts(parts)
+        journal = Written(place / "journal.jsonl", run)
         self.begun = True
         try:
-            yield place / "values", journal
+            yield Given(place / "values", journal, run)
         finally:
             journal.close()
 
@@ -67,7 +93,8 @@ def resumable(store: Path | None) -> Iterator[None]:
     Nested, the outermost counts: what it encloses is done when it is done. Without a store nothing is kept.
 
     Raises:
-        NormfixError: NF326 if there is no such folder, NF332 if another process works in it.
+        NormfixError: NF326 if there is no such folder, NF327 if it cannot be written, NF332 if another process works
+            in it.
     """
     if store is None or _CURRENT.get() is not None:
         yield
@@ -105,12 +132,14 @@ def run_of(
     with resumable(store):
         job = _CURRENT.get()
         assert job is not None
-        with job.run(parts()) as (folder, journal):
-            yield Store(budget, folder, shared=shared), journal
+        with job.run(parts()) as given:
+            yield Store(budget, given.folder, shared=shared, run=given.run), given.journal
 
 
 def _is_left(job: Job, error: BaseException) -> bool:
     """Tell whether something of this command is left to continue, and say so in the error."""
+    if isinstance(error, TakenError) and error.kept is not None:
+        return False  # its result lies under another name
     whole = sum(f.read_bytes().count(b'"block":') for f in job.folder.glob("*/journal.jsonl"))
     if not job.begun or not whole or (isinstance(error, NormfixError) and error.code in _FUTILE):
         return False
@@ -127,31 +156,59 @@ def _locked(store: Path) -> Iterator[Path]:
     if not store.is_dir():
         raise NormfixError("NF326", "there is no such folder to keep values in.", where=str(store))
     folder = (store / FOLDER).resolve()
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("a") as file:
-        if not _lock(file):
-            raise NormfixError(
-                "NF332",
-                "another process works there. Wait for it, or name another folder: --store FOLDER (store= in Python).",
-                where=str(folder),
-            )
+    with _held(folder):
+        _sweep(store)
         yield folder
 
 
-def _lock(file: IO[str]) -> bool:
-    if os.name != "posix":
-        return True
-    import fcntl
+def _held(folder: Path) -> IO[str]:
+    """Return the lock file of the folder, which is made, locked."""
+    for _ in range(_ATTEMPTS):
+        with ExitStack() as stack:
+            try:
+                folder.mkdir(exist_ok=True)
+                file = stack.enter_context((folder / "lock").open("a"))
+                if not lock(file):
+                    break
+                if os.path.samestat(os.fstat(file.fileno()), (folder / "lock").stat()):
+                    stack.pop_all()
+                    return file
+            except FileNotFoundError:  # another process finished in between
+                continue
+            except OSError as error:
+                raise _failed(folder, error) from error
+    raise NormfixError(
+        "NF332",
+        "another process works there. Wait for it, or name another folder: --store FOLDER (store= in Python).",
+        where=str(folder),
+    )
 
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+
+def _failed(folder: Path, error: OSError) -> NormfixError:
+    return NormfixError(
+        "NF327",
+        f"values cannot be kept there: {error.strerror or error}. Name a folder that can be written: --store FOLDER "
+        "(store= in Python).",
+        where=str(folder),
+    )
 
 
 def _remove(folder: Path) -> None:
     """Delete the folder; it loses its name first, so that half of it is never taken for a run."""
     done = folder.with_name(f".{folder.name}-done-{os.getpid()}")
-    folder.replace(done)
-    shutil.rmtree(done, ignore_errors=True)
+    try:
+        folder.replace(done)
+    except OSError as error:  # the result is written, so this is no reason to fail
+        _LOG.warning("%s could not be deleted: %s.", folder, error.strerror or error)
+    else:
+        shutil.rmtree(done, ignore_errors=True)
+
+
+def _sweep(store: Path) -> None:
+    """Delete the finished runs whose processes were killed while they did so."""
+    for path in store.iterdir():
+        if _DONE.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            if all(_OURS.fullmatch(entry.name) for entry in path.iterdir()):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                _LOG.warning("%s is left alone: it holds what normfix did not put there.", path)

@@ -1,15 +1,16 @@
 """What is whole of a run: a line per block with what was measured of it, and one per barrier.
 
-A line is written out when its block is on the disk, and each carries a checksum over all lines before it. A last line
-that a kill cut short is dropped, and its block computed again; a line that was changed anywhere else is found.
+A line is written out when its block is on the disk, and each carries a digest over the run and all lines before it. A
+last line that a kill cut short is dropped, and its block computed again; a line that was changed, moved, repeated or
+taken from another run is found.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
-import zlib
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +27,10 @@ from normfix.targets import Seen
 __all__ = ["Journal", "Unwritten", "Written"]
 
 Measured = dict[str, Any]
-"""What was measured of a block, by site."""
+"""What was measured of a block, by site; under SEALS, the seals of the chunks that it wrote."""
+
+SEALS = ".seals"
+"""No module has this path."""
 
 
 class Journal(Protocol):
@@ -64,16 +68,24 @@ class Unwritten:
 
 
 class Written:
-    """A journal in a file, read back when it is opened."""
+    """A journal in a file, read back when it is opened.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: of the file.
+        run: what is computed, as a digest; the journal of another run is not taken for this one's.
+    """
+
+    def __init__(self, path: Path, run: str = "") -> None:
         self._path = path
         self._blocks: dict[int, dict[int, Measured]] = {}
         self._settled: dict[int, str] = {}
-        self._sum = 0
+        self._sum = _sum(b"", run.encode())
         whole = 0
-        for line in self._lines():
-            self._take(json.loads(line))
+        for number, line in enumerate(self._lines()):
+            try:
+                self._take(json.loads(line))
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+                raise self._damaged(number + 1) from error
             whole += len(line) + _HEAD + 1
         try:
             self._file = path.open("ab")
@@ -110,9 +122,9 @@ class Written:
 
     def _append(self, entry: dict[str, Any]) -> None:
         line = json.dumps(entry, separators=(",", ":")).encode()
-        self._sum = zlib.crc32(line, self._sum)
+        self._sum = _sum(self._sum, line)
         try:
-            self._file.write(b"%08x %s\n" % (self._sum, line))
+            self._file.write(b"%s %s\n" % (self._sum.hex().encode(), line))
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -122,12 +134,15 @@ class Written:
         """Return the lines whose sums are right; all but the last must be."""
         if not self._path.exists():
             return []
-        *whole, torn = self._path.read_bytes().split(b"\n")
+        try:
+            *whole, torn = self._path.read_bytes().split(b"\n")
+        except OSError as error:
+            raise self._failed(error) from error
         found: list[bytes] = []
         for number, text in enumerate(whole):
             line = text[_HEAD:]
-            sum_ = zlib.crc32(line, self._sum)
-            if text[:_HEAD] != b"%08x " % sum_:
+            sum_ = _sum(self._sum, line)
+            if text[:_HEAD] != sum_.hex().encode() + b" ":
                 if number == len(whole) - 1 and not torn:
                     break
                 raise self._damaged(number + 1)
@@ -145,7 +160,9 @@ class Written:
     def _failed(self, error: OSError) -> NormfixError:
         reason = error.strerror or str(error)
         return NormfixError(
-            "NF327", f"the run's journal cannot be written: {reason}. Make room there.", where=str(self._path)
+            "NF327",
+            f"the run's journal cannot be read or written: {reason}. Make room there, or name another --store.",
+            where=str(self._path),
         )
 
     def _damaged(self, line: int) -> NormfixError:
@@ -157,8 +174,13 @@ class Written:
         )
 
 
-_HEAD = 9
-"""Bytes of a line's checksum and the space after it."""
+_HEAD = 17
+"""Bytes of a line's digest and the space after it."""
+
+
+def _sum(before: bytes, line: bytes) -> bytes:
+    return hashlib.blake2b(line, digest_size=8, key=before).digest()
+
 
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Moments, Part, Seen)}
 

@@ -16,12 +16,12 @@ from normfix.streaming.chunks import sync
 from normfix.streaming.schedules import Schedule
 from normfix.streaming.sources import Source
 
-__all__ = ["Parts", "describe", "require_same", "write_manifest"]
+__all__ = ["Parts", "describe", "digest_of_parts", "require_same", "write_manifest"]
 
 Parts = dict[str, str]
 """What is computed, in words or as a digest, by what a user would call it."""
 
-_FORMAT = "1"
+_FORMAT = "2"
 
 
 def describe(
@@ -64,9 +64,11 @@ def require_same(path: Path, parts: Parts) -> bool:
         found = json.loads(path.read_text(encoding="utf-8"))
         known = {str(name): str(value) for name, value in found["parts"].items()}
         told = found["digest"]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except OSError as error:
+        raise _failed(path, error) from error
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise _damaged(path) from error
-    if told != _digest(repr(sorted(known.items()))):
+    if told != digest_of_parts(known):
         raise _damaged(path)
     other = [name for name in parts if known.get(name) != parts[name]]
     if other:
@@ -86,9 +88,14 @@ def require_same(path: Path, parts: Parts) -> bool:
 _SHOWN = ("versions", "blocks", "statistics", "precision", "threads", "processor")
 
 
+def digest_of_parts(parts: Parts) -> str:
+    """Return what stands for a run: equal for two runs whose parts agree."""
+    return _digest(repr(sorted(parts.items())))
+
+
 def write_manifest(path: Path, parts: Parts) -> None:
     """Write the manifest, whole or not at all."""
-    content = {"parts": parts, "digest": _digest(repr(sorted(parts.items())))}
+    content = {"parts": parts, "digest": digest_of_parts(parts)}
     _write_whole(path, json.dumps(content, indent=1))
 
 
@@ -106,8 +113,7 @@ def _write_whole(path: Path, text: str) -> None:
         if os.name == "posix":
             sync(path.parent)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise NormfixError("NF327", f"it cannot be written: {reason}.", where=str(path)) from error
+        raise _failed(path, error) from error
 
 
 def _weights(schedule: Schedule) -> str:
@@ -121,6 +127,15 @@ def _weights(schedule: Schedule) -> str:
 
 def _digest(*texts: str) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+
+
+def _failed(path: Path, error: OSError) -> NormfixError:
+    reason = error.strerror or str(error)
+    return NormfixError(
+        "NF327",
+        f"it cannot be read or written: {reason}. Make room there, or name another --store.",
+        where=str(path),
+    )
 
 
 def _damaged(path: Path) -> NormfixError:

@@ -15,7 +15,7 @@ from torch.fx import Node
 from normfix.errors import NormfixError
 from normfix.streaming.blocks import Block, Given, Part, Read, Told, Work
 from normfix.streaming.engines import Crew
-from normfix.streaming.journal import Journal, Measured
+from normfix.streaming.journal import SEALS, Journal, Measured
 from normfix.streaming.masks import mask_of
 from normfix.streaming.outlook import Clock
 from normfix.streaming.program import Program, Shapes
@@ -88,6 +88,7 @@ class Run:
             waiting = [number for number in range(len(work.blocks)) if number not in measured]
             for number, found in crew.run(work, waiting):
                 self.journal.note(stage.number, number, found)
+                self.store.seal(found.get(SEALS, {}))
                 measured[number] = found
                 if clock is not None:
                     clock.tick(stage.number, len(measured), len(work.blocks))
@@ -171,6 +172,7 @@ class Run:
     def _remember(self, work: Work, stage: Stage, measured: dict[int, Measured]) -> None:
         """Note what the journal says is in the store."""
         for number in measured:
+            self.store.seal(measured[number].get(SEALS, {}))
             block = work.blocks[number]
             part = work.parts[block.image]
             for node, given in zip(stage.gives, part.gives, strict=True):

@@ -6,8 +6,6 @@ file of that name is whole.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normfix.errors import NormfixError
+from normfix.drafts import cannot_write, drafting, reserve
 from normfix.formats import Placement, create, suffix_of
 from normfix.reading import KEEPING, laid_out, require_new_image
 
@@ -32,7 +30,8 @@ class OutputFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._draft = path.with_name(f".{path.stem}-draft{path.suffix}")
+        self._making = drafting(path)
+        self._draft = path
         self._array: Any = None
         self._axes = ""
         self._keeps = suffix_of(path) in KEEPING  # the axis of a single channel
@@ -58,13 +57,12 @@ class OutputFile:
         self._axes = axes
         edges = dict(zip("ZYX"[-len(blocks) :], blocks, strict=True), C=shape[0])
         try:
-            self._remove()  # what a killed process left
             self._array = create(
                 self._draft, room.shape, numpy_dtype, axes, self._placement, [edges[a] for a in axes]
             )
-            _reserve(self._draft)
+            reserve(self._draft)
         except OSError as error:
-            raise self._failed(error) from error
+            raise cannot_write(self._path, error) from error
 
     def write(self, index: tuple[slice, ...], value: Tensor) -> None:
         """Write a block; what lies beyond the file's extents is cut off."""
@@ -79,38 +77,25 @@ class OutputFile:
         try:
             self._array[tuple(known[a] for a in axes)] = array
         except OSError as error:
-            raise self._failed(error) from error
+            raise cannot_write(self._path, error) from error
 
     def read(self, index: tuple[slice, ...]) -> Tensor:
         """Refuse: outputs are only written."""
         raise NotImplementedError
 
     def __enter__(self) -> OutputFile:
+        self._draft = self._making.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(self._array, np.memmap):
-            self._array.flush()  # also of a view
-        self._array = None
-        if kind is None:
-            self._draft.rename(self._path)
-        else:
-            self._remove()
-
-    def _remove(self) -> None:
-        if self._draft.is_dir():
-            shutil.rmtree(self._draft, ignore_errors=True)
-        else:
-            self._draft.unlink(missing_ok=True)
-
-    def _failed(self, error: OSError) -> NormfixError:
-        return NormfixError("NF114", f"cannot write it: {error.strerror or error}.", where=str(self._path))
-
-
-def _reserve(path: Path) -> None:
-    """Take a mapped file's room now: on a disk that fills up later, writing to it would end the process."""
-    if path.is_file() and hasattr(os, "posix_fallocate"):
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        array, self._array = self._array, None
+        try:
+            if kind is None and isinstance(array, np.memmap):
+                array.flush()  # also of a view
+        except OSError as error:
+            failed = cannot_write(self._path, error)
+            self._making.__exit__(type(failed), failed, error.__traceback__)
+            raise failed from error
+        self._making.__exit__(kind, value, trace)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from normfix.errors import NormfixError
 from normfix.streaming.budget import Budget
-from normfix.streaming.chunks import Chunked
+from normfix.streaming.chunks import Chunked, Seals
 
 __all__ = ["Kept", "Store"]
 
@@ -30,8 +30,8 @@ class Kept(Protocol):
     def read(self, index: Index) -> Tensor:
         """Return a window, which the caller must not change."""
 
-    def write(self, index: Index, value: Tensor) -> None:
-        """Write a window."""
+    def write(self, index: Index, value: Tensor) -> Seals | None:
+        """Write a window; return the seals of what is on disk."""
 
 
 class Store:
@@ -42,6 +42,7 @@ class Store:
         folder: where values are kept on disk; what is there already under a value's name is continued.
         device: of what is read.
         shared: other processes write too, so nothing is read from this one's memory.
+        run: what is computed, as a digest; a chunk of another run is no value of this one.
     """
 
     def __init__(
@@ -51,7 +52,9 @@ class Store:
         device: torch.device | str = "cpu",
         *,
         shared: bool = False,
+        run: str = "",
     ) -> None:
+        self._run = run
         self._folder, self._device = folder, torch.device(device)
         self._limit = 0 if shared else budget
         self._sizes: dict[str, tuple[bool, int]] = {}
@@ -110,6 +113,13 @@ class Store:
         if not isinstance(kept, _InMemory):
             _on_disk(kept).delete()
 
+    def seal(self, seals: Mapping[str, str]) -> None:
+        """Take over the seals of chunks that were written elsewhere or before; see Chunked."""
+        for place, seal in seals.items():
+            kept = self._kept.get(place.partition("/")[0])
+            if kept is not None and not isinstance(kept, _InMemory):
+                _on_disk(kept).seal({place: seal})
+
     def whole(self, name: str, index: Index) -> bool:
         """Tell whether all of a window is there that an earlier process wrote."""
         kept = self._kept[name]
@@ -122,7 +132,7 @@ class Store:
             if not fits:
                 raise self._too_small(self._sizes[name][1])
             return _InMemory(shape, dtype, self._device)
-        lasting = Chunked(self._folder / name, shape, dtype, chunks, self._device)
+        lasting = Chunked(self._folder / name, shape, dtype, chunks, self._device, self._run)
         if lasting.create() and fits:
             return _InBoth(_InMemory(shape, dtype, self._device), lasting)
         return lasting
@@ -156,9 +166,9 @@ class _InBoth:
     def read(self, index: Index) -> Tensor:
         return self._memory.read(index)
 
-    def write(self, index: Index, value: Tensor) -> None:
+    def write(self, index: Index, value: Tensor) -> Seals:
         self._memory.write(index, value)
-        self.disk.write(index, value)
+        return self.disk.write(index, value)
 
 
 def _on_disk(kept: Kept) -> Chunked:
