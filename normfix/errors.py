@@ -21,8 +21,8 @@ CODES: dict[str, str] = {
     "NF103": "Images are read several times (to measure, to re-measure, to prove), so a generator, which can "
     "be read once, is refused, and so is an empty collection. Give a list or an object with "
     "__iter__.",
-    "NF104": "One NaN or infinite value spreads through every statistic of the network. Replace or mask such "
-    "pixels.",
+    "NF104": "One NaN or infinite value spreads through every statistic of the network; also one that is so only once it"
+    " is scaled or in the network's dtype. Replace such pixels (a mask does not help), or choose another --scale or dtype.",
     "NF105": "The names or shapes of the stored weights are not those of the network that was built. Usually "
     "--arch or --arch-args (number of channels, classes, levels) differ from what the weights were "
     "trained with.",

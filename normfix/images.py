@@ -18,7 +18,7 @@ from normfix.errors import NormfixError
 from normfix.formats import SUFFIXES, Choice, is_zarr, suffix_of
 from normfix.reading import read_image, to_tensor
 from normfix.records import Scaling
-from normfix.scaling import not_finite, scaled
+from normfix.scaling import not_finite, overflown, scaled
 
 __all__ = ["ImageFiles", "Items", "find_images"]
 
@@ -164,7 +164,9 @@ def _checked(image: object, where: str, dtype: torch.dtype) -> Tensor:
             f"expected a floating tensor (N, C, *space), got {what}. Convert and scale it first.",
             where=where,
         )
-    image = image.to(dtype)
     if not torch.isfinite(image).all():
         raise not_finite(where)
-    return image
+    cast = image.to(dtype)
+    if cast is not image and not torch.isfinite(cast).all():
+        raise overflown(where, str(dtype).removeprefix("torch."))
+    return cast

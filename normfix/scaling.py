@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from normfix.errors import NormfixError
 from normfix.records import Scaling
 
-__all__ = ["not_finite", "parse_scaling", "scaled"]
+__all__ = ["not_finite", "overflown", "parse_scaling", "scaled"]
 
 Array = NDArray[Any]
 
@@ -41,7 +41,18 @@ def scaled(array: Array, scaling: Scaling | None, where: str = "image") -> Array
         scaling = Scaling()
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise not_finite(where)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
+        result = _by(scaling, array, where)
+        kept = result.astype(np.float64 if array.dtype == np.float64 else np.float32)
+    if not np.isfinite(kept).all():
+        raise overflown(where, str(kept.dtype))
+    return kept
+
+
+def _by(scaling: Scaling, array: Array, where: str) -> Array:
+    """Return a finite image scaled, in float64."""
     wide = array.astype(np.float64)
+    result: Array
     match scaling.kind:
         case "none":
             result = wide
@@ -62,7 +73,7 @@ def scaled(array: Array, scaling: Scaling | None, where: str = "image") -> Array
             result = (wide - mean) / sd
         case "preprocess":
             result = _preprocessed(array, scaling.function, where)
-    return result.astype(np.float64 if array.dtype == np.float64 else np.float32)
+    return result
 
 
 def parse_scaling(text: str) -> Scaling:
@@ -93,8 +104,18 @@ def not_finite(where: str) -> NormfixError:
     """Return the error (NF104) for an image with NaN or infinity."""
     return NormfixError(
         "NF104",
-        "the image has NaN or infinite values, which would spread through every statistic. Replace or "
-        "mask them first.",
+        "the image has NaN or infinite values, which would spread through every statistic. Replace them first; a mask "
+        "does not help, since the network still reads what it ignores.",
+        where=where,
+    )
+
+
+def overflown(where: str, dtype: str) -> NormfixError:
+    """Return the error (NF104) for an image that is finite and no longer is as the network takes it."""
+    return NormfixError(
+        "NF104",
+        f"the image's values are finite, but not all of them are once they are scaled and in {dtype}. State a scaling "
+        "that fits them (--scale), or compute in a wider dtype.",
         where=where,
     )
 

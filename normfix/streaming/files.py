@@ -8,6 +8,7 @@ from pathlib import Path
 
 from normfix.errors import NormfixError
 from normfix.formats import Choice, open_file, unreadable
+from normfix.streaming.contents import Contents
 from normfix.streaming.origins import Origin
 from normfix.streaming.windows import Window, windowed
 
@@ -46,11 +47,18 @@ def open_image(
         raise unreadable(path, error) from error
     opened = open_file(path, Choice(series, level))
     if path.is_dir():
-        origin = Origin.of(path, opened.part)
+        origin = Origin.of(path, opened.part, opened.listing)
     try:
         window = windowed(opened.array, opened.axes, ndim=ndim, channels=channels, axes=axes, where=str(path))
     except NormfixError:
         opened.close()
         raise
     placement = opened.placed(window.named)
-    return replace(window, close=opened.close, origin=origin, reopen=reopen, placement=placement)
+    return replace(
+        window,
+        close=opened.close,
+        contents=Contents(origin),
+        reopen=reopen,
+        placement=placement,
+        notes=opened.notes,
+    )
