@@ -177,6 +177,11 @@ def calibrate_command(
     show_default=True,
     help="per-image: normalise the image by its own statistics, measured over all of it.",
 )
+@click.option(
+    "--allow-nonfinite",
+    is_flag=True,
+    help="Write NaN and infinite values that the network gives, instead of refusing them.",
+)
 @stage_options
 @image_options
 @format_option
@@ -186,6 +191,7 @@ def predict_command(
     tile: int,
     halo: int | Literal["auto"],
     statistics: Literal["stored", "per-image"],
+    allow_nonfinite: bool,
     format_: str,
     **options: Any,
 ) -> None:
@@ -202,9 +208,11 @@ def predict_command(
     if stages.engine != "tiles":
         if halo != "auto":
             raise click.UsageError("--halo belongs to --engine tiles; stages measure their own")
-        shape, dtype = _predict_in_stages(image, out, tile, statistics, stages, arguments)
+        given = {"statistics": statistics, "allow_nonfinite": allow_nonfinite}
+        shape, dtype = _predict_in_stages(image, out, tile, given, stages, arguments)
     else:
-        shape, dtype = _predict_in_tiles(image, out, tile, halo, statistics, stages.level, arguments)
+        given = {"halo": halo, "statistics": statistics, "allow_nonfinite": allow_nonfinite}
+        shape, dtype = _predict_in_tiles(image, out, tile, given, stages.level, arguments)
     record = Predicted(path=out, shape=shape, dtype=dtype)
     show(record, f"{out}: {'x'.join(map(str, shape))}, {dtype}", format_)
     note(f"Wrote {out}.")
@@ -214,8 +222,7 @@ def _predict_in_tiles(
     image: str,
     out: str,
     tile: int,
-    halo: int | Literal["auto"],
-    statistics: Any,
+    given: dict[str, Any],
     level: int,
     arguments: Arguments,
 ) -> tuple[tuple[int, ...], str]:
@@ -228,10 +235,9 @@ def _predict_in_tiles(
         opened.model,
         arguments.image(image, opened.model, level),
         tile,
-        halo=halo,
         engine="tiles",
-        statistics=statistics,
         output=arguments.output,
+        **given,
     )
     written = whole[0].float().cpu().numpy()
     write_image(Path(out), written, _placement(image, opened.model, level, arguments))
@@ -239,7 +245,7 @@ def _predict_in_tiles(
 
 
 def _predict_in_stages(
-    image: str, out: str, tile: int, statistics: Any, stages: StageArguments, arguments: Arguments
+    image: str, out: str, tile: int, given: dict[str, Any], stages: StageArguments, arguments: Arguments
 ) -> tuple[tuple[int, ...], str]:
     from normfix.pipeline import write_prediction
 
@@ -254,7 +260,7 @@ def _predict_in_stages(
             Path(out),
             tile,
             **stages.keywords(),
-            statistics=statistics,
+            **given,
             watch=watch,
             output=arguments.output,
         )

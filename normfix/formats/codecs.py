@@ -75,6 +75,8 @@ class Unpacking:
         Raises:
             NormfixError: NF121 if it unpacks to more than a chunk holds.
         """
+        if not self.codecs:
+            return data
         sizes: list[int | None] = [self.size if self.exact else None]
         for codec in self.codecs[:-1]:
             inner = sizes[-1]

@@ -30,9 +30,9 @@ def open_zarr(path: Path, choice: Choice) -> Opened:
     third = metadata_of(path, path, "zarr.json")
     if third is None and (path / ".zarray").exists() or (third or {}).get("node_type") == "array":
         array, chunks = open_array(path, path)
-        dims = (third or {}).get("dimension_names") or ()
-        said = "".join(str(name).upper() for name in dims)
-        return _opened(array, chunks, said if len(said) == array.ndim else None, Placement(), "")
+        dims = [str(name).upper() for name in (third or {}).get("dimension_names") or ()]
+        said = "".join(dims) if dims and all(len(name) == 1 for name in dims) else None
+        return _opened(array, chunks, said, Placement(), "")
     attributes = (metadata_of(path, path, ".zattrs") or {}) if third is None else third.get("attributes") or {}
     ome = attributes.get("ome", attributes)
     images = ome.get("multiscales")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from normfix.calling import evaluating, home_of
 from normfix.errors import NormfixError
 from normfix.images import Items
-from normfix.numerics import exact_arithmetic
+from normfix.numerics import exact_arithmetic, require_finite
 from normfix.pipeline.engines import engine_of
 from normfix.pipeline.known import ForwardFn, Known, known_of, with_halo
 from normfix.pipeline.looking import geometry_of, site_target
@@ -51,6 +51,7 @@ def predict(
     watch: Watch | None = None,
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
+    allow_nonfinite: bool = False,
 ) -> Tensor:
     """Predict one image in parts, exactly as the whole image would be predicted.
 
@@ -76,6 +77,7 @@ def predict(
         watch: is told what stages will take, and of each block.
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
+        allow_nonfinite: take NaN and infinite values in the prediction for what the network means.
 
     Returns:
         (N, C', *out) in the model's dtype, on its device.
@@ -83,13 +85,16 @@ def predict(
     Raises:
         NormfixError: NF409 if the network has live statistics or no halo is enough, NF402 for a tile that is
             off the stride grid, NF410 for a halo that is not enough or an engine, NF32x where stages are asked for
-            and not possible, NF326 to NF336 of the store and the cluster, and codes of the image.
+            and not possible, NF326 to NF336 of the store and the cluster, NF148 and NF149 for statistics and
+            predictions that are not finite, and codes of the image.
     """
     job = _Prediction.of(model, image, tile, halo, engine, statistics, forward_fn, output)
     crew = engine_of(engine, scheduler, store, workers)
     with resumable(store):
         result = job.run(Resources(tile=job.tile, budget=budget, store=store, engine=crew, watch=watch))
     assert result is not None
+    if not allow_nonfinite:
+        require_finite(result, job.known.scan.model)
     return result
 
 
@@ -108,6 +113,7 @@ def write_prediction(
     watch: Watch | None = None,
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
+    allow_nonfinite: bool = False,
 ) -> tuple[tuple[int, ...], str]:
     """Predict one image into a new file, block by block; in stages where the network can. See `predict`.
 
@@ -126,6 +132,7 @@ def write_prediction(
         watch: is told what stages will take, and of each block.
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
+        allow_nonfinite: as for `predict`.
 
     Returns:
         Shape (C, *space) and dtype of what was written.
@@ -134,7 +141,7 @@ def write_prediction(
         NormfixError: NF114 for a file that cannot be written, and codes of `predict`.
     """
     crew = engine_of(engine, scheduler, store, workers)
-    with resumable(store), OutputFile(out) as file:
+    with resumable(store), OutputFile(out, allow_nonfinite=allow_nonfinite) as file:
         job = _Prediction.of(model, image, tile, "auto", engine, statistics, forward_fn, output)
         placement = getattr(image, "placement", None)
         if placement is not None:

@@ -11,17 +11,16 @@ one, reading again what was read.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
 from normfix.errors import NormfixError
 from normfix.formats import ArrayLike
 from normfix.formats.opened import Changed
+from normfix.reading import changed_meanwhile, digest_of_array
 from normfix.streaming.maps import Span
 from normfix.streaming.origins import Origin, Stamp
 
@@ -147,18 +146,7 @@ class Contents:
             self.array = image.array
 
     def _changed(self, *, gone: bool = False) -> NormfixError:
-        what = "is gone" if gone else "changed"
-        return NormfixError(
-            "NF331",
-            f"the image {what} while it was read, so parts of it would be of another image. Put it back as it was, "
-            "or start anew on the new one.",
-            where=str(self.origin.path),
-        )
-
-
-def digest_of_array(window: NDArray[Any]) -> bytes:
-    """Return the SHA-256 of an array's values."""
-    return hashlib.sha256(np.ascontiguousarray(window).view(np.uint8).data).digest()
+        return changed_meanwhile(self.origin.path, gone=gone)
 
 
 def _sizes(stamp: Stamp) -> list[tuple[str, int]]:

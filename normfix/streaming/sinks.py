@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from normfix.errors import NormfixError
-from normfix.formats import Placement, create, suffix_of
+from normfix.formats import Placement, create, draft_of, finish, suffix_of
+from normfix.numerics import require_finite
 from normfix.reading import KEEPING, laid_out, require_new_image
 
 __all__ = ["OutputFile"]
@@ -27,12 +28,13 @@ __all__ = ["OutputFile"]
 class OutputFile:
     """A new file (C, *space) that blocks (1, C, *block) are written to; a context manager.
 
-    Leaving the context without an error gives the file its name, with an error removes the draft.
+    Leaving the context without an error gives the file its name, with an error removes the draft. Blocks with NaN or
+    infinite values are refused (NF149) unless they are allowed.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._draft = path.with_name(f".{path.stem}-draft{path.suffix}")
+    def __init__(self, path: Path, *, allow_nonfinite: bool = True) -> None:
+        self._path, self._allow_nonfinite = path, allow_nonfinite
+        self._draft = draft_of(path)
         self._array: Any = None
         self._axes = ""
         self._keeps = suffix_of(path) in KEEPING  # the axis of a single channel
@@ -73,6 +75,8 @@ class OutputFile:
         if any(s.start >= s.stop for s in spans):
             return
         block = value[0][(slice(None), *(slice(0, s.stop - s.start) for s in spans))]
+        if not self._allow_nonfinite:
+            require_finite(block, str(self._path))
         block = block.float() if block.dtype == torch.bfloat16 else block
         array, axes = laid_out(block.cpu().numpy(), self._placement, keep="C" in self._axes)
         known = dict(zip("ZYX"[-len(spans) :], spans, strict=True), C=slice(None))
@@ -94,10 +98,15 @@ class OutputFile:
         if isinstance(self._array, np.memmap):
             self._array.flush()  # also of a view
         self._array = None
-        if kind is None:
-            self._draft.rename(self._path)
-        else:
+        if kind is not None:
             self._remove()
+            return
+        try:
+            finish(self._draft)
+        except OSError as error:
+            self._remove()
+            raise self._failed(error) from error
+        self._draft.rename(self._path)
 
     def _remove(self) -> None:
         if self._draft.is_dir():

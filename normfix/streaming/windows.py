@@ -20,9 +20,9 @@ from torch import Tensor
 from normfix.errors import NormfixError
 from normfix.formats import ArrayLike, Placement
 from normfix.formats.opened import Changed
-from normfix.reading import settled_axes
+from normfix.reading import digest_of_array, settled_axes
 from normfix.scaling import not_finite, overflown
-from normfix.streaming.contents import Contents, digest_of_array
+from normfix.streaming.contents import Contents
 from normfix.streaming.maps import Span
 
 __all__ = ["ArrayLike", "Window", "WindowedImage", "windowed"]
@@ -207,7 +207,7 @@ class WindowedImage:
     @property
     def notes(self) -> tuple[str, ...]:
         """Return what a user should know of the file, such as chunks that are missing."""
-        return self._window.notes
+        return tuple(f"{self._window.where}: {text}" for text in self._window.notes)
 
     @property
     def shape(self) -> tuple[int, ...]:
