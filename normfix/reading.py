@@ -30,7 +30,7 @@ from normfix.formats import (
     suffix_of,
     unreadable,
 )
-from normfix.formats.opened import Changed
+from normfix.formats.opened import ChangedError
 
 __all__ = [
     "KEEPING",
@@ -72,8 +72,8 @@ def read_image(
         tell: is told what a user should know of the file, such as chunks that are missing.
 
     Raises:
-        NormfixError: NF101 and NF141 if the file cannot be read, NF106 if its axes or dtype do not fit the network, NF121
-            if it is far larger in memory than on disk, NF331 if it changes meanwhile.
+        NormfixError: NF101 and NF141 if the file cannot be read, NF106 if its axes or dtype do not fit the network,
+            NF121 if it is far larger in memory than on disk, NF331 if it changes meanwhile.
     """
     opened = open_file(path, choice)
     for text in opened.notes:
@@ -87,12 +87,10 @@ def read_image(
         _require_proportion(path, shape, dtype)
         try:
             whole = np.array(opened.array if hasattr(opened.array, "__array__") else opened.array[...])
-            if whole.shape != shape:
-                raise ValueError(f"its header says {shape} and its values are {whole.shape}")
-            array = np.squeeze(whole, fixed)
+            array = np.squeeze(whole.reshape(shape), fixed)
         except NormfixError:
             raise
-        except Changed as error:
+        except ChangedError as error:
             raise changed_meanwhile(path) from error
         except Exception as error:
             raise unreadable(path, error) from error
@@ -141,8 +139,8 @@ def settled_axes(
     if axes is None and letters and len(letters) != len(shape):
         raise NormfixError(
             "NF106",
-            f"the file names the axes {letters!r}, and its array has {len(shape)} ({shape}). Give --axes with one letter "
-            "per axis, such as YX, CYX, YXC or ZYX.",
+            f"the file names the axes {letters!r}, and its array has {len(shape)} ({shape}). Give --axes with one "
+            "letter per axis, such as YX, CYX, YXC or ZYX.",
             where=where,
         )
     if axes is not None and len(letters) > len(shape):  # the file left out what has extent 1

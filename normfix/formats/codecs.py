@@ -35,8 +35,8 @@ _DICTIONARY = 1 << 28
 class Codec:
     """A codec from bytes to bytes.
 
-    `decode(data, limit, exact)` returns at most `limit` bytes, or raises _TooMuch; `exact` is how many there must be,
-    where that is known. `added` is by how many bytes the encoded form is longer, None where that is not fixed.
+    `decode(data, limit, exact)` returns at most `limit` bytes, or raises _TooMuchError; `exact` is how many there
+    must be, where that is known. `added` is by how many bytes the encoded form is longer, None where that is not fixed.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Codec:
     added: int | None = None
 
 
-class _TooMuch(Exception):
+class _TooMuchError(Exception):
     """More comes out than may."""
 
 
@@ -84,7 +84,7 @@ class Unpacking:
         for codec, size in zip(reversed(self.codecs), reversed(sizes), strict=True):
             try:
                 data = codec.decode(data, self.most if size is None else size, size)
-            except _TooMuch as error:
+            except _TooMuchError as error:
                 raise NormfixError(
                     "NF121",
                     f"its chunk {chunk} ({codec.name}) unpacks to more than the {self.size:,} bytes that a chunk "
@@ -121,7 +121,7 @@ def codec_of(settings: Mapping[str, Any], where: str) -> Codec:
 
 def _within(found: bytes, limit: int) -> bytes:
     if len(found) > limit:
-        raise _TooMuch
+        raise _TooMuchError
     return found
 
 
@@ -157,7 +157,7 @@ def _zstd(data: bytes, limit: int, exact: int | None) -> bytes:
     if size is None:
         raise ValueError("a frame of zstd does not say how much it holds")
     if size > limit:
-        raise _TooMuch
+        raise _TooMuchError
     room = np.empty(size, np.uint8)
     zstd.decompress(data, room)
     return room.tobytes()
@@ -183,7 +183,7 @@ def _blosc(data: bytes, limit: int, exact: int | None) -> bytes:
         raise ValueError("a chunk is no buffer of blosc")
     size, stored = (int.from_bytes(data[i : i + 4], "little") for i in (4, 12))
     if size > limit:
-        raise _TooMuch
+        raise _TooMuchError
     if stored != len(data):
         raise ValueError("a buffer of blosc is cut short")
     return bytes(blosc.decompress(data))
@@ -193,7 +193,7 @@ def _lz4(data: bytes, limit: int, exact: int | None) -> bytes:
     from numcodecs import lz4
 
     if int.from_bytes(data[:4], "little") > limit:
-        raise _TooMuch
+        raise _TooMuchError
     return bytes(lz4.decompress(data))
 
 
@@ -225,4 +225,3 @@ def _by_numcodecs(settings: Mapping[str, Any]) -> Callable[[bytes, int, int | No
         return _within(np.ascontiguousarray(codec.decode(data)).tobytes(), limit)
 
     return decode
-

@@ -80,9 +80,12 @@ def compress(path: Path) -> None:
     """Make a .nii.gz of a .nii under the same name, piece by piece; the same bytes each time."""
     packed = path.with_name(f"{path.name}.packed")
     try:
-        with path.open("rb") as source, packed.open("wb") as target:
-            with gzip.GzipFile("", "wb", compresslevel=6, fileobj=target, mtime=0) as file:
-                shutil.copyfileobj(source, file, 1 << 20)
+        with (
+            path.open("rb") as source,
+            packed.open("wb") as target,
+            gzip.GzipFile("", "wb", compresslevel=6, fileobj=target, mtime=0) as file,
+        ):
+            shutil.copyfileobj(source, file, 1 << 20)
         packed.replace(path)
     finally:
         packed.unlink(missing_ok=True)

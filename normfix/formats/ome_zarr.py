@@ -25,15 +25,19 @@ _EDGE = 128
 
 def open_zarr(path: Path, choice: Choice) -> Opened:
     """Open an array, or an image and level of OME-Zarr; see `normfix.formats.open_file`."""
-    from normfix.formats.chunk_store import metadata_of, open_array, within
+    from normfix.formats.chunk_store import open_array
+    from normfix.formats.zarr_layout import metadata_of, within
 
     third = metadata_of(path, path, "zarr.json")
-    if third is None and (path / ".zarray").exists() or (third or {}).get("node_type") == "array":
+    flat = (path / ".zarray").exists() if third is None else third.get("node_type") == "array"
+    if flat:
         array, chunks = open_array(path, path)
         dims = [str(name).upper() for name in (third or {}).get("dimension_names") or ()]
         said = "".join(dims) if dims and all(len(name) == 1 for name in dims) else None
         return _opened(array, chunks, said, Placement(), "")
-    attributes = (metadata_of(path, path, ".zattrs") or {}) if third is None else third.get("attributes") or {}
+    attributes = (
+        (metadata_of(path, path, ".zattrs") or {}) if third is None else third.get("attributes") or {}
+    )
     ome = attributes.get("ome", attributes)
     images = ome.get("multiscales")
     if not images:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from normfix.errors import NormfixError
 from normfix.formats.placement import Placement
 
-__all__ = ["ArrayLike", "Changed", "Choice", "Opened", "choose", "letters_of"]
+__all__ = ["ArrayLike", "ChangedError", "Choice", "Opened", "choose", "letters_of"]
 
 
 class ArrayLike(Protocol):
@@ -28,7 +28,7 @@ class ArrayLike(Protocol):
         """Return a window as something that np.asarray takes."""
 
 
-class Changed(Exception):
+class ChangedError(Exception):
     """A file of an image is no longer what it was when the image was opened; `written` if its time says so too."""
 
     def __init__(self, name: str, *, written: bool) -> None:

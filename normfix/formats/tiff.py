@@ -166,8 +166,8 @@ def _bound(page: Any, path: Path) -> None:
             if len(data) * ratio > most and not _unpacks_within(data, opened(), most):
                 raise NormfixError(
                     "NF121",
-                    f"its segment {index} unpacks to more than the {size:,} bytes that it holds. It is damaged or built "
-                    "to harm, and was not unpacked.",
+                    f"its segment {index} unpacks to more than the {size:,} bytes that it holds. It is damaged or "
+                    "built to harm, and was not unpacked.",
                     where=str(path),
                 )
         return decode(data, index, **options)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from normfix.errors import NormfixError
 from normfix.formats import ArrayLike
-from normfix.formats.opened import Changed
+from normfix.formats.opened import ChangedError
 from normfix.reading import changed_meanwhile, digest_of_array
 from normfix.streaming.maps import Span
 from normfix.streaming.origins import Origin, Stamp
@@ -117,7 +117,7 @@ class Contents:
                     raise self._changed(gone=not now)
                 try:
                     self._same(layout, reopen)
-                except Changed:
+                except ChangedError:
                     continue
                 if self.origin.now() == now:
                     self._seen = now
@@ -125,20 +125,17 @@ class Contents:
             raise self._changed()
 
     def _same(self, layout: str, reopen: Callable[[], Readable]) -> None:
-        """Read again what was read; go on with what was opened anew if that is a Zarr, whose chunks are known by then."""
+        """Read again what was read, and go on with a Zarr that was opened anew, whose chunks are known by then."""
         try:
             image = reopen()
         except Exception as error:
             raise self._changed() from error
         try:
-            if image.layout != layout:
+            if image.layout != layout or any(
+                digest_of_array(image.raw(spans)) != digest for spans, digest in list(self._digests.items())
+            ):
                 raise self._changed()
-            for spans, digest in list(self._digests.items()):
-                if digest_of_array(image.raw(spans)) != digest:
-                    raise self._changed()
-        except (Changed, NormfixError):
-            raise
-        except Exception as error:
+        except NormfixError as error:
             raise self._changed() from error
         finally:
             image.close()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from normfix.errors import NormfixError
 from normfix.formats import ArrayLike, Placement
-from normfix.formats.opened import Changed
+from normfix.formats.opened import ChangedError
 from normfix.reading import digest_of_array, settled_axes
 from normfix.scaling import not_finite, overflown
 from normfix.streaming.contents import Contents
@@ -93,7 +93,7 @@ class Window:
 
         Raises:
             NormfixError: NF101 if it cannot be read.
-            Changed: if the file is seen to be another while it is read.
+            ChangedError: if the file is seen to be another while it is read.
         """
         space = dict(zip([letter for letter in "ZYX" if letter in self.named], spans, strict=True))
         letters = iter(self.named)
@@ -106,7 +106,7 @@ class Window:
             array = self.contents.array
         try:
             return np.asarray(array[index])
-        except (Changed, NormfixError):
+        except (ChangedError, NormfixError):
             raise
         except Exception as error:
             reason = " ".join(str(error).split())[:160] or type(error).__name__
@@ -153,7 +153,7 @@ class Window:
         while True:
             try:
                 window = self.raw(spans)
-            except Changed as change:
+            except ChangedError as change:
                 contents.compare(self.layout, self._anew, written=change.written)
             except NormfixError:
                 self._settle(contents)
