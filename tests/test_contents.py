@@ -39,7 +39,12 @@ def _write(path, array):
             tifffile.imwrite(path, array, tile=(16, 16))
         case ".zarr" | ".shards.zarr":
             shards = (32, 32) if kind == ".shards.zarr" else None
-            options = {"chunks": (16, 16), "shards": shards, "compressors": None, "config": {"write_empty_chunks": True}}
+            options = {
+                "chunks": (16, 16),
+                "shards": shards,
+                "compressors": None,
+                "config": {"write_empty_chunks": True},
+            }
             zarr.create_array(store=str(path), data=array, **options)
         case ".png":
             import imageio.v3 as iio
@@ -190,7 +195,9 @@ def test_arrays_in_python_are_known_by_their_values(model, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("scaling", ["none", "zscore"])
 @pytest.mark.parametrize("suffix", [".npy", ".tif", ".zarr", ".nii.gz"])
-def test_a_change_while_reading_is_found_with_its_time_put_back(model, tmp_path, monkeypatch, suffix, scaling):
+def test_a_change_while_reading_is_found_with_its_time_put_back(
+    model, tmp_path, monkeypatch, suffix, scaling
+):
     """Values that change while blocks are computed are found, though size and time of change are as they were."""
     path = tmp_path / f"a{suffix}"
     _write(path, ARRAY)
@@ -268,7 +275,9 @@ def test_a_walk_for_the_scale_is_the_walk_for_the_contents(tmp_path, monkeypatch
     reads = []
     with open_image(tmp_path / "a.npy", ndim=2, channels=1) as image:
         raw = type(image).raw
-        monkeypatch.setattr(type(image), "raw", lambda self, spans: (reads.append(spans), raw(self, spans))[1])
+        monkeypatch.setattr(
+            type(image), "raw", lambda self, spans: (reads.append(spans), raw(self, spans))[1]
+        )
         first = image.fingerprint()
         assert len(reads) == 1
         assert image.fingerprint() == first

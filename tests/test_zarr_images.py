@@ -30,7 +30,14 @@ def _window(path, **options):
 def _second(path, **metadata):
     """Write an array of Zarr 2 by hand: 64 x 64 float32 in one chunk."""
     path.mkdir(parents=True)
-    known = {"zarr_format": 2, "shape": [64, 64], "chunks": [64, 64], "dtype": "<f4", "fill_value": 0, "order": "C"}
+    known = {
+        "zarr_format": 2,
+        "shape": [64, 64],
+        "chunks": [64, 64],
+        "dtype": "<f4",
+        "fill_value": 0,
+        "order": "C",
+    }
     (path / ".zarray").write_text(json.dumps({**known, "compressor": None, "filters": None, **metadata}))
     return path / "0.0"
 
@@ -208,7 +215,9 @@ def _link(chunk, secret):
     chunk.symlink_to(secret)
 
 
-@pytest.mark.parametrize("how", [_link, lambda chunk, secret: os.mkfifo(chunk), lambda c, s: c.symlink_to("/dev/zero")])
+@pytest.mark.parametrize(
+    "how", [_link, lambda chunk, secret: os.mkfifo(chunk), lambda c, s: c.symlink_to("/dev/zero")]
+)
 def test_chunks_are_files_of_the_image(tmp_path, how):
     """A chunk that is a link out of the folder, a pipe or a device is not read; a link within the folder is."""
     (tmp_path / "secret").write_bytes(bytes(1 << 14))

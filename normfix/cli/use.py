@@ -159,7 +159,9 @@ def calibrate_command(
 @click.command("predict")
 @model_options
 @click.argument("image")
-@click.option("-o", "--out", required=True, help="File to write, .npy, .tif, .nii or .zarr; must not exist.")
+@click.option(
+    "-o", "--out", required=True, help="File to write, .npy, .tif, .nii, .nii.gz or .zarr; must not exist."
+)
 @_TILE
 @_HALO
 @click.option(

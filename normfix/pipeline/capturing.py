@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -53,10 +54,20 @@ def program_of(
         return known.program
     limit = {1: 1024, 2: 256, 3: 64}[ndim]
     window = [(0, min(n, round_up(limit, m))) for n, m in zip(image.shape[2:], stride, strict=True)]
-    example = image.read(window)[:1].clone()
+    example = _telling(model, caller, image.read(window)[:1].clone())
     program = captured_program(model, caller, example, sites)
     _CAPTURES[model] = _Capture(key, program, example)
     return program
+
+
+def _telling(model: nn.Module, caller: Caller, example: Tensor) -> Tensor:
+    """Return an example that a program can be compared on: noise, where the network overflows on the image."""
+    with torch.no_grad():
+        values = [v for v in tree_leaves(caller(model, example)) if isinstance(v, Tensor)]
+    if all(bool(torch.isfinite(value).all()) for value in values):
+        return example
+    noise = torch.randn(example.shape, generator=torch.Generator().manual_seed(0))
+    return noise.to(example.device, example.dtype)
 
 
 def schedule_of(

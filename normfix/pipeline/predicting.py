@@ -120,8 +120,8 @@ def write_prediction(
     Args:
         model: as for `predict`.
         image: of a batch of one.
-        out: ends in .npy, .tif, .zarr (OME-Zarr) or .nii; must not exist, and appears when it is whole. Size of
-            pixels, their place and the order of channels are those of the image, as far as the format holds them.
+        out: ends in .npy, .tif, .zarr (OME-Zarr), .nii or .nii.gz; must not exist, and appears when it is whole. Size
+            of pixels, their place and the order of channels are those of the image, as far as the format holds them.
         tile: as for `predict`, as all that follow.
         engine: "auto" takes stages if the network can be captured.
         statistics: "stored" or "per-image".
