@@ -193,11 +193,10 @@ class NormTarget:
     def _fitting(self, merged: Moments) -> tuple[Tensor, Tensor]:
         """Return mean and variance in the dtypes that they are kept in, where they are finite."""
         population = self.expected(merged)
-        kept = (self.holder.running_mean, self.holder.running_var)
-        mean, var = (
-            value.to(like.dtype)  # type: ignore[union-attr, arg-type]
-            for value, like in zip((population.mean, population.var), kept, strict=True)
-        )
+        kept_mean, kept_var = self.holder.running_mean, self.holder.running_var
+        assert isinstance(kept_mean, Tensor)
+        assert isinstance(kept_var, Tensor)
+        mean, var = population.mean.to(kept_mean.dtype), population.var.to(kept_var.dtype)
         _require_finite(self.name, mean=mean, variance=var)
         return mean, var
 

@@ -140,7 +140,7 @@ def test_another_image_of_the_same_size_time_and_histogram_is_refused(model, tmp
     _stopped(model, path, tmp_path, monkeypatch, scaling=scaling)
     before = {p: p.read_bytes() for p in (tmp_path / "store").rglob("*") if p.is_file()}
     _replace(path, OTHER)
-    with pytest.raises(NormfixError, match="NF328.*other images"):
+    with pytest.raises(NormfixError, match=r"NF328.*other images"):
         _run(model, path, tmp_path, scaling=scaling)
     assert {p: p.read_bytes() for p in (tmp_path / "store").rglob("*") if p.is_file()} == before
 
@@ -162,7 +162,7 @@ def test_a_touched_or_moved_image_is_the_same(model, tmp_path, monkeypatch, suff
 
 @pytest.mark.parametrize("suffix", [".npy", ".zarr"])
 def test_another_mask_is_another_run(model, tmp_path, monkeypatch, suffix):
-    """A mask is an input as well: with as many ignored pixels in other places the run is refused, touched it goes on."""
+    """A mask is an input as well: with as many ignored pixels elsewhere the run is refused, touched it goes on."""
     image, mask = tmp_path / "a.npy", tmp_path / f"m{suffix}"
     ignored = np.zeros(ARRAY.shape, np.uint8)
     ignored[:16] = 1
@@ -170,7 +170,7 @@ def test_another_mask_is_another_run(model, tmp_path, monkeypatch, suffix):
     _write(mask, ignored)
     _stopped(model, image, tmp_path, monkeypatch, mask=mask)
     _replace(mask, ignored[::-1].copy())
-    with pytest.raises(NormfixError, match="NF328.*other images"):
+    with pytest.raises(NormfixError, match=r"NF328.*other images"):
         _run(model, image, tmp_path, mask=mask)
     _replace(mask, ignored)
     _touch(mask)
@@ -188,7 +188,7 @@ def test_arrays_in_python_are_known_by_their_values(model, tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         run(ARRAY)
     monkeypatch.undo()
-    with pytest.raises(NormfixError, match="NF328.*other images"):
+    with pytest.raises(NormfixError, match=r"NF328.*other images"):
         run(OTHER)
     run(ARRAY.copy())
 

@@ -155,7 +155,7 @@ def test_on_a_terminal_a_bar():
 
 
 def test_values_that_are_not_finite_end_with_a_code(folder, tmp_path):
-    """An image that overflows in the network is NF149 for predict and NF148 for calibrate, unless predict may write it."""
+    """An image that overflows in the network is NF149 for predict, unless it may write it, and NF148 for calibrate."""
     huge = np.full((96, 128), 3e38, np.float32)
     huge[:, ::2] *= -1
     np.save(tmp_path / "huge.npy", huge)

@@ -210,7 +210,7 @@ def predict_command(
     if stages.engine != "tiles":
         if halo != "auto":
             raise click.UsageError("--halo belongs to --engine tiles; stages measure their own")
-        given = {"statistics": statistics, "allow_nonfinite": allow_nonfinite}
+        given: dict[str, Any] = {"statistics": statistics, "allow_nonfinite": allow_nonfinite}
         shape, dtype = _predict_in_stages(image, out, tile, given, stages, arguments)
     else:
         given = {"halo": halo, "statistics": statistics, "allow_nonfinite": allow_nonfinite}

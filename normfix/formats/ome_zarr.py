@@ -35,10 +35,9 @@ def open_zarr(path: Path, choice: Choice) -> Opened:
         dims = [str(name).upper() for name in (third or {}).get("dimension_names") or ()]
         said = "".join(dims) if dims and all(len(name) == 1 for name in dims) else None
         return _opened(array, chunks, said, Placement(), "")
-    attributes = (
-        (metadata_of(path, path, ".zattrs") or {}) if third is None else third.get("attributes") or {}
-    )
-    ome = attributes.get("ome", attributes)
+    told = metadata_of(path, path, ".zattrs") if third is None else third.get("attributes")
+    attributes: dict[str, Any] = told or {}
+    ome: dict[str, Any] = attributes.get("ome", attributes)
     images = ome.get("multiscales")
     if not images:
         raise NormfixError(
