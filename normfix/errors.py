@@ -21,8 +21,9 @@ CODES: dict[str, str] = {
     "NF103": "Images are read several times (to measure, to re-measure, to prove), so a generator, which can "
     "be read once, is refused, and so is an empty collection. Give a list or an object with "
     "__iter__.",
-    "NF104": "One NaN or infinite value spreads through every statistic of the network. Replace or mask such "
-    "pixels.",
+    "NF104": "One NaN or infinite value spreads through every statistic of the network; also one that is so only "
+    "once it is scaled or in the network's dtype. Replace such pixels (a mask does not help), or choose another "
+    "--scale or dtype.",
     "NF105": "The names or shapes of the stored weights are not those of the network that was built. Usually "
     "--arch or --arch-args (number of channels, classes, levels) differ from what the weights were "
     "trained with.",
@@ -92,6 +93,15 @@ CODES: dict[str, str] = {
     "NF144": "Opening a program (.pt2) runs it once on a small image, and what it would take for that is foreseen "
     "operation by operation. This one would take more memory or time than a file of its size may. A right program "
     "with fixed, large sizes is refused too: export it with free sizes.",
+    "NF148": "A statistic is NaN or infinite on the given images, or does not fit the dtype it is kept in, so the "
+    "network overflows there: images in another scale than it was trained with, or a half-precision network. "
+    "Nothing was changed.",
+    "NF149": "The prediction of a finite image has NaN or infinite values: the network overflows on it (another scale "
+    "than it was trained with, half precision), or gives such values by design, as the logarithm of 0 or masked "
+    "logits do. For those, --allow-nonfinite (allow_nonfinite=True in Python) writes them as they are.",
+    "NF150": "A Zarr image names the codecs that it is read by. Only a list of them is run, each with a bound on what "
+    "it unpacks to, since others run what they read (pickle) or grow without end. Write the image again with zstd, "
+    "blosc or gzip.",
     # 2xx: finding and planning
     "NF201": "The network ran at one size only, so space could not be told from channels by varying it; "
     "dimensions from the third on were taken as space.",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from normfix.errors import NormfixError
 from normfix.formats import SUFFIXES, Choice, is_zarr, suffix_of
-from normfix.reading import Channels, read_image, to_tensor
+from normfix.reading import Channels, changed_meanwhile, digest_of_array, read_image, to_tensor
 from normfix.records import Scaling
-from normfix.scaling import not_finite, scaled
+from normfix.scaling import not_finite, overflown, scaled
 
 __all__ = ["ImageFiles", "Items", "find_images"]
 
@@ -89,7 +89,10 @@ class Items:
 
 @dataclass(frozen=True, slots=True)
 class ImageFiles:
-    """Image files as a re-iterable of (1, C, *space) tensors, each read and scaled when its turn comes."""
+    """Image files as a re-iterable of (1, C, *space) tensors, each read and scaled when its turn comes.
+
+    A file that is read again must hold the same values again. `tell` is told once what a user should know of one.
+    """
 
     paths: Sequence[Path]
     ndim: int
@@ -97,15 +100,32 @@ class ImageFiles:
     scaling: Scaling | None
     axes: str | None = None
     choice: Choice | None = None
+    tell: Callable[[str], None] = lambda text: None
+    _digests: dict[int, bytes] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __iter__(self) -> Iterator[Tensor]:
-        for path in self.paths:
+        """Yield tensors.
+
+        Raises:
+            NormfixError: NF331 if a file holds other values than before, NF104 and NF107 of the scaling, and codes of
+                `read_image`.
+        """
+        for number, path in enumerate(self.paths):
+            known = self._digests.get(number)
             array = read_image(
-                path, ndim=self.ndim, channels=self.channels, axes=self.axes, choice=self.choice
+                path,
+                ndim=self.ndim,
+                channels=self.channels,
+                axes=self.axes,
+                choice=self.choice,
+                tell=self.tell if known is None else lambda text: None,
             )
+            digest = digest_of_array(array)
+            if self._digests.setdefault(number, digest) != digest:
+                raise changed_meanwhile(path)
             yield to_tensor(scaled(array, self.scaling, str(path)))
 
 
@@ -164,7 +184,9 @@ def _checked(image: object, where: str, dtype: torch.dtype) -> Tensor:
             f"expected a floating tensor (N, C, *space), got {what}. Convert and scale it first.",
             where=where,
         )
-    image = image.to(dtype)
     if not torch.isfinite(image).all():
         raise not_finite(where)
-    return image
+    cast = image.to(dtype)
+    if cast is not image and not torch.isfinite(cast).all():
+        raise overflown(where, str(dtype).removeprefix("torch."))
+    return cast

@@ -10,9 +10,10 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
+from normfix.errors import NormfixError
 from normfix.precision import exact_precision
 
-__all__ = ["BOUNDLESS", "IDENTITY", "deviation", "exact_arithmetic", "settings"]
+__all__ = ["BOUNDLESS", "IDENTITY", "deviation", "exact_arithmetic", "require_finite", "settings"]
 
 BOUNDLESS = 1e300
 """Stands for a difference that is infinite or NaN: JSON knows neither, and NaN compares as if it were fine."""
@@ -31,6 +32,24 @@ def deviation(actual: Tensor, expected: Tensor, sd: float) -> tuple[float, float
     difference = (actual.double() - expected.double()).abs() / sd
     difference = difference.nan_to_num(nan=BOUNDLESS).clamp_max(BOUNDLESS)
     return float(difference.max()), float(difference.mean())
+
+
+def require_finite(prediction: Tensor, where: str) -> None:
+    """Refuse a prediction with NaN or infinite values.
+
+    Raises:
+        NormfixError: NF149.
+    """
+    if prediction.is_floating_point() and not torch.isfinite(prediction).all():
+        bad = int((~torch.isfinite(prediction)).sum())
+        raise NormfixError(
+            "NF149",
+            f"{bad:,} of {prediction.numel():,} values are NaN or infinite on a finite image, in "
+            f"{str(prediction.dtype).removeprefix('torch.')}: the network overflows on it. Scale the image as it was "
+            "trained with (--scale) or compute in a wider dtype (--dtype); if the network means such values, give "
+            "--allow-nonfinite (allow_nonfinite=True in Python).",
+            where=where,
+        )
 
 
 @contextmanager

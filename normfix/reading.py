@@ -6,7 +6,9 @@ is refused, since channels taken for slices would give statistics of something e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,12 +19,24 @@ from torch import Tensor
 
 from normfix.drafts import cannot_write, drafting, require_unnamed, reserve, sweep
 from normfix.errors import NormfixError
-from normfix.formats import OUTPUTS, Choice, Placement, create, open_file, suffix_of, unreadable
+from normfix.formats import (
+    OUTPUTS,
+    Choice,
+    Placement,
+    create,
+    finish,
+    open_file,
+    suffix_of,
+    unreadable,
+)
+from normfix.formats.opened import ChangedError
 
 __all__ = [
     "KEEPING",
     "Channels",
     "Taking",
+    "changed_meanwhile",
+    "digest_of_array",
     "laid_out",
     "named_axes",
     "read_image",
@@ -56,7 +70,13 @@ KEEPING = (".npy", ".zarr")
 
 
 def read_image(
-    path: Path, *, ndim: int, channels: Channels, axes: str | None = None, choice: Choice | None = None
+    path: Path,
+    *,
+    ndim: int,
+    channels: Channels,
+    axes: str | None = None,
+    choice: Choice | None = None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Array:
     """Read an image file as (C, *space) in its own dtype, space in the order Z, Y, X.
 
@@ -67,26 +87,51 @@ def read_image(
         axes: one letter per array axis: C for channels, Z Y X for space. Default: what the file says, or
             what the shape leaves no doubt about.
         choice: which series and level, where a file has several.
+        tell: is told what a user should know of the file, such as chunks that are missing.
 
     Raises:
-        NormfixError: NF101 and NF141 if the file cannot be read, NF106 if its axes or dtype do not fit the network.
+        NormfixError: NF101 and NF141 if the file cannot be read, NF106 if its axes or dtype do not fit the network,
+            NF121 if it is far larger in memory than on disk, NF331 if it changes meanwhile.
     """
     opened = open_file(path, choice)
+    for text in opened.notes:
+        tell(f"{path}: {text}")
     try:
         shape, said = tuple(opened.array.shape), opened.axes
         dtype = np.dtype(opened.array.dtype)
         named, fixed = settled_axes(
             shape, said, dtype, ndim=ndim, channels=channels, axes=axes, where=str(path)
         )
+        _require_proportion(path, shape, dtype)
         try:
-            whole = opened.array if hasattr(opened.array, "__array__") else opened.array[...]
-            array = np.squeeze(np.array(whole), fixed)
+            whole = np.array(opened.array if hasattr(opened.array, "__array__") else opened.array[...])
+            array = np.squeeze(whole.reshape(shape), fixed)
+        except NormfixError:
+            raise
+        except ChangedError as error:
+            raise changed_meanwhile(path) from error
         except Exception as error:
             raise unreadable(path, error) from error
     finally:
         opened.close()
     array = array.transpose([named.index(letter) for letter in "CZYX" if letter in named])
     return array if "C" in named else array[np.newaxis]
+
+
+def digest_of_array(values: Array) -> bytes:
+    """Return the SHA-256 of an array's values."""
+    return hashlib.sha256(np.ascontiguousarray(values).view(np.uint8).data).digest()
+
+
+def changed_meanwhile(path: Path, *, gone: bool = False) -> NormfixError:
+    """Return the error (NF331) for an image that is another than when it was opened or read before."""
+    what = "is gone" if gone else "changed"
+    return NormfixError(
+        "NF331",
+        f"the image {what} while it was read, so parts of it would be of another image. Put it back as it was, "
+        "or start anew on the new one.",
+        where=str(path),
+    )
 
 
 def settled_axes(
@@ -109,6 +154,13 @@ def settled_axes(
     """
     space = "ZYX"[-ndim:]
     letters = (axes or said or "").upper().replace("S", "C")
+    if axes is None and letters and len(letters) != len(shape):
+        raise NormfixError(
+            "NF106",
+            f"the file names the axes {letters!r}, and its array has {len(shape)} ({shape}). Give --axes with one "
+            "letter per axis, such as YX, CYX, YXC or ZYX.",
+            where=where,
+        )
     if axes is not None and len(letters) > len(shape):  # the file left out what has extent 1
         letters = "".join(letter for letter in letters if letter in "CZYX")
     if axes is not None and len(letters) != len(shape):
@@ -166,7 +218,7 @@ def named_axes(
         )
     ordered = tuple(shape[named.index(letter)] for letter in "CZYX" if letter in named)
     ordered = ordered if "C" in named else (1, *ordered)
-    if 0 in ordered:
+    if min(ordered) < 1:
         raise NormfixError("NF106", f"the image has no pixels: its shape is {ordered}.", where=where)
     if problem := _refusal(ordered, channels):
         raise NormfixError(
@@ -175,6 +227,33 @@ def named_axes(
             where=where,
         )
     return named
+
+
+_LARGE = 1 << 29
+"""Bytes of an image from which it is asked whether its file can hold it."""
+
+_RATIO = 500
+"""Bytes of an image for each of its file, from which it is nearly empty or built to harm. Real images have 1 to 20."""
+
+
+def _require_proportion(path: Path, shape: Sequence[int], dtype: np.dtype[Any]) -> None:
+    """Refuse to unpack a small file to a large image.
+
+    Raises:
+        NormfixError: NF121.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size <= _LARGE:
+        return
+    files = path.rglob("*") if path.is_dir() else [path]
+    stored = sum(file.stat().st_size for file in files if file.is_file())
+    if size > _RATIO * stored:
+        raise NormfixError(
+            "NF121",
+            f"its {stored:,} bytes would be {size:,} in memory ({'x'.join(map(str, shape))}, {dtype}): it is damaged, "
+            "built to harm, or nearly empty. If it is right, read it by window: --tile, or --engine stages.",
+            where=str(path),
+        )
 
 
 def to_tensor(array: Array) -> Tensor:
@@ -201,6 +280,8 @@ def write_image(path: Path, array: Array, placement: Placement | None = None) ->
             room = create(draft, array.shape, array.dtype, axes, placement)
             reserve(draft)
             room[...] = array
+            del room
+            finish(draft)
         except OSError as error:
             raise cannot_write(path, error) from error
 
@@ -236,7 +317,7 @@ def require_image_name(path: Path) -> None:
     if suffix_of(path) not in OUTPUTS:
         raise NormfixError(
             "NF114",
-            "give a new name ending in .npy, .tif, .zarr or .nii; nothing is overwritten.",
+            "give a new name ending in .npy, .tif, .zarr, .nii or .nii.gz; nothing is overwritten.",
             where=str(path),
         )
     if not path.parent.is_dir():

@@ -19,7 +19,7 @@ from normfix.calling import failures
 from normfix.errors import NormfixError
 from normfix.records import Scaling
 
-__all__ = ["not_finite", "parse_scaling", "scaled"]
+__all__ = ["not_finite", "overflown", "parse_scaling", "scaled"]
 
 Array = NDArray[Any]
 
@@ -42,7 +42,18 @@ def scaled(array: Array, scaling: Scaling | None, where: str = "image") -> Array
         scaling = Scaling()
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise not_finite(where)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
+        result = _by(scaling, array, where)
+        kept = result.astype(np.float64 if array.dtype == np.float64 else np.float32)
+    if not np.isfinite(kept).all():
+        raise overflown(where, str(kept.dtype))
+    return kept
+
+
+def _by(scaling: Scaling, array: Array, where: str) -> Array:
+    """Return a finite image scaled, in float64."""
     wide = array.astype(np.float64)
+    result: Array
     match scaling.kind:
         case "none":
             result = wide
@@ -63,7 +74,7 @@ def scaled(array: Array, scaling: Scaling | None, where: str = "image") -> Array
             result = (wide - mean) / sd
         case "preprocess":
             result = _preprocessed(array, scaling.function, where)
-    return result.astype(np.float64 if array.dtype == np.float64 else np.float32)
+    return result
 
 
 def parse_scaling(text: str) -> Scaling:
@@ -94,8 +105,18 @@ def not_finite(where: str) -> NormfixError:
     """Return the error (NF104) for an image with NaN or infinity."""
     return NormfixError(
         "NF104",
-        "the image has NaN or infinite values, which would spread through every statistic. Replace or "
-        "mask them first.",
+        "the image has NaN or infinite values, which would spread through every statistic. Replace them first; a mask "
+        "does not help, since the network still reads what it ignores.",
+        where=where,
+    )
+
+
+def overflown(where: str, dtype: str) -> NormfixError:
+    """Return the error (NF104) for an image that is finite and no longer is as the network takes it."""
+    return NormfixError(
+        "NF104",
+        f"the image's values are finite, but not all of them are once they are scaled and in {dtype}. State a scaling "
+        "that fits them (--scale), or compute in a wider dtype.",
         where=where,
     )
 
@@ -104,7 +125,8 @@ def _positive(spread: float, where: str) -> float:
     if not 0 < spread < math.inf:
         raise NormfixError(
             "NF107",
-            f"the image's spread is {spread:g} (0: constant), so it cannot be scaled by it.",
+            f"the image's spread is {spread:g} (0: constant), so it cannot be scaled by it. Leave it out if it is "
+            "empty, or state a scaling that is not measured on it: --scale MEAN,STD, unit or none.",
             where=where,
         )
     return spread

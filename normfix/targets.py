@@ -171,17 +171,18 @@ class NormTarget:
         """Write the merged moments; see Target."""
         merged = merge(*parts)
         _require_some(merged.count, self.name)
+        self._fitting(merged)
         self.write(merged)
 
     def compare(self, parts: Sequence[Moments]) -> SiteStatistics:
         """Compare moments, rounded as they would be stored, with what is stored; see Target."""
-        population = self.expected(merge(*parts))
+        merged = merge(*parts)
+        population = self.expected(merged)
         stored_mean, stored_var, eps = self.holder.running_mean, self.holder.running_var, self.holder.eps
         assert isinstance(stored_mean, Tensor)
         assert isinstance(stored_var, Tensor)
         assert isinstance(eps, float)
-        mean = population.mean.to(stored_mean.dtype).double()
-        var = population.var.to(stored_var.dtype).double()
+        mean, var = (value.double() for value in self._fitting(merged))
         sd = (stored_var.double().cpu() + eps).sqrt()
         ratio = (var + eps) / sd.square()
         spread = max(
@@ -197,6 +198,16 @@ class NormTarget:
             variance_ratio=(float(ratio.min()), float(ratio.max())),
             flat=self.flat(parts),
         )
+
+    def _fitting(self, merged: Moments) -> tuple[Tensor, Tensor]:
+        """Return mean and variance in the dtypes that they are kept in, where they are finite."""
+        population = self.expected(merged)
+        kept_mean, kept_var = self.holder.running_mean, self.holder.running_var
+        assert isinstance(kept_mean, Tensor)
+        assert isinstance(kept_var, Tensor)
+        mean, var = population.mean.to(kept_mean.dtype), population.var.to(kept_var.dtype)
+        _require_finite(self.name, mean=mean, variance=var)
+        return mean, var
 
     def flat(self, parts: Sequence[Moments]) -> tuple[int, ...]:
         """Return the channels whose variance is at or below eps, or below rounding, in every part; see Target."""
@@ -262,16 +273,16 @@ class StatisticTarget:
     def store(self, parts: Sequence[Seen]) -> None:
         """Write the population's values; see Target."""
         _require_some(sum(part.part.count for part in parts), self.name)
-        self.module.set_values_(*self._population(parts))
+        values = self._population(parts)
+        self._fitting(values)
+        self.module.set_values_(*values)
 
     def compare(self, parts: Sequence[Seen]) -> SiteStatistics:
         """Compare values, rounded as they would be stored, with what is stored; see Target."""
         stored = torch.cat([v.double().cpu().flatten() for v in self.module.values()])
         unit = float(stored.square().mean().sqrt()) or 1.0
         population = self._population(parts)
-        rounded = [
-            p.to(v.dtype).double().flatten() for p, v in zip(population, self.module.values(), strict=True)
-        ]
+        rounded = [value.double().flatten() for value in self._fitting(population)]
         own = [
             torch.cat([v.flatten() for v in self._population([part])]) for part in parts if part.part.count
         ]
@@ -283,6 +294,12 @@ class StatisticTarget:
             mean_shift=float((torch.cat(rounded) - stored).abs().max()) / unit,
             variance_ratio=(1.0, 1.0),
         )
+
+    def _fitting(self, population: Sequence[Tensor]) -> list[Tensor]:
+        """Return values in the dtypes that they are kept in, where they are finite."""
+        found = [p.to(v.dtype) for p, v in zip(population, self.module.values(), strict=True)]
+        _require_finite(self.name, **{f"value {number}": value for number, value in enumerate(found)})
+        return found
 
     def flat(self, parts: Sequence[Seen]) -> tuple[int, ...]:
         """Return nothing: what is divided by it is seen only where it is used (normfix.divisors); see Target."""
@@ -329,6 +346,22 @@ def _require_some(count: float, site: str) -> None:
             "NF138",
             "the masks ignore a pixel in every cell that a position here stands for, so nothing is left to measure. "
             "Ignore larger regions and fewer scattered pixels.",
+            where=site,
+        )
+
+
+def _require_finite(site: str, **values: Tensor) -> None:
+    """Refuse a statistic that is NaN or infinite, or that does not fit the dtype it is kept in."""
+    for name, value in values.items():
+        wrong = (~torch.isfinite(value.flatten())).nonzero().flatten().tolist()
+        if not wrong:
+            continue
+        shown = ", ".join(map(str, wrong[:4])) + (", ..." if len(wrong) > 4 else "")
+        dtype = str(value.dtype).removeprefix("torch.")
+        raise NormfixError(
+            "NF148",
+            f"its {name} is not finite in {dtype} on these images (channel {shown}), so the network overflows there. "
+            "Scale the images as it was trained with (--scale), or compute in a wider dtype (--dtype float64).",
             where=site,
         )
 

@@ -279,3 +279,43 @@ def test_progress_ends_at_the_number_of_passes():
     net, targets = _frozen()
     measure_sites_(net, targets, _images(), Caller(), lambda done, total: heard.append((done, total)))
     assert heard == [(1, 3), (2, 3), (3, 3)]
+
+
+HUGE = {
+    torch.float32: 3e38,
+    torch.float64: 1e300,
+    torch.float16: 3e4,
+}
+"""Values that are finite, and whose sums or squares are not."""
+
+
+@pytest.mark.parametrize("tile", [None, 32])
+@pytest.mark.parametrize("dtype", HUGE, ids=str)
+def test_statistics_that_are_not_finite_are_an_error(dtype, tile):
+    """On images that overflow in the network calibrate names site and statistic, and leaves the model as it was."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.InstanceNorm2d(4)).to(dtype)
+    model = normfix.convert(net, torch.randn(1, 1, 64, 64).to(dtype)).model
+    before = _state(model)
+    signs = torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(0)).sign().to(dtype)
+    with pytest.raises(NormfixError, match=r"NF148 1/0/instance_norm.*not finite in float"):
+        normfix.calibrate_(model, signs * HUGE[dtype], tile=tile)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Brightest(nn.Module):
+    """Normalises by a statistic of its own, the mean square."""
+
+    def forward(self, x):
+        return x / x.square().mean((2, 3), keepdim=True).sqrt()
+
+
+def test_a_statistic_that_is_no_norm_is_finite_too():
+    """A mean of squares that overflows is named as well, when converting and when calibrating on several images."""
+    huge = torch.full((1, 1, 64, 64), 1e25)
+    huge[..., ::2] = 1.0
+    with pytest.raises(NormfixError, match=r"NF148 .*mean.*not finite in float32"):
+        normfix.convert(Brightest(), huge)
+    model = normfix.convert(Brightest(), torch.rand(1, 1, 64, 64)).model
+    with pytest.raises(NormfixError, match=r"NF148 .*mean.*not finite in float32"):
+        normfix.calibrate(model, [huge, torch.rand(1, 1, 64, 64)])

@@ -1,8 +1,11 @@
 """Image files: which series, axes and level is read, and what of where its pixels lie goes with the prediction."""
 
+import gzip
 import importlib.util
 import json
+import struct
 import sys
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
@@ -293,3 +296,214 @@ def test_a_map_of_another_scale_covers_the_same_place():
         [Fraction(2), Fraction(1)]
     )
     assert (placed.spacing, placed.origin) == ((1.0, 4.0), (9.5, 0.0))
+
+
+def _volume(path):
+    """Write a volume with a place, and return its affine."""
+    affine = np.array([[0, -2, 0, 5], [1.5, 0, 0, -7], [0, 0, 3, 1], [0, 0, 0, 1.0]])
+    data = RNG.random((20, 24, 18)).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(data, affine), path)
+    return affine
+
+
+@pytest.mark.parametrize("engine", ["tiles", "stages"])
+def test_a_compressed_volume_is_the_uncompressed_one(tmp_path, engine):
+    """A .nii.gz that is written has the bytes of the .nii, its affine with it, and the same bytes each time."""
+    affine = _volume(tmp_path / "a.nii.gz")
+    model = _converted(ndim=3)
+    for name in ("p.nii", "p.nii.gz", "q.nii.gz"):
+        with normfix.open_image(tmp_path / "a.nii.gz", model) as image:
+            normfix.write_prediction(model, image, tmp_path / name, tile=16, engine=engine)
+    packed = (tmp_path / "p.nii.gz").read_bytes()
+    assert gzip.decompress(packed) == (tmp_path / "p.nii").read_bytes()
+    assert packed == (tmp_path / "q.nii.gz").read_bytes()
+    found = nibabel.load(tmp_path / "p.nii.gz")
+    np.testing.assert_array_equal(found.affine, affine)
+    np.testing.assert_array_equal(found.get_fdata(), nibabel.load(tmp_path / "p.nii").get_fdata())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.nii.gz", "p.nii", "p.nii.gz", "q.nii.gz"]
+
+
+def _written(path, window):
+    with OutputFile(path) as out:
+        out.create((1, 4, 5, 6), torch.float32, (4, 5, 6))
+        out.write(window, torch.ones([s.stop for s in window]))
+
+
+def test_a_compressed_volume_is_whole_or_not_there(tmp_path, monkeypatch):
+    """Where compressing fails nothing is left; a whole image is written the same way."""
+    write_image(tmp_path / "a.nii.gz", np.ones((1, 4, 5, 6), np.float32))
+    assert nibabel.load(tmp_path / "a.nii.gz").get_fdata().shape == (6, 5, 4)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfileobj", full)
+    with pytest.raises(NormfixError, match=r"NF114.*No space left"):
+        write_image(tmp_path / "b.nii.gz", np.ones((1, 4, 5, 6), np.float32))
+    window = tuple(slice(0, n) for n in (1, 1, 4, 5, 6))
+    with pytest.raises(NormfixError, match=r"NF114.*No space left"):
+        _written(tmp_path / "c.nii.gz", window)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.nii.gz"]
+
+
+def _nifti(path, dims, data=bytes(4096), code=16, bits=32, count=None, offset=352.0):
+    """Write a NIfTI by hand, whatever its header says."""
+    header = bytearray(348)
+    struct.pack_into("<i", header, 0, 348)
+    extents = [len(dims) if count is None else count, *dims, *[1] * 8][:8]
+    struct.pack_into("<8h", header, 40, *extents)
+    struct.pack_into("<hh", header, 70, code, bits)
+    struct.pack_into("<8f", header, 76, *[1.0] * 8)
+    struct.pack_into("<ff", header, 108, offset, 1.0)
+    header[344:348] = b"n+1\0"
+    content = bytes(header) + bytes(4) + data
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def _npy(path, shape, kind="<f4", data=b""):
+    text = f"{{'descr': {kind!r}, 'fortran_order': False, 'shape': {shape}, }}"
+    text += " " * (-(len(text) + 11) % 64) + "\n"
+    path.write_bytes(b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text.encode() + data)
+    return path
+
+
+def _zarr(path, **metadata):
+    path.mkdir()
+    known = {
+        "zarr_format": 2,
+        "shape": [8, 8],
+        "chunks": [8, 8],
+        "dtype": "<f4",
+        "fill_value": 0,
+        "order": "C",
+    }
+    (path / ".zarray").write_text(json.dumps({**known, "compressor": None, "filters": None, **metadata}))
+    (path / "0.0").write_bytes(bytes(256))
+    return path
+
+
+def _ome(path, axes, **dataset):
+    path.mkdir()
+    (path / ".zgroup").write_text(json.dumps({"zarr_format": 2}))
+    _zarr(path / "0", shape=[2, 8, 8], chunks=[2, 8, 8])
+    images = [{"axes": axes, "datasets": [{"path": "0", **dataset}]}]
+    (path / ".zattrs").write_text(json.dumps({"multiscales": images}))
+    return path
+
+
+def _tiff(path, **tags):
+    """Write a TIFF of 8 x 8 pixels and change what its tags say."""
+    tifffile.imwrite(path, np.zeros((8, 8), np.uint16))
+    content = bytearray(path.read_bytes())
+    start = struct.unpack_from("<I", content, 4)[0]
+    for place in range(start + 2, start + 2 + 12 * struct.unpack_from("<H", content, start)[0], 12):
+        name = tifffile.TIFF.TAGS[struct.unpack_from("<H", content, place)[0]]
+        if name in tags:
+            struct.pack_into("<HII", content, place + 2, 4, 1, tags[name])
+    path.write_bytes(content)
+    return path
+
+
+NAMES = [{"name": "c"}, {"name": "y"}, {"name": "x"}]
+
+ODD = {
+    "a NIfTI of seven dimensions": (lambda p: _nifti(p / "a.nii", [2] * 7), "NF106"),
+    "a NIfTI of six, two of them long": (lambda p: _nifti(p / "a.nii", [4, 4, 4, 1, 2, 2]), "NF106"),
+    "a compressed NIfTI of seven": (lambda p: _nifti(p / "a.nii.gz", [2] * 7), "NF106"),
+    "a NIfTI of no dimension": (lambda p: _nifti(p / "a.nii", [], count=0), "NF10[16]"),
+    "a NIfTI of -3 dimensions": (lambda p: _nifti(p / "a.nii", [4, 4, 4], count=-3), "NF101"),
+    "a NIfTI with a negative extent": (lambda p: _nifti(p / "a.nii", [4, -4, 4]), "NF106"),
+    "a NIfTI without pixels": (lambda p: _nifti(p / "a.nii", [4, 0, 4]), "NF106"),
+    "a NIfTI far larger than its file": (lambda p: _nifti(p / "a.nii", [32767] * 3), "NF1(01|21)"),
+    "a compressed one": (lambda p: _nifti(p / "a.nii.gz", [32767] * 3), "NF1(01|21)"),
+    "a NIfTI of colours": (lambda p: _nifti(p / "a.nii", [8, 8, 8], code=128, bits=24), "NF106"),
+    "a NIfTI of complex numbers": (lambda p: _nifti(p / "a.nii", [8, 8, 8], code=32, bits=64), "NF106"),
+    "a NIfTI whose data is nowhere": (lambda p: _nifti(p / "a.nii", [8, 8, 8], offset=1e30), "NF101"),
+    "npy far larger than its file": (lambda p: _npy(p / "a.npy", (10**9, 10**9)), "NF101"),
+    "npy beyond integers": (lambda p: _npy(p / "a.npy", (2**62, 4)), "NF101"),
+    "npy of a negative extent": (lambda p: _npy(p / "a.npy", (-1, 5), data=bytes(80)), "NF101"),
+    "npy without pixels": (lambda p: _npy(p / "a.npy", (0, 5)), "NF106"),
+    "npy of a number": (lambda p: _npy(p / "a.npy", (), data=bytes(4)), "NF106"),
+    "npy of records": (
+        lambda p: _npy(p / "a.npy", (8, 8), [("a", "<f4"), ("b", "|u1")], bytes(320)),
+        "NF106",
+    ),
+    "npy of objects": (lambda p: _npy(p / "a.npy", (8, 8), "|O", bytes(512)), "NF101"),
+    "npy of text": (lambda p: _npy(p / "a.npy", (8, 8), "<U4", bytes(1024)), "NF106"),
+    "npy of dates": (lambda p: _npy(p / "a.npy", (8, 8), "<M8[s]", bytes(512)), "NF106"),
+    "Zarr without pixels": (lambda p: _zarr(p / "a", shape=[0, 8]), "NF106"),
+    "Zarr of a negative extent": (lambda p: _zarr(p / "a", shape=[-8, 8]), "NF101"),
+    "Zarr of a number": (lambda p: _zarr(p / "a", shape=[], chunks=[]), "NF101"),
+    "Zarr of records": (lambda p: _zarr(p / "a", dtype=[["a", "<f4"], ["b", "|u1"]]), "NF106"),
+    "Zarr whose chunks have fewer axes": (lambda p: _zarr(p / "a", chunks=[8]), "NF101"),
+    "Zarr of half a pixel": (lambda p: _zarr(p / "a", shape=[8.5, 8]), "NF101"),
+    "Zarr in no order": (lambda p: _zarr(p / "a", order="X"), "NF101"),
+    "OME-Zarr with an axis too few": (lambda p: _ome(p / "a", NAMES[1:]), "NF106"),
+    "OME-Zarr with axes too many": (lambda p: _ome(p / "a", [{"name": "t"}, *NAMES]), "NF106"),
+    "OME-Zarr with an axis twice": (lambda p: _ome(p / "a", [NAMES[1], *NAMES[1:]]), "NF106"),
+    "OME-Zarr with axes without names": (lambda p: _ome(p / "a", [{"type": "space"}] * 3), "NF106"),
+    "OME-Zarr with a word for an axis": (lambda p: _ome(p / "a", [{"name": "channel"}, *NAMES[1:]]), "NF106"),
+    "OME-Zarr whose axes are a number": (lambda p: _ome(p / "a", 5), "NF101"),
+    "OME-Zarr with a scale of two axes": (
+        lambda p: _ome(p / "a", NAMES, coordinateTransformations=[{"type": "scale", "scale": [1, 2]}]),
+        "NF101",
+    ),
+    "TIFF without a width": (lambda p: _tiff(p / "a.tif", ImageWidth=0), "NF101"),
+    "TIFF far larger than its file": (
+        lambda p: _tiff(p / "a.tif", ImageWidth=2**31, ImageLength=2**31),
+        "NF101",
+    ),
+    "TIFF of 77 bits": (lambda p: _tiff(p / "a.tif", BitsPerSample=77), "NF10[16]"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.filterwarnings("ignore")  # of libraries about what they are shown
+def test_what_is_no_image_is_refused_by_name(tmp_path, name):
+    """Whole or by window, what a header should not say is an error of normfix with the file's name, and no other."""
+    make, code = ODD[name]
+    path = make(tmp_path)
+    ndim = 3 if ".nii" in path.name else 2
+    with pytest.raises(NormfixError, match=code):
+        read_image(path, ndim=ndim, channels=1)
+    with pytest.raises(NormfixError, match=code), open_image(path, ndim=ndim, channels=1) as image:
+        image.read([(0, n) for n in image.shape[1:]])
+
+
+def test_a_strip_that_unpacks_to_more_than_it_holds_is_refused(tmp_path):
+    """A TIFF whose strip of 150 kB would become 150 MB is refused; one that is as long as it says is read."""
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, np.zeros((512, 512), np.uint16), compression="zlib", rowsperstrip=512)
+    assert not read_image(path, ndim=2, channels=1).any()
+    bomb, content = zlib.compress(bytes(150 << 20)), bytearray(path.read_bytes())
+    start = struct.unpack_from("<I", content, 4)[0]
+    for place in range(start + 2, start + 2 + 12 * struct.unpack_from("<H", content, start)[0], 12):
+        known = {273: len(content), 279: len(bomb)}.get(struct.unpack_from("<H", content, place)[0])
+        if known is not None:
+            struct.pack_into("<HII", content, place + 2, 4, 1, known)
+    path.write_bytes(content + bomb)
+    with pytest.raises(NormfixError, match=r"NF121.*segment 0 unpacks to more"):
+        read_image(path, ndim=2, channels=1)
+    with pytest.raises(NormfixError, match=r"NF121"), open_image(path, ndim=2, channels=1) as image:
+        image.read([(0, 4), (0, 4)])
+
+
+def test_a_small_file_is_not_unpacked_to_a_large_image(tmp_path, monkeypatch):
+    """A .nii.gz of 60 kB with 60 MB is refused whole and read by window; a tenth of it is read whole too."""
+    monkeypatch.setattr("normfix.reading._LARGE", 10 << 20)
+    for name, depth in (("a.nii.gz", 60), ("b.nii.gz", 6)):
+        _nifti(tmp_path / name, [1024, 1024, depth], bytes(depth << 20), code=2, bits=8)
+    with pytest.raises(NormfixError, match=r"NF121.*--tile"):
+        read_image(tmp_path / "a.nii.gz", ndim=3, channels=1)
+    with open_image(tmp_path / "a.nii.gz", ndim=3, channels=1) as image:
+        assert not image.read([(0, 2), (0, 9), (0, 9)]).any()
+    assert read_image(tmp_path / "b.nii.gz", ndim=3, channels=1).shape == (1, 6, 1024, 1024)
+
+
+def test_axes_of_extent_one_beyond_the_fifth_are_let_go(tmp_path):
+    """A NIfTI of seven dimensions of which three are long is a volume."""
+    path = _nifti(tmp_path / "a.nii", [8, 8, 16, 1, 1, 1, 1])
+    assert read_image(path, ndim=3, channels=1).shape == (1, 16, 8, 8)
+    with open_image(path, ndim=3, channels=1) as image:
+        assert image.shape == (1, 16, 8, 8)

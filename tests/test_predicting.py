@@ -175,3 +175,68 @@ def test_calibrating_without_a_converted_layer(converted, image):
     converted[1] = nn.Identity()
     with pytest.raises(normfix.NormfixError, match="NF302"):
         normfix.calibrate(converted, image)
+
+
+def _huge():
+    """Return an image that is finite and whose convolution is not."""
+    huge = torch.full((1, 1, 96, 128), 3e38)
+    huge[..., ::2] = -3e38
+    return huge
+
+
+@pytest.mark.parametrize("engine", ["tiles", "stages"])
+def test_a_prediction_that_is_not_finite_is_an_error(converted, image, engine):
+    """Where the network overflows the prediction is refused by name, and comes where that is allowed."""
+    huge = _huge()
+    with pytest.raises(normfix.NormfixError, match=r"NF149.*NaN or infinite on a finite image, in float32"):
+        normfix.predict(converted, huge, tile=32, engine=engine)
+    allowed = normfix.predict(converted, huge, tile=32, engine=engine, allow_nonfinite=True)
+    assert not torch.isfinite(allowed).all()
+    assert torch.isfinite(normfix.predict(converted, image, tile=32, engine=engine)).all()
+
+
+@pytest.mark.parametrize("engine", ["tiles", "stages"])
+@pytest.mark.parametrize("suffix", [".npy", ".zarr"])
+def test_a_file_is_not_written_with_values_that_are_not_finite(converted, tmp_path, engine, suffix):
+    """Of such a prediction nothing has the output's name, unless it is allowed."""
+    out, huge = tmp_path / f"p{suffix}", _huge()
+    with pytest.raises(normfix.NormfixError, match="NF149"):
+        normfix.write_prediction(converted, huge, out, 32, engine=engine)
+    assert not list(tmp_path.iterdir())
+    normfix.write_prediction(converted, huge, out, 32, engine=engine, allow_nonfinite=True)
+    assert out.exists()
+
+
+class Rare(nn.Module):
+    """Means an infinite value: a logit of -inf wherever the image has its value for no data."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.InstanceNorm2d(4)
+        self.head = nn.Conv2d(4, 1, 1)
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(x))).masked_fill(x < -9, -torch.inf)
+
+
+def test_infinite_values_that_a_network_means_can_be_taken(image):
+    """A network that masks by -inf is predicted where that is allowed, exactly as the whole, and refused else."""
+    model = normfix.convert(Rare(), image).model.eval()
+    holes = image.clone()
+    holes[0, 0, 10:20, 40:50] = -10
+    with pytest.raises(normfix.NormfixError, match=r"NF149.*100 of .*--allow-nonfinite"):
+        normfix.predict(model, holes, tile=32)
+    found = normfix.predict(model, holes, tile=32, allow_nonfinite=True)
+    with torch.no_grad():
+        expected = model(holes)
+    assert torch.equal(found.isinf(), expected.isinf())
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_half_precision_network_that_overflows_is_named(network, image):
+    """60000 fits float16 and its sums do not; 100000 does not fit to begin with."""
+    model = normfix.convert(network.half(), image.half()).model
+    with pytest.raises(normfix.NormfixError, match=r"NF149.*float16"):
+        normfix.predict(model, torch.full((1, 1, 96, 128), 60000.0).half(), tile=32)
+    with pytest.raises(normfix.NormfixError, match=r"NF104.*float16"):
+        normfix.predict(model, torch.full((1, 1, 96, 128), 1e5), tile=32)

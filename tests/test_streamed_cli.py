@@ -1,6 +1,7 @@
 """calibrate --tile and predict --engine stages: files larger than memory on the command line."""
 
 import json
+import shutil
 import sys
 
 import click
@@ -204,3 +205,30 @@ def test_on_a_terminal_a_bar():
     (task,) = progress.tasks
     assert (task.description, task.completed, task.total) == ("stage 2 of 9", 3, 40)
     assert task.fields["left"] == "3 minutes left"
+
+
+def test_values_that_are_not_finite_end_with_a_code(folder, tmp_path):
+    """An image that overflows in the network is NF149 for predict, unless it may write it, and NF148 for calibrate."""
+    huge = np.full((96, 128), 3e38, np.float32)
+    huge[:, ::2] *= -1
+    np.save(tmp_path / "huge.npy", huge)
+    out = tmp_path / "p.npy"
+    given = ["predict", folder / "fixed", tmp_path / "huge.npy", "-o", out, "--tile", 32]
+    with pytest.raises(normfix.NormfixError, match="NF149"):
+        _run(*given)
+    assert not out.exists()
+    _run(*given, "--allow-nonfinite")
+    assert not np.isfinite(np.load(out)).all()
+    with pytest.raises(normfix.NormfixError, match="NF148"):
+        _run("calibrate", folder / "fixed", tmp_path / "huge.npy", "-o", tmp_path / "refitted")
+    assert not (tmp_path / "refitted").exists()
+
+
+@pytest.mark.parametrize("engine", ["tiles", "stages"])
+def test_missing_chunks_are_said_on_the_command_line(folder, tmp_path, engine):
+    """A Zarr image with a chunk missing is predicted, and stderr says how many read as the fill value."""
+    shutil.copytree(folder / "image.zarr", tmp_path / "a.zarr")
+    (tmp_path / "a.zarr" / "c" / "1" / "2").unlink()
+    given = ["predict", folder / "fixed", tmp_path / "a.zarr", "-o", tmp_path / "p.npy", "--tile", 32]
+    said = _run(*given, "--engine", engine).stderr
+    assert said.count("1 of 12 chunks are missing and read as the fill value") == 1

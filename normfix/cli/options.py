@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import wraps
@@ -193,7 +193,7 @@ class Arguments:
 
         intake, choice = Intake(model), Choice(self.series, level)
         paths, scaling = find_images(patterns), self.scaling(model)
-        return ImageFiles(paths, intake.ndim, intake, scaling, self.axes, choice)
+        return ImageFiles(paths, intake.ndim, intake, scaling, self.axes, choice, tell=note)
 
     def image(self, path: str, model: nn.Module, level: int = 0) -> Tensor:
         """Return one image, (1, C, *space)."""
@@ -210,12 +210,14 @@ class Arguments:
         paths = find_images(patterns)
         scaling = self.scaling(model)
         context = click.get_current_context()
-        return [
+        opened = [
             context.with_resource(
                 open_image(p, model, axes=self.axes, level=level, series=self.series, scaling=scaling)
             )
             for p in paths
         ]
+        _tell(opened)
+        return opened
 
     def masks(self, patterns: tuple[str, ...], model: nn.Module) -> list[Source]:
         """Return the masks that files, folders and globs name; of the images' axes, channels apart."""
@@ -226,7 +228,9 @@ class Arguments:
         paths = find_images(patterns)
         axes = None if self.axes is None else self.axes.upper().replace("C", "").replace("S", "")
         context, ndim = click.get_current_context(), Intake(model).ndim
-        return [context.with_resource(open_mask(path, ndim, axes)) for path in paths]
+        opened = [context.with_resource(open_mask(path, ndim, axes)) for path in paths]
+        _tell(opened)
+        return list(opened)
 
     def _place_(self, model: nn.Module) -> None:
         try:
@@ -236,3 +240,10 @@ class Arguments:
             raise NormfixError(
                 "NF116", f"cannot compute there: {reason}.", where=f"--device {self.device}"
             ) from error
+
+
+def _tell(images: Sequence[WindowedImage]) -> None:
+    """Say what a user should know of files, such as chunks that are missing."""
+    for image in images:
+        for text in image.notes:
+            note(text)

@@ -167,7 +167,10 @@ def calibrate_command(
 @model_options
 @click.argument("image")
 @click.option(
-    "-o", "--out", required=True, help="File to write, .npy, .tif, .nii or .zarr, never over anything."
+    "-o",
+    "--out",
+    required=True,
+    help="File to write, .npy, .tif, .nii, .nii.gz or .zarr, never over anything.",
 )
 @_TILE
 @_HALO
@@ -186,6 +189,11 @@ def calibrate_command(
     show_default=True,
     help="per-image: normalise the image by its own statistics, measured over all of it.",
 )
+@click.option(
+    "--allow-nonfinite",
+    is_flag=True,
+    help="Write NaN and infinite values that the network gives, instead of refusing them.",
+)
 @stage_options
 @image_options
 @format_option
@@ -195,6 +203,7 @@ def predict_command(
     tile: int,
     halo: int | Literal["auto"],
     statistics: Literal["stored", "per-image"],
+    allow_nonfinite: bool,
     format_: str,
     **options: Any,
 ) -> None:
@@ -211,9 +220,11 @@ def predict_command(
     if stages.engine != "tiles":
         if halo != "auto":
             raise click.UsageError("--halo belongs to --engine tiles; stages measure their own")
-        place, (shape, dtype) = _predict_in_stages(image, out, tile, statistics, stages, arguments)
+        given: dict[str, Any] = {"statistics": statistics, "allow_nonfinite": allow_nonfinite}
+        place, (shape, dtype) = _predict_in_stages(image, out, tile, given, stages, arguments)
     else:
-        place, (shape, dtype) = _predict_in_tiles(image, out, tile, halo, statistics, stages.level, arguments)
+        given = {"halo": halo, "statistics": statistics, "allow_nonfinite": allow_nonfinite}
+        place, (shape, dtype) = _predict_in_tiles(image, out, tile, given, stages.level, arguments)
     record = Predicted(path=out, shape=shape, dtype=dtype)
     show(record, f"{out}: {'x'.join(map(str, shape))}, {dtype}", format_)
     tell(place)
@@ -223,8 +234,7 @@ def _predict_in_tiles(
     image: str,
     out: str,
     tile: int,
-    halo: int | Literal["auto"],
-    statistics: Any,
+    given: dict[str, Any],
     level: int,
     arguments: Arguments,
 ) -> tuple[Naming, tuple[tuple[int, ...], str]]:
@@ -238,10 +248,9 @@ def _predict_in_tiles(
             opened.model,
             arguments.image(image, opened.model, level),
             tile,
-            halo=halo,
             engine="tiles",
-            statistics=statistics,
             output=arguments.output,
+            **given,
         )
         written = whole[0].float().cpu().numpy()
         write_image(place.path, written, _placement(image, opened.model, level, arguments))
@@ -249,7 +258,7 @@ def _predict_in_tiles(
 
 
 def _predict_in_stages(
-    image: str, out: str, tile: int, statistics: Any, stages: StageArguments, arguments: Arguments
+    image: str, out: str, tile: int, given: dict[str, Any], stages: StageArguments, arguments: Arguments
 ) -> tuple[Naming, tuple[tuple[int, ...], str]]:
     from normfix.pipeline import write_prediction
     from normfix.reading import require_image_name
@@ -267,7 +276,7 @@ def _predict_in_stages(
                 place.path,
                 tile,
                 **stages.keywords(),
-                statistics=statistics,
+                **given,
                 watch=watch,
                 output=arguments.output,
             )

@@ -23,6 +23,7 @@ __all__ = [
     "Opened",
     "Placement",
     "create",
+    "finish",
     "is_zarr",
     "open_file",
     "suffix_of",
@@ -32,7 +33,7 @@ __all__ = [
 SUFFIXES = (".tif", ".tiff", ".png", ".npy", ".nii", ".nii.gz")
 """Endings of the files that are read as images; folders in Zarr are too."""
 
-OUTPUTS = (".npy", ".tif", ".tiff", ".zarr", ".nii")
+OUTPUTS = (".npy", ".tif", ".tiff", ".zarr", ".nii", ".nii.gz")
 """Endings of the files that are written."""
 
 
@@ -107,7 +108,7 @@ def create(
     placement: Placement,
     blocks: Sequence[int] | None = None,
 ) -> Any:
-    """Make a file that takes windows of an array by assignment.
+    """Make a file that takes windows of an array by assignment; `finish` makes it what its ending says.
 
     Args:
         path: ends in one of OUTPUTS.
@@ -124,10 +125,18 @@ def create(
             return create_zarr(path, shape, dtype, axes, placement, blocks or shape)
         case ".npy":
             return np.lib.format.open_memmap(path, "w+", dtype, tuple(shape))
-        case ".nii":
+        case ".nii" | ".nii.gz":
             from normfix.formats.nifti import create as create_nifti
 
             return create_nifti(path, shape, dtype, axes, placement)
     from normfix.formats.tiff import create as create_tiff
 
     return create_tiff(path, shape, dtype, axes, placement)
+
+
+def finish(path: Path) -> None:
+    """Compress a file that was made by `create` and is written whole, where its ending says so."""
+    if suffix_of(path) == ".nii.gz":
+        from normfix.formats.nifti import compress
+
+        compress(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -14,7 +16,7 @@ from normfix.errors import NormfixError
 from normfix.formats.opened import Opened
 from normfix.formats.placement import Placement, unit_named
 
-__all__ = ["create", "open_nifti"]
+__all__ = ["compress", "create", "open_nifti"]
 
 _UNITS = {"meter": "meter", "mm": "millimeter", "micron": "micrometer"}
 
@@ -61,6 +63,7 @@ def open_nifti(path: Path) -> Opened:
     axes = "XYZ"[:rank] + ("T" if times else "C") * (rank > 3) + "C" * (rank > 4)
     if len(set(axes)) < len(axes):
         axes = axes[:3] + "TC"
+    axes += "UVW"[: max(0, rank - 5)]  # as NIfTI calls them; let go where their extent is 1
     space = "".join(letter for letter in "ZYX" if letter in axes)
     zooms = dict(zip("XYZ", (float(z) for z in header.get_zooms()), strict=False))
     unit = _UNITS.get(header.get_xyzt_units()[0], "")
@@ -71,6 +74,21 @@ def open_nifti(path: Path) -> Opened:
         native=_Header(header),
     )
     return Opened(_Volume(image), axes, placement)
+
+
+def compress(path: Path) -> None:
+    """Make a .nii.gz of a .nii under the same name, piece by piece; the same bytes each time."""
+    packed = path.with_name(f"{path.name}.packed")
+    try:
+        with (
+            path.open("rb") as source,
+            packed.open("wb") as target,
+            gzip.GzipFile("", "wb", compresslevel=6, fileobj=target, mtime=0) as file,
+        ):
+            shutil.copyfileobj(source, file, 1 << 20)
+        packed.replace(path)
+    finally:
+        packed.unlink(missing_ok=True)
 
 
 def create(path: Path, shape: Sequence[int], dtype: np.dtype[Any], axes: str, placement: Placement) -> Any:

@@ -6,13 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from normfix.errors import NormfixError
 from normfix.formats.opened import Choice, Opened, choose
 from normfix.formats.placement import Placement, unit_named
+
+if TYPE_CHECKING:
+    from normfix.formats.chunk_store import Chunks
 
 __all__ = ["create", "open_zarr"]
 
@@ -22,37 +25,75 @@ _EDGE = 128
 
 def open_zarr(path: Path, choice: Choice) -> Opened:
     """Open an array, or an image and level of OME-Zarr; see `normfix.formats.open_file`."""
-    import zarr
+    from normfix.formats.chunk_store import open_array
+    from normfix.formats.zarr_layout import metadata_of, within
 
-    node: Any = zarr.open(str(path), mode="r")
-    if isinstance(node, zarr.Array):
-        dims = node.metadata.dimension_names if node.metadata.zarr_format == 3 else None
-        said = "".join(str(name).upper() for name in dims or ())
-        return Opened(node, said if len(said) == node.ndim else None, part=str(getattr(node, "path", "")))
-    attributes: dict[str, Any] = dict(node.attrs)
-    ome = attributes.get("ome", attributes)
+    third = metadata_of(path, path, "zarr.json")
+    flat = (path / ".zarray").exists() if third is None else third.get("node_type") == "array"
+    if flat:
+        array, chunks = open_array(path, path)
+        dims = [str(name).upper() for name in (third or {}).get("dimension_names") or ()]
+        said = "".join(dims) if dims and all(len(name) == 1 for name in dims) else None
+        return _opened(array, chunks, said, Placement(), "")
+    told = metadata_of(path, path, ".zattrs") if third is None else third.get("attributes")
+    attributes: dict[str, Any] = told or {}
+    ome: dict[str, Any] = attributes.get("ome", attributes)
     images = ome.get("multiscales")
     if not images:
         raise NormfixError(
             "NF101", "it is a Zarr group without OME metadata. Name the array inside it.", where=str(path)
         )
-    arrays = [node[image["datasets"][0]["path"]] for image in images]
+    first = [within(path, image["datasets"][0]["path"]) for image in images]
     names = [str(image.get("name") or number) for number, image in enumerate(images)]
-    image = images[choose(names, [a.shape for a in arrays], choice.series, path)]
+    shapes = [_shape_of(folder, path) for folder in first] if len(images) > 1 else [()]
+    image = images[choose(names, shapes, choice.series, path)]
     datasets = image["datasets"]
     if not 0 <= choice.level < len(datasets):
         raise NormfixError(
             "NF101", f"it has {len(datasets)} levels, and no level {choice.level}.", where=str(path)
         )
     dataset = datasets[choice.level]
-    array = node[dataset["path"]]
+    array, chunks = open_array(within(path, dataset["path"]), path)
     axes = [a if isinstance(a, Mapping) else {"name": a} for a in image.get("axes", "tczyx")]
-    letters = "".join(str(axis["name"]).upper() for axis in axes)
+    letters = _letters(axes, array.ndim, path)
     placement = _placement(image, dataset, axes, letters)
     labels = tuple(str(c.get("label", "")) for c in (ome.get("omero") or {}).get("channels", ()))
     if "C" in letters and len(labels) == array.shape[letters.index("C")] and all(labels):
         placement = replace(placement, channels=labels)
-    return Opened(array, letters, placement, part=str(getattr(array, "path", "")))
+    return _opened(array, chunks, letters, placement, str(dataset["path"]))
+
+
+def _opened(array: Any, chunks: Chunks, axes: str | None, placement: Placement, part: str) -> Opened:
+    missing, files = chunks.missing
+    notes = (
+        (f"{missing:,} of {files:,} chunks are missing and read as the fill value, {array.fill_value}.",)
+        if missing
+        else ()
+    )
+    return Opened(array, axes, placement, part=part, listing=chunks.listing, notes=notes)
+
+
+def _shape_of(folder: Path, root: Path) -> tuple[int, ...]:
+    from normfix.formats.chunk_store import open_array
+
+    return tuple(open_array(folder, root)[0].shape)
+
+
+def _letters(axes: Sequence[Mapping[str, Any]], ndim: int, path: Path) -> str:
+    """Return a letter per axis of the array.
+
+    Raises:
+        NormfixError: NF106 if the axes do not name those of the array, once each, by a letter.
+    """
+    letters = [str(axis.get("name", "")).upper() for axis in axes]
+    if len(letters) != ndim or len(set(letters)) != ndim or not all(len(one) == 1 for one in letters):
+        raise NormfixError(
+            "NF106",
+            f"its axes are named {', '.join(map(repr, letters))}, and its array has {ndim}. One letter names each: t, "
+            "c, z, y, x. Correct its metadata, or give the folder of the array itself, with --axes.",
+            where=str(path),
+        )
+    return "".join(letters)
 
 
 def create(

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from normfix.errors import NormfixError
 from normfix.formats.placement import Placement
 
-__all__ = ["ArrayLike", "Choice", "Opened", "choose", "letters_of"]
+__all__ = ["ArrayLike", "ChangedError", "Choice", "Opened", "choose", "letters_of"]
 
 
 class ArrayLike(Protocol):
@@ -28,19 +28,33 @@ class ArrayLike(Protocol):
         """Return a window as something that np.asarray takes."""
 
 
+class ChangedError(Exception):
+    """A file of an image is no longer what it was when the image was opened; `written` if its time says so too."""
+
+    def __init__(self, name: str, *, written: bool) -> None:
+        super().__init__(name)
+        self.written = written
+
+
 def _nothing() -> None:
     """Close what needs no closing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """An array that is read by window, the letters of its axes if the file says them, and where its pixels lie."""
+    """An array that is read by window, the letters of its axes if the file says them, and where its pixels lie.
+
+    `part` is the folder of an array inside of a Zarr image, `listing` a digest of what its files were when it was
+    opened, `notes` what a user should know of it.
+    """
 
     array: ArrayLike
     axes: str | None = None
     placement: Placement = field(default_factory=Placement)
     close: Callable[[], None] = _nothing
     part: str = ""
+    listing: str = ""
+    notes: tuple[str, ...] = ()
 
     def placed(self, named: str) -> Placement:
         """Return the placement for axes named so; nothing of it holds where they are not those of the file."""

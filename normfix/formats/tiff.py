@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import lzma
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -109,10 +111,92 @@ def _opened(file: Any, path: Path, choice: Choice) -> Opened:
             "NF101", f"it has {len(levels)} levels, and no level {choice.level}.", where=str(path)
         )
     level = levels[choice.level]
+    _require_here(series[number], path)
+    _bound(level.keyframe, path)
     placement = _placement(file, series[number], number)
     if choice.level:
         placement = placement.of_level(_extents(levels[0]), _extents(level))
     return Opened(_Pages(level), level.axes, placement, file.close)
+
+
+_SEGMENT = 1 << 27
+"""Bytes that a tile or strip may always have; a larger one has to be smaller than a few of its image."""
+
+_INFLATED = 1 << 26
+"""Bytes that a strip may unpack to before it is looked at twice."""
+
+
+def _require_here(series: Any, path: Path) -> None:
+    """Refuse an image that has pages in files of other folders, which its description names.
+
+    Raises:
+        NormfixError: NF121.
+    """
+    if not series.is_multifile:
+        return
+    folder = path.resolve().parent
+    for page in series.pages:
+        other = None if page is None else Path(page.parent.filehandle.path).resolve()
+        if other is not None and other.parent != folder:
+            raise NormfixError("NF121", f"it names {other}, which is not in its folder.", where=str(path))
+
+
+def _bound(page: Any, path: Path) -> None:
+    """Let the segments (tiles, strips) of a page unpack to no more than they hold.
+
+    tifffile without imagecodecs unpacks whatever comes; a segment that could become large is counted first.
+
+    Raises:
+        NormfixError: NF121 for segments that no image has.
+    """
+    dtype = np.dtype(page.dtype or np.uint8)
+    size, whole = (int(np.prod(n, dtype=object)) * dtype.itemsize for n in (page.chunks, page.shape))
+    if size > max(_SEGMENT, 4 * whole):
+        raise NormfixError(
+            "NF121",
+            f"its tiles of {'x'.join(map(str, page.chunks))} have {size:,} bytes, and the page has {whole:,}. It is "
+            "damaged or built to harm.",
+            where=str(path),
+        )
+    decode, most = page.decode, max(size, whole) + _INFLATED
+
+    def bounded(data: bytes | None, index: int, **options: Any) -> Any:
+        if data is not None and page.compression in _INFLATES:
+            opened, ratio = _INFLATES[page.compression]
+            if len(data) * ratio > most and not _unpacks_within(data, opened(), most):
+                raise NormfixError(
+                    "NF121",
+                    f"its segment {index} unpacks to more than the {size:,} bytes that it holds. It is damaged or "
+                    "built to harm, and was not unpacked.",
+                    where=str(path),
+                )
+        return decode(data, index, **options)
+
+    page.__dict__["decode"] = bounded
+
+
+_INFLATES: dict[int, tuple[Callable[[], Any], int]] = {
+    8: (zlib.decompressobj, 1032),
+    32946: (zlib.decompressobj, 1032),
+    34925: (lzma.LZMADecompressor, 7500),
+}
+"""What unpacks a compression of TIFF, and how many bytes it makes of one at most."""
+
+
+def _unpacks_within(data: bytes, stream: Any, most: int) -> bool:
+    """Tell whether no more than so many bytes come out, in pieces that are thrown away."""
+    total, piece = 0, 1 << 16
+    for start in range(0, len(data), piece):
+        given = data[start : start + piece]
+        while not stream.eof:
+            found = stream.decompress(given, 1 << 20)
+            total += len(found)
+            if total > most:
+                return False
+            given = getattr(stream, "unconsumed_tail", b"")
+            if len(found) < 1 << 20 and not given:
+                break
+    return True
 
 
 def create(path: Path, shape: Sequence[int], dtype: np.dtype[Any], axes: str, placement: Placement) -> Any:

@@ -257,7 +257,9 @@ class Examination:
         else:
             image = self.setting.scale(self.setting.image)
             output = self.setting.caller.output
-            rows.append(("converted, tiled", predict(converted, image, tile, output=output)))
+            rows.append(
+                ("converted, tiled", predict(converted, image, tile, output=output, allow_nonfinite=True))
+            )
         return tuple(self.truth.row(name, prediction) for name, prediction in rows)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from normfix.calling import home_of
 from normfix.errors import NormfixError
 from normfix.images import Items
-from normfix.numerics import exact_arithmetic
+from normfix.numerics import exact_arithmetic, require_finite
 from normfix.pipeline.engines import engine_of
 from normfix.pipeline.known import ForwardFn, Known, known_of, with_halo
 from normfix.pipeline.looking import geometry_of, site_target
@@ -53,6 +53,7 @@ def predict(
     watch: Watch | None = None,
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
+    allow_nonfinite: bool = False,
 ) -> Tensor:
     """Predict one image in parts, exactly as the whole image would be predicted.
 
@@ -78,6 +79,7 @@ def predict(
         watch: is told what stages will take, and of each block.
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
+        allow_nonfinite: take NaN and infinite values in the prediction for what the network means.
 
     Returns:
         (N, C', *out) in the model's dtype, on its device.
@@ -85,13 +87,16 @@ def predict(
     Raises:
         NormfixError: NF409 if the network has live statistics or no halo is enough, NF402 for a tile that is
             off the stride grid, NF410 for a halo that is not enough or an engine, NF32x where stages are asked for
-            and not possible, NF326 to NF336 of the store and the cluster, and codes of the image.
+            and not possible, NF326 to NF336 of the store and the cluster, NF148 and NF149 for statistics and
+            predictions that are not finite, and codes of the image.
     """
     job = _Prediction.of(model, image, tile, halo, engine, statistics, forward_fn, output)
     crew = engine_of(engine, scheduler, store, workers)
     with resumable(store):
         result = job.run(Resources(tile=job.tile, budget=budget, store=store, engine=crew, watch=watch))
     assert result is not None
+    if not allow_nonfinite:
+        require_finite(result, job.known.scan.model)
     return result
 
 
@@ -111,14 +116,15 @@ def write_prediction(
     watch: Watch | None = None,
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
+    allow_nonfinite: bool = False,
 ) -> tuple[tuple[int, ...], str]:
     """Predict one image into a new file, block by block; in stages where the network can. See `predict`.
 
     Args:
         model: as for `predict`.
         image: of a batch of one.
-        out: ends in .npy, .tif, .zarr (OME-Zarr) or .nii; must not exist, and appears when it is whole. Size of
-            pixels, their place and the order of channels are those of the image, as far as the format holds them.
+        out: ends in .npy, .tif, .zarr (OME-Zarr), .nii or .nii.gz; must not exist, and appears when it is whole. Size
+            of pixels, their place and the order of channels are those of the image, as far as the format holds them.
         tile: as for `predict`, as all that follow.
         engine: "auto" takes stages if the network can be captured.
         statistics: "stored" or "per-image".
@@ -129,6 +135,7 @@ def write_prediction(
         watch: is told what stages will take, and of each block.
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
+        allow_nonfinite: as for `predict`.
 
     Returns:
         Shape (C, *space) and dtype of what was written.
@@ -137,7 +144,7 @@ def write_prediction(
         NormfixError: NF114 for a file that cannot be written, and codes of `predict`.
     """
     crew = engine_of(engine, scheduler, store, workers)
-    with resumable(store), OutputFile(out) as file:
+    with resumable(store), OutputFile(out, allow_nonfinite=allow_nonfinite) as file:
         job = _Prediction.of(model, image, tile, "auto", engine, statistics, forward_fn, output)
         placement = getattr(image, "placement", None)
         if placement is not None:

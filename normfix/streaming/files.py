@@ -9,6 +9,7 @@ from pathlib import Path
 from normfix.errors import NormfixError
 from normfix.formats import Choice, open_file, unreadable
 from normfix.reading import Channels
+from normfix.streaming.contents import Contents
 from normfix.streaming.origins import Origin
 from normfix.streaming.windows import Window, windowed
 
@@ -44,7 +45,7 @@ def open_image(
         raise unreadable(path, error) from error
     opened = open_file(path, Choice(series, level))
     if path.is_dir():
-        origin = Origin.of(path, opened.part)
+        origin = Origin.of(path, opened.part, opened.listing)
     try:
         window = windowed(opened.array, opened.axes, ndim=ndim, channels=channels, axes=axes, where=str(path))
     except NormfixError:
@@ -60,4 +61,11 @@ def open_image(
         series=series,
     )
     placement = opened.placed(window.named)
-    return replace(window, close=opened.close, origin=origin, reopen=reopen, placement=placement)
+    return replace(
+        window,
+        close=opened.close,
+        contents=Contents(origin),
+        reopen=reopen,
+        placement=placement,
+        notes=opened.notes,
+    )

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from normfix.drafts import cannot_write, drafting, reserve
-from normfix.formats import Placement, create, suffix_of
+from normfix.formats import Placement, create, finish, suffix_of
+from normfix.numerics import require_finite
 from normfix.reading import KEEPING, laid_out, require_new_image
 
 __all__ = ["OutputFile"]
@@ -25,11 +26,12 @@ __all__ = ["OutputFile"]
 class OutputFile:
     """A new file (C, *space) that blocks (1, C, *block) are written to; a context manager.
 
-    Leaving the context without an error gives the file its name, with an error removes the draft.
+    Leaving the context without an error gives the file its name, with an error removes the draft. Blocks with NaN or
+    infinite values are refused (NF149) unless they are allowed.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, allow_nonfinite: bool = True) -> None:
+        self._path, self._allow_nonfinite = path, allow_nonfinite
         self._making = drafting(path)
         self._draft = path
         self._array: Any = None
@@ -71,6 +73,8 @@ class OutputFile:
         if any(s.start >= s.stop for s in spans):
             return
         block = value[0][(slice(None), *(slice(0, s.stop - s.start) for s in spans))]
+        if not self._allow_nonfinite:
+            require_finite(block, str(self._path))
         block = block.float() if block.dtype == torch.bfloat16 else block
         array, axes = laid_out(block.cpu().numpy(), self._placement, keep="C" in self._axes)
         known = dict(zip("ZYX"[-len(spans) :], spans, strict=True), C=slice(None))
@@ -94,6 +98,9 @@ class OutputFile:
         try:
             if kind is None and isinstance(array, np.memmap):
                 array.flush()  # also of a view
+            del array
+            if kind is None:
+                finish(self._draft)
         except OSError as error:
             failed = cannot_write(self._path, error)
             self._making.__exit__(type(failed), failed, error.__traceback__)

@@ -147,7 +147,8 @@ def _positive(spread: float, window: Window) -> float:
     if not 0 < spread < math.inf:
         raise NormfixError(
             "NF107",
-            f"the image's spread is {spread:g} (0: constant), so it cannot be scaled by it.",
+            f"the image's spread is {spread:g} (0: constant), so it cannot be scaled by it. Leave it out if it is "
+            "empty, or state a scaling that is not measured on it: --scale MEAN,STD, unit or none.",
             where=window.where,
         )
     return spread

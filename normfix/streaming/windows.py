@@ -6,8 +6,10 @@ numbers that were measured over the whole image (normfix.streaming.spread).
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,11 +19,11 @@ from torch import Tensor
 
 from normfix.errors import NormfixError
 from normfix.formats import ArrayLike, Placement
-from normfix.reading import Channels, settled_axes
-from normfix.scaling import not_finite
+from normfix.formats.opened import ChangedError
+from normfix.reading import Channels, digest_of_array, settled_axes
+from normfix.scaling import not_finite, overflown
+from normfix.streaming.contents import Contents
 from normfix.streaming.maps import Span
-from normfix.streaming.origins import Origin
-from normfix.streaming.sources import digest_of
 
 __all__ = ["ArrayLike", "Window", "WindowedImage", "windowed"]
 
@@ -35,8 +37,9 @@ class Window:
     """An array-like image brought into the order (C, *space), still unread.
 
     `fixed` are axes of extent 1 that are no space and no channels. `close` lets a file go; leaving the context
-    does so too. `origin` is the file, which `reopen` opens again where this window is sent to another process;
-    `placement` what the file says of where its pixels lie.
+    does so too. `contents` is what was read of the file so far, which `reopen` opens again where it changed or this
+    window is sent to another process; `placement` what the file says of where its pixels lie; `notes` what a user
+    should know of it.
     """
 
     array: ArrayLike
@@ -44,13 +47,14 @@ class Window:
     fixed: tuple[int, ...] = ()
     where: str = "image"
     close: Callable[[], None] = _nothing
-    origin: Origin | None = None
+    contents: Contents | None = None
     reopen: Callable[[], Window] | None = None
     placement: Placement = field(default_factory=Placement)
+    notes: tuple[str, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.reopen is not None:
-            return _reopened, (self.reopen, self.origin)
+            return _reopened, (self.reopen, self.contents)
         return Window, (self.array, self.named, self.fixed, self.where)
 
     def __enter__(self) -> Window:
@@ -66,6 +70,11 @@ class Window:
         ordered = tuple(kept[self.named.index(letter)] for letter in "CZYX" if letter in self.named)
         return ordered if "C" in self.named else (1, *ordered)
 
+    @property
+    def layout(self) -> str:
+        """Return axes, extents and dtype, in words."""
+        return f"{self.named} {self.shape} {self.array.dtype}"
+
     def read(self, spans: Sequence[Span]) -> NDArray[Any]:
         """Return (C, *window) in the array's own dtype.
 
@@ -73,57 +82,103 @@ class Window:
             NormfixError: NF101 if the window cannot be read, NF104 if it has NaN or infinity, NF331 if the file
                 is no longer what it was.
         """
-        self._require_unchanged()
+        window = self.raw(spans) if self.contents is None else self._noted(self.contents, spans)
+        if window.dtype.kind == "f" and not np.isfinite(window).all():
+            raise not_finite(self.where)
+        window = window.transpose([self.named.index(letter) for letter in "CZYX" if letter in self.named])
+        return window if "C" in self.named else window[np.newaxis]
+
+    def raw(self, spans: Sequence[Span]) -> NDArray[Any]:
+        """Return a window with the axes of the array, unchecked.
+
+        Raises:
+            NormfixError: NF101 if it cannot be read.
+            ChangedError: if the file is seen to be another while it is read.
+        """
         space = dict(zip([letter for letter in "ZYX" if letter in self.named], spans, strict=True))
         letters = iter(self.named)
         index = tuple(
             0 if axis in self.fixed else slice(*space.get(next(letters), (None,)))
             for axis in range(len(self.array.shape))
         )
+        array = self.array
+        if self.contents is not None and self.contents.array is not None:
+            array = self.contents.array
         try:
-            window = np.asarray(self.array[index])
+            return np.asarray(array[index])
+        except (ChangedError, NormfixError):
+            raise
         except Exception as error:
-            self._require_unchanged()
-            reason = " ".join(str(error).split())[:160]
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
             pixels = ", ".join(f"{start}:{stop}" for start, stop in spans)
             raise NormfixError(
                 "NF101",
                 f"the window [{pixels}] of it cannot be read: {reason}. Check that it is whole.",
                 where=self.where,
             ) from error
-        self._require_unchanged()
-        if window.dtype.kind == "f" and not np.isfinite(window).all():
-            raise not_finite(self.where)
-        window = window.transpose([self.named.index(letter) for letter in "CZYX" if letter in self.named])
-        return window if "C" in self.named else window[np.newaxis]
 
     def fingerprint(self) -> str:
-        """Return what differs if the image does: of its file, else of its values, in one walk over them."""
-        layout = f"{self.named} {self.shape} {self.array.dtype}"
-        if self.origin is not None:
-            return f"{layout} {self.origin.array} {self.origin.fingerprint()}"
-        channels, *space = self.shape
-        found = digest_of(lambda spans: np.ascontiguousarray(self.read(spans)).tobytes(), space, channels)
-        return f"{layout} {found}"
+        """Return what differs if the values do, in one walk over them; what of a file was walked over is known."""
+        found = hashlib.sha256()
+        if self.contents is not None:
+            self._settle(self.contents)
+        for spans in self._slabs(1 << 22):
+            known = None if self.contents is None else self.contents.known(spans)
+            if known is None:
+                window = self.read(spans)
+                known = self.contents.known(spans) if self.contents is not None else digest_of_array(window)
+            assert known is not None
+            found.update(known)
+        if self.contents is not None:
+            self.contents.complete = True
+        return f"{self.layout} {found.hexdigest()}"
 
-    def _require_unchanged(self) -> None:
-        if self.origin is not None:
-            self.origin.require_unchanged()
+    def pieces(self) -> Iterator[NDArray[Any]]:
+        """Yield the whole image in slabs, each pixel once."""
+        for spans in self._slabs(1 << 22):
+            yield self.read(spans)
+        if self.contents is not None:
+            self.contents.complete = True
 
-    def pieces(self, most: int = 1 << 22) -> Iterator[NDArray[Any]]:
-        """Yield the whole image in slabs of about `most` values, each pixel once."""
+    def _slabs(self, most: int) -> Iterator[tuple[Span, ...]]:
+        """Yield the spans of slabs of about `most` values."""
         channels, first, *rest = self.shape
-        step = max(1, most // max(1, channels * int(np.prod(rest, dtype=np.int64))))
-        whole = [(0, n) for n in rest]
+        step = max(1, most // max(1, channels * math.prod(rest)))
         for start in range(0, first, step):
-            yield self.read([(start, min(first, start + step)), *whole])
+            yield ((start, min(first, start + step)), *((0, n) for n in rest))
+
+    def _noted(self, contents: Contents, spans: Sequence[Span]) -> NDArray[Any]:
+        """Read a window of a file that is what it was, before and after."""
+        self._settle(contents)
+        while True:
+            try:
+                window = self.raw(spans)
+            except ChangedError as change:
+                contents.compare(self.layout, self._anew, written=change.written)
+            except NormfixError:
+                self._settle(contents)
+                raise
+            else:
+                if not self._settle(contents):
+                    contents.note(spans, window)
+                    return window
+
+    def _settle(self, contents: Contents) -> bool:
+        return contents.settle(self.layout, self._anew)
+
+    def _anew(self) -> Window:
+        assert self.reopen is not None
+        return self.reopen()
 
 
-def _reopened(reopen: Callable[[], Window], origin: Origin | None) -> Window:
+def _reopened(reopen: Callable[[], Window], contents: Contents | None) -> Window:
     """Open an image in another process, where it must be the one that was opened first."""
     window = reopen()
-    if origin is not None:
-        origin.require_unchanged()
+    if contents is None or window.contents is None:
+        return window
+    fresh, window = window.contents.origin, replace(window, contents=contents)
+    if not contents.settle(window.layout, reopen) and fresh.listing != contents.origin.listing:
+        contents.compare(window.layout, reopen, written=True)
     return window
 
 
@@ -148,6 +203,11 @@ class WindowedImage:
     def placement(self) -> Placement:
         """Return where the pixels lie, as far as the file says."""
         return self._window.placement
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Return what a user should know of the file, such as chunks that are missing."""
+        return tuple(f"{self._window.where}: {text}" for text in self._window.notes)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -182,21 +242,30 @@ class WindowedImage:
         return f"{self._window.fingerprint()} {how}"
 
     def read(self, window: Sequence[Span]) -> Tensor:
-        """Return (1, C, *window)."""
+        """Return (1, C, *window).
+
+        Raises:
+            NormfixError: NF104 for values that are not finite, also if they became so by scaling or in the dtype that
+                the network computes in; NF101 and NF331 of the file.
+        """
         space = self._window.shape[1:]
         inside = [(min(start, n - 1), min(stop, n)) for (start, stop), n in zip(window, space, strict=True)]
         wide = self._window.read(inside).astype(np.float64)
-        if (self._offset, self._divisor) != (0.0, 1.0):
-            wide = (wide - self._offset) / self._divisor
-        if self._dtype != torch.float64:
-            wide = wide.astype(np.float32)  # as whole images are scaled (normfix.scaling)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
+            if (self._offset, self._divisor) != (0.0, 1.0):
+                wide = (wide - self._offset) / self._divisor
+            if self._dtype != torch.float64:
+                wide = wide.astype(np.float32)  # as whole images are scaled (normfix.scaling)
         x = torch.from_numpy(np.ascontiguousarray(wide))[None]
         for axis, ((start, stop), (first, last)) in enumerate(zip(window, inside, strict=True), start=2):
             if stop - start != last - first:
                 x = x.index_select(
                     axis, torch.arange(start - first, stop - first).clamp_max(last - first - 1)
                 )
-        return x.to(self._device, self._dtype)
+        x = x.to(self._device, self._dtype)
+        if not torch.isfinite(x).all():
+            raise overflown(self._window.where, str(self._dtype).removeprefix("torch."))
+        return x
 
 
 def windowed(
