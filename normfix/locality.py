@@ -8,13 +8,14 @@ one axis and as thin as the network allows on the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from torch import Tensor
 
 from normfix.calling import REFUSALS
-from normfix.dye import DyeLost, DyeRefused, halo, strip
+from normfix.dependence import followed, is_steady
+from normfix.dye import DyeLost, DyeRefused, Felt, halo, strip
 from normfix.records import Finding
 from normfix.symmetry import (
     common_unit,
@@ -33,25 +34,72 @@ Function = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Locality:
-    """The geometry and the least extents, or None and the findings that say why there is none."""
+    """The geometry and the least extents, or None and the findings that say why there is none.
+
+    `steady` tells that all of dependence's measurements hold the geometry, `blind` that NaN may have missed something,
+    `grid` and `cross` on which strips it was measured.
+    """
 
     geometry: Geometry | None
     findings: tuple[Finding, ...]
     smallest_tile: tuple[int, ...] | None = None
+    steady: bool = False
+    blind: bool = False
+    grid: tuple[int, ...] = ()
+    cross: tuple[int, ...] = ()
 
 
 def measure_locality(
-    single: Function, double: Function, example: Tensor, dilution: Sequence[int]
+    single: Function, double: Function, example: Tensor, dilution: Sequence[int], *, doubtful: bool = False
 ) -> Locality:
     """Measure a network in which no statistic is live.
+
+    Where NaN is swallowed or must not be seen, the dye is followed instead, and what that gives must be steady.
 
     Args:
         single: the network in float32 on CPU.
         double: the network in float64 on CPU.
         example: (N, C, *space) in float32 on CPU, the material of the strips.
         dilution: per axis, the coarseness of the coarsest feature map: a multiple or divisor of the stride.
+        doubtful: NaN alone is not believed.
     """
     example = example[:1]
+    plain = _measured(single, double, example, dilution)
+    if not (doubtful or plain.blind):
+        return plain
+    alike = plain.geometry is not None and _is_followed(single, example, plain)
+    other = plain if alike else _measured(single, double, example, dilution, followed)
+    if other.geometry is not None and _is_steady(double, example, other):
+        return replace(other, steady=True)
+    return plain
+
+
+def _is_followed(single: Function, example: Tensor, measured: Locality) -> bool:
+    """Tell whether the dye, followed, reaches as far as its NaN does."""
+    geometry = measured.geometry
+    assert geometry is not None
+    expected: tuple[int, int] | None = None
+    for axis, (grid, scale, there) in enumerate(zip(measured.grid, geometry.scale, geometry.halo, strict=True)):
+        try:
+            expected = halo(single, example, axis, grid, scale, measured.cross, expected, followed)
+        except (DyeLost, DyeRefused):
+            return False
+        if expected is None or (max(0, expected[0]), max(0, expected[1])) != there:
+            return False
+    return True
+
+
+def _is_steady(double: Function, example: Tensor, measured: Locality) -> bool:
+    assert measured.geometry is not None
+    try:
+        return is_steady(double, example.double(), measured.geometry, measured.cross)
+    except REFUSALS:  # it does not take what a tile would give it
+        return False
+
+
+def _measured(
+    single: Function, double: Function, example: Tensor, dilution: Sequence[int], felt: Felt | None = None
+) -> Locality:
     cross = cross_section(single, example, dilution)
     if cross is None:
         size = "x".join(map(str, example.shape[2:]))
@@ -64,7 +112,7 @@ def measure_locality(
         grid = [n * coarser for n in dilution]
         extents = tuple(map(round_up, cross, grid))
         try:
-            return _along_axes(single, double, example, grid, extents)
+            return _along_axes(single, double, example, grid, extents, felt)
         except REFUSALS as error:
             refusal = error
     return _none("NF210", "size", f"it runs on no strip of another length: {refusal}.")
@@ -117,6 +165,7 @@ def _along_axes(
     example: Tensor,
     dilution: Sequence[int],
     cross: tuple[int, ...],
+    felt: Felt | None,
 ) -> Locality:
     strides, halos, scales, multiples, least = [], [], [], [], []
     expected: tuple[int, int] | None = None
@@ -127,13 +176,14 @@ def _along_axes(
         if scale <= 0:
             return _none("NF211", name, "the output does not grow with the input along this axis.")
         try:
-            reach = halo(single, example, axis, grid, scale, cross, expected)
+            reach = halo(single, example, axis, grid, scale, cross, expected, felt)
         except DyeLost:
             return _none(
                 "NF216",
                 name,
                 "no dye arrives at its output (a comparison, argmax or cast swallows it), so its halo cannot be "
                 "read. Choose an output before that step.",
+                blind=True,
             )
         except DyeRefused as refused:
             return _none(
@@ -141,6 +191,7 @@ def _along_axes(
                 name,
                 f"the network runs {refused}, which must not see the NaN that a halo is read from: where it reads "
                 "may depend on the data, without bound.",
+                blind=True,
             )
         if reach is None:
             return _none(
@@ -155,7 +206,7 @@ def _along_axes(
         like = seen.get((grid, scale, reach), (None, None))
         stride = _unit(double, example.double(), axis, grid, scale, around, cross, like[0])
         if isinstance(stride, str):
-            return _none("NF213", name, stride)
+            return _none("NF213", name, stride, blind=True)
         multiple = exact_multiple(
             double, example.double(), axis, stride, scale, around, cross, single, like=like[1]
         )
@@ -168,7 +219,7 @@ def _along_axes(
     geometry = Geometry(
         stride=tuple(strides), halo=tuple(halos), scale=tuple(scales), multiple=tuple(multiples)
     )
-    return Locality(geometry, (), tuple(least))
+    return Locality(geometry, (), tuple(least), grid=tuple(dilution), cross=cross)
 
 
 def _unit(
@@ -204,5 +255,5 @@ def _unit(
     )
 
 
-def _none(code: str, where: str, message: str) -> Locality:
-    return Locality(None, (Finding(code=code, where=where, message=message),))
+def _none(code: str, where: str, message: str, *, blind: bool = False) -> Locality:
+    return Locality(None, (Finding(code=code, where=where, message=message),), blind=blind)

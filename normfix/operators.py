@@ -14,6 +14,7 @@ import torch
 from torch._ops import OpOverload
 
 __all__ = [
+    "RESIZING_POOLS",
     "at_risk",
     "is_blank",
     "is_convolution_like",
@@ -22,9 +23,12 @@ __all__ = [
     "is_pointwise",
     "is_pool",
     "is_resizing_pool",
+    "is_shuffle",
     "is_unpooling",
     "is_view",
     "name_of",
+    "reorders",
+    "takes_coordinates",
     "writes_unsaid",
     "written",
 ]
@@ -59,15 +63,23 @@ _POOLS = frozenset(
         "aten::fractional_max_pool2d",
     }
 )
-_RESIZING_POOLS = frozenset(
+RESIZING_POOLS = frozenset(
     {
         "aten::_adaptive_avg_pool2d",
         "aten::_adaptive_avg_pool3d",
         "aten::adaptive_max_pool2d",
         "aten::adaptive_max_pool3d",
+        # of one dimension, where they are not brought to two
+        "aten::adaptive_avg_pool1d",
+        "aten::adaptive_max_pool1d",
     }
 )
-_POINTWISE = frozenset({"aten::_to_copy", "aten::clone", "aten::copy_", "aten::masked_fill", "aten::where"})
+"""Pools to a given extent."""
+
+_POINTWISE = frozenset({"aten::_to_copy", "aten::clone", "aten::copy_", "aten::masked_fill", "aten::where"}) | {
+    "aten::fake_quantize_per_tensor_affine_cachemask",
+    "aten::_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
+}
 _MOVES = frozenset(
     {
         "aten::cat",
@@ -108,6 +120,35 @@ _MOVES = frozenset(
         "aten::triu",
         "aten::max_unpool2d",
         "aten::max_unpool3d",
+    }
+)
+_SHUFFLES = frozenset(
+    {
+        "aten::cat",
+        "aten::stack",
+        "aten::_unsafe_view",
+        "aten::repeat",
+        "aten::roll",
+        "aten::flip",
+        "aten::rot90",
+        "aten::constant_pad_nd",
+    }
+)
+_REORDERS = frozenset(
+    {
+        "aten::sort",
+        "aten::argsort",
+        "aten::topk",
+        "aten::kthvalue",
+        "aten::mode",
+        "aten::median",
+        "aten::nanmedian",
+        "aten::nansum",
+        "aten::_unique",
+        "aten::_unique2",
+        "aten::unique_dim",
+        "aten::unique_consecutive",
+        "aten::unique_dim_consecutive",
     }
 )
 _BLANKS = frozenset(
@@ -167,12 +208,27 @@ def is_pool(op: OpOverload) -> bool:
 
 def is_resizing_pool(op: OpOverload) -> bool:
     """Tell whether it pools to a given extent, in windows that grow with the image."""
-    return name_of(op) in _RESIZING_POOLS
+    return name_of(op) in RESIZING_POOLS
 
 
 def is_move(op: OpOverload) -> bool:
     """Tell whether the operator only moves or repeats values."""
     return name_of(op) in _MOVES
+
+
+def is_shuffle(op: OpOverload) -> bool:
+    """Tell whether the operator moves values to places that depend on no values: marks can be moved with them."""
+    return name_of(op) in _SHUFFLES
+
+
+def reorders(op: OpOverload) -> bool:
+    """Tell whether a NaN marks less of its output than what depends on it: it is sorted away, or left out."""
+    return name_of(op) in _REORDERS
+
+
+def takes_coordinates(op: OpOverload) -> bool:
+    """Tell whether an operator is known to take an operand for places to read at."""
+    return name_of(op) in _COORDINATES
 
 
 def is_blank(op: OpOverload) -> bool:

@@ -34,7 +34,8 @@ class Survey:
     """What one look at the calls of a forward pass found.
 
     `other` is the input of another size that was tried with the same calls; `reaching` the ids of calls from
-    which a path leads to the result, or out of tensors, without passing a statistic that can be frozen.
+    which a path leads to the result, or out of tensors, without passing a statistic that can be frozen;
+    `mapping` those of sites that make a map of a map, which looks as if each pixel had seen all.
     """
 
     sites: tuple[Site, ...]
@@ -45,6 +46,7 @@ class Survey:
     findings: tuple[Finding, ...]
     other: Tensor | None = None
     reaching: frozenset[str] = frozenset()
+    mapping: frozenset[str] = frozenset()
 
     @property
     def dense(self) -> bool:
@@ -86,6 +88,7 @@ def survey(model: nn.Module, run: Run, example: Tensor, follow: Follow = alone) 
         findings=_findings(example, other, uncalled),
         other=other.example if other else None,
         reaching=found.reaching(),
+        mapping=found.mapping(),
     )
 
 
@@ -124,6 +127,11 @@ class _Sites:
     def reaching(self) -> frozenset[str]:
         """Return the ids of all calls from which a path leads on to the result without passing a frozen one."""
         return frozenset(self._calls[position].id for position in self._live)
+
+    def mapping(self) -> frozenset[str]:
+        """Return the ids of the sites whose result is a map."""
+        maps = (Role.MIXING, Role.PAIRS, Role.PARTIAL)
+        return frozenset(self._calls[position].id for position, role in self._roles.items() if role in maps)
 
     def _site(self, position: int) -> Site:
         call = self._calls[position]

@@ -6,17 +6,33 @@ no tile tried here may be large enough; the guards that torch.export keeps with 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from normfix.graph.capture import Captured, image_of
 
-__all__ = ["broken_when_larger"]
+__all__ = ["Bound", "broken_when_larger"]
 
 _LARGER = 16  # keeps every divisibility, and stays below the 2**31 elements at which kernels branch
 _NAMES = {3: "NCL", 4: "NCHW", 5: "NCDHW"}
 
 
-def broken_when_larger(captured: Captured) -> tuple[str, ...]:
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A condition under which a graph holds, in words, and the extents of the image it is about by dimension."""
+
+    text: str
+    condition: Any
+    symbols: Mapping[int, Any]
+
+    def breaks(self, size: Sequence[int]) -> bool:
+        """Tell whether an image (N, C, *space) of these spatial extents breaks it."""
+        extents = {symbol: size[dim - 2] for dim, symbol in self.symbols.items() if dim >= 2}
+        return not self.condition.subs(extents)
+
+
+def broken_when_larger(captured: Captured) -> tuple[Bound, ...]:
     """Return the conditions of a graph with free sizes that do not hold for an image sixteen times as large."""
     shape = image_of(captured.program).meta["val"].shape
     free = {dim: n.node for dim, n in enumerate(shape) if not isinstance(n, int) and n.node.expr.is_Symbol}
@@ -35,4 +51,6 @@ def broken_when_larger(captured: Captured) -> tuple[str, ...]:
         if expr.free_symbols and expr.free_symbols <= set(larger) and not expr.subs(larger)
     ]
     renamed = {symbol: type(symbol)(name) for symbol, name in names.items()}
-    return tuple(str(expr.subs(renamed)) for expr in broken)
+    batch = {node.expr: int(known[node.expr]) for dim, node in free.items() if dim < 2}
+    symbols = {dim: node.expr for dim, node in free.items()}
+    return tuple(Bound(str(expr.subs(renamed)), expr.subs(batch), symbols) for expr in broken)
