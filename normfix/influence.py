@@ -23,7 +23,7 @@ from enum import StrEnum
 from normfix.census import LEAVES, PICKS, Call
 from normfix.growth import FIXED, REDUCED, SQUARED, Growth
 
-__all__ = ["Role", "live_positions", "roles", "tails"]
+__all__ = ["Role", "live_positions", "reached_positions", "roles", "tails"]
 
 
 class Role(StrEnum):
@@ -85,6 +85,18 @@ def tails(calls: Sequence[Call], growth: Growth, found: Mapping[int, Role]) -> d
             for serial in call.writes:
                 carried[serial] = carried.get(serial, frozenset()) | inherited
     return result
+
+
+def reached_positions(calls: Sequence[Call]) -> frozenset[int]:
+    """Return the calls from which any path leads to the result that counts, or out of tensors."""
+    needed: set[int] = set()
+    found: set[int] = set()
+    for position in reversed(range(len(calls))):
+        call = calls[position]
+        if call.returned or call.function in LEAVES | PICKS or needed.intersection(call.writes):
+            found.add(position)
+            needed.update(call.reads)
+    return frozenset(found)
 
 
 def live_positions(calls: Sequence[Call], growth: Growth, cuts: Collection[int]) -> frozenset[int]:
