@@ -61,8 +61,12 @@ _IMAGES: tuple[Change, ...] = (
     lambda x: -30 * x,
     lambda x: x * 1e9,
     lambda x: torch.where(_noise(x) > 2 * _noise(x).std(), 50 * x.abs() + 50, 0 * x),
+    torch.ones_like,
+    lambda x: -torch.ones_like(x),
+    lambda x: (x - x.mean()).cumsum(-1),
+    lambda x: (x - x.mean()).cumsum(-2 if x.dim() > 3 else -1),
 )
-"""Images of several magnitudes made from one: a reach that follows the values shows on one of them."""
+"""Images of several magnitudes and textures made from one: a reach that follows the values shows on one of them."""
 
 
 def followed(f: Function, x: Tensor, axis: int, first: int, extent: int) -> Tensor:
@@ -87,7 +91,9 @@ def followed(f: Function, x: Tensor, axis: int, first: int, extent: int) -> Tens
     return reached
 
 
-def is_steady(f: Function, example: Tensor, geometry: Geometry, cross: Sequence[int]) -> bool:
+def is_steady(
+    f: Function, example: Tensor, geometry: Geometry, cross: Sequence[int], *, thorough: bool = True
+) -> bool:
     """Tell whether tiles hold their values whatever is beyond the halo, and far along a strip.
 
     Args:
@@ -95,9 +101,12 @@ def is_steady(f: Function, example: Tensor, geometry: Geometry, cross: Sequence[
         example: (1, C, *space) in float64, the material of the strips.
         geometry: as measured.
         cross: extents of the thinnest strip.
+        thorough: try every change on every kind of image; else two of each, where the dye could be followed through
+            known operators.
     """
+    images, changes = (_IMAGES, _CHANGES) if thorough else (_IMAGES[:2], _CHANGES[:2])
     return all(
-        _holds(f, example, axis, geometry, cross)
+        _holds(f, example, axis, geometry, cross, images, changes)
         and agrees(f, example, axis, geometry, far(geometry, cross, axis))
         for axis in range(len(geometry.stride))
     )
@@ -137,17 +146,25 @@ def _reads(geometry: Geometry, axis: int) -> tuple[int, int, int]:
     return round_up(before, stride), round_up(_TILE, stride), round_up(after, stride)
 
 
-def _holds(f: Function, example: Tensor, axis: int, geometry: Geometry, cross: Sequence[int]) -> bool:
+def _holds(
+    f: Function,
+    example: Tensor,
+    axis: int,
+    geometry: Geometry,
+    cross: Sequence[int],
+    images: Sequence[Change],
+    changes: Sequence[Change],
+) -> bool:
     scale, (before, tile, after) = geometry.scale[axis], _reads(geometry, axis)
     sea, size = round_up(max(128, before, after), geometry.stride[axis]), [*cross]
     size[axis] = sea + before + tile + after + sea
     window = (axis + 2, sea, before + tile + after)
     kept = (axis + 2, int((sea + before) * scale), int(tile * scale))
     material = strip(example, size) + texture(example, size)
-    for image in _IMAGES:
+    for image in images:
         x = image(material)
         quiet = f(x).narrow(*kept)
-        for change in _CHANGES:
+        for change in changes:
             loud = change(x)
             loud.narrow(*window).copy_(x.narrow(*window))
             if not _alike(quiet, f(loud).narrow(*kept)):
@@ -200,11 +217,16 @@ class _Follow(Stain):
         touched = [t for t in operands if self._shadows.of(t) is not None]
         if not dyed and not (writes and touched):
             return func(*args, **kwargs)
+        place = operators.looked_up(func, args)
+        if place is not None and not writes and all(t is place for t in dyed):
+            return self._looked_up(func, args, kwargs, place)
         risky = tensors_in((operators.at_risk(func, args), kwargs if operators.is_foreign(func) else ()))
         if any(self._shadows.dye(t).count for t in risky):
             if operators.is_foreign(func) and not operators.takes_coordinates(func) and not writes:
                 return self._changed(func, args, kwargs)
             return self._flooded(func, args, kwargs, writes)
+        if operators.chooses(func) and not writes:
+            return self._chosen(func, args, kwargs)
         if operators.reorders(func):
             return self._flooded(func, args, kwargs, writes)
         if any(not holds_nan(t) for t in dyed) and not operators.is_pointwise(func):
@@ -262,6 +284,23 @@ class _Follow(Stain):
             differs = [d | ~_same_or_nan(a, b) for d, a, b in zip(differs, outputs, others, strict=True)]
         for clean, mask in zip(outputs, differs, strict=True):
             self._shadows.put(clean, clean.masked_fill(mask, torch.nan) if holds_nan(clean) else mask)
+        return result
+
+    def _looked_up(self, func: OpOverload, args: Any, kwargs: Any, place: Tensor) -> Any:
+        """Dye what is taken from a clean table in the place of a dyed element."""
+        result, mask = func(*args, **kwargs), self._mask(place)
+        for clean in tensors_in(result):
+            reached = mask.reshape(*mask.shape, *(1,) * (clean.dim() - mask.dim())).expand(clean.shape)
+            self._shadows.put(clean, clean.masked_fill(reached, torch.nan) if holds_nan(clean) else reached)
+        return result
+
+    def _chosen(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
+        """Dye the place of the largest value where any of the values is dyed."""
+        dims = [args[1]] if len(args) > 1 and args[1] is not None else []
+        if kwargs or not dims or not holds_nan(args[0]):
+            return self._flooded(func, args, kwargs, [])
+        result = func(*args)
+        self._shadows.put(result, self._twin(args[0]).amax(dims, *args[2:]).isnan())
         return result
 
     def _moved(self, func: OpOverload, args: Any, kwargs: Any) -> Any:

@@ -28,13 +28,14 @@ class Doubts:
 
     `sites` are ids of sites that are global by their name or growth only, `operations` ids of calls that nobody
     knows, `placed` the findings about calls that take place or size into account, `bounds` the sizes at which the
-    network branches.
+    network branches. `causes` are findings that count only where there is no geometry.
     """
 
     sites: frozenset[str]
     operations: Sequence[str]
     placed: tuple[Finding, ...]
     bounds: tuple[Bound, ...]
+    causes: tuple[Finding, ...] = ()
 
     def __bool__(self) -> bool:
         """Tell whether there is any."""
@@ -44,9 +45,9 @@ class Doubts:
         """Return the sites with those in doubt not live."""
         return tuple(_local(site) if site.id in self.sites else site for site in sites)
 
-    def findings(self) -> tuple[Finding, ...]:
-        """Return what is said of places and sizes where nothing was settled."""
-        return self.placed + tuple(map(_bound, self.bounds))
+    def findings(self, *, unplaced: bool) -> tuple[Finding, ...]:
+        """Return what is said of places and sizes where nothing was settled; `unplaced`: and no geometry was found."""
+        return self.placed + tuple(map(_bound, self.bounds)) + (self.causes if unplaced else ())
 
     def explained(self, findings: Sequence[Finding], open_bounds: Sequence[Bound]) -> tuple[Finding, ...]:
         """Return the findings of a network whose geometry is steady: what was settled is said to be.

@@ -32,6 +32,8 @@ __all__ = ["AMPLIFICATION", "DyeLost", "DyeRefused", "halo", "interference", "st
 
 AMPLIFICATION = 1e12
 _FIRST_SEA, _LARGEST_SEA, _LARGEST_SHORE = 256, 8192, 4096
+_LARGEST_FELT = 1024
+"""Sea and shore, in pixels, at which what may well be global is given up."""
 
 Function = Callable[[Tensor], Tensor]
 Felt = Callable[[Function, Tensor, int, int, int], Tensor]
@@ -80,10 +82,11 @@ def halo(
     shore = sea // 2
     if expected is not None:
         sea, shore = 2 * sea, max(0, *expected) + grid
-    while sea <= _LARGEST_SEA:
+    most, farthest = (_LARGEST_SEA, _LARGEST_SHORE) if felt is None else (2 * _LARGEST_FELT, _LARGEST_FELT)
+    while sea <= most:
         reach = _reach(f, example, axis, grid, sea, shore, scale, cross, felt)
         if reach is None:
-            if shore >= _LARGEST_SHORE:
+            if shore >= farthest:
                 return None
             shore = 2 * shore
             continue

@@ -37,7 +37,7 @@ class Locality:
     """The geometry and the least extents, or None and the findings that say why there is none.
 
     `steady` tells that all of dependence's measurements hold the geometry, `blind` that NaN may have missed something,
-    `grid` and `cross` on which strips it was measured.
+    `foreign` that an operator must not see it, `grid` and `cross` on which strips it was measured.
     """
 
     geometry: Geometry | None
@@ -45,12 +45,20 @@ class Locality:
     smallest_tile: tuple[int, ...] | None = None
     steady: bool = False
     blind: bool = False
+    foreign: bool = False
     grid: tuple[int, ...] = ()
     cross: tuple[int, ...] = ()
 
 
 def measure_locality(
-    single: Function, double: Function, example: Tensor, dilution: Sequence[int], *, doubtful: bool = False
+    single: Function,
+    double: Function,
+    example: Tensor,
+    dilution: Sequence[int],
+    *,
+    doubtful: bool = False,
+    trial: bool = False,
+    foreign: bool = False,
 ) -> Locality:
     """Measure a network in which no statistic is live.
 
@@ -61,15 +69,18 @@ def measure_locality(
         double: the network in float64 on CPU.
         example: (N, C, *space) in float32 on CPU, the material of the strips.
         dilution: per axis, the coarseness of the coarsest feature map: a multiple or divisor of the stride.
-        doubtful: NaN alone is not believed.
+        doubtful: NaN alone is not believed, if the other measurements do not contradict it.
+        trial: only a steady geometry counts.
+        foreign: operators that nobody knows are among it, so that steadiness is all that holds a geometry.
     """
     example = example[:1]
-    plain = _measured(single, double, example, dilution)
-    if not (doubtful or plain.blind):
+    plain = Locality(None, (), blind=True) if trial else _measured(single, double, example, dilution)
+    foreign = foreign or plain.foreign
+    if not (doubtful or plain.blind) or not single(example).is_floating_point():  # labels say nothing of rounding
         return plain
     alike = plain.geometry is not None and _is_followed(single, example, plain)
     other = plain if alike else _measured(single, double, example, dilution, followed)
-    steady = (wide for wide in (other, _wider(other)) if _is_steady(double, example, wide))
+    steady = (wide for wide in (other, _wider(other)) if _is_steady(double, example, wide, thorough=foreign))
     return next((replace(wide, steady=True) for wide in steady), plain)
 
 
@@ -97,11 +108,11 @@ def _wider(measured: Locality) -> Locality:
     return replace(measured, geometry=replace(geometry, halo=tuple(halo)))
 
 
-def _is_steady(double: Function, example: Tensor, measured: Locality) -> bool:
+def _is_steady(double: Function, example: Tensor, measured: Locality, *, thorough: bool) -> bool:
     if measured.geometry is None:
         return False
     try:
-        return is_steady(double, example.double(), measured.geometry, measured.cross)
+        return is_steady(double, example.double(), measured.geometry, measured.cross, thorough=thorough)
     except REFUSALS:  # it does not take what a tile would give it
         return False
 
@@ -201,6 +212,7 @@ def _along_axes(
                 f"the network runs {refused}, which must not see the NaN that a halo is read from: where it reads "
                 "may depend on the data, without bound.",
                 blind=True,
+                foreign=True,
             )
         if reach is None:
             return _none(
@@ -264,5 +276,5 @@ def _unit(
     )
 
 
-def _none(code: str, where: str, message: str, *, blind: bool = False) -> Locality:
-    return Locality(None, (Finding(code=code, where=where, message=message),), blind=blind)
+def _none(code: str, where: str, message: str, *, blind: bool = False, foreign: bool = False) -> Locality:
+    return Locality(None, (Finding(code=code, where=where, message=message),), blind=blind, foreign=foreign)

@@ -16,6 +16,7 @@ from torch._ops import OpOverload
 __all__ = [
     "RESIZING_POOLS",
     "at_risk",
+    "chooses",
     "is_blank",
     "is_convolution_like",
     "is_foreign",
@@ -26,6 +27,7 @@ __all__ = [
     "is_shuffle",
     "is_unpooling",
     "is_view",
+    "looked_up",
     "name_of",
     "reorders",
     "takes_coordinates",
@@ -151,6 +153,7 @@ _REORDERS = frozenset(
         "aten::unique_dim_consecutive",
     }
 )
+_LOOKUPS = {"aten::embedding": 1, "aten::bucketize": 0, "aten::searchsorted": 1, "aten::take": 1}
 _BLANKS = frozenset(
     {
         "aten::zeros_like",
@@ -219,6 +222,24 @@ def is_move(op: OpOverload) -> bool:
 def is_shuffle(op: OpOverload) -> bool:
     """Tell whether the operator moves values to places that depend on no values: marks can be moved with them."""
     return name_of(op) in _SHUFFLES
+
+
+def looked_up(op: OpOverload, args: Sequence[Any]) -> Any:
+    """Return the operand whose elements choose, each for itself, what stands in their place; None if there is none."""
+    name = name_of(op)
+    if name == "aten::index":
+        places = args[1]
+        alone = len(places) > 0 and places[0] is not None and all(place is None for place in places[1:])
+        return places[0] if alone and places[0].dtype is torch.int64 else None
+    if name == "aten::searchsorted" and not (isinstance(args[0], torch.Tensor) and args[0].dim() == 1):
+        return None
+    which = _LOOKUPS.get(name)
+    return None if which is None or which >= len(args) else args[which]
+
+
+def chooses(op: OpOverload) -> bool:
+    """Tell whether the operator returns the places of the largest or smallest values along a dimension."""
+    return name_of(op) in ("aten::argmax", "aten::argmin")
 
 
 def reorders(op: OpOverload) -> bool:

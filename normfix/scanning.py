@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from normfix.calling import REFUSALS
 from normfix.census import Call, Follow, Settle, alone, census
 from normfix.growth import Growth, Look, look_again, look_at_two
-from normfix.influence import Role, live_positions, reached_positions, roles, tails
+from normfix.influence import Role, live_positions, looks_alone, reached_positions, roles, tails
 from normfix.interception import obstacle
 from normfix.records import Finding, Site, StatisticSpec
 from normfix.rules import RULES, family_of, refusal_of, rule_of, specify
@@ -41,7 +41,7 @@ class Survey:
 
     `other` is the input of another size that was tried with the same calls; `reaching` the ids of calls from
     which a path leads to the result, or out of tensors, without passing a statistic that can be frozen;
-    `mapping` those of sites that make a map of a map, which looks as if each pixel had seen all.
+    `mapping` those of sites that make a map of a map and look by name or growth as if each pixel had seen all.
     """
 
     sites: tuple[Site, ...]
@@ -181,9 +181,12 @@ class _Sites:
         self._reached |= frozenset(self._positions)
 
     def mapping(self) -> frozenset[str]:
-        """Return the ids of the sites whose result is a map."""
-        maps = (Role.MIXING, Role.PAIRS, Role.PARTIAL)
-        return frozenset(self._calls[position].id for position, role in self._roles.items() if role in maps)
+        """Return the ids of the sites that look by name or growth alone as if each pixel had seen all."""
+        return frozenset(
+            self._calls[position].id
+            for position, role in self._roles.items()
+            if looks_alone(self._calls[position], role, self._growth.space(position))
+        )
 
     def _site(self, position: int) -> Site:
         call = self._calls[position]

@@ -142,6 +142,7 @@ def look(
             operations=dyed.unknown,
             placed=positions.findings(two_sizes=found.other is not None),
             bounds=() if isinstance(graph_seen, Looked) else graph_seen.bounds,
+            causes=positions.causes(two_sizes=found.other is not None),
         )
         seen = _measured(probe, class_of(base), doubts, merged, found, material, caller, fast=fast)
     geometry, locality = seen.locality.geometry, seen.locality
@@ -193,7 +194,7 @@ def _measured(
     if bench is None:
         locality = _unmeasured(everything, found, material)
     else:
-        locality = bench.measured(found.dilution, doubtful=bool(doubts) and not fast)
+        locality = bench.measured(found.dilution, doubts, fast=fast)
     if locality.steady and bench is not None:
         open_bounds = [bound for bound in doubts.bounds if not bench.crosses(bound, locality)]
         findings = doubts.explained(merged.findings, open_bounds)
@@ -202,9 +203,12 @@ def _measured(
     everything = decide(merged.sites, model=name, to="frozen")
     if everything.left_live:
         locality = _unmeasured(everything, found, material)
+    unsettled = doubts.findings(
+        unplaced=locality.geometry is None and not everything.left_live and found.dense
+    )
     live = any(site.live for site in merged.sites)
     sound = not live and not doubts.operations and not doubts.placed and not doubts.bounds
-    return _Measured(merged.sites, locality, merged.findings + doubts.findings(), sound)
+    return _Measured(merged.sites, locality, merged.findings + unsettled, sound)
 
 
 def _graph(
@@ -300,9 +304,17 @@ class _Bench:
     double: Callable[[Tensor], Tensor]
     example: Tensor
 
-    def measured(self, dilution: Sequence[int], *, doubtful: bool) -> Locality:
-        """Measure its geometry."""
-        return measure_locality(self.single, self.double, self.example, dilution, doubtful=doubtful)
+    def measured(self, dilution: Sequence[int], doubts: Doubts, *, fast: bool) -> Locality:
+        """Measure its geometry as if no doubt were founded."""
+        return measure_locality(
+            self.single,
+            self.double,
+            self.example,
+            dilution,
+            doubtful=bool(doubts) and not fast,
+            trial=bool(doubts.sites),
+            foreign=bool(doubts.operations),
+        )
 
     def crosses(self, bound: Bound, locality: Locality) -> bool:
         """Tell whether tiles within a bound equal a strip that breaks it."""
