@@ -59,18 +59,27 @@ class Doubts:
         known = self.sites | {*self.operations}
         kept = tuple(f for f in findings if f.where not in known)
         settled = [
-            Finding(code="NF252", where=name, message=f"it looks as if it saw the whole image. {_MEASURED}")
-            for name in sorted(self.sites)
+            Finding(code="NF252", where=name, message=f"it looks as if it saw the whole image{more}. {_MEASURED}")
+            for name, more in _grouped(sorted(self.sites))
         ]
         settled += [
-            Finding(code="NF252", where=name, message=f"an operation normfix does not know. {_MEASURED}")
-            for name in self.operations
+            Finding(code="NF252", where=name, message=f"an operation normfix does not know{more}. {_MEASURED}")
+            for name, more in _grouped(self.operations)
         ]
         crossed = [_bound(bound) for bound in self.bounds if bound not in open_bounds]
         settled += [
             replace(f, code="NF252", message=f"{f.message} {_MEASURED}") for f in (*self.placed, *crossed)
         ]
         return kept + tuple(settled) + tuple(map(_bound, open_bounds))
+
+
+def _grouped(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Return the first of the calls of one function by one owner, and how many there are."""
+    calls: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        owner, _, function, _ = name.rsplit("/", 3)
+        calls.setdefault((owner, function), []).append(name)
+    return [(same[0], f" ({len(same)} calls)" * (len(same) > 1)) for same in calls.values()]
 
 
 def _local(site: Site) -> Site:

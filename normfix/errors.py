@@ -162,6 +162,10 @@ CODES: dict[str, str] = {
     "with normfix calibrate MODEL IMAGES -o OUT (run.recalibrate(images) in Python), then prove OUT on the same "
     "images. If nothing was trained, it was calibrated on other images, or its original's running statistics "
     "were carried over, which are those of its training data.",
+    "NF252": "A flip, a roll, attention over blocks, a call that takes the size or a place into account, or an "
+    "operation normfix does not know: each may depend on the whole image, and was measured not to. The dye, followed "
+    "through everything that swallows it, stays within the halo; tiles keep their values whatever is beyond it, on "
+    "images of several magnitudes; windows far along a strip equal the strip. It is left as it is.",
     "NF224": "A program (.pt2) could not be read, or is not what torch.export.save writes for one image and "
     "the tensors it holds.",
     "NF225": "The network cannot be written as an exported program: torch.export failed, or something in it "

@@ -127,13 +127,6 @@ def block_mlp(net, x, size=8):
     return from_blocks(net.mix(blocks_of(x, size).mT).mT, x, size)
 
 
-def block_unfold(net, x, size=8):
-    n, c, h, w = x.shape
-    columns = F.unfold(x, size, stride=size).view(n, c, size * size, -1).permute(0, 3, 2, 1)
-    columns = F.scaled_dot_product_attention(columns, columns, columns)
-    return F.fold(columns.permute(0, 3, 2, 1).flatten(1, 2), (h, w), size, stride=size)
-
-
 def shifted_attention(net, x, size=8):
     """Blocks shifted by half a block, by padding."""
     y = F.pad(x, (size // 2, size // 2, size // 2, size // 2), mode="reflect")
@@ -274,15 +267,10 @@ for operator in (smooth, over_channels, centre, above, ranked, capped_by_all, br
 class Norm2d(nn.Module):
     """A LayerNorm over channels of a map."""
 
-    def __init__(self):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.rand(4)), nn.Parameter(torch.rand(4))
-
     def forward(self, x):
         mean = x.mean(1, keepdim=True)
         var = (x - mean).pow(2).mean(1, keepdim=True)
-        x = (x - mean) / torch.sqrt(var + 1e-6)
-        return self.weight[:, None, None] * x + self.bias[:, None, None]
+        return (x - mean) / torch.sqrt(var + 1e-6)
 
 
 class Centre2d(nn.Module):
@@ -329,7 +317,6 @@ LOCAL = {
     "transposes averaged": lambda: Averaged([(same, same), (swapped, swapped)]),
     "block attention": lambda: Between(block_attention),
     "block attention by products": lambda: Between(block_products),
-    "block attention by unfold": lambda: Between(block_unfold),
     "block attention of small blocks": lambda: Between(lambda net, x: block_attention(net, x, 4)),
     "block mixing": lambda: Between(block_mlp, mix=nn.Linear(64, 64)),
     "block attention, shifted": lambda: Between(shifted_attention),
