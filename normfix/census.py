@@ -284,7 +284,8 @@ class Recorder(TorchFunctionMode):
         results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if name == "__setitem__" and dependent and isinstance(args[0], Tensor):
             results = [args[0]]
-        if not self.frames and dependent:  # what is done to the image before the network has it, or to its result
+        # what is done to the image before the network has it, or to its result
+        if not self.frames and dependent:
             sources = {self.mark(t) for t in dependent}
             for tensor in results:
                 self._outside[self.mark(tensor)] |= sources

@@ -124,9 +124,7 @@ def far(geometry: Geometry, cross: Sequence[int], axis: int, limit: int = _MOST)
     return tuple(size)
 
 
-def agrees(
-    f: Function, example: Tensor, axis: int, geometry: Geometry, size: Sequence[int]
-) -> bool:
+def agrees(f: Function, example: Tensor, axis: int, geometry: Geometry, size: Sequence[int]) -> bool:
     """Compare windows at the front, in the middle and at the end of a strip of some extents with the strip."""
     stride, scale, length = geometry.stride[axis], geometry.scale[axis], size[axis]
     before, tile, after = _reads(geometry, axis)
@@ -237,9 +235,7 @@ class _Follow(Stain):
             return self._moved(func, args, kwargs) if moves else self._flooded(func, args, kwargs, writes)
         return self._twice(func, args, kwargs, touched, [self._shadows.dye(t) for t in touched], writes)
 
-    def _judge(
-        self, func: OpOverload, outputs: list[Tensor], touched: list[Tensor], before: Any
-    ) -> None:
+    def _judge(self, func: OpOverload, outputs: list[Tensor], touched: list[Tensor], before: Any) -> None:
         """Dye all of an output that came out clean; indices beside values are dyed where these are."""
         values = [t for t in outputs if holds_nan(t) and self._shadows.dye(t).count]
         for clean in outputs:
@@ -268,7 +264,11 @@ class _Follow(Stain):
     def _flood(self, clean: Tensor) -> None:
         if not clean.numel():
             return
-        dyed = torch.full_like(clean, torch.nan) if holds_nan(clean) else torch.ones(clean.shape, dtype=torch.bool)
+        dyed = (
+            torch.full_like(clean, torch.nan)
+            if holds_nan(clean)
+            else torch.ones(clean.shape, dtype=torch.bool)
+        )
         self._shadows.put(clean, dyed)
         if not self._shadows.dye(clean).full:  # sparse or quantised: it holds no twin
             raise DyeRefused("a tensor that is not dense")

@@ -59,11 +59,15 @@ class Doubts:
         known = self.sites | {*self.operations}
         kept = tuple(f for f in findings if f.where not in known)
         settled = [
-            Finding(code="NF252", where=name, message=f"it looks as if it saw the whole image{more}. {_MEASURED}")
+            Finding(
+                code="NF252", where=name, message=f"it looks as if it saw the whole image{more}. {_MEASURED}"
+            )
             for name, more in _grouped(sorted(self.sites))
         ]
         settled += [
-            Finding(code="NF252", where=name, message=f"an operation normfix does not know{more}. {_MEASURED}")
+            Finding(
+                code="NF252", where=name, message=f"an operation normfix does not know{more}. {_MEASURED}"
+            )
             for name, more in _grouped(self.operations)
         ]
         crossed = [_bound(bound) for bound in self.bounds if bound not in open_bounds]

@@ -76,7 +76,9 @@ def measure_locality(
     example = example[:1]
     plain = Locality(None, (), blind=True) if trial else _measured(single, double, example, dilution)
     foreign = foreign or plain.foreign
-    if not (doubtful or plain.blind) or not single(example).is_floating_point():  # labels say nothing of rounding
+    if (
+        not (doubtful or plain.blind) or not single(example).is_floating_point()
+    ):  # labels say nothing of rounding
         return plain
     alike = plain.geometry is not None and _is_followed(single, example, plain)
     other = plain if alike else _measured(single, double, example, dilution, followed)
@@ -89,7 +91,9 @@ def _is_followed(single: Function, example: Tensor, measured: Locality) -> bool:
     geometry = measured.geometry
     assert geometry is not None
     expected: tuple[int, int] | None = None
-    for axis, (grid, scale, there) in enumerate(zip(measured.grid, geometry.scale, geometry.halo, strict=True)):
+    for axis, (grid, scale, there) in enumerate(
+        zip(measured.grid, geometry.scale, geometry.halo, strict=True)
+    ):
         try:
             expected = halo(single, example, axis, grid, scale, measured.cross, expected, followed)
         except (DyeLost, DyeRefused):

@@ -78,7 +78,9 @@ RESIZING_POOLS = frozenset(
 )
 """Pools to a given extent."""
 
-_POINTWISE = frozenset({"aten::_to_copy", "aten::clone", "aten::copy_", "aten::masked_fill", "aten::where"}) | {
+_POINTWISE = frozenset(
+    {"aten::_to_copy", "aten::clone", "aten::copy_", "aten::masked_fill", "aten::where"}
+) | {
     "aten::fake_quantize_per_tensor_affine_cachemask",
     "aten::_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
 }

@@ -113,22 +113,20 @@ def materialise_(model: nn.Module, run: Run, example: Tensor) -> None:
         census(model, run, example)
 
 
-def _are_idle(
-    model: nn.Module, run: Run, example: Tensor, idle: Collection[str], output: Tensor
-) -> bool:
+def _are_idle(model: nn.Module, run: Run, example: Tensor, idle: Collection[str], output: Tensor) -> bool:
     """Tell whether the output stays what it is, to the bit, whatever calls return that seem not to lead to it.
 
     A path that no census sees (through TorchScript, or another library's arrays) shows here.
     """
 
-    def settle(change: Callable[[Tensor], Tensor]) -> Settle:
+    def settle(change: Callable[[object], object]) -> Settle:
         def settled(site: str, func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
             result = func(*args, **kwargs)
             return tree_map(change, result) if site in idle else result
 
         return settled
 
-    def equal(change: Callable[[Tensor], Tensor]) -> bool:
+    def equal(change: Callable[[object], object]) -> bool:
         try:
             return torch.equal(census(model, run, example, settle(change))[2], output)
         except REFUSALS:
@@ -239,7 +237,9 @@ class _Sites:
         spec: StatisticSpec | None = None
         if live and not refusal:
             spec = specify(position, self._calls, role, self._growth, self._after)
-        unused = _IDLE if position not in self._reached else "and only constants or no map at all depend on it"
+        unused = (
+            _IDLE if position not in self._reached else "and only constants or no map at all depend on it"
+        )
         return Site(
             family=family_of(call, role),
             live=live,

@@ -142,7 +142,9 @@ def all_tokens(net, x):
 def grid_attention(net, x, parts=8):
     """MaxViT's other half: one pixel of each of 8x8 parts of the image, whose distance grows with it."""
     n, c, h, w = x.shape
-    tokens = x.view(n, c, parts, h // parts, parts, w // parts).permute(0, 3, 5, 2, 4, 1).reshape(-1, parts**2, c)
+    tokens = (
+        x.view(n, c, parts, h // parts, parts, w // parts).permute(0, 3, 5, 2, 4, 1).reshape(-1, parts**2, c)
+    )
     y = F.scaled_dot_product_attention(tokens, tokens, tokens)
     return y.view(n, h // parts, w // parts, parts, parts, c).permute(0, 5, 3, 1, 4, 2).reshape(x.shape)
 

@@ -38,9 +38,32 @@ NETWORKS = {
     )
 } | {**lookalikes.LOCAL, **lookalikes.GLOBAL}
 QUICK = (
-    ("plain_unet", "AlignedCorners", "PureShift", "ResizesToSkip", "ValidConvolutions", "LiveInstance", "HiddenLive")
-    + ("SwallowsDye", "SqueezeExcite", "GlobalContext", "Median", "StripPool", "Fourier", "WeightNorms", "HiddenExtent")
-    + ("adaptive max, half", "flips averaged", "block attention of small blocks", "signs", "sampled at identity")
+    (
+        "plain_unet",
+        "AlignedCorners",
+        "PureShift",
+        "ResizesToSkip",
+        "ValidConvolutions",
+        "LiveInstance",
+        "HiddenLive",
+    )
+    + (
+        "SwallowsDye",
+        "SqueezeExcite",
+        "GlobalContext",
+        "Median",
+        "StripPool",
+        "Fourier",
+        "WeightNorms",
+        "HiddenExtent",
+    )
+    + (
+        "adaptive max, half",
+        "flips averaged",
+        "block attention of small blocks",
+        "signs",
+        "sampled at identity",
+    )
     + ("a flip that stays", "adaptive max, one axis fixed", "custom operator", "custom operator of all")
 )
 AGAINST = {"NF212", "NF213", "NF214", "NF215", "NF216", "NF240", "NF242", "NF244", "NF245"}

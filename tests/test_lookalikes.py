@@ -62,7 +62,9 @@ def test_its_global_twin_is_refused(name):
     assert not done.proof.passed or done.plan.converted
 
 
-@pytest.mark.parametrize("name", ["flips averaged", "block attention", "custom operator", "sampled at identity"])
+@pytest.mark.parametrize(
+    "name", ["flips averaged", "block attention", "custom operator", "sampled at identity"]
+)
 def test_a_scan_says_what_was_measured(name):
     """A finding NF252 stands in for the suspicion, which is gone; the network is tile-invariant."""
     scan = normfix.scan(network(LOCAL[name]), image(64, 64))
@@ -113,7 +115,9 @@ class Heads(nn.Module):
 
     def __init__(self, between):
         super().__init__()
-        self.stem, self.first, self.second = (nn.Conv2d(i, o, 3, padding=1) for i, o in ((1, 4), (4, 1), (4, 1)))
+        self.stem, self.first, self.second = (
+            nn.Conv2d(i, o, 3, padding=1) for i, o in ((1, 4), (4, 1), (4, 1))
+        )
         self.between = between
 
     def forward(self, x):
@@ -183,7 +187,11 @@ class Ragged(nn.Module):
 
     def __init__(self, size):
         super().__init__()
-        self.stem, self.down, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, 2), nn.Conv2d(4, 1, 1)
+        self.stem, self.down, self.head = (
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.Conv2d(4, 4, 3, 2),
+            nn.Conv2d(4, 1, 1),
+        )
         self.size = size
 
     def forward(self, x):
@@ -207,7 +215,9 @@ def test_averages_over_flips_of_a_network_with_norms_convert():
     class Normed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.InstanceNorm2d(4), nn.Conv2d(4, 1, 3, padding=1))
+            self.net = nn.Sequential(
+                nn.Conv2d(1, 4, 3, padding=1), nn.InstanceNorm2d(4), nn.Conv2d(4, 1, 3, padding=1)
+            )
 
         def forward(self, x):
             return (same(self.net(x)) + across(self.net(across(x)))) / 2

@@ -191,4 +191,3 @@ def _findings(
         for name, count in reading.unknown
     ]
     return tuple(found)
-

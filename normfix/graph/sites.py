@@ -41,7 +41,17 @@ _FAMILIES = {
     "rms_norm": Family.RESPONSE,
 }
 _POOLS = ("adaptive_avg_pool", "adaptive_max_pool", "_adaptive_avg_pool", "avg_pool", "max_pool")
-_SLIDING = ("max_pool", "avg_pool", "conv1d", "conv2d", "conv3d", "conv_transpose", "convolution", "unfold", "im2col")
+_SLIDING = (
+    "max_pool",
+    "avg_pool",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose",
+    "convolution",
+    "unfold",
+    "im2col",
+)
 _SHAPING = frozenset(
     {
         "slice",
@@ -160,9 +170,7 @@ class _Sizes:
         self._shapes = captured.shapes()
         image = self._shapes[image_of(captured.program).name]
         self._unit = _log_ratio((1, *image[0][2:]), (1, *image[1][2:])) if image else 1.0
-        self._plain = {
-            n.name: _first(n.meta["val"]) for n in captured.program.graph.nodes if "val" in n.meta
-        }
+        self._plain = {n.name: _first(n.meta["val"]) for n in captured.program.graph.nodes if "val" in n.meta}
 
     def known(self, node: Node) -> bool:
         """Tell whether a node gives a tensor."""

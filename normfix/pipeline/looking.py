@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from normfix.calibration import measure_sites_
 from normfix.calling import REFUSALS, Caller, require_network
-from normfix.errors import NormfixError
-from normfix.graph import Bound, graph_look
-from normfix.layers import FrozenStatistic
 from normfix.dependence import agrees, far
 from normfix.doubts import Doubts
-from normfix.graph import GraphLook
+from normfix.errors import NormfixError
+from normfix.graph import Bound, GraphLook, graph_look
+from normfix.layers import FrozenStatistic
 from normfix.locality import Locality, cross_section, measure_locality, not_dense
 from normfix.merging import Merged, merge
 from normfix.moments import Moments, pool
@@ -26,7 +25,7 @@ from normfix.pipeline.bases import base_of, class_of
 from normfix.pipeline.examples import default_example
 from normfix.planning import decide
 from normfix.positions import Positions
-from normfix.records import Action, Decision, Finding, Looked, Plan, Scan
+from normfix.records import Action, Decision, Finding, Looked, Plan, Scan, Site
 from normfix.rewriting import copy_of, layer_of, rewrite, set_statistics_
 from normfix.scanning import Survey, survey
 from normfix.spreading import Dyed, confirmed, dye_look
@@ -190,7 +189,11 @@ def _measured(
     """Measure the geometry as if every doubt were unfounded, and settle those that the measurement shows to be."""
     trial = doubts.settled(merged.sites)
     everything = decide(trial, model=name, to="frozen")
-    bench = None if everything.left_live or not found.dense else _bench(probe, everything, found, caller, material)
+    bench = (
+        None
+        if everything.left_live or not found.dense
+        else _bench(probe, everything, found, caller, material)
+    )
     if bench is None:
         locality = _unmeasured(everything, found, material)
     else:
