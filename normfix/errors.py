@@ -162,6 +162,9 @@ CODES: dict[str, str] = {
     "with normfix calibrate MODEL IMAGES -o OUT (run.recalibrate(images) in Python), then prove OUT on the same "
     "images. If nothing was trained, it was calibrated on other images, or its original's running statistics "
     "were carried over, which are those of its training data.",
+    "NF254": "Tiles are put together where a place in the image has a place in the output, so the output must have a "
+    "fixed number of pixels per pixel of the input, such as 2, 1, 3/2 or 1/8. Resize by such a factor, or choose the "
+    "output before the resize.",
     "NF224": "A program (.pt2) could not be read, or is not what torch.export.save writes for one image and "
     "the tensors it holds.",
     "NF225": "The network cannot be written as an exported program: torch.export failed, or something in it "
