@@ -31,6 +31,9 @@ __all__ = ["Locality", "cross_section", "measure_locality", "not_dense"]
 
 Function = Callable[[Tensor], Tensor]
 
+_FINE, _COARSE = 64, 256
+"""Largest units, in pixels, of which strips are tried where the network runs on none of the first, and where on some."""
+
 
 @dataclass(frozen=True, slots=True)
 class Locality:
@@ -53,22 +56,21 @@ def measure_locality(
         dilution: per axis, the coarseness of the coarsest feature map: a multiple or divisor of the stride.
     """
     example = example[:1]
-    refusal: Exception | None = None
+    known, refusal = cross_section(single, example, dilution), ""
     for coarser in (1, 2, 4, 8, 3, 6, 12, 7, 5, 10, 14):  # blocks without padding take multiples only
         grid = [n * coarser for n in dilution]
-        cross = cross_section(single, example, grid)
+        if coarser > 1 and max(grid) > (_FINE if known is None else _COARSE):
+            continue
+        cross = tuple(map(round_up, known, grid)) if known else cross_section(single, example, grid)
         if cross is None:
             continue
         try:
             return _along_axes(single, double, example, grid, cross)
         except REFUSALS as error:
-            refusal = error
-    if refusal is not None:
-        return _none("NF210", "size", f"it runs on no strip of another length: {refusal}.")
+            refusal = f"it runs on no strip of another length: {error}."
     size = "x".join(map(str, example.shape[2:]))
-    return _none(
-        "NF210", "size", f"the network runs on no strip, only on sizes like {size}, so it cannot be tiled."
-    )
+    none = f"the network runs on no strip, only on sizes like {size}, so it cannot be tiled."
+    return _none("NF210", "size", refusal or none)
 
 
 def not_dense(output: Sequence[int], follows: Collection[int], rank: int) -> Locality:

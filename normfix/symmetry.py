@@ -215,7 +215,7 @@ def common_unit(
     windows of the same length at every smaller shift that could be the stride. With `settled`, the hint is
     the answer of a like axis, and nothing smaller is tried.
     """
-    unit, length = hint, _common_length(max(sum(reach) + _MARGIN, cross[axis]) + hint, hint)
+    unit, length = hint, _common_length(max(sum(reach) + _margin(scale), cross[axis]) + hint, hint)
     size = [*cross]
     size[axis] = length + hint
     x = strip(example, size) + texture(example, size)
@@ -317,7 +317,7 @@ def exact_multiple(
         front = function(x.narrow(axis + 2, 0, length))
         return _same(whole.narrow(axis + 2, 0, inner), front.narrow(axis + 2, 0, inner), bound)
 
-    length = stride + round_up(sum(reach) + _MARGIN, stride)
+    length = stride + round_up(sum(reach) + _margin(scale), stride)
     quick = (f, EXACT) if rough is None else (rough, _CLEARLY)
     if like is not None and stride > 1:
         return 1 if holds(stride - 1, *quick) else stride
@@ -347,6 +347,11 @@ def _ends_agree(
         return False, whole
     ends = whole.narrow(axis + 2, begin, wide), part.narrow(axis + 2, begin - offset, narrow)
     return _same(*ends, bound), whole
+
+
+def _margin(scale: Fraction) -> int:
+    """Return how many input pixels to compare at least: some, and several of the output."""
+    return max(_MARGIN, math.ceil(4 / scale))
 
 
 def _prime_to_many(least: int, unit: int) -> int:
