@@ -260,6 +260,9 @@ CODES: dict[str, str] = {
     "NF608": "Cropping the image changes what the pipeline predicts far from the crop's border, so its result "
     "depends on where its tiles fall.",
     "NF609": "The pipeline's own steps were observed by running it with probe networks in place of its network.",
+    "NF255": "The network gives an output that is a multiple of its stride, fewer pixels for a window that is not. A "
+    "tiling whose windows lie off the stride grid leaves pixels that no window predicts. Tiles and halos that are "
+    "multiples of the stride work.",
     "NF610": "A report's ending decides its kind: .html, .json, .md or .xml.",
     # 9xx: normfix itself
     "NF901": "Something failed inside normfix. Nothing was written. Please report it with the traceback that "

@@ -32,7 +32,7 @@ __all__ = ["Locality", "cross_section", "measure_locality", "not_dense"]
 Function = Callable[[Tensor], Tensor]
 
 _FINE, _COARSE = 64, 256
-"""Largest units, in pixels, of which strips are tried where the network runs on none of the first, and where on some."""
+"""Largest units, in pixels, that are tried where the network runs on no strip of the first, and where on some."""
 
 
 @dataclass(frozen=True, slots=True)
