@@ -27,7 +27,7 @@ from normfix.rewriting import copy_of, layer_of, rewrite, set_statistics_
 from normfix.scanning import Survey, survey
 from normfix.spreading import Dyed, confirmed, dye_look
 from normfix.targets import NormTarget, StatisticTarget, Target
-from normfix.tiles import Geometry
+from normfix.tiles import Geometry, in_strides
 
 __all__ = [
     "Look",
@@ -133,8 +133,11 @@ def look(
     geometry = locality.geometry
     live = any(site.live for site in merged.sites)
     unknown = any(finding.code == "NF242" for finding in merged.findings)
-    placed = positions.findings(two_sizes=found.other is not None)
-    sized = bool(placed) or any(finding.code == "NF244" for finding in merged.findings)
+    branches = any(finding.code == "NF244" for finding in merged.findings)
+    captured = any(seen.name == "graph" and seen.status == "done" for seen in merged.looks)
+    agreed = geometry is not None and captured and not branches
+    placed = positions.findings(two_sizes=found.other is not None, agreed=agreed)
+    sized = bool(placed) or branches
     return Look(
         Scan(
             model=class_of(base),
@@ -148,6 +151,7 @@ def look(
             scale=tuple(map(str, geometry.scale)) if geometry else None,
             exact_sizes=geometry.multiple if geometry else None,
             smallest_tile=locality.smallest_tile,
+            halo_rounded=in_strides(geometry.halo, geometry.stride) if geometry else None,
             looks=merged.looks,
             findings=found.findings + merged.findings + placed + locality.findings,
         ),
