@@ -14,7 +14,9 @@ from normfix.graph.capture import Captured, image_of
 
 __all__ = ["Bound", "broken_when_larger"]
 
-_LARGER = 16  # keeps every divisibility, and stays below the 2**31 elements at which kernels branch
+_LARGER = {3: 17, 4: 17, 5: 13}
+"""Factor by rank. No multiple of 2, 3, 5 or 7, so that what those divide, and what not, stays as it is: a network that
+pads to multiples of 8 is no other for that. Below the 2**31 elements at which kernels branch."""
 _NAMES = {3: "NCL", 4: "NCHW", 5: "NCDHW"}
 
 
@@ -33,14 +35,17 @@ class Bound:
 
 
 def broken_when_larger(captured: Captured) -> tuple[Bound, ...]:
-    """Return the conditions of a graph with free sizes that do not hold for an image sixteen times as large."""
+    """Return the conditions of a graph with free sizes that do not hold for an image many times as large."""
     shape = image_of(captured.program).meta["val"].shape
     free = {dim: n.node for dim, n in enumerate(shape) if not isinstance(n, int) and n.node.expr.is_Symbol}
     if not any(dim >= 2 for dim in free):
         return ()
     environment: Any = next(iter(free.values())).shape_env
     known = environment.backed_var_to_val
-    larger = {node.expr: int(known[node.expr]) * (_LARGER if dim >= 2 else 1) for dim, node in free.items()}
+    larger = {
+        node.expr: int(known[node.expr]) * (_LARGER.get(len(shape), 13) if dim >= 2 else 1)
+        for dim, node in free.items()
+    }
     names = {
         node.expr: _NAMES.get(len(shape), "")[dim : dim + 1] or str(node.expr) for dim, node in free.items()
     }

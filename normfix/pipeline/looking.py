@@ -30,7 +30,7 @@ from normfix.rewriting import copy_of, layer_of, rewrite, set_statistics_
 from normfix.scanning import Survey, survey
 from normfix.spreading import Dyed, confirmed, dye_look
 from normfix.targets import NormTarget, StatisticTarget, Target
-from normfix.tiles import Geometry
+from normfix.tiles import Geometry, in_strides
 
 __all__ = [
     "Look",
@@ -158,6 +158,7 @@ def look(
             scale=tuple(map(str, geometry.scale)) if geometry else None,
             exact_sizes=geometry.multiple if geometry else None,
             smallest_tile=locality.smallest_tile,
+            halo_rounded=in_strides(geometry.halo, geometry.stride) if geometry else None,
             looks=merged.looks,
             findings=found.findings + seen.findings + locality.findings,
         ),
