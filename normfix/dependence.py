@@ -31,7 +31,7 @@ from normfix.shadows import holds_nan
 from normfix.staining import Stain, tensors_in, written_in
 from normfix.tiles import Geometry, round_up
 
-__all__ = ["FAR", "agrees", "far", "followed", "is_steady"]
+__all__ = ["FAR", "agrees", "far", "followed", "is_isolated", "is_steady"]
 
 FAR = 4096
 """Pixels of the longest strip on which windows are compared, if that is no more than 2^18 pixels in all."""
@@ -115,6 +115,17 @@ def is_steady(
         )
 
 
+def is_isolated(f: Function, example: Tensor, geometry: Geometry, cross: Sequence[int]) -> bool:
+    """Tell whether tiles hold their values while everything beyond the halo is made huge: a first look.
+
+    Arguments as for is_steady.
+    """
+    return all(
+        _holds(f, example, axis, geometry, cross, _IMAGES[:1], _CHANGES[:2])
+        for axis in range(len(geometry.stride))
+    )
+
+
 def far(geometry: Geometry, cross: Sequence[int], axis: int, limit: int = _MOST) -> tuple[int, ...]:
     """Return the extents of the longest strip that is at most FAR long and has at most `limit` pixels."""
     stride, size = geometry.stride[axis], [*cross]
@@ -191,7 +202,7 @@ def _follow(f: Function, x: Tensor, axis: int, first: int, extent: int) -> tuple
     return watch.reached(output), watch.foreign
 
 
-class _Follow(Stain):
+class _Follow(Stain):  # type: ignore[no-untyped-call]
     """Lets the dye spread as it does: nothing shrinks or is put back, and what swallows dye is dyed all over."""
 
     def __init__(self, rank: int) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from normfix.calling import REFUSALS
-from normfix.dependence import followed, is_steady
+from normfix.dependence import followed, is_isolated, is_steady
 from normfix.dye import DyeLost, DyeRefused, Felt, halo, strip
 from normfix.records import Finding
 from normfix.symmetry import (
@@ -81,7 +81,8 @@ def measure_locality(
     example = example[:1]
     plain = Locality(None, (), blind=True) if trial else _measured(single, double, example, dilution)
     foreign = foreign or plain.foreign
-    if not (doubtful or plain.blind) or _is_label(single(example)):
+    short = plain.geometry is not None and not doubtful and not _is_isolated(double, example, plain)
+    if not (doubtful or short or plain.blind) or _is_label(single(example)):
         return plain
     alike = plain.geometry is not None and _is_followed(single, example, plain)
     other = plain if alike else _measured(single, double, example, dilution, followed)
@@ -127,6 +128,14 @@ def _is_steady(double: Function, example: Tensor, measured: Locality, *, thoroug
         return is_steady(double, example.double(), measured.geometry, measured.cross, thorough=thorough)
     except REFUSALS:  # it does not take what a tile would give it
         return False
+
+
+def _is_isolated(double: Function, example: Tensor, measured: Locality) -> bool:
+    assert measured.geometry is not None
+    try:
+        return is_isolated(double, example.double(), measured.geometry, measured.cross)
+    except REFUSALS:  # windows are not what it takes, which says nothing of its halo
+        return True
 
 
 def _measured(

@@ -94,10 +94,8 @@ def compare_looks(captured: Captured, reading: Reading, sites: Sequence[Site]) -
         for site in sites
         if site.live and site.id not in seen and (two_sizes or site.layer is not None)
     )
-    # torch.export takes a size computed for an adaptive maximum for a number: one of fixed size has a site
-    surplus = tuple(
-        s for s in reading.seen if s.node not in pairs and not s.function.startswith("adaptive_max")
-    )
+    # torch.export takes a size computed for an adaptive pool for a number: one of fixed size has a site
+    surplus = tuple(s for s in reading.seen if s.node not in pairs and not s.function.startswith("adaptive_"))
     disputed = _disputed(reading.seen, pairs)
     sizes = "free" if any(d >= 2 for d in captured.free) else "fixed"
     sizes += "" if two_sizes else " at one, space told by position"
