@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -128,7 +128,7 @@ class Call:
     functions only, tensors replaced by Shaped. `operand` tells which of the tensors among the arguments is
     the first that depends on the input, of shape `inputs[0]`. `reads` and `writes` are serial numbers of memory
     that depends on the input. `numbers` are the Python numbers among the arguments, `kinds` the outputs' dtypes.
-    `returned` tells that the network's result holds an output of this call, `checkpointed` names the modules
+    `returned` tells that the result that counts holds an output of this call, `checkpointed` names the modules
     whose forward recomputes this call by an activation checkpoint, `hooked` that a hook of the root makes it,
     outside of every forward.
     """
@@ -218,6 +218,8 @@ class Recorder(TorchFunctionMode):
         self._serials: dict[int, int] = {}
         self._held: list[object] = []  # while a storage is known here, no other takes its number
         self._returned: set[int] = set()
+        self._handed: set[int] = set()
+        self._outside: defaultdict[int, set[int]] = defaultdict(set)
 
     def mark(self, tensor: Tensor) -> int:
         """Return the serial number of memory that depends on the input."""
@@ -232,14 +234,34 @@ class Recorder(TorchFunctionMode):
         return _memory(tensor)[0] in self._serials
 
     def returned(self, result: object) -> None:
-        """Note what the network hands out."""
-        self._returned |= {
-            self.mark(leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and self.depends(leaf)
-        }
+        """Note what counts of what the network hands out."""
+        self._returned |= self._known(result)
+
+    def handed(self, result: object) -> None:
+        """Note all that the network hands out, for results that nothing is known to lead to."""
+        self._handed |= self._known(result)
 
     def finished(self) -> list[Call]:
         """Return the calls, with those that made the result marked."""
-        return [replace(c, returned=True) if self._returned & {*c.writes} else c for c in self.calls]
+        made = self._sources(self._returned)
+        between = {serial for call in self.calls for serial in call.reads if serial in self._outside}
+        made |= self._sources(between) - between
+        if not any(made & {*call.writes} for call in self.calls):
+            made |= self._handed
+        return [replace(c, returned=True) if made & {*c.writes} else c for c in self.calls]
+
+    def _known(self, result: object) -> set[int]:
+        leaves = (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        return {self.mark(leaf) for leaf in leaves if self.depends(leaf)}
+
+    def _sources(self, serials: set[int]) -> set[int]:
+        """Return serials, with those that calls outside of every module made them of."""
+        found, waiting = set(serials), [*serials]
+        while waiting:
+            new = self._outside.get(waiting.pop(), set()) - found
+            found |= new
+            waiting += new
+        return found
 
     def __torch_function__(
         self,
@@ -262,9 +284,11 @@ class Recorder(TorchFunctionMode):
         results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if name == "__setitem__" and dependent and isinstance(args[0], Tensor):
             results = [args[0]]
-        if not self.frames and dependent:  # what is done to the image before the network has it
+        # what is done to the image before the network has it, or to its result
+        if not self.frames and dependent:
+            sources = {self.mark(t) for t in dependent}
             for tensor in results:
-                self.mark(tensor)
+                self._outside[self.mark(tensor)] |= sources
         leaves = bool(dependent) and name in LEAVES
         if self.frames and (leaves or (results and (dependent or counted))):
             operand = next((i for i, t in enumerate(operands) if self.depends(t)), 0)
@@ -394,7 +418,7 @@ def _watched(model: nn.Module, recorder: Recorder) -> Iterator[None]:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             recorder.frames.pop()
             if not recorder.frames:
-                recorder.returned(output)
+                recorder.handed(output)
 
         handles.append(module.register_forward_pre_hook(enter, prepend=module is model))
         if module is model:

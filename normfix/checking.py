@@ -18,7 +18,7 @@ from normfix.dye import interference
 from normfix.numerics import BOUNDLESS, IDENTITY, deviation
 from normfix.records import Finding, Scan, Verdict
 from normfix.stitching import padded, stitch, tile_extents
-from normfix.tiles import Geometry, Tile, at, grid, round_up
+from normfix.tiles import Geometry, Tile, at, grid, in_strides, round_up
 
 __all__ = ["EXCUSED", "ISOLATED", "Network", "compare", "undecided"]
 
@@ -105,7 +105,7 @@ def compare(
     )
     if tolerance < max_sd <= limit:
         findings.append(_rounding(max_sd, tolerance, limit))
-    findings += _leaks(changes, geometry, exact_halo)
+    findings += _leaks(changes, geometry, exact_halo, extents)
     if differs or leaking:
         findings += [
             Finding(code="NF401", where=site, message="its statistic is computed from the tile.")
@@ -129,6 +129,7 @@ def compare(
         interference=changes,
         findings=tuple(findings),
         settings=settings,
+        halo_rounded=in_strides(geometry.halo, geometry.stride),
     )
 
 
@@ -231,17 +232,22 @@ def _interference(
 
 
 def _leaks(
-    changes: Sequence[float], geometry: Geometry, exact: Sequence[tuple[int, int]] | None
+    changes: Sequence[float],
+    geometry: Geometry,
+    exact: Sequence[tuple[int, int]] | None,
+    tile: Sequence[int],
 ) -> list[Finding]:
     found = []
     for axis, (change, short) in enumerate(zip(changes, _short_axes(geometry, exact), strict=True)):
-        reasons = []
+        stride, reasons = geometry.stride[axis], []
         if change > ISOLATED:
             reasons.append(
                 f"a tile changes by {change:.1e} of its output when everything beyond the halo is amplified"
             )
         if short and exact is not None:
+            need = "/".join(str(round_up(n, stride)) for n in exact[axis])
             reasons.append(f"the halo is {geometry.halo[axis]}, the network reaches {exact[axis]}")
+            reasons.append(f"no tile of {tile[axis]} can be exact with it; read at least {need} around each")
         if reasons:
             found.append(Finding(code="NF403", where=f"axis {axis}", message="; ".join(reasons) + "."))
     return found

@@ -32,8 +32,12 @@ __all__ = ["AMPLIFICATION", "DyeLost", "DyeRefused", "halo", "interference", "st
 
 AMPLIFICATION = 1e12
 _FIRST_SEA, _LARGEST_SEA, _LARGEST_SHORE = 256, 8192, 4096
+_LARGEST_FELT = 1024
+"""Sea and shore, in pixels, at which what may well be global is given up."""
 
 Function = Callable[[Tensor], Tensor]
+Felt = Callable[[Function, Tensor, int, int, int], Tensor]
+"""Gets (network, image, axis, first pixel, extent) of a region; returns where the output depends on it."""
 
 
 class DyeRefused(BaseException):
@@ -52,6 +56,7 @@ def halo(
     scale: Fraction,
     cross: Sequence[int],
     expected: tuple[int, int] | None = None,
+    felt: Felt | None = None,
 ) -> tuple[int, int] | None:
     """Measure how far outside a tile, in input pixels, its output depends on the input along one axis.
 
@@ -63,6 +68,7 @@ def halo(
         scale: output pixels per input pixel.
         cross: extents of the other axes, in the order of all axes (the entry at `axis` is ignored).
         expected: what another axis gave; if this one agrees, it needs no second strip.
+        felt: tells which pixels of the output depend on a region, in place of the NaN in the output.
 
     Returns:
         (before, after), negative where a tile does not depend on its own edge; None if the dye reaches
@@ -76,10 +82,11 @@ def halo(
     shore = sea // 2
     if expected is not None:
         sea, shore = 2 * sea, max(0, *expected) + grid
-    while sea <= _LARGEST_SEA:
-        reach = _reach(f, example, axis, grid, sea, shore, scale, cross)
+    most, farthest = (_LARGEST_SEA, _LARGEST_SHORE) if felt is None else (2 * _LARGEST_FELT, _LARGEST_FELT)
+    while sea <= most:
+        reach = _reach(f, example, axis, grid, sea, shore, scale, cross, felt)
         if reach is None:
-            if shore >= _LARGEST_SHORE:
+            if shore >= farthest:
                 return None
             shore = 2 * shore
             continue
@@ -87,7 +94,7 @@ def halo(
         if reach in (smaller, expected):
             return reach
         sea, smaller, shore = 2 * sea, reach, max(0, *reach) + grid
-    return smaller
+    return smaller if felt is None else None
 
 
 def interference(
@@ -156,17 +163,17 @@ def _reach(
     shore: int,
     scale: Fraction,
     cross: Sequence[int],
+    felt: Felt | None,
 ) -> tuple[int, int] | None:
     """Dye a sea between two clean shores; None if the dye reaches the end of one of them."""
     first = round_up(shore, grid)
     last = first + sea
     size = [*cross]
-    size[axis] = last + first
-    dyed = strip(example, size)
-    dyed.narrow(axis + 2, first, sea).fill_(torch.nan)
-    with _Guard():  # type: ignore[no-untyped-call]
-        output = f(dyed)
-    dirty = output.isnan().amax(dim=[d for d in range(output.dim()) if d != axis + 2])
+    # where something is turned around, a sea in the middle would lie on itself
+    size[axis] = last + first + (sea if felt else 0)
+    x = strip(example, size)
+    dyed = _isnan(f, x, axis, first, sea) if felt is None else felt(f, x, axis, first, sea)
+    dirty = dyed.amax(dim=[d for d in range(dyed.dim()) if d != axis + 2])
     stained = dirty.nonzero().flatten()
     if not len(stained):
         raise DyeLost
@@ -175,6 +182,12 @@ def _reach(
         return None
     # rounded outwards to whole input pixels: ceil before, floor after
     return -int(-(Fraction(end) / scale - last) // 1), -int((Fraction(start) / scale - first) // 1)
+
+
+def _isnan(f: Function, x: Tensor, axis: int, first: int, extent: int) -> Tensor:
+    x.narrow(axis + 2, first, extent).fill_(torch.nan)
+    with _Guard():  # type: ignore[no-untyped-call]
+        return f(x).isnan()
 
 
 class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -185,6 +185,13 @@ CODES: dict[str, str] = {
     "were carried over, which are those of its training data.",
     "NF250": "Memory ran out while the network was run. That says nothing about which inputs it takes, so nothing was "
     "concluded from it. Give a smaller --input or image, smaller tiles, or compute on another device.",
+    "NF252": "A flip, a roll, attention over blocks, a call that takes the size or a place into account, or an "
+    "operation normfix does not know: each may depend on the whole image, and was measured not to. The dye, followed "
+    "through everything that swallows it, stays within the halo; tiles keep their values whatever is beyond it, on "
+    "images of several magnitudes; windows far along a strip equal the strip. It is left as it is.",
+    "NF254": "Tiles are put together where a place in the image has a place in the output, so the output must have a "
+    "fixed number of pixels per pixel of the input, such as 2, 1, 3/2 or 1/8. Resize by such a factor, or choose the "
+    "output before the resize.",
     "NF224": "A program (.pt2) could not be read, or is not what torch.export.save writes for one image and "
     "the tensors it holds.",
     "NF225": "The network cannot be written as an exported program: torch.export failed, or something in it "
@@ -289,6 +296,9 @@ CODES: dict[str, str] = {
     "depends on where its tiles fall.",
     "NF609": "The pipeline's own steps were observed by running it with probe networks in place of its network. What "
     "they could not see is named, since a cause there would not be.",
+    "NF255": "The network gives an output that is a multiple of its stride, fewer pixels for a window that is not. A "
+    "tiling whose windows lie off the stride grid leaves pixels that no window predicts. Tiles and halos that are "
+    "multiples of the stride work.",
     "NF610": "A report's ending decides its kind: .html, .json, .md or .xml.",
     # 9xx: normfix itself
     "NF901": "Something failed inside normfix. Nothing was written. Please report it with the traceback that "

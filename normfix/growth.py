@@ -7,8 +7,9 @@ exponent of a tensor says how its elements grow: 1 as the image does, 2 as all p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ Run = Callable[[nn.Module, Tensor], Any]
 
 FIXED, REDUCED, SQUARED = 0.1, 0.75, 1.4
 """Exponents: below the first a tensor does not grow; above the last it compares pixels with pixels."""
+
+_FEW, _COARSEST = 3, 4096
+"""Pixels of growth that say little; largest common multiple, in pixels, of the factors of maps that is believed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,29 +150,56 @@ class Growth:
         rank = self._example.dim()
         found = [1] * (rank - 2)
         looks = self._other.calls if self._other else self._calls
+        other = self._other.example if self._other else self._example
+        known = [
+            {(self._example.shape[axis + 2], other.shape[axis + 2]): Fraction(1)} for axis in range(rank - 2)
+        ]
         for here, there in zip(self._calls, looks, strict=True):
             for a, b in zip(here.outputs, there.outputs, strict=False):  # unbind gives as many as there are
-                if len(a) == rank:
-                    for axis in range(rank - 2):
-                        found[axis] = math.lcm(found[axis], self._coarseness(axis, a[axis + 2], b[axis + 2]))
+                if len(a) != rank or len(b) != rank:
+                    continue
+                for axis, maps in enumerate(known):
+                    pair = a[axis + 2], b[axis + 2]
+                    if pair not in maps:
+                        given = zip(here.inputs, there.inputs, strict=False)
+                        inputs = [(i[axis + 2], j[axis + 2]) for i, j in given if len(i) == len(j) == rank]
+                        maps[pair] = self._coarseness(axis, pair, inputs, maps)
+                    if maps[pair].denominator == 1:
+                        common = math.lcm(found[axis], int(maps[pair]))
+                        found[axis] = common if common <= _COARSEST else max(found[axis], int(maps[pair]))
         return tuple(found)
 
-    def _coarseness(self, axis: int, here: int, there: int) -> int:
-        """Return image pixels per pixel of a map whose extent is `here`, and `there` at the other size."""
+    def _coarseness(
+        self,
+        axis: int,
+        pair: tuple[int, int],
+        inputs: Sequence[tuple[int, int]],
+        known: Mapping[tuple[int, int], Fraction],
+    ) -> Fraction:
+        """Return image pixels per pixel of a map, from its extents at both sizes and those of what it was made of.
+
+        Against its own input a map tells its factor at sizes that it does not divide, too: a convolution without
+        padding gives floor((n - k) / s) + 1 pixels.
+        """
+        (here, there), one = pair, Fraction(1)
         image = self._example.shape[axis + 2]
         if self._other is None:
-            return image // here if here > 1 and image % here == 0 else 1
-        other = self._other.example.shape[axis + 2]
-        step, change = other - image, there - here
-        if change and step % change == 0:
-            return abs(step // change)
-        ratio = (
-            round(image / here) if here > 1 else 1
-        )  # sizes that the stride does not divide round down or up
-        fits = all(
-            extent in (n // ratio, -(-n // ratio)) for n, extent in ((image, here), (other, there)) if ratio
-        )
-        return ratio if ratio > 1 and fits else 1
+            return Fraction(image // here) if here > 1 and image % here == 0 else one
+        change = there - here
+        step = self._other.example.shape[axis + 2] - image
+        if not change or step * change < 0:
+            return one
+        for given in inputs:
+            grown = given[1] - given[0]
+            if given not in known or grown * change <= 0:
+                continue
+            # of few pixels the growth tells little, the extent more
+            ratios = [grown / change, max(given) / max(pair)]
+            for ratio in ratios if abs(change) > _FEW else reversed(ratios):
+                factor = max(1, round(ratio))
+                if abs(grown - factor * change) < factor:
+                    return known[given] * factor
+        return Fraction(step // change) if step % change == 0 else one
 
     def _exponent(self, position: int, side: str, which: int) -> float:
         shape: tuple[int, ...] = getattr(self._calls[position], side)[which]

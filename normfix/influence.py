@@ -23,7 +23,7 @@ from enum import StrEnum
 from normfix.census import LEAVES, PICKS, Call
 from normfix.growth import FIXED, REDUCED, SQUARED, Growth
 
-__all__ = ["Role", "live_positions", "roles", "tails"]
+__all__ = ["Role", "live_positions", "looks_alone", "reached_positions", "roles", "tails"]
 
 
 class Role(StrEnum):
@@ -48,6 +48,8 @@ _ALONG_TOO = frozenset({"argsort", "cummax", "cummin", "cumsum_", "cumprod_", "f
 _CONTRACTING = frozenset({"matmul", "mm", "mv", "bmm", "baddbmm", "einsum", "tensordot"})
 _SHAPING = frozenset({"__getitem__", "interpolate", "upsample", "size", "expand", "expand_as", "pad"})
 _PICKING = frozenset({"narrow", "select", "index_select", "split", "chunk", "unbind", "gather", "take", "t"})
+
+_SLIDING = ("max_pool", "avg_pool", "lp_pool", "conv1d", "conv2d", "conv3d", "conv_transpose", "unfold")
 
 
 def roles(calls: Sequence[Call], growth: Growth, is_norm: Callable[[str], bool]) -> dict[int, Role]:
@@ -87,6 +89,18 @@ def tails(calls: Sequence[Call], growth: Growth, found: Mapping[int, Role]) -> d
     return result
 
 
+def reached_positions(calls: Sequence[Call]) -> frozenset[int]:
+    """Return the calls from which any path leads to the result that counts, or out of tensors."""
+    needed: set[int] = set()
+    found: set[int] = set()
+    for position in reversed(range(len(calls))):
+        call = calls[position]
+        if call.returned or call.function in LEAVES | PICKS or needed.intersection(call.writes):
+            found.add(position)
+            needed.update(call.reads)
+    return frozenset(found)
+
+
 def live_positions(calls: Sequence[Call], growth: Growth, cuts: Collection[int]) -> frozenset[int]:
     """Return the calls from which a path leads to a map in the result or out of tensors without passing a cut.
 
@@ -106,6 +120,22 @@ def live_positions(calls: Sequence[Call], growth: Growth, cuts: Collection[int])
     return frozenset(live)
 
 
+def looks_alone(call: Call, role: Role, space: Collection[int]) -> bool:
+    """Tell whether a call looks as if each pixel had seen all by its name or growth, where its operand may say no.
+
+    Attention over tokens that follow the image is what it looks like; over a fixed number of them it may be blocks.
+
+    Args:
+        call: of the forward pass.
+        role: of the call.
+        space: dimensions of its main operand that follow the image.
+    """
+    if role is Role.PAIRS:
+        tokens = 0 if call.function == "multi_head_attention_forward" else len(call.inputs[0]) - 2
+        return call.function in _ATTENTION and tokens not in space
+    return role in (Role.MIXING, Role.PARTIAL)
+
+
 def _role(position: int, call: Call, growth: Growth) -> Role | None:
     name = call.function
     into, out = growth.inputs(position), growth.outputs(position)
@@ -117,12 +147,18 @@ def _role(position: int, call: Call, growth: Growth) -> Role | None:
         return None
     if out < FIXED:
         return Role.TOTAL if (name in _CONTRACTING and growth.two_sizes) or _smaller(call) else None
-    if name in _ATTENTION or out > SQUARED * max(1.0, into):
+    pairs = out > SQUARED * max(1.0, into) and not _slides(call)
+    if name in _ATTENTION or pairs:
         return Role.PAIRS
     if name in _FREQUENCY or (name in _ALONG | _ALONG_TOO and _along_space(position, call, growth)):
         return Role.MIXING
     # what shrinks from squared is the second half of an attention, named at its first half
     return Role.PARTIAL if into <= SQUARED and out < REDUCED * into else None
+
+
+def _slides(call: Call) -> bool:
+    """Tell whether a window moves over the map: without padding, a small map of windows grows faster than the image."""
+    return call.function.startswith(_SLIDING) and len(call.inputs) == 1
 
 
 def _smaller(call: Call) -> bool:

@@ -7,19 +7,22 @@ one axis and as thin as the network allows on the others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
+import torch
 from torch import Tensor
 
 from normfix.calling import refusals
-from normfix.dye import DyeLost, DyeRefused, halo, strip
+from normfix.dependence import followed, is_isolated, is_steady
+from normfix.dye import DyeLost, DyeRefused, Felt, halo, strip
 from normfix.records import Finding
 from normfix.symmetry import (
     common_unit,
-    cutting_grid,
     exact_multiple,
+    lattices,
     output_scale,
     smallest_stride,
     smallest_tile,
@@ -30,44 +33,129 @@ __all__ = ["Locality", "cross_section", "measure_locality", "not_dense"]
 
 Function = Callable[[Tensor], Tensor]
 
+_FINE, _COARSE = 64, 256
+"""Largest units, in pixels, that are tried where the network runs on no strip of the first, and where on some."""
+
 
 @dataclass(frozen=True, slots=True)
 class Locality:
-    """The geometry and the least extents, or None and the findings that say why there is none."""
+    """The geometry and the least extents, or None and the findings that say why there is none.
+
+    `steady` tells that all of dependence's measurements hold the geometry, `blind` that NaN may have missed something,
+    `foreign` that an operator must not see it, `grid` and `cross` on which strips it was measured.
+    """
 
     geometry: Geometry | None
     findings: tuple[Finding, ...]
     smallest_tile: tuple[int, ...] | None = None
+    steady: bool = False
+    blind: bool = False
+    foreign: bool = False
+    grid: tuple[int, ...] = ()
+    cross: tuple[int, ...] = ()
 
 
 def measure_locality(
-    single: Function, double: Function, example: Tensor, dilution: Sequence[int]
+    single: Function,
+    double: Function,
+    example: Tensor,
+    dilution: Sequence[int],
+    *,
+    doubtful: bool = False,
+    trial: bool = False,
+    foreign: bool = False,
 ) -> Locality:
     """Measure a network in which no statistic is live.
+
+    Where NaN is swallowed or must not be seen, the dye is followed instead, and what that gives must be steady.
 
     Args:
         single: the network in float32 on CPU.
         double: the network in float64 on CPU.
         example: (N, C, *space) in float32 on CPU, the material of the strips.
         dilution: per axis, the coarseness of the coarsest feature map: a multiple or divisor of the stride.
+        doubtful: NaN alone is not believed, if the other measurements do not contradict it.
+        trial: only a steady geometry counts.
+        foreign: operators that nobody knows are among it, so that steadiness is all that holds a geometry.
     """
     example = example[:1]
-    cross = cross_section(single, example, dilution)
-    if cross is None:
-        size = "x".join(map(str, example.shape[2:]))
-        return _none(
-            "NF210",
-            "size",
-            f"the network runs on no strip, only on sizes like {size}, so it cannot be tiled.",
-        )
-    for coarser in (1, 2, 4, 8):  # attention in blocks takes multiples of several pixels of its map only
-        grid = [n * coarser for n in dilution]
-        extents = tuple(map(round_up, cross, grid))
+    plain = Locality(None, (), blind=True) if trial else _measured(single, double, example, dilution)
+    foreign = foreign or plain.foreign
+    short = plain.geometry is not None and not doubtful and not _is_isolated(double, example, plain)
+    if not (doubtful or short or plain.blind) or _is_label(single(example)):
+        return plain
+    alike = plain.geometry is not None and _is_followed(single, example, plain)
+    other = plain if alike else _measured(single, double, example, dilution, followed)
+    steady = (wide for wide in (other, _wider(other)) if _is_steady(double, example, wide, thorough=foreign))
+    return next((replace(wide, steady=True) for wide in steady), plain)
+
+
+def _is_label(output: Tensor) -> bool:
+    """Tell whether an output counts: what is rounded to whole numbers says nothing of how exact they are."""
+    return not output.is_floating_point() or torch.equal(output, output.round())
+
+
+def _is_followed(single: Function, example: Tensor, measured: Locality) -> bool:
+    """Tell whether the dye, followed, reaches as far as its NaN does."""
+    geometry = measured.geometry
+    assert geometry is not None
+    expected: tuple[int, int] | None = None
+    for axis, (grid, scale, there) in enumerate(
+        zip(measured.grid, geometry.scale, geometry.halo, strict=True)
+    ):
         try:
-            return _along_axes(single, double, example, grid, extents)
+            expected = halo(single, example, axis, grid, scale, measured.cross, expected, followed)
+        except (DyeLost, DyeRefused):
+            return False
+        if expected is None or (max(0, expected[0]), max(0, expected[1])) != there:
+            return False
+    return True
+
+
+def _wider(measured: Locality) -> Locality:
+    """Return it with a halo of a stride more: a weight that rounding made of zero counts too, at some sizes only."""
+    geometry = measured.geometry
+    if geometry is None:
+        return measured
+    halo = ((b + s, a + s) for s, (b, a) in zip(geometry.stride, geometry.halo, strict=True))
+    return replace(measured, geometry=replace(geometry, halo=tuple(halo)))
+
+
+def _is_steady(double: Function, example: Tensor, measured: Locality, *, thorough: bool) -> bool:
+    if measured.geometry is None:
+        return False
+    try:
+        return is_steady(double, example.double(), measured.geometry, measured.cross, thorough=thorough)
+    except refusals():  # it does not take what a tile would give it
+        return False
+
+
+def _is_isolated(double: Function, example: Tensor, measured: Locality) -> bool:
+    assert measured.geometry is not None
+    try:
+        return is_isolated(double, example.double(), measured.geometry, measured.cross)
+    except refusals():  # windows are not what it takes, which says nothing of its halo
+        return True
+
+
+def _measured(
+    single: Function, double: Function, example: Tensor, dilution: Sequence[int], felt: Felt | None = None
+) -> Locality:
+    known, refusal = cross_section(single, example, dilution), ""
+    for coarser in (1, 2, 4, 8, 3, 6, 12, 7, 5, 10, 14):  # blocks without padding take multiples only
+        grid = [n * coarser for n in dilution]
+        if coarser > 1 and max(grid) > (_FINE if known is None else _COARSE):
+            continue
+        cross = tuple(map(round_up, known, grid)) if known else cross_section(single, example, grid)
+        if cross is None:
+            continue
+        try:
+            return _along_axes(single, double, example, grid, cross, felt)
         except refusals() as error:
-            refusal = error
-    return _none("NF210", "size", f"it runs on no strip of another length: {refusal}.")
+            refusal = f"it runs on no strip of another length: {error}."
+    size = "x".join(map(str, example.shape[2:]))
+    none = f"the network runs on no strip, only on sizes like {size}, so it cannot be tiled."
+    return _none("NF210", "size", refusal or none)
 
 
 def not_dense(output: Sequence[int], follows: Collection[int], rank: int) -> Locality:
@@ -117,6 +205,7 @@ def _along_axes(
     example: Tensor,
     dilution: Sequence[int],
     cross: tuple[int, ...],
+    felt: Felt | None,
 ) -> Locality:
     strides, halos, scales, multiples, least = [], [], [], [], []
     expected: tuple[int, int] | None = None
@@ -124,16 +213,34 @@ def _along_axes(
     for axis, grid in enumerate(dilution):
         name = f"axis {axis}"
         scale = output_scale(single, example, axis, grid, cross)
+        if scale is None:
+            return _none(
+                "NF254",
+                name,
+                "the output grows with the input along this axis, but by no simple fraction of it, so no place in the "
+                "image has a place in the output that tiles could share. Resize by a factor such as 2, 1.5 or 1/3, or "
+                "choose the output before the resize.",
+            )
         if scale <= 0:
             return _none("NF211", name, "the output does not grow with the input along this axis.")
+        grid = math.lcm(grid, scale.denominator)
+        line = _Line(single, double, example, axis, scale, cross, felt)
         try:
-            reach = halo(single, example, axis, grid, scale, cross, expected)
+            reach = line.reach(grid, expected)
+            like = (None, None) if reach is None else seen.get((grid, scale, reach), (None, None))
+            unit = None if reach is None else line.unit(grid, reach, like[0])
+            if reach is not None and unit is not None and grid % unit:
+                # the dye's edges lay on no lattice of the network's: once more, on it
+                grid = math.lcm(grid, unit)
+                reach = line.reach(grid)
+                unit = None if reach is None else line.unit(grid, reach, unit)
         except DyeLost:
             return _none(
                 "NF216",
                 name,
                 "no dye arrives at its output (a comparison, argmax or cast swallows it), so its halo cannot be "
                 "read. Choose an output before that step.",
+                blind=True,
             )
         except DyeRefused as refused:
             return _none(
@@ -141,6 +248,8 @@ def _along_axes(
                 name,
                 f"the network runs {refused}, which must not see the NaN that a halo is read from: where it reads "
                 "may depend on the data, without bound.",
+                blind=True,
+                foreign=True,
             )
         if reach is None:
             return _none(
@@ -149,60 +258,93 @@ def _along_axes(
                 "its output depends on the whole extent along this axis although no known "
                 "statistic is live, so no halo is enough.",
             )
+        if unit is None:
+            return _none("NF213", name, line.obstacle(grid, reach), blind=True)
         expected = reach
+        around = line.around(grid, reach)
         reach = max(0, reach[0]), max(0, reach[1])  # a tile reads at least itself
-        around = round_up(reach[0], grid), round_up(reach[1], grid)
-        like = seen.get((grid, scale, reach), (None, None))
-        stride = _unit(double, example.double(), axis, grid, scale, around, cross, like[0])
-        if isinstance(stride, str):
-            return _none("NF213", name, stride)
         multiple = exact_multiple(
-            double, example.double(), axis, stride, scale, around, cross, single, like=like[1]
+            double, example.double(), axis, unit, scale, around, cross, single, like=like[1]
         )
-        seen[grid, scale, reach] = stride, multiple
+        seen[grid, scale, expected] = unit, multiple
         multiples.append(multiple)
-        least.append(smallest_tile(single, example, axis, stride, scale, reach[1], cross))
-        strides.append(stride)
+        least.append(smallest_tile(single, example, axis, unit, scale, reach[1], cross))
+        strides.append(unit)
         halos.append(reach)
         scales.append(scale)
     geometry = Geometry(
         stride=tuple(strides), halo=tuple(halos), scale=tuple(scales), multiple=tuple(multiples)
     )
-    return Locality(geometry, (), tuple(least))
+    return Locality(geometry, (), tuple(least), grid=tuple(dilution), cross=cross)
 
 
-def _unit(
-    double: Function,
-    example: Tensor,
-    axis: int,
-    grid: int,
-    scale: Fraction,
-    around: tuple[int, int],
-    cross: Sequence[int],
-    like: int | None,
-) -> int | str:
-    """Return the stride at which windows may be cut, or why there is none; `like` is that of a like axis."""
-    if like and common_unit(double, example, axis, like, scale, around, cross, settled=True):
-        return like
-    unit = common_unit(double, example, axis, grid, scale, around, cross)
-    if unit is not None:
-        return unit
-    stride = smallest_stride(double, example, axis, grid, scale, around, cross)
-    if stride is None:
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """One axis of a network, on strips along it."""
+
+    single: Function
+    double: Function
+    example: Tensor
+    axis: int
+    scale: Fraction
+    cross: tuple[int, ...]
+    felt: Felt | None
+
+    def reach(self, grid: int, expected: tuple[int, int] | None = None) -> tuple[int, int] | None:
+        """Return the halo as the dye shows it on multiples of `grid`, None where it is unbounded."""
+        return halo(self.single, self.example, self.axis, grid, self.scale, self.cross, expected, self.felt)
+
+    def around(self, grid: int, reach: tuple[int, int]) -> tuple[int, int]:
+        """Return the halo in whole steps of the grid."""
+        return round_up(max(0, reach[0]), grid), round_up(max(0, reach[1]), grid)
+
+    def unit(self, grid: int, reach: tuple[int, int], like: int | None) -> int | None:
+        """Return the stride at which windows may be cut, or None; `like` is that of a like axis, tried first.
+
+        It divides the grid, or is that of a lattice which the network pads its input to. There the halo is known but
+        for a step of the lattice, which is added to what is not compared.
+        """
+        if like and self._common(like, self.around(grid, reach), settled=True):
+            return like
+        unit = self._common(grid, self.around(grid, reach))
+        if unit is not None:
+            return unit
+        for lattice in lattices(grid):
+            before, after = self.around(lattice, reach)
+            try:
+                unit = self._common(lattice, (before + lattice, after + lattice))
+            except refusals():
+                continue
+            if unit is not None:
+                return unit
+        return None
+
+    def obstacle(self, grid: int, reach: tuple[int, int]) -> str:
+        """Say why there is no unit."""
+        around = self.around(grid, reach)
+        if (
+            smallest_stride(
+                self.double, self.example.double(), self.axis, grid, self.scale, around, self.cross
+            )
+            is None
+        ):
+            return (
+                "no shift of the input shifts the output: something knows the place of a pixel or the size "
+                "(align_corners=True, position embeddings, a resize to a fixed size; NF244 names such calls). Replace "
+                "it, or keep to one tile size and place."
+            )
         return (
-            "no shift of the input shifts the output: something knows the place of a pixel or the size "
-            "(align_corners=True, position embeddings, a resize to a fixed size; NF244 names such calls). Replace it, "
-            "or keep to one tile size and place."
+            "its output moves with the input, but is another in a window than in the whole image: something depends "
+            "on the size or on the opposite border (a division by H*W, a branch on the size, a cyclic shift). Take it "
+            "out, or keep to one tile size."
         )
-    unit = cutting_grid(double, example, axis, stride, scale, around, cross)
-    if unit is not None:
-        return unit
-    return (
-        "its output moves with the input, but is another in a window than in the whole image: something depends on "
-        "the size or on the opposite border (a division by H*W, a branch on the size, a cyclic shift). Take it out, "
-        "or keep to one tile size."
-    )
+
+    def _common(self, hint: int, around: tuple[int, int], *, settled: bool = False) -> int | None:
+        example = self.example.double()
+        return common_unit(
+            self.double, example, self.axis, hint, self.scale, around, self.cross, settled=settled
+        )
 
 
-def _none(code: str, where: str, message: str) -> Locality:
-    return Locality(None, (Finding(code=code, where=where, message=message),))
+def _none(code: str, where: str, message: str, *, blind: bool = False, foreign: bool = False) -> Locality:
+    return Locality(None, (Finding(code=code, where=where, message=message),), blind=blind, foreign=foreign)

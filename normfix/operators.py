@@ -14,7 +14,9 @@ import torch
 from torch._ops import OpOverload
 
 __all__ = [
+    "RESIZING_POOLS",
     "at_risk",
+    "chooses",
     "is_blank",
     "is_convolution_like",
     "is_foreign",
@@ -22,9 +24,13 @@ __all__ = [
     "is_pointwise",
     "is_pool",
     "is_resizing_pool",
+    "is_shuffle",
     "is_unpooling",
     "is_view",
+    "looked_up",
     "name_of",
+    "reorders",
+    "takes_coordinates",
     "writes_unsaid",
     "written",
 ]
@@ -59,15 +65,25 @@ _POOLS = frozenset(
         "aten::fractional_max_pool2d",
     }
 )
-_RESIZING_POOLS = frozenset(
+RESIZING_POOLS = frozenset(
     {
         "aten::_adaptive_avg_pool2d",
         "aten::_adaptive_avg_pool3d",
         "aten::adaptive_max_pool2d",
         "aten::adaptive_max_pool3d",
+        # of one dimension, where they are not brought to two
+        "aten::adaptive_avg_pool1d",
+        "aten::adaptive_max_pool1d",
     }
 )
-_POINTWISE = frozenset({"aten::_to_copy", "aten::clone", "aten::copy_", "aten::masked_fill", "aten::where"})
+"""Pools to a given extent."""
+
+_POINTWISE = frozenset(
+    {"aten::_to_copy", "aten::clone", "aten::copy_", "aten::masked_fill", "aten::where"}
+) | {
+    "aten::fake_quantize_per_tensor_affine_cachemask",
+    "aten::_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
+}
 _MOVES = frozenset(
     {
         "aten::cat",
@@ -110,6 +126,36 @@ _MOVES = frozenset(
         "aten::max_unpool3d",
     }
 )
+_SHUFFLES = frozenset(
+    {
+        "aten::cat",
+        "aten::stack",
+        "aten::_unsafe_view",
+        "aten::repeat",
+        "aten::roll",
+        "aten::flip",
+        "aten::rot90",
+        "aten::constant_pad_nd",
+    }
+)
+_REORDERS = frozenset(
+    {
+        "aten::sort",
+        "aten::argsort",
+        "aten::topk",
+        "aten::kthvalue",
+        "aten::mode",
+        "aten::median",
+        "aten::nanmedian",
+        "aten::nansum",
+        "aten::_unique",
+        "aten::_unique2",
+        "aten::unique_dim",
+        "aten::unique_consecutive",
+        "aten::unique_dim_consecutive",
+    }
+)
+_LOOKUPS = {"aten::embedding": 1, "aten::bucketize": 0, "aten::searchsorted": 1, "aten::take": 1}
 _BLANKS = frozenset(
     {
         "aten::zeros_like",
@@ -167,12 +213,45 @@ def is_pool(op: OpOverload) -> bool:
 
 def is_resizing_pool(op: OpOverload) -> bool:
     """Tell whether it pools to a given extent, in windows that grow with the image."""
-    return name_of(op) in _RESIZING_POOLS
+    return name_of(op) in RESIZING_POOLS
 
 
 def is_move(op: OpOverload) -> bool:
     """Tell whether the operator only moves or repeats values."""
     return name_of(op) in _MOVES
+
+
+def is_shuffle(op: OpOverload) -> bool:
+    """Tell whether the operator moves values to places that depend on no values: marks can be moved with them."""
+    return name_of(op) in _SHUFFLES
+
+
+def looked_up(op: OpOverload, args: Sequence[Any]) -> Any:
+    """Return the operand whose elements choose, each for itself, what stands in their place; None if there is none."""
+    name = name_of(op)
+    if name == "aten::index":
+        places = args[1]
+        alone = len(places) > 0 and places[0] is not None and all(place is None for place in places[1:])
+        return places[0] if alone and places[0].dtype is torch.int64 else None
+    if name == "aten::searchsorted" and not (isinstance(args[0], torch.Tensor) and args[0].dim() == 1):
+        return None
+    which = _LOOKUPS.get(name)
+    return None if which is None or which >= len(args) else args[which]
+
+
+def chooses(op: OpOverload) -> bool:
+    """Tell whether the operator returns the places of the largest or smallest values along a dimension."""
+    return name_of(op) in ("aten::argmax", "aten::argmin")
+
+
+def reorders(op: OpOverload) -> bool:
+    """Tell whether a NaN marks less of its output than what depends on it: it is sorted away, or left out."""
+    return name_of(op) in _REORDERS
+
+
+def takes_coordinates(op: OpOverload) -> bool:
+    """Tell whether an operator is known to take an operand for places to read at."""
+    return name_of(op) in _COORDINATES
 
 
 def is_blank(op: OpOverload) -> bool:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -72,9 +73,16 @@ class Positions:
         Args:
             two_sizes: the last run was at another size than the first, with the same calls.
         """
+        return self._found(two_sizes, _judge)
+
+    def causes(self, *, two_sizes: bool) -> tuple[Finding, ...]:
+        """Return findings about calls that are harmless in most networks, for one that has no geometry."""
+        return self._found(two_sizes, _cause) if two_sizes else ()
+
+    def _found(self, two_sizes: bool, judge: Callable[[Note, Note | None], str]) -> tuple[Finding, ...]:
         first, other = self._runs[0], self._runs[-1] if two_sizes else None
         pairs = [(note, None) for note in first] if other is None else _paired(first, other)
-        told = [(note, text) for note, again in pairs if (text := _judge(note, again))]
+        told = [(note, text) for note, again in pairs if (text := judge(note, again))]
         if other is None:
             told += [
                 (note, "stops here at every other size that was tried; the size is built in")
@@ -115,6 +123,20 @@ def _judge(note: Note, again: Note | None) -> str:
         case "flattened":
             return "makes features of all of space, so the next layer has one size" if again is None else ""
     return ""
+
+
+def _cause(note: Note, again: Note | None) -> str:
+    if note.what != "stretched" or again is None:
+        return ""
+    half = len(note.extents) // 2
+    factors = [
+        [Fraction(out, given) for given, out in zip(n.extents[:half], n.extents[half:], strict=True)]
+        for n in (note, again)
+    ]
+    if factors[0] == factors[1]:
+        return ""
+    given, out = ("x".join(map(str, part)) for part in (note.extents[:half], note.extents[half:]))
+    return f"resizes by a factor that is another at every size (here from {given} to {out})"
 
 
 def _grouped(told: Sequence[tuple[Note, str]]) -> tuple[Finding, ...]:
@@ -174,8 +196,9 @@ def _read(
         aligned = kwargs.get("align_corners", args[4] if len(args) > 4 else None)
         if aligned:
             yield "aligned", ()
-        elif depends(args[0] if args else kwargs["input"]):
+        elif depends(given := args[0] if args else kwargs["input"]):
             yield "resized", out[2:]
+            yield "stretched", (*given.shape[2:], *out[2:])
     elif name in _SAMPLED:
         yield "sampled", ()
     elif name == "pad" and "circular" in (*args, *kwargs.values()):

@@ -194,7 +194,8 @@ class Scan(Record):
     """Sites of a network and the geometry its output has once they are frozen.
 
     `stride`, `halo`, `scale` and `exact_sizes` run over the spatial axes. `halo` holds (before, after) in
-    input pixels; None means unbounded or not measurable. `scale` is output pixels per input pixel, as a
+    input pixels as measured; None means unbounded or not measurable. `halo_rounded` is it rounded up to the stride:
+    what a tile must read, by whatever tool. `scale` is output pixels per input pixel, as a
     fraction in text ("1", "1/2", "2"). `exact_sizes` holds the number of pixels that sizes must be a
     multiple of (1 = any), `smallest_tile` the least extents the network runs on. Geometry is None where the
     network is not dense or not local.
@@ -211,6 +212,7 @@ class Scan(Record):
     scale: tuple[str, ...] | None
     exact_sizes: tuple[int, ...] | None
     smallest_tile: tuple[int, ...] | None = None
+    halo_rounded: Spans | None = None
     looks: tuple[Looked, ...] = ()
     findings: tuple[Finding, ...] = ()
 
@@ -362,7 +364,7 @@ class Verdict(Record):
     at most 1e-3) passes, up to `threshold` (100 n, at most 1e-3, unless given) warns and passes, above it fails
     if a repeat in float64 confirms it.
     `interference` is the largest relative change of a tile's output when everything outside its window is
-    multiplied by 1e12 in float64, one entry per axis.
+    multiplied by 1e12 in float64, one entry per axis. Tiles read `halo_rounded`, the halo rounded up to the stride.
     """
 
     status: Literal["passed", "failed", "inconclusive"]
@@ -382,6 +384,7 @@ class Verdict(Record):
     interference: tuple[float, ...]
     findings: tuple[Finding, ...]
     settings: tuple[tuple[str, str], ...]
+    halo_rounded: Spans = ()
 
     @property
     def passed(self) -> bool:

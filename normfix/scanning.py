@@ -10,16 +10,19 @@ classifier's final pool does not.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.utils._pytree import tree_map
 
-from normfix.census import Call, Follow, alone, census
+from normfix.calling import refusals
+from normfix.census import Call, Follow, Settle, alone, census
 from normfix.growth import Growth, Look, look_again, look_at_two
-from normfix.influence import Role, live_positions, roles, tails
+from normfix.influence import Role, live_positions, looks_alone, reached_positions, roles, tails
 from normfix.interception import obstacle
 from normfix.records import Finding, Site, StatisticSpec
 from normfix.rules import RULES, family_of, refusal_of, rule_of, specify
@@ -29,12 +32,16 @@ __all__ = ["Survey", "materialise_", "survey"]
 Run = Callable[[nn.Module, Tensor], Tensor]
 
 
+_IDLE = "which the output that counts does not depend on"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
     """What one look at the calls of a forward pass found.
 
     `other` is the input of another size that was tried with the same calls; `reaching` the ids of calls from
-    which a path leads to the result, or out of tensors, without passing a statistic that can be frozen.
+    which a path leads to the result, or out of tensors, without passing a statistic that can be frozen;
+    `mapping` those of sites that make a map of a map and look by name or growth as if each pixel had seen all.
     """
 
     sites: tuple[Site, ...]
@@ -45,6 +52,7 @@ class Survey:
     findings: tuple[Finding, ...]
     other: Tensor | None = None
     reaching: frozenset[str] = frozenset()
+    mapping: frozenset[str] = frozenset()
 
     @property
     def dense(self) -> bool:
@@ -75,6 +83,8 @@ def survey(model: nn.Module, run: Run, example: Tensor, follow: Follow = alone) 
     growth = Growth(example, calls, other, look_at_two(model, run, example, functions))
     modules = dict(model.named_modules())
     found = _Sites(calls, growth, modules, invocations)
+    if not _are_idle(model, run, example, found.idle(), output):
+        found.doubt_dataflow()
     norms = tuple(kind for rule in RULES for kind in rule.modules)
     uncalled = tuple(p for p, m in modules.items() if isinstance(m, norms) and not invocations[p])
     return Survey(
@@ -86,6 +96,7 @@ def survey(model: nn.Module, run: Run, example: Tensor, follow: Follow = alone) 
         findings=_findings(example, other, uncalled),
         other=other.example if other else None,
         reaching=found.reaching(),
+        mapping=found.mapping(),
     )
 
 
@@ -102,6 +113,37 @@ def materialise_(model: nn.Module, run: Run, example: Tensor) -> None:
         census(model, run, example)
 
 
+def _are_idle(model: nn.Module, run: Run, example: Tensor, idle: Collection[str], output: Tensor) -> bool:
+    """Tell whether the output stays what it is, to the bit, whatever calls return that seem not to lead to it.
+
+    A path that no census sees (through TorchScript, or another library's arrays) shows here.
+    """
+
+    def settle(change: Callable[[object], object]) -> Settle:
+        def settled(site: str, func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
+            result = func(*args, **kwargs)
+            return tree_map(change, result) if site in idle else result
+
+        return settled
+
+    def equal(change: Callable[[object], object]) -> bool:
+        try:
+            return torch.equal(census(model, run, example, settle(change))[2], output)
+        except refusals():
+            return False
+
+    return not idle or all(map(equal, (_turned, _enlarged)))
+
+
+def _turned(value: object) -> object:
+    """Return other numbers than a tensor of floats holds."""
+    return 1 - 3 * value if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _enlarged(value: object) -> object:
+    return 1e4 * value + 1e4 if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
 class _Sites:
     """Turns the calls of one forward pass into sites."""
 
@@ -115,6 +157,7 @@ class _Sites:
         self._refusals = {p: self._refusal(p, role) for p, role in self._roles.items()}
         cuts = {p for p, role in self._roles.items() if _can_cut(role) and not self._refusals[p]}
         self._live = live_positions(calls, growth, cuts)
+        self._reached = reached_positions(calls)
         self._positions = [p for p, c in enumerate(calls) if p in self._roles or rule_of(c.function)]
 
     def find(self) -> tuple[Site, ...]:
@@ -124,6 +167,24 @@ class _Sites:
     def reaching(self) -> frozenset[str]:
         """Return the ids of all calls from which a path leads on to the result without passing a frozen one."""
         return frozenset(self._calls[position].id for position in self._live)
+
+    def idle(self) -> frozenset[str]:
+        """Return the ids of the sites from which no path leads to the result that counts."""
+        reads = (p for p in self._positions if self._calls[p].reads)
+        return frozenset(self._calls[position].id for position in reads if position not in self._reached)
+
+    def doubt_dataflow(self) -> None:
+        """Take every site for one that the result depends on."""
+        self._live |= frozenset(self._positions) - self._reached
+        self._reached |= frozenset(self._positions)
+
+    def mapping(self) -> frozenset[str]:
+        """Return the ids of the sites that look by name or growth alone as if each pixel had seen all."""
+        return frozenset(
+            self._calls[position].id
+            for position, role in self._roles.items()
+            if looks_alone(self._calls[position], role, self._growth.space(position))
+        )
 
     def _site(self, position: int) -> Site:
         call = self._calls[position]
@@ -152,6 +213,14 @@ class _Sites:
                 family=rule.family, live=False, reduces="weights, not the image", swappable=False, **common
             )
         reading = rule.read(call, self._growth.space(position), owner)
+        if position not in self._reached:
+            return Site(
+                family=rule.family,
+                live=False,
+                reduces=f"{reading.reduces}, {_IDLE}",
+                swappable=False,
+                **common,
+            )
         swappable = type(owner) in rule.modules and self._invocations[call.owner] == 1
         return Site(
             family=rule.family,
@@ -168,10 +237,13 @@ class _Sites:
         spec: StatisticSpec | None = None
         if live and not refusal:
             spec = specify(position, self._calls, role, self._growth, self._after)
+        unused = (
+            _IDLE if position not in self._reached else "and only constants or no map at all depend on it"
+        )
         return Site(
             family=family_of(call, role),
             live=live,
-            reduces="space" if live else "space, and only constants or no map at all depend on it",
+            reduces="space" if live else f"space, {unused}",
             swappable=False,
             refusal=refusal if live else "",
             statistic=spec,

@@ -148,6 +148,7 @@ def _dye_of(mask: Tensor) -> Dye:
     count, numel = int(mask.count_nonzero()), mask.numel()
     if count in (0, numel):
         return Dye(count, numel)
-    reached = [where.unique() for where in mask.nonzero(as_tuple=True)]  # type: ignore[no-untyped-call]
-    inside = tuple(d for d, at in enumerate(reached) if at[0] > 0 and at[-1] < mask.shape[d] - 1)
-    return Dye(count, numel, inside, tuple(d for d, at in enumerate(reached) if len(at) < mask.shape[d]))
+    rank = range(mask.dim())
+    reached = [mask.any(dim=[d for d in rank if d != dim]) if mask.dim() > 1 else mask for dim in rank]
+    inside = tuple(d for d, at in enumerate(reached) if not at[0] and not at[-1])
+    return Dye(count, numel, inside, tuple(d for d, at in enumerate(reached) if not at.all()))

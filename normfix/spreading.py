@@ -23,6 +23,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from normfix import operators
 from normfix.census import Call, Recorder, census, source_line
 from normfix.records import site_id
 from normfix.staining import Event, Kind, Stain
@@ -137,14 +138,21 @@ def confirmed(dyed: Dyed, other: Dyed, known: frozenset[str]) -> Dyed:
         again = elsewhere.get((sighting.id, sighting.op))
         if again is None:
             return False
-        pools = sighting.op in ("aten::_adaptive_avg_pool2d", "aten::_adaptive_avg_pool3d")
-        if sorted(sighting.over) == sorted(again.over) or (pools and sighting.shape != again.shape):
+        if sorted(sighting.over) == sorted(again.over) or _pools_in_proportion(sighting, again):
             return False
         return _grows(sighting, again) or _grows(again, sighting)
 
     mine = {s.id for s in dyed.found}
     added = (s for s in other.found if s.id in known and s.id not in mine)
     return replace(dyed, sightings=(*filter(stays, dyed.sightings), *added))
+
+
+def _pools_in_proportion(sighting: Sighting, again: Sighting) -> bool:
+    """Tell whether a pool to a given extent is given one that follows the image's along each axis that does."""
+    if sighting.op not in operators.RESIZING_POOLS or not (sighting.given and again.given):
+        return False
+    pairs = zip(sighting.given[0], again.given[0], sighting.shape, again.shape, strict=True)
+    return all(there != then for here, now, there, then in pairs if here != now)
 
 
 def _grows(sighting: Sighting, again: Sighting) -> bool:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from normfix import operators
 from normfix.shadows import Dye, Shadows, holds_nan
 
-__all__ = ["Event", "Kind", "Stain"]
+__all__ = ["Event", "Kind", "Stain", "tensors_in", "written_in"]
 
 Kind = Literal["global", "lost", "unknown"]
 
@@ -57,21 +57,21 @@ class Stain(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        operands = _tensors((args, kwargs))
+        operands = tensors_in((args, kwargs))
         touched = [t for t in operands if self._shadows.of(t) is not None]
         plain = not isinstance(func, OpOverload) or operators.is_view(func) or operators.is_blank(func)
         if not touched or plain:
             return func(*args, **kwargs)
         before = [self._shadows.dye(t) for t in touched]
-        writes = _written(func, args, kwargs)
+        writes = written_in(func, args, kwargs)
         if not writes and not any(dye.count for dye in before):
             return func(*args, **kwargs)
-        risky = _tensors((operators.at_risk(func, args), kwargs if operators.is_foreign(func) else ()))
+        risky = tensors_in((operators.at_risk(func, args), kwargs if operators.is_foreign(func) else ()))
         if any(self._shadows.dye(t).count for t in risky):
             return self._probed(func, args, kwargs, touched, before, writes)
         if operators.is_convolution_like(func) and not writes and touched[0] is args[0] and len(touched) == 1:
             result = func(*args, **kwargs)
-            self._shrink(_tensors(result))
+            self._shrink(tensors_in(result))
             return result
         return self._twice(func, args, kwargs, touched, before, writes)
 
@@ -85,13 +85,13 @@ class Stain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         writes: list[Tensor],
     ) -> Any:
         masks = [self._mask(t) for t in touched] if operators.is_pointwise(func) else []
-        unsaid = [t for t in _tensors((args, kwargs)) if operators.writes_unsaid(func)]
+        unsaid = [t for t in tensors_in((args, kwargs)) if operators.writes_unsaid(func)]
         twin_args, twin_kwargs = self._twins((args, kwargs), writes, unsaid)
         result = func(*args, **kwargs)
-        outputs = [*_tensors(result)] or writes
+        outputs = [*tensors_in(result)] or writes
         try:
             with _same_numbers(func):
-                twins = _tensors(func(*twin_args, **twin_kwargs)) or [*map(self._twin, writes)]
+                twins = tensors_in(func(*twin_args, **twin_kwargs)) or [*map(self._twin, writes)]
         except _FAULTS:
             twins = []
         if [t.shape for t in twins] != [t.shape for t in outputs]:
@@ -153,12 +153,12 @@ class Stain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run on slightly changed numbers instead of NaN; only a change everywhere says something."""
         nudged_args, nudged_kwargs = tree_map(self._nudged, (args, kwargs))
         result = func(*args, **kwargs)
-        outputs = [t for t in (*_tensors(result), *writes) if holds_nan(t) and t.numel()]
+        outputs = [t for t in (*tensors_in(result), *writes) if holds_nan(t) and t.numel()]
         changed: list[bool] = []
         if not writes and outputs:
             try:
                 with _same_numbers(func):
-                    others = _tensors(func(*nudged_args, **nudged_kwargs))
+                    others = tensors_in(func(*nudged_args, **nudged_kwargs))
                 pairs = zip(outputs, others, strict=False)
                 changed = [a.shape == b.shape and bool((a != b).all()) for a, b in pairs]
             except _FAULTS:
@@ -254,16 +254,18 @@ class Stain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return torch.where(self._mask(value), value + 0.5 * (1 + value.abs()), value)
 
 
-def _tensors(values: Any) -> list[Tensor]:
+def tensors_in(values: Any) -> list[Tensor]:
+    """Return the tensors in nested arguments."""
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
-def _written(func: OpOverload, args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
+def written_in(func: OpOverload, args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Return the tensors among an operator's arguments that it writes to."""
     names = operators.written(func)
     if not names:
         return []
     given = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
-    return _tensors([value for name, value in {**given, **kwargs}.items() if name in names])
+    return tensors_in([value for name, value in {**given, **kwargs}.items() if name in names])
 
 
 def _centred(clean: Tensor, rank: int) -> Tensor:

@@ -8,7 +8,7 @@ align_corners=True and position embeddings fail it at every shift.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 
 import torch
@@ -24,6 +24,7 @@ __all__ = [
     "cutting_grid",
     "exact_multiple",
     "is_equivariant",
+    "lattices",
     "output_scale",
     "smallest_stride",
     "smallest_tile",
@@ -33,20 +34,73 @@ EXACT = 1e-10
 """Largest relative difference in float64 that counts as none."""
 
 _CLEARLY, _MARGIN = 1e-3, 32  # a difference that needs no float64; pixels compared at least
+_FAR = 640  # pixels of growth that tell fractions of denominators up to 17 apart
+_COARSEST_LATTICE = 384
+_COMMON = (
+    200  # pixels: 192 is a multiple of every even number up to 16 but 10 and 14, and of 24, 32, 48, 64, 96
+)
 
 Function = Callable[[Tensor], Tensor]
 
 
-def output_scale(f: Function, example: Tensor, axis: int, grid: int, cross: Sequence[int]) -> Fraction:
-    """Return output pixels per input pixel along an axis, from the growth between two lengths."""
+def output_scale(f: Function, example: Tensor, axis: int, grid: int, cross: Sequence[int]) -> Fraction | None:
+    """Return output pixels per input pixel along an axis, from the growth between several lengths.
+
+    Extents are rounded, so one step of `grid` pixels tells the scale only where a larger one agrees. Where they do
+    not (1.5 output pixels per pixel, floor(n / 3) of them), the simplest fraction is taken that explains the growth
+    over hundreds of pixels, and one more length must give exactly what it promises.
+
+    Returns:
+        0 or less where the output does not grow with the input; None where no simple fraction explains how it does.
+    """
     least = round_up(max(64, cross[axis]), grid)
-    lengths = [least, least + grid]
-    outputs = []
-    for length in lengths:
+
+    def extent(length: int) -> int:
         size = [*cross]
         size[axis] = length
-        outputs.append(f(strip(example, size)).shape[axis + 2])
-    return Fraction(outputs[1] - outputs[0], lengths[1] - lengths[0])
+        return int(f(strip(example, size)).shape[axis + 2])
+
+    first = extent(least)
+    scale = Fraction(extent(least + grid) - first, grid)
+    far = grid * max(2, 48 // grid)
+    if extent(least + far) - first == scale * far:
+        return scale
+    far = round_up(_FAR, grid)
+    growth = extent(least + far) - first
+    if growth <= 0:
+        return Fraction(0)
+    scale = _simplest(Fraction(growth - 1, far), Fraction(growth + 1, far))
+    period = math.lcm(grid, scale.denominator)
+    promised = round_up(far, period)
+    return scale if extent(least + promised) - first == scale * promised else None
+
+
+def _simplest(low: Fraction, high: Fraction) -> Fraction:
+    """Return the fraction of the smallest denominator strictly between two, the lower of which is not negative.
+
+    >>> _simplest(Fraction(299, 200), Fraction(301, 200))
+    Fraction(3, 2)
+    """
+    whole = low.numerator // low.denominator
+    if whole + 1 < high:
+        return Fraction(whole + 1)
+    if low == whole:  # the least n for which whole + 1/n lies below `high`
+        return whole + Fraction(1, math.floor(1 / (high - whole)) + 1)
+    return whole + 1 / _simplest(1 / (high - whole), 1 / (low - whole))
+
+
+def lattices(grid: int) -> Iterator[int]:
+    """Yield coarser units that a network may bring its input to, on multiples of `grid`.
+
+    A network that pads to a lattice of blocks (windows of attention, a block MLP) runs on every size, so its maps do
+    not show the lattice. Each unit here is a multiple of many: 64 stands for 2, 4, ..., 64.
+    """
+    for odd, least in ((1, 64), (3, 96), (5, 80), (7, 112), (9, 72), (11, 44), (13, 52)):
+        unit = 4 * math.lcm(grid, odd)
+        while unit < least:
+            unit *= 2
+        if unit <= _COARSEST_LATTICE or odd == 1:
+            yield unit
 
 
 def is_equivariant(
@@ -130,15 +184,16 @@ def cutting_grid(
     """Return the smallest multiple of the stride at which windows may be cut, in extent as well as in place.
 
     It is the stride itself unless the network treats extents by another unit, as one does that pads to a
-    multiple of 16 around a net of stride 4. Whole and windows have odd and even numbers of units, so that they
-    cannot agree by sharing a remainder.
+    multiple of 16 around a net of stride 4. The whole is a multiple of many such units (`_common_length`), windows are
+    not, so that they cannot agree by sharing a remainder.
 
     Returns:
         None if not even sixteen strides are enough.
     """
     for unit in (stride * k for k in (1, 2, 4, 8, 16)):
-        start, length = _odd(64, unit), _odd(reach[0] + reach[1] + 64, unit)
-        if _cuts_agree(f, example, axis, start, start + length, unit, scale, reach, cross) is not False:
+        start = _prime_to_many(64, unit)
+        length = _common_length(start + reach[0] + reach[1] + 64, unit)
+        if _cuts_agree(f, example, axis, start, length, unit, scale, reach, cross) is not False:
             return unit
     return None
 
@@ -160,7 +215,7 @@ def common_unit(
     windows of the same length at every smaller shift that could be the stride. With `settled`, the hint is
     the answer of a like axis, and nothing smaller is tried.
     """
-    unit, length = hint, _odd(max(sum(reach) + _MARGIN, cross[axis]) + hint, hint)
+    unit, length = hint, _common_length(max(sum(reach) + _margin(scale), cross[axis]) + hint, hint)
     size = [*cross]
     size[axis] = length + hint
     x = strip(example, size) + texture(example, size)
@@ -262,7 +317,7 @@ def exact_multiple(
         front = function(x.narrow(axis + 2, 0, length))
         return _same(whole.narrow(axis + 2, 0, inner), front.narrow(axis + 2, 0, inner), bound)
 
-    length = stride + round_up(sum(reach) + _MARGIN, stride)
+    length = stride + round_up(sum(reach) + _margin(scale), stride)
     quick = (f, EXACT) if rough is None else (rough, _CLEARLY)
     if like is not None and stride > 1:
         return 1 if holds(stride - 1, *quick) else stride
@@ -294,10 +349,27 @@ def _ends_agree(
     return _same(*ends, bound), whole
 
 
-def _odd(least: int, unit: int) -> int:
-    """Return the smallest odd number of units that is at least `least`."""
-    count = -(-least // unit)
-    return (count + 1 - count % 2) * unit
+def _margin(scale: Fraction) -> int:
+    """Return how many input pixels to compare at least: some, and several of the output."""
+    return max(_MARGIN, math.ceil(4 / scale))
+
+
+def _prime_to_many(least: int, unit: int) -> int:
+    """Return a number of units that no small prime divides: one, or enough of a small unit to be at least `least`."""
+    count = -(-least // unit) if unit < 16 else 1
+    while math.gcd(count, 2 * 3 * 5 * 7) > 1:
+        count += 1
+    return count * unit
+
+
+def _common_length(least: int, unit: int) -> int:
+    """Return a length that is a multiple of the unit and of many of its multiples, which it may be padded to.
+
+    A network that pads to 24 around a net of stride 4 answers differently only where nothing is to be padded: a
+    length that 24 does not divide looks like any other.
+    """
+    factor = next((k for k in (192, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3) if k * unit <= _COMMON), 2)
+    return round_up(least, factor * unit)
 
 
 def _cuts_agree(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from types import EllipsisType
 
-__all__ = ["Geometry", "Tile", "at", "grid", "round_up"]
+__all__ = ["Geometry", "Tile", "at", "grid", "in_strides", "round_up"]
 
 Spans = tuple[tuple[int, int], ...]
 
@@ -66,6 +66,18 @@ def round_up(n: int, multiple: int) -> int:
     528
     """
     return -(-n // multiple) * multiple
+
+
+def in_strides(halo: Spans, stride: Sequence[int]) -> Spans:
+    """Return a halo rounded up to whole strides: what a tile reads, so that reading starts in phase.
+
+    What was measured may be up to a stride less one short for a tile that starts on the grid; rounded up it is not.
+
+    >>> in_strides(((25, 26),), (4,))
+    ((28, 28),)
+    """
+    pairs = zip(halo, stride, strict=True)
+    return tuple((round_up(before, s), round_up(after, s)) for (before, after), s in pairs)
 
 
 def grid(size: Sequence[int], tile: Sequence[int], geometry: Geometry) -> Iterator[Tile]:

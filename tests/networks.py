@@ -167,6 +167,135 @@ class PadsBothSides(PadsItself):
         super().__init__(both_sides=True)
 
 
+class Blocks(nn.Module):
+    """Breaks reading the stride from maps: mixes blocks of 8x8 after padding to them, so it runs on every size."""
+
+    def __init__(self, block=8, mode="replicate", stem=1, both_sides=False):
+        super().__init__()
+        self.block, self.mode, self.unit, self.both_sides = block, mode, block * stem, both_sides
+        self.before = nn.Conv2d(1, 2, 3, padding=1)
+        self.down = nn.Conv2d(2, 2, stem, stem)
+        self.mix = nn.Linear(block * block, block * block)
+        self.up = nn.ConvTranspose2d(2, 2, stem, stem)
+        self.after = nn.Conv2d(2, 1, 3, padding=1)
+
+    def forward(self, x):
+        h, w = x.shape[2:]
+        rows, columns = -h % self.unit, -w % self.unit
+        top, left = (rows // 2, columns // 2) if self.both_sides else (0, 0)
+        y = self.before(F.pad(x, (left, columns - left, top, rows - top), mode=self.mode))
+        z, b = self.down(y), self.block
+        n, c, i, j = z.shape
+        blocks = z.view(n, c, i // b, b, j // b, b).transpose(3, 4).reshape(n, c, i // b, j // b, b * b)
+        mixed = torch.tanh(self.mix(blocks)).view(n, c, i // b, j // b, b, b).transpose(3, 4)
+        y = y + self.up(z + mixed.reshape(n, c, i, j))
+        return self.after(y)[..., top : top + h, left : left + w]
+
+
+class ShiftedWindows(nn.Module):
+    """Breaks the belief that cyclic shifts wrap: attention in windows, shifted and masked, padded to by reflection.
+
+    As SwinIR has it: one block in place, one shifted by half a window, then a pixel shuffle.
+    """
+
+    def __init__(self, window=4, factor=1):
+        super().__init__()
+        self.window, self.factor = window, factor
+        self.first = nn.Conv2d(1, 2, 3, padding=1)
+        self.projections = nn.ModuleList(nn.Linear(2, 6) for _ in range(2))
+        self.last = nn.Conv2d(2, factor**2, 3, padding=1)
+
+    def _cut(self, x):
+        n, h, w, c = x.shape
+        k = self.window
+        return x.view(n, h // k, k, w // k, k, c).transpose(2, 3).reshape(-1, k * k, c)
+
+    def _mask(self, x, shift):
+        regions = torch.zeros(1, *x.shape[1:3], 1, dtype=x.dtype)
+        parts = slice(0, -self.window), slice(-self.window, -shift), slice(-shift, None)
+        for number, (rows, columns) in enumerate((a, b) for a in parts for b in parts):
+            regions[:, rows, columns] = number
+        cut = self._cut(regions)[..., 0]
+        return torch.where(cut[:, None] == cut[:, :, None], 0.0, -1000.0).to(x.dtype)
+
+    def _attend(self, x, projection, shift):
+        n, h, w, c = x.shape
+        k = self.window
+        moved = torch.roll(x, (-shift, -shift), (1, 2)) if shift else x
+        q, key, value = projection(self._cut(moved)).chunk(3, -1)
+        weights = 3 * q @ key.transpose(1, 2)
+        if shift:
+            weights = weights + self._mask(x, shift)
+        out = (
+            (weights.softmax(-1) @ value).view(n, h // k, w // k, k, k, c).transpose(2, 3).reshape(n, h, w, c)
+        )
+        return x + (torch.roll(out, (shift, shift), (1, 2)) if shift else out)
+
+    def forward(self, x):
+        h, w = x.shape[2:]
+        y = self.first(F.pad(x, (0, -w % self.window, 0, -h % self.window), mode="reflect"))
+        y = y.permute(0, 2, 3, 1)
+        for projection, shift in zip(self.projections, (0, self.window // 2), strict=True):
+            y = self._attend(y, projection, shift)
+        y = F.pixel_shuffle(self.last(y.permute(0, 3, 1, 2)), self.factor)
+        return y[..., : h * self.factor, : w * self.factor]
+
+
+class PadsToMore(nn.Module):
+    """Breaks stride as the unit of sizes: a network of stride 4 that extends its input by zeros to more than that."""
+
+    def __init__(self, unit=16):
+        super().__init__()
+        self.unit = unit
+        self.before, self.deep, self.after = (
+            nn.Conv2d(n, m, 3, padding=1) for n, m in ((1, 2), (2, 2), (2, 1))
+        )
+
+    def forward(self, x):
+        h, w = x.shape[2:]
+        y = self.before(F.pad(x, (0, -w % self.unit, 0, -h % self.unit)))
+        return self.after(y + F.interpolate(self.deep(F.max_pool2d(y, 4)), scale_factor=4))[..., :h, :w]
+
+
+class Resized(nn.Module):
+    """Breaks whole scales: convolutions around a resize by a fraction, or to a size computed from it."""
+
+    def __init__(self, factor, mode="bilinear", live=False):
+        super().__init__()
+        self.factor, self.mode = factor, mode
+        self.before, self.after = nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 1, 3, padding=1)
+        self.norm = nn.InstanceNorm2d(2) if live else nn.Identity()
+
+    def forward(self, x):
+        return self.after(F.interpolate(self.norm(self.before(x)), scale_factor=self.factor, mode=self.mode))
+
+
+class ValidUNet(nn.Module):
+    """Breaks equal extents with a stride: no padding anywhere, skips are cut to the middle, as in the first U-Net."""
+
+    def __init__(self):
+        super().__init__()
+        self.top, self.deep, self.out = nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3), nn.Conv2d(4, 1, 3)
+        self.norm = nn.InstanceNorm2d(2)
+        self.up = nn.ConvTranspose2d(2, 2, 2, 2)
+
+    def forward(self, x):
+        skip = F.leaky_relu(self.norm(self.top(x)))
+        deep = self.up(F.leaky_relu(self.deep(F.max_pool2d(skip, 2))))
+        rows, columns = ((a - b) // 2 for a, b in zip(skip.shape[2:], deep.shape[2:], strict=True))
+        middle = skip[..., rows : rows + deep.shape[2], columns : columns + deep.shape[3]]
+        return self.out(torch.cat((middle, deep), 1))
+
+
+class Extractor(nn.Sequential):
+    """Breaks the stride read from extents: valid strided convolutions in 1D, as speech networks begin with."""
+
+    def __init__(self):
+        layers = [(1, 10, 5), (2, 3, 2), (2, 3, 2), (2, 2, 2)]
+        convs = [nn.Conv1d(inputs, 2, kernel, step) for inputs, kernel, step in layers]
+        super().__init__(convs[0], nn.GroupNorm(2, 2), *(m for c in convs[1:] for m in (nn.GELU(), c)))
+
+
 class PoolsByThree(UNet):
     """Breaks strides that are powers of two: pools by 3, then by 2, and runs on multiples of 6 only."""
 

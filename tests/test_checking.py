@@ -117,6 +117,7 @@ def test_a_halo_one_stride_short_is_caught(side):
     verdict = _compare(net, torch.randn(1, 1, 128, 128), replace(geometry, halo=(halo,) * 2))
     assert verdict.status == "failed"
     assert "NF403" in _codes(verdict)
+    assert any("no tile of " in f.message and "read at least" in f.message for f in verdict.findings)
 
 
 def test_a_short_halo_is_caught_on_a_dark_image():

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import normfix
 from normfix.calling import Caller
 from normfix.diagnosis.experiments import UNKNOWN, culprits
 from normfix.diagnosis_record import Tiling
@@ -390,3 +391,24 @@ def test_unknown_is_named_where_something_is_left():
     assert found.cause == UNKNOWN
     assert found.removed is None
     assert found.introduced > 0.01
+
+
+@pytest.mark.parametrize(("step", "tile", "halo", "size"), [(4, 30, 8, (128, 160)), (8, 20, 3, (100, 90))])
+def test_a_tiling_off_the_grid_is_diagnosed_where_outputs_are_rounded(step, tile, halo, size):
+    """Windows whose outputs lack pixels of their tiles make `phase` the cause and are told, and nothing crashes."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 2, step, step), nn.ReLU(), nn.ConvTranspose2d(2, 1, step, step)).eval()
+    found = normfix.diagnose(
+        net, torch.rand(1, 1, *size), tiling=Tiling(tile=(tile,) * 2, halo=((halo,) * 2,) * 2)
+    )
+    assert found.culprits[0].cause == "phase"
+    assert "NF255" in {finding.code for finding in found.record.findings}
+
+
+def test_a_tiling_on_the_grid_lacks_nothing():
+    """Control: tiles and halos of whole strides leave no pixel out."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 2, 4, 4), nn.ReLU(), nn.ConvTranspose2d(2, 1, 4, 4)).eval()
+    tiling = Tiling(tile=(32, 32), halo=((8, 8), (8, 8)))
+    found = normfix.diagnose(net, torch.rand(1, 1, 128, 160), tiling=tiling)
+    assert (found.culprits, found.record.findings) == ((), ())

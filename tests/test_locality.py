@@ -1,20 +1,26 @@
 """Locality: geometry per axis of a network without live statistics, or a reason why there is none."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 from networks import (
     AlignedCorners,
     Anisotropic,
+    Blocks,
     ConstantOutput,
     DilatedStack,
     HiddenLive,
     LiveInstance,
     NeedsRoom,
     PadsItself,
+    PadsToMore,
     Patchify,
     PoolsByThree,
     PureShift,
+    Resized,
     ResizesToSkip,
+    ShiftedWindows,
     SuperResolution,
     SwallowsDye,
     UNet,
@@ -59,6 +65,49 @@ def test_geometry(make, dilution, stride, halo, scale, multiple):
         (scale,) * 2,
         (multiple,) * 2,
     )
+
+
+@pytest.mark.parametrize(
+    ("make", "stride", "halo", "multiple"),
+    [
+        (Blocks, 8, (9, 9), 1),
+        (lambda: Blocks(4, "reflect", stem=2), 8, (9, 9), 1),
+        (lambda: Blocks(12, "constant"), 12, (13, 13), 1),
+        (lambda: Blocks(7), 7, (8, 8), 1),
+        (lambda: Blocks(both_sides=True), 8, (9, 9), 8),
+        (lambda: ShiftedWindows(factor=2), 4, (7, 7), 1),
+        (PadsToMore, 16, (9, 9), 1),
+        (lambda: PadsToMore(24), 24, (9, 9), 1),
+    ],
+)
+def test_the_lattice_a_network_pads_to_is_its_stride(make, stride, halo, multiple):
+    """Blocks that no map's extent shows are found; where padding is at both ends, only their multiples are exact."""
+    found = _measure(make(), (1, 1)).geometry
+    assert (found.stride, found.halo, found.multiple) == ((stride,) * 2, (halo,) * 2, (multiple,) * 2)
+
+
+@pytest.mark.parametrize(
+    ("factor", "mode", "stride", "halo"),
+    [
+        (1.5, "bilinear", 2, 2),
+        (1.5, "nearest", 2, 2),
+        (0.75, "bilinear", 4, 3),
+        (4 / 3, "bilinear", 3, 3),
+        (1.3, "bilinear", 10, 3),
+    ],
+)
+def test_a_fractional_scale_has_the_stride_of_its_denominator(factor, mode, stride, halo):
+    """A scale of 3/2 is read as such, and tiles start where the output has a whole pixel."""
+    found = _measure(Resized(factor, mode), (1, 1)).geometry
+    assert found.scale == (Fraction(factor).limit_denominator(20),) * 2
+    assert (found.stride, found.halo) == ((stride,) * 2, ((halo, halo),) * 2)
+
+
+def test_a_scale_that_is_no_simple_fraction_is_a_reason():
+    """A resize by 1.2345 has no place that tiles could share."""
+    found = _measure(Resized(1.2345), (1, 1))
+    assert found.geometry is None
+    assert found.findings[0].code in ("NF254", "NF213")
 
 
 def test_every_axis_has_its_own_geometry():

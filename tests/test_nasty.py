@@ -94,7 +94,7 @@ def test_a_site_the_scan_missed_is_caught(kind, monkeypatch):
         return replace(found, sites=tuple(site for site in found.sites if site is not last))
 
     monkeypatch.setattr(looking, "survey", blind)
-    monkeypatch.setattr(looking, "_dyed", lambda *given, **options: UNDYED)
+    monkeypatch.setattr(looking, "_dyed", lambda *given, **options: looking._Dyes(UNDYED))
     with suppress(Stopped):
         assert converted(kind).proof.step("used").status == "failed"
 

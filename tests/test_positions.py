@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import AlignedCorners, DilatedStack, ResizesToSkip, plain_unet
+from networks import AlignedCorners, Blocks, DilatedStack, ResizesToSkip, ShiftedWindows, plain_unet
 from torch import nn
 
 import normfix
@@ -103,3 +103,20 @@ def test_calls_at_one_line_are_one_finding():
 class _Rolls(nn.Module):
     def forward(self, x):
         return x.roll(1, 3)
+
+
+@pytest.mark.parametrize("extent", [60, 64])
+@pytest.mark.parametrize("make", [Blocks, ShiftedWindows])
+def test_padding_to_a_lattice_is_tile_invariant_at_every_example(make, extent):
+    """Whether the example is a multiple of the lattice changes nothing; masked shifts were measured harmless."""
+    scan = normfix.scan(make().eval(), torch.randn(1, 1, extent, extent))
+    assert scan.tile_invariant, scan.findings
+    assert {finding.code for finding in scan.findings} <= {"NF252"}
+
+
+def test_a_shift_without_a_mask_stays_a_finding():
+    """Control: what rolls around the border without a mask has no geometry, and is named."""
+    net = Around(lambda self, y: y + torch.roll(y, 2, -1))
+    scan = normfix.scan(net.eval(), torch.randn(1, 1, 64, 64))
+    assert not scan.tile_invariant
+    assert "NF244" in {finding.code for finding in scan.findings}

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from networks import Blocks, Extractor, Resized, UNet, ValidUNet, max_pool, nearest, strided
 from torch import nn
 
 import normfix
@@ -240,3 +241,63 @@ def test_a_half_precision_network_that_overflows_is_named(network, image):
         normfix.predict(model, torch.full((1, 1, 96, 128), 60000.0).half(), tile=32)
     with pytest.raises(normfix.NormfixError, match=r"NF104.*float16"):
         normfix.predict(model, torch.full((1, 1, 96, 128), 1e5), tile=32)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "tile"),
+    [
+        (lambda: Resized(1.5, live=True), (61, 50), 20),
+        (lambda: Resized(0.75, live=True), (61, 50), 20),
+        (ValidUNet, (68, 60), 20),
+        (Extractor, (1203,), 160),
+    ],
+)
+def test_outputs_of_other_extents_are_placed_rightly(make, shape, tile):
+    """Converted and tiled, a network of scale 3/2, or without padding, is the original at sizes off its stride."""
+    net = make().eval().double()
+    image = torch.rand(1, 1, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    done = normfix.convert(net, image, dtype=torch.float64)
+    with torch.no_grad():
+        expected = net(image)
+    found = normfix.predict(done.model, image, tile, engine="tiles")
+    assert found.shape == expected.shape
+    assert float((found - expected).abs().max() / expected.std()) < 1e-10
+
+
+def _own_tiles(net, image, tile, halo, scale):
+    """Stitch along the last axis with plain slices: what any tool does that is told a stride and a halo."""
+    whole, parts = image.shape[-1], []
+    for start in range(0, whole, tile):
+        first, last = max(0, start - halo[0]), min(whole, start + tile + halo[1])
+        out = net(image[..., first:last])
+        skipped = int((start - first) * scale)
+        parts.append(out[..., skipped : skipped + int(tile * scale)])
+    return torch.cat(parts, -1)
+
+
+@pytest.mark.parametrize(
+    ("make", "scale"),
+    [
+        (lambda: UNet(strided, nearest), 1),
+        (lambda: UNet(max_pool, nearest, depth=2), 1),
+        (Blocks, 1),
+        (lambda: nn.Sequential(UNet(strided, nearest, depth=2), nn.Upsample(scale_factor=2)), 2),
+        (lambda: nn.Sequential(UNet(strided, nearest, depth=2), nn.Conv2d(1, 1, 4, 4)), 1 / 4),
+    ],
+)
+def test_the_rounded_halo_is_enough_for_any_tool(make, scale):
+    """Tiles that read exactly `Scan.halo_rounded` are exact in float64; a stride less on both sides is not."""
+    net = make().eval()
+    scan = normfix.scan(net, fast=True)
+    (before, after), stride = scan.halo_rounded[1], scan.stride[1]
+    assert 0 <= before - scan.halo[1][0] < stride
+    double, shape = copy.deepcopy(net).double(), (1, 1, 32, 10 * stride + 64)
+    image = 1e6 * torch.rand(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    with torch.no_grad():
+        whole = double(image)
+        exact = _own_tiles(double, image, 2 * stride, (before, after), scale)
+        short = _own_tiles(
+            double, image, 2 * stride, (max(0, before - stride), max(0, after - stride)), scale
+        )
+    assert float((exact - whole).abs().max() / whole.std()) < 1e-11
+    assert float((short - whole).abs().max() / whole.std()) > 1e-11

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
+from collections.abc import Sequence
 
 from normfix.cli.showing import duration_text
 from normfix.diagnosis_record import Cost, DiagnosisRecord, Mismatch
@@ -17,6 +18,7 @@ from normfix.records import (
     Spans,
     Verdict,
 )
+from normfix.tiles import in_strides
 
 __all__ = [
     "calibration_text",
@@ -30,36 +32,50 @@ __all__ = [
 
 
 def scan_text(scan: Scan) -> str:
-    """Return sites, then how the looks went, the geometry and the findings; at most 100 columns."""
+    """Return the answer, then the sites, those of one kind together, how the looks went and the findings."""
     shape = "x".join(map(str, scan.example))
-    lines = [f"{scan.model}, scanned at {shape}", ""]
-    for site in scan.sites:
-        lines += _site_lines(site)
     kinds = Counter(site.family for site in scan.live)
     counted = ", ".join(f"{n} {family}" for family, n in kinds.items())
-    lines += [""] * bool(scan.sites)
-    lines.append(f"live sites: {len(scan.live)}" + (f" ({counted})" if counted else ""))
-    looks = (f"{look.name} {look.status}" + (f" ({look.note})" if look.note else "") for look in scan.looks)
-    lines += _wrapped("looks: " + ", ".join(looks))
-    lines.append(f"dense output: {'yes' if scan.dense else 'no'}")
-    lines.append(f"tile-invariant: {'yes' if scan.tile_invariant else 'no'}")
+    lines = [
+        f"{scan.model}, scanned at {shape}",
+        "",
+        f"live sites: {len(scan.live)}" + (f" ({counted})" if counted else ""),
+        f"dense output: {'yes' if scan.dense else 'no'}",
+        f"tile-invariant: {'yes' if scan.tile_invariant else 'no'}",
+    ]
     if scan.stride is not None and scan.halo is not None and scan.exact_sizes is not None:
         lines += [
             f"stride: {_by_axis(scan.stride)}",
-            f"halo once frozen (before/after): {_spans(scan.halo)}",
+            f"halo once frozen (before/after): {_rounded(scan.halo, scan.stride)}",
             "exact sizes: " + ", ".join("any" if n == 1 else f"multiples of {n}" for n in scan.exact_sizes),
         ]
         if scan.smallest_tile is not None:
             lines.append(f"smallest tile: {_by_axis(scan.smallest_tile)}")
     else:
         lines.append("stride, halo and exact sizes: none; the findings say why")
+    lines += [""] * bool(scan.sites)
+    lines += _site_lines(scan.sites)
+    lines += [""] * bool(scan.sites)
+    looks = (f"{look.name} {look.status}" + (f" ({look.note})" if look.note else "") for look in scan.looks)
+    lines += _wrapped("looks: " + ", ".join(looks))
     for finding in scan.findings:
         lines += _wrapped(f"{finding.code} {finding.where}: {finding.message}")
     return "\n".join(lines)
 
 
-def _site_lines(site: Site) -> list[str]:
-    """Return a site's id, then what it is and what can be done about it."""
+def _site_lines(sites: Sequence[Site]) -> list[str]:
+    """Return the sites of each kind by their ids, then what they are and what can be done about them."""
+    kinds: dict[str, list[str]] = {}
+    for site in sites:
+        kinds.setdefault(_facts(site), []).append(site.id)
+    lines = []
+    for facts, ids in kinds.items():
+        count = f"{len(ids)} sites: " if len(ids) > 1 else ""
+        lines += [f"  {id_}" for id_ in ids] + _wrapped(count + facts, indent="      ")
+    return lines
+
+
+def _facts(site: Site) -> str:
     state = "live" if site.live else "not live"
     if site.convertible:
         how = "convertible by " + ("swapping its module" if site.swappable else "interception")
@@ -72,7 +88,7 @@ def _site_lines(site: Site) -> list[str]:
         f"seen by {', '.join(site.looks)}",
         how,
     ]
-    return [f"  {site.id}", *_wrapped("; ".join(facts), indent="      ")]
+    return "; ".join(facts)
 
 
 def _wrapped(text: str, indent: str = "") -> list[str]:
@@ -97,6 +113,9 @@ def conversion_text(record: ConversionRecord) -> str:
         f"  image {s.image}: prediction moved by {s.mean_sd:.2g} sd on average, {s.max_sd:.2g} at most"
         for s in record.proof.shifts
     ]
+    scan = record.scan
+    if scan.stride is not None and scan.halo is not None:
+        lines.append(f"  tiles: stride {_by_axis(scan.stride)}, halo {_rounded(scan.halo, scan.stride)}")
     return "\n".join([*lines, *_findings(record.calibration)])
 
 
@@ -157,7 +176,8 @@ def verdict_text(verdict: Verdict) -> str:
             f"  largest difference {verdict.max_sd:.2g} sd, mean {verdict.mean_sd:.2g} sd",
             f"  noise floor n {verdict.noise:.2g} sd: up to {verdict.tolerance:.2g} (4 n, at most 1e-3) passes, up to "
             f"{verdict.threshold:.2g} warns, above it fails once float64 confirms",
-            f"  tile {_by_axis(verdict.tile)}, halo {_spans(verdict.halo)}, stride {_by_axis(verdict.stride)}, "
+            f"  tile {_by_axis(verdict.tile)}, halo {_rounded(verdict.halo, verdict.stride, 'given')}, "
+            f"stride {_by_axis(verdict.stride)}, "
             f"{verdict.windows} windows",
             "  beyond the halo, amplified: " + ", ".join(f"{c:.1g}" for c in verdict.interference),
         ]
@@ -209,6 +229,12 @@ def _mismatch(name: str, found: Mismatch | None) -> str:
 
 def _by_axis(numbers: tuple[int, ...]) -> str:
     return "x".join(map(str, numbers))
+
+
+def _rounded(halo: Spans, stride: tuple[int, ...], what: str = "measured") -> str:
+    """Return a halo rounded up to the stride, which any tool can be given, and what it was where that differs."""
+    whole = in_strides(halo, stride)
+    return _spans(whole) + ("" if whole == halo else f" ({_spans(halo)} {what})")
 
 
 def _spans(halo: Spans) -> str:

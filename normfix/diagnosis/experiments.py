@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from normfix.diagnosis.indicators import compare, spread_of
-from normfix.diagnosis.windows import Window, faults, take, windows
+from normfix.diagnosis.windows import Window, faults, paste, take, windows
 from normfix.diagnosis_record import Culprit, Kind, Mismatch, Tiling
 from normfix.intervention import POSITION, Place, Recording, record, run_fixed
 from normfix.numerics import BOUNDLESS
 from normfix.records import Site
 from normfix.stitching import cropped, padded
-from normfix.tiles import Geometry, at
+from normfix.tiles import Geometry
 
 __all__ = ["NAMED", "UNKNOWN", "Bench", "Trial", "culprits"]
 
@@ -166,9 +166,7 @@ class Bench:
         for done, window in enumerate(tiles):
             place = Place(tuple(a for a, _ in window.read), tuple(image.shape[2:]))
             output = run_fixed(model, self.run, self._window(image, window, present), kept, fixed, place)
-            part = output[at(window.keep(self.geometry))]
-            target = stitched[at(window.write(self.geometry))]
-            target.copy_(part[at([slice(0, n) for n in target.shape[2:]])])
+            paste(stitched, output, window, self.geometry)
             self.progress("experiments", done + 1, len(tiles))
         size = self.image.shape[2:]
         if extended:

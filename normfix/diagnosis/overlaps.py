@@ -66,12 +66,12 @@ def overlaps(
             common = _common(_inside(one.window, size), _inside(window, size))
             if common is None:
                 continue
-            here, there = _at(one, common, geometry), _at(other, common, geometry)
+            here, there = _both(one, other, common, geometry)
             everywhere.add(here, there)
             inner = _common(_sure(one.window, size, geometry), _sure(window, size, geometry))
             found = None
             if inner is not None:
-                here, there = _at(one, inner, geometry), _at(other, inner, geometry)
+                here, there = _both(one, other, inner, geometry)
                 beyond.add(here, there)
                 found = compare(here, there, kind, sd)
             if found is not None:
@@ -100,6 +100,15 @@ def _sure(window: Window, size: Sequence[int], geometry: Geometry) -> tuple[Span
 def _common(a: Sequence[Span], b: Sequence[Span]) -> tuple[Span, ...] | None:
     spans = tuple((max(x[0], y[0]), min(x[1], y[1])) for x, y in zip(a, b, strict=True))
     return spans if all(low < high for low, high in spans) else None
+
+
+def _both(
+    one: Predicted, other: Predicted, spans: Sequence[Span], geometry: Geometry
+) -> tuple[Tensor, Tensor]:
+    """Return both outputs at a region, where both have any: outputs that are rounded down may end before it."""
+    here, there = _at(one, spans, geometry), _at(other, spans, geometry)
+    common = at([slice(0, min(a, b)) for a, b in zip(here.shape[2:], there.shape[2:], strict=True)])
+    return here[common], there[common]
 
 
 def _at(predicted: Predicted, spans: Sequence[Span], geometry: Geometry) -> Tensor:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from normfix.diagnosis_record import Tiling
-from normfix.tiles import Geometry, round_up
+from normfix.tiles import Geometry, at, round_up
 
-__all__ = ["Window", "faults", "take", "windows"]
+__all__ = ["Window", "faults", "paste", "take", "windows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,19 @@ def take(image: Tensor, window: Window, context: str) -> Tensor:
         index = torch.arange(first, last, device=image.device)
         image = image.index_select(axis + 2, _mirrored(index, low, high))
     return image
+
+
+def paste(stitched: Tensor, output: Tensor, window: Window, geometry: Geometry) -> int:
+    """Copy the tile out of a window's output to its place in the whole, in place.
+
+    Returns:
+        How many pixels of the tile the output lacks: a network that rounds its output down to its stride gives fewer
+        for a window that the stride does not divide.
+    """
+    target, part = stitched[at(window.write(geometry))], output[at(window.keep(geometry))]
+    common = at([slice(0, min(a, b)) for a, b in zip(target.shape[2:], part.shape[2:], strict=True)])
+    target[common].copy_(part[common])
+    return target[0, 0].numel() - target[common][0, 0].numel()
 
 
 def _along(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from normfix.graph.bounds import Bound
 from normfix.graph.capture import Captured, NotCaptured, capture, export
 from normfix.graph.look import GraphLook, graph_look
 from normfix.graph.program import Program
@@ -9,6 +10,7 @@ from normfix.graph.raising import raised
 from normfix.graph.sites import Seen, read_sites
 
 __all__ = [
+    "Bound",
     "Captured",
     "GraphLook",
     "NotCaptured",

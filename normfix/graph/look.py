@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from normfix.calling import failures
-from normfix.graph.bounds import broken_when_larger
+from normfix.graph.bounds import Bound, broken_when_larger
 from normfix.graph.capture import Captured, NotCaptured, capture
 from normfix.graph.sites import Reading, Seen, read_sites
 from normfix.records import Finding, Looked, Site
@@ -39,8 +39,8 @@ class GraphLook:
     `looked` tells how the look went, with the reason where the network could not be captured. `seen` are the
     ids of sites that the graph holds too, `unseen` live ones that it does not; `surplus` are nodes that the census
     has no site for. `disputed` are ids of sites that one look calls live and the other does not.
-    `unknown` are operators whose locality nobody knows, with how many nodes have them. Findings say the same
-    in words.
+    `unknown` are operators whose locality nobody knows, with how many nodes have them, `bounds` the conditions on the
+    size that a larger image breaks. Findings say the same of all but the bounds in words.
     """
 
     looked: Looked
@@ -50,6 +50,7 @@ class GraphLook:
     surplus: tuple[Seen, ...] = ()
     disputed: tuple[str, ...] = ()
     unknown: tuple[tuple[str, int], ...] = ()
+    bounds: tuple[Bound, ...] = ()
     findings: tuple[Finding, ...] = ()
 
 
@@ -94,7 +95,8 @@ def compare_looks(captured: Captured, reading: Reading, sites: Sequence[Site]) -
         for site in sites
         if site.live and site.id not in seen and (two_sizes or site.layer is not None)
     )
-    surplus = tuple(s for s in reading.seen if s.node not in pairs)
+    # torch.export takes a size computed for an adaptive pool for a number: one of fixed size has a site
+    surplus = tuple(s for s in reading.seen if s.node not in pairs and not s.function.startswith("adaptive_"))
     disputed = _disputed(reading.seen, pairs)
     sizes = "free" if any(d >= 2 for d in captured.free) else "fixed"
     sizes += "" if two_sizes else " at one, space told by position"
@@ -107,7 +109,8 @@ def compare_looks(captured: Captured, reading: Reading, sites: Sequence[Site]) -
         surplus=surplus,
         disputed=disputed,
         unknown=reading.unknown,
-        findings=_findings(unseen, surplus, disputed, reading) + _bounds(captured),
+        bounds=broken_when_larger(captured),
+        findings=_findings(unseen, surplus, disputed, reading),
     )
 
 
@@ -187,16 +190,3 @@ def _findings(
         for name, count in reading.unknown
     ]
     return tuple(found)
-
-
-def _bounds(captured: Captured) -> tuple[Finding, ...]:
-    """Name the sizes from which on the network is another: a tile below and a whole above take different paths."""
-    return tuple(
-        Finding(
-            code="NF244",
-            where="input size",
-            message=f"the network branches on the image's size: what was scanned holds while {condition}, and a "
-            "larger image runs something else than its tiles. Take the branch out.",
-        )
-        for condition in broken_when_larger(captured)
-    )

@@ -98,6 +98,7 @@ _LOCAL = frozenset(
         "_conv_depthwise2d", "conv_depthwise3d", "thnn_conv2d", "conv_tbc", "col2im", "bilinear", "_trilinear",
         "_addmm_activation", "addbmm", "addmv", "mv", "dot", "inner", "outer", "tensordot", "chain_matmul",
         "cdist", "_safe_softmax", "nanmean", "nansum", "aminmax", "count_nonzero", "frobenius_norm", "diff",
+        "where", "rot90", "fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine",
     }
 )
 """Local unless `along` says that they run along space, or their output grows otherwise than their input."""

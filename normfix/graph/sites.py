@@ -41,6 +41,17 @@ _FAMILIES = {
     "rms_norm": Family.RESPONSE,
 }
 _POOLS = ("adaptive_avg_pool", "adaptive_max_pool", "_adaptive_avg_pool", "avg_pool", "max_pool")
+_SLIDING = (
+    "max_pool",
+    "avg_pool",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose",
+    "convolution",
+    "unfold",
+    "im2col",
+)
 _SHAPING = frozenset(
     {
         "slice",
@@ -159,7 +170,7 @@ class _Sizes:
         self._shapes = captured.shapes()
         image = self._shapes[image_of(captured.program).name]
         self._unit = _log_ratio((1, *image[0][2:]), (1, *image[1][2:])) if image else 1.0
-        self._plain = {n.name: n.meta["val"] for n in captured.program.graph.nodes if "val" in n.meta}
+        self._plain = {n.name: _first(n.meta["val"]) for n in captured.program.graph.nodes if "val" in n.meta}
 
     def known(self, node: Node) -> bool:
         """Tell whether a node gives a tensor."""
@@ -185,6 +196,11 @@ class _Sizes:
         return frozenset(i for i, (a, b) in enumerate(zip(*pair, strict=True)) if a != b)
 
 
+def _first(value: object) -> object:
+    """Return what counts of what a node gives."""
+    return value[0] if isinstance(value, list | tuple) and value else value
+
+
 def _family(node: Node, sizes: _Sizes, depends: frozenset[Node]) -> Family | None:
     name = name_of(node)
     if node not in depends or not name:
@@ -193,7 +209,8 @@ def _family(node: Node, sizes: _Sizes, depends: frozenset[Node]) -> Family | Non
         return Family.OTHER
     if name == "scaled_dot_product_attention" or name.startswith("_scaled_dot_product"):
         return Family.ATTENTION if sizes.inputs(node) >= _REDUCED else None
-    if sizes.growth(node) > _SQUARED * max(1.0, sizes.inputs(node)):
+    slides = name.startswith(_SLIDING) and sum(n in depends for n in node.all_input_nodes) == 1
+    if sizes.growth(node) > _SQUARED * max(1.0, sizes.inputs(node)) and not slides:
         return Family.ATTENTION
     if _reduces(node, sizes):
         return Family.POOL if name.startswith(_POOLS) else Family.REDUCTION

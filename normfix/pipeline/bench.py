@@ -76,9 +76,12 @@ def prepare(
     base, caller = ready.network, ready.caller
     training = [name for name, m in base.named_modules() if isinstance(m, _NormBase) and m.training]
     seen = look(base, example, caller)
+    local = {
+        s.id for s in seen.scan.sites if not s.live and s.layer is None
+    }  # measured, whatever their names say
     evaluated, trained = copy_of(base).eval(), _as_used(base, training).eval()
     live = {
-        mode: tuple(s for s in _sites(net, example, caller) if s.live)
+        mode: tuple(s for s in _sites(net, example, caller) if s.live and s.id not in local)
         for mode, net in ((False, evaluated), (True, trained))
     }
     geometry = seen.geometry or _geometry(evaluated, example, caller, live[False])

@@ -19,7 +19,7 @@ from normfix.diagnosis.indicators import compare, differences, profile, spread_o
 from normfix.diagnosis.overlaps import Overlaps, Predicted, overlaps
 from normfix.diagnosis.reception import gradient, receptive_field
 from normfix.diagnosis.statistics import site_reports
-from normfix.diagnosis.windows import Window, take, windows
+from normfix.diagnosis.windows import Window, paste, take, windows
 from normfix.diagnosis_record import (
     AccuracyRow,
     Cost,
@@ -37,7 +37,7 @@ from normfix.records import Finding
 from normfix.reporting.maps import Maps
 from normfix.rewriting import copy_of
 from normfix.stitching import cropped, padded
-from normfix.tiles import at
+from normfix.tiles import Geometry
 
 __all__ = ["Examination"]
 
@@ -51,6 +51,7 @@ class _Seen:
     stitched: Tensor
     whole: Tensor
     sd: float
+    missing: int
 
 
 @dataclass(slots=True)
@@ -116,7 +117,7 @@ class Examination:
             receptive_field=receptive_field(slope, centre, setting.geometry, bounded=True),
             accuracy=self._accuracy(seen, fixed, converted, tile),
             cost=cost,
-            findings=setting.findings + _findings(seen.sd, any(cuts), pairs),
+            findings=setting.findings + _findings(seen, any(cuts), pairs, setting.geometry),
             settings=(*settings(*home_of(setting.model)), ("experiments", "float64")),
         )
         return record_, _maps(setting.scale(setting.image), seen, fixed, difference, slope, cuts)
@@ -164,19 +165,18 @@ class Examination:
     def _seen(self, present: frozenset[str]) -> _Seen:
         image, geometry = self._whole_image(present), self.setting.geometry
         whole = self._tested(self.setting.scale(image))
-        stitched, first, watched = torch.zeros_like(whole), [], []
+        stitched, first, watched, missing = torch.zeros_like(whole), [], [], 0
         tiles = self.bench.tiles(present)
         for done, window in enumerate(tiles, start=1):
             pixels = self._window(window, present)
             output, kept = record(self._model(), self.setting.caller, pixels, self.setting.live[False])
             watched.append(Watched(kept.norms))
             first.append(Predicted(window, output))
-            target, part = stitched[at(window.write(geometry))], output[at(window.keep(geometry))]
-            target.copy_(part[at([slice(0, n) for n in target.shape[2:]])])
+            missing += paste(stitched, output, window, geometry)
             self.progress("tiles", done, len(tiles))
         size = self.setting.image.shape[2:]
         stitched, whole = (cropped(t, size, geometry.scale) for t in (stitched, whole))
-        return _Seen(first, watched, stitched, whole, spread_of(whole, self.setting.kind))
+        return _Seen(first, watched, stitched, whole, spread_of(whole, self.setting.kind), missing)
 
     def _pairs(self, seen: _Seen, present: frozenset[str]) -> Overlaps:
         shifted, done = self._shifted(present), 0
@@ -269,9 +269,16 @@ def _status(found: Sequence[Culprit], cut: bool, sd: float) -> Literal["passed",
     return "failed" if found else "passed"
 
 
-def _findings(sd: float, cut: bool, pairs: Overlaps) -> tuple[Finding, ...]:
+def _findings(seen: _Seen, cut: bool, pairs: Overlaps, geometry: Geometry) -> tuple[Finding, ...]:
     found = []
-    if not sd > 0:
+    if seen.missing:
+        message = (
+            f"{seen.missing} pixels of the prediction come from no window: the network rounds its output to its stride "
+            f"({'x'.join(map(str, geometry.stride))}), and windows are no multiple of it. They count as 0 here. Use a "
+            "tile and a halo that are multiples of the stride."
+        )
+        found.append(Finding(code="NF255", where="tile", message=message))
+    if not seen.sd > 0:
         message = "it is constant or not finite on this image, so differences have no unit."
         found.append(Finding(code="NF606", where="output", message=message))
     if not cut:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 
 from normfix.calibration import measure_sites_
 from normfix.calling import Caller, refusals, require_network
+from normfix.dependence import agrees, far
+from normfix.doubts import Doubts
 from normfix.errors import NormfixError
-from normfix.graph import graph_look
+from normfix.graph import Bound, GraphLook, graph_look
 from normfix.layers import FrozenStatistic
 from normfix.locality import Locality, cross_section, measure_locality, not_dense
-from normfix.merging import GraphSeen, merge
+from normfix.merging import Merged, merge
 from normfix.moments import Moments, pool
 from normfix.numerics import exact_arithmetic
 from normfix.pipeline.bases import base_of, class_of
@@ -23,13 +26,13 @@ from normfix.pipeline.durations import Announce, Durations, announce_notable, an
 from normfix.pipeline.examples import default_example
 from normfix.planning import decide
 from normfix.positions import Positions
-from normfix.records import Action, Decision, Finding, Looked, Plan, Scan
+from normfix.records import Action, Decision, Finding, Looked, Plan, Scan, Site
 from normfix.rewriting import copy_of, layer_of, rewrite, set_statistics_
 from normfix.scanning import Survey, survey
 from normfix.spreading import Dyed, confirmed, dye_look
 from normfix.surroundings import undisturbed
 from normfix.targets import NormTarget, StatisticTarget, Target
-from normfix.tiles import Geometry
+from normfix.tiles import Geometry, in_strides
 
 __all__ = [
     "Look",
@@ -42,6 +45,8 @@ __all__ = [
 ]
 
 _FAST = "the scan was asked to be fast"
+_PIXELS = (1 << 18, 1 << 20)
+"""Pixels of the strips on which a branch on the size is tried, at most."""
 _PROVED = "nothing was captured: what follows is proved, so the other looks are enough"
 
 
@@ -128,62 +133,134 @@ def look(
     with exact_arithmetic():
         found = survey(probe, caller, material, positions.follow)
         dyed = _dyed(probe, caller, material, found, fast=fast)
+        graph_seen = _graph(
+            probe, caller, material, found, skipped=_FAST if fast else "" if graph else _PROVED
+        )
         merged = merge(
             found.sites,
-            dyed,
-            _graph(probe, caller, material, found, skipped=_FAST if fast else "" if graph else _PROVED),
+            dyed.merged,
+            graph_seen,
             lambda seen: not seen.recorded or seen.id in found.reaching,
             guessed=found.other is None,
         )
-        everything = decide(merged.sites, model=class_of(base), to="frozen")
-        locality = _locality(probe, everything, found, material, caller)
-    geometry = locality.geometry
-    live = any(site.live for site in merged.sites)
-    unknown = any(finding.code == "NF242" for finding in merged.findings)
-    placed = positions.findings(two_sizes=found.other is not None)
-    sized = bool(placed) or any(finding.code == "NF244" for finding in merged.findings)
+        doubts = Doubts(
+            sites=frozenset(s.id for s in merged.sites if s.live and s.refusal) & dyed.doubtful,
+            operations=dyed.unknown,
+            placed=positions.findings(two_sizes=found.other is not None),
+            bounds=() if isinstance(graph_seen, Looked) else graph_seen.bounds,
+            causes=positions.causes(two_sizes=found.other is not None),
+        )
+        seen = _measured(probe, class_of(base), doubts, merged, found, material, caller, fast=fast)
+    geometry, locality = seen.locality.geometry, seen.locality
     return Look(
         Scan(
             model=class_of(base),
             example=tuple(example.shape),
-            sites=merged.sites,
+            sites=seen.sites,
             uncalled=found.uncalled,
             dense=found.dense,
-            tile_invariant=geometry is not None and not live and not unknown and not sized,
+            tile_invariant=geometry is not None and seen.invariant,
             stride=geometry.stride if geometry else None,
             halo=geometry.halo if geometry else None,
             scale=tuple(map(str, geometry.scale)) if geometry else None,
             exact_sizes=geometry.multiple if geometry else None,
             smallest_tile=locality.smallest_tile,
+            halo_rounded=in_strides(geometry.halo, geometry.stride) if geometry else None,
             looks=merged.looks,
-            findings=found.findings + merged.findings + placed + locality.findings,
+            findings=found.findings + seen.findings + locality.findings,
         ),
         geometry,
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """Sites and findings after the doubts among them were put to the measurement."""
+
+    sites: tuple[Site, ...]
+    locality: Locality
+    findings: tuple[Finding, ...]
+    invariant: bool
+
+
+def _measured(
+    probe: nn.Module,
+    name: str,
+    doubts: Doubts,
+    merged: Merged,
+    found: Survey,
+    material: Tensor,
+    caller: Caller,
+    *,
+    fast: bool,
+) -> _Measured:
+    """Measure the geometry as if every doubt were unfounded, and settle those that the measurement shows to be."""
+    trial = doubts.settled(merged.sites)
+    everything = decide(trial, model=name, to="frozen")
+    bench = (
+        None
+        if everything.left_live or not found.dense
+        else _bench(probe, everything, found, caller, material)
+    )
+    if bench is None:
+        locality = _unmeasured(everything, found, material)
+    else:
+        locality = bench.measured(found.dilution, doubts, fast=fast)
+    if locality.steady and bench is not None:
+        open_bounds = [bound for bound in doubts.bounds if not bench.crosses(bound, locality)]
+        findings = doubts.explained(merged.findings, open_bounds)
+        live = any(site.live for site in trial)
+        return _Measured(trial, locality, findings, not live and not open_bounds)
+    everything = decide(merged.sites, model=name, to="frozen")
+    if everything.left_live:
+        locality = _unmeasured(everything, found, material)
+    unsettled = doubts.findings(
+        unplaced=locality.geometry is None and not everything.left_live and found.dense
+    )
+    live = any(site.live for site in merged.sites)
+    sound = not live and not doubts.operations and not doubts.placed and not doubts.bounds
+    return _Measured(merged.sites, locality, merged.findings + unsettled, sound)
+
+
 def _graph(
     probe: nn.Module, caller: Caller, example: Tensor, found: Survey, *, skipped: str
-) -> GraphSeen | Looked:
+) -> GraphLook | Looked:
     if skipped:
         return Looked(name="graph", status="skipped", note=skipped)
     return graph_look(probe, caller, example, found.sites, one_size=found.other is None)
 
 
-def _dyed(probe: nn.Module, caller: Caller, example: Tensor, found: Survey, *, fast: bool) -> Dyed | Looked:
+@dataclass(frozen=True, slots=True)
+class _Dyes:
+    """What the dye showed, to be merged; what it could not watch; the sites that it does not show to be global.
+
+    The last are those that make maps of maps and are dyed throughout at one size only, or at none.
+    """
+
+    merged: Dyed | Looked
+    unknown: tuple[str, ...] = ()
+    doubtful: frozenset[str] = frozenset()
+
+
+def _dyed(probe: nn.Module, caller: Caller, example: Tensor, found: Survey, *, fast: bool) -> _Dyes:
     """Run the dye at the smaller of two sizes; at the other too where it contradicts the census."""
     if fast:
-        return Looked(name="dye", status="skipped", note=_FAST)
+        return _Dyes(Looked(name="dye", status="skipped", note=_FAST))
     sizes = found.sizes(example)
+    doubtful: frozenset[str] = frozenset()
     try:
         dyed = dye_look(probe, caller, sizes[0])
         live = {site.id for site in found.sites if site.live}
-        if len(sizes) > 1 and live != {s.id for s in dyed.found if s.id in found.reaching or not s.recorded}:
-            known = frozenset(live)
-            dyed = confirmed(dyed, dye_look(probe, caller, sizes[1]), known)
+        mapping = found.mapping & live
+        agree = live == {s.id for s in dyed.found if s.id in found.reaching or not s.recorded}
+        if len(sizes) > 1 and (mapping or not agree):
+            other = dye_look(probe, caller, sizes[1])
+            shown = {s.id for s in confirmed(dyed, other, frozenset()).found}
+            doubtful = mapping - shown - {s.id for s in (*dyed.lost, *dyed.unknown)}
+            dyed = confirmed(dyed, other, frozenset(live))
     except refusals() as error:
-        return Looked(name="dye", status="failed", note=str(error))
-    return dyed
+        return _Dyes(Looked(name="dye", status="failed", note=str(error)))
+    return _Dyes(dyed, tuple(s.id for s in dyed.unknown), doubtful)
 
 
 def geometry_of(scan: Scan) -> Geometry | None:
@@ -223,19 +300,52 @@ def site_target(model: nn.Module, decision: Decision, *, express: bool) -> Targe
     return NormTarget(decision.site.id, module, layer, store, expected)
 
 
-def _locality(probe: nn.Module, everything: Plan, found: Survey, example: Tensor, caller: Caller) -> Locality:
+def _unmeasured(everything: Plan, found: Survey, example: Tensor) -> Locality:
+    """Say why no geometry can be measured."""
     if not found.dense:
         return not_dense(found.output, found.follows, example.dim())
-    if everything.left_live:
-        return Locality(
-            None,
-            tuple(Finding(code="NF215", where=d.site.id, message=d.reason) for d in everything.left_live),
+    left = everything.left_live
+    return Locality(None, tuple(Finding(code="NF215", where=d.site.id, message=d.reason) for d in left))
+
+
+@dataclass(frozen=True, slots=True)
+class _Bench:
+    """A network in which all that can be is frozen, in two precisions, and the material of its strips."""
+
+    single: Callable[[Tensor], Tensor]
+    double: Callable[[Tensor], Tensor]
+    example: Tensor
+
+    def measured(self, dilution: Sequence[int], doubts: Doubts, *, fast: bool) -> Locality:
+        """Measure its geometry as if no doubt were founded."""
+        return measure_locality(
+            self.single,
+            self.double,
+            self.example,
+            dilution,
+            doubtful=bool(doubts) and not fast,
+            trial=bool(doubts.sites),
+            foreign=bool(doubts.operations),
         )
+
+    def crosses(self, bound: Bound, locality: Locality) -> bool:
+        """Tell whether tiles within a bound equal a strip that breaks it."""
+        geometry = locality.geometry
+        assert geometry is not None
+        for axis, limit in itertools.product(range(len(geometry.stride)), _PIXELS):
+            size = far(geometry, locality.cross, axis, limit)
+            if bound.breaks(size):
+                try:
+                    return agrees(self.double, self.example.double(), axis, geometry, size)
+                except refusals():
+                    return False
+        return False
+
+
+def _bench(probe: nn.Module, everything: Plan, found: Survey, caller: Caller, example: Tensor) -> _Bench:
     frozen = rewrite(probe, everything)
     fresh = [d for d in everything.converted if d.measured]
     small = found.sizes(example)[:1]
     measure_sites_(frozen, [site_target(frozen, d, express=False) for d in fresh], small, caller)
     double = copy_of(frozen).double()
-    return measure_locality(
-        lambda x: caller(frozen, x), lambda x: caller.in_double(double, x), example, found.dilution
-    )
+    return _Bench(lambda x: caller(frozen, x), lambda x: caller.in_double(double, x), example)

@@ -59,7 +59,11 @@ class Place:
 
     def _begin(self, shape: tuple[int, ...], dtype: torch.dtype, blocks: tuple[int, ...]) -> Kept:
         if self._out is not None:
-            extents = [-int(-(n * s) // 1) for n, s in zip(self._space, self._scale, strict=True)]
+            # what the network gives may be less, rounded down or without padding
+            extents = [
+                min(whole, -int(-(n * s) // 1))
+                for whole, n, s in zip(shape[2:], self._space, self._scale, strict=True)
+            ]
             self._out.create((shape[1], *extents), dtype, blocks[2:])
             return self._out
         self._array = torch.empty(shape, dtype=dtype, device=self._device)

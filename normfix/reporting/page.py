@@ -8,6 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
+from normfix.tiles import in_strides
+
 __all__ = ["render"]
 
 
@@ -20,6 +22,7 @@ def render(template: str, *, pictures: Mapping[str, bytes], **values: Any) -> st
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["in_strides"] = in_strides
     environment.filters["sd"] = lambda value: "–" if value is None else f"{value:.2g}"
     embedded = {
         name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in pictures.items()
