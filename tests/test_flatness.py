@@ -200,11 +200,21 @@ def test_calibrating_refuses_in_every_way_and_keeps_what_was():
     before = model.norm.running_var.clone()
     for keywords in ({}, {"tile": 16}, {"tile": 16, "sample": 0.5}):
         with pytest.raises(NormfixError, match=r"NF231 norm/0/instance_norm/0 \(InstanceNorm2d\)"):
-            normfix.calibrate_(model, dark(), **keywords)
+            normfix.calibrate_(model, dark(), allow_flat=False, **keywords)
         assert torch.equal(model.norm.running_var, before)
     assert places(normfix.calibrate_(model, dark(), tile=16, allow_flat=True)) == {
         "norm/0/instance_norm/0": (0, 2)
     }
+
+
+def test_calibrating_keeps_a_dead_channel_among_others_and_names_it():
+    """By default a calibration goes on and names it; where no channel of a site has a spread it is refused."""
+    model = normfix.convert(dead(), bright()).model
+    (finding,) = normfix.calibrate(model, dark()).summary.findings
+    assert "channels 0, 2 " in finding.message
+    faint = 1e-4 * dark() - 5.0
+    with pytest.raises(NormfixError, match=r"NF231 norm/.*channels 0, 1, 2, 3 "):
+        normfix.calibrate(model, faint)
 
 
 def test_converting_in_stages_refuses_too():
@@ -218,7 +228,7 @@ def test_a_mask_may_hide_all_structure():
     model, mask = normfix.convert(dead(), bright()).model, torch.zeros(48, 48)
     mask[8:32, 8:32] = 1
     with pytest.raises(NormfixError, match=r"NF231 norm/.*channels 0, 2 "):
-        normfix.calibrate(model, bright(), mask=mask)
+        normfix.calibrate(model, bright(), mask=mask, allow_flat=False)
 
 
 @torch.no_grad()
@@ -233,9 +243,9 @@ def test_what_training_left_flat_is_no_news():
     """A batch norm channel whose running variance is below eps may be measured flat; one that was alive may not."""
     net = dead(nn.BatchNorm2d(4))
     with pytest.raises(NormfixError, match=r"NF231 norm/.*BatchNorm2d.*channels 0, 2 "):
-        normfix.calibrate(net, dark())
+        normfix.calibrate(net, dark(), allow_flat=False)
     net.norm.running_var[::2] = 1e-9
-    assert places(normfix.calibrate(net, dark()).summary) == {}
+    assert places(normfix.calibrate(net, dark(), allow_flat=False).summary) == {}
 
 
 def test_fine_tuning_recalibrates_under_the_same_rule():
@@ -243,7 +253,7 @@ def test_fine_tuning_recalibrates_under_the_same_rule():
     model = normfix.convert(dead(), bright(), "batchrenorm").model
     run = normfix.prepare_finetune(model, total_steps=10)
     with pytest.raises(NormfixError, match="NF231"):
-        run.recalibrate(dark())
+        run.recalibrate(dark(), allow_flat=False)
     assert run.recalibrate(dark(), allow_flat=True).findings
 
 

@@ -31,7 +31,7 @@ class FineTuningHandler:
         run: FineTuning,
         images: Tensor | Iterable[Tensor] | None = None,
         *,
-        allow_flat: bool = False,
+        allow_flat: bool | None = None,
     ) -> None:
         self.run, self.images, self.allow_flat = run, images, allow_flat
         self._handle: RemovableHandle | None = None

@@ -31,7 +31,7 @@ class FineTuningCallback(pl.Callback):
         run: FineTuning,
         images: Tensor | Iterable[Tensor] | None = None,
         *,
-        allow_flat: bool = False,
+        allow_flat: bool | None = None,
     ) -> None:
         self.run, self.images, self.allow_flat = run, images, allow_flat
         self._handles: list[RemovableHandle] = []

@@ -78,7 +78,7 @@ class FineTuning:
         images: Tensor | Iterable[Tensor],
         *,
         forward_fn: Callable[[nn.Module, Tensor], Any] | None = None,
-        allow_flat: bool = False,
+        allow_flat: bool | None = None,
     ) -> CalibrationSummary:
         """Measure the statistics anew on whole images under the weights of now; normfix.calibrate_ has more options."""
         return calibrate_(self.model, images, forward_fn=forward_fn, allow_flat=allow_flat)

@@ -65,7 +65,7 @@ def judged(
     caller: Caller,
     image: Tensor,
     *,
-    allow: bool,
+    allow: bool | None,
     classes: Mapping[str, str],
     known: Mapping[str, frozenset[int]] | None = None,
     empty: bool = False,
@@ -78,13 +78,13 @@ def judged(
         summary: of the measurement.
         caller: calls the model.
         image: any that the network runs on, to see by which statistics it divides.
-        allow: name what is flat, and do not refuse it.
+        allow: name what is flat, and do not refuse it; None refuses only what is flat altogether.
         classes: of the sites' owners, for the message.
         known: channels by site that are flat without being news, as a trained network has them.
         empty: every image is constant, so that what spread there is comes from the network's own padding.
 
     Raises:
-        NormfixError: NF231 for a flat site, unless allowed.
+        NormfixError: NF231 for a flat site or channel, unless allowed.
     """
     divided = _divided(model, targets, caller, image)
     sites = []
@@ -102,7 +102,8 @@ def judged(
         for site in sites
         if site.flat
     ]
-    if found and not allow:
+    altogether = empty or any(_is_all_flat(by_name[site.site], site) for site in sites if site.flat)
+    if found and (allow is False or (allow is None and altogether)):
         others = f" {len(found) - 1} more sites are flat." if found[1:] else ""
         raise NormfixError(FLAT, f"{found[0].message} {_NEXT}{others}", where=found[0].where)
     return replace(summary, sites=tuple(sites), findings=tuple(found))
@@ -115,6 +116,14 @@ _EMPTY = (
 _NEXT = (
     "Calibrate on an image that has such structure, or --allow-flat (allow_flat=True) to keep it as it is."
 )
+
+
+def _is_all_flat(target: Target, site: SiteStatistics) -> bool:
+    """Tell whether a site has no channel or value with a spread."""
+    if isinstance(target, NormTarget):
+        assert isinstance(target.holder.running_var, Tensor)
+        return len(site.flat) == target.holder.running_var.numel()
+    return isinstance(target, StatisticTarget) and len(site.flat) >= target.module.value.numel()
 
 
 def _message(target: Target, site: SiteStatistics) -> str:

@@ -55,7 +55,7 @@ def calibrate(
     mask: Mask | Sequence[Mask] | None = None,
     sample: float | None = None,
     seed: int = 0,
-    allow_flat: bool = False,
+    allow_flat: bool | None = None,
     budget: int | None = None,
     store: Path | None = None,
     workers: int = 1,
@@ -81,8 +81,9 @@ def calibrate(
         sample: measure a random sample of blocks of `tile` instead of all, and stop when no standard error of a mean
             or deviation is above this many sd. The statistics are estimates then, and the summary says so.
         seed: of the sample.
-        allow_flat: keep a statistic that is divided by and that is at or below eps on every image; it is named in the
-            summary. Without, it is refused.
+        allow_flat: what becomes of a statistic that is divided by and that is at or below eps on every image. False
+            refuses it; True keeps it and names it in the summary's findings; by default single channels are
+            kept and named, and a site without any other channel, or images that are all constant, are refused.
         budget: bytes of memory for values between stages; None is no limit. Needs `tile`.
         store: folder where values are kept on disk and the run can be continued from, after whatever stopped it.
         workers: blocks computed at a time.
@@ -129,7 +130,7 @@ def calibrate_(
     mask: Mask | Sequence[Mask] | None = None,
     sample: float | None = None,
     seed: int = 0,
-    allow_flat: bool = False,
+    allow_flat: bool | None = None,
     budget: int | None = None,
     store: Path | None = None,
     workers: int = 1,
