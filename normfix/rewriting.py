@@ -175,7 +175,7 @@ def _uncopyable(model: nn.Module, shared: Memo) -> Memo:
 
 def _replace_uninitialised(model: nn.Module, memo: Memo) -> list[Tensor]:
     """Let a deepcopy make new uninitialised tensors for those that torch cannot copy yet."""
-    blank = [
+    blank: list[Tensor] = [
         tensor
         for tensor in (*model.parameters(), *model.buffers())
         if isinstance(tensor, UninitializedParameter | UninitializedBuffer)

@@ -9,6 +9,7 @@ environment are as before afterwards.
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import re
 import threading
@@ -18,7 +19,6 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch.compiler
-import torch.export._trace
 import torch.fx
 
 from normfix.quiet_imports import environment_kept, import_compiler
@@ -77,7 +77,8 @@ def _tracing_here(*, backends_off: bool) -> Iterator[None]:
     Methods of nn.Module are patched, torch.compiler.is_compiling() answers yes, and oneDNN and cuDNN are off, so that
     none of their own operators gets into the graph. Those two are no thread's own: they stay on unless asked for.
     """
-    here, tracer, exporter = threading.get_ident(), torch.fx._symbolic_trace._Patcher, torch.export._trace
+    exporter = importlib.import_module("torch.export._trace")  # after import_compiler: it brings the compiler
+    here, tracer = threading.get_ident(), torch.fx._symbolic_trace._Patcher
     patch, ignore = tracer.patch_method, getattr(exporter, "_ignore_backend_decomps", None)
 
     def patch_method(
