@@ -64,6 +64,7 @@ def measure_locality(
     doubtful: bool = False,
     trial: bool = False,
     foreign: bool = False,
+    swallowed: bool = False,
 ) -> Locality:
     """Measure a network in which no statistic is live.
 
@@ -77,11 +78,12 @@ def measure_locality(
         doubtful: NaN alone is not believed, if the other measurements do not contradict it.
         trial: only a steady geometry counts.
         foreign: operators that nobody knows are among it, so that steadiness is all that holds a geometry.
+        swallowed: something in it makes ordinary numbers of NaN, so that what NaN shows is tried by amplification.
     """
     example = example[:1]
     plain = Locality(None, (), blind=True) if trial else _measured(single, double, example, dilution)
     foreign = foreign or plain.foreign
-    short = plain.geometry is not None and not doubtful and not _is_isolated(double, example, plain)
+    short = swallowed and plain.geometry is not None and not _is_isolated(double, example, plain)
     if not (doubtful or short or plain.blind) or _is_label(single(example)):
         return plain
     alike = plain.geometry is not None and _is_followed(single, example, plain)

@@ -68,12 +68,16 @@ class Sighting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dyed:
-    """What one dyed pass saw: sightings in order, the census' calls and how often each module ran."""
+    """What one dyed pass saw: sightings in order, the census' calls and how often each module ran.
+
+    `swallowed` tells that a pointwise operator made ordinary numbers of NaN, as a comparison does.
+    """
 
     sightings: tuple[Sighting, ...]
     calls: tuple[Call, ...]
     invocations: Mapping[str, int]
     size: tuple[int, ...]
+    swallowed: bool = False
 
     @property
     def found(self) -> tuple[Sighting, ...]:
@@ -119,6 +123,7 @@ def dye_look(model: nn.Module, run: Run, example: Tensor) -> Dyed:
         calls=tuple(calls),
         invocations=dict(invocations),
         size=tuple(example.shape),
+        swallowed=watch.swallowed,
     )
 
 
@@ -205,6 +210,11 @@ class _Watch:
                 self._add(event, recorder.calls[-1], len(recorder.calls) - 1)
             else:
                 self._add_hidden(event, recorder, name or event.op.partition("::")[2])
+
+    @property
+    def swallowed(self) -> bool:
+        """Tell whether a pointwise operator made ordinary numbers of NaN."""
+        return self._stain.swallowed
 
     def calls(self) -> int:
         """Return how many calls the census has recorded."""

@@ -49,6 +49,7 @@ class Stain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._shadows = Shadows()
         self.events: list[Event] = []
+        self.swallowed = False
         self._rank = rank
 
     def seed(self, x: Tensor) -> None:
@@ -195,8 +196,10 @@ class Stain(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if clean.numel() == 0 or torch.broadcast_shapes(reached.shape, clean.shape) != clean.shape:  # type: ignore[no-untyped-call]
                 continue
             if not holds_nan(clean):
+                self.swallowed = True
                 self._shadows.put(clean, reached.expand(clean.shape))
             elif self._shadows.dye(clean).count < int(reached.expand(clean.shape).count_nonzero()):
+                self.swallowed = True
                 self._shadows.written(clean).masked_fill_(reached, torch.nan)
                 self._shadows.touched(clean)
 

@@ -149,6 +149,7 @@ def look(
             placed=positions.findings(two_sizes=found.other is not None),
             bounds=() if isinstance(graph_seen, Looked) else graph_seen.bounds,
             causes=positions.causes(two_sizes=found.other is not None),
+            swallowed=dyed.swallowed,
         )
         seen = _measured(probe, class_of(base), doubts, merged, found, material, caller, fast=fast)
     geometry, locality = seen.locality.geometry, seen.locality
@@ -240,6 +241,7 @@ class _Dyes:
     merged: Dyed | Looked
     unknown: tuple[str, ...] = ()
     doubtful: frozenset[str] = frozenset()
+    swallowed: bool = False
 
 
 def _dyed(probe: nn.Module, caller: Caller, example: Tensor, found: Survey, *, fast: bool) -> _Dyes:
@@ -260,7 +262,7 @@ def _dyed(probe: nn.Module, caller: Caller, example: Tensor, found: Survey, *, f
             dyed = confirmed(dyed, other, frozenset(live))
     except refusals() as error:
         return _Dyes(Looked(name="dye", status="failed", note=str(error)))
-    return _Dyes(dyed, tuple(s.id for s in dyed.unknown), doubtful)
+    return _Dyes(dyed, tuple(s.id for s in dyed.unknown), doubtful, dyed.swallowed)
 
 
 def geometry_of(scan: Scan) -> Geometry | None:
@@ -326,6 +328,7 @@ class _Bench:
             doubtful=bool(doubts) and not fast,
             trial=bool(doubts.sites),
             foreign=bool(doubts.operations),
+            swallowed=doubts.swallowed,
         )
 
     def crosses(self, bound: Bound, locality: Locality) -> bool:
