@@ -19,6 +19,7 @@ from normfix.dye import DyeLost, DyeRefused, halo, strip
 from normfix.records import Finding
 from normfix.symmetry import (
     common_unit,
+    cutting_grid,
     exact_multiple,
     lattices,
     output_scale,
@@ -45,7 +46,12 @@ class Locality:
 
 
 def measure_locality(
-    single: Function, double: Function, example: Tensor, dilution: Sequence[int]
+    single: Function,
+    double: Function,
+    example: Tensor,
+    dilution: Sequence[int],
+    *,
+    both_ends: bool = False,
 ) -> Locality:
     """Measure a network in which no statistic is live.
 
@@ -54,6 +60,8 @@ def measure_locality(
         double: the network in float64 on CPU.
         example: (N, C, *space) in float32 on CPU, the material of the strips.
         dilution: per axis, the coarseness of the coarsest feature map: a multiple or divisor of the stride.
+        both_ends: something may look past one border to the other (a cyclic shift): compare windows that start where
+            the image starts as well.
     """
     example = example[:1]
     known, refusal = cross_section(single, example, dilution), ""
@@ -65,7 +73,7 @@ def measure_locality(
         if cross is None:
             continue
         try:
-            return _along_axes(single, double, example, grid, cross)
+            return _along_axes(single, double, example, grid, cross, both_ends=both_ends)
         except REFUSALS as error:
             refusal = f"it runs on no strip of another length: {error}."
     size = "x".join(map(str, example.shape[2:]))
@@ -120,6 +128,8 @@ def _along_axes(
     example: Tensor,
     dilution: Sequence[int],
     cross: tuple[int, ...],
+    *,
+    both_ends: bool,
 ) -> Locality:
     strides, halos, scales, multiples, least = [], [], [], [], []
     expected: tuple[int, int] | None = None
@@ -169,7 +179,7 @@ def _along_axes(
                 "its output depends on the whole extent along this axis although no known "
                 "statistic is live, so no halo is enough.",
             )
-        if unit is None:
+        if unit is None or (both_ends and not line.wraps_nowhere(grid, reach, unit)):
             return _none("NF213", name, line.obstacle(grid, reach))
         expected = reach
         around = line.around(grid, reach)
@@ -228,6 +238,11 @@ class _Line:
             if unit is not None:
                 return unit
         return None
+
+    def wraps_nowhere(self, grid: int, reach: tuple[int, int], unit: int) -> bool:
+        """Tell whether windows from the start of the image, and to its end, give what the whole gives there."""
+        around, example = self.around(grid, reach), self.example.double()
+        return cutting_grid(self.double, example, self.axis, unit, self.scale, around, self.cross) == unit
 
     def obstacle(self, grid: int, reach: tuple[int, int]) -> str:
         """Say why there is no unit."""

@@ -129,7 +129,7 @@ def look(
             guessed=found.other is None,
         )
         everything = decide(merged.sites, model=class_of(base), to="frozen")
-        locality = _locality(probe, everything, found, material, caller)
+        locality = _locality(probe, everything, found, material, caller, may_wrap=positions.may_wrap())
     geometry = locality.geometry
     live = any(site.live for site in merged.sites)
     unknown = any(finding.code == "NF242" for finding in merged.findings)
@@ -219,7 +219,9 @@ def site_target(model: nn.Module, decision: Decision, *, express: bool) -> Targe
     return NormTarget(decision.site.id, module, layer, store, expected)
 
 
-def _locality(probe: nn.Module, everything: Plan, found: Survey, example: Tensor, caller: Caller) -> Locality:
+def _locality(
+    probe: nn.Module, everything: Plan, found: Survey, example: Tensor, caller: Caller, *, may_wrap: bool
+) -> Locality:
     if not found.dense:
         return not_dense(found.output, found.follows, example.dim())
     if everything.left_live:
@@ -233,5 +235,9 @@ def _locality(probe: nn.Module, everything: Plan, found: Survey, example: Tensor
     measure_sites_(frozen, [site_target(frozen, d, express=False) for d in fresh], small, caller)
     double = copy_of(frozen).double()
     return measure_locality(
-        lambda x: caller(frozen, x), lambda x: caller.in_double(double, x), example, found.dilution
+        lambda x: caller(frozen, x),
+        lambda x: caller.in_double(double, x),
+        example,
+        found.dilution,
+        both_ends=may_wrap,
     )
