@@ -248,6 +248,8 @@ def _leaks(
             need = "/".join(str(round_up(n, stride)) for n in exact[axis])
             reasons.append(f"the halo is {geometry.halo[axis]}, the network reaches {exact[axis]}")
             reasons.append(f"no tile of {tile[axis]} can be exact with it; read at least {need} around each")
+        elif reasons:
+            reasons.append(f"no tile of {tile[axis]} can be exact with this halo")
         if reasons:
             found.append(Finding(code="NF403", where=f"axis {axis}", message="; ".join(reasons) + "."))
     return found

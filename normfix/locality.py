@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from normfix.dye import DyeLost, DyeRefused, Felt, halo, strip
 from normfix.records import Finding
 from normfix.symmetry import (
     common_unit,
+    cutting_grid,
     exact_multiple,
     lattices,
     output_scale,
@@ -65,6 +67,7 @@ def measure_locality(
     trial: bool = False,
     foreign: bool = False,
     swallowed: bool = False,
+    both_ends: bool = False,
 ) -> Locality:
     """Measure a network in which no statistic is live.
 
@@ -79,15 +82,18 @@ def measure_locality(
         trial: only a steady geometry counts.
         foreign: operators that nobody knows are among it, so that steadiness is all that holds a geometry.
         swallowed: something in it makes ordinary numbers of NaN, so that what NaN shows is tried by amplification.
+        both_ends: something may look past one border to the other (a cyclic shift): compare windows that start where
+            the image starts as well.
     """
     example = example[:1]
-    plain = Locality(None, (), blind=True) if trial else _measured(single, double, example, dilution)
+    measured = partial(_measured, single, double, example, dilution, both_ends=both_ends)
+    plain = Locality(None, (), blind=True) if trial else measured()
     foreign = foreign or plain.foreign
     short = swallowed and plain.geometry is not None and not _is_isolated(double, example, plain)
     if not (doubtful or short or plain.blind) or _is_label(single(example)):
         return plain
     alike = plain.geometry is not None and _is_followed(single, example, plain)
-    other = plain if alike else _measured(single, double, example, dilution, followed)
+    other = plain if alike else measured(felt=followed)
     steady = (wide for wide in (other, _wider(other)) if _is_steady(double, example, wide, thorough=foreign))
     return next((replace(wide, steady=True) for wide in steady), plain)
 
@@ -141,7 +147,13 @@ def _is_isolated(double: Function, example: Tensor, measured: Locality) -> bool:
 
 
 def _measured(
-    single: Function, double: Function, example: Tensor, dilution: Sequence[int], felt: Felt | None = None
+    single: Function,
+    double: Function,
+    example: Tensor,
+    dilution: Sequence[int],
+    *,
+    felt: Felt | None = None,
+    both_ends: bool,
 ) -> Locality:
     known, refusal = cross_section(single, example, dilution), ""
     for coarser in (1, 2, 4, 8, 3, 6, 12, 7, 5, 10, 14):  # blocks without padding take multiples only
@@ -152,7 +164,7 @@ def _measured(
         if cross is None:
             continue
         try:
-            return _along_axes(single, double, example, grid, cross, felt)
+            return _along_axes(single, double, example, grid, cross, felt, both_ends=both_ends)
         except refusals() as error:
             refusal = f"it runs on no strip of another length: {error}."
     size = "x".join(map(str, example.shape[2:]))
@@ -208,6 +220,8 @@ def _along_axes(
     dilution: Sequence[int],
     cross: tuple[int, ...],
     felt: Felt | None,
+    *,
+    both_ends: bool,
 ) -> Locality:
     strides, halos, scales, multiples, least = [], [], [], [], []
     expected: tuple[int, int] | None = None
@@ -260,7 +274,7 @@ def _along_axes(
                 "its output depends on the whole extent along this axis although no known "
                 "statistic is live, so no halo is enough.",
             )
-        if unit is None:
+        if unit is None or (both_ends and not line.wraps_nowhere(grid, reach, unit)):
             return _none("NF213", name, line.obstacle(grid, reach), blind=True)
         expected = reach
         around = line.around(grid, reach)
@@ -320,6 +334,11 @@ class _Line:
             if unit is not None:
                 return unit
         return None
+
+    def wraps_nowhere(self, grid: int, reach: tuple[int, int], unit: int) -> bool:
+        """Tell whether windows from the start of the image, and to its end, give what the whole gives there."""
+        around, example = self.around(grid, reach), self.example.double()
+        return cutting_grid(self.double, example, self.axis, unit, self.scale, around, self.cross) == unit
 
     def obstacle(self, grid: int, reach: tuple[int, int]) -> str:
         """Say why there is no unit."""

@@ -67,6 +67,10 @@ class Positions:
             raise
         self._runs.append(notes)
 
+    def may_wrap(self) -> bool:
+        """Tell whether a call shifts a map around its border."""
+        return any(note.what == "rolled" for notes in self._runs for note in notes)
+
     def findings(self, *, two_sizes: bool) -> tuple[Finding, ...]:
         """Return one finding per kind of call and source line.
 

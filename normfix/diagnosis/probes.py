@@ -228,7 +228,7 @@ def _context(
     space = owners.dim()
     for guess in (owners, _complement(owners, count)):  # a class number may fall where the answer rises
         least = [[n, n] for n in owners.shape]
-        for number in guess.unique().tolist():
+        for number in torch.unique(guess).tolist():
             mine = (guess == number).nonzero()
             if number not in placed:
                 if number >= count:

@@ -150,6 +150,7 @@ def look(
             bounds=() if isinstance(graph_seen, Looked) else graph_seen.bounds,
             causes=positions.causes(two_sizes=found.other is not None),
             swallowed=dyed.swallowed,
+            wraps=positions.may_wrap(),
         )
         seen = _measured(probe, class_of(base), doubts, merged, found, material, caller, fast=fast)
     geometry, locality = seen.locality.geometry, seen.locality
@@ -329,6 +330,7 @@ class _Bench:
             trial=bool(doubts.sites),
             foreign=bool(doubts.operations),
             swallowed=doubts.swallowed,
+            both_ends=doubts.wraps,
         )
 
     def crosses(self, bound: Bound, locality: Locality) -> bool:
