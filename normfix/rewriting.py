@@ -176,7 +176,7 @@ def _uncopyable(model: nn.Module, shared: Memo) -> Memo:
 def _replace_uninitialised(model: nn.Module, memo: Memo) -> list[Tensor]:
     """Let a deepcopy make new uninitialised tensors for those that torch cannot copy yet."""
     blank: list[Tensor] = [
-        tensor
+        cast(Tensor, tensor)
         for tensor in (*model.parameters(), *model.buffers())
         if isinstance(tensor, UninitializedParameter | UninitializedBuffer)
     ]

@@ -196,8 +196,8 @@ def convert(
     if durations is not None:
         sizes = [tuple(image.shape[2:]) for image in items or [example]]
         if sources is None:  # stages say themselves what they will take
-            measured = sum(d.measured for d in plan.converted)
-            announce_notable(announce, "calibrate", durations.calibration(sizes, measured))
+            count = sum(d.measured for d in plan.converted)
+            announce_notable(announce, "calibrate", durations.calibration(sizes, count))
     if sources is None:
         summary = _calibrate_(converted, plan, items, caller, report)
     else:
