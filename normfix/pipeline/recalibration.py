@@ -177,7 +177,7 @@ def _calibrated_(
     mask: Mask | Sequence[Mask] | None,
     sample: float | None,
     seed: int,
-    allow_flat: bool,
+    allow_flat: bool | None,
     budget: int | None,
     store: Path | None,
     workers: int,
