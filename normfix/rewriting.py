@@ -7,6 +7,7 @@ calibrated. Parameters keep their identity, dtype, device, requires_grad; module
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator
 from typing import Any, TypeAlias, cast
 
@@ -23,7 +24,7 @@ from normfix.moments import Moments, pool
 from normfix.records import Action, Decision, LayerSpec, Means, Plan
 from normfix.rules import channel_affine
 
-__all__ = ["as_trained_copy", "copy_of", "layer_of", "rewrite", "set_statistics_", "twin_of"]
+__all__ = ["as_trained_copy", "copy_of", "layer_of", "original_of", "rewrite", "set_statistics_", "twin_of"]
 
 _FROZEN = {1: layers.FrozenNorm1d, 2: layers.FrozenNorm2d, 3: layers.FrozenNorm3d}
 _RENORM = {1: layers.BatchRenorm1d, 2: layers.BatchRenorm2d, 3: layers.BatchRenorm3d}
@@ -124,7 +125,18 @@ def twin_of(model: nn.Module) -> nn.Module:
         if not isinstance(error.__cause__, TypeError):
             raise
         twin = _copied(model, {**shared, **_uncopyable(model, shared)})
+    _ORIGINALS[twin] = weakref.ref(model)
     return twin.eval()
+
+
+_ORIGINALS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+
+
+def original_of(model: nn.Module) -> nn.Module:
+    """Return the network that a twin was made of, or the network itself if it is no twin."""
+    known = _ORIGINALS.get(model)
+    original = None if known is None else known()
+    return model if original is None else original_of(original)
 
 
 def _copied(model: nn.Module, shared: Memo) -> nn.Module:

@@ -191,7 +191,6 @@ _STARTS = (
     "ctypes.dlopen",
     "webbrowser.open",
     "code.__new__",
-    "marshal.loads",
 )
 _DRIVERS = ("libnvidia-ml", "libcuda", "libamd_smi", "librocm")
 _CHANGES = {

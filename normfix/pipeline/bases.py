@@ -19,7 +19,7 @@ from normfix.randomness import OwnRandomness
 from normfix.rewriting import as_trained_copy, copy_of
 from normfix.scanning import materialise_
 
-__all__ = ["Base", "base_of", "class_of"]
+__all__ = ["Base", "Entangled", "base_of", "class_of", "run_alone"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def _require_one_network(base: nn.Module, model: nn.Module, caller: Caller, exam
     Raises:
         NormfixError: NF109 if it does not run on the example, NF208 and NF246 as below.
     """
-    first, draws = _drawing(lambda: _require_independence(copy_of(base).eval(), model, caller, example))
+    first, draws = _drawing(lambda: run_alone(copy_of(base).eval(), model, caller, example))
     _require_no_memory(copy_of(base).eval(), replace(caller, draws=draws), example, first)
     return draws
 
@@ -103,7 +103,7 @@ def _require_no_memory(untried: nn.Module, caller: Caller, example: Tensor, firs
     )
 
 
-def _require_independence(base: nn.Module, model: nn.Module, caller: Caller, example: Tensor) -> Tensor:
+def run_alone(base: nn.Module, model: nn.Module, caller: Caller, example: Tensor) -> Tensor:
     """Run a copy once and make sure that no module of the original runs with it; return what it gave.
 
     Raises:
@@ -118,8 +118,12 @@ def _require_independence(base: nn.Module, model: nn.Module, caller: Caller, exa
     return output
 
 
-def _entangled(where: str) -> NormfixError:
-    return NormfixError(
+class Entangled(NormfixError):  # noqa: N818 - what it is, not what went wrong
+    """A copy of a network runs modules of the network it was made of."""
+
+
+def _entangled(where: str) -> Entangled:
+    return Entangled(
         "NF208",
         "a lambda or closure in the network refers to the original's modules, which a copy would run as well. "
         "Make it a method or a module.",
@@ -151,7 +155,7 @@ class _Foreign(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _above(self, frame: FrameType | None) -> str | None:
-        while frame is not None and frame.f_code is not _require_independence.__code__:
+        while frame is not None and frame.f_code is not run_alone.__code__:
             code = frame.f_code
             first = code.co_varnames[:1] if code.co_argcount else ()
             owner = frame.f_locals.get(*first) if first else None

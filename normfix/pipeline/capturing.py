@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from normfix.calling import Caller
 from normfix.numerics import IDENTITY, deviation
+from normfix.rewriting import original_of
 from normfix.streaming import Program, Schedule, Source, captured_program, schedule
 from normfix.tiles import round_up
 
@@ -51,20 +52,17 @@ def program_of(
     sites: tuple[str, ...],
     image: Source,
     stride: Sequence[int],
-    *,
-    owner: nn.Module | None = None,
 ) -> Iterator[Program]:
     """Capture the model, or lend the capture of last time with the model's present weights, to one user at a time.
 
     Args:
-        model: to capture.
+        model: to capture; the capture of a twin is kept for the network that it was made of.
         caller: calls it.
         sites: paths of modules to cut at.
         image: to capture it on.
         stride: of the network.
-        owner: whom the capture is kept for, where the model is a twin of it.
     """
-    owner = model if owner is None else owner
+    owner = original_of(model)
     ndim = len(image.shape) - 2
     key = (caller, sites, ndim, _fingerprint(owner))
     known = _CAPTURES.pop(owner, None)

@@ -16,7 +16,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from normfix.calling import Caller, home_of, refusals
 from normfix.errors import NormfixError
 from normfix.graph import Program
-from normfix.pipeline.bases import class_of
+from normfix.pipeline.bases import Entangled, class_of, run_alone
+from normfix.randomness import OwnRandomness
 from normfix.rewriting import copy_of, twin_of
 
 __all__ = ["Intake"]
@@ -142,8 +143,10 @@ class Intake:
             self._copy = copy_of(self._model).eval() if self._lazy else twin_of(self._model)
         image = torch.randn((1, *shape), generator=torch.Generator().manual_seed(0))
         try:
-            with torch.no_grad():
-                output = self._caller(self._copy, image.to(*home_of(self._copy)))
+            with torch.no_grad(), OwnRandomness():  # lazy modules draw their weights
+                output = run_alone(self._copy, self._model, self._caller, image.to(*home_of(self._copy)))
+        except Entangled:
+            raise
         except refusals():
             return None
         if output.dim() != image.dim():

@@ -224,9 +224,7 @@ def predict_in_stages(
     with ExitStack() as stack:
         stack.enter_context(exact_arithmetic())
         whole = image.padded(geometry.padding(image.shape[2:]))
-        program = stack.enter_context(
-            program_of(twin, caller, tuple(sites), whole, geometry.stride, owner=model)
-        )
+        program = stack.enter_context(program_of(twin, caller, tuple(sites), whole, geometry.stride))
         planned = schedule_of(program, geometry.stride, [whole], measured=(), outputs=True)
         lasts = resources.store is not None
         place = Place(program.outputs[0], image, geometry, home_of(model)[0], out)
