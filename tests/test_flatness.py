@@ -130,10 +130,12 @@ def test_a_group_is_flat_as_a_whole(norm, flat):
     )
 
 
-def test_batchrenorm_divides_by_channels():
-    """Converted to BatchRenorm, a group's channels are divided by their own variance, so dead ones are named."""
-    with pytest.raises(NormfixError, match=r"NF231 norm/.*channels 0, 2 "):
-        normfix.convert(dead(nn.GroupNorm(2, 4)), dark(), "batchrenorm")
+def test_batchrenorm_of_groups_divides_by_groups():
+    """Converted to BatchRenorm, a dead channel of a live group is divided by the group's deviation, as when frozen."""
+    net, bright = dead(nn.GroupNorm(2, 4)), 5 * dark()
+    renormed, frozen = (normfix.convert(net, dark(), to).model.eval() for to in ("batchrenorm", "frozen"))
+    with torch.no_grad():
+        torch.testing.assert_close(renormed(bright), frozen(bright), rtol=1e-4, atol=1e-4)
 
 
 SPACE = {"dim": (2, 3), "keepdim": True}
@@ -350,3 +352,53 @@ def test_findings_travel_through_json():
     summary = normfix.convert(dead(), dark(), allow_flat=True).calibration.summary
     assert isinstance(summary, Record)
     assert CalibrationSummary.from_json(json.loads(summary.dumps())) == summary
+
+
+class Faint(nn.Module):
+    """One channel has a variance of a share of eps, as trained networks have on ordinary images."""
+
+    def __init__(self, share, image):
+        super().__init__()
+        self.norm, self.head = nn.InstanceNorm2d(2), nn.Conv2d(2, 1, 3, padding=1)
+        self.gain = nn.Parameter(torch.tensor([1.0, (share * 1e-5) ** 0.5 / float(image.std(correction=0))]))
+
+    def forward(self, x):
+        return self.head(self.norm(x * self.gain[:, None, None]))
+
+
+@pytest.mark.parametrize(("share", "refused"), [(0.9, False), (0.3, False), (0.05, True), (1e-4, True)])
+def test_a_faint_channel_is_named_and_only_a_dead_one_refused(share, refused):
+    """Between a tenth of eps and eps the image still decides the constant: it is named; below eps decides alone."""
+    image = torch.rand(1, 1, 64, 64)
+    network = Faint(share, image).eval()
+    if refused:
+        with pytest.raises(NormfixError, match=r"NF231 norm.*channel 1 "):
+            normfix.convert(network, image)
+        return
+    done = normfix.convert(network, image)
+    assert done.proof.passed
+    assert [f.code for f in done.calibration.summary.findings] == ["NF231"]
+    assert done.calibration.summary.sites[0].flat == (1,)
+
+
+def test_a_dead_channel_of_a_live_group_is_no_divisor():
+    """A group norm that becomes BatchRenorm divides by its group's deviation in eval, whatever one channel has."""
+
+    class Grouped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.head = nn.GroupNorm(1, 2), nn.Conv2d(2, 1, 3, padding=1)
+
+        def forward(self, x):
+            return self.head(self.norm(torch.cat([x, torch.zeros_like(x)], 1)))
+
+    torch.manual_seed(0)
+    network, image = Grouped().eval(), torch.rand(1, 1, 64, 64)
+    done = normfix.convert(network, image, to="batchrenorm")
+    assert done.proof.passed
+    with torch.no_grad():  # another image with structure in the dead channel's group
+        other = 3 * image.flip(-1)
+        ratio = done.model.eval()(other).std() / network(other).std()
+    assert ratio < 10
+    with pytest.raises(NormfixError, match="NF231"):
+        normfix.convert(network, torch.zeros(1, 1, 64, 64), to="batchrenorm")

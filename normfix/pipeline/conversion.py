@@ -21,7 +21,7 @@ from normfix.pipeline.durations import Announce, Durations, announce_notable, an
 from normfix.pipeline.engines import engine_of
 from normfix.pipeline.exactness import Subject, middle_of
 from normfix.pipeline.examples import default_example, fitting_example
-from normfix.pipeline.flatness import all_empty, judged
+from normfix.pipeline.flatness import all_empty, judged, spread_in_groups
 from normfix.pipeline.looking import Look, look, site_target
 from normfix.pipeline.opening import sources_of
 from normfix.pipeline.rounding import repeated_in_double
@@ -31,6 +31,7 @@ from normfix.programs import require_free
 from normfix.provenance import attach_
 from normfix.proving import identity, residual, shift, tile_exactness, untouched
 from normfix.records import (
+    Action,
     CalibrationSummary,
     ConversionRecord,
     ImageShift,
@@ -210,14 +211,22 @@ def convert(
             )
     if summary is not None:
         measured = [d for d in plan.converted if d.measured]
+        sites = {d.site.id: site_target(converted, d, express=False) for d in measured}
         summary = judged(
             converted,
-            [site_target(converted, d, express=False) for d in measured],
+            list(sites.values()),
             summary,
             caller,
             example.to(*home),
             allow=allow_flat,
             classes={d.site.id: d.site.owner_class.rpartition(".")[2] for d in measured},
+            known={
+                d.site.id: spread_in_groups(sites[d.site.id], d.site.layer.groups)
+                for d in measured
+                if d.action is Action.BATCHRENORM
+                and d.site.layer
+                and d.site.layer.groups < d.site.layer.features
+            },
             empty=all_empty(sources if sources is not None else items or ()),
         )
     work = _Work(

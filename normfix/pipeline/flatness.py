@@ -21,10 +21,14 @@ from normfix.records import CalibrationSummary, Finding, SiteStatistics
 from normfix.streaming import Source
 from normfix.targets import NormTarget, StatisticTarget, Target
 
-__all__ = ["FLAT", "all_empty", "flat_before", "judged"]
+__all__ = ["FLAT", "all_empty", "flat_before", "judged", "spread_in_groups"]
 
 FLAT = "NF231"
 _NAMED = 8
+_DEAD = 0.1
+"""Share of eps below which a variance decides nothing: what is divided by is eps to 5 %. Between this and eps the
+channel is named and kept: trained networks have such channels on ordinary images (the demo's first block: 0.9 to 2
+times eps), and there the constant is of the image, not of eps alone."""
 
 
 def flat_before(targets: Sequence[Target]) -> dict[str, frozenset[int]]:
@@ -37,6 +41,22 @@ def flat_before(targets: Sequence[Target]) -> dict[str, frozenset[int]]:
             assert isinstance(eps, float)
             found[target.name] = frozenset((stored <= eps).nonzero().flatten().tolist())
     return found
+
+
+def spread_in_groups(target: Target, groups: int) -> frozenset[int]:
+    """Return the channels of a norm over groups whose group has a spread, by the stored statistics per channel.
+
+    Re-expressed per channel (w' = w sd_c / sd_g), such a channel is divided by its group's deviation, not its own.
+    """
+    if not isinstance(target, NormTarget):
+        return frozenset()
+    mean, var, eps = target.holder.running_mean, target.holder.running_var, target.holder.eps
+    assert isinstance(mean, Tensor)
+    assert isinstance(var, Tensor)
+    means = mean.double().reshape(groups, -1)  # (c,) -> (g, c/g)
+    pooled = var.double().reshape(groups, -1).mean(1) + means.var(1, correction=0)
+    spread = (pooled > eps).repeat_interleave(means.shape[1])
+    return frozenset(spread.nonzero().flatten().tolist())
 
 
 def all_empty(images: Iterable[Tensor | Source]) -> bool:
@@ -78,7 +98,8 @@ def judged(
         summary: of the measurement.
         caller: calls the model.
         image: any that the network runs on, to see by which statistics it divides.
-        allow: name what is flat, and do not refuse it; None refuses only what is flat altogether.
+        allow: name what is flat, and do not refuse it; None refuses only what is flat altogether. A channel of a norm
+            whose variance is at or below its eps, but not far below, is named and never refused.
         classes: of the sites' owners, for the message.
         known: channels by site that are flat without being news, as a trained network has them.
         empty: every image is constant, so that what spread there is comes from the network's own padding.
@@ -102,10 +123,12 @@ def judged(
         for site in sites
         if site.flat
     ]
-    altogether = empty or any(_is_all_flat(by_name[site.site], site) for site in sites if site.flat)
-    if found and (allow is False or (allow is None and altogether)):
+    refused = _is_dead if allow is False else _is_all_flat
+    dead = [] if allow else [s.site for s in sites if s.flat and refused(by_name[s.site], s)]
+    worst = [f for f in found if f.where == "images" or f.where.rpartition(" (")[0] in dead]
+    if worst and not allow:
         others = f" {len(found) - 1} more sites are flat." if found[1:] else ""
-        raise NormfixError(FLAT, f"{found[0].message} {_NEXT}{others}", where=found[0].where)
+        raise NormfixError(FLAT, f"{worst[0].message} {_NEXT}{others}", where=worst[0].where)
     return replace(summary, sites=tuple(sites), findings=tuple(found))
 
 
@@ -116,6 +139,19 @@ _EMPTY = (
 _NEXT = (
     "Calibrate on an image that has such structure, or --allow-flat (allow_flat=True) to keep it as it is."
 )
+
+
+def _is_dead(target: Target, site: SiteStatistics) -> bool:
+    """Tell whether eps alone decides what a flat channel, or anything a flat value, is divided by."""
+    if not isinstance(target, NormTarget):
+        return True
+    mean, var, eps = target.holder.running_mean, target.holder.running_var, target.holder.eps
+    assert isinstance(mean, Tensor)
+    assert isinstance(var, Tensor)
+    assert isinstance(eps, float)
+    rounding = (torch.finfo(var.dtype).eps / 2 * mean.double()).square()
+    dead = var.double() <= rounding.clamp_min(_DEAD * eps)
+    return bool(dead[list(site.flat)].any())
 
 
 def _is_all_flat(target: Target, site: SiteStatistics) -> bool:
