@@ -99,13 +99,18 @@ def _bound_extensions(path: Path) -> None:
                 continue
             kind, place = kinds[length]
             values = float(struct.unpack_from(f"{order}{kind}", head, place)[0])
-            problem = not values <= _EXTENSIONS
             file.seek(length)
-            told = file.read(4)
+            extended = file.read(1) not in (b"", b"\0")
+            problem = extended and not values <= _EXTENSIONS
             place = length + 4
-            while not problem and told[:1] not in (b"", b"\0") and place + 8 <= values:
+            # For an offset within the header nibabel looks for extensions up to the end of the file.
+            values = values if values >= place else float(_EXTENSIONS)
+            while extended and not problem and place + 8 <= values:
                 file.seek(place)
-                size = int.from_bytes(file.read(4), "little" if order == "<" else "big", signed=True)
+                sized = file.read(4)
+                if len(sized) < 4:
+                    break
+                size = int(struct.unpack(f"{order}i", sized)[0])
                 problem = not 8 <= size <= values - place
                 place += max(8, size)
             if problem:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import lzma
+import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
+from normfix.deadline import within
 from normfix.errors import NormfixError
 from normfix.formats.opened import Choice, Opened, choose, letters_of
 from normfix.formats.placement import UNITS, Placement, unit_named
@@ -92,7 +94,11 @@ def open_tiff(path: Path, choice: Choice) -> Opened:
     with _complaints("tifffile") as complaints:
         file = tifffile.TiffFile(path)
         try:
-            opened = _opened(file, path, choice)
+            # Counts in descriptions are followed one by one, and real files have a page each.
+            seconds = _SECONDS + path.stat().st_size / _BYTES_A_SECOND
+            opened = within(
+                seconds, lambda: _opened(file, path, choice), str(path), instead="write it again without them"
+            )
         except BaseException:
             file.close()
             raise
@@ -118,6 +124,9 @@ def _opened(file: Any, path: Path, choice: Choice) -> Opened:
         placement = placement.of_level(_extents(levels[0]), _extents(level))
     return Opened(_Pages(level), level.axes, placement, file.close)
 
+
+_SECONDS, _BYTES_A_SECOND = 6.0, 1 << 20
+"""Processor time for the descriptions of a small file, and bytes of a file for another second."""
 
 _SEGMENT = 1 << 27
 """Bytes that a tile or strip may always have; a larger one has to be smaller than a few of its image."""
@@ -150,6 +159,29 @@ def _require_companions(file: Any, path: Path) -> None:
             )
 
 
+def _require_planes(root: ElementTree.Element, path: Path) -> None:
+    """Refuse a description of more planes than a folder has bytes: a list of them is made before any is read.
+
+    Raises:
+        NormfixError: NF121.
+    """
+    files = [path, *(other for other in path.parent.glob("*.tif*") if other.is_file())]
+    stored = sum(file.stat().st_size for file in files)
+    for pixels in root.iter():
+        if not pixels.tag.endswith("Pixels"):
+            continue
+        sizes = [pixels.get(f"Size{letter}", "1") for letter in "ZCT"]
+        counts = [part.get("PlaneCount", "1") for part in pixels if part.tag.endswith("TiffData")]
+        planes = [math.prod(int(size[:20]) for size in sizes), *(int(count[:20]) for count in counts)]
+        if max(planes) > stored:
+            raise NormfixError(
+                "NF121",
+                f"its description has {max(planes):,} planes, and there are {stored:,} bytes. It is damaged or built "
+                "to harm.",
+                where=str(path),
+            )
+
+
 def _companions(file: Any, path: Path) -> set[str]:
     """Return the names of other files that tifffile would open for this one."""
     import tifffile
@@ -157,6 +189,7 @@ def _companions(file: Any, path: Path) -> set[str]:
     names: set[str] = set()
     if file.is_ome and file.ome_metadata:
         root = ElementTree.fromstring(file.ome_metadata)
+        _require_planes(root, path)
         for one in root.iter():
             own = one.text is not None and one.text == root.get("UUID")
             if one.tag.endswith("UUID") and not own:
