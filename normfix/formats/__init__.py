@@ -60,10 +60,10 @@ def open_file(path: Path, choice: Choice | None = None) -> Opened:
             the library that reads it is missing.
     """
     choice, suffix = choice or Choice(), suffix_of(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        # Opening a pipe waits for ever, and reading a device never ends.
+        raise unreadable(path, ValueError("it is a pipe, a device or the like, and no file"))
     try:
-        if path.exists() and not path.is_file() and not path.is_dir():
-            # Opening a pipe waits for ever, and reading a device never ends.
-            raise ValueError("it is a pipe, a device or the like, and no file")
         match suffix:
             case ".tif" | ".tiff":
                 from normfix.formats.tiff import open_tiff
