@@ -43,6 +43,7 @@ def within(
             Python's runs, whose memory it might be.
         function: must leave nothing half done behind that matters when it is interrupted anywhere.
         where: named in the error.
+        instead: what to do next, for the error.
 
     Raises:
         NormfixError: NF121 if it takes longer, or more.
