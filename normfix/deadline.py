@@ -27,7 +27,14 @@ _EVERY, _AGAIN = 0.05, 0.5
 """Seconds between two looks, and between two exceptions: long enough to leave the block after the first."""
 
 
-def within(seconds: float, function: Callable[[], T], where: str, *, growth: int | None = None) -> T:
+def within(
+    seconds: float,
+    function: Callable[[], T],
+    where: str,
+    *,
+    growth: int | None = None,
+    instead: str = "name the network with --arch if it is right",
+) -> T:
     """Call a function that may take so many seconds of processor time of this thread.
 
     Args:
@@ -36,6 +43,7 @@ def within(seconds: float, function: Callable[[], T], where: str, *, growth: int
             Python's runs, whose memory it might be.
         function: must leave nothing half done behind that matters when it is interrupted anywhere.
         where: named in the error.
+        instead: what to do next, for the error.
 
     Raises:
         NormfixError: NF121 if it takes longer, or more.
@@ -57,7 +65,7 @@ def within(seconds: float, function: Callable[[], T], where: str, *, growth: int
         raise NormfixError(
             "NF121",
             "what it asks for takes far more time or memory than a file of this size is worth (a depth or count in it "
-            "is too large). It is not opened; name the network with --arch if it is right.",
+            f"is too large). It is not opened; {instead}.",
             where=where,
         ) from None
 

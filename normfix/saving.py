@@ -151,11 +151,33 @@ def read_manifest(folder: Path) -> Saved:
             "NF101", f"it is longer than {_LARGEST >> 20} MB, which no such file is.", where=str(path)
         )
     saved = Saved.from_json(data, where=str(path))
+    _require_geometry(saved, path)
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise NormfixError("NF101", "the folder has no weights file.", where=str(weights))
     _require_unchanged(weights, saved.sha256)
     return saved
+
+
+def _require_geometry(saved: Saved, path: Path) -> None:
+    """Refuse a stride or halo that no network has.
+
+    Raises:
+        NormfixError: NF108.
+    """
+    scan = saved.provenance.scan
+    if scan is None:
+        return
+    halo = [side for pair in scan.halo or () for side in pair or ()]
+    if any(step is not None and step < 1 for step in scan.stride or ()) or any(
+        side is not None and side < 0 for side in halo
+    ):
+        raise NormfixError(
+            "NF108",
+            f"it says that the network has a stride of {scan.stride} and a halo of {scan.halo}. The file was edited; "
+            "make it again.",
+            where=str(path),
+        )
 
 
 def program_beside(folder: Path, saved: Saved) -> Path | None:

@@ -60,6 +60,9 @@ def open_file(path: Path, choice: Choice | None = None) -> Opened:
             the library that reads it is missing.
     """
     choice, suffix = choice or Choice(), suffix_of(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        # Opening a pipe waits for ever, and reading a device never ends.
+        raise unreadable(path, ValueError("it is a pipe, a device or the like, and no file"))
     try:
         match suffix:
             case ".tif" | ".tiff":
@@ -71,13 +74,12 @@ def open_file(path: Path, choice: Choice | None = None) -> Opened:
 
                 return open_nifti(path)
             case ".npy":
-                return Opened(np.load(path, mmap_mode="r", allow_pickle=False))
+                # np.load would open archives and pickles of any name too.
+                return Opened(np.lib.format.open_memmap(path, "r"))
             case ".png":
-                import imageio.v3 as iio
+                from normfix.formats.png import open_png
 
-                array = np.asarray(iio.imread(path, plugin="pillow"))
-                flat = array.ndim == 2
-                return Opened(array, "YX" if flat else "YXC", Placement(channels_last=not flat))
+                return open_png(path)
         if is_zarr(path):
             from normfix.formats.ome_zarr import open_zarr
 

@@ -49,7 +49,7 @@ class Chunks(Store):
         self._folder, self._root, self._layout = folder, root, layout
         self._safe: set[Path] = set()
         self._index: dict[str, np.ndarray[Any, Any]] = {}
-        self.seen = _listing(folder, layout)
+        self.seen = _listing(folder, root, layout)
 
     @property
     def missing(self) -> tuple[int, int]:
@@ -207,12 +207,26 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def _listing(folder: Path, layout: Layout) -> dict[str, tuple[int, int, int] | None]:
+def _require_new(directory: str, visited: set[str], root: Path) -> None:
+    """Refuse a folder of chunks a second time: links in a circle would be looked through without end."""
+    real = os.path.realpath(directory)
+    if real in visited:
+        raise NormfixError(
+            "NF121",
+            f"two of its folders of chunks are one, by a link to {real}. Copy the image with what its links lead to "
+            "(cp -rL).",
+            where=str(root),
+        )
+    visited.add(real)
+
+
+def _listing(folder: Path, root: Path, layout: Layout) -> dict[str, tuple[int, int, int] | None]:
     """Return the stamps of all chunk files that are there."""
     grid = [-(-n // c) for n, c in zip(layout.shape, layout.outer, strict=True)]
     head = [layout.prefix] if layout.prefix else []
     found: dict[str, tuple[int, int, int] | None] = {}
     pending: list[tuple[Path, list[str]]] = [(folder, [])]
+    visited = {os.path.realpath(folder)}
     while pending:
         directory, parts = pending.pop()
         try:
@@ -225,7 +239,8 @@ def _listing(folder: Path, layout: Layout) -> dict[str, tuple[int, int, int] | N
             if names[: len(head)] != head[: len(names)] or not all(n.isdecimal() for n in numbers):
                 continue
             if len(numbers) < len(grid) and layout.separator == "/":
-                if len(names) < len(head) + len(grid):
+                if len(names) < len(head) + len(grid) and entry.is_dir():
+                    _require_new(entry.path, visited, root)
                     pending.append((Path(entry.path), names))
             elif len(numbers) == len(grid) and all(int(n) < m for n, m in zip(numbers, grid, strict=True)):
                 found[layout.separator.join(names)] = _stamp(Path(entry.path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import shutil
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -56,6 +57,7 @@ class _Volume:
 def open_nifti(path: Path) -> Opened:
     """Open a .nii to be read by window; a .nii.gz too, whose windows are read from the start each time."""
     nibabel = _nibabel(path)
+    _bound_extensions(path)
     image = nibabel.load(path)
     header = image.header
     rank = len(image.shape)
@@ -74,6 +76,50 @@ def open_nifti(path: Path) -> Opened:
         native=_Header(header),
     )
     return Opened(_Volume(image), axes, placement)
+
+
+_EXTENSIONS = 1 << 27
+"""Bytes that may lie between the header of a volume and its values: tables of a surface take some tens of MB."""
+
+
+def _bound_extensions(path: Path) -> None:
+    """Refuse extensions of the header that are longer than what lies before the values, which nibabel reads first.
+
+    Raises:
+        NormfixError: NF121.
+    """
+    # Size of the header, type of its offset, and where that stands: NIfTI-1, NIfTI-2.
+    kinds = {348: ("f", 108), 540: ("q", 168)}
+    opener = gzip.open if path.name.lower().endswith(".gz") else open
+    with opener(path, "rb") as file:
+        head = file.read(540)
+        for order in "<>":
+            length = int(struct.unpack_from(f"{order}i", head.ljust(4))[0])
+            if length not in kinds or len(head) < length:
+                continue
+            kind, place = kinds[length]
+            values = float(struct.unpack_from(f"{order}{kind}", head, place)[0])
+            file.seek(length)
+            extended = file.read(1) not in (b"", b"\0")
+            problem = extended and not values <= _EXTENSIONS
+            place = length + 4
+            # For an offset within the header nibabel looks for extensions up to the end of the file.
+            values = values if values >= place else float(_EXTENSIONS)
+            while extended and not problem and place + 8 <= values:
+                file.seek(place)
+                sized = file.read(4)
+                if len(sized) < 4:
+                    break
+                size = int(struct.unpack(f"{order}i", sized)[0])
+                problem = not 8 <= size <= values - place
+                place += max(8, size)
+            if problem:
+                raise NormfixError(
+                    "NF121",
+                    f"its header has extensions of more than the {values:.0f} bytes before its values, or these are "
+                    f"more than {_EXTENSIONS >> 20} MiB. It is damaged or built to harm.",
+                    where=str(path),
+                )
 
 
 def compress(path: Path) -> None:

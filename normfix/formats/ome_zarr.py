@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["create", "open_zarr"]
 
+_IMAGES = 256
+"""Images in one group; plates have a group for each."""
+
 _EDGE = 128
 """Largest edge of a chunk."""
 
@@ -42,6 +45,12 @@ def open_zarr(path: Path, choice: Choice) -> Opened:
     if not images:
         raise NormfixError(
             "NF101", "it is a Zarr group without OME metadata. Name the array inside it.", where=str(path)
+        )
+    if len(images) > _IMAGES:
+        raise NormfixError(
+            "NF121",
+            f"it names {len(images):,} images, and each would be opened to list them. Name the array inside it.",
+            where=str(path),
         )
     first = [within(path, image["datasets"][0]["path"]) for image in images]
     names = [str(image.get("name") or number) for number, image in enumerate(images)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import lzma
+import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
+from normfix.deadline import within
 from normfix.errors import NormfixError
 from normfix.formats.opened import Choice, Opened, choose, letters_of
 from normfix.formats.placement import UNITS, Placement, unit_named
@@ -92,7 +94,11 @@ def open_tiff(path: Path, choice: Choice) -> Opened:
     with _complaints("tifffile") as complaints:
         file = tifffile.TiffFile(path)
         try:
-            opened = _opened(file, path, choice)
+            # Counts in descriptions are followed one by one, and real files have a page each.
+            seconds = _SECONDS + path.stat().st_size / _BYTES_A_SECOND
+            opened = within(
+                seconds, lambda: _opened(file, path, choice), str(path), instead="write it again without them"
+            )
         except BaseException:
             file.close()
             raise
@@ -103,6 +109,7 @@ def open_tiff(path: Path, choice: Choice) -> Opened:
 
 
 def _opened(file: Any, path: Path, choice: Choice) -> Opened:
+    _require_companions(file, path)
     series = list(file.series)
     number = choose([s.name for s in series], [s.shape for s in series], choice.series, path)
     levels = series[number].levels
@@ -111,13 +118,15 @@ def _opened(file: Any, path: Path, choice: Choice) -> Opened:
             "NF101", f"it has {len(levels)} levels, and no level {choice.level}.", where=str(path)
         )
     level = levels[choice.level]
-    _require_here(series[number], path)
     _bound(level.keyframe, path)
     placement = _placement(file, series[number], number)
     if choice.level:
         placement = placement.of_level(_extents(levels[0]), _extents(level))
     return Opened(_Pages(level), level.axes, placement, file.close)
 
+
+_SECONDS, _BYTES_A_SECOND = 6.0, 1 << 20
+"""Processor time for the descriptions of a small file, and bytes of a file for another second."""
 
 _SEGMENT = 1 << 27
 """Bytes that a tile or strip may always have; a larger one has to be smaller than a few of its image."""
@@ -126,19 +135,73 @@ _INFLATED = 1 << 26
 """Bytes that a strip may unpack to before it is looked at twice."""
 
 
-def _require_here(series: Any, path: Path) -> None:
-    """Refuse an image that has pages in files of other folders, which its description names.
+def _require_companions(file: Any, path: Path) -> None:
+    """Refuse other files that an image is said to lie in, before they are opened, if they lie elsewhere or are missing.
+
+    tifffile joins their names with the folder, opens whatever that is, and reads zeros where there is nothing.
+
+    Raises:
+        NormfixError: NF101 for one that is missing, NF121 for one in another folder or that is no file.
+    """
+    folder = path.resolve().parent
+    for name in _companions(file, path):
+        other = folder / name
+        if name != Path(name).name or "\\" in name or (other.exists() and other.resolve().parent != folder):
+            raise NormfixError("NF121", f"it names {name!r}, which is not in its folder.", where=str(path))
+        if other.exists() and not other.is_file():
+            raise NormfixError("NF121", f"it names {name!r}, which is no file.", where=str(path))
+        if not other.exists():
+            raise NormfixError(
+                "NF101",
+                f"a part of the image lies in {name!r}, which is missing, so it would be read as zeros. Put it beside "
+                "it.",
+                where=str(path),
+            )
+
+
+def _require_planes(root: ElementTree.Element, path: Path) -> None:
+    """Refuse a description of more planes than a folder has bytes: a list of them is made before any is read.
 
     Raises:
         NormfixError: NF121.
     """
-    if not series.is_multifile:
-        return
-    folder = path.resolve().parent
-    for page in series.pages:
-        other = None if page is None else Path(page.parent.filehandle.path).resolve()
-        if other is not None and other.parent != folder:
-            raise NormfixError("NF121", f"it names {other}, which is not in its folder.", where=str(path))
+    files = [path, *(other for other in path.parent.glob("*.tif*") if other.is_file())]
+    stored = sum(file.stat().st_size for file in files)
+    for pixels in root.iter():
+        if not pixels.tag.endswith("Pixels"):
+            continue
+        sizes = [pixels.get(f"Size{letter}", "1") for letter in "ZCT"]
+        counts = [part.get("PlaneCount", "1") for part in pixels if part.tag.endswith("TiffData")]
+        planes = [math.prod(int(size[:20]) for size in sizes), *(int(count[:20]) for count in counts)]
+        if max(planes) > stored:
+            raise NormfixError(
+                "NF121",
+                f"its description has {max(planes):,} planes, and there are {stored:,} bytes. It is damaged or built "
+                "to harm.",
+                where=str(path),
+            )
+
+
+def _companions(file: Any, path: Path) -> set[str]:
+    """Return the names of other files that tifffile would open for this one."""
+    import tifffile
+
+    names: set[str] = set()
+    if file.is_ome and file.ome_metadata:
+        root = ElementTree.fromstring(file.ome_metadata)
+        _require_planes(root, path)
+        for one in root.iter():
+            own = one.text is not None and one.text == root.get("UUID")
+            if one.tag.endswith("UUID") and not own:
+                names.add(one.get("FileName", ""))
+    index = path.parent / "NDTiff.index"
+    if file.is_ndtiff and index.is_file():
+        names |= {str(entry[1]) for entry in tifffile.read_ndtiff_index(index)}
+    elif file.is_ndtiff:
+        names.add(index.name)
+    if file.is_mmstack:
+        names |= {other.name for other in path.parent.glob("*_MMStack*.tif")}
+    return {name for name in names if name and name.lower() != path.name.lower()}
 
 
 def _bound(page: Any, path: Path) -> None:

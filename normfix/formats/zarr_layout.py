@@ -163,6 +163,21 @@ def _dtype(name: Any, where: str) -> np.dtype[Any]:
     return dtype
 
 
+_DTYPES = ("dtype", "astype", "encode_dtype", "decode_dtype")
+"""Settings of a filter that name a type of values."""
+
+
+def _require_numbers(settings: Mapping[str, Any], where: str) -> None:
+    """Refuse a filter that makes of numbers what is none, such as texts of a million characters each.
+
+    Raises:
+        NormfixError: NF106.
+    """
+    for name in _DTYPES:
+        if settings.get(name) is not None:
+            _dtype(settings[name], where)
+
+
 def _unpacking(
     shape: Sequence[int],
     chunk: Sequence[int],
@@ -197,6 +212,8 @@ def _second(metadata: Metadata, where: str) -> Layout:
     count = 0
     while count < len(entries) and is_filter(str(entries[count].get("id"))):
         count += 1
+    for entry in entries[:count]:
+        _require_numbers(entry, where)
     codecs = tuple(codec_of(entry, where) for entry in entries[count:])
     separator = metadata.get("dimension_separator", ".")
     if separator not in (".", "/"):
@@ -293,6 +310,8 @@ def _split(codecs: Sequence[_Named], where: str) -> tuple[list[_Named], tuple[Co
     if count == len(codecs) or codecs[count].name not in ("bytes", "endian"):
         name = codecs[count].name if count < len(codecs) else "nothing"
         raise _unread(f"its values become bytes by {name!r}", where)
+    for one in codecs[:count]:
+        _require_numbers(one.settings, where)
     of_bytes = tuple(codec_of({"id": one.plain, **one.settings}, where) for one in codecs[count + 1 :])
     return list(codecs[: count + 1]), of_bytes
 

@@ -99,6 +99,9 @@ def open_spec(spec: str, request: Request, revision: str | None = None) -> Loade
 
 def open_path(path: Path, request: Request) -> Loaded:
     """Load a file or folder by the first format that recognises it."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        # Opening a pipe waits for ever, and reading a device never ends.
+        raise unreadable(path, "it is a pipe, a device or the like, and no file")
     for format_ in FORMATS:
         if format_.recognises(path):
             return _opened(format_, path, request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -82,10 +83,10 @@ def open_any(
 ) -> Loaded:
     """Open as `load` does, with source and notes."""
     require_repository(str(spec), revision)
-    if Path(spec).suffix == SUFFIX and Path(spec).is_file():
+    if Path(spec).suffix == SUFFIX and os.path.isfile(spec):  # noqa: PTH113 - Path raises where a name is too long
         return _open_program(Path(spec))
     if not str(spec).startswith(HUB):
-        if (Path(spec) / MANIFEST).is_file():
+        if os.path.isfile(Path(spec) / MANIFEST):  # noqa: PTH113
             return _open_saved(Path(spec), request, model)
         return open_spec(str(spec), request)
     folder, origin = fetched(str(spec), revision)
