@@ -32,6 +32,10 @@ _CHEAP, _DEAR = 1e-9, 1e-8
 """Seconds for each value of an operation that adds or copies, and of one that sorts, samples or takes roots."""
 _FLOPS = 4e10
 """Multiplications and additions that one core does in a second, in a convolution."""
+_OF_MATRICES = 3e-9
+"""Seconds for each value and each row of a matrix that is decomposed: those of singular values."""
+_STEP = 1e-5
+"""Seconds for each step of a recurrence, beside its multiplications."""
 _OPERATIONS = 200_000
 # fmt: off
 _COPYING = frozenset((
@@ -40,8 +44,17 @@ _COPYING = frozenset((
     "slice_scatter", "fill_", "zero_", "zeros", "ones", "full", "empty", "empty_strided", "new_empty", "new_zeros",
     "empty_like", "zeros_like", "ones_like", "full_like", "sum", "mean", "convolution", "mm", "addmm", "bmm", "baddbmm",
 ))
+_CUBIC = frozenset((
+    "_linalg_det", "_linalg_eigh", "_linalg_slogdet", "_linalg_solve_ex", "_linalg_svd", "cholesky_inverse",
+    "cholesky_solve", "linalg_cholesky_ex", "linalg_inv_ex", "linalg_lu_factor_ex", "linalg_lu_solve", "linalg_qr",
+    "linalg_solve_triangular", "triangular_solve",
+))
+_PAIRS = frozenset(("_cdist_forward", "_pdist_forward", "_euclidean_dist"))
+_FOLLOWS_DATA = frozenset((
+    "nonzero", "masked_select", "_local_scalar_dense", "item", "is_nonzero", "index",
+    "_unique", "_unique2", "unique_dim", "unique_consecutive",
+))
 # fmt: on
-_FOLLOWS_DATA = frozenset({"nonzero", "masked_select", "_local_scalar_dense", "item", "is_nonzero", "index"})
 """What gives as much as the values say, and never more than there are."""
 _DIMENSIONS = 8
 
@@ -137,6 +150,7 @@ def _foresee(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
     read = max((value.numel() for value in given), default=0)
     name = func._schema.name.partition("::")[2]
+    longer = _beyond_size(name, given)
     try:
         bare, named = tree_map(_without_data, (args, dict(kwargs)))
         if "generator" in named:
@@ -146,7 +160,8 @@ def _foresee(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         named.pop("pin_memory", None)
         result = func(*bare, **named)
     except Exception:  # noqa: BLE001 - what has no such form says so in many ways
-        return _bound(name, given, args, kwargs)
+        size, seconds = _bound(name, given, args, kwargs)
+        return size, seconds + longer
     made = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
     own = {id(value) for value in tree_leaves((bare, named)) if isinstance(value, Tensor)}
     size = sum(value.numel() * value.itemsize for value in made if id(value) not in own)
@@ -157,7 +172,21 @@ def _foresee(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         seconds += _CHEAP * written * _window(args)
     # operands that are not stored as their extents say are copied before they are multiplied
     copied = max((v.numel() * v.itemsize for v in given if not v.is_contiguous()), default=0)
-    return size + copied * (_multiplies(func)), seconds
+    return size + copied * (_multiplies(func)), seconds + longer
+
+
+def _beyond_size(name: str, given: list[Tensor]) -> float:
+    """Return the seconds of what takes longer than its tensors are large: matrices, pairs, recurrence."""
+    if name in _CUBIC:
+        return _OF_MATRICES * max(value.numel() * min((*value.shape[-2:], 1 << 62)) for value in given)
+    if name in _PAIRS:
+        # (..., n, d) and (..., m, d), or (n, d) with itself -> each pair of d differences
+        return _CHEAP * given[0].numel() * given[-1].shape[-2]
+    if name == "mkldnn_rnn_layer":
+        steps, sequences = given[0].shape[:2]
+        weights = given[1].numel() + given[2].numel()
+        return _STEP * steps + 2.0 * steps * sequences * weights / _FLOPS
+    return 0.0
 
 
 def _bound(

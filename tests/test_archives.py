@@ -3,6 +3,9 @@
 import collections
 import io
 import json
+import subprocess
+import sys
+import time
 import zipfile
 
 import archive_attacks
@@ -182,7 +185,17 @@ def test_guards_are_written_anew():
 
 
 @pytest.mark.parametrize(
-    "name", ["add.Tensor", "instance_norm.default", "relu_.default", "_assert_scalar.default"]
+    "name",
+    [
+        *("add.Tensor", "instance_norm.default", "relu_.default", "_assert_scalar.default", "lstm.input"),
+        *(
+            "cdist.default",
+            "linalg_inv.default",
+            "normal_.default",
+            "special_entr.default",
+            "permute_copy.default",
+        ),
+    ],
 )
 def test_functions_of_tensors_are_allowed(name):
     """Negative control of the list: what networks are made of is on it."""
@@ -197,13 +210,121 @@ def test_functions_of_tensors_are_allowed(name):
         "resize_.default",
         "set_.source_Tensor",
         "add.out",
-        "linalg_svd.default",
+        "bincount.default",
+        "manual_seed.default",
+        "special_hermite_polynomial_h.default",
         "save.default",
     ],
 )
 def test_other_functions_are_not(name):
     """Functions of texts and lists, of memory that is not a tensor's own, of costs beyond its size, are not on it."""
     assert not is_allowed(f"torch.ops.aten.{name}")
+
+
+def test_every_core_operator_is_allowed_but_gradients():
+    """torch's core operators are what an exporter writes; a network that is applied needs all but these."""
+    left = set()
+    for name in torch._C._dispatch_get_all_op_names():
+        home, _, rest = name.partition("::")
+        packet, _, overload = rest.partition(".")
+        operator = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
+        is_core = home == "aten" and operator is not None and torch.Tag.core in operator.tags
+        if is_core and not is_allowed(f"torch.ops.aten.{packet}.{overload or 'default'}"):
+            left.add(packet)
+    assert {name for name in left if not name.endswith("_backward")} == {"atan2", "resize_"}  # atan2.out
+
+
+class _Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.lift = torch.nn.Conv2d(1, 4, 3, padding=1)
+        self.rows = kind(4, 4, batch_first=True)
+
+    def forward(self, x):
+        y = self.lift(x).permute(0, 2, 3, 1)
+        return self.rows(y.flatten(0, 1))[0].reshape(y.shape).permute(0, 3, 1, 2)
+
+
+class _OfMatrices(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = torch.nn.Parameter(torch.eye(4) + 0.1)
+
+    def forward(self, x):
+        y = torch.einsum("dc,bchw->bdhw", torch.linalg.inv(self.mix), x.expand(-1, 4, -1, -1))
+        return y + torch.cdist(self.mix, self.mix).mean()
+
+
+class _Noisy(nn.Module):
+    def forward(self, x):
+        return x + torch.empty_like(x).normal_() + torch.randperm(x.shape[1])
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes")
+@pytest.mark.parametrize(
+    "make", [lambda: _Recurrent(torch.nn.LSTM), lambda: _Recurrent(torch.nn.GRU), _OfMatrices, _Noisy]
+)
+def test_recurrence_matrices_and_noise_open(tmp_path, make):
+    """A program with recurrent layers, an inverse and distances, or noise is right and opens."""
+    import normfix
+
+    free = ({0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},)
+    program = torch.export.export(make().eval(), (torch.rand(2, 1, 8, 8),), dynamic_shapes=free, strict=False)
+    torch.export.save(program, str(tmp_path / "p.pt2"))
+    assert normfix.load(tmp_path / "p.pt2").shape[1] == 1
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: torch.linalg.inv(torch.ones(1, 1).expand(4000, 4000)),
+        lambda: torch.linalg.svdvals(torch.ones(1, 1).expand(3000, 3000)),
+        lambda: torch.cdist(torch.ones(1, 1).expand(9000, 256), torch.ones(1, 1).expand(9000, 256)),
+        lambda: torch.nn.LSTM(64, 512)(torch.ones(1, 1, 1).expand(2000, 100, 64)),
+    ],
+    ids=["inverse", "singular values", "distances", "recurrence"],
+)
+def test_what_takes_longer_than_its_size_is_foreseen(call):
+    """Decompositions, distances of all pairs and recurrence are refused by what they cost, before they run."""
+    began = time.process_time()
+    with pytest.raises(NormfixError) as refused, torch.no_grad(), Workload(0, "x"):
+        call()
+    assert refused.value.code == "NF144"
+    assert time.process_time() - began < 2
+
+
+def test_small_matrices_are_not_refused():
+    """Negative control: the same operations on what networks hold are cheap."""
+    with torch.no_grad(), Workload(0, "x"):
+        torch.linalg.inv(torch.eye(64))
+        torch.linalg.svdvals(torch.eye(64))
+        torch.cdist(torch.ones(256, 8), torch.ones(256, 8))
+        torch.nn.LSTM(64, 64)(torch.ones(64, 4, 64))
+
+
+_DEFORMABLE = """
+import sys, torch, normfix
+if sys.argv[2] == "write":
+    from torchvision.ops import DeformConv2d
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.offset, self.conv = torch.nn.Conv2d(1, 18, 3, padding=1), DeformConv2d(1, 4, 3, padding=1)
+        def forward(self, x):
+            return self.conv(x, self.offset(x))
+    torch.export.save(torch.export.export(Net().eval(), (torch.rand(1, 1, 8, 8),)), sys.argv[1])
+else:
+    normfix.load(sys.argv[1])
+"""
+
+
+@pytest.mark.zoo
+def test_deformable_convolutions_open_where_nothing_imported_torchvision(tmp_path):
+    """torch knows torchvision's operator only once that is imported, so opening imports it."""
+    for what in ("write", "read"):
+        run = [sys.executable, "-c", _DEFORMABLE, str(tmp_path / "p.pt2"), what]
+        done = subprocess.run(run, capture_output=True, text=True, check=False, timeout=120)
+        assert not done.returncode, done.stderr[-500:]
 
 
 def test_a_workload_changes_nothing():

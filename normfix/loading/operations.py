@@ -2,8 +2,10 @@
 
 Each is a function of tensors and numbers alone. Not on it: what touches files (`from_file`), memory that is not
 the tensor's own (`set_`, `resize_`), processes, streams or the console, calls other code (`higher_order`, custom
-operators), compiles, or takes time out of proportion to its tensors (decompositions of matrices, distances of all
-pairs). Loops are not on it, so a program ends. On sizes, arithmetic is allowed and nothing else.
+operators), compiles, makes as much as its values say (`bincount`), loops as often as a number says (polynomials of
+an order), or has no place in a network that is applied (gradients, sparse and nested tensors). Loops are not on it,
+so a program ends. What takes longer than its tensors are large (decompositions, distances of all pairs, recurrence)
+is on it, since `normfix.workload` knows what it costs. On sizes, arithmetic is allowed and nothing else.
 """
 
 from __future__ import annotations
@@ -40,8 +42,46 @@ _POINTWISE = _words(
     softshrink sqrt square sub subtract tan tanh threshold true_divide trunc where xlogy zero fill copy dropout
     feature_dropout alpha_dropout native_dropout bernoulli _prelu_kernel __and__ __or__ __xor__ _conj
     view_as_real
-    view_as_complex complex resolve_conj resolve_neg"""
+    view_as_complex complex resolve_conj resolve_neg digamma frexp gcd i0 lcm ldexp lgamma nextafter
+    feature_alpha_dropout bitwise_left_shift bitwise_right_shift __lshift__ __rshift__"""
 )
+_SPECIAL = {
+    f"special_{name}"
+    for name in _words(
+        """digamma entr erf erfc erfcx erfinv exp2 expit expm1 gammaln i0 i0e i1 i1e log1p
+        log_ndtr log_softmax logit logsumexp ndtr ndtri psi round sinc softmax xlog1py xlogy"""
+    )
+}
+_RANDOM = _words(
+    """cauchy cauchy_ exponential exponential_ geometric geometric_ log_normal log_normal_ multinomial normal normal_
+    normal_functional poisson randint randint_like randperm random random_ uniform uniform_"""
+)
+"""From the generator as it stands; what seeds it is not here."""
+_RECURRENT = _words(
+    """gru gru_cell lstm lstm_cell mkldnn_rnn_layer rnn_relu rnn_relu_cell rnn_tanh rnn_tanh_cell"""
+)
+_PAIRS = _words("""cdist _cdist_forward dist pairwise_distance pdist _pdist_forward _euclidean_dist""")
+_MATRICES = _words(
+    """chain_matmul cholesky cholesky_inverse cholesky_solve det inverse linalg_cholesky linalg_cholesky_ex linalg_det
+    linalg_eigh linalg_eigvalsh linalg_inv linalg_inv_ex linalg_lu_factor linalg_lu_factor_ex linalg_lu_solve
+    linalg_matmul linalg_matrix_norm linalg_matrix_power matrix_power
+    linalg_multi_dot linalg_pinv linalg_qr linalg_slogdet linalg_solve linalg_solve_ex
+    linalg_solve_triangular linalg_svd linalg_svdvals linalg_vecdot logdet nuclear_norm pinverse slogdet svd
+    triangular_solve _linalg_check_errors _linalg_det _linalg_eigh _linalg_slogdet _linalg_solve_ex _linalg_svd"""
+)
+_LOSSES = _words(
+    """binary_cross_entropy binary_cross_entropy_with_logits cross_entropy_loss huber_loss kl_div l1_loss mse_loss
+    nll_loss nll_loss2d nll_loss_forward nll_loss2d_forward nll_loss_nd smooth_l1_loss"""
+)
+"""Consistency terms and distances that networks compute on their way."""
+_COPIES = {
+    f"{name}_copy"
+    for name in _words(
+        """alias as_strided detach diagonal expand narrow permute select slice split split_with_sizes squeeze t
+        transpose unbind unfold unsqueeze view view_as_complex view_as_real"""
+    )
+}
+"""What views become where the exporter makes every operation a function."""
 _OTHERS = _words(
     """adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
     adaptive_max_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d avg_pool1d avg_pool2d avg_pool3d
@@ -99,19 +139,27 @@ _OTHERS = _words(
     new_empty_strided new_full new_ones
     new_zeros ones ones_like rand rand_like randn randn_like scalar_tensor tril_indices triu_indices zeros
     zeros_like
-    hann_window
+    bartlett_window blackman_window hamming_window hann_window kaiser_window logspace
 
     _fft_c2c _fft_c2r _fft_r2c fft_fft fft_fft2 fft_fftn fft_fftshift fft_ifft fft_ifft2 fft_ifftn fft_ifftshift
-    fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2 fft_rfftn fft_fftfreq fft_rfftfreq special_expm1
-    special_expit
-    special_erf special_log_softmax special_softmax special_logit
+    fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2 fft_rfftn fft_fftfreq fft_rfftfreq fft_hfft fft_hfft2
+    fft_hfftn fft_ihfft fft_ihfft2 fft_ihfftn istft stft
 
-    _to_copy to type_as lift lift_fresh lift_fresh_copy detach_copy expand_copy view_copy"""
+    adjoint argwhere cartesian_prod corrcoef cov cumulative_trapezoid diagflat embedding_bag _embedding_bag
+    _embedding_bag_forward_only embedding_renorm_ fake_quantize_per_channel_affine
+    fake_quantize_per_channel_affine_cachemask fake_quantize_per_tensor_affine
+    fake_quantize_per_tensor_affine_cachemask fractional_max_pool2d fractional_max_pool3d gradient histc
+    index_reduce isin kron
+    msort nonzero_static put renorm row_stack trapezoid trapz _unique _unique2
+    unique_consecutive unique_dim _unsafe_index_put _unsafe_masked_index_put_accumulate vander
+
+    _to_copy to type_as lift lift_fresh lift_fresh_copy"""
 )
 _IN_PLACE = _words(
     """squeeze_ unsqueeze_ t_ transpose_ swapaxes_ detach_ index_put_ index_add_ index_copy_ index_fill_
     scatter_ scatter_add_
-    scatter_reduce_ masked_scatter_ tril_ triu_ addmm_ baddbmm_ cumsum_ fill_diagonal_ _index_put_impl"""
+    scatter_reduce_ masked_scatter_ tril_ triu_ addmm_ baddbmm_ cumsum_ fill_diagonal_ _index_put_impl
+    _index_put_impl_ addbmm_ addmv_ addr_ cumprod_ index_reduce_ put_ renorm_ swapdims_"""
 ) | {f"{name}_" for name in _POINTWISE if not name.startswith("_")}
 # what gives a size, a number or nothing
 _NUMBERS = _words(
@@ -119,6 +167,9 @@ _NUMBERS = _words(
     _assert_async
     _assert_tensor_metadata _functional_assert_scalar sym_constrain_range sym_constrain_range_for_size
     sym_is_contiguous"""
+)
+_LISTED = frozenset().union(
+    *(_POINTWISE, _SPECIAL, _RANDOM, _RECURRENT, _PAIRS, _MATRICES, _LOSSES, _COPIES, _OTHERS, _IN_PLACE, _NUMBERS)
 )
 ARITHMETIC = _words(
     """_operator.eq _operator.ne _operator.le _operator.ge _operator.lt _operator.gt _operator.neg _operator.pos
@@ -163,7 +214,7 @@ def is_allowed(target: str) -> bool:
     if target in ARITHMETIC | _ELSEWHERE | BLOCKS:
         return True
     parts = _TARGET.fullmatch(target)
-    if parts is None or parts[1] not in _POINTWISE | _OTHERS | _IN_PLACE | _NUMBERS:
+    if parts is None or parts[1] not in _LISTED:
         return False
     packet = getattr(torch.ops.aten, parts[1], None)
     if packet is None or parts[2] not in packet.overloads() or "out" in parts[2]:

@@ -9,6 +9,7 @@ pickles, libraries, extra files) is left out or refused.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import math
@@ -37,6 +38,7 @@ _LEFT_OUT = re.compile(
     r"(\.?data/)?(version|serialization_id)|data/sample_inputs/model\.pt|extra/[\w./-]*", re.ASCII
 )
 _TENSORS = re.compile(r"data/(weights/weight|constants/tensor)_\d{1,9}", re.ASCII)
+_TORCHVISION = b"torch.ops.torchvision."
 _LARGEST = 32 << 20
 """A graph of a thousand operations takes 2 MB of JSON; reading it takes ten times its size in memory."""
 _SHARED, _LEAST = 8, 64 << 20
@@ -89,7 +91,8 @@ def read_program(path: Path, extra: dict[str, str] | None = None) -> torch.expor
         extra: names of extra files inside, filled with their text.
 
     Raises:
-        NormfixError: NF101 damaged, NF121 built to harm.
+        NormfixError: NF101 damaged, NF111 it calls an operator of torchvision, which is not installed, NF121 built
+            to harm.
     """
     logger = logging.getLogger("torch.export")
     level = logger.level
@@ -100,6 +103,8 @@ def read_program(path: Path, extra: dict[str, str] | None = None) -> torch.expor
             for name in extra or {}:
                 if f"extra/{name}" in archive.names:
                     (extra or {})[name] = archive.read(f"extra/{name}", _LARGEST).decode()
+            if _TORCHVISION in texts[_PROGRAM]:
+                _import_torchvision(path)
             tensors = [name for name in archive.names if _TENSORS.fullmatch(name)]
             return torch.export.load(archive.rewritten(tensors, _AROUND | texts))
     except NormfixError:
@@ -108,6 +113,18 @@ def read_program(path: Path, extra: dict[str, str] | None = None) -> torch.expor
         raise unreadable(path, error) from error
     finally:
         logger.setLevel(level)
+
+
+def _import_torchvision(path: Path) -> None:
+    """Make torchvision's operators known to torch; which of them a program may call was decided before."""
+    try:
+        importlib.import_module("torchvision.ops")
+    except ImportError as error:
+        raise NormfixError(
+            "NF111",
+            "it calls an operator of torchvision, which is not installed here: pip install torchvision.",
+            where=str(path),
+        ) from error
 
 
 def require_inert_program(path: Path) -> None:
