@@ -95,7 +95,16 @@ def measure_locality(
     alike = plain.geometry is not None and _is_followed(single, example, plain)
     other = plain if alike else measured(felt=followed)
     steady = (wide for wide in (other, _wider(other)) if _is_steady(double, example, wide, thorough=foreign))
-    return next((replace(wide, steady=True) for wide in steady), plain)
+    return next((replace(wide, steady=True) for wide in steady), _boundless() if short else plain)
+
+
+def _boundless() -> Locality:
+    return _none(
+        "NF212",
+        "halo",
+        "tiles change when what is beyond the halo that its dye shows is made huge, and no wider halo was found that "
+        "holds them: a comparison or selection looks at a pixel far away (a corner, a gate, a fill). Take it out.",
+    )
 
 
 def _is_label(output: Tensor) -> bool:
