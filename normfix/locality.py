@@ -67,6 +67,7 @@ def measure_locality(
     trial: bool = False,
     foreign: bool = False,
     swallowed: bool = False,
+    compared: bool = False,
     both_ends: bool = False,
 ) -> Locality:
     """Measure a network in which no statistic is live.
@@ -81,7 +82,9 @@ def measure_locality(
         doubtful: NaN alone is not believed, if the other measurements do not contradict it.
         trial: only a steady geometry counts.
         foreign: operators that nobody knows are among it, so that steadiness is all that holds a geometry.
-        swallowed: something in it makes ordinary numbers of NaN, so that what NaN shows is tried by amplification.
+        swallowed: something in it makes ordinary numbers of NaN, so that what NaN shows is tried by amplification,
+            and a wider halo that the dye shows when it is followed is taken.
+        compared: something in it compares numbers, on the way of the NaN or not: tried by amplification.
         both_ends: something may look past one border to the other (a cyclic shift): compare windows that start where
             the image starts as well.
     """
@@ -89,11 +92,14 @@ def measure_locality(
     measured = partial(_measured, single, double, example, dilution, both_ends=both_ends)
     plain = Locality(None, (), blind=True) if trial else measured()
     foreign = foreign or plain.foreign
-    short = swallowed and plain.geometry is not None and not _is_isolated(double, example, plain)
-    if not (doubtful or short or plain.blind) or _is_label(single(example)):
+    tried = (swallowed or compared) and plain.geometry is not None
+    short = tried and not _is_isolated(double, example, plain)
+    if not (doubtful or short or plain.blind or (tried and swallowed)) or _is_label(single(example)):
         return plain
     alike = plain.geometry is not None and _is_followed(single, example, plain)
     other = plain if alike else measured(felt=followed)
+    if not (doubtful or short or plain.blind):
+        return other if _covers(other, plain) else plain
     steady = (wide for wide in (other, _wider(other)) if _is_steady(double, example, wide, thorough=foreign))
     return next((replace(wide, steady=True) for wide in steady), _boundless() if short else plain)
 
@@ -127,6 +133,15 @@ def _is_followed(single: Function, example: Tensor, measured: Locality) -> bool:
         if expected is None or (max(0, expected[0]), max(0, expected[1])) != there:
             return False
     return True
+
+
+def _covers(other: Locality, plain: Locality) -> bool:
+    """Tell whether one geometry differs from another at most by a wider halo."""
+    if other.geometry is None or plain.geometry is None:
+        return False
+    pairs = zip(other.geometry.halo, plain.geometry.halo, strict=True)
+    wider = all(b >= before and a >= after for (b, a), (before, after) in pairs)
+    return wider and replace(other.geometry, halo=plain.geometry.halo) == plain.geometry
 
 
 def _wider(measured: Locality) -> Locality:
