@@ -351,18 +351,19 @@ class _Line:
             return unit
         for lattice in lattices(grid):
             before, after = self.around(lattice, reach)
+            around = before + lattice, after + lattice
             try:
-                unit = self._common(lattice, (before + lattice, after + lattice))
+                unit = self._common(lattice, around)
             except refusals():
                 continue
-            if unit is not None:
+            # what is padded on both sides can make up for a wrong shift by chance: other windows must agree as well
+            if unit is not None and self._cuts_at(unit, around):
                 return unit
         return None
 
     def wraps_nowhere(self, grid: int, reach: tuple[int, int], unit: int) -> bool:
         """Tell whether windows from the start of the image, and to its end, give what the whole gives there."""
-        around, example = self.around(grid, reach), self.example.double()
-        return cutting_grid(self.double, example, self.axis, unit, self.scale, around, self.cross) == unit
+        return self._cuts_at(unit, self.around(grid, reach))
 
     def obstacle(self, grid: int, reach: tuple[int, int]) -> str:
         """Say why there is no unit."""
@@ -383,6 +384,10 @@ class _Line:
             "on the size or on the opposite border (a division by H*W, a branch on the size, a cyclic shift). Take it "
             "out, or keep to one tile size."
         )
+
+    def _cuts_at(self, unit: int, around: tuple[int, int]) -> bool:
+        example = self.example.double()
+        return cutting_grid(self.double, example, self.axis, unit, self.scale, around, self.cross) == unit
 
     def _common(self, hint: int, around: tuple[int, int], *, settled: bool = False) -> int | None:
         example = self.example.double()
