@@ -29,7 +29,8 @@ class Doubts:
     `sites` are ids of sites that are global by their name or growth only, `operations` ids of calls that nobody
     knows, `placed` the findings about calls that take place or size into account, `bounds` the sizes at which the
     network branches. `causes` are findings that count only where there is no geometry.
-    `swallowed` tells that NaN may show too short a halo, `wraps` that a call shifts a map around its border.
+    `swallowed` and `compared` tell that NaN may show too short a halo, `wraps` that a call shifts a map around its
+    border.
     """
 
     sites: frozenset[str]
@@ -38,6 +39,7 @@ class Doubts:
     bounds: tuple[Bound, ...]
     causes: tuple[Finding, ...] = ()
     swallowed: bool = False
+    compared: bool = False
     wraps: bool = False
 
     def __bool__(self) -> bool:

@@ -106,7 +106,7 @@ def interference(
     reach: tuple[int, int],
     cross: Sequence[int],
 ) -> float:
-    """Return how much one tile's output changes when everything outside its window is amplified.
+    """Return how much one tile's output changes when everything outside its window is amplified, with either sign.
 
     Args:
         f: the network in float64.
@@ -128,11 +128,16 @@ def interference(
     x = strip(example, size) + texture(example, size)
     window = (axis + 2, sea, before + tile + after)
     kept = (axis + 2, int((sea + before) * scale), int(tile * scale))
-    loud = x * AMPLIFICATION
-    loud.narrow(*window).copy_(x.narrow(*window))
-    quiet_tile, loud_tile = f(x).narrow(*kept), f(loud).narrow(*kept)
-    change = ((quiet_tile - loud_tile).abs().max() / quiet_tile.abs().max().clamp_min(1e-300)).item()
-    return min(change, BOUNDLESS) if change == change else BOUNDLESS
+    quiet_tile = f(x).narrow(*kept)
+    extent = quiet_tile.abs().max().clamp_min(1e-300)
+    changes = []
+    # of both signs: a comparison looks at one only
+    for factor in (AMPLIFICATION, -AMPLIFICATION):
+        loud = x * factor
+        loud.narrow(*window).copy_(x.narrow(*window))
+        change = ((quiet_tile - f(loud).narrow(*kept)).abs().max() / extent).item()
+        changes.append(min(change, BOUNDLESS) if change == change else BOUNDLESS)
+    return max(changes)
 
 
 def strip(example: Tensor, size: Sequence[int]) -> Tensor:

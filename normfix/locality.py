@@ -67,6 +67,7 @@ def measure_locality(
     trial: bool = False,
     foreign: bool = False,
     swallowed: bool = False,
+    compared: bool = False,
     both_ends: bool = False,
 ) -> Locality:
     """Measure a network in which no statistic is live.
@@ -81,7 +82,9 @@ def measure_locality(
         doubtful: NaN alone is not believed, if the other measurements do not contradict it.
         trial: only a steady geometry counts.
         foreign: operators that nobody knows are among it, so that steadiness is all that holds a geometry.
-        swallowed: something in it makes ordinary numbers of NaN, so that what NaN shows is tried by amplification.
+        swallowed: something in it makes ordinary numbers of NaN, so that what NaN shows is tried by amplification,
+            and a wider halo that the dye shows when it is followed is taken.
+        compared: something in it compares numbers, on the way of the NaN or not: tried by amplification.
         both_ends: something may look past one border to the other (a cyclic shift): compare windows that start where
             the image starts as well.
     """
@@ -89,13 +92,25 @@ def measure_locality(
     measured = partial(_measured, single, double, example, dilution, both_ends=both_ends)
     plain = Locality(None, (), blind=True) if trial else measured()
     foreign = foreign or plain.foreign
-    short = swallowed and plain.geometry is not None and not _is_isolated(double, example, plain)
-    if not (doubtful or short or plain.blind) or _is_label(single(example)):
+    tried = (swallowed or compared) and plain.geometry is not None
+    short = tried and not _is_isolated(double, example, plain)
+    if not (doubtful or short or plain.blind or (tried and swallowed)) or _is_label(single(example)):
         return plain
     alike = plain.geometry is not None and _is_followed(single, example, plain)
     other = plain if alike else measured(felt=followed)
+    if not (doubtful or short or plain.blind):
+        return other if _covers(other, plain) else plain
     steady = (wide for wide in (other, _wider(other)) if _is_steady(double, example, wide, thorough=foreign))
-    return next((replace(wide, steady=True) for wide in steady), plain)
+    return next((replace(wide, steady=True) for wide in steady), _boundless() if short else plain)
+
+
+def _boundless() -> Locality:
+    return _none(
+        "NF212",
+        "halo",
+        "tiles change when what is beyond the halo that its dye shows is made huge, and no wider halo was found that "
+        "holds them: a comparison or selection looks at a pixel far away (a corner, a gate, a fill). Take it out.",
+    )
 
 
 def _is_label(output: Tensor) -> bool:
@@ -118,6 +133,15 @@ def _is_followed(single: Function, example: Tensor, measured: Locality) -> bool:
         if expected is None or (max(0, expected[0]), max(0, expected[1])) != there:
             return False
     return True
+
+
+def _covers(other: Locality, plain: Locality) -> bool:
+    """Tell whether one geometry differs from another at most by a wider halo."""
+    if other.geometry is None or plain.geometry is None:
+        return False
+    pairs = zip(other.geometry.halo, plain.geometry.halo, strict=True)
+    wider = all(b >= before and a >= after for (b, a), (before, after) in pairs)
+    return wider and replace(other.geometry, halo=plain.geometry.halo) == plain.geometry
 
 
 def _wider(measured: Locality) -> Locality:
@@ -327,18 +351,19 @@ class _Line:
             return unit
         for lattice in lattices(grid):
             before, after = self.around(lattice, reach)
+            around = before + lattice, after + lattice
             try:
-                unit = self._common(lattice, (before + lattice, after + lattice))
+                unit = self._common(lattice, around)
             except refusals():
                 continue
-            if unit is not None:
+            # what is padded on both sides can make up for a wrong shift by chance: other windows must agree as well
+            if unit is not None and self._cuts_at(unit, around):
                 return unit
         return None
 
     def wraps_nowhere(self, grid: int, reach: tuple[int, int], unit: int) -> bool:
         """Tell whether windows from the start of the image, and to its end, give what the whole gives there."""
-        around, example = self.around(grid, reach), self.example.double()
-        return cutting_grid(self.double, example, self.axis, unit, self.scale, around, self.cross) == unit
+        return self._cuts_at(unit, self.around(grid, reach))
 
     def obstacle(self, grid: int, reach: tuple[int, int]) -> str:
         """Say why there is no unit."""
@@ -359,6 +384,10 @@ class _Line:
             "on the size or on the opposite border (a division by H*W, a branch on the size, a cyclic shift). Take it "
             "out, or keep to one tile size."
         )
+
+    def _cuts_at(self, unit: int, around: tuple[int, int]) -> bool:
+        example = self.example.double()
+        return cutting_grid(self.double, example, self.axis, unit, self.scale, around, self.cross) == unit
 
     def _common(self, hint: int, around: tuple[int, int], *, settled: bool = False) -> int | None:
         example = self.example.double()

@@ -17,6 +17,7 @@ __all__ = [
     "RESIZING_POOLS",
     "at_risk",
     "chooses",
+    "compares",
     "is_blank",
     "is_convolution_like",
     "is_foreign",
@@ -155,6 +156,16 @@ _REORDERS = frozenset(
         "aten::unique_dim_consecutive",
     }
 )
+_COMPARES = frozenset({"eq", "ne", "lt", "le", "gt", "ge", "sign", "sgn", "signbit", "heaviside"}) | {
+    "fmax",
+    "fmin",
+    "nan_to_num",
+    "isfinite",
+    "argmax",
+    "argmin",
+    "logical_not",
+    "nonzero",
+}
 _LOOKUPS = {"aten::embedding": 1, "aten::bucketize": 0, "aten::searchsorted": 1, "aten::take": 1}
 _BLANKS = frozenset(
     {
@@ -242,6 +253,11 @@ def looked_up(op: OpOverload, args: Sequence[Any]) -> Any:
 def chooses(op: OpOverload) -> bool:
     """Tell whether the operator returns the places of the largest or smallest values along a dimension."""
     return name_of(op) in ("aten::argmax", "aten::argmin")
+
+
+def compares(op: Any) -> bool:
+    """Tell whether the operator compares numbers or looks at their kind, so that it makes no NaN of one."""
+    return isinstance(op, OpOverload) and name_of(op).removeprefix("aten::") in _COMPARES
 
 
 def reorders(op: OpOverload) -> bool:

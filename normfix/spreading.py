@@ -70,7 +70,8 @@ class Sighting:
 class Dyed:
     """What one dyed pass saw: sightings in order, the census' calls and how often each module ran.
 
-    `swallowed` tells that a pointwise operator made ordinary numbers of NaN, as a comparison does.
+    `swallowed` tells that a pointwise operator made ordinary numbers of NaN, as a comparison does; `compared` that
+    numbers are compared, wherever.
     """
 
     sightings: tuple[Sighting, ...]
@@ -78,6 +79,7 @@ class Dyed:
     invocations: Mapping[str, int]
     size: tuple[int, ...]
     swallowed: bool = False
+    compared: bool = False
 
     @property
     def found(self) -> tuple[Sighting, ...]:
@@ -124,6 +126,7 @@ def dye_look(model: nn.Module, run: Run, example: Tensor) -> Dyed:
         invocations=dict(invocations),
         size=tuple(example.shape),
         swallowed=watch.swallowed,
+        compared=watch.compared,
     )
 
 
@@ -215,6 +218,11 @@ class _Watch:
     def swallowed(self) -> bool:
         """Tell whether a pointwise operator made ordinary numbers of NaN."""
         return self._stain.swallowed
+
+    @property
+    def compared(self) -> bool:
+        """Tell whether an operator compared numbers, dyed or not."""
+        return self._stain.compared
 
     def calls(self) -> int:
         """Return how many calls the census has recorded."""

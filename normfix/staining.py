@@ -49,7 +49,7 @@ class Stain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._shadows = Shadows()
         self.events: list[Event] = []
-        self.swallowed = False
+        self.swallowed = self.compared = False
         self._rank = rank
 
     def seed(self, x: Tensor) -> None:
@@ -61,6 +61,8 @@ class Stain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         operands = tensors_in((args, kwargs))
         touched = [t for t in operands if self._shadows.of(t) is not None]
         plain = not isinstance(func, OpOverload) or operators.is_view(func) or operators.is_blank(func)
+        # what is compared may be far from the dye, as a corner is
+        self.compared |= operators.compares(func) and any(map(holds_nan, operands))
         if not touched or plain:
             return func(*args, **kwargs)
         before = [self._shadows.dye(t) for t in touched]

@@ -131,6 +131,21 @@ def test_interference_finds_a_live_statistic():
     assert interference(double, EXAMPLE.double(), 0, 1, Fraction(1), (64, 64), CROSS) > ISOLATED
 
 
+def test_interference_has_both_signs():
+    """A gate that opens for one sign only is found, whichever it is."""
+    for sign in (1, -1):
+        change = interference(
+            lambda x, sign=sign: torch.where(sign * x[..., -1:, -1:] > 1e6, 2 * x, x),
+            EXAMPLE.double(),
+            0,
+            1,
+            Fraction(1),
+            (8, 8),
+            CROSS,
+        )
+        assert change > ISOLATED
+
+
 def test_interference_is_finite_even_if_the_network_is_not():
     """NaN under amplification counts as a large change, and as a number that JSON can hold."""
 

@@ -75,6 +75,7 @@ def test_geometry(make, dilution, stride, halo, scale, multiple):
         (lambda: Blocks(12, "constant"), 12, (13, 13), 1),
         (lambda: Blocks(7), 7, (8, 8), 1),
         (lambda: Blocks(both_sides=True), 8, (9, 9), 8),
+        (lambda: Blocks(7, "constant", both_sides=True), 7, (8, 8), 7),
         (lambda: ShiftedWindows(factor=2), 4, (7, 7), 1),
         (PadsToMore, 16, (9, 9), 1),
         (lambda: PadsToMore(24), 24, (9, 9), 1),

@@ -91,8 +91,29 @@ GATED = {
     "cells without a proportion": lambda net, x: (
         x + F.interpolate(F.adaptive_max_pool2d(x, [n // 2 + 3 for n in x.shape[2:]]), x.shape[2:])
     ),
+    "a gate on the last pixel": lambda net, x: torch.where(x[..., -1:, -1:] < -3, -x, x),
+    "the sign of the first pixel": lambda net, x: x * torch.sign(x[..., :1, :1] + 9),
     "rows of numpy": lambda net, x: x + torch.from_numpy(x.numpy() - x.numpy().mean()),
 }
+
+
+def eroded(net, x):
+    """Keeps what has nothing dark within four pixels, which is rare in an image of noise."""
+    return net.side(x * (F.max_pool2d(-x, 9, 1, 4) > -0.05))
+
+
+def plainly(net, x):
+    """The same reach without a comparison."""
+    return net.side(F.max_pool2d(-x, 9, 1, 4))
+
+
+@pytest.mark.parametrize("function", [eroded, plainly])
+def test_a_mask_reaches_as_far_as_what_it_is_made_of(function):
+    """A comparison that takes NaN away shortens no halo, whatever ordinary values show of it."""
+    net = network(lambda: Between(function, side=nn.Conv2d(4, 4, 3, padding=1)))
+    scan = normfix.scan(net, image(64, 64))
+    plain = normfix.scan(network(lambda: Between(plainly, side=nn.Conv2d(4, 4, 3, padding=1))), image(64, 64))
+    assert scan.halo == plain.halo
 
 
 def quarters(x):

@@ -150,6 +150,7 @@ def look(
             bounds=() if isinstance(graph_seen, Looked) else graph_seen.bounds,
             causes=positions.causes(two_sizes=found.other is not None),
             swallowed=dyed.swallowed,
+            compared=dyed.compared,
             wraps=positions.may_wrap(),
         )
         seen = _measured(probe, class_of(base), doubts, merged, found, material, caller, fast=fast)
@@ -243,6 +244,7 @@ class _Dyes:
     unknown: tuple[str, ...] = ()
     doubtful: frozenset[str] = frozenset()
     swallowed: bool = False
+    compared: bool = False
 
 
 def _dyed(probe: nn.Module, caller: Caller, example: Tensor, found: Survey, *, fast: bool) -> _Dyes:
@@ -263,7 +265,7 @@ def _dyed(probe: nn.Module, caller: Caller, example: Tensor, found: Survey, *, f
             dyed = confirmed(dyed, other, frozenset(live))
     except refusals() as error:
         return _Dyes(Looked(name="dye", status="failed", note=str(error)))
-    return _Dyes(dyed, tuple(s.id for s in dyed.unknown), doubtful, dyed.swallowed)
+    return _Dyes(dyed, tuple(s.id for s in dyed.unknown), doubtful, dyed.swallowed, dyed.compared)
 
 
 def geometry_of(scan: Scan) -> Geometry | None:
@@ -330,6 +332,7 @@ class _Bench:
             trial=bool(doubts.sites),
             foreign=bool(doubts.operations),
             swallowed=doubts.swallowed,
+            compared=doubts.compared,
             both_ends=doubts.wraps,
         )
 
