@@ -166,12 +166,8 @@ def _require_geometry(saved: Saved, path: Path) -> None:
         NormfixError: NF108.
     """
     scan = saved.provenance.scan
-    if scan is None:
-        return
-    halo = [side for pair in scan.halo or () for side in pair or ()]
-    if any(step is not None and step < 1 for step in scan.stride or ()) or any(
-        side is not None and side < 0 for side in halo
-    ):
+    halo = [side for pair in scan.halo or () for side in pair]
+    if any(step < 1 for step in scan.stride or ()) or any(side < 0 for side in halo):
         raise NormfixError(
             "NF108",
             f"it says that the network has a stride of {scan.stride} and a halo of {scan.halo}. The file was edited; "

@@ -178,7 +178,7 @@ def _foresee(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 def _beyond_size(name: str, given: list[Tensor]) -> float:
     """Return the seconds of what takes longer than its tensors are large: matrices, pairs, recurrence."""
     if name in _CUBIC:
-        return _OF_MATRICES * max(value.numel() * min((*value.shape[-2:], 1 << 62)) for value in given)
+        return _OF_MATRICES * float(max(value.numel() * min((*value.shape[-2:], 1 << 62)) for value in given))
     if name in _PAIRS:
         # (..., n, d) and (..., m, d), or (n, d) with itself -> each pair of d differences
         return _CHEAP * given[0].numel() * given[-1].shape[-2]

@@ -53,6 +53,7 @@ def spread_in_groups(target: Target, groups: int) -> frozenset[int]:
     mean, var, eps = target.holder.running_mean, target.holder.running_var, target.holder.eps
     assert isinstance(mean, Tensor)
     assert isinstance(var, Tensor)
+    assert isinstance(eps, float)
     means = mean.double().reshape(groups, -1)  # (c,) -> (g, c/g)
     pooled = var.double().reshape(groups, -1).mean(1) + means.var(1, correction=0)
     spread = (pooled > eps).repeat_interleave(means.shape[1])
