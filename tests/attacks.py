@@ -158,7 +158,9 @@ def _words(text: str) -> frozenset[str]:
 _PACKAGES = _words(
     "torch torchgen sympy mpmath numpy normfix safetensors jinja2 markupsafe click rich attacks typing_extensions "
     "timm torchvision transformers diffusers monai segmentation_models_pytorch huggingface_hub PIL yaml "
-    "dynamic_network_architectures pytorch3dunet filelock fsspec networkx triton"
+    "dynamic_network_architectures pytorch3dunet filelock fsspec networkx triton "
+    # what transformers and diffusers import late, when a class of theirs is first asked for
+    "tokenizers accelerate packaging tqdm regex requests psutil"
 )
 """Roots of packages that normfix itself or a network's library may import while a file is opened."""
 _STANDARD = _words(

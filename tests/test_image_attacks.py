@@ -131,8 +131,11 @@ def test_a_companion_elsewhere_or_missing_is_refused(tmp_path, name, code):
 def test_a_companion_beside_is_read(tmp_path):
     """Negative control: a plane in a file of the same folder."""
     tifffile.imwrite(tmp_path / "b.ome.tif", VALUES + 1, metadata=None)
-    array = np.asarray(open_file(_ome(tmp_path / "a.ome.tif", "b.ome.tif")).array)
-    np.testing.assert_array_equal(array, [VALUES, VALUES + 1])
+    opened = open_file(_ome(tmp_path / "a.ome.tif", "b.ome.tif"))
+    try:
+        np.testing.assert_array_equal(np.asarray(opened.array), [VALUES, VALUES + 1])
+    finally:
+        opened.close()
 
 
 def test_a_description_of_countless_planes_is_refused(tmp_path):
