@@ -27,7 +27,7 @@ from normfix.factories import classes_named
 from normfix.loading import archives
 from normfix.loading.request import Request, unreadable
 
-__all__ = ["inspect_pickle", "is_torch_file", "read_torch", "require_plain", "unsafe_imports"]
+__all__ = ["inspect_pickle", "is_torch_file", "read_torch", "unsafe_imports"]
 
 _LEGACY = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # how torch.save before 1.6 began its files
 _LEGACY_PICKLES = 5
@@ -70,17 +70,6 @@ def read_torch(path: Path, request: Request) -> Any:
             return torch.load(content.file, map_location="cpu", weights_only=False)  # noqa: TID251
         except Exception as error:
             raise unreadable(path, error) from error
-
-
-def require_plain(path: Path) -> None:
-    """Refuse a weights file that another library shall read, if its pickle needs more than tensors.
-
-    Raises:
-        NormfixError: NF101 damaged, NF102 a pickle that needs classes, NF121 built to harm.
-    """
-    needed = unsafe_imports(path)
-    if needed:
-        raise _untrusted(path, needed)
 
 
 def unsafe_imports(path: Path) -> list[str]:
