@@ -13,14 +13,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from normfix.errors import NormfixError
 
-__all__ = ["SCHEMA", "Record", "parsed"]
+__all__ = ["SCHEMA", "Record", "parsed", "read_text"]
 
 SCHEMA = 1
 """Version of the JSON of plans and saved folders."""
+
+_LARGEST = 32 << 20
+"""Bytes: what is known of ten thousand sites takes 20 MB."""
+_FEW, _SPARSE = 100_000, 16
+"""Lists and objects that a text may always hold, and characters for each one more; each takes a hundred bytes and more
+in memory, and what normfix writes is indented.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,12 +68,53 @@ def parsed(text: str, where: str) -> Any:
     """Return what JSON text holds.
 
     Raises:
-        NormfixError: NF101 if it is no JSON, or nested too deep to be read.
+        NormfixError: NF101 if it is no JSON, nested too deep to be read, holds far more lists and objects than such
+            text does, or two values under one name.
     """
+    if text.count("[") + text.count("{") > _FEW + len(text) // _SPARSE:
+        raise NormfixError(
+            "NF101",
+            "cannot read it as JSON: it holds more lists and objects than any such file.",
+            where=where,
+        )
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise NormfixError("NF101", f"cannot read it as JSON: {error}.", where=where) from error
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a JSON file of normfix's.
+
+    Raises:
+        NormfixError: NF101 if it cannot be read, is no regular file, or is longer than such files are.
+    """
+    where = str(path)
+    try:
+        special = path.exists() and not path.is_file()
+        data = b""
+        if not special:
+            with path.open("rb") as file:
+                data = file.read(_LARGEST + 1)
+        text = data.decode("utf-8")
+    except (OSError, ValueError) as error:
+        raise NormfixError("NF101", f"cannot read it as JSON: {error}.", where=where) from error
+    if special:
+        # A pipe waits for ever, and a device never ends.
+        raise NormfixError("NF101", "cannot read it as JSON: it is no file.", where=where)
+    if len(data) > _LARGEST:
+        raise NormfixError(
+            "NF101", f"it is longer than {_LARGEST >> 20} MB, which no such file is.", where=where
+        )
+    return text
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object, if no name stands twice in it: programs disagree about which one counts."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice in one object")
+    return found
 
 
 def _encode(value: object) -> Any:

@@ -9,7 +9,6 @@ to the bit. What normfix knows of the network travels inside, as the file's extr
 from __future__ import annotations
 
 import io
-import json
 import os
 import subprocess
 import sys
@@ -300,13 +299,7 @@ def _packages(model: nn.Module) -> Sequence[str]:
 
 
 def _manifest(text: str, path: Path) -> Saved:
-    try:
-        known = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise NormfixError(
-            "NF108", f"its {MANIFEST} cannot be read: {error}. Write the program again.", where=str(path)
-        ) from error
-    return Saved.from_json(known, where=str(path))
+    return Saved.loads(text, where=f"{path}: {MANIFEST}")
 
 
 def _unreadable(path: Path, error: Exception) -> NormfixError:

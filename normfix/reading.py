@@ -29,7 +29,7 @@ from normfix.formats import (
     suffix_of,
     unreadable,
 )
-from normfix.formats.opened import ChangedError
+from normfix.formats.opened import ArrayLike, ChangedError
 
 __all__ = [
     "KEEPING",
@@ -102,7 +102,7 @@ def read_image(
         named, fixed = settled_axes(
             shape, said, dtype, ndim=ndim, channels=channels, axes=axes, where=str(path)
         )
-        _require_proportion(path, shape, dtype)
+        _require_proportion(path, opened.array, dtype)
         try:
             whole = np.array(opened.array if hasattr(opened.array, "__array__") else opened.array[...])
             array = np.squeeze(whole.reshape(shape), fixed)
@@ -236,22 +236,39 @@ _RATIO = 500
 """Bytes of an image for each of its file, from which it is nearly empty or built to harm. Real images have 1 to 20."""
 
 
-def _require_proportion(path: Path, shape: Sequence[int], dtype: np.dtype[Any]) -> None:
-    """Refuse to unpack a small file to a large image.
+_CHUNKS, _BYTES_A_CHUNK = 1 << 16, 64
+"""Chunks that an image may always have, and bytes of its files for each one more; reading one takes a tenth of a
+millisecond, whether it is there or not.
+"""
+
+
+def _require_proportion(path: Path, array: ArrayLike, dtype: np.dtype[Any]) -> None:
+    """Refuse to unpack a small file to a large image, or to look for chunks without end.
 
     Raises:
         NormfixError: NF121.
     """
+    shape = tuple(array.shape)
     size = math.prod(shape) * dtype.itemsize
-    if size <= _LARGE:
+    sides = getattr(array, "chunks", None) or shape
+    chunks = math.prod(-(-n // max(1, side)) for n, side in zip(shape, sides, strict=True))
+    if size <= _LARGE and chunks <= _CHUNKS:
         return
     files = path.rglob("*") if path.is_dir() else [path]
     stored = sum(file.stat().st_size for file in files if file.is_file())
-    if size > _RATIO * stored:
+    extents = "x".join(map(str, shape))
+    if size > _LARGE and size > _RATIO * stored:
         raise NormfixError(
             "NF121",
-            f"its {stored:,} bytes would be {size:,} in memory ({'x'.join(map(str, shape))}, {dtype}): it is damaged, "
+            f"its {stored:,} bytes would be {size:,} in memory ({extents}, {dtype}): it is damaged, "
             "built to harm, or nearly empty. If it is right, read it by window: --tile, or --engine stages.",
+            where=str(path),
+        )
+    if chunks > _CHUNKS + stored // _BYTES_A_CHUNK:
+        raise NormfixError(
+            "NF121",
+            f"its {extents} pixels lie in {chunks:,} chunks, and its files have {stored:,} bytes: it is damaged, built "
+            "to harm, or nearly empty. Write it again with larger chunks if it is right.",
             where=str(path),
         )
 

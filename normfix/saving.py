@@ -8,7 +8,6 @@ was proved, a checksum of the weights and a probe: the output for a seeded input
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from normfix.drafts import UnwritableError, cannot_write, drafting, require_unnamed, sweep
 from normfix.errors import NormfixError
-from normfix.json_record import SCHEMA
+from normfix.json_record import SCHEMA, read_text
 from normfix.records import CalibrationSummary, Probe, Proof, Provenance, Saved
 
 __all__ = [
@@ -42,8 +41,6 @@ __all__ = [
 MANIFEST, WEIGHTS, CARD = "normfix.json", "model.safetensors", "README.md"
 PROGRAM = "program.pt2"
 """Beside the weights where the folder cannot say how to build the network."""
-_LARGEST = 64 << 20
-"""normfix.json of ten thousand sites takes 20 MB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,16 +138,7 @@ def read_manifest(folder: Path) -> Saved:
         NormfixError: NF101 unreadable, NF108 malformed or of another schema, NF115 weights changed.
     """
     path = folder / MANIFEST
-    try:
-        large = path.stat().st_size > _LARGEST
-        data = None if large else json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise NormfixError("NF101", f"cannot read it: {error}.", where=str(path)) from error
-    if large:
-        raise NormfixError(
-            "NF101", f"it is longer than {_LARGEST >> 20} MB, which no such file is.", where=str(path)
-        )
-    saved = Saved.from_json(data, where=str(path))
+    saved = Saved.loads(read_text(path), where=str(path))
     _require_geometry(saved, path)
     weights = folder / WEIGHTS
     if not weights.is_file():

@@ -5,8 +5,11 @@ import io
 import json
 import subprocess
 import sys
+import tarfile
 import time
+import tracemalloc
 import zipfile
+import zlib
 
 import archive_attacks
 import pytest
@@ -16,10 +19,14 @@ from torch import nn
 from torch.utils._pytree import _register_namedtuple
 
 from normfix import NormfixError
-from normfix.loading import read_program
+from normfix.loading import open_model, read_program
 from normfix.loading.archives import Archive, View
+from normfix.loading.candidates import candidates
 from normfix.loading.expressions import guard, size_expression
+from normfix.loading.formats import lightning
 from normfix.loading.operations import is_allowed
+from normfix.loading.pickles import read_torch
+from normfix.loading.request import Request
 from normfix.loading.serialized import HarmfulProgramError, parsed
 from normfix.loading.zips import directory, layout
 from normfix.workload import Workload
@@ -363,3 +370,100 @@ def test_the_harmless_program_of_these_tests_opens(tmp_path):
     again = archive_attacks.changed(tmp_path / "q.pt2", lambda content: json.loads(json.dumps(content)))
     assert read_program(again).module()(torch.rand(3, 1, 9, 7)).shape == (3, 2, 9, 7)
     assert exported(tmp_path / "r.pt2").exists()
+
+
+def _pickled(path, content):
+    torch.save(content, path)
+    return path
+
+
+def _refused(path, **more):
+    with pytest.raises(NormfixError) as caught:
+        open_model(str(path), arch="factories:tiny_unet", **more)
+    return caught.value.code
+
+
+def test_a_pickle_that_torch_would_not_read_is_not_unpacked_to_be_recognised(tmp_path):
+    """A kilobyte of bzip2 may hold gigabytes, and zipfile unpacks all of it at the first byte."""
+    content = io.BytesIO()
+    torch.save({"pytorch-lightning_version": "2"}, content)
+    for kind, recognised in (
+        (zipfile.ZIP_BZIP2, False),
+        (zipfile.ZIP_LZMA, False),
+        (zipfile.ZIP_DEFLATED, True),
+    ):
+        path = tmp_path / f"{kind}.ckpt"
+        with zipfile.ZipFile(content) as old, zipfile.ZipFile(path, "w", kind) as new:
+            for name in old.namelist():
+                new.writestr(name, old.read(name))
+        assert lightning.recognises(path) is recognised
+        assert recognised or _refused(path) == "NF121"
+
+
+def test_a_compressed_archive_of_tar_is_not_unpacked(tmp_path):
+    """A gzip of fifty megabytes, said to be the header of a file within, is NF101 and takes no memory."""
+    header = bytearray(tarfile.TarInfo("x").tobuf(tarfile.USTAR_FORMAT))
+    header[124:136], header[148:156], header[156:157] = b"%011o\0" % (50 << 20), b" " * 8, b"x"
+    header[148:156] = b"%06o\0 " % sum(header)
+    packer = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS)
+    data = packer.compress(bytes(header) + bytes(50 << 20)) + packer.flush()
+    path = tmp_path / "w.pth"
+    # the name that a gzip may give its content is where torch's old format has its first bytes
+    path.write_bytes(b"\x1f\x8b\x08\x08" + bytes(6) + b"l\xfc\x9cF\xf9 j\xa8P\x19\0" + data)
+    tracemalloc.start()
+    try:
+        assert _refused(path) == "NF101"
+        assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def _itself():
+    content = {}
+    content |= {f"key{n}": content for n in range(2000)}
+    content["key0"] = content
+    return content
+
+
+def _doubled():
+    values = [1]
+    for _ in range(40):
+        values = [values, values]
+    return values
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        _itself(),
+        {"state_dict": {}, "hyper_parameters": {"base": _doubled()}, "pytorch-lightning_version": "2"},
+        {"network_weights": {}, "trainer_name": _doubled()},
+    ],
+    ids=["a dict in itself", "hyperparameters", "a name"],
+)
+def test_values_that_share_their_parts_without_end_are_refused(tmp_path, content):
+    """Whatever would write them out, or go through them, a checkpoint of a kilobyte is NF121 before."""
+    assert _refused(_pickled(tmp_path / "w.ckpt", content)) == "NF121"
+
+
+def test_values_that_share_their_parts_a_few_times_are_read(tmp_path):
+    """Negative control: one state dict under three names, and one list in ten thousand."""
+    shared, weights = ["a"], {"weight": torch.ones(2)}
+    content = dict.fromkeys(("model", "ema", "best"), weights) | {"log": [shared] * 10_000}
+    path = _pickled(tmp_path / "w.pt", content)
+    assert read_torch(path, Request())["log"] == content["log"]
+
+
+def test_a_programs_json_holds_no_more_lists_than_programs_do():
+    """Ten megabytes of lists take a gigabyte; those of a program are few for its length."""
+    with pytest.raises(HarmfulProgramError, match="lists"):
+        parsed(json.dumps([[0]] * 100_000).encode())
+    assert parsed(json.dumps([[0]] * 1000).encode()) == [[0]] * 1000
+
+
+def test_names_without_end_are_not_searched_for_hints():
+    """Two megabytes of names cost no more than those looked at."""
+    names = [f"backbone.{n}.{'x' * 40}" for n in range(40_000)]
+    started = time.process_time()
+    assert candidates(names) == ()
+    assert time.process_time() - started < 2

@@ -1,6 +1,7 @@
 """Each format opens from a real file that its own library wrote, and gives the network that was saved."""
 
 import json
+import os
 import zipfile
 
 import pytest
@@ -550,6 +551,16 @@ def test_a_lightning_checkpoint_without_an_architecture_is_refused(tmp_path):
     """Without --arch it is NF112."""
     _, path = lightning_checkpoint(tmp_path)
     assert refusal(open_model, path).code == "NF112"
+
+
+def test_a_pipe_is_no_checkpoint_of_nnunet(tmp_path):
+    """It is not opened, which would wait without end."""
+    nnunet_folder(tmp_path)
+    checkpoint = next(tmp_path.rglob("checkpoint_*.pth"))
+    checkpoint.unlink()
+    os.mkfifo(checkpoint)
+    with pytest.raises(NormfixError, match="NF119"):
+        open_model(str(tmp_path))
 
 
 # -- candidates

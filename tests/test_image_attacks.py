@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import lzma
 import os
 import struct
 import zlib
@@ -18,6 +19,7 @@ from PIL import Image
 from normfix.errors import NormfixError
 from normfix.formats import open_file
 from normfix.loading import open_model
+from normfix.reading import read_image
 
 VALUES = np.arange(64, dtype="<f4").reshape(8, 8)
 
@@ -201,3 +203,91 @@ def test_a_group_of_countless_images_is_refused(tmp_path):
     (tmp_path / "a.zarr" / ".zattrs").write_text(json.dumps({"multiscales": [part] * 20_000}))
     with pytest.raises(NormfixError, match="NF121"):
         open_file(tmp_path / "a.zarr")
+
+
+def test_countless_extensions_are_not_read(tmp_path):
+    """Extensions of eight bytes each, a hundred kilobytes of them, are refused before an object is made of each."""
+    nibabel = pytest.importorskip("nibabel")
+    head = bytearray(nibabel.Nifti1Image(VALUES, np.eye(4)).header.binaryblock)
+    head[344:348] = b"n+1\0"
+    parts = struct.pack("<ii", 16, 6) + bytes(8)
+    struct.pack_into("<f", head, 108, 352.0 + 16 * 5000)
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(bytes(head) + b"\1\0\0\0" + parts * 5000))
+    with pytest.raises(NormfixError, match="NF121"):
+        open_file(tmp_path / "a.nii.gz")
+
+
+def test_chunks_without_end_are_not_looked_for(tmp_path):
+    """An array of a chunk for each of its million pixels, of which none is there, is refused; a few are read."""
+    with pytest.raises(NormfixError, match="NF121"):
+        read_image(_zarr(tmp_path / "a.zarr", shape=[1024, 1024], chunks=[1, 1]), ndim=2, channels=1)
+    folder = _zarr(tmp_path / "b.zarr", chunks=[1, 1], fill_value=7)
+    assert (read_image(folder, ndim=2, channels=1) == 7).all()
+
+
+def test_metadata_of_countless_lists_is_refused(tmp_path):
+    """Ten bytes of it take a hundred in memory."""
+    folder = _zarr(tmp_path / "a.zarr", more=[[0]] * 400_000)
+    with pytest.raises(NormfixError, match="NF121"):
+        open_file(folder)
+
+
+def test_images_of_a_group_are_listed_by_their_metadata(tmp_path, monkeypatch):
+    """Their chunks are not looked for, which may lie in one folder under 256 names."""
+    part = {"axes": [{"name": "y"}, {"name": "x"}], "datasets": [{"path": "0"}]}
+    folder = tmp_path / "a.zarr"
+    folder.mkdir()
+    _zarr(folder / "0")
+    (folder / ".zgroup").write_text('{"zarr_format": 2}')
+    (folder / ".zattrs").write_text(json.dumps({"multiscales": [part] * 4}))
+    monkeypatch.setattr("normfix.formats.chunk_store._listing", None)
+    with pytest.raises(NormfixError, match=r"NF141.*8x8"):
+        open_file(folder)
+
+
+PACKED = {
+    "PackBits": (32773, lambda size: b"\x81\0" * (size // 128)),
+    "deflate": (8, lambda size: zlib.compress(bytes(size))),
+    "xz of two streams": (34925, lambda size: lzma.compress(b"") + lzma.compress(bytes(size), preset=0)),
+}
+
+
+def _strips(path: Path, compression: int, data: bytes, count: int = 1) -> Path:
+    """Write a TIFF of 16 x 16 bytes a strip, all strips the same bytes of the file."""
+    first = 8 + 2 + 12 * 8 + 4
+    place = first + (8 * count if count > 1 else 0)
+    starts, lengths = (place, len(data)) if count == 1 else (first, first + 4 * count)
+    width, height, bits = (3, 1, 16), (4, 1, 16 * count), (3, 1, 8)
+    entries = {256: width, 257: height, 258: bits, 259: (3, 1, compression), 262: (3, 1, 1)}
+    entries |= {273: (4, count, starts), 278: (4, 1, 16), 279: (4, count, lengths)}
+    table = b"".join(struct.pack("<HHLL", code, *entry) for code, entry in entries.items())
+    lists = struct.pack(f"<{2 * count}L", *[place] * count, *[len(data)] * count) if count > 1 else b""
+    path.write_bytes(b"II*\0\x08\0\0\0\x08\0" + table + bytes(4) + lists + data)
+    return path
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_strip_that_holds_256_bytes_unpacks_to_no_more_than_it_may(tmp_path, name):
+    """However it is packed, what comes out is counted before it is made; a right strip is read."""
+    compression, pack = PACKED[name]
+    harm = _strips(tmp_path / "a.tif", compression, pack(68 << 20))
+    with pytest.raises(NormfixError, match="NF121"):
+        read_image(harm, ndim=2, channels=1)
+    right = _strips(tmp_path / "b.tif", compression, pack(256))
+    assert not read_image(right, ndim=2, channels=1).any()
+
+
+def test_a_page_of_countless_strips_is_refused(tmp_path):
+    """A hundred thousand strips, all of the same twelve bytes, are not unpacked one by one; a hundred are read."""
+    with pytest.raises(NormfixError, match="NF121"):
+        read_image(_strips(tmp_path / "a.tif", 8, zlib.compress(bytes(256)), 100_000), ndim=2, channels=1)
+    few = _strips(tmp_path / "b.tif", 8, zlib.compress(bytes(256)), 100)
+    assert read_image(few, ndim=2, channels=1).shape == (1, 1600, 16)
+
+
+def test_a_description_of_countless_elements_is_refused(tmp_path):
+    """No tree of them is made."""
+    xml = f'<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org">{"<a/>" * 1_000_001}</OME>'
+    tifffile.imwrite(tmp_path / "a.ome.tif", VALUES, description=xml, metadata=None)
+    with pytest.raises(NormfixError, match="NF121"):
+        open_file(tmp_path / "a.ome.tif")

@@ -374,6 +374,17 @@ def test_a_huge_manifest_is_refused(folder):
     assert refusal(normfix.load, folder, arch=ARCH).code == "NF101"
 
 
+def test_a_manifest_that_programs_read_differently_or_not_at_all_is_refused(folder):
+    """A name that stands twice, and countless lists, are NF101."""
+    text = (folder / MANIFEST).read_text()
+    for harm in (
+        f'{{"schema": 1,{text.lstrip()[1:]}',
+        f'{{"more": {json.dumps([[0]] * 200_000)},{text.lstrip()[1:]}',
+    ):
+        (folder / MANIFEST).write_text(harm)
+        assert refusal(normfix.load, folder, arch=ARCH).code == "NF101"
+
+
 def test_a_probe_that_takes_all_memory_is_refused(folder):
     """A probe of 10**12 values is NF121, and is not made."""
     edited(folder, lambda data: data["probe"].update(shape=[1, 1, 10**6, 10**6]))

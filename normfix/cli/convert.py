@@ -152,12 +152,9 @@ def convert_command(
 
 
 def _read_plan(path: str | None) -> Plan | None:
+    from normfix.json_record import read_text
     from normfix.records import Plan
 
     if path is None:
         return None
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise NormfixError("NF101", f"cannot read it as JSON: {error}.", where=path) from error
-    return Plan.loads(text, where=path)
+    return Plan.loads(read_text(Path(path)), where=path)

@@ -81,6 +81,9 @@ def open_nifti(path: Path) -> Opened:
 _EXTENSIONS = 1 << 27
 """Bytes that may lie between the header of a volume and its values: tables of a surface take some tens of MB."""
 
+_MOST_EXTENSIONS = 1000
+"""Extensions that are read: nibabel makes an object of each, and the shortest takes eight bytes, compressed none."""
+
 
 def _bound_extensions(path: Path) -> None:
     """Refuse extensions of the header that are longer than what lies before the values, which nibabel reads first.
@@ -100,24 +103,26 @@ def _bound_extensions(path: Path) -> None:
             kind, place = kinds[length]
             values = float(struct.unpack_from(f"{order}{kind}", head, place)[0])
             file.seek(length)
-            extended = file.read(1) not in (b"", b"\0")
+            extended, count = file.read(1) not in (b"", b"\0"), 0
             problem = extended and not values <= _EXTENSIONS
             place = length + 4
             # For an offset within the header nibabel looks for extensions up to the end of the file.
             values = values if values >= place else float(_EXTENSIONS)
             while extended and not problem and place + 8 <= values:
+                count += 1
                 file.seek(place)
                 sized = file.read(4)
                 if len(sized) < 4:
                     break
                 size = int(struct.unpack(f"{order}i", sized)[0])
-                problem = not 8 <= size <= values - place
+                problem = not 8 <= size <= values - place or count > _MOST_EXTENSIONS
                 place += max(8, size)
             if problem:
                 raise NormfixError(
                     "NF121",
                     f"its header has extensions of more than the {values:.0f} bytes before its values, or these are "
-                    f"more than {_EXTENSIONS >> 20} MiB. It is damaged or built to harm.",
+                    f"more than {_EXTENSIONS >> 20} MiB, or there are more than {_MOST_EXTENSIONS}. It is damaged or "
+                    "built to harm.",
                     where=str(path),
                 )
 

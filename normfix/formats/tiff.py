@@ -109,6 +109,7 @@ def open_tiff(path: Path, choice: Choice) -> Opened:
 
 
 def _opened(file: Any, path: Path, choice: Choice) -> Opened:
+    _require_short(file, path)
     _require_companions(file, path)
     series = list(file.series)
     number = choose([s.name for s in series], [s.shape for s in series], choice.series, path)
@@ -125,7 +126,7 @@ def _opened(file: Any, path: Path, choice: Choice) -> Opened:
     return Opened(_Pages(level), level.axes, placement, file.close)
 
 
-_SECONDS, _BYTES_A_SECOND = 6.0, 1 << 20
+_SECONDS, _BYTES_A_SECOND = 5.0, 8 << 20
 """Processor time for the descriptions of a small file, and bytes of a file for another second."""
 
 _SEGMENT = 1 << 27
@@ -133,6 +134,26 @@ _SEGMENT = 1 << 27
 
 _INFLATED = 1 << 26
 """Bytes that a strip may unpack to before it is looked at twice."""
+
+
+_PARTS = 1_000_000
+"""Elements, lists or lines of a description; a hundred thousand planes are described by four times as many."""
+
+
+def _require_short(file: Any, path: Path) -> None:
+    """Refuse a description of countless parts, each of which takes some hundred bytes once it is parsed.
+
+    Raises:
+        NormfixError: NF121.
+    """
+    text = str(file.pages.first.description)
+    if sum(text.count(mark) for mark in "<[{\n") > _PARTS:
+        raise NormfixError(
+            "NF121",
+            f"its description of {len(text):,} characters has more than {_PARTS:,} parts. It is damaged or built to "
+            "harm.",
+            where=str(path),
+        )
 
 
 def _require_companions(file: Any, path: Path) -> None:
@@ -221,45 +242,75 @@ def _bound(page: Any, path: Path) -> None:
             "damaged or built to harm.",
             where=str(path),
         )
+    segments, stored = len(page.dataoffsets), path.stat().st_size
+    if segments > _SEGMENTS + stored // _BYTES_A_SEGMENT:
+        raise NormfixError(
+            "NF121",
+            f"its page lies in {segments:,} tiles or strips, and the file has {stored:,} bytes. It is damaged or built "
+            "to harm; write it again with larger tiles if it is right.",
+            where=str(path),
+        )
     decode, most = page.decode, max(size, whole) + _INFLATED
 
     def bounded(data: bytes | None, index: int, **options: Any) -> Any:
-        if data is not None and page.compression in _INFLATES:
-            opened, ratio = _INFLATES[page.compression]
-            if len(data) * ratio > most and not _unpacks_within(data, opened(), most):
-                raise NormfixError(
-                    "NF121",
-                    f"its segment {index} unpacks to more than the {size:,} bytes that it holds. It is damaged or "
-                    "built to harm, and was not unpacked.",
-                    where=str(path),
-                )
+        if data is not None and not _unpacks_within(data, page.compression, most):
+            raise NormfixError(
+                "NF121",
+                f"its segment {index} unpacks to more than the {size:,} bytes that it holds. It is damaged or "
+                "built to harm, and was not unpacked.",
+                where=str(path),
+            )
         return decode(data, index, **options)
 
     page.__dict__["decode"] = bounded
 
 
-_INFLATES: dict[int, tuple[Callable[[], Any], int]] = {
-    8: (zlib.decompressobj, 1032),
-    32946: (zlib.decompressobj, 1032),
-    34925: (lzma.LZMADecompressor, 7500),
-}
-"""What unpacks a compression of TIFF, and how many bytes it makes of one at most."""
+_SEGMENTS, _BYTES_A_SEGMENT = 1 << 16, 256
+"""Tiles or strips that a page may always have, and bytes of the file for each one more."""
+
+_DICTIONARY = 1 << 28
+"""Bytes that an xz stream may ask for as its dictionary."""
 
 
-def _unpacks_within(data: bytes, stream: Any, most: int) -> bool:
-    """Tell whether no more than so many bytes come out, in pieces that are thrown away."""
-    total, piece = 0, 1 << 16
+def _unpacks_within(data: bytes, compression: int, most: int) -> bool:
+    """Tell whether no more than so many bytes come out of a segment; what comes out is thrown away."""
+    if compression in (8, 32946):
+        return len(data) * 1032 <= most or _inflates_within(data, zlib.decompressobj, most)
+    if compression == 34925:
+        return _inflates_within(data, lambda: lzma.LZMADecompressor(memlimit=_DICTIONARY), most)
+    return compression != 32773 or len(data) * 64 <= most or _runs_within(data, most)
+
+
+def _inflates_within(data: bytes, opened: Callable[[], Any], most: int) -> bool:
+    """Count what comes out, in pieces, of every stream in it: xz unpacks one behind the other."""
+    total, piece, stream = 0, 1 << 16, opened()
     for start in range(0, len(data), piece):
         given = data[start : start + piece]
-        while not stream.eof:
+        while given or not getattr(stream, "needs_input", True):
             found = stream.decompress(given, 1 << 20)
             total += len(found)
             if total > most:
                 return False
             given = getattr(stream, "unconsumed_tail", b"")
-            if len(found) < 1 << 20 and not given:
-                break
+            if stream.eof:
+                if not isinstance(stream, lzma.LZMADecompressor):
+                    return True
+                given, stream = stream.unused_data, opened()
     return True
+
+
+def _runs_within(data: bytes, most: int) -> bool:
+    """Count the runs of PackBits: a byte says how often the next one stands there, or how many are as they are."""
+    total = place = 0
+    while place < len(data) and total <= most:
+        head = data[place]
+        if head > 128:
+            total, place = total + 257 - head, place + 2
+        elif head < 128:
+            total, place = total + head + 1, place + head + 2
+        else:
+            place += 1
+    return total <= most
 
 
 def create(path: Path, shape: Sequence[int], dtype: np.dtype[Any], axes: str, placement: Placement) -> Any:

@@ -21,8 +21,11 @@ from normfix.formats.codecs import Codec, Unpacking, codec_of, is_filter
 
 __all__ = ["Layout", "layout_of", "metadata_of", "require_inside", "within"]
 
-_JSON = 1 << 26
+_JSON = 1 << 24
 """Bytes of metadata that are read."""
+
+_FEW, _SPARSE = 100_000, 8
+"""Lists and objects that metadata may always hold, and characters for each one more."""
 
 _CHUNK = 1 << 27
 """Bytes that a chunk may always have; a larger one has to be smaller than a few of its array."""
@@ -66,7 +69,12 @@ def metadata_of(folder: Path, root: Path, name: str) -> Metadata | None:
             "NF121", f"its metadata is larger than {_JSON >> 20} MiB and was not read.", where=str(path)
         )
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if text.count("[") + text.count("{") > _FEW + len(text) // _SPARSE:
+            raise NormfixError(
+                "NF121", "its metadata holds more lists and objects than metadata does.", where=str(path)
+            )
+        found = json.loads(text)
     except RecursionError as error:
         raise ValueError(f"{name} is nested too deeply") from error
     if not isinstance(found, dict):

@@ -26,7 +26,7 @@ from normfix.errors import NormfixError
 from normfix.loading.request import unreadable
 from normfix.loading.zips import DamagedError, HarmfulError, Member, directory, layout
 
-__all__ = ["CHUNK", "Archive", "View", "is_archive", "members", "start_of", "without_descriptor"]
+__all__ = ["CHUNK", "Archive", "View", "beginning", "is_archive", "members", "start_of", "without_descriptor"]
 
 CHUNK = 1 << 20
 
@@ -57,6 +57,17 @@ def members(path: Path) -> frozenset[str]:
             return frozenset(name.partition("/")[2] for name in archive.namelist())
     except Exception:  # noqa: BLE001 - zipfile raises half a dozen kinds for damaged archives
         return frozenset()
+
+
+def beginning(archive: zipfile.ZipFile, name: str) -> bytes:
+    """Return a member's first bytes, to recognise its kind by; none if it is compressed in a way torch does not read.
+
+    zipfile unpacks all of such a member at once: two kilobytes of bzip2 hold two gigabytes.
+    """
+    if archive.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return b""
+    with archive.open(name) as file:
+        return file.read(CHUNK)
 
 
 class Archive:

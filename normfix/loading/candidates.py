@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from normfix.errors import NormfixError
+from normfix.errors import NormfixError, printable
 from normfix.loading.request import Request, factory
 from normfix.loading.state_dicts import entries, weights_in
 from normfix.records import Source
@@ -40,6 +41,9 @@ _SIGNS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("conv_stem.", "blocks."), "timm:efficientnet_b0 (or another of its networks)"),
 )
 """Words in names that stand together in one library's networks, and what builds these."""
+
+_NAMES, _CHARACTERS = 10_000, 500_000
+"""How much of the names is looked through for words; it is a hint, and a file may hold megabytes of names."""
 
 
 def require_named(content: Any, path: Path, request: Request, args: dict[str, Any] | None = None) -> Source:
@@ -80,7 +84,7 @@ def candidates(names: Collection[str]) -> tuple[str, ...]:
     >>> candidates(["conv_0.conv_0.conv.weight", "upcat_4.convs.conv_0.conv.weight"])
     ('monai.networks.nets:BasicUNet',)
     """
-    text = "\n".join(names)
+    text = "\n".join(islice(names, _NAMES))[:_CHARACTERS]
     return tuple(
         answer
         for signs, answer in _SIGNS
@@ -89,4 +93,4 @@ def candidates(names: Collection[str]) -> tuple[str, ...]:
 
 
 def _first(names: list[str]) -> str:
-    return ", ".join(sorted(names)[:3])
+    return ", ".join(printable(name[:100]) for name in sorted(names)[:3])

@@ -26,6 +26,7 @@ from normfix.errors import NormfixError
 from normfix.factories import classes_named
 from normfix.loading import archives
 from normfix.loading.request import Request, unreadable
+from normfix.loading.unfolding import is_out_of_proportion
 
 __all__ = ["inspect_pickle", "is_torch_file", "read_torch", "unsafe_imports"]
 
@@ -62,7 +63,10 @@ def read_torch(path: Path, request: Request) -> Any:
         needed = beyond_tensors(content.names)
         allowed = [name for name in needed if _is_allowed(name, request.allow_classes)]
         if set(needed) <= set(allowed):
-            return _loaded(path, content.file, classes_named(allowed))
+            loaded = _loaded(path, content.file, classes_named(allowed))
+            if is_out_of_proportion(loaded):
+                raise _harmful(str(path), "its values hold themselves, or share their parts without end")
+            return loaded
         if not request.trust_pickle:
             raise _untrusted(path, needed)
         request.tell(f"{path}: running a pickle that imports {_listed(needed)}.")
@@ -104,11 +108,23 @@ def _inspected(path: Path) -> Iterator[_Content]:
             around = {"data.pkl": data, "byteorder": order, "version": b"3\n"}
             yield _Content(archive.rewritten(storages, around), names)
         return
-    if tarfile.is_tarfile(path):  # torch would unpack what tar says, which nobody looked at
+    if _is_tar(path):  # torch would unpack what tar says, which nobody looked at
         raise _harmful(str(path), "it is an archive of tar, the format of torch before 0.1.10")
     with path.open("rb") as file:
         names = _names(path, file, _LEGACY_PICKLES)
         yield _Content(archives.without_descriptor(file, path.stat().st_size), names)
+
+
+def _is_tar(path: Path) -> bool:
+    """Tell whether a file begins with a header of tar.
+
+    Only that is looked at: `tarfile.is_tarfile` unpacks a compressed archive, and reads a header as long as it says.
+    """
+    try:
+        tarfile.TarInfo.frombuf(archives.start_of(path, tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
 
 
 def _names(path: Path, file: IO[bytes], pickles: int) -> set[str]:

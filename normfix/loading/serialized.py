@@ -53,6 +53,8 @@ _DROPPED = frozenset({("GraphModule", "metadata"), ("GraphModule", "treespec_nam
 _KEPT = ("stack_trace", "nn_module_stack", "torch_fn")
 """What normfix reads of a node's notes; torch would resolve names in others."""
 _MOST_NODES, _MOST_EXPRESSIONS, _MOST_GUARDS = 20_000, 60_000, 5000
+_FEW, _SPARSE = 20_000, 16
+"""Lists and objects that its JSON may always hold, and bytes for each one more; torch writes one in 33 bytes."""
 _LARGEST = 2**63
 _MOST_BITS = 2048
 _DEEPEST = 20
@@ -76,10 +78,12 @@ def parsed(text: bytes) -> Any:
     """Return JSON as torch reads it, if every program reads it so.
 
     Raises:
-        HarmfulProgramError: two values of one key, or numbers that are none.
+        HarmfulProgramError: two values of one key, numbers that are none, or countless lists.
         ValueError: malformed.
         RecursionError: nested without end.
     """
+    if text.count(b"[") + text.count(b"{") > _FEW + len(text) // _SPARSE:
+        raise HarmfulProgramError("it holds more lists and objects than a program of its length does")
     return json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_no_number)
 
 

@@ -217,8 +217,8 @@ def _without_weights(path: Path) -> NormfixError:
 
 
 def _named(name: str) -> str:
-    return printable(name.rstrip(".")) or "the whole file"
+    return printable(name[:200].rstrip(".")) or "the whole file"
 
 
 def _shown(keys: list[str]) -> str:
-    return ", ".join(map(printable, keys[:4])) + (", ..." if len(keys) > 4 else "")
+    return ", ".join(printable(key[:200]) for key in keys[:4]) + (", ..." if len(keys) > 4 else "")

@@ -16,6 +16,8 @@ __all__ = ["read_weights"]
 
 _LARGEST_HEADER = 32 << 20
 """A header takes about 100 bytes a tensor; reading JSON takes ten times its size in memory."""
+_TENSORS = 150_000
+"""The largest networks have ten thousand; those of no elements take no room in a file."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -31,6 +33,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if length > _LARGEST_HEADER:
             raise NormfixError(
                 "NF121", f"its header claims {length} bytes. It is not opened.", where=str(path)
+            )
+        if start_of(path, 8 + length).count(b"{") > _TENSORS:
+            raise NormfixError(
+                "NF121", f"its header names more than {_TENSORS} tensors. It is not opened.", where=str(path)
             )
         return load_file(path)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:

@@ -147,7 +147,7 @@ def _texts(archive: archives.Archive, path: Path) -> dict[str, bytes]:
     if strange is not None:
         raise _harmful(path, f"it holds {strange[:80]!r}, which is no part of a program of tensors")
     try:
-        read = {name: parsed(archive.read(name, _LARGEST)) for name in (_PROGRAM, *_LISTS.values())}
+        read = _parsed(archive)
         texts = {_PROGRAM: program(read[_PROGRAM])}
         for folder, name in _LISTS.items():
             texts[name] = payloads(read[name])
@@ -160,6 +160,14 @@ def _texts(archive: archives.Archive, path: Path) -> dict[str, bytes]:
     except (KeyError, TypeError, ValueError) as error:  # what damaged JSON runs into
         raise unreadable(path, f"{type(error).__name__}: {error}") from error
     return made | {"data/sample_inputs/model.pt": b""}
+
+
+def _parsed(archive: archives.Archive) -> dict[str, Any]:
+    """Return what the program's JSON says, by member, if all of it together is as long as programs are."""
+    names = (_PROGRAM, *_LISTS.values())
+    if sum(map(archive.size, names)) > _LARGEST:
+        raise HarmfulProgramError(f"it holds JSON of more than {_LARGEST >> 20} MB")
+    return {name: parsed(archive.read(name, _LARGEST)) for name in names}
 
 
 def _is_known(name: str) -> bool:

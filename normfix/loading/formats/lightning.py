@@ -32,8 +32,7 @@ def recognises(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             (name,) = (n for n in archive.namelist() if n.partition("/")[2] == "data.pkl")
-            with archive.open(name) as file:
-                return _SIGN in file.read(archives.CHUNK)
+            return _SIGN in archives.beginning(archive, name)
     except Exception:  # noqa: BLE001 - damaged archives are refused where they are read
         return False
 

@@ -169,9 +169,9 @@ def _folder(path: Path) -> Path | None:
 
 
 def _checkpoint(folder: Path) -> Path:
-    found = sorted(folder.glob("fold_*/checkpoint_final.pth")) or sorted(
-        folder.glob("fold_*/checkpoint_*.pth")
-    )
+    finals, others = (sorted(folder.glob(f"fold_*/checkpoint_{name}.pth")) for name in ("final", "*"))
+    # opening a pipe waits for ever
+    found = [path for path in finals or others if path.is_file()]
     if len(found) != 1:
         names = ", ".join(str(p.relative_to(folder)) for p in found) or "none"
         raise NormfixError(
