@@ -25,6 +25,10 @@ __all__ = ["Workload"]
 
 _LEAST, _GROWTH = 640 << 20, 8
 """Bytes at once: what a three-dimensional network takes for 64 pixels a side, and what it takes of its weights."""
+_GENEROUS, _PATIENT = 3 << 29, 120.0
+"""Bytes and seconds for a library's network: attention over 64 x 64 pixels takes as many bytes, a deep one as long."""
+_WITH_FREE_SIZES = "If it is right and its sizes are fixed, export it with free sizes, of a smaller image."
+_ON_A_SMALLER_EXAMPLE = "If it is right, convert the network again on a smaller example, and save that."
 _PER_VALUE, _MOST_OF_VALUES = 1600, 3 << 30
 """Bytes for each value of an image that has to be run on: the maps of a U-Net of 64 channels."""
 _SECONDS, _PER_BYTE, _SECONDS_PER_VALUE = 6.0, 1e-6, 2e-6
@@ -66,6 +70,7 @@ class Workload(TorchDispatchMode):  # type: ignore[no-untyped-call]
         stored: bytes of the file that says what is run.
         where: named in the error.
         values: of the image it is run on, where that is given and not chosen small.
+        generous: a library's network is run, which is known to be in proportion to its weights, and no program.
 
     Raises:
         NormfixError: NF144.
@@ -75,11 +80,14 @@ class Workload(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ...     _ = torch.ones(8) + 1
     """
 
-    def __init__(self, stored: int, where: str, values: int = 0) -> None:
+    def __init__(self, stored: int, where: str, values: int = 0, *, generous: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._where = where
-        self._most_bytes = _LEAST + _GROWTH * stored + min(_PER_VALUE * values, _MOST_OF_VALUES)
-        self._most_seconds = _SECONDS + _PER_BYTE * stored + _SECONDS_PER_VALUE * values
+        least = _GENEROUS if generous else _LEAST
+        self._most_bytes = least + _GROWTH * stored + min(_PER_VALUE * values, _MOST_OF_VALUES)
+        seconds = _SECONDS + _PER_BYTE * stored + _SECONDS_PER_VALUE * values
+        self._most_seconds = max(seconds, _PATIENT) if generous else seconds
+        self._next = _ON_A_SMALLER_EXAMPLE if generous else _WITH_FREE_SIZES
         self._bytes = 0
         self._seconds = 0.0
         self._left = _OPERATIONS
@@ -135,8 +143,8 @@ class Workload(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _refuse(self, func: OpOverload, what: str) -> None:
         raise NormfixError(
             "NF144",
-            f"running it once takes {what} ({func}), out of proportion to a file of its size. It is not opened. "
-            "If it is right and its sizes are fixed, export it with free sizes, of a smaller image.",
+            f"running it once takes {what} ({func}), out of proportion to a file of its size. "
+            f"It is not opened. {self._next}",
             where=self._where,
         )
 

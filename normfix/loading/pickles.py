@@ -22,6 +22,7 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import _weights_only_unpickler
 
+from normfix.deadline import within
 from normfix.errors import NormfixError
 from normfix.factories import classes_named
 from normfix.loading import archives
@@ -35,6 +36,9 @@ _LEGACY_PICKLES = 5
 _STORAGE = re.compile(r"data/[0-9A-Za-z_]{1,18}")
 """Members that hold tensors: torch.save numbers them, and before 1.10 named them by their place in memory."""
 _LARGEST = 64 * archives.CHUNK  # the pickle alone, without tensors; ten thousand layers take 3 MB
+_SECONDS, _BYTES_A_SECOND = 6.0, 10 << 20
+"""Processor time that following one pickle may take, and bytes of the file for a second more."""
+_INSTEAD = "get the file from its origin"
 _SHARING = 1000
 _COLLIDING = 2000
 """Keys of one hash cost the square of their number; weights are named by texts, whose hashes nobody can choose."""
@@ -130,9 +134,10 @@ def _is_tar(path: Path) -> bool:
 def _names(path: Path, file: IO[bytes], pickles: int) -> set[str]:
     """Return what a number of pickles, one behind the other, would import."""
     names: set[str] = set()
+    seconds = _SECONDS + path.stat().st_size / _BYTES_A_SECOND
     try:
         for _ in range(pickles):
-            names |= inspect_pickle(file, str(path))
+            names |= within(seconds, lambda: inspect_pickle(file, str(path)), str(path), instead=_INSTEAD)
     except NormfixError:
         raise
     except Exception as error:  # pickletools raises half a dozen kinds

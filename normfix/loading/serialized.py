@@ -55,6 +55,10 @@ _KEPT = ("stack_trace", "nn_module_stack", "torch_fn")
 _MOST_NODES, _MOST_EXPRESSIONS, _MOST_GUARDS = 20_000, 60_000, 5000
 _FEW, _SPARSE = 20_000, 16
 """Lists and objects that its JSON may always hold, and bytes for each one more; torch writes one in 33 bytes."""
+_EXPRESSIONS, _DIFFERENT, _GUARDS = 2_000_000, 200_000, 250_000
+"""Characters of all size expressions, of those that differ, and of guards. Sympy takes a second for 400,000, and more
+for what it has not seen; a network of fifty convolutions has 130,000, 5,000 and 1,000.
+"""
 _LARGEST = 2**63
 _MOST_BITS = 2048
 _DEEPEST = 20
@@ -93,6 +97,9 @@ def program(content: Any) -> Any:
     Raises:
         HarmfulProgramError: with what no program of torch.export's has.
     """
+    guards = content.get("guards_code") if isinstance(content, dict) else None
+    length = sum(len(text) for text in guards or () if isinstance(text, str))
+    _require(length <= _GUARDS, f"guards of more than {_GUARDS} characters")
     return _Program().of(schema.ExportedProgram, content, "ExportedProgram")
 
 
@@ -133,7 +140,8 @@ class _Program:
     """One walk through a program's JSON; sizes that grow without bound are followed on the way."""
 
     def __init__(self) -> None:
-        self._expressions = 0
+        self._expressions = self._characters = self._different_characters = 0
+        self._different: set[str] = set()
         self._bits: dict[str, int] = {}
         self._target = ""
         self._depth = 0
@@ -216,6 +224,15 @@ class _Program:
     def _symexpr(self, expression: dict[str, Any]) -> dict[str, Any]:
         self._expressions += 1
         _require(self._expressions <= _MOST_EXPRESSIONS, f"more than {_MOST_EXPRESSIONS} size expressions")
+        text = expression["expr_str"]
+        self._characters += len(text)
+        if text not in self._different:
+            self._different.add(text)
+            self._different_characters += len(text)
+        few = self._characters <= _EXPRESSIONS and self._different_characters <= _DIFFERENT
+        _require(
+            few, f"size expressions of more than {_EXPRESSIONS} characters, or {_DIFFERENT} different ones"
+        )
         return expression
 
     def _exportedprogram(self, content: dict[str, Any]) -> dict[str, Any]:

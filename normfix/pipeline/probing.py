@@ -18,8 +18,8 @@ __all__ = ["SEED", "probe_of", "probed", "require_probe"]
 
 SEED = 0
 _SAMPLES = 64
-_LARGEST_PROBE = 1 << 23
-"""Values of a probe: 200 pixels cubed; a file must not ask for more."""
+_LARGEST_PROBE = 1 << 21
+"""Values of a probe: 128 pixels cubed; a file must not ask for more."""
 
 
 def probe_of(model: nn.Module, caller: Caller, provenance: Provenance) -> Probe | None:

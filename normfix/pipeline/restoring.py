@@ -153,7 +153,9 @@ def _restored(folder: Path, saved: Saved, base: nn.Module, weights: Mapping[str,
         load_weights_(model, weights, saved, str(folder))
         attach_(model, known)
         if saved.probe is not None:
-            require_probe(model.eval(), caller, saved.probe, str(folder))
+            size = (folder / WEIGHTS).stat().st_size
+            with Workload(size, str(folder), math.prod(saved.probe.shape), generous=True):
+                require_probe(model.eval(), caller, saved.probe, str(folder))
     return model.eval()
 
 
