@@ -260,6 +260,18 @@ def powers(content):
     return content
 
 
+def sums(content):
+    """Give three hundred tensors sizes that are long sums, each another."""
+    values = content["graph_module"]["graph"]["tensor_values"]
+    for n in range(300):
+        other = json.loads(json.dumps(values["x"]))
+        size = other["sizes"][2]["as_expr"]
+        parts = ", ".join(f"Mul(Integer({n + k}), {size['expr_str']})" for k in range(20))
+        size["expr_str"] = f"Add({parts})"
+        values[f"y{n}"] = other
+    return content
+
+
 def input_named(name: str):
     """Return a change that gives the program's input another name, everywhere."""
     return lambda path: replaced(path, '"name": "x"', f'"name": {json.dumps(name)}')
@@ -398,6 +410,11 @@ REFUSED = {
     ),
     "an expression of too many digits": lambda d: changed(d / "p.pt2", _digits),
     "a weight of terabytes": lambda d: changed(d / "p.pt2", wide_weight, "model_weights_config.json"),
+    "guards without end": lambda d: changed(
+        d / "p.pt2", lambda c: c | {"guards_code": [" and ".join(["L['x'].size()[2] >= 0"] * 60)] * 200}
+    ),
+    "expressions without end": lambda d: changed(d / "p.pt2", sums),
+    "JSON of countless lists": lambda d: changed(d / "p.pt2", lambda c: c | {"more": [[0]] * 100_000}),
     "a folder whose program touches files": altered_folder,
     "keys of one hash": lambda d: torch_archive(d / "w.pt", _keys(b"}", 40_000, lambda n: _long(n) + b"K\0")),
     "tuples of one hash": lambda d: torch_archive(

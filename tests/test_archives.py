@@ -3,6 +3,7 @@
 import collections
 import io
 import json
+import struct
 import subprocess
 import sys
 import tarfile
@@ -467,3 +468,20 @@ def test_names_without_end_are_not_searched_for_hints():
     started = time.process_time()
     assert candidates(names) == ()
     assert time.process_time() - started < 2
+
+
+def test_a_pickle_is_followed_for_a_bounded_time(tmp_path, monkeypatch):
+    """One that only puts values down and takes them away again is NF121 after its time."""
+    path = tmp_path / "w.pt"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("w/data.pkl", b"\x80\x02" + b"N0" * 1_000_000 + b"}.")
+    monkeypatch.setattr("normfix.loading.pickles._SECONDS", 0.2)
+    assert _refused(path) == "NF121"
+
+
+def test_a_header_of_countless_tensors_is_refused(tmp_path):
+    """Those without elements take no room in a file."""
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({str(n): entry for n in range(150_001)}).encode()
+    (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    assert _refused(tmp_path / "w.safetensors") == "NF121"

@@ -36,7 +36,7 @@ _LEGACY_PICKLES = 5
 _STORAGE = re.compile(r"data/[0-9A-Za-z_]{1,18}")
 """Members that hold tensors: torch.save numbers them, and before 1.10 named them by their place in memory."""
 _LARGEST = 64 * archives.CHUNK  # the pickle alone, without tensors; ten thousand layers take 3 MB
-_SECONDS, _BYTES_A_SECOND = 6.0, 10 << 20
+_SECONDS, _BYTES_A_SECOND = 8.0, 16 << 20
 """Processor time that following one pickle may take, and bytes of the file for a second more."""
 _INSTEAD = "get the file from its origin"
 _SHARING = 1000
