@@ -395,7 +395,6 @@ def test_what_a_probe_takes_is_foreseen(folder, monkeypatch):
     """A probe that a network of these weights cannot run on in the room for it is NF144 before it runs."""
     monkeypatch.setattr("normfix.workload._GENEROUS", 0)
     monkeypatch.setattr("normfix.workload._PER_VALUE", 0)
-    monkeypatch.setattr("normfix.workload._GROWTH", 0)
     error = refusal(normfix.load, folder, arch=ARCH)
     assert (error.code, "smaller example" in error.message) == ("NF144", True)
 
