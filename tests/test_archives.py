@@ -16,9 +16,11 @@ from torch import nn
 from torch.utils._pytree import _register_namedtuple
 
 from normfix import NormfixError
-from normfix.loading import read_program
+from normfix.loading import archives, read_program
 from normfix.loading.archives import Archive, View
 from normfix.loading.expressions import guard, size_expression
+from normfix.loading.formats import FORMATS
+from normfix.loading.machine import followed
 from normfix.loading.operations import is_allowed
 from normfix.loading.serialized import HarmfulProgramError, parsed
 from normfix.loading.zips import directory, layout
@@ -363,3 +365,32 @@ def test_the_harmless_program_of_these_tests_opens(tmp_path):
     again = archive_attacks.changed(tmp_path / "q.pt2", lambda content: json.loads(json.dumps(content)))
     assert read_program(again).module()(torch.rand(3, 1, 9, 7)).shape == (3, 2, 9, 7)
     assert exported(tmp_path / "r.pt2").exists()
+
+
+def test_the_formats_look_at_one_inventory(tmp_path, monkeypatch):
+    """However many formats ask what a file is, its directory is read once to recognise it; a new file is read anew."""
+    path = tmp_path / "w.pt"
+    torch.save({"a": torch.ones(2)}, path)
+    opened = []
+    real = zipfile.ZipFile
+    monkeypatch.setattr(archives.zipfile, "ZipFile", lambda *args: opened.append(args) or real(*args))
+    assert [f.recognises(path) for f in FORMATS].count(True) == 1
+    assert len(opened) == 1
+    torch.save({"pytorch-lightning_version": "2", "state_dict": {"a": torch.ones(2)}}, path)
+    assert [f.recognises(path) for f in FORMATS].count(True) == 2
+    assert len(opened) == 2
+
+
+@pytest.mark.parametrize(
+    "program",
+    [b"(2.", b"(q\x00.", b"K\x01(\x86.", b"K\x01t.", b"(h\x00.", b"K\x01", b"\xff.", b"(K\x01q\x01tq\x01h\x02."],
+)
+def test_a_mark_is_no_value(program):
+    """What copies, notes or takes a mark, or comes to none, is malformed for every unpickler, and refused here."""
+    with pytest.raises((ValueError, LookupError)):
+        followed(io.BytesIO(program), 1000)
+
+
+def test_a_plain_program_is_followed():
+    """Negative control: the same operations where values stand are taken."""
+    assert followed(io.BytesIO(b"(K\x012q\x00h\x00tq\x01."), 1000).names == set()

@@ -9,14 +9,13 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from normfix.loading import archives
 from normfix.loading.candidates import require_named
-from normfix.loading.pickles import is_torch_file, read_torch
+from normfix.loading.pickles import read_torch
 from normfix.loading.request import Loaded, Request
 from normfix.loading.state_dicts import filled
 
@@ -27,15 +26,7 @@ _SIGN = b"pytorch-lightning_version"
 
 def recognises(path: Path) -> bool:
     """Recognise a torch file that says which Lightning wrote it."""
-    if not path.is_file() or not archives.is_archive(path) or not is_torch_file(path):
-        return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            (name,) = (n for n in archive.namelist() if n.partition("/")[2] == "data.pkl")
-            with archive.open(name) as file:
-                return _SIGN in file.read(archives.CHUNK)
-    except Exception:  # noqa: BLE001 - damaged archives are refused where they are read
-        return False
+    return path.is_file() and _SIGN in archives.inventory(path).pickle
 
 
 def open_network(path: Path, request: Request) -> Loaded:
