@@ -8,12 +8,14 @@ to the bit. What normfix knows of the network travels inside, as the file's extr
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +64,8 @@ def open_program(path: Path, read: Reader) -> tuple[Program, Saved | None]:
         read: opens it safely, and fills the extra files that are asked for.
 
     Raises:
-        NormfixError: NF144 if running it once takes too much, NF224 if it is no program of one image, or differs
+        NormfixError: NF115 if what normfix knew was edited or is of other tensors, NF144 if
+            running it once takes too much, NF224 if it is no program of one image, or differs
             from the file once it is raised; the reader's codes.
     """
     extra = {MANIFEST: ""}
@@ -76,7 +79,17 @@ def open_program(path: Path, read: Reader) -> tuple[Program, Saved | None]:
     except failures() as error:
         raise _unreadable(path, error) from error
     text: Any = extra[MANIFEST]
-    return model, _manifest(text, path) if text else None
+    if not text:
+        return model, None
+    saved = _manifest(text, path)
+    if saved.sha256 and saved.sha256 != _digest(program):
+        raise NormfixError(
+            "NF115",
+            f"its {MANIFEST} was written with other tensors than these, so its plan, halo and scaling say nothing of "
+            "this program. Write the program again.",
+            where=str(path),
+        )
+    return model, saved
 
 
 def require_free(model: nn.Module) -> None:
@@ -171,6 +184,7 @@ def write_program(
 def _write(path: Path, program: ExportedProgram, saved: Saved) -> None:
     """Write a program by way of memory: where there is no room, torch's own writer ends the process."""
     whole = io.BytesIO()
+    saved = replace(saved, sha256=_digest(program)).sealed()
     with silence():
         torch.export.save(program, whole, extra_files={MANIFEST: saved.dumps()})
     path.write_bytes(whole.getbuffer())
@@ -306,7 +320,21 @@ def _manifest(text: str, path: Path) -> Saved:
         raise NormfixError(
             "NF108", f"its {MANIFEST} cannot be read: {error}. Write the program again.", where=str(path)
         ) from error
-    return Saved.from_json(known, where=str(path))
+    return Saved.opened(known, str(path))
+
+
+def _digest(program: ExportedProgram) -> str:
+    """Return the checksum of a program's tensors by name: what its statement belongs to."""
+    digest = hashlib.sha256()
+    for values in (program.state_dict, program.constants):
+        for name in sorted(values):
+            tensor = values[name]
+            if not isinstance(tensor, Tensor):
+                continue
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(memoryview(data.numpy()))
+    return digest.hexdigest()
 
 
 def _unreadable(path: Path, error: Exception) -> NormfixError:

@@ -128,17 +128,17 @@ def _write(
         calibration=calibration,
         proof=proof,
         probe=probe,
-    )
+    ).sealed()
     (folder / MANIFEST).write_text(saved.dumps(), encoding="utf-8")
     (folder / CARD).write_text(_card(saved), encoding="utf-8")
     shutil.copymode(folder / MANIFEST, folder / WEIGHTS)  # safetensors lets nobody else read
 
 
 def read_manifest(folder: Path) -> Saved:
-    """Read normfix.json and check the weights' checksum.
+    """Read normfix.json and check its own checksum and that of the weights.
 
     Raises:
-        NormfixError: NF101 unreadable, NF108 malformed or of another schema, NF115 weights changed.
+        NormfixError: NF101 unreadable, NF108 malformed or of another schema, NF115 it or the weights changed.
     """
     path = folder / MANIFEST
     try:
@@ -150,7 +150,7 @@ def read_manifest(folder: Path) -> Saved:
         raise NormfixError(
             "NF101", f"it is longer than {_LARGEST >> 20} MB, which no such file is.", where=str(path)
         )
-    saved = Saved.from_json(data, where=str(path))
+    saved = Saved.opened(data, str(path))
     _require_geometry(saved, path)
     weights = folder / WEIGHTS
     if not weights.is_file():

@@ -383,7 +383,16 @@ def test_the_formats_look_at_one_inventory(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "program",
-    [b"(2.", b"(q\x00.", b"K\x01(\x86.", b"K\x01t.", b"(h\x00.", b"K\x01", b"\xff.", b"(K\x01q\x01tq\x01h\x02."],
+    [
+        b"(2.",
+        b"(q\x00.",
+        b"K\x01(\x86.",
+        b"K\x01t.",
+        b"(h\x00.",
+        b"K\x01",
+        b"\xff.",
+        b"(K\x01q\x01tq\x01h\x02.",
+    ],
 )
 def test_a_mark_is_no_value(program):
     """What copies, notes or takes a mark, or comes to none, is malformed for every unpickler, and refused here."""

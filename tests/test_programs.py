@@ -1,5 +1,6 @@
 """Exported programs in and out: raised into modules, converted without source, written to run alone."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from archive_attacks import members, zipped
 from factories import tiny_unet
 from torch import nn
 from torch.export import ExportedProgram
@@ -16,8 +18,9 @@ from torch.export import ExportedProgram
 import normfix
 from normfix import NormfixError
 from normfix.graph import Program, export, raised
-from normfix.loading import read_program
+from normfix.loading import Request, read_program
 from normfix.pipeline import storage
+from normfix.pipeline.restoring import open_any
 from normfix.programs import export_program, open_program, require_free
 from normfix.records import Action
 
@@ -489,3 +492,38 @@ def test_command_line(source, tmp_path, capsys):
     with pytest.raises(NormfixError, match="NF227"):
         run("convert", source, image, "--to", "frozen", "-o", tmp_path / "folder", "--format", "pt2")
     assert not Path(tmp_path / "folder").exists()
+
+
+def stating(path, target, change):
+    """Write a program again with another statement inside."""
+    content = members(path.read_bytes())
+    (name,) = (name for name in content if name.endswith("extra/normfix.json"))
+    statement = json.loads(content[name])
+    change(statement)
+    target.write_bytes(zipped(content | {name: json.dumps(statement).encode()}))
+    return target
+
+
+def test_an_edited_statement_in_a_program_is_noticed(fixed, tmp_path):
+    """A halo of 0 that was written into a program is NF115, and one that was left alone is taken."""
+    no_halo = lambda known: known["provenance"]["scan"].update(halo=[[0, 0], [0, 0]])  # noqa: E731
+    with pytest.raises(NormfixError, match=r"NF115.*edited"):
+        normfix.load(stating(fixed, tmp_path / "edited.pt2", no_halo))
+    assert open_any(stating(fixed, tmp_path / "same.pt2", lambda _: None), Request()).notes == ()
+
+
+def test_a_program_with_the_statement_of_another_is_noticed(fixed, tmp_path):
+    """A statement, whole as it is, belongs to the tensors that it was written with: NF115."""
+    other = tmp_path / "other.pt2"
+    normfix.save(normfix.convert(Twice(), IMAGE), other)
+    (name,) = (name for name in members(other.read_bytes()) if name.endswith("extra/normfix.json"))
+    theirs = json.loads(members(other.read_bytes())[name])
+    with pytest.raises(NormfixError, match=r"NF115.*other tensors"):
+        normfix.load(stating(fixed, tmp_path / "mixed.pt2", lambda known: known.update(theirs)))
+
+
+def test_a_program_of_before_opens_with_a_note(fixed, tmp_path):
+    """A program whose statement has no checksum opens, and says that an edit would not be noticed."""
+    old = stating(fixed, tmp_path / "old.pt2", lambda known: known.pop("statement"))
+    (note,) = open_any(old, Request()).notes
+    assert "no checksum of its plan" in note

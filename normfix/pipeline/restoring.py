@@ -103,13 +103,14 @@ def _open_saved(folder: Path, request: Request, model: nn.Module | None) -> Load
         program = program_beside(folder, saved)
         if program is not None:
             return _open_beside(program, saved)
+    notes = saved.doubt(str(folder / MANIFEST))
     weights = read_weights(folder / WEIGHTS)
     if model is not None:
-        return Loaded(_restored(folder, saved, copy_of(model), weights), source)
+        return Loaded(_restored(folder, saved, copy_of(model), weights), source, notes)
     stored = Stored.of(weights.values())
     with bounded_by(folder) if request.arch is None else nullcontext():
         base = rebuild(source, arch=request.arch, arch_args=request.arch_args, stored=stored)
-    return Loaded(_restored(folder, saved, base, weights), source)
+    return Loaded(_restored(folder, saved, base, weights), source, notes)
 
 
 def _open_beside(path: Path, saved: Saved) -> Loaded:
@@ -124,7 +125,7 @@ def _open_beside(path: Path, saved: Saved) -> Loaded:
     note = (
         f"{path}: opened as a program, which cannot be trained; for the network itself give it with --arch."
     )
-    return Loaded(program, known.source, (note,))
+    return Loaded(program, known.source, (note, *saved.doubt(str(path.with_name(MANIFEST)))))
 
 
 def _open_program(path: Path) -> Loaded:
@@ -138,7 +139,7 @@ def _open_program(path: Path) -> Loaded:
     if saved.probe is not None:
         with Workload(path.stat().st_size, str(path), math.prod(saved.probe.shape)):
             require_probe(model, Caller(None, known.output), saved.probe, str(path))
-    return Loaded(model, known.source)
+    return Loaded(model, known.source, saved.doubt(str(path)))
 
 
 def _restored(folder: Path, saved: Saved, base: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
