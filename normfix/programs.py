@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -37,7 +38,7 @@ from normfix.graph.replaying import same
 from normfix.numerics import exact_arithmetic
 from normfix.randomness import OwnRandomness
 from normfix.records import Saved
-from normfix.workload import Workload
+from normfix.workload import Foreseen, TooMuchError, Workload
 
 __all__ = [
     "SUFFIX",
@@ -71,9 +72,13 @@ def open_program(path: Path, read: Reader) -> tuple[Program, Saved | None]:
     extra = {MANIFEST: ""}
     program = read(path, extra)
     try:
-        with silence(), Workload(path.stat().st_size, str(path)):
-            model = raised(program)
-            _require_replay(model, program, str(path))
+        with silence(), torch.no_grad():
+            with Workload(path.stat().st_size, str(path)):
+                model = raised(program)
+            model.unproved = _too_long(model, program, path)
+            if not model.unproved:
+                with Workload(path.stat().st_size, str(path)):
+                    _require_replay(model, program, str(path))
     except NormfixError:
         raise
     except failures() as error:
@@ -224,9 +229,45 @@ class _Called(nn.Module):
         return self._run(self.network, image)
 
 
+def _too_long(model: Program, program: ExportedProgram, path: Path) -> str:
+    """Return why a program cannot be run when it is opened: its size is fixed, and one run takes long.
+
+    Raises:
+        NormfixError: NF144 if that is out of proportion to the image, or takes more memory than there is.
+    """
+    if not model.fixed:
+        return ""
+    shape, size = _replayed_shape(model), path.stat().st_size
+    dtype = image_of(program).meta["val"].dtype
+    try:
+        with Foreseen(size, str(path)):
+            drawn = torch.empty(shape, dtype=torch.float64, device="meta")
+            image = drawn.to(dtype)
+            # as read, and as the file has it
+            for _ in range(2):
+                model(image.clone())
+    except TooMuchError:
+        with Foreseen(size, str(path), math.prod(shape)) as large:
+            model(torch.empty(shape, dtype=dtype, device="meta"))
+    except failures():
+        return ""  # what values decide cannot be foreseen; it is counted while it is run
+    else:
+        return ""
+    return (
+        f"{path}: it is fixed to images of {'x'.join(map(str, shape))}, and running one takes about {large.seconds:.0f} s, "
+        "so it was not run to compare what was read with the file. Exported with free sizes, it would be."
+    )
+
+
+def _replayed_shape(model: Program) -> list[int]:
+    """Return the extents of the image that a program is compared on."""
+    sample = (2, 1, *(_SAMPLE[len(model.shape) - 2],) * 3)
+    return [n or d for n, d in zip(model.shape, sample, strict=False)]
+
+
 def _require_replay(model: Program, program: ExportedProgram, where: str) -> None:
     """Run the raised program beside the file's own, on another size than it was exported with if it may be."""
-    shape = [n or d for n, d in zip(model.shape, (2, 1, *(_SAMPLE[len(model.shape) - 2],) * 3), strict=False)]
+    shape = _replayed_shape(model)
     image = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     image = image.to(image_of(program).meta["val"].dtype)
     body = unlifted(program)

@@ -3,6 +3,7 @@
 import json
 import zipfile
 
+import factories
 import pytest
 import torch
 from torch import nn
@@ -550,6 +551,30 @@ def test_a_lightning_checkpoint_without_an_architecture_is_refused(tmp_path):
     """Without --arch it is NF112."""
     _, path = lightning_checkpoint(tmp_path)
     assert refusal(open_model, path).code == "NF112"
+
+
+@pytest.mark.parametrize(("default", "code"), [("=None", None), ("", "NF111")])
+def test_hyperparameters_that_are_no_json_are_said(tmp_path, monkeypatch, default, code):
+    """A tensor among them is named in a note where the factory does without, and in the refusal where it does not."""
+    name = f"taking_a_tensor{len(default)}"
+    lines = f"from factories import tiny_unet\ndef build(class_weights{default}, width=4): return tiny_unet(width=width)"
+    (tmp_path / f"{name}.py").write_text(lines)
+    monkeypatch.syspath_prepend(tmp_path)
+    stored = {"width": 6, "class_weights": torch.ones(3), "lr": torch.ones(1)}
+    model = factories.tiny_unet(width=6)
+    content = {
+        "pytorch-lightning_version": "2.5",
+        "state_dict": model.state_dict(),
+        "hyper_parameters": stored,
+    }
+    torch.save(content, tmp_path / "last.ckpt")
+    if code is None:
+        notes = open_model(str(tmp_path / "last.ckpt"), arch=f"{name}:build").notes
+        assert any("class_weights were left" in note for note in notes)
+        assert not any("lr" in note for note in notes)
+    else:
+        error = refusal(open_model, str(tmp_path / "last.ckpt"), arch=f"{name}:build")
+        assert (error.code, "class_weights were left" in error.message) == (code, True)
 
 
 # -- candidates

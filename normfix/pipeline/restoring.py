@@ -17,6 +17,7 @@ from normfix.allocation import Stored, bounded_by
 from normfix.calling import Caller, failures
 from normfix.errors import NormfixError
 from normfix.factories import rebuild
+from normfix.graph import Program
 from normfix.loading import (
     HUB,
     Loaded,
@@ -119,13 +120,18 @@ def _open_beside(path: Path, saved: Saved) -> Loaded:
     with _belonging(str(path)):
         program, _ = open_program(path, read_program)
         attach_(program, known)
-        if saved.probe is not None:
+        if saved.probe is not None and not program.unproved:
             with Workload(path.stat().st_size, str(path), math.prod(saved.probe.shape)):
                 require_probe(program, Caller(None, known.output), saved.probe, str(path))
     note = (
         f"{path}: opened as a program, which cannot be trained; for the network itself give it with --arch."
     )
-    return Loaded(program, known.source, (note, *saved.doubt(str(path.with_name(MANIFEST)))))
+    notes = (note, *_unproved(program), *saved.doubt(str(path.with_name(MANIFEST))))
+    return Loaded(program, known.source, notes)
+
+
+def _unproved(program: Program) -> tuple[str, ...]:
+    return (program.unproved,) if program.unproved else ()
 
 
 def _open_program(path: Path) -> Loaded:
@@ -133,13 +139,13 @@ def _open_program(path: Path) -> Loaded:
     model, saved = open_program(path, read_program)
     source = Source(kind="object", spec="torch.export:ExportedProgram")
     if saved is None:
-        return Loaded(model, source)
+        return Loaded(model, source, _unproved(model))
     known = saved.provenance
     attach_(model, known)
-    if saved.probe is not None:
+    if saved.probe is not None and not model.unproved:
         with Workload(path.stat().st_size, str(path), math.prod(saved.probe.shape)):
             require_probe(model, Caller(None, known.output), saved.probe, str(path))
-    return Loaded(model, known.source, saved.doubt(str(path)))
+    return Loaded(model, known.source, (*_unproved(model), *saved.doubt(str(path))))
 
 
 def _restored(folder: Path, saved: Saved, base: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
