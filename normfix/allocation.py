@@ -97,8 +97,8 @@ def uncounted() -> Iterator[None]:
 
     Counting doubles the time of reading ten thousands of small tensors.
     """
-    counted = isinstance(_get_current_dispatch_mode(), Bounded)  # type: ignore[no-untyped-call]
-    with _pop_mode_temporarily() if counted else nullcontext():  # type: ignore[no-untyped-call]
+    counted = isinstance(_get_current_dispatch_mode(), Bounded)
+    with _pop_mode_temporarily() if counted else nullcontext():
         yield
 
 

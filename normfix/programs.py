@@ -254,8 +254,8 @@ def _too_long(model: Program, program: ExportedProgram, path: Path) -> str:
     else:
         return ""
     return (
-        f"{path}: it is fixed to images of {'x'.join(map(str, shape))}, and running one takes about {large.seconds:.0f} s, "
-        "so it was not run to compare what was read with the file. Exported with free sizes, it would be."
+        f"{path}: it is fixed to images of {'x'.join(map(str, shape))}, and running one takes about "
+        f"{large.seconds:.0f} s, so it was not run to compare what was read with the file. Exported with free sizes, it would be."
     )
 
 
@@ -374,7 +374,7 @@ def _digest(program: ExportedProgram) -> str:
                 continue
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(memoryview(data.numpy()))
+            digest.update(data.numpy().data)
     return digest.hexdigest()
 
 

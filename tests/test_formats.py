@@ -557,7 +557,7 @@ def test_a_lightning_checkpoint_without_an_architecture_is_refused(tmp_path):
 def test_hyperparameters_that_are_no_json_are_said(tmp_path, monkeypatch, default, code):
     """A tensor among them is named in a note where the factory does without, and in the refusal where it does not."""
     name = f"taking_a_tensor{len(default)}"
-    lines = f"from factories import tiny_unet\ndef build(class_weights{default}, width=4): return tiny_unet(width=width)"
+    lines = f"from factories import tiny_unet\ndef build(class_weights{default}, width=4): return tiny_unet(width)"
     (tmp_path / f"{name}.py").write_text(lines)
     monkeypatch.syspath_prepend(tmp_path)
     stored = {"width": 6, "class_weights": torch.ones(3), "lr": torch.ones(1)}
