@@ -255,7 +255,8 @@ def _too_long(model: Program, program: ExportedProgram, path: Path) -> str:
         return ""
     return (
         f"{path}: it is fixed to images of {'x'.join(map(str, shape))}, and running one takes about "
-        f"{large.seconds:.0f} s, so it was not run to compare what was read with the file. Exported with free sizes, it would be."
+        f"{large.seconds:.0f} s, so it was not run to compare what was read with the file. "
+        "Exported with free sizes, it would be."
     )
 
 
