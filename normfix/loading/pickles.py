@@ -24,6 +24,7 @@ from normfix.errors import NormfixError
 from normfix.factories import classes_named
 from normfix.loading import archives
 from normfix.loading.machine import OutOfProportionError, followed
+from normfix.loading.plain_numpy import STAND_INS
 from normfix.loading.request import Request, unreadable
 
 __all__ = ["inspect_pickle", "is_torch_file", "read_torch", "unsafe_imports"]
@@ -119,8 +120,12 @@ def _names(path: Path, file: IO[bytes], pickles: int) -> set[str]:
 
 
 def beyond_tensors(names: Iterable[str]) -> list[str]:
-    """Return those of the names that torch's safe mode would not import, sorted."""
-    return sorted(set(names) - (_weights_only_unpickler._get_allowed_globals().keys() - _ALLOCATING))
+    """Return those of the names that are needed beyond what torch's safe mode imports, sorted.
+
+    Numbers of numpy need nothing where nothing else is needed. A class that is allowed gets numpy's own arrays or none.
+    """
+    beyond = set(names) - (_weights_only_unpickler._get_allowed_globals().keys() - _ALLOCATING)
+    return [] if beyond <= STAND_INS.keys() else sorted(beyond)
 
 
 def inspect_pickle(file: IO[bytes], where: str) -> set[str]:
@@ -143,10 +148,10 @@ def inspect_pickle(file: IO[bytes], where: str) -> set[str]:
 
 
 def _loaded(path: Path, file: IO[bytes], classes: Mapping[str, type]) -> Any:
-    allowed: list[Any] = [(kind, name) for name, kind in classes.items()]
+    allowed: list[Any] = [(kind, name) for name, kind in (classes or STAND_INS).items()]
     try:
         # torch's own list makes views of what the file stores, and nothing larger; classes may make anything
-        counting = nullcontext() if allowed else uncounted()
+        counting = nullcontext() if classes else uncounted()
         with counting, torch.serialization.safe_globals(allowed):
             return torch.load(file, map_location="cpu", weights_only=True)  # noqa: TID251
     except pickle.UnpicklingError as error:
