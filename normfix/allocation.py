@@ -9,19 +9,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode,
+    _pop_mode_temporarily,
+)
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from normfix.errors import NormfixError
 from normfix.quiet_imports import import_compiler
 
-__all__ = ["PLENTY", "Bounded", "Sketched", "Stored", "bounded_by", "require_proportion"]
+__all__ = ["PLENTY", "Bounded", "Sketched", "Stored", "bounded_by", "require_proportion", "uncounted"]
 
 _LEAST, _GROWTH = 256 << 20, 8
 """Initialisation and tables that are not saved take more than the weights; a file of fewer is tiny."""
@@ -29,6 +35,10 @@ _CALLS = 100_000
 """New tensors; the largest networks make ten thousand."""
 _LARGE = 1 << 16
 """Elements of a tensor that a sketch makes without memory; constructors read smaller ones, of depths and the like."""
+_FILLED = frozenset(
+    {torch.ops.aten.empty.memory_format, torch.ops.aten.zeros.default, torch.ops.aten.ones.default}
+)
+"""What makes a tensor of an extent and of nothing else."""
 _SURELY = 1 << 20
 """Elements that a call with tensors may at most make for its result not to be foreseen."""
 _MORE, _SLACK, _FEW = 4, 1 << 20, 500
@@ -81,6 +91,17 @@ def bounded_by(path: Path) -> Bounded:
     return Bounded(sum(file.stat().st_size for file in files if file.is_file()), str(path))
 
 
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Leave the counting off for what takes no more memory than the file has that it reads.
+
+    Counting doubles the time of reading ten thousands of small tensors.
+    """
+    counted = isinstance(_get_current_dispatch_mode(), Bounded)
+    with _pop_mode_temporarily() if counted else nullcontext():
+        yield
+
+
 def require_proportion(model: nn.Module, stored: Stored, where: str) -> None:
     """Refuse a network of many more elements, or tensors, than the weights that shall fill it.
 
@@ -119,9 +140,15 @@ class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run an operation unless it makes too much."""
         kwargs = kwargs or {}
-        if _writes_or_views(func) and not _resizes(func):
+        if _makes_nothing(func):
             self._count_views(func, args)
             return self._in_place(func, args, kwargs)
+        if func in _FILLED and not _on_meta(kwargs):
+            # a file has tens of thousands of these, and looking at each on the meta device takes longer than reading it
+            number = math.prod([max(n, 0) for n in args[0]])
+            if number <= _LARGE:
+                self._count(number * _dtype_of(kwargs).itemsize)
+                return func(*args, **kwargs)
         result = self._foreseen(func, args, kwargs)
         return func(*args, **kwargs) if result is None else result
 
@@ -136,7 +163,7 @@ class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _count_views(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
         """Count the views that a tensor falls into when it is iterated over."""
-        if "unbind" in str(func) and args[0].dim():
+        if _unbinds(func) and args[0].dim():
             self._calls -= args[0].shape[args[1] if len(args) > 1 else 0]
             self.require_kept()
 
@@ -201,14 +228,17 @@ def _too_large(where: str) -> NormfixError:
     )
 
 
-def _writes_or_views(func: Any) -> bool:
+@cache
+def _makes_nothing(func: Any) -> bool:
     """Tell whether an operation makes no new memory: it writes into its operand, or looks at it anew."""
     schema = getattr(func, "_schema", None)
-    return schema is not None and any(value.alias_info is not None for value in schema.arguments)
+    aliased = schema is not None and any(value.alias_info is not None for value in schema.arguments)
+    return aliased and "resize" not in str(func)
 
 
-def _resizes(func: Any) -> bool:
-    return "resize" in str(func)
+@cache
+def _unbinds(func: Any) -> bool:
+    return "unbind" in str(func)
 
 
 def _on_meta(kwargs: dict[str, Any]) -> bool:

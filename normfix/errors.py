@@ -91,8 +91,8 @@ CODES: dict[str, str] = {
     "NF142": "The format of the output has no place for this array. Give another ending.",
     "NF143": "The library that reads and writes this format is an extra, which the message names.",
     "NF144": "Opening a program (.pt2) runs it once on a small image, and what it would take for that is foreseen "
-    "operation by operation. This one would take more memory or time than a file of its size may. A right program "
-    "with fixed, large sizes is refused too: export it with free sizes.",
+    "operation by operation. This one would take more memory or time than a file of its size may or, where its "
+    "sizes are fixed to a large image, than such an image may or this machine has: export it with free sizes.",
     "NF148": "A statistic is NaN or infinite on the given images, or does not fit the dtype it is kept in, so the "
     "network overflows there: images in another scale than it was trained with, or a half-precision network. "
     "Nothing was changed.",

@@ -8,11 +8,14 @@ to the bit. What normfix knows of the network travels inside, as the file's extr
 
 from __future__ import annotations
 
+import hashlib
 import io
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +34,11 @@ from normfix.graph.capture import free_dimensions, image_of
 from normfix.graph.isolation import silence
 from normfix.graph.raising import unlifted
 from normfix.graph.replaying import same
+from normfix.json_record import parsed
 from normfix.numerics import exact_arithmetic
 from normfix.randomness import OwnRandomness
 from normfix.records import Saved
-from normfix.workload import Workload
+from normfix.workload import Foreseen, TooMuchError, Workload
 
 __all__ = [
     "SUFFIX",
@@ -61,21 +65,36 @@ def open_program(path: Path, read: Reader) -> tuple[Program, Saved | None]:
         read: opens it safely, and fills the extra files that are asked for.
 
     Raises:
-        NormfixError: NF144 if running it once takes too much, NF224 if it is no program of one image, or differs
+        NormfixError: NF115 if what normfix knew was edited or is of other tensors, NF144 if
+            running it once takes too much, NF224 if it is no program of one image, or differs
             from the file once it is raised; the reader's codes.
     """
     extra = {MANIFEST: ""}
     program = read(path, extra)
     try:
-        with silence(), Workload(path.stat().st_size, str(path)):
-            model = raised(program)
-            _require_replay(model, program, str(path))
+        with silence(), torch.no_grad():
+            with Workload(path.stat().st_size, str(path)):
+                model = raised(program)
+            model.unproved = _too_long(model, program, path)
+            if not model.unproved:
+                with Workload(path.stat().st_size, str(path)):
+                    _require_replay(model, program, str(path))
     except NormfixError:
         raise
     except failures() as error:
         raise _unreadable(path, error) from error
     text: Any = extra[MANIFEST]
-    return model, _manifest(text, path) if text else None
+    if not text:
+        return model, None
+    saved = _manifest(text, path)
+    if saved.sha256 and saved.sha256 != _digest(program):
+        raise NormfixError(
+            "NF115",
+            f"its {MANIFEST} was written with other tensors than these, so its plan, halo and scaling say nothing of "
+            "this program. Write the program again.",
+            where=str(path),
+        )
+    return model, saved
 
 
 def require_free(model: nn.Module) -> None:
@@ -170,6 +189,7 @@ def write_program(
 def _write(path: Path, program: ExportedProgram, saved: Saved) -> None:
     """Write a program by way of memory: where there is no room, torch's own writer ends the process."""
     whole = io.BytesIO()
+    saved = replace(saved, sha256=_digest(program)).sealed()
     with silence():
         torch.export.save(program, whole, extra_files={MANIFEST: saved.dumps()})
     path.write_bytes(whole.getbuffer())
@@ -209,9 +229,46 @@ class _Called(nn.Module):
         return self._run(self.network, image)
 
 
+def _too_long(model: Program, program: ExportedProgram, path: Path) -> str:
+    """Return why a program cannot be run when it is opened: its size is fixed, and one run takes long.
+
+    Raises:
+        NormfixError: NF144 if that is out of proportion to the image, or takes more memory than there is.
+    """
+    if not model.fixed:
+        return ""
+    shape, size = _replayed_shape(model), path.stat().st_size
+    dtype = image_of(program).meta["val"].dtype
+    try:
+        with Foreseen(size, str(path)):
+            drawn = torch.empty(shape, dtype=torch.float64, device="meta")
+            image = drawn.to(dtype)
+            # as read, and as the file has it
+            for _ in range(2):
+                model(image.clone())
+    except TooMuchError:
+        with Foreseen(size, str(path), math.prod(shape)) as large:
+            model(torch.empty(shape, dtype=dtype, device="meta"))
+    except failures():
+        return ""  # what values decide cannot be foreseen; it is counted while it is run
+    else:
+        return ""
+    return (
+        f"{path}: it is fixed to images of {'x'.join(map(str, shape))}, and running one takes about "
+        f"{large.seconds:.0f} s, so it was not run to compare what was read with the file. "
+        "Exported with free sizes, it would be."
+    )
+
+
+def _replayed_shape(model: Program) -> list[int]:
+    """Return the extents of the image that a program is compared on."""
+    sample = (2, 1, *(_SAMPLE[len(model.shape) - 2],) * 3)
+    return [n or d for n, d in zip(model.shape, sample, strict=False)]
+
+
 def _require_replay(model: Program, program: ExportedProgram, where: str) -> None:
     """Run the raised program beside the file's own, on another size than it was exported with if it may be."""
-    shape = [n or d for n, d in zip(model.shape, (2, 1, *(_SAMPLE[len(model.shape) - 2],) * 3), strict=False)]
+    shape = _replayed_shape(model)
     image = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     image = image.to(image_of(program).meta["val"].dtype)
     body = unlifted(program)
@@ -299,7 +356,22 @@ def _packages(model: nn.Module) -> Sequence[str]:
 
 
 def _manifest(text: str, path: Path) -> Saved:
-    return Saved.loads(text, where=f"{path}: {MANIFEST}")
+    where = f"{path}: {MANIFEST}"
+    return Saved.opened(parsed(text, where), where)
+
+
+def _digest(program: ExportedProgram) -> str:
+    """Return the checksum of a program's tensors by name: what its statement belongs to."""
+    digest = hashlib.sha256()
+    for values in (program.state_dict, program.constants):
+        for name in sorted(values):
+            tensor = values[name]
+            if not isinstance(tensor, Tensor):
+                continue
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(data.numpy().data)
+    return digest.hexdigest()
 
 
 def _unreadable(path: Path, error: Exception) -> NormfixError:

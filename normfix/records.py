@@ -6,11 +6,15 @@ The records an API call returns and those `--format json` prints are the same ob
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
+from normfix.errors import NormfixError
 from normfix.json_record import SCHEMA, Record
 
 __all__ = [
@@ -40,6 +44,7 @@ __all__ = [
     "Verdict",
     "matches",
     "site_id",
+    "statement_of",
 ]
 
 Spans = tuple[tuple[int, int], ...]
@@ -527,8 +532,9 @@ class Probe(Record):
 class Saved(Record):
     """The content of normfix.json.
 
-    `aliases` are pairs (name, stored name) of tensors that share storage; `sha256` is of model.safetensors,
-    `program` of program.pt2 where the folder has one.
+    `aliases` are pairs (name, stored name) of tensors that share storage; `sha256` is of model.safetensors, or of the
+    tensors of a .pt2; `program` is of program.pt2 where the folder has one. `statement` is of all of that and of all
+    below, so plan, geometry, scaling and proof belong to these weights; files of before have none.
     """
 
     schema: int
@@ -539,6 +545,51 @@ class Saved(Record):
     calibration: CalibrationSummary | None
     proof: Proof | None
     probe: Probe | None
+    statement: str = ""
+
+    def sealed(self) -> Saved:
+        """Return it with its statement's checksum."""
+        return replace(self, statement=statement_of(self.to_json()))
+
+    @classmethod
+    def opened(cls, data: object, where: str) -> Saved:
+        """Build it from parsed JSON, if that is what was written.
+
+        Raises:
+            NormfixError: NF108 as from_json, NF115 if the statement was edited.
+        """
+        if isinstance(data, Mapping):
+            data = {"statement": "", **data}
+        saved = cls.from_json(data, where)
+        if saved.statement and saved.statement != statement_of(data):
+            raise NormfixError(
+                "NF115",
+                "it is not what was saved with these weights: its plan, stride, halo, scaling or proof was edited, and "
+                "what normfix computes with it may be wrong without a sign. Fetch it again, or convert the network "
+                "again with the options that you want.",
+                where=where,
+            )
+        return saved
+
+    def doubt(self, where: str) -> tuple[str, ...]:
+        """Return what to say of a file that has no checksum of its statement."""
+        if self.statement:
+            return ()
+        return (
+            f"{where}: it has no checksum of its plan, stride, halo and scaling (a version of before wrote it, or it "
+            "was taken out), so an edit of these is not noticed. Convert the network again to have one.",
+        )
+
+
+def statement_of(saved: Any) -> str:
+    """Return the checksum of a statement: of its JSON but for this checksum, however that is laid out.
+
+    >>> statement_of({"a": 1, "b": 2}) == statement_of({"b": 2, "statement": "", "a": 1})
+    True
+    """
+    content = {key: value for key, value in saved.items() if key != "statement"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def site_id(owner: str, invocation: int, function: str, index: int) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from normfix.drafts import UnwritableError, cannot_write, drafting, require_unnamed, sweep
 from normfix.errors import NormfixError
-from normfix.json_record import SCHEMA, read_text
+from normfix.json_record import SCHEMA, parsed, read_text
 from normfix.records import CalibrationSummary, Probe, Proof, Provenance, Saved
 
 __all__ = [
@@ -125,20 +125,20 @@ def _write(
         calibration=calibration,
         proof=proof,
         probe=probe,
-    )
+    ).sealed()
     (folder / MANIFEST).write_text(saved.dumps(), encoding="utf-8")
     (folder / CARD).write_text(_card(saved), encoding="utf-8")
     shutil.copymode(folder / MANIFEST, folder / WEIGHTS)  # safetensors lets nobody else read
 
 
 def read_manifest(folder: Path) -> Saved:
-    """Read normfix.json and check the weights' checksum.
+    """Read normfix.json and check its own checksum and that of the weights.
 
     Raises:
-        NormfixError: NF101 unreadable, NF108 malformed or of another schema, NF115 weights changed.
+        NormfixError: NF101 unreadable, NF108 malformed or of another schema, NF115 it or the weights changed.
     """
     path = folder / MANIFEST
-    saved = Saved.loads(read_text(path), where=str(path))
+    saved = Saved.opened(parsed(read_text(path), str(path)), str(path))
     _require_geometry(saved, path)
     weights = folder / WEIGHTS
     if not weights.is_file():

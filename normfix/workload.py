@@ -8,6 +8,7 @@ how long it would take on one core, are counted against what a file of its size 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from normfix.errors import NormfixError
 
-__all__ = ["Workload"]
+__all__ = ["Foreseen", "TooMuchError", "Workload"]
 
 _LEAST, _GROWTH = 640 << 20, 8
 """Bytes at once: what a three-dimensional network takes for 64 pixels a side, and what it takes of its weights."""
@@ -32,6 +33,8 @@ _ON_A_SMALLER_EXAMPLE = "If it is right, convert the network again on a smaller 
 _PER_VALUE, _MOST_OF_VALUES = 1600, 3 << 30
 """Bytes for each value of an image that has to be run on: the maps of a U-Net of 64 channels."""
 _SECONDS, _PER_BYTE, _SECONDS_PER_VALUE = 6.0, 1e-6, 2e-6
+_SECONDS_OF_LARGE = 2e-4
+"""For each value of an image whose size is fixed: 8 million multiplications; U-Nets of 32 channels take one."""
 _CHEAP, _DEAR = 1e-9, 1e-8
 """Seconds for each value of an operation that adds or copies, and of one that sorts, samples or takes roots."""
 _FLOPS = 4e10
@@ -61,6 +64,10 @@ _FOLLOWS_DATA = frozenset((
 # fmt: on
 """What gives as much as the values say, and never more than there are."""
 _DIMENSIONS = 8
+
+
+class TooMuchError(NormfixError):
+    """A network would make or cost more than is in proportion."""
 
 
 class Workload(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -127,7 +134,7 @@ class Workload(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _hold(self, result: Any) -> None:
         """Add the storages of what was made to those that are alive."""
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.device.type != "meta":
+            if isinstance(tensor, Tensor) and self._is_held(tensor):
                 storage = tensor.untyped_storage()
                 reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
                 known = self._alive.get(reference.cdata)
@@ -135,18 +142,67 @@ class Workload(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._alive[reference.cdata] = reference, storage.nbytes()
                     self._bytes += storage.nbytes()
 
+    def _is_held(self, tensor: Tensor) -> bool:
+        return tensor.device.type != "meta"
+
     def _forget(self) -> None:
         """Leave out the storages that are gone."""
         self._alive = {key: held for key, held in self._alive.items() if not _is_gone(held[0])}
         self._bytes = sum(size for _, size in self._alive.values())
 
     def _refuse(self, func: OpOverload, what: str) -> None:
-        raise NormfixError(
+        raise TooMuchError(
             "NF144",
             f"running it once takes {what} ({func}), out of proportion to a file of its size. "
             f"It is not opened. {self._next}",
             where=self._where,
         )
+
+
+class Foreseen(Workload):  # type: ignore[no-untyped-call]
+    """Foresee operations and run none: what they give has extents and no data, and is counted as if it had.
+
+    Args:
+        stored, where: as of Workload.
+        values: of an image whose size is fixed by what is run; 0 for what is run when a file is opened.
+
+    Raises:
+        NormfixError: NF144 beyond the proportion, or beyond the memory of this machine.
+    """
+
+    def __init__(self, stored: int, where: str, values: int = 0) -> None:
+        super().__init__(stored, where)
+        if values:
+            self._most_bytes = min(self._most_bytes + _PER_VALUE * values, _memory())
+            self._most_seconds += _SECONDS_OF_LARGE * values
+
+    @property
+    def seconds(self) -> float:
+        """Return how long what was foreseen takes on one core."""
+        return self._seconds
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Count an operation and give what it would, without data."""
+        kwargs = kwargs or {}
+        if not _is_view(func):
+            self._count(func, args, kwargs)
+        bare, named = _bare(func, args, kwargs)
+        result = func(*bare, **named)
+        self._hold(result)
+        return result
+
+    def _is_held(self, tensor: Tensor) -> bool:
+        return True
+
+
+def _memory() -> int:
+    """Return the bytes of memory of this machine; more than any has where it does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 1 << 50
 
 
 def _is_gone(reference: StorageWeakRef) -> bool:
@@ -160,12 +216,7 @@ def _foresee(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     name = func._schema.name.partition("::")[2]
     longer = _beyond_size(name, given)
     try:
-        bare, named = tree_map(_without_data, (args, dict(kwargs)))
-        if "generator" in named:
-            named["generator"] = None
-        if any(argument.name == "device" for argument in func._schema.arguments):
-            named["device"] = torch.device("meta")
-        named.pop("pin_memory", None)
+        bare, named = _bare(func, args, kwargs)
         result = func(*bare, **named)
     except Exception:  # noqa: BLE001 - what has no such form says so in many ways
         size, seconds = _bound(name, given, args, kwargs)
@@ -181,6 +232,17 @@ def _foresee(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     # operands that are not stored as their extents say are copied before they are multiplied
     copied = max((v.numel() * v.itemsize for v in given if not v.is_contiguous()), default=0)
     return size + copied * (_multiplies(func)), seconds + longer
+
+
+def _bare(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the arguments of an operation on the meta device."""
+    bare, named = tree_map(_without_data, (args, dict(kwargs)))
+    if "generator" in named:
+        named["generator"] = None
+    if any(argument.name == "device" for argument in func._schema.arguments):
+        named["device"] = torch.device("meta")
+    named.pop("pin_memory", None)
+    return bare, named
 
 
 def _beyond_size(name: str, given: list[Tensor]) -> float:
@@ -218,6 +280,8 @@ def _without_data(value: Any) -> Any:
         return value
     if value.layout != torch.strided or value.is_quantized:
         raise TypeError("no plain tensor")
+    if value.is_meta:
+        return value
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 

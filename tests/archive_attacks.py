@@ -191,8 +191,10 @@ def saved_folder(folder: Path) -> Path:
 
 
 def altered_folder(folder: Path) -> Path:
-    """Write such a folder whose program calls what touches files, with its checksum put right."""
+    """Write such a folder whose program calls what touches files, with its checksums put right."""
     import hashlib
+
+    from normfix.records import statement_of
 
     saved = saved_folder(folder)
     program, manifest = saved / "program.pt2", saved / "normfix.json"
@@ -205,8 +207,10 @@ def altered_folder(folder: Path) -> Path:
     }
     program.write_bytes(zipped(content))
     after = hashlib.sha256(program.read_bytes()).hexdigest()
-    assert before in manifest.read_text()
-    manifest.write_text(manifest.read_text().replace(before, after))
+    data = json.loads(manifest.read_text())
+    assert data["program"] == before
+    data["program"] = after
+    manifest.write_text(json.dumps(data | {"statement": statement_of(data)}))
     return saved
 
 

@@ -104,11 +104,13 @@ def plans_folder(folder: Path, **settings: Any) -> Path:
 
 
 def frozen_folder(folder: Path, spec: str, args: dict[str, Any]) -> Path:
-    """Write what normfix saves of a network, with another factory in its place."""
+    """Write what normfix saves of a network, with another factory in its place and its checksum put right."""
+    from normfix.records import statement_of
+
     shutil.copytree(_frozen(folder.parent / "frozen"), folder)
     manifest = json.loads((folder / "normfix.json").read_text())
     manifest["provenance"]["source"] |= {"spec": spec, "args": json.dumps(args)}
-    (folder / "normfix.json").write_text(json.dumps(manifest))
+    (folder / "normfix.json").write_text(json.dumps(manifest | {"statement": statement_of(manifest)}))
     return folder
 
 

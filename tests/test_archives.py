@@ -20,11 +20,12 @@ from torch import nn
 from torch.utils._pytree import _register_namedtuple
 
 from normfix import NormfixError
-from normfix.loading import open_model, read_program
+from normfix.loading import archives, open_model, read_program
 from normfix.loading.archives import Archive, View
 from normfix.loading.candidates import candidates
 from normfix.loading.expressions import guard, size_expression
-from normfix.loading.formats import lightning
+from normfix.loading.formats import FORMATS, lightning
+from normfix.loading.machine import followed
 from normfix.loading.operations import is_allowed
 from normfix.loading.pickles import read_torch
 from normfix.loading.request import Request
@@ -485,3 +486,41 @@ def test_a_header_of_countless_tensors_is_refused(tmp_path):
     header = json.dumps({str(n): entry for n in range(150_001)}).encode()
     (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     assert _refused(tmp_path / "w.safetensors") == "NF121"
+
+
+def test_the_formats_look_at_one_inventory(tmp_path, monkeypatch):
+    """However many formats ask what a file is, its directory is read once to recognise it; a new file is read anew."""
+    path = tmp_path / "w.pt"
+    torch.save({"a": torch.ones(2)}, path)
+    opened = []
+    real = zipfile.ZipFile
+    monkeypatch.setattr(archives.zipfile, "ZipFile", lambda *args: opened.append(args) or real(*args))
+    assert [f.recognises(path) for f in FORMATS].count(True) == 1
+    assert len(opened) == 1
+    torch.save({"pytorch-lightning_version": "2", "state_dict": {"a": torch.ones(2)}}, path)
+    assert [f.recognises(path) for f in FORMATS].count(True) == 2
+    assert len(opened) == 2
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"(2.",
+        b"(q\x00.",
+        b"K\x01(\x86.",
+        b"K\x01t.",
+        b"(h\x00.",
+        b"K\x01",
+        b"\xff.",
+        b"(K\x01q\x01tq\x01h\x02.",
+    ],
+)
+def test_a_mark_is_no_value(program):
+    """What copies, notes or takes a mark, or comes to none, is malformed for every unpickler, and refused here."""
+    with pytest.raises((ValueError, LookupError)):
+        followed(io.BytesIO(program), 1000)
+
+
+def test_a_plain_program_is_followed():
+    """Negative control: the same operations where values stand are taken."""
+    assert followed(io.BytesIO(b"(K\x012q\x00h\x00tq\x01."), 1000).names == set()

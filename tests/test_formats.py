@@ -3,15 +3,19 @@
 import json
 import os
 import zipfile
+from fractions import Fraction
 
+import factories
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import normfix
 from normfix.errors import NormfixError
-from normfix.loading import open_model
+from normfix.loading import Request, open_model
 from normfix.loading.candidates import candidates
+from normfix.loading.pickles import read_torch
 
 ARCH = "factories:tiny_unet"
 IMAGE = torch.linspace(-1, 1, 4096).reshape(1, 1, 64, 64)
@@ -561,6 +565,63 @@ def test_a_pipe_is_no_checkpoint_of_nnunet(tmp_path):
     os.mkfifo(checkpoint)
     with pytest.raises(NormfixError, match="NF119"):
         open_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(("default", "code"), [("=None", None), ("", "NF111")])
+def test_hyperparameters_that_are_no_json_are_said(tmp_path, monkeypatch, default, code):
+    """A tensor among them is named in a note where the factory does without, and in the refusal where it does not."""
+    name = f"taking_a_tensor{len(default)}"
+    lines = (
+        f"import factories\ndef build(class_weights{default}, width=4): return factories.tiny_unet(1, width)"
+    )
+    (tmp_path / f"{name}.py").write_text(lines)
+    monkeypatch.syspath_prepend(tmp_path)
+    stored = {"width": 6, "class_weights": torch.ones(3), "lr": torch.ones(1)}
+    model = factories.tiny_unet(width=6)
+    content = {
+        "pytorch-lightning_version": "2.5",
+        "state_dict": model.state_dict(),
+        "hyper_parameters": stored,
+    }
+    torch.save(content, tmp_path / "last.ckpt")
+    if code is None:
+        notes = open_model(str(tmp_path / "last.ckpt"), arch=f"{name}:build").notes
+        assert any("class_weights were left" in note for note in notes)
+        assert not any("lr" in note for note in notes)
+    else:
+        error = refusal(open_model, str(tmp_path / "last.ckpt"), arch=f"{name}:build")
+        assert (error.code, "class_weights were left" in error.message) == (code, True)
+
+
+@pytest.mark.parametrize("modern", [True, False])
+def test_numbers_of_numpy_in_a_checkpoint_are_read(tmp_path, modern):
+    """A best score as trainers keep it, of either order of bytes, is a number; nothing of numpy's is called for it."""
+    kinds = [np.float64, np.float32, np.int8, np.uint64, np.bool_, np.dtype(">f4").type]
+    model = factories.tiny_unet()
+    content = {"state_dict": model.state_dict(), "best": [kind(1) for kind in kinds], "curve": np.arange(4.0)}
+    torch.save(content, tmp_path / "w.pt", _use_new_zipfile_serialization=modern)
+    assert read_torch(tmp_path / "w.pt", Request())["best"] == [1] * 6
+    assert_same(open_model(str(tmp_path / "w.pt"), arch=ARCH).model, model.eval())
+
+
+def test_a_number_of_numpy_that_is_none_is_nothing(tmp_path):
+    """Texts, dates and objects come out as nothing, and a number of another length than its kind is refused."""
+    torch.save({"a": np.str_("x" * 9), "b": np.datetime64("2020-01-01")}, tmp_path / "w.pt")
+    assert read_torch(tmp_path / "w.pt", Request()) == {"a": None, "b": None}
+
+    class Long:
+        def __reduce__(self):
+            return np.float64(1).__reduce__()[0], (np.dtype("f8"), b"12345")
+
+    torch.save({"a": Long()}, tmp_path / "long.pt")
+    assert refusal(read_torch, tmp_path / "long.pt", Request()).code == "NF101"
+
+
+def test_a_class_that_is_allowed_does_not_lose_its_arrays(tmp_path):
+    """Where more than numbers is needed, arrays of numpy are not passed over in silence: NF122, as before."""
+    torch.save({"rate": Fraction(1, 2), "curve": np.arange(4.0)}, tmp_path / "w.pt")
+    request = Request(allow_classes=("fractions.Fraction", "numpy.*"))
+    assert refusal(read_torch, tmp_path / "w.pt", request).code == "NF122"
 
 
 # -- candidates

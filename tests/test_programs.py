@@ -1,14 +1,17 @@
 """Exported programs in and out: raised into modules, converted without source, written to run alone."""
 
+import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from archive_attacks import members, zipped
 from factories import tiny_unet
 from torch import nn
 from torch.export import ExportedProgram
@@ -16,8 +19,9 @@ from torch.export import ExportedProgram
 import normfix
 from normfix import NormfixError
 from normfix.graph import Program, export, raised
-from normfix.loading import read_program
+from normfix.loading import Request, read_program
 from normfix.pipeline import storage
+from normfix.pipeline.restoring import open_any
 from normfix.programs import export_program, open_program, require_free
 from normfix.records import Action
 
@@ -489,3 +493,90 @@ def test_command_line(source, tmp_path, capsys):
     with pytest.raises(NormfixError, match="NF227"):
         run("convert", source, image, "--to", "frozen", "-o", tmp_path / "folder", "--format", "pt2")
     assert not Path(tmp_path / "folder").exists()
+
+
+def stating(path, target, change):
+    """Write a program again with another statement inside."""
+    content = members(path.read_bytes())
+    (name,) = (name for name in content if name.endswith("extra/normfix.json"))
+    statement = json.loads(content[name])
+    change(statement)
+    target.write_bytes(zipped(content | {name: json.dumps(statement).encode()}))
+    return target
+
+
+def test_an_edited_statement_in_a_program_is_noticed(fixed, tmp_path):
+    """A halo of 0 that was written into a program is NF115, and one that was left alone is taken."""
+    no_halo = lambda known: known["provenance"]["scan"].update(halo=[[0, 0], [0, 0]])  # noqa: E731
+    with pytest.raises(NormfixError, match=r"NF115.*edited"):
+        normfix.load(stating(fixed, tmp_path / "edited.pt2", no_halo))
+    assert open_any(stating(fixed, tmp_path / "same.pt2", lambda _: None), Request()).notes == ()
+
+
+def test_a_program_with_the_statement_of_another_is_noticed(fixed, tmp_path):
+    """A statement, whole as it is, belongs to the tensors that it was written with: NF115."""
+    other = tmp_path / "other.pt2"
+    normfix.save(normfix.convert(Twice(), IMAGE), other)
+    (name,) = (name for name in members(other.read_bytes()) if name.endswith("extra/normfix.json"))
+    theirs = json.loads(members(other.read_bytes())[name])
+    with pytest.raises(NormfixError, match=r"NF115.*other tensors"):
+        normfix.load(stating(fixed, tmp_path / "mixed.pt2", lambda known: known.update(theirs)))
+
+
+def test_a_program_of_before_opens_with_a_note(fixed, tmp_path):
+    """A program whose statement has no checksum opens, and says that an edit would not be noticed."""
+    old = stating(fixed, tmp_path / "old.pt2", lambda known: known.pop("statement"))
+    (note,) = open_any(old, Request()).notes
+    assert "no checksum of its plan" in note
+
+
+class Timed(nn.Module):
+    """Breaks constants: a table is made in the forward of a module that calls a norm itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+
+    def forward(self, x):
+        table = torch.tensor([1.0, 2.0, 0.5, 4.0])
+        return F.group_norm(self.conv(x), 2) * table[:, None, None]
+
+
+@pytest.mark.parametrize("network", [Timed, lambda: nn.Sequential(nn.Identity(), Timed())])
+def test_constants_of_a_module_are_kept_and_moved(network, tmp_path):
+    """A tensor made in the forward opens with its module, is no part of the state dict, and follows the dtype."""
+    model = network().eval()
+    opened = normfix.load(written(model, tmp_path / "c.pt2"))
+    torch.testing.assert_close(opened(OTHERS[0]), model(OTHERS[0]), rtol=0, atol=0)
+    assert opened.state_dict().keys() == model.state_dict().keys()
+    assert opened.double()(OTHERS[0].double()).dtype == torch.float64
+
+
+def fixed_to(size, path):
+    """Write a program of an ordinary network that is fixed to images of a size."""
+    conv = lambda n: nn.Sequential(nn.Conv2d(n, 32, 3, padding=1), nn.InstanceNorm2d(32), nn.ReLU())  # noqa: E731
+    model = nn.Sequential(conv(1), *(conv(32) for _ in range(4)), nn.Conv2d(32, 1, 1)).eval()
+    example = torch.zeros(()).expand(1, 1, size, size)
+    torch.export.save(torch.export.export(model, (example,)), path)
+    return path
+
+
+def test_a_program_fixed_to_a_large_image_opens_without_being_run(tmp_path):
+    """What one run costs is foreseen; where it is in proportion to the image, the program opens at once and says so."""
+    path = fixed_to(4096, tmp_path / "large.pt2")
+    begin = time.process_time()
+    opened = open_any(path, Request())
+    assert time.process_time() - begin < 10
+    assert "was not run to compare" in opened.notes[0]
+    assert opened.model.fixed == (2, 3)
+
+
+def test_a_program_fixed_to_a_small_image_is_run(tmp_path):
+    """Negative control: it is compared with the file as those of free sizes are."""
+    assert open_any(fixed_to(64, tmp_path / "small.pt2"), Request()).notes == ()
+
+
+def test_an_image_of_a_terabyte_is_not_believed(tmp_path):
+    """A size in a file buys no more memory than the machine has: NF144."""
+    with pytest.raises(NormfixError, match="NF144"):
+        open_any(fixed_to(500_000, tmp_path / "vast.pt2"), Request())

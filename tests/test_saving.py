@@ -18,6 +18,7 @@ from normfix.loading import Request
 from normfix.pipeline import storage
 from normfix.pipeline.restoring import open_any
 from normfix.provenance import provenance_of
+from normfix.records import statement_of
 from normfix.saving import MANIFEST, PROGRAM, WEIGHTS, appearing
 
 IMAGE = torch.randn(1, 1, 96, 80, generator=torch.Generator().manual_seed(1))
@@ -47,10 +48,12 @@ def refusal(function, *args, **options) -> NormfixError:
     return caught.value
 
 
-def edited(folder, change):
-    """Change the parsed normfix.json of a folder."""
+def edited(folder, change, *, sealed=True):
+    """Change the parsed normfix.json of a folder, by default with its checksum put right."""
     data = json.loads((folder / MANIFEST).read_text("utf-8"))
     change(data)
+    if sealed:
+        data["statement"] = statement_of(data)
     (folder / MANIFEST).write_text(json.dumps(data), "utf-8")
     return folder
 
@@ -531,3 +534,34 @@ def test_state_that_is_no_tensor_is_refused(tmp_path):
     model.add_module("extra", ExtraState())
     assert refusal(normfix.save, model, tmp_path / "fixed").code == "NF502"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data["provenance"]["scan"].update(halo=[[0, 0], [0, 0]]),
+        lambda data: data["provenance"]["scan"].update(stride=[1, 1]),
+        lambda data: data["provenance"]["scan"].update(dense=not data["provenance"]["scan"]["dense"]),
+        lambda data: data["proof"].update(passed=False),
+        lambda data: data["probe"].update(seed=data["probe"]["seed"] + 1),
+    ],
+)
+def test_an_edited_statement_is_noticed(folder, change):
+    """Whatever is edited in normfix.json, such as a halo of 0, no longer belongs to the weights: NF115."""
+    error = refusal(normfix.load, edited(folder, change, sealed=False), arch=ARCH)
+    assert error.code in ("NF115", "NF108")
+    assert "edited" in str(error)
+
+
+def test_a_statement_that_is_laid_out_anew_is_the_same(folder):
+    """Negative control: other spaces and another order of fields change nothing."""
+    data = json.loads((folder / MANIFEST).read_text("utf-8"))
+    (folder / MANIFEST).write_text(json.dumps(dict(reversed(data.items())), indent=7), "utf-8")
+    assert open_any(folder, Request(arch=ARCH)).notes == ()
+
+
+def test_a_folder_of_before_opens_with_a_note(folder):
+    """A folder without a checksum of its statement opens, and says that an edit would not be noticed."""
+    edited(folder, lambda data: data.pop("statement"), sealed=False)
+    (note,) = open_any(folder, Request(arch=ARCH)).notes
+    assert "no checksum of its plan" in note

@@ -38,6 +38,8 @@ class Program(nn.Module):
             if node.op == "get_attr" and not hasattr(self, node.target.partition(".")[0]):
                 setattr(self, node.target, getattr(body, node.target))
         self.shape = tuple(shape)
+        self.unproved = ""
+        """Why what was read was not compared with the file by running both."""
         self._graph: Graph = copy.deepcopy(body.graph)
         self.eval()
 

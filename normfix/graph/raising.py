@@ -62,6 +62,7 @@ def raised(program: ExportedProgram) -> Program:
     """Return a program as a module whose norms are layers; the program is not modified."""
     body = unlifted(program)
     graph = body.graph
+    _hold_constants_(body)
     nodes = [node for node in graph.nodes if _place(node) is not None]
     runs = Counter(owner_of(node) for node in nodes)
     for node in nodes:
@@ -97,12 +98,26 @@ def unlifted(program: ExportedProgram) -> GraphModule:
     return body
 
 
+def _hold_constants_(body: GraphModule) -> None:
+    """Make buffers of a network's constants, which torch hangs on a module as plain attributes, in place.
+
+    As such they would stay where they are when the network moves, and be lost with the module that a layer or a
+    part takes the place of.
+    """
+    for node in body.graph.nodes:
+        path, _, name = str(node.target).rpartition(".")
+        home = module_at(body, path) if node.op == "get_attr" else None
+        if home is not None and isinstance(value := vars(home).get(name), torch.Tensor):
+            delattr(home, name)
+            home.register_buffer(name, value, persistent=False)
+
+
 def _example(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
-    return torch.zeros(
-        [n if isinstance(n, int) else int(n.node.hint or 2) for n in value.shape], dtype=value.dtype
-    )
+    shape = [n if isinstance(n, int) else int(n.node.hint or 2) for n in value.shape]
+    # takes no memory, however large an image the program is fixed to
+    return torch.zeros((), dtype=value.dtype).expand(shape)
 
 
 def _place(node: Node) -> _Place | None:

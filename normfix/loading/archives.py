@@ -19,6 +19,9 @@ import zipfile
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, cast
 
@@ -26,9 +29,19 @@ from normfix.errors import NormfixError
 from normfix.loading.request import unreadable
 from normfix.loading.zips import DamagedError, HarmfulError, Member, directory, layout
 
-__all__ = ["CHUNK", "Archive", "View", "beginning", "is_archive", "members", "start_of", "without_descriptor"]
+__all__ = [
+    "CHUNK",
+    "Archive",
+    "Inventory",
+    "View",
+    "inventory",
+    "is_archive",
+    "start_of",
+    "without_descriptor",
+]
 
 CHUNK = 1 << 20
+_UNPACKED_IN_PARTS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 def start_of(path: Path, size: int = 64) -> bytes:
@@ -45,29 +58,39 @@ def is_archive(path: Path) -> bool:
     return start_of(path, 2) == b"PK"
 
 
-def members(path: Path) -> frozenset[str]:
-    """Return the names of an archive's members without the common top folder, to recognise its kind by.
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """What an archive holds, to recognise its kind by: names without the common top folder, the pickle's start."""
 
-    None if it is no archive. Nothing is read by these names: `Archive` reads, and is stricter.
+    names: frozenset[str] = frozenset()
+    pickle: bytes = b""
+
+
+def inventory(path: Path) -> Inventory:
+    """Return what a file holds; nothing if it is no archive.
+
+    Each format asks for it, and a directory of 60,000 members takes a second to read, so the last one is kept as
+    long as the file is the same. Nothing is read by these names: `Archive` reads, and is stricter.
     """
     if not is_archive(path):
-        return frozenset()
+        return Inventory()
     try:
-        with zipfile.ZipFile(path) as archive:
-            return frozenset(name.partition("/")[2] for name in archive.namelist())
+        state = path.stat()
+        return _inventory(str(path), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
     except Exception:  # noqa: BLE001 - zipfile raises half a dozen kinds for damaged archives
-        return frozenset()
+        return Inventory()
 
 
-def beginning(archive: zipfile.ZipFile, name: str) -> bytes:
-    """Return a member's first bytes, to recognise its kind by; none if it is compressed in a way torch does not read.
-
-    zipfile unpacks all of such a member at once: two kilobytes of bzip2 hold two gigabytes.
-    """
-    if archive.getinfo(name).compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        return b""
-    with archive.open(name) as file:
-        return file.read(CHUNK)
+@lru_cache(maxsize=1)
+def _inventory(path: str, *_state: int) -> Inventory:
+    with zipfile.ZipFile(path) as archive:
+        names = {name.partition("/")[2]: name for name in archive.namelist()}
+        start = b""
+        # zipfile unpacks all of what is compressed otherwise at once: two kilobytes of bzip2 hold two gigabytes
+        if "data.pkl" in names and archive.getinfo(names["data.pkl"]).compress_type in _UNPACKED_IN_PARTS:
+            with suppress(Exception), archive.open(names["data.pkl"]) as file:
+                start = file.read(CHUNK)
+        return Inventory(frozenset(names), start)
 
 
 class Archive:
@@ -228,18 +251,18 @@ class View(io.RawIOBase):
     def readinto(self, buffer: object) -> int:
         """Fill a buffer as far as there is something to read; return how many bytes that were."""
         target = memoryview(buffer).cast("B")  # type: ignore[arg-type]
-        filled = 0
-        while filled < len(target) and self._place < self._starts[-1]:
-            number = bisect_right(self._starts, self._place) - 1
+        filled, place, end = 0, self._place, self._starts[-1]
+        while filled < len(target) and place < end:
+            number = bisect_right(self._starts, place) - 1
             file, first, length = self._parts[number]
-            within = self._place - self._starts[number]
+            within = place - self._starts[number]
             file.seek(first + within)
-            data = file.read(min(len(target) - filled, length - within, CHUNK))
-            if not data:
+            count = file.readinto(target[filled : filled + length - within])  # type: ignore[attr-defined]
+            if not count:
                 break
-            target[filled : filled + len(data)] = data
-            filled += len(data)
-            self._place += len(data)
+            filled += count
+            place += count
+        self._place = place
         return filled
 
 

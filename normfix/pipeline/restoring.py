@@ -17,6 +17,7 @@ from normfix.allocation import Stored, bounded_by
 from normfix.calling import Caller, failures
 from normfix.errors import NormfixError
 from normfix.factories import rebuild
+from normfix.graph import Program
 from normfix.loading import (
     HUB,
     Loaded,
@@ -103,13 +104,14 @@ def _open_saved(folder: Path, request: Request, model: nn.Module | None) -> Load
         program = program_beside(folder, saved)
         if program is not None:
             return _open_beside(program, saved)
+    notes = saved.doubt(str(folder / MANIFEST))
     weights = read_weights(folder / WEIGHTS)
     if model is not None:
-        return Loaded(_restored(folder, saved, copy_of(model), weights), source)
+        return Loaded(_restored(folder, saved, copy_of(model), weights), source, notes)
     stored = Stored.of(weights.values())
     with bounded_by(folder) if request.arch is None else nullcontext():
         base = rebuild(source, arch=request.arch, arch_args=request.arch_args, stored=stored)
-    return Loaded(_restored(folder, saved, base, weights), source)
+    return Loaded(_restored(folder, saved, base, weights), source, notes)
 
 
 def _open_beside(path: Path, saved: Saved) -> Loaded:
@@ -118,13 +120,18 @@ def _open_beside(path: Path, saved: Saved) -> Loaded:
     with _belonging(str(path)):
         program, _ = open_program(path, read_program)
         attach_(program, known)
-        if saved.probe is not None:
+        if saved.probe is not None and not program.unproved:
             with Workload(path.stat().st_size, str(path), math.prod(saved.probe.shape)):
                 require_probe(program, Caller(None, known.output), saved.probe, str(path))
     note = (
         f"{path}: opened as a program, which cannot be trained; for the network itself give it with --arch."
     )
-    return Loaded(program, known.source, (note,))
+    notes = (note, *_unproved(program), *saved.doubt(str(path.with_name(MANIFEST))))
+    return Loaded(program, known.source, notes)
+
+
+def _unproved(program: Program) -> tuple[str, ...]:
+    return (program.unproved,) if program.unproved else ()
 
 
 def _open_program(path: Path) -> Loaded:
@@ -132,13 +139,13 @@ def _open_program(path: Path) -> Loaded:
     model, saved = open_program(path, read_program)
     source = Source(kind="object", spec="torch.export:ExportedProgram")
     if saved is None:
-        return Loaded(model, source)
+        return Loaded(model, source, _unproved(model))
     known = saved.provenance
     attach_(model, known)
-    if saved.probe is not None:
+    if saved.probe is not None and not model.unproved:
         with Workload(path.stat().st_size, str(path), math.prod(saved.probe.shape)):
             require_probe(model, Caller(None, known.output), saved.probe, str(path))
-    return Loaded(model, known.source)
+    return Loaded(model, known.source, (*_unproved(model), *saved.doubt(str(path))))
 
 
 def _restored(folder: Path, saved: Saved, base: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:

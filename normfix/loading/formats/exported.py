@@ -65,7 +65,7 @@ _BYTES = {
 
 def recognises(path: Path) -> bool:
     """Recognise an archive that says it is one of torch.export's."""
-    return path.is_file() and "archive_format" in archives.members(path)
+    return path.is_file() and "archive_format" in archives.inventory(path).names
 
 
 def open_network(path: Path, request: Request) -> Loaded:

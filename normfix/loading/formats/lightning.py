@@ -9,14 +9,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from normfix.errors import NormfixError, printable
 from normfix.loading import archives
 from normfix.loading.candidates import require_named
-from normfix.loading.pickles import is_torch_file, read_torch
+from normfix.loading.pickles import read_torch
 from normfix.loading.request import Loaded, Request
 from normfix.loading.state_dicts import filled
 
@@ -27,14 +27,7 @@ _SIGN = b"pytorch-lightning_version"
 
 def recognises(path: Path) -> bool:
     """Recognise a torch file that says which Lightning wrote it."""
-    if not path.is_file() or not archives.is_archive(path) or not is_torch_file(path):
-        return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            (name,) = (n for n in archive.namelist() if n.partition("/")[2] == "data.pkl")
-            return _SIGN in archives.beginning(archive, name)
-    except Exception:  # noqa: BLE001 - damaged archives are refused where they are read
-        return False
+    return path.is_file() and _SIGN in archives.inventory(path).pickle
 
 
 def open_network(path: Path, request: Request) -> Loaded:
@@ -43,19 +36,38 @@ def open_network(path: Path, request: Request) -> Loaded:
     kept = {"state_dict": content.get("state_dict")}
     if "current_model_state" in content:  # then state_dict is the moving average
         kept = {"averaged": content.get("state_dict"), "current": content["current_model_state"]}
-    args = _hyperparameters(content, request)
-    loaded = filled(kept, path, require_named(kept, path, request, args), request, lent=bool(args))
-    used = f"{path.name}: arguments {', '.join(args)} were taken from its hyper_parameters." if args else ""
-    return Loaded(loaded.model, loaded.source, loaded.notes + ((used,) if used else ()))
+    args, left = _hyperparameters(content, request)
+    network = require_named(kept, path, request, args)
+    try:
+        loaded = filled(kept, path, network, request, lent=bool(args))
+    except NormfixError as error:
+        if not left:
+            raise
+        message = f"{error.message} {_said_of(left)} Give them with --arch-args."
+        raise NormfixError(error.code, message, where=error.where) from error
+    notes = (
+        [f"{path.name}: arguments {', '.join(args)} were taken from its hyper_parameters."] if args else []
+    )
+    notes += [f"{path.name}: {_said_of(left)}"] if left else []
+    return Loaded(loaded.model, loaded.source, (*loaded.notes, *notes))
 
 
-def _hyperparameters(content: Mapping[str, Any], request: Request) -> dict[str, Any]:
-    """Return the stored hyperparameters that the named factory takes, unless the caller gives arguments."""
+def _said_of(left: Collection[str]) -> str:
+    names = ", ".join(map(printable, left))
+    return f"Of its hyper_parameters, {names} were left to their defaults, since they are no plain values."
+
+
+def _hyperparameters(content: Mapping[str, Any], request: Request) -> tuple[dict[str, Any], list[str]]:
+    """Return the stored hyperparameters that the named factory takes, and the names of those that are no JSON.
+
+    None where the caller gives arguments.
+    """
     stored = content.get("hyper_parameters")
     if not isinstance(stored, Mapping) or request.arch is None or request.arch_args is not None:
-        return {}
-    takes = _parameters(request.arch)
-    return {key: value for key, value in stored.items() if key in takes and _is_plain(value)}
+        return {}, []
+    taken = {key: value for key, value in stored.items() if key in _parameters(request.arch)}
+    plain = {key: value for key, value in taken.items() if _is_plain(value)}
+    return plain, [key for key in taken if key not in plain]
 
 
 def _parameters(spec: str) -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from normfix.errors import NormfixError
-from normfix.loading.archives import members
+from normfix.loading.archives import inventory
 from normfix.loading.request import Loaded, Request
 
 __all__ = ["open_network", "recognises"]
@@ -13,7 +13,7 @@ __all__ = ["open_network", "recognises"]
 
 def recognises(path: Path) -> bool:
     """Recognise an archive with TorchScript's constants and code."""
-    return path.is_file() and "constants.pkl" in members(path)
+    return path.is_file() and "constants.pkl" in inventory(path).names
 
 
 def open_network(path: Path, request: Request) -> Loaded:
