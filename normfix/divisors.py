@@ -47,7 +47,20 @@ _BOUNDING = frozenset({"clamp", "clamp_min", "clip", "maximum"})
 _FILLING = frozenset({"ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full"})
 _REPLACING = frozenset({"where", "masked_fill", "nan_to_num"})
 _COMBINING = frozenset(
-    {"mul", "multiply", "rmul", "imul", "pow", "float_power", "square", "abs", "absolute", "sqrt", "neg", "negative"}
+    {
+        "mul",
+        "multiply",
+        "rmul",
+        "imul",
+        "pow",
+        "float_power",
+        "square",
+        "abs",
+        "absolute",
+        "sqrt",
+        "neg",
+        "negative",
+    }
     | {"log", "log2", "log10", "log1p", "relu"}
 )
 _REDUCING = frozenset({"mean", "sum", "amax"})
@@ -55,7 +68,19 @@ _MOVING = frozenset(
     {"view", "reshape", "unsqueeze", "squeeze", "expand", "permute", "transpose", "flatten", "getitem"}
     | {"movedim", "repeat", "broadcast_to", "unflatten", "detach", "clone", "contiguous", "alias", "select"}
     | {"slice", "expand_as", "view_as", "double", "float", "half", "bfloat16", "to", "_to_copy", "type_as"}
-    | {"reshape_as", "narrow", "swapaxes", "swapdims", "moveaxis", "ravel", "tile", "flip", "roll", "t", "index_select"}
+    | {
+        "reshape_as",
+        "narrow",
+        "swapaxes",
+        "swapdims",
+        "moveaxis",
+        "ravel",
+        "tile",
+        "flip",
+        "roll",
+        "t",
+        "index_select",
+    }
     | {"repeat_interleave", "diagonal", "cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"}
     | {"chunk", "split", "tensor_split", "unbind", "iter", "split_with_sizes", "hsplit", "vsplit"}
 )

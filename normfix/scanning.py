@@ -222,7 +222,9 @@ class _Sites:
                 **common,
             )
         swappable = (
-            type(owner) in rule.modules and self._invocations[call.owner] == 1 and _holds_its_affine_map(owner)
+            type(owner) in rule.modules
+            and self._invocations[call.owner] == 1
+            and _holds_its_affine_map(owner)
         )
         return Site(
             family=rule.family,
@@ -292,9 +294,7 @@ class _Sites:
 
 def _holds_its_affine_map(owner: nn.Module) -> bool:
     """Tell whether weight and bias are parameters; pruning and old weight_norm compute them before each call."""
-    return all(
-        getattr(owner, name, None) is None or name in owner._parameters for name in ("weight", "bias")
-    )
+    return all(getattr(owner, name, None) is None or name in owner._parameters for name in ("weight", "bias"))
 
 
 def _can_cut(role: Role) -> bool:

@@ -4,8 +4,9 @@ The image of a probe run is noise, so that any patch of it is found again wherev
 correlation does not see an offset or a factor. The noise is of another range in every part of the image, so whatever
 windows are scaled by (mean and deviation, percentiles, extremes, the median) differs between them; and two
 values, the marks, are strewn over all of it: where windows are scaled by themselves, a mark reaches the network as
-another value in another window. Where windows overlap, any pixel tells the same. What the probes answer is a digit of their window's number, so that the stitched
-result says for every pixel which window it came from, and a value that is no digit says that windows were mixed.
+another value in another window. In the middle of what windows share, any pixel tells the same. What the probes
+answer is a digit of their window's number, so that the stitched result says for every pixel which window it came from,
+and a value that is no digit says that windows were mixed.
 """
 
 from __future__ import annotations
@@ -142,9 +143,8 @@ def probe(pipeline: Pipeline, network: nn.Module, image: Tensor, space: int) -> 
             "what was seen is of the others."
         )
     scaled = _differently_scaled(windows, placed, field)
-    if not scaled:
-        shared = _differently_filled(windows, placed)
-        scaled = scaled if shared is None else shared
+    if not scaled and _differently_filled(windows, placed):
+        scaled = True
     if scaled is None:
         reason = "there was one" if len(placed) == 1 else "more was done to their pixels than one scale"
         unseen.append(f"the probes cannot see whether windows are scaled by themselves: {reason}.")
@@ -237,31 +237,37 @@ def _differently_scaled(windows: Sequence[Tensor], placed: dict[int, Placed], fi
     return bool((levels.amax(0) - levels.amin(0)).max() > _SAME * width)
 
 
-def _differently_filled(windows: Sequence[Tensor], placed: dict[int, Placed]) -> bool | None:
-    """Tell whether pixels have other values in one window than in another; None where no two windows overlap."""
-    compared = False
-    numbers = sorted(placed)[:_COMPARED]
-    for a, b in itertools.combinations(numbers, 2):
-        if placed[a] == placed[b]:  # the same once more, as of an ensemble of networks
+def _differently_filled(windows: Sequence[Tensor], placed: dict[int, Placed]) -> bool:
+    """Tell whether pixels have other values in one window than in another that overlaps it.
+
+    Only the middle of what two windows share is compared: nearer to a cut a filter that the halo is wide enough for may
+    differ, and does no harm.
+    """
+    for a, b in itertools.combinations(sorted(placed)[:_COMPARED], 2):
+        spans = _shared(placed[a], placed[b])
+        if placed[a] == placed[b] or any(last - first < 2 for first, last in spans):
             continue
-        spans = [
-            (max(0, s, t), min(s + n, t + m))
-            for s, n, t, m in zip(
-                placed[a].start, placed[a].extents, placed[b].start, placed[b].extents, strict=True
-            )
-        ]
-        if any(last - first < 2 for first, last in spans):
-            continue
-        compared = True
         ours, theirs = (
             windows[number][
-                tuple(slice(first - s, last - s) for (first, last), s in zip(spans, placed[number].start, strict=True))
+                tuple(slice(i - s, j - s) for (i, j), s in zip(spans, placed[number].start, strict=True))
             ].double()
             for number in (a, b)
         )
-        if float((ours - theirs).abs().max()) > _SAME * max(float(ours.max() - ours.min()), 1e-30):
+        whole = windows[a].double()
+        if float((ours - theirs).abs().max()) > _SAME * max(float(whole.max() - whole.min()), 1e-30):
             return True
-    return False if compared else None
+    return False
+
+
+def _shared(a: Placed, b: Placed) -> list[tuple[int, int]]:
+    """Return what two windows share: all of an axis that both are cut alike on, else the two pixels in the middle."""
+    spans = []
+    for s, n, t, m in zip(a.start, a.extents, b.start, b.extents, strict=True):
+        first, last = max(0, s, t), min(s + n, t + m)
+        middle = (first + last) // 2
+        alike = (s, n) == (t, m) or last - first < 2
+        spans.append((first, last) if alike else (middle - 1, middle + 1))
+    return spans
 
 
 def _inside(mark: Tensor, window: Tensor, place: Placed) -> Tensor:

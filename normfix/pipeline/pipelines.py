@@ -115,7 +115,9 @@ def _of_steps(seen: Seen, geometry: Geometry | None) -> tuple[Observation, ...]:
     """Name what the probes saw that makes tiles differ."""
     found = []
     if seen.scaled:
-        evidence = "the same pixels, or pixels of one value, reached the network as other values in other windows"
+        evidence = (
+            "the same pixels, or pixels of one value, reached the network as other values in other windows"
+        )
         found.append(("tile scaling", evidence, "scale the whole image once, before it is cut"))
     if seen.rescaled:
         evidence = "windows whose output was multiplied and shifted came out the same"
@@ -185,9 +187,9 @@ def _unnamed(verdict: Verdict, culprits: Sequence[Observation]) -> tuple[Finding
     if verdict.status != "failed" or culprits:
         return ()
     message = (
-        "the prediction moves, and no step that the probes look for does it. What they cannot see: scaling of the whole "
-        "image by its own statistics, which a crop changes too; windows that are skipped or treated by their values; "
-        "and answers that are put back in another place."
+        "the prediction moves, and no step that the probes look for does it. What they cannot see: scaling of the "
+        "whole image by its own statistics, which a crop changes too; windows that are skipped or treated by their "
+        "values; and answers that are put back in another place."
     )
     return (Finding(code="NF609", where="probes", message=message),)
 

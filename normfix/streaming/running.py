@@ -120,7 +120,9 @@ class Run:
             covered = self._covered(stage, number)
             for tile in grid(covered, self.extents[stage.number], geometry):
                 # what a valid convolution left out at the end belongs to the last block
-                read = (n if s.stop >= c else s.stop for s, c, n in zip(tile.read, covered, size, strict=True))
+                read = (
+                    n if s.stop >= c else s.stop for s, c, n in zip(tile.read, covered, size, strict=True)
+                )
                 window = tuple((s.start, stop) for s, stop in zip(tile.read, read, strict=True))
                 ends = (n if s.stop is None else s.stop for s, n in zip(tile.write, size, strict=True))
                 interior = tuple((s.start, end) for s, end in zip(tile.write, ends, strict=True))
