@@ -11,6 +11,7 @@ is computed from them, weights and numbers alone, and each value carries whether
     a + b                     where both are
     sum, mean, maximum of v   where all are
     sqrt(v), c v, |v|, v[..]  where v is
+    log(v + eps)              where v + eps is; exp of it where it is above 100, which is what is multiplied by
 
 Flat values that are divided by, by whatever spelling of a division, are reported with the sites they come from.
 """
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from normfix.layers.statistic import FrozenStatistic
 
@@ -38,18 +39,52 @@ _NAMED = ("input", "running_mean", "running_var", "other", "tensor2")
 
 _DIVIDING = frozenset({"div", "true_divide", "divide", "truediv", "itruediv", "floor_divide"})
 _INVERTING = frozenset({"rtruediv", "rdiv", "rsqrt", "reciprocal"})
-_ADDING = frozenset({"add", "radd", "iadd"})
+_POWERS = frozenset({"pow", "float_power"})
+_EXPONENTIAL = frozenset({"exp", "exp2", "expm1", "rpow"})
+_ADDING = frozenset({"add", "radd", "iadd", "hypot", "logaddexp"})
 _SUBTRACTING = frozenset({"sub", "subtract", "isub"})
 _BOUNDING = frozenset({"clamp", "clamp_min", "clip", "maximum"})
 _FILLING = frozenset({"ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full"})
 _REPLACING = frozenset({"where", "masked_fill", "nan_to_num"})
-_COMBINING = frozenset({"mul", "multiply", "rmul", "imul", "pow", "square", "abs", "sqrt"})
+_COMBINING = frozenset(
+    {
+        "mul",
+        "multiply",
+        "rmul",
+        "imul",
+        "pow",
+        "float_power",
+        "square",
+        "abs",
+        "absolute",
+        "sqrt",
+        "neg",
+        "negative",
+    }
+    | {"log", "log2", "log10", "log1p", "relu"}
+)
 _REDUCING = frozenset({"mean", "sum", "amax"})
 _MOVING = frozenset(
     {"view", "reshape", "unsqueeze", "squeeze", "expand", "permute", "transpose", "flatten", "getitem"}
     | {"movedim", "repeat", "broadcast_to", "unflatten", "detach", "clone", "contiguous", "alias", "select"}
     | {"slice", "expand_as", "view_as", "double", "float", "half", "bfloat16", "to", "_to_copy", "type_as"}
+    | {
+        "reshape_as",
+        "narrow",
+        "swapaxes",
+        "swapdims",
+        "moveaxis",
+        "ravel",
+        "tile",
+        "flip",
+        "roll",
+        "t",
+        "index_select",
+    }
+    | {"repeat_interleave", "diagonal", "cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"}
+    | {"chunk", "split", "tensor_split", "unbind", "iter", "split_with_sizes", "hsplit", "vsplit"}
 )
+"""What moves the values of its first argument, one tensor or a list of them; other arguments tell where to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,18 +123,46 @@ class Divisors(TorchFunctionMode):
         if not any(id(t) in self._known for t in given):
             return func(*args, **kwargs)
         call = self._call(func, args, kwargs)
-        alone = all(id(t) in self._known or self._is_constant(t) for t in given)
         self._judge(call)
+        if call.name in _MOVING and args:
+            return self._moved(func, args, kwargs)
+        alone = all(id(t) in self._known or self._is_constant(t) for t in given)
         result = func(*args, **kwargs)
+        if call.name in _EXPONENTIAL:
+            self._judge_exponential(call, result)
         if call.name in _FILLING:
             self._constants[id(result)] = result
-        elif alone and isinstance(result, Tensor) and result.is_floating_point():
+        elif alone and call.known and isinstance(result, Tensor) and result.is_floating_point():
             with torch._C.DisableTorchFunction():
                 flat = call.flat(result)
                 if flat is not None:
                     sites: frozenset[str] = frozenset().union(*(k.sites for k in call.known))
                     self._note(result, flat.expand_as(result), sites)
         return result
+
+    def _moved(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Move what is flat as the values are moved."""
+        sources = [leaf for leaf in tree_leaves(args[0]) if isinstance(leaf, Tensor)]
+        known = [self._known[id(t)] for t in sources if id(t) in self._known]
+        alone = all(id(t) in self._known or self._is_constant(t) for t in sources)
+        if not known or not alone:
+            return func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():
+            marks = tree_map(self._mark, args[0])  # before the call: it may work in place
+            moved = tree_leaves(func(marks, *args[1:], **kwargs))
+        result = func(*args, **kwargs)
+        sites: frozenset[str] = frozenset().union(*(k.sites for k in known))
+        with torch._C.DisableTorchFunction():
+            for value, mark in zip(tree_leaves(result), moved, strict=True):
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    self._note(value, mark > 0, sites)
+        return result
+
+    def _mark(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        known = self._known.get(id(value))
+        return torch.zeros_like(value) if known is None else known.flat.to(value.dtype)
 
     def _call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Call:
         """Describe a call before it is made: what it works on in place is copied."""
@@ -123,6 +186,17 @@ class Divisors(TorchFunctionMode):
             flat = divisor.flat | (divisor.value <= eps) if eps else divisor.flat
             places = flat.flatten().nonzero().flatten().tolist()
         for site in divisor.sites if places else ():
+            self.found.setdefault(site, set()).update(places)
+
+    def _judge_exponential(self, call: _Call, result: Any) -> None:
+        """Report flat values whose exponential is large: exp(-log(v) / 2) divides, too."""
+        if len(call.known) != 1 or not isinstance(result, Tensor):
+            return
+        (known,) = call.known
+        with torch._C.DisableTorchFunction():
+            large = known.flat.expand_as(result) & (result.abs() >= 1 / _LARGEST_EPS)
+            places = large.flatten().nonzero().flatten().tolist()
+        for site in known.sites if places else ():
             self.found.setdefault(site, set()).update(places)
 
     def _note(self, value: Tensor, flat: Tensor, sites: frozenset[str]) -> None:
@@ -159,17 +233,24 @@ class _Call:
         if self.name == "batch_norm" and len(operands) > 2:
             numbers = [value for value in operands[3:] if isinstance(value, float)]
             return operands[2], float(self.kwargs.get("eps", numbers[-1] if numbers else 1e-5))
-        exponent = operands[1] if self.name == "pow" and len(operands) > 1 else 1
-        inverts = self.name in _INVERTING or (isinstance(exponent, int | float) and exponent < 0)
+        inverts = self.name in _INVERTING or self._is_negative_power()
         return (operands[0] if inverts else None), 0.0
 
+    def _is_negative_power(self) -> bool:
+        exponent = self.operands[1] if self.name in _POWERS and len(self.operands) > 1 else 1
+        if isinstance(exponent, Tensor) and exponent.numel() == 1:
+            exponent = exponent.item()
+        return isinstance(exponent, int | float) and exponent < 0
+
     def flat(self, result: Tensor) -> Tensor | None:
-        """Return where the result is flat, if the rules tell."""
+        """Return where the result is flat, if the rules tell; one of the operands is known."""
         first, *others = self.known
         if self.name in _ADDING or self.name in _BOUNDING:
             return first.flat & others[0].flat if others else self._beside_eps(first)
         if self.name in _SUBTRACTING:
             return _cancelled(first, others[0]) if others else first.flat
+        if self.name in _EXPONENTIAL:
+            return first.flat & (result.abs() <= _LARGEST_EPS)
         if self.name in _REPLACING:
             return first.flat | (first.value != result)
         if self.name in _COMBINING or self.name in _DIVIDING:
@@ -179,9 +260,6 @@ class _Call:
         if self.name in _REDUCING:
             live = self.func(1 - first.flat.to(result.dtype), *self.rest, **self.kwargs)
             return live <= 0  # type: ignore[no-any-return]
-        if self.name in _MOVING:
-            moved = self.func(first.flat.to(first.value.dtype), *self.rest, **self.kwargs)
-            return moved > 0  # type: ignore[no-any-return]
         return None
 
     def _beside_eps(self, known: _Known) -> Tensor:

@@ -351,6 +351,10 @@ def _guess(shape: tuple[int, ...], ndim: int, channels: Channels, where: str) ->
     fitting = [named for named, ordered in readings.items() if _runs(ordered, channels)]
     if len(fitting) == 1:
         return fitting[0]
+    if readings and not fitting and not isinstance(channels, int):
+        refused = list(filter(None, (channels.refusal(ordered) for ordered in readings.values())))
+        if not refused:  # it runs with no channels at all: whoever runs it is told why
+            return next(iter(readings))
     taken = f"{channels} channels and " if isinstance(channels, int) else ""
     doubt = "the network runs on it either way" if fitting else "the network runs on it in no order"
     raise NormfixError(

@@ -221,7 +221,11 @@ class _Sites:
                 swappable=False,
                 **common,
             )
-        swappable = type(owner) in rule.modules and self._invocations[call.owner] == 1
+        swappable = (
+            type(owner) in rule.modules
+            and self._invocations[call.owner] == 1
+            and _holds_its_affine_map(owner)
+        )
         return Site(
             family=rule.family,
             live=reading.live,
@@ -286,6 +290,11 @@ class _Sites:
             if c.function == self._calls[position].function and anchor in c.within and p not in sites
         ]
         return sum(p < position for p in alike), len(alike)
+
+
+def _holds_its_affine_map(owner: nn.Module) -> bool:
+    """Tell whether weight and bias are parameters; pruning and old weight_norm compute them before each call."""
+    return all(getattr(owner, name, None) is None or name in owner._parameters for name in ("weight", "bias"))
 
 
 def _can_cut(role: Role) -> bool:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.testing import assert_close
 
 import normfix
@@ -525,6 +526,18 @@ def test_hooks_are_carried_over() -> None:
     seen.clear()
     done.model(image())
     assert seen == ["FrozenNorm2d"]
+
+
+def test_a_pruned_norm_is_converted() -> None:
+    """A norm whose weight pruning computes before each call keeps computing it, and equals the original."""
+    model, x = build("instance"), image()
+    model[1] = nn.InstanceNorm2d(model[1].num_features, affine=True)
+    prune.random_unstructured(model[1], "weight", 0.5)
+    done = normfix.convert(model, x)
+    assert done.proof.passed
+    assert any("weight_orig" in name for name, _ in done.model.named_parameters())
+    with torch.no_grad():
+        assert_close(done.model.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-4)
 
 
 def test_calibrate_returns_a_copy_and_restores() -> None:

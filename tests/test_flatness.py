@@ -153,6 +153,13 @@ DIVIDING = {
     "addcdiv": lambda x: torch.addcdiv(torch.zeros_like(x), x, x.std(**SPACE) + 1e-5),
     "quantiles": lambda x: x / (_quantile(x, 0.9) - _quantile(x, 0.1) + 1e-6),
     "functional": lambda x: F.instance_norm(x),
+    "exponential": lambda x: x * torch.exp(-0.5 * torch.log(x.var(**SPACE) + 1e-8)),
+    "power of a tensor": lambda x: x * torch.pow(x.var(**SPACE) + 1e-8, torch.tensor(-0.5)),
+    "expanded": lambda x: torch.addcdiv(torch.zeros_like(x), x, (x.std(**SPACE) + 1e-6).expand_as(x)),
+    "negative": lambda x: -x / -(x.std(**SPACE) + 1e-6),
+    "hypotenuse": lambda x: x / torch.hypot(x.std(**SPACE), x.new_tensor(1e-5)),
+    "joined": lambda x: x / (torch.cat([part.std(**SPACE) for part in x.chunk(2, 1)], 1) + 1e-6),
+    "stacked and split": lambda x: x / (torch.stack([x.std(**SPACE), x.mean(**SPACE)]).unbind(0)[0] + 1e-6),
 }
 HARMLESS = {
     "gated by a mean": lambda x: x * torch.sigmoid(x.mean(**SPACE)),
@@ -160,6 +167,10 @@ HARMLESS = {
     "a mean added": lambda x: x + x.mean(**SPACE),
     "scaled by a deviation": lambda x: x * x.std(**SPACE),
     "divided by one and more": lambda x: x / (1 + x.std(**SPACE)),
+    "gated by two pools": lambda x: (
+        x * torch.sigmoid(torch.cat([x.mean(**SPACE), x.amax(**SPACE)], 1).chunk(2, 1)[1])
+    ),
+    "exponential of a mean": lambda x: x * torch.exp(-x.mean(**SPACE).abs()),
     "response": lambda x: x + x * (g := x.norm(**SPACE)) / (g.mean(1, keepdim=True) + 1e-6),
 }
 
@@ -194,6 +205,13 @@ def test_what_is_not_divided_by_may_vanish(name):
     done = normfix.convert(by_hand(HARMLESS[name]), dark())
     assert done.proof.passed
     assert done.calibration.summary.findings == ()
+
+
+def test_a_large_eps_multiplies_nothing_and_is_named():
+    """Below an eps of 0.5 a variance is named, not refused: what comes there later grows by 1.4 at most."""
+    done = normfix.convert(dead(nn.InstanceNorm2d(4, eps=0.5)), dark())
+    assert done.proof.passed
+    assert [finding.code for finding in done.calibration.summary.findings] == ["NF231"]
 
 
 def test_calibrating_refuses_in_every_way_and_keeps_what_was():

@@ -125,6 +125,21 @@ def test_a_wrong_number_of_channels_is_refused_with_the_right_one():
         normfix.open_image(np.zeros((4, 40, 56), "float32"), HeadFirst().eval(), axes="CYX")
 
 
+def test_which_output_counts_decides_nothing_about_what_goes_in():
+    """A network that returns a mapping, and one that never runs, leave the image's axes to whoever runs them."""
+
+    class Mapping(nn.Conv2d):
+        def forward(self, x):
+            return {"out": super().forward(x)}
+
+    class Needs(nn.Conv2d):
+        def forward(self, x, y):
+            return super().forward(x) + y
+
+    assert normfix.open_image(np.zeros((3, 64, 96), "float32"), Mapping(3, 2, 1)).shape == (1, 3, 64, 96)
+    assert normfix.open_image(np.zeros((64, 96), "float32"), Needs(1, 2, 1)).shape == (1, 1, 64, 96)
+
+
 def test_a_network_of_one_size_is_run_on_the_image_itself():
     """Its channels are told from an image of that size, which no small example would tell."""
     assert normfix.open_image(np.zeros((2, 72, 40), "float32"), Sized().eval()).shape == (1, 2, 72, 40)

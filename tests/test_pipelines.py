@@ -152,6 +152,8 @@ SCALINGS = {
     "maximum": lambda x: x / x.max(),
     "median": lambda x: x - x.median(),
     "deviation of the logarithm": lambda x: zscore(torch.log1p(x)),
+    "clipping alone": lambda x: x.clamp(float(quantile(x, 0.1)), float(quantile(x, 0.9))),
+    "ranks": lambda x: x.flatten().argsort().argsort().float().view_as(x) / x.numel(),
 }
 
 
@@ -175,6 +177,58 @@ def test_scaling_per_tile_is_named_whatever_it_is_by(convolutions, scaling, widt
     assert [c.cause for c in found.culprits] == ["tile scaling"]
     assert found.record.context == ((8, 8), (8, 8))
     assert found.record.findings == ()
+
+
+def test_a_filter_that_the_halo_is_wide_enough_for_is_no_cause(convolutions):
+    """Control: near a window's cut it gives other values there, which are cropped with the halo."""
+    found = diagnosed(
+        cut_at_the_border(lambda x: nn.functional.avg_pool2d(x, 3, 1, 1) + x), convolutions, 64, 104
+    )
+    assert found.record.verdict.status == "passed"
+    assert found.culprits == ()
+
+
+@pytest.mark.parametrize("pick", [lambda y: y["out"], lambda y: y["aux"][1]], ids=["first", "nested"])
+def test_a_network_of_several_outputs_is_probed(convolutions, pick):
+    """Probes answer in the structure that the network answers in."""
+
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.levels = convolutions, 2
+
+        def forward(self, x):
+            y = self.inner(x)
+            return {"out": y, "aux": [y.mean((2, 3)), y + 1], "levels": self.levels}
+
+    def predict(x, network):
+        assert network.levels == 2
+        return cut_at_the_border(halo=1)(x, lambda window: pick(network(window)))
+
+    with torch.no_grad():
+        found = normfix.diagnose(
+            predict, image(96)[..., :64, :], 32, network=Several().eval(), margin=16, output="out"
+        )
+    assert [c.cause for c in found.culprits] == ["halo"]
+
+
+def test_a_float64_network_is_probed_in_float64(convolutions):
+    """A pipeline casts to the dtype of the network's parameters, and finds the network's own there."""
+    network = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1)).double().eval()
+
+    def predict(x, network):
+        return cut_at_the_border()(x.to(next(network.parameters()).dtype), network)
+
+    with torch.no_grad():
+        found = normfix.diagnose(predict, image(96)[..., :64, :].double(), 32, network=network, margin=16)
+    assert (found.status, found.culprits) == ("passed", ())
+
+
+def test_a_failure_that_no_probe_explains_is_said(convolutions):
+    """Scaling of all that a pipeline is given moves with a crop of it; no step is named, and that is said."""
+    found = diagnosed(lambda x, network: cut_at_the_border()(zscore(x), network), convolutions, 64, 104)
+    assert (found.record.verdict.status, found.culprits) == ("failed", ())
+    assert [f.code for f in found.record.findings] == ["NF609"]
 
 
 @pytest.mark.parametrize(

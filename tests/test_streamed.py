@@ -6,6 +6,7 @@ import tifffile
 import torch
 from networks import TOLERANCE, LiveInstance
 from streamed_networks import DividesBySize, Squeezed, TwoLevels
+from torch import nn
 from torch.testing import assert_close
 
 import normfix
@@ -173,6 +174,45 @@ def test_statistics_that_are_no_norms_are_measured_in_blocks(count):
     if count == 1:
         whole = normfix.predict(stages.model, images[0], tile=12, engine="stages")
         assert_close(whole, net(images[0]), **TOLERANCE[torch.float64])
+
+
+class _Valid(nn.Module):
+    """Convolves without padding, so that its maps have fewer positions than the image has pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.n1 = nn.Conv2d(1, 4, 5), nn.InstanceNorm2d(4)
+        self.b, self.n2, self.up = nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4), nn.ConvTranspose2d(4, 4, 2, 2)
+        self.head = nn.Conv2d(8, 1, 3)
+
+    def forward(self, x):
+        skip = self.n1(self.a(x)).relu()
+        y = self.up(self.n2(self.b(torch.nn.functional.max_pool2d(skip, 2))).relu())
+        cut = (skip.shape[2] - y.shape[2]) // 2
+        return self.head(torch.cat([skip[:, :, cut : cut + y.shape[2], cut : cut + y.shape[3]], y], 1))
+
+
+@pytest.mark.parametrize(("size", "tile"), [((60, 48), 16), ((62, 50), 18)])
+def test_valid_convolutions_run_in_stages(size, tile, tmp_path):
+    """The last blocks of maps that end before the image does have positions, kept on disk or in memory."""
+    torch.manual_seed(0)
+    network = _Valid().double().eval()
+    model = normfix.convert(network, _image(48, 72)).model
+    image = _image(*size, seed=3)
+    with torch.no_grad():
+        expected = network(image)
+        for options in ({}, {"store": tmp_path}):
+            measured = normfix.calibrate(model, image, tile=tile, **options)
+            assert measured.summary.engine == "stages"
+            assert_close(measured.model(image), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_calibrating_what_was_not_converted_is_refused():
+    """A network whose plan converts nothing has no statistic to measure, in passes or in stages."""
+    model = normfix.convert(nn.Conv2d(1, 1, 3, padding=1).double().eval(), _image(48, 48)).model
+    for options in ({}, {"tile": 16}):
+        with pytest.raises(NormfixError, match="NF302"):
+            normfix.calibrate(model, _image(48, 48), **options)
 
 
 @pytest.mark.parametrize("given", [{"engine": "magic"}, {"statistics": "batch"}])

@@ -70,11 +70,18 @@ def plan_command(
 def _scan(arguments: Arguments, input_: str | None, as_trained: bool, *, fast: bool = False) -> Scan:
     import torch
 
+    from normfix.calling import OutOfMemory
     from normfix.pipeline import scan
 
     example = None
     if input_ is not None:
-        example = torch.randn(_shape(input_), generator=torch.Generator().manual_seed(0))
+        shape = _shape(input_)
+        try:
+            example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        except RuntimeError as error:
+            # an image of noise fails for want of memory alone
+            reason = "there is no memory for an image of this shape. Give a smaller one."
+            raise OutOfMemory("NF250", reason, where=f"--input {input_}") from error
     return scan(
         arguments.open().model,
         example,

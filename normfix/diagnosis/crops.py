@@ -74,7 +74,7 @@ def predicted(predict: Predicts, image: Any, space: int) -> Tensor:
     except NormfixError:
         raise
     except failures() as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200].rstrip('.')}"
         raise _unfit(f"it failed on an image of shape {tuple(image.shape)}: {reason}") from error
     output = answer.detach().cpu() if isinstance(answer, Tensor) else _tensor(answer)
     size = tuple(image.shape[-space:])

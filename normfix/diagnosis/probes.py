@@ -4,19 +4,23 @@ The image of a probe run is noise, so that any patch of it is found again wherev
 correlation does not see an offset or a factor. The noise is of another range in every part of the image, so whatever
 windows are scaled by (mean and deviation, percentiles, extremes, the median) differs between them; and two
 values, the marks, are strewn over all of it: where windows are scaled by themselves, a mark reaches the network as
-another value in another window. What the probes answer is a digit of their window's number, so that the stitched
-result says for every pixel which window it came from, and a value that is no digit says that windows were mixed.
+another value in another window. In the middle of what windows share, any pixel tells the same. What the probes
+answer is a digit of their window's number, so that the stitched result says for every pixel which window it came from,
+and a value that is no digit says that windows were mixed.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from normfix.calling import home_of
 from normfix.diagnosis.crops import predicted
 
 __all__ = ["Placed", "Seen", "probe"]
@@ -27,6 +31,8 @@ _SAME = 1e-3
 _ALIKE = 0.8
 """Correlation of a patch with the place it was cut from: 1 if it was scaled, less where values were clipped or bent
 (0.9); noise of 256 pixels elsewhere stays below 0.4."""
+_COMPARED = 64
+"""Windows that are compared in pairs, where they overlap."""
 _MARKS, _SHARE = (0.45, 0.55), 0.15
 """The marks' values on a scale from 0 to 1, and the share of the pixels that have each."""
 Pipeline = Callable[[Any, nn.Module], Any]
@@ -60,32 +66,53 @@ class Seen:
 
 
 class _Probe(nn.Module):
-    """Keeps the windows it is given and answers a number for each, in the first channel of the network's own shape."""
+    """Keeps the windows it is given and answers a number for each, in the first channel of the network's own shape.
+
+    Where the network returns several tensors, all of them answer. What else a pipeline asks it for is the network's.
+    """
 
     def __init__(self, network: nn.Module, answer: Answer) -> None:
         super().__init__()
         self.windows: list[Tensor] = []
-        self._like: dict[tuple[int, ...], Tensor] = {}
+        self._like: dict[tuple[int, ...], Any] = {}
         self._network = [network]
         self._answer = answer
-        self.anchor = nn.Parameter(torch.zeros(1), requires_grad=False)
+        device, dtype = home_of(network)
+        self.anchor = nn.Parameter(torch.zeros(1, device=device, dtype=dtype), requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __getattr__(self, name: str) -> Any:
+        """Look up what the probe has not in the network."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_network"][0], name)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return one constant per window."""
         one = x[:1]
         key = tuple(one.shape)
         if key not in self._like:
             with torch.no_grad():
-                self._like[key] = torch.zeros_like(self._network[0](one))
+                self._like[key] = self._network[0](one, *args, **kwargs)
+        leaves, structure = tree_flatten(self._like[key])
         answers = []
         for window in x:
-            answer = self._like[key].clone()
-            answer[:, :1] += self._answer(
-                len(self.windows), answer[:, :1]
-            )  # one channel: a softmax swallows what all have
-            answers.append(answer)
+            number = len(self.windows)
+            answers.append([self._answered(leaf, number, x.dim()) for leaf in leaves])
             self.windows.append(window.detach().clone())
-        return torch.cat(answers)
+        joined = [
+            torch.cat(parts) if isinstance(parts[0], Tensor) and parts[0].dim() else parts[0]
+            for parts in zip(*answers, strict=True)
+        ]
+        return tree_unflatten(joined, structure)
+
+    def _answered(self, leaf: Any, number: int, rank: int) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        answer = torch.zeros_like(leaf)
+        if answer.dim() == rank:  # one channel: a softmax swallows what all have
+            answer[:, :1] += self._answer(number, answer[:, :1])
+        return answer
 
 
 def probe(pipeline: Pipeline, network: nn.Module, image: Tensor, space: int) -> Seen | None:
@@ -116,6 +143,8 @@ def probe(pipeline: Pipeline, network: nn.Module, image: Tensor, space: int) -> 
             "what was seen is of the others."
         )
     scaled = _differently_scaled(windows, placed, field)
+    if not scaled and _differently_filled(windows, placed):
+        scaled = True
     if scaled is None:
         reason = "there was one" if len(placed) == 1 else "more was done to their pixels than one scale"
         unseen.append(f"the probes cannot see whether windows are scaled by themselves: {reason}.")
@@ -206,6 +235,39 @@ def _differently_scaled(windows: Sequence[Tensor], placed: dict[int, Placed], fi
     levels = torch.tensor(values, dtype=torch.float64)
     width = float((levels[:, 1] - levels[:, 0]).abs().max())
     return bool((levels.amax(0) - levels.amin(0)).max() > _SAME * width)
+
+
+def _differently_filled(windows: Sequence[Tensor], placed: dict[int, Placed]) -> bool:
+    """Tell whether pixels have other values in one window than in another that overlaps it.
+
+    Only the middle of what two windows share is compared: nearer to a cut a filter that the halo is wide enough for may
+    differ, and does no harm.
+    """
+    for a, b in itertools.combinations(sorted(placed)[:_COMPARED], 2):
+        spans = _shared(placed[a], placed[b])
+        if placed[a] == placed[b] or any(last - first < 2 for first, last in spans):
+            continue
+        ours, theirs = (
+            windows[number][
+                tuple(slice(i - s, j - s) for (i, j), s in zip(spans, placed[number].start, strict=True))
+            ].double()
+            for number in (a, b)
+        )
+        whole = windows[a].double()
+        if float((ours - theirs).abs().max()) > _SAME * max(float(whole.max() - whole.min()), 1e-30):
+            return True
+    return False
+
+
+def _shared(a: Placed, b: Placed) -> list[tuple[int, int]]:
+    """Return what two windows share: all of an axis that both are cut alike on, else the two pixels in the middle."""
+    spans = []
+    for s, n, t, m in zip(a.start, a.extents, b.start, b.extents, strict=True):
+        first, last = max(0, s, t), min(s + n, t + m)
+        middle = (first + last) // 2
+        alike = (s, n) == (t, m) or last - first < 2
+        spans.append((first, last) if alike else (middle - 1, middle + 1))
+    return spans
 
 
 def _inside(mark: Tensor, window: Tensor, place: Placed) -> Tensor:

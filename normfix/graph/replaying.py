@@ -14,6 +14,7 @@ from normfix.calling import refusals
 from normfix.graph.isolation import silence
 from normfix.growth import resized
 from normfix.numerics import IDENTITY, deviation
+from normfix.randomness import OwnRandomness
 
 __all__ = ["replay", "replays", "same"]
 
@@ -34,7 +35,9 @@ def replay(program: ExportedProgram, network: nn.Module, image: Tensor) -> bool 
     with silence():
         try:
             expected = network(image.clone())
-            actual = body(image.clone())
+            # a network that draws must not move the caller's generator from here either
+            with OwnRandomness():
+                actual = body(image.clone())
         except refusals():
             return None
     mine, theirs = tree_leaves(actual), tree_leaves(expected)

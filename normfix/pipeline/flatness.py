@@ -31,6 +31,10 @@ channel is named and kept: trained networks have such channels on ordinary image
 times eps), and there the constant is of the image, not of eps alone."""
 
 
+_LARGEST_EPS = 1e-2
+"""A larger eps is no guard against zero but a part of the norm: it multiplies nothing by more than 10."""
+
+
 def flat_before(targets: Sequence[Target]) -> dict[str, frozenset[int]]:
     """Return the channels whose stored variance is at or below eps: running statistics of training, for instance."""
     found = {}
@@ -152,14 +156,16 @@ def _is_dead(target: Target, site: SiteStatistics) -> bool:
     assert isinstance(eps, float)
     rounding = (torch.finfo(var.dtype).eps / 2 * mean.double()).square()
     dead = var.double() <= rounding.clamp_min(_DEAD * eps)
-    return bool(dead[list(site.flat)].any())
+    return eps <= _LARGEST_EPS and bool(dead[list(site.flat)].any())
 
 
 def _is_all_flat(target: Target, site: SiteStatistics) -> bool:
     """Tell whether a site has no channel or value with a spread."""
     if isinstance(target, NormTarget):
         assert isinstance(target.holder.running_var, Tensor)
-        return len(site.flat) == target.holder.running_var.numel()
+        eps = target.holder.eps
+        assert isinstance(eps, float)
+        return eps <= _LARGEST_EPS and len(site.flat) == target.holder.running_var.numel()
     return isinstance(target, StatisticTarget) and len(site.flat) >= target.module.value.numel()
 
 

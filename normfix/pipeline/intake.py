@@ -8,10 +8,12 @@ the first guess of several, and what the network runs on decides.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.utils._pytree import tree_leaves
 
 from normfix.calling import Caller, home_of, refusals
 from normfix.errors import NormfixError
@@ -47,6 +49,8 @@ class Intake:
 
     def __init__(self, model: nn.Module, caller: Caller | None = None) -> None:
         self._model, self._caller = model, caller or Caller()
+        if self._caller.output is None:
+            self._caller = _AnyOutput(self._caller.forward_fn)
         self._copy: nn.Module | None = None
         self._known: dict[tuple[int, ...], float | None] = {}
         self._convolutions = _convolutions(model)
@@ -152,6 +156,18 @@ class Intake:
         if output.dim() != image.dim():
             return 1.0
         return max(after / before for after, before in zip(output.shape[2:], shape[1:], strict=True))
+
+
+class _AnyOutput(Caller):
+    """Takes the first tensor of several: which of them counts decides nothing about what goes in."""
+
+    __slots__ = ()
+
+    def pick(self, result: Any) -> Tensor:
+        """Return a tensor of what the model returned; see Caller."""
+        tensors = (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        found = next(tensors, None)
+        return Caller.pick(self, result) if found is None else found
 
 
 def _part(n: int, most: int) -> int:

@@ -46,6 +46,7 @@ def diagnose_pipeline(
     network: nn.Module | None = None,
     stride: int | None = None,
     margin: int | None = None,
+    output: str | int | None = None,
 ) -> PipelineDiagnosis:
     """Test a pipeline from outside, and with `network` from inside too.
 
@@ -56,6 +57,7 @@ def diagnose_pipeline(
         network: the network it runs, which probes replace.
         stride: of the network; default: measured where it is given, else 32.
         margin: as for check.
+        output: key or index of the network's output that counts, where it returns several.
 
     Example:
         >>> import normfix, torch
@@ -69,14 +71,14 @@ def diagnose_pipeline(
     if network is None:
         verdict = check_pipeline(predict, image, tile, stride=stride or 32, margin=margin)
         return PipelineDiagnosis(_record(verdict, None, (), None, ()))
-    known = scan(network, image[..., :256, :256] if space_of(image) == 2 else None)
+    known = scan(network, image[..., :256, :256] if space_of(image) == 2 else None, output=output)
     geometry = geometry_of(known)
     step = stride or (max(geometry.stride) if geometry else 32)
     verdict = check_pipeline(lambda x: predict(x, network), image, tile, stride=step, margin=margin)
     seen = probe(predict, network, image, space_of(image))
-    findings = _unseen(seen)
-    held = _held(predict, network, known, image, tile, step, margin)
+    held = _held(predict, network, known, image, tile, step, margin, output)
     culprits = (*_of_network(known), *(() if seen is None else _of_steps(seen, geometry)))
+    findings = _unseen(seen) or _unnamed(verdict, culprits)
     return PipelineDiagnosis(_record(verdict, seen, culprits, held, findings))
 
 
@@ -88,11 +90,12 @@ def _held(
     tile: int | Sequence[int],
     stride: int,
     margin: int | None,
+    output: str | int | None,
 ) -> Verdict | None:
     """Check the pipeline with the network's live statistics frozen on this image, where that can be done."""
     if not known.live or not all(site.convertible for site in known.live):
         return None
-    frozen = convert(network, image).model
+    frozen = convert(network, image, output=output).model
     return check_pipeline(lambda x: predict(x, frozen), image, tile, stride=stride, margin=margin)
 
 
@@ -112,7 +115,9 @@ def _of_steps(seen: Seen, geometry: Geometry | None) -> tuple[Observation, ...]:
     """Name what the probes saw that makes tiles differ."""
     found = []
     if seen.scaled:
-        evidence = "the same two pixel values reached the network as other values in other windows"
+        evidence = (
+            "the same pixels, or pixels of one value, reached the network as other values in other windows"
+        )
         found.append(("tile scaling", evidence, "scale the whole image once, before it is cut"))
     if seen.rescaled:
         evidence = "windows whose output was multiplied and shifted came out the same"
@@ -175,6 +180,18 @@ def _unseen(seen: Seen | None) -> tuple[Finding, ...]:
         )
         return (Finding(code="NF609", where="probes", message=message),)
     return tuple(Finding(code="NF609", where="probes", message=what) for what in seen.unseen)
+
+
+def _unnamed(verdict: Verdict, culprits: Sequence[Observation]) -> tuple[Finding, ...]:
+    """Say that a pipeline fails for a reason that no probe looks for."""
+    if verdict.status != "failed" or culprits:
+        return ()
+    message = (
+        "the prediction moves, and no step that the probes look for does it. What they cannot see: scaling of the "
+        "whole image by its own statistics, which a crop changes too; windows that are skipped or treated by their "
+        "values; and answers that are put back in another place."
+    )
+    return (Finding(code="NF609", where="probes", message=message),)
 
 
 def _record(

@@ -200,6 +200,13 @@ def _calibrated_(
     targets: Sequence[Target]
     if known is not None:
         targets = _planned(model, known.plan)
+        if not targets:
+            raise NormfixError(
+                "NF302",
+                "there is nothing to calibrate: its plan converts no site, so no statistic of it is normfix's. Batch "
+                "norms on running statistics that a plan kept are measured anew in the network it was made of.",
+                where=type(model).__name__,
+            )
     else:
         targets = _batch_norms(
             model, fitting_example(model, next(iter(items or Wholes(sources or ()))), caller), caller

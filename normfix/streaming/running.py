@@ -117,12 +117,30 @@ class Run:
         found = []
         for number, image in enumerate(self.images):
             size = image.shape[2:]
-            for tile in grid(size, self.extents[stage.number], geometry):
-                window = tuple((s.start, s.stop) for s in tile.read)
+            covered = self._covered(stage, number)
+            for tile in grid(covered, self.extents[stage.number], geometry):
+                # what a valid convolution left out at the end belongs to the last block
+                read = (
+                    n if s.stop >= c else s.stop for s, c, n in zip(tile.read, covered, size, strict=True)
+                )
+                window = tuple((s.start, stop) for s, stop in zip(tile.read, read, strict=True))
                 ends = (n if s.stop is None else s.stop for s, n in zip(tile.write, size, strict=True))
                 interior = tuple((s.start, end) for s, end in zip(tile.write, ends, strict=True))
                 found.append(Block(number, window, interior))
         return found
+
+    def _covered(self, stage: Stage, image: int) -> tuple[int, ...]:
+        """Return as many pixels per axis as every map of the stage has positions for.
+
+        Convolutions without padding give fewer positions than there are pixels, and a block at the end must not be
+        one that has none.
+        """
+        covered = list(self.images[image].shape[2:])
+        for node in (*stage.reads, *stage.gives):
+            found = self.schedule.maps.maps[node]
+            for axis, (dim, scale) in enumerate(zip(found.dims, found.scale, strict=True)):
+                covered[axis] = min(covered[axis], int(self.shapes[image][node][dim] / scale))
+        return tuple(max(1, n) for n in covered)
 
     def _settle(self, stage: Stage, work: Work, measured: dict[int, Measured]) -> None:
         parts: list[list[Measured]] = [[] for _ in self.images]
