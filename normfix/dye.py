@@ -79,6 +79,7 @@ def halo(
         DyeRefused: an operation must not see NaN; its name.
     """
     sea, smaller = round_up(_FIRST_SEA, grid), None
+    seen: list[tuple[int, int]] = []
     shore = sea // 2
     if expected is not None:
         sea, shore = 2 * sea, max(0, *expected) + grid
@@ -93,6 +94,9 @@ def halo(
         # a widely dilated convolution may look past a narrow sea altogether: two sizes must agree
         if reach in (smaller, expected):
             return reach
+        if reach in seen:  # the lattice of a coarser unit than the grid: as wide as it is anywhere on it
+            return max(before for before, _ in seen), max(after for _, after in seen)
+        seen.append(reach)
         sea, smaller, shore = 2 * sea, reach, max(0, *reach) + grid
     return smaller if felt is None else None
 

@@ -44,11 +44,16 @@ def look_again(
     example: Tensor,
     functions: Sequence[str],
     follow: Follow = alone,
+    exact: Sequence[int] = (),
 ) -> Look | None:
-    """Run at another size; None if the network accepts none of those tried with the same calls."""
+    """Run at another size; None if the network accepts none of those tried with the same calls.
+
+    Sizes that are multiples of `exact`, per axis, are tried first: below them a network may be another one.
+    """
     space = example.shape[2:]
     trials: list[list[int]] = [[n // 2 for n in space]] if all(n % 32 == 0 and n >= 64 for n in space) else []
     trials += [[n + step for n in space] for step in (32, 64, 128)]
+    trials.sort(key=lambda trial: any(n % multiple for n, multiple in zip(trial, exact, strict=False)))
     looks = (_look(model, run, resized(example, trial), functions, follow) for trial in trials)
     return next((look for look in looks if look is not None), None)
 

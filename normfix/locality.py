@@ -250,6 +250,7 @@ def _along_axes(
     strides, halos, scales, multiples, least = [], [], [], [], []
     expected: tuple[int, int] | None = None
     seen: dict[tuple[int, Fraction, tuple[int, int]], tuple[int, int]] = {}  # of axes alike: stride, multiple
+    coarser: dict[tuple[int, Fraction], int] = {}  # grids that turned out too fine, and what they became
     for axis, grid in enumerate(dilution):
         name = f"axis {axis}"
         scale = output_scale(single, example, axis, grid, cross)
@@ -263,7 +264,8 @@ def _along_axes(
             )
         if scale <= 0:
             return _none("NF211", name, "the output does not grow with the input along this axis.")
-        grid = math.lcm(grid, scale.denominator)
+        fine = math.lcm(grid, scale.denominator)
+        grid = coarser.get((fine, scale), fine)
         line = _Line(single, double, example, axis, scale, cross, felt)
         try:
             reach = line.reach(grid, expected)
@@ -271,7 +273,7 @@ def _along_axes(
             unit = None if reach is None else line.unit(grid, reach, like[0])
             if reach is not None and unit is not None and grid % unit:
                 # the dye's edges lay on no lattice of the network's: once more, on it
-                grid = math.lcm(grid, unit)
+                grid = coarser[fine, scale] = math.lcm(grid, unit)
                 reach = line.reach(grid)
                 unit = None if reach is None else line.unit(grid, reach, unit)
         except DyeLost:

@@ -10,7 +10,7 @@ classifier's final pool does not.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,9 @@ class Survey:
         return sorted([example, *([] if self.other is None else [self.other])], key=Tensor.numel)
 
 
-def survey(model: nn.Module, run: Run, example: Tensor, follow: Follow = alone) -> Survey:
+def survey(
+    model: nn.Module, run: Run, example: Tensor, follow: Follow = alone, exact: Sequence[int] = ()
+) -> Survey:
     """Find the sites of a network.
 
     Args:
@@ -73,13 +75,14 @@ def survey(model: nn.Module, run: Run, example: Tensor, follow: Follow = alone) 
         run: calls the model on one input and returns the output tensor that matters.
         example: (N, C, *space); a second, nearby size is tried as well.
         follow: as for `census`, for each run.
+        exact: per axis, what the extents are multiples of for which the network is known to be exact; () if unknown.
 
     Raises:
         NormfixError: NF109 if the network does not run on the example.
     """
     calls, invocations, output = census(model, run, example, follow=follow)
     functions = [c.function for c in calls]
-    other = look_again(model, run, example, functions, follow)
+    other = look_again(model, run, example, functions, follow, exact)
     growth = Growth(example, calls, other, look_at_two(model, run, example, functions))
     modules = dict(model.named_modules())
     found = _Sites(calls, growth, modules, invocations)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -369,3 +370,39 @@ def test_sizes_that_nest_are_not_left_free(levels, free):
     """One such padding keeps its sizes free; from the second on they are fixed, in seconds and not in hours."""
     captured = capture(_SameAsTensorFlow(levels).eval(), lambda model, x: model(x), torch.randn(1, 1, 64, 64))
     assert captured.free == free
+
+
+class _InWindows(nn.Module):
+    """Pads to whole windows of 7, as windowed attention does, cuts them out and puts them together again."""
+
+    def __init__(self, levels):
+        super().__init__()
+        self.levels = nn.ModuleList(nn.Conv2d(4 if i else 1, 4, 2, stride=2) for i in range(levels))
+
+    def forward(self, x):
+        for level in self.levels:
+            x = level(x)
+            batch, channels, rows, columns = x.shape
+            padded = F.pad(x, (0, (7 - columns % 7) % 7, 0, (7 - rows % 7) % 7))
+            high, wide = padded.shape[2] // 7, padded.shape[3] // 7
+            windows = padded.view(batch, channels, high, 7, wide, 7).permute(0, 2, 4, 1, 3, 5)
+            windows = windows.reshape(-1, channels, 7, 7).relu()
+            again = windows.view(-1, high, wide, channels, 7, 7).permute(0, 3, 1, 4, 2, 5)
+            x = again.reshape(-1, channels, 7 * high, 7 * wide)[:, :, :rows, :columns]
+        return x
+
+
+def test_sizes_of_padded_windows_are_not_left_free():
+    """Remainders within remainders make formulas that take minutes: the sizes are fixed after one trial, not two."""
+    start = time.process_time()
+    captured = capture(_InWindows(3).eval(), Caller(), torch.randn(1, 1, 64, 64))
+    assert captured.free == (0,)
+    assert captured.replayed
+    assert time.process_time() - start < 30
+
+
+@pytest.mark.parametrize(("exact", "size"), [((), 32), ((64, 64), 128), ((96, 96), 96), ((80, 80), 32)])
+def test_a_second_size_is_one_that_the_network_is_exact_for(exact, size):
+    """Below its lattice a network may be another one, so multiples of it come first; where none is tried, any does."""
+    seen = survey(nn.Conv2d(1, 1, 3, padding=1), Caller(), torch.randn(1, 1, 64, 64), exact=exact)
+    assert seen.other.shape == (1, 1, size, size)

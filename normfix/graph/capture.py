@@ -207,13 +207,19 @@ def _export(module: nn.Module, example: Tensor, free: Sequence[int]) -> Exported
 def _traced(
     module: nn.Module, example: Tensor, free: Sequence[int], *, backends_off: bool
 ) -> ExportedProgram:
-    with silence(backends_off=backends_off), torch.no_grad(), ShortSizes():
-        return torch.export.export(
-            copy.deepcopy(module),
-            (example.clone(),),
-            dynamic_shapes=(dict.fromkeys(free, Dim.AUTO) or None,),
-            strict=False,
-        )
+    sizes = ShortSizes()
+    try:
+        with silence(backends_off=backends_off), torch.no_grad(), sizes:
+            return torch.export.export(
+                copy.deepcopy(module),
+                (example.clone(),),
+                dynamic_shapes=(dict.fromkeys(free, Dim.AUTO) or None,),
+                strict=False,
+            )
+    except failures() as error:
+        if sizes.fault is None:
+            raise
+        raise sizes.fault from error
 
 
 def _is_tied(program: ExportedProgram) -> bool:

@@ -113,7 +113,8 @@ class Subject:
         finally:
             for handle in handles:
                 handle.remove()
-        sites = survey(self.model, self.caller, other).sites
+        exact = self.geometry.multiple if self.geometry else ()
+        sites = survey(self.model, self.caller, other, exact=exact).sites
         judged = judge(other, sites) if any(site.live for site in sites) else ()
         return used(calls, sites, self.plan, judged, self._differing(other))
 
