@@ -35,6 +35,7 @@ from normfix.streaming import (
     describe,
     execute,
     kept_name,
+    largest_block,
     run_of,
 )
 from normfix.targets import Target, TargetAround
@@ -53,6 +54,9 @@ NOT_IN_STAGES = ("NF320", "NF321", "NF322", "NF323", "NF324", "NF325")
 """Codes that say that a network or an image cannot run in stages, while passes over the whole may."""
 
 Progress = Callable[[int, int], None]
+
+_SCRATCH = 3
+"""As many times what is alive in a block on a device its kernels take: their workspaces, float64 copies to measure."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +77,11 @@ class Resources:
         tile = self.extents(len(images[0].shape) - 2)
         sites = [statistic.site for statistic in statistics]
         parts = partial(describe, planned, images, tile, sites)
-        with run_of(self.store, parts, self.budget, shared=self.engine.shared) as given:
+        at_a_time = self.engine.workers if isinstance(self.engine, Local) else 1
+        aside = _SCRATCH * largest_block(planned, tile) * at_a_time
+        with run_of(
+            self.store, parts, self.budget, shared=self.engine.shared, device=planned.device, aside=aside
+        ) as given:
             yield given
 
     def extents(self, ndim: int) -> tuple[int, ...]:
@@ -171,7 +179,7 @@ def measure_in_stages_(
             tile=resources.extents(ndim),
             store=store,
             statistics=measured,
-            settled=lambda: program.refresh_(model),
+            settled=program.following_(model),
             engine=resources.engine,
             journal=journal,
             watch=resources.watch or _Counted(progress),

@@ -6,11 +6,11 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from normfix import __version__
 from normfix.errors import NormfixError
 from normfix.streaming.chunks import sync
 from normfix.streaming.schedules import Schedule
@@ -35,7 +35,7 @@ def describe(
     value = program.image.meta["val"]
     return {
         "format": _FORMAT,
-        "versions": f"normfix {version('normfix')}, torch {torch.__version__}",
+        "versions": f"normfix {__version__}, torch {torch.__version__}",
         "network": _digest(
             *(stage.run.code for stage in schedule.stages),
             repr(
