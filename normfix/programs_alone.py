@@ -19,6 +19,7 @@ if __name__ == "__main__":
     from torch.utils._pytree import tree_leaves
 
     torch.set_num_threads(int(threads))
+    torch.backends.cudnn.allow_tf32 = False
     exported = torch.export.load(path)
     program, tensors = exported.module(), load_file(stored)
     images = [n for n in exported.graph.nodes if n.op == "placeholder" and "val" in n.meta]
