@@ -24,8 +24,8 @@ HALF = (torch.bfloat16, torch.float16)
 _ROUNDINGS = 64
 """As many roundings of 16 bits may lie between two computations of one function, at the worst pixel.
 
-Measured on U-Nets of 18 norms in bfloat16, whose unit roundoff is 2**-8: 0.10 sd on a CPU and 0.11 sd on an H100, 26 and
-28 roundings. The order of sums differs between devices, so the bound is twice the largest, as a power of two.
+Measured on U-Nets of 18 norms in bfloat16, whose unit roundoff is 2**-8: 0.10 sd on a CPU and 0.11 sd on an H100, 26
+and 28 roundings. The order of sums differs between devices, so the bound is twice the largest, as a power of two.
 """
 
 IDENTITY: dict[torch.dtype, float] = {

@@ -73,7 +73,8 @@ def load(
         device: where the network is put; "auto" is the GPU that is there, else the CPU.
 
     Raises:
-        NormfixError: NF116 of the device; NF101, NF105, NF108, NF111, NF113, NF115, NF119-NF125: see `normfix explain CODE`.
+        NormfixError: NF101, NF105, NF108, NF111, NF113, NF115, NF119-NF125, and NF116 of the device: see
+            `normfix explain CODE`.
     """
     request = Request(
         arch=arch, arch_args=args, weights=weights, trust_pickle=trust_pickle, allow_classes=allow_classes

@@ -60,7 +60,9 @@ def repeated_in_double(
     ours, own = (deviation(output, exact, spread)[0] for output in outputs)
     kind = str(outputs[1].dtype).removeprefix("torch.")
     if failed.status == "passed" and step.status == "passed":
-        return replace(failed, note=f"{step.value or 0.0:.1e} sd in float64; the bound is that of {kind} rounding")
+        return replace(
+            failed, note=f"{step.value or 0.0:.1e} sd in float64; the bound is that of {kind} rounding"
+        )
     failed = replace(failed, status="failed")
     if step.status == "passed" and own < _MEANINGLESS and ours <= ROUNDING * own:
         note = (
