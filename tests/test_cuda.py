@@ -306,8 +306,11 @@ FROZEN = [
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize(("kind", "stock", "shape"), FROZEN)
 @pytest.mark.parametrize("last", [False, True])
-def test_frozen_is_within_rounding(dtype, kind, stock, shape, last):
+@pytest.mark.parametrize("triton", [True, False])
+def test_frozen_is_within_rounding(dtype, kind, stock, shape, last, triton, monkeypatch):
     """One multiply-add is within 4 roundings of |x * scale| + |shift| in float32 and one of the result in its dtype."""
+    if not triton:
+        monkeypatch.setattr("normfix.layers.affine.kernels_of", lambda device: None)
     layer = kind(6, device=GPU, trainable=False)
     layer.set_statistics_(torch.randn(6) * 3, torch.rand(6) + 0.1)
     nn.init.normal_(layer.weight)
@@ -395,7 +398,8 @@ def test_batch_renorm_is_its_formula(dtype, kind, shape, last, momentum):
             mine, exact = getattr(layer, name).grad.double().cpu(), getattr(wide, name).grad
             assert_close(mine, exact, rtol=near, atol=near * float(exact.abs().max()))
         for name in RUNNING:
-            assert_close(getattr(layer, name).double().cpu(), getattr(wide, name), rtol=1e-5, atol=1e-5)
+            near = 1e-3 if dtype in HALVES else 1e-5
+            assert_close(getattr(layer, name).double().cpu(), getattr(wide, name), rtol=near, atol=near)
         assert int(layer.num_batches_tracked) == step + 1
 
 
@@ -404,7 +408,8 @@ def test_batch_renorm_without_triton_is_the_same(triton, monkeypatch):
     """The vectors by Triton and by torch agree."""
     from normfix.layers import library
 
-    monkeypatch.setattr(library, "_kernels", library._kernels if triton else lambda: None)
+    if not triton:
+        monkeypatch.setattr(library, "kernels_of", lambda device: None)
     torch.manual_seed(3)
     layer, x = BatchRenorm2d(8, momentum=0.1).to(GPU), torch.randn(4, 8, 16, 16, device=GPU)
     for _ in range(3):

@@ -180,7 +180,7 @@ class BatchRenorm(ChannelNorm):
         running_invstd = (running_var.to(mean.dtype) + self.eps).rsqrt()
         r = (running_invstd / invstd).clamp(r_max.reciprocal(), r_max)
         d = ((mean - running_mean) * running_invstd).clamp(-d_max, d_max) * seen
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if torch.compiler.is_dynamo_compiling():  # before torch 2.14 Dynamo takes is_exporting() for true
             r, d = keep(torch.stack((r, d))).unbind()
         batches.add_(1)
         share = batches.to(running_mean.dtype).reciprocal() if self.momentum is None else self.momentum

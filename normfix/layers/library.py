@@ -10,13 +10,12 @@ launch where Triton is. Without Triton the vectors are torch's.
 
 from __future__ import annotations
 
-from functools import cache
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from normfix.layers.affine import kernels_of
 from normfix.layers.recomputation import Call, recall, remember
 
 if TYPE_CHECKING:
@@ -28,15 +27,13 @@ _FEWEST_DIMENSIONS = 3
 
 
 class Corrections(NamedTuple):
-    """r, d and what follows from them, all (c,): see normfix.layers.corrections."""
+    """r, d and what follows from them, all (c,): see normfix.layers.kernels."""
 
     r: Tensor
     d: Tensor
     scale: Tensor
-    shift: Tensor
     rest: Tensor
     var: Tensor
-    invstd: Tensor
 
 
 class Pass(NamedTuple):
@@ -76,7 +73,7 @@ def corrections(
     weight, bias = affine
     if isinstance(count, Tensor) or not mean.is_cuda or not _takes(layer, mean, weight, bias):
         return None
-    kernels = _kernels()
+    kernels = kernels_of(mean.device)
     if kernels is None or mean.numel() > kernels.MOST:
         return None
     buffers: dict[str, Any] = layer._buffers
@@ -92,31 +89,40 @@ def corrections(
         count=count,
         momentum=layer.momentum,
     )
-    return Corrections(*found.unbind())
+    return Corrections(*(found[i] for i in range(len(Corrections._fields))))  # unbind takes ten times as long
 
 
 def renormalise(layer: BatchRenorm, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Normalise as BatchRenorm does, by cuDNN."""
     with torch.no_grad():
-        found = Pass(
-            *torch.ops.aten._batch_norm_impl_index(x, weight, bias, None, None, True, 0.0, layer.eps, True)
-        )
-        count = x.numel() // x.shape[1]
-        var = found.invstd.square().reciprocal_().sub_(layer.eps).clamp_(min=0) if _repeats() else None
-        call = None if var is None else recall(layer, found.mean, var)
-        if call is None:
-            made = corrections(layer, found.mean, found.invstd, count, (weight, bias), inverted=True)
-            if made is None:
-                made = _by_torch(layer, found, count, weight, bias)
-            call, rest = Call(mean=found.mean, var=made.var, r=made.r, d=made.d), made.rest
-            made_now = True
+        found = Pass(*_FORWARD(x, weight, bias, None, None, True, 0.0, layer.eps, True))
+        call = recall(layer, found.mean, _variance(found, layer.eps)) if _repeats() else None
+        if call is not None:
+            made = _of(call, weight, bias)
         else:
-            rest = torch.addcmul(bias, weight, call.d).addcmul_(bias, call.r, value=-1)
-            made_now = False
-    y: Tensor = _ByLibrary.apply(x, weight, bias, found, rest, call, layer.eps)
-    if made_now:
+            count = x.numel() // x.shape[1]
+            made = corrections(
+                layer, found.mean, found.invstd, count, (weight, bias), inverted=True
+            ) or _by_torch(layer, found, count, weight, bias)
+    repeated = call is not None
+    call = call or Call(mean=found.mean, var=made.var, r=made.r, d=made.d)
+    y: Tensor = _ByLibrary.apply(x, weight, bias, found, made, call, layer.eps)
+    if not repeated:
         remember(layer, call, held_by_graph=y.requires_grad)
     return y
+
+
+_FORWARD = torch.ops.aten._batch_norm_impl_index.default
+_BACKWARD = torch.ops.aten._batch_norm_impl_index_backward.default
+
+
+def _of(call: Call, weight: Tensor, bias: Tensor) -> Corrections:
+    rest = torch.addcmul(bias, weight, call.d).addcmul_(bias, call.r, value=-1)
+    return Corrections(call.r, call.d, weight * call.r, rest, call.var)
+
+
+def _variance(found: Pass, eps: float) -> Tensor:
+    return found.invstd.square().reciprocal_().sub_(eps).clamp_(min=0)
 
 
 def _repeats() -> bool:
@@ -127,10 +133,10 @@ def _repeats() -> bool:
 def _by_torch(layer: BatchRenorm, found: Pass, count: int, weight: Tensor, bias: Tensor) -> Corrections:
     from normfix.layers.batchrenorm import Moments
 
-    var = found.invstd.square().reciprocal_().sub_(layer.eps).clamp_(min=0)
+    var = _variance(found, layer.eps)
     r, d = layer._correct_and_track(Moments(found.mean, var, found.invstd, count))
-    shift = torch.addcmul(bias, weight, d)
-    return Corrections(r, d, weight * r, shift, torch.addcmul(shift, bias, r, value=-1), var, found.invstd)
+    rest = torch.addcmul(bias, weight, d).addcmul_(bias, r, value=-1)
+    return Corrections(r, d, weight * r, rest, var)
 
 
 def _takes(layer: BatchRenorm, *tensors: Tensor | None) -> bool:
@@ -141,15 +147,6 @@ def _takes(layer: BatchRenorm, *tensors: Tensor | None) -> bool:
     ) and not (torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None)
 
 
-@cache
-def _kernels() -> ModuleType | None:
-    try:
-        from normfix.layers import corrections as kernels
-    except ImportError:  # no Triton
-        return None
-    return kernels
-
-
 class _ByLibrary(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -158,22 +155,25 @@ class _ByLibrary(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         found: Pass,
-        rest: Tensor,
+        made: Corrections,
         call: Call,
         eps: float,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, found.mean, found.invstd, found.reserve, call.r, call.d)
+        r, d, scale, rest, _ = made
+        ctx.save_for_backward(x, weight, found.mean, found.invstd, found.reserve, r, d, scale)
         ctx.eps, ctx.call, ctx.library = eps, call, found.library
         shape = (1, -1, *(1,) * (x.dim() - 2))
         y = found.output
-        return torch.addcmul(rest.view(shape), y, call.r.view(shape), out=y)
+        return torch.addcmul(rest.view(shape), y, r.view(shape), out=y)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, invstd, reserve, r, d = ctx.saved_tensors
+        x, weight, mean, invstd, reserve, r, d, scale = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        grad_x, grad_scale, grad_shift = torch.ops.aten._batch_norm_impl_index_backward(
-            ctx.library, x, grad, weight * r, None, None, mean, invstd, True, ctx.eps, [True] * 3, reserve
+        if torch.is_grad_enabled():  # to be differentiated again
+            scale = weight * r
+        grad_x, grad_scale, grad_shift = _BACKWARD(
+            ctx.library, x, grad, scale, None, None, mean, invstd, True, ctx.eps, [True] * 3, reserve
         )
         grad_weight = torch.addcmul(grad_scale * r, grad_shift, d) if needs_weight else None
         return grad_x if needs_x else None, grad_weight, grad_shift if needs_bias else None, *[None] * 4
