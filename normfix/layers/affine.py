@@ -76,7 +76,9 @@ def kernels_of(device: torch.device) -> ModuleType | None:
         kernels.normalised(x, ones, ones, ones, ones, 1e-5)
     except Exception as error:  # noqa: BLE001 - whatever a compiler runs into, torch's own kernels are there
         reason = " ".join(str(error).split())[:160]
-        logging.getLogger("normfix").warning("layers run without Triton's kernels, which is slower: %s", reason)
+        logging.getLogger("normfix").warning(
+            "layers run without Triton's kernels, which is slower: %s", reason
+        )
         return None
     return kernels
 

@@ -209,7 +209,9 @@ def normalised(
     if x.is_contiguous() and inner > 1:
         per_row = -(-inner // _BLOCK)
         grid = (x.shape[0] * c * per_row,)
-        _launch(_normalise_rows, grid, *arguments, inner, per_row, eps, **flags, block=_BLOCK, num_warps=_WARPS)
+        _launch(
+            _normalise_rows, grid, *arguments, inner, per_row, eps, **flags, block=_BLOCK, num_warps=_WARPS
+        )
         return y
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     if c > _WIDEST or x.dim() not in formats or not x.is_contiguous(memory_format=formats[x.dim()]):
@@ -217,7 +219,17 @@ def normalised(
     columns = triton.next_power_of_2(c)
     positions, height = x.shape[0] * inner, max(1, _BLOCK // columns)
     grid = (-(-positions // height),)
-    _launch(_normalise_last, grid, *arguments, positions, eps, **flags, rows=height, columns=columns, num_warps=_WARPS)
+    _launch(
+        _normalise_last,
+        grid,
+        *arguments,
+        positions,
+        eps,
+        **flags,
+        rows=height,
+        columns=columns,
+        num_warps=_WARPS,
+    )
     return y
 
 

@@ -11,7 +11,7 @@ write into what it reads. Asserts on sizes drop out: nothing that counts depends
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -53,6 +53,8 @@ class Program:
     image: Node
     outputs: tuple[Node, ...]
     cuts: tuple[Cut, ...]
+    known: dict[tuple[int, ...], Shapes] = field(default_factory=dict, compare=False, repr=False)
+    """Shapes by the size of the image: finding them takes as long as a pass."""
 
     @property
     def device(self) -> torch.device:
@@ -66,8 +68,14 @@ class Program:
         Raises:
             NormfixError: NF321 if the program does not take the size.
         """
+        size = tuple(size)
+        if size not in self.known:
+            self.known[size] = self._shapes(size)
+        return self.known[size]
+
+    def _shapes(self, size: tuple[int, ...]) -> Shapes:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, silence():
-            image = torch.empty(tuple(size), dtype=self.image.meta["val"].dtype, device=self.device)
+            image = torch.empty(size, dtype=self.image.meta["val"].dtype, device=self.device)
             recorder = _Recorder(self.body)
             try:
                 recorder.run(mode.from_tensor(image))

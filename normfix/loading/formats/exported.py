@@ -59,7 +59,11 @@ _BYTES = {
     ScalarType.COMPLEXFLOAT: 8,
     ScalarType.COMPLEXDOUBLE: 16,
     # what older releases of torch cannot write
-    **{getattr(ScalarType, name): size for name, size in (("UINT32", 4), ("UINT64", 8)) if hasattr(ScalarType, name)},
+    **{
+        getattr(ScalarType, name): size
+        for name, size in (("UINT32", 4), ("UINT64", 8))
+        if hasattr(ScalarType, name)
+    },
 }
 
 
