@@ -108,7 +108,7 @@ class Landing:
                 return
             staged = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
             staged.copy_(value, non_blocking=True)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(value.device))
             self._coming.append((tuple(index), staged, event))
             while len(self._coming) > _IN_FLIGHT:

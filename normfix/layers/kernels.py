@@ -18,7 +18,7 @@ MOST = 8192
 """Channels at most: one program does them all, for it also counts the batch."""
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _correct(  # type: ignore[no-untyped-def]  # noqa: ANN202
     out,  # noqa: ANN001
     mean,  # noqa: ANN001
@@ -127,7 +127,7 @@ def corrected(
     return out
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _normalise_rows(  # type: ignore[no-untyped-def]  # noqa: ANN202
     y,  # noqa: ANN001
     x,  # noqa: ANN001
@@ -159,7 +159,7 @@ def _normalise_rows(  # type: ignore[no-untyped-def]  # noqa: ANN202
     tl.store(y + start + i, values, mask=here)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _normalise_last(  # type: ignore[no-untyped-def]  # noqa: ANN202
     y,  # noqa: ANN001
     x,  # noqa: ANN001
@@ -205,7 +205,7 @@ def normalised(
     c, inner = x.shape[1], x.shape[2:].numel()
     y = torch.empty_like(x)
     arguments = (y, x, mean, var, mean if weight is None else weight, mean if bias is None else bias, c)
-    flags = {"has_weight": weight is not None, "has_bias": bias is not None}
+    flags: dict[str, Any] = {"has_weight": weight is not None, "has_bias": bias is not None}
     if x.is_contiguous() and inner > 1:
         per_row = -(-inner // _BLOCK)
         grid = (x.shape[0] * c * per_row,)
