@@ -270,7 +270,8 @@ def _require_replay(model: Program, program: ExportedProgram, where: str) -> Non
     """Run the raised program beside the file's own, on another size than it was exported with if it may be."""
     shape = _replayed_shape(model)
     image = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    image = image.to(image_of(program).meta["val"].dtype)
+    like = image_of(program).meta["val"]
+    image = image.to(like.device, like.dtype)
     body = unlifted(program)
     with exact_arithmetic():
         # networks that add noise draw the same twice

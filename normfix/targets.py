@@ -21,7 +21,7 @@ from normfix.laws import Part, finalise
 from normfix.laws import merge as merge_parts
 from normfix.laws import observe as observe_part
 from normfix.layers.statistic import FrozenStatistic
-from normfix.moments import Moments, measure, merge
+from normfix.moments import Moments, measure, measure_there, merge
 from normfix.records import SiteStatistics, StatisticSpec
 
 __all__ = ["Counting", "NormTarget", "Seen", "StatisticTarget", "Target", "TargetAround"]
@@ -161,7 +161,7 @@ class NormTarget:
     @property
     def measure(self) -> Callable[[Tensor], Moments]:
         """Return what gives a block's moments; see Target."""
-        return measure
+        return measure_there
 
     def join(self, blocks: Sequence[Moments]) -> Moments:
         """Merge the blocks' moments; see Target."""

@@ -55,7 +55,12 @@ def model_options(command: Command) -> Command:
     """Add MODEL and how to open it, and keep what the network's code prints off stdout."""
     command = _quiet(command)
     for decorate in (
-        click.option("--device", help="Where to compute, such as cuda:0. Default: cpu."),
+        click.option(
+            "--device",
+            default="auto",
+            show_default=True,
+            help="Where to compute, such as cuda:0 or cpu; auto is the GPU that is there, else the CPU.",
+        ),
         click.option(
             "--dtype",
             type=click.Choice(["float32", "float64", "bfloat16"]),
@@ -233,8 +238,13 @@ class Arguments:
         return list(opened)
 
     def _place_(self, model: nn.Module) -> None:
+        from normfix.devices import AUTO, chosen, described
+
+        device = chosen(self.device)
+        if self.device == AUTO and device is not None and device.type != "cpu":
+            note(f"computing on {described(device)}; --device cpu computes on the CPU")
         try:
-            model.to(device=self.device, dtype=self.torch_dtype())
+            model.to(device=device, dtype=self.torch_dtype())
         except (RuntimeError, AssertionError) as error:
             reason = " ".join(str(error).split())[:160]
             raise NormfixError(

@@ -111,8 +111,8 @@ def profile(
     if not any(cuts):
         return None
     away = _distance(difference.shape[2:], cuts)
-    values = difference.double().amax((0, 1)).flatten()
-    mean = difference.double().mean((0, 1)).flatten()
+    values = difference.double().amax((0, 1)).flatten().cpu()
+    mean = difference.double().mean((0, 1)).flatten().cpu()
     bins = int(away.max()) + 1
     counts = torch.bincount(away.flatten(), minlength=bins).clamp_min(1)
     means = torch.bincount(away.flatten(), weights=mean, minlength=bins) / counts

@@ -7,11 +7,14 @@ graph on them. What the graph calls as a module may be replaced there, which is 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Interpreter
+from torch.fx.node import map_aggregate
 
 from normfix.errors import NormfixError
 
@@ -66,6 +69,15 @@ class Program(nn.Module):
         interpreter.extra_traceback = False
         return interpreter.run(image, *others)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move the tensors, and what the graph makes with them: it names the device that it was exported on."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        state = next(itertools.chain(self.parameters(), self.buffers()), None)
+        if state is not None and state.device.type != "meta":
+            for graph in (self._graph, *(g for m in self.modules() if isinstance(m, Part) for g in m.graphs)):
+                _place_(graph, state.device)
+        return self
+
     def remedy(self) -> str:
         """Return the line that exports the network with free sizes."""
         space = {2: 64, 3: 64}.get(len(self.shape) - 2, 256)
@@ -75,6 +87,16 @@ class Program(nn.Module):
             "Export it again, where the network's source is: torch.export.save(torch.export.export(model.eval(), "
             f"(torch.randn({shape}),), dynamic_shapes=({{{free}}},), strict=False), 'free.pt2')"
         )
+
+
+def _place_(graph: Graph, device: torch.device) -> None:
+    """Let a graph make its tensors on a device."""
+
+    def placed(argument: Any) -> Any:
+        return device if isinstance(argument, torch.device) else argument
+
+    for node in graph.nodes:
+        node.args, node.kwargs = map_aggregate(node.args, placed), map_aggregate(node.kwargs, placed)
 
 
 class Part(nn.Module):

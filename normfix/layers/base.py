@@ -13,6 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from normfix.layers.affine import normalise
+
 __all__ = ["ChannelNorm"]
 
 
@@ -121,14 +123,16 @@ class ChannelNorm(nn.Module):
             )
 
     def _normalize_by_constants(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        # the call nn.BatchNorm makes in eval, one level lower, hence the same bits
-        cudnn = torch.backends.cudnn.enabled
+        # on the CPU and in float64 the call nn.BatchNorm makes in eval, one level lower, hence the same bits
         mean, var = self.running_mean, self.running_var
         if mean is not None and not _mixes(x.dtype, mean.dtype):  # x.float() in a half network
             weight, bias, mean, var = (
                 None if t is None else t.to(x.dtype) for t in (weight, bias, mean, var)
             )
-        return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, self.eps, cudnn)
+        if mean is None or var is None:
+            cudnn = torch.backends.cudnn.enabled
+            return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, self.eps, cudnn)
+        return normalise(x, weight, bias, mean, var, self.eps)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from normfix.layers.base import ChannelNorm
+from normfix.layers.library import corrections, is_for, renormalise
 from normfix.layers.recomputation import Call, keep, recall, remember
 
 __all__ = ["BatchRenorm", "BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d"]
@@ -126,6 +127,8 @@ class BatchRenorm(ChannelNorm):
             )
         if self.running_mean is None or x.numel() == 0:
             return self._normalize_by_batch(x, weight, bias)
+        if weight is not None and bias is not None and is_for(self, x, weight, bias):
+            return renormalise(self, x, weight, bias)
         return self._renormalize(x, weight, bias)
 
     def _normalize_by_batch(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -167,6 +170,8 @@ class BatchRenorm(ChannelNorm):
     def _correct_and_track(self, batch: Moments) -> tuple[Tensor, Tensor]:
         # few operations and look-ups: on small inputs they are what the layer costs
         mean, var, invstd, count = batch
+        if mean.is_cuda and (made := corrections(self, mean, var, count, inverted=False)) is not None:
+            return made.r, made.d
         buffers: dict[str, Any] = self._buffers
         running_mean, running_var = buffers["running_mean"], buffers["running_var"]
         batches, r_max, d_max = buffers["num_batches_tracked"], buffers["r_max"], buffers["d_max"]
@@ -175,7 +180,7 @@ class BatchRenorm(ChannelNorm):
         running_invstd = (running_var.to(mean.dtype) + self.eps).rsqrt()
         r = (running_invstd / invstd).clamp(r_max.reciprocal(), r_max)
         d = ((mean - running_mean) * running_invstd).clamp(-d_max, d_max) * seen
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if torch.compiler.is_dynamo_compiling():  # before torch 2.14 Dynamo takes is_exporting() for true
             r, d = keep(torch.stack((r, d))).unbind()
         batches.add_(1)
         share = batches.to(running_mean.dtype).reciprocal() if self.momentum is None else self.momentum

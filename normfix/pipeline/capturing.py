@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from normfix.calling import Caller
+from normfix.layers.affine import as_in_graphs
 from normfix.numerics import IDENTITY, deviation
 from normfix.rewriting import original_of
 from normfix.streaming import Program, Schedule, Source, captured_program, schedule
@@ -32,11 +33,12 @@ class _Capture:
     def still_holds(self, model: nn.Module, caller: Caller) -> bool:
         """Tell whether the program, with the model's present weights, still computes what the model does."""
         self.program.refresh_(model)
-        expected = tree_leaves(caller(model, self.example))
+        with as_in_graphs():
+            expected = tree_leaves(caller(model, self.example))
         actual = tree_leaves(self.program.body(self.example))[: len(expected)]
         return all(
             a.shape == e.shape
-            and deviation(a, e, float(e.double().std()) or 1.0)[0] <= IDENTITY.get(e.dtype, 0.0)
+            and deviation(a, e, float(e.double().std(correction=0)) or 1.0)[0] <= IDENTITY.get(e.dtype, 0.0)
             for a, e in zip(actual, expected, strict=True)
         )
 

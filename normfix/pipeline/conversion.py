@@ -15,7 +15,7 @@ from normfix.calibration import Calibration, measure_sites_
 from normfix.calling import Caller, buffers_kept, evaluating, home_of
 from normfix.errors import NormfixError
 from normfix.images import Items
-from normfix.numerics import exact_arithmetic
+from normfix.numerics import HALF, exact_arithmetic
 from normfix.pipeline.bases import base_of
 from normfix.pipeline.durations import Announce, Durations, announce_notable, announced_nowhere
 from normfix.pipeline.engines import engine_of
@@ -373,7 +373,9 @@ class _Work:
         if self.summary is not None and self.summary.images != (tuple(image.shape),):
             converted = self.caller.exactly(self._calibrated(self.original, image).eval(), image)
         step = identity(converted, original)
-        if step.status != "failed" or original.dtype == torch.float64:
+        if step.status not in ("passed", "failed") or original.dtype == torch.float64:
+            return step
+        if step.status == "passed" and original.dtype not in HALF:
             return step
         outputs = converted, original
         return repeated_in_double(step, self.original, image, self.caller, outputs, self._calibrated)

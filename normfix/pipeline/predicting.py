@@ -23,6 +23,7 @@ from normfix.pipeline.streamed import (
     Resources,
     measure_streamed_,
     predict_in_stages,
+    tell_fallback,
 )
 from normfix.provenance import provenance_of
 from normfix.rewriting import copy_of, twin_of
@@ -216,6 +217,7 @@ class _Prediction:
             except NormfixError as error:
                 if self.engine in ("stages", "dask") or error.code not in NOT_IN_STAGES:
                     raise
+                tell_fallback("the image is read whole and predicted in tiles", error)
         (whole,) = Wholes([self.image])
         twin = twin_of(model)
         with exact_arithmetic():

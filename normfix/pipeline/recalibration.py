@@ -99,9 +99,9 @@ def calibrate(
             to NF332 of the store; NF333 to NF336 of the cluster; NF137, NF138 and NF139 of the masks; NF140 of
             the sample; NF231 for a statistic without spread.
     """
-    copied = copy_of(model)
-    summary = calibrate_(
-        copied,
+    twin = twin_of(model)  # of the network itself, whose capture is kept
+    summary, targets = _calibrated_(
+        twin,
         images,
         tile,
         mask=mask,
@@ -118,6 +118,8 @@ def calibrate(
         output=output,
         progress=progress,
     )
+    copied = copy_of(model)
+    _take_over_(copied, twin, targets)
     return Calibration(copied, summary)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from normfix.allocation import Stored, bounded_by
 from normfix.calling import Caller, failures
+from normfix.devices import chosen
 from normfix.errors import NormfixError
 from normfix.factories import rebuild
 from normfix.graph import Program
@@ -53,6 +54,7 @@ def load(
     allow_classes: tuple[str, ...] = (),
     weights: str | None = None,
     revision: str | None = None,
+    device: torch.device | str | None = None,
 ) -> nn.Module:
     """Open a folder that normfix saved, or any network `open_model` knows; in eval mode for a folder.
 
@@ -69,14 +71,18 @@ def load(
         allow_classes: classes that a pickle may build, by name or as "package.*".
         weights: which of several sets of weights in the file, such as "ema".
         revision: branch, tag or commit of a repository.
+        device: where the network is put; "auto" is the GPU that is there, else the CPU.
 
     Raises:
-        NormfixError: NF101, NF105, NF108, NF111, NF113, NF115, NF119-NF125: see `normfix explain CODE`.
+        NormfixError: NF101, NF105, NF108, NF111, NF113, NF115, NF119-NF125, and NF116 of the device: see
+            `normfix explain CODE`.
     """
     request = Request(
         arch=arch, arch_args=args, weights=weights, trust_pickle=trust_pickle, allow_classes=allow_classes
     )
-    return open_any(spec, request, model=model, revision=revision).model
+    place = chosen(device)
+    opened = open_any(spec, request, model=model, revision=revision).model
+    return opened if place is None else opened.to(place)
 
 
 def open_any(

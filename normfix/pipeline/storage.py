@@ -176,6 +176,8 @@ def save_program(
 ) -> None:
     """Write a network as a program of one image, which returns all that the network returns."""
     model = twin_of(model)
+    if home_of(model)[0].type != "cpu":
+        model = copy_of(model).cpu()  # a program of the CPU runs everywhere, and can be moved
     run = None if caller.forward_fn is None else caller
     if run is not None:  # the program returns what counts already
         provenance = replace(provenance, output=None)

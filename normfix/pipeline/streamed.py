@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from normfix.streaming import (
     Engine,
     Journal,
     Local,
+    Masked,
     Outlook,
     OutputFile,
     Schedule,
@@ -31,10 +33,12 @@ from normfix.streaming import (
     Statistic,
     Step,
     Store,
+    TensorSource,
     Watch,
     describe,
     execute,
     kept_name,
+    largest_block,
     run_of,
 )
 from normfix.targets import Target, TargetAround
@@ -47,12 +51,18 @@ __all__ = [
     "measure_in_stages_",
     "measure_streamed_",
     "predict_in_stages",
+    "tell_fallback",
 ]
 
 NOT_IN_STAGES = ("NF320", "NF321", "NF322", "NF323", "NF324", "NF325")
 """Codes that say that a network or an image cannot run in stages, while passes over the whole may."""
 
 Progress = Callable[[int, int], None]
+
+_LOG = logging.getLogger("normfix")
+
+_SCRATCH = 3
+"""As many times what is alive in a block on a device its kernels take: their workspaces, float64 copies to measure."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +83,11 @@ class Resources:
         tile = self.extents(len(images[0].shape) - 2)
         sites = [statistic.site for statistic in statistics]
         parts = partial(describe, planned, images, tile, sites)
-        with run_of(self.store, parts, self.budget, shared=self.engine.shared) as given:
+        at_a_time = self.engine.workers if isinstance(self.engine, Local) else 1
+        aside = _SCRATCH * largest_block(planned, tile) * at_a_time
+        with run_of(
+            self.store, parts, self.budget, shared=self.engine.shared, device=planned.device, aside=aside
+        ) as given:
             yield given
 
     def extents(self, ndim: int) -> tuple[int, ...]:
@@ -116,6 +130,8 @@ def measure_streamed_(
     except NormfixError as error:
         if error.code not in NOT_IN_STAGES:
             raise
+        _require_whole(images, error)
+        tell_fallback("statistics are measured in passes over whole images", error)
         summary = measure_in_passes_(model, targets, images, caller, stride, progress)
         return replace(summary, reason=str(error))
 
@@ -171,7 +187,7 @@ def measure_in_stages_(
             tile=resources.extents(ndim),
             store=store,
             statistics=measured,
-            settled=lambda: program.refresh_(model),
+            settled=program.following_(model),
             engine=resources.engine,
             journal=journal,
             watch=resources.watch or _Counted(progress),
@@ -181,6 +197,24 @@ def measure_in_stages_(
         sites=tuple(statistics[target.name] for target in targets),
         engine="stages",
     )
+
+
+def tell_fallback(what: str, error: NormfixError) -> None:
+    """Say on stderr, before it runs, that something else runs than was asked for, and why."""
+    _LOG.warning("%s, for the network cannot run in stages: %s", what, error)
+
+
+def _require_whole(images: Sequence[Source], error: NormfixError) -> None:
+    """Refuse passes over images that were opened by window: as a rule they do not fit."""
+    opened = [image.image if isinstance(image, Masked) else image for image in images]
+    if not all(isinstance(image, TensorSource) for image in opened):
+        raise NormfixError(
+            error.code,
+            f"the network cannot run in stages ({error}), and an image that is read by window is not read whole "
+            "instead. Give images that fit as tensors (without --tile, --budget and --store on the command line), "
+            "or smaller parts of them.",
+            where=error.where,
+        ) from error
 
 
 class StoredTarget(TargetAround):

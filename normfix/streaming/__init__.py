@@ -14,7 +14,7 @@ from normfix.streaming.masks import Masked, counted, mask_of, selected
 from normfix.streaming.outlook import Outlook, Step, Watch
 from normfix.streaming.program import Program, captured_program
 from normfix.streaming.running import Statistic, kept_name
-from normfix.streaming.schedules import Schedule
+from normfix.streaming.schedules import Schedule, largest_block
 from normfix.streaming.scheduling import schedule
 from normfix.streaming.sinks import OutputFile
 from normfix.streaming.sources import Source, TensorSource, values_digest
@@ -47,6 +47,7 @@ __all__ = [
     "describe",
     "execute",
     "kept_name",
+    "largest_block",
     "map_of",
     "mask_of",
     "open_image",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from normfix.devices import moved
 from normfix.errors import NormfixError
 from normfix.streaming.chunks import Seals
 from normfix.streaming.journal import SEALS
@@ -50,12 +51,13 @@ class Read:
     map: Map | None
     shape: tuple[int, ...]
 
-    def window(self, block: Block, size: Sequence[int]) -> Tensor:
-        """Return what a block reads of it."""
+    def window(self, block: Block, size: Sequence[int], device: torch.device) -> Tensor:
+        """Return what a block reads of it, on a device."""
         if self.map is None:
-            return self.kept.read(block.window)  # type: ignore[arg-type]
+            return moved(self.kept.read(block.window), device)  # type: ignore[arg-type]
         spans = self.map.window(block.window, size, self.shape)
-        return self.kept.read(self.map.index(spans, len(self.shape))).contiguous()  # type: ignore[arg-type]
+        kept = self.kept.read(self.map.index(spans, len(self.shape)))  # type: ignore[arg-type]
+        return moved(kept, device).contiguous()
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +135,8 @@ class Part:
 class Work:
     """A stage to be run over blocks; call it with the number of a block.
 
-    `run` computes the values of a block, `parts` are by image, `measures` tell which of the values is measured
-    how, by site.
+    `run` computes the values of a block on `device`, `parts` are by image, `measures` tell which of the values is
+    measured how, by site.
     """
 
     stage: int
@@ -142,12 +144,13 @@ class Work:
     parts: tuple[Part, ...]
     measures: dict[str, tuple[int, Callable[[Tensor], Any]]]
     blocks: tuple[Block, ...]
+    device: torch.device
 
     def __call__(self, number: int) -> dict[str, Any]:
         """Compute one block, write its interior and return what was measured of it, and the seals of its chunks."""
         block = self.blocks[number]
         part = self.parts[block.image]
-        values = [read.window(block, part.size) for read in part.reads]
+        values = [read.window(block, part.size, self.device) for read in part.reads]
         told = [one.extent(block, part.size) for one in part.told]
         with torch.no_grad():
             results = self.run(*values, *told)

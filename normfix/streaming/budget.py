@@ -15,9 +15,13 @@ class Budget:
         self.limit, self.lasting = limit, lasting
         self.used = self.most = self.on_disk = self.most_on_disk = 0
 
+    def fits(self, size: int) -> bool:
+        """Tell whether a value fits in memory beside what is there."""
+        return self.limit is None or self.used + size <= self.limit
+
     def take(self, size: int) -> bool:
         """Reserve room for a value; tell whether it fits in memory."""
-        fits = self.limit is None or self.used + size <= self.limit
+        fits = self.fits(size)
         if fits:
             self.used += size
             self.most = max(self.most, self.used)

@@ -18,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import torch
+
+from normfix.devices import CPU
 from normfix.drafts import TakenError
 from normfix.errors import NormfixError
 from normfix.locks import lock
@@ -116,7 +119,13 @@ def resumable(store: Path | None) -> Iterator[None]:
 
 @contextmanager
 def run_of(
-    store: Path | None, parts: Callable[[], Parts], budget: int | None, *, shared: bool
+    store: Path | None,
+    parts: Callable[[], Parts],
+    budget: int | None,
+    *,
+    shared: bool,
+    device: torch.device = CPU,
+    aside: int = 0,
 ) -> Iterator[tuple[Store, Journal]]:
     """Give a store and a journal for one run: in the job's folder, or in memory where there is no folder.
 
@@ -125,15 +134,18 @@ def run_of(
         parts: what is computed; asked for only where it is written down.
         budget: bytes of memory.
         shared: whether other processes write into the store.
+        device: where blocks are computed.
+        aside: bytes of it that the blocks take.
     """
     if store is None:
-        yield Store(budget), Unwritten()
+        yield Store(budget, device=device, aside=aside), Unwritten()
         return
     with resumable(store):
         job = _CURRENT.get()
         assert job is not None
         with job.run(parts()) as given:
-            yield Store(budget, given.folder, shared=shared, run=given.run), given.journal
+            kept = Store(budget, given.folder, device, aside=aside, shared=shared, run=given.run)
+            yield kept, given.journal
 
 
 def _is_left(job: Job, error: BaseException) -> bool:

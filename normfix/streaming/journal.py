@@ -34,7 +34,11 @@ SEALS = ".seals"
 
 
 class Journal(Protocol):
-    """Which blocks of which stages are whole."""
+    """Which blocks of which stages are whole; `lasts` if a later process will be told."""
+
+    @property
+    def lasts(self) -> bool:
+        """Tell whether it outlives the process."""
 
     def blocks(self, stage: int) -> dict[int, Measured]:
         """Return what was measured of the blocks that are whole, by number."""
@@ -51,6 +55,8 @@ class Journal(Protocol):
 
 class Unwritten:
     """Forgets: the journal of a run that ends with its process."""
+
+    lasts = False
 
     def blocks(self, stage: int) -> dict[int, Measured]:
         """Return nothing; see Journal."""
@@ -74,6 +80,8 @@ class Written:
         path: of the file.
         run: what is computed, as a digest; the journal of another run is not taken for this one's.
     """
+
+    lasts = True
 
     def __init__(self, path: Path, run: str = "") -> None:
         self._path = path

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ def describe(
     value = program.image.meta["val"]
     return {
         "format": _FORMAT,
-        "versions": f"normfix {version('normfix')}, torch {torch.__version__}",
+        "versions": f"normfix {_version()}, torch {torch.__version__}",
         "network": _digest(
             *(stage.run.code for stage in schedule.stages),
             repr(
@@ -50,6 +50,11 @@ def describe(
         "threads": str(torch.get_num_threads()),
         "processor": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def _version() -> str:
+    """Return this package's version; its metadata is not there where the source is run as it lies."""
+    return str(sys.modules[__name__.partition(".")[0]].__version__)
 
 
 def require_same(path: Path, parts: Parts) -> bool:

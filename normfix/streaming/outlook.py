@@ -14,8 +14,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from normfix.calling import refusals
+from normfix.devices import synchronize
 from normfix.streaming.budget import Budget
 from normfix.streaming.stages import extent_of
 from normfix.tiles import round_up
@@ -172,6 +174,9 @@ def _seconds_after(node: Node, result: Tensor, stage: Stage, run: Run) -> float:
 def _seconds(call: Callable[[], Any]) -> tuple[Any, float]:
     start = time.perf_counter()
     result = call()
+    for leaf in tree_leaves(result):
+        if isinstance(leaf, torch.Tensor):
+            synchronize(leaf.device)
     return result, time.perf_counter() - start
 
 

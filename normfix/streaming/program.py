@@ -11,7 +11,7 @@ write into what it reads. Asserts on sizes drop out: nothing that counts depends
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -53,6 +53,14 @@ class Program:
     image: Node
     outputs: tuple[Node, ...]
     cuts: tuple[Cut, ...]
+    known: dict[tuple[int, ...], Shapes] = field(default_factory=dict, compare=False, repr=False)
+    """Shapes by the size of the image: finding them takes as long as a pass."""
+
+    @property
+    def device(self) -> torch.device:
+        """Return where it computes."""
+        found: torch.device = self.image.meta["val"].device
+        return found
 
     def shapes(self, size: Sequence[int]) -> Shapes:
         """Return the shape of every tensor for an image of this shape (N, C, *space), without computing any.
@@ -60,8 +68,14 @@ class Program:
         Raises:
             NormfixError: NF321 if the program does not take the size.
         """
+        size = tuple(size)
+        if size not in self.known:
+            self.known[size] = self._shapes(size)
+        return self.known[size]
+
+    def _shapes(self, size: tuple[int, ...]) -> Shapes:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, silence():
-            image = torch.empty(tuple(size), dtype=self.image.meta["val"].dtype)
+            image = torch.empty(size, dtype=self.image.meta["val"].dtype, device=self.device)
             recorder = _Recorder(self.body)
             try:
                 recorder.run(mode.from_tensor(image))
@@ -76,12 +90,25 @@ class Program:
 
     def refresh_(self, model: nn.Module) -> None:
         """Take the network's state over from the model, after its statistics were set."""
-        theirs = dict(_state(model))
-        with torch.no_grad():
-            for name, mine in (*self.body.named_parameters(), *self.body.named_buffers()):
-                given = theirs.get(name.removeprefix(f"{WRAPPED}."))
-                if given is not None and given.shape == mine.shape:
-                    mine.copy_(given)
+        self.following_(model)()
+
+    def following_(self, model: nn.Module) -> Callable[[], None]:
+        """Return what takes the state over from the model, however often: its tensors are written in place meanwhile.
+
+        Tensors of one device are copied in few launches.
+        """
+        theirs, pairs = dict(_state(model)), []
+        for name, mine in (*self.body.named_parameters(), *self.body.named_buffers()):
+            given = theirs.get(name.removeprefix(f"{WRAPPED}."))
+            if given is not None and given.shape == mine.shape:
+                pairs.append((mine, given))
+
+        def take() -> None:
+            if pairs:
+                with torch.no_grad():
+                    torch._foreach_copy_([mine for mine, _ in pairs], [given for _, given in pairs])
+
+        return take
 
 
 def captured_program(model: nn.Module, run: Run, example: Tensor, sites: Sequence[str]) -> Program:

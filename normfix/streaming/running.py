@@ -93,6 +93,15 @@ class Run:
                 if clock is not None:
                     clock.tick(stage.number, len(measured), len(work.blocks))
         self._settle(stage, work, measured)
+        if self.journal.lasts:
+            self._compare(stage, digest)
+        for node in self.schedule.done_after(stage):
+            for image in range(len(self.images)):
+                self.earlier.pop(_name(image, node), None)
+                self.store.free(_name(image, node))
+
+    def _compare(self, stage: Stage, digest: str | None) -> None:
+        """Write the statistics' digest down, or compare it with what an earlier process wrote."""
         now = _digest(self.schedule.program)
         if digest is None:
             self.journal.settle(stage.number, now)
@@ -102,10 +111,6 @@ class Run:
                 "its statistics are not those that were measured before. Delete the unfinished run to start anew.",
                 where=f"stage {stage.number}",
             )
-        for node in self.schedule.done_after(stage):
-            for image in range(len(self.images)):
-                self.earlier.pop(_name(image, node), None)
-                self.store.free(_name(image, node))
 
     def blocks(self, stage: Stage) -> list[Block]:
         """Return the blocks of a stage, image by image."""
@@ -158,7 +163,7 @@ class Run:
             if site in self.statistics
         }
         parts = tuple(self._part(stage, image) for image in range(len(self.images)))
-        return Work(stage.number, stage.run, parts, measures, tuple(self.blocks(stage)))
+        return Work(stage.number, stage.run, parts, measures, tuple(self.blocks(stage)), self.schedule.device)
 
     def _part(self, stage: Stage, image: int) -> Part:
         shapes, maps = self.shapes[image], self.schedule.maps.maps

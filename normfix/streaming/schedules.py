@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Node
 
 from normfix.streaming.budget import Budget
@@ -15,17 +16,18 @@ from normfix.streaming.reach import Reach
 from normfix.streaming.stages import Stage
 from normfix.tiles import round_up
 
-__all__ = ["Schedule", "block_extents", "forecast"]
+__all__ = ["Schedule", "block_extents", "forecast", "largest_block"]
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """A program cut into stages, each with its reach."""
+    """A program cut into stages, each with its reach, and where the stages compute."""
 
     program: Program
     maps: Maps
     stages: tuple[Stage, ...]
     reaches: tuple[Reach, ...]
+    device: torch.device
 
     def done_after(self, stage: Stage) -> list[Node]:
         """Return the stored values that no stage after this one reads."""
@@ -48,6 +50,15 @@ def block_extents(schedule: Schedule, tile: Sequence[int]) -> list[tuple[int, ..
             factor *= 2
         extents.append(tuple(round_up(n * factor, g) for n, g in zip(tile, reach.grid, strict=True)))
     return extents
+
+
+def largest_block(schedule: Schedule, tile: Sequence[int]) -> int:
+    """Return what the heaviest block takes while it is computed, with what it reads and gives, about, in bytes."""
+    pixels = (
+        math.prod(n + sum(halo) for n, halo in zip(extents, reach.halo, strict=True))
+        for extents, reach in zip(block_extents(schedule, tile), schedule.reaches, strict=True)
+    )
+    return int(max(stage.weight * n for stage, n in zip(schedule.stages, pixels, strict=True)))
 
 
 def forecast(

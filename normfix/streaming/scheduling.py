@@ -57,7 +57,7 @@ def schedule(
     stages = cut(program, maps, shapes, cuts=program.cuts, measured=measured, outputs=outputs)
     with exact_arithmetic():
         reaches = tuple(measure_reach(stage, maps, shapes, program.image) for stage in stages)
-        planned = Schedule(program, maps, tuple(stages), reaches)
+        planned = Schedule(program, maps, tuple(stages), reaches, program.device)
         for axis in range(len(stride)):
             difference = max(
                 largest_difference(planned, size) for size in _probe_sizes(planned, stride, axis, ragged)
@@ -80,6 +80,7 @@ def largest_difference(planned: Schedule, size: Sequence[int]) -> float:
     image = torch.randn(tuple(size), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     wide = replace(
         planned,
+        device=torch.device("cpu"),
         stages=tuple(replace(stage, run=in_dtype(stage.run, torch.float64)) for stage in planned.stages),
     )
     found: dict[Node, _Whole] = {}

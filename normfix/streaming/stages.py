@@ -18,6 +18,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from normfix.errors import NormfixError
+from normfix.layers.affine import normalise
 from normfix.streaming.maps import Maps
 from normfix.streaming.program import Cut, Program, Shapes, is_tensor_node
 from normfix.streaming.reuse import reuse_
@@ -229,6 +230,8 @@ def _stage(
         copies[node] = graph.node_copy(node, lambda n: copies[n])
     graph.output(tuple(copies[n] for n in gives))
     reuse_(graph)
+    if program.device.type != "cpu":
+        _multiply_(graph)
     graph.lint()
     ndim = len(maps.maps[program.image].dims)
     values = [n for n in (*order, *reads) if n in maps.moving]
@@ -244,6 +247,19 @@ def _stage(
         grid=maps.grid(values, ndim),
         weight=_weight(order, reads, gives, shapes) / math.prod(shapes[program.image][2:]),
     )
+
+
+def _multiply_(graph: Graph) -> None:
+    """Let norms by constants be computed as the layers compute them; see normfix.layers.affine."""
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.batch_norm.default and len(node.args) == _BATCH_NORM:
+            x, weight, bias, mean, var, training, _, eps, _ = node.args
+            if not training and mean is not None and var is not None:
+                node.target, node.args = normalise, (x, weight, bias, mean, var, eps)
+
+
+_BATCH_NORM = 9
+"""Arguments of aten.batch_norm."""
 
 
 def _inside(

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from normfix.devices import CPU, Landing, room
 from normfix.errors import NormfixError
 from normfix.streaming.budget import Budget
 from normfix.streaming.chunks import Chunked, Seals
@@ -40,7 +41,8 @@ class Store:
     Args:
         budget: bytes of memory; None is no limit.
         folder: where values are kept on disk; what is there already under a value's name is continued.
-        device: of what is read.
+        device: where values are kept while they fit there; the others are in the host's memory, and come from there.
+        aside: bytes of the device to leave free for the blocks that are computed.
         shared: other processes write too, so nothing is read from this one's memory.
         run: what is computed, as a digest; a chunk of another run is no value of this one.
     """
@@ -51,11 +53,14 @@ class Store:
         folder: Path | None = None,
         device: torch.device | str = "cpu",
         *,
+        aside: int = 0,
         shared: bool = False,
         run: str = "",
     ) -> None:
         self._run = run
         self._folder, self._device = folder, torch.device(device)
+        self._there = Budget(_most_there(self._device, budget, aside))
+        self._on_device: dict[str, int] = {}
         self._limit = 0 if shared else budget
         self._sizes: dict[str, tuple[bool, int]] = {}
         self._kept: dict[str, Kept] = {}
@@ -110,20 +115,22 @@ class Store:
         kept = self._kept.pop(name)
         fits, size = self._sizes.pop(name)
         self.budget.give(size, fits)
-        if not isinstance(kept, _InMemory):
+        if name in self._on_device:
+            self._there.give(self._on_device.pop(name), in_memory=True)
+        if not isinstance(kept, _InMemory | _OnHost):
             _on_disk(kept).delete()
 
     def seal(self, seals: Mapping[str, str]) -> None:
         """Take over the seals of chunks that were written elsewhere or before; see Chunked."""
         for place, seal in seals.items():
             kept = self._kept.get(place.partition("/")[0])
-            if kept is not None and not isinstance(kept, _InMemory):
+            if kept is not None and not isinstance(kept, _InMemory | _OnHost):
                 _on_disk(kept).seal({place: seal})
 
     def whole(self, name: str, index: Index) -> bool:
         """Tell whether all of a window is there that an earlier process wrote."""
         kept = self._kept[name]
-        return not isinstance(kept, _InMemory) and _on_disk(kept).whole(index)
+        return not isinstance(kept, _InMemory | _OnHost) and _on_disk(kept).whole(index)
 
     def _created(
         self, name: str, shape: Sequence[int], dtype: torch.dtype, chunks: Sequence[int], fits: bool
@@ -131,11 +138,22 @@ class Store:
         if self._folder is None:
             if not fits:
                 raise self._too_small(self._sizes[name][1])
-            return _InMemory(shape, dtype, self._device)
-        lasting = Chunked(self._folder / name, shape, dtype, chunks, self._device, self._run)
+            return self._in_memory(name, shape, dtype)
+        lasting = Chunked(self._folder / name, shape, dtype, chunks, CPU, self._run)
         if lasting.create() and fits:
-            return _InBoth(_InMemory(shape, dtype, self._device), lasting)
+            return _InBoth(self._in_memory(name, shape, dtype), lasting)
         return lasting
+
+    def _in_memory(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> _InMemory | _OnHost:
+        """Make room on the device, else in the host's memory."""
+        size = self._sizes[name][1]
+        if self._device.type == "cpu":
+            return _InMemory(shape, dtype, CPU)
+        if not self._there.fits(size):
+            return _OnHost(shape, dtype)
+        self._there.take(size)
+        self._on_device[name] = size
+        return _InMemory(shape, dtype, self._device)
 
     def _too_small(self, size: int) -> NormfixError:
         return NormfixError(
@@ -157,10 +175,23 @@ class _InMemory:
         self._array[index] = value
 
 
+class _OnHost:
+    """Is in the host's memory, and written by a device."""
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self._landing = Landing(torch.empty(tuple(shape), dtype=dtype))
+
+    def read(self, index: Index) -> Tensor:
+        return self._landing.read(index)
+
+    def write(self, index: Index, value: Tensor) -> None:
+        self._landing.write(index, value)
+
+
 class _InBoth:
     """Is written to disk and to memory, and read from memory."""
 
-    def __init__(self, memory: _InMemory, disk: Chunked) -> None:
+    def __init__(self, memory: _InMemory | _OnHost, disk: Chunked) -> None:
         self._memory, self.disk = memory, disk
 
     def read(self, index: Index) -> Tensor:
@@ -175,6 +206,17 @@ def _on_disk(kept: Kept) -> Chunked:
     found = kept.disk if isinstance(kept, _InBoth) else kept
     assert isinstance(found, Chunked)
     return found
+
+
+_SHARE = 0.8
+"""Of what a device has free, the part that values between stages may take: other programs are there too."""
+
+
+def _most_there(device: torch.device, budget: int | None, aside: int) -> int | None:
+    """Return how many bytes of a device hold values between stages: within the budget, and beside the blocks."""
+    free = room(device)
+    limits = [n for n in (budget, None if free is None else int(free * _SHARE)) if n is not None]
+    return max(0, min(limits) - aside) if limits else None
 
 
 def _bytes_in(folder: Path) -> int:

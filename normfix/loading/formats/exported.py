@@ -53,13 +53,17 @@ _BYTES = {
     ScalarType.UINT16: 2,
     ScalarType.INT: 4,
     ScalarType.FLOAT: 4,
-    ScalarType.UINT32: 4,
     ScalarType.COMPLEXHALF: 4,
     ScalarType.LONG: 8,
     ScalarType.DOUBLE: 8,
-    ScalarType.UINT64: 8,
     ScalarType.COMPLEXFLOAT: 8,
     ScalarType.COMPLEXDOUBLE: 16,
+    # what older releases of torch cannot write
+    **{
+        getattr(ScalarType, name): size
+        for name, size in (("UINT32", 4), ("UINT64", 8))
+        if hasattr(ScalarType, name)
+    },
 }
 
 

@@ -1,0 +1,337 @@
+"""Time normfix on a GPU as ratios, by CUDA events, A and B interleaved, and print the tables of docs/gpu.md.
+
+Run: python benchmarks/gpu.py [--rounds 15] [--scale 1]. Needs torch and nothing else; about three minutes. Each number is
+the median over rounds of time(A) / time(B), where B is named in the heading.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import normfix
+from normfix.layers import BatchRenorm2d, BatchRenorm3d, FrozenNorm2d, FrozenNorm3d
+from normfix.lowering import fold, lower
+from normfix.numerics import exact_arithmetic
+
+GPU = torch.device("cuda")
+EVAL = [(1, 16, 1024, 1344), (1, 64, 512, 512), (8, 32, 256, 256), (1, 8, 128, 128, 128)]
+TRAIN = [(8, 32, 256, 256), (4, 64, 512, 512), (16, 128, 64, 64), (2, 256, 32, 32), (2, 32, 64, 128, 128)]
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--scale", type=int, default=1, help="divide extents; above 1 only tries the program")
+    parser.add_argument("--only", default="", help="names of tables, by comma")
+    given = parser.parse_args()
+    torch.manual_seed(0)
+    print(f"{_machine()}, torch {torch.__version__}; {given.rounds} rounds, medians\n")
+    tables: dict[str, Callable[[int, int], None]] = {
+        "eval": eval_layers,
+        "train": train_layers,
+        "networks": networks,
+        "steps": steps,
+        "compiled": compiled,
+        "stages": stages,
+        "tf32": tf32,
+    }
+    for name, table in tables.items():
+        if given.only and name not in given.only.split(","):
+            continue
+        start = time.perf_counter()
+        try:
+            table(given.rounds, given.scale)
+        except Exception:  # noqa: BLE001 - one table that fails does not take the others along
+            traceback.print_exc()
+        print(f"\n({name}: {time.perf_counter() - start:.0f} s)\n", flush=True)
+
+
+def eval_layers(rounds: int, scale: int) -> None:
+    print("## Normalisation by constants, relative to a copy of its operand\n")
+    rows = []
+    for shape in _scaled(EVAL, scale):
+        for format_ in (torch.contiguous_format, FORMATS[len(shape)]):
+            for dtype in (torch.float32, torch.float16):
+                x = torch.randn(shape, device=GPU, dtype=dtype).to(memory_format=format_)
+                c, three = shape[1], len(shape) == 5
+                layers = [
+                    (nn.InstanceNorm3d if three else nn.InstanceNorm2d)(c, affine=True),
+                    (nn.BatchNorm3d if three else nn.BatchNorm2d)(c),
+                    (FrozenNorm3d if three else FrozenNorm2d)(c),
+                ]
+                layers = [layer.to(GPU, dtype).eval() for layer in layers]
+                with torch.no_grad():
+                    found = timed([x.clone, *(lambda layer=layer: layer(x) for layer in layers)], rounds)
+                rows.append([_shape(shape), _format(format_), _name(dtype), *_over(found), _ms(found[0])])
+    _table(["shape", "format", "dtype", "InstanceNorm", "BatchNorm", "FrozenNorm", "copy, ms"], rows)
+
+
+def train_layers(rounds: int, scale: int) -> None:
+    print("## BatchRenorm over nn.BatchNorm, forward and backward (BatchNorm in ms)\n")
+    rows = []
+    for shape in _scaled(TRAIN, scale):
+        row = [_shape(shape)]
+        for kind in ("float32", "channels_last", "bfloat16 autocast"):
+            dtype = torch.bfloat16 if "16" in kind else torch.float32
+            x = torch.randn(shape, device=GPU, dtype=dtype)
+            if kind == "channels_last":
+                x = x.to(memory_format=FORMATS[len(shape)])
+            x.requires_grad_()
+            three = len(shape) == 5
+            pair = [
+                (nn.BatchNorm3d if three else nn.BatchNorm2d)(shape[1]).to(GPU),
+                (BatchRenorm3d if three else BatchRenorm2d)(shape[1]).to(GPU),
+            ]
+            grad = torch.randn_like(x)
+            found = timed([lambda layer=layer: layer(x).backward(grad) for layer in pair], rounds)
+            row.append(f"{found[1] / found[0]:.2f} ({found[0]:.2f})")
+        rows.append(row)
+    _table(["shape", "float32", "channels_last", "bfloat16 autocast"], rows)
+
+
+class UNet(nn.Module):
+    """Four levels of two convolutions, norms and ReLUs."""
+
+    def __init__(self, dims: int, norm: Callable[[int], nn.Module], width: int = 16) -> None:
+        super().__init__()
+        conv = nn.Conv3d if dims == 3 else nn.Conv2d
+        self.pool = (nn.MaxPool3d if dims == 3 else nn.MaxPool2d)(2)
+        self.up = nn.Upsample(scale_factor=2)
+
+        def block(a: int, b: int) -> nn.Sequential:
+            parts = ([conv(n, b, 3, padding=1), norm(b), nn.ReLU()] for n in (a, b))
+            return nn.Sequential(*(layer for part in parts for layer in part))
+
+        widths = [width << i for i in range(4)]
+        self.down = nn.ModuleList(block(a, b) for a, b in zip([1, *widths], widths, strict=False))
+        self.join = nn.ModuleList(block(a + b, a) for a, b in zip(widths, widths[1:], strict=False))
+        self.head = conv(width, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skips = []
+        for level, block in enumerate(self.down):
+            x = block(self.pool(x) if level else x)
+            skips.append(x)
+        x = skips.pop()
+        for block in reversed(self.join):
+            x = block(torch.cat([skips.pop(), self.up(x)], 1))
+        return self.head(x)
+
+
+def unet(dims: int, kind: str, width: int = 16) -> nn.Module:
+    two = {
+        "instance": lambda c: nn.InstanceNorm2d(c, affine=True),
+        "batch": nn.BatchNorm2d,
+        "renorm": BatchRenorm2d,
+        "frozen": FrozenNorm2d,
+    }
+    three = {
+        "instance": lambda c: nn.InstanceNorm3d(c, affine=True),
+        "batch": nn.BatchNorm3d,
+        "renorm": BatchRenorm3d,
+        "frozen": FrozenNorm3d,
+    }
+    torch.manual_seed(0)
+    return UNet(dims, (three if dims == 3 else two)[kind], width).to(GPU)
+
+
+def networks(rounds: int, scale: int) -> None:
+    print("## A U-Net of 14 norms, width 16, forward, relative to the original with InstanceNorm\n")
+    rows = []
+    for dims, size in ((2, (1024, 1344)), (3, (128, 128, 128))):
+        size = tuple(n // scale for n in size)
+        x = torch.randn(1, 1, *size, device=GPU)
+        original, frozen = unet(dims, "instance").eval(), unet(dims, "frozen").eval()
+        small = torch.randn(1, 1, *(32,) * dims, device=GPU)
+        forms = [original, frozen, lower(frozen).model, fold(frozen, small).model]
+        for last in (False, True):
+            image = x
+            if last:
+                image = x.to(memory_format=FORMATS[dims + 2])
+                forms = [form.to(memory_format=FORMATS[dims + 2]) for form in forms]
+            with torch.no_grad():
+                found = timed([lambda form=form: form(image) for form in forms], rounds)
+            name = "channels_last" if last else "contiguous"
+            rows.append([f"{dims}D", name, *_over(found), _ms(found[0])])
+    _table(["", "format", "frozen", "lowered to BatchNorm", "folded", "original, ms"], rows)
+
+
+def steps(rounds: int, scale: int) -> None:
+    print("## A whole training step of that U-Net, BatchRenorm over BatchNorm\n")
+    rows = []
+    for dims, shape in ((2, (8, 1, 256, 256)), (3, (2, 1, 64, 128, 128))):
+        shape = (*shape[:2], *(n // scale for n in shape[2:]))
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(shape, device=GPU)
+            found = timed([_step(unet(dims, kind), x, dtype) for kind in ("batch", "renorm")], rounds)
+            rows.append([f"{dims}D", _name(dtype), f"{found[1] / found[0]:.2f}", _ms(found[0])])
+    _table(["", "dtype", "ratio", "BatchNorm, ms"], rows)
+
+
+def compiled(rounds: int, scale: int) -> None:
+    print("## A compiled training step, BatchRenorm over BatchNorm\n")
+    x = torch.randn(8, 1, 256 // scale, 256 // scale, device=GPU)
+    pair = [torch.compile(unet(2, kind)) for kind in ("batch", "renorm")]
+    found = timed([_step(network, x, torch.float32) for network in pair], rounds)
+    print(f"2D float32: {found[1] / found[0]:.2f} (BatchNorm {found[0]:.2f} ms)")
+
+
+def _step(network: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(network.parameters(), 1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
+            loss = network(x).float().square().mean()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def stages(rounds: int, scale: int) -> None:
+    print("## Whole images in parts, relative to the untiled forward pass\n")
+    rows = []
+    for dims, n, tile in ((2, 4096, 1024), (3, 192, 96)):
+        n, tile = n // scale, tile // scale
+        image = torch.rand(1, 1, *(n,) * dims, device=GPU) * torch.linspace(0.2, 2, n, device=GPU)
+        network = unet(dims, "instance").eval()
+        done = normfix.convert(network, image[(..., *(slice(0, 64 if dims == 3 else 256),) * dims)])
+        model = done.model
+        start = time.perf_counter()
+        normfix.calibrate(model, image, tile=tile)
+        first = time.perf_counter() - start
+        torch.cuda.reset_peak_memory_stats()
+        with torch.no_grad(), exact_arithmetic():
+            whole = timed([lambda: model(image)], 5)[0]  # noqa: B023
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        calls: dict[str, Callable[[], Any]] = {
+            "calibrate": lambda: normfix.calibrate(model, image, tile=tile),  # noqa: B023
+            "predict in stages": lambda: normfix.predict(model, image, tile, engine="stages"),  # noqa: B023
+            "predict in tiles": lambda: normfix.predict(model, image, tile, engine="tiles"),  # noqa: B023
+        }
+        row = [f"{dims}D, {n}", _ms(whole), f"{peak:.1f} GiB"]
+        for call in calls.values():
+            call()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            found = wall(call, 3)
+            most = (torch.cuda.max_memory_allocated() - before) / 2**30
+            row.append(f"{1000 * found / whole:.1f} ({most:.2f} GiB)")
+        rows.append([*row, f"{first:.1f} s"])
+    heads = [
+        "image",
+        "untiled, ms",
+        "its peak",
+        "calibrate in stages",
+        "predict in stages",
+        "in tiles",
+        "first use",
+    ]
+    _table(heads, rows)
+
+
+def tf32(rounds: int, scale: int) -> None:
+    print("## How far a plain forward is from exact float32 with cuDNN's TF32, in sd\n")
+    for dims, size in ((2, (512, 512)), (3, (64, 64, 64))):
+        x = torch.rand(1, 1, *(n // scale for n in size), device=GPU)
+        network = unet(dims, "instance").eval()
+        with torch.no_grad():
+            plain = network(x)
+            with exact_arithmetic():
+                exact = network(x)
+        print(f"{dims}D: {float((plain - exact).abs().max() / exact.std()):.1e}")
+
+
+def timed(calls: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
+    """Return the median milliseconds of each call, in turn, each repeated to take about 3 ms."""
+    repeats = []
+    for call in calls:
+        for _ in range(3):
+            call()
+        once = _events(call, 1)
+        repeats.append(max(1, min(20, int(3 / max(once, 1e-3)))))
+    found: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for times, call, n in zip(found, calls, repeats, strict=True):
+            times.append(_events(call, n) / n)
+    return [statistics.median(times) for times in found]
+
+
+def _events(call: Callable[[], Any], repeats: int) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def wall(call: Callable[[], Any], rounds: int) -> float:
+    """Return the median seconds of a call by the host's clock."""
+    found = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def _scaled(shapes: Iterable[tuple[int, ...]], scale: int) -> list[tuple[int, ...]]:
+    return [(n, c, *(max(8, e // scale) for e in space)) for n, c, *space in shapes]
+
+
+def _over(found: Sequence[float]) -> list[str]:
+    return [f"{time_ / found[0]:.2f}" for time_ in found[1:]]
+
+
+def _ms(milliseconds: float) -> str:
+    return f"{milliseconds:.3f}" if milliseconds < 1 else f"{milliseconds:.1f}"
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _format(format_: torch.memory_format) -> str:
+    return "contiguous" if format_ == torch.contiguous_format else "channels_last"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    print("| " + " | ".join(heads) + " |")
+    print("|" + " --- |" * len(heads))
+    for row in rows:
+        print("| " + " | ".join(row) + " |", flush=True)
+
+
+def _machine() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0]
+    except OSError:
+        driver = "?"
+    return f"{torch.cuda.get_device_name()}, driver {driver}"
+
+
+if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        raise SystemExit("there is no CUDA GPU")
+    main()

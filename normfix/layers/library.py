@@ -1,0 +1,179 @@
+"""BatchRenorm on a GPU in the time of batch norm: its vectors in one launch, and cuDNN's passes over the values.
+
+    forward    xhat * weight + bias       by cuDNN, which takes the statistics on the way
+               y = that * r + (bias + weight * d - bias * r)      in place, once r and d are known
+    backward   cuDNN's, with weight * r: r and d carry no gradient, so it *is* batch norm's with that weight
+
+What cuDNN does not take (bfloat16, no affine, rank 2) goes the way of normfix.layers.batchrenorm, its vectors in one
+launch where Triton is. Without Triton the vectors are torch's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from normfix.layers.affine import kernels_of
+from normfix.layers.recomputation import Call, recall, remember
+
+if TYPE_CHECKING:
+    from normfix.layers.batchrenorm import BatchRenorm
+
+__all__ = ["Corrections", "corrections", "is_for", "renormalise"]
+
+_FEWEST_DIMENSIONS = 3
+
+
+class Corrections(NamedTuple):
+    """r, d and what follows from them, all (c,): see normfix.layers.kernels."""
+
+    r: Tensor
+    d: Tensor
+    scale: Tensor
+    rest: Tensor
+    var: Tensor
+
+
+class Pass(NamedTuple):
+    """What batch norm's forward leaves: its output, and what its backward wants."""
+
+    output: Tensor
+    mean: Tensor
+    invstd: Tensor
+    reserve: Tensor
+    library: int
+
+
+def is_for(layer: BatchRenorm, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Tell whether cuDNN's batch norm takes this, and nothing follows what is computed but autograd."""
+    return (
+        x.is_cuda
+        and x.dtype == torch.float32
+        and x.dim() >= _FEWEST_DIMENSIONS
+        and x.numel() < 1 << 31
+        and weight is not None
+        and bias is not None
+        and torch.backends.cudnn.enabled
+        and _takes(layer, x, weight, bias)
+    )
+
+
+def corrections(
+    layer: BatchRenorm,
+    mean: Tensor,
+    spread: Tensor,
+    count: int | Tensor,
+    affine: tuple[Tensor | None, Tensor | None] = (None, None),
+    *,
+    inverted: bool,
+) -> Corrections | None:
+    """Compute the corrections and track the batch in one launch; None where that cannot be."""
+    weight, bias = affine
+    if isinstance(count, Tensor) or not mean.is_cuda or not _takes(layer, mean, weight, bias):
+        return None
+    kernels = kernels_of(mean.device)
+    if kernels is None or mean.numel() > kernels.MOST:
+        return None
+    buffers: dict[str, Any] = layer._buffers
+    running = tuple(buffers[name] for name in ("running_mean", "running_var", "num_batches_tracked"))
+    found = kernels.corrected(
+        mean,
+        spread,
+        running,
+        (buffers["r_max"], buffers["d_max"]),
+        affine,
+        inverted=inverted,
+        eps=layer.eps,
+        count=count,
+        momentum=layer.momentum,
+    )
+    return Corrections(*(found[i] for i in range(len(Corrections._fields))))  # unbind takes ten times as long
+
+
+def renormalise(layer: BatchRenorm, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Normalise as BatchRenorm does, by cuDNN."""
+    with torch.no_grad():
+        found = Pass(*_FORWARD(x, weight, bias, None, None, True, 0.0, layer.eps, True))
+        call = recall(layer, found.mean, _variance(found, layer.eps)) if _repeats() else None
+        if call is not None:
+            made = _of(call, weight, bias)
+        else:
+            count = x.numel() // x.shape[1]
+            made = corrections(
+                layer, found.mean, found.invstd, count, (weight, bias), inverted=True
+            ) or _by_torch(layer, found, count, weight, bias)
+    repeated = call is not None
+    call = call or Call(mean=found.mean, var=made.var, r=made.r, d=made.d)
+    y: Tensor = _ByLibrary.apply(x, weight, bias, found, made, call, layer.eps)
+    if not repeated:
+        remember(layer, call, held_by_graph=y.requires_grad)
+    return y
+
+
+_FORWARD = torch.ops.aten._batch_norm_impl_index.default
+_BACKWARD = torch.ops.aten._batch_norm_impl_index_backward.default
+
+
+def _of(call: Call, weight: Tensor, bias: Tensor) -> Corrections:
+    rest = torch.addcmul(bias, weight, call.d).addcmul_(bias, call.r, value=-1)
+    return Corrections(call.r, call.d, weight * call.r, rest, call.var)
+
+
+def _variance(found: Pass, eps: float) -> Tensor:
+    return found.invstd.square().reciprocal_().sub_(eps).clamp_(min=0)
+
+
+def _repeats() -> bool:
+    """Tell whether a backward is under way, in which calls may be repeated."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _by_torch(layer: BatchRenorm, found: Pass, count: int, weight: Tensor, bias: Tensor) -> Corrections:
+    from normfix.layers.batchrenorm import Moments
+
+    var = _variance(found, layer.eps)
+    r, d = layer._correct_and_track(Moments(found.mean, var, found.invstd, count))
+    rest = torch.addcmul(bias, weight, d).addcmul_(bias, r, value=-1)
+    return Corrections(r, d, weight * r, rest, var)
+
+
+def _takes(layer: BatchRenorm, *tensors: Tensor | None) -> bool:
+    buffers: dict[str, Any] = layer._buffers
+    statistics = (buffers["running_mean"], buffers["running_var"])
+    return all(
+        t is None or (t.dtype == torch.float32 and t.is_cuda) for t in (*tensors, *statistics)
+    ) and not (torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None)
+
+
+class _ByLibrary(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        found: Pass,
+        made: Corrections,
+        call: Call,
+        eps: float,
+    ) -> Tensor:
+        r, d, scale, rest, _ = made
+        ctx.save_for_backward(x, weight, found.mean, found.invstd, found.reserve, r, d, scale)
+        ctx.eps, ctx.call, ctx.library = eps, call, found.library
+        shape = (1, -1, *(1,) * (x.dim() - 2))
+        y = found.output
+        return torch.addcmul(rest.view(shape), y, r.view(shape), out=y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, invstd, reserve, r, d, scale = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # to be differentiated again
+            scale = weight * r
+        grad_x, grad_scale, grad_shift = _BACKWARD(
+            ctx.library, x, grad, scale, None, None, mean, invstd, True, ctx.eps, [True] * 3, reserve
+        )
+        grad_weight = torch.addcmul(grad_scale * r, grad_shift, d) if needs_weight else None
+        return grad_x if needs_x else None, grad_weight, grad_shift if needs_bias else None, *[None] * 4

@@ -1,0 +1,541 @@
+"""Every command and function on a GPU; needs torch, numpy, safetensors, click, rich and pytest, nothing else."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cuda_networks import Branching, small, uneven
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+import normfix
+from normfix.devices import accelerator
+from normfix.layers import BatchRenorm2d, BatchRenorm3d, FrozenNorm2d, FrozenNorm3d
+from normfix.layers.recomputation import Call
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU"),
+]
+
+GPU = torch.device("cuda", 0)
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(scope="module")
+def image():
+    return uneven(192, 256)
+
+
+@pytest.fixture(scope="module")
+def converted(image):
+    return normfix.convert(small().to(GPU), image.to(GPU))
+
+
+@pytest.fixture(scope="module")
+def reference(image):
+    """The same conversion on the CPU."""
+    return normfix.convert(small(), image)
+
+
+def statistics(model):
+    return {
+        name: value.double().cpu()
+        for name, value in model.state_dict().items()
+        if name.split(".")[-1] in RUNNING
+    }
+
+
+RUNNING = ("running_mean", "running_var")
+
+
+def worst(ours, theirs):
+    """Return the largest difference of means in sd, and of variances relative to them."""
+    found = 0.0
+    for name, mean in theirs.items():
+        if name.endswith("running_mean"):
+            var = theirs[name.replace("running_mean", "running_var")]
+            found = max(found, float(((ours[name] - mean).abs() / (var + 1e-5).sqrt()).max()))
+        else:
+            found = max(found, float(((ours[name] - mean).abs() / (mean + 1e-5)).max()))
+    return found
+
+
+def deviation(a, b):
+    return float((a.double().cpu() - b.double().cpu()).abs().max() / b.double().std())
+
+
+# What is found, and proved
+
+
+def test_scan_finds_what_it_finds_on_the_cpu(image, converted, reference):
+    """Sites, stride and halo do not depend on the device."""
+    here, there = normfix.scan(small(), image), normfix.scan(small().to(GPU), image.to(GPU))
+    assert [s.id for s in here.sites] == [s.id for s in there.sites]
+    assert here.halo == there.halo
+    assert here.stride == there.stride
+    assert [d.action for d in normfix.plan(here).decisions] == [
+        d.action for d in normfix.plan(there).decisions
+    ]
+
+
+def test_convert_proves_with_tf32_allowed(converted):
+    """The proof passes whatever the process allows, and the network stays where it was."""
+    assert converted.proof.passed, converted.proof
+    assert next(converted.model.parameters()).device == GPU
+
+
+def test_statistics_are_those_of_the_cpu(converted, reference):
+    """In float32 statistics agree to 1e-5 sd."""
+    assert worst(statistics(converted.model), statistics(reference.model)) < 1e-5
+
+
+def test_statistics_in_double_are_those_of_the_cpu(image):
+    """In float64 statistics agree to 1e-9 sd."""
+    wide = uneven(96, 128).double()
+    ours = normfix.convert(small().double().to(GPU), wide.to(GPU))
+    theirs = normfix.convert(small().double(), wide)
+    assert ours.proof.passed
+    assert worst(statistics(ours.model), statistics(theirs.model)) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_convert_proves_in_16_bits(image, dtype):
+    """Networks of 16 bits are proved by the bound that holds on the CPU too."""
+    done = normfix.convert(small().to(GPU, dtype), image.to(GPU, dtype))
+    assert done.proof.passed, [(s.name, s.status, s.value, s.bound, s.note) for s in done.proof.steps]
+
+
+def test_convert_proves_in_channels_last(image):
+    """Memory format is kept through conversion, and proved in."""
+    network = small().to(GPU, memory_format=torch.channels_last)
+    given = image.to(GPU).to(memory_format=torch.channels_last)
+    done = normfix.convert(network, given)
+    assert done.proof.passed
+    with torch.no_grad():
+        assert deviation(done.model(given), done.model(given.contiguous())) < 1e-2  # TF32
+
+
+def test_check_passes_what_was_converted_and_fails_the_original(converted, image):
+    """Tiles of the converted network equal the whole; those of the original do not."""
+    assert normfix.check(converted.model, image.to(GPU), tile=64).passed
+    assert normfix.check(small().to(GPU), image.to(GPU), tile=64).status == "failed"
+
+
+def test_diagnose_names_the_norms(image):
+    """Diagnosis runs on the GPU and finds what the CPU finds."""
+    there = normfix.diagnose(small().to(GPU), image.to(GPU), tile=64)
+    here = normfix.diagnose(small(), image, tile=64)
+    assert [c.cause for c in there.record.culprits] == [c.cause for c in here.record.culprits]
+
+
+def test_prove_passes(converted, image):
+    """What a fine-tuned network owes can be proved on a GPU, in every form."""
+    proof = normfix.prove(converted.model, image.to(GPU), source="cuda_networks:small")
+    assert proof.passed, [(s.name, s.status, s.value, s.note) for s in proof.steps]
+
+
+# Statistics measured anew, and predictions
+
+
+@pytest.fixture(scope="module")
+def whole(converted, image):
+    """A calibration in one pass."""
+    return normfix.calibrate(converted.model, image.to(GPU))
+
+
+def test_stages_measure_what_passes_measure(converted, whole, image):
+    """Stages run on the GPU, and their statistics are those of whole passes."""
+    done = normfix.calibrate(converted.model, image.to(GPU), tile=64)
+    assert done.summary.engine == "stages"
+    assert worst(statistics(done.model), statistics(whole.model)) < 1e-5
+
+
+def test_images_on_the_host_are_moved_block_by_block(converted, whole, image):
+    """A network on the GPU is calibrated on an image that is read by window, in the host's memory."""
+    opened = normfix.open_image(image[0].numpy(), converted.model, axes="CYX")
+    done = normfix.calibrate(converted.model, opened, tile=64)
+    assert done.summary.engine == "stages"
+    assert worst(statistics(done.model), statistics(whole.model)) < 1e-5
+
+
+def test_what_does_not_fit_the_device_lies_on_the_host(converted, whole, image, monkeypatch):
+    """Maps that find no room on the GPU are kept in the host's memory, and the statistics are the same."""
+    monkeypatch.setattr("normfix.streaming.stores.room", lambda device: 0)
+    done = normfix.calibrate(converted.model, image.to(GPU), tile=64)
+    assert done.summary.engine == "stages"
+    assert worst(statistics(done.model), statistics(whole.model)) < 1e-5
+    prediction = normfix.predict(converted.model, image.to(GPU), tile=64, engine="stages")
+    with torch.no_grad():
+        assert deviation(prediction, normfix.predict(converted.model, image.to(GPU), tile=256)) < 1e-4
+
+
+def test_stages_stay_within_the_budget():
+    """Peak device memory of a calibration in stages is at most the budget that is given."""
+    given = uneven(2048, 2048)
+    network = small().to(GPU)
+    model = normfix.convert(network, given[..., :256, :256].to(GPU)).model
+    opened = normfix.open_image(given[0].numpy(), model, axes="CYX")
+    normfix.calibrate(model, opened, tile=128)  # captured and proved, whose memory is another matter
+    budget = 600 << 20
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    normfix.calibrate(model, opened, tile=128, budget=budget)
+    assert torch.cuda.max_memory_allocated() - before <= budget
+
+
+def test_masks_and_several_images(converted, image):
+    """What masks ignore is no part of the statistics of several images, as on the CPU."""
+    images = [image, image.flip(-1)[..., :128]]
+    masks = [
+        (torch.rand(i.shape[2:], generator=torch.Generator().manual_seed(2)) > 0.7).numpy() for i in images
+    ]
+    ours = normfix.calibrate(converted.model, [i.to(GPU) for i in images], tile=64, mask=masks)
+    theirs = normfix.calibrate(copy.deepcopy(converted.model).cpu(), images, tile=64, mask=masks)
+    assert worst(statistics(ours.model), statistics(theirs.model)) < 1e-5
+
+
+def test_samples(converted, image):
+    """A random sample of blocks is drawn and measured on the GPU."""
+    done = normfix.calibrate(converted.model, image.to(GPU), tile=32, sample=0.5)
+    assert done.summary.sample is not None
+
+
+@pytest.mark.parametrize("engine", ["tiles", "stages"])
+@pytest.mark.parametrize("statistics", ["stored", "per-image"])
+def test_predict_gives_the_whole(converted, image, engine, statistics):
+    """Both engines give the prediction of the whole image, on the GPU, with either statistics."""
+    given = image.to(GPU)[..., :160, :224]
+    parts = normfix.predict(converted.model, given, tile=64, engine=engine, statistics=statistics)
+    expected = normfix.predict(converted.model, given, tile=256, engine="tiles", statistics=statistics)
+    assert parts.device == GPU
+    assert deviation(parts, expected) < 1e-4
+
+
+def test_a_fallback_is_said_or_refused(image, caplog):
+    """A network without a graph is measured in passes, which is said; an image read by window is not read whole."""
+    network = Branching().eval().to(GPU)
+    normfix.calibrate(network, image.to(GPU), tile=64)
+    assert "passes over whole images" in caplog.text
+    opened = normfix.open_image(image[0].numpy(), network, axes="CYX")
+    with pytest.raises(normfix.NormfixError, match="is not read whole"):
+        normfix.calibrate(network, opened, tile=64)
+
+
+# Saved, loaded, exported, folded, compiled
+
+
+def test_a_folder_comes_back(converted, image, tmp_path):
+    """A folder is written from the GPU, and read on the device that is asked for."""
+    normfix.save(converted, tmp_path / "saved", source="cuda_networks:small")
+    back = normfix.load(tmp_path / "saved", arch="cuda_networks:small", device="cuda")
+    assert next(back.parameters()).device.type == "cuda"
+    expected = normfix.predict(converted.model, image.to(GPU), tile=256)
+    assert deviation(normfix.predict(back, image.to(GPU), tile=256), expected) < 1e-4
+    assert normfix.load(tmp_path / "saved", arch="cuda_networks:small").head.weight.device.type == "cpu"
+
+
+def test_a_program_comes_back(converted, image, tmp_path):
+    """A program written from the GPU runs on both devices, and is checked on either."""
+    normfix.save(converted, tmp_path / "net.pt2")
+    for device in ("cpu", "cuda"):
+        back = normfix.load(tmp_path / "net.pt2", device=device)
+        given = image.to(device)
+        assert (
+            deviation(normfix.predict(back, given, tile=64), normfix.predict(converted.model, image.to(GPU)))
+            < 1e-3
+        )
+        assert normfix.check(back, given, tile=64).passed
+
+
+def test_compiled_it_gives_the_same(converted, image):
+    """Under torch.compile the frozen network gives what it gives eagerly."""
+    compiled = torch.compile(converted.model)
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.no_grad():
+            assert deviation(compiled(image.to(GPU)), converted.model(image.to(GPU))) < 1e-4
+    finally:
+        torch.backends.cudnn.allow_tf32 = True
+
+
+def test_lowered_and_folded_it_is_the_same_function(converted, image):
+    """Stock batch norm and folded convolutions differ by rounding."""
+    from normfix.lowering import fold, lower
+
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.no_grad():
+            expected = converted.model(image.to(GPU))
+            assert deviation(lower(converted.model).model(image.to(GPU)), expected) < 1e-4
+            assert deviation(fold(converted.model, image.to(GPU)).model(image.to(GPU)), expected) < 1e-4
+    finally:
+        torch.backends.cudnn.allow_tf32 = True
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_under_autocast_it_is_as_near_as_the_original(converted, image, dtype):
+    """Under autocast the frozen network is no further from its float32 output than the original from its own."""
+    ratios = []
+    for network in (converted.model, small().to(GPU)):
+        with torch.no_grad():
+            exact = network.double()(image.to(GPU).double())
+            network.float()
+            with torch.autocast("cuda", dtype=dtype):
+                ratios.append(deviation(network(image.to(GPU)), exact))
+    assert ratios[0] <= 4 * ratios[1]
+
+
+# Layers
+
+
+FROZEN = [
+    (FrozenNorm2d, nn.BatchNorm2d, (1, 6, 40, 50)),
+    (FrozenNorm3d, nn.BatchNorm3d, (2, 6, 8, 9, 10)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize(("kind", "stock", "shape"), FROZEN)
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("triton", [True, False])
+def test_frozen_is_within_rounding(dtype, kind, stock, shape, last, triton, monkeypatch):
+    """One multiply-add is within 4 roundings of |x * scale| + |shift| in float32 and one of the result in its dtype."""
+    if not triton:
+        monkeypatch.setattr("normfix.layers.affine.kernels_of", lambda device: None)
+    layer = kind(6, device=GPU, trainable=False)
+    layer.set_statistics_(torch.randn(6) * 3, torch.rand(6) + 0.1)
+    nn.init.normal_(layer.weight)
+    nn.init.normal_(layer.bias)
+    x = (torch.randn(shape, device=GPU) * 2).to(dtype)
+    format_ = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    x = x.to(memory_format=format_) if last else x
+    y = layer(x)
+    view = (1, -1, *(1,) * (x.dim() - 2))
+    scale = (layer.weight.double() / (layer.running_var.double() + layer.eps).sqrt()).view(view)
+    shift = layer.bias.double().view(view) - layer.running_mean.double().view(view) * scale
+    expected = x.double() * scale + shift
+    bound = (
+        4 * 2.0**-24 * ((x.double() * scale).abs() + shift.abs())
+        + torch.finfo(dtype).eps / 2 * expected.abs()
+    )
+    assert y.dtype == dtype
+    assert y.stride() == x.stride()
+    assert bool(((y.double() - expected).abs() <= bound + 1e-7).all())
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_frozen_keeps_autocasts_dtype(dtype):
+    """Under autocast the result has the dtype that batch norm's has."""
+    x = torch.randn(1, 6, 8, 8, device=GPU, dtype=dtype)
+    frozen, stock = FrozenNorm2d(6, device=GPU, trainable=False), nn.BatchNorm2d(6, device=GPU).eval()
+    with torch.no_grad(), torch.autocast("cuda", dtype=dtype):
+        assert frozen(x).dtype == stock(x).dtype
+
+
+def test_frozen_keeps_batch_norms_bits_in_double():
+    """In float64 it is batch norm's call, to the bit."""
+    x = torch.randn(1, 6, 8, 8, device=GPU, dtype=torch.float64)
+    frozen, stock = (
+        FrozenNorm2d(6, device=GPU, dtype=torch.float64, trainable=False),
+        nn.BatchNorm2d(6, device=GPU, dtype=torch.float64).eval(),
+    )
+    stock.load_state_dict(frozen.state_dict())
+    assert torch.equal(frozen(x), stock(x))
+
+
+def test_frozen_has_gradients():
+    """With gradients wanted it is batch norm's call, and trains the affine."""
+    layer = FrozenNorm2d(6, device=GPU)
+    x = torch.randn(2, 6, 8, 8, device=GPU, requires_grad=True)
+    layer(x).square().sum().backward()
+    assert x.grad is not None
+    assert layer.weight.grad is not None
+
+
+RENORM = [
+    (BatchRenorm2d, (4, 8, 33, 20), False),
+    (BatchRenorm2d, (4, 8, 33, 20), True),
+    (BatchRenorm3d, (2, 8, 6, 10, 12), False),
+    (BatchRenorm3d, (2, 8, 6, 10, 12), True),
+]
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("kind", "shape", "last"), RENORM)
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_batch_renorm_is_its_formula(dtype, kind, shape, last, momentum):
+    """Output, gradients and running statistics are those of float64 on the CPU, step by step."""
+    wide = kind(8, momentum=momentum, r_max=1.5, d_max=0.5, dtype=torch.float64)
+    nn.init.uniform_(wide.weight, 0.5, 1.5)
+    nn.init.normal_(wide.bias)
+    layer = copy.deepcopy(wide).to(GPU, torch.float64 if dtype == torch.float64 else torch.float32)
+    for step in range(3):
+        x = torch.randn(shape, dtype=torch.float64) * (1 + step) + step
+        x = x.to(dtype)
+        ours = x.to(GPU).clone()
+        if last:
+            ours = ours.to(memory_format=torch.channels_last if ours.dim() == 4 else torch.channels_last_3d)
+        ours = ours.requires_grad_()
+        theirs = x.double().clone().requires_grad_()
+        grad = torch.randn(shape, dtype=torch.float64).to(dtype)
+        a, b = layer(ours), wide(theirs)
+        a.backward(grad.to(GPU))
+        b.backward(grad.double())
+        near = TOLERANCE[dtype]
+        assert_close(a.double().cpu(), b, rtol=near, atol=near)
+        assert_close(ours.grad.double().cpu(), theirs.grad, rtol=near, atol=near)
+        for name in ("weight", "bias"):
+            mine, exact = getattr(layer, name).grad.double().cpu(), getattr(wide, name).grad
+            assert_close(mine, exact, rtol=near, atol=near * float(exact.abs().max()))
+        for name in RUNNING:
+            near = 1e-3 if dtype in HALVES else 1e-5
+            assert_close(getattr(layer, name).double().cpu(), getattr(wide, name), rtol=near, atol=near)
+        assert int(layer.num_batches_tracked) == step + 1
+
+
+@pytest.mark.parametrize("triton", [True, False])
+def test_batch_renorm_without_triton_is_the_same(triton, monkeypatch):
+    """The vectors by Triton and by torch agree."""
+    from normfix.layers import library
+
+    if not triton:
+        monkeypatch.setattr(library, "kernels_of", lambda device: None)
+    torch.manual_seed(3)
+    layer, x = BatchRenorm2d(8, momentum=0.1).to(GPU), torch.randn(4, 8, 16, 16, device=GPU)
+    for _ in range(3):
+        y = layer(x * 3 + 1)
+    plain = copy.deepcopy(layer).cpu()
+    assert_close(layer(x).cpu(), plain(x.cpu()), rtol=1e-5, atol=1e-5)
+    assert y.requires_grad
+
+
+def test_batch_renorm_in_a_checkpoint_counts_once():
+    """A call that is repeated in backward takes the corrections of the first, and counts no batch."""
+    plain = nn.Sequential(
+        nn.Conv2d(3, 8, 3), BatchRenorm2d(8, momentum=0.1), nn.ReLU(), nn.Conv2d(8, 1, 1)
+    ).to(GPU)
+    twin = copy.deepcopy(plain)
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        for _ in range(3):
+            x = torch.randn(4, 3, 12, 12, device=GPU) * 2 + 1
+            plain(x).square().sum().backward()
+            checkpoint(twin, x, use_reentrant=False).square().sum().backward()
+    finally:
+        torch.backends.cudnn.allow_tf32 = True
+    assert int(twin[1].num_batches_tracked) == 3
+    assert_close(twin[0].weight.grad, plain[0].weight.grad, rtol=1e-4, atol=1e-3)
+    assert Call is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_finetuning_under_autocast(converted, dtype):
+    """A network with BatchRenorm trains under autocast, with a GradScaler, and is calibrated and checked after."""
+    model = normfix.convert(small().to(GPU), uneven(64, 64).to(GPU), to="batchrenorm").model
+    run = normfix.prepare_finetune(model, total_steps=4)
+    optimizer = torch.optim.SGD(run.groups, 1e-3)
+    run.follow(optimizer)
+    scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+    for step in range(4):
+        x = uneven(64, 64).repeat(2, 1, 1, 1).to(GPU) * (1 + step)
+        with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
+            loss = model(x).float().square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    model.eval()
+    after = normfix.calibrate(model, uneven(128, 128).to(GPU)).model
+    assert normfix.check(after, uneven(192, 192).to(GPU), tile=64).passed
+
+
+def test_compiled_batch_renorm_trains():
+    """Under torch.compile a training step of BatchRenorm gives the gradients of an eager one."""
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), BatchRenorm2d(8, momentum=0.1)).to(GPU)
+    twin = copy.deepcopy(plain)
+    compiled = torch.compile(twin)
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        for _ in range(2):
+            x = torch.randn(4, 3, 12, 12, device=GPU)
+            plain(x).square().sum().backward()
+            compiled(x).square().sum().backward()
+    finally:
+        torch.backends.cudnn.allow_tf32 = True
+    assert_close(twin[1].running_var, plain[1].running_var, rtol=1e-4, atol=1e-5)
+    assert_close(twin[1].weight.grad, plain[1].weight.grad, rtol=1e-3, atol=1e-2)
+
+
+# The command line
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, image):
+    """An image, and the network converted by the command line on the device it chooses."""
+    place = tmp_path_factory.mktemp("cli")
+    np.save(place / "image.npy", image[0].numpy())
+    done = normfix_(place, "convert", "cuda_networks:small", "image.npy", "-o", "saved", "--to", "frozen")
+    assert done.returncode == 0, done.stderr
+    assert "computing on cuda" in done.stderr
+    return place
+
+
+def normfix_(place, *words):
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(normfix.__file__).parent.parent)])
+    return subprocess.run(
+        [sys.executable, "-m", "normfix", *words],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+COMMANDS = {
+    "scan": (("scan", "cuda_networks:small"), 1),
+    "check": (("check", "saved", "image.npy", "--tile", "64", "--arch", "cuda_networks:small"), 0),
+    "diagnose": (("diagnose", "cuda_networks:small", "image.npy", "--tile", "64"), 1),
+    "calibrate": (
+        ("calibrate", "saved", "image.npy", "--tile", "64", "-o", "again", "--arch", "cuda_networks:small"),
+        0,
+    ),
+    "prove": (("prove", "saved", "image.npy", "--arch", "cuda_networks:small"), 0),
+    "predict": (
+        ("predict", "saved", "image.npy", "-o", "out.npy", "--tile", "64", "--arch", "cuda_networks:small"),
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(folder, command):
+    """Each command runs on the GPU that is there, says so, and ends as on the CPU."""
+    words, status = COMMANDS[command]
+    done = normfix_(folder, *words)
+    assert "computing on cuda" in done.stderr, done.stderr
+    assert done.returncode in (status, 0), done.stdout[-2000:] + done.stderr[-2000:]
+    assert "NF901" not in done.stderr
+
+
+def test_the_cpu_can_be_asked_for(folder):
+    """--device cpu computes there and says nothing."""
+    words = ("scan", "cuda_networks:small", "--device", "cpu", "--format", "json")
+    done = normfix_(folder, *words)
+    assert "computing on" not in done.stderr
+    assert json.loads(done.stdout)["sites"]
+
+
+def test_the_accelerator_is_the_gpu():
+    """What auto means here is the GPU."""
+    assert accelerator().type == "cuda"
