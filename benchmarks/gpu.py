@@ -1,7 +1,7 @@
 """Time normfix on a GPU as ratios, by CUDA events, A and B interleaved, and print the tables of docs/gpu.md.
 
-Run: python benchmarks/gpu.py [--rounds 15] [--scale 1]. Needs torch and nothing else; about three minutes. Each number is
-the median over rounds of time(A) / time(B), where B is named in the heading.
+Run: python benchmarks/gpu.py [--rounds 15] [--scale 1]. Needs torch and nothing else; about three minutes. Each
+number is the median over rounds of time(A) / time(B), where B is named in the heading.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -71,7 +73,7 @@ def eval_layers(rounds: int, scale: int) -> None:
                 ]
                 layers = [layer.to(GPU, dtype).eval() for layer in layers]
                 with torch.no_grad():
-                    found = timed([x.clone, *(lambda layer=layer: layer(x) for layer in layers)], rounds)
+                    found = timed([x.clone, *(partial(layer, x) for layer in layers)], rounds)
                 rows.append([_shape(shape), _format(format_), _name(dtype), *_over(found), _ms(found[0])])
     _table(["shape", "format", "dtype", "InstanceNorm", "BatchNorm", "FrozenNorm", "copy, ms"], rows)
 
@@ -93,10 +95,14 @@ def train_layers(rounds: int, scale: int) -> None:
                 (BatchRenorm3d if three else BatchRenorm2d)(shape[1]).to(GPU),
             ]
             grad = torch.randn_like(x)
-            found = timed([lambda layer=layer: layer(x).backward(grad) for layer in pair], rounds)
+            found = timed([partial(_back, layer, x, grad) for layer in pair], rounds)
             row.append(f"{found[1] / found[0]:.2f} ({found[0]:.2f})")
         rows.append(row)
     _table(["shape", "float32", "channels_last", "bfloat16 autocast"], rows)
+
+
+def _back(layer: nn.Module, x: Tensor, grad: Tensor) -> None:
+    layer(x).backward(grad)
 
 
 class UNet(nn.Module):
@@ -114,7 +120,7 @@ class UNet(nn.Module):
 
         widths = [width << i for i in range(4)]
         self.down = nn.ModuleList(block(a, b) for a, b in zip([1, *widths], widths, strict=False))
-        self.join = nn.ModuleList(block(a + b, a) for a, b in zip(widths, widths[1:], strict=False))
+        self.join = nn.ModuleList(block(a + b, a) for a, b in pairwise(widths))
         self.head = conv(width, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,7 +166,7 @@ def networks(rounds: int, scale: int) -> None:
                 image = x.to(memory_format=FORMATS[dims + 2])
                 forms = [form.to(memory_format=FORMATS[dims + 2]) for form in forms]
             with torch.no_grad():
-                found = timed([lambda form=form: form(image) for form in forms], rounds)
+                found = timed([partial(form, image) for form in forms], rounds)
             name = "channels_last" if last else "contiguous"
             rows.append([f"{dims}D", name, *_over(found), _ms(found[0])])
     _table(["", "format", "frozen", "lowered to BatchNorm", "folded", "original, ms"], rows)

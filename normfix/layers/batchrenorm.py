@@ -32,7 +32,8 @@ __all__ = ["BatchRenorm", "BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d"]
 class BatchRenorm(ChannelNorm):
     """Normalise by batch statistics, corrected towards the running ones; abstract over the rank.
 
-    In eval, nn.BatchNorm to the last bit. A layer that has seen no batch treats its first as batch norm does.
+    In eval, nn.BatchNorm: to the last bit on the CPU and in float64, to rounding on a GPU. A layer that has
+    seen no batch treats its first as batch norm does.
     `r_max` and `d_max` are 0-d buffers outside the state dict, which RenormSchedule writes. A `held` layer
     normalises as in eval in either mode; as with `training`, that is no part of the state dict.
 
