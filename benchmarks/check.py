@@ -15,8 +15,8 @@ import torch
 
 import normfix
 from normfix.demo.network import nuclei_unet
-from normfix.pipeline.looking import geometry_of
-from normfix.stitching import tiled
+from normfix.tiling.geometry import geometry_of
+from normfix.tiling.stitching import tiled
 
 
 def seconds(run: Callable[[], object]) -> float:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 import normfix
+from normfix.conversion.lowering import fold, lower
 from normfix.layers import BatchRenorm2d, BatchRenorm3d, FrozenNorm2d, FrozenNorm3d
-from normfix.lowering import fold, lower
-from normfix.numerics import exact_arithmetic
+from normfix.networks.numerics import exact_arithmetic
 
 GPU = torch.device("cuda")
 EVAL = [(1, 16, 1024, 1344), (1, 64, 512, 512), (8, 32, 256, 256), (1, 8, 128, 128, 128)]

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from normfix.conversion.lowering import fold
 from normfix.layers import BatchRenorm2d, FrozenNorm2d
-from normfix.lowering import fold
 
 SHAPES = [(8, 32, 128, 128), (4, 64, 96, 96), (16, 128, 32, 32), (2, 256, 16, 16)]
 

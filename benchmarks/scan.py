@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import normfix
-from normfix.calling import Caller
 from normfix.demo.network import nuclei_unet
-from normfix.pipeline.examples import default_example
+from normfix.networks.calling import Caller
+from normfix.networks.examples import default_example
 
 
 class Work(TorchDispatchMode):

@@ -25,11 +25,12 @@ import torch
 from torch import Tensor, nn
 
 import normfix
-from normfix.calibration import measure_sites_
-from normfix.calling import Caller
-from normfix.images import Items
-from normfix.pipeline.looking import geometry_of, site_target
-from normfix.tiles import round_up
+from normfix.conversion.measuring import measure_sites_
+from normfix.conversion.targets import site_target
+from normfix.images.collections import Items
+from normfix.networks.calling import Caller
+from normfix.records.spans import round_up
+from normfix.tiling.geometry import geometry_of
 
 
 def unet(ndim: int, width: int) -> nn.Module:

@@ -12,21 +12,12 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "normfix.errors": ("NormfixError",),
-    "normfix.records": (
-        "Action",
-        "CalibrationSummary",
-        "Decision",
-        "Family",
-        "Finding",
-        "Plan",
-        "Proof",
-        "ProofStep",
-        "Scaling",
-        "Scan",
-        "Site",
-        "Source",
-        "Verdict",
-    ),
+    "normfix.records.sites": ("Family", "Finding", "Scan", "Site"),
+    "normfix.records.plans": ("Action", "Decision", "Plan"),
+    "normfix.records.measurements": ("CalibrationSummary",),
+    "normfix.records.verdicts": ("Proof", "ProofStep", "Verdict"),
+    "normfix.records.saved": ("Scaling", "Source"),
+    "normfix.records.diagnoses": ("Tiling",),
     "normfix.layers": (
         "BatchRenorm1d",
         "BatchRenorm2d",
@@ -36,38 +27,42 @@ _HOMES = {
         "FrozenNorm3d",
         "RenormSchedule",
     ),
-    "normfix.diagnosis_record": ("Tiling",),
-    "normfix.calibration": ("Calibration",),
-    "normfix.pipeline": (
-        "Conversion",
-        "Diagnosis",
-        "FineTuning",
-        "assert_tile_invariant",
-        "calibrate",
-        "calibrate_",
-        "check",
-        "convert",
-        "diagnose",
-        "load",
-        "open_image",
-        "plan",
-        "predict",
-        "prepare_finetune",
-        "prove",
-        "push",
-        "save",
-        "scan",
-        "write_prediction",
-    ),
+    "normfix.images.opening": ("open_image",),
+    "normfix.tiling.stages.outlook": ("Outlook", "Step"),
+    "normfix.conversion.results": ("Calibration", "Conversion"),
+    "normfix.conversion.lowering": ("fold", "lower"),
+    "normfix.scanning.scan": ("plan", "scan"),
+    "normfix.storage.saving": ("save",),
+    "normfix.storage.loading": ("load",),
+    "normfix.storage.hub": ("push",),
+    "normfix.proof.check": ("assert_tile_invariant", "check"),
+    "normfix.proof.prove": ("prove",),
+    "normfix.api.conversion": ("convert",),
+    "normfix.api.recalibration": ("calibrate", "calibrate_"),
+    "normfix.api.prediction": ("predict", "write_prediction"),
+    "normfix.api.finetuning": ("FineTuning", "prepare_finetune"),
+    "normfix.diagnosis.network": ("Diagnosis", "diagnose"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = sorted([*_HOME_OF, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
-    from normfix.calibration import Calibration as Calibration
-    from normfix.diagnosis_record import Tiling as Tiling
+    from normfix.api.conversion import convert as convert
+    from normfix.api.finetuning import FineTuning as FineTuning
+    from normfix.api.finetuning import prepare_finetune as prepare_finetune
+    from normfix.api.prediction import predict as predict
+    from normfix.api.prediction import write_prediction as write_prediction
+    from normfix.api.recalibration import calibrate as calibrate
+    from normfix.api.recalibration import calibrate_ as calibrate_
+    from normfix.conversion.lowering import fold as fold
+    from normfix.conversion.lowering import lower as lower
+    from normfix.conversion.results import Calibration as Calibration
+    from normfix.conversion.results import Conversion as Conversion
+    from normfix.diagnosis.network import Diagnosis as Diagnosis
+    from normfix.diagnosis.network import diagnose as diagnose
     from normfix.errors import NormfixError as NormfixError
+    from normfix.images.opening import open_image as open_image
     from normfix.layers import BatchRenorm1d as BatchRenorm1d
     from normfix.layers import BatchRenorm2d as BatchRenorm2d
     from normfix.layers import BatchRenorm3d as BatchRenorm3d
@@ -75,38 +70,30 @@ if TYPE_CHECKING:
     from normfix.layers import FrozenNorm2d as FrozenNorm2d
     from normfix.layers import FrozenNorm3d as FrozenNorm3d
     from normfix.layers import RenormSchedule as RenormSchedule
-    from normfix.pipeline import Conversion as Conversion
-    from normfix.pipeline import Diagnosis as Diagnosis
-    from normfix.pipeline import FineTuning as FineTuning
-    from normfix.pipeline import assert_tile_invariant as assert_tile_invariant
-    from normfix.pipeline import calibrate as calibrate
-    from normfix.pipeline import calibrate_ as calibrate_
-    from normfix.pipeline import check as check
-    from normfix.pipeline import convert as convert
-    from normfix.pipeline import diagnose as diagnose
-    from normfix.pipeline import load as load
-    from normfix.pipeline import open_image as open_image
-    from normfix.pipeline import plan as plan
-    from normfix.pipeline import predict as predict
-    from normfix.pipeline import prepare_finetune as prepare_finetune
-    from normfix.pipeline import prove as prove
-    from normfix.pipeline import push as push
-    from normfix.pipeline import save as save
-    from normfix.pipeline import scan as scan
-    from normfix.pipeline import write_prediction as write_prediction
-    from normfix.records import Action as Action
-    from normfix.records import CalibrationSummary as CalibrationSummary
-    from normfix.records import Decision as Decision
-    from normfix.records import Family as Family
-    from normfix.records import Finding as Finding
-    from normfix.records import Plan as Plan
-    from normfix.records import Proof as Proof
-    from normfix.records import ProofStep as ProofStep
-    from normfix.records import Scaling as Scaling
-    from normfix.records import Scan as Scan
-    from normfix.records import Site as Site
-    from normfix.records import Source as Source
-    from normfix.records import Verdict as Verdict
+    from normfix.proof.check import assert_tile_invariant as assert_tile_invariant
+    from normfix.proof.check import check as check
+    from normfix.proof.prove import prove as prove
+    from normfix.records.diagnoses import Tiling as Tiling
+    from normfix.records.measurements import CalibrationSummary as CalibrationSummary
+    from normfix.records.plans import Action as Action
+    from normfix.records.plans import Decision as Decision
+    from normfix.records.plans import Plan as Plan
+    from normfix.records.saved import Scaling as Scaling
+    from normfix.records.saved import Source as Source
+    from normfix.records.sites import Family as Family
+    from normfix.records.sites import Finding as Finding
+    from normfix.records.sites import Scan as Scan
+    from normfix.records.sites import Site as Site
+    from normfix.records.verdicts import Proof as Proof
+    from normfix.records.verdicts import ProofStep as ProofStep
+    from normfix.records.verdicts import Verdict as Verdict
+    from normfix.scanning.scan import plan as plan
+    from normfix.scanning.scan import scan as scan
+    from normfix.storage.hub import push as push
+    from normfix.storage.loading import load as load
+    from normfix.storage.saving import save as save
+    from normfix.tiling.stages.outlook import Outlook as Outlook
+    from normfix.tiling.stages.outlook import Step as Step
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,12 @@ cannot be constructed, so the explanations cannot lag behind the code.
 
 from __future__ import annotations
 
-__all__ = ["CODES", "NormfixError", "printable"]
+from pathlib import Path
+
+__all__ = ["CODES", "PACKAGE", "NormfixError", "printable"]
+
+PACKAGE = Path(__file__).parent
+"""Where this package lies: a frame below it is ours, any other the user's or a library's."""
 
 CODES: dict[str, str] = {
     # 1xx: what was given

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from normfix.records import Verdict
+    from normfix.records.verdicts import Verdict
 
 __all__ = ["tile_invariant"]
 
@@ -42,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def tile_invariant(request: pytest.FixtureRequest) -> Callable[..., Verdict]:
     """Return `normfix.assert_tile_invariant` with the run's defaults; takes what that takes."""
-    from normfix.pipeline import assert_tile_invariant, check
+    from normfix.proof.check import assert_tile_invariant, check
 
     config = request.config
     tile = _number(config, "tile", int)

@@ -9,7 +9,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from test_tasks import RECORDS  # noqa: E402
 
-from normfix.json_schema import schema_of  # noqa: E402
+from normfix.records.schema import schema_of  # noqa: E402
 
 HEAD = """# JSON of the commands
 

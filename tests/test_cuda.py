@@ -16,9 +16,9 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import normfix
-from normfix.devices import accelerator
 from normfix.layers import BatchRenorm2d, BatchRenorm3d, FrozenNorm2d, FrozenNorm3d
 from normfix.layers.recomputation import Call
+from normfix.networks.devices import accelerator
 
 pytestmark = [
     pytest.mark.cuda,
@@ -168,7 +168,7 @@ def test_images_on_the_host_are_moved_block_by_block(converted, whole, image):
 
 def test_what_does_not_fit_the_device_lies_on_the_host(converted, whole, image, monkeypatch):
     """Maps that find no room on the GPU are kept in the host's memory, and the statistics are the same."""
-    monkeypatch.setattr("normfix.streaming.stores.room", lambda device: 0)
+    monkeypatch.setattr("normfix.networks.devices.room", lambda device: 0)
     done = normfix.calibrate(converted.model, image.to(GPU), tile=64)
     assert done.summary.engine == "stages"
     assert worst(statistics(done.model), statistics(whole.model)) < 1e-5
@@ -269,7 +269,7 @@ def test_compiled_it_gives_the_same(converted, image):
 
 def test_lowered_and_folded_it_is_the_same_function(converted, image):
     """Stock batch norm and folded convolutions differ by rounding."""
-    from normfix.lowering import fold, lower
+    from normfix.conversion.lowering import fold, lower
 
     torch.backends.cudnn.allow_tf32 = False
     try:

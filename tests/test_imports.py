@@ -21,7 +21,7 @@ def modules_after(statement: str) -> set[str]:
     [
         "import normfix",
         "import normfix.cli",
-        "import normfix.records, normfix.errors",
+        "import normfix.records.sites, normfix.errors",
         "import normfix.cli; sys.argv = ['normfix', '--help']; normfix.cli.main()",
         "import normfix.cli; sys.argv = ['normfix', 'convert', '--help']; normfix.cli.main()",
         "import normfix.cli; sys.argv = ['normfix', 'explain', 'NF203']; normfix.cli.main()",

@@ -104,7 +104,7 @@ def test_a_suite_that_does_not_use_it_is_unchanged(pytester):
         def test_alone():
             assert "torch" not in sys.modules
             assert "normfix.reporting" not in sys.modules
-            assert "normfix.pipeline" not in sys.modules
+            assert "normfix.api" not in sys.modules
     """)
     plain = pytester.runpytest_subprocess("-q", "-p", "no:randomly", "-p", "no:normfix", "--durations=0")
     used = pytester.runpytest_subprocess("-q", "-p", "no:randomly", "--durations=0")

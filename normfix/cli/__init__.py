@@ -17,11 +17,11 @@ from normfix.cli.convert import convert_command
 from normfix.cli.demo import demo_command
 from normfix.cli.diagnose import diagnose_command
 from normfix.cli.explain import explain_command
-from normfix.cli.look import plan_command, scan_command
 from normfix.cli.prove import prove_command
 from normfix.cli.push import push_command
+from normfix.cli.scan import plan_command, scan_command
+from normfix.cli.settings import Settings, read_settings
 from normfix.cli.use import calibrate_command, check_command, predict_command
-from normfix.config import Settings, read_settings
 from normfix.errors import NormfixError
 
 __all__ = ["cli", "main"]

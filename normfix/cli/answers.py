@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from normfix.json_record import Record
+from normfix.records.encoding import Record
 
 __all__ = ["Explained", "Predicted", "Pushed", "Shown"]
 

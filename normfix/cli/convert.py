@@ -16,7 +16,7 @@ from normfix.cli.texts import conversion_text
 from normfix.errors import NormfixError
 
 if TYPE_CHECKING:
-    from normfix.records import Plan
+    from normfix.records.plans import Plan
 
 __all__ = ["convert_command"]
 
@@ -93,10 +93,10 @@ def convert_command(
     Example:
       normfix convert normfix.demo.network:nuclei_unet nuclei.tif --scale percentile:1,99.8 --to frozen -o fixed
     """
-    from normfix.pipeline import convert, save
-    from normfix.pipeline.storage import require_unconverted
-    from normfix.programs import SUFFIX, require_program_name
-    from normfix.streaming import resumable
+    from normfix.api.conversion import convert
+    from normfix.storage.programs import SUFFIX, require_program_name
+    from normfix.storage.saving import require_unconverted, save
+    from normfix.tiling.stages.resuming import resumable
 
     if (to is None) == (plan_file is None):
         raise click.UsageError("give either --to frozen|batchrenorm or --plan FILE")
@@ -152,8 +152,8 @@ def convert_command(
 
 
 def _read_plan(path: str | None) -> Plan | None:
-    from normfix.json_record import read_text
-    from normfix.records import Plan
+    from normfix.records.encoding import read_text
+    from normfix.records.plans import Plan
 
     if path is None:
         return None

@@ -23,7 +23,7 @@ from normfix.cli.use import Halo
 if TYPE_CHECKING:
     from torch import nn
 
-    from normfix.diagnosis_record import Tiling
+    from normfix.records.diagnoses import Tiling
 
 __all__ = ["diagnose_command"]
 
@@ -78,7 +78,7 @@ def diagnose_command(
     Example:
       normfix diagnose normfix.demo.network:nuclei_unet nuclei.png --scale percentile:1,99.8 --report seams.html
     """
-    from normfix.pipeline import diagnose
+    from normfix.diagnosis.network import diagnose
 
     require_reports(reports)
     pipeline = {name: options.pop(name) for name in ("last", "context", "scale_tiles", "train")}
@@ -114,8 +114,8 @@ def diagnose_command(
 
 def _tiling(image: Any, tile: int, halo: int | Literal["auto"], pipeline: dict[str, Any]) -> Tiling:
     """Return the tiling that the options describe; an empty halo is what the network needs."""
-    from normfix.diagnosis_record import Tiling
-    from normfix.scaling import parse_scaling
+    from normfix.images.scaling import parse_scaling
+    from normfix.records.diagnoses import Tiling
 
     ndim, scaling = image.dim() - 2, pipeline["scale_tiles"]
     return Tiling(
@@ -129,7 +129,7 @@ def _tiling(image: Any, tile: int, halo: int | Literal["auto"], pipeline: dict[s
 
 
 def _read(path: str, ndim: int) -> Any:
-    from normfix.reading import read_image
+    from normfix.images.axes import read_image
 
     return read_image(Path(path), ndim=ndim, channels=1)[0]
 
@@ -145,6 +145,6 @@ def _function(name: str) -> Any:
 
 
 def _converted(folder: str) -> nn.Module:
-    from normfix.pipeline import load
+    from normfix.storage.loading import load
 
     return load(folder)

@@ -14,15 +14,16 @@ import click
 
 from normfix.cli.showing import Command, note
 from normfix.errors import NormfixError
-from normfix.records import Scaling
+from normfix.records.saved import Scaling
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from normfix.images import ImageFiles
-    from normfix.loading import Loaded
-    from normfix.streaming import Source, WindowedImage
+    from normfix.images.collections import ImageFiles
+    from normfix.images.sources import Source
+    from normfix.images.windows import WindowedImage
+    from normfix.storage.opening.request import Loaded
 
 __all__ = [
     "Arguments",
@@ -143,8 +144,8 @@ class Arguments:
 
     def open(self) -> Loaded:
         """Open the network and put it where it shall compute; notes go to stderr."""
-        from normfix.loading import Request
-        from normfix.pipeline import open_any
+        from normfix.storage.loading import open_any
+        from normfix.storage.opening.request import Request
 
         request = Request(
             arch=self.arch,
@@ -168,8 +169,8 @@ class Arguments:
 
     def scaling(self, model: nn.Module | None = None) -> Scaling | None:
         """Return the stated scaling, else the one that travels with the model, else None."""
-        from normfix.provenance import provenance_of
-        from normfix.scaling import parse_scaling
+        from normfix.images.scaling import parse_scaling
+        from normfix.networks.provenance import provenance_of
 
         if self.scale is not None and self.preprocess is not None:
             raise click.UsageError("give --scale or --preprocess, not both")
@@ -192,9 +193,9 @@ class Arguments:
 
     def images(self, patterns: tuple[str, ...], model: nn.Module, level: int = 0) -> ImageFiles:
         """Return the images that files, folders and globs name."""
-        from normfix.formats import Choice
-        from normfix.images import ImageFiles, find_images
-        from normfix.pipeline.intake import Intake
+        from normfix.images.collections import ImageFiles, find_images
+        from normfix.images.formats.opened import Choice
+        from normfix.networks.intake import Intake
 
         intake, choice = Intake(model), Choice(self.series, level)
         paths, scaling = find_images(patterns), self.scaling(model)
@@ -209,8 +210,8 @@ class Arguments:
 
     def windows(self, patterns: tuple[str, ...], model: nn.Module, level: int) -> list[WindowedImage]:
         """Return the images that files, folders and globs name, to be read by window until the command ends."""
-        from normfix.images import find_images
-        from normfix.pipeline import open_image
+        from normfix.images.collections import find_images
+        from normfix.images.opening import open_image
 
         paths = find_images(patterns)
         scaling = self.scaling(model)
@@ -226,9 +227,9 @@ class Arguments:
 
     def masks(self, patterns: tuple[str, ...], model: nn.Module) -> list[Source]:
         """Return the masks that files, folders and globs name; of the images' axes, channels apart."""
-        from normfix.images import find_images
-        from normfix.pipeline.intake import Intake
-        from normfix.pipeline.masking import open_mask
+        from normfix.conversion.masks import open_mask
+        from normfix.images.collections import find_images
+        from normfix.networks.intake import Intake
 
         paths = find_images(patterns)
         axes = None if self.axes is None else self.axes.upper().replace("C", "").replace("S", "")
@@ -238,7 +239,7 @@ class Arguments:
         return list(opened)
 
     def _place_(self, model: nn.Module) -> None:
-        from normfix.devices import AUTO, chosen, described
+        from normfix.networks.devices import AUTO, chosen, described
 
         device = chosen(self.device)
         if self.device == AUTO and device is not None and device.type != "cpu":

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from normfix.cli.showing import note
-from normfix.drafts import Naming, naming, require_unnamed, sweep
 from normfix.errors import NormfixError
+from normfix.images.drafts import Naming, naming, require_unnamed, sweep
 
 __all__ = ["is_image", "is_saved", "output", "tell"]
 
@@ -54,7 +54,7 @@ def is_saved(path: Path) -> bool:
 
 def is_image(path: Path) -> bool:
     """Tell whether something is an image."""
-    from normfix.formats import open_file
+    from normfix.images.formats import open_file
 
     try:
         open_file(path).close()

@@ -63,7 +63,7 @@ def prove_command(
     Example:
       normfix prove tuned nuclei.tif --report proof.html
     """
-    from normfix.pipeline import prove
+    from normfix.proof.prove import prove
 
     require_reports(reports)
     arguments = Arguments.take(options)

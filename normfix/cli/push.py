@@ -23,7 +23,7 @@ def push_command(out: str, name: str, private: bool, partial: bool, format_: str
     Example:
       normfix push fixed my-group/nuclei-frozen
     """
-    from normfix.pipeline import push
+    from normfix.storage.hub import push
 
     address = push(out, name, private=private, partial=partial)
     show(Pushed(repository=name, address=address), address, format_)

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 import click
 
-from normfix.drafts import cannot_write, drafting, require_unnamed, sweep
 from normfix.errors import NormfixError
-from normfix.json_record import Record
+from normfix.images.drafts import cannot_write, drafting, require_unnamed, sweep
+from normfix.records.encoding import Record
 
 __all__ = [
     "Command",

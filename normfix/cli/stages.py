@@ -17,7 +17,7 @@ from normfix.cli.showing import Command, duration_text, note
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from normfix.streaming import Outlook, Step
+    from normfix.tiling.stages.outlook import Outlook, Step
 
 __all__ = ["StageArguments", "engine_option", "stage_options", "watching"]
 

@@ -7,18 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 
 from normfix.cli.showing import duration_text
-from normfix.diagnosis_record import Cost, DiagnosisRecord, Mismatch
-from normfix.records import (
-    CalibrationSummary,
-    ConversionRecord,
-    Proof,
-    ProofStep,
-    Scan,
-    Site,
-    Spans,
-    Verdict,
-)
-from normfix.tiles import in_strides
+from normfix.records.diagnoses import Cost, DiagnosisRecord, Mismatch
+from normfix.records.measurements import CalibrationSummary
+from normfix.records.saved import ConversionRecord
+from normfix.records.sites import Scan, Site
+from normfix.records.spans import Spans, in_strides
+from normfix.records.verdicts import Proof, ProofStep, Verdict
 
 __all__ = [
     "calibration_text",

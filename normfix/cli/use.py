@@ -29,8 +29,8 @@ from normfix.cli.texts import calibration_text, verdict_text
 if TYPE_CHECKING:
     from torch import nn
 
-    from normfix.drafts import Naming
-    from normfix.formats import Placement
+    from normfix.images.drafts import Naming
+    from normfix.images.formats.placement import Placement
 
 __all__ = ["calibrate_command", "check_command", "predict_command"]
 
@@ -124,9 +124,10 @@ def calibrate_command(
     Example:
       normfix calibrate fixed other-images/ -o refitted
     """
-    from normfix.pipeline import calibrate, save
-    from normfix.provenance import attach_, provenance_of
-    from normfix.streaming import resumable
+    from normfix.api.recalibration import calibrate
+    from normfix.networks.provenance import attach_, provenance_of
+    from normfix.storage.saving import save
+    from normfix.tiling.stages.resuming import resumable
 
     stages = StageArguments.take(options)
     arguments = Arguments.take(options)
@@ -238,8 +239,8 @@ def _predict_in_tiles(
     level: int,
     arguments: Arguments,
 ) -> tuple[Naming, tuple[tuple[int, ...], str]]:
-    from normfix.pipeline import predict
-    from normfix.reading import require_image_name, write_image
+    from normfix.api.prediction import predict
+    from normfix.images.axes import require_image_name, write_image
 
     require_image_name(Path(out))
     with output(out, is_image) as place:
@@ -260,8 +261,8 @@ def _predict_in_tiles(
 def _predict_in_stages(
     image: str, out: str, tile: int, given: dict[str, Any], stages: StageArguments, arguments: Arguments
 ) -> tuple[Naming, tuple[tuple[int, ...], str]]:
-    from normfix.pipeline import write_prediction
-    from normfix.reading import require_image_name
+    from normfix.api.prediction import write_prediction
+    from normfix.images.axes import require_image_name
 
     require_image_name(Path(out))
     with output(out, is_image) as place:
@@ -285,11 +286,11 @@ def _predict_in_stages(
 
 def _placement(image: str, model: nn.Module, level: int, arguments: Arguments) -> Placement | None:
     """Return where the prediction's pixels lie, as the image's file says of its own."""
-    from normfix.images import find_images
-    from normfix.pipeline.intake import Intake
-    from normfix.pipeline.looking import geometry_of
-    from normfix.provenance import provenance_of
-    from normfix.streaming import open_image
+    from normfix.images.collections import find_images
+    from normfix.images.files import open_windows
+    from normfix.networks.intake import Intake
+    from normfix.networks.provenance import provenance_of
+    from normfix.tiling.geometry import geometry_of
 
     known = provenance_of(model)
     geometry = None if known is None else geometry_of(known.scan)
@@ -297,7 +298,7 @@ def _placement(image: str, model: nn.Module, level: int, arguments: Arguments) -
         return None
     intake = Intake(model)
     options: dict[str, Any] = {"axes": arguments.axes, "level": level, "series": arguments.series}
-    with open_image(find_images((image,))[0], ndim=intake.ndim, channels=intake, **options) as window:
+    with open_windows(find_images((image,))[0], ndim=intake.ndim, channels=intake, **options) as window:
         return window.placement.scaled(geometry.scale)
 
 
@@ -331,7 +332,7 @@ def check_command(
     Example:
       normfix check fixed nuclei.tif --tile 256 --report check.md --report check.xml
     """
-    from normfix.pipeline import check
+    from normfix.proof.check import check
 
     require_reports(reports)
     arguments = Arguments.take(options)

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normfix.errors import NormfixError
-from normfix.records import Scaling, Source
+from normfix.records.saved import Scaling, Source
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from normfix.pipeline import Conversion
-    from normfix.records import Verdict
+    from normfix.conversion.results import Conversion
+    from normfix.records.verdicts import Verdict
 
 __all__ = ["SCALING", "TILE", "DemoResult", "run_demo"]
 
@@ -60,9 +60,11 @@ def run_demo(out: str, progress: Progress = lambda stage, done, total: None) -> 
     Raises:
         NormfixError: NF114 if the folder exists, NF117 if the demo image is not installed.
     """
+    from normfix.api.conversion import convert
     from normfix.demo.network import nuclei_unet
-    from normfix.pipeline import check, convert, save
-    from normfix.saving import appearing
+    from normfix.proof.check import check
+    from normfix.storage.folder import appearing
+    from normfix.storage.saving import save
 
     image, pixels = _image()
     network = nuclei_unet()
@@ -94,8 +96,8 @@ def _named(progress: Progress, to: str) -> Progress:
 def _image() -> tuple[Tensor, NDArray[np.uint8]]:
     """Return the scaled image (1, 1, H, W) and its pixels (H, W)."""
     from normfix.demo.data import nuclei_image
-    from normfix.reading import to_tensor
-    from normfix.scaling import scaled
+    from normfix.images.axes import to_tensor
+    from normfix.images.scaling import scaled
 
     try:
         pixels = nuclei_image()
@@ -107,9 +109,9 @@ def _image() -> tuple[Tensor, NDArray[np.uint8]]:
 def _predictions(network: Any, done: Conversion, image: Tensor) -> _Maps:
     import torch
 
-    from normfix.pipeline import predict
-    from normfix.pipeline.looking import geometry_of
-    from normfix.stitching import tiled
+    from normfix.api.prediction import predict
+    from normfix.tiling.geometry import geometry_of
+    from normfix.tiling.stitching import tiled
 
     geometry = geometry_of(done.scan)
     assert geometry is not None

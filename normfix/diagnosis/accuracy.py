@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from normfix.diagnosis.indicators import foregrounds
-from normfix.diagnosis_record import AccuracyRow, Kind
 from normfix.errors import NormfixError
-from normfix.tiles import at
+from normfix.proof.indicators import foregrounds
+from normfix.records.diagnoses import AccuracyRow, Kind
+from normfix.tiling.grid import at
 
 __all__ = ["Labels"]
 

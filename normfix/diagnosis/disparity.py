@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from normfix.diagnosis.indicators import Accumulator
-from normfix.diagnosis_record import Kind, TrainEval
-from normfix.tiles import at
+from normfix.proof.indicators import Accumulator
+from normfix.records.diagnoses import Kind, TrainEval
+from normfix.tiling.grid import at
 
 __all__ = ["disparity", "patches"]
 

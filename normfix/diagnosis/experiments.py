@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from normfix.diagnosis.indicators import compare, spread_of
+from normfix.diagnosis.intervention import POSITION, Place, Recording, record, run_fixed
 from normfix.diagnosis.windows import Window, faults, paste, take, windows
-from normfix.diagnosis_record import Culprit, Kind, Mismatch, Tiling
-from normfix.intervention import POSITION, Place, Recording, record, run_fixed
-from normfix.numerics import BOUNDLESS
-from normfix.records import Site
-from normfix.stitching import cropped, padded
-from normfix.tiles import Geometry
+from normfix.networks.numerics import BOUNDLESS
+from normfix.proof.indicators import compare, spread_of
+from normfix.records.diagnoses import Culprit, Kind, Mismatch, Tiling
+from normfix.records.sites import Site
+from normfix.tiling.grid import Geometry
+from normfix.tiling.stitching import cropped, padded
 
 __all__ = ["NAMED", "UNKNOWN", "Bench", "Trial", "culprits"]
 

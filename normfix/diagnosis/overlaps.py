@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from normfix.diagnosis.indicators import Accumulator, compare
 from normfix.diagnosis.windows import Window
-from normfix.diagnosis_record import Kind, Mismatch, Pair
-from normfix.tiles import Geometry, at, round_up
+from normfix.proof.indicators import Accumulator, compare
+from normfix.records.diagnoses import Kind, Mismatch, Pair
+from normfix.records.spans import round_up
+from normfix.tiling.grid import Geometry, at
 
 __all__ = ["Overlaps", "Predicted", "overlaps"]
 

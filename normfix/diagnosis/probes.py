@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from normfix.calling import home_of
-from normfix.diagnosis.crops import predicted
+from normfix.networks.calling import home_of
+from normfix.proof.crops import predicted
 
 __all__ = ["Placed", "Seen", "probe"]
 

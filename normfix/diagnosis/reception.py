@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from normfix.diagnosis_record import ReceptiveField
-from normfix.tiles import Geometry, at, round_up
+from normfix.records.diagnoses import ReceptiveField
+from normfix.records.spans import round_up
+from normfix.tiling.grid import Geometry, at
 
 __all__ = ["SHARE", "gradient", "receptive_field"]
 

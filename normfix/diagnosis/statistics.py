@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from normfix.diagnosis_record import SiteReport
-from normfix.intervention import Watched
-from normfix.numerics import BOUNDLESS
-from normfix.records import Site
+from normfix.diagnosis.intervention import Watched
+from normfix.networks.numerics import BOUNDLESS
+from normfix.records.diagnoses import SiteReport
+from normfix.records.sites import Site
 
 __all__ = ["site_reports"]
 

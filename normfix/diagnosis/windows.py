@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from normfix.diagnosis_record import Tiling
-from normfix.tiles import Geometry, at, round_up
+from normfix.records.diagnoses import Tiling
+from normfix.records.spans import round_up
+from normfix.tiling.grid import Geometry, at
 
 __all__ = ["Window", "faults", "paste", "take", "windows"]
 

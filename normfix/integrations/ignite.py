@@ -9,7 +9,7 @@ from ignite.engine import Engine, Events
 from torch import Tensor, optim
 from torch.utils.hooks import RemovableHandle
 
-from normfix.pipeline import FineTuning
+from normfix.api.finetuning import FineTuning
 
 __all__ = ["FineTuningHandler"]
 

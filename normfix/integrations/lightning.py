@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from normfix.pipeline import FineTuning
+from normfix.api.finetuning import FineTuning
 
 __all__ = ["FineTuningCallback"]
 

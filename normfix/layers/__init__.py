@@ -2,9 +2,9 @@
 
 from normfix.layers.base import ChannelNorm
 from normfix.layers.batchrenorm import BatchRenorm, BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
+from normfix.layers.constant import FrozenStatistic
 from normfix.layers.frozen import FrozenNorm, FrozenNorm1d, FrozenNorm2d, FrozenNorm3d
 from normfix.layers.schedule import RenormSchedule
-from normfix.layers.statistic import FrozenStatistic
 from normfix.layers.synchronised import (
     SyncBatchRenorm,
     SyncBatchRenorm1d,

@@ -8,7 +8,7 @@ wipe, and `convert_sync_batchnorm` replace, whatever does.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -149,3 +149,12 @@ class ChannelNorm(nn.Module):
 def _mixes(operand: torch.dtype, constants: torch.dtype) -> bool:
     """Tell whether batch norm takes these dtypes together: equal ones, or a half operand with float32 constants."""
     return operand == constants or (constants == torch.float32 and operand in (torch.float16, torch.bfloat16))
+
+
+class Moments(NamedTuple):
+    """Mean, biased variance and 1 / sqrt(var + eps) per channel of a batch, and its values per channel."""
+
+    mean: Tensor
+    var: Tensor
+    invstd: Tensor
+    size: int | Tensor

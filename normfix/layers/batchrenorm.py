@@ -17,12 +17,12 @@ gives the gradients; what is kept for it beyond batch norm's is a few vectors of
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from normfix.layers.base import ChannelNorm
+from normfix.layers.base import ChannelNorm, Moments
 from normfix.layers.library import corrections, is_for, renormalise
 from normfix.layers.recomputation import Call, keep, recall, remember
 
@@ -217,15 +217,6 @@ class BatchRenorm3d(BatchRenorm):
     """Renormalise batches of (n, c, d, h, w)."""
 
     _ranks = (5,)
-
-
-class Moments(NamedTuple):
-    """Mean, biased variance and 1 / sqrt(var + eps) per channel of a batch, and its values per channel."""
-
-    mean: Tensor
-    var: Tensor
-    invstd: Tensor
-    size: int | Tensor
 
 
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -131,7 +131,7 @@ def _repeats() -> bool:
 
 
 def _by_torch(layer: BatchRenorm, found: Pass, count: int, weight: Tensor, bias: Tensor) -> Corrections:
-    from normfix.layers.batchrenorm import Moments
+    from normfix.layers.base import Moments
 
     var = _variance(found, layer.eps)
     r, d = layer._correct_and_track(Moments(found.mean, var, found.invstd, count))

@@ -19,12 +19,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from normfix.layers.base import Moments
 from normfix.layers.batchrenorm import (
     BatchRenorm,
     BatchRenorm1d,
     BatchRenorm2d,
     BatchRenorm3d,
-    Moments,
     affine_of,
     batch_moments,
 )

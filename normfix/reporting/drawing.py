@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from normfix.diagnosis_record import Culprit, Profile, ReceptiveField
+from normfix.records.diagnoses import Culprit, Profile, ReceptiveField
 
 __all__ = ["bars", "course", "field_picture", "plane", "seams", "sides"]
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 
-from normfix.diagnosis_record import DiagnosisRecord, PipelineRecord
-from normfix.json_record import Record
-from normfix.records import Proof, Verdict
+from normfix.records.diagnoses import DiagnosisRecord, PipelineRecord
+from normfix.records.encoding import Record
+from normfix.records.verdicts import Proof, Verdict
 from normfix.reporting.sentences import headline
 
 __all__ = ["junit"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from normfix.tiles import in_strides
+from normfix.records.spans import in_strides
 
 __all__ = ["render"]
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from normfix.diagnosis_record import DiagnosisRecord, PipelineRecord
-from normfix.json_record import Record
-from normfix.records import Proof, Verdict
+from normfix.records.diagnoses import DiagnosisRecord, PipelineRecord
+from normfix.records.encoding import Record
+from normfix.records.verdicts import Proof, Verdict
 from normfix.reporting.junit import junit
 from normfix.reporting.maps import Maps
 from normfix.reporting.page import render

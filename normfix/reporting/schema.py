@@ -9,9 +9,9 @@ from __future__ import annotations
 from importlib import resources
 from typing import Any
 
-from normfix.diagnosis_record import DiagnosisRecord, PipelineRecord
-from normfix.json_schema import record_schema
-from normfix.records import Proof, Verdict
+from normfix.records.diagnoses import DiagnosisRecord, PipelineRecord
+from normfix.records.schema import record_schema
+from normfix.records.verdicts import Proof, Verdict
 
 __all__ = ["SCHEMAS", "schema_of", "shipped"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from normfix.diagnosis_record import DiagnosisRecord, PipelineRecord
-from normfix.json_record import Record
-from normfix.records import Proof, Verdict
+from normfix.records.diagnoses import DiagnosisRecord, PipelineRecord
+from normfix.records.encoding import Record
+from normfix.records.verdicts import Proof, Verdict
 
 __all__ = ["headline"]
 

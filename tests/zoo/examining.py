@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 import normfix
-from normfix.records import Plan, Scan
+from normfix.records.plans import Plan
+from normfix.records.sites import Scan
 
 from .entry import Entry
 from .preparing import material, prepared, seed_of

@@ -34,7 +34,7 @@ def apart(entry: Entry, limit: int = 180, patience: int = 5) -> dict[str, Any]:
     torch.set_num_threads(1)  # before the fork: threads do not survive it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import_module("normfix.pipeline")
+        import_module("normfix.api")
         import_module(entry.library)  # once, for all children
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)

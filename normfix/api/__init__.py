@@ -1,0 +1,1 @@
+"""The verbs that need every room: convert, calibrate, predict, prepare_finetune."""

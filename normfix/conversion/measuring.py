@@ -1,0 +1,168 @@
+"""Measure each site's statistics over whole images, consistently: every site before it already frozen.
+
+Sites are taken in the order of the calls. For one image a single pass does it: each site is measured and
+frozen when the pass reaches it, and the pass goes on with the frozen value. For several images each site
+takes one pass over all of them that ends early at the site; the images' moments are merged in float64.
+Measuring all sites in one pass with live statistics is not the same thing, however often it is repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfix.conversion.targets import Target
+from normfix.errors import NormfixError
+from normfix.networks.calling import evaluating
+from normfix.networks.numerics import exact_arithmetic
+from normfix.records.measurements import CalibrationSummary
+
+__all__ = ["measure_sites_", "remeasure_sites", "restoring_on_error"]
+
+Run = Callable[[nn.Module, Tensor], Tensor]
+Progress = Callable[[int, int], None]
+
+
+def measure_sites_(
+    model: nn.Module,
+    targets: Sequence[Target],
+    images: Iterable[Tensor],
+    run: Run,
+    progress: Progress = lambda done, total: None,
+) -> CalibrationSummary:
+    """Calibrate the targets in place, in order, and re-measure them under the stored statistics.
+
+    Args:
+        model: holds the targets' modules; put in eval mode meanwhile, every module's own mode is restored.
+        targets: in the order in which a forward pass reaches them.
+        images: re-iterable, each (N, C, *space); sizes may differ. Read several times.
+        run: calls the model on one image.
+        progress: called with (passes done, passes in all).
+
+    Raises:
+        NormfixError: NF301 if a pass does not reach a site. The old statistics are back in place then, as
+            after any other error.
+    """
+    count = sum(1 for _ in images)
+    with evaluating(model), exact_arithmetic(), restoring_on_error(targets):
+        passes = 2 if count == 1 else len(targets) + 1
+        if count == 1:
+            _freeze_as_it_goes(model, targets, images, run)
+            progress(1, passes)
+        else:
+            for done, target in enumerate(targets, start=1):
+                target.store(_parts(model, target, images, run))
+                progress(done, passes)
+        summary = _summary(model, targets, images, run)
+        progress(passes, passes)
+    return summary
+
+
+def remeasure_sites(
+    model: nn.Module, targets: Sequence[Target], images: Iterable[Tensor], run: Run
+) -> CalibrationSummary:
+    """Measure the targets under the statistics they have, and change none; see measure_sites_."""
+    with evaluating(model), exact_arithmetic():
+        return _summary(model, targets, images, run)
+
+
+def _freeze_as_it_goes(
+    model: nn.Module, targets: Sequence[Target], images: Iterable[Tensor], run: Run
+) -> None:
+    reached: set[str] = set()
+
+    def observe(target: Target, part: object) -> None:
+        if target.name not in reached:  # statistics come from one call; a second is a fault found below
+            target.store([part])
+        reached.add(target.name)
+
+    with _observed(targets, observe):
+        for image in images:
+            run(model, image)
+    _require_reached(targets, reached)
+
+
+class _Reached(BaseException):
+    """Ends a forward pass early; no `except Exception` in a network's code may swallow it."""
+
+
+def _parts(model: nn.Module, target: Target, images: Iterable[Tensor], run: Run) -> list[Any]:
+    parts: list[Any] = []
+
+    def observe(target: Target, part: object) -> None:
+        parts.append(part)
+        raise _Reached
+
+    with _observed([target], observe):
+        for number, image in enumerate(images, start=1):
+            with suppress(_Reached):
+                run(model, image)
+            _require_reached([target], {target.name} if len(parts) == number else set())
+    return parts
+
+
+def _summary(
+    model: nn.Module, targets: Sequence[Target], images: Iterable[Tensor], run: Run
+) -> CalibrationSummary:
+    """Re-measure every site under the stored statistics."""
+    measured: dict[str, list[Any]] = {target.name: [] for target in targets}
+
+    def observe(target: Target, part: object) -> None:
+        measured[target.name].append(part)
+
+    shapes = []
+    with _observed(targets, observe):
+        for image in images:
+            run(model, image)
+            shapes.append(tuple(image.shape))
+    for target in targets:
+        if len(measured[target.name]) != len(shapes):
+            raise _call_count(target, len(measured[target.name]), len(shapes))
+    sites = tuple(target.compare(measured[target.name]) for target in targets)
+    return CalibrationSummary(images=tuple(shapes), sites=sites)
+
+
+@contextmanager
+def _observed(targets: Sequence[Target], observe: Callable[[Target, Any], None]) -> Iterator[None]:
+    """Call `observe` with what each target measures before its call is answered; nothing stays behind."""
+    ends: list[Callable[[], None]] = []
+    try:
+        for target in targets:
+            ends.append(target.watch(partial(observe, target)))
+        yield
+    finally:
+        for end in ends:
+            end()
+
+
+@contextmanager
+def restoring_on_error(targets: Sequence[Target]) -> Iterator[None]:
+    """Give the targets their old statistics back after any error."""
+    before = [{key: value.clone() for key, value in t.module.state_dict().items()} for t in targets]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for target, state in zip(targets, before, strict=True):
+                target.module.load_state_dict(state)
+        raise
+
+
+def _require_reached(targets: Sequence[Target], reached: set[str]) -> None:
+    for target in targets:
+        if target.name not in reached:
+            raise _call_count(target, 0, 1)
+
+
+def _call_count(target: Target, calls: int, expected: int) -> NormfixError:
+    return NormfixError(
+        "NF301",
+        f"the plan expects one call per image, but {calls} were made for {expected}. The network takes another "
+        "path on this input than when it was scanned; scan it with an input like the images.",
+        where=target.name,
+    )

@@ -1,0 +1,166 @@
+"""diagnose: measure the seams of a network under a tiling, name their causes, say what it will cost first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from normfix.diagnosis.accuracy import Labels
+from normfix.diagnosis.examination import Examination
+from normfix.diagnosis.pipeline import PipelineDiagnosis, diagnose_pipeline
+from normfix.diagnosis.setting import Progress, bench_of, prepare
+from normfix.images.collections import Items
+from normfix.networks.calling import Caller, home_of
+from normfix.networks.numerics import exact_arithmetic
+from normfix.networks.provenance import provenance_of
+from normfix.networks.surroundings import undisturbed
+from normfix.records.diagnoses import (
+    Cost,
+    Culprit,
+    DiagnosisRecord,
+    Kind,
+    ReceptiveField,
+    TileMismatch,
+    Tiling,
+    TrainEval,
+)
+from normfix.reporting.maps import Maps
+from normfix.scanning.known import ForwardFn
+
+__all__ = ["Diagnosis", "Maps", "diagnose", "diagnose_network"]
+
+Metric = Callable[[NDArray[Any], NDArray[Any]], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """A diagnosis and the maps behind it."""
+
+    record: DiagnosisRecord
+    maps: Maps
+
+    @property
+    def status(self) -> Literal["passed", "failed", "inconclusive"]:
+        """Return failed if any cause is named, inconclusive if nothing could be compared."""
+        return self.record.status
+
+    @property
+    def tile_mismatch(self) -> TileMismatch:
+        """Return tile against tile and stitched tiles against the whole."""
+        return self.record.tile_mismatch
+
+    @property
+    def train_eval(self) -> tuple[TrainEval, ...]:
+        """Return eval mode against batch statistics in use, one entry per batch size."""
+        return self.record.train_eval
+
+    @property
+    def culprits(self) -> tuple[Culprit, ...]:
+        """Return the causes, the largest first."""
+        return self.record.culprits
+
+    @property
+    def receptive_field(self) -> ReceptiveField | None:
+        """Return how far an output can look, and does."""
+        return self.record.receptive_field
+
+    def _repr_html_(self) -> str:
+        """Show the verdict and the pictures in a notebook."""
+        from normfix.reporting.report import fragment
+
+        return fragment(self.record, self.maps)
+
+
+@overload
+def diagnose(
+    model: nn.Module, image: Tensor, tile: int | Sequence[int] = 256, **options: Any
+) -> Diagnosis: ...
+@overload
+def diagnose(
+    model: Callable[..., Any], image: Any, tile: int | Sequence[int] = 256, **options: Any
+) -> PipelineDiagnosis: ...
+@undisturbed()
+def diagnose(
+    model: Any, image: Any, tile: int | Sequence[int] = 256, **options: Any
+) -> Diagnosis | PipelineDiagnosis:
+    """Measure how tiles disagree and why, of a network or of a whole pipeline.
+
+    Args:
+        model: an nn.Module (options: those of `diagnose_network`), or a pipeline, `predict(image)` or, with
+            `network=`, `predict(image, network)` (options: those of `diagnose_pipeline`).
+        image: (1, C, *space); for a pipeline what it takes.
+        tile: pixels per axis.
+        **options: see there.
+
+    Raises:
+        NormfixError: codes of the two.
+
+    Example:
+        >>> import normfix, torch
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.InstanceNorm2d(4))
+        >>> found = normfix.diagnose(net.eval(), torch.rand(1, 1, 96, 96), tile=32)
+        >>> [culprit.cause for culprit in found.culprits]
+        ['instance']
+    """
+    if isinstance(model, nn.Module):
+        return diagnose_network(model, image, tile, **options)
+    return diagnose_pipeline(model, image, tile, **options)
+
+
+def diagnose_network(
+    model: nn.Module,
+    image: Tensor,
+    tile: int | Sequence[int] = 256,
+    *,
+    halo: int | Literal["auto"] = "auto",
+    tiling: Tiling | None = None,
+    kind: Kind | None = None,
+    labels: Any = None,
+    metric: Metric | None = None,
+    converted: nn.Module | None = None,
+    batches: Sequence[int] = (1, 4),
+    per_site: bool = False,
+    forward_fn: ForwardFn | None = None,
+    output: str | int | None = None,
+    announce: Callable[[Cost], None] = lambda cost: None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Diagnosis:
+    """Measure how tiles of a network disagree and why.
+
+    Args:
+        model: in the mode it is used in (train mode is a cause of its own); not modified.
+        image: (1, C, *space).
+        tile: pixels per axis.
+        halo: pixels of context on every side; "auto" is what the network needs.
+        tiling: how the user's pipeline cuts, where it differs from normfix's own way; instead of tile and halo.
+        kind: what the output means; default: recognised from its values.
+        labels: true classes or masks of the image's space, for accuracy.
+        metric: `metric(prediction, labels)` on arrays (C, *space), beside Dice.
+        converted: the converted network, for accuracy.
+        batches: sizes for the train/eval disparity.
+        per_site: run the experiments for every site by itself too.
+        forward_fn: `forward_fn(model, image)` for another calling convention.
+        output: key or index of the output that counts.
+        announce: called once with the cost, before the experiments start.
+        progress: called with (stage, done, total).
+
+    Raises:
+        NormfixError: NF601 where no geometry can be measured, NF602 for a tiling that does not fit, NF604 for
+            labels that do not, and codes of `scan` and of the image.
+    """
+    known = provenance_of(model)
+    caller = Caller(forward_fn, output if output is not None or known is None else known.output)
+    (item,) = Items.of(image, *home_of(model))
+    progress("scan", 0, 1)
+    with exact_arithmetic():
+        setting = prepare(model, item[:1], tiling, tile=tile, halo=halo, kind=kind, caller=caller)
+        progress("scan", 1, 1)
+        truth = None if labels is None else Labels.of(labels, item.shape[2:], setting.kind, metric)
+        work = Examination(setting, bench_of(setting, progress), truth, tuple(batches), per_site, progress)
+        cost = work.cost()
+        announce(cost)
+        return Diagnosis(*work.measured(cost, converted, tile))

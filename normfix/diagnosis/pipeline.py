@@ -1,0 +1,221 @@
+"""diagnose for pipelines: functions that a user tiles with, tested from outside and from inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from normfix.api.conversion import convert
+from normfix.diagnosis.probes import Seen, probe
+from normfix.proof.cropping import check_pipeline, space_of
+from normfix.records.diagnoses import Observation, PipelineRecord
+from normfix.records.sites import Finding, Scan
+from normfix.records.spans import round_up
+from normfix.records.verdicts import Verdict
+from normfix.scanning.scan import scan
+from normfix.tiling.geometry import geometry_of
+from normfix.tiling.grid import Geometry
+
+__all__ = ["PipelineDiagnosis", "diagnose_pipeline"]
+
+Pipeline = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineDiagnosis:
+    """A pipeline's diagnosis; `.record` is the plain data."""
+
+    record: PipelineRecord
+
+    @property
+    def status(self) -> str:
+        """Return the verdict's status, failed also where a probe saw a cause."""
+        return "failed" if self.culprits else self.record.verdict.status
+
+    @property
+    def culprits(self) -> tuple[Observation, ...]:
+        """Return the causes that were seen."""
+        return self.record.culprits
+
+
+def diagnose_pipeline(
+    predict: Pipeline,
+    image: Any,
+    tile: int | Sequence[int],
+    *,
+    network: nn.Module | None = None,
+    stride: int | None = None,
+    margin: int | None = None,
+    output: str | int | None = None,
+) -> PipelineDiagnosis:
+    """Test a pipeline from outside, and with `network` from inside too.
+
+    Args:
+        predict: `predict(image)`, or, with a network, `predict(image, network)`.
+        image: what it takes; a tensor (N, C, *space) where a network is given.
+        tile: about how large its tiles are.
+        network: the network it runs, which probes replace.
+        stride: of the network; default: measured where it is given, else 32.
+        margin: as for check.
+        output: key or index of the network's output that counts, where it returns several.
+
+    Example:
+        >>> import normfix, torch
+        >>> net = torch.nn.Conv2d(1, 1, 3, padding=1)
+        >>> def halves(image, network):  # without context, joined in the middle
+        ...     return torch.cat([network(half) for half in image.chunk(2, 3)], 3)
+        >>> seen = normfix.diagnose(halves, torch.rand(1, 1, 96, 192), 96, network=net)
+        >>> [culprit.cause for culprit in seen.culprits]
+        ['halo']
+    """
+    if network is None:
+        verdict = check_pipeline(predict, image, tile, stride=stride or 32, margin=margin)
+        return PipelineDiagnosis(_record(verdict, None, (), None, ()))
+    known = scan(network, image[..., :256, :256] if space_of(image) == 2 else None, output=output)
+    geometry = geometry_of(known)
+    step = stride or (max(geometry.stride) if geometry else 32)
+    verdict = check_pipeline(lambda x: predict(x, network), image, tile, stride=step, margin=margin)
+    seen = probe(predict, network, image, space_of(image))
+    held = _held(predict, network, known, image, tile, step, margin, output)
+    culprits = (*_of_network(known), *(() if seen is None else _of_steps(seen, geometry)))
+    findings = _unseen(seen) or _unnamed(verdict, culprits)
+    return PipelineDiagnosis(_record(verdict, seen, culprits, held, findings))
+
+
+def _held(
+    predict: Pipeline,
+    network: nn.Module,
+    known: Scan,
+    image: Any,
+    tile: int | Sequence[int],
+    stride: int,
+    margin: int | None,
+    output: str | int | None,
+) -> Verdict | None:
+    """Check the pipeline with the network's live statistics frozen on this image, where that can be done."""
+    if not known.live or not all(site.convertible for site in known.live):
+        return None
+    frozen = convert(network, image, output=output).model
+    return check_pipeline(lambda x: predict(x, frozen), image, tile, stride=stride, margin=margin)
+
+
+def _of_network(known: Scan) -> tuple[Observation, ...]:
+    families = dict.fromkeys(str(site.family) for site in known.live)
+    return tuple(
+        Observation(
+            cause=family,
+            evidence=", ".join(site.id for site in known.live if site.family == family)[:300],
+            remedy="freeze its statistic: normfix convert",
+        )
+        for family in families
+    )
+
+
+def _of_steps(seen: Seen, geometry: Geometry | None) -> tuple[Observation, ...]:
+    """Name what the probes saw that makes tiles differ."""
+    found = []
+    if seen.scaled:
+        evidence = (
+            "the same pixels, or pixels of one value, reached the network as other values in other windows"
+        )
+        found.append(("tile scaling", evidence, "scale the whole image once, before it is cut"))
+    if seen.rescaled:
+        evidence = "windows whose output was multiplied and shifted came out the same"
+        found.append(("output scaling", evidence, "scale the prediction once, after it is stitched"))
+    if seen.blended:
+        evidence = "constant outputs of windows came out mixed"
+        found.append(("blending", evidence, "crop the halo instead; mixing hides seams and repairs none"))
+    if any(
+        s < 0 or s + n > size
+        for window in seen.windows
+        for s, n, size in zip(window.start, window.extents, seen.size, strict=True)
+    ):
+        evidence = "windows read beyond the border of the image"
+        found.append(("border padding", evidence, "end windows where the image ends"))
+    if geometry is not None:
+        found += _misplaced(seen, geometry) + _short(seen, geometry)
+    return tuple(Observation(cause=c, evidence=e, remedy=r) for c, e, r in found)
+
+
+def _misplaced(seen: Seen, geometry: Geometry) -> list[tuple[str, str, str]]:
+    """Return phase, and the last tile where only windows that touch the end are off the grid."""
+    off: set[tuple[int, int, bool]] = set()
+    for window in seen.windows:
+        for axis, (s, n, size, stride) in enumerate(
+            zip(window.start, window.extents, seen.size, geometry.stride, strict=True)
+        ):
+            if s % stride:
+                off.add((axis, s, s + n >= size))
+    if not off:
+        return []
+    places = ", ".join(f"{s} on axis {axis}" for axis, s, _ in sorted(off)[:4])
+    evidence = f"windows start at {places}; the stride is {'x'.join(map(str, geometry.stride))}"
+    if all(last for _, _, last in off):
+        return [("last tile", evidence, "start the last tile on the grid as well")]
+    return [("phase", evidence, "start windows on multiples of the stride")]
+
+
+def _short(seen: Seen, geometry: Geometry) -> list[tuple[str, str, str]]:
+    if seen.context is None:
+        return []
+    pairs = zip(seen.context, geometry.halo, geometry.stride, strict=True)
+    if not any(
+        h < round_up(e, stride) and h < e
+        for given, need, stride in pairs
+        for h, e in zip(given, need, strict=True)
+    ):
+        return []
+    evidence = (
+        f"pixels were predicted with {seen.context} pixels of context, the network reaches {geometry.halo}"
+    )
+    return [("halo", evidence, "read tiles with at least the exact halo, and crop it")]
+
+
+def _unseen(seen: Seen | None) -> tuple[Finding, ...]:
+    """Say what the probes could not see, so that no cause named is not taken for no cause."""
+    if seen is None:
+        message = (
+            "no window was found in the probe image (resampled, turned or augmented), so only the outside of the "
+            "pipeline was tested: its scaling, starts, context and mixing are not known."
+        )
+        return (Finding(code="NF609", where="probes", message=message),)
+    return tuple(Finding(code="NF609", where="probes", message=what) for what in seen.unseen)
+
+
+def _unnamed(verdict: Verdict, culprits: Sequence[Observation]) -> tuple[Finding, ...]:
+    """Say that a pipeline fails for a reason that no probe looks for."""
+    if verdict.status != "failed" or culprits:
+        return ()
+    message = (
+        "the prediction moves, and no step that the probes look for does it. What they cannot see: scaling of the "
+        "whole image by its own statistics, which a crop changes too; windows that are skipped or treated by their "
+        "values; and answers that are put back in another place."
+    )
+    return (Finding(code="NF609", where="probes", message=message),)
+
+
+def _record(
+    verdict: Verdict,
+    seen: Seen | None,
+    culprits: tuple[Observation, ...],
+    held: Verdict | None,
+    findings: tuple[Finding, ...],
+) -> PipelineRecord:
+    starts = extents = None
+    if seen is not None:
+        axes = zip(*(window.start for window in seen.windows), strict=True)
+        starts = tuple(tuple(sorted(set(axis))) for axis in axes)
+        extents = tuple(map(max, zip(*(window.extents for window in seen.windows), strict=True)))
+    return PipelineRecord(
+        verdict=verdict,
+        windows=len(seen.windows) if seen else None,
+        extents=extents,
+        starts=starts,
+        context=seen.context if seen else None,
+        culprits=culprits,
+        held=held,
+        findings=findings,
+    )

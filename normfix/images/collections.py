@@ -1,0 +1,193 @@
+"""Images as networks take them: tensors (N, C, *space) that can be read several times, each checked.
+
+Statistics are measured in several passes, so a generator is refused; files are read and scaled anew in each
+pass, one at a time.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from normfix.errors import NormfixError
+from normfix.images.axes import Channels, changed_meanwhile, digest_of_array, read_image, to_tensor
+from normfix.images.formats import SUFFIXES, is_zarr, suffix_of
+from normfix.images.formats.opened import Choice
+from normfix.images.scaling import not_finite, overflown, scaled
+from normfix.records.saved import Scaling
+
+__all__ = ["ImageFiles", "Items", "find_images"]
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """Re-iterable images for a network, each checked, on one device, in one dtype."""
+
+    images: Iterable[Tensor]
+    device: torch.device
+    dtype: torch.dtype
+    prepare: Callable[[Tensor], Tensor] = lambda image: image
+    like: tuple[int, ...] | None = None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield (N, C, *space) tensors.
+
+        Raises:
+            NormfixError: NF104 for NaN or infinity, NF106 for what is no such tensor.
+        """
+        for number, image in enumerate(self.images):
+            checked = _checked(image, f"image {number}", self.dtype)
+            if self.like is not None:
+                _require_like(checked, self.like, f"image {number}")
+            yield self.prepare(checked.to(self.device))
+
+    def __len__(self) -> int:
+        return len(self.images) if isinstance(self.images, Sized) else sum(1 for _ in self.images)
+
+    @classmethod
+    def of(
+        cls,
+        images: Tensor | Iterable[Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+        like: tuple[int, ...] | None = None,
+    ) -> Items:
+        """Take a tensor (one item) or a re-iterable of tensors.
+
+        Raises:
+            NormfixError: NF103 for a generator, which could be read only once, for an empty collection and for
+                what cannot be iterated.
+        """
+        if isinstance(images, Tensor):
+            images = [images]
+        try:
+            iterator = iter(images)
+        except TypeError as error:
+            raise NormfixError(
+                "NF103",
+                f"expected tensors (N, C, *space), got {type(images).__name__}. Give a tensor or a list of them.",
+                where="images",
+            ) from error
+        if iterator is images:
+            raise NormfixError(
+                "NF103",
+                "images were given as a generator, but they are read several times. Give a list, a dataset or "
+                "another object that can be iterated again.",
+                where="images",
+            )
+        items = cls(images, device, dtype, like=like)
+        if len(items) == 0:
+            raise NormfixError(
+                "NF103", "no image was given, and statistics need at least one.", where="images"
+            )
+        return items
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFiles:
+    """Image files as a re-iterable of (1, C, *space) tensors, each read and scaled when its turn comes.
+
+    A file that is read again must hold the same values again. `tell` is told once what a user should know of one.
+    """
+
+    paths: Sequence[Path]
+    ndim: int
+    channels: Channels
+    scaling: Scaling | None
+    axes: str | None = None
+    choice: Choice | None = None
+    tell: Callable[[str], None] = lambda text: None
+    _digests: dict[int, bytes] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield tensors.
+
+        Raises:
+            NormfixError: NF331 if a file holds other values than before, NF104 and NF107 of the scaling, and codes of
+                `read_image`.
+        """
+        for number, path in enumerate(self.paths):
+            known = self._digests.get(number)
+            array = read_image(
+                path,
+                ndim=self.ndim,
+                channels=self.channels,
+                axes=self.axes,
+                choice=self.choice,
+                tell=self.tell if known is None else lambda text: None,
+            )
+            digest = digest_of_array(array)
+            if self._digests.setdefault(number, digest) != digest:
+                raise changed_meanwhile(path)
+            yield to_tensor(scaled(array, self.scaling, str(path)))
+
+
+def find_images(patterns: Sequence[str]) -> list[Path]:
+    """Return the image files that files, folders and globs name, sorted within each.
+
+    Raises:
+        NormfixError: NF101 if one of them names nothing.
+    """
+    found: list[Path] = []
+    for pattern in patterns:
+        try:
+            matched = _matched(pattern)
+        except OSError:  # no file can have such a name
+            matched = []
+        if not matched:
+            raise NormfixError(
+                "NF101",
+                f"there is no such image file, and no {', '.join(SUFFIXES)} file in it.",
+                where=pattern,
+            )
+        found += matched
+    return found
+
+
+def _matched(pattern: str) -> list[Path]:
+    path = Path(pattern)
+    if path.is_dir() and not is_zarr(path):
+        return sorted(p for p in path.iterdir() if suffix_of(p) in SUFFIXES)
+    if path.exists():
+        return [path]
+    return sorted(Path(p) for p in glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute globs
+
+
+def _require_like(image: Tensor, like: tuple[int, ...], where: str) -> None:
+    """Refuse an image of another number of channels or axes than the network was scanned with."""
+    if image.dim() != len(like) or image.shape[1] != like[1]:
+        raise NormfixError(
+            "NF106",
+            f"the network takes (N, {like[1]}, *space) with {len(like) - 2} spatial axes, the image is "
+            f"{tuple(image.shape)}. Select channels or move axes first.",
+            where=where,
+        )
+
+
+def _checked(image: object, where: str, dtype: torch.dtype) -> Tensor:
+    """Return the image in `dtype`, in which it must be finite too."""
+    if not isinstance(image, Tensor) or image.dim() < 3 or not image.numel() or not image.is_floating_point():
+        what = (
+            f"{image.dtype} of shape {tuple(image.shape)}"
+            if isinstance(image, Tensor)
+            else type(image).__name__
+        )
+        raise NormfixError(
+            "NF106",
+            f"expected a floating tensor (N, C, *space), got {what}. Convert and scale it first.",
+            where=where,
+        )
+    if not torch.isfinite(image).all():
+        raise not_finite(where)
+    cast = image.to(dtype)
+    if cast is not image and not torch.isfinite(cast).all():
+        raise overflown(where, str(dtype).removeprefix("torch."))
+    return cast

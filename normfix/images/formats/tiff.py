@@ -1,0 +1,421 @@
+"""TIFF through tifffile: series, levels, OME and ImageJ descriptions, resolution and GeoTIFF tags."""
+
+from __future__ import annotations
+
+import logging
+import lzma
+import math
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normfix.errors import NormfixError
+from normfix.images.deadline import within
+from normfix.images.formats.opened import Choice, Opened, choose, letters_of
+from normfix.images.formats.placement import UNITS, Placement, unit_named
+
+__all__ = ["create", "open_tiff"]
+
+_GEO = {33550: 12, 33922: 12, 34264: 12, 34735: 3, 34736: 12, 34737: 2}
+"""Tags of GeoTIFF and their TIFF types: pixel scale, tie points, transformation, keys, doubles, text."""
+
+_PIXEL_SCALE, _TIE_POINTS = 33550, 33922
+
+
+@dataclass(frozen=True, slots=True)
+class _Tags:
+    """Resolution and GeoTIFF tags as they are."""
+
+    resolution: tuple[float, float] | None
+    resolution_unit: int
+    geo: tuple[tuple[int, Any], ...]
+
+    def scaled(self, scale: Sequence[Fraction]) -> _Tags | None:
+        """Return the tags of a map of another scale, where pixel scale and tie points at a corner say it all."""
+        down, right = (float(s) for s in scale[-2:])
+        geo = dict(self.geo)
+        if geo:
+            if _PIXEL_SCALE not in geo or tuple(geo.get(_TIE_POINTS, (1,))[:3]) != (0.0, 0.0, 0.0):
+                return None
+            x, y, z = geo[_PIXEL_SCALE]
+            geo[_PIXEL_SCALE] = (x / right, y / down, z)
+        size = self.resolution
+        finer = None if size is None else (size[0] * right, size[1] * down)
+        return _Tags(finer, self.resolution_unit, tuple(geo.items()))
+
+    def options(self) -> dict[str, Any]:
+        """Return them as tifffile writes them."""
+        found: dict[str, Any] = {}
+        if self.resolution is not None:
+            found = {"resolution": self.resolution, "resolutionunit": self.resolution_unit}
+        if self.geo:
+            found["extratags"] = [
+                (code, _GEO[code], len(value) + (_GEO[code] == 2), value, True) for code, value in self.geo
+            ]
+        return found
+
+
+class _Pages:
+    """A level of a series: whole through tifffile, windows of it through its tiles or strips (zarr)."""
+
+    def __init__(self, level: Any) -> None:
+        self._level = level
+        self._windows: Any = None
+        self.shape: tuple[int, ...] = tuple(level.shape)
+        self.dtype = np.dtype(level.dtype)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        with _complaints("tifffile") as complaints:
+            array = self._level.asarray()
+        if complaints:  # such as a page beyond the end of a truncated file, which is left out of the stack
+            raise ValueError(complaints[0])
+        return np.asarray(array, dtype)
+
+    def __getitem__(self, index: Any) -> Any:
+        if self._windows is None:
+            import zarr
+
+            self._windows = zarr.open_array(self._level.aszarr(level=0), mode="r")
+        return self._windows[index]
+
+
+def open_tiff(path: Path, choice: Choice) -> Opened:
+    """Open a series and level of a TIFF; see `normfix.images.formats.open_file`."""
+    import tifffile
+
+    with _complaints("tifffile") as complaints:
+        file = tifffile.TiffFile(path)
+        try:
+            # Counts in descriptions are followed one by one, and real files have a page each.
+            seconds = _SECONDS + path.stat().st_size / _BYTES_A_SECOND
+            opened = within(
+                seconds, lambda: _opened(file, path, choice), str(path), instead="write it again without them"
+            )
+        except BaseException:
+            file.close()
+            raise
+    if complaints:
+        file.close()
+        raise ValueError(complaints[0])
+    return opened
+
+
+def _opened(file: Any, path: Path, choice: Choice) -> Opened:
+    _require_short(file, path)
+    _require_companions(file, path)
+    series = list(file.series)
+    number = choose([s.name for s in series], [s.shape for s in series], choice.series, path)
+    levels = series[number].levels
+    if not 0 <= choice.level < len(levels):
+        raise NormfixError(
+            "NF101", f"it has {len(levels)} levels, and no level {choice.level}.", where=str(path)
+        )
+    level = levels[choice.level]
+    _bound(level.keyframe, path)
+    placement = _placement(file, series[number], number)
+    if choice.level:
+        placement = placement.of_level(_extents(levels[0]), _extents(level))
+    return Opened(_Pages(level), level.axes, placement, file.close)
+
+
+_SECONDS, _BYTES_A_SECOND = 5.0, 8 << 20
+"""Processor time for the descriptions of a small file, and bytes of a file for another second."""
+
+_SEGMENT = 1 << 27
+"""Bytes that a tile or strip may always have; a larger one has to be smaller than a few of its image."""
+
+_INFLATED = 1 << 26
+"""Bytes that a strip may unpack to before it is looked at twice."""
+
+
+_PARTS = 1_000_000
+"""Elements, lists or lines of a description; a hundred thousand planes are described by four times as many."""
+
+
+def _require_short(file: Any, path: Path) -> None:
+    """Refuse a description of countless parts, each of which takes some hundred bytes once it is parsed.
+
+    Raises:
+        NormfixError: NF121.
+    """
+    text = str(file.pages.first.description)
+    if sum(text.count(mark) for mark in "<[{\n") > _PARTS:
+        raise NormfixError(
+            "NF121",
+            f"its description of {len(text):,} characters has more than {_PARTS:,} parts. It is damaged or built to "
+            "harm.",
+            where=str(path),
+        )
+
+
+def _require_companions(file: Any, path: Path) -> None:
+    """Refuse other files that an image is said to lie in, before they are opened, if they lie elsewhere or are missing.
+
+    tifffile joins their names with the folder, opens whatever that is, and reads zeros where there is nothing.
+
+    Raises:
+        NormfixError: NF101 for one that is missing, NF121 for one in another folder or that is no file.
+    """
+    folder = path.resolve().parent
+    for name in _companions(file, path):
+        other = folder / name
+        if name != Path(name).name or "\\" in name or (other.exists() and other.resolve().parent != folder):
+            raise NormfixError("NF121", f"it names {name!r}, which is not in its folder.", where=str(path))
+        if other.exists() and not other.is_file():
+            raise NormfixError("NF121", f"it names {name!r}, which is no file.", where=str(path))
+        if not other.exists():
+            raise NormfixError(
+                "NF101",
+                f"a part of the image lies in {name!r}, which is missing, so it would be read as zeros. Put it beside "
+                "it.",
+                where=str(path),
+            )
+
+
+def _require_planes(root: ElementTree.Element, path: Path) -> None:
+    """Refuse a description of more planes than a folder has bytes: a list of them is made before any is read.
+
+    Raises:
+        NormfixError: NF121.
+    """
+    files = [path, *(other for other in path.parent.glob("*.tif*") if other.is_file())]
+    stored = sum(file.stat().st_size for file in files)
+    for pixels in root.iter():
+        if not pixels.tag.endswith("Pixels"):
+            continue
+        sizes = [pixels.get(f"Size{letter}", "1") for letter in "ZCT"]
+        counts = [part.get("PlaneCount", "1") for part in pixels if part.tag.endswith("TiffData")]
+        planes = [math.prod(int(size[:20]) for size in sizes), *(int(count[:20]) for count in counts)]
+        if max(planes) > stored:
+            raise NormfixError(
+                "NF121",
+                f"its description has {max(planes):,} planes, and there are {stored:,} bytes. It is damaged or built "
+                "to harm.",
+                where=str(path),
+            )
+
+
+def _companions(file: Any, path: Path) -> set[str]:
+    """Return the names of other files that tifffile would open for this one."""
+    import tifffile
+
+    names: set[str] = set()
+    if file.is_ome and file.ome_metadata:
+        root = ElementTree.fromstring(file.ome_metadata)
+        _require_planes(root, path)
+        for one in root.iter():
+            own = one.text is not None and one.text == root.get("UUID")
+            if one.tag.endswith("UUID") and not own:
+                names.add(one.get("FileName", ""))
+    index = path.parent / "NDTiff.index"
+    if file.is_ndtiff and index.is_file():
+        names |= {str(entry[1]) for entry in tifffile.read_ndtiff_index(index)}
+    elif file.is_ndtiff:
+        names.add(index.name)
+    if file.is_mmstack:
+        names |= {other.name for other in path.parent.glob("*_MMStack*.tif")}
+    return {name for name in names if name and name.lower() != path.name.lower()}
+
+
+def _bound(page: Any, path: Path) -> None:
+    """Let the segments (tiles, strips) of a page unpack to no more than they hold.
+
+    tifffile without imagecodecs unpacks whatever comes; a segment that could become large is counted first.
+
+    Raises:
+        NormfixError: NF121 for segments that no image has.
+    """
+    dtype = np.dtype(page.dtype or np.uint8)
+    size, whole = (int(np.prod(n, dtype=object)) * dtype.itemsize for n in (page.chunks, page.shape))
+    if size > max(_SEGMENT, 4 * whole):
+        raise NormfixError(
+            "NF121",
+            f"its tiles of {'x'.join(map(str, page.chunks))} have {size:,} bytes, and the page has {whole:,}. It is "
+            "damaged or built to harm.",
+            where=str(path),
+        )
+    segments, stored = len(page.dataoffsets), path.stat().st_size
+    if segments > _SEGMENTS + stored // _BYTES_A_SEGMENT:
+        raise NormfixError(
+            "NF121",
+            f"its page lies in {segments:,} tiles or strips, and the file has {stored:,} bytes. It is damaged or built "
+            "to harm; write it again with larger tiles if it is right.",
+            where=str(path),
+        )
+    decode, most = page.decode, max(size, whole) + _INFLATED
+
+    def bounded(data: bytes | None, index: int, **options: Any) -> Any:
+        if data is not None and not _unpacks_within(data, page.compression, most):
+            raise NormfixError(
+                "NF121",
+                f"its segment {index} unpacks to more than the {size:,} bytes that it holds. It is damaged or "
+                "built to harm, and was not unpacked.",
+                where=str(path),
+            )
+        return decode(data, index, **options)
+
+    page.__dict__["decode"] = bounded
+
+
+_SEGMENTS, _BYTES_A_SEGMENT = 1 << 16, 256
+"""Tiles or strips that a page may always have, and bytes of the file for each one more."""
+
+_DICTIONARY = 1 << 28
+"""Bytes that an xz stream may ask for as its dictionary."""
+
+
+def _unpacks_within(data: bytes, compression: int, most: int) -> bool:
+    """Tell whether no more than so many bytes come out of a segment; what comes out is thrown away."""
+    if compression in (8, 32946):
+        return len(data) * 1032 <= most or _inflates_within(data, zlib.decompressobj, most)
+    if compression == 34925:
+        return _inflates_within(data, lambda: lzma.LZMADecompressor(memlimit=_DICTIONARY), most)
+    return compression != 32773 or len(data) * 64 <= most or _runs_within(data, most)
+
+
+def _inflates_within(data: bytes, opened: Callable[[], Any], most: int) -> bool:
+    """Count what comes out, in pieces, of every stream in it: xz unpacks one behind the other."""
+    total, piece, stream = 0, 1 << 16, opened()
+    for start in range(0, len(data), piece):
+        given = data[start : start + piece]
+        while given or not getattr(stream, "needs_input", True):
+            found = stream.decompress(given, 1 << 20)
+            total += len(found)
+            if total > most:
+                return False
+            given = getattr(stream, "unconsumed_tail", b"")
+            if stream.eof:
+                if not isinstance(stream, lzma.LZMADecompressor):
+                    return True
+                given, stream = stream.unused_data, opened()
+    return True
+
+
+def _runs_within(data: bytes, most: int) -> bool:
+    """Count the runs of PackBits: a byte says how often the next one stands there, or how many are as they are."""
+    total = place = 0
+    while place < len(data) and total <= most:
+        head = data[place]
+        if head > 128:
+            total, place = total + 257 - head, place + 2
+        elif head < 128:
+            total, place = total + head + 1, place + head + 2
+        else:
+            place += 1
+    return total <= most
+
+
+def create(path: Path, shape: Sequence[int], dtype: np.dtype[Any], axes: str, placement: Placement) -> Any:
+    """Make a TIFF to be written by window: OME where size or channels are known, GeoTIFF as it came.
+
+    Args:
+        path: of the file.
+        shape: of the array.
+        dtype: of the array.
+        axes: a letter per axis of the array.
+        placement: of the pixels.
+    """
+    import tifffile
+
+    tags = placement.native if isinstance(placement.native, _Tags) else None
+    options = {} if tags is None else tags.options()
+    described: dict[str, Any] = {"axes": axes}
+    sizes = placement.spacing if placement.unit in UNITS and not (tags and tags.geo) else ()
+    for letter, size in zip(letters_of("ZYX"[-len(sizes) :] if sizes else ""), sizes, strict=True):
+        described[f"PhysicalSize{letter}"] = size
+        described[f"PhysicalSize{letter}Unit"] = UNITS[placement.unit]
+    if "C" in axes and len(placement.channels) == shape[axes.index("C")]:
+        described["Channel"] = {"Name": list(placement.channels)}
+    if axes[-1] == "C":
+        options["planarconfig"] = "contig"
+        described["axes"] = axes = axes[:-1] + "S"
+    grey = "minisblack" if len(shape) > 1 else None  # else 3 or 4 channels would become RGB
+    ome = len(described) > 1
+    return tifffile.memmap(
+        path,
+        shape=tuple(shape),
+        dtype=dtype,
+        bigtiff=True,
+        photometric=grey,
+        ome=ome,
+        metadata=described,
+        **options,
+    )
+
+
+def _extents(level: Any) -> list[int]:
+    named = dict(zip(level.axes, level.shape, strict=True))
+    return [named[letter] for letter in "ZYX" if letter in named]
+
+
+def _placement(file: Any, series: Any, number: int) -> Placement:
+    page = series.keyframe
+    letters = "".join(letter for letter in "ZYX" if letter in series.axes)
+    last = series.axes[-1:] in ("S", "C") and series.axes[-3:-1] == "YX"
+    tags = _tags(page)
+    base = Placement(channels_last=last, native=tags)
+    if file.is_ome and file.ome_metadata:
+        return _ome(file.ome_metadata, number, letters, base)
+    described = file.imagej_metadata or {}
+    unit = unit_named(described.get("unit"))
+    if tags is None or tags.resolution is None or 0 in tags.resolution:
+        return base
+    physical = {2: "inch", 3: "centimeter"}.get(tags.resolution_unit, "")
+    unit = unit if unit in UNITS else physical
+    sizes = {"X": 1 / tags.resolution[0], "Y": 1 / tags.resolution[1], "Z": described.get("spacing", 0)}
+    if not unit or not all(sizes.get(letter) for letter in letters):
+        return base
+    return replace(base, spacing=tuple(float(sizes[letter]) for letter in letters), unit=unit)
+
+
+def _ome(xml: str, number: int, letters: str, base: Placement) -> Placement:
+    """Read physical sizes and channel names of an image in OME-XML."""
+    images = [e for e in ElementTree.fromstring(xml).iter() if e.tag.endswith("}Image") or e.tag == "Image"]
+    if number >= len(images):
+        return base
+    pixels = next(e for e in images[number].iter() if e.tag.endswith("Pixels"))
+    names = tuple(e.get("Name", "") for e in pixels if e.tag.endswith("Channel"))
+    base = replace(base, channels=names if all(names) else ())
+    sizes = [pixels.get(f"PhysicalSize{letter}") for letter in letters]
+    units = {unit_named(pixels.get(f"PhysicalSize{letter}Unit", "µm")) for letter in letters}
+    if not all(sizes) or len(units) != 1:
+        return base
+    return replace(base, spacing=tuple(float(size or 0) for size in sizes), unit=units.pop())
+
+
+def _tags(page: Any) -> _Tags | None:
+    def value(name: str | int) -> Any:
+        tag = page.tags.get(name)
+        return None if tag is None else tag.value
+
+    x, y = value("XResolution"), value("YResolution")
+    told = x is not None and y is not None and x != (1, 1) and 0 not in (*x, *y)
+    size = (x[0] / x[1], y[0] / y[1]) if told else None
+    geo = tuple((code, value(code)) for code in _GEO if value(code) is not None)
+    return _Tags(size, int(value("ResolutionUnit") or 1), geo) if size or geo else None
+
+
+@contextmanager
+def _complaints(name: str) -> Iterator[list[str]]:
+    """Collect the errors that a library only logs."""
+    found: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.levelno >= logging.ERROR:
+                found.append(record.getMessage())
+
+    logger, handler = logging.getLogger(name), Collector()
+    logger.addHandler(handler)
+    try:
+        yield found
+    finally:
+        logger.removeHandler(handler)

@@ -1,0 +1,89 @@
+"""Open images to be read by window, as sources for stages, and read them whole where passes need that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from normfix.images.files import open_windows
+from normfix.images.formats.opened import ArrayLike
+from normfix.images.sources import Source
+from normfix.images.spread import scaling_numbers
+from normfix.images.windows import WindowedImage, windowed
+from normfix.networks.calling import home_of
+from normfix.networks.intake import Intake
+from normfix.networks.provenance import provenance_of
+from normfix.records.saved import Scaling
+
+__all__ = ["Wholes", "open_image", "sources_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Wholes:
+    """Sources as whole tensors, each read when its turn comes; re-iterable."""
+
+    images: Sequence[Source]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield (N, C, *space) tensors."""
+        for image in self.images:
+            yield image.read([(0, n) for n in image.shape[2:]])
+
+
+def sources_of(images: object) -> list[Source] | None:
+    """Return images that are read by window, or None where they are tensors."""
+    found = [images] if _is_source(images) else images
+    if isinstance(found, Sequence) and found and all(map(_is_source, found)):
+        return list(found)
+    return None
+
+
+def _is_source(image: object) -> bool:
+    return not isinstance(image, Tensor) and hasattr(image, "read") and hasattr(image, "padded")
+
+
+def open_image(
+    image: Path | str | ArrayLike,
+    model: nn.Module,
+    *,
+    axes: str | None = None,
+    level: int = 0,
+    series: str | None = None,
+    scaling: Scaling | None = None,
+) -> WindowedImage:
+    """Open an image to be read by window, scaled over all of it, for a model.
+
+    Args:
+        image: .npy, .tif, .zarr (also OME-Zarr), .nii, or an object with shape, dtype and slicing (h5py, dask, zarr).
+        model: says how many channels and axes, which dtype and device.
+        axes: one letter per array axis, C for channels, Z Y X for space.
+        level: of a pyramid, 0 is the finest.
+        series: name or number of the image, where a file holds several.
+        scaling: default: what travels with the model.
+
+    Raises:
+        NormfixError: NF101, NF104, NF106 and NF107 of the image.
+
+    Example:
+        >>> import normfix, numpy, torch
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.InstanceNorm2d(4))
+        >>> normfix.open_image(numpy.zeros((300, 200), "float32"), net).shape
+        (1, 1, 300, 200)
+    """
+    intake = Intake(model)
+    known = provenance_of(model)
+    if isinstance(image, str | Path):
+        window = open_windows(
+            Path(image), ndim=intake.ndim, channels=intake, axes=axes, level=level, series=series
+        )
+    else:
+        window = windowed(image, ndim=intake.ndim, channels=intake, axes=axes)
+    stated = scaling if scaling is not None else known.scaling if known is not None else None
+    if scaling is None and stated is not None and stated.kind == "none":
+        stated = None  # a network converted unscaled says nothing about integers
+    offset, divisor = scaling_numbers(window, stated)
+    device, dtype = home_of(model)
+    return WindowedImage(window, offset=offset, divisor=divisor, dtype=dtype, device=device)

@@ -1,0 +1,177 @@
+"""Scale an image as the network expects it, over the whole image and never per tile.
+
+Scaling is part of the statistic: constants measured on an image scaled 255 times too large reproduce the
+original on that image and are wrong on every other. So integer images need a stated scaling, and it is stored
+with the model.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normfix.errors import NormfixError
+from normfix.networks.calling import failures
+from normfix.records.saved import Scaling
+
+__all__ = ["not_finite", "overflown", "parse_scaling", "scaled"]
+
+Array = NDArray[Any]
+
+
+def scaled(array: Array, scaling: Scaling | None, where: str = "image") -> Array:
+    """Return a whole image (C, *space) as float32 or float64, scaled; None means: not stated.
+
+    Raises:
+        NormfixError: NF104 for NaN or infinity, NF107 if the scaling does not fit the image, or is not stated
+            for an integer image.
+    """
+    if scaling is None:
+        if array.dtype.kind != "f":
+            raise NormfixError(
+                "NF107",
+                f"the image is {array.dtype}, and what the network takes is not known. State it: --scale unit, "
+                "zscore, percentile:1,99.8, MEAN,STD or none, as it was trained with.",
+                where=where,
+            )
+        scaling = Scaling()
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise not_finite(where)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
+        result = _by(scaling, array, where)
+        kept = result.astype(np.float64 if array.dtype == np.float64 else np.float32)
+    if not np.isfinite(kept).all():
+        raise overflown(where, str(kept.dtype))
+    return kept
+
+
+def _by(scaling: Scaling, array: Array, where: str) -> Array:
+    """Return a finite image scaled, in float64."""
+    wide = array.astype(np.float64)
+    result: Array
+    match scaling.kind:
+        case "none":
+            result = wide
+        case "unit":
+            if array.dtype.kind not in "iu":
+                raise NormfixError(
+                    "NF107", f"'unit' is for integer images; this one is {array.dtype}.", where=where
+                )
+            result = wide / np.iinfo(array.dtype).max
+        case "zscore":
+            _positive(wide.max() - wide.min(), where)  # the deviation of a constant can round to more than 0
+            result = (wide - wide.mean()) / _positive(wide.std(), where)
+        case "percentile":
+            low, high = np.percentile(wide, _two(scaling))
+            result = (wide - low) / _positive(high - low, where)
+        case "fixed":
+            mean, sd = _two(scaling)
+            result = (wide - mean) / sd
+        case "preprocess":
+            result = _preprocessed(array, scaling.function, where)
+    return result
+
+
+def parse_scaling(text: str) -> Scaling:
+    """Read `none`, `unit`, `zscore`, `percentile:LOW,HIGH` or `MEAN,STD`.
+
+    Raises:
+        NormfixError: NF107 for anything else.
+    """
+    if text in ("none", "unit", "zscore"):
+        return Scaling(kind=cast(Literal["none", "unit", "zscore"], text))
+    kind, numbers = (
+        ("percentile", text.removeprefix("percentile:"))
+        if text.startswith("percentile:")
+        else ("fixed", text)
+    )
+    try:
+        low, high = (float(n) for n in numbers.split(","))
+    except ValueError as error:
+        raise NormfixError(
+            "NF107", "give none, unit, zscore, percentile:LOW,HIGH or MEAN,STD.", where=f"--scale {text}"
+        ) from error
+    scaling = Scaling(kind=cast(Literal["percentile", "fixed"], kind), values=(low, high))
+    _two(scaling)
+    return scaling
+
+
+def not_finite(where: str) -> NormfixError:
+    """Return the error (NF104) for an image with NaN or infinity."""
+    return NormfixError(
+        "NF104",
+        "the image has NaN or infinite values, which would spread through every statistic. Replace them first; a mask "
+        "does not help, since the network still reads what it ignores.",
+        where=where,
+    )
+
+
+def overflown(where: str, dtype: str) -> NormfixError:
+    """Return the error (NF104) for an image that is finite and no longer is as the network takes it."""
+    return NormfixError(
+        "NF104",
+        f"the image's values are finite, but not all of them are once they are scaled and in {dtype}. State a scaling "
+        "that fits them (--scale), or compute in a wider dtype.",
+        where=where,
+    )
+
+
+def _positive(spread: float, where: str) -> float:
+    if not 0 < spread < math.inf:
+        raise NormfixError(
+            "NF107",
+            f"the image's spread is {spread:g} (0: constant), so it cannot be scaled by it. Leave it out if it is "
+            "empty, or state a scaling that is not measured on it: --scale MEAN,STD, unit or none.",
+            where=where,
+        )
+    return spread
+
+
+def _two(scaling: Scaling) -> tuple[float, float]:
+    """Return the two numbers of a percentile or fixed scaling."""
+    low, high = scaling.values if len(scaling.values) == 2 else (math.nan, math.nan)
+    sane = (
+        0 <= low < high <= 100 if scaling.kind == "percentile" else math.isfinite(low) and 0 < high < math.inf
+    )
+    if not sane:
+        raise NormfixError(
+            "NF107",
+            "percentiles run from 0 to 100, low before high; a mean is finite and a deviation positive.",
+            where=f"--scale {scaling.kind} {','.join(map(str, scaling.values))}",
+        )
+    return low, high
+
+
+def _preprocessed(array: Array, name: str, where: str) -> Array:
+    function = _function(name)
+    try:
+        result = np.asarray(function(array.copy()))
+    except failures() as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise NormfixError(
+            "NF107", f"{name} failed on an array {array.shape} of {array.dtype}: {reason}.", where=where
+        ) from error
+    if result.shape != array.shape or result.dtype.kind not in "biuf":
+        raise NormfixError(
+            "NF107",
+            f"{name} made {result.dtype} {result.shape} of {array.shape}; it must keep (C, *space) and give "
+            "real numbers.",
+            where=where,
+        )
+    return result
+
+
+def _function(name: str) -> Callable[[Array], Array]:
+    module, _, attribute = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise NormfixError(
+            "NF107", f"cannot import it: {error}. Give pkg.mod:function.", where=f"--preprocess {name}"
+        ) from error
+    return cast(Callable[[Array], Array], function)

@@ -1,0 +1,92 @@
+"""What images are read from: by window, never whole."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Source", "Span", "TensorSource", "digest_of", "values_digest"]
+
+Span = tuple[int, int]
+"""First and past-the-last position along one axis."""
+
+
+class Source(Protocol):
+    """An image (N, C, *space) that gives windows of itself."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the extents of all dimensions."""
+
+    def read(self, window: Sequence[Span]) -> Tensor:
+        """Return (N, C, *window) in the dtype and on the device the network computes in."""
+
+    def padded(self, padding: Sequence[int]) -> Source:
+        """Return the same image extended at its end by its edge pixels, by so many per axis."""
+
+    def fingerprint(self) -> str:
+        """Return what differs if anything that `read` returns does."""
+
+
+class TensorSource:
+    """A tensor that is in memory anyway, extended at its end by its edge pixels."""
+
+    def __init__(self, image: Tensor, padding: Sequence[int] = ()) -> None:
+        self._image = image
+        self._padding = tuple(padding) or (0,) * (image.dim() - 2)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the extents, padding included."""
+        space = (n + p for n, p in zip(self._image.shape[2:], self._padding, strict=True))
+        return (*self._image.shape[:2], *space)
+
+    def padded(self, padding: Sequence[int]) -> TensorSource:
+        """Return the same image extended by so many pixels per axis."""
+        return TensorSource(self._image, padding)
+
+    def read(self, window: Sequence[Span]) -> Tensor:
+        """Return a window."""
+        x = self._image
+        for axis, (start, stop) in enumerate(window, start=2):
+            n = x.shape[axis]
+            if stop <= n:
+                x = x.narrow(axis, start, stop - start)
+            else:
+                x = x.index_select(axis, torch.arange(start, stop, device=x.device).clamp_max(n - 1))
+        return x
+
+    def fingerprint(self) -> str:
+        """Return a digest of the values; see Source."""
+        return f"tensor {self._image.dtype} {self.shape} {values_digest(TensorSource(self._image))}"
+
+
+def values_digest(source: Source) -> str:
+    """Return the digest of all values of a source, read by window."""
+    batch, channels, *space = source.shape
+    return digest_of(lambda window: _bytes(source.read(window)), space, batch * channels)
+
+
+def digest_of(read: Callable[[Sequence[Span]], bytes], space: Sequence[int], values: int) -> str:
+    """Return the SHA-256 of an image that is read in slabs of about four million values.
+
+    Args:
+        read: returns the bytes of a window.
+        space: extents of the image.
+        values: per pixel.
+    """
+    first, *rest = space
+    step = max(1, (1 << 22) // max(1, values * math.prod(rest)))
+    found = hashlib.sha256()
+    for start in range(0, first, step):
+        found.update(read([(start, min(first, start + step)), *((0, n) for n in rest)]))
+    return found.hexdigest()
+
+
+def _bytes(x: Tensor) -> bytes:
+    return x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()

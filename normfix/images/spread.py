@@ -1,0 +1,154 @@
+"""Scale an image by what all of it is, in one or a few walks over it: never by window.
+
+Mean and deviation come from exact moments. Percentiles are exact for every dtype: values are mapped to integers
+in the same order, and histograms of 16 bits at a time find the order statistics that numpy's linear rule asks for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from normfix.errors import NormfixError
+from normfix.images.windows import Window
+from normfix.layers.moments import Moments, measure, merge
+from normfix.records.saved import Scaling
+
+__all__ = ["percentiles", "scaling_numbers"]
+
+
+def scaling_numbers(window: Window, scaling: Scaling | None) -> tuple[float, float]:
+    """Return (offset, divisor) such that (x - offset) / divisor is the image scaled as `normfix.images.scaling` does.
+
+    Raises:
+        NormfixError: NF107 if the scaling does not fit the image, is not stated for an integer image, or needs the
+            whole image in memory.
+    """
+    dtype = np.dtype(window.array.dtype)
+    if scaling is None:
+        if dtype.kind != "f":
+            raise NormfixError(
+                "NF107",
+                f"the image is {dtype}, and what the network takes is not known. State it with --scale.",
+                where=window.where,
+            )
+        scaling = Scaling()
+    match scaling.kind:
+        case "none":
+            return 0.0, 1.0
+        case "unit":
+            if dtype.kind not in "iu":
+                raise NormfixError(
+                    "NF107", f"'unit' is for integer images; this one is {dtype}.", where=window.where
+                )
+            return 0.0, float(np.iinfo(dtype).max)
+        case "zscore":
+            return _moments(window)
+        case "percentile":
+            low, high = percentiles(window, scaling.values)
+            return low, _positive(high - low, window)
+        case "fixed":
+            mean, sd = scaling.values
+            return mean, sd
+        case "preprocess":
+            raise NormfixError(
+                "NF107",
+                f"{scaling.function} takes the whole image, which is read by window here. State --scale instead.",
+                where=window.where,
+            )
+
+
+def percentiles(window: Window, wanted: Sequence[float]) -> list[float]:
+    """Return percentiles as np.percentile gives them for the whole image, all channels together."""
+    count = math.prod(window.shape)
+    places = [(count - 1) * q / 100 for q in wanted]
+    ranks = sorted({f(p) for p in places for f in (math.floor, math.ceil)})
+    values = dict(zip(ranks, _order_statistics(window, ranks), strict=True))
+    found = []
+    for place in places:
+        low, high = values[math.floor(place)], values[math.ceil(place)]
+        found.append(
+            float(np.float64(low) + (np.float64(high) - np.float64(low)) * (place - math.floor(place)))
+        )
+    return found
+
+
+def _moments(window: Window) -> tuple[float, float]:
+    parts: list[Moments] = []
+    least, most = math.inf, -math.inf
+    for piece in window.pieces():
+        wide = piece.astype(np.float64).reshape(1, 1, -1)
+        parts.append(measure(torch.from_numpy(wide)))
+        least, most = min(least, float(wide.min())), max(most, float(wide.max()))
+    _positive(most - least, window)
+    moments = merge(*parts)
+    return float(moments.mean[0]), _positive(math.sqrt(float(moments.var[0])), window)
+
+
+def _order_statistics(window: Window, ranks: Sequence[int]) -> list[float]:
+    """Return the values at these places of the sorted image: 16 bits of each per walk over the image."""
+    dtype = _native(np.dtype(window.array.dtype))
+    bits = 8 * dtype.itemsize
+    known = [0] * len(ranks)  # the leading bits found so far
+    below = list(ranks)  # the place among the values that share them
+    for shift in range(max(0, bits - 16), -1, -16):
+        width = min(16, bits)
+        histograms = {prefix: np.zeros(1 << width, np.int64) for prefix in known}
+        for piece in window.pieces():
+            keys = _keys(piece).ravel()
+            prefixes = keys >> np.uint64(shift + width) if shift + width < 64 else np.zeros_like(keys)
+            for prefix, histogram in histograms.items():
+                digits = (keys[prefixes == prefix] >> np.uint64(shift)) & np.uint64((1 << width) - 1)
+                histogram += np.bincount(digits.astype(np.int64), minlength=1 << width)
+        for i, prefix in enumerate(known):
+            ends = np.cumsum(histograms[prefix])
+            digit = int(np.searchsorted(ends, below[i], side="right"))
+            below[i] -= int(ends[digit - 1]) if digit else 0
+            known[i] = (prefix << width) | digit
+    return [float(_value(key, dtype)) for key in known]
+
+
+def _keys(values: NDArray[Any]) -> NDArray[np.uint64]:
+    """Map values to unsigned integers in the same order."""
+    values = values.astype(_native(values.dtype), copy=False)
+    dtype = values.dtype
+    unsigned = np.dtype(f"u{dtype.itemsize}")
+    raw = np.ascontiguousarray(values).view(unsigned)
+    top = unsigned.type(1 << (8 * dtype.itemsize - 1))
+    if dtype.kind == "f":
+        raw = np.where(raw & top, ~raw, raw | top)
+    elif dtype.kind == "i":
+        raw = raw ^ top
+    return raw.astype(np.uint64)
+
+
+def _native(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """Return a dtype in this machine's byte order; booleans as bytes."""
+    return np.dtype(np.uint8) if dtype.kind == "b" else dtype.newbyteorder("=")
+
+
+def _value(key: int, dtype: np.dtype[Any]) -> Any:
+    """Undo `_keys`."""
+    bits = 8 * dtype.itemsize
+    top, every = 1 << (bits - 1), (1 << bits) - 1
+    if dtype.kind == "f":
+        key = key ^ top if key & top else key ^ every
+    elif dtype.kind == "i":
+        key ^= top
+    return np.array([key], np.dtype(f"u{dtype.itemsize}")).view(dtype)[0]
+
+
+def _positive(spread: float, window: Window) -> float:
+    if not 0 < spread < math.inf:
+        raise NormfixError(
+            "NF107",
+            f"the image's spread is {spread:g} (0: constant), so it cannot be scaled by it. Leave it out if it is "
+            "empty, or state a scaling that is not measured on it: --scale MEAN,STD, unit or none.",
+            where=window.where,
+        )
+    return spread

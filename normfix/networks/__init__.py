@@ -1,0 +1,1 @@
+"""Any network: how it is called, copied and captured, and the words of torch."""

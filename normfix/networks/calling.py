@@ -1,0 +1,322 @@
+"""How a network is called and which of its outputs counts."""
+
+from __future__ import annotations
+
+import inspect
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import CodeType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer
+from torch.overrides import TorchFunctionMode
+
+from normfix.errors import NormfixError
+from normfix.networks.randomness import OwnRandomness
+from normfix.networks.surroundings import as_given
+
+__all__ = [
+    "REFUSALS",
+    "Caller",
+    "NotTaken",
+    "OutOfMemory",
+    "buffers_kept",
+    "class_of",
+    "evaluating",
+    "failures",
+    "home_of",
+    "refusals",
+    "require_network",
+    "resized",
+]
+
+
+REFUSALS = (NormfixError, RuntimeError, ValueError, AssertionError)
+"""What a network may raise that does not take a size it is tried with; to be caught by `refusals`."""
+
+
+class NotTaken(NormfixError):  # noqa: N818 - what happened, not what went wrong
+    """A network does not run on an input."""
+
+
+class OutOfMemory(NormfixError):  # noqa: N818 - what happened, as its siblings are named
+    """The machine, not the network, refused an input."""
+
+
+_STOPS = (TimeoutError, MemoryError, torch.OutOfMemoryError, OutOfMemory)
+
+
+def refusals() -> tuple[type[Exception], ...]:
+    """Return what `except` may take for a network that refuses an input: nothing while somebody stops the work.
+
+    A time-out, memory that ran out, and whatever a signal handler raises say nothing about the network, whichever
+    class they have, and go on to the caller. Meant for the head of an `except` clause alone.
+    """
+    return () if _stops(sys.exc_info()[1]) else REFUSALS
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """Return what `except` may take for any failure of code that is not ours; see `refusals`."""
+    return () if _stops(sys.exc_info()[1]) else (Exception,)
+
+
+def _stops(error: BaseException | None) -> bool:
+    """Tell whether an error, or one that it was raised over, stops the work instead of refusing an input."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, _STOPS) or _raised_by_signal(error.__traceback__):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _raised_by_signal(trace: TracebackType | None) -> bool:
+    """Tell whether a handler that is installed for a signal is among the frames that an error came through."""
+    handlers = {_code_of(signal.getsignal(number)) for number in signal.valid_signals()}
+    while trace is not None:
+        if trace.tb_frame.f_code in handlers:
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def _code_of(handler: Any) -> CodeType | None:
+    while hasattr(handler, "func"):  # a functools.partial
+        handler = handler.func
+    if not hasattr(handler, "__code__"):
+        handler = getattr(handler, "__func__", getattr(type(handler), "__call__", None))  # noqa: B004 - its code
+    return getattr(handler, "__code__", None)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Calls a model on one image and picks the output.
+
+    Args:
+        forward_fn: `forward_fn(model, image)` for any other calling convention; None means `model(image)`.
+        output: key or index where the model returns a mapping or a sequence.
+        draws: the network draws random numbers: it gets the same ones in every call, from no generator of torch's.
+    """
+
+    forward_fn: Callable[[nn.Module, Tensor], Any] | None = None
+    output: str | int | None = None
+    draws: bool = False
+
+    def __call__(self, model: nn.Module, image: Tensor) -> Tensor:
+        """Return the output tensor for an image (N, C, *space).
+
+        Raises:
+            NormfixError: NF109 if the network fails on the image, NF110 if `output` does not lead to a tensor.
+            OutOfMemory: NF250 if memory runs out.
+        """
+        return self.pick(self.everything(model, image))
+
+    def everything(self, model: nn.Module, image: Tensor) -> Any:
+        """Return all that the network returns for an image (N, C, *space); raises as a call does, but NF110."""
+        try:
+            with ExitStack() as around:
+                around.enter_context(as_given(image.device))
+                if self.draws and not torch.compiler.is_exporting():
+                    around.enter_context(OwnRandomness())
+                given = image.clone()  # some networks work in place on their input
+                return model(given) if self.forward_fn is None else self.forward_fn(model, given)
+        except NormfixError:
+            raise
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise OutOfMemory(
+                "NF250",
+                f"memory ran out on an input of shape {_shape(image)}{_layer(model, error)}: {_reason(error)}. "
+                "Give a smaller --input or image, or compute on another device.",
+                where=type(model).__name__,
+            ) from error
+        except failures() as error:
+            raise NotTaken(
+                "NF109",
+                f"the network does not run on an input of shape {_shape(image)}{_layer(model, error)}: "
+                f"{_reason(error)}. {self._way_on(model, error)}",
+                where=type(model).__name__,
+            ) from error
+
+    def in_double(self, model: nn.Module, image: Tensor) -> Tensor:
+        """Return the output of a float64 model for a float64 image, without casts to float32 on the way."""
+        with _StaysDouble():
+            return self(model, image)
+
+    def exactly(self, model: nn.Module, image: Tensor) -> Tensor:
+        """Return the output as the network computes it, but in float64 throughout if it is a float64 network."""
+        return (self.in_double if image.dtype == torch.float64 else self)(model, image)
+
+    def pick(self, result: Any) -> Tensor:
+        """Return the tensor that `output` names in what the model returned."""
+        if self.output is None:
+            found = result
+        else:
+            key = self.output
+            if isinstance(key, str) and key.isdigit() and not isinstance(result, Mapping):
+                key = int(key)
+            try:
+                found = result[key]
+            except (KeyError, IndexError, TypeError) as error:
+                raise self._not_found(result) from error
+        if not isinstance(found, Tensor):
+            raise self._not_found(result)
+        return found
+
+    def _way_on(self, model: nn.Module, error: Exception) -> str:
+        """Say what to give instead: another shape, or what the network takes beside the image."""
+        further = [] if self.forward_fn is not None else _further_inputs(model)
+        needed = [p.name for p in further if p.default is p.empty]
+        # an input left at None fails where it is used, as what None cannot do
+        if not needed and not (further and isinstance(error, TypeError | AttributeError)):
+            return "Give an input it accepts: --input NxCxHxW to scan with, images of sizes it takes."
+        names = needed or [p.name for p in further[:4]]
+        signature = str(inspect.signature(model.forward))[:160]
+        return (
+            f"It takes more than the image: forward{signature} {'needs' if needed else 'may need'} "
+            f"{', '.join(names)}. Say how it is called, in Python: forward_fn=lambda net, image: "
+            f"net(image, {', '.join(f'{name}={name}' for name in names)}), or wrap it in a module whose forward takes "
+            "the image alone."
+        )
+
+    def _not_found(self, result: Any) -> NormfixError:
+        if isinstance(result, Mapping):
+            choices = f"a mapping with keys {', '.join(map(repr, result))}"
+        elif isinstance(result, Sequence):
+            choices = f"a sequence of {len(result)}"
+        else:
+            choices = f"a {type(result).__name__}"
+        return NormfixError(
+            "NF110",
+            f"the network returned {choices}, and output={self.output!r} names no tensor in it. "
+            "Choose one with --output KEY or --output INDEX (output= in Python).",
+        )
+
+
+def _further_inputs(model: nn.Module) -> list[inspect.Parameter]:
+    """Return the inputs of a network beside the first that can be named."""
+    try:
+        parameters = list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):  # a forward without a signature, such as a compiled one
+        return []
+    return [p for p in parameters[1:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+
+def _shape(image: Tensor) -> str:
+    return "x".join(map(str, image.shape))
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _layer(model: nn.Module, error: BaseException) -> str:
+    """Name the innermost module whose code an error came through, if it is not the whole network."""
+    paths = (
+        {id(module): path for path, module in model.named_modules()} if isinstance(model, nn.Module) else {}
+    )
+    found, trace = "", error.__traceback__
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        found = paths.get(id(owner)) or found
+        trace = trace.tb_next
+    return f", in {found}" if found else ""
+
+
+class _StaysDouble(TorchFunctionMode):
+    """Leaves float64 tensors alone where a network casts to float32, as many norms do to be safe in half."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        operand = args[0] if args else None
+        to_single = func is Tensor.float or torch.float32 in (*args[1:], *kwargs.values())
+        casts = func in (Tensor.float, Tensor.to, Tensor.type) and to_single
+        if casts and isinstance(operand, Tensor) and operand.dtype == torch.float64:
+            return operand
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode and give every module its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def buffers_kept(model: nn.Module, but: Sequence[str] = ()) -> Iterator[None]:
+    """Give buffers that forward passes change (counters, caches) their values back, but those under `but`."""
+    before = {
+        name: buffer.clone()
+        for name, buffer in model.named_buffers()
+        if not isinstance(buffer, UninitializedBuffer)
+        and not any(f"{name}.".startswith(path and f"{path}.") for path in but)
+    }
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name in before and buffer.shape == before[name].shape:
+                    buffer.copy_(before[name])
+
+
+def require_network(model: object) -> None:
+    """Refuse what is no network that can be looked into.
+
+    Raises:
+        NormfixError: NF118.
+    """
+    reason = ""
+    if not isinstance(model, nn.Module):
+        reason = "expected an nn.Module. To open a file or a name, use normfix.load."
+    elif compiled := [path for path, module in model.named_modules() if "_orig_mod" in module._modules]:
+        reason = (
+            f"torch.compile hides the calls of {compiled[0] or 'the network'}. Give the network before it (its "
+            "_orig_mod), compile the result."
+        )
+    elif any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        reason = "it has tensors on the meta device, which hold no data. Load its weights first."
+    if reason:
+        raise NormfixError("NF118", reason, where=type(model).__name__)
+
+
+def home_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Return the device and floating dtype a model computes in, by its first floating tensor.
+
+    Raises:
+        NormfixError: NF118 for what is no network.
+    """
+    require_network(model)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            return tensor.device, tensor.dtype
+    return torch.device("cpu"), torch.float32
+
+
+def resized(example: Tensor, size: Sequence[int]) -> Tensor:
+    """Return an input of another size, made by repeating or cutting one."""
+    for axis, n in enumerate(size, start=2):
+        example = example.index_select(axis, torch.arange(n, device=example.device) % example.shape[axis])
+    return example
+
+
+def class_of(model: nn.Module) -> str:
+    """Return a network's class by its full name."""
+    return f"{type(model).__module__}.{type(model).__qualname__}"

@@ -1,0 +1,152 @@
+"""Copies of networks: deep ones, twins that share parameters, and copies as they behave in training."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any, TypeAlias, cast
+
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from normfix.errors import NormfixError
+from normfix.networks.calling import failures, require_network
+
+__all__ = ["as_trained_copy", "copy_of", "original_of", "twin_of"]
+
+
+_TRIALS = 5
+
+
+Memo: TypeAlias = dict[int, Any]
+
+
+_STATE = frozenset({"_parameters", "_buffers", "_modules"})
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """Return a deep copy of a model, in the same mode module by module: some classes' own copies are in train mode.
+
+    Raises:
+        NormfixError: NF118 if it is no network, or one without data or behind a compiler; NF208 if it cannot be
+            copied.
+    """
+    require_network(model)
+    return _copied(model, {})
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """Return a copy to run in eval mode, whose parameters are the model's own: it takes next to no memory.
+
+    Modules, buffers, hooks and modes are its own, so that another thread that runs or trains the model meanwhile
+    notices nothing, and nothing that a forward pass keeps is kept in the model. What cannot be copied (locks, open
+    files) is the model's own too.
+
+    Raises:
+        NormfixError: NF118 if it is no network, NF208 if even so it cannot be copied.
+    """
+    require_network(model)
+    shared: Memo = {id(parameter): parameter for parameter in model.parameters()}
+    try:
+        twin = _copied(model, shared)
+    except NormfixError as error:
+        if not isinstance(error.__cause__, TypeError):
+            raise
+        twin = _copied(model, {**shared, **_uncopyable(model, shared)})
+    _ORIGINALS[twin] = weakref.ref(model)
+    return twin.eval()
+
+
+_ORIGINALS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
+
+
+def original_of(model: nn.Module) -> nn.Module:
+    """Return the network that a twin was made of, or the network itself if it is no twin."""
+    known = _ORIGINALS.get(model)
+    original = None if known is None else known()
+    return model if original is None else original_of(original)
+
+
+def _copied(model: nn.Module, shared: Memo) -> nn.Module:
+    """Copy a network, again if a container changed meanwhile: another thread may be running it."""
+    for trial in range(_TRIALS):
+        try:
+            return _deep_copy(model, dict(shared))
+        except failures() as error:
+            if trial + 1 == _TRIALS or type(error) is not RuntimeError:
+                raise _not_copied(model, error) from error
+    raise AssertionError("unreachable")
+
+
+def _deep_copy(model: nn.Module, memo: Memo) -> nn.Module:
+    modes = {path: module.training for path, module in model.named_modules()}
+    alive = _replace_uninitialised(model, memo), _detach(model, memo)  # no other object may take their ids
+    copied = copy.deepcopy(model, memo)
+    for path, module in copied.named_modules():
+        module.training = modes.get(path, module.training)
+    del alive
+    return copied
+
+
+def _not_copied(model: nn.Module, error: Exception) -> NormfixError:
+    return NormfixError(
+        "NF208",
+        f"the network cannot be deep-copied ({error}), and normfix never changes the one it was given. "
+        "Detach what holds graphs, locks or open files.",
+        where=type(model).__name__,
+    )
+
+
+def _uncopyable(model: nn.Module, shared: Memo) -> Memo:
+    """Return the attributes of modules that cannot be copied, as a memo that shares them."""
+    found: Memo = {}
+    for module in model.modules():
+        for name, value in tuple(vars(module).items()):
+            if name in _STATE or isinstance(value, nn.Module | Tensor):
+                continue
+            try:
+                copy.deepcopy(value, dict(shared))
+            except TypeError:
+                found[id(value)] = value
+            except RuntimeError:  # it changed meanwhile, so it is no lock or file
+                continue
+    return found
+
+
+def _replace_uninitialised(model: nn.Module, memo: Memo) -> list[Tensor]:
+    """Let a deepcopy make new uninitialised tensors for those that torch cannot copy yet."""
+    blank: list[Tensor] = [
+        cast(Tensor, tensor)
+        for tensor in (*model.parameters(), *model.buffers())
+        if isinstance(tensor, UninitializedParameter | UninitializedBuffer)
+    ]
+    for tensor in blank:
+        kind: Any = type(tensor)
+        memo[id(tensor)] = kind(requires_grad=tensor.requires_grad, device=tensor.device, dtype=tensor.dtype)
+    return blank
+
+
+def _detach(model: nn.Module, memo: Memo) -> list[Tensor]:
+    """Let a deepcopy take tensors that a forward pass in training left on a module, without their graph."""
+    left = [
+        value
+        for module in model.modules()
+        for value in tuple(vars(module).values())
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    memo.update((id(value), value.detach().clone()) for value in left)
+    return left
+
+
+def as_trained_copy(model: nn.Module) -> nn.Module:
+    """Return a deep copy whose batch and instance norms use the statistics of their input also in eval mode.
+
+    This is the function of a network that people run in train mode (pix2pix practice), without the side
+    effects of that mode.
+    """
+    copied = copy_of(model)
+    for module in copied.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            module.track_running_stats = False
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+    return copied

@@ -1,0 +1,73 @@
+"""Examples to scan with: noise of the shape a network takes, or the middle of an image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from normfix.errors import NormfixError
+from normfix.networks.calling import Caller
+from normfix.networks.graph.program import Program
+from normfix.networks.intake import Intake
+
+__all__ = ["default_example", "fitting_example"]
+
+_EXTENT = {1: 1024, 2: 256, 3: 64}
+"""Pixels per axis of the larger of an example and what the network makes of it, per number of axes."""
+_LEAST = {1: 128, 2: 32, 3: 16}
+"""Pixels of an example that is enlarged much: what most networks still run on."""
+_PROBE = {1: 256, 2: 64, 3: 32}
+"""Pixels that the enlargement is measured on."""
+
+
+def default_example(model: nn.Module, caller: Caller) -> Tensor:
+    """Return seeded noise of a shape that the network takes, the smaller the more it enlarges.
+
+    Raises:
+        NormfixError: NF109 if it has no convolution to tell the shape from.
+    """
+    intake = Intake(model, caller)
+    ndim = intake.ndim
+    shape = (1, intake.channels, *(_EXTENT[ndim],) * ndim)
+    if isinstance(model, Program):
+        shape = tuple(n or free for n, free in zip(model.shape, shape, strict=True))
+    return _affordable(intake, torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+
+
+def fitting_example(model: nn.Module, image: Tensor, caller: Caller) -> Tensor:
+    """Return the middle of an image, small enough to scan with, or the whole where the network takes no less.
+
+    Raises:
+        NormfixError: NF106 if no convolution of the network takes as many spatial axes as the image has.
+    """
+    known = {len(m.kernel_size) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
+    if known and image.dim() - 2 not in known:
+        raise NormfixError(
+            "NF106",
+            f"the network convolves over {' or '.join(map(str, sorted(known)))} spatial axes, the image "
+            f"{tuple(image.shape)} read as (N, C, *space) has {image.dim() - 2}.",
+            where="image",
+        )
+    middle, intake = _middle(image, _EXTENT[min(3, image.dim() - 2)]), Intake(model, caller)
+    smaller = _affordable(intake, middle)
+    if smaller.shape == image[:1].shape or intake.ratio(smaller.shape[1:]) is not None:
+        return smaller
+    return image[:1]
+
+
+def _affordable(intake: Intake, example: Tensor) -> Tensor:
+    """Return the middle of an example of a network that enlarges, so that its output is no larger than others' are."""
+    ndim = min(3, example.dim() - 2)
+    ratio = intake.ratio(_middle(example, _PROBE[ndim]).shape[1:])
+    if ratio is None or ratio <= 1:
+        return example
+    smaller = _middle(example, max(_LEAST[ndim], int(_EXTENT[ndim] / ratio)))
+    return smaller if intake.ratio(smaller.shape[1:]) is not None else example
+
+
+def _middle(image: Tensor, most: int) -> Tensor:
+    for axis in range(2, image.dim()):
+        n = min(image.shape[axis], most)
+        n = n // 64 * 64 or n // 32 * 32 or n
+        image = image.narrow(axis, (image.shape[axis] - n) // 2, n)
+    return image[:1]

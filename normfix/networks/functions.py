@@ -1,0 +1,182 @@
+"""The functions that compute statistics, under one name each however they are called.
+
+A TorchFunctionMode sees `x.mean()` and `torch.mean(x)`, `x / n` and `torch.div(x, n)` as different objects, and a
+compiler sees the operators instead. Census, rules and interception count calls by the names given here, so
+that a call has the same number for all of them. Composites (`F.normalize`, `F.adaptive_avg_pool2d`) count as one
+call, as a mode sees them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["COUNTED", "DIRECT", "NORMS", "arguments_of", "bound", "operand_of", "reduced_by", "taken_by"]
+
+NORMS: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {
+        "batch_norm": F.batch_norm,
+        "instance_norm": F.instance_norm,
+        "group_norm": F.group_norm,
+        "layer_norm": F.layer_norm,
+        "rms_norm": F.rms_norm,
+        "local_response_norm": F.local_response_norm,
+    }
+)
+"""The normalising functions whose arguments are bound by name, so that rules can read them."""
+
+DIRECT: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "torch.batch_norm": (
+            "input",
+            "weight",
+            "bias",
+            "running_mean",
+            "running_var",
+            "training",
+            "momentum",
+            "eps",
+            "cudnn_enabled",
+        ),
+        "torch.instance_norm": (
+            "input",
+            "weight",
+            "bias",
+            "running_mean",
+            "running_var",
+            "use_input_stats",
+            "momentum",
+            "eps",
+            "cudnn_enabled",
+        ),
+        "torch.group_norm": ("input", "num_groups", "weight", "bias", "eps", "cudnn_enabled"),
+        "torch.layer_norm": ("input", "normalized_shape", "weight", "bias", "eps", "cudnn_enable"),
+    }
+)
+"""Their counterparts in the torch namespace, which carry no signature of their own."""
+
+_SIGNATURES = {name: inspect.signature(function) for name, function in NORMS.items()}
+
+
+_REDUCING: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        **dict.fromkeys(
+            ("mean", "nanmean", "sum", "nansum", "prod", "amax", "amin", "logsumexp", "any", "all"),
+            ("input", "dim", "keepdim"),
+        ),
+        **dict.fromkeys(("max", "min", "median", "nanmedian", "count_nonzero"), ("input", "dim", "keepdim")),
+        **dict.fromkeys(("var", "std", "var_mean", "std_mean"), ("input", "dim", "unbiased", "keepdim")),
+        **dict.fromkeys(("norm", "linalg_norm", "linalg_vector_norm"), ("input", "p", "dim", "keepdim")),
+        **dict.fromkeys(("quantile", "nanquantile"), ("input", "q", "dim", "keepdim")),
+        "aminmax": ("input",),
+        "normalize": ("input", "p", "dim", "eps"),
+        **dict.fromkeys(("softmax", "log_softmax"), ("input", "dim")),
+    }
+)
+_LIKE = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
+_POOLING = tuple(
+    f"{kind}_pool{n}d" for kind in ("adaptive_avg", "adaptive_max", "avg", "max") for n in (1, 2, 3)
+)
+_CONTRACTING = ("matmul", "mm", "mv", "bmm", "baddbmm", "einsum", "tensordot")
+_SCALING = ("div", "mul")
+_ALIASES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "div": ("div", "true_divide", "divide", "__truediv__", "__div__"),
+        "mul": ("mul", "multiply", "__mul__", "__rmul__"),
+        "matmul": ("matmul", "__matmul__"),
+        "linalg_norm": ("norm",),
+        "linalg_vector_norm": ("vector_norm",),
+    }
+)
+_OPERATORS: Mapping[Callable[..., Any], str] = MappingProxyType(
+    {operator.truediv: "div", operator.mul: "mul", operator.matmul: "matmul"}
+)
+
+
+def _table() -> dict[Callable[..., Any], str]:
+    found = dict(_OPERATORS)
+    for name in (*_REDUCING, *_POOLING, *_CONTRACTING, *_SCALING):
+        places: tuple[object, ...] = (torch, Tensor, F)
+        if name.startswith("linalg"):
+            places = (torch.linalg,)
+        for place in places:
+            for alias in _ALIASES.get(name, (name,)):
+                function = getattr(place, alias, None)
+                if function is not None:
+                    found.setdefault(function, name)
+    return found
+
+
+COUNTED: Mapping[Callable[..., Any], str] = MappingProxyType(_table())
+"""Every function that is counted, with its one name."""
+
+
+def arguments_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a reducing function by name; for others, only those given by keyword.
+
+    Written for compiled forwards: dictionaries and loops only.
+    """
+    given = dict(zip(_REDUCING.get(name, ()), args, strict=False))
+    given.update(kwargs)
+    if "ord" in given:
+        given["p"] = given.pop("ord")
+    if isinstance(given.get("dim"), bool):  # var(input, unbiased)
+        given["unbiased"] = given.pop("dim")
+    return given
+
+
+def taken_by(name: str, operands: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the tensors whose values a call may use: `kernel.to(x)` takes from x its type and place alone."""
+    return operands[:1] if name in _LIKE else operands
+
+
+def operand_of(args: Sequence[Any], kwargs: Mapping[str, Any], which: int = 0) -> Tensor:
+    """Return the tensor with that number among those a call was given, lists of tensors included.
+
+    Raises:
+        ValueError: it was given fewer.
+    """
+    for value in (*args, *kwargs.values()):
+        for tensor in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(tensor, Tensor):
+                if which == 0:
+                    return tensor
+                which -= 1
+    raise ValueError("the call has fewer tensors among its arguments")
+
+
+def reduced_by(name: str, given: Mapping[str, Any], rank: int) -> tuple[int, ...] | None:
+    """Return the dimensions that a call reduces, counted from the front; None if its arguments do not say.
+
+    Args:
+        name: of the function.
+        given: its arguments by name.
+        rank: of the operand.
+    """
+    if name in _POOLING:
+        return tuple(range(rank - int(name[-2]), rank))
+    if name not in _REDUCING:
+        return None
+    dim = given.get("dim")
+    if dim is None or dim == () or dim == []:
+        return tuple(range(rank))
+    if isinstance(dim, int):
+        return (dim % rank,)
+    return tuple(sorted([d % rank for d in dim]))
+
+
+def bound(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the arguments of a normalising call by name; `name` is a key of NORMS or DIRECT."""
+    if name in DIRECT:
+        defaults = {"weight": None, "bias": None, "eps": 1e-5}
+        return {**defaults, **dict(zip(DIRECT[name], args, strict=False)), **kwargs}
+    bound = _SIGNATURES[name].bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.arguments

@@ -1,0 +1,1 @@
+"""Networks as FX graphs: captured, replayed, read."""

@@ -1,0 +1,268 @@
+"""Capture a network as a graph, before any decomposition, and believe it only once it was replayed.
+
+torch.export runs on a deep copy, with cloned inputs, in eval mode and with a batch of 2, since a batch of 1
+would be taken for a constant. Batch and space are left free where the network allows it; where it does not,
+fewer of them are, and at last none. The program is then run beside the network itself on the example and,
+where sizes are free, on another size and another batch. Whatever torch.export raises is a reason, not an error.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx import Node
+
+from normfix.networks.calling import failures, resized
+from normfix.networks.graph.isolation import silence
+from normfix.networks.graph.replaying import replay, replays
+from normfix.networks.graph.sizes import LongFormulaError, ShortSizes
+from normfix.networks.numerics import exact_arithmetic
+
+__all__ = [
+    "WRAPPED",
+    "Captured",
+    "NotCaptured",
+    "capture",
+    "export",
+    "extents",
+    "free_dimensions",
+    "image_of",
+]
+
+Run = Callable[[nn.Module, Tensor], Any]
+_LIBRARIES = ("mkldnn", "cudnn", "miopen", "nnpack")
+
+WRAPPED = "network"
+"""The attribute under which the captured program knows the network: its module paths begin with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A graph that equals the network.
+
+    `free` are the input's dimensions that the program leaves free and that were confirmed on another extent.
+    `other` is the same graph at another
+    size, for networks whose sizes could not be left free; `shapes` reads both. `replayed` are the input
+    shapes on which program and network were compared.
+    """
+
+    program: ExportedProgram
+    free: tuple[int, ...]
+    other: ExportedProgram | None
+    replayed: tuple[tuple[int, ...], ...]
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]] | None]:
+        """Return each tensor node's shape at two image sizes; None where only one size is known."""
+        return extents(self)
+
+
+@dataclass(frozen=True, slots=True)
+class NotCaptured:
+    """There is no graph to believe, and one line says why."""
+
+    reason: str
+
+
+class _Network(nn.Module):
+    """The network as a function of one image that returns what counts, however it wants to be called."""
+
+    def __init__(self, network: nn.Module, run: Run) -> None:
+        super().__init__()
+        self.add_module(WRAPPED, network)
+        self._run = run
+
+    def forward(self, image: Tensor) -> Any:
+        return self._run(self.get_submodule(WRAPPED), image)
+
+
+def capture(model: nn.Module, run: Run, example: Tensor, *, one_size: bool = False) -> Captured | NotCaptured:
+    """Capture a network as an exported program before decomposition.
+
+    Args:
+        model: not modified; a deep copy in eval mode is captured.
+        run: calls the model on one input and returns a tensor (normfix.networks.calling.Caller does).
+        example: (N, C, *space) that the network runs on.
+        one_size: the network is known to take no other size, so none is left free: proving that costs minutes.
+
+    Returns:
+        A program that was compared with the network, or the reason why there is none.
+    """
+    try:
+        network = _Network(copy.deepcopy(model), run).eval()
+        with exact_arithmetic():
+            return _captured(network, example[:1].detach(), one_size=one_size)
+    except failures() as error:  # torch.export runs the network's code and may raise anything
+        return NotCaptured(_line(error))
+
+
+def export(module: nn.Module, example: Tensor, *, one_size: bool = False) -> ExportedProgram:
+    """Export a module of one image, leaving free as much as it allows.
+
+    Args:
+        module: in eval mode; a deep copy is exported.
+        example: (1, C, *space).
+        one_size: leave no spatial extent free.
+
+    Raises:
+        Exception: whatever torch.export raised at the last trial, which frees nothing.
+    """
+    pair = _pair(example)
+    space = range(2, example.dim())
+    with_space: list[tuple[Tensor, Sequence[int]]] = [(pair, (0, *space)), (example, space)]
+    for given, free in [] if one_size else with_space:
+        try:
+            return _export(module, given, free)
+        except LongFormulaError:
+            break
+        except failures():  # the next trial asks for less
+            continue
+    try:
+        return _export(module, pair, (0,))
+    except failures():  # the last trial asks for nothing
+        return _export(module, example, ())
+
+
+def free_dimensions(program: ExportedProgram) -> tuple[int, ...]:
+    """Return the dimensions of the program's image whose extent is free."""
+    shape = image_of(program).meta["val"].shape
+    return tuple(i for i, n in enumerate(shape) if _symbols(n))
+
+
+def image_of(program: ExportedProgram) -> Node:
+    """Return the placeholder of the first input that is a tensor."""
+    named = set(program.graph_signature.user_inputs)
+    nodes: list[Node] = list(program.graph.nodes)
+    for node in nodes:
+        if node.op == "placeholder" and node.name in named and isinstance(node.meta.get("val"), Tensor):
+            return node
+    raise ValueError("the program takes no tensor")
+
+
+def extent_of(extent: Any) -> int | None:
+    """Return an extent that is a number, also where it was specialised to one; None where it is free."""
+    if isinstance(extent, int):
+        return extent
+    return None if _symbols(extent) else int(extent.node.expr)
+
+
+def extents(captured: Captured) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]] | None]:
+    """Return each tensor node's shape at two image sizes; see Captured.shapes."""
+    here = dict(_tensor_nodes(captured.program))
+    if captured.other is not None:
+        there = dict(_tensor_nodes(captured.other))
+        return {name: (_sizes(v), _sizes(there[name])) for name, v in here.items()}
+    roots = _roots(captured.program)
+    if not roots:
+        return dict.fromkeys(here)
+    return {name: (_sizes(v), _sizes(v, roots)) for name, v in here.items()}
+
+
+def _captured(network: _Network, example: Tensor, *, one_size: bool) -> Captured | NotCaptured:
+    program = export(network, example, one_size=one_size)
+    free = free_dimensions(program)
+    replayed = []
+    for trials in replays(example, free):
+        for image in trials:
+            agree = replay(program, network, image)
+            if agree is False:
+                shape = "x".join(map(str, image.shape))
+                return NotCaptured(
+                    f"the captured program differs from the network on an input of shape {shape}"
+                )
+            if agree:
+                replayed.append(tuple(image.shape))
+                break
+    if not replayed:
+        return NotCaptured("the captured program could be compared with the network on no input")
+    confirmed = tuple(d for d in free if any(shape[d] != example.shape[d] for shape in replayed))
+    other = None if one_size or _roots(program) else _other(network, example, program)
+    return Captured(program, confirmed, other, tuple(replayed))
+
+
+def _other(network: nn.Module, example: Tensor, program: ExportedProgram) -> ExportedProgram | None:
+    """Export at a second size; None if the network takes none of those tried with the same graph."""
+    names = [(node.name, str(node.target)) for node in program.graph.nodes]
+    for step in (32, 64):
+        try:
+            found = _export(network, resized(example, [n + step for n in example.shape[2:]]), ())
+        except failures():  # this size is not accepted
+            continue
+        if [(node.name, str(node.target)) for node in found.graph.nodes] == names:
+            return found
+    return None
+
+
+def _export(module: nn.Module, example: Tensor, free: Sequence[int]) -> ExportedProgram:
+    program = _traced(module, example, free, backends_off=False)
+    return _traced(module, example, free, backends_off=True) if _is_tied(program) else program
+
+
+def _traced(
+    module: nn.Module, example: Tensor, free: Sequence[int], *, backends_off: bool
+) -> ExportedProgram:
+    sizes = ShortSizes()
+    try:
+        with silence(backends_off=backends_off), torch.no_grad(), sizes:
+            return torch.export.export(
+                copy.deepcopy(module),
+                (example.clone(),),
+                dynamic_shapes=(dict.fromkeys(free, Dim.AUTO) or None,),
+                strict=False,
+            )
+    except failures() as error:
+        if sizes.fault is None:
+            raise
+        raise sizes.fault from error
+
+
+def _is_tied(program: ExportedProgram) -> bool:
+    """Tell whether an operator of one library of kernels is in the graph, as of recurrent layers in oneDNN."""
+    return any(name in str(node.target) for node in program.graph.nodes for name in _LIBRARIES)
+
+
+def _pair(example: Tensor) -> Tensor:
+    """Return a batch of two different images made from one."""
+    return torch.cat([example[:1], example[:1].flip(-1)])
+
+
+def _tensor_nodes(program: ExportedProgram) -> Iterator[tuple[str, Any]]:
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, (tuple, list)) and value and isinstance(value[0], Tensor):
+            value = value[0]  # of what returns several tensors the first counts
+        if isinstance(value, Tensor):
+            yield node.name, value
+
+
+def _roots(program: ExportedProgram) -> dict[Any, int]:
+    """Return a value for each symbol in the image's spatial extents: twice what it was captured at."""
+    free = [n for n in image_of(program).meta["val"].shape[2:] if _symbols(n)]
+    hints = {symbol: n.node.shape_env.backed_var_to_val[symbol] for n in free for symbol in _symbols(n)}
+    return {symbol: 2 * int(hint) for symbol, hint in hints.items()}
+
+
+def _symbols(extent: Any) -> frozenset[Any]:
+    """Return the symbols in an extent: none in a number, nor in one that was specialised to a number."""
+    return frozenset() if isinstance(extent, int) else frozenset(extent.node.expr.free_symbols)
+
+
+def _sizes(value: Any, replaced: dict[Any, int] | None = None) -> tuple[int, ...]:
+    sizes = []
+    for n in value.shape:
+        if isinstance(n, int):
+            sizes.append(n)
+            continue
+        known = {**n.node.shape_env.backed_var_to_val, **(replaced or {})}
+        resolved = n.node.expr.subs(known)
+        sizes.append(int(resolved) if resolved.is_number else 1)  # depends on the values of data
+    return tuple(sizes)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

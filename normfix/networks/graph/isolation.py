@@ -1,0 +1,130 @@
+"""torch.export in one thread, so that no other notices.
+
+While it traces, torch patches `nn.Module.__call__` and `__getattr__` for the whole process, switches its fast kernels
+off, adds to the environment and warns: a network that serves in another thread would be recorded as well, and fail, or
+give other bits. Here all that holds for the thread that traces, one thread traces at a time, and filters, loggers and
+environment are as before afterwards.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch.compiler
+import torch.fx
+
+from normfix.networks.quiet_imports import environment_kept, import_compiler
+
+__all__ = ["silence"]
+
+_LOUD = (
+    "torch.export",
+    "torch._export",
+    "torch.fx",
+    "torch._dynamo",
+    "torch._subclasses.fake_tensor",
+)
+_EVERYTHING = ("ignore", re.compile("(?s).*"), Warning, None, 0)
+_ALONE = threading.RLock()
+
+
+@contextmanager
+def silence(*, backends_off: bool = False) -> Iterator[None]:
+    """Run torch.export for this thread alone, and keep what it warns and logs to itself; what matters is returned.
+
+    Args:
+        backends_off: let torch switch oneDNN and cuDNN off while it traces, for all threads.
+    """
+    with _ALONE, ExitStack() as stack:
+        import_compiler()
+        stack.enter_context(environment_kept())
+        stack.enter_context(_unheard())
+        stack.enter_context(_tracing_here(backends_off=backends_off))
+        yield
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Ignore warnings and quiet loggers; other filters, and those that others set meanwhile, stay."""
+    loggers = [logging.getLogger(name) for name in _LOUD]
+    levels = [logger.level for logger in loggers]
+    nested = _EVERYTHING in warnings.filters
+    try:
+        if not nested:
+            warnings.filters.insert(0, _EVERYTHING)  # type: ignore[attr-defined]
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if not nested and _EVERYTHING in warnings.filters:
+            warnings.filters.remove(_EVERYTHING)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _tracing_here(*, backends_off: bool) -> Iterator[None]:
+    """Let what a trace in this thread switches for the process hold in this thread only.
+
+    Methods of nn.Module are patched, torch.compiler.is_compiling() answers yes, and oneDNN and cuDNN are off, so that
+    none of their own operators gets into the graph. Those two are no thread's own: they stay on unless asked for.
+    """
+    exporter = importlib.import_module("torch.export._trace")  # after import_compiler: it brings the compiler
+    here, tracer = threading.get_ident(), torch.fx._symbolic_trace._Patcher
+    patch, ignore = tracer.patch_method, getattr(exporter, "_ignore_backend_decomps", None)
+
+    def patch_method(
+        self: Any, cls: type, name: str, new: Callable[..., Any], deduplicate: bool = True
+    ) -> None:
+        if threading.get_ident() == here:
+            new = _only_in(here, new, getattr(cls, name))
+        patch(self, cls, name, new, deduplicate)
+
+    replaced: list[tuple[Any, str, Any]] = [(tracer, "patch_method", patch_method)]
+    if ignore is not None and not backends_off:
+        replaced.append((exporter, "_ignore_backend_decomps", _only_in(here, nullcontext, ignore)))
+    compiling = getattr(exporter, "_compiling_state_context", None)
+    if compiling is not None:
+        replaced.append((exporter, compiling.__name__, _only_in(here, _compiling_here, compiling)))
+    with ExitStack() as stack:
+        for owner, name, value in replaced:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        yield
+
+
+class _Here(int):
+    """True in one thread, False in all others."""
+
+    def __bool__(self) -> bool:
+        return threading.get_ident() == int(self)
+
+
+@contextmanager
+def _compiling_here() -> Iterator[None]:
+    """Let torch.compiler.is_compiling() and is_exporting() answer yes in this thread."""
+    flags = ("_is_compiling_flag", "_is_exporting_flag")
+    before = {flag: getattr(torch.compiler, flag) for flag in flags if hasattr(torch.compiler, flag)}
+    try:
+        for flag in before:
+            setattr(torch.compiler, flag, _Here(threading.get_ident()))
+        yield
+    finally:
+        for flag, value in before.items():
+            setattr(torch.compiler, flag, value)
+
+
+def _only_in(thread: int, new: Callable[..., Any], old: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(old)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        return (new if threading.get_ident() == thread else old)(*args, **kwargs)
+
+    return method

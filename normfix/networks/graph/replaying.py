@@ -1,0 +1,56 @@
+"""Run a captured program beside the network it was captured from, on other inputs than it was captured with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
+
+from normfix.layers.affine import as_in_graphs
+from normfix.networks.calling import refusals, resized
+from normfix.networks.graph.isolation import silence
+from normfix.networks.numerics import IDENTITY, deviation
+from normfix.networks.randomness import OwnRandomness
+
+__all__ = ["replay", "replays", "same"]
+
+
+def replays(example: Tensor, free: Sequence[int]) -> Iterator[list[Tensor]]:
+    """Yield lists of inputs of which one has to be replayed: the example, another batch, another size."""
+    yield [example]
+    if 0 in free:
+        yield [torch.cat([example, example.flip(-1), example * 0.5])]
+    if any(dim >= 2 for dim in free):
+        sizes = [[n + step * (d in free) for d, n in enumerate(example.shape)][2:] for step in (32, 64, 128)]
+        yield [resized(example, size) for size in [*sizes, [2 * n for n in example.shape[2:]]]]
+
+
+def replay(program: ExportedProgram, network: nn.Module, image: Tensor) -> bool | None:
+    """Tell whether program and network agree; None where one of them does not take the input."""
+    body = program.module()
+    with silence(), as_in_graphs():
+        try:
+            expected = network(image.clone())
+            # a network that draws must not move the caller's generator from here either
+            with OwnRandomness():
+                actual = body(image.clone())
+        except refusals():
+            return None
+    mine, theirs = tree_leaves(actual), tree_leaves(expected)
+    return len(mine) == len(theirs) and all(
+        same(a, b) for a, b in zip(mine, theirs, strict=True) if isinstance(b, Tensor)
+    )
+
+
+def same(actual: Any, expected: Tensor) -> bool:
+    """Tell whether two outputs agree to rounding, in units of the spread of the second."""
+    if not isinstance(actual, Tensor) or actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return False
+    if torch.equal(actual, expected) or not expected.is_floating_point():
+        return torch.equal(actual, expected)
+    spread = float(expected.double().std(correction=0)) or 1.0  # of one value it is 0
+    return deviation(actual, expected, spread)[0] <= IDENTITY[expected.dtype]

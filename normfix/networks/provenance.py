@@ -1,0 +1,39 @@
+"""Let plan, geometry, scaling and source travel with a converted model, as one plain attribute of it.
+
+What travels describes the model as it was converted. If its modules were changed since, a new head for
+instance, `provenance_of` still returns it but `is_current` says that its geometry no longer counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from torch import nn
+
+from normfix.records.saved import Provenance
+
+__all__ = ["attach_", "is_current", "provenance_of"]
+
+_NAME, _STRUCTURE = "_normfix_provenance", "_normfix_structure"
+
+
+def attach_(model: nn.Module, provenance: Provenance) -> None:
+    """Attach provenance in place; deep copies and pickles of the model carry it on."""
+    model.__dict__[_NAME] = provenance
+    model.__dict__[_STRUCTURE] = _structure(model)
+
+
+def is_current(model: nn.Module) -> bool:
+    """Tell whether the model has the modules it was converted with; weights may have changed."""
+    return model.__dict__.get(_STRUCTURE) == _structure(model)
+
+
+def provenance_of(model: nn.Module) -> Provenance | None:
+    """Return what travels with the model, or None if normfix did not convert it."""
+    found = getattr(model, "__dict__", {}).get(_NAME)
+    return found if isinstance(found, Provenance) else None
+
+
+def _structure(model: nn.Module) -> str:
+    """Return a digest of what the modules print: names, classes, kernel sizes, strides, dilations, counts."""
+    return hashlib.sha256(repr(model).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Tiles equal the whole image: every claim is a step that can fail."""

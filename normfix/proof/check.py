@@ -1,0 +1,139 @@
+"""check: stitched tiles against the whole image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from normfix.errors import NormfixError
+from normfix.images.collections import Items
+from normfix.networks.calling import Caller, home_of
+from normfix.networks.copying import copy_of, twin_of
+from normfix.networks.numerics import exact_arithmetic, settings
+from normfix.networks.surroundings import undisturbed
+from normfix.proof.comparison import Network, compare, undecided
+from normfix.proof.cropping import check_pipeline
+from normfix.records.verdicts import Verdict
+from normfix.scanning.known import ForwardFn, known_of, with_halo
+from normfix.tiling.geometry import geometry_of, thinnest
+from normfix.tiling.grid import Geometry
+
+__all__ = ["assert_tile_invariant", "check", "compare_with"]
+
+
+@undisturbed()
+def check(
+    model: nn.Module | Callable[..., Any],
+    image: Any,
+    tile: int | Sequence[int] = 256,
+    *,
+    halo: int | Literal["auto"] = "auto",
+    threshold: float | None = None,
+    forward_fn: ForwardFn | None = None,
+    output: str | int | None = None,
+    stride: int = 32,
+    margin: int | None = None,
+) -> Verdict:
+    """Compare stitched tiles with the whole image, in sd of the whole-image output.
+
+    Args:
+        model: any network, not modified; or a pipeline, a function predict(image) -> array. A pipeline has no
+            whole-image reference: it is compared with itself on crops (normfix.proof.cropping).
+        image: (N, C, *space), larger than a window on at least one axis; for a pipeline what it takes.
+        tile: pixels per axis, multiples of the stride.
+        halo: pixels of context on every side; "auto" is what the network needs once nothing is live.
+        threshold: largest difference, in sd, that still passes with a warning; default 100 times the
+            measured noise floor.
+        forward_fn: `forward_fn(model, image)` for another calling convention.
+        output: key or index of the output that counts.
+        stride: of a pipeline's network; crops are multiples of it.
+        margin: of a pipeline, pixels from a crop's cut that do not count; at least its network's halo.
+
+    Returns:
+        The verdict: passed, failed or inconclusive, with findings.
+
+    Raises:
+        NormfixError: NF402 for a tile that is off the stride grid, and codes of `scan` and of the image.
+
+    Example:
+        >>> import normfix, torch
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.InstanceNorm2d(4))
+        >>> normfix.check(net, torch.rand(1, 1, 128, 128), tile=32).status
+        'failed'
+    """
+    if threshold is not None and not threshold >= 0:
+        raise NormfixError(
+            "NF410", "a threshold is a number of sd, 0 or more.", where=f"threshold={threshold}"
+        )
+    if not isinstance(model, nn.Module) and callable(model):
+        return check_pipeline(model, image, tile, stride=stride, margin=margin, threshold=threshold)
+    known = known_of(model, image, forward_fn, output)
+    exact = geometry_of(known.scan)
+    geometry = with_halo(exact, halo)
+    if geometry is None or exact is None:
+        return undecided(known.scan)
+    (item,) = Items.of(image, *home_of(model), like=known.scan.example)
+    return compare_with(
+        model,
+        known.caller,
+        item,
+        geometry,
+        tile=tile,
+        threshold=threshold,
+        exact_halo=exact.halo,
+        live=known.live,
+    )
+
+
+def assert_tile_invariant(
+    model: nn.Module | Callable[..., Any], image: Any, tile: int | Sequence[int] = 256, **options: Any
+) -> Verdict:
+    """Raise AssertionError unless `check` passes; an inconclusive check does not.
+
+    Takes what `check` takes and returns its verdict.
+
+    Example:
+        >>> import normfix, torch
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.BatchNorm2d(4))
+        >>> normfix.assert_tile_invariant(net, torch.rand(1, 1, 128, 128), tile=32).status
+        'passed'
+    """
+    verdict = check(model, image, tile, **options)
+    if not verdict.passed:
+        reasons = "; ".join(f"{f.code} {f.where}: {f.message}" for f in verdict.findings)
+        raise AssertionError(
+            f"{verdict.status}, tiles are up to {verdict.max_sd:.2g} sd from the whole image. {reasons}"
+        )
+    return verdict
+
+
+def compare_with(
+    model: nn.Module,
+    caller: Caller,
+    image: Tensor,
+    geometry: Geometry,
+    *,
+    tile: int | Sequence[int],
+    threshold: float | None = None,
+    exact_halo: Sequence[tuple[int, int]] | None = None,
+    live: Sequence[str] = (),
+) -> Verdict:
+    """Run `checking.compare` on copies of a model in its own dtype and in float64."""
+    tested = twin_of(model)
+    double = copy_of(tested).double()
+    device, dtype = home_of(tested)
+    network = Network(lambda x: caller(tested, x), lambda x: caller.in_double(double, x), dtype)
+    with exact_arithmetic():
+        return compare(
+            network,
+            image,
+            geometry,
+            tile=tile,
+            cross=thinnest(network.double, image.double(), geometry),
+            threshold=threshold,
+            exact_halo=exact_halo,
+            live=live,
+            settings=settings(device, dtype),
+        )

@@ -1,0 +1,173 @@
+"""What shows on images that a converted network is tile-exact: stitched tiles, and its layers counted at work."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from normfix.errors import NormfixError
+from normfix.images.sources import Source
+from normfix.networks.calling import Caller, refusals
+from normfix.networks.numerics import deviation
+from normfix.proof.check import compare_with
+from normfix.proof.steps import used
+from normfix.proof.values import differing_from_original, differing_layers
+from normfix.records.plans import Plan
+from normfix.records.sites import Site
+from normfix.records.spans import round_up
+from normfix.records.verdicts import ProofStep, Verdict
+from normfix.scanning.sites import survey
+from normfix.tiling.geometry import thinnest
+from normfix.tiling.grid import Geometry
+from normfix.tiling.halo import strip
+from normfix.tiling.stitching import tiled
+
+__all__ = ["Subject", "middle_of"]
+
+Judge = Callable[[Tensor, Sequence[Site]], Sequence[Site]]
+
+_UNIT = 32
+"""Grid and context, in pixels, of the tiles that are tried where no halo is enough."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A converted network on the bench, in eval mode.
+
+    `geometry` is None where it has none; `extents` are those of the example it was scanned with; `tile` is the size
+    to compare with, None for a quarter of the image. `original` is what it was converted from, where that is there.
+    """
+
+    model: nn.Module
+    caller: Caller
+    plan: Plan
+    geometry: Geometry | None
+    extents: tuple[int, ...]
+    tile: int | None = None
+    original: nn.Module | None = None
+
+    def verdict(self, image: Tensor) -> Verdict | None:
+        """Compare on the image, and, along axes that windows cover there, on strips made from it.
+
+        The verdict is the first that did not pass, else the image's own if it compared anything.
+        """
+        geometry = self.geometry
+        if geometry is None or self.plan.left_live:
+            return None
+        verdict = self._compared(image, geometry, self.tile or _tile(image, geometry))
+        verdicts = [verdict] if verdict.axes else []
+        uncut = sorted(set(range(len(geometry.stride))) - set(verdict.axes))
+        thin = thinnest(partial(self.caller, self.model), image, geometry) if uncut else ()
+        for axis in uncut:
+            long, tile = _longer_than_windows(image, geometry, axis, thin)
+            verdicts.append(self._compared(long, geometry, tile))
+        return next((v for v in verdicts if not v.passed), verdicts[0])
+
+    def mismatch(self, image: Tensor, whole: Tensor) -> tuple[float, str] | None:
+        """Say how far tiles are from the whole while sites stay live: tiles of a quarter, some context around.
+
+        None where the network is not dense, does not run on tiles, or its output is constant.
+        """
+        spread, space = float(whole.double().std()), image.shape[2:]
+        if whole.dim() != image.dim() or not spread > 0 or min(space) < 2 * _UNIT:
+            return None
+        scale = tuple(Fraction(a, b) for a, b in zip(whole.shape[2:], space, strict=True))
+        units = (_UNIT,) * len(space)
+        geometry = Geometry(stride=units, halo=((_UNIT, _UNIT),) * len(space), scale=scale, multiple=units)
+        tile = _tile(image, geometry)
+        try:
+            parts = tiled(lambda x: self.caller(self.model, x), image, tile, geometry)
+        except refusals():
+            return None
+        largest, mean = deviation(parts, whole, spread)
+        size = "x".join(map(str, tile))
+        return largest, f"tiles of {size} with {_UNIT} pixels of context are {mean:.2g} sd off on average"
+
+    def other(self, image: Tensor) -> Tensor:
+        """Return a mirrored, dimmed and roughened version of the image, of the example's extents.
+
+        On the image that was measured a live statistic and its frozen value are the same; here they differ.
+        """
+        noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        return strip(image.flip(-1) * 0.5 + noise.to(image) * image.std() * 0.2, self.extents)
+
+    def used(self, image: Tensor, judge: Judge) -> ProofStep:
+        """Count the converted layers' calls on another version of the image, and compare what they give.
+
+        Where the census finds anything live there, `judge` is asked which of it the scan has found not to be.
+        """
+        other = self.other(image)
+        modules, calls = dict(self.model.named_modules()), Counter[str]()
+        handles = [
+            modules[d.target].register_forward_pre_hook(
+                lambda module, args, target=d.target: calls.update([target])
+            )
+            for d in self.plan.converted
+            if d.target in modules
+        ]
+        try:
+            self.caller(self.model, other)
+        finally:
+            for handle in handles:
+                handle.remove()
+        exact = self.geometry.multiple if self.geometry else ()
+        sites = survey(self.model, self.caller, other, exact=exact).sites
+        judged = judge(other, sites) if any(site.live for site in sites) else ()
+        return used(calls, sites, self.plan, judged, self._differing(other))
+
+    def _differing(self, image: Tensor) -> list[str]:
+        """Return where the network does not give what its statistics say."""
+        if self.original is None:
+            return differing_layers(self.model, self.plan, partial(self.caller, self.model, image))
+        return differing_from_original(self.original, self.model, self.plan, self.caller, image)
+
+    def _compared(self, image: Tensor, geometry: Geometry, tile: int | tuple[int, ...]) -> Verdict:
+        """Compare tiles with the whole; tiles nobody asked for are doubled while the network takes none so small."""
+        while True:
+            try:
+                return compare_with(self.model, self.caller, image, geometry, tile=tile)
+            except NormfixError as error:
+                small = isinstance(tile, tuple) and any(
+                    t < n for t, n in zip(tile, image.shape[2:], strict=True)
+                )
+                if error.code != "NF109" or tile == self.tile or not small:
+                    raise
+            assert isinstance(tile, tuple)
+            tile = tuple(2 * t for t in tile)
+
+
+def middle_of(image: Source) -> Tensor:
+    """Return the middle of an image that is read by window, small enough for whole forward passes."""
+    limit = {1: 1 << 14, 2: 512, 3: 96}[len(image.shape) - 2]
+    starts = [max(0, (n - limit) // 2) for n in image.shape[2:]]
+    return image.read(
+        [(start, min(n, start + limit)) for start, n in zip(starts, image.shape[2:], strict=True)]
+    )
+
+
+def _tile(image: Tensor, geometry: Geometry) -> tuple[int, ...]:
+    """Return a tile that leaves several windows per axis: a quarter of the image, at most 256 pixels."""
+    return tuple(
+        max(stride, min(256, n // 4) // stride * stride)
+        for n, stride in zip(image.shape[2:], geometry.stride, strict=True)
+    )
+
+
+def _longer_than_windows(
+    image: Tensor, geometry: Geometry, axis: int, thin: Sequence[int]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Return a strip made from the image that no window covers along the axis, and its tile; elsewhere it stays thin.
+
+    Tiles grow with the halo: small ones would compute it over and over.
+    """
+    halo, stride = sum(geometry.halo[axis]), geometry.stride[axis]
+    tile, size = [round_up(n, s) for n, s in zip(thin, geometry.stride, strict=True)], [*thin]
+    tile[axis] = round_up(max(_UNIT, halo // 2), stride)
+    size[axis] = round_up(halo, stride) + 4 * tile[axis]
+    return strip(image, size), tuple(tile)

@@ -1,0 +1,194 @@
+"""What normfix found, planned, measured and proved: plain data that knows nothing of torch.
+
+Every record is frozen and turns into JSON and back without loss: `Plan.from_json(plan.to_json()) == plan`.
+The records an API call returns and those `--format json` prints are the same objects.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+from normfix.records.encoding import Record
+from normfix.records.spans import Spans
+
+__all__ = ["Family", "Finding", "LayerSpec", "Looked", "Scan", "Site", "StatisticSpec", "site_id"]
+
+
+class Family(StrEnum):
+    """Kinds of statistic, by what they are computed over."""
+
+    BATCH = "batch"
+    INSTANCE = "instance"
+    GROUP = "group"
+    LAYER = "layer"
+    RESPONSE = "response"
+    POOL = "pool"
+    REDUCTION = "reduction"
+    ATTENTION = "attention"
+    OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site(Record):
+    """One normalising or reducing call over space (or batch), as seen in one forward pass.
+
+    `owner` is the path of the innermost module, `invocation` which call of that module in the root forward,
+    `index` the position among its calls of `function`. `within` holds the modules around the call, root
+    first; `anchor` is the nearest of them that runs once per root forward, `holder` the module at or below it
+    that can keep a new layer without noticing. `swappable` tells that the owner
+    is a module of a known exact class, run once, whose whole forward is this call. `others` counts the
+    calls of the same function inside the anchor that are no sites: (before this one, in all). `looks` names
+    what saw it: "census", "graph", "dye".
+    """
+
+    owner: str
+    invocation: int
+    function: str
+    index: int
+    owner_class: str
+    anchor: str
+    holder: str
+    within: tuple[str, ...]
+    family: Family
+    live: bool
+    reduces: str
+    line: str
+    swappable: bool
+    refusal: str = ""
+    layer: LayerSpec | None = None
+    statistic: StatisticSpec | None = None
+    others: tuple[int, int] = (0, 0)
+    looks: tuple[str, ...] = ("census",)
+
+    @property
+    def id(self) -> str:
+        """Name the site in one string: owner, invocation, function and index."""
+        return site_id(self.owner, self.invocation, self.function, self.index)
+
+    @property
+    def convertible(self) -> bool:
+        """Tell whether normfix has a rule that converts it."""
+        return (self.layer is not None or self.statistic is not None) and not self.refusal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSpec(Record):
+    """The shape of the replacement: enough to build it without weights, images or a forward pass.
+
+    `groups` is the number of sets of channels that share a statistic in the original: `features` for one
+    statistic per channel (batch, instance), 1 for one over all channels (layer).
+    `carries` tells that the original has running statistics that eval mode uses.
+    """
+
+    ndim: int
+    features: int
+    groups: int
+    eps: float
+    affine: bool
+    carries: bool
+
+
+Law = Literal[
+    "mean",
+    "total",
+    "variance",
+    "deviation",
+    "variance_mean",
+    "deviation_mean",
+    "norm",
+    "maximum",
+    "minimum",
+    "extremes",
+    "none",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatisticSpec(Record):
+    """The shape of a frozen statistic that is no norm: a pool, a hand-written mean, a response.
+
+    `law` is how several images' values become one (normfix.layers.laws): "none" where nothing but the value of a
+    single image can be frozen. `shape` is a result's for one image, `outputs` how many results the function
+    returns, of which only the first is used if `selects` ((values, indices)). The operand is tensor number
+    `operand` among the call's arguments; it has `rank` dimensions, of which the call reduces `dims`, and the
+    extents in `sizes` ((dimension, extent)). `batch` is (dimension of the operand, its extent for one image,
+    dimension of the result) along which images are stacked, None where the statistic runs over the batch as
+    well. `correction` and `power` are the function's own (variance, norm). `quotient` tells that the call
+    divides a sum by the number of its terms. `number` is the kind of a result.
+    """
+
+    law: Law
+    shape: tuple[int, ...]
+    outputs: int = 1
+    selects: bool = False
+    operand: int = 0
+    rank: int
+    dims: tuple[int, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ()
+    batch: tuple[int, int, int] | None = None
+    correction: float = 0.0
+    power: float = 2.0
+    quotient: bool = False
+    number: Literal["float", "int", "bool"] = "float"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Looked(Record):
+    """How one of the three looks at a network went; `note` says why it was skipped or failed."""
+
+    name: Literal["census", "graph", "dye"]
+    status: Literal["done", "failed", "skipped"]
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scan(Record):
+    """Sites of a network and the geometry its output has once they are frozen.
+
+    `stride`, `halo`, `scale` and `exact_sizes` run over the spatial axes. `halo` holds (before, after) in
+    input pixels as measured; None means unbounded or not measurable. `halo_rounded` is it rounded up to the stride:
+    what a tile must read, by whatever tool. `scale` is output pixels per input pixel, as a
+    fraction in text ("1", "1/2", "2"). `exact_sizes` holds the number of pixels that sizes must be a
+    multiple of (1 = any), `smallest_tile` the least extents the network runs on. Geometry is None where the
+    network is not dense or not local.
+    """
+
+    model: str
+    example: tuple[int, ...]
+    sites: tuple[Site, ...]
+    uncalled: tuple[str, ...]
+    dense: bool
+    tile_invariant: bool
+    stride: tuple[int, ...] | None
+    halo: Spans | None
+    scale: tuple[str, ...] | None
+    exact_sizes: tuple[int, ...] | None
+    smallest_tile: tuple[int, ...] | None = None
+    halo_rounded: Spans | None = None
+    looks: tuple[Looked, ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def live(self) -> tuple[Site, ...]:
+        """Return the sites whose statistic is computed from the current input."""
+        return tuple(site for site in self.sites if site.live)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding(Record):
+    """One named reason, with the place it concerns."""
+
+    code: str
+    where: str
+    message: str
+
+
+def site_id(owner: str, invocation: int, function: str, index: int) -> str:
+    """Name a call in one string, the same for every look at a network.
+
+    >>> site_id("", 0, "mean", 1)
+    '(root)/0/mean/1'
+    """
+    return f"{owner or '(root)'}/{invocation}/{function}/{index}"

@@ -1,0 +1,72 @@
+"""What is known of a network before it is used: how it is called, where it is live, the halo its tiles need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from normfix.errors import NormfixError
+from normfix.images.collections import Items
+from normfix.images.sources import Source
+from normfix.networks.calling import Caller, home_of
+from normfix.networks.examples import fitting_example
+from normfix.networks.graph.program import require_free
+from normfix.networks.provenance import is_current, provenance_of
+from normfix.records.sites import Scan
+from normfix.scanning.base import base_of
+from normfix.scanning.scan import look
+from normfix.tiling.grid import Geometry
+
+__all__ = ["ForwardFn", "Known", "known_of", "with_halo"]
+
+ForwardFn = Callable[[nn.Module, Tensor], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """How to call a model, its scan, which of its sites are live and the paths of its converted layers."""
+
+    caller: Caller
+    scan: Scan
+    live: tuple[str, ...]
+    layers: tuple[str, ...] = ()
+
+
+def known_of(
+    model: nn.Module, image: Tensor | Source, forward_fn: ForwardFn | None, output: str | int | None
+) -> Known:
+    """Take what travels with the model, or scan it where that is of other modules or of another output."""
+    require_free(model)
+    known = provenance_of(model)
+    if known is not None and is_current(model) and output in (None, known.output, _as_index(known.output)):
+        left = tuple(d.site.id for d in known.plan.left_live)
+        layers = tuple(d.target for d in known.plan.converted)
+        return Known(Caller(forward_fn, known.output), known.scan, left, layers)
+    caller = Caller(forward_fn, output if output is not None or known is None else known.output)
+    if not isinstance(image, Tensor):
+        image = image.read([(0, min(n, 1024)) for n in image.shape[2:]])
+    (item,) = Items.of(image, *home_of(model))
+    example = fitting_example(model, item, caller)
+    base = base_of(model, example, caller)
+    scan = look(base.network, example, base.caller).scan
+    return Known(base.caller, scan, tuple(site.id for site in scan.live))
+
+
+def _as_index(output: str | None) -> int | None:
+    return int(output) if output is not None and output.isdigit() else None
+
+
+def with_halo(geometry: Geometry | None, halo: object) -> Geometry | None:
+    """Return the geometry with a halo of the caller's on every side.
+
+    Raises:
+        NormfixError: NF410 for what is neither "auto" nor a number of pixels.
+    """
+    if halo == "auto":
+        return geometry
+    if not isinstance(halo, int) or isinstance(halo, bool) or halo < 0:
+        raise NormfixError("NF410", "give 'auto' or a number of pixels, 0 or more.", where=f"halo={halo!r}")
+    return geometry and replace(geometry, halo=((halo, halo),) * len(geometry.stride))

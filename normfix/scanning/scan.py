@@ -1,0 +1,314 @@
+"""scan and plan: sites from a survey of calls, geometry from a copy in which all of them are frozen."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from normfix.conversion.measuring import measure_sites_
+from normfix.conversion.planning import decide
+from normfix.conversion.rewriting import rewrite
+from normfix.conversion.targets import site_target
+from normfix.networks.calling import Caller, class_of, refusals, require_network
+from normfix.networks.copying import copy_of
+from normfix.networks.examples import default_example
+from normfix.networks.numerics import exact_arithmetic
+from normfix.networks.surroundings import undisturbed
+from normfix.records.plans import Plan
+from normfix.records.sites import Finding, Looked, Scan, Site
+from normfix.records.spans import in_strides
+from normfix.scanning.base import base_of
+from normfix.scanning.doubts import Doubts
+from normfix.scanning.durations import Announce, Durations, announce_notable, announced_nowhere
+from normfix.scanning.graph.bounds import Bound
+from normfix.scanning.graph.look import GraphLook, graph_look
+from normfix.scanning.merging import Merged, merge
+from normfix.scanning.positions import Positions
+from normfix.scanning.sightings import Dyed, confirmed, dye_look
+from normfix.scanning.sites import Survey, survey
+from normfix.tiling.dependence import agrees, far
+from normfix.tiling.geometry import Locality, measure_locality, not_dense
+from normfix.tiling.grid import Geometry
+
+__all__ = ["Look", "look", "plan", "scan"]
+
+_FAST = "the scan was asked to be fast"
+_PIXELS = (1 << 18, 1 << 20)
+"""Pixels of the strips on which a branch on the size is tried, at most."""
+_PROVED = "nothing was captured: what follows is proved, so the other looks are enough"
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A scan and the geometry in numbers."""
+
+    scan: Scan
+    geometry: Geometry | None
+
+
+@undisturbed()
+def scan(
+    model: nn.Module,
+    example: Tensor | None = None,
+    *,
+    forward_fn: Callable[[nn.Module, Tensor], Any] | None = None,
+    output: str | int | None = None,
+    as_trained: bool = False,
+    fast: bool = False,
+    announce: Announce = announced_nowhere,
+) -> Scan:
+    """Find every statistic of the tile, and the geometry once they are frozen.
+
+    Args:
+        model: not modified.
+        example: (N, C, *space); default: noise of a shape that the network runs on.
+        forward_fn: `forward_fn(model, image)` for another calling convention.
+        output: key or index of the output that counts.
+        as_trained: treat batch and instance norms as in train mode, where they are live.
+        fast: skip the dye's confirmation; `Scan.looks` says so.
+        announce: called with ("scan", seconds) before a scan that will take long (normfix.scanning.durations).
+
+    Raises:
+        NormfixError: NF109 if the network does not run on the example, NF110 if `output` names no tensor.
+
+    Example:
+        >>> import normfix, torch
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.InstanceNorm2d(4))
+        >>> found = normfix.scan(net)
+        >>> [site.id for site in found.live], found.halo, found.tile_invariant
+        (['1/0/instance_norm/0'], ((1, 1), (1, 1)), False)
+    """
+    caller = Caller(forward_fn, output)
+    if example is None:
+        require_network(model)
+        example = default_example(model, caller)
+    base = base_of(model, example, caller, as_trained=as_trained)
+    if announce is not announced_nowhere and not fast:
+        duration = Durations.of(base.network, example, base.caller).scan(graph=True)
+        announce_notable(announce, "scan", duration)
+    return look(base.network, example, base.caller, fast=fast, graph=True).scan
+
+
+def plan(scan: Scan, to: Literal["frozen", "batchrenorm"] = "frozen", keep: Sequence[str] = ()) -> Plan:
+    """Decide what happens to each site of a scan.
+
+    Args:
+        scan: of the network.
+        to: what normalising calls become.
+        keep: shell-style patterns of owner paths to leave alone.
+
+    Raises:
+        NormfixError: NF204 if a pattern matches no site, NF205 for another `to`.
+    """
+    return decide(scan.sites, model=scan.model, to=to, keep=keep)
+
+
+def look(
+    base: nn.Module, example: Tensor, caller: Caller, *, fast: bool = False, graph: bool = False
+) -> Look:
+    """Scan a materialised network on CPU in float32 (geometry in float64 too); not modified.
+
+    Args:
+        base: as base_of gives it.
+        example: (N, C, *space).
+        caller: calls it.
+        fast: leave out the dye and the graph.
+        graph: capture its graph as well, which takes seconds.
+    """
+    probe = copy_of(base).cpu().float().eval()
+    material = example[:1].detach().cpu().float()
+    positions = Positions()
+    with exact_arithmetic():
+        found = survey(probe, caller, material, positions.follow)
+        dyed = _dyed(probe, caller, material, found, fast=fast)
+        graph_seen = _graph(
+            probe, caller, material, found, skipped=_FAST if fast else "" if graph else _PROVED
+        )
+        merged = merge(
+            found.sites,
+            dyed.merged,
+            graph_seen,
+            lambda seen: not seen.recorded or seen.id in found.reaching,
+            guessed=found.other is None,
+        )
+        doubts = Doubts(
+            sites=frozenset(s.id for s in merged.sites if s.live and s.refusal) & dyed.doubtful,
+            operations=dyed.unknown,
+            placed=positions.findings(two_sizes=found.other is not None),
+            bounds=() if isinstance(graph_seen, Looked) else graph_seen.bounds,
+            causes=positions.causes(two_sizes=found.other is not None),
+            swallowed=dyed.swallowed,
+            compared=dyed.compared,
+            wraps=positions.may_wrap(),
+        )
+        seen = _measured(probe, class_of(base), doubts, merged, found, material, caller, fast=fast)
+    geometry, locality = seen.locality.geometry, seen.locality
+    return Look(
+        Scan(
+            model=class_of(base),
+            example=tuple(example.shape),
+            sites=seen.sites,
+            uncalled=found.uncalled,
+            dense=found.dense,
+            tile_invariant=geometry is not None and seen.invariant,
+            stride=geometry.stride if geometry else None,
+            halo=geometry.halo if geometry else None,
+            scale=tuple(map(str, geometry.scale)) if geometry else None,
+            exact_sizes=geometry.multiple if geometry else None,
+            smallest_tile=locality.smallest_tile,
+            halo_rounded=in_strides(geometry.halo, geometry.stride) if geometry else None,
+            looks=merged.looks,
+            findings=found.findings + seen.findings + locality.findings,
+        ),
+        geometry,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """Sites and findings after the doubts among them were put to the measurement."""
+
+    sites: tuple[Site, ...]
+    locality: Locality
+    findings: tuple[Finding, ...]
+    invariant: bool
+
+
+def _measured(
+    probe: nn.Module,
+    name: str,
+    doubts: Doubts,
+    merged: Merged,
+    found: Survey,
+    material: Tensor,
+    caller: Caller,
+    *,
+    fast: bool,
+) -> _Measured:
+    """Measure the geometry as if every doubt were unfounded, and settle those that the measurement shows to be."""
+    trial = doubts.settled(merged.sites)
+    everything = decide(trial, model=name, to="frozen")
+    bench = (
+        None
+        if everything.left_live or not found.dense
+        else _bench(probe, everything, found, caller, material)
+    )
+    if bench is None:
+        locality = _unmeasured(everything, found, material)
+    else:
+        locality = bench.measured(found.dilution, doubts, fast=fast)
+    if locality.steady and bench is not None:
+        open_bounds = [bound for bound in doubts.bounds if not bench.crosses(bound, locality)]
+        findings = doubts.explained(merged.findings, open_bounds)
+        live = any(site.live for site in trial)
+        return _Measured(trial, locality, findings, not live and not open_bounds)
+    everything = decide(merged.sites, model=name, to="frozen")
+    if everything.left_live:
+        locality = _unmeasured(everything, found, material)
+    unsettled = doubts.findings(
+        unplaced=locality.geometry is None and not everything.left_live and found.dense
+    )
+    live = any(site.live for site in merged.sites)
+    sound = not live and not doubts.operations and not doubts.placed and not doubts.bounds
+    return _Measured(merged.sites, locality, merged.findings + unsettled, sound)
+
+
+def _graph(
+    probe: nn.Module, caller: Caller, example: Tensor, found: Survey, *, skipped: str
+) -> GraphLook | Looked:
+    if skipped:
+        return Looked(name="graph", status="skipped", note=skipped)
+    return graph_look(probe, caller, example, found.sites, one_size=found.other is None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Dyes:
+    """What the dye showed, to be merged; what it could not watch; the sites that it does not show to be global.
+
+    The last are those that make maps of maps and are dyed throughout at one size only, or at none.
+    """
+
+    merged: Dyed | Looked
+    unknown: tuple[str, ...] = ()
+    doubtful: frozenset[str] = frozenset()
+    swallowed: bool = False
+    compared: bool = False
+
+
+def _dyed(probe: nn.Module, caller: Caller, example: Tensor, found: Survey, *, fast: bool) -> _Dyes:
+    """Run the dye at the smaller of two sizes; at the other too where it contradicts the census."""
+    if fast:
+        return _Dyes(Looked(name="dye", status="skipped", note=_FAST))
+    sizes = found.sizes(example)
+    doubtful: frozenset[str] = frozenset()
+    try:
+        dyed = dye_look(probe, caller, sizes[0])
+        live = {site.id for site in found.sites if site.live}
+        mapping = found.mapping & live
+        agree = live == {s.id for s in dyed.found if s.id in found.reaching or not s.recorded}
+        if len(sizes) > 1 and (mapping or not agree):
+            other = dye_look(probe, caller, sizes[1])
+            shown = {s.id for s in confirmed(dyed, other, frozenset()).found}
+            doubtful = mapping - shown - {s.id for s in (*dyed.lost, *dyed.unknown)}
+            dyed = confirmed(dyed, other, frozenset(live))
+    except refusals() as error:
+        return _Dyes(Looked(name="dye", status="failed", note=str(error)))
+    return _Dyes(dyed, tuple(s.id for s in dyed.unknown), doubtful, dyed.swallowed, dyed.compared)
+
+
+def _unmeasured(everything: Plan, found: Survey, example: Tensor) -> Locality:
+    """Say why no geometry can be measured."""
+    if not found.dense:
+        return not_dense(found.output, found.follows, example.dim())
+    left = everything.left_live
+    return Locality(None, tuple(Finding(code="NF215", where=d.site.id, message=d.reason) for d in left))
+
+
+@dataclass(frozen=True, slots=True)
+class _Bench:
+    """A network in which all that can be is frozen, in two precisions, and the material of its strips."""
+
+    single: Callable[[Tensor], Tensor]
+    double: Callable[[Tensor], Tensor]
+    example: Tensor
+
+    def measured(self, dilution: Sequence[int], doubts: Doubts, *, fast: bool) -> Locality:
+        """Measure its geometry as if no doubt were founded."""
+        return measure_locality(
+            self.single,
+            self.double,
+            self.example,
+            dilution,
+            doubtful=bool(doubts) and not fast,
+            trial=bool(doubts.sites),
+            foreign=bool(doubts.operations),
+            swallowed=doubts.swallowed,
+            compared=doubts.compared,
+            both_ends=doubts.wraps,
+        )
+
+    def crosses(self, bound: Bound, locality: Locality) -> bool:
+        """Tell whether tiles within a bound equal a strip that breaks it."""
+        geometry = locality.geometry
+        assert geometry is not None
+        for axis, limit in itertools.product(range(len(geometry.stride)), _PIXELS):
+            size = far(geometry, locality.cross, axis, limit)
+            if bound.breaks(size):
+                try:
+                    return agrees(self.double, self.example.double(), axis, geometry, size)
+                except refusals():
+                    return False
+        return False
+
+
+def _bench(probe: nn.Module, everything: Plan, found: Survey, caller: Caller, example: Tensor) -> _Bench:
+    frozen = rewrite(probe, everything)
+    fresh = [d for d in everything.converted if d.measured]
+    small = found.sizes(example)[:1]
+    measure_sites_(frozen, [site_target(frozen, d, express=False) for d in fresh], small, caller)
+    double = copy_of(frozen).double()
+    return _Bench(lambda x: caller(frozen, x), lambda x: caller.in_double(double, x), example)

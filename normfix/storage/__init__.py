@@ -1,0 +1,1 @@
+"""Networks in files: open those of others, save and load our own."""

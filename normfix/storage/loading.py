@@ -1,0 +1,184 @@
+"""load: what normfix saved, or any network that can be opened, as a module."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfix.conversion.rewriting import rewrite
+from normfix.errors import NormfixError
+from normfix.networks.calling import Caller, failures
+from normfix.networks.copying import copy_of
+from normfix.networks.devices import chosen
+from normfix.networks.graph.program import Program
+from normfix.networks.provenance import attach_
+from normfix.networks.surroundings import undisturbed
+from normfix.records.saved import Saved, Source
+from normfix.scanning.sites import materialise_
+from normfix.storage.folder import MANIFEST, WEIGHTS, load_weights_, program_beside, read_manifest
+from normfix.storage.opening import open_path, open_spec
+from normfix.storage.opening.allocation import Stored, bounded_by
+from normfix.storage.opening.factories import rebuild
+from normfix.storage.opening.formats.exported import read_program
+from normfix.storage.opening.hub import HUB, fetched, require_repository
+from normfix.storage.opening.request import Loaded, Request
+from normfix.storage.opening.tensors import read_weights
+from normfix.storage.opening.workload import Workload
+from normfix.storage.probe import require_probe
+from normfix.storage.programs import SUFFIX, open_program
+
+__all__ = ["load", "open_any"]
+
+
+@undisturbed()
+def load(
+    spec: str | Path,
+    *,
+    arch: str | None = None,
+    args: Mapping[str, Any] | None = None,
+    model: nn.Module | None = None,
+    trust_pickle: bool = False,
+    allow_classes: tuple[str, ...] = (),
+    weights: str | None = None,
+    revision: str | None = None,
+    device: torch.device | str | None = None,
+) -> nn.Module:
+    """Open a folder that normfix saved, or any network `open_model` knows; in eval mode for a folder.
+
+    A folder that does not say how to build its network (it was saved from an object) gives its program.pt2 as a
+    module: it computes the same at every size it was exported for, and cannot be trained. `model` or `arch` give
+    the network itself.
+
+    Args:
+        spec: folder, weights file, checkpoint, pickle, "timm:NAME", "hf-hub:ORG/NAME@REVISION" or "pkg.mod:factory".
+        arch: the architecture, where the file does not name it or may not.
+        args: keyword arguments of the factory.
+        model: a fresh network to convert and fill, instead of calling any factory; not modified.
+        trust_pickle: run a pickle.
+        allow_classes: classes that a pickle may build, by name or as "package.*".
+        weights: which of several sets of weights in the file, such as "ema".
+        revision: branch, tag or commit of a repository.
+        device: where the network is put; "auto" is the GPU that is there, else the CPU.
+
+    Raises:
+        NormfixError: NF101, NF105, NF108, NF111, NF113, NF115, NF119-NF125, and NF116 of the device: see
+            `normfix explain CODE`.
+    """
+    request = Request(
+        arch=arch, arch_args=args, weights=weights, trust_pickle=trust_pickle, allow_classes=allow_classes
+    )
+    place = chosen(device)
+    opened = open_any(spec, request, model=model, revision=revision).model
+    return opened if place is None else opened.to(place)
+
+
+def open_any(
+    spec: str | Path, request: Request, *, model: nn.Module | None = None, revision: str | None = None
+) -> Loaded:
+    """Open as `load` does, with source and notes."""
+    require_repository(str(spec), revision)
+    if Path(spec).suffix == SUFFIX and os.path.isfile(spec):  # noqa: PTH113 - Path raises where a name is too long
+        return _open_program(Path(spec))
+    if not str(spec).startswith(HUB):
+        if os.path.isfile(Path(spec) / MANIFEST):  # noqa: PTH113
+            return _open_saved(Path(spec), request, model)
+        return open_spec(str(spec), request)
+    folder, origin = fetched(str(spec), revision)
+    if (folder / MANIFEST).is_file():
+        return _open_saved(folder, request, model)
+    loaded = open_path(folder, request)
+    return replace(loaded, source=replace(loaded.source, origin=origin))
+
+
+def _open_saved(folder: Path, request: Request, model: nn.Module | None) -> Loaded:
+    saved = read_manifest(folder)
+    source = saved.provenance.source
+    if model is None and request.arch is None and source.kind == "object":
+        program = program_beside(folder, saved)
+        if program is not None:
+            return _open_beside(program, saved)
+    notes = saved.doubt(str(folder / MANIFEST))
+    weights = read_weights(folder / WEIGHTS)
+    if model is not None:
+        return Loaded(_restored(folder, saved, copy_of(model), weights), source, notes)
+    stored = Stored.of(weights.values())
+    with bounded_by(folder) if request.arch is None else nullcontext():
+        base = rebuild(source, arch=request.arch, arch_args=request.arch_args, stored=stored)
+    return Loaded(_restored(folder, saved, base, weights), source, notes)
+
+
+def _open_beside(path: Path, saved: Saved) -> Loaded:
+    """Open the program beside the weights, where the folder does not say how to build the network."""
+    known = saved.provenance
+    with _belonging(str(path)):
+        program, _ = open_program(path, read_program)
+        attach_(program, known)
+        if saved.probe is not None and not program.unproved:
+            with Workload(path.stat().st_size, str(path), math.prod(saved.probe.shape)):
+                require_probe(program, Caller(None, known.output), saved.probe, str(path))
+    note = (
+        f"{path}: opened as a program, which cannot be trained; for the network itself give it with --arch."
+    )
+    notes = (note, *_unproved(program), *saved.doubt(str(path.with_name(MANIFEST))))
+    return Loaded(program, known.source, notes)
+
+
+def _unproved(program: Program) -> tuple[str, ...]:
+    return (program.unproved,) if program.unproved else ()
+
+
+def _open_program(path: Path) -> Loaded:
+    """Open a .pt2 file; one that normfix wrote brings plan, geometry and scaling with it."""
+    model, saved = open_program(path, read_program)
+    source = Source(kind="object", spec="torch.export:ExportedProgram")
+    if saved is None:
+        return Loaded(model, source, _unproved(model))
+    known = saved.provenance
+    attach_(model, known)
+    if saved.probe is not None and not model.unproved:
+        with Workload(path.stat().st_size, str(path), math.prod(saved.probe.shape)):
+            require_probe(model, Caller(None, known.output), saved.probe, str(path))
+    return Loaded(model, known.source, (*_unproved(model), *saved.doubt(str(path))))
+
+
+def _restored(folder: Path, saved: Saved, base: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """Carry the saved plan out on a base network, fill it strictly and repeat the probe."""
+    known = saved.provenance
+    caller = Caller(None, known.output)
+    with _belonging(str(folder)):
+        example = torch.zeros(1).expand(1, *known.scan.example[1:])  # takes no memory, whatever the file says
+        materialise_(base, caller, example)
+        with bounded_by(folder):
+            model = rewrite(base, known.plan)
+        load_weights_(model, weights, saved, str(folder))
+        attach_(model, known)
+        if saved.probe is not None:
+            size = (folder / WEIGHTS).stat().st_size
+            with Workload(size, str(folder), math.prod(saved.probe.shape), generous=True):
+                require_probe(model.eval(), caller, saved.probe, str(folder))
+    return model.eval()
+
+
+@contextmanager
+def _belonging(where: str) -> Iterator[None]:
+    """Turn whatever a plan, probe or network that do not belong together run into, into NF115."""
+    try:
+        yield
+    except NormfixError:
+        raise
+    except failures() as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise NormfixError(
+            "NF115",
+            f"plan, weights and probe cannot be carried out on this network: {reason}. The folder was changed, "
+            "or the network's code is another version.",
+            where=where,
+        ) from error

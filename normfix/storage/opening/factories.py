@@ -1,0 +1,292 @@
+"""Build networks by name, "pkg.mod:factory" or "timm:NAME": any that the caller names, few that a file may.
+
+A factory named by a file is called only if it is a network class that a library defines, or a builder that the
+library itself lists, and then only with arguments that name no file or address and are in proportion to the weights
+(`arguments`). It is built without memory first (`allocation`), in bounded time (`deadline`), while nothing can be
+opened or fetched (`guard`): `timm.models.load_checkpoint` or a `checkpoint_path` would open what the author chose.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+
+from normfix.errors import NormfixError
+from normfix.images.deadline import within
+from normfix.records.saved import Source
+from normfix.storage.opening.allocation import PLENTY, Bounded, Sketched, Stored, require_proportion
+from normfix.storage.opening.arguments import blanked, require_inert, require_small
+from normfix.storage.opening.gate import FACTORIES, FORMATS, imported, is_allowed, is_name, library
+from normfix.storage.opening.guard import watched
+
+__all__ = [
+    "FACTORIES",
+    "build",
+    "classes_named",
+    "confined",
+    "dumped",
+    "is_allowed",
+    "is_name",
+    "rebuild",
+]
+
+T = TypeVar("T")
+
+
+def build(source: Source, *, blank: bool = False, stored: Stored | None = None) -> nn.Module:
+    """Call a factory the caller chose.
+
+    Args:
+        source: of kind "factory".
+        blank: the weights come later, so do not fetch pretrained ones.
+        stored: the weights beside a file that wrote the arguments; then these are bounded as the file's are.
+
+    Raises:
+        NormfixError: NF111 if it cannot be imported, fails, or returns no nn.Module; NF108 if its arguments are
+            no JSON object; NF113 or NF121 for a file's arguments that reach out or ask for too much.
+    """
+    args = _arguments(source)
+    factory = _factory(source.spec)
+    if blank:
+        args = blanked(factory, args, defaults=library(source.spec) in FACTORIES)
+    if stored is None:
+        return _called(factory, args, source.spec)
+    require_inert(args, source.spec)
+    require_small(args, source.spec, tensors=stored.tensors, elements=stored.elements)
+    bound = Bounded(4 * stored.elements, source.spec)
+    return within(
+        2 * stored.seconds,
+        lambda: _within_memory(bound, lambda: _called(factory, args, source.spec)),
+        source.spec,
+    )
+
+
+def _factory(spec: str) -> Callable[..., Any]:
+    """Import a factory.
+
+    Raises:
+        NormfixError: NF111.
+    """
+    try:
+        if not spec.startswith("timm:"):
+            found: Callable[..., Any] = imported(spec)
+            return found
+        create = importlib.import_module("timm").create_model
+        return _TimmFactory(create, spec.removeprefix("timm:"))
+    except NormfixError:
+        raise
+    except ModuleNotFoundError as error:
+        hint = f"install {error.name}, or name its folder in PYTHONPATH"
+        if error.name == "timm":
+            hint = 'pip install "normfix[timm]"'
+        raise NormfixError("NF111", f"{error}. Next: {hint}.", where=spec) from error
+    except Exception as error:
+        raise _failed(spec, error) from error
+
+
+class _TimmFactory:
+    """timm's network of one name."""
+
+    def __init__(self, create: Callable[..., Any], name: str) -> None:
+        self._create = create
+        self._name = name
+
+    def __call__(self, **args: Any) -> Any:
+        return self._create(self._name, **args)
+
+
+def _called(factory: Callable[..., Any], args: Mapping[str, Any], spec: str) -> nn.Module:
+    """Return the network that a factory builds; NF111 if it fails or gives something else."""
+    try:
+        model = factory(**args)
+    except NormfixError:
+        raise
+    except ModuleNotFoundError as error:
+        raise NormfixError(
+            "NF111", f"{error}. Next: install {error.name}, or name its folder in PYTHONPATH.", where=spec
+        ) from error
+    except Exception as error:
+        raise _failed(spec, error) from error
+    if not isinstance(model, nn.Module):
+        raise NormfixError("NF111", f"it returned {type(model).__name__}, not an nn.Module.", where=spec)
+    return model
+
+
+def _failed(spec: str, error: Exception) -> NormfixError:
+    reason = " ".join(str(error).split())[:300]
+    return NormfixError(
+        "NF111", f"{type(error).__name__}: {reason}. Check the name and --arch-args.", where=spec
+    )
+
+
+def rebuild(
+    source: Source,
+    *,
+    arch: str | None = None,
+    arch_args: Mapping[str, Any] | None = None,
+    stored: Stored = PLENTY,
+) -> nn.Module:
+    """Build the architecture a file names, or the one the caller repeats.
+
+    Args:
+        source: what the file names.
+        arch: what the caller names, if anything.
+        arch_args: its arguments.
+        stored: the weights that will fill it.
+
+    Raises:
+        NormfixError: NF113 if the file names a factory that may not be called unasked, or arguments that reach out;
+            NF121 if it asks for more than the weights need.
+    """
+    if arch is not None:
+        args = _arguments(source) if arch_args is None and arch == source.spec else dict(arch_args or {})
+        return build(Source(kind="factory", spec=arch, args=dumped(args)), blank=True)
+    if source.kind == "object":
+        raise NormfixError(
+            "NF113",
+            "the folder was saved from an object, so it does not say how to build one, and it holds no program.pt2 "
+            "to run instead. Give the network: load(folder, model=MyNet()) or load(folder, arch='pkg.mod:factory').",
+            where=source.spec,
+        )
+    if not is_allowed(source.spec):
+        raise NormfixError(
+            "NF113",
+            "the file names this factory, but only network classes that "
+            f"{', '.join(FACTORIES)} define, and builders they list, are called unasked. If you trust it, repeat it: "
+            f"--arch {source.spec} (arch={source.spec!r} in Python).",
+            where=source.spec[:200],
+        )
+    args = _arguments(source)
+    require_small(args, source.spec, tensors=stored.tensors, elements=stored.elements)
+    factory = _factory(source.spec)
+    if FORMATS.fullmatch(source.spec):
+        # Imports take seconds of their own, which are not the file's.
+        _called_for(source.spec, "prepare", args)
+    args = blanked(factory, args, defaults=True)
+    require_inert(args, source.spec, sections=FORMATS.fullmatch(source.spec) is not None)
+    return confined(lambda: _called(factory, args, source.spec), stored, source.spec)
+
+
+def _called_for(spec: str, name: str, args: Mapping[str, Any]) -> None:
+    """Call a function beside the builder that a loader offers."""
+    try:
+        imported(f"{spec.partition(':')[0]}:{name}")(**args)
+    except NormfixError:
+        raise
+    except Exception as error:
+        raise _failed(spec, error) from error
+
+
+def confined(
+    make: Callable[[], nn.Module],
+    stored: Stored,
+    where: str,
+    *,
+    sketch: Callable[[], nn.Module] | None = None,
+) -> nn.Module:
+    """Build what a file describes: without memory first, in bounded time, while nothing is opened or fetched.
+
+    Args:
+        make: builds it; called once or twice.
+        stored: the weights that will fill it.
+        where: named in errors.
+        sketch: builds it without its weights, where `make` fills it too.
+
+    Raises:
+        NormfixError: NF113 if it would open or fetch something, NF121 if it is out of proportion to the weights.
+    """
+
+    def both() -> nn.Module:
+        _sketch(sketch or make, stored, where)
+        return _within_memory(Bounded(4 * stored.elements, where), make)
+
+    with watched(where):
+        return within(stored.seconds, both, where, growth=stored.room)
+
+
+def _sketch(make: Callable[[], nn.Module], stored: Stored, where: str) -> None:
+    """Build it without memory, and compare it with its weights, unless its constructor reads values of its own."""
+    try:
+        model = _within_memory(Sketched(4 * stored.elements, where), make)
+    except NormfixError as error:
+        # Such a constructor fails here, and only here.
+        if isinstance(error.__cause__, Exception) and not isinstance(error.__cause__, NormfixError):
+            return
+        raise
+    require_proportion(model, stored, where)
+
+
+def _within_memory(bound: Bounded, make: Callable[[], T]) -> T:
+    try:
+        with bound:
+            return make()
+    finally:
+        # A library may have caught what was refused.
+        bound.require_kept()
+
+
+def classes_named(names: Iterable[str]) -> dict[str, type]:
+    """Import classes that the caller allows a pickle to build, by their dotted names.
+
+    Raises:
+        NormfixError: NF122 if one of them is no class, NF111 if it cannot be imported.
+    """
+    found = {}
+    for name in names:
+        kind = _dotted(name)
+        if not inspect.isclass(kind):
+            raise NormfixError(
+                "NF122",
+                f"it is {type(kind).__name__}, and only classes can be allowed one by one. If you trust the file, "
+                "run it: --trust-pickle.",
+                where=name,
+            )
+        found[name] = kind
+    return found
+
+
+def _dotted(name: str) -> Any:
+    """Import "pkg.mod.Class.Inner", trying the longest module first."""
+    parts = name.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:cut]))
+            for part in parts[cut:]:
+                found = getattr(found, part)
+        except (ImportError, AttributeError):
+            continue
+        return found
+    raise NormfixError("NF111", "it cannot be imported here. Install its package as it was.", where=name)
+
+
+def dumped(args: Mapping[str, Any]) -> str:
+    """Return a factory's arguments as JSON text, the same for equal arguments.
+
+    Raises:
+        NormfixError: NF111 if they are not JSON-ready, so that they could not travel with the network.
+    """
+    try:
+        return json.dumps(dict(args), sort_keys=True)
+    except (TypeError, ValueError) as error:
+        raise NormfixError(
+            "NF111",
+            f"arguments of a factory travel as JSON: {error}. Write a factory that takes plain values.",
+            where="--arch-args",
+        ) from error
+
+
+def _arguments(source: Source) -> dict[str, Any]:
+    try:
+        args = json.loads(source.args)
+    except (ValueError, RecursionError) as error:
+        raise NormfixError("NF108", f"its arguments are no JSON: {error}.", where=source.spec) from error
+    if not isinstance(args, dict):
+        raise NormfixError(
+            "NF108", f"its arguments are no JSON object: {source.args[:80]}.", where=source.spec
+        )
+    return args

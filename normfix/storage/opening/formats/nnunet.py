@@ -1,0 +1,182 @@
+"""nnU-Net: a trained model folder (plans.json, dataset.json, fold_X/checkpoint_*.pth) or one of its checkpoints.
+
+The plans name the network's class and its parts; only classes of nnU-Net's own package of architectures and
+layers of torch.nn are looked up, whatever the plans say.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from normfix.errors import NormfixError
+from normfix.storage.opening.configs import read_mapping
+from normfix.storage.opening.pickles import read_torch
+from normfix.storage.opening.request import Loaded, Request, factory
+from normfix.storage.opening.state_dicts import filled
+
+__all__ = ["network", "open_network", "prepare", "recognises"]
+
+_CLASSES = ("PlainConvUNet", "ResidualEncoderUNet", "ResidualUNet")
+_HOME = "dynamic_network_architectures.architectures.unet"
+_STANDARD = "nnUNetTrainer"
+_ANCESTORS = 32
+_LAYERS: Mapping[str, tuple[str, ...]] = {
+    "conv_op": ("conv",),
+    "norm_op": ("batchnorm", "instancenorm", "normalization"),
+    "dropout_op": ("dropout",),
+    "nonlin": ("activation",),
+}
+"""The settings that name layers, and the modules of torch.nn.modules that define such layers."""
+
+
+def recognises(path: Path) -> bool:
+    """Recognise a folder with plans.json, or a checkpoint in a fold of such a folder."""
+    return _folder(path) is not None
+
+
+def open_network(path: Path, request: Request) -> Loaded:
+    """Build the network that the plans describe and fill it with the fold's weights, deep supervision off."""
+    folder = _folder(path)
+    assert folder is not None
+    checkpoint = path if path.is_file() else _checkpoint(folder)
+    content = read_torch(checkpoint, request)
+    if request.named is not None:
+        return filled(content, checkpoint, request.named, request)
+    try:
+        name = str(content["init_args"]["configuration"])
+        args = _arguments(folder, name)
+    except (KeyError, TypeError, ValueError) as error:
+        raise NormfixError(
+            "NF120",
+            f"its plans lack what builds the network ({type(error).__name__}: {error}). Plans from before "
+            "nnU-Net 2.4 are rewritten by nnUNetv2_plan_experiment; or name the network with --arch.",
+            where=str(folder / "plans.json"),
+        ) from error
+    loaded = filled(
+        {"network_weights": content["network_weights"]},
+        checkpoint,
+        factory(f"{__name__}:network", args),
+        request,
+    )
+    notes = [
+        *loaded.notes,
+        f"{checkpoint}: nnU-Net scales its images before the network; state it with --scale.",
+    ]
+    trainer = str(content.get("trainer_name", _STANDARD))
+    if trainer != _STANDARD:
+        notes.append(
+            f"{checkpoint}: trained by {trainer}; it was taken to build the network as {_STANDARD} does."
+        )
+    return Loaded(loaded.model, loaded.source, tuple(notes))
+
+
+def network(
+    name: str, inputs: int, outputs: int, settings: Mapping[str, Any], imported: list[str]
+) -> nn.Module:
+    """Build an architecture of nnU-Net's.
+
+    Args:
+        name: its class, with or without modules.
+        inputs: channels of the image.
+        outputs: channels of the prediction.
+        settings: what the plans call arch_kwargs.
+        imported: those of the settings that name a layer of torch.nn.
+    """
+    kind = _class(name)
+    parts = {key: _layer(key, value) if key in imported else value for key, value in settings.items()}
+    model = kind(input_channels=inputs, num_classes=outputs, **{**parts, "deep_supervision": False})
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def prepare(name: str, **settings: Any) -> None:
+    """Import what building the network needs."""
+    _class(name)
+
+
+def _class(name: str) -> Any:
+    short = name.rpartition(".")[2]
+    if short not in _CLASSES:
+        raise ValueError(f"{name} is none of nnU-Net's architectures {', '.join(_CLASSES)}")
+    return getattr(importlib.import_module(_HOME), short)
+
+
+def _layer(setting: str, name: str | None) -> type[nn.Module] | None:
+    """Return the layer of torch.nn that a setting names, if it is one for that setting."""
+    if name is None:
+        return None
+    kind = getattr(nn, str(name).rpartition(".")[2], None)
+    homes = tuple(f"torch.nn.modules.{home}" for home in _LAYERS.get(setting, ()))
+    if not str(name).startswith("torch.nn.") or not isinstance(kind, type) or kind.__module__ not in homes:
+        raise ValueError(f"{name} is no layer of torch.nn for {setting}")
+    return kind
+
+
+def _arguments(folder: Path, configuration: str) -> dict[str, Any]:
+    plans, dataset = read_mapping(folder / "plans.json"), read_mapping(folder / "dataset.json")
+    chosen = _resolved(plans["configurations"], configuration)
+    channels = len(dataset["modality"] if "modality" in dataset else dataset["channel_names"])
+    labels = _labels(dataset)
+    if chosen.get("previous_stage"):  # a cascade gets the coarse segmentation's foreground too
+        channels += len(labels) - 1
+    design = chosen["architecture"]
+    return {
+        "name": str(design["network_class_name"]),
+        "inputs": channels,
+        "outputs": _regions(dataset) or len(labels),
+        "settings": dict(design["arch_kwargs"]),
+        "imported": list(design["_kw_requires_import"]),
+    }
+
+
+def _resolved(configurations: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return a configuration with what it inherits, each ancestor once."""
+    chain = [name]
+    while (parent := configurations[chain[-1]].get("inherits_from")) is not None:
+        if parent in chain or len(chain) > _ANCESTORS:
+            raise ValueError(f"configuration {parent} inherits from itself, or from more than {_ANCESTORS}")
+        chain.append(parent)
+    merged: dict[str, Any] = {}
+    for ancestor in reversed(chain):
+        merged.update(configurations[ancestor])
+    return merged
+
+
+def _labels(dataset: Mapping[str, Any]) -> set[int]:
+    found: set[int] = set()
+    for label, value in dataset["labels"].items():
+        if label != "ignore":
+            found.update(map(int, value) if isinstance(value, list) else [int(value)])
+    return found
+
+
+def _regions(dataset: Mapping[str, Any]) -> int:
+    """Return how many regions are predicted, or 0 if classes are."""
+    values = {label: v for label, v in dataset["labels"].items() if label != "ignore"}
+    if not any(isinstance(v, list) and len(v) > 1 for v in values.values()):
+        return 0
+    return sum(v not in (0, [0]) for v in values.values())
+
+
+def _folder(path: Path) -> Path | None:
+    places = [path] if path.is_dir() else [path.parent, path.parent.parent]
+    return next((p for p in places if (p / "plans.json").is_file() and (p / "dataset.json").is_file()), None)
+
+
+def _checkpoint(folder: Path) -> Path:
+    finals, others = (sorted(folder.glob(f"fold_*/checkpoint_{name}.pth")) for name in ("final", "*"))
+    # opening a pipe waits for ever
+    found = [path for path in finals or others if path.is_file()]
+    if len(found) != 1:
+        names = ", ".join(str(p.relative_to(folder)) for p in found) or "none"
+        raise NormfixError(
+            "NF119",
+            f"the folder holds these checkpoints: {names}. Give one of them as MODEL.",
+            where=str(folder),
+        )
+    return found[0]

@@ -1,0 +1,31 @@
+"""TorchScript: named and refused, since it holds a program and no modules to convert."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from normfix.errors import NormfixError
+from normfix.storage.opening.archives import inventory
+from normfix.storage.opening.request import Loaded, Request
+
+__all__ = ["open_network", "recognises"]
+
+
+def recognises(path: Path) -> bool:
+    """Recognise an archive with TorchScript's constants and code."""
+    return path.is_file() and "constants.pkl" in inventory(path).names
+
+
+def open_network(path: Path, request: Request) -> Loaded:
+    """Refuse it.
+
+    Raises:
+        NormfixError: NF123, with what to do.
+    """
+    raise NormfixError(
+        "NF123",
+        "it is a TorchScript program, which holds no modules to convert. Where the network was traced or scripted, "
+        "save its weights, torch.save(model.state_dict(), 'weights.pt'), and give them with --arch; without its "
+        "source, torch.export.save a program there and give the .pt2.",
+        where=str(path),
+    )

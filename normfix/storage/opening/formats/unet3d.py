@@ -1,0 +1,70 @@
+"""pytorch-3dunet: a checkpoint (best_checkpoint.pytorch) beside the config.yml it was trained with."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from normfix.errors import NormfixError
+from normfix.storage.opening.configs import read_mapping
+from normfix.storage.opening.pickles import is_torch_file, read_torch
+from normfix.storage.opening.request import Loaded, Request, factory
+from normfix.storage.opening.state_dicts import filled
+
+__all__ = ["network", "open_network", "prepare", "recognises"]
+
+_CLASSES = ("UNet3D", "ResidualUNet3D", "ResidualUNetSE3D", "UNet2D", "ResidualUNet2D")
+_CHECKPOINTS = ("best_checkpoint.pytorch", "last_checkpoint.pytorch")
+
+
+def recognises(path: Path) -> bool:
+    """Recognise a *.pytorch file with a config beside or above it, or a folder with both."""
+    if path.is_dir():
+        return any((path / name).is_file() for name in _CHECKPOINTS) and bool(_configs(path))
+    return path.suffix == ".pytorch" and bool(_configs(path.parent)) and is_torch_file(path)
+
+
+def open_network(path: Path, request: Request) -> Loaded:
+    """Build the network that the config's `model` section describes and fill it with the checkpoint."""
+    if path.is_dir():
+        path = next(path / name for name in _CHECKPOINTS if (path / name).is_file())
+    content = read_torch(path, request)
+    if request.named is not None:
+        return filled(content, path, request.named, request)
+    config = _configs(path.parent)[0]
+    model = read_mapping(config).get("model")
+    if not isinstance(model, dict) or model.get("name") not in _CLASSES:
+        raise NormfixError(
+            "NF120",
+            f"its section model names none of {', '.join(_CLASSES)}. Name the network with --arch.",
+            where=str(config),
+        )
+    return filled(content, path, factory(f"{__name__}:network", model), request)
+
+
+def network(name: str, **settings: Any) -> nn.Module:
+    """Build a network of pytorch-3dunet from the section `model` of its config."""
+    model = _class(name)(**settings)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def prepare(name: str, **settings: Any) -> None:
+    """Import what building the network needs."""
+    _class(name)
+
+
+def _class(name: str) -> Any:
+    if name not in _CLASSES:
+        raise ValueError(f"{name} is none of {', '.join(_CLASSES)}")
+    return getattr(importlib.import_module("pytorch3dunet.unet3d.model"), name)
+
+
+def _configs(folder: Path) -> list[Path]:
+    """Return config files with a section `model`, those beside the checkpoint first."""
+    names = ("config.yml", "config.yaml", "train_config.yml", "train_config.yaml")
+    places = (folder, folder / "logs", folder.parent)
+    return [place / name for place in places for name in names if (place / name).is_file()]

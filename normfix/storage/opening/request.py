@@ -1,0 +1,59 @@
+"""What a caller asks of a loader, and what a loader gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from normfix.errors import NormfixError
+from normfix.records.saved import Source
+from normfix.storage.opening.factories import dumped
+
+__all__ = ["Loaded", "Request", "unreadable"]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A network, where it came from, and what the user should know."""
+
+    model: nn.Module
+    source: Source
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """How the caller wants a file opened.
+
+    `weights` picks one of several sets of weights in a file; `allow_classes` are names or "package.*" patterns
+    of classes a pickle may build; `tell` hears what has to be said before something happens.
+    """
+
+    arch: str | None = None
+    arch_args: Mapping[str, Any] | None = None
+    weights: str | None = None
+    trust_pickle: bool = False
+    allow_classes: tuple[str, ...] = ()
+    tell: Callable[[str], None] = field(default=lambda text: None)
+
+    @property
+    def named(self) -> Source | None:
+        """The architecture the caller names, if any."""
+        return None if self.arch is None else factory(self.arch, self.arch_args or {})
+
+
+def factory(spec: str, args: Mapping[str, Any]) -> Source:
+    """Return the source that calls a factory."""
+    return Source(kind="factory", spec=spec, args=dumped(args))
+
+
+def unreadable(path: Path, error: Exception | str) -> NormfixError:
+    """Return the error for a file that is damaged or of another kind than its name says."""
+    reason = " ".join(str(error).split())[:160] or type(error).__name__
+    return NormfixError(
+        "NF101", f"cannot read this file: {reason}. Check that it exists and is whole.", where=str(path)
+    )

@@ -1,0 +1,245 @@
+"""save: a folder that appears whole, proved by reading it back in a fresh process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfix.conversion.results import Calibration, Conversion
+from normfix.errors import NormfixError
+from normfix.images.drafts import UnwritableError
+from normfix.networks.calling import Caller, home_of
+from normfix.networks.copying import copy_of, twin_of
+from normfix.networks.numerics import IDENTITY
+from normfix.networks.provenance import provenance_of
+from normfix.networks.surroundings import undisturbed
+from normfix.records.encoding import SCHEMA
+from normfix.records.measurements import CalibrationSummary
+from normfix.records.saved import Provenance, Saved, Source
+from normfix.records.verdicts import Proof
+from normfix.storage.folder import PROGRAM, WEIGHTS, appearing, seeded_input, write_folder
+from normfix.storage.fresh import run_fresh
+from normfix.storage.loading import load
+from normfix.storage.opening import open_path
+from normfix.storage.opening.factories import dumped, rebuild
+from normfix.storage.opening.request import Request
+from normfix.storage.opening.tensors import read_weights
+from normfix.storage.portable import require_returnable, returned, write_original
+from normfix.storage.probe import SEED, probe_of, probed
+from normfix.storage.programs import export_program, require_program_name, write_beside, write_program
+
+__all__ = ["require_unconverted", "save", "save_program", "sourced", "write_draft"]
+
+
+@undisturbed()
+def save(
+    done: Conversion | Calibration | nn.Module,
+    folder: str | Path,
+    source: str | None = None,
+    args: Mapping[str, Any] | None = None,
+    *,
+    partial: bool = False,
+    portable: bool = False,
+) -> None:
+    """Write a conversion, or a converted network that was trained further, as a folder, or as a program (.pt2).
+
+    The folder is read back before it appears under its name: in a fresh process where the source can be
+    called there, else on a copy of the original network.
+
+    Args:
+        done: a conversion, a calibration, or a network that carries its plan.
+        folder: must not exist. A name ending in .pt2 becomes an exported program, one file that needs neither
+            normfix nor the network's source.
+        source: "pkg.mod:factory" or "timm:NAME", if the conversion does not know it.
+        args: keyword arguments of the factory, JSON-ready.
+        partial: save although sites were kept live or a step of the proof failed. (Refused sites do not hinder.)
+        portable: write the original class with new statistics as its own library writes it (a save_pretrained
+            folder, timm's files, or a state dict with the original names), where that is exact.
+
+    Raises:
+        NormfixError: NF114 if the folder exists or cannot be written, NF501 if the proof did not pass, NF502 if
+            the network carries no plan or was converted before, NF503 if reading it back gives another result;
+            NF225 and NF226 for programs.
+    """
+    model, proof, caller, original, calibration = _parts(done)
+    provenance = provenance_of(model)
+    if provenance is None:
+        raise NormfixError(
+            "NF502",
+            "it carries no plan, so normfix did not convert it. Save what convert returned.",
+            where=type(model).__name__,
+        )
+    if proof is not None and not (proof.passed or proof.partial or partial):
+        wrong = ", ".join(f"{s.name} {s.status}" for s in proof.steps if s.status != "passed")
+        raise NormfixError(
+            "NF501", f"the proof did not pass ({wrong}), so nothing is written.", where=str(folder)
+        )
+    provenance = sourced(provenance, source, args)
+    if original is not None:
+        require_unconverted(original)
+    if portable:
+        _save_portable(Path(folder), model, provenance, caller, original)
+        return
+    if require_program_name(str(folder), model):
+        save_program(Path(folder), model, caller, provenance, proof, calibration)
+        return
+    with appearing(Path(folder)) as draft:
+        write_draft(draft, model, caller, provenance, proof, calibration)
+        _read_back(draft, provenance.source, model, original)
+
+
+def sourced(provenance: Provenance, source: str | None, args: Mapping[str, Any] | None) -> Provenance:
+    """Return provenance with the factory that the caller names, if any."""
+    if source is None:
+        return provenance
+    return replace(provenance, source=Source(kind="factory", spec=source, args=dumped(args or {})))
+
+
+def write_draft(
+    draft: Path,
+    model: nn.Module,
+    caller: Caller,
+    provenance: Provenance,
+    proof: Proof | None = None,
+    calibration: CalibrationSummary | None = None,
+) -> None:
+    """Write the files of a saved model into an existing folder; nothing is read back yet."""
+    if provenance.source.kind == "object" and caller.forward_fn is None:
+        try:
+            save_program(draft / PROGRAM, model, caller, provenance, proof, calibration, write_beside)
+        except UnwritableError:  # half of it may be there
+            raise
+        except NormfixError:  # the folder is whole without it
+            pass
+    write_folder(draft, model, provenance, proof, calibration, probe_of(model, caller, provenance))
+
+
+def _save_portable(
+    folder: Path, model: nn.Module, provenance: Provenance, caller: Caller, original: nn.Module | None
+) -> None:
+    """Write the original class with the converted state, proved equal on the probe's input and read back."""
+    require_returnable(provenance.plan)
+    base = copy_of(original) if original is not None else rebuild(provenance.source)
+    home = home_of(model)
+    network = returned(model, base.to(*home))
+    shape = (1, *provenance.scan.example[1:])
+    wanted = probed(model, caller, shape, SEED, home[1])
+    _require_same(probed(network, caller, shape, SEED, home[1]), wanted, home[1], "the original class")
+    with appearing(folder) as draft:
+        path = write_original(draft, network, provenance.source)
+        source = provenance.source
+        named = path.is_file() and source.kind == "factory"
+        if path.is_dir() or named:
+            args = json.loads(source.args) if named else None
+            again = open_path(path, Request(arch=source.spec if named else None, arch_args=args)).model
+            _require_same(
+                probed(again.to(*home), caller, shape, SEED, home[1]), wanted, home[1], "what was written"
+            )
+
+
+def _require_same(actual: Tensor, wanted: Tensor, dtype: torch.dtype, what: str) -> None:
+    scale = float(wanted.double().std()) or 1.0
+    if actual.shape != wanted.shape or not bool(((actual - wanted).abs() <= IDENTITY[dtype] * scale).all()):
+        raise NormfixError(
+            "NF412",
+            f"{what} does not give the converted network's output, so nothing was written. Save the normfix folder "
+            "instead, without --portable.",
+        )
+
+
+def require_unconverted(model: nn.Module) -> None:
+    """Refuse a network that was converted before: a folder holds one plan, from the original network on.
+
+    Raises:
+        NormfixError: NF502.
+    """
+    if provenance_of(model) is not None:
+        raise NormfixError(
+            "NF502",
+            "it was converted before, and a folder holds one plan, which starts at the original network. "
+            "Convert the original, or measure this one on other images with normfix calibrate.",
+            where=type(model).__name__,
+        )
+
+
+def save_program(
+    path: Path,
+    model: nn.Module,
+    caller: Caller,
+    provenance: Provenance,
+    proof: Proof | None = None,
+    calibration: CalibrationSummary | None = None,
+    write: Callable[..., None] = write_program,
+) -> None:
+    """Write a network as a program of one image, which returns all that the network returns."""
+    model = twin_of(model)
+    if home_of(model)[0].type != "cpu":
+        model = copy_of(model).cpu()  # a program of the CPU runs everywhere, and can be moved
+    run = None if caller.forward_fn is None else caller
+    if run is not None:  # the program returns what counts already
+        provenance = replace(provenance, output=None)
+    shape = (1, *provenance.scan.example[1:])
+    device, dtype = home_of(model)
+    program = export_program(model, run, seeded_input(shape, SEED, dtype).to(device))
+    saved = Saved(
+        schema=SCHEMA,
+        provenance=provenance,
+        aliases=(),
+        sha256="",
+        calibration=calibration,
+        proof=proof,
+        probe=probe_of(model, caller, provenance),
+    )
+    write(path, program, model, run or caller.everything, saved)
+
+
+def _parts(
+    done: Conversion | Calibration | nn.Module,
+) -> tuple[nn.Module, Proof | None, Caller, nn.Module | None, Any]:
+    if isinstance(done, Conversion):
+        summary = done.calibration.summary if done.calibration else None
+        return done.model, done.proof, done.caller, done.original, summary
+    model, summary = (done.model, done.summary) if isinstance(done, Calibration) else (done, None)
+    known = provenance_of(model)
+    return model, None, Caller(None, known.output if known else None), None, summary
+
+
+def _read_back(draft: Path, source: Source, model: nn.Module, original: nn.Module | None) -> None:
+    """Reload the draft and compare; the probe is repeated on the way."""
+    if source.kind == "factory":
+        _read_in_fresh_process(draft, source)
+    elif original is not None:
+        again = load(draft, model=original)
+        _require_equal(again, model, str(draft))
+    else:
+        stored = read_weights(draft / WEIGHTS)
+        mine = model.state_dict()
+        if any(not torch.equal(stored[k], mine[k].cpu()) for k in stored):
+            raise NormfixError("NF503", "the written weights differ from the network's.", where=str(draft))
+
+
+def _read_in_fresh_process(draft: Path, source: Source) -> None:
+    """Load the folder in a new Python, where nothing of this one can help it."""
+    script = (
+        "import json, sys, normfix\n"
+        "folder, arch, args = sys.argv[1:]\n"
+        "normfix.load(folder, arch=arch, args=json.loads(args))\n"
+    )
+    if reason := run_fresh(script, str(draft), source.spec, source.args):
+        raise NormfixError(
+            "NF503",
+            f"a fresh process could not load what was written: {reason}. Nothing was kept.",
+            where=source.spec,
+        )
+
+
+def _require_equal(again: nn.Module, model: nn.Module, where: str) -> None:
+    mine, theirs = model.state_dict(), again.state_dict()
+    if mine.keys() != theirs.keys() or any(not torch.equal(mine[k].cpu(), theirs[k].cpu()) for k in mine):
+        raise NormfixError("NF503", "what was written does not load back as the same network.", where=where)

@@ -1,0 +1,1 @@
+"""How far an output reaches, tiles, stitching, and stages over blocks."""

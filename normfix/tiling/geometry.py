@@ -1,0 +1,422 @@
+"""The geometry of a network without live statistics: output scale, halo, stride and exact sizes per axis.
+
+The halo is read from dye on a grid that surely contains the stride (the coarseness of the coarsest feature
+map), then the stride is the smallest shift that float64 confirms. Everything runs on strips that are long on
+one axis and as thin as the network allows on the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from normfix.errors import NormfixError
+from normfix.networks.calling import refusals
+from normfix.records.sites import Finding, Scan
+from normfix.records.spans import round_up
+from normfix.tiling.dependence import followed, is_isolated, is_steady
+from normfix.tiling.grid import Geometry
+from normfix.tiling.halo import DyeLost, DyeRefused, Felt, halo, strip
+from normfix.tiling.stride import (
+    common_unit,
+    cutting_grid,
+    exact_multiple,
+    lattices,
+    output_scale,
+    smallest_stride,
+    smallest_tile,
+)
+
+__all__ = ["Locality", "cross_section", "geometry_of", "measure_locality", "not_dense", "thinnest"]
+
+Function = Callable[[Tensor], Tensor]
+
+_FINE, _COARSE = 64, 256
+"""Largest units, in pixels, that are tried where the network runs on no strip of the first, and where on some."""
+
+
+@dataclass(frozen=True, slots=True)
+class Locality:
+    """The geometry and the least extents, or None and the findings that say why there is none.
+
+    `steady` tells that all of dependence's measurements hold the geometry, `blind` that NaN may have missed something,
+    `foreign` that an operator must not see it, `grid` and `cross` on which strips it was measured.
+    """
+
+    geometry: Geometry | None
+    findings: tuple[Finding, ...]
+    smallest_tile: tuple[int, ...] | None = None
+    steady: bool = False
+    blind: bool = False
+    foreign: bool = False
+    grid: tuple[int, ...] = ()
+    cross: tuple[int, ...] = ()
+
+
+def measure_locality(
+    single: Function,
+    double: Function,
+    example: Tensor,
+    dilution: Sequence[int],
+    *,
+    doubtful: bool = False,
+    trial: bool = False,
+    foreign: bool = False,
+    swallowed: bool = False,
+    compared: bool = False,
+    both_ends: bool = False,
+) -> Locality:
+    """Measure a network in which no statistic is live.
+
+    Where NaN is swallowed or must not be seen, the dye is followed instead, and what that gives must be steady.
+
+    Args:
+        single: the network in float32 on CPU.
+        double: the network in float64 on CPU.
+        example: (N, C, *space) in float32 on CPU, the material of the strips.
+        dilution: per axis, the coarseness of the coarsest feature map: a multiple or divisor of the stride.
+        doubtful: NaN alone is not believed, if the other measurements do not contradict it.
+        trial: only a steady geometry counts.
+        foreign: operators that nobody knows are among it, so that steadiness is all that holds a geometry.
+        swallowed: something in it makes ordinary numbers of NaN, so that what NaN shows is tried by amplification,
+            and a wider halo that the dye shows when it is followed is taken.
+        compared: something in it compares numbers, on the way of the NaN or not: tried by amplification.
+        both_ends: something may look past one border to the other (a cyclic shift): compare windows that start where
+            the image starts as well.
+    """
+    example = example[:1]
+    measured = partial(_measured, single, double, example, dilution, both_ends=both_ends)
+    plain = Locality(None, (), blind=True) if trial else measured()
+    foreign = foreign or plain.foreign
+    tried = (swallowed or compared) and plain.geometry is not None
+    short = tried and not _is_isolated(double, example, plain)
+    if not (doubtful or short or plain.blind or (tried and swallowed)) or _is_label(single(example)):
+        return plain
+    alike = plain.geometry is not None and _is_followed(single, example, plain)
+    other = plain if alike else measured(felt=followed)
+    if not (doubtful or short or plain.blind):
+        return other if _covers(other, plain) else plain
+    steady = (wide for wide in (other, _wider(other)) if _is_steady(double, example, wide, thorough=foreign))
+    return next((replace(wide, steady=True) for wide in steady), _boundless() if short else plain)
+
+
+def _boundless() -> Locality:
+    return _none(
+        "NF212",
+        "halo",
+        "tiles change when what is beyond the halo that its dye shows is made huge, and no wider halo was found that "
+        "holds them: a comparison or selection looks at a pixel far away (a corner, a gate, a fill). Take it out.",
+    )
+
+
+def _is_label(output: Tensor) -> bool:
+    """Tell whether an output counts: what is rounded to whole numbers says nothing of how exact they are."""
+    return not output.is_floating_point() or torch.equal(output, output.round())
+
+
+def _is_followed(single: Function, example: Tensor, measured: Locality) -> bool:
+    """Tell whether the dye, followed, reaches as far as its NaN does."""
+    geometry = measured.geometry
+    assert geometry is not None
+    expected: tuple[int, int] | None = None
+    for axis, (grid, scale, there) in enumerate(
+        zip(measured.grid, geometry.scale, geometry.halo, strict=True)
+    ):
+        try:
+            expected = halo(single, example, axis, grid, scale, measured.cross, expected, followed)
+        except (DyeLost, DyeRefused):
+            return False
+        if expected is None or (max(0, expected[0]), max(0, expected[1])) != there:
+            return False
+    return True
+
+
+def _covers(other: Locality, plain: Locality) -> bool:
+    """Tell whether one geometry differs from another at most by a wider halo."""
+    if other.geometry is None or plain.geometry is None:
+        return False
+    pairs = zip(other.geometry.halo, plain.geometry.halo, strict=True)
+    wider = all(b >= before and a >= after for (b, a), (before, after) in pairs)
+    return wider and replace(other.geometry, halo=plain.geometry.halo) == plain.geometry
+
+
+def _wider(measured: Locality) -> Locality:
+    """Return it with a halo of a stride more: a weight that rounding made of zero counts too, at some sizes only."""
+    geometry = measured.geometry
+    if geometry is None:
+        return measured
+    halo = ((b + s, a + s) for s, (b, a) in zip(geometry.stride, geometry.halo, strict=True))
+    return replace(measured, geometry=replace(geometry, halo=tuple(halo)))
+
+
+def _is_steady(double: Function, example: Tensor, measured: Locality, *, thorough: bool) -> bool:
+    if measured.geometry is None:
+        return False
+    try:
+        return is_steady(double, example.double(), measured.geometry, measured.cross, thorough=thorough)
+    except refusals():  # it does not take what a tile would give it
+        return False
+
+
+def _is_isolated(double: Function, example: Tensor, measured: Locality) -> bool:
+    assert measured.geometry is not None
+    try:
+        return is_isolated(double, example.double(), measured.geometry, measured.cross)
+    except refusals():  # windows are not what it takes, which says nothing of its halo
+        return True
+
+
+def _measured(
+    single: Function,
+    double: Function,
+    example: Tensor,
+    dilution: Sequence[int],
+    *,
+    felt: Felt | None = None,
+    both_ends: bool,
+) -> Locality:
+    known, refusal = cross_section(single, example, dilution), ""
+    for coarser in (1, 2, 4, 8, 3, 6, 12, 7, 5, 10, 14):  # blocks without padding take multiples only
+        grid = [n * coarser for n in dilution]
+        if coarser > 1 and max(grid) > (_FINE if known is None else _COARSE):
+            continue
+        cross = tuple(map(round_up, known, grid)) if known else cross_section(single, example, grid)
+        if cross is None:
+            continue
+        try:
+            return _along_axes(single, double, example, grid, cross, felt, both_ends=both_ends)
+        except refusals() as error:
+            refusal = f"it runs on no strip of another length: {error}."
+    size = "x".join(map(str, example.shape[2:]))
+    none = f"the network runs on no strip, only on sizes like {size}, so it cannot be tiled."
+    return _none("NF210", "size", refusal or none)
+
+
+def not_dense(output: Sequence[int], follows: Collection[int], rank: int) -> Locality:
+    """Say why there is nothing to stitch, and what to give instead.
+
+    Args:
+        output: shape of the network's result.
+        follows: its dimensions that follow the image's extent.
+        rank: of the image.
+    """
+    shape = "x".join(map(str, output))
+    if len(output) == rank and {*follows} == {*range(1, rank - 1)}:
+        order = ", ".join(map(str, (0, rank - 1, *range(1, rank - 1))))
+        message = (
+            f"its shape {shape} follows the image with channels last, so it is no map (N, C, *space). Give "
+            f"forward_fn=lambda net, x: net(x).permute({order}), or such a module around the network."
+        )
+    elif follows:
+        message = (
+            f"its shape {shape} follows the image, but not along each axis as a map (N, C, *space) does: tokens, or an "
+            "axis that was pooled away. Bring it to that layout in "
+            "forward_fn or in a module around the network, or choose another output with --output."
+        )
+    else:
+        message = (
+            f"its shape {shape} does not follow the image's extent (a classifier?), so there is nothing to stitch. "
+            "Choose another output with --output, or features_only for timm networks."
+        )
+    return _none("NF214", "output", message)
+
+
+def cross_section(f: Function, example: Tensor, grid: Sequence[int]) -> tuple[int, ...] | None:
+    """Return the thinnest strip the network runs on: extents per axis, each a multiple of the grid."""
+    for least in (16, 32, 64, 128):
+        size = tuple(round_up(max(least, g * least // 16), g) for g in grid)
+        try:
+            f(strip(example, size))
+        except refusals():
+            continue
+        return size
+    return None
+
+
+def _along_axes(
+    single: Function,
+    double: Function,
+    example: Tensor,
+    dilution: Sequence[int],
+    cross: tuple[int, ...],
+    felt: Felt | None,
+    *,
+    both_ends: bool,
+) -> Locality:
+    strides, halos, scales, multiples, least = [], [], [], [], []
+    expected: tuple[int, int] | None = None
+    seen: dict[tuple[int, Fraction, tuple[int, int]], tuple[int, int]] = {}  # of axes alike: stride, multiple
+    coarser: dict[tuple[int, Fraction], int] = {}  # grids that turned out too fine, and what they became
+    for axis, grid in enumerate(dilution):
+        name = f"axis {axis}"
+        scale = output_scale(single, example, axis, grid, cross)
+        if scale is None:
+            return _none(
+                "NF254",
+                name,
+                "the output grows with the input along this axis, but by no simple fraction of it, so no place in the "
+                "image has a place in the output that tiles could share. Resize by a factor such as 2, 1.5 or 1/3, or "
+                "choose the output before the resize.",
+            )
+        if scale <= 0:
+            return _none("NF211", name, "the output does not grow with the input along this axis.")
+        fine = math.lcm(grid, scale.denominator)
+        grid = coarser.get((fine, scale), fine)
+        line = _Line(single, double, example, axis, scale, cross, felt)
+        try:
+            reach = line.reach(grid, expected)
+            like = (None, None) if reach is None else seen.get((grid, scale, reach), (None, None))
+            unit = None if reach is None else line.unit(grid, reach, like[0])
+            if reach is not None and unit is not None and grid % unit:
+                # the dye's edges lay on no lattice of the network's: once more, on it
+                grid = coarser[fine, scale] = math.lcm(grid, unit)
+                reach = line.reach(grid)
+                unit = None if reach is None else line.unit(grid, reach, unit)
+        except DyeLost:
+            return _none(
+                "NF216",
+                name,
+                "no dye arrives at its output (a comparison, argmax or cast swallows it), so its halo cannot be "
+                "read. Choose an output before that step.",
+                blind=True,
+            )
+        except DyeRefused as refused:
+            return _none(
+                "NF245",
+                name,
+                f"the network runs {refused}, which must not see the NaN that a halo is read from: where it reads "
+                "may depend on the data, without bound.",
+                blind=True,
+                foreign=True,
+            )
+        if reach is None:
+            return _none(
+                "NF212",
+                name,
+                "its output depends on the whole extent along this axis although no known "
+                "statistic is live, so no halo is enough.",
+            )
+        if unit is None or (both_ends and not line.wraps_nowhere(grid, reach, unit)):
+            return _none("NF213", name, line.obstacle(grid, reach), blind=True)
+        expected = reach
+        around = line.around(grid, reach)
+        reach = max(0, reach[0]), max(0, reach[1])  # a tile reads at least itself
+        multiple = exact_multiple(
+            double, example.double(), axis, unit, scale, around, cross, single, like=like[1]
+        )
+        seen[grid, scale, expected] = unit, multiple
+        multiples.append(multiple)
+        least.append(smallest_tile(single, example, axis, unit, scale, reach[1], cross))
+        strides.append(unit)
+        halos.append(reach)
+        scales.append(scale)
+    geometry = Geometry(
+        stride=tuple(strides), halo=tuple(halos), scale=tuple(scales), multiple=tuple(multiples)
+    )
+    return Locality(geometry, (), tuple(least), grid=tuple(dilution), cross=cross)
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """One axis of a network, on strips along it."""
+
+    single: Function
+    double: Function
+    example: Tensor
+    axis: int
+    scale: Fraction
+    cross: tuple[int, ...]
+    felt: Felt | None
+
+    def reach(self, grid: int, expected: tuple[int, int] | None = None) -> tuple[int, int] | None:
+        """Return the halo as the dye shows it on multiples of `grid`, None where it is unbounded."""
+        return halo(self.single, self.example, self.axis, grid, self.scale, self.cross, expected, self.felt)
+
+    def around(self, grid: int, reach: tuple[int, int]) -> tuple[int, int]:
+        """Return the halo in whole steps of the grid."""
+        return round_up(max(0, reach[0]), grid), round_up(max(0, reach[1]), grid)
+
+    def unit(self, grid: int, reach: tuple[int, int], like: int | None) -> int | None:
+        """Return the stride at which windows may be cut, or None; `like` is that of a like axis, tried first.
+
+        It divides the grid, or is that of a lattice which the network pads its input to. There the halo is known but
+        for a step of the lattice, which is added to what is not compared.
+        """
+        if like and self._common(like, self.around(grid, reach), settled=True):
+            return like
+        unit = self._common(grid, self.around(grid, reach))
+        if unit is not None:
+            return unit
+        for lattice in lattices(grid):
+            before, after = self.around(lattice, reach)
+            around = before + lattice, after + lattice
+            try:
+                unit = self._common(lattice, around)
+            except refusals():
+                continue
+            # what is padded on both sides can make up for a wrong shift by chance: other windows must agree as well
+            if unit is not None and self._cuts_at(unit, around):
+                return unit
+        return None
+
+    def wraps_nowhere(self, grid: int, reach: tuple[int, int], unit: int) -> bool:
+        """Tell whether windows from the start of the image, and to its end, give what the whole gives there."""
+        return self._cuts_at(unit, self.around(grid, reach))
+
+    def obstacle(self, grid: int, reach: tuple[int, int]) -> str:
+        """Say why there is no unit."""
+        around = self.around(grid, reach)
+        if (
+            smallest_stride(
+                self.double, self.example.double(), self.axis, grid, self.scale, around, self.cross
+            )
+            is None
+        ):
+            return (
+                "no shift of the input shifts the output: something knows the place of a pixel or the size "
+                "(align_corners=True, position embeddings, a resize to a fixed size; NF244 names such calls). Replace "
+                "it, or keep to one tile size and place."
+            )
+        return (
+            "its output moves with the input, but is another in a window than in the whole image: something depends "
+            "on the size or on the opposite border (a division by H*W, a branch on the size, a cyclic shift). Take it "
+            "out, or keep to one tile size."
+        )
+
+    def _cuts_at(self, unit: int, around: tuple[int, int]) -> bool:
+        example = self.example.double()
+        return cutting_grid(self.double, example, self.axis, unit, self.scale, around, self.cross) == unit
+
+    def _common(self, hint: int, around: tuple[int, int], *, settled: bool = False) -> int | None:
+        example = self.example.double()
+        return common_unit(
+            self.double, example, self.axis, hint, self.scale, around, self.cross, settled=settled
+        )
+
+
+def _none(code: str, where: str, message: str, *, blind: bool = False, foreign: bool = False) -> Locality:
+    return Locality(None, (Finding(code=code, where=where, message=message),), blind=blind, foreign=foreign)
+
+
+def geometry_of(scan: Scan) -> Geometry | None:
+    """Return a scan's geometry in numbers, or None where it has none."""
+    if scan.stride is None or scan.halo is None or scan.scale is None or scan.exact_sizes is None:
+        return None
+    return Geometry(
+        stride=scan.stride, halo=scan.halo, scale=tuple(map(Fraction, scan.scale)), multiple=scan.exact_sizes
+    )
+
+
+def thinnest(f: Callable[[Tensor], Tensor], example: Tensor, geometry: Geometry) -> tuple[int, ...]:
+    """Return the extents of the thinnest strip the network runs on."""
+    cross = cross_section(f, example[:1], geometry.stride)
+    if cross is None:
+        f(example[:1])  # a network that runs on nothing says why
+        raise NormfixError("NF210", "the network runs on no strip, so its halo cannot be proved.")
+    return cross

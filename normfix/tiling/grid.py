@@ -1,0 +1,97 @@
+"""Grids of tiles, what each must read, and where its result goes: integers and slices only.
+
+Tiles start on multiples of the stride. A tile reads its own area and `halo` (before, after) pixels of
+context per axis, rounded outwards to the stride so that reading starts in phase; at the border of the image
+it ends where the image ends and the network's own padding applies, as it does to the whole image. A last
+tile of a few pixels reads further back, since a network may not run on a window narrower than its halo.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from types import EllipsisType
+
+from normfix.records.spans import Spans, round_up
+
+__all__ = ["Geometry", "Tile", "at", "grid"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Geometry:
+    """What tiling needs to know of a network, per spatial axis.
+
+    `halo` is (before, after) in input pixels, `scale` output pixels per input pixel, `multiple` the number
+    that sizes must be divisible by to be exact.
+    """
+
+    stride: tuple[int, ...]
+    halo: Spans
+    scale: tuple[Fraction, ...]
+    multiple: tuple[int, ...]
+
+    def padding(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Return how many pixels to add at the end of each axis to reach an exact size."""
+        return tuple(round_up(n, m) - n for n, m in zip(size, self.multiple, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One tile: what to read of the input, what to keep of the window's output, where it goes.
+
+    All are one slice per spatial axis; `read` in input pixels, `keep` in pixels of the window's output,
+    `write` in pixels of the whole output. `keep` and `write` of the last tile of an axis have no stop.
+    """
+
+    read: tuple[slice, ...]
+    keep: tuple[slice, ...]
+    write: tuple[slice, ...]
+
+    def covers(self, size: Sequence[int]) -> tuple[bool, ...]:
+        """Tell per axis whether the window reads the whole extent."""
+        return tuple(s.start == 0 and s.stop == n for s, n in zip(self.read, size, strict=True))
+
+
+def at(spans: Sequence[slice]) -> tuple[EllipsisType | slice, ...]:
+    """Return the index that applies one slice per spatial axis to a tensor (N, C, *space)."""
+    return (..., *spans)
+
+
+def grid(size: Sequence[int], tile: Sequence[int], geometry: Geometry) -> Iterator[Tile]:
+    """Yield the tiles of an image of `size` in row-major order; together they write every pixel once.
+
+    Args:
+        size: pixels per spatial axis.
+        tile: pixels per spatial axis, each a multiple of the stride.
+        geometry: of the network.
+
+    Example:
+        >>> g = Geometry(stride=(4,), halo=((3, 5),), scale=(Fraction(1),), multiple=(4,))
+        >>> [(t.read[0].start, t.read[0].stop) for t in grid((24,), (8,), g)]
+        [(0, 16), (4, 24), (8, 24)]
+    """
+    spans = [
+        list(_spans(n, step, stride, halo, scale))
+        for n, step, stride, halo, scale in zip(
+            size, tile, geometry.stride, geometry.halo, geometry.scale, strict=True
+        )
+    ]
+    for parts in itertools.product(*spans):
+        read, keep, write = zip(*parts, strict=True)
+        yield Tile(read, keep, write)
+
+
+def _spans(
+    n: int, step: int, stride: int, halo: tuple[int, int], scale: Fraction
+) -> Iterator[tuple[slice, slice, slice]]:
+    before, after = (round_up(h, stride) for h in halo)
+    latest = (n - before - stride - after) // stride * stride  # where the narrowest full window may start
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        read = slice(max(0, min(start - before, latest)), min(n, stop + after))
+        offset = int(read.start * scale)
+        first = int(start * scale)
+        last = int(stop * scale) if stop < n else None  # the border tile keeps all that comes out
+        yield read, slice(first - offset, last and last - offset), slice(first, last)

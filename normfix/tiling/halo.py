@@ -1,0 +1,220 @@
+"""What an output depends on, observed on real forward passes: the exact halo, and interference.
+
+NaN is the dye: any arithmetic with it gives NaN, also times a zero weight. A wide sea in the middle of a long
+thin strip is dyed; the last output it stains on either side tells how far a tile's outside reaches in, before
+and after, in one forward per axis. The sea starts and ends on the stride grid, since the reach of a strided
+network depends on the phase.
+
+Comparisons and selections swallow NaN, so a halo is confirmed by interference: at fixed shape, everything
+outside a window is multiplied by 1e12 in float64 and the tile must not change. Amplified, because a halo
+that is one stride short is invisible on ordinary data; with noise added, because nothing amplifies a black
+background.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from normfix.networks import operators
+from normfix.networks.numerics import BOUNDLESS
+from normfix.records.spans import round_up
+
+__all__ = ["AMPLIFICATION", "DyeLost", "DyeRefused", "halo", "interference", "strip", "texture"]
+
+AMPLIFICATION = 1e12
+_FIRST_SEA, _LARGEST_SEA, _LARGEST_SHORE = 256, 8192, 4096
+_LARGEST_FELT = 1024
+"""Sea and shore, in pixels, at which what may well be global is given up."""
+
+Function = Callable[[Tensor], Tensor]
+Felt = Callable[[Function, Tensor, int, int, int], Tensor]
+"""Gets (network, image, axis, first pixel, extent) of a region; returns where the output depends on it."""
+
+
+class DyeRefused(BaseException):
+    """An operation was about to take NaN for an address, or is one that nobody knows."""
+
+
+class DyeLost(Exception):  # noqa: N818 - a finding, not a fault
+    """The dye reached no output: comparisons, argmax or casts swallowed it."""
+
+
+def halo(
+    f: Function,
+    example: Tensor,
+    axis: int,
+    grid: int,
+    scale: Fraction,
+    cross: Sequence[int],
+    expected: tuple[int, int] | None = None,
+    felt: Felt | None = None,
+) -> tuple[int, int] | None:
+    """Measure how far outside a tile, in input pixels, its output depends on the input along one axis.
+
+    Args:
+        f: the network, on CPU with oneDNN (other convolution algorithms spread NaN).
+        example: (N, C, *space), the material of the strip.
+        axis: spatial axis, from 0.
+        grid: the stride along this axis, or a multiple of it.
+        scale: output pixels per input pixel.
+        cross: extents of the other axes, in the order of all axes (the entry at `axis` is ignored).
+        expected: what another axis gave; if this one agrees, it needs no second strip.
+        felt: tells which pixels of the output depend on a region, in place of the NaN in the output.
+
+    Returns:
+        (before, after), negative where a tile does not depend on its own edge; None if the dye reaches
+        everywhere: the network is not local along this axis.
+
+    Raises:
+        DyeLost: the output shows no dye, so nothing can be read from it.
+        DyeRefused: an operation must not see NaN; its name.
+    """
+    sea, smaller = round_up(_FIRST_SEA, grid), None
+    seen: list[tuple[int, int]] = []
+    shore = sea // 2
+    if expected is not None:
+        sea, shore = 2 * sea, max(0, *expected) + grid
+    most, farthest = (_LARGEST_SEA, _LARGEST_SHORE) if felt is None else (2 * _LARGEST_FELT, _LARGEST_FELT)
+    while sea <= most:
+        reach = _reach(f, example, axis, grid, sea, shore, scale, cross, felt)
+        if reach is None:
+            if shore >= farthest:
+                return None
+            shore = 2 * shore
+            continue
+        # a widely dilated convolution may look past a narrow sea altogether: two sizes must agree
+        if reach in (smaller, expected):
+            return reach
+        if reach in seen:  # the lattice of a coarser unit than the grid: as wide as it is anywhere on it
+            return max(before for before, _ in seen), max(after for _, after in seen)
+        seen.append(reach)
+        sea, smaller, shore = 2 * sea, reach, max(0, *reach) + grid
+    return smaller if felt is None else None
+
+
+def interference(
+    f: Function,
+    example: Tensor,
+    axis: int,
+    grid: int,
+    scale: Fraction,
+    reach: tuple[int, int],
+    cross: Sequence[int],
+) -> float:
+    """Return how much one tile's output changes when everything outside its window is amplified, with either sign.
+
+    Args:
+        f: the network in float64.
+        example: (N, C, *space) in float64, the material of the strip.
+        axis: spatial axis, from 0.
+        grid: the stride along this axis.
+        scale: output pixels per input pixel.
+        reach: the halo to test, (before, after) in multiples of the stride.
+        cross: as for `halo`.
+
+    Returns:
+        The largest change relative to the tile's largest output: 0 where the halo is enough. NaN counts as
+        BOUNDLESS.
+    """
+    before, after = reach
+    tile, sea = round_up(32, grid), round_up(max(128, before, after), grid)
+    size = [*cross]
+    size[axis] = sea + before + tile + after + sea
+    x = strip(example, size) + texture(example, size)
+    window = (axis + 2, sea, before + tile + after)
+    kept = (axis + 2, int((sea + before) * scale), int(tile * scale))
+    quiet_tile = f(x).narrow(*kept)
+    extent = quiet_tile.abs().max().clamp_min(1e-300)
+    changes = []
+    # of both signs: a comparison looks at one only
+    for factor in (AMPLIFICATION, -AMPLIFICATION):
+        loud = x * factor
+        loud.narrow(*window).copy_(x.narrow(*window))
+        change = ((quiet_tile - f(loud).narrow(*kept)).abs().max() / extent).item()
+        changes.append(min(change, BOUNDLESS) if change == change else BOUNDLESS)
+    return max(changes)
+
+
+def strip(example: Tensor, size: Sequence[int]) -> Tensor:
+    """Return a strip of the given spatial size made from the example, mirrored back and forth.
+
+    Mirroring keeps the example's own values and their smoothness at every size.
+    """
+    x = example
+    for axis, n in enumerate(size, start=2):
+        period = torch.cat([torch.arange(x.shape[axis]), torch.arange(x.shape[axis] - 1, -1, -1)])
+        x = x.index_select(axis, period.to(x.device)[torch.arange(n, device=x.device) % len(period)])
+    return x
+
+
+def texture(example: Tensor, size: Sequence[int]) -> Tensor:
+    """Return reproducible noise as large as the example's own variation: no period can hide a shift."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(*example.shape[:2], *size, generator=generator, dtype=torch.float64)
+    return (noise * float(example.double().std().clamp_min(1e-3))).to(example)
+
+
+def _reach(
+    f: Function,
+    example: Tensor,
+    axis: int,
+    grid: int,
+    sea: int,
+    shore: int,
+    scale: Fraction,
+    cross: Sequence[int],
+    felt: Felt | None,
+) -> tuple[int, int] | None:
+    """Dye a sea between two clean shores; None if the dye reaches the end of one of them."""
+    first = round_up(shore, grid)
+    last = first + sea
+    size = [*cross]
+    # where something is turned around, a sea in the middle would lie on itself
+    size[axis] = last + first + (sea if felt else 0)
+    x = strip(example, size)
+    dyed = _isnan(f, x, axis, first, sea) if felt is None else felt(f, x, axis, first, sea)
+    dirty = dyed.amax(dim=[d for d in range(dyed.dim()) if d != axis + 2])
+    stained = dirty.nonzero().flatten()
+    if not len(stained):
+        raise DyeLost
+    start, end = int(stained[0]), int(stained[-1]) + 1
+    if start == 0 or end == len(dirty):
+        return None
+    # rounded outwards to whole input pixels: ceil before, floor after
+    return -int(-(Fraction(end) / scale - last) // 1), -int((Fraction(start) / scale - first) // 1)
+
+
+def _isnan(f: Function, x: Tensor, axis: int, first: int, extent: int) -> Tensor:
+    x.narrow(axis + 2, first, extent).fill_(torch.nan)
+    with _Guard():  # type: ignore[no-untyped-call]
+        return f(x).isnan()
+
+
+class _Guard(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Stops before an operator that could take NaN for an address, and lets an unpooled maximum dye its window."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, OpOverload):
+            risky = tree_leaves((operators.at_risk(func, args), kwargs if operators.is_foreign(func) else ()))
+            if any(isinstance(t, Tensor) and bool(t.isnan().any()) for t in risky):
+                raise DyeRefused(operators.name_of(func))
+        result = func(*args, **kwargs)
+        if isinstance(func, OpOverload) and operators.is_unpooling(func):
+            _fill_windows_(result, args[0])
+        return result
+
+
+def _fill_windows_(unpooled: Tensor, pooled: Tensor) -> None:
+    """Dye all of a window whose maximum is dyed: the index of a NaN says where it is, not where else it could be."""
+    dyed = F.interpolate(pooled.isnan().to(unpooled.dtype), size=unpooled.shape[2:])
+    unpooled.masked_fill_(dyed > 0, torch.nan)

@@ -1,0 +1,1 @@
+"""A network run stage by stage over blocks of images of any size."""

@@ -1,0 +1,318 @@
+"""Cut a program into stages: what each computes, what it reads from the store and what it leaves there.
+
+A node's level is the number of barriers before it: one more than its operand's for what reads a site's statistic.
+Stage k computes everything of level k that counts: the operands measured at its end, outputs, and values that
+later stages need. What a later stage needs is stored, unless it is a few cheap operations (norm, activation) away
+from one stored value: then that one is kept and the rest computed again when it is read. So the map before a norm
+is stored, not the one after it, and a skip connection costs nothing that is not there already.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from normfix.errors import NormfixError
+from normfix.layers.affine import normalise
+from normfix.tiling.stages.maps import Maps
+from normfix.tiling.stages.program import Cut, Program, Shapes, is_tensor_node
+from normfix.tiling.stages.reuse import reuse_
+
+__all__ = ["Stage", "cut", "extent_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage: `run(*values, *sizes)` returns the values of `gives`.
+
+    `reads` are stored values or the image, `sizes` nodes that stand for an extent of another value. `stores`
+    and `measures` are among `gives`; `measures` names the site of each. `grid` is in pixels per axis;
+    `weight` the bytes alive at once per pixel of the image.
+    """
+
+    number: int
+    run: GraphModule
+    reads: tuple[Node, ...]
+    sizes: tuple[Node, ...]
+    gives: tuple[Node, ...]
+    stores: tuple[Node, ...]
+    measures: tuple[tuple[str, Node], ...]
+    returns: tuple[Node, ...]
+    grid: tuple[int, ...]
+    weight: float
+
+
+def cut(
+    program: Program,
+    maps: Maps,
+    shapes: Shapes,
+    *,
+    cuts: Sequence[Cut],
+    measured: Sequence[str],
+    outputs: bool,
+) -> list[Stage]:
+    """Cut a program at its sites.
+
+    Args:
+        program: of the network.
+        maps: of the program.
+        shapes: at one image size, to weigh values by.
+        cuts: where to cut.
+        measured: sites whose operands count.
+        outputs: whether what the network returns counts.
+
+    Raises:
+        NormfixError: NF323 for a value that a later stage needs and that is no map over the image.
+    """
+    levels = _levels(program, cuts)
+    measures = {c.site: c.operand for c in cuts if c.site in set(measured)}
+    returned = program.outputs if outputs else ()
+    for node in (*measures.values(), *returned):
+        _require_map(node, maps)
+    wanted: dict[int, list[Node]] = {}
+    for node in (*measures.values(), *returned):
+        wanted.setdefault(levels[node], []).append(node)
+    stored = _stored(program, maps, levels, wanted)
+    first = {node: levels[node] for node in stored}
+    stages: list[Stage] = []
+    for level in range(max(wanted) + 1):
+        stores = tuple(n for n in stored if first[n] == level)
+        gives = tuple(dict.fromkeys((*wanted.get(level, ()), *stores)))
+        if not gives:
+            continue
+        available = {n for n in stored if first[n] < level} | {program.image}
+        stages.append(
+            _stage(
+                program,
+                maps,
+                shapes,
+                number=len(stages),
+                gives=gives,
+                available=available,
+                stores=stores,
+                measures=tuple((site, n) for site, n in measures.items() if levels[n] == level),
+                returns=tuple(n for n in dict.fromkeys(returned) if levels[n] == level),
+            )
+        )
+    return stages
+
+
+def extent_of(size: Node) -> tuple[Node, int]:
+    """Return the value and the dimension whose extent a node stands for."""
+    of, dim = size.args[0], size.args[1]
+    assert isinstance(of, Node)
+    assert isinstance(dim, int)
+    return of, dim
+
+
+def _levels(program: Program, cuts: Sequence[Cut]) -> dict[Node, int]:
+    """Return how many barriers stand before each node."""
+    operand_of: dict[Node, list[Node]] = {}
+    for one in cuts:
+        for reader in one.readers:
+            operand_of.setdefault(reader, []).append(one.operand)
+    levels: dict[Node, int] = {}
+    for node in program.body.graph.nodes:
+        before = [levels[n] for n in node.all_input_nodes]
+        after = [levels[n] + 1 for n in operand_of.get(node, ())]
+        levels[node] = max((0, *before, *after))
+    return levels
+
+
+def _stored(
+    program: Program, maps: Maps, levels: Mapping[Node, int], wanted: Mapping[int, Sequence[Node]]
+) -> list[Node]:
+    """Return the values to store, in the order of the graph.
+
+    From the last stage backwards: what a stage reads across a barrier is stored or computed again; what is
+    stored is wanted by the stage that computes it first.
+    """
+    stored: set[Node] = set()
+    leaves = _Leaves(program, maps)
+    for level in sorted(range(max(wanted) + 1), reverse=True):
+        goals = [*wanted.get(level, ()), *(n for n in stored if levels[n] == level)]
+        pending, seen = list(goals), set(goals)
+        while pending:
+            node = pending.pop()
+            for parent in node.all_input_nodes:
+                if parent in seen or parent not in maps.moving or parent is program.image:
+                    continue
+                seen.add(parent)
+                if levels[parent] < level and not leaves.is_recomputed(parent):
+                    _require_map(parent, maps)
+                    stored.add(parent)
+                else:
+                    pending.append(parent)
+    return [n for n in program.body.graph.nodes if n in stored]
+
+
+class _Leaves:
+    """Finds the one expensive value that a cheap one is computed from, if it is one."""
+
+    def __init__(self, program: Program, maps: Maps) -> None:
+        self._image = program.image
+        self._maps = maps
+        self._found: dict[Node, Node | None] = {}
+
+    def is_recomputed(self, node: Node) -> bool:
+        """Tell whether a value is a few cheap operations away from one other value, which is a map."""
+        leaf = self._leaf(node)
+        return leaf is not None and leaf is not node and leaf in self._maps.maps
+
+    def _leaf(self, node: Node) -> Node | None:
+        """Return the value that a node is cheaply computed from: itself if it is expensive, None if several."""
+        if node not in self._found:
+            self._found[node] = self._search(node)
+        return self._found[node]
+
+    def _search(self, node: Node) -> Node | None:
+        if node is self._image or not _is_cheap(node):
+            return node
+        leaves = {self._leaf(n) for n in node.all_input_nodes if n in self._maps.moving}
+        single = leaves.pop() if len(leaves) == 1 else None
+        return single if single is not None or node not in self._maps.maps else None
+
+
+_CHEAP = frozenset(
+    {"batch_norm", "_native_batch_norm_legit_no_training", "dropout", "feature_dropout", "clone", "alias"}
+    | {"contiguous", "view", "reshape", "permute", "transpose", "unsqueeze", "squeeze", "expand", "slice"}
+    | {"select", "cat"}
+)
+
+
+def _is_cheap(node: Node) -> bool:
+    if node.target is operator.getitem:
+        return _is_cheap(node.args[0])  # type: ignore[arg-type]
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return torch.Tag.pointwise in target.tags or target._schema.name.partition("::")[2] in _CHEAP
+
+
+def _require_map(node: Node, maps: Maps) -> None:
+    if node not in maps.maps or not is_tensor_node(node):
+        raise NormfixError(
+            "NF323",
+            f"its value ({node.target}) is needed across a barrier, but it is no map over the image.",
+            where=node.name,
+        )
+
+
+def _stage(
+    program: Program,
+    maps: Maps,
+    shapes: Shapes,
+    *,
+    number: int,
+    gives: tuple[Node, ...],
+    available: set[Node],
+    stores: tuple[Node, ...],
+    measures: tuple[tuple[str, Node], ...],
+    returns: tuple[Node, ...],
+) -> Stage:
+    inside, reads, sizes = _inside(gives, available, maps)
+    for node in inside:
+        if node in maps.moving and is_tensor_node(node) and not any(maps.scales[node]):
+            raise NormfixError(
+                "NF323",
+                f"its value ({node.target}) depends on the whole image, not on a block.",
+                where=node.name,
+            )
+    graph = Graph()
+    copies: dict[Node, Node] = {n: graph.placeholder(n.name) for n in (*reads, *sizes)}
+    order = [n for n in program.body.graph.nodes if n in inside]
+    for node in order:
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+    graph.output(tuple(copies[n] for n in gives))
+    reuse_(graph)
+    if program.device.type != "cpu":
+        _multiply_(graph)
+    graph.lint()
+    ndim = len(maps.maps[program.image].dims)
+    values = [n for n in (*order, *reads) if n in maps.moving]
+    return Stage(
+        number=number,
+        run=GraphModule(program.body, graph),
+        reads=reads,
+        sizes=sizes,
+        gives=gives,
+        stores=stores,
+        measures=measures,
+        returns=returns,
+        grid=maps.grid(values, ndim),
+        weight=_weight(order, reads, gives, shapes) / math.prod(shapes[program.image][2:]),
+    )
+
+
+def _multiply_(graph: Graph) -> None:
+    """Let norms by constants be computed as the layers compute them; see normfix.layers.affine."""
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.batch_norm.default and len(node.args) == _BATCH_NORM:
+            x, weight, bias, mean, var, training, _, eps, _ = node.args
+            if not training and mean is not None and var is not None:
+                node.target, node.args = normalise, (x, weight, bias, mean, var, eps)
+
+
+_BATCH_NORM = 9
+"""Arguments of aten.batch_norm."""
+
+
+def _inside(
+    gives: Sequence[Node], available: set[Node], maps: Maps
+) -> tuple[set[Node], tuple[Node, ...], tuple[Node, ...]]:
+    """Return what a stage computes, the values it reads and the extents it is told."""
+    inside: set[Node] = set()
+    reads: dict[Node, None] = {}
+    pending = list(gives)
+    while pending:
+        node = pending.pop()
+        if node in inside or node in reads:
+            continue
+        if node in available:
+            reads[node] = None
+            continue
+        inside.add(node)
+        if node.target is not torch.ops.aten.sym_size.int:
+            pending += node.all_input_nodes
+    sizes = [
+        n
+        for n in inside
+        if n.target is torch.ops.aten.sym_size.int and n.args[0] not in inside and n.args[0] not in reads
+    ]
+    for node in sizes:
+        if node.args[0] not in maps.maps:
+            raise NormfixError(
+                "NF323", "its extent is needed, but it is no map over the image.", where=str(node.args[0])
+            )
+    inside -= set(sizes)
+    return inside, tuple(sorted(reads)), tuple(sorted(sizes))
+
+
+def _weight(order: Sequence[Node], reads: Sequence[Node], gives: Sequence[Node], shapes: Shapes) -> float:
+    """Return the largest number of bytes alive at once while a stage runs on a whole image."""
+
+    def size(node: Node) -> float:
+        value = node.meta.get("val")
+        if node not in shapes or node.op == "get_attr" or not isinstance(value, torch.Tensor):
+            return 0.0
+        return float(math.prod(shapes[node]) * value.element_size())
+
+    last: dict[Node, int] = {}
+    for position, node in enumerate(order):
+        for parent in node.all_input_nodes:
+            last[parent] = position
+    last.update(dict.fromkeys(gives, len(order)))
+    alive, most = sum(map(size, reads)), 0.0
+    dead: dict[int, list[Node]] = {}
+    for node, position in last.items():
+        dead.setdefault(position, []).append(node)
+    for position, node in enumerate(order):
+        alive += size(node)
+        most = max(most, alive)
+        alive -= sum(map(size, dead.get(position, ())))
+    return max(most, alive)

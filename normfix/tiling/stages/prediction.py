@@ -1,0 +1,85 @@
+"""Calibrate and predict stage by stage over blocks, where the network can be captured; the reason where not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from torch import Tensor, nn
+
+from normfix.errors import NormfixError
+from normfix.images.sources import Source
+from normfix.images.writing import OutputFile
+from normfix.networks.calling import Caller, home_of
+from normfix.networks.copying import twin_of
+from normfix.networks.numerics import exact_arithmetic
+from normfix.tiling.grid import Geometry
+from normfix.tiling.stages.cache import program_of, schedule_of
+from normfix.tiling.stages.execution import execute
+from normfix.tiling.stages.placing import Place
+from normfix.tiling.stages.resources import Resources
+from normfix.tiling.stages.running import kept_name
+
+__all__ = ["predict_in_stages", "tell_fallback"]
+
+
+_LOG = logging.getLogger("normfix")
+
+
+def tell_fallback(what: str, error: NormfixError) -> None:
+    """Say on stderr, before it runs, that something else runs than was asked for, and why."""
+    _LOG.warning("%s, for the network cannot run in stages: %s", what, error)
+
+
+def predict_in_stages(
+    model: nn.Module,
+    image: Source,
+    caller: Caller,
+    resources: Resources,
+    *,
+    geometry: Geometry,
+    sites: Sequence[str] = (),
+    out: OutputFile | None = None,
+) -> Tensor | None:
+    """Predict an image stage by stage over blocks.
+
+    Args:
+        model: without live statistics.
+        image: of any size; extended to one the network is exact at, and the result cut back.
+        caller: calls the model and picks the output.
+        resources: what may be used.
+        geometry: of the network.
+        sites: paths of the layers to cut at; default: before norms, or after convolutions.
+        out: where the prediction goes; default: into memory.
+
+    Returns:
+        (N, C', *out), or None if it went to `out`.
+
+    Raises:
+        NormfixError: a code of NOT_IN_STAGES where this network cannot run so.
+    """
+    ndim = len(image.shape) - 2
+    twin = twin_of(model)
+    with ExitStack() as stack:
+        stack.enter_context(exact_arithmetic())
+        whole = image.padded(geometry.padding(image.shape[2:]))
+        program = stack.enter_context(program_of(twin, caller, tuple(sites), whole, geometry.stride))
+        planned = schedule_of(program, geometry.stride, [whole], measured=(), outputs=True)
+        lasts = resources.store is not None
+        place = Place(program.outputs[0], image, geometry, home_of(model)[0], out)
+        store, journal = stack.enter_context(resources.run(planned, [whole], ()))
+        execute(
+            planned,
+            [whole],
+            tile=resources.extents(ndim),
+            store=store,
+            sink=place.wait if lasts else place.take,
+            keep=[place.node] if lasts else [],
+            engine=resources.engine,
+            journal=journal,
+            watch=resources.watch,
+        )
+        if lasts:
+            place.copy(store[kept_name(0, place.node)])
+    return place.result()

@@ -1,0 +1,187 @@
+"""How far a stage reads beyond a block: measured on the stage itself, in cells, and proved by interference.
+
+A stage has several inputs and outputs at several scales. Packed into cells (one cell is the stage's grid, its
+pixels of every value become channels) it is one function of one image at stride 1, and what measures the halo
+and the stride of a whole network measures those of the stage: dye for the halo, shift equivariance in float64 for
+the grid, amplified interference in float64 as the proof that the halo is enough.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_aggregate
+
+from normfix.errors import NormfixError
+from normfix.networks.calling import refusals
+from normfix.tiling.halo import DyeLost, halo, interference
+from normfix.tiling.stages.cutting import Stage
+from normfix.tiling.stages.maps import Map, Maps
+from normfix.tiling.stages.program import Shapes
+from normfix.tiling.stride import EXACT, cutting_grid, smallest_stride
+
+__all__ = ["Reach", "measure_reach"]
+
+Function = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """A stage's grid and what a block reads beyond itself, per axis, in pixels of the image."""
+
+    grid: tuple[int, ...]
+    halo: tuple[tuple[int, int], ...]
+
+
+def measure_reach(stage: Stage, maps: Maps, shapes: Shapes, image: Node) -> Reach:
+    """Measure one stage.
+
+    Raises:
+        NormfixError: NF324 if no halo is enough, or the stage depends on size or position.
+    """
+    single = _Cells(stage, maps, shapes, image, torch.float32)
+    double = _Cells(stage, maps, shapes, image, torch.float64)
+    grids, halos = [], []
+    for axis, pixels in enumerate(stage.grid):
+        cross = _cross_section(single, len(stage.grid))
+        try:
+            found = halo(single, single.example, axis, 1, Fraction(1), cross)
+        except DyeLost:
+            raise _refused(stage, axis, "no dye arrives at its output, so its halo cannot be read") from None
+        except refusals() as error:
+            raise _refused(stage, axis, f"it does not run on strips: {error}") from error
+        if found is None:
+            raise _refused(stage, axis, "its output depends on the whole extent, so no halo is enough")
+        reach = max(0, found[0]), max(0, found[1])
+        cells = _cells_per_block(double, axis, reach, cross)
+        if cells is None:
+            raise _refused(stage, axis, "blocks of it differ from the whole: it depends on size or position")
+        rounded = tuple(-(-r // cells) * cells for r in reach)
+        before, after = rounded[0], rounded[1]
+        change = interference(double, double.example, axis, cells, Fraction(1), (before, after), cross)
+        if change > EXACT:
+            raise _refused(stage, axis, f"a block changes by {change:.1g} with what lies beyond its halo")
+        grids.append(cells * pixels)
+        halos.append((before * pixels, after * pixels))
+    return Reach(tuple(grids), tuple(halos))
+
+
+def _cells_per_block(f: Function, axis: int, reach: tuple[int, int], cross: Sequence[int]) -> int | None:
+    """Return the smallest number of cells at which blocks may be cut."""
+    example = f.example  # type: ignore[attr-defined]
+    one = Fraction(1)
+    stride = smallest_stride(f, example, axis, 1, one, reach, cross)
+    return None if stride is None else cutting_grid(f, example, axis, stride, one, reach, cross)
+
+
+def _cross_section(f: Function, ndim: int) -> tuple[int, ...]:
+    """Return the thinnest strip, in cells, that the stage runs on."""
+    example = f.example  # type: ignore[attr-defined]
+    for cells in (2, 4, 8, 16, 32):
+        try:
+            f(example[(..., *(slice(0, cells),) * ndim)])
+        except refusals():
+            continue
+        return (cells,) * ndim
+    raise NormfixError("NF324", "it runs on no small block.", where=f"stage {f.stage.number}")  # type: ignore[attr-defined]
+
+
+def _refused(stage: Stage, axis: int, reason: str) -> NormfixError:
+    sites = ", ".join(site for site, _ in stage.measures[:2]) or "output"
+    return NormfixError("NF324", f"{reason}.", where=f"stage {stage.number} ({sites}), axis {axis}")
+
+
+class _Cells:
+    """A stage as a function (1, channels, *cells) -> (1, channels', *cells)."""
+
+    def __init__(self, stage: Stage, maps: Maps, shapes: Shapes, image: Node, dtype: torch.dtype) -> None:
+        self.stage = stage
+        self._ndim = len(stage.grid)
+        self._reads = [_Packing(maps.maps[n], shapes[n], stage.grid) for n in stage.reads]
+        self._gives = [_Packing(maps.maps[n], shapes[n], stage.grid) for n in stage.gives]
+        self._sizes = [(n, maps.maps[n.args[0]], shapes[n.args[0]]) for n in stage.sizes]  # type: ignore[index]
+        self._run = in_dtype(stage.run, dtype)
+        channels = sum(p.channels for p in self._reads)
+        generator = torch.Generator().manual_seed(0)
+        self.example = torch.randn(1, channels, *(32,) * self._ndim, generator=generator, dtype=torch.float64)
+        self.example = self.example.to(dtype)
+
+    def __call__(self, cells: Tensor) -> Tensor:
+        extents = tuple(cells.shape[2:])
+        parts = torch.split(cells, [p.channels for p in self._reads], dim=1)
+        values = [p.unpack(part) for p, part in zip(self._reads, parts, strict=True)]
+        with torch.no_grad():
+            results = self._run(*values, *(self._extent(n, extents) for n, _, _ in self._sizes))
+        return torch.cat([p.pack(r, extents) for p, r in zip(self._gives, results, strict=True)], 1)
+
+    def _extent(self, node: Node, cells: Sequence[int]) -> int:
+        _, found, shape = next(entry for entry in self._sizes if entry[0] is node)
+        dim = node.args[1]
+        assert isinstance(dim, int)
+        if dim in found.dims:
+            axis = found.dims.index(dim)
+            return int(cells[axis] * self.stage.grid[axis] * found.scale[axis])
+        return 1 if dim == 0 else shape[dim]
+
+
+class _Packing:
+    """Moves the pixels of a cell into channels and back."""
+
+    def __init__(self, found: Map, shape: Sequence[int], grid: Sequence[int]) -> None:
+        self._pixels = tuple(int(g * s) for g, s in zip(grid, found.scale, strict=True))
+        others = [d for d in range(len(shape)) if d not in found.dims]
+        self._rest = tuple(1 if d == 0 else shape[d] for d in others)  # a batch of one
+        self._order = (*others, *found.dims)
+        self.channels = math.prod(self._rest) * math.prod(self._pixels)
+
+    def unpack(self, cells: Tensor) -> Tensor:
+        """(1, channels, *cells) -> the value on these cells."""
+        ndim, extents = len(self._pixels), cells.shape[2:]
+        x = cells.reshape(*self._rest, *self._pixels, *extents)
+        lead = len(self._rest)
+        pairs = [d for axis in range(ndim) for d in (lead + ndim + axis, lead + axis)]
+        x = x.permute(*range(lead), *pairs)  # (*rest, c0, k0, c1, k1, ...)
+        x = x.reshape(*self._rest, *(c * k for c, k in zip(extents, self._pixels, strict=True)))
+        inverse = [self._order.index(d) for d in range(len(self._order))]
+        return x.permute(*inverse).contiguous()
+
+    def pack(self, value: Tensor, cells: Sequence[int]) -> Tensor:
+        """Return a value as (1, channels, *cells); a cell that is not whole at the end is left out."""
+        x = value.permute(*self._order)
+        lead, ndim = len(self._rest), len(self._pixels)
+        whole = [min(c, x.shape[lead + a] // self._pixels[a]) for a, c in enumerate(cells)]
+        for axis, (n, k) in enumerate(zip(whole, self._pixels, strict=True)):
+            x = x.narrow(lead + axis, 0, n * k)
+        split = [n for pair in zip(whole, self._pixels, strict=True) for n in pair]
+        x = x.reshape(*x.shape[:lead], *split)  # (*rest, c0, k0, c1, k1, ...)
+        x = x.permute(
+            *range(lead), *(lead + 2 * a + 1 for a in range(ndim)), *(lead + 2 * a for a in range(ndim))
+        )
+        return x.reshape(1, self.channels, *whole)
+
+
+def in_dtype(run: GraphModule, dtype: torch.dtype) -> GraphModule:
+    """Return a copy of a graph that computes on CPU in this dtype throughout, whatever it casts to on the way."""
+
+    def changed(argument: Any) -> Any:
+        if isinstance(argument, torch.dtype) and argument in _FLOATING:
+            return dtype
+        return torch.device("cpu") if isinstance(argument, torch.device) else argument
+
+    copied = copy.deepcopy(run).to("cpu", dtype)
+    for node in copied.graph.nodes:
+        node.args = map_aggregate(node.args, changed)
+        node.kwargs = map_aggregate(node.kwargs, changed)
+    copied.recompile()
+    return copied
+
+
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -1,0 +1,226 @@
+"""Unfinished work in a folder: the runs of one command, each with its manifest, its journal and its values.
+
+A command that was stopped, by a kill, a full disk or Ctrl-C, leaves its folder; the same command finds it and goes on.
+Runs are numbered in the order in which the command makes them, and each must be the one it was. What is not
+measured by blocks is done again. The folder is deleted when the whole command is done.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from normfix.errors import NormfixError
+from normfix.images.drafts import TakenError
+from normfix.images.locks import lock
+from normfix.networks.devices import CPU
+from normfix.tiling.stages.journal import Journal, Unwritten, Written
+from normfix.tiling.stages.manifest import Parts, digest_of_parts, require_same, write_manifest
+from normfix.tiling.stages.store import Store
+
+__all__ = ["Job", "resumable", "run_of"]
+
+FOLDER = "normfix-run"
+
+_DONE = re.compile(rf"\.{FOLDER}-done-[0-9]+")
+_OURS = re.compile("[0-9]+|lock")
+"""What is in the folder of a command: its runs."""
+
+_ATTEMPTS = 20
+_LOG = logging.getLogger("normfix")
+
+_FUTILE = ("NF321", "NF323", "NF324", "NF325")
+"""What would fail again, so nothing is left to continue."""
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What one run has: the folder of its values, its journal, and a digest of what is computed."""
+
+    folder: Path
+    journal: Written
+    run: str
+
+
+class Job:
+    """The runs of one command; `begun` tells whether one of them was found to be this command's, or made."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.begun = False
+        self._runs = 0
+
+    @contextmanager
+    def run(self, parts: Parts) -> Iterator[Given]:
+        """Begin or continue the next run.
+
+        Raises:
+            NormfixError: NF328 if the folder holds another run in its place, NF329 if it is damaged, NF327 if it
+                cannot be written.
+        """
+        place = self.folder / str(self._runs)
+        self._runs += 1
+        if not require_same(place / "manifest.json", parts):
+            shutil.rmtree(place, ignore_errors=True)
+            try:
+                (place / "values").mkdir(parents=True)
+            except OSError as error:
+                raise _failed(self.folder, error) from error
+            write_manifest(place / "manifest.json", parts)
+        run = digest_of_parts(parts)
+        journal = Written(place / "journal.jsonl", run)
+        self.begun = True
+        try:
+            yield Given(place / "values", journal, run)
+        finally:
+            journal.close()
+
+
+_CURRENT: ContextVar[Job | None] = ContextVar("normfix_job", default=None)
+
+
+@contextmanager
+def resumable(store: Path | None) -> Iterator[None]:
+    """Let the runs inside be continued by a later process that gets here with the same store.
+
+    Nested, the outermost counts: what it encloses is done when it is done. Without a store nothing is kept.
+
+    Raises:
+        NormfixError: NF326 if there is no such folder, NF327 if it cannot be written, NF332 if another process works
+            in it.
+    """
+    if store is None or _CURRENT.get() is not None:
+        yield
+        return
+    with _locked(store) as folder:
+        job, others = Job(folder), any(folder.glob("*/manifest.json"))
+        token = _CURRENT.set(job)
+        keep = False
+        try:
+            yield
+        except BaseException as error:
+            keep = _is_left(job, error)
+            raise
+        finally:
+            _CURRENT.reset(token)
+            if not keep and (job.begun or not others):
+                _remove(folder)
+
+
+@contextmanager
+def run_of(
+    store: Path | None,
+    parts: Callable[[], Parts],
+    budget: int | None,
+    *,
+    shared: bool,
+    device: torch.device = CPU,
+    aside: int = 0,
+) -> Iterator[tuple[Store, Journal]]:
+    """Give a store and a journal for one run: in the job's folder, or in memory where there is no folder.
+
+    Args:
+        store: folder of the job, if any.
+        parts: what is computed; asked for only where it is written down.
+        budget: bytes of memory.
+        shared: whether other processes write into the store.
+        device: where blocks are computed.
+        aside: bytes of it that the blocks take.
+    """
+    if store is None:
+        yield Store(budget, device=device, aside=aside), Unwritten()
+        return
+    with resumable(store):
+        job = _CURRENT.get()
+        assert job is not None
+        with job.run(parts()) as given:
+            kept = Store(budget, given.folder, device, aside=aside, shared=shared, run=given.run)
+            yield kept, given.journal
+
+
+def _is_left(job: Job, error: BaseException) -> bool:
+    """Tell whether something of this command is left to continue, and say so in the error."""
+    if isinstance(error, TakenError) and error.kept is not None:
+        return False  # its result lies under another name
+    whole = sum(f.read_bytes().count(b'"block":') for f in job.folder.glob("*/journal.jsonl"))
+    if not job.begun or not whole or (isinstance(error, NormfixError) and error.code in _FUTILE):
+        return False
+    error.add_note(
+        f"{whole} blocks are kept in {job.folder}. The same command goes on from there; delete the folder to give "
+        "them up."
+    )
+    return True
+
+
+@contextmanager
+def _locked(store: Path) -> Iterator[Path]:
+    """Take the folder for this process; the lock ends with the process, however that ends."""
+    if not store.is_dir():
+        raise NormfixError("NF326", "there is no such folder to keep values in.", where=str(store))
+    folder = (store / FOLDER).resolve()
+    with _held(folder):
+        _sweep(store)
+        yield folder
+
+
+def _held(folder: Path) -> IO[str]:
+    """Return the lock file of the folder, which is made, locked."""
+    for _ in range(_ATTEMPTS):
+        with ExitStack() as stack:
+            try:
+                folder.mkdir(exist_ok=True)
+                file = stack.enter_context((folder / "lock").open("a"))
+                if not lock(file):
+                    break
+                if os.path.samestat(os.fstat(file.fileno()), (folder / "lock").stat()):
+                    stack.pop_all()
+                    return file
+            except FileNotFoundError:  # another process finished in between
+                continue
+            except OSError as error:
+                raise _failed(folder, error) from error
+    raise NormfixError(
+        "NF332",
+        "another process works there. Wait for it, or name another folder: --store FOLDER (store= in Python).",
+        where=str(folder),
+    )
+
+
+def _failed(folder: Path, error: OSError) -> NormfixError:
+    return NormfixError(
+        "NF327",
+        f"values cannot be kept there: {error.strerror or error}. Name a folder that can be written: --store FOLDER "
+        "(store= in Python).",
+        where=str(folder),
+    )
+
+
+def _remove(folder: Path) -> None:
+    """Delete the folder; it loses its name first, so that half of it is never taken for a run."""
+    done = folder.with_name(f".{folder.name}-done-{os.getpid()}")
+    try:
+        folder.replace(done)
+    except OSError as error:  # the result is written, so this is no reason to fail
+        _LOG.warning("%s could not be deleted: %s.", folder, error.strerror or error)
+    else:
+        shutil.rmtree(done, ignore_errors=True)
+
+
+def _sweep(store: Path) -> None:
+    """Delete the finished runs whose processes were killed while they did so."""
+    for path in store.iterdir():
+        if _DONE.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            if all(_OURS.fullmatch(entry.name) for entry in path.iterdir()):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                _LOG.warning("%s is left alone: it holds what normfix did not put there.", path)

@@ -1,0 +1,232 @@
+"""A schedule on its way over images: one stage after the other, of each what its journal does not have yet."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from normfix.errors import NormfixError
+from normfix.images.sources import Source
+from normfix.tiling.grid import Geometry, grid
+from normfix.tiling.stages.blocks import Block, Given, Part, Read, Told, Work
+from normfix.tiling.stages.cutting import Stage, extent_of
+from normfix.tiling.stages.engines import Crew
+from normfix.tiling.stages.journal import SEALS, Journal, Measured
+from normfix.tiling.stages.masks import mask_of
+from normfix.tiling.stages.outlook import Clock
+from normfix.tiling.stages.program import Program, Shapes
+from normfix.tiling.stages.schedule import Schedule, block_extents
+from normfix.tiling.stages.store import Kept, Store
+
+__all__ = ["Run", "Sink", "Statistic", "kept_name"]
+
+Sink = Callable[[int, Node, tuple[int, ...], torch.dtype, tuple[int, ...]], Kept | None]
+"""Called with (image, value, its shape, its dtype, the blocks it comes in); gives the place it goes to, or None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Statistic:
+    """What becomes of a site's operand.
+
+    `dims` are the operand's dimensions it runs over, None if blocks of it cannot be put together. `measure`
+    reduces the operand of one block; `settle` receives what was measured, per image in the order of the blocks,
+    and sets the statistic.
+    """
+
+    site: str
+    dims: tuple[int, ...] | None
+    measure: Callable[[Tensor], Any]
+    settle: Callable[[list[list[Any]]], None]
+
+
+def kept_name(image: int, node: Node) -> str:
+    """Return the name under which the store holds a value that was to be kept."""
+    return f"{image}-{node.name}-whole"
+
+
+@dataclass(slots=True)
+class Run:
+    """A schedule on its way over images."""
+
+    schedule: Schedule
+    images: Sequence[Source]
+    tile: tuple[int, ...]
+    store: Store
+    statistics: dict[str, Statistic]
+    settled: Callable[[], None]
+    sink: Sink
+    keep: frozenset[Node]
+    journal: Journal
+    shapes: list[Shapes] = field(init=False)
+    extents: list[tuple[int, ...]] = field(init=False)
+    earlier: dict[str, list[tuple[Given, Part, Block]]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        known: dict[tuple[int, ...], Shapes] = {}
+        for image in self.images:
+            if image.shape not in known:
+                known[image.shape] = self.schedule.program.shapes(image.shape)
+        self.shapes = [known[image.shape] for image in self.images]
+        self.extents = block_extents(self.schedule, self.tile)
+        self.earlier = {}
+
+    def stage(self, stage: Stage, crew: Crew, clock: Clock | None) -> None:
+        """Run what is left of a stage, settle its statistics and free what no later stage reads."""
+        work = self._work(stage)
+        measured = dict(self.journal.blocks(stage.number))
+        self._remember(work, stage, measured)
+        digest = self.journal.settled(stage.number)
+        if digest is None:
+            self._require_earlier()
+            waiting = [number for number in range(len(work.blocks)) if number not in measured]
+            for number, found in crew.run(work, waiting):
+                self.journal.note(stage.number, number, found)
+                self.store.seal(found.get(SEALS, {}))
+                measured[number] = found
+                if clock is not None:
+                    clock.tick(stage.number, len(measured), len(work.blocks))
+        self._settle(stage, work, measured)
+        if self.journal.lasts:
+            self._compare(stage, digest)
+        for node in self.schedule.done_after(stage):
+            for image in range(len(self.images)):
+                self.earlier.pop(_name(image, node), None)
+                self.store.free(_name(image, node))
+
+    def _compare(self, stage: Stage, digest: str | None) -> None:
+        """Write the statistics' digest down, or compare it with what an earlier process wrote."""
+        now = _digest(self.schedule.program)
+        if digest is None:
+            self.journal.settle(stage.number, now)
+        elif digest != now:
+            raise NormfixError(
+                "NF329",
+                "its statistics are not those that were measured before. Delete the unfinished run to start anew.",
+                where=f"stage {stage.number}",
+            )
+
+    def blocks(self, stage: Stage) -> list[Block]:
+        """Return the blocks of a stage, image by image."""
+        reach = self.schedule.reaches[stage.number]
+        ones = (1,) * len(reach.grid)
+        geometry = Geometry(
+            stride=reach.grid, halo=reach.halo, scale=tuple(map(Fraction, ones)), multiple=ones
+        )
+        found = []
+        for number, image in enumerate(self.images):
+            size = image.shape[2:]
+            covered = self._covered(stage, number)
+            for tile in grid(covered, self.extents[stage.number], geometry):
+                # what a valid convolution left out at the end belongs to the last block
+                read = (
+                    n if s.stop >= c else s.stop for s, c, n in zip(tile.read, covered, size, strict=True)
+                )
+                window = tuple((s.start, stop) for s, stop in zip(tile.read, read, strict=True))
+                ends = (n if s.stop is None else s.stop for s, n in zip(tile.write, size, strict=True))
+                interior = tuple((s.start, end) for s, end in zip(tile.write, ends, strict=True))
+                found.append(Block(number, window, interior))
+        return found
+
+    def _covered(self, stage: Stage, image: int) -> tuple[int, ...]:
+        """Return as many pixels per axis as every map of the stage has positions for.
+
+        Convolutions without padding give fewer positions than there are pixels, and a block at the end must not be
+        one that has none.
+        """
+        covered = list(self.images[image].shape[2:])
+        for node in (*stage.reads, *stage.gives):
+            found = self.schedule.maps.maps[node]
+            for axis, (dim, scale) in enumerate(zip(found.dims, found.scale, strict=True)):
+                covered[axis] = min(covered[axis], int(self.shapes[image][node][dim] / scale))
+        return tuple(max(1, n) for n in covered)
+
+    def _settle(self, stage: Stage, work: Work, measured: dict[int, Measured]) -> None:
+        parts: list[list[Measured]] = [[] for _ in self.images]
+        for number, block in enumerate(work.blocks):
+            parts[block.image].append(measured[number])
+        for site in work.measures:
+            self.statistics[site].settle([[block[site] for block in image] for image in parts])
+        self.settled()
+
+    def _work(self, stage: Stage) -> Work:
+        """Return a stage as work on blocks, with room for what it computes."""
+        measures = {
+            site: (stage.gives.index(node), self.statistics[site].measure)
+            for site, node in stage.measures
+            if site in self.statistics
+        }
+        parts = tuple(self._part(stage, image) for image in range(len(self.images)))
+        return Work(stage.number, stage.run, parts, measures, tuple(self.blocks(stage)), self.schedule.device)
+
+    def _part(self, stage: Stage, image: int) -> Part:
+        shapes, maps = self.shapes[image], self.schedule.maps.maps
+        reads = (
+            Read(self.images[image], None, shapes[node])
+            if node is self.schedule.program.image
+            else Read(self.store[_name(image, node)], maps[node], shapes[node])
+            for node in stage.reads
+        )
+        told = (Told(maps[of], shapes[of], dim) for of, dim in map(extent_of, stage.sizes))
+        gives = (Given(n.name, maps[n], shapes[n], self._places(stage, image, n)) for n in stage.gives)
+        source = self.images[image]
+        return Part(source.shape[2:], tuple(reads), tuple(told), tuple(gives), mask_of(source))
+
+    def _places(self, stage: Stage, image: int, node: Node) -> tuple[Kept, ...]:
+        """Return where a value goes that a stage computes."""
+        shape, dtype, found = self.shapes[image][node], node.meta["val"].dtype, self.schedule.maps.maps[node]
+        blocks = list(shape)
+        for dim, n, scale in zip(found.dims, self.extents[stage.number], found.scale, strict=True):
+            blocks[dim] = int(n * scale)
+        places: list[Kept] = []
+        if node in stage.stores:
+            places.append(self.store.create(_name(image, node), shape, dtype, blocks))
+        if node in self.keep:
+            places.append(self.store.create(kept_name(image, node), shape, dtype, blocks))
+        wanted = self.sink(image, node, shape, dtype, tuple(blocks))
+        return (*places, wanted) if wanted is not None else tuple(places)
+
+    def _remember(self, work: Work, stage: Stage, measured: dict[int, Measured]) -> None:
+        """Note what the journal says is in the store."""
+        for number in measured:
+            self.store.seal(measured[number].get(SEALS, {}))
+            block = work.blocks[number]
+            part = work.parts[block.image]
+            for node, given in zip(stage.gives, part.gives, strict=True):
+                names = {
+                    _name(block.image, node): node in stage.stores,
+                    kept_name(block.image, node): node in self.keep,
+                }
+                for name in (name for name, stored in names.items() if stored):
+                    self.earlier.setdefault(name, []).append((given, part, block))
+
+    def _require_earlier(self) -> None:
+        """Refuse to go on from blocks that are no longer in the store; once, before the first block is computed."""
+        for name, written in self.earlier.items():
+            for given, part, block in written:
+                if not self.store.whole(name, given.index(block, part.size)):
+                    raise NormfixError(
+                        "NF330",
+                        "a part of it that was written is gone or cut short. Delete the unfinished run to start anew.",
+                        where=name,
+                    )
+        self.earlier = {}
+
+
+def _digest(program: Program) -> str:
+    """Return a digest of the statistics that the program holds."""
+    found = hashlib.sha256()
+    for name, value in program.body.named_buffers():
+        found.update(name.encode())
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _name(image: int, node: Node) -> str:
+    return f"{image}-{node.name}"

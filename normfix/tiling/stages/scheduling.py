@@ -1,0 +1,174 @@
+"""From a program to a schedule that was proved: cut, measure each stage's reach, compare blocks with the whole.
+
+The proof runs the schedule in float64 on small images that are long along one axis each, in blocks that touch the
+border and blocks that do not, and compares every value that any stage computes with the program's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from normfix.errors import NormfixError
+from normfix.images.sources import TensorSource
+from normfix.networks.calling import refusals
+from normfix.networks.numerics import exact_arithmetic
+from normfix.records.spans import round_up
+from normfix.tiling.stages.cutting import cut
+from normfix.tiling.stages.execution import execute
+from normfix.tiling.stages.maps import find_maps
+from normfix.tiling.stages.program import Program
+from normfix.tiling.stages.reach import in_dtype, measure_reach
+from normfix.tiling.stages.schedule import Schedule
+from normfix.tiling.stages.store import Kept, Store
+from normfix.tiling.stride import EXACT
+
+__all__ = ["largest_difference", "schedule"]
+
+
+def schedule(
+    program: Program,
+    *,
+    stride: Sequence[int],
+    ragged: bool = False,
+    measured: Sequence[str] = (),
+    outputs: bool = True,
+) -> Schedule:
+    """Cut a program into stages and prove that blocks of them are the whole.
+
+    Args:
+        program: of the network.
+        stride: of the network per axis, or a multiple of it.
+        ragged: whether there are images whose sizes it does not divide; the proof covers them then.
+        measured: sites whose operands are measured.
+        outputs: whether what the network returns is computed.
+
+    Raises:
+        NormfixError: NF323, NF324 with the value or stage that cannot be streamed, NF325 if the proof fails.
+    """
+    size = _example_size(program, stride)
+    maps = find_maps(program, size, [round_up(64, m) for m in stride])
+    shapes = program.shapes(size)
+    stages = cut(program, maps, shapes, cuts=program.cuts, measured=measured, outputs=outputs)
+    with exact_arithmetic():
+        reaches = tuple(measure_reach(stage, maps, shapes, program.image) for stage in stages)
+        planned = Schedule(program, maps, tuple(stages), reaches, program.device)
+        for axis in range(len(stride)):
+            difference = max(
+                largest_difference(planned, size) for size in _probe_sizes(planned, stride, axis, ragged)
+            )
+            if not difference <= EXACT:
+                raise NormfixError(
+                    "NF325",
+                    f"blocks differ from the whole by {difference:.1g} of the largest value (float64).",
+                    where=f"axis {axis}",
+                )
+    return planned
+
+
+def largest_difference(planned: Schedule, size: Sequence[int]) -> float:
+    """Run blocks and the whole program in float64 on noise of this size (N, C, *space).
+
+    Returns:
+        The largest difference of any value that a stage computes, relative to that value's largest entry.
+    """
+    image = torch.randn(tuple(size), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    wide = replace(
+        planned,
+        device=torch.device("cpu"),
+        stages=tuple(replace(stage, run=in_dtype(stage.run, torch.float64)) for stage in planned.stages),
+    )
+    found: dict[Node, _Whole] = {}
+
+    def sink(
+        number: int, node: Node, shape: tuple[int, ...], dtype: torch.dtype, blocks: tuple[int, ...]
+    ) -> Kept:
+        found[node] = _Whole(shape, torch.float64 if dtype.is_floating_point else dtype)
+        return found[node]
+
+    tile = [-(-n // 3) for n in size[2:]]
+    execute(wide, [TensorSource(image)], tile=tile, store=_WideStore(), sink=sink)
+    expected = _Values(in_dtype(planned.program.body, torch.float64), {n.name for n in found}).values(image)
+    worst = 0.0
+    for node, kept in found.items():
+        a, b = kept.array.double(), expected[node.name].double()
+        difference = float((a - b).abs().max() / b.abs().max().clamp_min(1e-300))
+        worst = max(worst, difference if difference == difference else float("inf"))
+    return worst
+
+
+def _example_size(program: Program, stride: Sequence[int]) -> tuple[int, ...]:
+    """Return a size (1, C, *space) that the program takes: the smallest power of two times the stride."""
+    channels = int(program.image.meta["val"].shape[1])
+    for factor in (1, 2, 4, 8, 16, 32):
+        size = (1, channels, *(round_up(factor * 16, m) for m in stride))
+        try:
+            program.shapes(size)
+        except refusals():
+            continue
+        return size
+    raise NormfixError(
+        "NF321", "the captured program takes none of the sizes tried.", where=program.image.name
+    )
+
+
+def _probe_sizes(
+    planned: Schedule, stride: Sequence[int], axis: int, ragged: bool
+) -> Iterator[tuple[int, ...]]:
+    """Yield sizes of images with inner blocks along one axis in every stage; the second is ragged."""
+    size = list(_example_size(planned.program, stride))
+    needed = max(3 * r.grid[axis] + sum(r.halo[axis]) for r in planned.reaches)
+    size[axis + 2] = round_up(max(2 * needed, size[axis + 2]), stride[axis])
+    yield tuple(size)
+    if ragged and stride[axis] > 1:
+        size[axis + 2] += stride[axis] // 2
+        yield tuple(size)
+
+
+class _Whole:
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.array = (
+            torch.full(shape, torch.nan).to(dtype)
+            if dtype.is_floating_point
+            else torch.zeros(shape, dtype=dtype)
+        )
+
+    def read(self, index: tuple[slice, ...]) -> Tensor:
+        return self.array[index]
+
+    def write(self, index: tuple[slice, ...], value: Tensor) -> None:
+        self.array[index] = value
+
+
+class _WideStore(Store):
+    """Keeps in float64 what the schedule would keep in the network's dtype."""
+
+    def create(self, name: str, shape: Sequence[int], dtype: torch.dtype, chunks: Sequence[int]) -> Kept:
+        return super().create(name, shape, torch.float64 if dtype.is_floating_point else dtype, chunks)
+
+
+class _Values(Interpreter):
+    """Runs a graph and keeps the values of chosen nodes."""
+
+    def __init__(self, body: GraphModule, names: set[str]) -> None:
+        super().__init__(body)
+        self._names = names
+        self._kept: dict[str, Tensor] = {}
+
+    def values(self, image: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            self.run(image)
+        return self._kept
+
+    def run_node(self, n: Node) -> Any:
+        if n.op == "call_module":  # asserts on sizes
+            return None
+        result = super().run_node(n)
+        if n.name in self._names:
+            self._kept[n.name] = result
+        return result

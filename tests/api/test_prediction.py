@@ -1,0 +1,303 @@
+"""predict and check on networks that changed, and on arguments that make no sense."""
+
+import copy
+
+import pytest
+import torch
+from networks import Blocks, Extractor, Resized, UNet, ValidUNet, max_pool, nearest, strided
+from torch import nn
+
+import normfix
+
+
+class Two(nn.Module):
+    """Returns a fine and a coarse output of different reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 8, 3, padding=1), nn.InstanceNorm2d(8)
+        self.near, self.far = nn.Conv2d(8, 1, 1), nn.Conv2d(8, 1, 3, padding=9, dilation=9)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        return self.near(x), self.far(x)
+
+
+@pytest.fixture
+def network():
+    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.InstanceNorm2d(8), nn.Conv2d(8, 2, 3, padding=1))
+
+
+@pytest.fixture
+def image():
+    return torch.rand(1, 1, 96, 128)
+
+
+@pytest.fixture
+def converted(network, image):
+    return normfix.convert(network, image).model.eval()
+
+
+def largest(model, image, tile=32):
+    """Return the largest difference between tiled and whole prediction."""
+    with torch.no_grad():
+        return float((normfix.predict(model, image, tile=tile) - model(image)).abs().max())
+
+
+def test_a_new_head_is_measured_anew(converted, image):
+    """A head of larger reach put on a converted network gets the halo it needs."""
+    converted[2] = nn.Conv2d(8, 2, 3, padding=12, dilation=12)
+    assert largest(converted, image) < 1e-5
+
+
+def test_a_new_live_norm_is_noticed(converted, image):
+    """A live norm put into a converted network is refused by predict and fails check."""
+    converted[2] = nn.Sequential(nn.InstanceNorm2d(8), nn.Conv2d(8, 2, 1))
+    with pytest.raises(normfix.NormfixError, match=r"NF409.*2\.0/0/instance_norm/0 is live"):
+        normfix.predict(converted, image)
+    assert normfix.check(converted, image, tile=32).status == "failed"
+
+
+def test_a_kept_live_norm_is_refused(network, image):
+    """A conversion that kept a live norm is not predicted with as if it were exact."""
+    done = normfix.convert(network, image, keep="1")
+    with pytest.raises(normfix.NormfixError, match=r"NF409.*1/0/instance_norm/0 is live"):
+        normfix.predict(done.model, image)
+
+
+def test_another_output_has_its_own_geometry(image):
+    """Asking for another output than the one converted with measures that one's halo."""
+    model = normfix.convert(Two(), image, output=0).model.eval()
+    with torch.no_grad():
+        whole = model(image)[1]
+    assert float((normfix.predict(model, image, tile=32, output=1) - whole).abs().max()) < 1e-5
+
+
+def test_trained_weights_keep_the_geometry(converted, image, monkeypatch):
+    """Changed weights alone do not make a network be scanned again."""
+    with torch.no_grad():
+        converted[2].weight.mul_(2)
+    monkeypatch.setattr("normfix.scanning.scan.look", None)
+    assert largest(converted, image) < 1e-5
+
+
+def test_less_halo_than_needed_is_refused(converted, image):
+    """Predicting with less context than measured is refused, with more it is exact."""
+    with pytest.raises(normfix.NormfixError, match="NF410"):
+        normfix.predict(converted, image, tile=32, halo=1)
+    assert normfix.predict(converted, image, tile=32, halo=16).shape == (1, 2, 96, 128)
+
+
+@pytest.mark.parametrize("halo", [-1, 1.5, None, "x", (3, 3), True])
+def test_impossible_halo(converted, image, halo):
+    """A halo that is no number of pixels is refused with a code."""
+    with pytest.raises(normfix.NormfixError, match="NF410"):
+        normfix.check(converted, image, tile=32, halo=halo)
+
+
+@pytest.mark.parametrize("tile", [0, -4, 1.5, "a", None, (32,), (32, 1.5)])
+def test_impossible_tile(converted, image, tile):
+    """A tile that is no number of pixels is refused with a code."""
+    with pytest.raises(normfix.NormfixError, match="NF402"):
+        normfix.check(converted, image, tile=tile)
+
+
+@pytest.mark.parametrize("threshold", [float("nan"), -1.0])
+def test_impossible_threshold(converted, image, threshold):
+    """A threshold that nothing could exceed, or everything, is refused."""
+    with pytest.raises(normfix.NormfixError, match="NF410"):
+        normfix.check(converted, image, tile=32, threshold=threshold)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 96, 128), (1, 96, 128), (1, 1, 8, 96, 128)])
+@pytest.mark.parametrize("use", ["check", "predict", "calibrate"])
+def test_an_image_of_another_kind_is_refused(converted, shape, use):
+    """Another number of channels or axes than the network was converted with is refused."""
+    with pytest.raises(normfix.NormfixError, match="NF106"):
+        getattr(normfix, use)(converted, torch.rand(shape))
+
+
+@pytest.mark.parametrize("shape", [(1, 96, 128), (1, 1, 8, 96, 128)])
+def test_axes_are_checked_before_conversion(network, shape):
+    """An image without a batch axis would be convolved as something else, so it is refused."""
+    with pytest.raises(normfix.NormfixError, match="NF106"):
+        normfix.convert(network, torch.rand(shape))
+
+
+def test_images_must_agree_in_channels(network, image):
+    """A second image of other channels is refused with its number."""
+    with pytest.raises(normfix.NormfixError, match="NF106 image 1"):
+        normfix.convert(network, [image, image.repeat(1, 2, 1, 1)])
+
+
+def test_an_image_too_small_for_the_network(network, image):
+    """An image the network fails on is named by its shape, with the network's own words."""
+    with pytest.raises(normfix.NormfixError, match=r"NF109.*1x1x1x1"):
+        normfix.convert(network, [image, image[..., :1, :1]])
+
+
+@pytest.mark.parametrize("model", ["name", len, None])
+def test_what_is_no_network(model, image):
+    """Anything but a module is refused by every verb; to check, a function is a pipeline, if it answers maps."""
+    for use in (normfix.scan, normfix.convert, normfix.check, normfix.predict, normfix.calibrate):
+        code = "NF605" if use is normfix.check and callable(model) else "NF118"
+        with pytest.raises(normfix.NormfixError, match=code):
+            use(model, image)
+
+
+def test_a_compiled_network_is_refused(network, image):
+    """torch.compile hides the calls; the message says what to give instead."""
+    with pytest.raises(normfix.NormfixError, match=r"NF118.*_orig_mod"):
+        normfix.convert(torch.compile(network, backend="eager"), image)
+
+
+def test_a_network_without_data_is_refused(network, image):
+    """A network on the meta device has no weights to convert."""
+    with pytest.raises(normfix.NormfixError, match=r"NF118.*meta"):
+        normfix.convert(copy.deepcopy(network).to("meta"), image)
+
+
+def test_an_unknown_target_is_refused(network, image):
+    """A conversion to anything but the two kinds is refused."""
+    with pytest.raises(normfix.NormfixError, match="NF205"):
+        normfix.convert(network, image, to="Frozen")
+
+
+def test_ambient_autocast_does_not_soften_the_proof(network, image):
+    """Inside the caller's autocast, the proof is still made in float32."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        done = normfix.convert(network, image)
+    assert done.proof.step("identity").bound == 1e-4
+    assert done.proof.passed
+
+
+def test_calibrating_without_a_converted_layer(converted, image):
+    """If a converted layer was replaced since, calibration says so."""
+    converted[1] = nn.Identity()
+    with pytest.raises(normfix.NormfixError, match="NF302"):
+        normfix.calibrate(converted, image)
+
+
+def _huge():
+    """Return an image that is finite and whose convolution is not."""
+    huge = torch.full((1, 1, 96, 128), 3e38)
+    huge[..., ::2] = -3e38
+    return huge
+
+
+@pytest.mark.parametrize("engine", ["tiles", "stages"])
+def test_a_prediction_that_is_not_finite_is_an_error(converted, image, engine):
+    """Where the network overflows the prediction is refused by name, and comes where that is allowed."""
+    huge = _huge()
+    with pytest.raises(normfix.NormfixError, match=r"NF149.*NaN or infinite on a finite image, in float32"):
+        normfix.predict(converted, huge, tile=32, engine=engine)
+    allowed = normfix.predict(converted, huge, tile=32, engine=engine, allow_nonfinite=True)
+    assert not torch.isfinite(allowed).all()
+    assert torch.isfinite(normfix.predict(converted, image, tile=32, engine=engine)).all()
+
+
+@pytest.mark.parametrize("engine", ["tiles", "stages"])
+@pytest.mark.parametrize("suffix", [".npy", ".zarr"])
+def test_a_file_is_not_written_with_values_that_are_not_finite(converted, tmp_path, engine, suffix):
+    """Of such a prediction nothing has the output's name, unless it is allowed."""
+    out, huge = tmp_path / f"p{suffix}", _huge()
+    with pytest.raises(normfix.NormfixError, match="NF149"):
+        normfix.write_prediction(converted, huge, out, 32, engine=engine)
+    assert not list(tmp_path.iterdir())
+    normfix.write_prediction(converted, huge, out, 32, engine=engine, allow_nonfinite=True)
+    assert out.exists()
+
+
+class Rare(nn.Module):
+    """Means an infinite value: a logit of -inf wherever the image has its value for no data."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.InstanceNorm2d(4)
+        self.head = nn.Conv2d(4, 1, 1)
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(x))).masked_fill(x < -9, -torch.inf)
+
+
+def test_infinite_values_that_a_network_means_can_be_taken(image):
+    """A network that masks by -inf is predicted where that is allowed, exactly as the whole, and refused else."""
+    model = normfix.convert(Rare(), image).model.eval()
+    holes = image.clone()
+    holes[0, 0, 10:20, 40:50] = -10
+    with pytest.raises(normfix.NormfixError, match=r"NF149.*100 of .*--allow-nonfinite"):
+        normfix.predict(model, holes, tile=32)
+    found = normfix.predict(model, holes, tile=32, allow_nonfinite=True)
+    with torch.no_grad():
+        expected = model(holes)
+    assert torch.equal(found.isinf(), expected.isinf())
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_half_precision_network_that_overflows_is_named(network, image):
+    """60000 fits float16 and its sums do not; 100000 does not fit to begin with."""
+    model = normfix.convert(network.half(), image.half()).model
+    with pytest.raises(normfix.NormfixError, match=r"NF149.*float16"):
+        normfix.predict(model, torch.full((1, 1, 96, 128), 60000.0).half(), tile=32)
+    with pytest.raises(normfix.NormfixError, match=r"NF104.*float16"):
+        normfix.predict(model, torch.full((1, 1, 96, 128), 1e5), tile=32)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "tile"),
+    [
+        (lambda: Resized(1.5, live=True), (61, 50), 20),
+        (lambda: Resized(0.75, live=True), (61, 50), 20),
+        (ValidUNet, (68, 60), 20),
+        (Extractor, (1203,), 160),
+    ],
+)
+def test_outputs_of_other_extents_are_placed_rightly(make, shape, tile):
+    """Converted and tiled, a network of scale 3/2, or without padding, is the original at sizes off its stride."""
+    net = make().eval().double()
+    image = torch.rand(1, 1, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    done = normfix.convert(net, image, dtype=torch.float64)
+    with torch.no_grad():
+        expected = net(image)
+    found = normfix.predict(done.model, image, tile, engine="tiles")
+    assert found.shape == expected.shape
+    assert float((found - expected).abs().max() / expected.std()) < 1e-10
+
+
+def _own_tiles(net, image, tile, halo, scale):
+    """Stitch along the last axis with plain slices: what any tool does that is told a stride and a halo."""
+    whole, parts = image.shape[-1], []
+    for start in range(0, whole, tile):
+        first, last = max(0, start - halo[0]), min(whole, start + tile + halo[1])
+        out = net(image[..., first:last])
+        skipped = int((start - first) * scale)
+        parts.append(out[..., skipped : skipped + int(tile * scale)])
+    return torch.cat(parts, -1)
+
+
+@pytest.mark.parametrize(
+    ("make", "scale"),
+    [
+        (lambda: UNet(strided, nearest), 1),
+        (lambda: UNet(max_pool, nearest, depth=2), 1),
+        (Blocks, 1),
+        (lambda: nn.Sequential(UNet(strided, nearest, depth=2), nn.Upsample(scale_factor=2)), 2),
+        (lambda: nn.Sequential(UNet(strided, nearest, depth=2), nn.Conv2d(1, 1, 4, 4)), 1 / 4),
+    ],
+)
+def test_the_rounded_halo_is_enough_for_any_tool(make, scale):
+    """Tiles that read exactly `Scan.halo_rounded` are exact in float64; a stride less on both sides is not."""
+    net = make().eval()
+    scan = normfix.scan(net, fast=True)
+    (before, after), stride = scan.halo_rounded[1], scan.stride[1]
+    assert 0 <= before - scan.halo[1][0] < stride
+    double, shape = copy.deepcopy(net).double(), (1, 1, 32, 10 * stride + 64)
+    image = 1e6 * torch.rand(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    with torch.no_grad():
+        whole = double(image)
+        exact = _own_tiles(double, image, 2 * stride, (before, after), scale)
+        short = _own_tiles(
+            double, image, 2 * stride, (max(0, before - stride), max(0, after - stride)), scale
+        )
+    assert float((exact - whole).abs().max() / whole.std()) < 1e-11
+    assert float((short - whole).abs().max() / whole.std()) > 1e-11

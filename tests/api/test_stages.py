@@ -1,0 +1,270 @@
+"""calibrate, predict and convert in stages: the same numbers as without, in less memory."""
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from networks import TOLERANCE, LiveInstance
+from streamed_networks import DividesBySize, Squeezed, TwoLevels
+from torch import nn
+from torch.testing import assert_close
+
+import normfix
+from normfix.errors import NormfixError
+from normfix.images.scaling import scaled
+from normfix.records.saved import Scaling
+
+
+def _image(*size, seed=1, dtype=torch.float64):
+    return (
+        torch.rand(1, 1, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 3
+    ).to(dtype)
+
+
+@pytest.fixture(scope="module")
+def converted():
+    """A converted U-Net in float64."""
+    torch.manual_seed(0)
+    return normfix.convert(TwoLevels().double(), _image(64, 48))
+
+
+def _statistics(model):
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
+
+
+def test_calibrating_in_blocks_equals_passes(converted):
+    """With and without `tile` the statistics agree to 1e-9 for several images, and the summary says which way."""
+    images = [_image(40, 64, seed=2), 3 * _image(36, 20, seed=3)]
+    passes, stages = (
+        normfix.calibrate(converted.model, images),
+        normfix.calibrate(converted.model, images, tile=16),
+    )
+    for name, expected in _statistics(passes.model).items():
+        assert_close(stages.model.get_buffer(name), expected, rtol=1e-9, atol=1e-11)
+    assert (passes.summary.engine, stages.summary.engine) == ("passes", "stages")
+    for one, other in zip(passes.summary.sites, stages.summary.sites, strict=True):
+        assert one.site == other.site
+        assert one.elements == other.elements
+        assert_close(other.spread, one.spread, rtol=1e-9, atol=1e-9)
+
+
+def test_float32_agrees_to_its_rounding(converted):
+    """In float32 statistics from blocks are those of passes to float32's rounding."""
+    model, image = (
+        normfix.convert(converted.original.float(), _image(64, 48, dtype=torch.float32)).model,
+        None,
+    )
+    image = _image(48, 40, seed=5, dtype=torch.float32)
+    passes, stages = normfix.calibrate(model, image), normfix.calibrate(model, image, tile=16)
+    for name, expected in _statistics(passes.model).items():
+        assert_close(stages.model.get_buffer(name), expected, **TOLERANCE[torch.float32])
+    converted.original.double()
+
+
+def test_sizes_the_stride_does_not_divide(converted):
+    """An odd image means the image extended by its edge pixels, in stages as in passes and tiles."""
+    image = _image(45, 51, seed=4)
+    passes, stages = (
+        normfix.calibrate(converted.model, image),
+        normfix.calibrate(converted.model, image, tile=16),
+    )
+    for name, expected in _statistics(passes.model).items():
+        assert_close(stages.model.get_buffer(name), expected, rtol=1e-9, atol=1e-11)
+    tiles = normfix.predict(converted.model, image, tile=16, engine="tiles")
+    assert_close(
+        normfix.predict(converted.model, image, tile=16, engine="stages"), tiles, **TOLERANCE[torch.float64]
+    )
+
+
+@torch.no_grad()
+def test_prediction_in_stages_equals_the_untiled_output(converted):
+    """Stages give the converted network's untiled output, and on the calibration image the original's."""
+    image = _image(64, 48)
+    stages = normfix.predict(converted.model, image, tile=16, engine="stages")
+    assert_close(stages, converted.model(image), **TOLERANCE[torch.float64])
+    assert_close(stages, converted.original(image), **TOLERANCE[torch.float64])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("engine", ["stages", "tiles"])
+def test_per_image_statistics_are_the_original_network(converted, engine):
+    """With its own statistics every image gets the original network's prediction of it, tiled."""
+    other = 4 * _image(48, 80, seed=9) + 1
+    own = normfix.predict(converted.model, other, tile=16, engine=engine, statistics="per-image")
+    assert_close(own, converted.original(other), **TOLERANCE[torch.float64])
+    stored = normfix.predict(converted.model, other, tile=16, engine=engine)
+    assert (stored - own).abs().max() > 0.1  # the statistics do matter on this image
+
+
+def test_what_cannot_run_in_stages_takes_passes_and_says_why():
+    """A network whose blocks differ from its whole is calibrated in passes, with the reason in the summary."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(DividesBySize(), torch.nn.InstanceNorm2d(1)).double()
+    image = _image(32, 32)
+    model = normfix.convert(net, image).model
+    passes, stages = normfix.calibrate(model, image), normfix.calibrate(model, image, tile=16)
+    assert stages.summary.engine == "passes"
+    assert "NF324" in stages.summary.reason
+    for name, expected in _statistics(passes.model).items():
+        assert torch.equal(stages.model.get_buffer(name), expected)
+
+
+def test_an_error_on_the_way_leaves_the_old_statistics(converted):
+    """If the store is full in the middle, the model has the statistics it had."""
+    model = converted.model
+    before = _statistics(model)
+    with pytest.raises(NormfixError, match="NF326"):
+        normfix.calibrate_(model, _image(48, 40, seed=5), tile=16, budget=60_000)
+    assert all(torch.equal(model.get_buffer(name), value) for name, value in before.items())
+
+
+def test_a_changed_weight_counts_in_the_next_prediction(converted):
+    """The captured graph is kept, but always with the model's present weights."""
+    model, image = normfix.calibrate(converted.model, _image(64, 48), tile=32).model, _image(32, 32)
+    first = normfix.predict(model, image, tile=16, engine="stages")
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+        model.head.bias.mul_(2)
+    assert_close(
+        normfix.predict(model, image, tile=16, engine="stages"), 2 * first, **TOLERANCE[torch.float64]
+    )
+
+
+def test_a_changed_behaviour_is_captured_anew(converted):
+    """A capture that is no longer what the model computes is not used, though no module or weight changed."""
+    model, image = normfix.calibrate(converted.model, _image(64, 48), tile=32).model, _image(32, 32)
+    normfix.predict(model, image, tile=16, engine="stages")
+    model.stem[2].negative_slope = 0.7
+    with torch.no_grad():
+        expected = model.eval()(image)
+    assert_close(
+        normfix.predict(model, image, tile=16, engine="stages"), expected, **TOLERANCE[torch.float64]
+    )
+
+
+def test_batch_norms_of_an_unconverted_network_are_measured_in_blocks():
+    """Plain BatchNorm networks are recalibrated in stages as well."""
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 3, 3, padding=1),
+        torch.nn.BatchNorm2d(3),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(3, 2, 3, padding=1),
+    ).double()
+    net.append(torch.nn.BatchNorm2d(2).double())
+    image = _image(64, 96)
+    passes, stages = normfix.calibrate(net, image), normfix.calibrate(net, image, tile=20)
+    assert stages.summary.engine == "stages"
+    for name, expected in _statistics(passes.model).items():
+        assert_close(stages.model.get_buffer(name), expected, rtol=1e-9, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [1, 2])
+def test_statistics_that_are_no_norms_are_measured_in_blocks(count):
+    """Means and maxima of hand-written gates are put together from blocks by their population laws."""
+    torch.manual_seed(0)
+    net, images = Squeezed().double(), [_image(40, 32), 2 * _image(24, 48, seed=2)][:count]
+    model = normfix.convert(net, images[0]).model
+    passes, stages = normfix.calibrate(model, images), normfix.calibrate(model, images, tile=12)
+    assert (stages.summary.engine, stages.summary.reason) == ("stages", "")
+    assert len(stages.summary.sites) == 3
+    buffers = dict(passes.model.named_buffers())
+    for name, value in stages.model.named_buffers():
+        assert_close(value, buffers[name], rtol=1e-9, atol=1e-12)
+    if count == 1:
+        whole = normfix.predict(stages.model, images[0], tile=12, engine="stages")
+        assert_close(whole, net(images[0]), **TOLERANCE[torch.float64])
+
+
+class _Valid(nn.Module):
+    """Convolves without padding, so that its maps have fewer positions than the image has pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.n1 = nn.Conv2d(1, 4, 5), nn.InstanceNorm2d(4)
+        self.b, self.n2, self.up = nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4), nn.ConvTranspose2d(4, 4, 2, 2)
+        self.head = nn.Conv2d(8, 1, 3)
+
+    def forward(self, x):
+        skip = self.n1(self.a(x)).relu()
+        y = self.up(self.n2(self.b(torch.nn.functional.max_pool2d(skip, 2))).relu())
+        cut = (skip.shape[2] - y.shape[2]) // 2
+        return self.head(torch.cat([skip[:, :, cut : cut + y.shape[2], cut : cut + y.shape[3]], y], 1))
+
+
+@pytest.mark.parametrize(("size", "tile"), [((60, 48), 16), ((62, 50), 18)])
+def test_valid_convolutions_run_in_stages(size, tile, tmp_path):
+    """The last blocks of maps that end before the image does have positions, kept on disk or in memory."""
+    torch.manual_seed(0)
+    network = _Valid().double().eval()
+    model = normfix.convert(network, _image(48, 72)).model
+    image = _image(*size, seed=3)
+    with torch.no_grad():
+        expected = network(image)
+        for options in ({}, {"store": tmp_path}):
+            measured = normfix.calibrate(model, image, tile=tile, **options)
+            assert measured.summary.engine == "stages"
+            assert_close(measured.model(image), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_calibrating_what_was_not_converted_is_refused():
+    """A network whose plan converts nothing has no statistic to measure, in passes or in stages."""
+    model = normfix.convert(nn.Conv2d(1, 1, 3, padding=1).double().eval(), _image(48, 48)).model
+    for options in ({}, {"tile": 16}):
+        with pytest.raises(NormfixError, match="NF302"):
+            normfix.calibrate(model, _image(48, 48), **options)
+
+
+@pytest.mark.parametrize("given", [{"engine": "magic"}, {"statistics": "batch"}])
+def test_unknown_choices_are_refused(converted, given):
+    """Another engine or kind of statistics is an error."""
+    with pytest.raises(NormfixError, match="NF410"):
+        normfix.predict(converted.model, _image(16, 16), tile=16, **given)
+
+
+def test_live_networks_are_not_predicted_in_stages():
+    """A live network is refused by predict whatever the engine."""
+    with pytest.raises(NormfixError, match="NF409"):
+        normfix.predict(LiveInstance().double(), _image(64, 64), tile=16, engine="stages")
+
+
+def test_a_file_is_calibrated_and_predicted_by_window(converted, tmp_path):
+    """A scaled TIFF read by window gives what its array gives, and the prediction lands in a file."""
+    values = (_image(61, 50, seed=8) * 60000).numpy()[0, 0].astype(np.uint16)
+    tifffile.imwrite(tmp_path / "in.tif", values, tile=(16, 16))
+    with tifffile.TiffFile(tmp_path / "in.tif") as file:  # any object with shape, dtype and slicing
+        image = normfix.open_image(file.asarray(), converted.model, axes="YX", scaling=Scaling(kind="zscore"))
+    whole = torch.from_numpy(scaled(values.astype(np.float64)[None], Scaling(kind="zscore")))[None]
+    assert_close(image.read([(0, 61), (0, 50)]), whole, rtol=0, atol=1e-6)
+    whole = image.read([(0, 61), (0, 50)])
+    passes, stages = (
+        normfix.calibrate(converted.model, whole),
+        normfix.calibrate(converted.model, image, tile=20),
+    )
+    for name, expected in _statistics(passes.model).items():
+        assert_close(stages.model.get_buffer(name), expected, rtol=1e-9, atol=1e-11)
+    for name in ("out.npy", "out.zarr", "out.tif"):
+        normfix.write_prediction(passes.model, image, tmp_path / name, tile=20, budget=10_000, store=tmp_path)
+        with normfix.open_image(tmp_path / name, TwoOut()) as file:
+            written = file.read([(0, 61), (0, 50)])
+        assert_close(written.double(), normfix.predict(passes.model, whole, tile=20), rtol=1e-6, atol=1e-6)
+
+
+class TwoOut(torch.nn.Conv2d):
+    """Takes two channels, as the prediction has."""
+
+    def __init__(self):
+        super().__init__(2, 1, 1)
+
+
+@torch.no_grad()
+def test_converting_within_a_budget(tmp_path):
+    """With a budget the image is measured in stages, proved, and the constants are those of the whole image."""
+    torch.manual_seed(0)
+    net, image = TwoLevels().double(), _image(128, 96)
+    limited = normfix.convert(net, image, budget=100_000, store=tmp_path, tile=32)
+    assert limited.proof.passed, limited.proof
+    assert limited.calibration.summary.engine == "stages"
+    assert limited.calibration.summary.images == ((1, 1, 128, 96),)
+    assert_close(limited.model(image), net.eval()(image), **TOLERANCE[torch.float64])
+    assert not list(tmp_path.iterdir())

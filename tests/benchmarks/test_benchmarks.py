@@ -1,0 +1,62 @@
+"""Every benchmark runs to its end on a small size and prints what its docstring promises; none of it is timed here."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+# the words after the file's name, what the last lines must match
+RUNS = {
+    "check": (["--size", "128", "--tile", "64"], r"converted: passes [\d.]+ s, check [\d.]+ s, [\d.]+x"),
+    "layers": (["--rounds", "1", "--size", "32"], r"\| BatchRenorm2d \| \d+ \| -?\d+ \|"),
+    "scan": (["demo"], r"demo +[\d.]+s +[\d.]+x +[\d.]+x  \(\(46, 46\), \(46, 46\)\)"),
+    "streaming": (["2d", "--size", "96", "--tile", "48", "--width", "4"], r"[\d.]+"),
+}
+
+
+def run(*words, cwd):
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", sorted(RUNS))
+def test_a_benchmark_runs_to_its_end(name, tmp_path):
+    """What it prints last has numbers in it."""
+    words, pattern = RUNS[name]
+    printed = run(BENCHMARKS / f"{name}.py", *words, cwd=tmp_path)
+    assert re.search(pattern, printed), printed
+
+
+def test_growth_is_plotted(tmp_path):
+    """The benchmark of growth starts a process per size and draws them."""
+    words = ["growth", "--sizes", "64", "96", "--tile", "48", "--width", "4", "--plot", "growth.png"]
+    run(BENCHMARKS / "streaming.py", *words, cwd=tmp_path)
+    assert (tmp_path / "growth.png").stat().st_size > 1000
+
+
+def test_what_is_diagnosed_is_confirmed_without_normfix(tmp_path):
+    """The network that needs no download is diagnosed, and the numbers are found again by other means."""
+    run(BENCHMARKS / "real_networks.py", tmp_path, "found.json", "demo", cwd=tmp_path)
+    printed = run(BENCHMARKS / "confirm_real.py", tmp_path, "found.json", cwd=tmp_path)
+    assert "demo mean_sd" in printed
+    assert "DIFFERS" not in printed
+
+
+def test_a_wrong_number_is_not_confirmed(tmp_path):
+    """The confirmation fails where there is nothing to confirm."""
+    (tmp_path / "found.json").write_text("{}")
+    words = [sys.executable, BENCHMARKS / "confirm_real.py", tmp_path, "found.json"]
+    assert subprocess.run(words, cwd=tmp_path, capture_output=True, timeout=600, check=False).returncode == 1
+
+
+def test_every_benchmark_is_run_here_or_by_its_own_test():
+    """A new file in benchmarks/ needs a run of its own."""
+    files = {path.stem for path in BENCHMARKS.glob("*.py")}
+    assert files == {*RUNS, "confirm_real", "real_networks", "tradeoffs"}  # the last has test_tradeoffs.py

@@ -1,0 +1,79 @@
+"""pyproject.toml gives options their defaults, and decides nothing that runs or writes."""
+
+import pytest
+
+from normfix.cli import cli
+from normfix.cli.settings import NEVER, read_settings
+from normfix.errors import NormfixError
+
+OPTIONS = {"check": {"tile", "scale", "format_", "arch", "trust_pickle"}, "scan": {"format_"}}
+
+
+def written(folder, text):
+    """Write a pyproject.toml."""
+    (folder / "pyproject.toml").write_text(text)
+    return folder
+
+
+def test_common_and_own_options_are_merged(tmp_path):
+    """A command takes the options it has from the table, and those of its own table before them."""
+    written(tmp_path, '[tool.normfix]\nformat = "json"\ntile = 512\n[tool.normfix.check]\ntile = 64\n')
+    found = read_settings(tmp_path, OPTIONS)
+    assert found.commands == {"check": {"format_": "json", "tile": 64}, "scan": {"format_": "json"}}
+
+
+def test_the_nearest_file_above_counts(tmp_path):
+    """A folder below the project's uses the project's settings."""
+    written(tmp_path, "[tool.normfix]\ntile = 512\n")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    assert read_settings(tmp_path / "a" / "b", OPTIONS).path == tmp_path / "pyproject.toml"
+
+
+@pytest.mark.parametrize("text", ["", "[project]\nname = 'x'\n"])
+def test_a_project_without_the_table_sets_nothing(tmp_path, text):
+    """Other projects' files are no business of ours."""
+    assert read_settings(written(tmp_path, text), OPTIONS).commands == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("[tool.normfix", "NF130"),
+        ("[tool]\nnormfix = 3\n", "NF131"),
+        ("[tool.normfix]\ntiel = 3\n", "NF131"),
+        ("[tool.normfix.chek]\ntile = 3\n", "NF131"),
+        ("[tool.normfix.scan]\ntile = 3\n", "NF131"),
+        ("[tool.normfix]\ntrust-pickle = true\n", "NF131"),
+        ("[tool.normfix.check]\narch = 'os:system'\n", "NF131"),
+    ],
+)
+def test_what_no_file_may_set_is_refused(tmp_path, text, code):
+    """Broken files, unknown names, and options that run code are refused with the file's name."""
+    with pytest.raises(NormfixError, match=code) as caught:
+        read_settings(written(tmp_path, text), OPTIONS)
+    assert "pyproject.toml" in str(caught.value)
+
+
+def test_every_option_that_runs_code_is_on_the_list():
+    """The names that no file sets are options of real commands, so none is misspelt."""
+    names = {p.name for command in cli.commands.values() for p in command.params}
+    assert set(NEVER) <= names
+
+
+def test_a_setting_is_the_default_of_the_command(tmp_path, monkeypatch, capsys):
+    """`normfix explain` prints JSON where the project says so, and text where the caller says so."""
+    monkeypatch.chdir(written(tmp_path, '[tool.normfix]\nformat = "json"\n'))
+    cli.main(["explain", "NF203"], standalone_mode=False)
+    assert capsys.readouterr().out.startswith("{")
+    cli.main(["explain", "NF203", "--format", "text"], standalone_mode=False)
+    assert capsys.readouterr().out.startswith("NF203")
+
+
+def test_show_settings_prints_them(tmp_path, monkeypatch, capsys):
+    """--show-settings names the file and each command's option."""
+    monkeypatch.chdir(written(tmp_path, "[tool.normfix]\ntile = 512\n"))
+    cli.main(["--show-settings"], standalone_mode=False)
+    out = capsys.readouterr().out
+    assert str(tmp_path / "pyproject.toml") in out
+    assert "check --tile 512" in out
+    assert "explain" not in out

@@ -1,0 +1,293 @@
+"""Image files that reach out, wait, or ask for much: what their names promise is what is opened, and little of it."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import lzma
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from normfix.errors import NormfixError
+from normfix.images.axes import read_image
+from normfix.images.formats import open_file
+from normfix.storage.opening import open_model
+
+VALUES = np.arange(64, dtype="<f4").reshape(8, 8)
+
+
+def _png(width: int, height: int, bits: int, kind: int, data: bytes) -> bytes:
+    """Return a PNG of packed rows."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        )
+
+    head = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(data))
+        + chunk(b"IEND", b"")
+    )
+
+
+def _written(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+GREY = Image.new("L", (8, 8), 5)
+PICTURES = {
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n", "NF101"),
+    "a GIF": (_written(GREY, "GIF"), "NF101"),
+    "an animation": (
+        _written(GREY, "PNG", save_all=True, append_images=[Image.new("L", (8, 8), 9)]),
+        "NF101",
+    ),
+    "colours of 16 bits": (_png(8, 8, 16, 2, bytes(8 * 49)), "NF101"),
+    "many pixels": (_png(13000, 13000, 8, 6, b""), "NF121"),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_png_that_is_something_else_is_not_unpacked(tmp_path, name):
+    """Other formats, animations, what would be read with a loss, and pictures larger than their file are refused."""
+    data, code = PICTURES[name]
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(NormfixError) as caught:
+        open_file(tmp_path / "a.png")
+    assert caught.value.code == code
+
+
+def test_an_ordinary_png_is_read(tmp_path):
+    """Negative control: grey and colour of 8 bits, grey of 16."""
+    for name, image in (("grey", GREY), ("colour", GREY.convert("RGB")), ("deep", GREY.convert("I;16"))):
+        image.save(tmp_path / f"{name}.png")
+        assert np.all(np.asarray(open_file(tmp_path / f"{name}.png").array) == 5)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".npy", ".tif", ".nii", ".nii.gz"])
+def test_a_pipe_or_device_is_no_image(tmp_path, suffix):
+    """Neither is opened, which would wait or read without end."""
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    (tmp_path / f"device{suffix}").symlink_to("/dev/zero")
+    for name in ("pipe", "device"):
+        with pytest.raises(NormfixError, match=r"NF101 .* no file"):
+            open_file(tmp_path / f"{name}{suffix}")
+
+
+def test_a_pipe_is_no_checkpoint(tmp_path):
+    """A pipe with the ending of a checkpoint, beside a config, is not opened."""
+    os.mkfifo(tmp_path / "best.pytorch")
+    (tmp_path / "config.yml").write_text("model: {name: UNet3D}")
+    with pytest.raises(NormfixError, match=r"NF101 .* no file"):
+        open_model(str(tmp_path / "best.pytorch"))
+
+
+def test_an_archive_is_no_array(tmp_path):
+    """An .npz named .npy is refused."""
+    file = io.BytesIO()
+    np.savez(file, a=VALUES)
+    (tmp_path / "a.npy").write_bytes(file.getvalue())
+    with pytest.raises(NormfixError, match="NF101"):
+        open_file(tmp_path / "a.npy")
+
+
+def _ome(path: Path, name: str, planes: int = 2) -> Path:
+    """Write an OME-TIFF whose second plane lies in another file."""
+    xml = (
+        '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0">'
+        '<Pixels ID="P:0" DimensionOrder="XYZCT" Type="float" SizeX="8" SizeY="8" SizeC="1" SizeT="1" '
+        f'SizeZ="{planes}"><TiffData IFD="0" FirstZ="0" PlaneCount="1"/><TiffData IFD="0" FirstZ="1" PlaneCount="1">'
+        f'<UUID FileName="{name}">urn:uuid:1</UUID></TiffData></Pixels></Image></OME>'
+    )
+    tifffile.imwrite(path, VALUES, description=xml, metadata=None)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "code"), [("../away/b.ome.tif", "NF121"), ("pipe.ome.tif", "NF121"), ("gone.ome.tif", "NF101")]
+)
+def test_a_companion_elsewhere_or_missing_is_refused(tmp_path, name, code):
+    """Files of other folders and pipes are not opened, and what is missing is not read as zeros."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "away").mkdir()
+    os.mkfifo(tmp_path / "away" / "b.ome.tif")
+    os.mkfifo(tmp_path / "here" / "pipe.ome.tif")
+    with pytest.raises(NormfixError) as caught:
+        open_file(_ome(tmp_path / "here" / "a.ome.tif", name))
+    assert caught.value.code == code
+
+
+def test_a_companion_beside_is_read(tmp_path):
+    """Negative control: a plane in a file of the same folder."""
+    tifffile.imwrite(tmp_path / "b.ome.tif", VALUES + 1, metadata=None)
+    opened = open_file(_ome(tmp_path / "a.ome.tif", "b.ome.tif"))
+    try:
+        np.testing.assert_array_equal(np.asarray(opened.array), [VALUES, VALUES + 1])
+    finally:
+        opened.close()
+
+
+def test_a_description_of_countless_planes_is_refused(tmp_path):
+    """No list of them is made."""
+    with pytest.raises(NormfixError, match="NF121"):
+        open_file(_ome(tmp_path / "a.ome.tif", "a.ome.tif", planes=10**9))
+
+
+def test_an_extension_larger_than_its_header_says_is_not_read(tmp_path):
+    """A compressed NIfTI whose extension claims two gigabytes is refused before any of it is unpacked."""
+    nibabel = pytest.importorskip("nibabel")
+    head = bytearray(nibabel.Nifti1Image(VALUES, np.eye(4)).header.binaryblock)
+    head[344:348] = b"n+1\0"
+    struct.pack_into("<f", head, 108, 416.0)
+    harm = bytes(head) + b"\1\0\0\0" + struct.pack("<ii", 2**31 - 16, 6) + bytes(1000)
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(harm))
+    with pytest.raises(NormfixError, match="NF121"):
+        open_file(tmp_path / "a.nii.gz")
+    right = bytes(head) + b"\1\0\0\0" + struct.pack("<ii", 64, 6) + bytes(56) + VALUES.tobytes(order="F")
+    (tmp_path / "b.nii.gz").write_bytes(gzip.compress(right))
+    np.testing.assert_array_equal(open_file(tmp_path / "b.nii.gz").array[:, :], VALUES)
+
+
+def _zarr(folder: Path, **more) -> Path:
+    folder.mkdir()
+    plain = {
+        "zarr_format": 2,
+        "shape": [8, 8],
+        "chunks": [8, 8],
+        "dtype": "<f4",
+        "fill_value": 0,
+        "order": "C",
+    }
+    (folder / ".zarray").write_text(json.dumps(plain | {"compressor": None, "filters": None} | more))
+    return folder
+
+
+def test_a_filter_that_makes_texts_of_numbers_is_refused(tmp_path):
+    """A text of a million characters for each number is not made; another type of numbers is."""
+    settings = {"id": "astype", "encode_dtype": "<f4"}
+    with pytest.raises(NormfixError, match="NF106"):
+        open_file(_zarr(tmp_path / "a.zarr", filters=[settings | {"decode_dtype": "S1000000"}]))
+    folder = _zarr(tmp_path / "b.zarr", filters=[settings | {"decode_dtype": "<f8"}], dtype="<f8")
+    (folder / "0.0").write_bytes(VALUES.tobytes())
+    np.testing.assert_array_equal(open_file(folder).array[:, :], VALUES)
+
+
+def test_folders_of_chunks_that_are_links_in_a_circle_are_refused(tmp_path):
+    """They are not looked through without end."""
+    folder = _zarr(tmp_path / "a.zarr", shape=[2] * 20, chunks=[1] * 20, dimension_separator="/")
+    for name in "01":
+        (folder / name).symlink_to(".")
+    with pytest.raises(NormfixError, match="NF121"):
+        open_file(folder)
+
+
+def test_a_group_of_countless_images_is_refused(tmp_path):
+    """They are not opened one by one to be listed."""
+    part = {"axes": [{"name": "y"}, {"name": "x"}], "datasets": [{"path": "0"}]}
+    (tmp_path / "a.zarr").mkdir()
+    _zarr(tmp_path / "a.zarr" / "0")
+    (tmp_path / "a.zarr" / ".zgroup").write_text('{"zarr_format": 2}')
+    (tmp_path / "a.zarr" / ".zattrs").write_text(json.dumps({"multiscales": [part] * 20_000}))
+    with pytest.raises(NormfixError, match="NF121"):
+        open_file(tmp_path / "a.zarr")
+
+
+def test_countless_extensions_are_not_read(tmp_path):
+    """Extensions of eight bytes each, a hundred kilobytes of them, are refused before an object is made of each."""
+    nibabel = pytest.importorskip("nibabel")
+    head = bytearray(nibabel.Nifti1Image(VALUES, np.eye(4)).header.binaryblock)
+    head[344:348] = b"n+1\0"
+    parts = struct.pack("<ii", 16, 6) + bytes(8)
+    struct.pack_into("<f", head, 108, 352.0 + 16 * 5000)
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(bytes(head) + b"\1\0\0\0" + parts * 5000))
+    with pytest.raises(NormfixError, match="NF121"):
+        open_file(tmp_path / "a.nii.gz")
+
+
+def test_chunks_without_end_are_not_looked_for(tmp_path):
+    """An array of a chunk for each of its million pixels, of which none is there, is refused; a few are read."""
+    with pytest.raises(NormfixError, match="NF121"):
+        read_image(_zarr(tmp_path / "a.zarr", shape=[1024, 1024], chunks=[1, 1]), ndim=2, channels=1)
+    folder = _zarr(tmp_path / "b.zarr", chunks=[1, 1], fill_value=7)
+    assert (read_image(folder, ndim=2, channels=1) == 7).all()
+
+
+def test_metadata_of_countless_lists_is_refused(tmp_path):
+    """Ten bytes of it take a hundred in memory."""
+    folder = _zarr(tmp_path / "a.zarr", more=[[0]] * 400_000)
+    with pytest.raises(NormfixError, match="NF121"):
+        open_file(folder)
+
+
+def test_images_of_a_group_are_listed_by_their_metadata(tmp_path, monkeypatch):
+    """Their chunks are not looked for, which may lie in one folder under 256 names."""
+    part = {"axes": [{"name": "y"}, {"name": "x"}], "datasets": [{"path": "0"}]}
+    folder = tmp_path / "a.zarr"
+    folder.mkdir()
+    _zarr(folder / "0")
+    (folder / ".zgroup").write_text('{"zarr_format": 2}')
+    (folder / ".zattrs").write_text(json.dumps({"multiscales": [part] * 4}))
+    monkeypatch.setattr("normfix.images.formats.chunk_store._listing", None)
+    with pytest.raises(NormfixError, match=r"NF141.*8x8"):
+        open_file(folder)
+
+
+PACKED = {
+    "PackBits": (32773, lambda size: b"\x81\0" * (size // 128)),
+    "deflate": (8, lambda size: zlib.compress(bytes(size))),
+    "xz of two streams": (34925, lambda size: lzma.compress(b"") + lzma.compress(bytes(size), preset=0)),
+}
+
+
+def _strips(path: Path, compression: int, data: bytes, count: int = 1) -> Path:
+    """Write a TIFF of 16 x 16 bytes a strip, all strips the same bytes of the file."""
+    first = 8 + 2 + 12 * 8 + 4
+    place = first + (8 * count if count > 1 else 0)
+    starts, lengths = (place, len(data)) if count == 1 else (first, first + 4 * count)
+    width, height, bits = (3, 1, 16), (4, 1, 16 * count), (3, 1, 8)
+    entries = {256: width, 257: height, 258: bits, 259: (3, 1, compression), 262: (3, 1, 1)}
+    entries |= {273: (4, count, starts), 278: (4, 1, 16), 279: (4, count, lengths)}
+    table = b"".join(struct.pack("<HHLL", code, *entry) for code, entry in entries.items())
+    lists = struct.pack(f"<{2 * count}L", *[place] * count, *[len(data)] * count) if count > 1 else b""
+    path.write_bytes(b"II*\0\x08\0\0\0\x08\0" + table + bytes(4) + lists + data)
+    return path
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_strip_that_holds_256_bytes_unpacks_to_no_more_than_it_may(tmp_path, name):
+    """However it is packed, what comes out is counted before it is made; a right strip is read."""
+    compression, pack = PACKED[name]
+    harm = _strips(tmp_path / "a.tif", compression, pack(68 << 20))
+    with pytest.raises(NormfixError, match="NF121"):
+        read_image(harm, ndim=2, channels=1)
+    right = _strips(tmp_path / "b.tif", compression, pack(256))
+    assert not read_image(right, ndim=2, channels=1).any()
+
+
+def test_a_page_of_countless_strips_is_refused(tmp_path):
+    """A hundred thousand strips, all of the same twelve bytes, are not unpacked one by one; a hundred are read."""
+    with pytest.raises(NormfixError, match="NF121"):
+        read_image(_strips(tmp_path / "a.tif", 8, zlib.compress(bytes(256)), 100_000), ndim=2, channels=1)
+    few = _strips(tmp_path / "b.tif", 8, zlib.compress(bytes(256)), 100)
+    assert read_image(few, ndim=2, channels=1).shape == (1, 1600, 16)
+
+
+def test_a_description_of_countless_elements_is_refused(tmp_path):
+    """No tree of them is made."""
+    xml = f'<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org">{"<a/>" * 1_000_001}</OME>'
+    tifffile.imwrite(tmp_path / "a.ome.tif", VALUES, description=xml, metadata=None)
+    with pytest.raises(NormfixError, match="NF121"):
+        open_file(tmp_path / "a.ome.tif")

@@ -1,0 +1,107 @@
+"""Images are found in order, read as often as needed, and refused by name where they do not fit."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from normfix.errors import NormfixError
+from normfix.images.collections import ImageFiles, Items, find_images
+
+FLOAT = np.random.default_rng(0).normal(3, 2, (2, 24, 20)).astype(np.float32)
+CPU = torch.device("cpu")
+
+
+def code_of(function, *args, **options) -> str:
+    """Return the code of the error a call gives."""
+    with pytest.raises(NormfixError) as caught:
+        function(*args, **options)
+    return caught.value.code
+
+
+def test_a_folder_gives_its_images_sorted(tmp_path):
+    """A folder stands for the images in it, in the order of their names, other files apart."""
+    for name in ("b.tif", "a.PNG", "c.npy", "notes.txt"):
+        (tmp_path / name).touch()
+    assert [p.name for p in find_images([str(tmp_path)])] == ["a.PNG", "b.tif", "c.npy"]
+
+
+def test_a_glob_gives_its_images_sorted(tmp_path):
+    """A pattern that the shell did not expand is expanded, sorted."""
+    for name in ("b.tif", "a.tif", "c.npy"):
+        (tmp_path / name).touch()
+    assert [p.name for p in find_images([str(tmp_path / "*.tif")])] == ["a.tif", "b.tif"]
+
+
+def test_a_name_with_brackets_is_a_file_first(tmp_path):
+    """A file whose name looks like a pattern is found."""
+    (tmp_path / "cell[1].tif").touch()
+    assert find_images([str(tmp_path / "cell[1].tif")]) == [tmp_path / "cell[1].tif"]
+
+
+def test_images_keep_the_order_of_the_arguments(tmp_path):
+    """Sorting is within an argument, not across."""
+    for name in ("b.tif", "a.tif"):
+        (tmp_path / name).touch()
+    assert [p.name for p in find_images([str(tmp_path / "b.tif"), str(tmp_path / "a.tif")])] == [
+        "b.tif",
+        "a.tif",
+    ]
+
+
+@pytest.mark.parametrize("pattern", ["", "missing.tif", "*.nope", "x" * 5000, "a\0b", "empty"])
+def test_a_pattern_without_images_is_refused(tmp_path, monkeypatch, pattern):
+    """An empty folder, a missing file, a pattern that matches nothing and impossible names are NF101."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert code_of(find_images, [pattern]) == "NF101"
+
+
+def test_image_files_can_be_read_twice(tmp_path):
+    """Files are read anew in each pass, to the same tensors."""
+    path = tmp_path / "a.npy"
+    np.save(path, FLOAT)
+    files = ImageFiles([path], 2, 2, None)
+    assert torch.equal(*(next(iter(files)) for _ in range(2)))
+
+
+def test_items_come_in_the_dtype_of_the_network():
+    """Images are given in the network's dtype."""
+    (item,) = Items.of(torch.zeros(1, 1, 4, 4), CPU, torch.float64)
+    assert item.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "images",
+    [[], {}, 5, None, (x for x in [torch.zeros(1, 1, 4, 4)]), map(str, [1]), iter([torch.zeros(1, 1, 4, 4)])],
+    ids=["list", "dict", "int", "None", "generator", "map", "iterator"],
+)
+def test_images_that_cannot_be_read_twice_are_refused(images):
+    """Emptiness, what cannot be iterated and what can be only once are NF103."""
+    assert code_of(Items.of, images, CPU, torch.float32) == "NF103"
+
+
+@pytest.mark.parametrize(
+    "image",
+    [np.zeros((1, 1, 4, 4)), "abc", torch.zeros(4, 4), torch.zeros(1, 1, 4, 4, dtype=torch.uint8)]
+    + [torch.zeros(0, 1, 4, 4), torch.zeros(1, 1, 0, 4)],
+    ids=["numpy", "text", "2d", "uint8", "no batch", "no pixels"],
+)
+def test_an_item_that_is_no_image_is_refused(image):
+    """Only floating tensors (N, C, *space) with pixels are images; all else is NF106."""
+    assert code_of(list, Items.of([image], CPU, torch.float32)) == "NF106"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_an_item_that_is_not_finite_in_the_networks_dtype_is_refused(value):
+    """NaN, infinity, and a double that float32 cannot hold are NF104."""
+    image = torch.full((1, 1, 4, 4), value, dtype=torch.float64)
+    assert code_of(list, Items.of([image], CPU, torch.float32)) == "NF104"
+
+
+def test_the_message_counts_the_images():
+    """Among several, the message says which image is bad."""
+    images = [torch.zeros(1, 1, 4, 4), torch.full((1, 1, 4, 4), float("nan"))]
+    with pytest.raises(NormfixError, match=re.escape("image 1")):
+        list(Items.of(images, CPU, torch.float32))

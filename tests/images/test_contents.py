@@ -1,0 +1,285 @@
+"""An image is known by its contents: touched it is the same, changed it is another, whatever its times say."""
+
+import gzip
+import os
+import shutil
+
+import nibabel
+import numpy as np
+import pytest
+import tifffile
+import torch
+import zarr
+from streamed_networks import Tangled
+
+import normfix
+from normfix.errors import NormfixError
+from normfix.images.collections import ImageFiles
+from normfix.images.files import open_windows
+from normfix.records.saved import Scaling
+from normfix.tiling.stages.blocks import Work
+
+RNG = np.random.default_rng(0)
+ARRAY = RNG.random((48, 44), np.float32)
+OTHER = ARRAY[::-1].copy()
+"""The same values in other places: size, histogram, mean and deviation are those of ARRAY."""
+
+SUFFIXES = [".npy", ".tif", ".tiled.tif", ".zarr", ".shards.zarr", ".png"]
+
+
+def _write(path, array):
+    """Write an image, of the same number of bytes for the same values in other places."""
+    kind = "".join(path.suffixes)
+    match kind:
+        case ".npy":
+            np.save(path, array)
+        case ".tif":
+            tifffile.imwrite(path, array)
+        case ".tiled.tif":
+            tifffile.imwrite(path, array, tile=(16, 16))
+        case ".zarr" | ".shards.zarr":
+            shards = (32, 32) if kind == ".shards.zarr" else None
+            options = {
+                "chunks": (16, 16),
+                "shards": shards,
+                "compressors": None,
+                "config": {"write_empty_chunks": True},
+            }
+            zarr.create_array(store=str(path), data=array, **options)
+        case ".png":
+            import imageio.v3 as iio
+
+            iio.imwrite(path, (array * 255).astype(np.uint8), compress_level=0)
+        case ".nii.gz":
+            nibabel.save(nibabel.Nifti1Image(array.T, np.eye(4)), path.with_name("plain.nii"))
+            data = path.with_name("plain.nii").read_bytes()
+            path.write_bytes(gzip.compress(data, 0, mtime=0))
+            path.with_name("plain.nii").unlink()
+
+
+def _files(path):
+    return [p for p in sorted(path.rglob("*")) if p.is_file()] if path.is_dir() else [path]
+
+
+def _replace(path, array):
+    """Write other values in place and give every file the size and times it had."""
+    before = {p: p.stat() for p in _files(path)}
+    _write(path.with_name(f"new{path.name[path.name.index('.') :]}"), array)
+    new = path.with_name(f"new{path.name[path.name.index('.') :]}")
+    for old, made in zip(_files(path), _files(new), strict=True):
+        with old.open("r+b") as file:
+            file.write(made.read_bytes())
+        os.utime(old, ns=(before[old].st_atime_ns, before[old].st_mtime_ns))
+        assert old.stat().st_size == before[old].st_size
+    shutil.rmtree(new) if new.is_dir() else new.unlink()
+
+
+def _touch(path):
+    for file in _files(path):
+        os.utime(file)
+
+
+class Bench:
+    """A converted network that is captured once, and its statistics before each run."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.model = normfix.convert(Tangled(), torch.rand(1, 1, 48, 44)).model
+        self.before = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.measured(normfix.open_image(ARRAY, self.model))
+
+    def measured(self, image, **options):
+        """Calibrate in stages; return the statistics."""
+        self.model.load_state_dict(self.before)
+        normfix.calibrate_(self.model, image, tile=16, **options)
+        return {name: value.clone() for name, value in self.model.named_buffers()}
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Shared, because capturing takes seconds."""
+    return Bench()
+
+
+def _run(model, path, tmp_path, *, store=True, scaling="zscore", mask=None):
+    """Calibrate in stages on a file; return the statistics."""
+    kept = {"store": tmp_path / "store"} if store else {}
+    with normfix.open_image(path, model.model, scaling=Scaling(kind=scaling)) as image:
+        return model.measured(image, mask=mask, **kept)
+
+
+def _stop(monkeypatch, block, then=None):
+    """At the nth block from now on do something, or stop there."""
+    compute, seen = Work.__call__, []
+
+    def call(self, number):
+        seen.append(number)
+        if len(seen) == block:
+            if then is None:
+                raise KeyboardInterrupt
+            then()
+        return compute(self, number)
+
+    monkeypatch.setattr(Work, "__call__", call)
+
+
+def _stopped(model, path, tmp_path, monkeypatch, **options):
+    (tmp_path / "store").mkdir(exist_ok=True)
+    _stop(monkeypatch, 6)
+    with pytest.raises(KeyboardInterrupt):
+        _run(model, path, tmp_path, **options)
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_another_image_of_the_same_size_time_and_histogram_is_refused(model, tmp_path, monkeypatch, suffix):
+    """A run that was stopped does not go on with other values under the old name, size and time of change."""
+    path = tmp_path / f"a{suffix}"
+    _write(path, ARRAY)
+    scaling = "unit" if suffix == ".png" else "zscore"
+    _stopped(model, path, tmp_path, monkeypatch, scaling=scaling)
+    before = {p: p.read_bytes() for p in (tmp_path / "store").rglob("*") if p.is_file()}
+    _replace(path, OTHER)
+    with pytest.raises(NormfixError, match=r"NF328.*other images"):
+        _run(model, path, tmp_path, scaling=scaling)
+    assert {p: p.read_bytes() for p in (tmp_path / "store").rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_touched_or_moved_image_is_the_same(model, tmp_path, monkeypatch, suffix):
+    """A run that was stopped goes on with the same values, whatever their file's time or name, to the same bits."""
+    path = tmp_path / f"a{suffix}"
+    _write(path, ARRAY)
+    scaling = "unit" if suffix == ".png" else "zscore"
+    _stopped(model, path, tmp_path, monkeypatch, scaling=scaling)
+    _touch(path)
+    moved = path.rename(tmp_path / f"b{suffix}")
+    found = _run(model, moved, tmp_path, scaling=scaling)
+    expected = _run(model, moved, tmp_path, store=False, scaling=scaling)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".zarr"])
+def test_another_mask_is_another_run(model, tmp_path, monkeypatch, suffix):
+    """A mask is an input as well: with as many ignored pixels elsewhere the run is refused, touched it goes on."""
+    image, mask = tmp_path / "a.npy", tmp_path / f"m{suffix}"
+    ignored = np.zeros(ARRAY.shape, np.uint8)
+    ignored[:16] = 1
+    _write(image, ARRAY)
+    _write(mask, ignored)
+    _stopped(model, image, tmp_path, monkeypatch, mask=mask)
+    _replace(mask, ignored[::-1].copy())
+    with pytest.raises(NormfixError, match=r"NF328.*other images"):
+        _run(model, image, tmp_path, mask=mask)
+    _replace(mask, ignored)
+    _touch(mask)
+    _run(model, image, tmp_path, mask=mask)
+
+
+def test_arrays_in_python_are_known_by_their_values(model, tmp_path, monkeypatch):
+    """Of an array without a file the values count: a permuted one is refused, a copy goes on."""
+
+    def run(array):
+        model.measured(normfix.open_image(array, model.model), store=tmp_path / "store")
+
+    (tmp_path / "store").mkdir()
+    _stop(monkeypatch, 6)
+    with pytest.raises(KeyboardInterrupt):
+        run(ARRAY)
+    monkeypatch.undo()
+    with pytest.raises(NormfixError, match=r"NF328.*other images"):
+        run(OTHER)
+    run(ARRAY.copy())
+
+
+@pytest.mark.parametrize("scaling", ["none", "zscore"])
+@pytest.mark.parametrize("suffix", [".npy", ".tif", ".zarr", ".nii.gz"])
+def test_a_change_while_reading_is_found_with_its_time_put_back(
+    model, tmp_path, monkeypatch, suffix, scaling
+):
+    """Values that change while blocks are computed are found, though size and time of change are as they were."""
+    path = tmp_path / f"a{suffix}"
+    _write(path, ARRAY)
+    _stop(monkeypatch, 6, lambda: _replace(path, OTHER))
+    with pytest.raises(NormfixError, match="NF331"):
+        _run(model, path, tmp_path, store=False, scaling=scaling)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".tif", ".zarr", ".nii.gz"])
+def test_a_touch_while_reading_is_no_change(model, tmp_path, monkeypatch, suffix):
+    """A file that was read whole and is touched or rewritten with the same values meanwhile is read on."""
+    path = tmp_path / f"a{suffix}"
+    _write(path, ARRAY)
+    expected = _run(model, path, tmp_path, store=False)
+    _stop(monkeypatch, 6, lambda: _touch(path))
+    found = _run(model, path, tmp_path, store=False)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".zarr"])
+def test_what_was_not_read_whole_and_is_written_to_is_refused(model, tmp_path, monkeypatch, suffix):
+    """Without a first walk nothing tells what the rest of a file was, so a later time of change is an error."""
+    path = tmp_path / f"a{suffix}"
+    _write(path, ARRAY)
+    _stop(monkeypatch, 6, lambda: _touch(path))
+    with pytest.raises(NormfixError, match="NF331"):
+        _run(model, path, tmp_path, store=False, scaling="none")
+
+
+def test_a_link_to_a_file_is_no_change(model, tmp_path, monkeypatch):
+    """What changes a file's own time alone, as a backup by hard links does, is no change, also without a first walk."""
+    path = tmp_path / "a.npy"
+    _write(path, ARRAY)
+    _stop(monkeypatch, 6, lambda: os.link(path, tmp_path / "backup.npy"))
+    _run(model, path, tmp_path, store=False, scaling="none")
+
+
+def test_a_window_that_is_read_twice_is_the_same_twice(tmp_path, monkeypatch):
+    """Whatever times say: other values in a window that was read before are an error."""
+    _write(tmp_path / "a.npy", ARRAY)
+    with open_windows(tmp_path / "a.npy", ndim=2, channels=1) as image:
+        monkeypatch.setattr(type(image.contents.origin), "now", lambda self: self.seen)
+        image.read([(0, 8), (0, 8)])
+        _replace(tmp_path / "a.npy", OTHER)
+        with pytest.raises(NormfixError, match="NF331"):
+            image.read([(0, 8), (0, 8)])
+
+
+def test_a_missing_chunk_is_no_zeros(model, tmp_path, monkeypatch):
+    """A chunk that vanishes while a Zarr is read is a change, not its fill value."""
+    path = tmp_path / "a.zarr"
+    _write(path, ARRAY)
+    _stop(monkeypatch, 2, (path / "c" / "2" / "2").unlink)
+    with pytest.raises(NormfixError, match="NF331"):
+        _run(model, path, tmp_path, store=False, scaling="none")
+
+
+def test_passes_over_a_file_see_the_same_values(tmp_path):
+    """Files that are read anew in each pass must hold the same values again; touched they do."""
+    path = tmp_path / "a.npy"
+    _write(path, ARRAY)
+    files = ImageFiles([path], 2, 1, Scaling())
+    (first,) = files
+    _touch(path)
+    (second,) = files
+    assert torch.equal(first, second)
+    _replace(path, OTHER)
+    with pytest.raises(NormfixError, match="NF331"):
+        list(files)
+
+
+def test_a_walk_for_the_scale_is_the_walk_for_the_contents(tmp_path, monkeypatch):
+    """Where the scale was measured, knowing the contents costs no second walk; else it costs one."""
+    _write(tmp_path / "a.npy", ARRAY)
+    reads = []
+    with open_windows(tmp_path / "a.npy", ndim=2, channels=1) as image:
+        raw = type(image).raw
+        monkeypatch.setattr(
+            type(image), "raw", lambda self, spans: (reads.append(spans), raw(self, spans))[1]
+        )
+        first = image.fingerprint()
+        assert len(reads) == 1
+        assert image.fingerprint() == first
+        list(image.pieces())
+    assert len(reads) == 2

@@ -1,0 +1,86 @@
+"""What takes long is announced before it starts, in seconds told from one forward pass; what does not is not."""
+
+import pytest
+import torch
+from factories import tiny_unet
+from torch import nn
+
+import normfix
+from normfix.cli.showing import note_duration
+from normfix.networks.calling import Caller
+from normfix.scanning import durations
+from normfix.scanning.durations import Durations
+from normfix.tiling.grid import Geometry
+
+
+@pytest.fixture
+def everything(monkeypatch):
+    """Announce whatever it takes."""
+    monkeypatch.setattr(durations, "_NOTABLE", 0.0)
+
+
+def test_a_scan_announces_itself(everything):
+    """The seconds are those of passes, so more than one pass takes."""
+    announced = []
+    normfix.scan(tiny_unet().eval(), announce=lambda *what: announced.append(what))
+    ((stage, seconds),) = announced
+    assert stage == "scan"
+    assert seconds > 0
+
+
+def test_a_conversion_announces_its_stages_in_order(everything):
+    """Scan, calibration and proof, each before it starts."""
+    seen = []
+    normfix.convert(
+        tiny_unet().eval(),
+        torch.rand(1, 1, 64, 64),
+        announce=lambda stage, seconds: seen.append(("about", stage)),
+        progress=lambda stage, done, total: seen.append(("at", stage)) if not done else None,
+    )
+    assert [what for what in seen if what[0] == "about"] == [
+        ("about", s) for s in ("scan", "calibrate", "prove")
+    ]
+    assert seen.index(("about", "scan")) < seen.index(("at", "scan"))
+    assert seen.index(("about", "prove")) < seen.index(("at", "prove"))
+
+
+def test_what_is_quick_is_not_announced():
+    """A small network says nothing."""
+    announced = []
+    normfix.scan(tiny_unet().eval(), announce=lambda *what: announced.append(what))
+    assert announced == []
+
+
+def test_one_image_is_two_passes_and_several_are_one_per_site():
+    """Pixels count: an image of four times the example's takes four times its second."""
+    seconds = Durations(seconds=1.0, pixels=100)
+    assert seconds.calibration([(20, 20)], sites=10) == 2 * 4
+    assert seconds.calibration([(20, 20), (10, 10)], sites=10) == (10 / 2 + 1) * 5
+    assert seconds.calibration([(20, 20)], sites=0) == 0
+
+
+def test_a_larger_halo_makes_a_longer_proof():
+    """Tiles are read with their halo, so they take more the larger it is."""
+
+    def proof(halo):
+        geometry = Geometry(stride=(1, 1), halo=((halo, halo),) * 2, scale=(1, 1), multiple=(1, 1))
+        return Durations(seconds=1.0, pixels=100).proof([(400, 400)], geometry, 100)
+
+    assert proof(0) < proof(20) < proof(100)
+    assert proof(1000) == proof(2000)  # windows end at the image's border
+
+
+def test_timing_a_pass_leaves_the_mode():
+    """A training network is timed in eval mode and trains on."""
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).train()
+    before = network[1].running_mean.clone()
+    assert Durations.of(network, torch.rand(1, 1, 32, 32), Caller()).seconds > 0
+    assert network.training
+    torch.testing.assert_close(network[1].running_mean, before, rtol=0, atol=0)
+
+
+def test_a_duration_is_a_line_on_stderr(capsys):
+    """The command line says what will take minutes, beside the result."""
+    note_duration("scan", 150.0)
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "scan: about 2 minutes\n")

@@ -1,0 +1,164 @@
+"""Scanning with all looks: what each site carries, how the looks went, and what a scan costs at most."""
+
+import json
+
+import pytest
+import torch
+from networks import DilatedStack, HiddenLive, NeedsRoom, SwallowsDye, ValidConvolutions, plain_unet
+from torch import nn
+from torchvision.ops import DeformConv2d
+
+import normfix
+from normfix.cli.texts import scan_text
+from normfix.records.sites import Scan
+
+
+class Deforms(nn.Module):
+    """A deformable convolution between two ordinary ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.offset = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 18, 3, padding=1)
+        self.deform = DeformConv2d(4, 1, 3, padding=1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.deform(x, self.offset(x))
+
+
+class Sorts(nn.Sequential):
+    """A statistic that no list of calls names."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(1, 2, 3, padding=1), nn.InstanceNorm2d(2), _Ranks())
+
+
+class _Ranks(nn.Module):
+    def forward(self, x):
+        return x.flatten(2).cummax(-1)[0].view_as(x)
+
+
+def _scan(net, **options):
+    return normfix.scan(net.eval(), torch.randn(1, 1, 128, 128), **options)
+
+
+@pytest.fixture(scope="module")
+def sorting():
+    return _scan(Sorts())
+
+
+def test_every_site_carries_the_looks_that_saw_it(sorting):
+    """A norm is seen by census and dye, a running maximum by the dye at least."""
+    norm, ranks = sorting.live
+    assert norm.looks == ("census", "graph", "dye")
+    assert "dye" in ranks.looks
+    assert (ranks.function, ranks.owner, ranks.convertible) == ("cummax", "2", False)
+
+
+def test_what_the_dye_sees_is_in_the_plan(sorting):
+    """The plan refuses it with the reason, and no geometry is claimed."""
+    decisions = {d.site.function: d for d in normfix.plan(sorting).decisions}
+    assert decisions["cummax"].action == "refuse"
+    assert sorting.halo is None
+    assert "NF215" in [finding.code for finding in sorting.findings]
+
+
+def test_fast_says_that_the_dye_was_skipped():
+    """Without the dye a site carries the census alone, and the record and the text say so."""
+    found = _scan(Sorts(), fast=True)
+    assert {look.name: look.status for look in found.looks}["dye"] == "skipped"
+    assert "dye skipped (the scan was asked to be fast)" in " ".join(scan_text(found).split())
+    assert all("dye" not in site.looks for site in found.sites)
+
+
+def test_deformable_convolution_is_never_called_local():
+    """Neither look crashes on it; it is unknown by name, and the network is not tile-invariant."""
+    found = _scan(Deforms())
+    assert not found.tile_invariant
+    assert found.halo is None
+    assert {"NF242", "NF245"} <= {finding.code for finding in found.findings}
+    assert any("deform_conv2d" in finding.message for finding in found.findings)
+
+
+def test_fast_is_as_safe_before_deformable_convolution():
+    """Skipping the dye does not let NaN reach the kernel when the halo is read."""
+    assert "NF245" in [finding.code for finding in _scan(Deforms(), fast=True).findings]
+
+
+def test_a_live_site_of_the_dye_outvotes_the_census():
+    """What the census holds for a norm of weights is live if the dye shows it to be."""
+    found = _scan(HiddenLive())
+    assert [site.function for site in found.live] == ["instance_norm"]
+
+
+def test_an_ordinary_network_has_no_finding():
+    """Negative control: all looks agree on a U-Net with norms frozen by nature."""
+    found = _scan(plain_unet())
+    assert (found.findings, found.tile_invariant) == ((), True)
+
+
+def test_a_classifier_has_no_live_pool():
+    """Its final pool is seen by census and dye and is live for neither."""
+    found = _scan(nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)))
+    assert not found.live
+    assert not found.dense
+    assert [f.code for f in found.findings if f.code.startswith("NF24")] == []
+
+
+@pytest.mark.parametrize(
+    ("make", "least"),
+    [(plain_unet, 8), (DilatedStack, 1), (NeedsRoom, 21), (ValidConvolutions, 5)],
+)
+def test_the_smallest_tile_is_what_the_network_runs_on(make, least):
+    """The least extent on the stride grid: one stride, or the room that reflection or valid borders need."""
+    assert _scan(make()).smallest_tile == (least, least)
+
+
+def test_the_text_fits_a_terminal(sorting):
+    """No line is wider than 100 columns, and each site has all its facts."""
+    text = scan_text(sorting)
+    assert max(map(len, text.splitlines())) <= 100
+    words = " ".join(text.split())
+    assert "1/0/instance_norm/0 instance, live; reduces space, per image and channel;" in words
+    assert "seen by census, graph, dye; convertible by swapping its module" in words
+    assert "not convertible: it mixes the whole extent" in words
+    assert "stride, halo and exact sizes: none" in words
+
+
+def test_the_record_survives_json(sorting):
+    """`--format json` holds looks, sites and findings without loss."""
+    assert Scan.from_json(json.loads(json.dumps(sorting.to_json()))) == sorting
+
+
+class _Pixels:
+    """Counts the pixels a network is given, float64 twice."""
+
+    def __init__(self):
+        self.total = 0
+
+    def __call__(self, model, x):
+        self.total += x.shape[2:].numel() * x.shape[0] * (2 if x.dtype == torch.float64 else 1)
+        return model(x)
+
+
+def test_a_scan_costs_about_ten_forward_passes():
+    """In pixels of the example, float64 counted double, with the dye's second run on top."""
+    count, net = _Pixels(), nn.Sequential(nn.InstanceNorm2d(1), plain_unet()).eval()
+    found = normfix.scan(net, torch.randn(1, 1, 256, 256), forward_fn=count)
+    assert found.halo is not None
+    assert count.total / 256**2 < 10
+
+
+def test_labels_are_a_finding():
+    """A network that answers with labels swallows the dye, and the scan says where its halo is lost."""
+    assert "NF216" in [finding.code for finding in _scan(SwallowsDye()).findings]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_response_over_channels_is_no_statistic(size):
+    """LocalResponseNorm pads and pools channels, which is local; the norm beside it is found as ever."""
+    response = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.LocalResponseNorm(size))
+    assert normfix.scan(response).tile_invariant
+    assert [s.id for s in normfix.scan(nn.Sequential(*response, nn.InstanceNorm2d(8))).live] == [
+        "2/0/instance_norm/0"
+    ]

@@ -1,0 +1,361 @@
+"""Stages over blocks give what the whole image gives: statistics, predictions, refusals."""
+
+import shutil
+
+import pytest
+import torch
+from networks import TOLERANCE, ResizesToSkip
+from streamed_networks import (
+    Anisotropic3d,
+    ChannelsLast,
+    Corners,
+    Deep,
+    DividesBySize,
+    OneSize,
+    Positions,
+    StillLive,
+    Tangled,
+    TwoLevels,
+    Wraps,
+)
+from torch import nn
+from torch.testing import assert_close
+
+import normfix
+from normfix.conversion.planning import decide
+from normfix.conversion.rewriting import rewrite
+from normfix.errors import NormfixError
+from normfix.images.sources import TensorSource
+from normfix.layers.moments import measure, merge
+from normfix.networks.calling import Caller
+from normfix.scanning.sites import survey
+from normfix.tiling.stages.engines import Local
+from normfix.tiling.stages.execution import execute
+from normfix.tiling.stages.program import captured_program
+from normfix.tiling.stages.reuse import reuse_
+from normfix.tiling.stages.running import Statistic
+from normfix.tiling.stages.schedule import forecast
+from normfix.tiling.stages.scheduling import largest_difference, schedule
+from normfix.tiling.stages.store import Store
+
+
+class Case:
+    """A network whose norms are frozen layers, captured and cut; its statistics are noise until calibrated."""
+
+    def __init__(self, net, images, stride):
+        self.net, self.images, self.stride = net.double().eval(), images, stride
+        self.plan = decide(survey(self.net, Caller(), images[0]).sites, model="", to="frozen")
+        self.model = rewrite(self.net, self.plan)
+        self.paths = [d.target for d in self.plan.converted]
+        self.program = captured_program(self.model, Caller(), images[0], self.paths)
+        self.measured = schedule(self.program, stride=stride, measured=self.paths, outputs=True)
+
+    def streamed(self, images=None, tile=16, budget=None, folder=None, workers=1):
+        """Return {path: (mean, var)} and the outputs, freshly measured."""
+        images = self.images if images is None else images
+        found, wholes = {}, {}
+
+        def statistic(path):
+            layer = self.model.get_submodule(path)
+
+            def settle(parts):
+                moments = merge(*(merge(*blocks) for blocks in parts))
+                groups = next(d for d in self.plan.converted if d.target == path).site.layer.groups
+                mean, var = pooled(moments, groups)
+                layer.set_statistics_(mean, var)
+                found[path] = (mean, var)
+
+            return Statistic(path, (0, 2, 3, 4), measure, settle)
+
+        def sink(number, node, shape, dtype, blocks):
+            if node in self.program.outputs:
+                wholes[number] = Whole(torch.full(shape, torch.nan, dtype=dtype))
+                return wholes[number]
+            return None
+
+        with torch.no_grad():
+            for path in self.paths:  # nothing may survive from another run
+                layer = self.model.get_submodule(path)
+                layer.running_mean.fill_(7)
+                layer.running_var.fill_(3)
+        self.program.refresh_(self.model)
+        self.store = Store(budget, folder)
+        execute(
+            self.measured,
+            [TensorSource(x) for x in images],
+            tile=(tile,) * (images[0].dim() - 2),
+            store=self.store,
+            statistics=[statistic(path) for path in self.paths],
+            settled=lambda: self.program.refresh_(self.model),
+            sink=sink,
+            engine=Local(workers),
+        )
+        return found, [wholes[n].array for n in sorted(wholes)]
+
+
+class Whole:
+    def __init__(self, array):
+        self.array = array
+
+    def write(self, index, value):
+        self.array[index] = value
+
+
+def pooled(moments, groups):
+    """Return mean and variance of groups of channels, from scratch."""
+    mean = moments.mean.reshape(groups, -1)
+    centre = mean.mean(1, keepdim=True)
+    var = moments.var.reshape(groups, -1).mean(1) + (mean - centre).square().mean(1)
+    return centre[:, 0], var
+
+
+def _images(*sizes, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(1, 1, *size, generator=generator, dtype=torch.float64) ** 3 * 5 for size in sizes]
+
+
+@pytest.fixture(scope="module")
+def unet():
+    """A U-Net of ten instance norms and its image."""
+    torch.manual_seed(0)
+    return Case(TwoLevels(), _images((64, 48)), (4, 4))
+
+
+@pytest.fixture(scope="module")
+def tangled():
+    torch.manual_seed(0)
+    return Case(Tangled(), _images((48, 64)), (2, 2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tile", [5, 13, 32, 1000])
+def test_predictions_equal_the_original_for_any_block(unet, tile):
+    """With one image the stages measure and predict what the original network predicts, to 1e-11."""
+    _, (output,) = unet.streamed(tile=tile)
+    assert_close(output, unet.net(unet.images[0]), **TOLERANCE[torch.float64])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tile", [5, 16, 1000])
+def test_statistics_equal_an_untiled_pass(tangled, tile):
+    """Every mean and variance is that of an untiled float64 pass to 1e-9 relative, whatever the blocks."""
+    expected = {}
+    for name in ("first", "second", "third", "fourth"):
+        layer = tangled.net.get_submodule(name)
+
+        def note(module, args, name=name):
+            expected[name] = measure(args[0])
+
+        layer.register_forward_pre_hook(note)
+    tangled.net(tangled.images[0])
+    for name in expected:
+        tangled.net.get_submodule(name)._forward_pre_hooks.clear()
+    found, _ = tangled.streamed(tile=tile)
+    for name, moments in expected.items():
+        groups = 2 if name == "second" else 4
+        mean, var = pooled(moments, groups)
+        assert_close(found[name][0], mean, rtol=1e-9, atol=1e-12)
+        assert_close(found[name][1], var, rtol=1e-9, atol=0)
+
+
+@torch.no_grad()
+def test_in_place_operations_do_not_write_into_the_store(tangled):
+    """A skip that later stages read again is as it was, though the network works in place on it."""
+    _, (output,) = tangled.streamed(tile=16)
+    assert_close(output, tangled.net(tangled.images[0]), **TOLERANCE[torch.float64])
+
+
+@torch.no_grad()
+def test_three_dimensions_with_anisotropic_strides():
+    """In 3D with strides (1, 2, 3) stages give the original's prediction."""
+    torch.manual_seed(0)
+    case = Case(Anisotropic3d(), _images((7, 24, 30)), (1, 2, 3))
+    _, (output,) = case.streamed(tile=6)
+    assert_close(output, case.net(case.images[0]), **TOLERANCE[torch.float64])
+
+
+@torch.no_grad()
+def test_maps_with_channels_last():
+    """Maps laid out (N, H, W, C) between stages are cut along the right dimensions."""
+    torch.manual_seed(0)
+    case = Case(ChannelsLast(), _images((30, 41)), (1, 1))
+    _, (output,) = case.streamed(tile=11)
+    assert_close(output, case.net(case.images[0]), **TOLERANCE[torch.float64])
+
+
+@torch.no_grad()
+def test_several_outputs_at_several_depths():
+    """A network with outputs of two resolutions has both written, each from its own stage."""
+    torch.manual_seed(0)
+    net = Deep().double().eval()
+    image = _images((24, 40))[0]
+    model = normfix.convert(net, image, output="coarse").model
+    program = captured_program(model, lambda model, x: model(x), image, ["one", "two"])
+    planned, wholes = schedule(program, stride=(2, 2)), {}
+
+    def sink(number, node, shape, dtype, blocks):
+        if node not in program.outputs:
+            return None
+        return wholes.setdefault(node, Whole(torch.full(shape, torch.nan, dtype=dtype)))
+
+    execute(planned, [TensorSource(image)], tile=(10, 10), store=Store(), sink=sink)
+    expected = list(net(image).values())
+    for node, whole in zip(program.outputs, expected, strict=True):
+        assert_close(wholes[node].array, whole, **TOLERANCE[torch.float64])
+
+
+@torch.no_grad()
+def test_several_images_share_every_barrier(unet):
+    """Images of different sizes give the population's statistics: those of the sequential passes."""
+    images = _images((64, 48), (32, 40), (28, 24), seed=4)
+    reference = normfix.convert(unet.net, images).model
+    found, _ = unet.streamed(images, tile=24)
+    for path in unet.paths:
+        layer = reference.get_submodule(path)
+        assert_close(found[path][0], layer.running_mean, rtol=1e-9, atol=1e-11)
+        assert_close(found[path][1], layer.running_var, rtol=1e-9, atol=0)
+
+
+def test_bits_do_not_depend_on_workers_or_budget(unet, tmp_path):
+    """Workers and the memory budget change no bit of statistics or prediction."""
+    statistics, (output,) = unet.streamed(tile=16)
+    held = unet.store.budget.most
+    for workers, budget in ((3, None), (1, 0), (2, held // 3)):
+        again, (other,) = unet.streamed(tile=16, workers=workers, budget=budget, folder=tmp_path)
+        assert torch.equal(other, output)
+        assert all(
+            torch.equal(a, b) for p in unet.paths for a, b in zip(again[p], statistics[p], strict=True)
+        )
+        assert unet.store.budget.most <= (held if budget is None else budget)
+        assert unet.store.budget.most_on_disk == held
+        assert not list(tmp_path.iterdir())  # what no later stage needs is deleted
+
+
+def test_values_are_freed_when_no_later_stage_needs_them(unet):
+    """The most that is held at once is far less than all values, and nothing is held at the end."""
+    unet.streamed(tile=32)
+    sizes = [unet.measured.program.shapes((1, 1, 64, 48))[n] for s in unet.measured.stages for n in s.stores]
+    assert unet.store.budget.most < 0.6 * sum(8 * torch.Size(size).numel() for size in sizes)
+    assert unet.store.budget.used == 0
+
+
+def test_memory_and_disk_are_forecast(unet, tmp_path):
+    """What a run will hold at most, in memory and on disk, is known to the byte before it starts."""
+    images = _images((64, 48), (32, 40))
+    for budget in (None, 0, 30_000):
+        unet.streamed(images, tile=32, budget=budget, folder=tmp_path)
+        expected = forecast(unet.measured, [tuple(x.shape) for x in images], unet.store.fresh_budget())
+        assert expected.most == unet.store.budget.most
+        assert expected.most_on_disk == unet.store.budget.most_on_disk
+
+
+def test_a_folder_without_room_is_refused_before_anything_is_computed(unet, tmp_path, monkeypatch):
+    """A disk that is too small for the run is an error at the start, with the bytes it needs."""
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    with pytest.raises(NormfixError, match=r"NF326.*1,000 free"):
+        unet.streamed(tile=32, budget=0, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_beyond_the_budget_a_folder_is_needed(unet):
+    """A budget that is too small without a folder is refused, and says what to do."""
+    with pytest.raises(NormfixError, match=r"NF326.*--store"):
+        unet.streamed(tile=32, budget=1000)
+
+
+def test_the_map_before_a_norm_is_stored_and_read_again_for_the_skip(unet):
+    """Each stage leaves one map; skips cost no further one, and halos are those of one convolution."""
+    assert all(len(stage.stores) <= 1 for stage in unet.measured.stages)
+    for stage, reach in zip(unet.measured.stages, unet.measured.reaches, strict=True):
+        assert all(
+            side in (0, grid) for halo, grid in zip(reach.halo, reach.grid, strict=True) for side in halo
+        ), stage
+
+
+@pytest.mark.parametrize(
+    ("net", "code"),
+    [
+        (DividesBySize, "NF32[45]"),
+        (Positions, "NF32[45]"),
+        (Corners, "NF32[45]"),
+        (Wraps, "NF32[45]"),
+        (StillLive, "NF32[34]"),
+        (OneSize, "NF320"),
+    ],
+)
+def test_what_blocks_would_get_wrong_is_refused(net, code):
+    """A network whose parts differ from its whole is refused with a code, before any image is read."""
+    torch.manual_seed(0)
+    with pytest.raises(NormfixError, match=code):
+        schedule(captured_program(net().eval(), Caller(), torch.rand(1, 1, 64, 64), []), stride=(2, 2))
+
+
+def test_a_halo_one_pixel_short_is_found(tangled):
+    """The proof of a schedule fails if one stage's halo is one grid cell short on one side."""
+    from dataclasses import replace
+
+    assert largest_difference(tangled.measured, (1, 1, 64, 32)) < 1e-12
+    for number, reach in enumerate(tangled.measured.reaches):
+        if not any(reach.halo[0]):
+            continue
+        short = replace(reach, halo=((0, reach.halo[0][1]), reach.halo[1]))
+        reaches = (*tangled.measured.reaches[:number], short, *tangled.measured.reaches[number + 1 :])
+        assert largest_difference(replace(tangled.measured, reaches=reaches), (1, 1, 64, 32)) > 1e-6
+
+
+def test_a_network_without_norms_is_cut_at_its_convolutions():
+    """Stages need no statistic: a plain stack of convolutions runs in stages of one convolution each."""
+    net = nn.Sequential(*(nn.Conv2d(1, 1, 3, padding=1) for _ in range(4))).double()
+    program = captured_program(net, Caller(), torch.rand(1, 1, 32, 32).double(), [])
+    planned = schedule(program, stride=(1, 1))
+    assert len(planned.stages) == 4
+    assert all(reach.halo == ((1, 1), (1, 1)) for reach in planned.reaches)
+
+
+@torch.no_grad()
+def test_ragged_sizes_are_proved_where_the_network_is_exact_at_them():
+    """A network that resizes to its skip takes sizes its stride does not divide; the proof says if blocks do too."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 2, 3, 2, padding=1), nn.LeakyReLU(), nn.Conv2d(2, 1, 3, padding=1)
+    ).double()
+    image = _images((37, 51))[0]
+    program = captured_program(net, Caller(), image[:, :, :36, :50], [])
+    planned, wholes = schedule(program, stride=(2, 2), ragged=True), []
+
+    def sink(number, node, shape, dtype, blocks):
+        wholes.append(Whole(torch.full(shape, torch.nan, dtype=dtype)))
+        return wholes[-1]
+
+    execute(planned, [TensorSource(image)], tile=(10, 14), store=Store(), sink=sink)
+    assert_close(wholes[-1].array, net(image), **TOLERANCE[torch.float64])
+    refused = captured_program(ResizesToSkip().double().eval(), Caller(), _images((64, 64))[0], [])
+    schedule(refused, stride=(8, 8))
+    with pytest.raises(NormfixError, match=r"NF32[15]"):
+        schedule(refused, stride=(8, 8), ragged=True)
+
+
+class WritesOver(nn.Module):
+    """Only the activation after the norm may write over its operand."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2)
+
+    def forward(self, x):
+        read_twice = self.conv(x)
+        passed_on = torch.nn.functional.dropout(x, 0.5, training=False)
+        return read_twice + read_twice.relu() + passed_on.relu() + x.relu() + self.norm(x).relu()
+
+
+def test_an_activation_writes_only_over_what_nothing_else_reads():
+    """The image, what dropout hands through in eval and a value with a second reader stay as they are."""
+    net, x = WritesOver().eval(), torch.randn(1, 2, 8, 8)
+    before, expected = x.clone(), net(x)
+    body = torch.export.export(net, (x,)).module(check_guards=False)
+    reuse_(body.graph)
+    body.recompile()
+    assert [n.target for n in body.graph.nodes].count(torch.ops.aten.relu_.default) == 1
+    with torch.no_grad():
+        assert torch.equal(body(x), expected)
+    assert torch.equal(x, before)
