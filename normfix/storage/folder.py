@@ -264,7 +264,7 @@ def _card(saved: Saved) -> str:
     if not base and source.spec.startswith("timm:") and "." in source.spec:
         base = f"timm/{source.spec.removeprefix('timm:')}"
     environment = Environment(
-        loader=PackageLoader("normfix.reporting"),
+        loader=PackageLoader("normfix.storage"),
         trim_blocks=True,
         lstrip_blocks=True,
         autoescape=False,

@@ -21,7 +21,7 @@ from normfix.images.deadline import within
 from normfix.records.saved import Source
 from normfix.storage.opening.allocation import PLENTY, Bounded, Sketched, Stored, require_proportion
 from normfix.storage.opening.arguments import blanked, require_inert, require_small
-from normfix.storage.opening.gate import FACTORIES, FORMATS, imported, is_allowed, is_name, library
+from normfix.storage.opening.gate import FACTORIES, FORMATS, imported, is_allowed, is_name, library, present
 from normfix.storage.opening.guard import watched
 
 __all__ = [
@@ -143,6 +143,7 @@ def rebuild(
         NormfixError: NF113 if the file names a factory that may not be called unasked, or arguments that reach out;
             NF121 if it asks for more than the weights need.
     """
+    source = replace(source, spec=present(source.spec))
     if arch is not None:
         args = _arguments(source) if arch_args is None and arch == source.spec else dict(arch_args or {})
         return build(Source(kind="factory", spec=arch, args=dumped(args)), blank=True)

@@ -17,7 +17,7 @@ from torch import nn
 
 from normfix.errors import NormfixError
 
-__all__ = ["FACTORIES", "FORMATS", "imported", "is_allowed", "is_name", "is_network", "library"]
+__all__ = ["FACTORIES", "FORMATS", "imported", "is_allowed", "is_name", "is_network", "library", "present"]
 
 FACTORIES: Mapping[str, tuple[str, ...]] = {
     "torchvision": ("torchvision.models",),
@@ -41,8 +41,11 @@ _BUILDERS = frozenset(
 )
 """Functions that build networks and that a file may name, besides those that torchvision and timm register."""
 
-FORMATS = re.compile(r"normfix\.loading\.formats\.\w+:network")
+FORMATS = re.compile(r"normfix\.storage\.opening\.formats\.\w+:network")
 """Builders of the loaders' own, which check their arguments themselves."""
+
+_FORMER = "normfix.loading.formats."
+"""Where folders say that these builders are, which were written before the formats moved."""
 
 _NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -72,6 +75,17 @@ def is_allowed(spec: str) -> bool:
             "NF111", f"{type(error).__name__}: {error}. Install {package} as it was.", where=spec
         ) from error
     return is_network(found, package) or _is_builder(found)
+
+
+def present(spec: str) -> str:
+    """Return the name that a factory has today.
+
+    >>> present("normfix.loading.formats.unet3d:network")
+    'normfix.storage.opening.formats.unet3d:network'
+    """
+    if spec.startswith(_FORMER):
+        return f"normfix.storage.opening.formats.{spec.removeprefix(_FORMER)}"
+    return spec
 
 
 def is_name(text: str) -> bool:

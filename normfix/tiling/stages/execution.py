@@ -76,9 +76,13 @@ def execute(
     held = forecast(schedule, [image.shape for image in images], store.fresh_budget(), keep)
     store.require(held.most_on_disk)
     with (engine or Local()).opened() as crew:
-        clock = Clock(watch, run, held, crew.at_a_time) if watch is not None else None
+        tick = Clock(watch, run, held, crew.at_a_time).tick if watch is not None else _unwatched
         for stage in schedule.stages:
-            run.stage(stage, crew, clock)
+            run.stage(stage, crew, tick)
+
+
+def _unwatched(stage: int, done: int, blocks: int) -> None:
+    """Tell nobody."""
 
 
 def _require_whole(stage: Stage, maps: Maps, statistics: Sequence[Statistic]) -> None:

@@ -11,23 +11,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
+from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from normfix.networks.calling import refusals
 from normfix.networks.devices import synchronize
 from normfix.records.spans import round_up
 from normfix.tiling.stages.budget import Budget
-from normfix.tiling.stages.cutting import extent_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.fx import Node
-
-    from normfix.tiling.stages.cutting import Stage
-    from normfix.tiling.stages.running import Run
+from normfix.tiling.stages.cutting import Stage, extent_of
+from normfix.tiling.stages.running import Run
 
 __all__ = ["Clock", "Outlook", "Step", "Watch"]
 

@@ -20,7 +20,6 @@ from normfix.tiling.stages.cutting import Stage, extent_of
 from normfix.tiling.stages.engines import Crew
 from normfix.tiling.stages.journal import SEALS, Journal, Measured
 from normfix.tiling.stages.masks import mask_of
-from normfix.tiling.stages.outlook import Clock
 from normfix.tiling.stages.program import Program, Shapes
 from normfix.tiling.stages.schedule import Schedule, block_extents
 from normfix.tiling.stages.store import Kept, Store
@@ -77,8 +76,11 @@ class Run:
         self.extents = block_extents(self.schedule, self.tile)
         self.earlier = {}
 
-    def stage(self, stage: Stage, crew: Crew, clock: Clock | None) -> None:
-        """Run what is left of a stage, settle its statistics and free what no later stage reads."""
+    def stage(self, stage: Stage, crew: Crew, tick: Callable[[int, int, int], None]) -> None:
+        """Run what is left of a stage, settle its statistics and free what no later stage reads.
+
+        After each block `tick` is called with (stage, blocks done, blocks).
+        """
         work = self._work(stage)
         measured = dict(self.journal.blocks(stage.number))
         self._remember(work, stage, measured)
@@ -90,8 +92,7 @@ class Run:
                 self.journal.note(stage.number, number, found)
                 self.store.seal(found.get(SEALS, {}))
                 measured[number] = found
-                if clock is not None:
-                    clock.tick(stage.number, len(measured), len(work.blocks))
+                tick(stage.number, len(measured), len(work.blocks))
         self._settle(stage, work, measured)
         if self.journal.lasts:
             self._compare(stage, digest)
