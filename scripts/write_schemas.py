@@ -1,15 +1,12 @@
 """Write docs/json.md: the JSON Schema of what each command prints with --format json."""
 
 import json
-import sys
 from pathlib import Path
 
+from normfix.cli.answers import RECORDS
+from normfix.records.schema import schema_of
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-
-from test_tasks import RECORDS  # noqa: E402
-
-from normfix.records.schema import schema_of  # noqa: E402
 
 HEAD = """# JSON of the commands
 

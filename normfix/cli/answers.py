@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from normfix.records.diagnoses import DiagnosisRecord
 from normfix.records.encoding import Record
+from normfix.records.measurements import CalibrationSummary
+from normfix.records.plans import Plan
+from normfix.records.saved import ConversionRecord
+from normfix.records.sites import Scan
+from normfix.records.verdicts import Proof, Verdict
 
-__all__ = ["Explained", "Predicted", "Pushed", "Shown"]
+__all__ = ["RECORDS", "Explained", "Predicted", "Pushed", "Shown"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,3 +48,19 @@ class Shown(Record):
     passed: bool
     page: str
     text: str
+
+
+RECORDS: Mapping[str, type[Record]] = {
+    "scan": Scan,
+    "plan": Plan,
+    "convert": ConversionRecord,
+    "calibrate": CalibrationSummary,
+    "check": Verdict,
+    "prove": Proof,
+    "predict": Predicted,
+    "push": Pushed,
+    "explain": Explained,
+    "demo": Shown,
+    "diagnose": DiagnosisRecord,
+}
+"""The record that each command prints with --format json."""

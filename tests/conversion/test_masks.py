@@ -5,6 +5,7 @@ import pytest
 import tifffile
 import torch
 import torch.nn.functional as F
+from masks import mask_of
 from streamed_networks import Anisotropic3d, Shallow
 from torch.testing import assert_close
 
@@ -16,16 +17,6 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
 def _image(*size, seed=1):
     return torch.rand(1, 1, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 3
-
-
-def _mask(*size):
-    """Ignore a border, a disc and a stripe one pixel wide."""
-    mask = np.zeros(size, np.uint8)
-    mask[:3] = 255
-    y, x = np.ogrid[: size[-2], : size[-1]]
-    mask[..., (y - 20) ** 2 + (x - 15) ** 2 < 81] = 1
-    mask[..., 33] = 7
-    return mask
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +66,7 @@ def _reference(net, images, masks):
 def test_masked_statistics_are_those_of_the_positions_that_count(converted, tile):
     """Over two images of other sizes, in passes and in blocks, the moments are those of plain torch."""
     images = [_image(48, 64, seed=2), 3 * _image(36, 44, seed=3)]
-    masks = [_mask(48, 64), _mask(36, 44)]
+    masks = [mask_of(48, 64), mask_of(36, 44)]
     expected = _reference(converted.original.eval(), images, masks)
     done = normfix.calibrate(converted.model, images, tile, mask=masks)
     assert done.summary.engine == ("passes" if tile is None else "stages")
@@ -111,7 +102,7 @@ def test_masks_of_volumes_and_files(tmp_path):
     torch.manual_seed(0)
     image = _image(6, 24, 36)
     model = normfix.convert(Anisotropic3d().double(), image).model
-    tifffile.imwrite(tmp_path / "mask.tif", _mask(6, 24, 36), imagej=True, metadata={"axes": "ZYX"})
+    tifffile.imwrite(tmp_path / "mask.tif", mask_of(6, 24, 36), imagej=True, metadata={"axes": "ZYX"})
     passes, stages = (
         normfix.calibrate(model, image, tile, mask=tmp_path / "mask.tif") for tile in (None, (4, 8, 12))
     )
@@ -139,7 +130,7 @@ class Gated(torch.nn.Module):
 def test_a_hand_written_mean_is_masked_and_a_norm_refused(tile):
     """A mean runs over what counts; a norm over space grows with the number of pixels and is refused by name."""
     torch.manual_seed(0)
-    image, mask = _image(32, 48), _mask(32, 48)
+    image, mask = _image(32, 48), mask_of(32, 48)
     net = Gated(norm=False).double()
     done = normfix.calibrate(normfix.convert(net, image).model, image, tile, mask=mask)
     x = net.conv(image)[0][:, torch.from_numpy(mask == 0)]

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from masks import mask_of
 from streamed_networks import Shallow
-from test_masking import _mask
 from torch.testing import assert_close
 
 import normfix
@@ -29,7 +29,7 @@ def converted():
 @pytest.mark.parametrize("with_mask", [False, True])
 def test_a_sample_of_all_blocks_is_exact(converted, with_mask):
     """With a tolerance that needs every block the statistics are those of the whole, and their errors 0."""
-    image, mask = _image(60, 52, seed=2), _mask(60, 52) if with_mask else None
+    image, mask = _image(60, 52, seed=2), mask_of(60, 52) if with_mask else None
     whole = normfix.calibrate(converted, image, 32, mask=mask)
     done = normfix.calibrate(converted, image, 12, mask=mask, sample=1e-9)
     sample = done.summary.sample
@@ -109,7 +109,7 @@ def test_masks_and_samples_on_the_command_line(converted, tmp_path):
 
     normfix.save(converted, tmp_path / "fixed", source="streamed_networks:Shallow")
     np.save(tmp_path / "image.npy", _image(48, 64)[0, 0].numpy())
-    np.save(tmp_path / "mask.npy", _mask(48, 64))
+    np.save(tmp_path / "mask.npy", mask_of(48, 64))
     arguments = [
         "calibrate",
         tmp_path / "fixed",
@@ -120,5 +120,5 @@ def test_masks_and_samples_on_the_command_line(converted, tmp_path):
     arguments += ["-o", tmp_path / "out", "--mask", tmp_path / "mask.npy", "--sample", "1e-9", "--tile", "32"]
     result = CliRunner().invoke(cli, [str(a) for a in arguments], standalone_mode=False)
     assert result.exception is None, result.exception
-    assert f"{int((_mask(48, 64) != 0).sum())} pixels ignored" in result.stdout
+    assert f"{int((mask_of(48, 64) != 0).sum())} pixels ignored" in result.stdout
     assert "all blocks, exact: 4 of 4 blocks" in result.stdout

@@ -7,7 +7,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import yaml
-from test_readme import ROOT, blocks
+from pages import ROOT, blocks
 
 from normfix.cli import cli
 from normfix.demo.data import nuclei_image

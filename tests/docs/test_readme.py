@@ -6,19 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pages import ROOT, blocks
 
 from normfix.cli import cli
 from normfix.demo.data import nuclei_image
 
-ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    """Return the fenced code blocks of one language."""
-    return re.findall(
-        rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

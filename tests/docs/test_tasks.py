@@ -7,32 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_formats import nnunet_folder
+from nnunet import nnunet_folder
 
 import normfix
-from normfix.cli import answers, cli
-from normfix.records.diagnoses import DiagnosisRecord
-from normfix.records.measurements import CalibrationSummary
-from normfix.records.plans import Plan
-from normfix.records.saved import ConversionRecord
+from normfix.cli import cli
+from normfix.cli.answers import RECORDS
 from normfix.records.schema import schema_of
 from normfix.records.sites import Scan
-from normfix.records.verdicts import Proof, Verdict
 
 DOCS = Path(__file__).parents[2] / "docs"
-RECORDS = {
-    "scan": Scan,
-    "plan": Plan,
-    "convert": ConversionRecord,
-    "calibrate": CalibrationSummary,
-    "check": Verdict,
-    "prove": Proof,
-    "predict": answers.Predicted,
-    "push": answers.Pushed,
-    "explain": answers.Explained,
-    "demo": answers.Shown,
-    "diagnose": DiagnosisRecord,
-}
 
 
 def page(name: str) -> str:

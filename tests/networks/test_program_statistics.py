@@ -7,7 +7,7 @@ import torch
 from monai.networks.blocks import ChannelSELayer
 from nasty import ConvolutionalBlock, HandNorm, HandNormTorch, SumOverExtent, Twice
 from networks import TOLERANCE
-from test_real_statistics import BLOCKS
+from real_blocks import BLOCKS
 from timm.layers import SqueezeExcite, StdConv2d
 from torch import nn
 from torch.testing import assert_close

@@ -9,7 +9,7 @@ import factories
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from nnunet import DATASET, PLANS, nnunet_folder, scrambled
 
 import normfix
 from normfix.errors import NormfixError
@@ -41,16 +41,6 @@ def assert_same(opened, expected, image=IMAGE):
         actual, wanted = first(opened.eval()(image)), first(expected.eval()(image))
     torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
     assert wanted.std() > 0
-
-
-def scrambled(model: nn.Module) -> nn.Module:
-    """Give a network other weights than its factory gives, buffers included."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            if tensor.is_floating_point():
-                tensor.add_(torch.rand(tensor.shape, generator=generator) - 0.5, alpha=0.01)
-    return model.eval()
 
 
 def roundtrip(source, folder, tmp_path):
@@ -349,51 +339,6 @@ def test_a_config_of_3dunet_runs_nothing(tmp_path, monkeypatch, text):
     assert not (tmp_path / "ran").exists()
 
 
-PLANS = {
-    "dataset_name": "Dataset001_Cells",
-    "plans_name": "nnUNetPlans",
-    "configurations": {
-        "2d": {
-            "data_identifier": "nnUNetPlans_2d",
-            "preprocessor_name": "DefaultPreprocessor",
-            "batch_size": 2,
-            "patch_size": [32, 32],
-            "normalization_schemes": ["ZScoreNormalization"],
-            "use_mask_for_norm": [False],
-            "spacing": [1.0, 1.0],
-            "batch_dice": False,
-            "architecture": {
-                "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
-                "arch_kwargs": {
-                    "n_stages": 3,
-                    "features_per_stage": [4, 8, 8],
-                    "conv_op": "torch.nn.modules.conv.Conv2d",
-                    "kernel_sizes": [[3, 3], [3, 3], [3, 3]],
-                    "strides": [[1, 1], [2, 2], [2, 2]],
-                    "n_conv_per_stage": [2, 2, 2],
-                    "n_conv_per_stage_decoder": [2, 2],
-                    "conv_bias": True,
-                    "norm_op": "torch.nn.modules.instancenorm.InstanceNorm2d",
-                    "norm_op_kwargs": {"eps": 1e-05, "affine": True},
-                    "dropout_op": None,
-                    "dropout_op_kwargs": None,
-                    "nonlin": "torch.nn.LeakyReLU",
-                    "nonlin_kwargs": {"inplace": True},
-                },
-                "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
-            },
-        },
-        "2d_bs8": {"inherits_from": "2d", "batch_size": 8},
-    },
-}
-DATASET = {
-    "channel_names": {"0": "fluorescence"},
-    "labels": {"background": 0, "cell": 1, "ignore": 2},
-    "numTraining": 2,
-    "file_ending": ".tif",
-}
-
-
 @pytest.fixture
 def trained_folder(tmp_path, monkeypatch):
     """Let nnU-Net's own trainer build the network and write its checkpoint."""
@@ -433,32 +378,6 @@ def test_an_nnunet_model_opens(trained_folder, place):
     opened = open_model(str(folder / place), allow_classes=("numpy.*",))
     assert opened.source.spec == "normfix.storage.opening.formats.nnunet:network"
     assert_same(opened.model, model)
-
-
-def nnunet_folder(tmp_path, network=None, **changes):
-    """Write a model folder as nnU-Net does (its save_checkpoint's keys), with its plans changed."""
-    unet = pytest.importorskip("dynamic_network_architectures.architectures.unet")
-    plans = json.loads(json.dumps(PLANS))
-    plans["configurations"]["2d"]["architecture"].update(changes)
-    settings = dict(PLANS["configurations"]["2d"]["architecture"]["arch_kwargs"])
-    settings |= {"conv_op": nn.Conv2d, "norm_op": nn.InstanceNorm2d, "nonlin": nn.LeakyReLU}
-    model = scrambled(unet.PlainConvUNet(1, num_classes=2, deep_supervision=False, **settings))
-    checkpoint = {
-        "network_weights": model.state_dict(),
-        "optimizer_state": torch.optim.SGD(model.parameters(), lr=0.1).state_dict(),
-        "grad_scaler_state": None,
-        "logging": {"train_losses": [0.5]},
-        "_best_ema": 0.5,
-        "current_epoch": 1,
-        "init_args": {"plans": plans, "configuration": "2d", "fold": 0, "dataset_json": DATASET},
-        "trainer_name": "nnUNetTrainer",
-        "inference_allowed_mirroring_axes": (0, 1),
-    }
-    (tmp_path / "fold_0").mkdir()
-    torch.save(checkpoint, tmp_path / "fold_0" / "checkpoint_final.pth")
-    (tmp_path / "plans.json").write_text(json.dumps(plans))
-    (tmp_path / "dataset.json").write_text(json.dumps(DATASET))
-    return model
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -12,6 +12,7 @@ import importlib
 import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import nn
