@@ -1,1 +1,1 @@
-"""The verbs that need every room: convert, calibrate, predict, prepare_finetune."""
+"""The verbs that need all of it."""

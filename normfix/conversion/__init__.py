@@ -1,1 +1,1 @@
-"""From a plan to a network with constants: decide, rewrite, measure."""
+"""Decide, rewrite, measure: from a plan to a network with constants."""

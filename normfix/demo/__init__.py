@@ -1,4 +1,4 @@
-"""The main job on a real network and a real image: show the seams, repair them, prove it, draw it."""
+"""The main job on a real network and a real image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Normalisation layers without live statistics at inference; usable without the rest of normfix."""
+"""Normalisation layers without live statistics, and the laws their constants are measured by."""
 
 from normfix.layers.base import ChannelNorm
 from normfix.layers.batchrenorm import BatchRenorm, BatchRenorm1d, BatchRenorm2d, BatchRenorm3d

@@ -1,1 +1,1 @@
-"""Any network: how it is called, copied and captured, and the words of torch."""
+"""Any network: called, copied, captured; the words of torch."""

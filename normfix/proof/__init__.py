@@ -1,1 +1,1 @@
-"""Tiles equal the whole image: every claim is a step that can fail."""
+"""Tiles equal the whole; every claim is a step that can fail."""

@@ -1,1 +1,1 @@
-"""What was found, planned, measured and proved, as records that know nothing of torch."""
+"""What was found, planned, measured, proved; JSON and schema; no torch."""

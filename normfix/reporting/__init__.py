@@ -1,1 +1,1 @@
-"""Turn records into pages and pictures; nothing here measures."""
+"""Records as pages and pictures; nothing here measures."""

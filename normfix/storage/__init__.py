@@ -1,1 +1,1 @@
-"""Networks in files: open those of others, save and load our own."""
+"""Networks in files: open anyone's, save and load ours, push."""

@@ -1,1 +1,1 @@
-"""How far an output reaches, tiles, stitching, and stages over blocks."""
+"""How far an output reaches, tiles, stitching, stages over blocks."""
