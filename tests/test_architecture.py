@@ -1,4 +1,4 @@
-"""The house is as docs/architecture.md draws it: contracts that can break, pictures from the code, tests in their rooms."""
+"""The house is as docs/architecture.md draws it: contracts that can break, pictures from the code, tests in rooms."""
 
 import ast
 import re

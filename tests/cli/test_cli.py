@@ -1,5 +1,6 @@
 """The command line: results on stdout, one paragraph on stderr when it refuses, and honest exit codes."""
 
+import errno
 import json
 import os
 import re
@@ -522,6 +523,17 @@ def test_an_internal_error_is_one_paragraph(run, monkeypatch, debug):
     monkeypatch.setattr("normfix.scanning.scan.scan", fail)
     done = run(*(["--debug"] if debug else []), "scan", ARCH, "--input", "1x1x64x64")
     assert (done.code, "NF901" in done.err, "Traceback" in done.err) == (2, True, debug)
+
+
+def test_what_the_system_refuses_is_said_in_its_words(run, monkeypatch):
+    """A full disk where nobody expected one is NF337 with the place, and no fault of normfix's."""
+
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device", "/tmp/somewhere")
+
+    monkeypatch.setattr("normfix.scanning.scan.scan", full)
+    done = run("scan", ARCH, "--input", "1x1x64x64")
+    assert (done.code, "NF337 /tmp/somewhere: the system refused: No space left" in done.err) == (2, True)
 
 
 def test_stopping_exits_130(run, monkeypatch):

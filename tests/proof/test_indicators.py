@@ -171,6 +171,13 @@ def test_one_window_is_inconclusive():
     assert "NF407" in {f.code for f in found.record.findings}
 
 
+def test_windows_that_overlap_nowhere_far_enough_are_named():
+    """A halo as wide as the overlap leaves no pixel that two windows see beyond it."""
+    net = nn.Sequential(*(nn.Conv2d(1, 1, 9, padding=4) for _ in range(4)))
+    found = _diagnose(net, torch.rand(1, 1, 96, 96), 32, overlap=8)
+    assert "NF607" in {f.code for f in found.record.findings}
+
+
 def test_a_constant_output_is_inconclusive():
     """An output without spread is said to be one."""
     net = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1))

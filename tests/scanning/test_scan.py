@@ -162,3 +162,10 @@ def test_a_response_over_channels_is_no_statistic(size):
     assert [s.id for s in normfix.scan(nn.Sequential(*response, nn.InstanceNorm2d(8))).live] == [
         "2/0/instance_norm/0"
     ]
+
+
+def test_a_network_of_one_size_is_said_to_be_one():
+    """Where no second size runs, space is told from channels by position, and the scan says so."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3, padding=1), torch.nn.LayerNorm((2, 32, 32)))
+    found = normfix.scan(net, torch.rand(1, 1, 32, 32)).findings
+    assert [(f.code, f.where) for f in found if f.code == "NF201"] == [("NF201", "input size")]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from nnunet import DATASET, PLANS, nnunet_folder, scrambled
+from payloads import Payload
 
 import normfix
 from normfix.errors import NormfixError
@@ -189,8 +190,6 @@ def test_transformers_weights_that_are_incomplete_are_refused(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_a_pickle_in_a_transformers_folder_is_not_run(tmp_path):
     """A pytorch_model.bin that would run something is NF102 before transformers sees it."""
-    from test_loading import Payload
-
     segformer().save_pretrained(tmp_path / "hf")
     (tmp_path / "hf" / "model.safetensors").unlink()
     torch.save(Payload(tmp_path), tmp_path / "hf" / "pytorch_model.bin")

@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 from factories import TinyUNet, Wrapped, tiny_unet
+from payloads import Payload
 from safetensors.torch import save_file
 
 import normfix
@@ -16,16 +17,6 @@ from normfix.storage.opening.tensors import read_weights
 
 ARCH = "factories:tiny_unet"
 IMAGE = torch.linspace(-1, 1, 256).reshape(1, 1, 16, 16)
-
-
-class Payload:
-    """A pickle that creates a file when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (self.path / "ran").touch, ()
 
 
 def refusal(function, *args, **options) -> NormfixError:

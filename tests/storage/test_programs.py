@@ -24,6 +24,7 @@ from normfix.networks.graph.raising import raised
 from normfix.records.plans import Action
 from normfix.storage import saving
 from normfix.storage.loading import open_any
+from normfix.storage.opening import open_model
 from normfix.storage.opening.formats.exported import read_program
 from normfix.storage.opening.request import Request
 from normfix.storage.programs import export_program, open_program
@@ -366,6 +367,12 @@ def test_what_is_no_program_is_refused(tmp_path):
     (tmp_path / "x.pt2").write_bytes(b"PK nonsense")
     with pytest.raises(NormfixError, match="NF101"):
         open_program(tmp_path / "x.pt2", read_program)
+
+
+def test_a_program_is_no_network_with_modules(fixed):
+    """Whoever asks for modules to swap is told that a program has none."""
+    with pytest.raises(NormfixError, match="NF124"):
+        open_model(str(fixed))
 
 
 def test_what_cannot_be_exported_is_refused():
