@@ -35,6 +35,7 @@ from normfix.tiling.stitching import tile_extents, tiled
 
 __all__ = ["predict", "write_prediction"]
 
+_ENGINES = ("auto", "stages", "tiles", "dask")
 _PAYS = 1 << 24
 """Pixels of halo from which stages are worth capturing the network for."""
 
@@ -92,8 +93,8 @@ def predict(
             and not possible, NF326 to NF336 of the store and the cluster, NF148 and NF149 for statistics and
             predictions that are not finite, and codes of the image.
     """
+    crew = engine_of(engine, scheduler, store, workers, choices=_ENGINES)
     job = _Prediction.of(model, image, tile, halo, engine, statistics, forward_fn, output)
-    crew = engine_of(engine, scheduler, store, workers)
     with resumable(store):
         result = job.run(Resources(tile=job.tile, budget=budget, store=store, engine=crew, watch=watch))
     assert result is not None
@@ -145,7 +146,7 @@ def write_prediction(
     Raises:
         NormfixError: NF114 for a file that cannot be written, and codes of `predict`.
     """
-    crew = engine_of(engine, scheduler, store, workers)
+    crew = engine_of(engine, scheduler, store, workers, choices=_ENGINES)
     with resumable(store), OutputFile(out, allow_nonfinite=allow_nonfinite) as file:
         job = _Prediction.of(model, image, tile, "auto", engine, statistics, forward_fn, output)
         placement = getattr(image, "placement", None)
@@ -183,7 +184,7 @@ class _Prediction:
         forward_fn: ForwardFn | None,
         output: str | int | None,
     ) -> _Prediction:
-        _require_known(engine=engine, statistics=statistics)
+        _require_known(statistics)
         known = known_of(model, image, forward_fn, output)
         exact = geometry_of(known.scan)
         geometry = with_halo(exact, halo)
@@ -247,13 +248,9 @@ def _pays(size: Sequence[int], tile: Sequence[int], geometry: Geometry) -> bool:
     return tiles * math.prod(window) - math.prod(size) > _PAYS
 
 
-def _require_known(*, engine: str, statistics: str) -> None:
-    for name, given, choices in (
-        ("engine", engine, ("auto", "stages", "tiles", "dask")),
-        ("statistics", statistics, ("stored", "per-image")),
-    ):
-        if given not in choices:
-            raise NormfixError("NF410", f"give {' or '.join(choices)}.", where=f"{name}={given!r}")
+def _require_known(statistics: str) -> None:
+    if statistics not in ("stored", "per-image"):
+        raise NormfixError("NF410", "give stored or per-image.", where=f"statistics={statistics!r}")
 
 
 def _require_enough(geometry: Geometry, exact: Geometry) -> None:

@@ -222,6 +222,14 @@ def test_unknown_choices_are_refused(converted, given):
         normfix.predict(converted.model, _image(16, 16), tile=16, **given)
 
 
+@pytest.mark.parametrize("engine", ["dsk", "tiles"])
+@pytest.mark.parametrize("verb", [normfix.convert, normfix.calibrate, normfix.calibrate_])
+def test_an_engine_that_measuring_does_not_know_is_refused(converted, verb, engine):
+    """A misspelt engine, or one of predict's, does not quietly become this process."""
+    with pytest.raises(NormfixError, match=r"NF410 engine='.*': give local or dask"):
+        verb(converted.model, _image(16, 16), engine=engine)
+
+
 def test_live_networks_are_not_predicted_in_stages():
     """A live network is refused by predict whatever the engine."""
     with pytest.raises(NormfixError, match="NF409"):

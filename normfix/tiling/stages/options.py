@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from normfix.errors import NormfixError
@@ -11,19 +12,29 @@ from normfix.tiling.stages.engines import Engine, Local
 __all__ = ["engine_of"]
 
 
-def engine_of(engine: str, scheduler: str | None, store: Path | None, workers: int) -> Engine:
+def engine_of(
+    engine: str,
+    scheduler: str | None,
+    store: Path | None,
+    workers: int,
+    *,
+    choices: Sequence[str] = ("local", "dask"),
+) -> Engine:
     """Return an engine by its name.
 
     Args:
-        engine: "dask" for a cluster; anything else is this process.
+        engine: one of the choices; "dask" is a cluster, every other this process.
         scheduler: address of the cluster's scheduler.
         store: folder for values between stages.
         workers: threads of this process.
+        choices: names that whoever asks knows.
 
     Raises:
-        NormfixError: NF333 if dask is not installed, NF334 if a cluster is asked for without its address or without a
+        NormfixError: NF410 for another name, NF333 if dask is not installed, NF334 if a cluster is asked for without its address or without a
             store, or an address is given without asking for one.
     """
+    if engine not in choices:
+        raise NormfixError("NF410", f"give {' or '.join(choices)}.", where=f"engine={engine!r}")
     if engine != "dask":
         if scheduler is not None:
             raise NormfixError(
