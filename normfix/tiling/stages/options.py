@@ -30,8 +30,8 @@ def engine_of(
         choices: names that whoever asks knows.
 
     Raises:
-        NormfixError: NF410 for another name, NF333 if dask is not installed, NF334 if a cluster is asked for without its address or without a
-            store, or an address is given without asking for one.
+        NormfixError: NF410 for another name, NF333 if dask is not installed, NF334 if a cluster is asked for without
+            its address or without a store, or an address is given without asking for one.
     """
     if engine not in choices:
         raise NormfixError("NF410", f"give {' or '.join(choices)}.", where=f"engine={engine!r}")
