@@ -8,7 +8,7 @@ Measuring all sites in one pass with live statistics is not the same thing, howe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -48,7 +48,7 @@ def measure_sites_(
         NormfixError: NF301 if a pass does not reach a site. The old statistics are back in place then, as
             after any other error.
     """
-    count = sum(1 for _ in images)
+    count = len(images) if isinstance(images, Sized) else sum(1 for _ in images)
     with evaluating(model), exact_arithmetic(), restoring_on_error(targets):
         passes = 2 if count == 1 else len(targets) + 1
         if count == 1:

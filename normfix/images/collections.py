@@ -1,7 +1,7 @@
 """Images as networks take them: tensors (N, C, *space) that can be read several times, each checked.
 
-Statistics are measured in several passes, so a generator is refused; files are read and scaled anew in each
-pass, one at a time.
+Statistics are measured in several passes, so a generator is refused; files are read and scaled once in each pass, one
+at a time, and the one that was read last is kept: a single image is decoded once.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ class Items:
 class ImageFiles:
     """Image files as a re-iterable of (1, C, *space) tensors, each read and scaled when its turn comes.
 
-    A file that is read again must hold the same values again. `tell` is told once what a user should know of one.
+    The last is kept, and not to be written to. A file that is read again must hold the same values again. `tell` is
+    told once what a user should know of one.
     """
 
     paths: Sequence[Path]
@@ -103,6 +104,7 @@ class ImageFiles:
     choice: Choice | None = None
     tell: Callable[[str], None] = lambda text: None
     _digests: dict[int, bytes] = field(default_factory=dict)
+    _last: dict[int, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -115,19 +117,25 @@ class ImageFiles:
                 `read_image`.
         """
         for number, path in enumerate(self.paths):
-            known = self._digests.get(number)
-            array = read_image(
-                path,
-                ndim=self.ndim,
-                channels=self.channels,
-                axes=self.axes,
-                choice=self.choice,
-                tell=self.tell if known is None else lambda text: None,
-            )
-            digest = digest_of_array(array)
-            if self._digests.setdefault(number, digest) != digest:
-                raise changed_meanwhile(path)
-            yield to_tensor(scaled(array, self.scaling, str(path)))
+            if number not in self._last:
+                self._last.clear()  # before the next is there, too
+                self._last[number] = self._read(number, path)
+            yield self._last[number]
+
+    def _read(self, number: int, path: Path) -> Tensor:
+        known = self._digests.get(number)
+        array = read_image(
+            path,
+            ndim=self.ndim,
+            channels=self.channels,
+            axes=self.axes,
+            choice=self.choice,
+            tell=self.tell if known is None else lambda text: None,
+        )
+        digest = digest_of_array(array)
+        if self._digests.setdefault(number, digest) != digest:
+            raise changed_meanwhile(path)
+        return to_tensor(scaled(array, self.scaling, str(path)))
 
 
 def find_images(patterns: Sequence[str]) -> list[Path]:

@@ -20,6 +20,7 @@ import normfix
 from normfix.cli import cli, main
 from normfix.cli.options import ArgumentsJson
 from normfix.errors import CODES
+from normfix.images import collections
 from normfix.images.axes import read_image
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.plans import Plan
@@ -523,6 +524,19 @@ def test_an_internal_error_is_one_paragraph(run, monkeypatch, debug):
     monkeypatch.setattr("normfix.scanning.scan.scan", fail)
     done = run(*(["--debug"] if debug else []), "scan", ARCH, "--input", "1x1x64x64")
     assert (done.code, "NF901" in done.err, "Traceback" in done.err) == (2, True, debug)
+
+
+def test_convert_decodes_its_image_at_most_twice(run, image, tmp_path, monkeypatch):
+    """However many steps read the image, its file is opened and decoded once per pass over it, and not to count."""
+    decoded = []
+    monkeypatch.setattr(
+        collections,
+        "read_image",
+        lambda path, **options: (decoded.append(path), read_image(path, **options))[1],
+    )
+    done = run("convert", ARCH, image, "--scale", "unit", "--to", "frozen", "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert 1 <= len(decoded) <= 2
 
 
 def test_what_the_system_refuses_is_said_in_its_words(run, monkeypatch):

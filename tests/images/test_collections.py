@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from normfix.errors import NormfixError
+from normfix.images import collections
+from normfix.images.axes import read_image
 from normfix.images.collections import ImageFiles, Items, find_images
 
 FLOAT = np.random.default_rng(0).normal(3, 2, (2, 24, 20)).astype(np.float32)
@@ -58,8 +60,28 @@ def test_a_pattern_without_images_is_refused(tmp_path, monkeypatch, pattern):
     assert code_of(find_images, [pattern]) == "NF101"
 
 
+def test_one_file_is_decoded_once_and_several_once_per_pass(tmp_path, monkeypatch):
+    """However often a single image is asked for, its file is opened once; of several only the last is kept."""
+    decoded = []
+    monkeypatch.setattr(
+        collections,
+        "read_image",
+        lambda path, **options: (decoded.append(path.name), read_image(path, **options))[1],
+    )
+    for name in ("a.npy", "b.npy"):
+        np.save(tmp_path / name, FLOAT)
+    one = ImageFiles([tmp_path / "a.npy"], 2, 2, None)
+    for _ in range(3):
+        list(one)
+    assert decoded == ["a.npy"]
+    decoded.clear()
+    two = ImageFiles([tmp_path / "a.npy", tmp_path / "b.npy"], 2, 2, None)
+    assert [len(list(two)) for _ in range(2)] == [2, 2]
+    assert decoded == ["a.npy", "b.npy", "a.npy", "b.npy"]
+
+
 def test_image_files_can_be_read_twice(tmp_path):
-    """Files are read anew in each pass, to the same tensors."""
+    """Files are read again in each pass, to the same tensors."""
     path = tmp_path / "a.npy"
     np.save(path, FLOAT)
     files = ImageFiles([path], 2, 2, None)

@@ -259,10 +259,11 @@ def test_passes_over_a_file_see_the_same_values(tmp_path):
     """Files that are read anew in each pass must hold the same values again; touched they do."""
     path = tmp_path / "a.npy"
     _write(path, ARRAY)
-    files = ImageFiles([path], 2, 1, Scaling())
-    (first,) = files
+    _write(tmp_path / "b.npy", OTHER)
+    files = ImageFiles([path, tmp_path / "b.npy"], 2, 1, Scaling())
+    first, _ = files
     _touch(path)
-    (second,) = files
+    second, _ = files
     assert torch.equal(first, second)
     _replace(path, OTHER)
     with pytest.raises(NormfixError, match="NF331"):
