@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import normfix
 from normfix.layers import BatchRenorm2d, BatchRenorm3d, FrozenNorm2d, FrozenNorm3d
-from normfix.layers.recomputation import Call
+from normfix.layers.recomputation import RecordedCall
 from normfix.networks.devices import accelerator
 
 pytestmark = [
@@ -435,7 +435,7 @@ def test_batch_renorm_in_a_checkpoint_counts_once():
         torch.backends.cudnn.allow_tf32 = True
     assert int(twin[1].num_batches_tracked) == 3
     assert_close(twin[0].weight.grad, plain[0].weight.grad, rtol=1e-4, atol=1e-3)
-    assert Call is not None
+    assert RecordedCall is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])

@@ -21,8 +21,7 @@ from normfix.conversion.targets import site_target
 from normfix.errors import NormfixError
 from normfix.images.collections import Items
 from normfix.images.opening import sources_of
-from normfix.images.sources import Source as WindowedSource
-from normfix.images.sources import TensorSource
+from normfix.images.sources import Image, TensorImage
 from normfix.networks.calling import Caller, buffers_kept, evaluating, home_of
 from normfix.networks.examples import default_example, fitting_example
 from normfix.networks.graph.program import require_free
@@ -39,7 +38,7 @@ from normfix.records.sites import Site
 from normfix.records.verdicts import ImageShift, Proof, ProofStep
 from normfix.scanning.base import base_of
 from normfix.scanning.durations import Announce, Durations, announce_notable, announced_nowhere
-from normfix.scanning.scan import Look, look
+from normfix.scanning.scan import Scanned, look
 from normfix.scanning.sites import survey
 from normfix.tiling.grid import Geometry
 from normfix.tiling.stages.options import engine_of
@@ -58,7 +57,7 @@ _TILES = {1: 1 << 18, 2: 512, 3: 96}
 @undisturbed()
 def convert(
     model: nn.Module,
-    images: Tensor | Iterable[Tensor] | WindowedSource | Sequence[WindowedSource] | None = None,
+    images: Tensor | Iterable[Tensor] | Image | Sequence[Image] | None = None,
     to: Literal["frozen", "batchrenorm"] = "frozen",
     *,
     plan: Plan | None = None,
@@ -135,7 +134,7 @@ def convert(
     crew = engine_of(engine, scheduler, store, workers)
     staged = budget is not None or store is not None or crew.shared
     if staged and images is not None and sources is None:
-        sources = [TensorSource(image) for image in Items.of(cast(_Tensors, images), *home)]
+        sources = [TensorImage(image) for image in Items.of(cast(_Tensors, images), *home)]
     if sources is not None:
         images = [middle_of(sources[0])]
     items = None if images is None else Items.of(cast(_Tensors, images), *home)
@@ -256,7 +255,7 @@ def _calibrate_(
 def _calibrate_in_stages_(
     model: nn.Module,
     plan: Plan,
-    images: Sequence[WindowedSource],
+    images: Sequence[Image],
     caller: Caller,
     resources: Resources,
     geometry: Geometry | None,
@@ -292,7 +291,7 @@ class _Work:
     original: nn.Module
     converted: nn.Module
     plan: Plan
-    seen: Look
+    seen: Scanned
     items: Items | None
     example: Tensor
     caller: Caller

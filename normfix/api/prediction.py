@@ -15,7 +15,7 @@ from normfix.conversion.targets import site_target
 from normfix.errors import NormfixError
 from normfix.images.collections import Items
 from normfix.images.opening import Wholes
-from normfix.images.sources import Source, TensorSource
+from normfix.images.sources import Image, TensorImage
 from normfix.images.writing import OutputFile
 from normfix.networks.calling import home_of
 from normfix.networks.copying import copy_of, twin_of
@@ -43,7 +43,7 @@ _PAYS = 1 << 24
 @undisturbed()
 def predict(
     model: nn.Module,
-    image: Tensor | Source,
+    image: Tensor | Image,
     tile: int | Sequence[int] = 256,
     *,
     halo: int | Literal["auto"] = "auto",
@@ -106,7 +106,7 @@ def predict(
 @undisturbed()
 def write_prediction(
     model: nn.Module,
-    image: Tensor | Source,
+    image: Tensor | Image,
     out: Path,
     tile: int | Sequence[int] = 256,
     *,
@@ -165,7 +165,7 @@ class _Prediction:
     """What to predict, checked."""
 
     model: nn.Module
-    image: Source
+    image: Image
     known: Known
     geometry: Geometry
     tile: tuple[int, ...]
@@ -176,7 +176,7 @@ class _Prediction:
     def of(
         cls,
         model: nn.Module,
-        image: Tensor | Source,
+        image: Tensor | Image,
         tile: int | Sequence[int],
         halo: int | Literal["auto"],
         engine: str,
@@ -201,7 +201,7 @@ class _Prediction:
         _require_enough(geometry, exact)
         if isinstance(image, Tensor):
             (item,) = Items.of(image, *home_of(model), like=known.scan.example)
-            image = TensorSource(item)
+            image = TensorImage(item)
         engine = engine if halo == "auto" else "tiles"
         return cls(model, image, known, geometry, tile_extents(tile, geometry), engine, statistics)
 

@@ -22,7 +22,7 @@ from normfix.conversion.targets import NormTarget, Target, planned_targets
 from normfix.errors import NormfixError
 from normfix.images.collections import Items
 from normfix.images.opening import Wholes, sources_of
-from normfix.images.sources import Source, TensorSource
+from normfix.images.sources import Image, TensorImage
 from normfix.layers.moments import Moments
 from normfix.networks.calling import Caller, home_of
 from normfix.networks.copying import copy_of, twin_of
@@ -51,7 +51,7 @@ Progress = Callable[[int, int], None]
 @undisturbed()
 def calibrate(
     model: nn.Module,
-    images: Tensor | Iterable[Tensor] | Source | Sequence[Source],
+    images: Tensor | Iterable[Tensor] | Image | Sequence[Image],
     tile: int | Sequence[int] | None = None,
     *,
     mask: Mask | Sequence[Mask] | None = None,
@@ -128,7 +128,7 @@ def calibrate(
 @undisturbed()
 def calibrate_(
     model: nn.Module,
-    images: Tensor | Iterable[Tensor] | Source | Sequence[Source],
+    images: Tensor | Iterable[Tensor] | Image | Sequence[Image],
     tile: int | Sequence[int] | None = None,
     *,
     mask: Mask | Sequence[Mask] | None = None,
@@ -175,7 +175,7 @@ def calibrate_(
 
 def _calibrated_(
     model: nn.Module,
-    images: Tensor | Iterable[Tensor] | Source | Sequence[Source],
+    images: Tensor | Iterable[Tensor] | Image | Sequence[Image],
     tile: int | Sequence[int] | None,
     *,
     mask: Mask | Sequence[Mask] | None,
@@ -222,7 +222,7 @@ def _calibrated_(
     if passes and items is not None and mask is None:
         summary = work.in_passes(items)
     else:
-        sources = sources or [TensorSource(image) for image in items or ()]
+        sources = sources or [TensorImage(image) for image in items or ()]
         tile = tile or BLOCK_EXTENTS[len(sources[0].shape) - 2]
         resources = Resources(tile=tile, budget=budget, store=store, engine=crew, watch=watch)
         summary = work.of_sources(sources, mask, None if passes else resources, sample, seed)
@@ -259,7 +259,7 @@ class _Work:
 
     def of_sources(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[Image],
         mask: Mask | Sequence[Mask] | None,
         resources: Resources | None,
         sample: float | None,
@@ -269,7 +269,7 @@ class _Work:
         with ExitStack() as opened:  # mask files
             ignored: tuple[int, ...] = ()
             if mask is not None:
-                sources = list[Source](masked(sources, mask, opened))
+                sources = list[Image](masked(sources, mask, opened))
                 ignored = tuple(map(ignored_pixels, sources))
             if sample is not None and resources is not None:
                 summary = measure_sampled_(

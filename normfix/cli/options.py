@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from normfix.images.collections import ImageFiles
-    from normfix.images.sources import Source
-    from normfix.images.windows import WindowedImage
+    from normfix.images.sources import Image
+    from normfix.images.windows import ScaledImage
     from normfix.storage.opening.request import Loaded
 
 __all__ = [
@@ -208,7 +208,7 @@ class Arguments:
             raise click.UsageError(f"{path} names {len(found)} images; give one")
         return found[0]
 
-    def windows(self, patterns: tuple[str, ...], model: nn.Module, level: int) -> list[WindowedImage]:
+    def windows(self, patterns: tuple[str, ...], model: nn.Module, level: int) -> list[ScaledImage]:
         """Return the images that files, folders and globs name, to be read by window until the command ends."""
         from normfix.images.collections import find_images
         from normfix.images.opening import open_image
@@ -225,7 +225,7 @@ class Arguments:
         _tell(opened)
         return opened
 
-    def masks(self, patterns: tuple[str, ...], model: nn.Module) -> list[Source]:
+    def masks(self, patterns: tuple[str, ...], model: nn.Module) -> list[Image]:
         """Return the masks that files, folders and globs name; of the images' axes, channels apart."""
         from normfix.conversion.masks import open_mask
         from normfix.images.collections import find_images
@@ -253,7 +253,7 @@ class Arguments:
             ) from error
 
 
-def _tell(images: Sequence[WindowedImage]) -> None:
+def _tell(images: Sequence[ScaledImage]) -> None:
     """Say what a user should know of files, such as chunks that are missing."""
     for image in images:
         for text in image.notes:

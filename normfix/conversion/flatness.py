@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from normfix.conversion.targets import NormTarget, StatisticTarget, Target
 from normfix.errors import NormfixError
-from normfix.images.sources import Source
+from normfix.images.sources import Image
 from normfix.networks.calling import Caller, buffers_kept, evaluating
 from normfix.networks.divisors import following
 from normfix.records.measurements import CalibrationSummary, SiteStatistics
@@ -65,12 +65,12 @@ def spread_in_groups(target: Target, groups: int) -> frozenset[int]:
     return frozenset(spread.nonzero().flatten().tolist())
 
 
-def all_empty(images: Iterable[Tensor | Source]) -> bool:
+def all_empty(images: Iterable[Tensor | Image]) -> bool:
     """Tell whether every image is one constant per channel; reads no further than the first that is not."""
     return all(map(_is_empty, images))
 
 
-def _is_empty(image: Tensor | Source) -> bool:
+def _is_empty(image: Tensor | Image) -> bool:
     if isinstance(image, Tensor):
         pixel = image.flatten(2)[..., :1]  # (n, c, *space) -> (n, c, 1)
         return bool((image.flatten(2) == pixel).all())

@@ -23,8 +23,8 @@ from normfix.conversion.targets import StatisticTarget, Target, TargetAround
 from normfix.errors import NormfixError
 from normfix.images.files import open_windows as open_file
 from normfix.images.opening import Wholes
-from normfix.images.sources import Source, TensorSource
-from normfix.images.windows import WindowedImage
+from normfix.images.sources import Image, TensorImage
+from normfix.images.windows import ScaledImage
 from normfix.networks.calling import Caller, evaluating, home_of
 from normfix.networks.examples import fitting_example
 from normfix.records.measurements import CalibrationSummary
@@ -34,7 +34,7 @@ from normfix.tiling.stages.masks import Masked, counted, mask_of, selected
 
 __all__ = ["Mask", "ignored_pixels", "masked", "measure_in_passes_", "open_mask", "require_maskable"]
 
-Mask = Tensor | np.ndarray[Any, Any] | Path | str | Source
+Mask = Tensor | np.ndarray[Any, Any] | Path | str | Image
 """Nonzero where a pixel is ignored; of the image's extents, with or without leading axes of extent 1."""
 
 Progress = Callable[[int, int], None]
@@ -47,7 +47,7 @@ _LAWS = frozenset({"mean", "variance", "deviation", "variance_mean", "deviation_
 """Laws of values that do not grow with the number of pixels."""
 
 
-def masked(images: Sequence[Source], mask: Mask | Sequence[Mask], opened: ExitStack) -> list[Masked]:
+def masked(images: Sequence[Image], mask: Mask | Sequence[Mask], opened: ExitStack) -> list[Masked]:
     """Give each image its mask; files are closed with `opened`.
 
     Raises:
@@ -84,16 +84,16 @@ def masked(images: Sequence[Source], mask: Mask | Sequence[Mask], opened: ExitSt
     return found
 
 
-def open_mask(path: Path, ndim: int, axes: str | None = None) -> WindowedImage:
+def open_mask(path: Path, ndim: int, axes: str | None = None) -> ScaledImage:
     """Open a mask file to be read by window; `axes` names its axes, without channels.
 
     Raises:
         NormfixError: NF101 and NF106 of the file.
     """
-    return WindowedImage(open_file(path, ndim=ndim, channels=1, axes=axes), dtype=torch.float64)
+    return ScaledImage(open_file(path, ndim=ndim, channels=1, axes=axes), dtype=torch.float64)
 
 
-def ignored_pixels(image: Source) -> int:
+def ignored_pixels(image: Image) -> int:
     """Return how many pixels of an image its mask ignores, read in slabs."""
     mask = mask_of(image)
     if mask is None:
@@ -106,7 +106,7 @@ def ignored_pixels(image: Source) -> int:
     )
 
 
-def require_maskable(targets: Sequence[Target], images: Sequence[Source]) -> None:
+def require_maskable(targets: Sequence[Target], images: Sequence[Image]) -> None:
     """Refuse statistics that have no meaning for a part of the image.
 
     Raises:
@@ -125,7 +125,7 @@ def require_maskable(targets: Sequence[Target], images: Sequence[Source]) -> Non
 def measure_in_passes_(
     model: nn.Module,
     targets: Sequence[Target],
-    images: Sequence[Source],
+    images: Sequence[Image],
     caller: Caller,
     stride: Sequence[int] | None,
     progress: Progress,
@@ -148,8 +148,8 @@ def measure_in_passes_(
 class _Turn:
     """Images as whole tensors, one after another, and the mask of the one whose turn it is."""
 
-    images: Sequence[Source]
-    mask: Source | None = None
+    images: Sequence[Image]
+    mask: Image | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
         for image in self.images:
@@ -191,7 +191,7 @@ class _Shapes:
 
 
 def _maps(
-    model: nn.Module, targets: Sequence[Target], image: Source, caller: Caller, stride: Sequence[int]
+    model: nn.Module, targets: Sequence[Target], image: Image, caller: Caller, stride: Sequence[int]
 ) -> dict[str, Map]:
     """Compare the operands' shapes at sizes that differ along one axis; see normfix.tiling.stages.maps."""
     corner = image.read([(0, min(n, 1024)) for n in image.shape[2:]])
@@ -230,7 +230,7 @@ def _shapes(
     return shapes.found
 
 
-def _source(mask: Mask, ndim: int, opened: ExitStack) -> Source:
+def _source(mask: Mask, ndim: int, opened: ExitStack) -> Image:
     """Return a mask as (1, 1, *space) to be read by window."""
     if isinstance(mask, Path | str):
         return opened.enter_context(open_mask(Path(mask), ndim))
@@ -238,7 +238,7 @@ def _source(mask: Mask, ndim: int, opened: ExitStack) -> Source:
         ignored = torch.as_tensor(np.asarray(mask) != 0) if isinstance(mask, np.ndarray) else mask != 0
         space = ignored.shape[max(0, ignored.dim() - ndim) :]
         fits = len(space) == ndim and math.prod(space) == ignored.numel()
-        return TensorSource(ignored.reshape(1, 1, *space) if fits else ignored)
+        return TensorImage(ignored.reshape(1, 1, *space) if fits else ignored)
     return mask
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from normfix.conversion.staged import measure_streamed_
 from normfix.conversion.targets import NormTarget, StatisticTarget, Target, TargetAround
 from normfix.errors import NormfixError
-from normfix.images.sources import Source, Span, values_digest
+from normfix.images.sources import Image, Span, values_digest
 from normfix.layers.moments import Moments, merge
 from normfix.networks.calling import Caller
 from normfix.records.measurements import CalibrationSummary, Sampled, SiteStatistics
@@ -49,7 +49,7 @@ _LAWS = frozenset({"mean", "variance", "deviation", "variance_mean", "deviation_
 def measure_sampled_(
     model: nn.Module,
     targets: Sequence[Target],
-    images: Sequence[Source],
+    images: Sequence[Image],
     caller: Caller,
     resources: Resources,
     *,
@@ -112,7 +112,7 @@ def measure_sampled_(
     return replace(summary, images=tuple(image.shape for image in images), sample=sample)
 
 
-def _blocks(images: Sequence[Source], tile: Sequence[int], geometry: Geometry) -> list[Masked]:
+def _blocks(images: Sequence[Image], tile: Sequence[int], geometry: Geometry) -> list[Masked]:
     """Return the blocks of all images, each with its halo, which is ignored."""
     ones = replace(geometry, scale=(1,) * len(tile))  # type: ignore[arg-type]
     found = []
@@ -129,7 +129,7 @@ def _blocks(images: Sequence[Source], tile: Sequence[int], geometry: Geometry) -
 class _Crop:
     """A window of a source as a source of its own."""
 
-    image: Source
+    image: Image
     window: Sequence[Span]
 
     @property
@@ -152,7 +152,7 @@ class _Crop:
 class _Outside:
     """The mask of a window: what is outside of the interior, and what the image's own mask ignores."""
 
-    mask: Source | None
+    mask: Image | None
     window: Sequence[Span]
     interior: Sequence[Span]
 

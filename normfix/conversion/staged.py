@@ -15,7 +15,7 @@ from normfix.conversion.measuring import remeasure_sites, restoring_on_error
 from normfix.conversion.targets import Target, TargetAround, planned_targets
 from normfix.errors import NormfixError
 from normfix.images.collections import Items
-from normfix.images.sources import Source, TensorSource
+from normfix.images.sources import Image, TensorImage
 from normfix.networks.calling import Caller, evaluating
 from normfix.networks.numerics import exact_arithmetic
 from normfix.records.measurements import CalibrationSummary, SiteStatistics
@@ -36,7 +36,7 @@ __all__ = ["StoredTarget", "measure_in_stages_", "measure_streamed_", "remeasure
 def remeasure(
     model: nn.Module,
     plan: Plan,
-    images: Items | Sequence[Source],
+    images: Items | Sequence[Image],
     caller: Caller,
     *,
     geometry: Geometry | None = None,
@@ -63,10 +63,10 @@ def remeasure(
             images = replace(images, prepare=partial(padded, geometry=geometry))
         return remeasure_sites(model, targets, images, caller)
     passes = isinstance(images, Items)
-    sources: Sequence[Source] = [TensorSource(image) for image in images] if passes else images  # type: ignore[arg-type,assignment]
+    sources: Sequence[Image] = [TensorImage(image) for image in images] if passes else images  # type: ignore[arg-type,assignment]
     with ExitStack() as opened:  # mask files
         if mask is not None:
-            sources = list[Source](masked(sources, mask, opened))
+            sources = list[Image](masked(sources, mask, opened))
         resources = Resources(tile=blocks or BLOCK_EXTENTS[len(sources[0].shape) - 2])
         kept = [StoredTarget(target) for target in targets]
         return measure_streamed_(
@@ -80,7 +80,7 @@ Progress = Callable[[int, int], None]
 def measure_streamed_(
     model: nn.Module,
     targets: Sequence[Target],
-    images: Sequence[Source],
+    images: Sequence[Image],
     caller: Caller,
     resources: Resources | None,
     *,
@@ -112,7 +112,7 @@ def measure_streamed_(
 def measure_in_stages_(
     model: nn.Module,
     targets: Sequence[Target],
-    images: Sequence[Source],
+    images: Sequence[Image],
     caller: Caller,
     resources: Resources,
     *,
@@ -172,10 +172,10 @@ def measure_in_stages_(
     )
 
 
-def _require_whole(images: Sequence[Source], error: NormfixError) -> None:
+def _require_whole(images: Sequence[Image], error: NormfixError) -> None:
     """Refuse passes over images that were opened by window: as a rule they do not fit."""
     opened = [image.image if isinstance(image, Masked) else image for image in images]
-    if not all(isinstance(image, TensorSource) for image in opened):
+    if not all(isinstance(image, TensorImage) for image in opened):
         raise NormfixError(
             error.code,
             f"the network cannot run in stages ({error}), and an image that is read by window is not read whole "

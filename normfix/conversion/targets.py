@@ -19,12 +19,12 @@ from normfix.conversion.interception import InterceptedNorm
 from normfix.conversion.rewriting import layer_of, set_statistics_
 from normfix.errors import NormfixError
 from normfix.layers import ChannelNorm, FrozenStatistic
-from normfix.layers.laws import Part, Seen, finalise
+from normfix.layers.laws import Observed, Part, finalise
 from normfix.layers.laws import merge as merge_parts
 from normfix.layers.laws import observe as observe_part
 from normfix.layers.moments import Moments, measure, measure_there, merge, pool
 from normfix.networks.functions import operand_of
-from normfix.networks.graph.program import Program
+from normfix.networks.graph.program import ProgramNetwork
 from normfix.records.measurements import SiteStatistics
 from normfix.records.plans import Action, Decision, Plan
 from normfix.records.sites import StatisticSpec
@@ -263,25 +263,25 @@ class StatisticTarget:
         return None if self.spec.law == "none" or self.spec.quotient else self.spec.dims
 
     @property
-    def measure(self) -> Callable[[Tensor], Seen]:
+    def measure(self) -> Callable[[Tensor], Observed]:
         """Return what gives a block's part; see Target."""
         return partial(_part_of_block, self.spec)
 
-    def join(self, blocks: Sequence[Seen]) -> Seen:
+    def join(self, blocks: Sequence[Observed]) -> Observed:
         """Merge the blocks' parts by the law; see Target."""
         spec, images = self.spec, blocks[0].images
         part = merge_parts(spec.law, [block.part for block in blocks])
         joined = finalise(spec.law, part, images=images, correction=spec.correction, power=spec.power)
-        return Seen(images, joined, part)
+        return Observed(images, joined, part)
 
-    def store(self, parts: Sequence[Seen]) -> None:
+    def store(self, parts: Sequence[Observed]) -> None:
         """Write the population's values; see Target."""
         _require_some(sum(part.part.count for part in parts), self.name)
         values = self._population(parts)
         self._fitting(values)
         self.module.set_values_(*values)
 
-    def compare(self, parts: Sequence[Seen]) -> SiteStatistics:
+    def compare(self, parts: Sequence[Observed]) -> SiteStatistics:
         """Compare values, rounded as they would be stored, with what is stored; see Target."""
         stored = torch.cat([v.double().cpu().flatten() for v in self.module.values()])
         unit = float(stored.square().mean().sqrt()) or 1.0
@@ -305,11 +305,11 @@ class StatisticTarget:
         _require_finite(self.name, **{f"value {number}": value for number, value in enumerate(found)})
         return found
 
-    def flat(self, parts: Sequence[Seen]) -> tuple[int, ...]:
+    def flat(self, parts: Sequence[Observed]) -> tuple[int, ...]:
         """Return nothing: what is divided by it is seen where it is used (networks.divisors); see Target."""
         return ()
 
-    def _population(self, parts: Sequence[Seen]) -> tuple[Tensor, ...]:
+    def _population(self, parts: Sequence[Observed]) -> tuple[Tensor, ...]:
         images = sum(part.images for part in parts)
         if images == 1:
             return parts[0].results
@@ -324,7 +324,7 @@ class StatisticTarget:
         spec = self.spec
         return finalise(spec.law, part, images=images, correction=spec.correction, power=spec.power)
 
-    def _see(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Seen:
+    def _see(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Observed:
         spec = self.spec
         operand = operand_of(args, kwargs, spec.operand)
         images = _images(spec, operand)
@@ -333,7 +333,7 @@ class StatisticTarget:
             given = tree_map(_widened, (args, dict(kwargs)))
             found = [v for v in tree_leaves(func(*given[0], **given[1])) if isinstance(v, Tensor)]
             results = tuple(v.double().cpu() for v in found[: spec.outputs])
-        return Seen(images, results, _part(spec, operand, images, self._terms(args, kwargs)))
+        return Observed(images, results, _part(spec, operand, images, self._terms(args, kwargs)))
 
     def _terms(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
         """Return what the call divides by, where that is its statistic."""
@@ -370,9 +370,9 @@ def _require_finite(site: str, **values: Tensor) -> None:
         )
 
 
-def _part_of_block(spec: StatisticSpec, operand: Tensor) -> Seen:
+def _part_of_block(spec: StatisticSpec, operand: Tensor) -> Observed:
     images = _images(spec, operand)
-    return Seen(images, (), _part(spec, operand, images))
+    return Observed(images, (), _part(spec, operand, images))
 
 
 def _images(spec: StatisticSpec, operand: Tensor) -> int:
@@ -424,7 +424,7 @@ def planned_targets(model: nn.Module, plan: Plan) -> list[Target]:
     modules = dict(model.named_modules())
     for decision in plan.converted:
         layer = modules.get(decision.target)
-        if isinstance(model, Program):
+        if isinstance(model, ProgramNetwork):
             if not isinstance(layer, nn.modules.batchnorm._BatchNorm):
                 raise NormfixError(
                     "NF228",

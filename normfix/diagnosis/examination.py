@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from normfix.api.prediction import predict
 from normfix.diagnosis.accuracy import Labels
 from normfix.diagnosis.disparity import disparity, patches
-from normfix.diagnosis.experiments import Bench, Trial, culprits
+from normfix.diagnosis.experiments import Experiments, Trial, culprits
 from normfix.diagnosis.intervention import Watched, record
-from normfix.diagnosis.overlaps import Overlaps, Predicted, overlaps
+from normfix.diagnosis.overlaps import Overlaps, PredictedWindow, overlaps
 from normfix.diagnosis.reception import gradient, receptive_field
 from normfix.diagnosis.setting import Progress, Setting
 from normfix.diagnosis.statistics import site_reports
@@ -46,7 +46,7 @@ __all__ = ["Examination"]
 class _Seen:
     """The pipeline as it is, in the tested precision."""
 
-    first: list[Predicted]
+    first: list[PredictedWindow]
     watched: list[Watched]
     stitched: Tensor
     whole: Tensor
@@ -59,7 +59,7 @@ class Examination:
     """One diagnosis under way."""
 
     setting: Setting
-    bench: Bench
+    bench: Experiments
     truth: Labels | None
     batches: tuple[int, ...]
     per_site: bool
@@ -171,7 +171,7 @@ class Examination:
             pixels = self._window(window, present)
             output, kept = record(self._model(), self.setting.caller, pixels, self.setting.live[False])
             watched.append(Watched(kept.norms))
-            first.append(Predicted(window, output))
+            first.append(PredictedWindow(window, output))
             missing += paste(stitched, output, window, geometry)
             self.progress("tiles", done, len(tiles))
         size = self.setting.image.shape[2:]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from normfix.diagnosis.intervention import POSITION, Place, Recording, record, run_fixed
+from normfix.diagnosis.intervention import POSITION, Offset, Recording, record, run_fixed
 from normfix.diagnosis.windows import Window, faults, paste, take, windows
 from normfix.networks.numerics import BOUNDLESS
 from normfix.proof.indicators import compare, spread_of
@@ -27,7 +27,7 @@ from normfix.records.sites import Site
 from normfix.tiling.grid import Geometry
 from normfix.tiling.stitching import cropped, padded
 
-__all__ = ["NAMED", "UNKNOWN", "Bench", "Trial", "culprits"]
+__all__ = ["NAMED", "UNKNOWN", "Experiments", "Trial", "culprits"]
 
 NAMED = 1e-9
 """Largest difference in sd, in float64, that names no cause: a hundred times what rounding makes there."""
@@ -65,7 +65,7 @@ class Trial:
 
 
 @dataclass(slots=True)
-class Bench:
+class Experiments:
     """A network, an image and a tiling, ready for experiments.
 
     `evaluated` and `trained` are the network in eval mode and with batch statistics in use, `live` the live
@@ -164,7 +164,7 @@ class Bench:
         stitched = torch.zeros_like(whole)
         tiles = self.tiles(present)
         for done, window in enumerate(tiles):
-            place = Place(tuple(a for a, _ in window.read), tuple(image.shape[2:]))
+            place = Offset(tuple(a for a, _ in window.read), tuple(image.shape[2:]))
             output = run_fixed(model, self.run, self._window(image, window, present), kept, fixed, place)
             paste(stitched, output, window, self.geometry)
             self.progress("experiments", done + 1, len(tiles))
@@ -196,7 +196,7 @@ class Bench:
         return self._recordings[key]
 
 
-def culprits(bench: Bench) -> tuple[Culprit, ...]:
+def culprits(bench: Experiments) -> tuple[Culprit, ...]:
     """Name every cause whose presence changes anything, the largest first."""
     causes, everything, unfixable = bench.causes(), bench.everything(), bench.unfixable()
     as_is, nothing = bench.trial(everything), bench.trial(unfixable)

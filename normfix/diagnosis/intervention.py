@@ -25,7 +25,7 @@ from normfix.networks.functions import bound
 from normfix.records.sites import Family, Site
 from normfix.scanning.census import census
 
-__all__ = ["POSITION", "Place", "Recording", "Watched", "record", "run_fixed", "watch"]
+__all__ = ["POSITION", "Offset", "Recording", "Watched", "record", "run_fixed", "watch"]
 
 POSITION = "position"
 _PRODUCTS = frozenset({"matmul", "__matmul__", "bmm", "baddbmm", "einsum"})
@@ -35,7 +35,7 @@ Run = Callable[[nn.Module, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Offset:
     """Where a window lies: its first pixel and the extents of the whole image, per axis."""
 
     start: tuple[int, ...]
@@ -93,7 +93,7 @@ def record(model: nn.Module, run: Run, image: Tensor, sites: Sequence[Site]) -> 
 
 
 def run_fixed(
-    model: nn.Module, run: Run, window: Tensor, kept: Recording, fixed: frozenset[str], place: Place | None
+    model: nn.Module, run: Run, window: Tensor, kept: Recording, fixed: frozenset[str], place: Offset | None
 ) -> Tensor:
     """Run one window with the sites in `fixed` at their whole-image values, all others live.
 
@@ -204,7 +204,7 @@ def _aligned(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> boo
 
 
 def _resized(
-    x: Tensor, live: Tensor, extents: tuple[tuple[int, ...], tuple[int, ...]], place: Place | None
+    x: Tensor, live: Tensor, extents: tuple[tuple[int, ...], tuple[int, ...]], place: Offset | None
 ) -> Tensor:
     """Resize linearly as the whole image would be there, one axis after the other."""
     if place is None:

@@ -18,13 +18,13 @@ from normfix.records.diagnoses import Kind, Mismatch, Pair
 from normfix.records.spans import round_up
 from normfix.tiling.grid import Geometry, at
 
-__all__ = ["Overlaps", "Predicted", "overlaps"]
+__all__ = ["Overlaps", "PredictedWindow", "overlaps"]
 
 Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
-class Predicted:
+class PredictedWindow:
     """A window and the whole of its output."""
 
     window: Window
@@ -41,7 +41,7 @@ class Overlaps:
 
 
 def overlaps(
-    first: Sequence[Predicted],
+    first: Sequence[PredictedWindow],
     second: Sequence[Window],
     predict: Callable[[Window], Tensor],
     size: Sequence[int],
@@ -62,7 +62,7 @@ def overlaps(
     """
     everywhere, beyond, pairs = Accumulator(kind, sd), Accumulator(kind, sd), []
     for window in second:
-        other = Predicted(window, predict(window))
+        other = PredictedWindow(window, predict(window))
         for one in first:
             common = _common(_inside(one.window, size), _inside(window, size))
             if common is None:
@@ -104,7 +104,7 @@ def _common(a: Sequence[Span], b: Sequence[Span]) -> tuple[Span, ...] | None:
 
 
 def _both(
-    one: Predicted, other: Predicted, spans: Sequence[Span], geometry: Geometry
+    one: PredictedWindow, other: PredictedWindow, spans: Sequence[Span], geometry: Geometry
 ) -> tuple[Tensor, Tensor]:
     """Return both outputs at a region, where both have any: outputs that are rounded down may end before it."""
     here, there = _at(one, spans, geometry), _at(other, spans, geometry)
@@ -112,7 +112,7 @@ def _both(
     return here[common], there[common]
 
 
-def _at(predicted: Predicted, spans: Sequence[Span], geometry: Geometry) -> Tensor:
+def _at(predicted: PredictedWindow, spans: Sequence[Span], geometry: Geometry) -> Tensor:
     """Return a window's output at a region given in pixels of the image."""
     cut = [
         slice(int(low * s) - int(a * s), int(high * s) - int(a * s))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from normfix.api.conversion import convert
-from normfix.diagnosis.probes import Seen, probe
+from normfix.diagnosis.probes import Probed, probe
 from normfix.proof.cropping import check_pipeline, space_of
 from normfix.records.diagnoses import Observation, PipelineRecord
 from normfix.records.sites import Finding, Scan
@@ -114,7 +114,7 @@ def _of_network(known: Scan) -> tuple[Observation, ...]:
     )
 
 
-def _of_steps(seen: Seen, geometry: Geometry | None) -> tuple[Observation, ...]:
+def _of_steps(seen: Probed, geometry: Geometry | None) -> tuple[Observation, ...]:
     """Name what the probes saw that makes tiles differ."""
     found = []
     if seen.scaled:
@@ -140,7 +140,7 @@ def _of_steps(seen: Seen, geometry: Geometry | None) -> tuple[Observation, ...]:
     return tuple(Observation(cause=c, evidence=e, remedy=r) for c, e, r in found)
 
 
-def _misplaced(seen: Seen, geometry: Geometry) -> list[tuple[str, str, str]]:
+def _misplaced(seen: Probed, geometry: Geometry) -> list[tuple[str, str, str]]:
     """Return phase, and the last tile where only windows that touch the end are off the grid."""
     off: set[tuple[int, int, bool]] = set()
     for window in seen.windows:
@@ -158,7 +158,7 @@ def _misplaced(seen: Seen, geometry: Geometry) -> list[tuple[str, str, str]]:
     return [("phase", evidence, "start windows on multiples of the stride")]
 
 
-def _short(seen: Seen, geometry: Geometry) -> list[tuple[str, str, str]]:
+def _short(seen: Probed, geometry: Geometry) -> list[tuple[str, str, str]]:
     if seen.context is None:
         return []
     pairs = zip(seen.context, geometry.halo, geometry.stride, strict=True)
@@ -174,7 +174,7 @@ def _short(seen: Seen, geometry: Geometry) -> list[tuple[str, str, str]]:
     return [("halo", evidence, "read tiles with at least the exact halo, and crop it")]
 
 
-def _unseen(seen: Seen | None) -> tuple[Finding, ...]:
+def _unseen(seen: Probed | None) -> tuple[Finding, ...]:
     """Say what the probes could not see, so that no cause named is not taken for no cause."""
     if seen is None:
         message = (
@@ -199,7 +199,7 @@ def _unnamed(verdict: Verdict, culprits: Sequence[Observation]) -> tuple[Finding
 
 def _record(
     verdict: Verdict,
-    seen: Seen | None,
+    seen: Probed | None,
     culprits: tuple[Observation, ...],
     held: Verdict | None,
     findings: tuple[Finding, ...],

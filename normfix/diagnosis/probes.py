@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from normfix.networks.calling import home_of
 from normfix.proof.crops import predicted
 
-__all__ = ["Placed", "Seen", "probe"]
+__all__ = ["Placed", "Probed", "probe"]
 
 _PATCH = 16
 _SAME = 1e-3
@@ -48,7 +48,7 @@ class Placed:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class Probed:
     """What the probes saw: the windows, and what was done to them.
 
     `scaled` tells whether windows were scaled differently, `rescaled` whether their outputs were, `blended` whether
@@ -115,7 +115,7 @@ class _Probe(nn.Module):
         return answer
 
 
-def probe(pipeline: Pipeline, network: nn.Module, image: Tensor, space: int) -> Seen | None:
+def probe(pipeline: Pipeline, network: nn.Module, image: Tensor, space: int) -> Probed | None:
     """Run a pipeline with probes; None if none of their windows is found in the image.
 
     Args:
@@ -160,7 +160,7 @@ def probe(pipeline: Pipeline, network: nn.Module, image: Tensor, space: int) -> 
                 "not follow what the network answers."
             )
     found = tuple(placed[number] for number in sorted(placed))
-    return Seen(found, tuple(field.plane.shape), scaled is True, rescaled, blended, context, tuple(unseen))
+    return Probed(found, tuple(field.plane.shape), scaled is True, rescaled, blended, context, tuple(unseen))
 
 
 @dataclass(frozen=True, slots=True)

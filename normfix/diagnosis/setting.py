@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from normfix.diagnosis.experiments import Bench
+from normfix.diagnosis.experiments import Experiments
 from normfix.diagnosis.intervention import record, run_fixed
 from normfix.errors import NormfixError
 from normfix.images.scaling import scaled
@@ -105,9 +105,9 @@ def prepare(
     )
 
 
-def bench_of(setting: Setting, progress: Progress) -> Bench:
+def bench_of(setting: Setting, progress: Progress) -> Experiments:
     """Return the experiments' bench, in float64 on the network's device."""
-    return Bench(
+    return Experiments(
         evaluated=copy_of(setting.model).double().eval(),
         trained=copy_of(setting.trained).double().eval(),
         run=setting.caller.in_double,

@@ -12,7 +12,7 @@ from normfix.images.contents import Contents
 from normfix.images.formats import open_file, unreadable
 from normfix.images.formats.opened import Choice
 from normfix.images.origins import Origin
-from normfix.images.windows import Window, windowed
+from normfix.images.windows import Unread, windowed
 
 __all__ = ["open_windows"]
 
@@ -25,7 +25,7 @@ def open_windows(
     axes: str | None = None,
     level: int = 0,
     series: str | None = None,
-) -> Window:
+) -> Unread:
     """Open an image file or folder to be read by window.
 
     Args:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from normfix.images.files import open_windows
 from normfix.images.formats.opened import ArrayLike
-from normfix.images.sources import Source
+from normfix.images.sources import Image
 from normfix.images.spread import scaling_numbers
-from normfix.images.windows import WindowedImage, windowed
+from normfix.images.windows import ScaledImage, windowed
 from normfix.networks.calling import home_of
 from normfix.networks.intake import Intake
 from normfix.networks.provenance import provenance_of
@@ -25,7 +25,7 @@ __all__ = ["Wholes", "open_image", "sources_of"]
 class Wholes:
     """Sources as whole tensors, each read when its turn comes; re-iterable."""
 
-    images: Sequence[Source]
+    images: Sequence[Image]
 
     def __iter__(self) -> Iterator[Tensor]:
         """Yield (N, C, *space) tensors."""
@@ -33,7 +33,7 @@ class Wholes:
             yield image.read([(0, n) for n in image.shape[2:]])
 
 
-def sources_of(images: object) -> list[Source] | None:
+def sources_of(images: object) -> list[Image] | None:
     """Return images that are read by window, or None where they are tensors."""
     found = [images] if _is_source(images) else images
     if isinstance(found, Sequence) and found and all(map(_is_source, found)):
@@ -53,7 +53,7 @@ def open_image(
     level: int = 0,
     series: str | None = None,
     scaling: Scaling | None = None,
-) -> WindowedImage:
+) -> ScaledImage:
     """Open an image to be read by window, scaled over all of it, for a model.
 
     Args:
@@ -86,4 +86,4 @@ def open_image(
         stated = None  # a network converted unscaled says nothing about integers
     offset, divisor = scaling_numbers(window, stated)
     device, dtype = home_of(model)
-    return WindowedImage(window, offset=offset, divisor=divisor, dtype=dtype, device=device)
+    return ScaledImage(window, offset=offset, divisor=divisor, dtype=dtype, device=device)

@@ -10,13 +10,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Source", "Span", "TensorSource", "digest_of", "values_digest"]
+__all__ = ["Image", "Span", "TensorImage", "digest_of", "values_digest"]
 
 Span = tuple[int, int]
 """First and past-the-last position along one axis."""
 
 
-class Source(Protocol):
+class Image(Protocol):
     """An image (N, C, *space) that gives windows of itself."""
 
     @property
@@ -26,14 +26,14 @@ class Source(Protocol):
     def read(self, window: Sequence[Span]) -> Tensor:
         """Return (N, C, *window) in the dtype and on the device the network computes in."""
 
-    def padded(self, padding: Sequence[int]) -> Source:
+    def padded(self, padding: Sequence[int]) -> Image:
         """Return the same image extended at its end by its edge pixels, by so many per axis."""
 
     def fingerprint(self) -> str:
         """Return what differs if anything that `read` returns does."""
 
 
-class TensorSource:
+class TensorImage:
     """A tensor that is in memory anyway, extended at its end by its edge pixels."""
 
     def __init__(self, image: Tensor, padding: Sequence[int] = ()) -> None:
@@ -46,9 +46,9 @@ class TensorSource:
         space = (n + p for n, p in zip(self._image.shape[2:], self._padding, strict=True))
         return (*self._image.shape[:2], *space)
 
-    def padded(self, padding: Sequence[int]) -> TensorSource:
+    def padded(self, padding: Sequence[int]) -> TensorImage:
         """Return the same image extended by so many pixels per axis."""
-        return TensorSource(self._image, padding)
+        return TensorImage(self._image, padding)
 
     def read(self, window: Sequence[Span]) -> Tensor:
         """Return a window."""
@@ -62,11 +62,11 @@ class TensorSource:
         return x
 
     def fingerprint(self) -> str:
-        """Return a digest of the values; see Source."""
-        return f"tensor {self._image.dtype} {self.shape} {values_digest(TensorSource(self._image))}"
+        """Return a digest of the values; see Image."""
+        return f"tensor {self._image.dtype} {self.shape} {values_digest(TensorImage(self._image))}"
 
 
-def values_digest(source: Source) -> str:
+def values_digest(source: Image) -> str:
     """Return the digest of all values of a source, read by window."""
     batch, channels, *space = source.shape
     return digest_of(lambda window: _bytes(source.read(window)), space, batch * channels)

@@ -15,14 +15,14 @@ import torch
 from numpy.typing import NDArray
 
 from normfix.errors import NormfixError
-from normfix.images.windows import Window
+from normfix.images.windows import Unread
 from normfix.layers.moments import Moments, measure, merge
 from normfix.records.saved import Scaling
 
 __all__ = ["percentiles", "scaling_numbers"]
 
 
-def scaling_numbers(window: Window, scaling: Scaling | None) -> tuple[float, float]:
+def scaling_numbers(window: Unread, scaling: Scaling | None) -> tuple[float, float]:
     """Return (offset, divisor) such that (x - offset) / divisor is the image scaled as `normfix.images.scaling` does.
 
     Raises:
@@ -63,7 +63,7 @@ def scaling_numbers(window: Window, scaling: Scaling | None) -> tuple[float, flo
             )
 
 
-def percentiles(window: Window, wanted: Sequence[float]) -> list[float]:
+def percentiles(window: Unread, wanted: Sequence[float]) -> list[float]:
     """Return percentiles as np.percentile gives them for the whole image, all channels together."""
     count = math.prod(window.shape)
     places = [(count - 1) * q / 100 for q in wanted]
@@ -78,7 +78,7 @@ def percentiles(window: Window, wanted: Sequence[float]) -> list[float]:
     return found
 
 
-def _moments(window: Window) -> tuple[float, float]:
+def _moments(window: Unread) -> tuple[float, float]:
     parts: list[Moments] = []
     least, most = math.inf, -math.inf
     for piece in window.pieces():
@@ -90,7 +90,7 @@ def _moments(window: Window) -> tuple[float, float]:
     return float(moments.mean[0]), _positive(math.sqrt(float(moments.var[0])), window)
 
 
-def _order_statistics(window: Window, ranks: Sequence[int]) -> list[float]:
+def _order_statistics(window: Unread, ranks: Sequence[int]) -> list[float]:
     """Return the values at these places of the sorted image: 16 bits of each per walk over the image."""
     dtype = _native(np.dtype(window.array.dtype))
     bits = 8 * dtype.itemsize
@@ -143,7 +143,7 @@ def _value(key: int, dtype: np.dtype[Any]) -> Any:
     return np.array([key], np.dtype(f"u{dtype.itemsize}")).view(dtype)[0]
 
 
-def _positive(spread: float, window: Window) -> float:
+def _positive(spread: float, window: Unread) -> float:
     if not 0 < spread < math.inf:
         raise NormfixError(
             "NF107",

@@ -25,7 +25,7 @@ from normfix.images.formats.placement import Placement
 from normfix.images.scaling import not_finite, overflown
 from normfix.images.sources import Span
 
-__all__ = ["ArrayLike", "Window", "WindowedImage", "windowed"]
+__all__ = ["ArrayLike", "ScaledImage", "Unread", "windowed"]
 
 
 def _nothing() -> None:
@@ -33,7 +33,7 @@ def _nothing() -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class Unread:
     """An array-like image brought into the order (C, *space), still unread.
 
     `fixed` are axes of extent 1 that are no space and no channels. `close` lets a file go; leaving the context
@@ -48,16 +48,16 @@ class Window:
     where: str = "image"
     close: Callable[[], None] = _nothing
     contents: Contents | None = None
-    reopen: Callable[[], Window] | None = None
+    reopen: Callable[[], Unread] | None = None
     placement: Placement = field(default_factory=Placement)
     notes: tuple[str, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.reopen is not None:
             return _reopened, (self.reopen, self.contents)
-        return Window, (self.array, self.named, self.fixed, self.where)
+        return Unread, (self.array, self.named, self.fixed, self.where)
 
-    def __enter__(self) -> Window:
+    def __enter__(self) -> Unread:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -166,12 +166,12 @@ class Window:
     def _settle(self, contents: Contents) -> bool:
         return contents.settle(self.layout, self._anew)
 
-    def _anew(self) -> Window:
+    def _anew(self) -> Unread:
         assert self.reopen is not None
         return self.reopen()
 
 
-def _reopened(reopen: Callable[[], Window], contents: Contents | None) -> Window:
+def _reopened(reopen: Callable[[], Unread], contents: Contents | None) -> Unread:
     """Open an image in another process, where it must be the one that was opened first."""
     window = reopen()
     if contents is None or window.contents is None:
@@ -182,12 +182,12 @@ def _reopened(reopen: Callable[[], Window], contents: Contents | None) -> Window
     return window
 
 
-class WindowedImage:
+class ScaledImage:
     """A source: a window's values, scaled by (x - offset) / divisor, extended at the end by edge pixels."""
 
     def __init__(
         self,
-        window: Window,
+        window: Unread,
         *,
         offset: float = 0.0,
         divisor: float = 1.0,
@@ -219,15 +219,15 @@ class WindowedImage:
         """Let the file go."""
         self._window.close()
 
-    def __enter__(self) -> WindowedImage:
+    def __enter__(self) -> ScaledImage:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def padded(self, padding: Sequence[int]) -> WindowedImage:
+    def padded(self, padding: Sequence[int]) -> ScaledImage:
         """Return the same image extended by so many pixels per axis."""
-        return WindowedImage(
+        return ScaledImage(
             self._window,
             offset=self._offset,
             divisor=self._divisor,
@@ -276,8 +276,8 @@ def windowed(
     channels: Channels,
     axes: str | None = None,
     where: str = "image",
-) -> Window:
+) -> Unread:
     """Name the axes of an array-like object; see `files.open_image`."""
     shape, dtype = tuple(array.shape), np.dtype(array.dtype)
     named, fixed = settled_axes(shape, said, dtype, ndim=ndim, channels=channels, axes=axes, where=where)
-    return Window(array, named, fixed, where, placement=Placement(channels_last=named.endswith("C")))
+    return Unread(array, named, fixed, where, placement=Placement(channels_last=named.endswith("C")))

@@ -151,7 +151,7 @@ def _mixes(operand: torch.dtype, constants: torch.dtype) -> bool:
     return operand == constants or (constants == torch.float32 and operand in (torch.float16, torch.bfloat16))
 
 
-class Moments(NamedTuple):
+class BatchMoments(NamedTuple):
     """Mean, biased variance and 1 / sqrt(var + eps) per channel of a batch, and its values per channel."""
 
     mean: Tensor

@@ -22,9 +22,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from normfix.layers.base import ChannelNorm, Moments
+from normfix.layers.base import BatchMoments, ChannelNorm
 from normfix.layers.library import corrections, is_for, renormalise
-from normfix.layers.recomputation import Call, keep, recall, remember
+from normfix.layers.recomputation import RecordedCall, keep, recall, remember
 
 __all__ = ["BatchRenorm", "BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d"]
 
@@ -146,29 +146,29 @@ class BatchRenorm(ChannelNorm):
         if call is not None:
             return self._apply_corrections(x, weight, bias, batch, call.r, call.d, call)
         r, d = self._correct_and_track(batch)
-        call = Call(mean=batch.mean, var=batch.var, r=r, d=d)
+        call = RecordedCall(mean=batch.mean, var=batch.var, r=r, d=d)
         y = self._apply_corrections(x, weight, bias, batch, r, d, call)
         remember(self, call, held_by_graph=y.requires_grad)
         return y
 
-    def _moments(self, x: Tensor) -> Moments:
+    def _moments(self, x: Tensor) -> BatchMoments:
         mean, var = batch_moments(x)
-        return Moments(mean, var, (var + self.eps).rsqrt(), x.numel() // x.shape[1])
+        return BatchMoments(mean, var, (var + self.eps).rsqrt(), x.numel() // x.shape[1])
 
     def _apply_corrections(
         self,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        batch: Moments,
+        batch: BatchMoments,
         r: Tensor,
         d: Tensor,
-        call: Call | None,
+        call: RecordedCall | None,
     ) -> Tensor:
         y: Tensor = Renormalise.apply(x, weight, bias, *batch[:3], r, d, self.eps, call)
         return y
 
-    def _correct_and_track(self, batch: Moments) -> tuple[Tensor, Tensor]:
+    def _correct_and_track(self, batch: BatchMoments) -> tuple[Tensor, Tensor]:
         # few operations and look-ups: on small inputs they are what the layer costs
         mean, var, invstd, count = batch
         if mean.is_cuda and (made := corrections(self, mean, var, count, inverted=False)) is not None:
@@ -265,7 +265,7 @@ class Renormalise(torch.autograd.Function):
         r: Tensor,
         d: Tensor,
         eps: float,
-        call: Call | None,
+        call: RecordedCall | None,
     ) -> Tensor:
         # setup_context, which torch.func wants, would cost as much as all of the per-channel arithmetic
         ctx.save_for_backward(x, weight, mean, invstd, r, d)

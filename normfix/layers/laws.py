@@ -26,7 +26,7 @@ from torch import Tensor
 
 from normfix.errors import NormfixError
 
-__all__ = ["Part", "Seen", "finalise", "merge", "observe"]
+__all__ = ["Observed", "Part", "finalise", "merge", "observe"]
 
 _SPREAD = frozenset({"variance", "deviation", "variance_mean", "deviation_mean"})
 
@@ -127,7 +127,7 @@ def _merged(law: str, a: Part, b: Part) -> Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class Observed:
     """What one call of a statistic gave: its own results where it saw one image, and the part its law needs."""
 
     images: int

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from normfix.layers.affine import kernels_of
-from normfix.layers.recomputation import Call, recall, remember
+from normfix.layers.recomputation import RecordedCall, recall, remember
 
 if TYPE_CHECKING:
     from normfix.layers.batchrenorm import BatchRenorm
@@ -105,7 +105,7 @@ def renormalise(layer: BatchRenorm, x: Tensor, weight: Tensor, bias: Tensor) -> 
                 layer, found.mean, found.invstd, count, (weight, bias), inverted=True
             ) or _by_torch(layer, found, count, weight, bias)
     repeated = call is not None
-    call = call or Call(mean=found.mean, var=made.var, r=made.r, d=made.d)
+    call = call or RecordedCall(mean=found.mean, var=made.var, r=made.r, d=made.d)
     y: Tensor = _ByLibrary.apply(x, weight, bias, found, made, call, layer.eps)
     if not repeated:
         remember(layer, call, held_by_graph=y.requires_grad)
@@ -116,7 +116,7 @@ _FORWARD = torch.ops.aten._batch_norm_impl_index.default
 _BACKWARD = torch.ops.aten._batch_norm_impl_index_backward.default
 
 
-def _of(call: Call, weight: Tensor, bias: Tensor) -> Corrections:
+def _of(call: RecordedCall, weight: Tensor, bias: Tensor) -> Corrections:
     rest = torch.addcmul(bias, weight, call.d).addcmul_(bias, call.r, value=-1)
     return Corrections(call.r, call.d, weight * call.r, rest, call.var)
 
@@ -131,10 +131,10 @@ def _repeats() -> bool:
 
 
 def _by_torch(layer: BatchRenorm, found: Pass, count: int, weight: Tensor, bias: Tensor) -> Corrections:
-    from normfix.layers.base import Moments
+    from normfix.layers.base import BatchMoments
 
     var = _variance(found, layer.eps)
-    r, d = layer._correct_and_track(Moments(found.mean, var, found.invstd, count))
+    r, d = layer._correct_and_track(BatchMoments(found.mean, var, found.invstd, count))
     rest = torch.addcmul(bias, weight, d).addcmul_(bias, r, value=-1)
     return Corrections(r, d, weight * r, rest, var)
 
@@ -156,7 +156,7 @@ class _ByLibrary(torch.autograd.Function):
         bias: Tensor,
         found: Pass,
         made: Corrections,
-        call: Call,
+        call: RecordedCall,
         eps: float,
     ) -> Tensor:
         r, d, scale, rest, _ = made

@@ -25,7 +25,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Call", "keep", "recall", "remember"]
+__all__ = ["RecordedCall", "keep", "recall", "remember"]
 
 _HELD = 32  # calls per layer without a graph to hold their record, as in reentrant checkpointing
 _NO_BACKWARD = -1
@@ -37,7 +37,7 @@ _COMPILED_CHECKPOINT = (
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
-class Call:
+class RecordedCall:
     """One training call: its batch statistics, its corrections and the checkpointed segment it is in."""
 
     mean: Tensor
@@ -50,17 +50,17 @@ class Call:
 
 @dataclasses.dataclass
 class _Memory:
-    calls: list[weakref.ref[Call]] = dataclasses.field(default_factory=list)
-    held: deque[Call] = dataclasses.field(default_factory=lambda: deque(maxlen=_HELD))
+    calls: list[weakref.ref[RecordedCall]] = dataclasses.field(default_factory=list)
+    held: deque[RecordedCall] = dataclasses.field(default_factory=lambda: deque(maxlen=_HELD))
     repeating: Callable[[], object] = lambda: None  # the segment run again at present ...
-    repeated: Call | None = None  # ... and the last call repeated in it
+    repeated: RecordedCall | None = None  # ... and the last call repeated in it
 
 
 # beside the layers rather than in them: nothing to copy, to pickle or to guard on
 _memories: weakref.WeakKeyDictionary[nn.Module, _Memory] = weakref.WeakKeyDictionary()
 
 
-def remember(layer: nn.Module, call: Call, *, held_by_graph: bool) -> None:
+def remember(layer: nn.Module, call: RecordedCall, *, held_by_graph: bool) -> None:
     """Keep the record of a training call for as long as it may be repeated."""
     memory = _memories.setdefault(layer, _Memory())
     memory.calls = [ref for ref in memory.calls if ref() is not None]
@@ -69,7 +69,7 @@ def remember(layer: nn.Module, call: Call, *, held_by_graph: bool) -> None:
         memory.held.append(call)
 
 
-def recall(layer: nn.Module, mean: Tensor, var: Tensor) -> Call | None:
+def recall(layer: nn.Module, mean: Tensor, var: Tensor) -> RecordedCall | None:
     """Return the call that is being repeated, or None outside backward or when there was none."""
     task = torch._C._current_graph_task_id()
     if task == _NO_BACKWARD or layer not in _memories:
@@ -99,14 +99,14 @@ def _keep_fake(values: Tensor) -> Tensor:
     return torch.empty_like(values)
 
 
-def _nearest(calls: list[Call], mean: Tensor, var: Tensor) -> list[Call]:
+def _nearest(calls: list[RecordedCall], mean: Tensor, var: Tensor) -> list[RecordedCall]:
     gaps = [((mean - call.mean).square() / call.var.clamp_min(1e-30)).nan_to_num(0).sum() for call in calls]
     gaps = [gap + (var - call.var).abs().sum() for gap, call in zip(gaps, calls, strict=True)]
     values = torch.stack(gaps).tolist()
     return [call for call, value in zip(calls, values, strict=True) if value == min(values)]
 
 
-def _choose(equal: list[Call], memory: _Memory, task: int) -> Call:
+def _choose(equal: list[RecordedCall], memory: _Memory, task: int) -> RecordedCall:
     waiting = [call for call in equal if call.repeated_in != task] or equal
     segment = waiting[-1].segment()
     if memory.repeated is not None and memory.repeating() is _segment()():

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from normfix.layers.base import Moments
+from normfix.layers.base import BatchMoments
 from normfix.layers.batchrenorm import (
     BatchRenorm,
     BatchRenorm1d,
@@ -28,7 +28,7 @@ from normfix.layers.batchrenorm import (
     affine_of,
     batch_moments,
 )
-from normfix.layers.recomputation import Call
+from normfix.layers.recomputation import RecordedCall
 
 __all__ = [
     "SyncBatchRenorm",
@@ -81,7 +81,7 @@ class SyncBatchRenorm(BatchRenorm):
         available = dist.is_available() and dist.is_initialized()
         return available and dist.get_world_size(self.process_group) > 1
 
-    def _moments(self, x: Tensor) -> Moments:
+    def _moments(self, x: Tensor) -> BatchMoments:
         if not self._is_shared():
             return super()._moments(x)
         # float64 counts 2^53 voxels exactly
@@ -97,17 +97,17 @@ class SyncBatchRenorm(BatchRenorm):
         var = (counts * (variances + (means - mean).square())).sum(0) / count
         dtype = torch.promote_types(x.dtype, torch.float32)
         mean, var, count = mean.to(dtype), var.to(dtype), count.to(dtype)
-        return Moments(mean, var, (var + self.eps).rsqrt(), count)
+        return BatchMoments(mean, var, (var + self.eps).rsqrt(), count)
 
     def _apply_corrections(
         self,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        batch: Moments,
+        batch: BatchMoments,
         r: Tensor,
         d: Tensor,
-        call: Call | None,
+        call: RecordedCall | None,
     ) -> Tensor:
         if not isinstance(batch.size, Tensor):
             return super()._apply_corrections(x, weight, bias, batch, r, d, call)
@@ -156,7 +156,7 @@ class _SyncRenormalise(torch.autograd.Function):
         d: Tensor,
         eps: float,
         group: dist.ProcessGroup | None,
-        call: Call | None,
+        call: RecordedCall | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, mean, var, invstd, count, r, d)
         ctx.eps, ctx.group, ctx.call = eps, group, call

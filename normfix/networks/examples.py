@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from normfix.errors import NormfixError
 from normfix.networks.calling import Caller
-from normfix.networks.graph.program import Program
+from normfix.networks.graph.program import ProgramNetwork
 from normfix.networks.intake import Intake
 
 __all__ = ["default_example", "fitting_example"]
@@ -29,7 +29,7 @@ def default_example(model: nn.Module, caller: Caller) -> Tensor:
     intake = Intake(model, caller)
     ndim = intake.ndim
     shape = (1, intake.channels, *(_EXTENT[ndim],) * ndim)
-    if isinstance(model, Program):
+    if isinstance(model, ProgramNetwork):
         shape = tuple(n or free for n, free in zip(model.shape, shape, strict=True))
     return _affordable(intake, torch.randn(shape, generator=torch.Generator().manual_seed(0)))
 

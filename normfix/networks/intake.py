@@ -19,7 +19,7 @@ from normfix.errors import NormfixError
 from normfix.networks.alone import Entangled, run_alone
 from normfix.networks.calling import Caller, class_of, home_of, refusals
 from normfix.networks.copying import copy_of, twin_of
-from normfix.networks.graph.program import Program
+from normfix.networks.graph.program import ProgramNetwork
 from normfix.networks.randomness import OwnRandomness
 
 __all__ = ["Intake"]
@@ -124,7 +124,7 @@ class Intake:
 
     def _running(self) -> Iterator[tuple[int, int]]:
         """Yield (channels, axes) that the network runs with."""
-        if isinstance(self._model, Program):
+        if isinstance(self._model, ProgramNetwork):
             yield self._registered[0]
             return
         for ndim in dict.fromkeys(ndim for _, ndim in self._registered):
@@ -138,7 +138,7 @@ class Intake:
         return list(dict.fromkeys((*taken, *folded, *_USUAL)))
 
     def _runs_on(self, shape: tuple[int, ...]) -> bool:
-        if isinstance(self._model, Program):
+        if isinstance(self._model, ProgramNetwork):
             return self._model.shape[1] in (None, shape[0])
         return self.ratio(shape) is not None
 
@@ -177,7 +177,7 @@ def _part(n: int, most: int) -> int:
 
 def _convolutions(model: nn.Module) -> list[tuple[int, int]]:
     """Return (channels, axes of space) that convolutions take, as they are registered, each once."""
-    if isinstance(model, Program):
+    if isinstance(model, ProgramNetwork):
         return [(model.shape[1] or 1, len(model.shape) - 2)]
     found: dict[tuple[int, int], None] = {}
     for module in model.modules():

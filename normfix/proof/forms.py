@@ -19,7 +19,7 @@ from normfix.errors import NormfixError
 from normfix.networks.calling import Caller, home_of, refusals
 from normfix.networks.copying import copy_of
 from normfix.networks.graph.isolation import silence
-from normfix.networks.graph.program import Program
+from normfix.networks.graph.program import ProgramNetwork
 from normfix.networks.numerics import IDENTITY
 from normfix.proof.steps import same, unmeasured
 from normfix.records.saved import Provenance
@@ -30,13 +30,13 @@ from normfix.storage.programs import SUFFIX
 from normfix.storage.reloading import answers_of, importable
 from normfix.storage.saving import save_program, write_draft
 
-__all__ = ["Bench", "exported", "folded", "frozen", "portable", "reloaded", "stock"]
+__all__ = ["Form", "exported", "folded", "frozen", "portable", "reloaded", "stock"]
 
 _NO_LAYER = "it has no such layer"
 
 
 @dataclass(frozen=True, slots=True)
-class Bench:
+class Form:
     """A converted network in eval mode, inputs, and its output for each, which is what forms are compared with.
 
     `folder` is an empty folder to write forms into. `trusted` tells that the caller named the source.
@@ -58,14 +58,14 @@ class Bench:
         return list(zip(self.outputs(network), self.outputs(self.model), strict=True))
 
 
-def reloaded(bench: Bench) -> ProofStep:
+def reloaded(bench: Form) -> ProofStep:
     """Save, load in a fresh process and compare."""
     claim = "saved and loaded in a fresh process, it gives the same output"
     caller, source = bench.caller, bench.provenance.source
     if importable(caller.forward_fn) == "":
         reason = "a fresh process cannot import its forward_fn; define it in a module"
         return unmeasured("reloaded", claim, "inconclusive", reason)
-    is_program = isinstance(bench.model, Program)
+    is_program = isinstance(bench.model, ProgramNetwork)
     saved = bench.folder / f"saved{SUFFIX if is_program else ''}"
     if is_program:
         save_program(saved, bench.model, caller, bench.provenance)
@@ -85,7 +85,7 @@ def reloaded(bench: Bench) -> ProofStep:
     return same("reloaded", claim, pairs, _tolerance(bench))
 
 
-def frozen(bench: Bench) -> ProofStep:
+def frozen(bench: Form) -> ProofStep:
     """Compare with constants in place of BatchRenorm."""
     claim = "with FrozenNorm in place of every BatchRenorm, the output is the same to the bit"
     done = freeze(bench.model)
@@ -96,7 +96,7 @@ def frozen(bench: Bench) -> ProofStep:
     return same("frozen", claim, bench.pairs(done.model.eval()), 0.0, _count(done.record))
 
 
-def folded(bench: Bench) -> ProofStep:
+def folded(bench: Form) -> ProofStep:
     """Compare with norms folded into convolutions, in float64 and in the network's own dtype."""
     claim = "with norms folded into convolutions, it is the same function in float64 and the same output to rounding"
     done = attempt_fold(bench.model, lambda network: _everything(bench.caller, network, bench.inputs[-1]))
@@ -110,7 +110,7 @@ def folded(bench: Bench) -> ProofStep:
     return own if double.status == "passed" else double
 
 
-def _folded_in_double(bench: Bench, claim: str) -> ProofStep:
+def _folded_in_double(bench: Form, claim: str) -> ProofStep:
     """Compare in float64, where rounding hides nothing."""
     model, caller = copy_of(bench.model).double().eval(), bench.caller
     inputs = [image.double() for image in bench.inputs]
@@ -120,7 +120,7 @@ def _folded_in_double(bench: Bench, claim: str) -> ProofStep:
     return same("folded", claim, pairs, IDENTITY[torch.float64], "in float64")
 
 
-def stock(bench: Bench) -> ProofStep:
+def stock(bench: Form) -> ProofStep:
     """Compare with stock batch norm in place of normfix's layers."""
     claim = "with nn.BatchNorm in eval in place of normfix's layers, the output is the same to the bit"
     done = lower(bench.model)
@@ -132,7 +132,7 @@ def stock(bench: Bench) -> ProofStep:
     return same("stock", claim, bench.pairs(done.model.eval()), bound, _count(done.record))
 
 
-def portable(bench: Bench) -> ProofStep:
+def portable(bench: Form) -> ProofStep:
     """Compare with the original class, filled with weights and statistics under its own names."""
     claim = "the original class with these weights and statistics gives the same output"
     source = bench.provenance.source
@@ -145,7 +145,7 @@ def portable(bench: Bench) -> ProofStep:
     return same("portable", claim, bench.pairs(network), _tolerance(bench))
 
 
-def exported(bench: Bench) -> ProofStep:
+def exported(bench: Form) -> ProofStep:
     """Export, run the file in a process without normfix, and here on the images."""
     claim = "the exported program gives the same output to the bit, also in a process without normfix"
     path = bench.folder / f"form{SUFFIX}"
@@ -178,11 +178,11 @@ def _everything(caller: Caller, network: nn.Module, image: Tensor) -> Any:
     return caller.everything(network, image)
 
 
-def _on_accelerator(bench: Bench) -> bool:
+def _on_accelerator(bench: Form) -> bool:
     return bench.inputs[0].device.type != "cpu"
 
 
-def _tolerance(bench: Bench) -> float:
+def _tolerance(bench: Form) -> float:
     return IDENTITY[home_of(bench.model)[1]]
 
 

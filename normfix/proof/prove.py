@@ -16,14 +16,14 @@ from normfix.conversion.staged import remeasure
 from normfix.errors import NormfixError
 from normfix.images.collections import Items
 from normfix.images.opening import sources_of
-from normfix.images.sources import Source
+from normfix.images.sources import Image
 from normfix.networks.calling import home_of
 from normfix.networks.copying import twin_of
 from normfix.networks.graph.program import require_free
 from normfix.networks.numerics import exact_arithmetic
 from normfix.networks.provenance import provenance_of
 from normfix.networks.surroundings import undisturbed
-from normfix.proof.forms import Bench, exported, folded, frozen, portable, reloaded, stock
+from normfix.proof.forms import Form, exported, folded, frozen, portable, reloaded, stock
 from normfix.proof.steps import CONSISTENT, residual, tile_exactness, unmeasured
 from normfix.proof.subject import Subject, middle_of
 from normfix.records.plans import Plan
@@ -53,7 +53,7 @@ _FORMS = (reloaded, frozen, folded, stock, portable, exported)
 @undisturbed()
 def prove(
     model: nn.Module,
-    images: Tensor | Iterable[Tensor] | Source | Sequence[Source],
+    images: Tensor | Iterable[Tensor] | Image | Sequence[Image],
     tile: int | None = None,
     *,
     blocks: int | Sequence[int] | None = None,
@@ -132,7 +132,7 @@ def prove(
     with exact_arithmetic(), tempfile.TemporaryDirectory() as folder:
         verdict = subject.verdict(first)
         inputs = (first, subject.other(first))
-        bench = Bench(model, known.caller, travels, inputs, Path(folder), trusted=source is not None)
+        bench = Form(model, known.caller, travels, inputs, Path(folder), trusted=source is not None)
         owed = (
             partial(_residual, subject, whole, geometry, mask, blocks),
             partial(_tiles, subject, first, verdict, [*surplus, *(f.message for f in known.scan.findings)]),
@@ -145,7 +145,7 @@ def prove(
     return Proof(steps=tuple(steps), shifts=(), verdict=verdict)
 
 
-def _taken(images: Any, model: nn.Module, provenance: Provenance) -> tuple[Items | list[Source], Tensor]:
+def _taken(images: Any, model: nn.Module, provenance: Provenance) -> tuple[Items | list[Image], Tensor]:
     """Return the images as they are measured, and the one that whole forward passes are made on."""
     sources = sources_of(images)
     if sources is not None:
@@ -180,7 +180,7 @@ def _judged(scan: Scan, plan: Plan, image: Tensor, sites: Sequence[Site]) -> lis
 
 def _residual(
     subject: Subject,
-    images: Items | list[Source],
+    images: Items | list[Image],
     geometry: Geometry | None,
     mask: Mask | Sequence[Mask] | None,
     blocks: int | Sequence[int] | None,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from normfix.errors import NormfixError
-from normfix.images.sources import Source
+from normfix.images.sources import Image
 from normfix.networks.calling import Caller, refusals
 from normfix.networks.numerics import deviation
 from normfix.proof.check import compare_with
@@ -142,7 +142,7 @@ class Subject:
             tile = tuple(2 * t for t in tile)
 
 
-def middle_of(image: Source) -> Tensor:
+def middle_of(image: Image) -> Tensor:
     """Return the middle of an image that is read by window, small enough for whole forward passes."""
     limit = {1: 1 << 14, 2: 512, 3: 96}[len(image.shape) - 2]
     starts = [max(0, (n - limit) // 2) for n in image.shape[2:]]

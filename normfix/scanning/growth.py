@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from normfix.networks.calling import refusals, resized
 from normfix.scanning.census import Call, Follow, alone, census
 
-__all__ = ["FIXED", "REDUCED", "SQUARED", "Growth", "Look", "look_again", "look_at_two"]
+__all__ = ["FIXED", "REDUCED", "SQUARED", "Growth", "Pass", "look_again", "look_at_two"]
 
 Run = Callable[[nn.Module, Tensor], Any]
 
@@ -30,7 +30,7 @@ _FEW, _COARSEST = 3, 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class Pass:
     """The calls of one more forward pass, on another example."""
 
     example: Tensor
@@ -45,7 +45,7 @@ def look_again(
     functions: Sequence[str],
     follow: Follow = alone,
     exact: Sequence[int] = (),
-) -> Look | None:
+) -> Pass | None:
     """Run at another size; None if the network accepts none of those tried with the same calls.
 
     Sizes that are multiples of `exact`, per axis, are tried first: below them a network may be another one.
@@ -58,7 +58,7 @@ def look_again(
     return next((look for look in looks if look is not None), None)
 
 
-def look_at_two(model: nn.Module, run: Run, example: Tensor, functions: Sequence[str]) -> Look | None:
+def look_at_two(model: nn.Module, run: Run, example: Tensor, functions: Sequence[str]) -> Pass | None:
     """Run on the example twice over; None if the network does not take it with the same calls."""
     return _look(model, run, torch.cat([example, example]), functions)
 
@@ -69,12 +69,12 @@ def _look(
     example: Tensor,
     functions: Sequence[str],
     follow: Follow = alone,
-) -> Look | None:
+) -> Pass | None:
     try:
         calls, _, output = census(model, run, example, follow=follow)
     except refusals():  # the network does not take it
         return None
-    return Look(example, calls, output) if [c.function for c in calls] == list(functions) else None
+    return Pass(example, calls, output) if [c.function for c in calls] == list(functions) else None
 
 
 class Growth:
@@ -84,7 +84,7 @@ class Growth:
     """
 
     def __init__(
-        self, example: Tensor, calls: list[Call], other: Look | None, two: Look | None = None
+        self, example: Tensor, calls: list[Call], other: Pass | None, two: Pass | None = None
     ) -> None:
         self._example = example
         self._calls = calls

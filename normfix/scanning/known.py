@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normfix.errors import NormfixError
 from normfix.images.collections import Items
-from normfix.images.sources import Source
+from normfix.images.sources import Image
 from normfix.networks.calling import Caller, home_of
 from normfix.networks.examples import fitting_example
 from normfix.networks.graph.program import require_free
@@ -36,7 +36,7 @@ class Known:
 
 
 def known_of(
-    model: nn.Module, image: Tensor | Source, forward_fn: ForwardFn | None, output: str | int | None
+    model: nn.Module, image: Tensor | Image, forward_fn: ForwardFn | None, output: str | int | None
 ) -> Known:
     """Take what travels with the model, or scan it where that is of other modules or of another output."""
     require_free(model)

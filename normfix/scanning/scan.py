@@ -34,7 +34,7 @@ from normfix.tiling.dependence import agrees, far
 from normfix.tiling.geometry import Locality, measure_locality, not_dense
 from normfix.tiling.grid import Geometry
 
-__all__ = ["Look", "look", "plan", "scan"]
+__all__ = ["Scanned", "look", "plan", "scan"]
 
 _FAST = "the scan was asked to be fast"
 _PIXELS = (1 << 18, 1 << 20)
@@ -43,7 +43,7 @@ _PROVED = "nothing was captured: what follows is proved, so the other looks are 
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class Scanned:
     """A scan and the geometry in numbers."""
 
     scan: Scan
@@ -109,7 +109,7 @@ def plan(scan: Scan, to: Literal["frozen", "batchrenorm"] = "frozen", keep: Sequ
 
 def look(
     base: nn.Module, example: Tensor, caller: Caller, *, fast: bool = False, graph: bool = False
-) -> Look:
+) -> Scanned:
     """Scan a materialised network on CPU in float32 (geometry in float64 too); not modified.
 
     Args:
@@ -147,7 +147,7 @@ def look(
         )
         seen = _measured(probe, class_of(base), doubts, merged, found, material, caller, fast=fast)
     geometry, locality = seen.locality.geometry, seen.locality
-    return Look(
+    return Scanned(
         Scan(
             model=class_of(base),
             example=tuple(example.shape),

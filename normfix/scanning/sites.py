@@ -23,7 +23,7 @@ from normfix.conversion.interception import obstacle
 from normfix.networks.calling import refusals
 from normfix.records.sites import Finding, Site, StatisticSpec
 from normfix.scanning.census import Call, Follow, Settle, alone, census
-from normfix.scanning.growth import Growth, Look, look_again, look_at_two
+from normfix.scanning.growth import Growth, Pass, look_again, look_at_two
 from normfix.scanning.liveness import Role, live_positions, looks_alone, reached_positions, roles, tails
 from normfix.scanning.rules import RULES, rule_of
 from normfix.scanning.rules.statistics import family_of, refusal_of, specify
@@ -324,7 +324,7 @@ def _holder(owner: str, anchor: str, modules: dict[str, nn.Module]) -> str:
     return anchor
 
 
-def _findings(example: Tensor, other: Look | None, uncalled: tuple[str, ...]) -> tuple[Finding, ...]:
+def _findings(example: Tensor, other: Pass | None, uncalled: tuple[str, ...]) -> tuple[Finding, ...]:
     found = []
     if other is None:
         size = "x".join(map(str, example.shape[2:]))

@@ -18,7 +18,7 @@ from normfix.errors import NormfixError
 from normfix.networks.calling import Caller, failures
 from normfix.networks.copying import copy_of
 from normfix.networks.devices import chosen
-from normfix.networks.graph.program import Program
+from normfix.networks.graph.program import ProgramNetwork
 from normfix.networks.provenance import attach_
 from normfix.networks.surroundings import undisturbed
 from normfix.records.saved import Saved, Source
@@ -131,7 +131,7 @@ def _open_beside(path: Path, saved: Saved) -> Loaded:
     return Loaded(program, known.source, notes)
 
 
-def _unproved(program: Program) -> tuple[str, ...]:
+def _unproved(program: ProgramNetwork) -> tuple[str, ...]:
     return (program.unproved,) if program.unproved else ()
 
 

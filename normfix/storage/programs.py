@@ -31,7 +31,7 @@ from normfix.images.drafts import cannot_write, drafting, require_unnamed
 from normfix.networks.calling import evaluating, failures, home_of, refusals
 from normfix.networks.graph.capture import export, free_dimensions, image_of
 from normfix.networks.graph.isolation import silence
-from normfix.networks.graph.program import Program
+from normfix.networks.graph.program import ProgramNetwork
 from normfix.networks.graph.raising import raised, unlifted
 from normfix.networks.graph.replaying import same
 from normfix.networks.numerics import exact_arithmetic
@@ -56,7 +56,7 @@ _OURS = ("normfix",)
 _SAMPLE = {1: 256, 2: 64, 3: 64}
 
 
-def open_program(path: Path, read: Reader) -> tuple[Program, Saved | None]:
+def open_program(path: Path, read: Reader) -> tuple[ProgramNetwork, Saved | None]:
     """Open a .pt2 file as a module, with what normfix knew of it if it wrote the file.
 
     Args:
@@ -103,7 +103,7 @@ def require_program_name(path: str, model: nn.Module) -> bool:
         NormfixError: NF227 if a program is to be written under another name.
     """
     named = Path(path).suffix == SUFFIX
-    if isinstance(model, Program) and not named:
+    if isinstance(model, ProgramNetwork) and not named:
         raise NormfixError(
             "NF227", "what was an exported program is written as one: give a file ending in .pt2.", where=path
         )
@@ -212,7 +212,7 @@ class _Called(nn.Module):
         return self._run(self.network, image)
 
 
-def _too_long(model: Program, program: ExportedProgram, path: Path) -> str:
+def _too_long(model: ProgramNetwork, program: ExportedProgram, path: Path) -> str:
     """Return why a program cannot be run when it is opened: its size is fixed, and one run takes long.
 
     Raises:
@@ -243,13 +243,13 @@ def _too_long(model: Program, program: ExportedProgram, path: Path) -> str:
     )
 
 
-def _replayed_shape(model: Program) -> list[int]:
+def _replayed_shape(model: ProgramNetwork) -> list[int]:
     """Return the extents of the image that a program is compared on."""
     sample = (2, 1, *(_SAMPLE[len(model.shape) - 2],) * 3)
     return [n or d for n, d in zip(model.shape, sample, strict=False)]
 
 
-def _require_replay(model: Program, program: ExportedProgram, where: str) -> None:
+def _require_replay(model: ProgramNetwork, program: ExportedProgram, where: str) -> None:
     """Run the raised program beside the file's own, on another size than it was exported with if it may be."""
     shape = _replayed_shape(model)
     image = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

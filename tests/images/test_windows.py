@@ -13,7 +13,7 @@ from normfix.errors import NormfixError
 from normfix.images.files import open_windows
 from normfix.images.scaling import scaled
 from normfix.images.spread import percentiles, scaling_numbers
-from normfix.images.windows import Window, WindowedImage, windowed
+from normfix.images.windows import ScaledImage, Unread, windowed
 from normfix.images.writing import OutputFile
 from normfix.records.saved import Scaling
 
@@ -123,7 +123,7 @@ def test_scaling_is_that_of_the_whole_image(kind, dtype):
         return
     offset, divisor = scaling_numbers(window, scaling)
     wide = torch.float64 if dtype == np.float64 else torch.float32
-    image = WindowedImage(window, offset=offset, divisor=divisor, dtype=wide)
+    image = ScaledImage(window, offset=offset, divisor=divisor, dtype=wide)
     expected = torch.from_numpy(scaled(array, scaling))[None, :, 5:31, 7:50]
     torch.testing.assert_close(
         image.read([(5, 31), (7, 50)]), expected, rtol=1e-12 if wide == torch.float64 else 1e-6, atol=1e-12
@@ -150,7 +150,7 @@ def test_percentiles_are_numpys(array, q):
 def test_padding_repeats_the_edge():
     """A window beyond the end is filled with the edge pixels, as a whole image is padded."""
     array = _array(1, np.float32)
-    image = WindowedImage(windowed(array, ndim=2, channels=1, axes="CYX")).padded((3, 11))
+    image = ScaledImage(windowed(array, ndim=2, channels=1, axes="CYX")).padded((3, 11))
     assert image.shape == (1, 1, 40, 64)
     whole = torch.nn.functional.pad(torch.from_numpy(array)[None], (0, 11, 0, 3), mode="replicate")
     for spans in ([(0, 40), (0, 64)], [(30, 40), (50, 60)], [(38, 40), (60, 64)]):
@@ -195,7 +195,7 @@ def test_values_that_are_not_finite_are_refused_when_read():
     """NaN in a window is an error with the image's name."""
     array = np.ones((8, 8), np.float32)
     array[3, 3] = np.nan
-    window = Window(array, "YX", where="x.npy")
+    window = Unread(array, "YX", where="x.npy")
     with pytest.raises(NormfixError, match=r"NF104 x\.npy"):
         window.read([(0, 8), (0, 8)])
     assert window.read([(4, 8), (0, 8)]).shape == (1, 4, 8)

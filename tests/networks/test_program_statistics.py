@@ -16,7 +16,7 @@ import normfix
 from normfix import NormfixError
 from normfix.networks.graph import parts
 from normfix.networks.graph.capture import export
-from normfix.networks.graph.program import Part
+from normfix.networks.graph.program import Submodule
 from normfix.networks.graph.raising import raised
 from normfix.records.plans import Plan
 from normfix.storage.programs import export_program
@@ -123,7 +123,9 @@ def test_a_plan_is_replayed_on_a_program(converted):
 def test_a_module_called_twice_has_two_parts(converted):
     """Each call of a block has nodes of its own."""
     lifted = raised(converted("one block, two calls")[1])
-    assert {path: len(m.graphs) for path, m in lifted.named_modules() if isinstance(m, Part)} == {"block": 2}
+    assert {path: len(m.graphs) for path, m in lifted.named_modules() if isinstance(m, Submodule)} == {
+        "block": 2
+    }
 
 
 # ---- planted mistakes

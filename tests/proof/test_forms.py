@@ -20,7 +20,7 @@ from normfix.networks.calling import Caller
 from normfix.networks.numerics import BOUNDLESS
 from normfix.networks.provenance import provenance_of
 from normfix.proof import forms, prove
-from normfix.proof.forms import Bench
+from normfix.proof.forms import Form
 from normfix.proof.steps import residual, same
 from normfix.records.measurements import CalibrationSummary, SiteStatistics
 from normfix.records.verdicts import Proof, ProofStep
@@ -89,7 +89,7 @@ def bench(tuned, tmp_path):
 def bench_of(model, folder, source=None, caller=None):
     known = sourced(provenance_of(model), source, {})
     inputs = (images()[0], torch.randn(1, 1, 64, 64) * 0.3)
-    return Bench(model.eval(), caller or Caller(), known, inputs, folder, trusted=source is not None)
+    return Form(model.eval(), caller or Caller(), known, inputs, folder, trusted=source is not None)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 import normfix
 from normfix import NormfixError
 from normfix.networks.graph.capture import export
-from normfix.networks.graph.program import Program, require_free
+from normfix.networks.graph.program import ProgramNetwork, require_free
 from normfix.networks.graph.raising import raised
 from normfix.records.plans import Action
 from normfix.storage import saving
@@ -259,7 +259,7 @@ def test_a_written_program_needs_nobody(fixed):
 def test_what_travels_comes_back(fixed):
     """Plan and geometry are in the file; a converted program is not converted again."""
     model = normfix.load(fixed)
-    assert isinstance(model, Program)
+    assert isinstance(model, ProgramNetwork)
     known = normfix.networks.provenance.provenance_of(model)
     assert len(known.plan.converted) == 2
     with pytest.raises(NormfixError, match="NF502"):

@@ -331,12 +331,12 @@ def test_an_older_journal_costs_time_and_no_bits(bench, stopped, lines):
 
 def test_a_chunk_swapped_in_what_is_predicted_is_found(bench, stop, tmp_path, monkeypatch):
     """The finished prediction in the store is checked too when it is copied into its file."""
-    from normfix.tiling.stages.placing import Place
+    from normfix.tiling.stages.placing import Destination
 
     def stopping(self, kept):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Place, "copy", stopping)
+    monkeypatch.setattr(Destination, "copy", stopping)
     with pytest.raises(KeyboardInterrupt):
         normfix.write_prediction(
             bench.model, _image(), tmp_path / "p.npy", 16, engine="stages", store=tmp_path

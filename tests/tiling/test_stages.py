@@ -25,7 +25,7 @@ import normfix
 from normfix.conversion.planning import decide
 from normfix.conversion.rewriting import rewrite
 from normfix.errors import NormfixError
-from normfix.images.sources import TensorSource
+from normfix.images.sources import TensorImage
 from normfix.layers.moments import measure, merge
 from normfix.networks.calling import Caller
 from normfix.scanning.sites import survey
@@ -82,7 +82,7 @@ class Case:
         self.store = Store(budget, folder)
         execute(
             self.measured,
-            [TensorSource(x) for x in images],
+            [TensorImage(x) for x in images],
             tile=(tile,) * (images[0].dim() - 2),
             store=self.store,
             statistics=[statistic(path) for path in self.paths],
@@ -198,7 +198,7 @@ def test_several_outputs_at_several_depths():
             return None
         return wholes.setdefault(node, Whole(torch.full(shape, torch.nan, dtype=dtype)))
 
-    execute(planned, [TensorSource(image)], tile=(10, 10), store=Store(), sink=sink)
+    execute(planned, [TensorImage(image)], tile=(10, 10), store=Store(), sink=sink)
     expected = list(net(image).values())
     for node, whole in zip(program.outputs, expected, strict=True):
         assert_close(wholes[node].array, whole, **TOLERANCE[torch.float64])
@@ -341,7 +341,7 @@ def test_ragged_sizes_are_proved_where_the_network_is_exact_at_them():
         wholes.append(Whole(torch.full(shape, torch.nan, dtype=dtype)))
         return wholes[-1]
 
-    execute(planned, [TensorSource(image)], tile=(10, 14), store=Store(), sink=sink)
+    execute(planned, [TensorImage(image)], tile=(10, 14), store=Store(), sink=sink)
     assert_close(wholes[-1].array, net(image), **TOLERANCE[torch.float64])
     refused = captured_program(ResizesToSkip().double().eval(), Caller(), _images((64, 64))[0], [])
     schedule(refused, stride=(8, 8))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from normfix.networks.graph.operators import name_of
-from normfix.networks.graph.program import Part
+from normfix.networks.graph.program import Submodule
 
 __all__ = ["module_at", "owner_of", "part_", "put", "stack_of"]
 
@@ -39,7 +39,7 @@ def part_(body: GraphModule) -> None:
         if home is None or type(home) is nn.Module:
             runs = list(_runs(body.graph, path))
             if all(_below(node, path) for run in runs for node in run):
-                _take_out(body, path, Part(home), runs)
+                _take_out(body, path, Submodule(home), runs)
 
 
 def stack_of(node: Node) -> tuple[str, ...]:
@@ -121,7 +121,7 @@ def _below(node: Node, path: str) -> bool:
     return node.op != "call_module" or str(node.target).startswith(f"{path}.")
 
 
-def _take_out(body: GraphModule, path: str, part: Part, runs: Sequence[list[Node]]) -> None:
+def _take_out(body: GraphModule, path: str, part: Submodule, runs: Sequence[list[Node]]) -> None:
     put(body, path, part)
     for run in runs:
         taken, inside = Graph(), set(run)

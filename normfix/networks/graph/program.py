@@ -18,10 +18,10 @@ from torch.fx.node import map_aggregate
 
 from normfix.errors import NormfixError
 
-__all__ = ["Part", "Program", "require_free"]
+__all__ = ["ProgramNetwork", "Submodule", "require_free"]
 
 
-class Program(nn.Module):
+class ProgramNetwork(nn.Module):
     """The function of an exported program, in eval mode as it was exported.
 
     Args:
@@ -74,7 +74,10 @@ class Program(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         state = next(itertools.chain(self.parameters(), self.buffers()), None)
         if state is not None and state.device.type != "meta":
-            for graph in (self._graph, *(g for m in self.modules() if isinstance(m, Part) for g in m.graphs)):
+            for graph in (
+                self._graph,
+                *(g for m in self.modules() if isinstance(m, Submodule) for g in m.graphs),
+            ):
                 _place_(graph, state.device)
         return self
 
@@ -99,7 +102,7 @@ def _place_(graph: Graph, device: torch.device) -> None:
         node.args, node.kwargs = map_aggregate(node.args, placed), map_aggregate(node.kwargs, placed)
 
 
-class Part(nn.Module):
+class Submodule(nn.Module):
     """What ran inside one module of the program, so that its statistics have the names they have in the network.
 
     Args:
@@ -125,7 +128,7 @@ def require_free(model: nn.Module) -> None:
     Raises:
         NormfixError: NF220 with the line that exports it again.
     """
-    if isinstance(model, Program) and model.fixed:
+    if isinstance(model, ProgramNetwork) and model.fixed:
         shape = "x".join("*" if n is None else str(n) for n in model.shape)
         raise NormfixError(
             "NF220",

@@ -29,7 +29,7 @@ from normfix.networks.graph.capture import extent_of, free_dimensions, image_of
 from normfix.networks.graph.isolation import silence
 from normfix.networks.graph.operators import Normalisation, name_of, read_norm
 from normfix.networks.graph.parts import module_at, owner_of, part_, put
-from normfix.networks.graph.program import Program
+from normfix.networks.graph.program import ProgramNetwork
 
 __all__ = ["raised", "unlifted"]
 
@@ -58,7 +58,7 @@ class _Place:
     results: tuple[Node, ...]
 
 
-def raised(program: ExportedProgram) -> Program:
+def raised(program: ExportedProgram) -> ProgramNetwork:
     """Return a program as a module whose norms are layers; the program is not modified."""
     body = unlifted(program)
     graph = body.graph
@@ -75,7 +75,7 @@ def raised(program: ExportedProgram) -> Program:
     graph.lint()
     shape = image_of(program).meta["val"].shape
     free = free_dimensions(program)
-    return Program(body, [None if d in free else extent_of(n) for d, n in enumerate(shape)])
+    return ProgramNetwork(body, [None if d in free else extent_of(n) for d, n in enumerate(shape)])
 
 
 def unlifted(program: ExportedProgram) -> GraphModule:

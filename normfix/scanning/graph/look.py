@@ -18,7 +18,7 @@ from normfix.networks.calling import failures
 from normfix.networks.graph.capture import Captured, NotCaptured, capture
 from normfix.records.sites import Finding, Looked, Site
 from normfix.scanning.graph.bounds import Bound, broken_when_larger
-from normfix.scanning.graph.sites import Reading, Seen, read_sites
+from normfix.scanning.graph.sites import NodeReading, NodeSite, read_sites
 
 __all__ = ["GraphLook", "graph_look"]
 
@@ -47,7 +47,7 @@ class GraphLook:
     free: tuple[int, ...] = ()
     seen: frozenset[str] = frozenset()
     unseen: tuple[str, ...] = ()
-    surplus: tuple[Seen, ...] = ()
+    surplus: tuple[NodeSite, ...] = ()
     disputed: tuple[str, ...] = ()
     unknown: tuple[tuple[str, int], ...] = ()
     bounds: tuple[Bound, ...] = ()
@@ -85,7 +85,7 @@ def graph_look(
         return GraphLook(Looked(name="graph", status="failed", note=reason), findings=(finding,))
 
 
-def compare_looks(captured: Captured, reading: Reading, sites: Sequence[Site]) -> GraphLook:
+def compare_looks(captured: Captured, reading: NodeReading, sites: Sequence[Site]) -> GraphLook:
     """Pair the nodes of a graph with the sites of a census."""
     pairs = _paired(reading.seen, sites)
     seen = frozenset(site.id for site in pairs.values())
@@ -114,7 +114,7 @@ def compare_looks(captured: Captured, reading: Reading, sites: Sequence[Site]) -
     )
 
 
-def _paired(seen: Sequence[Seen], sites: Sequence[Site]) -> dict[str, Site]:
+def _paired(seen: Sequence[NodeSite], sites: Sequence[Site]) -> dict[str, Site]:
     """Return the site of each node that has one."""
     by_call: dict[tuple[str, str], list[Site]] = defaultdict(list)
     by_line: dict[tuple[str, str], list[Site]] = defaultdict(list)
@@ -144,7 +144,7 @@ def _canonical(function: str) -> str:
     return _ALIASES.get(name, name)
 
 
-def _disputed(seen: Sequence[Seen], pairs: dict[str, Site]) -> tuple[str, ...]:
+def _disputed(seen: Sequence[NodeSite], pairs: dict[str, Site]) -> tuple[str, ...]:
     """Return the sites that one look calls live and the other does not.
 
     The census calls a site dead if freezing another one behind it leaves nothing of it, which the graph alone
@@ -161,7 +161,7 @@ def _disputed(seen: Sequence[Seen], pairs: dict[str, Site]) -> tuple[str, ...]:
 
 
 def _findings(
-    unseen: Sequence[str], surplus: Sequence[Seen], disputed: Sequence[str], reading: Reading
+    unseen: Sequence[str], surplus: Sequence[NodeSite], disputed: Sequence[str], reading: NodeReading
 ) -> tuple[Finding, ...]:
     found = [
         Finding(

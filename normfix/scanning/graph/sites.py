@@ -32,7 +32,7 @@ from normfix.networks.graph.operators import (
 from normfix.networks.graph.parts import owner_of
 from normfix.records.sites import Family
 
-__all__ = ["Reading", "Seen", "read_sites"]
+__all__ = ["NodeReading", "NodeSite", "read_sites"]
 
 _REDUCED, _SQUARED = 0.75, 1.4  # as in normfix.scanning.sites
 _FAMILIES = {
@@ -75,7 +75,7 @@ _FAMILY_ALONG = {"softmax": Family.ATTENTION, "_softmax": Family.ATTENTION, "log
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class NodeSite:
     """One node that normalises or computes something over space.
 
     `owner` is the path of the innermost module as `named_modules` first names it, `number` the node's
@@ -99,14 +99,14 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class NodeReading:
     """What a graph holds: the nodes that matter, and the names of operators nobody knows, with how many."""
 
-    seen: tuple[Seen, ...]
+    seen: tuple[NodeSite, ...]
     unknown: tuple[tuple[str, int], ...]
 
 
-def read_sites(captured: Captured, model: nn.Module) -> Reading:
+def read_sites(captured: Captured, model: nn.Module) -> NodeReading:
     """Read the sites of a captured network.
 
     Args:
@@ -132,7 +132,7 @@ def read_sites(captured: Captured, model: nn.Module) -> Reading:
         owner = _owner(node, names)
         operand = norm.operand in depends if norm else True
         seen.append(
-            Seen(
+            NodeSite(
                 node=node.name,
                 operator=str(node.target),
                 function=function,
@@ -147,7 +147,7 @@ def read_sites(captured: Captured, model: nn.Module) -> Reading:
             )
         )
         numbers[owner, function] += 1
-    return Reading(tuple(seen), tuple(sorted(unknown.items())))
+    return NodeReading(tuple(seen), tuple(sorted(unknown.items())))
 
 
 def _owner(node: Node, names: Mapping[str, str]) -> str:

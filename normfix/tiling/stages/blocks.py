@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from normfix.errors import NormfixError
-from normfix.images.sources import Source, Span
+from normfix.images.sources import Image, Span
 from normfix.networks.devices import moved
 from normfix.tiling.stages.chunks import Seals
 from normfix.tiling.stages.journal import SEALS
@@ -24,7 +24,7 @@ from normfix.tiling.stages.maps import Map
 from normfix.tiling.stages.masks import counted, selected
 from normfix.tiling.stages.store import Kept
 
-__all__ = ["Block", "Given", "Part", "Read", "Told", "Work"]
+__all__ = ["Block", "Given", "ImageWork", "Read", "Told", "Work"]
 
 Index = tuple[slice, ...]
 
@@ -47,7 +47,7 @@ class Block:
 class Read:
     """A value that a stage reads: the image itself, or what was kept of an earlier stage."""
 
-    kept: Kept | Source
+    kept: Kept | Image
     map: Map | None
     shape: tuple[int, ...]
 
@@ -113,14 +113,14 @@ class Given:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ImageWork:
     """What a stage reads, is told and gives of one image of `size` pixels; which of them to ignore."""
 
     size: tuple[int, ...]
     reads: tuple[Read, ...]
     told: tuple[Told, ...]
     gives: tuple[Given, ...]
-    mask: Source | None = None
+    mask: Image | None = None
 
     def counting(self, position: int, value: Tensor, block: Block) -> Tensor:
         """Return what counts of a block's interior of one of the values."""
@@ -141,7 +141,7 @@ class Work:
 
     stage: int
     run: GraphModule
-    parts: tuple[Part, ...]
+    parts: tuple[ImageWork, ...]
     measures: dict[str, tuple[int, Callable[[Tensor], Any]]]
     blocks: tuple[Block, ...]
     device: torch.device

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from normfix.images.sources import Source
+from normfix.images.sources import Image
 from normfix.layers.affine import as_in_graphs
 from normfix.networks.calling import Caller
 from normfix.networks.copying import original_of
@@ -55,7 +55,7 @@ def program_of(
     model: nn.Module,
     caller: Caller,
     sites: tuple[str, ...],
-    image: Source,
+    image: Image,
     stride: Sequence[int],
 ) -> Iterator[Program]:
     """Capture the model, or lend the capture of last time with the model's present weights, to one user at a time.
@@ -95,7 +95,7 @@ def _telling(model: nn.Module, caller: Caller, example: Tensor) -> Tensor:
 def schedule_of(
     program: Program,
     stride: Sequence[int],
-    images: Sequence[Source],
+    images: Sequence[Image],
     *,
     measured: tuple[str, ...],
     outputs: bool,

@@ -19,7 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from normfix.errors import NormfixError
 from normfix.layers.affine import normalise
-from normfix.tiling.stages.maps import Maps
+from normfix.tiling.stages.maps import ProgramMaps
 from normfix.tiling.stages.program import Cut, Program, Shapes, is_tensor_node
 from normfix.tiling.stages.reuse import reuse_
 
@@ -49,7 +49,7 @@ class Stage:
 
 def cut(
     program: Program,
-    maps: Maps,
+    maps: ProgramMaps,
     shapes: Shapes,
     *,
     cuts: Sequence[Cut],
@@ -125,7 +125,7 @@ def _levels(program: Program, cuts: Sequence[Cut]) -> dict[Node, int]:
 
 
 def _stored(
-    program: Program, maps: Maps, levels: Mapping[Node, int], wanted: Mapping[int, Sequence[Node]]
+    program: Program, maps: ProgramMaps, levels: Mapping[Node, int], wanted: Mapping[int, Sequence[Node]]
 ) -> list[Node]:
     """Return the values to store, in the order of the graph.
 
@@ -154,7 +154,7 @@ def _stored(
 class _Leaves:
     """Finds the one expensive value that a cheap one is computed from, if it is one."""
 
-    def __init__(self, program: Program, maps: Maps) -> None:
+    def __init__(self, program: Program, maps: ProgramMaps) -> None:
         self._image = program.image
         self._maps = maps
         self._found: dict[Node, Node | None] = {}
@@ -194,7 +194,7 @@ def _is_cheap(node: Node) -> bool:
     return torch.Tag.pointwise in target.tags or target._schema.name.partition("::")[2] in _CHEAP
 
 
-def _require_map(node: Node, maps: Maps) -> None:
+def _require_map(node: Node, maps: ProgramMaps) -> None:
     if node not in maps.maps or not is_tensor_node(node):
         raise NormfixError(
             "NF323",
@@ -205,7 +205,7 @@ def _require_map(node: Node, maps: Maps) -> None:
 
 def _stage(
     program: Program,
-    maps: Maps,
+    maps: ProgramMaps,
     shapes: Shapes,
     *,
     number: int,
@@ -263,7 +263,7 @@ _BATCH_NORM = 9
 
 
 def _inside(
-    gives: Sequence[Node], available: set[Node], maps: Maps
+    gives: Sequence[Node], available: set[Node], maps: ProgramMaps
 ) -> tuple[set[Node], tuple[Node, ...], tuple[Node, ...]]:
     """Return what a stage computes, the values it reads and the extents it is told."""
     inside: set[Node] = set()

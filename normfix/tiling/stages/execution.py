@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from torch.fx import Node
 
 from normfix.errors import NormfixError
-from normfix.images.sources import Source
+from normfix.images.sources import Image
 from normfix.tiling.stages.cutting import Stage
 from normfix.tiling.stages.engines import Engine, Local
 from normfix.tiling.stages.journal import Journal, Unwritten
-from normfix.tiling.stages.maps import Maps
+from normfix.tiling.stages.maps import ProgramMaps
 from normfix.tiling.stages.outlook import Clock, Watch
 from normfix.tiling.stages.running import Run, Sink, Statistic
 from normfix.tiling.stages.schedule import Schedule, forecast
@@ -28,7 +28,7 @@ __all__ = ["execute"]
 
 def execute(
     schedule: Schedule,
-    images: Sequence[Source],
+    images: Sequence[Image],
     *,
     tile: Sequence[int],
     store: Store,
@@ -85,7 +85,7 @@ def _unwatched(stage: int, done: int, blocks: int) -> None:
     """Tell nobody."""
 
 
-def _require_whole(stage: Stage, maps: Maps, statistics: Sequence[Statistic]) -> None:
+def _require_whole(stage: Stage, maps: ProgramMaps, statistics: Sequence[Statistic]) -> None:
     """Refuse statistics that a block alone does not contribute to: of rows, say, or without a law."""
     dims = {statistic.site: statistic.dims for statistic in statistics}
     for site, node in stage.measures:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from normfix.errors import NormfixError
-from normfix.layers.laws import Part, Seen
+from normfix.layers.laws import Observed, Part
 from normfix.layers.moments import Moments
 
 __all__ = ["Journal", "Unwritten", "Written"]
@@ -189,7 +189,7 @@ def _sum(before: bytes, line: bytes) -> bytes:
     return hashlib.blake2b(line, digest_size=8, key=before).digest()
 
 
-_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Moments, Part, Seen)}
+_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Moments, Part, Observed)}
 
 
 def encoded(value: Any) -> Any:

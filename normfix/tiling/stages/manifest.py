@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from normfix.errors import NormfixError
-from normfix.images.sources import Source
+from normfix.images.sources import Image
 from normfix.tiling.stages.chunks import sync
 from normfix.tiling.stages.schedule import Schedule
 
@@ -25,7 +25,7 @@ _FORMAT = "2"
 
 
 def describe(
-    schedule: Schedule, images: Sequence[Source], tile: Sequence[int], statistics: Sequence[str]
+    schedule: Schedule, images: Sequence[Image], tile: Sequence[int], statistics: Sequence[str]
 ) -> Parts:
     """Return all that the bytes of a run depend on; not workers, budget, engine or where the result goes.
 

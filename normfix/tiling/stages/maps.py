@@ -17,7 +17,7 @@ from torch.fx import Node
 from normfix.images.sources import Span
 from normfix.tiling.stages.program import Program, Shapes, is_tensor_node
 
-__all__ = ["Map", "Maps", "find_maps", "map_of"]
+__all__ = ["Map", "ProgramMaps", "find_maps", "map_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Map:
 
 
 @dataclass(frozen=True, slots=True)
-class Maps:
+class ProgramMaps:
     """The maps of a program; `scales` are those of every value, also of what is no map."""
 
     maps: Mapping[Node, Map]
@@ -64,7 +64,7 @@ class Maps:
         )
 
 
-def find_maps(program: Program, size: Sequence[int], step: Sequence[int]) -> Maps:
+def find_maps(program: Program, size: Sequence[int], step: Sequence[int]) -> ProgramMaps:
     """Compare a program's sizes at image sizes (N, C, *space) that differ by `step` per axis."""
     here = program.shapes(size)
     ndim = len(size) - 2
@@ -83,7 +83,7 @@ def find_maps(program: Program, size: Sequence[int], step: Sequence[int]) -> Map
         found = map_of(growth)
         if found is not None:
             maps[node] = found
-    return Maps(maps, frozenset(moving), scales)
+    return ProgramMaps(maps, frozenset(moving), scales)
 
 
 def _growth(node: Node, here: Shapes, there: Shapes, step: int) -> dict[int, Fraction]:

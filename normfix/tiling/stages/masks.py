@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from normfix.images.sources import Source, Span
+from normfix.images.sources import Image, Span
 from normfix.tiling.stages.maps import Map
 
 __all__ = ["Masked", "counted", "mask_of", "selected"]
@@ -21,7 +21,7 @@ __all__ = ["Masked", "counted", "mask_of", "selected"]
 class Masked:
     """A source and its mask (1, 1, *space), which travel together."""
 
-    def __init__(self, image: Source, mask: Source) -> None:
+    def __init__(self, image: Image, mask: Image) -> None:
         self.image, self.mask = image, mask
 
     @property
@@ -38,16 +38,16 @@ class Masked:
         return Masked(self.image.padded(padding), self.mask.padded(padding))
 
     def fingerprint(self) -> str:
-        """Return what differs if image or mask does; see Source."""
+        """Return what differs if image or mask does; see Image."""
         return f"{self.image.fingerprint()} without {self.mask.fingerprint()}"
 
 
-def mask_of(image: Source) -> Source | None:
+def mask_of(image: Image) -> Image | None:
     """Return the mask of a source that has one."""
     return image.mask if isinstance(image, Masked) else None
 
 
-def counted(mask: Source, found: Map, spans: Sequence[Span]) -> Tensor:
+def counted(mask: Image, found: Map, spans: Sequence[Span]) -> Tensor:
     """Return which positions of a map count.
 
     Args:

@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from normfix.images.sources import Source
+from normfix.images.sources import Image
 from normfix.images.writing import OutputFile
 from normfix.tiling.grid import Geometry
 from normfix.tiling.stages.store import Kept
 from normfix.tiling.stitching import cropped
 
-__all__ = ["Place"]
+__all__ = ["Destination"]
 
 
-class Place:
+class Destination:
     """Where a prediction goes: to a file, or into memory; in the end, where it lasts in the store until then."""
 
     def __init__(
-        self, node: Node, image: Source, geometry: Geometry, device: torch.device, out: OutputFile | None
+        self, node: Node, image: Image, geometry: Geometry, device: torch.device, out: OutputFile | None
     ) -> None:
         self.node, self._device, self._out = node, device, out
         self._space, self._scale = image.shape[2:], geometry.scale

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from torch import Tensor, nn
 
 from normfix.errors import NormfixError
-from normfix.images.sources import Source
+from normfix.images.sources import Image
 from normfix.images.writing import OutputFile
 from normfix.networks.calling import Caller, home_of
 from normfix.networks.copying import twin_of
@@ -17,7 +17,7 @@ from normfix.networks.numerics import exact_arithmetic
 from normfix.tiling.grid import Geometry
 from normfix.tiling.stages.cache import program_of, schedule_of
 from normfix.tiling.stages.execution import execute
-from normfix.tiling.stages.placing import Place
+from normfix.tiling.stages.placing import Destination
 from normfix.tiling.stages.resources import Resources
 from normfix.tiling.stages.running import kept_name
 
@@ -34,7 +34,7 @@ def tell_fallback(what: str, error: NormfixError) -> None:
 
 def predict_in_stages(
     model: nn.Module,
-    image: Source,
+    image: Image,
     caller: Caller,
     resources: Resources,
     *,
@@ -67,7 +67,7 @@ def predict_in_stages(
         program = stack.enter_context(program_of(twin, caller, tuple(sites), whole, geometry.stride))
         planned = schedule_of(program, geometry.stride, [whole], measured=(), outputs=True)
         lasts = resources.store is not None
-        place = Place(program.outputs[0], image, geometry, home_of(model)[0], out)
+        place = Destination(program.outputs[0], image, geometry, home_of(model)[0], out)
         store, journal = stack.enter_context(resources.run(planned, [whole], ()))
         execute(
             planned,

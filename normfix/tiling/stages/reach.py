@@ -24,7 +24,7 @@ from normfix.errors import NormfixError
 from normfix.networks.calling import refusals
 from normfix.tiling.halo import DyeLost, halo, interference
 from normfix.tiling.stages.cutting import Stage
-from normfix.tiling.stages.maps import Map, Maps
+from normfix.tiling.stages.maps import Map, ProgramMaps
 from normfix.tiling.stages.program import Shapes
 from normfix.tiling.stride import EXACT, cutting_grid, smallest_stride
 
@@ -41,7 +41,7 @@ class Reach:
     halo: tuple[tuple[int, int], ...]
 
 
-def measure_reach(stage: Stage, maps: Maps, shapes: Shapes, image: Node) -> Reach:
+def measure_reach(stage: Stage, maps: ProgramMaps, shapes: Shapes, image: Node) -> Reach:
     """Measure one stage.
 
     Raises:
@@ -102,7 +102,9 @@ def _refused(stage: Stage, axis: int, reason: str) -> NormfixError:
 class _Cells:
     """A stage as a function (1, channels, *cells) -> (1, channels', *cells)."""
 
-    def __init__(self, stage: Stage, maps: Maps, shapes: Shapes, image: Node, dtype: torch.dtype) -> None:
+    def __init__(
+        self, stage: Stage, maps: ProgramMaps, shapes: Shapes, image: Node, dtype: torch.dtype
+    ) -> None:
         self.stage = stage
         self._ndim = len(stage.grid)
         self._reads = [_Packing(maps.maps[n], shapes[n], stage.grid) for n in stage.reads]

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from normfix.errors import NormfixError
-from normfix.images.sources import Source
+from normfix.images.sources import Image
 from normfix.tiling.stages.engines import Engine, Local
 from normfix.tiling.stages.journal import Journal
 from normfix.tiling.stages.manifest import describe
@@ -45,7 +45,7 @@ class Resources:
 
     @contextmanager
     def run(
-        self, planned: Schedule, images: Sequence[Source], statistics: Sequence[Statistic]
+        self, planned: Schedule, images: Sequence[Image], statistics: Sequence[Statistic]
     ) -> Iterator[tuple[Store, Journal]]:
         """Give a store and a journal for one run, that of an earlier process if it was the same."""
         tile = self.extents(len(images[0].shape) - 2)

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from normfix.errors import NormfixError
-from normfix.images.sources import Source
+from normfix.images.sources import Image
 from normfix.tiling.grid import Geometry, grid
-from normfix.tiling.stages.blocks import Block, Given, Part, Read, Told, Work
+from normfix.tiling.stages.blocks import Block, Given, ImageWork, Read, Told, Work
 from normfix.tiling.stages.cutting import Stage, extent_of
 from normfix.tiling.stages.engines import Crew
 from normfix.tiling.stages.journal import SEALS, Journal, Measured
@@ -55,7 +55,7 @@ class Run:
     """A schedule on its way over images."""
 
     schedule: Schedule
-    images: Sequence[Source]
+    images: Sequence[Image]
     tile: tuple[int, ...]
     store: Store
     statistics: dict[str, Statistic]
@@ -65,7 +65,7 @@ class Run:
     journal: Journal
     shapes: list[Shapes] = field(init=False)
     extents: list[tuple[int, ...]] = field(init=False)
-    earlier: dict[str, list[tuple[Given, Part, Block]]] = field(init=False)
+    earlier: dict[str, list[tuple[Given, ImageWork, Block]]] = field(init=False)
 
     def __post_init__(self) -> None:
         known: dict[tuple[int, ...], Shapes] = {}
@@ -166,7 +166,7 @@ class Run:
         parts = tuple(self._part(stage, image) for image in range(len(self.images)))
         return Work(stage.number, stage.run, parts, measures, tuple(self.blocks(stage)), self.schedule.device)
 
-    def _part(self, stage: Stage, image: int) -> Part:
+    def _part(self, stage: Stage, image: int) -> ImageWork:
         shapes, maps = self.shapes[image], self.schedule.maps.maps
         reads = (
             Read(self.images[image], None, shapes[node])
@@ -177,7 +177,7 @@ class Run:
         told = (Told(maps[of], shapes[of], dim) for of, dim in map(extent_of, stage.sizes))
         gives = (Given(n.name, maps[n], shapes[n], self._places(stage, image, n)) for n in stage.gives)
         source = self.images[image]
-        return Part(source.shape[2:], tuple(reads), tuple(told), tuple(gives), mask_of(source))
+        return ImageWork(source.shape[2:], tuple(reads), tuple(told), tuple(gives), mask_of(source))
 
     def _places(self, stage: Stage, image: int, node: Node) -> tuple[Kept, ...]:
         """Return where a value goes that a stage computes."""

@@ -12,7 +12,7 @@ from torch.fx import Node
 from normfix.records.spans import round_up
 from normfix.tiling.stages.budget import Budget
 from normfix.tiling.stages.cutting import Stage
-from normfix.tiling.stages.maps import Maps
+from normfix.tiling.stages.maps import ProgramMaps
 from normfix.tiling.stages.program import Program
 from normfix.tiling.stages.reach import Reach
 
@@ -24,7 +24,7 @@ class Schedule:
     """A program cut into stages, each with its reach, and where the stages compute."""
 
     program: Program
-    maps: Maps
+    maps: ProgramMaps
     stages: tuple[Stage, ...]
     reaches: tuple[Reach, ...]
     device: torch.device

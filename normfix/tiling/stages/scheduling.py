@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from normfix.errors import NormfixError
-from normfix.images.sources import TensorSource
+from normfix.images.sources import TensorImage
 from normfix.networks.calling import refusals
 from normfix.networks.numerics import exact_arithmetic
 from normfix.records.spans import round_up
@@ -92,7 +92,7 @@ def largest_difference(planned: Schedule, size: Sequence[int]) -> float:
         return found[node]
 
     tile = [-(-n // 3) for n in size[2:]]
-    execute(wide, [TensorSource(image)], tile=tile, store=_WideStore(), sink=sink)
+    execute(wide, [TensorImage(image)], tile=tile, store=_WideStore(), sink=sink)
     expected = _Values(in_dtype(planned.program.body, torch.float64), {n.name for n in found}).values(image)
     worst = 0.0
     for node, kept in found.items():
