@@ -331,7 +331,7 @@ class NormfixError(Exception):
         super().__init__(" ".join(part for part in (code, f"{where}:" if where else "", message) if part))
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (self.code, self.message, self.where)
+        return _rebuild, (type(self), self.code, self.message, self.where), vars(self)
 
 
 def printable(text: str) -> str:
@@ -345,5 +345,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _rebuild(code: str, message: str, where: str) -> NormfixError:
-    return NormfixError(code, message, where=where)
+def _rebuild(kind: type[NormfixError], code: str, message: str, where: str) -> NormfixError:
+    error = kind.__new__(kind)
+    NormfixError.__init__(error, code, message, where=where)  # a subclass may take other arguments
+    return error

@@ -8,6 +8,7 @@ import pytest
 
 import normfix
 from normfix.errors import CODES, NormfixError
+from normfix.tiling.stages.refusals import NotInStages
 
 _CODE = re.compile(r"\bNF\d{3}\b")
 
@@ -67,6 +68,12 @@ def test_an_error_survives_pickling():
     """Code, place and message come out of a worker process as they went in."""
     error = pickle.loads(pickle.dumps(NormfixError("NF203", "It is live.", where="bn")))
     assert (error.code, error.where, error.message) == ("NF203", "bn", "It is live.")
+
+
+def test_what_is_caught_by_its_class_keeps_it(tmp_path):
+    """A worker's error that a caller catches by its class is one of that class here, too."""
+    error = pickle.loads(pickle.dumps(NotInStages("NF325", "It differs.", where="block")))
+    assert (type(error), error.code) == (NotInStages, "NF325")
 
 
 @pytest.mark.parametrize("code", sorted(CODES))

@@ -29,7 +29,8 @@ from normfix.tiling.grid import Geometry
 from normfix.tiling.stages.options import engine_of
 from normfix.tiling.stages.outlook import Watch
 from normfix.tiling.stages.prediction import predict_in_stages, tell_fallback
-from normfix.tiling.stages.resources import NOT_IN_STAGES, Resources
+from normfix.tiling.stages.refusals import NotInStages
+from normfix.tiling.stages.resources import Resources
 from normfix.tiling.stages.resuming import resumable
 from normfix.tiling.stitching import tile_extents, tiled
 
@@ -216,8 +217,8 @@ class _Prediction:
                 return predict_in_stages(
                     model, self.image, caller, resources, geometry=geometry, sites=self.known.layers, out=out
                 )
-            except NormfixError as error:
-                if self.engine in ("stages", "dask") or error.code not in NOT_IN_STAGES:
+            except NotInStages as error:
+                if self.engine in ("stages", "dask"):
                     raise
                 tell_fallback("the image is read whole and predicted in tiles", error)
         (whole,) = Wholes([self.image])

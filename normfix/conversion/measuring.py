@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from normfix.conversion.targets import Target
-from normfix.errors import NormfixError
-from normfix.networks.calling import evaluating
+from normfix.networks.calling import Unreached, evaluating
 from normfix.networks.numerics import exact_arithmetic
 from normfix.records.measurements import CalibrationSummary
 
@@ -159,8 +158,8 @@ def _require_reached(targets: Sequence[Target], reached: set[str]) -> None:
             raise _call_count(target, 0, 1)
 
 
-def _call_count(target: Target, calls: int, expected: int) -> NormfixError:
-    return NormfixError(
+def _call_count(target: Target, calls: int, expected: int) -> Unreached:
+    return Unreached(
         "NF301",
         f"the plan expects one call per image, but {calls} were made for {expected}. The network takes another "
         "path on this input than when it was scanned; scan it with an input like the images.",

@@ -26,7 +26,8 @@ from normfix.tiling.stages.execution import execute
 from normfix.tiling.stages.masks import Masked
 from normfix.tiling.stages.outlook import Outlook, Step
 from normfix.tiling.stages.prediction import tell_fallback
-from normfix.tiling.stages.resources import BLOCK_EXTENTS, NOT_IN_STAGES, Resources
+from normfix.tiling.stages.refusals import NotInStages
+from normfix.tiling.stages.resources import BLOCK_EXTENTS, Resources
 from normfix.tiling.stages.running import Statistic
 from normfix.tiling.stitching import padded
 
@@ -100,9 +101,7 @@ def measure_streamed_(
         return measure_in_passes_(model, targets, images, caller, stride, progress)
     try:
         return measure_in_stages_(model, targets, images, caller, resources, stride=stride, progress=progress)
-    except NormfixError as error:
-        if error.code not in NOT_IN_STAGES:
-            raise
+    except NotInStages as error:
         _require_whole(images, error)
         tell_fallback("statistics are measured in passes over whole images", error)
         summary = measure_in_passes_(model, targets, images, caller, stride, progress)
@@ -131,7 +130,7 @@ def measure_in_stages_(
         progress: called with (stages done, stages).
 
     Raises:
-        NormfixError: a code of NOT_IN_STAGES where this network cannot run so; the old statistics are back then,
+        NotInStages: NF320 to NF325 where this network cannot run so; the old statistics are back then,
             as after any other error.
     """
     ndim = len(images[0].shape) - 2

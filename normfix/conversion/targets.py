@@ -419,6 +419,14 @@ def site_target(model: nn.Module, decision: Decision, *, express: bool) -> Targe
     return NormTarget(decision.site.id, module, layer, store, expected)
 
 
+class HoldsConstants(NormfixError):  # noqa: N818 - what it is, not what went wrong
+    """A program holds a constant and nothing that could measure it again."""
+
+
+class LayerGone(NormfixError):  # noqa: N818 - what happened, not what went wrong
+    """A converted layer is no longer there."""
+
+
 def planned_targets(model: nn.Module, plan: Plan) -> list[Target]:
     """Describe the converted sites, all of which must still be there, with their statistics."""
     modules = dict(model.named_modules())
@@ -426,7 +434,7 @@ def planned_targets(model: nn.Module, plan: Plan) -> list[Target]:
         layer = modules.get(decision.target)
         if isinstance(model, ProgramNetwork):
             if not isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                raise NormfixError(
+                raise HoldsConstants(
                     "NF228",
                     "the program holds the constant and no longer what computed it, so it cannot be measured anew. "
                     "Calibrate the folder or network that the program was written from and write it again, or "
@@ -437,7 +445,7 @@ def planned_targets(model: nn.Module, plan: Plan) -> list[Target]:
             not isinstance(layer, ChannelNorm | InterceptedNorm | FrozenStatistic)
             or getattr(layer, "running_mean", layer) is None
         ):
-            raise NormfixError(
+            raise LayerGone(
                 "NF302",
                 "the converted layer or its statistics are gone. Convert the network as it is now.",
                 where=decision.target,

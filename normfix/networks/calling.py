@@ -44,6 +44,10 @@ class NotTaken(NormfixError):  # noqa: N818 - what happened, not what went wrong
     """A network does not run on an input."""
 
 
+class Unreached(NormfixError):  # noqa: N818 - what happened, as its siblings are named
+    """A site does not run once per image (NF301)."""
+
+
 class OutOfMemory(NormfixError):  # noqa: N818 - what happened, as its siblings are named
     """The machine, not the network, refused an input."""
 

@@ -26,7 +26,7 @@ from normfix.records.saved import Provenance
 from normfix.records.verdicts import ProofStep
 from normfix.storage.opening.factories import rebuild
 from normfix.storage.portable import require_returnable, returned
-from normfix.storage.programs import SUFFIX
+from normfix.storage.programs import SUFFIX, NotExportable, WrongProgramError
 from normfix.storage.reloading import answers_of, importable
 from normfix.storage.saving import save_program, write_draft
 
@@ -151,12 +151,10 @@ def exported(bench: Form) -> ProofStep:
     path = bench.folder / f"form{SUFFIX}"
     try:
         save_program(path, bench.model, bench.caller, bench.provenance)
-    except NormfixError as error:
-        if error.code not in ("NF225", "NF226"):
-            raise
-        return unmeasured(
-            "exported", claim, "failed" if error.code == "NF226" else "inapplicable", str(error)
-        )
+    except WrongProgramError as error:
+        return unmeasured("exported", claim, "failed", str(error))
+    except NotExportable as error:
+        return unmeasured("exported", claim, "inapplicable", str(error))
     bound = 0.0
     with silence():
         program = torch.export.load(path)

@@ -7,17 +7,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from normfix.conversion.masks import Mask
 from normfix.conversion.staged import remeasure
+from normfix.conversion.targets import HoldsConstants, LayerGone
 from normfix.errors import NormfixError
 from normfix.images.collections import Items
 from normfix.images.opening import sources_of
 from normfix.images.sources import Image
-from normfix.networks.calling import home_of
+from normfix.networks.calling import Unreached, home_of
 from normfix.networks.copying import twin_of
 from normfix.networks.graph.program import require_free
 from normfix.networks.numerics import exact_arithmetic
@@ -37,13 +38,6 @@ from normfix.tiling.grid import Geometry
 from normfix.tiling.stitching import padded
 
 __all__ = ["prove"]
-
-_UNMEASURED: Mapping[str, Literal["failed", "inconclusive"]] = {
-    "NF228": "inconclusive",
-    "NF301": "failed",
-    "NF302": "failed",
-}
-"""A program holds constants only; a converted site is not reached; its layer is gone."""
 
 _STALE = "NF249"
 
@@ -190,10 +184,10 @@ def _residual(
         summary = remeasure(
             subject.model, subject.plan, images, subject.caller, geometry=geometry, mask=mask, blocks=blocks
         )
-    except NormfixError as error:
-        if error.code not in _UNMEASURED:
-            raise
-        return unmeasured("residual", CONSISTENT, _UNMEASURED[error.code], str(error))
+    except HoldsConstants as error:
+        return unmeasured("residual", CONSISTENT, "inconclusive", str(error))
+    except (Unreached, LayerGone) as error:
+        return unmeasured("residual", CONSISTENT, "failed", str(error))
     step = residual(summary, home_of(subject.model)[1])
     if step.status == "passed":
         return step

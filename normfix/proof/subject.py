@@ -11,9 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from normfix.errors import NormfixError
 from normfix.images.sources import Image
-from normfix.networks.calling import Caller, refusals
+from normfix.networks.calling import Caller, NotTaken, refusals
 from normfix.networks.numerics import deviation
 from normfix.proof.check import compare_with
 from normfix.proof.steps import used
@@ -132,11 +131,11 @@ class Subject:
         while True:
             try:
                 return compare_with(self.model, self.caller, image, geometry, tile=tile)
-            except NormfixError as error:
+            except NotTaken:
                 small = isinstance(tile, tuple) and any(
                     t < n for t, n in zip(tile, image.shape[2:], strict=True)
                 )
-                if error.code != "NF109" or tile == self.tile or not small:
+                if tile == self.tile or not small:
                     raise
             assert isinstance(tile, tuple)
             tile = tuple(2 * t for t in tile)

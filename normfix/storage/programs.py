@@ -110,6 +110,14 @@ def require_program_name(path: str, model: nn.Module) -> bool:
     return named
 
 
+class NotExportable(NormfixError):  # noqa: N818 - what it is, not what went wrong
+    """A network that torch.export does not take, or that calls what only normfix has (NF225)."""
+
+
+class WrongProgramError(NormfixError):
+    """A program that was written does not give the network's output (NF226)."""
+
+
 def export_program(
     model: nn.Module, run: Callable[[nn.Module, Tensor], Any] | None, example: Tensor
 ) -> ExportedProgram:
@@ -129,7 +137,7 @@ def export_program(
             program = export(network, example[:1])
     except failures() as error:
         reason = " ".join(str(error).split())[:200]
-        raise NormfixError(
+        raise NotExportable(
             "NF225",
             f"torch.export failed: {type(error).__name__}: {reason}. Save a folder instead.",
             where=type(model).__name__,
@@ -138,7 +146,7 @@ def export_program(
         {str(t) for t in _targets(program) if t.namespace not in ("aten", "prim", "prims", "higher_order")}
     )
     if any(name.startswith(_OURS) for name in foreign):
-        raise NormfixError(
+        raise NotExportable(
             "NF225", f"it calls {', '.join(foreign)}, which only normfix has.", where="program"
         )
     return program
@@ -197,7 +205,7 @@ def write_beside(
             mine, theirs = tree_leaves(body(image.clone())), tree_leaves(run(model, image.clone()))
             if not all(same(a, b) for a, b in zip(mine, theirs, strict=True) if isinstance(b, Tensor)):
                 path.unlink()
-                raise NormfixError("NF226", "it does not give the network's output.", where=path.name)
+                raise WrongProgramError("NF226", "it does not give the network's output.", where=path.name)
 
 
 class _Called(nn.Module):
@@ -311,7 +319,9 @@ def _require_equal(
     )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["it died without a word"])[-1]
-        raise NormfixError("NF226", f"run alone in a fresh process: {reason}. Nothing was kept.", where=where)
+        raise WrongProgramError(
+            "NF226", f"run alone in a fresh process: {reason}. Nothing was kept.", where=where
+        )
 
 
 def _inputs(program: ExportedProgram, model: nn.Module, run: Callable[..., Any]) -> Iterable[Tensor]:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from normfix.errors import NormfixError
 from normfix.images.sources import Image, Span
 from normfix.networks.devices import moved
 from normfix.tiling.stages.chunks import Seals
 from normfix.tiling.stages.journal import SEALS
 from normfix.tiling.stages.maps import Map
 from normfix.tiling.stages.masks import counted, selected
+from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.store import Kept
 
 __all__ = ["Block", "Given", "ImageWork", "Read", "Told", "Work"]
@@ -103,7 +103,7 @@ class Given:
         ends = (stop == n for (_, stop), n in zip(block.window, size, strict=True))
         for dim, (_, stop), end, (first, last) in zip(self.map.dims, crop, ends, outer, strict=True):
             if result.shape[dim] < stop or (end and result.shape[dim] != last - first):
-                raise NormfixError(
+                raise NotInStages(
                     "NF325",
                     f"a block of {[b - a for a, b in block.window]} pixels gave {tuple(result.shape)} where the whole "
                     f"image has {self.shape}; the network treats this size otherwise than its parts.",

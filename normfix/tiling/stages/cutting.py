@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from normfix.errors import NormfixError
 from normfix.layers.affine import normalise
 from normfix.tiling.stages.maps import ProgramMaps
 from normfix.tiling.stages.program import Cut, Program, Shapes, is_tensor_node
+from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.reuse import reuse_
 
 __all__ = ["Stage", "cut", "extent_of"]
@@ -196,7 +196,7 @@ def _is_cheap(node: Node) -> bool:
 
 def _require_map(node: Node, maps: ProgramMaps) -> None:
     if node not in maps.maps or not is_tensor_node(node):
-        raise NormfixError(
+        raise NotInStages(
             "NF323",
             f"its value ({node.target}) is needed across a barrier, but it is no map over the image.",
             where=node.name,
@@ -218,7 +218,7 @@ def _stage(
     inside, reads, sizes = _inside(gives, available, maps)
     for node in inside:
         if node in maps.moving and is_tensor_node(node) and not any(maps.scales[node]):
-            raise NormfixError(
+            raise NotInStages(
                 "NF323",
                 f"its value ({node.target}) depends on the whole image, not on a block.",
                 where=node.name,
@@ -286,7 +286,7 @@ def _inside(
     ]
     for node in sizes:
         if node.args[0] not in maps.maps:
-            raise NormfixError(
+            raise NotInStages(
                 "NF323", "its extent is needed, but it is no map over the image.", where=str(node.args[0])
             )
     inside -= set(sizes)

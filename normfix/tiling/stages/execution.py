@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 
 from torch.fx import Node
 
-from normfix.errors import NormfixError
 from normfix.images.sources import Image
 from normfix.tiling.stages.cutting import Stage
 from normfix.tiling.stages.engines import Engine, Local
 from normfix.tiling.stages.journal import Journal, Unwritten
 from normfix.tiling.stages.maps import ProgramMaps
 from normfix.tiling.stages.outlook import Clock, Watch
+from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.running import Run, Sink, Statistic
 from normfix.tiling.stages.schedule import Schedule, forecast
 from normfix.tiling.stages.store import Store
@@ -91,6 +91,6 @@ def _require_whole(stage: Stage, maps: ProgramMaps, statistics: Sequence[Statist
     for site, node in stage.measures:
         over = dims.get(site, maps.maps[node].dims)
         if over is None or not set(maps.maps[node].dims) <= set(over):
-            raise NormfixError(
+            raise NotInStages(
                 "NF323", "its statistic cannot be put together from blocks of the image.", where=site
             )

@@ -57,7 +57,7 @@ def predict_in_stages(
         (N, C', *out), or None if it went to `out`.
 
     Raises:
-        NormfixError: a code of NOT_IN_STAGES where this network cannot run so.
+        NotInStages: NF320 to NF325 where this network cannot run so.
     """
     ndim = len(image.shape) - 2
     twin = twin_of(model)

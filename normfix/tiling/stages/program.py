@@ -22,9 +22,10 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
 from normfix.errors import NormfixError
-from normfix.networks.calling import refusals
+from normfix.networks.calling import Unreached, refusals
 from normfix.networks.graph.capture import WRAPPED, NotCaptured, capture
 from normfix.networks.graph.isolation import silence
+from normfix.tiling.stages.refusals import NotInStages
 
 __all__ = ["Cut", "Program", "Shapes", "captured_program", "is_tensor_node"]
 
@@ -80,7 +81,7 @@ class Program:
             try:
                 recorder.run(mode.from_tensor(image))
             except refusals() as error:
-                raise NormfixError(
+                raise NotInStages(
                     "NF321",
                     f"the captured program does not take an image of {'x'.join(map(str, size))}: "
                     f"{' '.join(str(error).split())[:160]}.",
@@ -127,9 +128,9 @@ def captured_program(model: nn.Module, run: Run, example: Tensor, sites: Sequenc
     where = type(model).__name__
     captured = capture(model, partial(_with_operands, run, sites), example)
     if isinstance(captured, NotCaptured):
-        raise NormfixError("NF320", f"it cannot be captured as a graph: {captured.reason}.", where=where)
+        raise NotInStages("NF320", f"it cannot be captured as a graph: {captured.reason}.", where=where)
     if not set(range(2, example.dim())) <= set(captured.free):
-        raise NormfixError(
+        raise NotInStages(
             "NF320",
             "its graph holds for one image size only, so no block can be run through it.",
             where=where,
@@ -171,7 +172,7 @@ def _with_operands(
 
     def mark(site: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if site in found:
-            raise NormfixError("NF301", "it is called more than once per image.", where=site)
+            raise Unreached("NF301", "it is called more than once per image.", where=site)
         given = args[0] if args else kwargs["input"]
         found[site] = marked = _operand(given)
         return ((marked, *args[1:]), kwargs) if args else (args, {**kwargs, "input": marked})
@@ -196,7 +197,7 @@ def _with_operands(
             handle.remove()
     missing = [site for site in sites if site not in found]
     if missing:
-        raise NormfixError("NF301", "the network does not reach it on this input.", where=missing[0])
+        raise Unreached("NF301", "the network does not reach it on this input.", where=missing[0])
     return result, tuple(found[site] for site in sites), tuple(answers[site] for site in sites)
 
 
@@ -204,7 +205,7 @@ def _program(body: GraphModule, sites: Sequence[str], names: _Names, where: str)
     graph = body.graph
     images = [n for n in graph.nodes if n.op == "placeholder"]
     if len(images) != 1:
-        raise NormfixError("NF320", "its graph takes several inputs.", where=where)
+        raise NotInStages("NF320", "its graph takes several inputs.", where=where)
     leaves = [n for n in tree_leaves(graph.output_node().args[0]) if isinstance(n, Node)]
     first = len(leaves) - 2 * len(sites)
     outputs, marks, answers = leaves[:first], leaves[first : first + len(sites)], leaves[first + len(sites) :]
@@ -225,7 +226,7 @@ def _operand_of(mark: Node, where: str) -> Node:
     while mark.target in (torch.ops.aten.alias.default, torch.ops.aten.clone.default):
         mark = mark.args[0]  # type: ignore[assignment]
     if mark.target is not torch.ops.normfix.operand.default or not isinstance(mark.args[0], Node):
-        raise NormfixError("NF320", f"its graph lost the operand {mark.name} of a site.", where=where)
+        raise NotInStages("NF320", f"its graph lost the operand {mark.name} of a site.", where=where)
     return mark.args[0]
 
 
@@ -317,7 +318,7 @@ def _require_functional(program: Program) -> None:
     needed = ancestors((*program.outputs, *(c.operand for c in program.cuts)))
     for node in needed:
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            raise NormfixError("NF322", "it writes into its operand.", where=str(node.target))
+            raise NotInStages("NF322", "it writes into its operand.", where=str(node.target))
 
 
 def ancestors(nodes: Sequence[Node]) -> set[Node]:

@@ -26,6 +26,7 @@ from normfix.tiling.halo import DyeLost, halo, interference
 from normfix.tiling.stages.cutting import Stage
 from normfix.tiling.stages.maps import Map, ProgramMaps
 from normfix.tiling.stages.program import Shapes
+from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stride import EXACT, cutting_grid, smallest_stride
 
 __all__ = ["Reach", "measure_reach"]
@@ -91,12 +92,12 @@ def _cross_section(f: Function, ndim: int) -> tuple[int, ...]:
         except refusals():
             continue
         return (cells,) * ndim
-    raise NormfixError("NF324", "it runs on no small block.", where=f"stage {f.stage.number}")  # type: ignore[attr-defined]
+    raise NotInStages("NF324", "it runs on no small block.", where=f"stage {f.stage.number}")  # type: ignore[attr-defined]
 
 
 def _refused(stage: Stage, axis: int, reason: str) -> NormfixError:
     sites = ", ".join(site for site, _ in stage.measures[:2]) or "output"
-    return NormfixError("NF324", f"{reason}.", where=f"stage {stage.number} ({sites}), axis {axis}")
+    return NotInStages("NF324", f"{reason}.", where=f"stage {stage.number} ({sites}), axis {axis}")
 
 
 class _Cells:

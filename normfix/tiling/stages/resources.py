@@ -19,14 +19,10 @@ from normfix.tiling.stages.running import Statistic
 from normfix.tiling.stages.schedule import Schedule, largest_block
 from normfix.tiling.stages.store import Store
 
-__all__ = ["BLOCK_EXTENTS", "NOT_IN_STAGES", "Resources"]
+__all__ = ["BLOCK_EXTENTS", "Resources"]
 
 
 BLOCK_EXTENTS = {1: 1 << 18, 2: 512, 3: 96}
-
-
-NOT_IN_STAGES = ("NF320", "NF321", "NF322", "NF323", "NF324", "NF325")
-"""Codes that say that a network or an image cannot run in stages, while passes over the whole may."""
 
 
 _SCRATCH = 3

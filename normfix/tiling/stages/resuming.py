@@ -26,6 +26,7 @@ from normfix.images.locks import lock
 from normfix.networks.devices import CPU
 from normfix.tiling.stages.journal import Journal, Unwritten, Written
 from normfix.tiling.stages.manifest import Parts, digest_of_parts, require_same, write_manifest
+from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.store import Store
 
 __all__ = ["Job", "resumable", "run_of"]
@@ -38,9 +39,6 @@ _OURS = re.compile("[0-9]+|lock")
 
 _ATTEMPTS = 20
 _LOG = logging.getLogger("normfix")
-
-_FUTILE = ("NF321", "NF323", "NF324", "NF325")
-"""What would fail again, so nothing is left to continue."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +151,7 @@ def _is_left(job: Job, error: BaseException) -> bool:
     if isinstance(error, TakenError) and error.kept is not None:
         return False  # its result lies under another name
     whole = sum(f.read_bytes().count(b'"block":') for f in job.folder.glob("*/journal.jsonl"))
-    if not job.begun or not whole or (isinstance(error, NormfixError) and error.code in _FUTILE):
+    if not job.begun or not whole or isinstance(error, NotInStages):
         return False
     error.add_note(
         f"{whole} blocks are kept in {job.folder}. The same command goes on from there; delete the folder to give "

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from normfix.errors import NormfixError
 from normfix.images.sources import TensorImage
 from normfix.networks.calling import refusals
 from normfix.networks.numerics import exact_arithmetic
@@ -24,6 +23,7 @@ from normfix.tiling.stages.execution import execute
 from normfix.tiling.stages.maps import find_maps
 from normfix.tiling.stages.program import Program
 from normfix.tiling.stages.reach import in_dtype, measure_reach
+from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.schedule import Schedule
 from normfix.tiling.stages.store import Kept, Store
 from normfix.tiling.stride import EXACT
@@ -63,7 +63,7 @@ def schedule(
                 largest_difference(planned, size) for size in _probe_sizes(planned, stride, axis, ragged)
             )
             if not difference <= EXACT:
-                raise NormfixError(
+                raise NotInStages(
                     "NF325",
                     f"blocks differ from the whole by {difference:.1g} of the largest value (float64).",
                     where=f"axis {axis}",
@@ -112,7 +112,7 @@ def _example_size(program: Program, stride: Sequence[int]) -> tuple[int, ...]:
         except refusals():
             continue
         return size
-    raise NormfixError(
+    raise NotInStages(
         "NF321", "the captured program takes none of the sizes tried.", where=program.image.name
     )
 
