@@ -168,7 +168,7 @@ def test_images_on_the_host_are_moved_block_by_block(converted, whole, image):
 
 def test_what_does_not_fit_the_device_lies_on_the_host(converted, whole, image, monkeypatch):
     """Maps that find no room on the GPU are kept in the host's memory, and the statistics are the same."""
-    monkeypatch.setattr("normfix.networks.devices.room", lambda device: 0)
+    monkeypatch.setattr("normfix.tiling.stages.store.room", lambda device: 0)
     done = normfix.calibrate(converted.model, image.to(GPU), tile=64)
     assert done.summary.engine == "stages"
     assert worst(statistics(done.model), statistics(whole.model)) < 1e-5

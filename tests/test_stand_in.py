@@ -34,10 +34,10 @@ PLANTED = ["planted: a buffer stays behind"]
 @pytest.fixture(scope="module")
 def found():
     """What went wrong in each step, in a process of its own: a backend is registered for good."""
-    here = Path(__file__).parent
+    here = Path(__file__).parent / "support"
     done = subprocess.run(
         [sys.executable, str(here / "stand_in_runs.py")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1])])},
         capture_output=True,
         text=True,
         check=False,

@@ -436,7 +436,7 @@ def test_plan_of_another_network_is_refused() -> None:
 
 def test_lost_interception_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """An interception that is silently not made fails the proof, though the calibration image cannot show it."""
-    monkeypatch.setattr("normfix.conversion.interception.intercept_", lambda owner, intercepts: None)
+    monkeypatch.setattr("normfix.conversion.rewriting.intercept_", lambda owner, intercepts: None)
     with pytest.raises(normfix.NormfixError, match="NF301"):
         normfix.convert(build("functional"), image())
 

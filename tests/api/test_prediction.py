@@ -77,7 +77,7 @@ def test_trained_weights_keep_the_geometry(converted, image, monkeypatch):
     """Changed weights alone do not make a network be scanned again."""
     with torch.no_grad():
         converted[2].weight.mul_(2)
-    monkeypatch.setattr("normfix.scanning.scan.look", None)
+    monkeypatch.setattr("normfix.scanning.known.look", None)
     assert largest(converted, image) < 1e-5
 
 

@@ -91,7 +91,7 @@ def test_without_links_and_locks_a_name_is_still_taken_once(tmp_path, monkeypatc
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(os, "link", _no_links)
-    monkeypatch.setattr("normfix.images.locks.lock", unlockable)
+    monkeypatch.setattr("normfix.images.drafts.lock", unlockable)
 
     def run(text):
         try:
@@ -132,7 +132,7 @@ def test_an_image_that_appears_meanwhile_stays(tmp_path, monkeypatch, suffix):
 _HELD = """
 import sys, time
 from pathlib import Path
-from normfix.images.collections.drafts import drafting
+from normfix.images.drafts import drafting
 with drafting(Path(sys.argv[1])) as draft:
     draft.mkdir()
     (draft / "half").write_text("half")

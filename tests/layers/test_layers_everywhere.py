@@ -263,7 +263,7 @@ def test_a_checkpoint_around_compiled_code_is_refused():
 @pytest.mark.parametrize("cut", ["around", "inside"])
 def test_without_the_guard_a_compiled_checkpoint_would_be_wrong(cut, monkeypatch):
     """The refusals above are needed: with a mere copy in the guard's place nothing is said and it is wrong."""
-    monkeypatch.setattr("normfix.layers.recomputation.keep", torch.clone)
+    monkeypatch.setattr("normfix.layers.batchrenorm.keep", torch.clone)
     plain, checked = (_randomise(BatchRenorm2d(4, momentum=0.5)).double() for _ in range(2))
     checked.load_state_dict(plain.state_dict())
     compiled = torch.compile(checked, backend="aot_eager")
@@ -421,7 +421,7 @@ def test_checkpointing_a_layer_without_gradients_of_its_own():
 
 def test_without_memory_checkpointing_would_be_wrong(monkeypatch):
     """The claims above can fail: forgetting the calls makes gradients wrong and counts batches twice."""
-    monkeypatch.setattr("normfix.layers.recomputation.recall", lambda *_: None)
+    monkeypatch.setattr("normfix.layers.batchrenorm.recall", lambda *_: None)
     plain, checked = _twice("none", False), _twice("one", False)
     x = torch.randn(3, 4, 5, 5, dtype=torch.double) * 3 + 2
     a, b = _step(checked, checked, x), _step(plain, plain, x)

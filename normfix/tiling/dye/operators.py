@@ -8,8 +8,8 @@ shrinks to one pixel, or small deep maps would fill up and look global.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -93,7 +93,7 @@ class Stain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         outputs = [*tensors_in(result)] or writes
         try:
-            with _same_numbers(func):
+            with _same_numbers(func, args, kwargs):
                 twins = tensors_in(func(*twin_args, **twin_kwargs)) or [*map(self._twin, writes)]
         except _FAULTS:
             twins = []
@@ -160,7 +160,7 @@ class Stain(TorchDispatchMode):  # type: ignore[no-untyped-call]
         changed: list[bool] = []
         if not writes and outputs:
             try:
-                with _same_numbers(func):
+                with _same_numbers(func, args, kwargs):
                     others = tensors_in(func(*nudged_args, **nudged_kwargs))
                 pairs = zip(outputs, others, strict=False)
                 changed = [a.shape == b.shape and bool((a != b).all()) for a, b in pairs]
@@ -298,7 +298,22 @@ def _lost(
     return over, tuple((which, d) for d in dims if shape[d] in extents)
 
 
-def _same_numbers(func: OpOverload) -> Any:
-    """Keep the second run from using up random numbers of the first."""
-    drawn = torch.Tag.nondeterministic_seeded in func.tags
-    return torch.random.fork_rng(devices=[]) if drawn else nullcontext()
+@contextmanager
+def _same_numbers(func: OpOverload, args: Any, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Keep the second run from using up random numbers of the first.
+
+    A network draws from a generator of ours, and torch's own is other threads' too: it is put back only for the few
+    operators that take no generator.
+    """
+    own = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Generator)]
+    if own:
+        state = own[0].get_state()
+        try:
+            yield
+        finally:
+            own[0].set_state(state)
+    elif torch.Tag.nondeterministic_seeded in func.tags:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    else:
+        yield

@@ -82,7 +82,7 @@ def open_network(path: Path, request: Request) -> Loaded:
     raise NormfixError(
         "NF124",
         "it is an exported program, which holds a graph and no modules. Give the network it was exported from; "
-        "normfix.storage.opening.formats.exported.read_program opens the program itself.",
+        "normfix.storage.opening.read_program opens the program itself.",
         where=str(path),
     )
 
