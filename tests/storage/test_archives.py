@@ -21,6 +21,7 @@ from torch.utils._pytree import _register_namedtuple
 
 from normfix import NormfixError
 from normfix.storage.opening import archives, open_model
+from normfix.storage.opening.allocation import Stored
 from normfix.storage.opening.archives import Archive, View
 from normfix.storage.opening.candidates import candidates
 from normfix.storage.opening.expressions import guard, size_expression
@@ -28,10 +29,10 @@ from normfix.storage.opening.formats import FORMATS, lightning
 from normfix.storage.opening.formats.exported import read_program
 from normfix.storage.opening.machine import followed
 from normfix.storage.opening.operations import is_allowed
-from normfix.storage.opening.pickles import read_torch
+from normfix.storage.opening.pickles import inspect_pickle, read_torch
 from normfix.storage.opening.request import Request
 from normfix.storage.opening.serialized import HarmfulProgramError, parsed
-from normfix.storage.opening.workload import Workload
+from normfix.storage.opening.workload import Foreseen, Workload
 from normfix.storage.opening.zips import directory, layout
 
 Pair = collections.namedtuple("Pair", "first second")
@@ -525,3 +526,128 @@ def test_a_mark_is_no_value(program):
 def test_a_plain_program_is_followed():
     """Negative control: the same operations where values stand are taken."""
     assert followed(io.BytesIO(b"(K\x012q\x00h\x00tq\x01."), 1000).names == set()
+
+
+_NUMBERS = b"".join(
+    b"\x8a\x0a" + (n * (2**61 - 1)).to_bytes(10, "little", signed=True) for n in range(1, 2500)
+)
+"""Whole numbers of one hash."""
+_CALLED = {
+    "a list that grew after it was noted": b"ccollections\nCounter\n]q\x00(" + _NUMBERS + b"e\x86h\x00\x85R",
+    "by a function that is called by another": (
+        b"ctorch._tensor\n_rebuild_from_type_v2\n(ccollections\nCounter\nccollections\nCounter\n]NtR"
+    ),
+    "another codec": b"c_codecs\nencode\n(c_codecs\nencode\n(X\2\0\0\0abX\6\0\0\0latin1tRX\3\0\0\0hextR",
+    "a codec in a list": b"c_codecs\nencode\n](X\2\0\0\0abX\3\0\0\0hexeR",
+    "a tensor of an extent": b"ctorch\nFloatTensor\nK\x05\x85R",
+    "a storage of an extent": b"ctorch.storage\nUntypedStorage\nK\x05\x85R",
+    "one key of many parts, often": b"(X\1\0\0\0x"
+    + b"q\x01h\x01\x86" * 12
+    + b"q\x02"
+    + b"}h\x02Ns" * 500
+    + b"t",
+}
+
+
+@pytest.mark.parametrize("name", _CALLED)
+def test_calls_that_no_tensors_are_saved_by_are_refused(name):
+    """What a pickle of allowed names would take time or memory by without end is refused before it is read."""
+    with pytest.raises(NormfixError) as refused:
+        inspect_pickle(io.BytesIO(b"\x80\x02" + _CALLED[name] + b"."), "w.pt")
+    assert refused.value.code == "NF121"
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+def test_what_torch_saves_of_values_around_tensors_is_read(tmp_path):
+    """Negative control: bytes, sets, counters, sizes, subclasses and numbers go through, with lists of thousands."""
+    parameter = nn.Parameter(torch.ones(2))
+    parameter.note = "kept"
+    content = {
+        "bytes": b"\x00\xff",
+        "set": {1, 2},
+        "counter": collections.Counter("aab"),
+        "losses": [n / 7 for n in range(5000)],
+        "shape": torch.Size([2, 3]),
+        "parameter": parameter,
+        "nested": collections.OrderedDict(a=collections.OrderedDict(b=torch.ones(2))),
+        "sparse": torch.eye(3).to_sparse(),
+    }
+    torch.save(content, tmp_path / "w.pt")
+    read = read_torch(tmp_path / "w.pt", Request())
+    assert read["bytes"] == b"\x00\xff"
+    assert read["counter"] == content["counter"]
+    assert read["losses"] == content["losses"]
+    assert torch.equal(read["sparse"].to_dense(), torch.eye(3))
+
+
+def test_a_tensor_that_is_copied_out_of_one_value_is_counted(tmp_path):
+    """A view of one stored value that a pickle asks to copy, a gigabyte of it, is refused before it is made."""
+    tensor = torch.ones(1).expand(12_000, 12_000)
+    torch.save({"a": _Copied(tensor)}, tmp_path / "w.pt")
+    with pytest.raises(NormfixError) as refused:
+        read_torch(tmp_path / "w.pt", Request())
+    assert refused.value.code == "NF121"
+
+
+class _Copied:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __reduce__(self):
+        copied = torch._utils._rebuild_device_tensor_from_cpu_tensor
+        return copied, (self.tensor, torch.float64, "cpu", False)
+
+
+_ONE = torch.ones(1)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: nn.functional.scaled_dot_product_attention(*(_ONE.expand(1, 1, 1 << 16, 64),) * 3),
+        lambda: torch.ops.aten.conv_tbc(
+            _ONE.expand(16_384, 4, 4096), _ONE.expand(9, 4096, 64), torch.ones(64)
+        ),
+        lambda: nn.functional.bilinear(
+            _ONE.expand(100_000, 64), _ONE.expand(100_000, 64), torch.ones(64, 64, 64)
+        ),
+        lambda: nn.functional.interpolate(
+            _ONE.expand(1, 1, 30_000, 4), (4, 30_000), mode="bilinear", antialias=True
+        ),
+        lambda: nn.functional.adaptive_avg_pool2d(torch.ones(1, 1, 1, 1 << 20), (1 << 15, 1)),
+        lambda: (
+            torch.zeros(1 << 16, dtype=torch.float16)[:, None].expand(-1, 1 << 10)
+            @ torch.zeros(1 << 10, 1 << 10).half()
+        ),
+        lambda: _ONE.expand(1 << 28).unbind(0),
+        lambda: _ONE.expand(1 << 28).split(2),
+    ],
+)
+def test_what_falls_apart_or_multiplies_unseen_is_foreseen(call):
+    """Attention, antialiasing, adaptive pools, half precision and lists of views are counted as long as they take."""
+    for workload in (Workload(0, "x"), Foreseen(0, "x")):
+        with pytest.raises(NormfixError) as refused, torch.no_grad(), workload:
+            call()
+        assert refused.value.code == "NF144"
+
+
+def test_ordinary_calls_of_that_kind_are_not_refused():
+    """Negative control: the same operations on 64 pixels pass."""
+    x = torch.ones(1, 8, 64, 64)
+    with torch.no_grad(), Workload(0, "x"):
+        nn.functional.scaled_dot_product_attention(*(x.flatten(2).mT,) * 3)
+        nn.functional.interpolate(x, (16, 16), mode="bilinear", antialias=True)
+        nn.functional.adaptive_avg_pool2d(x, (7, 7))
+        assert len(x.unbind(2)) == len(x.split(1, 3)) == 64
+
+
+def test_a_tensor_that_the_file_does_not_hold_buys_no_network(tmp_path):
+    """A file of torch's old format that claims values and lists none of them counts as its bytes."""
+    torch.save({"a": torch.ones(3)}, tmp_path / "w.pt", _use_new_zipfile_serialization=False)
+    data = (tmp_path / "w.pt").read_bytes()
+    at = data.index(b"K\x03", data.index(b"FloatStorage\n"))
+    data = data[:at] + b"J" + struct.pack("<i", 100_000_000) + data[at + 2 :]
+    (tmp_path / "w.pt").write_bytes(data[: data.rindex(b"\x80\x02]q\x00")] + b"\x80\x02].")
+    tensors = read_torch(tmp_path / "w.pt", Request()).values()
+    assert Stored.of(tensors).elements == 100_000_000
+    assert Stored.of(tensors, tmp_path / "w.pt").elements < 10_000

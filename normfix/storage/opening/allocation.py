@@ -54,15 +54,23 @@ class Stored:
     elements: int
 
     @classmethod
-    def of(cls, tensors: Iterable[Tensor]) -> Stored:
-        """Count tensors; what they share or repeat by strides counts once."""
+    def of(cls, tensors: Iterable[Tensor], path: Path | None = None) -> Stored:
+        """Count tensors; what they share or repeat by strides counts once.
+
+        Args:
+            tensors: as read.
+            path: of the file or folder they were read from, whose bytes bound what they claim.
+        """
         rooms: dict[int, int] = {}
         number = 0
         for tensor in tensors:
             number += 1
             room = tensor.untyped_storage()
             rooms[room.data_ptr()] = room.nbytes() // max(1, tensor.element_size())
-        return cls(tensors=number, elements=sum(rooms.values()))
+        elements = sum(rooms.values())
+        return cls(
+            tensors=number, elements=elements if path is None else min(elements, _GROWTH * _bytes(path))
+        )
 
     @property
     def seconds(self) -> float:
@@ -87,8 +95,12 @@ PLENTY = Stored(tensors=20_000, elements=1 << 30)
 
 def bounded_by(path: Path) -> Bounded:
     """Bound allocations by the size of a file, or of the files in a folder and the folders in it."""
+    return Bounded(_bytes(path), str(path))
+
+
+def _bytes(path: Path) -> int:
     files = [path] if path.is_file() else [*path.glob("*"), *path.glob("*/*")]
-    return Bounded(sum(file.stat().st_size for file in files if file.is_file()), str(path))
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 @contextmanager

@@ -23,9 +23,9 @@ from torch import _weights_only_unpickler
 from normfix.errors import NormfixError
 from normfix.images.deadline import within
 from normfix.storage.opening import archives
-from normfix.storage.opening.allocation import uncounted
+from normfix.storage.opening.allocation import Bounded, uncounted
 from normfix.storage.opening.factories import classes_named
-from normfix.storage.opening.machine import OutOfProportionError, followed
+from normfix.storage.opening.machine import Machine, OutOfProportionError, followed
 from normfix.storage.opening.plain_numpy import STAND_INS
 from normfix.storage.opening.request import Request, unreadable
 from normfix.storage.opening.unfolding import is_out_of_proportion
@@ -39,9 +39,29 @@ _STORAGE = re.compile(r"data/[0-9A-Za-z_]{1,18}")
 _LARGEST = 64 * archives.CHUNK  # the pickle alone, without tensors; ten thousand layers take 3 MB
 _SECONDS, _BYTES_A_SECOND = 8.0, 16 << 20
 """Processor time that following one pickle may take, and bytes of the file for a second more."""
+_GROWTH, _ROOM = 10, 1 << 30
+"""Bytes by which the process may grow for each of the file, and beside: a compressed one unpacks to eight times."""
 _INSTEAD = "get the file from its origin"
 _COLLIDING = 2000
 """Keys of one hash cost the square of their number; weights are named by texts, whose hashes nobody can choose."""
+_SMALL = frozenset(
+    {
+        *(
+            "collections.OrderedDict",
+            "collections.Counter",
+            "builtins.set",
+            "builtins.complex",
+            "_codecs.encode",
+        ),
+        *("torch.Size", "torch.device", "torch.serialization._get_layout", "torch.nn.parameter.Parameter"),
+        *(f"torch._utils._rebuild_{name}" for name in ("tensor", "tensor_v2", "tensor_v3", "parameter")),
+        *("torch._utils._rebuild_parameter_with_state", "torch._tensor._rebuild_from_type_v2"),
+        *STAND_INS,
+    }
+)
+"""What a pickle of tensors calls that makes views of what the file stores, and nothing larger."""
+_LARGE = re.compile(r"torch\._utils\._rebuild_\w+|torch\.\w*Tensor|torch\.\w+\.\w*Tensor")
+"""What else it may call; the memory that this takes is counted."""
 _ALLOCATING = frozenset({"builtins.bytearray", "torch._utils._rebuild_meta_tensor_no_storage"})
 """What torch's safe mode lets a pickle call although state dicts have no use for it and it can take all memory."""
 
@@ -63,7 +83,7 @@ def read_torch(path: Path, request: Request) -> Any:
         needed = beyond_tensors(content.names)
         allowed = [name for name in needed if _is_allowed(name, request.allow_classes)]
         if set(needed) <= set(allowed):
-            loaded = _loaded(path, content.file, classes_named(allowed))
+            loaded = _loaded(path, content, classes_named(allowed))
             if is_out_of_proportion(loaded):
                 raise _harmful(str(path), "its values hold themselves, or share their parts without end")
             return loaded
@@ -92,6 +112,7 @@ class _Content:
 
     file: IO[bytes]
     names: set[str]
+    calls: set[str]
 
 
 @contextmanager
@@ -102,17 +123,17 @@ def _inspected(path: Path) -> Iterator[_Content]:
             if "data.pkl" not in archive.names:
                 raise unreadable(path, "it holds no data.pkl, so torch.save did not write it")
             data = archive.read("data.pkl", _LARGEST)
-            names = _names(path, io.BytesIO(data), 1)
+            names, calls = _followed(path, io.BytesIO(data), 1)
             order = archive.read("byteorder", 16) if "byteorder" in archive.names else b"little"
             storages = [name for name in archive.names if _STORAGE.fullmatch(name)]
             around = {"data.pkl": data, "byteorder": order, "version": b"3\n"}
-            yield _Content(archive.rewritten(storages, around), names)
+            yield _Content(archive.rewritten(storages, around), names, calls)
         return
     if _is_tar(path):  # torch would unpack what tar says, which nobody looked at
         raise _harmful(str(path), "it is an archive of tar, the format of torch before 0.1.10")
     with path.open("rb") as file:
-        names = _names(path, file, _LEGACY_PICKLES)
-        yield _Content(archives.without_descriptor(file, path.stat().st_size), names)
+        names, calls = _followed(path, file, _LEGACY_PICKLES)
+        yield _Content(archives.without_descriptor(file, path.stat().st_size), names, calls)
 
 
 def _is_tar(path: Path) -> bool:
@@ -127,18 +148,26 @@ def _is_tar(path: Path) -> bool:
     return True
 
 
-def _names(path: Path, file: IO[bytes], pickles: int) -> set[str]:
-    """Return what a number of pickles, one behind the other, would import."""
+def _followed(path: Path, file: IO[bytes], pickles: int) -> tuple[set[str], set[str]]:
+    """Return what a number of pickles, one behind the other, would import, and what of that they would call."""
     names: set[str] = set()
-    seconds = _SECONDS + path.stat().st_size / _BYTES_A_SECOND
+    calls: set[str] = set()
     try:
         for _ in range(pickles):
-            names |= within(seconds, lambda: inspect_pickle(file, str(path)), str(path), instead=_INSTEAD)
+            machine = within(
+                _seconds(path), lambda: _inspected_one(file, str(path)), str(path), instead=_INSTEAD
+            )
+            names |= machine.names
+            calls |= machine.calls
     except NormfixError:
         raise
     except Exception as error:  # pickletools raises half a dozen kinds
         raise unreadable(path, error) from error
-    return names
+    return names, calls
+
+
+def _seconds(path: Path) -> float:
+    return _SECONDS + path.stat().st_size / _BYTES_A_SECOND
 
 
 def beyond_tensors(names: Iterable[str]) -> list[str]:
@@ -154,28 +183,47 @@ def inspect_pickle(file: IO[bytes], where: str) -> set[str]:
     """Follow one pickle up to its STOP without executing it; return the names it would import.
 
     Raises:
-        NormfixError: NF121 if it is huge or its values grow out of proportion to its length.
+        NormfixError: NF121 if it is huge, its values grow out of proportion to its length, or it needs nothing but
+            tensors and calls what those do not.
         ValueError: if it is malformed.
     """
+    return _inspected_one(file, where).names
+
+
+def _inspected_one(file: IO[bytes], where: str) -> Machine:
     try:
         machine = followed(file, _LARGEST)
     except OutOfProportionError as error:
         raise _harmful(where, str(error)) from error
-    if machine.crafted > _COLLIDING and not beyond_tensors(machine.names):
+    strange = sorted(name for name in machine.calls - _SMALL if not _LARGE.fullmatch(name))
+    if beyond_tensors(machine.names):
+        return machine
+    if strange:
+        raise _harmful(where, f"its pickle calls {_listed(strange)} in a way that no tensors are saved")
+    if machine.crafted > _COLLIDING:
         raise _harmful(
             where,
             f"{machine.crafted} of its keys are numbers or tuples, chosen so that reading it would not end",
         )
-    return machine.names
+    return machine
 
 
-def _loaded(path: Path, file: IO[bytes], classes: Mapping[str, type]) -> Any:
+def _loaded(path: Path, content: _Content, classes: Mapping[str, type]) -> Any:
+    size = path.stat().st_size
+
+    def load() -> Any:
+        return torch.load(content.file, map_location="cpu", weights_only=True)  # noqa: TID251
+
     allowed: list[Any] = [(kind, name) for name, kind in (classes or STAND_INS).items()]
     try:
-        # torch's own list makes views of what the file stores, and nothing larger; classes may make anything
-        counting = nullcontext() if classes else uncounted()
-        with counting, torch.serialization.safe_globals(allowed):
-            return torch.load(file, map_location="cpu", weights_only=True)  # noqa: TID251
+        # most of torch's own list makes views of what the file stores; classes may make anything
+        large = classes or not content.calls <= _SMALL
+        counting = Bounded(size, str(path)) if large else nullcontext()
+        room = _GROWTH * size + _ROOM
+        with uncounted(), counting, torch.serialization.safe_globals(allowed):
+            return within(_seconds(path), load, str(path), growth=room, instead=_INSTEAD)
+    except NormfixError:
+        raise
     except pickle.UnpicklingError as error:
         reason = " ".join(str(error).split())[:200]
         raise NormfixError(

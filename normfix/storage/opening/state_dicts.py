@@ -45,7 +45,7 @@ def filled(content: Any, path: Path, source: Source, request: Request, *, lent: 
     found = entries(content)
     if not found:
         raise _without_weights(path)
-    stored = Stored.of(tensor for group in found.values() for tensor in group.values())
+    stored = Stored.of((tensor for group in found.values() for tensor in group.values()), path)
     if request.arch is None:
         model = rebuild(source, stored=stored)
     else:

@@ -37,8 +37,12 @@ _SECONDS_OF_LARGE = 2e-4
 """For each value of an image whose size is fixed: 8 million multiplications; U-Nets of 32 channels take one."""
 _CHEAP, _DEAR = 1e-9, 1e-8
 """Seconds for each value of an operation that adds or copies, and of one that sorts, samples or takes roots."""
+_DEAREST, _TRANSFORMED = 1e-7, 5e-8
+"""Seconds for each value that is sorted, searched for or drawn by weight, and of a Fourier transform."""
 _FLOPS = 4e10
 """Multiplications and additions that one core does in a second, in a convolution."""
+_SLOWER = {torch.float16: 8, torch.float64: 2, torch.complex64: 4, torch.complex128: 8}
+"""How much longer multiplications take on numbers of other kinds than float32."""
 _OF_MATRICES = 3e-9
 """Seconds for each value and each row of a matrix that is decomposed: those of singular values."""
 _STEP = 1e-5
@@ -56,6 +60,11 @@ _CUBIC = frozenset((
     "cholesky_solve", "linalg_cholesky_ex", "linalg_inv_ex", "linalg_lu_factor_ex", "linalg_lu_solve", "linalg_qr",
     "linalg_solve_triangular", "triangular_solve",
 ))
+_SORTING = frozenset((
+    "sort", "argsort", "topk", "mode", "_unique", "_unique2", "unique_dim", "isin", "gcd", "lcm", "gcd_", "lcm_",
+    "searchsorted", "bucketize", "multinomial",
+))
+_FALLING_APART = frozenset(("unbind", "unbind_copy", "split", "unsafe_split", "split_copy"))
 _PAIRS = frozenset(("_cdist_forward", "_pdist_forward", "_euclidean_dist"))
 _FOLLOWS_DATA = frozenset((
     "nonzero", "masked_select", "_local_scalar_dense", "item", "is_nonzero", "index",
@@ -106,6 +115,9 @@ class Workload(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run an operation unless it makes or costs too much."""
         kwargs = kwargs or {}
+        self._left -= _tensors(func, args)
+        if self._left < 0:
+            self._refuse(func, f"more than {_OPERATIONS} operations")
         if not _is_view(func):
             self._count(func, args, kwargs)
         result = func(*args, **kwargs)
@@ -121,15 +133,12 @@ class Workload(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._foreseen[key] = made
         size, seconds = made
         self._seconds += seconds
-        self._left -= 1
         if self._bytes + size > self._most_bytes:
             self._forget()
         if self._bytes + size > self._most_bytes:
             self._refuse(func, f"{(self._bytes + size) >> 20} MB at once")
         if self._seconds > self._most_seconds:
             self._refuse(func, f"about {self._seconds:.0f} s")
-        if self._left < 0:
-            self._refuse(func, f"more than {_OPERATIONS} operations")
 
     def _hold(self, result: Any) -> None:
         """Add the storages of what was made to those that are alive."""
@@ -186,6 +195,9 @@ class Foreseen(Workload):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Count an operation and give what it would, without data."""
         kwargs = kwargs or {}
+        self._left -= _tensors(func, args)
+        if self._left < 0:
+            self._refuse(func, f"more than {_OPERATIONS} operations")
         if not _is_view(func):
             self._count(func, args, kwargs)
         bare, named = _bare(func, args, kwargs)
@@ -225,13 +237,70 @@ def _foresee(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     own = {id(value) for value in tree_leaves((bare, named)) if isinstance(value, Tensor)}
     size = sum(value.numel() * value.itemsize for value in made if id(value) not in own)
     written = sum(value.numel() for value in made)
-    rate = _CHEAP if name in _COPYING else _DEAR
-    seconds = rate * max(read, written) + _multiplications(func, bare, named, result) / _FLOPS
+    slower = max((_SLOWER.get(value.dtype, 1) for value in given), default=1)
+    multiplied = _multiplications(func, bare, named, result) + _uncounted(name, given, written)
+    seconds = _rate(name) * max(read, written) + slower * multiplied / _FLOPS
     if "pool" in name and written:
-        seconds += _CHEAP * written * _window(args)
+        seconds += _CHEAP * written * (_shrunk(given[0], made[0]) if "adaptive" in name else _window(args))
+    between = _between(name, given, made)
+    size, seconds = size + between * 4, seconds + _DEAR * between
     # operands that are not stored as their extents say are copied before they are multiplied
     copied = max((v.numel() * v.itemsize for v in given if not v.is_contiguous()), default=0)
     return size + copied * (_multiplies(func)), seconds + longer
+
+
+def _tensors(func: OpOverload, args: tuple[Any, ...]) -> int:
+    """Return how many tensors an operation gives at least; one for most."""
+    name = func._schema.name.partition("::")[2]
+    if name not in _FALLING_APART or not isinstance(args[0], Tensor) or not args[0].dim():
+        return 1
+    size, rest = (1, args[1:]) if name.startswith("unbind") else (args[1], args[2:])
+    dim = rest[0] if rest else 0
+    return max(1, args[0].shape[dim] // max(1, size)) if isinstance(size, int) else len(size)
+
+
+def _rate(name: str) -> float:
+    if name in _SORTING:
+        return _DEAREST
+    return _TRANSFORMED if name.startswith("_fft") else _CHEAP if name in _COPYING else _DEAR
+
+
+def _uncounted(name: str, given: list[Tensor], written: int) -> float:
+    """Return the multiplications and additions of what torch has no formula for."""
+    match name:
+        case "_scaled_dot_product_flash_attention_for_cpu":
+            # (..., queries, channels), (..., keys, channels)
+            return 4.0 * given[0].numel() * given[1].shape[-2]
+        case "conv_tbc":
+            # (taps, channels in, channels out)
+            return 2.0 * written * math.prod(given[1].shape[:2])
+        case "deform_conv2d" | "conv_depthwise3d":
+            return 2.0 * written * math.prod(given[1].shape[1:])
+        case "addbmm" | "addbmm_":
+            return 2.0 * given[1].numel() * given[2].shape[-1]
+        case "_trilinear":
+            return 2.0 * given[0].numel() * given[2].numel() / max(1, given[0].shape[-1])
+        case _:
+            return 0.0
+
+
+def _between(name: str, given: list[Tensor], made: list[Tensor]) -> int:
+    """Return how many values an operation has on its way beside those that it gives."""
+    if name == "deform_conv2d":
+        # every place of the kernel at every place of the output, of up to 32 images
+        outputs = math.prod(made[0].shape[2:]) * min(32, made[0].shape[0])
+        return given[0].shape[1] * math.prod(given[1].shape[2:]) * outputs
+    if name.endswith("2d_aa"):
+        # one dimension is resized before the other
+        (rows, columns), (high, wide) = given[0].shape[-2:], made[0].shape[-2:]
+        return math.prod(given[0].shape[:-2]) * max(rows * wide, high * columns)
+    return 0
+
+
+def _shrunk(given: Tensor, made: Tensor) -> int:
+    """Return how many values one value of an adaptive pool is made of."""
+    space = zip(given.shape[1:], made.shape[1:], strict=True)
+    return math.prod(-(-before // after) + 1 if before != after else 1 for before, after in space if after)
 
 
 def _bare(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

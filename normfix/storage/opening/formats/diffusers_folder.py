@@ -47,7 +47,7 @@ def open_network(path: Path, request: Request) -> Loaded:
     plain = {key: value for key, value in config.items() if not key.startswith("_")}
     args = {"name": str(config.get("_class_name")), "config": settled(plain, str(path))}
     source = factory(f"{__name__}:network", args)
-    model = rebuild(source, stored=Stored.of(weights.values()))
+    model = rebuild(source, stored=Stored.of(weights.values(), path))
     _fill_(model, weights, path)
     return Loaded(model.eval(), source)
 

@@ -44,7 +44,7 @@ def open_network(path: Path, request: Request) -> Loaded:
     weights = folder_weights(path, request)
     if request.named is not None:
         return filled(weights, path, request.named, request)
-    name, stored = str(names[0]), Stored.of(weights.values())
+    name, stored = str(names[0]), Stored.of(weights.values(), path)
     require_small(config, str(path), tensors=stored.tensors, elements=stored.elements)
     plain = settled(config, str(path))
     prepare(name)
