@@ -340,7 +340,7 @@ def exact_multiple(
 def _ends(
     f: Function, x: Tensor, axis: int, start: int, scale: Fraction, reach: tuple[int, int]
 ) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
-    """Return what a strip and its window from `start` give at the end, None where they differ in size; and the whole."""
+    """Return what a strip and its window from `start` give at the end, None where sizes differ; and the whole."""
     try:
         whole = f(x)
         part = f(x.narrow(axis + 2, start, x.shape[axis + 2] - start))
