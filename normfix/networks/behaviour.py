@@ -6,7 +6,6 @@ compare equal may still differ in what Python does not show (a global variable, 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from functools import partial
 from types import CodeType, FunctionType, MethodType
@@ -69,9 +68,8 @@ def _plain(value: object, above: tuple[int, ...] = ()) -> object:
 
 def _is_whole(value: object) -> bool:
     """Tell whether a value is compared elsewhere, or never changes."""
-    return isinstance(value, type | nn.Module) or (
-        dataclasses.is_dataclass(value) and type(value).__dataclass_params__.frozen  # type: ignore[attr-defined]
-    )
+    frozen = getattr(getattr(type(value), "__dataclass_params__", None), "frozen", False)
+    return isinstance(value, type | nn.Module) or bool(frozen)
 
 
 def _parts(value: Any) -> Iterable[object]:
