@@ -84,12 +84,14 @@ def kernels_of(device: torch.device) -> ModuleType | None:
 
 
 def _is_plain(x: Tensor, *affine: Tensor | None) -> bool:
-    """Tell whether nothing follows what is computed: no gradient, no compiler, no transform of functions."""
+    """Tell whether nothing follows what is computed: no gradient or tangent, no compiler, no transform, no subclass."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if type(x) is not Tensor or torch.autograd.forward_ad._current_level >= 0:
+        return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *affine)):
         return False
-    if getattr(_THREAD, "plainly", False):
-        return False
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
+    return not getattr(_THREAD, "plainly", False)
 
 
 def _multiplied(

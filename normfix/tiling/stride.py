@@ -34,7 +34,10 @@ __all__ = [
 EXACT = 1e-10
 """Largest relative difference in float64 that counts as none."""
 
-_CLEARLY, _MARGIN = 1e-3, 32  # a difference that needs no float64; pixels compared at least
+_CLEARLY, _HARDLY = 1e-3, 1e-5
+"""Differences in float32 that need no float64 to count as one, or as none: rounding gives 2e-6 in a ResNet U-Net."""
+
+_MARGIN = 32  # pixels compared at least
 _FAR = 640  # pixels of growth that tell fractions of denominators up to 17 apart
 _COARSEST_LATTICE = 384
 _COMMON = (
@@ -298,56 +301,56 @@ def exact_multiple(
     A window that starts on the grid and ends at the image's end must give what the whole strip gives there;
     it does not where a feature map is resized to a skip connection of another ratio. A window of whole
     strides at the image's start must do so too; it does not where the network pads odd sizes on both sides.
-    The remainder that is odd at every level of halving decides in float64; `rough`, the network in float32,
-    looks for clear differences at the others first, at half the price. `like` is the answer of a like axis: a
-    stride is taken over, exactness is held against float32 alone.
+    The remainder that is odd at every level of halving decides in float64. At the others `rough`, the network in
+    float32, tells clear differences and clear equality at half the price; between the two float64 decides. `like` is
+    the answer of a like axis: a stride is taken over, since padding to it is always right; exactness is tried at the
+    same remainders, all of them roughly, since axes of one stride and halo may be padded at different ends.
     """
     if like is not None and like != 1:
         return stride
 
-    def holds(rest: int, function: Function, bound: float) -> bool | None:
+    def difference(rest: int, function: Function) -> float:
+        """Return the largest relative difference; infinite where sizes differ, or nothing varies."""
         size = [*cross]
         size[axis] = length + rest
         x = strip(example, size) + texture(example, size)
         if function is rough:
             x = x.float()
-        ends, whole = _ends_agree(function, x, axis, stride, scale, reach, bound)
-        if not ends or whole is None:
-            return ends
+        ends, whole = _ends(function, x, axis, stride, scale, reach)
+        if ends is None or whole is None:
+            return math.inf
         inner = int((length - reach[1]) * scale)
         front = function(x.narrow(axis + 2, 0, length))
-        return _same(whole.narrow(axis + 2, 0, inner), front.narrow(axis + 2, 0, inner), bound)
+        fronts = whole.narrow(axis + 2, 0, inner), front.narrow(axis + 2, 0, inner)
+        both = _difference(*ends), _difference(*fronts)
+        return max(math.inf if d is None else d for d in both)
+
+    def is_exact(rest: int) -> bool:
+        if rough is not None and (like is not None or rest != stride - 1):
+            roughly = difference(rest, rough)
+            if not _HARDLY < roughly <= _CLEARLY:
+                return roughly <= _HARDLY
+        return difference(rest, f) <= EXACT
 
     length = stride + round_up(sum(reach) + _margin(scale), stride)
-    quick = (f, EXACT) if rough is None else (rough, _CLEARLY)
-    if like is not None and stride > 1:
-        return 1 if holds(stride - 1, *quick) else stride
-    trials = [(rest, *quick) for rest in (1, stride // 2) if 0 < rest < stride - 1]
-    trials += [(stride - 1, f, EXACT)] if stride > 1 else []
-    return 1 if all(holds(*trial) for trial in trials) else stride
+    rests = sorted({1, stride // 2, stride - 1} - {0})
+    return 1 if stride == 1 or all(map(is_exact, rests)) else stride
 
 
-def _ends_agree(
-    f: Function,
-    x: Tensor,
-    axis: int,
-    start: int,
-    scale: Fraction,
-    reach: tuple[int, int],
-    bound: float = EXACT,
-) -> tuple[bool | None, Tensor | None]:
-    """Compare a strip with its window from `start` to the end; return how it came out, and the strip's output."""
+def _ends(
+    f: Function, x: Tensor, axis: int, start: int, scale: Fraction, reach: tuple[int, int]
+) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None]:
+    """Return what a strip and its window from `start` give at the end, None where sizes differ; and the whole."""
     try:
         whole = f(x)
         part = f(x.narrow(axis + 2, start, x.shape[axis + 2] - start))
     except refusals():
-        return False, None
+        return None, None
     begin, offset = int((start + reach[0]) * scale), int(start * scale)
     wide, narrow = whole.shape[axis + 2] - begin, part.shape[axis + 2] - (begin - offset)
     if wide != narrow:
-        return False, whole
-    ends = whole.narrow(axis + 2, begin, wide), part.narrow(axis + 2, begin - offset, narrow)
-    return _same(*ends, bound), whole
+        return None, whole
+    return (whole.narrow(axis + 2, begin, wide), part.narrow(axis + 2, begin - offset, narrow)), whole
 
 
 def _margin(scale: Fraction) -> int:
@@ -392,7 +395,8 @@ def _cuts_agree(
     size = [*cross]
     size[axis] = length
     x = strip(example, size) + texture(example, size)
-    at_end, whole = _ends_agree(f, x, axis, start, scale, reach)
+    ends, whole = _ends(f, x, axis, start, scale, reach)
+    at_end = False if ends is None else _same(*ends)
     if at_end is False or whole is None:
         return False
     try:
@@ -404,12 +408,18 @@ def _cuts_agree(
     return None if None in (at_end, at_start) else bool(at_end and at_start)
 
 
-def _same(a: Tensor, b: Tensor, bound: float = EXACT) -> bool | None:
+def _same(a: Tensor, b: Tensor) -> bool | None:
+    """Tell whether two outputs are equal; None where that proves nothing."""
+    difference = _difference(a, b)
+    return None if difference is None else difference <= EXACT
+
+
+def _difference(a: Tensor, b: Tensor) -> float | None:
     """Compare relative to the larger output; an output without any variation proves nothing: None."""
     if all(torch.equal(y, y[at([slice(1)] * (y.dim() - 2))].expand_as(y)) for y in (a, b)):
         return None
-    extent = float(torch.maximum(a.abs().max(), b.abs().max()))
-    return bool((a - b).abs().max() <= bound * max(extent, 1e-300))
+    difference = float((a - b).abs().max() / torch.maximum(a.abs().max(), b.abs().max()).clamp_min(1e-300))
+    return difference if difference == difference else math.inf
 
 
 def _primes(n: int) -> list[int]:

@@ -1,5 +1,7 @@
 """calibrate, predict and convert in stages: the same numbers as without, in less memory."""
 
+from types import MethodType
+
 import numpy as np
 import pytest
 import tifffile
@@ -13,6 +15,7 @@ import normfix
 from normfix.errors import NormfixError
 from normfix.images.scaling import scaled
 from normfix.records.saved import Scaling
+from normfix.tiling.stages import cache
 
 
 def _image(*size, seed=1, dtype=torch.float64):
@@ -140,6 +143,77 @@ def test_a_changed_behaviour_is_captured_anew(converted):
     assert_close(
         normfix.predict(model, image, tile=16, engine="stages"), expected, **TOLERANCE[torch.float64]
     )
+
+
+class Bounded(nn.Module):
+    """Bounds a map between two batch norms and answers with labels, so that its output tells little of its maps."""
+
+    most = 1e9
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 2, 3, padding=1)
+        self.norm, self.last = nn.BatchNorm2d(3), nn.BatchNorm2d(2)
+
+    def forward(self, x):
+        x = self.norm(self.first(x)).clamp(max=self.most)
+        return (self.last(self.second(x)) > 1e3).to(x)
+
+
+def _lower(net):
+    net.most = 0.25
+
+
+def _hook(net):
+    net.norm.register_forward_hook(lambda module, given, result: result.abs())
+
+
+def _patch(net):
+    net.norm.forward = MethodType(lambda norm, x: nn.BatchNorm2d.forward(norm, x).tanh(), net.norm)
+
+
+@pytest.mark.parametrize("change", [_lower, _hook, _patch])
+def test_what_an_image_or_an_output_does_not_show_is_captured_anew(change):
+    """Attributes, hooks and replaced methods count for the next calibration, whatever the first image let see."""
+    torch.manual_seed(0)
+    net = Bounded().double()
+    dark, image = torch.zeros(1, 1, 300, 20, dtype=torch.float64), 9 * _image(36, 40)
+    dark[..., 280:, :] = 1  # beyond what a network is captured on
+    normfix.calibrate(net, dark, tile=64)
+    change(net)
+    passes, stages = normfix.calibrate(net, image), normfix.calibrate(net, image, tile=16)
+    assert stages.summary.engine == "stages"
+    for name, expected in _statistics(passes.model).items():
+        assert_close(stages.model.get_buffer(name), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_what_did_not_change_is_not_captured_again(monkeypatch):
+    """Control: another image, other blocks and other weights take the capture of last time."""
+    net = Bounded().double()
+    normfix.calibrate(net, _image(36, 40), tile=16)
+    with torch.no_grad():
+        net.second.weight.mul_(2)
+    monkeypatch.setattr(cache, "captured_program", None)
+    assert normfix.calibrate(net, _image(52, 70), tile=24).summary.engine == "stages"
+
+
+def test_a_tensor_that_is_no_buffer_is_cast_on_the_way():
+    """What a network casts to the dtype of its image, the proof of its stages in float64 casts as well."""
+
+    class Scaled(Bounded):
+        def __init__(self):
+            super().__init__()
+            self.kernel = torch.rand(3, 3, 3, 3)
+
+        def forward(self, x):
+            x = self.norm(self.first(x))
+            return self.last(self.second(torch.conv2d(x, self.kernel.to(x), padding=1))).float()
+
+    net, image = Scaled(), _image(36, 40, dtype=torch.float32)
+    passes, stages = normfix.calibrate(net, image), normfix.calibrate(net, image, tile=16)
+    assert stages.summary.engine == "stages"
+    for name, expected in _statistics(passes.model).items():
+        assert_close(stages.model.get_buffer(name), expected, **TOLERANCE[torch.float32])
 
 
 def test_batch_norms_of_an_unconverted_network_are_measured_in_blocks():

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.testing import assert_close
 
-from normfix.layers import FrozenNorm1d, FrozenNorm2d, FrozenNorm3d
+from normfix.layers import FrozenNorm1d, FrozenNorm2d, FrozenNorm3d, affine
 
 FROZEN = {1: FrozenNorm1d, 2: FrozenNorm2d, 3: FrozenNorm3d}
 STOCK = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -128,3 +129,17 @@ def test_a_tile_of_the_output_is_the_output_of_the_tile():
     layer, live = _randomise(FrozenNorm2d(3)), nn.InstanceNorm2d(3)
     assert_close(layer(x)[..., :8], layer(x[..., :8]), rtol=1e-6, atol=1e-6)
     assert (live(x)[..., :8] - live(x[..., :8])).abs().max() > 0.1
+
+
+# the first of a process imports rules that torch still scripts
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")
+def test_tangents_pass_where_norms_are_fused(monkeypatch):
+    """Forward-mode derivatives go through batch norm's own call on devices that have a faster one."""
+    monkeypatch.setattr(affine, "_KINDS", ("cpu",))
+    layer = FrozenNorm2d(2, trainable=False)
+    layer.set_statistics_(torch.tensor([1.0, 2.0]), torch.tensor([4.0, 9.0]))
+    x, tangent = torch.randn(2, 1, 2, 3, 3).unbind()
+    with forward_ad.dual_level():
+        given = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent))).tangent
+    assert given is not None
+    assert_close(given, tangent / torch.tensor([4.0, 9.0]).add(layer.eps).sqrt().view(1, 2, 1, 1))

@@ -87,6 +87,36 @@ def test_the_lattice_a_network_pads_to_is_its_stride(make, stride, halo, multipl
     assert (found.stride, found.halo, found.multiple) == ((stride,) * 2, (halo,) * 2, (multiple,) * 2)
 
 
+class PaddedByAxis(nn.Module):
+    """Brings rows to a multiple of the stride at their end, columns at both ends or by a weak resize; cuts it off."""
+
+    def __init__(self, stride=4, *, weak=None):
+        super().__init__()
+        self.stride, self.weak = stride, weak
+        self.down = nn.Conv2d(1, 2, stride + 1, stride, padding=stride // 2)
+        self.up = nn.ConvTranspose2d(2, 1, stride, stride)
+
+    def forward(self, x):
+        rows, columns = x.shape[2:]
+        below, beside = -rows % self.stride, -columns % self.stride
+        left = beside // 2
+        both = nn.functional.pad(x, (left, beside - left, 0, below))
+        centred = self.up(self.down(both))[..., :rows, left : left + columns]
+        if self.weak is None:
+            return centred
+        plain = self.up(self.down(nn.functional.pad(x, (0, beside, 0, below))))[..., :rows, :columns]
+        return plain + self.weak * centred
+
+
+@pytest.mark.parametrize("weak", [None, 1e-4])
+@pytest.mark.parametrize("stride", [4, 8])
+def test_axes_of_one_halo_may_be_exact_at_different_sizes(stride, weak):
+    """Columns that are padded at both ends are not called exact because rows, alike in all else, are."""
+    found = _measure(PaddedByAxis(stride, weak=weak), (stride, stride)).geometry
+    assert found.halo[0] == found.halo[1]
+    assert (found.stride, found.multiple) == ((stride, stride), (1, stride))
+
+
 @pytest.mark.parametrize(
     ("factor", "mode", "stride", "halo"),
     [

@@ -14,11 +14,12 @@ from torch.utils._pytree import tree_leaves
 
 from normfix.images.sources import Image
 from normfix.layers.affine import as_in_graphs
-from normfix.networks.calling import Caller
+from normfix.networks.behaviour import behaviour_of
+from normfix.networks.calling import Caller, failures
 from normfix.networks.copying import original_of
 from normfix.networks.numerics import IDENTITY, deviation
 from normfix.records.spans import round_up
-from normfix.tiling.stages.program import Program, captured_program
+from normfix.tiling.stages.program import Program, Run, captured_program, marked
 from normfix.tiling.stages.schedule import Schedule
 from normfix.tiling.stages.scheduling import schedule
 
@@ -27,23 +28,26 @@ __all__ = ["program_of", "schedule_of"]
 
 @dataclass(frozen=True, slots=True)
 class _Capture:
-    """A program, what it was captured for and the example it is compared on."""
+    """A program and what it was captured for."""
 
     key: object
     program: Program
-    example: Tensor
 
-    def still_holds(self, model: nn.Module, caller: Caller) -> bool:
-        """Tell whether the program, with the model's present weights, still computes what the model does."""
+    def still_holds(self, model: nn.Module, run: Run, example: Tensor) -> bool:
+        """Tell whether the program, with the model's present weights, computes what the model does at every site."""
         self.program.refresh_(model)
-        with as_in_graphs():
-            expected = tree_leaves(caller(model, self.example))
-        actual = tree_leaves(self.program.body(self.example))[: len(expected)]
-        return all(
-            a.shape == e.shape
-            and deviation(a, e, float(e.double().std(correction=0)) or 1.0)[0] <= IDENTITY.get(e.dtype, 0.0)
-            for a, e in zip(actual, expected, strict=True)
-        )
+        try:
+            with as_in_graphs():
+                expected = tree_leaves(run(model, example))
+            actual = tree_leaves(self.program.body(example))
+        except failures():  # it is another network, or one of other sizes: capturing it says what is wrong
+            return False
+        return len(actual) == len(expected) and all(map(_are_same, actual, expected))
+
+
+def _are_same(a: Tensor, e: Tensor) -> bool:
+    sd = float(e.double().std(correction=0)) or 1.0
+    return a.shape == e.shape and deviation(a, e, sd)[0] <= IDENTITY.get(e.dtype, 0.0)
 
 
 _CAPTURES: weakref.WeakKeyDictionary[nn.Module, _Capture] = weakref.WeakKeyDictionary()
@@ -69,13 +73,14 @@ def program_of(
     """
     owner = original_of(model)
     ndim = len(image.shape) - 2
-    key = (caller, sites, ndim, _fingerprint(owner))
+    key = (caller, sites, ndim, behaviour_of(owner))
     known = _CAPTURES.pop(owner, None)
-    if known is None or known.key != key or not known.still_holds(model, caller):
-        limit = {1: 1024, 2: 256, 3: 64}[ndim]
-        window = [(0, min(n, round_up(limit, m))) for n, m in zip(image.shape[2:], stride, strict=True)]
-        example = _telling(model, caller, image.read(window)[:1].clone())
-        known = _Capture(key, captured_program(model, caller, example, sites), example)
+    limit = {1: 1024, 2: 256, 3: 64}[ndim]
+    window = [(0, min(n, round_up(limit, m))) for n, m in zip(image.shape[2:], stride, strict=True)]
+    # of this image: what an earlier one did not reach (a bound, a branch) it may
+    example = _telling(model, caller, image.read(window)[:1].clone())
+    if known is None or known.key != key or not known.still_holds(model, marked(caller, sites), example):
+        known = _Capture(key, captured_program(model, caller, example, sites))
     try:
         yield known.program
     finally:
@@ -83,11 +88,12 @@ def program_of(
 
 
 def _telling(model: nn.Module, caller: Caller, example: Tensor) -> Tensor:
-    """Return an example that a program can be compared on: noise, where the network overflows on the image."""
-    with torch.no_grad():
-        values = [v for v in tree_leaves(caller(model, example)) if isinstance(v, Tensor)]
-    if all(bool(torch.isfinite(value).all()) for value in values):
-        return example
+    """Return an example that a program can be compared on: noise, where the image is flat or the network overflows."""
+    if bool((example != example.flatten()[0]).any()):
+        with torch.no_grad():
+            values = [v for v in tree_leaves(caller(model, example)) if isinstance(v, Tensor)]
+        if all(bool(torch.isfinite(value).all()) for value in values):
+            return example
     noise = torch.randn(example.shape, generator=torch.Generator().manual_seed(0))
     return noise.to(example.device, example.dtype)
 
@@ -107,14 +113,3 @@ def schedule_of(
     if key not in known:
         known[key] = schedule(program, stride=stride, ragged=ragged, measured=measured, outputs=outputs)
     return known[key]
-
-
-def _fingerprint(model: nn.Module) -> object:
-    """Return what must not have changed for a captured graph to still be the model's."""
-    return (
-        tuple((path, type(module), id(module)) for path, module in model.named_modules()),
-        tuple(
-            (name, t.shape, t.dtype, t.device)
-            for name, t in (*model.named_parameters(), *model.named_buffers())
-        ),
-    )

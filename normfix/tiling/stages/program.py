@@ -27,7 +27,7 @@ from normfix.networks.graph.capture import WRAPPED, NotCaptured, capture
 from normfix.networks.graph.isolation import silence
 from normfix.tiling.stages.refusals import NotInStages
 
-__all__ = ["Cut", "Program", "Shapes", "captured_program", "is_tensor_node"]
+__all__ = ["Cut", "Program", "Run", "Shapes", "captured_program", "is_tensor_node", "marked"]
 
 Run = Callable[[nn.Module, Tensor], Any]
 Shapes = dict[Node, tuple[int, ...]]
@@ -126,7 +126,7 @@ def captured_program(model: nn.Module, run: Run, example: Tensor, sites: Sequenc
             does not read a site's statistic.
     """
     where = type(model).__name__
-    captured = capture(model, partial(_with_operands, run, sites), example)
+    captured = capture(model, marked(run, sites), example)
     if isinstance(captured, NotCaptured):
         raise NotInStages("NF320", f"it cannot be captured as a graph: {captured.reason}.", where=where)
     if not set(range(2, example.dim())) <= set(captured.free):
@@ -139,6 +139,11 @@ def captured_program(model: nn.Module, run: Run, example: Tensor, sites: Sequenc
         body = captured.program.run_decompositions({}).module()
     assert isinstance(body, GraphModule)
     return _program(body, sites, _Names(model), where)
+
+
+def marked(run: Run, sites: Sequence[str]) -> Run:
+    """Return what runs a model and returns, after its result, the operands and answers of sites: a program's leaves."""
+    return partial(_with_operands, run, sites)
 
 
 @torch.library.custom_op("normfix::operand", mutates_args=())
@@ -212,6 +217,10 @@ def _program(body: GraphModule, sites: Sequence[str], names: _Names, where: str)
     operands = [_operand_of(mark, where) for mark in marks]
     for mark in (n for n in graph.nodes if n.target is torch.ops.normfix.operand.default):
         mark.replace_all_uses_with(mark.args[0])
+    # that a cast was seen from this dtype: proofs run in another
+    for stated in [n for n in graph.nodes if n.target is torch.ops.aten._assert_tensor_metadata.default]:
+        graph.erase_node(stated)
+    body.recompile()
     outputs = [_operand_of(n, where) if n.target is torch.ops.normfix.operand.default else n for n in outputs]
     cuts = tuple(
         Cut(site, operand, _readers(body, site, names, answer))

@@ -180,11 +180,22 @@ def in_dtype(run: GraphModule, dtype: torch.dtype) -> GraphModule:
         return torch.device("cpu") if isinstance(argument, torch.device) else argument
 
     copied = copy.deepcopy(run).to("cpu", dtype)
+    _constants_in_dtype_(copied, dtype)
     for node in copied.graph.nodes:
         node.args = map_aggregate(node.args, changed)
         node.kwargs = map_aggregate(node.kwargs, changed)
     copied.recompile()
     return copied
+
+
+def _constants_in_dtype_(run: GraphModule, dtype: torch.dtype) -> None:
+    """Convert tensors that a network holds as plain attributes: `to` leaves them as they are."""
+    for name in {str(node.target) for node in run.graph.nodes if node.op == "get_attr"}:
+        path, _, last = name.rpartition(".")
+        held = vars(run.get_submodule(path))
+        value = held.get(last)
+        if isinstance(value, Tensor):
+            held[last] = value.to("cpu", dtype if value.is_floating_point() else None)
 
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
