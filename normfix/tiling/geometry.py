@@ -25,7 +25,6 @@ from normfix.tiling.grid import Geometry
 from normfix.tiling.halo import DyeLost, DyeRefused, Felt, halo, strip
 from normfix.tiling.recall import Recalling
 from normfix.tiling.stride import (
-    clearly_differs,
     common_unit,
     cutting_grid,
     exact_multiple,
@@ -270,8 +269,8 @@ def _along_axes(
             return _none("NF211", name, "the output does not grow with the input along this axis.")
         fine = math.lcm(grid, scale.denominator)
         grid = coarser.get((fine, scale), fine)
-        rough, exact = Recalling(single), Recalling(double)
-        line = _Line(single, rough, exact, example, axis, scale, cross, felt)
+        exact = Recalling(double)
+        line = _Line(single, exact, example, axis, scale, cross, felt)
         try:
             reach = line.reach(grid, expected)
             like = (None, None) if reach is None else seen.get((grid, scale, reach), (None, None))
@@ -311,7 +310,7 @@ def _along_axes(
         around = line.around(grid, reach)
         reach = max(0, reach[0]), max(0, reach[1])  # a tile reads at least itself
         multiple = exact_multiple(
-            exact, example.double(), axis, unit, scale, around, cross, rough, like=like[1]
+            exact, example.double(), axis, unit, scale, around, cross, single, like=like[1]
         )
         seen[grid, scale, expected] = unit, multiple
         multiples.append(multiple)
@@ -329,11 +328,10 @@ def _along_axes(
 class _Line:
     """One axis of a network, on strips along it.
 
-    `rough` and `double` may recall what they gave; `single` may not, as it is watched while it runs.
+    `double` may recall what it gave; `single` may not, as it is watched while it runs.
     """
 
     single: Function
-    rough: Function
     double: Function
     example: Tensor
     axis: int
@@ -357,37 +355,19 @@ class _Line:
         """
         if like and self._common(like, self.around(grid, reach), settled=True):
             return like
-        ruled_out = []
-        for lattice in (grid, *lattices(grid)):
-            try:
-                if self._clearly_differs(lattice, self._near(grid, lattice, reach)):
-                    ruled_out.append(lattice)
-                elif (unit := self._on(grid, lattice, reach)) is not None:
-                    return unit
-            except refusals():
-                if lattice == grid:
-                    raise
-        # float32 is no proof: where rounding turns a comparison round, only float64 may tell
-        for lattice in ruled_out:
-            try:
-                if (unit := self._on(grid, lattice, reach)) is not None:
-                    return unit
-            except refusals():
-                if lattice == grid:
-                    raise
-        return None
-
-    def _near(self, grid: int, lattice: int, reach: tuple[int, int]) -> tuple[int, int]:
-        """Return what is not compared: the halo, and a step of the lattice more where it is not the grid."""
-        before, after = self.around(lattice, reach)
-        return (before, after) if lattice == grid else (before + lattice, after + lattice)
-
-    def _on(self, grid: int, lattice: int, reach: tuple[int, int]) -> int | None:
-        around = self._near(grid, lattice, reach)
-        unit = self._common(lattice, around)
-        # what is padded on both sides can make up for a wrong shift by chance: other windows must agree as well
-        if unit is None or lattice == grid or self._cuts_at(unit, around):
+        unit = self._common(grid, self.around(grid, reach))
+        if unit is not None:
             return unit
+        for lattice in lattices(grid):
+            before, after = self.around(lattice, reach)
+            around = before + lattice, after + lattice
+            try:
+                unit = self._common(lattice, around, refuted=grid)
+            except refusals():
+                continue
+            # what is padded on both sides can make up for a wrong shift by chance: other windows must agree as well
+            if unit is not None and self._cuts_at(unit, around):
+                return unit
         return None
 
     def wraps_nowhere(self, grid: int, reach: tuple[int, int], unit: int) -> bool:
@@ -418,7 +398,9 @@ class _Line:
         example = self.example.double()
         return cutting_grid(self.double, example, self.axis, unit, self.scale, around, self.cross) == unit
 
-    def _common(self, hint: int, around: tuple[int, int], *, settled: bool = False) -> int | None:
+    def _common(
+        self, hint: int, around: tuple[int, int], *, settled: bool = False, refuted: int = 0
+    ) -> int | None:
         example = self.example.double()
         return common_unit(
             self.double,
@@ -429,12 +411,8 @@ class _Line:
             around,
             self.cross,
             settled=settled,
-            rough=self.rough,
+            refuted=refuted,
         )
-
-    def _clearly_differs(self, hint: int, around: tuple[int, int]) -> bool:
-        example = self.example.double()
-        return clearly_differs(self.rough, example, self.axis, hint, self.scale, around, self.cross)
 
 
 def _none(code: str, where: str, message: str, *, blind: bool = False, foreign: bool = False) -> Locality:

@@ -21,7 +21,6 @@ from normfix.tiling.halo import strip, texture
 
 __all__ = [
     "EXACT",
-    "clearly_differs",
     "common_unit",
     "cutting_grid",
     "exact_multiple",
@@ -213,14 +212,13 @@ def common_unit(
     cross: Sequence[int],
     *,
     settled: bool = False,
-    rough: Function | None = None,
+    refuted: int = 0,
 ) -> int | None:
     """Return what smallest_stride and cutting_grid agree on where windows may be cut at every `hint`, else None.
 
     One strip is compared with several windows: one that starts a unit further on and is shorter by that unit, and
     some of the same length at every smaller shift that could be the stride. With `settled`, the hint is
-    the answer of a like axis, and nothing smaller is tried. `rough`, the network in float32, rules smaller shifts
-    out that differ clearly, at a fraction of the price.
+    the answer of a like axis, and nothing smaller is tried; nor are divisors of `refuted`, a hint that was none.
     """
     unit, length, x = hint, *_common_strip(example, axis, hint, scale, reach, cross)
     if _window_agrees(f, x, axis, length, (unit, length), scale, reach) is False:
@@ -228,9 +226,7 @@ def common_unit(
     for prime in [] if settled else _primes(hint):
         while unit % prime == 0:
             further = unit // prime, length + unit // prime
-            if rough is not None and not _window_agrees(
-                rough, x.float(), axis, length, further, scale, reach, _CLEARLY
-            ):
+            if refuted % (unit // prime) == 0 < refuted:
                 break
             if not _window_agrees(f, x, axis, length, further, scale, reach):
                 break
@@ -239,24 +235,6 @@ def common_unit(
                 break
             unit //= prime
     return unit
-
-
-def clearly_differs(
-    rough: Function,
-    example: Tensor,
-    axis: int,
-    hint: int,
-    scale: Fraction,
-    reach: tuple[int, int],
-    cross: Sequence[int],
-) -> bool:
-    """Tell whether a network in float32 shows by a clear difference that common_unit would find none for `hint`.
-
-    It is no proof: where rounding turns a comparison round, float32 differs although the network does not.
-    """
-    length, x = _common_strip(example, axis, hint, scale, reach, cross)
-    agrees = _window_agrees(rough, x.float(), axis, length, (hint, length), scale, reach, _CLEARLY)
-    return agrees is False
 
 
 def _common_strip(
@@ -277,7 +255,6 @@ def _window_agrees(
     window: tuple[int, int],
     scale: Fraction,
     reach: tuple[int, int],
-    bound: float = EXACT,
 ) -> bool | None:
     """Compare a window (start, stop) of a strip with [0, length), to the end where both end there."""
     start, stop = window
@@ -297,7 +274,7 @@ def _window_agrees(
     else:
         width = int((length - start - begin - round_up(reach[1], scale.denominator)) * scale)
     a = whole.narrow(axis + 2, int((start + begin) * scale), width)
-    return _same(a, part.narrow(axis + 2, first, width), bound)
+    return _same(a, part.narrow(axis + 2, first, width))
 
 
 def smallest_tile(

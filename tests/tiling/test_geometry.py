@@ -87,6 +87,12 @@ def test_the_lattice_a_network_pads_to_is_its_stride(make, stride, halo, multipl
     assert (found.stride, found.halo, found.multiple) == ((stride,) * 2, (halo,) * 2, (multiple,) * 2)
 
 
+@pytest.mark.parametrize("block", [64, 128])
+def test_a_lattice_of_few_halvings_is_found(block):
+    """Where the maps are coarse already, blocks of two and of four of their pixels are told apart."""
+    assert _measure(Blocks(block), (32, 32)).geometry.stride == (block, block)
+
+
 @pytest.mark.parametrize(
     ("factor", "mode", "stride", "halo"),
     [
