@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from normfix.errors import NormfixError
 from normfix.networks.randomness import OwnRandomness
+from normfix.networks.slabs import in_slabs, is_convolution
 from normfix.networks.surroundings import as_given
 
 __all__ = [
@@ -233,7 +234,10 @@ def _layer(model: nn.Module, error: BaseException) -> str:
 
 
 class _StaysDouble(TorchFunctionMode):
-    """Leaves float64 tensors alone where a network casts to float32, as many norms do to be safe in half."""
+    """Leaves float64 tensors alone where a network casts to float32, as many norms do to be safe in half.
+
+    Large convolutions are computed in slabs: whole, they take most of the time of a scan in 3D.
+    """
 
     def __torch_function__(
         self,
@@ -248,7 +252,7 @@ class _StaysDouble(TorchFunctionMode):
         casts = func in (Tensor.float, Tensor.to, Tensor.type) and to_single
         if casts and isinstance(operand, Tensor) and operand.dtype == torch.float64:
             return operand
-        return func(*args, **kwargs)
+        return in_slabs(func, args, kwargs) if is_convolution(func) else func(*args, **kwargs)
 
 
 @contextmanager

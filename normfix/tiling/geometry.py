@@ -23,6 +23,7 @@ from normfix.records.spans import round_up
 from normfix.tiling.dependence import followed, is_isolated, is_steady
 from normfix.tiling.grid import Geometry
 from normfix.tiling.halo import DyeLost, DyeRefused, Felt, halo, strip
+from normfix.tiling.recall import Recalling
 from normfix.tiling.stride import (
     common_unit,
     cutting_grid,
@@ -268,7 +269,8 @@ def _along_axes(
             return _none("NF211", name, "the output does not grow with the input along this axis.")
         fine = math.lcm(grid, scale.denominator)
         grid = coarser.get((fine, scale), fine)
-        line = _Line(single, double, example, axis, scale, cross, felt)
+        exact = Recalling(double)
+        line = _Line(single, exact, example, axis, scale, cross, felt)
         try:
             reach = line.reach(grid, expected)
             like = (None, None) if reach is None else seen.get((grid, scale, reach), (None, None))
@@ -308,7 +310,7 @@ def _along_axes(
         around = line.around(grid, reach)
         reach = max(0, reach[0]), max(0, reach[1])  # a tile reads at least itself
         multiple = exact_multiple(
-            double, example.double(), axis, unit, scale, around, cross, single, like=like[1]
+            exact, example.double(), axis, unit, scale, around, cross, single, like=like[1]
         )
         seen[grid, scale, expected] = unit, multiple
         multiples.append(multiple)
@@ -324,7 +326,10 @@ def _along_axes(
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """One axis of a network, on strips along it."""
+    """One axis of a network, on strips along it.
+
+    `double` may recall what it gave; `single` may not, as it is watched while it runs.
+    """
 
     single: Function
     double: Function
@@ -357,7 +362,7 @@ class _Line:
             before, after = self.around(lattice, reach)
             around = before + lattice, after + lattice
             try:
-                unit = self._common(lattice, around)
+                unit = self._common(lattice, around, refuted=grid)
             except refusals():
                 continue
             # what is padded on both sides can make up for a wrong shift by chance: other windows must agree as well
@@ -393,10 +398,20 @@ class _Line:
         example = self.example.double()
         return cutting_grid(self.double, example, self.axis, unit, self.scale, around, self.cross) == unit
 
-    def _common(self, hint: int, around: tuple[int, int], *, settled: bool = False) -> int | None:
+    def _common(
+        self, hint: int, around: tuple[int, int], *, settled: bool = False, refuted: int = 0
+    ) -> int | None:
         example = self.example.double()
         return common_unit(
-            self.double, example, self.axis, hint, self.scale, around, self.cross, settled=settled
+            self.double,
+            example,
+            self.axis,
+            hint,
+            self.scale,
+            around,
+            self.cross,
+            settled=settled,
+            refuted=refuted,
         )
 
 

@@ -99,6 +99,9 @@ def lattices(grid: int) -> Iterator[int]:
     A network that pads to a lattice of blocks (windows of attention, a block MLP) runs on every size, so its maps do
     not show the lattice. Each unit here is a multiple of many: 64 stands for 2, 4, ..., 64.
     """
+    if 4 * grid > 64:
+        # the multiple that is missed by one halving, at half the price
+        yield 2 * grid
     for odd, least in ((1, 64), (3, 96), (5, 80), (7, 112), (9, 72), (11, 44), (13, 52)):
         unit = 4 * math.lcm(grid, odd)
         while unit < least:
@@ -212,50 +215,69 @@ def common_unit(
     cross: Sequence[int],
     *,
     settled: bool = False,
+    refuted: int = 0,
 ) -> int | None:
     """Return what smallest_stride and cutting_grid agree on where windows may be cut at every `hint`, else None.
 
-    Each strip is run once and compared with several: a window one unit further on, shorter by that unit, and
-    windows of the same length at every smaller shift that could be the stride. With `settled`, the hint is
-    the answer of a like axis, and nothing smaller is tried.
+    One strip is compared with several windows: one that starts a unit further on and is shorter by that unit, and
+    some of the same length at every smaller shift that could be the stride. With `settled`, the hint is
+    the answer of a like axis, and nothing smaller is tried; nor are divisors of `refuted`, a hint that was none.
     """
-    unit, length = hint, _common_length(max(sum(reach) + _margin(scale), cross[axis]) + hint, hint)
-    size = [*cross]
-    size[axis] = length + hint
-    x = strip(example, size) + texture(example, size)
-    begin = round_up(reach[0], scale.denominator)
-
-    def run(start: int, stop: int) -> Tensor:
-        return f(x.narrow(axis + 2, start, stop - start))
-
-    def agree(start: int, stop: int) -> bool | None:
-        """Compare the window [start, stop) with [0, length), to the end where both end there."""
-        if (start * scale).denominator != 1:
-            return False
-        try:
-            part = run(start, stop)
-        except refusals():
-            return False
-        first = int(begin * scale)
-        if stop == length:
-            width = part.shape[axis + 2] - first
-            if whole.shape[axis + 2] != part.shape[axis + 2] + int(start * scale):
-                return False
-        else:
-            width = int((length - start - begin - round_up(reach[1], scale.denominator)) * scale)
-        a = whole.narrow(axis + 2, int((start + begin) * scale), width)
-        return _same(a, part.narrow(axis + 2, first, width))
-
-    whole = run(0, length)
-    if agree(unit, length) is False:
+    unit, length, x = hint, *_common_strip(example, axis, hint, scale, reach, cross)
+    if _window_agrees(f, x, axis, length, (unit, length), scale, reach) is False:
         return None
     for prime in [] if settled else _primes(hint):
-        while unit % prime == 0 and agree(unit // prime, length + unit // prime):
+        while unit % prime == 0:
+            further = unit // prime, length + unit // prime
+            if refuted % (unit // prime) == 0 < refuted:
+                break
+            if not _window_agrees(f, x, axis, length, further, scale, reach):
+                break
             # equal lengths commute with the smaller shift; they may still be cut at larger units only
             if cutting_grid(f, example, axis, unit // prime, scale, reach, cross) != unit // prime:
                 break
             unit //= prime
     return unit
+
+
+def _common_strip(
+    example: Tensor, axis: int, hint: int, scale: Fraction, reach: tuple[int, int], cross: Sequence[int]
+) -> tuple[int, Tensor]:
+    """Return the extent of the windows that common_unit compares, and a strip that is a unit longer."""
+    length = _common_length(max(sum(reach) + _margin(scale), cross[axis]) + hint, hint)
+    size = [*cross]
+    size[axis] = length + hint
+    return length, strip(example, size) + texture(example, size)
+
+
+def _window_agrees(
+    f: Function,
+    x: Tensor,
+    axis: int,
+    length: int,
+    window: tuple[int, int],
+    scale: Fraction,
+    reach: tuple[int, int],
+) -> bool | None:
+    """Compare a window (start, stop) of a strip with [0, length), to the end where both end there."""
+    start, stop = window
+    if (start * scale).denominator != 1:
+        return False
+    whole = f(x.narrow(axis + 2, 0, length))
+    try:
+        part = f(x.narrow(axis + 2, start, stop - start))
+    except refusals():
+        return False
+    begin = round_up(reach[0], scale.denominator)
+    first = int(begin * scale)
+    if stop == length:
+        width = part.shape[axis + 2] - first
+        if whole.shape[axis + 2] != part.shape[axis + 2] + int(start * scale):
+            return False
+    else:
+        width = int((length - start - begin - round_up(reach[1], scale.denominator)) * scale)
+    a = whole.narrow(axis + 2, int((start + begin) * scale), width)
+    return _same(a, part.narrow(axis + 2, first, width))
 
 
 def smallest_tile(
@@ -393,8 +415,9 @@ def _cuts_agree(
         None if the output does not vary, so that nothing was compared.
     """
     size = [*cross]
-    size[axis] = length
-    x = strip(example, size) + texture(example, size)
+    # the strip of common_unit, where the extents are the same: its runs need not be made again
+    size[axis] = length + cut
+    x = (strip(example, size) + texture(example, size)).narrow(axis + 2, 0, length)
     ends, whole = _ends(f, x, axis, start, scale, reach)
     at_end = False if ends is None else _same(*ends)
     if at_end is False or whole is None:

@@ -78,6 +78,8 @@ def _examine(entry: Entry, row: dict[str, Any], report: Callable[[dict[str, Any]
     example = material(entry.shape, entry.name)
     row["step"] = "scan"
     report(row)
+    row["pass_s"] = _costs(entry, model, example)
+    report(row)
     start = time.process_time()
     scan = normfix.scan(model, example, forward_fn=entry.call, output=entry.output)
     row["scan_s"] = round(time.process_time() - start, 1)
@@ -90,6 +92,20 @@ def _examine(entry: Entry, row: dict[str, Any], report: Callable[[dict[str, Any]
         row |= _without_geometry(scan)
     else:
         _prove(entry, row, model, scan, report)
+
+
+def _costs(entry: Entry, model: nn.Module, example: Tensor) -> tuple[float, float]:
+    """Return seconds of processor time of one pass of the example, in float32 and in float64: why a row is slow."""
+    run, spent = _runner(entry), []
+    for network, image in ((model, example), (copy.deepcopy(model).double().eval(), example.double())):
+        with torch.no_grad(), in_float64():
+            start = time.process_time()
+            try:
+                run(network, image)
+            except Exception:  # noqa: BLE001 - what a network raises is for the scan to say
+                return (0.0, 0.0)
+            spent.append(round(time.process_time() - start, 2))
+    return spent[0], spent[1]
 
 
 def _describe(row: dict[str, Any], scan: Scan) -> None:

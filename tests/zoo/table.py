@@ -12,6 +12,9 @@ __all__ = ["page"]
 
 Row = Mapping[str, Any]
 
+LONG = 60
+"""Seconds of processor time from which on a row says what took them."""
+
 _HEAD = """# Real architectures
 
 Made by `python -m tests.zoo`; not edited by hand. Every network is built with seeded random weights under which
@@ -31,6 +34,7 @@ def page(rows: Iterable[Row], names: Collection[str]) -> str:
         _summary(rows, set(names) - {row["name"] for row in rows}),
         _targets(rows),
         _problems(rows),
+        _slow(rows),
         _table(rows),
     ]
     return "\n".join(parts)
@@ -87,6 +91,20 @@ def _problems(rows: list[Row]) -> str:
     bad = [r for r in rows if r["category"] in ("inconclusive", "failed", "silently wrong", "timeout")]
     lines = [f"- {r['name']}: {r['category']}. {_cell(r.get('cause', ''))}" for r in bad]
     return "\n".join(["## What went wrong", "", *(lines or ["Nothing."]), ""])
+
+
+def _slow(rows: list[Row]) -> str:
+    """Name what took long, with the steps that did and what one pass costs, of which each step takes a number."""
+    steps = {"scan_s": "scan", "frozen_s": "conversion", "batchrenorm_s": "conversion to BatchRenorm"}
+    lines = []
+    for row in rows:
+        if row.get("seconds", 0) <= LONG or row["category"] == "timeout":
+            continue
+        took = ", ".join(f"{word} {row[key]} s" for key, word in steps.items() if key in row)
+        cost = "; a pass of the example {} s in float32, {} s in float64".format(*row.get("pass_s", "??"))
+        lines.append(f"- {row['name']}: {row['seconds']} s ({took}{cost})")
+    title = f"## What took over {LONG} s of processor time"
+    return "\n".join([title, "", *(lines or ["Nothing."]), ""])
 
 
 def _table(rows: list[Row]) -> str:

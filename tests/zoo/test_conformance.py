@@ -132,6 +132,18 @@ class _Live(nn.Module):
         return self.norm(self.conv(x))
 
 
+class _Slow(_Live):
+    """Computes for ever once it has been called a few times."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        while self.calls > 12:
+            pass
+        return super().forward(x)
+
+
 SMALL = Entry(name="small", library="torch", build=_Live, shape=(1, 1, 32, 32))
 
 
@@ -218,6 +230,15 @@ def test_a_network_that_computes_for_ever_is_stopped():
     assert row["category"] == "timeout"
 
 
+def test_what_runs_out_of_time_says_where():
+    """A timeout names the function of the package at work, and what a pass costs; a network that ends does not."""
+    row = apart(replace(SMALL, build=_Slow), limit=2, patience=60)
+    assert row["category"] == "timeout", row
+    assert row["cause"].startswith("during scan, in _isnan of tiling/halo.py < _reach of tiling/halo.py")
+    assert "a pass of the example takes" in row["cause"]
+    assert "place" not in apart(SMALL)
+
+
 def test_a_network_that_dies_leaves_a_row():
     """A crash of the interpreter is a failure with its exit status."""
     row = apart(replace(SMALL, build=lambda: os._exit(7)))
@@ -274,6 +295,9 @@ def test_the_page_counts_every_network_once():
     assert "| not run | 1 |" in text
     assert "| all | 3 |" in text
     assert "- other: timeout. during scan" in text
+    assert "over 60 s of processor time\n\nNothing." in text
+    slow = page([good | {"seconds": 99.0}], ["small"])
+    assert f"- small: 99.0 s (scan {good['scan_s']} s, conversion {good['frozen_s']} s; a pass" in slow
     assert "1 networks; converted and proved: 1 (100.0 %" in text
     assert "| small | 1/1 instance | " in text
 
