@@ -466,14 +466,14 @@ def test_a_norm_that_is_not_raised_does_not_pass(source, monkeypatch):
 
 def test_a_swapped_constant_fails_the_identity(source, monkeypatch):
     """A statistic written to the wrong site of a program is found by comparing with the original program."""
-    from normfix.scanning import scan
+    from normfix.conversion import targets
 
-    honest = scan.set_statistics_
+    honest = targets.set_statistics_
 
     def planted(layer, decision, moments, **settings):
         honest(layer, decision, replace(moments, mean=moments.mean.flip(0)), **settings)
 
-    monkeypatch.setattr(scan, "set_statistics_", planted)
+    monkeypatch.setattr(targets, "set_statistics_", planted)
     done = normfix.convert(normfix.load(source), IMAGE)
     assert done.proof.step("identity").status == "failed"
 
