@@ -312,7 +312,7 @@ def test_double_precision_is_saved_and_used(run, image, tmp_path):
 def test_a_preprocess_function_is_repeated_by_the_caller(run, image, tmp_path):
     """A function that a folder names for its images runs only if the caller repeats it."""
     torch.save(tiny_unet(), tmp_path / "m.pt")
-    preprocess = ("--preprocess", "test_scaling:preprocess_halves")
+    preprocess = ("--preprocess", "preprocessing:preprocess_halves")
     words = ("--trust-pickle", "--to", "frozen", "-o", tmp_path / "out")
     assert run("convert", tmp_path / "m.pt", image, *preprocess, *words).code == 0
     checking = ("check", tmp_path / "out", image, "--arch", ARCH, "--tile", 32)

@@ -19,27 +19,6 @@ def code_of(function, *args, **options) -> str:
     return caught.value.code
 
 
-def preprocess_halves(array):
-    """Halve an image."""
-    return array / 2
-
-
-def preprocess_in_place(array):
-    """Spoil the array it is given, and return another."""
-    array[:] = 0
-    return np.ones(array.shape)
-
-
-def preprocess_flat(array):
-    """Forget the channel axis."""
-    return array[0]
-
-
-def preprocess_fails(array):
-    """Fail."""
-    raise RuntimeError("no licence")
-
-
 @pytest.mark.parametrize(
     ("text", "formula"),
     [
@@ -146,21 +125,21 @@ def test_a_stored_scaling_with_wrong_numbers_is_refused(kind, numbers):
 
 def test_a_preprocess_function_gets_the_whole_array():
     """--preprocess applies the named function to (C, *space)."""
-    scaling = Scaling(kind="preprocess", function="test_scaling:preprocess_halves")
+    scaling = Scaling(kind="preprocess", function="preprocessing:preprocess_halves")
     np.testing.assert_array_equal(scaled(STACK, scaling), (STACK / 2).astype(np.float32))
 
 
 def test_a_preprocess_function_cannot_change_its_input():
     """What the function does to its argument in place stays its own."""
     image = FLOAT.copy()
-    scaled(image, Scaling(kind="preprocess", function="test_scaling:preprocess_in_place"))
+    scaled(image, Scaling(kind="preprocess", function="preprocessing:preprocess_in_place"))
     np.testing.assert_array_equal(image, FLOAT)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["nowhere:f", "test_scaling:missing", "math", "", ":f", "os:path", "os:getcwd"]
-    + [f"test_scaling:preprocess_{kind}" for kind in ("flat", "fails")],
+    ["nowhere:f", "preprocessing:missing", "math", "", ":f", "os:path", "os:getcwd"]
+    + [f"preprocessing:preprocess_{kind}" for kind in ("flat", "fails")],
 )
 def test_a_preprocess_function_that_does_not_work_is_refused(name):
     """What cannot be imported, fails or loses an axis is NF107."""

@@ -26,7 +26,7 @@ from normfix.records.measurements import CalibrationSummary, SiteStatistics
 from normfix.records.verdicts import Proof, ProofStep
 from normfix.reporting.report import text_of
 from normfix.storage import reloading
-from normfix.storage.programs import write_beside
+from normfix.storage.programs import NotExportable, WrongProgramError, write_beside
 from normfix.storage.saving import save_program, sourced, write_draft
 
 STEPS = [
@@ -401,12 +401,15 @@ def test_an_exported_program_of_other_weights_is_seen(bench, monkeypatch):
     assert 0 < step.value < 1e-4
 
 
-@pytest.mark.parametrize(("code", "status"), [("NF226", "failed"), ("NF225", "inapplicable")])
-def test_what_the_writer_of_programs_says_counts(bench, monkeypatch, code, status):
+@pytest.mark.parametrize(
+    ("kind", "code", "status"),
+    [(WrongProgramError, "NF226", "failed"), (NotExportable, "NF225", "inapplicable")],
+)
+def test_what_the_writer_of_programs_says_counts(bench, monkeypatch, kind, code, status):
     """Another output in the process without normfix is a failure; what cannot be captured has no such form."""
 
     def refuse(*_):
-        raise NormfixError(code, "no.")
+        raise kind(code, "no.")
 
     monkeypatch.setattr(forms, "save_program", refuse)
     assert forms.exported(bench).status == status

@@ -172,9 +172,10 @@ def test_one_window_is_inconclusive():
 
 
 def test_windows_that_overlap_nowhere_far_enough_are_named():
-    """A halo as wide as the overlap leaves no pixel that two windows see beyond it."""
+    """Tiles without context, smaller than the halo on both sides, leave no pixel that two windows see beyond it."""
     net = nn.Sequential(*(nn.Conv2d(1, 1, 9, padding=4) for _ in range(4)))
-    found = _diagnose(net, torch.rand(1, 1, 96, 96), 32, overlap=8)
+    tiling = Tiling(tile=(24, 24), halo=((0, 0), (0, 0)))
+    found = normfix.diagnose(net.eval(), torch.rand(1, 1, 96, 96), tiling=tiling)
     assert "NF607" in {f.code for f in found.record.findings}
 
 

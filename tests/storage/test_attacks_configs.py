@@ -399,20 +399,11 @@ def test_hyperparameters_that_name_a_place_are_refused(tmp_path):
     path = tmp_path / "l.ckpt"
     content = {"pytorch-lightning_version": "2.5", "hyper_parameters": {"weights_path": "/etc/passwd"}}
     torch.save(content | {"state_dict": {"bias": torch.zeros(1)}}, path)
-    arch = "test_attacks_configs:Reading"
+    arch = "factories:Reading"
     with pytest.raises(NormfixError, match="NF113"):
         normfix.load(path, arch=arch)
     loaded = normfix.load(path, arch=arch, args={"weights_path": "/etc/passwd"})
     assert loaded.weights_path == "/etc/passwd"
-
-
-class Reading(nn.Module):
-    """A network of the caller's with an argument that names a file."""
-
-    def __init__(self, weights_path: str = "") -> None:
-        super().__init__()
-        self.weights_path = weights_path
-        self.bias = nn.Parameter(torch.zeros(1))
 
 
 def test_a_source_of_a_saved_folder_is_bounded_by_its_weights():
