@@ -96,6 +96,7 @@ def test_a_threshold_that_is_no_number_is_a_usage_error(pytester):
     pytester.runpytest_inprocess("-p", "no:randomly").assert_outcomes(errors=1)
 
 
+@pytest.mark.slow
 def test_a_suite_that_does_not_use_it_is_unchanged(pytester):
     """Installed but unused: the same tests, the same output, and neither torch nor reports are imported."""
     pytester.makepyfile("""

@@ -216,6 +216,7 @@ def image(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return x
 
 
+@pytest.mark.slow
 @BOTH
 @EVERY_NETWORK
 def test_proof_passes(name: str, to: str) -> None:
@@ -226,6 +227,7 @@ def test_proof_passes(name: str, to: str) -> None:
     assert not done.plan.left_live
 
 
+@pytest.mark.slow
 @BOTH
 @EVERY_NETWORK
 def test_equals_original_in_float64(name: str, to: str) -> None:
@@ -237,6 +239,7 @@ def test_equals_original_in_float64(name: str, to: str) -> None:
     assert float((actual - expected).abs().max() / expected.std()) <= 1e-10
 
 
+@pytest.mark.slow
 @EVERY_NETWORK
 def test_statistics_stay_frozen_elsewhere(name: str) -> None:
     """On a crop, the converted network gives the crop of what it gives on the whole, where halo allows."""
@@ -250,6 +253,7 @@ def test_statistics_stay_frozen_elsewhere(name: str) -> None:
         assert_close(whole[..., 124:], part[..., 60:], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @BOTH
 @EVERY_NETWORK
 def test_caller_keeps_model(name: str, to: str) -> None:
@@ -281,6 +285,7 @@ def test_class_and_keys_stay(name: str) -> None:
     assert done.original.state_dict().keys() <= done.model.state_dict().keys()
 
 
+@pytest.mark.slow
 @BOTH
 @EVERY_NETWORK
 def test_survives_copies(name: str, to: str) -> None:
@@ -293,6 +298,7 @@ def test_survives_copies(name: str, to: str) -> None:
         assert_close(pickle.loads(pickle.dumps(model))(x), expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @BOTH
 @EVERY_NETWORK
 def test_trains_afterwards(name: str, to: str) -> None:
@@ -559,6 +565,7 @@ def test_calibrates_plain_batchnorm() -> None:
     assert_close(result.model[1].running_var, y.var((0, 2, 3), correction=0))
 
 
+@pytest.mark.slow
 def test_predict_equals_original() -> None:
     """The product: stitched tiles of the converted network equal the original on the whole image."""
     model, x = build("unet of 14 instance norms"), image(256, 192, dtype=torch.float64)

@@ -65,6 +65,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["frozen", "batchrenorm"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_converts_and_proves(name, to, nuclei, tmp_path):
@@ -107,6 +108,7 @@ def test_monai_3d_deep():
     assert done.scan.halo == ((94, 94),) * 3
 
 
+@pytest.mark.slow
 def test_original_seams_on_real_image(nuclei):
     """The negative control: the demo network's own tiles are more than 0.1 sd from its whole-image output."""
     verdict = normfix.check(nuclei_unet(), nuclei, tile=64)
@@ -114,6 +116,7 @@ def test_original_seams_on_real_image(nuclei):
     assert verdict.max_sd > 0.1
 
 
+@pytest.mark.slow
 def test_conditional_shift_is_only_said_for_one_image(nuclei):
     """With a second image, the report shows that neither prediction is the original's any more."""
     done = normfix.convert(nuclei_unet(), [nuclei, nuclei.flip(-1)[..., :256] * 0.5])
@@ -121,6 +124,7 @@ def test_conditional_shift_is_only_said_for_one_image(nuclei):
     assert all(shift.max_sd > 1e-3 for shift in done.proof.shifts)
 
 
+@pytest.mark.slow
 def test_result_is_the_users_class(nuclei):
     """The converted network is still a NucleiUNet, trainable, with InstanceNorm gone from its path."""
     model = normfix.convert(nuclei_unet(), nuclei, "batchrenorm").model

@@ -51,6 +51,7 @@ def test_calibrating_in_blocks_equals_passes(converted):
         assert_close(other.spread, one.spread, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_float32_agrees_to_its_rounding(converted):
     """In float32 statistics from blocks are those of passes to float32's rounding."""
     model, image = (
@@ -88,6 +89,7 @@ def test_prediction_in_stages_equals_the_untiled_output(converted):
     assert_close(stages, converted.original(image), **TOLERANCE[torch.float64])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("engine", ["stages", "tiles"])
 def test_per_image_statistics_are_the_original_network(converted, engine):
@@ -121,6 +123,7 @@ def test_an_error_on_the_way_leaves_the_old_statistics(converted):
     assert all(torch.equal(model.get_buffer(name), value) for name, value in before.items())
 
 
+@pytest.mark.slow
 def test_a_changed_weight_counts_in_the_next_prediction(converted):
     """The captured graph is kept, but always with the model's present weights."""
     model, image = normfix.calibrate(converted.model, _image(64, 48), tile=32).model, _image(32, 32)
@@ -133,6 +136,7 @@ def test_a_changed_weight_counts_in_the_next_prediction(converted):
     )
 
 
+@pytest.mark.slow
 def test_a_changed_behaviour_is_captured_anew(converted):
     """A capture that is no longer what the model computes is not used, though no module or weight changed."""
     model, image = normfix.calibrate(converted.model, _image(64, 48), tile=32).model, _image(32, 32)
@@ -172,6 +176,7 @@ def _patch(net):
     net.norm.forward = MethodType(lambda norm, x: nn.BatchNorm2d.forward(norm, x).tanh(), net.norm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [_lower, _hook, _patch])
 def test_what_an_image_or_an_output_does_not_show_is_captured_anew(change):
     """Attributes, hooks and replaced methods count for the next calibration, whatever the first image let see."""
@@ -232,6 +237,7 @@ def test_batch_norms_of_an_unconverted_network_are_measured_in_blocks():
         assert_close(stages.model.get_buffer(name), expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("count", [1, 2])
 def test_statistics_that_are_no_norms_are_measured_in_blocks(count):
@@ -266,6 +272,7 @@ class _Valid(nn.Module):
         return self.head(torch.cat([skip[:, :, cut : cut + y.shape[2], cut : cut + y.shape[3]], y], 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "tile"), [((60, 48), 16), ((62, 50), 18)])
 def test_valid_convolutions_run_in_stages(size, tile, tmp_path):
     """The last blocks of maps that end before the image does have positions, kept on disk or in memory."""
@@ -310,6 +317,7 @@ def test_live_networks_are_not_predicted_in_stages():
         normfix.predict(LiveInstance().double(), _image(64, 64), tile=16, engine="stages")
 
 
+@pytest.mark.slow
 def test_a_file_is_calibrated_and_predicted_by_window(converted, tmp_path):
     """A scaled TIFF read by window gives what its array gives, and the prediction lands in a file."""
     values = (_image(61, 50, seed=8) * 60000).numpy()[0, 0].astype(np.uint16)
@@ -339,6 +347,7 @@ class TwoOut(torch.nn.Conv2d):
         super().__init__(2, 1, 1)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_converting_within_a_budget(tmp_path):
     """With a budget the image is measured in stages, proved, and the constants are those of the whole image."""

@@ -197,6 +197,7 @@ def test_predict_equals_the_whole_image(run, fixed, image, tmp_path):
     torch.testing.assert_close(torch.from_numpy(found)[None], expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_calibrate_prints_its_record(run, fixed, image, tmp_path):
     """`calibrate --format json` is a CalibrationSummary, and the folder loads."""
     done = run("calibrate", fixed, image, "--arch", ARCH, "-o", tmp_path / "re", "--format", "json")
@@ -204,6 +205,7 @@ def test_calibrate_prints_its_record(run, fixed, image, tmp_path):
     assert names(tmp_path / "re") == {"model.safetensors", "normfix.json", "README.md"}
 
 
+@pytest.mark.slow
 def test_calibrate_remembers_a_new_scaling(run, fixed, image, tmp_path):
     """Statistics measured under another --scale travel with that scaling, not the old one."""
     run("calibrate", fixed, image, "--arch", ARCH, "-o", tmp_path / "re", "--scale", "100,50")
@@ -211,6 +213,7 @@ def test_calibrate_remembers_a_new_scaling(run, fixed, image, tmp_path):
     assert (saved.provenance.scaling.kind, saved.provenance.scaling.values) == ("fixed", (100.0, 50.0))
 
 
+@pytest.mark.slow
 def test_a_plan_replays_to_the_same_weights(run, fixed, image, tmp_path):
     """`convert --plan` with a printed plan writes byte-identical weights."""
     (tmp_path / "plan.json").write_text(run("plan", ARCH, "--to", "frozen").out, "utf-8")
@@ -253,6 +256,7 @@ def test_a_partial_conversion_is_written_and_exits_1(run, image, tmp_path):
     assert "model.safetensors" in names(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_refused_sites_are_written_named_and_no_pass(run, image, tmp_path):
     """A network with attention is converted as far as it goes: exit 0, and the text never says it is invariant."""
     words = ("--scale", "zscore", "--to", "frozen", "-o", tmp_path / "out")
@@ -264,6 +268,7 @@ def test_refused_sites_are_written_named_and_no_pass(run, image, tmp_path):
     assert "model.safetensors" in names(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_strict_writes_nothing_where_a_site_is_refused(run, image, tmp_path):
     """With --strict a refusal exits 1 and leaves no folder; a network without refusals is not concerned."""
     words = ("--scale", "zscore", "--to", "frozen", "--strict", "-o")
@@ -302,6 +307,7 @@ def test_images_of_different_sizes_are_calibrated_together(run, image, tmp_path)
     assert len(ConversionRecord.from_json(json.loads(done.out)).proof.shifts) == 2
 
 
+@pytest.mark.slow
 def test_double_precision_is_saved_and_used(run, image, tmp_path):
     """--dtype float64 proves to 1e-10 and checks again from the folder."""
     words = ("--scale", "zscore", "--to", "frozen", "--dtype", "float64", "-o", tmp_path / "out")
@@ -526,6 +532,7 @@ def test_an_internal_error_is_one_paragraph(run, monkeypatch, debug):
     assert (done.code, "NF901" in done.err, "Traceback" in done.err) == (2, True, debug)
 
 
+@pytest.mark.slow
 def test_convert_decodes_its_image_at_most_twice(run, image, tmp_path, monkeypatch):
     """However many steps read the image, its file is opened and decoded once per pass over it, and not to count."""
     decoded = []
@@ -602,6 +609,7 @@ def test_an_example_with_a_wrong_option_is_noticed():
         cli.commands["scan"].make_context("scan", ["model", "--slow"], parent=parent)
 
 
+@pytest.mark.slow
 def test_an_example_factory_exists(run):
     """The demo network that the examples name can be scanned."""
     assert run("scan", "normfix.demo.network:nuclei_unet", "--input", "1x1x64x64").code == 0
@@ -626,6 +634,7 @@ def test_arguments_must_be_a_json_object(text):
         ArgumentsJson().convert(text, None, None)
 
 
+@pytest.mark.slow
 def test_a_network_converted_unscaled_does_not_take_integers_silently(tmp_path, monkeypatch):
     """A folder that says 'none' takes an integer file only when that is said again."""
     monkeypatch.chdir(tmp_path)
@@ -638,6 +647,7 @@ def test_a_network_converted_unscaled_does_not_take_integers_silently(tmp_path, 
     assert cli.main([*arguments, "--scale", "none"], standalone_mode=False) == 0
 
 
+@pytest.mark.slow
 def test_no_colour_and_no_animation_off_a_terminal(run, fixed, image, tmp_path):
     """What goes to a file or pipe has no escape codes and no bars, on stdout and stderr."""
     for words in (
@@ -650,6 +660,7 @@ def test_no_colour_and_no_animation_off_a_terminal(run, fixed, image, tmp_path):
         assert not re.search(r"\x1b|\r|━|█", done.stdout + done.stderr)
 
 
+@pytest.mark.slow
 def test_no_color_is_respected_on_a_terminal(tmp_path, image):
     """With NO_COLOR, a terminal gets no colours; without it, the bar has them (negative control)."""
     import pty

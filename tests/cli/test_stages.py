@@ -21,6 +21,8 @@ from normfix.errors import NormfixError
 from normfix.tiling.stages.journal import Written
 from normfix.tiling.stages.outlook import Outlook, Step
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

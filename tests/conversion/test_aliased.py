@@ -49,6 +49,7 @@ def converted(kind, to="frozen"):
     return normfix.convert(network(kind), FIRST, to)
 
 
+@pytest.mark.slow
 @NETWORKS
 def test_stages_measure_what_the_original_has(kind):
     """Calibrated in blocks on another image, the converted network gives the original's own output of that image."""
@@ -57,6 +58,7 @@ def test_stages_measure_what_the_original_has(kind):
     assert_close(done.model(OTHER), network(kind)(OTHER), **EXACT)
 
 
+@pytest.mark.slow
 @NETWORKS
 def test_per_image_statistics_are_the_originals(kind):
     """Predicted with its own statistics, an image gets the original's output."""
@@ -64,6 +66,7 @@ def test_per_image_statistics_are_the_originals(kind):
     assert_close(own, network(kind)(OTHER), **EXACT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [NestedParents, SharedAffine, AliasedOwners])
 def test_group_statistics_become_those_of_channels_in_stages(kind):
     """In stages each norm's affine map is re-expressed by its own statistics, also where two norms shared one."""
@@ -115,6 +118,7 @@ def test_a_changed_neighbour_of_an_alias_is_seen():
     assert "tree.inner.0.0.0.weight" in step.note
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blind", ["nothing", "something else"])
 def test_a_site_without_a_reader_is_an_error(blind, monkeypatch):
     """Control: where what reads a statistic is not found, nothing is measured, and the old statistics are back."""

@@ -287,6 +287,7 @@ def test_the_card_names_it(tmp_path):
         assert ("norm/0/instance_norm/0 (InstanceNorm2d): the variance of channels 0, 2 " in card) is allowed
 
 
+@pytest.mark.slow
 def test_the_commands_have_the_switch(tmp_path, monkeypatch, capsys):
     """convert exits 2 with NF231, writes nothing, and with --allow-flat writes and names; calibrate likewise."""
     np.save(tmp_path / "flat.npy", np.full((96, 96), 0.2, dtype=np.float32))
@@ -328,6 +329,7 @@ def _drift(model, name):
     )
 
 
+@pytest.mark.slow
 def test_a_layer_that_gives_something_else_on_another_input_fails(monkeypatch):
     """Control: a layer that runs once and is not live, but whose values are off elsewhere, fails the step "used"."""
     net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.InstanceNorm2d(4), nn.Conv2d(4, 1, 3, padding=1))

@@ -101,6 +101,7 @@ def test_a_maximum_is_not_estimated():
         normfix.calibrate(model, _image(32, 32), 8, sample=0.1)
 
 
+@pytest.mark.slow
 def test_masks_and_samples_on_the_command_line(converted, tmp_path):
     """--mask and --sample reach the calibration, from files; the text says how many pixels and blocks."""
     from click.testing import CliRunner

@@ -12,6 +12,8 @@ import normfix
 from normfix.demo import run_demo
 from normfix.demo.data import nuclei_image
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):

@@ -91,6 +91,7 @@ def causes(predict, network, **options):
         return {c.cause for c in normfix.diagnose(predict, image(), ROI, network=network, **options).culprits}
 
 
+@pytest.mark.slow
 def test_a_right_pipeline_passes(local):
     """Control: enough context, aligned, scaled as a whole... of a fixed scale: nothing is named."""
     predict = cropping(whole=False)
@@ -101,6 +102,7 @@ def test_a_right_pipeline_passes(local):
     assert found.record.context == ((8, 8), (8, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("predict", "cause"),
     [
@@ -295,6 +297,7 @@ class _Crops(nn.Module):
         return self.inner(nn.functional.pad(x, (0, w % 2, 0, h % 2)))[..., :h, :w]
 
 
+@pytest.mark.slow
 def test_blending_is_named(local):
     """Averaging windows is a cause of its own, and so is the pushed-back window it comes with."""
     with torch.no_grad():
@@ -304,6 +307,7 @@ def test_blending_is_named(local):
     assert found.record.verdict.status == "failed"
 
 
+@pytest.mark.slow
 def test_a_pushed_back_window_is_told_from_phase(local):
     """Where only the windows at the end are off the grid, it is the last tile."""
     net = _Crops([None, local])
@@ -376,6 +380,7 @@ def test_an_assertion_takes_a_pipeline(local):
         normfix.assert_tile_invariant(lambda x: predict(x, local), image(), ROI, margin=32)
 
 
+@pytest.mark.slow
 def test_monai_blends_by_default_and_can_be_made_exact():
     """SlidingWindowInferer: Gaussian weights are named; a weight map of cores with aligned steps passes."""
     from monai.inferers import sliding_window_inference

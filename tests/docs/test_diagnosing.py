@@ -12,6 +12,8 @@ from pages import ROOT, blocks
 from normfix.cli import cli
 from normfix.demo.data import nuclei_image
 
+pytestmark = pytest.mark.slow
+
 CI, DIAGNOSING = ROOT / "docs" / "ci.md", ROOT / "docs" / "diagnosing.md"
 
 

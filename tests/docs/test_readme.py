@@ -11,6 +11,8 @@ from pages import ROOT, blocks
 from normfix.cli import cli
 from normfix.demo.data import nuclei_image
 
+pytestmark = pytest.mark.slow
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -15,6 +15,8 @@ from normfix.cli.answers import RECORDS
 from normfix.records.schema import schema_of
 from normfix.records.sites import Scan
 
+pytestmark = pytest.mark.slow
+
 DOCS = Path(__file__).parents[2] / "docs"
 
 

@@ -50,6 +50,7 @@ def _racing(make, target, text, barrier, told):
         told.put((text, "wrote"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="forks")
 @pytest.mark.parametrize("make", [_file, _folder])
 @pytest.mark.parametrize("links", [True, False])

@@ -126,6 +126,7 @@ def test_traced(models):
     assert torch.equal(output(traced), output(models[HandNorm]))
 
 
+@pytest.mark.slow
 def test_compiled_by_inductor(models):
     """The default backend agrees up to rounding."""
     torch._dynamo.reset()

@@ -18,7 +18,10 @@ SHARES = [(3, 5), (8, 0), (1, 7)]
 STEPS = 3
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built without distributed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="torch is built without distributed"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -82,6 +82,7 @@ def test_a_program_is_converted_like_the_module(converted, name):
     assert torch.equal(_output(done), _output(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mean and variance", *RENAMED])
 def test_a_decomposed_program_too(converted, name):
     """After run_decompositions() the same statistics are found, under the names they then have, and proved."""
@@ -191,6 +192,7 @@ def test_a_wrong_constant_fails_the_identity(converted, monkeypatch):
 # ---- measured anew
 
 
+@pytest.mark.slow
 def test_norms_of_a_converted_program_are_measured_anew(tmp_path):
     """A written program calibrated on other images equals the module calibrated on them, also once written."""
     model = _between(nn.GroupNorm(2, 8))
@@ -203,6 +205,7 @@ def test_norms_of_a_converted_program_are_measured_anew(tmp_path):
     assert not torch.equal(_output(mine), _output(done))
 
 
+@pytest.mark.slow
 def test_constants_of_a_converted_program_are_not(converted, tmp_path):
     """A frozen mean is a constant and nothing else in a written program: refused with what to do."""
     normfix.save(converted("squeeze-excite")[2], tmp_path / "a.pt2")

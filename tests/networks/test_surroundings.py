@@ -101,6 +101,7 @@ def later():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="before torch 2.9")
 @pytest.mark.parametrize(
     "setting",
@@ -150,6 +151,7 @@ def test_what_is_set_meanwhile_stays():
         torch.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.slow
 def test_first_use_leaves_environment_and_filters():
     """In a fresh process the first scan adds no variable and no warning filter."""
     script = (

@@ -104,6 +104,7 @@ def test_an_original_that_serves_notices_nothing(image, use, training):
     assert not faults, faults[:3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "use",
     [

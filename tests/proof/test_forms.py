@@ -117,6 +117,7 @@ def run(monkeypatch, capsys, *words):
 # --- the whole proof ---
 
 
+@pytest.mark.slow
 def test_a_saved_fine_tuned_network_proves_itself(bench, tmp_path, monkeypatch, capsys):
     """From a folder and image files, one command makes every step, and the report lists them all."""
     folder = tmp_path / "tuned"
@@ -159,6 +160,7 @@ def test_statistics_of_training_are_no_proof(trained, tmp_path, monkeypatch, cap
 # --- residual, tiles, used ---
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_forms")
 def test_the_residual_is_of_the_population_of_all_images(tuned):
     """It passes on both images, whole or by window in stages, and fails on either alone."""

@@ -282,6 +282,7 @@ ASKED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", ASKED)
 def test_values_that_leave_as_no_number_are_live(image, function):
     """What a map's values tell outside of tensors, or by a size, is live and refused, though no image shows it."""

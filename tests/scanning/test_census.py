@@ -119,6 +119,7 @@ def test_dependence_survives_writing_by_a_view():
     assert site.function == "instance_norm"
 
 
+@pytest.mark.slow
 def test_what_the_census_misses_dye_finds():
     """Known limit: leaving tensors loses the dependence, and the scan still refuses the network."""
 

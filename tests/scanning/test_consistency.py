@@ -69,6 +69,7 @@ QUICK = (
 AGAINST = {"NF212", "NF213", "NF214", "NF215", "NF216", "NF240", "NF242", "NF244", "NF245"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.zoo) for n in NETWORKS]
 )

@@ -38,6 +38,7 @@ def cases(names):
     return [pytest.param(name, marks=pytest.mark.zoo if name in SLOW else ()) for name in names]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases(LOCAL))
 def test_what_only_looks_global_is_exact_in_tiles(name):
     """It has no refused site, converts, and its tiles equal the whole in float64 by an arithmetic of the test's own."""
@@ -53,6 +54,7 @@ def test_what_only_looks_global_is_exact_in_tiles(name):
     assert float((whole - stitched).abs().max()) <= 1e-12 * float(whole.abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cases(GLOBAL))
 def test_its_global_twin_is_refused(name):
     """Scan never calls it tile-invariant; a conversion fails or is refused, unless the statistic itself was frozen."""
@@ -62,6 +64,7 @@ def test_its_global_twin_is_refused(name):
     assert not done.proof.passed or done.plan.converted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["flips averaged", "block attention", "custom operator", "sampled at identity"]
 )

@@ -105,6 +105,7 @@ class _Rolls(nn.Module):
         return x.roll(1, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("extent", [60, 64])
 @pytest.mark.parametrize("make", [Blocks, ShiftedWindows])
 def test_padding_to_a_lattice_is_tile_invariant_at_every_example(make, extent):

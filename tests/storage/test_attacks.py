@@ -12,6 +12,8 @@ import torch
 from attacks import Job, audited
 from safetensors.torch import save_file
 
+pytestmark = pytest.mark.slow
+
 PLANTED = (
     "writes",
     "writes_by_descriptor",

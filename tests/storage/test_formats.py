@@ -379,6 +379,7 @@ def test_an_nnunet_model_opens(trained_folder, place):
     assert_same(opened.model, model)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_an_nnunet_model_is_converted_saved_and_reloaded(tmp_path):
     """An nnU-Net of InstanceNorms is frozen, saved, and reloads from the folder alone."""

@@ -38,6 +38,7 @@ def refused(path: Path) -> str:
     return "opened"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CORPUS)
 @pytest.mark.filterwarnings("ignore")  # of libraries about what they are shown
 def test_a_hostile_file_is_refused_and_runs_nothing(tmp_path, monkeypatch, name):
@@ -100,6 +101,7 @@ def _within_memory(write, folder, answer) -> None:
     answer.put(refused(path))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux to measure memory")
 @pytest.mark.parametrize(
     "name",

@@ -51,6 +51,7 @@ def run(hub: Hub, home: Path, *words: object, token: str = TOKEN) -> subprocess.
     )
 
 
+@pytest.mark.slow
 def test_a_pushed_network_is_loaded_from_the_hub(hub, fixed, tmp_path):
     """push sends the three files byte for byte; hf-hub:ORG/NAME loads and verifies them."""
     done = run(hub, tmp_path, "push", fixed, "lab/nuclei")
@@ -65,6 +66,7 @@ def test_a_pushed_network_is_loaded_from_the_hub(hub, fixed, tmp_path):
     assert scanned.tile_invariant
 
 
+@pytest.mark.slow
 def test_a_revision_is_what_is_loaded(hub, tmp_path):
     """An older commit gives the older weights; the record names repository and commit."""
     model = tiny_unet()
@@ -77,6 +79,7 @@ def test_a_revision_is_what_is_loaded(hub, tmp_path):
     assert (newest.returncode, "NF105" in newest.stderr) == (2, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["hf-hub:lab/nowhere", "hf-hub:lab/plain@nosuch", "hf-hub:broken", "hf-hub:a/b/c"]
 )
@@ -87,6 +90,7 @@ def test_what_is_not_on_the_hub_is_refused(hub, tmp_path, name):
     assert (done.returncode, done.stderr.startswith("NF125")) == (2, True), done.stderr
 
 
+@pytest.mark.slow
 def test_a_tampered_download_is_refused(hub, fixed, tmp_path):
     """Weights changed in the repository are NF115."""
     files = {path.name: path.read_bytes() for path in fixed.iterdir()}
@@ -113,6 +117,7 @@ def test_a_hub_that_is_not_there_is_named(fixed, tmp_path):
     assert (done.returncode, "NF413" in done.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_without_the_right_to_write_nothing_is_pushed(hub, fixed, tmp_path):
     """A token the hub does not accept is NF413 and exits 2."""
     done = run(hub, tmp_path, "push", fixed, "lab/new", token="hf_other")

@@ -1,6 +1,8 @@
 """What people have opens, what does not is named, and nothing in a file runs unasked."""
 
 import pickle
+import sys
+import types
 
 import pytest
 import torch
@@ -422,3 +424,14 @@ def test_names_in_a_file_do_not_steer_the_terminal(tmp_path):
     error = refusal(open_model, str(path))
     assert error.code == "NF112"
     assert str(error).isprintable()
+
+
+def test_a_network_pickled_with_another_version_says_so(tmp_path, monkeypatch):
+    """What a trusted pickle names and a package no longer has is NF111 with the way out, not a damaged file."""
+    moved = types.ModuleType("moved_since")
+    moved.Net = type("Net", (torch.nn.Linear,), {"__module__": "moved_since"})
+    monkeypatch.setitem(sys.modules, "moved_since", moved)
+    torch.save(moved.Net(2, 2), tmp_path / "whole.pt")
+    monkeypatch.setitem(sys.modules, "moved_since", types.ModuleType("moved_since"))
+    error = refusal(open_model, str(tmp_path / "whole.pt"), trust_pickle=True)
+    assert (error.code, "as they were" in error.message) == ("NF111", True)

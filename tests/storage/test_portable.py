@@ -39,6 +39,7 @@ def assert_same(actual, expected, image=OTHER):
     torch.testing.assert_close(a, e, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_smp_loads_what_was_given_back(tmp_path):
     """segmentation_models_pytorch.from_pretrained gives the converted network's output."""
     smp = pytest.importorskip("segmentation_models_pytorch")
@@ -104,6 +105,7 @@ def test_diffusers_loads_what_was_given_back(tmp_path):
     assert_same(again, done.model)
 
 
+@pytest.mark.slow
 def test_a_group_norm_network_of_diffusers_is_refused(tmp_path):
     """diffusers' class has no place for the statistics of GroupNorms: NF411, and nothing is written."""
     diffusers = pytest.importorskip("diffusers")

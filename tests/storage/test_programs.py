@@ -163,6 +163,7 @@ def test_a_program_equals_the_converted_module(name):
             assert torch.equal(alone(program, other), done.caller(done.model.eval(), other))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decomposed", [False, True])
 @pytest.mark.parametrize("name", named(*(n for n in NETWORKS if n not in ("layer over space", "BasicUNet"))))
 def test_a_program_is_converted_without_source(name, decomposed):
@@ -232,6 +233,7 @@ def test_a_written_program_is_the_module(fixed):
     assert torch.equal(normfix.predict(again, IMAGE, 32), normfix.predict(module, IMAGE, 32))
 
 
+@pytest.mark.slow
 def test_a_written_program_needs_nobody(fixed):
     """With normfix, monai and timm blocked, a fresh process loads and runs the file."""
     script = (
@@ -418,6 +420,7 @@ def leave_a_site_live(program):
     program.graph_module.recompile()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plant", [swap_a_statistic, leave_a_site_live])
 def test_a_wrong_program_is_not_written(plant, tmp_path, monkeypatch):
     """A swapped statistic and a live site are found by running the file, and nothing is kept."""
@@ -481,6 +484,7 @@ def test_a_swapped_constant_fails_the_identity(source, monkeypatch):
 # ---- command line
 
 
+@pytest.mark.slow
 def test_command_line(source, tmp_path, capsys):
     """plan, convert, calibrate, check and predict take a program, and convert and calibrate write one."""
     import numpy as np
@@ -523,6 +527,7 @@ def test_an_edited_statement_in_a_program_is_noticed(fixed, tmp_path):
     assert open_any(stating(fixed, tmp_path / "same.pt2", lambda _: None), Request()).notes == ()
 
 
+@pytest.mark.slow
 def test_a_program_with_the_statement_of_another_is_noticed(fixed, tmp_path):
     """A statement, whole as it is, belongs to the tensors that it was written with: NF115."""
     other = tmp_path / "other.pt2"

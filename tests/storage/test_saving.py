@@ -69,6 +69,7 @@ def test_the_folder_holds_its_files(folder):
     assert {path.name for path in folder.iterdir()} == FILES | {"program.pt2"}
 
 
+@pytest.mark.slow
 def test_a_folder_from_a_factory_holds_no_program(tmp_path):
     """Where the source can be called again, no program is written."""
     source = normfix.Source(kind="factory", spec="factories:batched")
@@ -76,6 +77,7 @@ def test_a_folder_from_a_factory_holds_no_program(tmp_path):
     assert {path.name for path in (tmp_path / "fixed").iterdir()} == FILES
 
 
+@pytest.mark.slow
 def test_the_program_needs_no_source(folder, done):
     """program.pt2 gives the converted network's output, on another size, in a process without the source."""
     save_file({"x": OTHER}, folder / "x.safetensors")
@@ -120,6 +122,7 @@ def test_an_instance_norm_network_does_not_go_back(done, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_card_names_the_base_and_the_proof(tmp_path):
     """The model card has tags, the base model and every step of the proof."""
     source = normfix.Source(kind="factory", spec=ARCH, origin="hf-hub:org/net@abc")
@@ -174,6 +177,7 @@ def test_plan_and_scaling_travel(folder, done):
     assert provenance_of(normfix.load(folder, arch=ARCH)) == provenance_of(done.model)
 
 
+@pytest.mark.slow
 def test_a_folder_saved_from_a_factory_loads_in_a_fresh_process(tmp_path):
     """With a known factory, the folder is proved in a new Python, and names the factory."""
     source = normfix.Source(kind="factory", spec=ARCH)
@@ -181,6 +185,7 @@ def test_a_folder_saved_from_a_factory_loads_in_a_fresh_process(tmp_path):
     assert refusal(normfix.load, tmp_path / "fixed").code == "NF113"
 
 
+@pytest.mark.slow
 def test_a_factory_that_gives_another_network_is_noticed(done, tmp_path):
     """A source that does not build the base is NF503, and nothing is kept."""
     assert refusal(normfix.save, done, tmp_path / "fixed", source="factories:batched").code == "NF503"
@@ -348,6 +353,7 @@ def test_a_folder_from_an_object_without_program_needs_the_network(folder):
     assert refusal(normfix.load, folder).code == "NF113"
 
 
+@pytest.mark.slow
 def test_a_swapped_program_is_noticed(folder, tmp_path):
     """A program of other weights in place of the saved one is NF115 before it is opened."""
     other = tiny_unet(width=6)
@@ -356,6 +362,7 @@ def test_a_swapped_program_is_noticed(folder, tmp_path):
     assert refusal(normfix.load, folder).code == "NF115"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch about what it is shown
 def test_a_swapped_program_with_its_checksum_is_noticed(folder, tmp_path):
     """With the checksum changed too, the output differs: NF115; and a pickle inside stays unopened."""

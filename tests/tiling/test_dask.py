@@ -14,6 +14,8 @@ from normfix.errors import NormfixError
 from normfix.tiling.stages.blocks import Work
 from normfix.tiling.stages.dask import Dask, _Workers
 
+pytestmark = pytest.mark.slow
+
 
 def _image(seed, height=48, width=44):
     generator = torch.Generator().manual_seed(seed)

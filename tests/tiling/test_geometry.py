@@ -117,6 +117,7 @@ def test_axes_of_one_halo_may_be_exact_at_different_sizes(stride, weak):
     assert (found.stride, found.multiple) == ((stride, stride), (1, stride))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [64, 128])
 def test_a_lattice_of_few_halvings_is_found(block):
     """Where the maps are coarse already, blocks of two and of four of their pixels are told apart."""

@@ -165,6 +165,7 @@ def test_in_place_operations_do_not_write_into_the_store(tangled):
     assert_close(output, tangled.net(tangled.images[0]), **TOLERANCE[torch.float64])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_three_dimensions_with_anisotropic_strides():
     """In 3D with strides (1, 2, 3) stages give the original's prediction."""

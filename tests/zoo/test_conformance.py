@@ -40,6 +40,7 @@ def _fares(name):
     return apart(entry)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REPRESENTATIVE)
 def test_a_representative_network_fares_as_it_should(name):
     """Scan, conversion and proof of the network end under the heading they should."""
@@ -83,6 +84,7 @@ def _agree(entry):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", [NNUNET[0], by_name("monai DynUNet group 2D")], ids=lambda e: e.name)
 def test_statistics_of_a_representative_network_agree_with_the_original(entry):
     """Measured in passes, in stages and per image, they give the original's output of another image to 1e-9 sd."""
@@ -96,6 +98,7 @@ def test_statistics_agree_with_the_original(entry):
     _agree(entry)
 
 
+@pytest.mark.slow
 def test_a_stale_statistic_disagrees(monkeypatch):
     """Control: a site that is measured under the old constants of the one before it is off by far more than 1e-9."""
     two = replace(
@@ -212,6 +215,7 @@ def test_a_wrong_word_on_density_fails():
     assert examine(replace(SMALL, dense=False))["category"] == "failed"
 
 
+@pytest.mark.slow
 def test_a_network_that_hangs_is_stopped():
     """A time limit ends the process of a network and leaves a row."""
     row = apart(replace(SMALL, build=lambda: time.sleep(60)), limit=1, patience=2)
@@ -230,6 +234,7 @@ def test_a_network_that_computes_for_ever_is_stopped():
     assert row["category"] == "timeout"
 
 
+@pytest.mark.slow
 def test_what_runs_out_of_time_says_where():
     """A timeout names the function of the package at work, and what a pass costs; a network that ends does not."""
     row = apart(replace(SMALL, build=_Slow), limit=2, patience=60)

@@ -77,7 +77,7 @@ def read_torch(path: Path, request: Request) -> Any:
 
     Raises:
         NormfixError: NF101 damaged, NF102 a pickle that needs more than tensors and is not trusted, NF121 built
-            to harm, NF122 an allowed class that is none.
+            to harm, NF122 an allowed class that is none, NF111 a trusted pickle of packages that are others now.
     """
     with _inspected(path) as content:
         needed = beyond_tensors(content.names)
@@ -92,6 +92,13 @@ def read_torch(path: Path, request: Request) -> Any:
         request.tell(f"{path}: running a pickle that imports {_listed(needed)}.")
         try:
             return torch.load(content.file, map_location="cpu", weights_only=False)  # noqa: TID251
+        except (AttributeError, ImportError) as error:
+            raise NormfixError(
+                "NF111",
+                f"{error}. A network that was pickled whole needs its packages as they were: open it with them and "
+                "save its state_dict or a normfix folder, which do not.",
+                where=str(path),
+            ) from error
         except Exception as error:
             raise unreadable(path, error) from error
 
