@@ -47,18 +47,17 @@ class Bench:
 
 @pytest.fixture(scope="module")
 def bench():
-    """Shared, because capturing takes seconds; captured, because proving a schedule computes blocks as well."""
-    bench = Bench()
-    bench.calibrate()
-    return bench
+    """Shared, because capturing takes seconds."""
+    return Bench()
 
 
 @pytest.fixture
-def stop(monkeypatch):
+def stop(bench, monkeypatch):
     """Let the nth block from now on raise an error."""
     compute = Work.__call__
 
     def arm(n, error=KeyboardInterrupt):
+        bench.calibrate()  # captured anew, where a test changed the network: proving a schedule computes blocks, too
         left = [n]
 
         def call(self, number):
