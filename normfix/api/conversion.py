@@ -43,7 +43,7 @@ from normfix.scanning.sites import survey
 from normfix.tiling.grid import Geometry
 from normfix.tiling.stages.options import engine_of
 from normfix.tiling.stages.outlook import Watch
-from normfix.tiling.stages.resources import Resources
+from normfix.tiling.stages.resources import BLOCK_EXTENTS, Resources
 from normfix.tiling.stages.resuming import resumable
 from normfix.tiling.stitching import padded
 
@@ -51,7 +51,6 @@ __all__ = ["convert"]
 
 Progress = Callable[[str, int, int], None]
 _Tensors = Tensor | Iterable[Tensor]
-_TILES = {1: 1 << 18, 2: 512, 3: 96}
 
 
 @undisturbed()
@@ -170,7 +169,11 @@ def convert(
         summary = _calibrate_(converted, plan, items, caller, report)
     else:
         resources = Resources(
-            tile=tile or _TILES[example.dim() - 2], budget=budget, store=store, engine=crew, watch=watch
+            tile=tile or BLOCK_EXTENTS[example.dim() - 2],
+            budget=budget,
+            store=store,
+            engine=crew,
+            watch=watch,
         )
         with resumable(store):
             summary = _calibrate_in_stages_(

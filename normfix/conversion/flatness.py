@@ -55,10 +55,7 @@ def spread_in_groups(target: Target, groups: int) -> frozenset[int]:
     """
     if not isinstance(target, NormTarget):
         return frozenset()
-    mean, var, eps = target.holder.running_mean, target.holder.running_var, target.holder.eps
-    assert isinstance(mean, Tensor)
-    assert isinstance(var, Tensor)
-    assert isinstance(eps, float)
+    mean, var, eps = _stored(target)
     means = mean.double().reshape(groups, -1)  # (c,) -> (g, c/g)
     pooled = var.double().reshape(groups, -1).mean(1) + means.var(1, correction=0)
     spread = (pooled > eps).repeat_interleave(means.shape[1])
@@ -147,14 +144,20 @@ _NEXT = (
 )
 
 
-def _is_dead(target: Target, site: SiteStatistics) -> bool:
-    """Tell whether eps alone decides what a flat channel, or anything a flat value, is divided by."""
-    if not isinstance(target, NormTarget):
-        return True
+def _stored(target: NormTarget) -> tuple[Tensor, Tensor, float]:
+    """Return the mean and variance that a norm holds, and its eps."""
     mean, var, eps = target.holder.running_mean, target.holder.running_var, target.holder.eps
     assert isinstance(mean, Tensor)
     assert isinstance(var, Tensor)
     assert isinstance(eps, float)
+    return mean, var, eps
+
+
+def _is_dead(target: Target, site: SiteStatistics) -> bool:
+    """Tell whether eps alone decides what a flat channel, or anything a flat value, is divided by."""
+    if not isinstance(target, NormTarget):
+        return True
+    mean, var, eps = _stored(target)
     rounding = (torch.finfo(var.dtype).eps / 2 * mean.double()).square()
     dead = var.double() <= rounding.clamp_min(_DEAD * eps)
     return eps <= _LARGEST_EPS and bool(dead[list(site.flat)].any())
@@ -163,10 +166,8 @@ def _is_dead(target: Target, site: SiteStatistics) -> bool:
 def _is_all_flat(target: Target, site: SiteStatistics) -> bool:
     """Tell whether a site has no channel or value with a spread."""
     if isinstance(target, NormTarget):
-        assert isinstance(target.holder.running_var, Tensor)
-        eps = target.holder.eps
-        assert isinstance(eps, float)
-        return eps <= _LARGEST_EPS and len(site.flat) == target.holder.running_var.numel()
+        _, var, eps = _stored(target)
+        return eps <= _LARGEST_EPS and len(site.flat) == var.numel()
     return isinstance(target, StatisticTarget) and len(site.flat) >= target.module.value.numel()
 
 

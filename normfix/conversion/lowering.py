@@ -104,7 +104,7 @@ def lower(model: nn.Module) -> Lowering:
     Example:
         >>> from torch import nn
         >>> from normfix.layers import FrozenNorm2d
-        >>> from normfix.conversion.lowering import lower
+        >>> from normfix import lower
         >>> lower(nn.Sequential(FrozenNorm2d(8))).record.steps[0].detail
         'became BatchNorm2d in eval'
     """
@@ -126,7 +126,7 @@ def fold(model: nn.Module, example: Tensor | tuple[Any, ...] | None = None) -> L
     Example:
         >>> from torch import nn
         >>> from normfix.layers import FrozenNorm2d
-        >>> from normfix.conversion.lowering import fold
+        >>> from normfix import fold
         >>> fold(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), FrozenNorm2d(8))).record.steps[0].detail
         'folded into the convolution 0 before it'
     """

@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from normfix.networks.devices import bytes_of
+
 __all__ = ["Image", "Span", "TensorImage", "digest_of", "values_digest"]
 
 Span = tuple[int, int]
@@ -89,4 +91,4 @@ def digest_of(read: Callable[[Sequence[Span]], bytes], space: Sequence[int], val
 
 
 def _bytes(x: Tensor) -> bytes:
-    return x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return bytes_of(x).tobytes()

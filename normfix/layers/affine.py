@@ -34,13 +34,14 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def normalise(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, eps: float
 ) -> Tensor:
     """Return batch norm of x (n, c, *space) by constants (c,), in its dtype and memory format.
 
     Where gradients are wanted, or a graph is captured, it is batch norm's own call.
     """
-    if _is_plain(x, weight, bias) and x.device.type in _KINDS and x.dtype in _DTYPES:
+    fused = x.device.type in _KINDS and x.dtype in _DTYPES and _is_plain(x, weight, bias)
+    if fused and mean is not None and var is not None:
         with torch._C.DisableTorchFunction():
             kernels = kernels_of(x.device)
             y = None if kernels is None else kernels.normalised(x, weight, bias, mean, var, eps)

@@ -129,9 +129,6 @@ class ChannelNorm(nn.Module):
             weight, bias, mean, var = (
                 None if t is None else t.to(x.dtype) for t in (weight, bias, mean, var)
             )
-        if mean is None or var is None:
-            cudnn = torch.backends.cudnn.enabled
-            return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, self.eps, cudnn)
         return normalise(x, weight, bias, mean, var, self.eps)
 
     def _load_from_state_dict(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from normfix.layers.affine import kernels_of
+from normfix.layers.base import BatchMoments
 from normfix.layers.recomputation import RecordedCall, recall, remember
 
 if TYPE_CHECKING:
@@ -46,15 +47,13 @@ class Pass(NamedTuple):
     library: int
 
 
-def is_for(layer: BatchRenorm, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+def is_for(layer: BatchRenorm, x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     """Tell whether cuDNN's batch norm takes this, and nothing follows what is computed but autograd."""
     return (
         x.is_cuda
         and x.dtype == torch.float32
         and x.dim() >= _FEWEST_DIMENSIONS
         and x.numel() < 1 << 31
-        and weight is not None
-        and bias is not None
         and torch.backends.cudnn.enabled
         and _takes(layer, x, weight, bias)
     )
@@ -117,8 +116,7 @@ _BACKWARD = torch.ops.aten._batch_norm_impl_index_backward.default
 
 
 def _of(call: RecordedCall, weight: Tensor, bias: Tensor) -> Corrections:
-    rest = torch.addcmul(bias, weight, call.d).addcmul_(bias, call.r, value=-1)
-    return Corrections(call.r, call.d, weight * call.r, rest, call.var)
+    return _with_affine(call.r, call.d, call.var, weight, bias)
 
 
 def _variance(found: Pass, eps: float) -> Tensor:
@@ -131,10 +129,12 @@ def _repeats() -> bool:
 
 
 def _by_torch(layer: BatchRenorm, found: Pass, count: int, weight: Tensor, bias: Tensor) -> Corrections:
-    from normfix.layers.base import BatchMoments
-
     var = _variance(found, layer.eps)
     r, d = layer._correct_and_track(BatchMoments(found.mean, var, found.invstd, count))
+    return _with_affine(r, d, var, weight, bias)
+
+
+def _with_affine(r: Tensor, d: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Corrections:
     rest = torch.addcmul(bias, weight, d).addcmul_(bias, r, value=-1)
     return Corrections(r, d, weight * r, rest, var)
 

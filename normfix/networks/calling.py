@@ -252,7 +252,7 @@ class _StaysDouble(TorchFunctionMode):
         casts = func in (Tensor.float, Tensor.to, Tensor.type) and to_single
         if casts and isinstance(operand, Tensor) and operand.dtype == torch.float64:
             return operand
-        return in_slabs(func, args, kwargs) if is_convolution(func) else func(*args, **kwargs)
+        return in_slabs(func, *args, **kwargs) if is_convolution(func) else func(*args, **kwargs)
 
 
 @contextmanager

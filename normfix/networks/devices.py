@@ -17,7 +17,18 @@ from torch import Tensor
 
 from normfix.errors import NormfixError
 
-__all__ = ["AUTO", "CPU", "Landing", "accelerator", "chosen", "described", "moved", "room", "synchronize"]
+__all__ = [
+    "AUTO",
+    "CPU",
+    "Landing",
+    "accelerator",
+    "bytes_of",
+    "chosen",
+    "described",
+    "moved",
+    "room",
+    "synchronize",
+]
 
 AUTO = "auto"
 """Name of whatever accelerator is there, else the CPU."""
@@ -76,6 +87,11 @@ def moved(value: Tensor, device: torch.device) -> Tensor:
         staged = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
         return staged.copy_(value).to(device, non_blocking=True)
     return value.to(device)
+
+
+def bytes_of(value: Tensor) -> memoryview:
+    """Return a tensor's values as bytes in the host's memory, row by row."""
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def room(device: torch.device) -> int | None:

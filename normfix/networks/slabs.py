@@ -7,7 +7,7 @@ slabs of a few megabytes the same memory is used again and again, and half of th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,21 +24,10 @@ _CONVOLUTIONS = {torch.conv2d: 2, torch.conv3d: 3}
 
 def is_convolution(func: object) -> bool:
     """Tell whether a function is one that can be computed in slabs."""
-    return func is torch.conv2d or func is torch.conv3d
+    return func in _CONVOLUTIONS
 
 
-def in_slabs(func: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return what a convolution gives, in slabs along its longest axis where it is large and needs no gradients.
-
-    Args:
-        func: torch.conv2d or torch.conv3d.
-        args: its arguments, with kwargs.
-        kwargs: its other arguments.
-    """
-    return _in_slabs(func, *args, **kwargs)
-
-
-def _in_slabs(
+def in_slabs(
     func: Callable[..., Tensor],
     input: Tensor,
     weight: Tensor,
@@ -48,7 +37,11 @@ def _in_slabs(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    # names are torch's own, which callers may give
+    """Return what a convolution gives, in slabs along its longest axis where it is large and needs no gradients.
+
+    `func` is torch.conv2d or torch.conv3d, and what follows its own arguments.
+    """
+
     def whole(x: Tensor, pads: Any) -> Tensor:
         return func(x, weight, bias, stride, pads, dilation, groups)
 

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from normfix.errors import NormfixError
 from normfix.images.drafts import cannot_write, drafting, require_unnamed
 from normfix.networks.calling import evaluating, failures, home_of, refusals
+from normfix.networks.devices import bytes_of
 from normfix.networks.graph.capture import export, free_dimensions, image_of
 from normfix.networks.graph.isolation import silence
 from normfix.networks.graph.program import ProgramNetwork
@@ -363,8 +364,7 @@ def _digest(program: ExportedProgram) -> str:
             if not isinstance(tensor, Tensor):
                 continue
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(data.numpy().data)
+            digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 

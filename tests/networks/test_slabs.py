@@ -24,7 +24,7 @@ def test_slabs_are_the_whole(monkeypatch, shape, kernel, options):
     x, weight, bias = (torch.randn(s, dtype=torch.float64) for s in (shape, kernel, kernel[:1]))
     conv = torch.conv2d if len(shape) == 4 else torch.conv3d
     with torch.no_grad():
-        whole, parts = conv(x, weight, bias, **options), slabs.in_slabs(conv, (x, weight, bias), options)
+        whole, parts = conv(x, weight, bias, **options), slabs.in_slabs(conv, x, weight, bias, **options)
     assert parts.shape == whole.shape
     assert float((parts - whole).abs().max()) < 1e-13
 
@@ -51,4 +51,4 @@ def test_what_torch_refuses_is_refused():
     weight = torch.randn(2, 3, 5, 5, dtype=torch.float64)
     for shape in ((1, 3, 4, 4), (1, 2, 8, 8)):
         with pytest.raises(RuntimeError), torch.no_grad():
-            slabs.in_slabs(torch.conv2d, (torch.randn(shape, dtype=torch.float64), weight), {})
+            slabs.in_slabs(torch.conv2d, torch.randn(shape, dtype=torch.float64), weight)

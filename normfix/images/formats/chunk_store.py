@@ -2,9 +2,8 @@
 
 Zarr is shown metadata without compression and without shards, and asks for chunks; here their files are found, read
 within bounds and decompressed (normfix.images.formats.codecs). So a file decides nothing about which code
-runs, how much
-memory a chunk takes, or what else is opened. What the files were when the image was opened is kept: a chunk that
-changed or vanished since is never taken for one of the same image.
+runs, how much memory a chunk takes, or what else is opened. What the files were when the image was opened is kept: a
+chunk that changed or vanished since is never taken for one of the same image.
 """
 
 from __future__ import annotations

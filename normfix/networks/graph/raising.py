@@ -3,8 +3,8 @@
 A node whose tensors lie together at one path (`enc.norm.weight`, `enc.norm.bias`) becomes nn.InstanceNorm2d
 and the like at that path; one whose tensors come from elsewhere, and every other statistic, becomes the function
 people call for it (normfix.networks.graph.calls), inside the module it was called in
-(normfix.networks.graph.parts). After
-decomposition the operators have other names and return several tensors, and an instance norm is
+(normfix.networks.graph.parts).
+After decomposition the operators have other names and return several tensors, and an instance norm is
 
     view(x, [1, N C, *space]) -> _native_batch_norm_legit.no_stats -> getitem 0 -> view(., [N, C, *space])
 

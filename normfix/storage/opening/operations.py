@@ -5,8 +5,8 @@ the tensor's own (`set_`, `resize_`), processes, streams or the console, calls o
 operators), compiles, makes as much as its values say (`bincount`), loops as often as a number says (polynomials of
 an order), or has no place in a network that is applied (gradients, sparse and nested tensors). Loops are not on it,
 so a program ends. What takes longer than its tensors are large (decompositions, distances of all pairs, recurrence)
-is on it, since `normfix.storage.opening.workload` knows what it costs. On sizes, arithmetic is allowed and
-nothing else.
+is on it, since `normfix.storage.opening.workload` knows what it costs. On sizes, arithmetic is
+allowed and nothing else.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Read what torch.save wrote, running nothing unless asked.
 
 A pickle is a program. `inspect_pickle` follows it without executing it (normfix.storage.opening.machine):
-which classes and
-functions it would import, and whether its values grow, or collide, so that reading it would not end.
+which classes and functions it would import, and whether its values grow, or collide, so that reading it would not end.
 """
 
 from __future__ import annotations

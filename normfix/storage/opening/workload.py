@@ -113,16 +113,19 @@ class Workload(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run an operation unless it makes or costs too much."""
+        """Count an operation, and run it unless it makes or costs too much."""
         kwargs = kwargs or {}
         self._left -= _tensors(func, args)
         if self._left < 0:
             self._refuse(func, f"more than {_OPERATIONS} operations")
         if not _is_view(func):
             self._count(func, args, kwargs)
-        result = func(*args, **kwargs)
+        result = self._run(func, args, kwargs)
         self._hold(result)
         return result
+
+    def _run(self, func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        return func(*args, **kwargs)
 
     def _count(self, func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         key = _key(func, args, kwargs)
@@ -190,20 +193,10 @@ class Foreseen(Workload):  # type: ignore[no-untyped-call]
         """Return how long what was foreseen takes on one core."""
         return self._seconds
 
-    def __torch_dispatch__(
-        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Count an operation and give what it would, without data."""
-        kwargs = kwargs or {}
-        self._left -= _tensors(func, args)
-        if self._left < 0:
-            self._refuse(func, f"more than {_OPERATIONS} operations")
-        if not _is_view(func):
-            self._count(func, args, kwargs)
+    def _run(self, func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Give what an operation would, without data."""
         bare, named = _bare(func, args, kwargs)
-        result = func(*bare, **named)
-        self._hold(result)
-        return result
+        return func(*bare, **named)
 
     def _is_held(self, tensor: Tensor) -> bool:
         return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -298,22 +298,22 @@ def _lost(
     return over, tuple((which, d) for d in dims if shape[d] in extents)
 
 
-@contextmanager
-def _same_numbers(func: OpOverload, args: Any, kwargs: Mapping[str, Any]) -> Iterator[None]:
+def _same_numbers(func: OpOverload, args: Any, kwargs: Mapping[str, Any]) -> AbstractContextManager[None]:
     """Keep the second run from using up random numbers of the first.
 
     A network draws from a generator of ours, and torch's own is other threads' too: it is put back only for the few
     operators that take no generator.
     """
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return nullcontext()
     own = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Generator)]
-    if own:
-        state = own[0].get_state()
-        try:
-            yield
-        finally:
-            own[0].set_state(state)
-    elif torch.Tag.nondeterministic_seeded in func.tags:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    else:
+    return _kept(own[0]) if own else torch.random.fork_rng(devices=[])
+
+
+@contextmanager
+def _kept(generator: torch.Generator) -> Iterator[None]:
+    state = generator.get_state()
+    try:
         yield
+    finally:
+        generator.set_state(state)

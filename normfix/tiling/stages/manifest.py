@@ -13,6 +13,7 @@ import torch
 
 from normfix.errors import NormfixError
 from normfix.images.sources import Image
+from normfix.networks.devices import bytes_of
 from normfix.tiling.stages.chunks import sync
 from normfix.tiling.stages.schedule import Schedule
 
@@ -126,7 +127,7 @@ def _weights(schedule: Schedule) -> str:
     body = schedule.program.body
     for name, value in (*body.named_parameters(), *body.named_buffers()):
         found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        found.update(bytes_of(value))
     return found.hexdigest()[:16]
 
 

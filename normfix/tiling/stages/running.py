@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from normfix.errors import NormfixError
 from normfix.images.sources import Image
+from normfix.networks.devices import bytes_of
 from normfix.tiling.grid import Geometry, grid
 from normfix.tiling.stages.blocks import Block, Given, ImageWork, Read, Told, Work
 from normfix.tiling.stages.cutting import Stage, extent_of
@@ -225,7 +226,7 @@ def _digest(program: Program) -> str:
     found = hashlib.sha256()
     for name, value in program.body.named_buffers():
         found.update(name.encode())
-        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        found.update(bytes_of(value))
     return found.hexdigest()
 
 
