@@ -15,7 +15,7 @@ from normfix.conversion.flatness import all_empty, judged, spread_in_groups
 from normfix.conversion.measuring import measure_sites_
 from normfix.conversion.planning import decide, replay
 from normfix.conversion.results import Calibration, Conversion
-from normfix.conversion.rewriting import rewrite
+from normfix.conversion.rewriting import rewrite, rewrite_
 from normfix.conversion.staged import StoredTarget, measure_streamed_
 from normfix.conversion.targets import site_target
 from normfix.errors import NormfixError
@@ -23,7 +23,7 @@ from normfix.images.collections import Items
 from normfix.images.opening import sources_of
 from normfix.images.sources import Image, TensorImage
 from normfix.networks.calling import Caller, buffers_kept, evaluating, home_of
-from normfix.networks.examples import default_example, fitting_example
+from normfix.networks.copying import double_of
 from normfix.networks.graph.program import require_free
 from normfix.networks.numerics import HALF, exact_arithmetic
 from normfix.networks.provenance import attach_
@@ -138,16 +138,14 @@ def convert(
         images = [middle_of(sources[0])]
     items = None if images is None else Items.of(cast(_Tensors, images), *home)
     first = None if items is None else next(iter(items))
-    if example is None:
-        example = default_example(model, caller) if first is None else fitting_example(model, first, caller)
-    ready = base_of(model, example, caller, device=device, dtype=dtype, as_trained=as_trained)
-    base, caller = ready.network, ready.caller
+    ready = base_of(model, first, caller, example=example, device=device, dtype=dtype, as_trained=as_trained)
+    base, caller, example = ready.network, ready.caller, ready.example
     durations = None
     if announce is not announced_nowhere:
         durations = Durations.of(base, example, caller)
         announce_notable(announce, "scan", durations.scan(graph=False))
     progress("scan", 0, 1)
-    seen = look(base, example, caller)
+    seen = look(ready.copy(), example, caller)
     progress("scan", 1, 1)
     if plan is None:
         plan = decide(seen.scan.sites, model=seen.scan.model, to=to, keep=keep)
@@ -157,7 +155,7 @@ def convert(
         items = replace(items, like=tuple(example.shape))
     if items is not None and seen.geometry is not None:
         items = replace(items, prepare=partial(padded, geometry=seen.geometry))
-    converted = rewrite(base, plan).to(device=device, dtype=dtype)
+    converted = rewrite_(ready.copy(), plan).to(device=device, dtype=dtype)
     report = partial(progress, "calibrate")
     sizes: list[tuple[int, ...]] = []
     if durations is not None:
@@ -320,9 +318,13 @@ class _Work:
                 tuple(self.example.shape[2:]),
                 self.tile,
                 self.original,
+                self.seen.cross,
+                double_of(self.converted, self.seen.double),
             )
             verdict = subject.verdict(first)
-            pair = self.caller.exactly(self.converted, first), self.caller.exactly(self.original, first)
+            # in float64 without casts on the way, which tiles are compared with
+            run = subject.run if dtype != torch.float64 else partial(self.caller.in_double, self.converted)
+            pair = run(first), self.caller.exactly(self.original, first)
             steps = (
                 self._identity(first, pair),
                 residual(self.summary, dtype),

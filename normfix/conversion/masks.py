@@ -27,6 +27,7 @@ from normfix.images.sources import Image, TensorImage
 from normfix.images.windows import ScaledImage
 from normfix.networks.calling import Caller, evaluating, home_of
 from normfix.networks.examples import fitting_example
+from normfix.networks.intake import Intake
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.spans import round_up
 from normfix.tiling.stages.maps import Map, map_of
@@ -195,7 +196,7 @@ def _maps(
 ) -> dict[str, Map]:
     """Compare the operands' shapes at sizes that differ along one axis; see normfix.tiling.stages.maps."""
     corner = image.read([(0, min(n, 1024)) for n in image.shape[2:]])
-    base = tuple(fitting_example(model, corner, caller).shape)
+    base = tuple(fitting_example(model, corner, Intake(model, caller)).shape)
     here = _shapes(model, targets, base, caller)
     grown: dict[str, list[dict[int, Fraction]]] = {target.name: [] for target in targets}
     for axis, step in enumerate(stride):
