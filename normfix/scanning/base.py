@@ -67,10 +67,9 @@ def base_of(
     base = as_trained_copy(model) if as_trained else copy_of(model)
     base.to(device=device, dtype=dtype)
     trials = _Trials(base, model, caller)
-    if example is None and image is None:
-        example = default_example(model, trials.intake())
-    elif example is None:
-        example = fitting_example(model, image, trials.intake())
+    if example is None:
+        intake = trials.intake()
+        example = default_example(model, intake) if image is None else fitting_example(model, image, intake)
     given = example.to(*home_of(base))
     with OwnRandomness():
         materialise_(base, caller, given)

@@ -1,5 +1,6 @@
 """calibrate, predict and convert in stages: the same numbers as without, in less memory."""
 
+import copy
 from types import MethodType
 
 import numpy as np
@@ -200,6 +201,30 @@ def test_what_did_not_change_is_not_captured_again(monkeypatch):
         net.second.weight.mul_(2)
     monkeypatch.setattr(cache, "captured_program", None)
     assert normfix.calibrate(net, _image(52, 70), tile=24).summary.engine == "stages"
+
+
+def test_a_copy_takes_the_capture_of_the_network_it_was_made_of(monkeypatch):
+    """What a copy computes is known from its original, whatever its weights; a changed copy is captured anew."""
+    net = Bounded().double()
+    normfix.calibrate(net, _image(36, 40), tile=16)
+    copied, changed = copy.deepcopy(net), copy.deepcopy(net)
+    with torch.no_grad():
+        copied.first.weight.mul_(-2)
+    changed.most = 0.25
+    captures = []
+
+    def captured(*arguments):
+        captures.append(arguments[0])
+        return captured_program(*arguments)
+
+    captured_program = cache.captured_program
+    monkeypatch.setattr(cache, "captured_program", captured)
+    for model, count in ((copied, 0), (net, 0), (changed, 1)):
+        image = _image(52, 70)
+        passes, stages = normfix.calibrate(model, image), normfix.calibrate(model, image, tile=24)
+        assert len(captures) == count
+        for name, expected in _statistics(passes.model).items():
+            assert_close(stages.model.get_buffer(name), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_a_tensor_that_is_no_buffer_is_cast_on_the_way():
