@@ -9,6 +9,7 @@ the grid, amplified interference in float64 as the proof that the halo is enough
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch.fx.node import map_aggregate
 
 from normfix.errors import NormfixError
 from normfix.networks.calling import refusals
+from normfix.networks.devices import bytes_of
 from normfix.tiling.halo import DyeLost, halo, interference
 from normfix.tiling.stages.cutting import Stage
 from normfix.tiling.stages.maps import Map, ProgramMaps
@@ -29,7 +31,7 @@ from normfix.tiling.stages.program import Shapes
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stride import EXACT, cutting_grid, smallest_stride
 
-__all__ = ["Reach", "measure_reach"]
+__all__ = ["Reach", "fingerprint", "in_dtype", "measure_reach"]
 
 Function = Callable[[Tensor], Tensor]
 
@@ -73,6 +75,20 @@ def measure_reach(stage: Stage, maps: ProgramMaps, shapes: Shapes, image: Node) 
         grids.append(cells * pixels)
         halos.append((before * pixels, after * pixels))
     return Reach(tuple(grids), tuple(halos))
+
+
+def fingerprint(stage: Stage, maps: ProgramMaps, shapes: Shapes) -> str:
+    """Return what differs if a stage computes something else, or the same with other weights.
+
+    Statistics are no part of it: a norm by constants reads one position, whatever they are.
+    """
+    ends = [(maps.maps[node], tuple(shapes[node])) for node in (*stage.reads, *stage.gives)]
+    found = hashlib.sha256(repr((stage.run.code, stage.grid, ends)).encode())
+    weights = dict(stage.run.named_parameters(remove_duplicate=False))
+    for name in sorted({str(node.target) for node in stage.run.graph.nodes if node.op == "get_attr"}):
+        if name in weights:
+            found.update(bytes_of(weights[name]))
+    return found.hexdigest()
 
 
 def _cells_per_block(f: Function, axis: int, reach: tuple[int, int], cross: Sequence[int]) -> int | None:
