@@ -154,11 +154,12 @@ def grown(size: int, tile: int, width: int, budget: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         normfix.calibrate_(model, small, tile=tile)
-        normfix.write_prediction(model, small, place / "small.zarr", tile)
-        calibrated = seconds(lambda: normfix.calibrate_(model, image, tile=tile, budget=budget, store=place))
+        normfix.write_prediction(model, small, place / "small.zarr", tile, engine="stages")
+        blocks = normfix.Blocks(budget=budget, store=place)
+        calibrated = seconds(lambda: normfix.calibrate_(model, image, tile, blocks=blocks))
         predicted = seconds(
             lambda: normfix.write_prediction(
-                model, image, place / "out.zarr", tile, budget=budget, store=place
+                model, image, place / "out.zarr", tile, engine="stages", blocks=blocks
             )
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -278,6 +278,7 @@ CODES: dict[str, str] = {
     "output, so nothing portable was written. Save the normfix folder instead.",
     "NF413": "Pushing goes through huggingface_hub: the folder must be one that normfix saved, its proof must have "
     "passed, and the token (HF_TOKEN, or hf auth login) must be allowed to write to the repository.",
+    "NF414": "Blocks have one size: tile=, or that of normfix.Blocks.",
     # 5xx: saving
     "NF501": "Nothing is written that was not proved. See which step failed and where; --partial writes it "
     "all the same, with what remains live stated. Sites that were refused, as no constant can replace them, do "

@@ -28,6 +28,7 @@ from normfix.images.windows import ScaledImage
 from normfix.networks.calling import Caller, evaluating, home_of
 from normfix.networks.examples import fitting_example
 from normfix.records.measurements import CalibrationSummary
+from normfix.records.progress import Progress
 from normfix.records.spans import round_up
 from normfix.tiling.stages.maps import Map, map_of
 from normfix.tiling.stages.masks import Masked, counted, mask_of, selected
@@ -36,8 +37,6 @@ __all__ = ["Mask", "ignored_pixels", "masked", "measure_in_passes_", "open_mask"
 
 Mask = Tensor | np.ndarray[Any, Any] | Path | str | Image
 """Nonzero where a pixel is ignored; of the image's extents, with or without leading axes of extent 1."""
-
-Progress = Callable[[int, int], None]
 
 _LAWS = frozenset({"mean", "variance", "deviation", "variance_mean", "deviation_mean"}) | {
     "maximum",

@@ -16,7 +16,7 @@ and 9A.1), f = n / N:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,14 +30,13 @@ from normfix.images.sources import Image, Span, values_digest
 from normfix.layers.moments import Moments, merge
 from normfix.networks.calling import Caller
 from normfix.records.measurements import CalibrationSummary, Sampled, SiteStatistics
+from normfix.records.progress import Progress, silent
 from normfix.records.spans import round_up
 from normfix.tiling.grid import Geometry, grid
 from normfix.tiling.stages.masks import Masked, mask_of
-from normfix.tiling.stages.resources import Resources
+from normfix.tiling.stages.options import Blocks
 
 __all__ = ["measure_sampled_"]
-
-Progress = Callable[[int, int], None]
 
 _FIRST = 16
 """Blocks of the first sample: fewer say little of how much blocks differ."""
@@ -51,12 +50,12 @@ def measure_sampled_(
     targets: Sequence[Target],
     images: Sequence[Image],
     caller: Caller,
-    resources: Resources,
+    blocks: Blocks,
     *,
     geometry: Geometry | None,
     tolerance: float,
     seed: int,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> CalibrationSummary:
     """Calibrate the targets in place on a random sample of blocks.
 
@@ -65,11 +64,11 @@ def measure_sampled_(
         targets: norms, or means and variances.
         images: of any size.
         caller: calls the model.
-        resources: what may be used; blocks are of its tile.
+        blocks: how to run in stages; those of the sample are of their size.
         geometry: of the network.
         tolerance: the sample doubles until no error of a mean or deviation is above it, in sd, or no block is left.
         seed: of the order in which blocks are drawn.
-        progress: called with (blocks measured, blocks in all).
+        progress: called with ("calibrate", blocks measured, blocks in all).
 
     Raises:
         NormfixError: NF140 for a tolerance that is none or a network without halo, NF139 for a statistic that a
@@ -92,23 +91,23 @@ def measure_sampled_(
             )
     images = [image.padded(geometry.padding(image.shape[2:])) for image in images]
     tile = [
-        round_up(n, s) for n, s in zip(resources.extents(len(geometry.stride)), geometry.stride, strict=True)
+        round_up(n, s) for n, s in zip(blocks.extents(len(geometry.stride)), geometry.stride, strict=True)
     ]
-    blocks = _blocks(images, tile, geometry)
-    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed)).tolist()
+    population = _blocks(images, tile, geometry)
+    order = torch.randperm(len(population), generator=torch.Generator().manual_seed(seed)).tolist()
     loose = replace(geometry, multiple=(1,) * len(tile))  # a window is not extended again
-    count = min(_FIRST, len(blocks))
+    count = min(_FIRST, len(population))
     while True:
-        chosen = [blocks[i] for i in sorted(order[:count])]
-        whole = replace(resources, tile=[max(b.shape[2 + a] for b in chosen) for a in range(len(tile))])
-        estimating = [_Estimating(target, len(blocks)) for target in targets]
+        chosen = [population[i] for i in sorted(order[:count])]
+        whole = replace(blocks, tile=[max(b.shape[2 + a] for b in chosen) for a in range(len(tile))])
+        estimating = [_Estimating(target, len(population)) for target in targets]
         summary = measure_streamed_(model, estimating, chosen, caller, whole, geometry=loose)
-        progress(count, len(blocks))
+        progress("calibrate", count, len(population))
         worst = max(max(s.mean_error or 0.0, s.sd_error or 0.0) for s in summary.sites)
-        if count == len(blocks) or worst <= tolerance:
+        if count == len(population) or worst <= tolerance:
             break
-        count = min(2 * count, len(blocks))
-    sample = Sampled(blocks=count, of=len(blocks), tolerance=tolerance, error=worst, seed=seed)
+        count = min(2 * count, len(population))
+    sample = Sampled(blocks=count, of=len(population), tolerance=tolerance, error=worst, seed=seed)
     return replace(summary, images=tuple(image.shape for image in images), sample=sample)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,14 +20,15 @@ from normfix.networks.calling import Caller, evaluating
 from normfix.networks.numerics import exact_arithmetic
 from normfix.records.measurements import CalibrationSummary, SiteStatistics
 from normfix.records.plans import Plan
+from normfix.records.progress import Progress, silent
 from normfix.tiling.grid import Geometry
 from normfix.tiling.stages.cache import program_of, schedule_of
 from normfix.tiling.stages.execution import execute
 from normfix.tiling.stages.masks import Masked
+from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stages.outlook import Outlook, Step
 from normfix.tiling.stages.prediction import tell_fallback
 from normfix.tiling.stages.refusals import NotInStages
-from normfix.tiling.stages.resources import BLOCK_EXTENTS, Resources
 from normfix.tiling.stages.running import Statistic
 from normfix.tiling.stitching import padded
 
@@ -42,7 +43,7 @@ def remeasure(
     *,
     geometry: Geometry | None = None,
     mask: Mask | Sequence[Mask] | None = None,
-    blocks: int | Sequence[int] | None = None,
+    blocks: Blocks | None = None,
 ) -> CalibrationSummary:
     """Measure the converted sites under the statistics they have, over all of every image, and change none.
 
@@ -53,7 +54,7 @@ def remeasure(
         caller: calls the model.
         geometry: extends images to a size that the network is exact at.
         mask: as for `calibrate`.
-        blocks: extents of the blocks of stages.
+        blocks: how to run in stages.
 
     Raises:
         NormfixError: as for `calibrate`.
@@ -68,14 +69,10 @@ def remeasure(
     with ExitStack() as opened:  # mask files
         if mask is not None:
             sources = list[Image](masked(sources, mask, opened))
-        resources = Resources(tile=blocks or BLOCK_EXTENTS[len(sources[0].shape) - 2])
         kept = [StoredTarget(target) for target in targets]
         return measure_streamed_(
-            model, kept, sources, caller, None if passes else resources, geometry=geometry
+            model, kept, sources, caller, None if passes else blocks or Blocks(), geometry=geometry
         )
-
-
-Progress = Callable[[int, int], None]
 
 
 def measure_streamed_(
@@ -83,24 +80,24 @@ def measure_streamed_(
     targets: Sequence[Target],
     images: Sequence[Image],
     caller: Caller,
-    resources: Resources | None,
+    blocks: Blocks | None,
     *,
     geometry: Geometry | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> CalibrationSummary:
     """Calibrate the targets in place, in stages where the network can, else in passes: the same numbers.
 
     See `measure_in_stages_`. Images are extended to a size the network is exact at. Passes read them whole, one
-    at a time; without resources passes are what is asked for.
+    at a time; without blocks passes are what is asked for.
     """
     stride = geometry.stride if geometry is not None else None
     if geometry is not None:
         images = [image.padded(geometry.padding(image.shape[2:])) for image in images]
     require_maskable(targets, images)
-    if resources is None:
+    if blocks is None:
         return measure_in_passes_(model, targets, images, caller, stride, progress)
     try:
-        return measure_in_stages_(model, targets, images, caller, resources, stride=stride, progress=progress)
+        return measure_in_stages_(model, targets, images, caller, blocks, stride=stride, progress=progress)
     except NotInStages as error:
         _require_whole(images, error)
         tell_fallback("statistics are measured in passes over whole images", error)
@@ -113,10 +110,10 @@ def measure_in_stages_(
     targets: Sequence[Target],
     images: Sequence[Image],
     caller: Caller,
-    resources: Resources,
+    blocks: Blocks,
     *,
     stride: Sequence[int] | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> CalibrationSummary:
     """Calibrate the targets in place in one walk through the network, stage by stage.
 
@@ -125,9 +122,9 @@ def measure_in_stages_(
         targets: in any order.
         images: of any sizes the network is exact at.
         caller: calls the model.
-        resources: what may be used.
+        blocks: how to run in stages.
         stride: of the network, per axis, or a multiple of it.
-        progress: called with (stages done, stages).
+        progress: called with ("calibrate", stages done, stages).
 
     Raises:
         NotInStages: NF320 to NF325 where this network cannot run so; the old statistics are back then,
@@ -152,17 +149,17 @@ def measure_in_stages_(
         program = stack.enter_context(program_of(model, caller, tuple(paths.values()), images[0], stride))
         planned = schedule_of(program, stride, images, measured=tuple(paths.values()), outputs=False)
         measured = [statistic(target) for target in targets]
-        store, journal = stack.enter_context(resources.run(planned, images, measured))
+        store, journal = stack.enter_context(blocks.run(planned, images, measured))
         execute(
             planned,
             images,
-            tile=resources.extents(ndim),
+            tile=blocks.extents(ndim),
             store=store,
             statistics=measured,
             settled=program.following_(model),
-            engine=resources.engine,
+            engine=blocks.crew,
             journal=journal,
-            watch=resources.watch or _Counted(progress),
+            watch=blocks.watch or _Counted(progress),
         )
     return CalibrationSummary(
         images=tuple(image.shape for image in images),
@@ -205,7 +202,7 @@ class _Counted:
 
     def block(self, step: Step) -> None:
         """Report the stages done."""
-        self.report(step.stage + (step.done == step.blocks), step.stages)
+        self.report("calibrate", step.stage + (step.done == step.blocks), step.stages)
 
 
 def _paths(model: nn.Module, targets: Sequence[Target]) -> dict[str, str]:

@@ -32,13 +32,10 @@ def base_of(
     example: Tensor,
     caller: Caller,
     *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
     as_trained: bool = False,
 ) -> Base:
-    """Return the copy that everything is derived from: materialised, on its device, in its dtype."""
+    """Return the copy that everything is derived from: materialised."""
     base = as_trained_copy(model) if as_trained else copy_of(model)
-    base.to(device=device, dtype=dtype)
     given = example.to(*home_of(base))
     with OwnRandomness():
         materialise_(base, caller, given)

@@ -23,7 +23,7 @@ from normfix.records.sites import Finding, Looked, Scan, Site
 from normfix.records.spans import in_strides
 from normfix.scanning.base import base_of
 from normfix.scanning.doubts import Doubts
-from normfix.scanning.durations import Announce, Durations, announce_notable, announced_nowhere
+from normfix.scanning.durations import Durations, is_told, tell_notable
 from normfix.scanning.graph.bounds import Bound
 from normfix.scanning.graph.look import GraphLook, graph_look
 from normfix.scanning.merging import Merged, merge
@@ -59,7 +59,6 @@ def scan(
     output: str | int | None = None,
     as_trained: bool = False,
     fast: bool = False,
-    announce: Announce = announced_nowhere,
 ) -> Scan:
     """Find every statistic of the tile, and the geometry once they are frozen.
 
@@ -70,7 +69,6 @@ def scan(
         output: key or index of the output that counts.
         as_trained: treat batch and instance norms as in train mode, where they are live.
         fast: skip the dye's confirmation; `Scan.looks` says so.
-        announce: called with ("scan", seconds) before a scan that will take long (normfix.scanning.durations).
 
     Raises:
         NormfixError: NF109 if the network does not run on the example, NF110 if `output` names no tensor.
@@ -87,9 +85,8 @@ def scan(
         require_network(model)
         example = default_example(model, caller)
     base = base_of(model, example, caller, as_trained=as_trained)
-    if announce is not announced_nowhere and not fast:
-        duration = Durations.of(base.network, example, base.caller).scan(graph=True)
-        announce_notable(announce, "scan", duration)
+    if is_told() and not fast:
+        tell_notable("scan", Durations.of(base.network, example, base.caller).scan(graph=True))
     return look(base.network, example, base.caller, fast=fast, graph=True).scan
 
 
