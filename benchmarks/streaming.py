@@ -95,7 +95,7 @@ def compare(ndim: int, size: int, tile: int, width: int, rivals: bool) -> None:
     items = Items.of([image, image], torch.device("cpu"), torch.float32)
     part = 3  # sequential passes of several images: time the first, middle and last site, which bound the sum
     chosen = [targets[0], targets[len(targets) // 2], targets[-1]]
-    one = seconds(lambda: measure_sites_(model, chosen, items, Caller(), lambda done, total: None))
+    one = seconds(lambda: measure_sites_(model, chosen, items, Caller()))
     passes = (one - 2 * untiled) / (2 * part) * len(targets)
     row("calibrate by sequential passes (extrapolated)", passes, untiled)
     from monai.inferers import SlidingWindowInferer

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from normfix.conversion.flatness import all_empty, judged, spread_in_groups
-from normfix.conversion.measuring import measure_sites_
+from normfix.conversion.measurement import measure_
 from normfix.conversion.planning import decide, replay
 from normfix.conversion.results import Calibration, Conversion
 from normfix.conversion.rewriting import rewrite
-from normfix.conversion.staged import StoredTarget, measure_streamed_
 from normfix.conversion.targets import site_target
 from normfix.errors import NormfixError
 from normfix.images.collections import Items
@@ -137,13 +136,12 @@ def convert(
         if sources is None:  # stages say themselves what they will take
             count = sum(d.measured for d in plan.converted)
             tell_notable("calibrate", durations.calibration(sizes, count))
-    if sources is None:
-        summary = _calibrate_(converted, plan, items, caller, progress)
-    else:
-        if blocks.tile is None:
-            blocks = blocks.sized(tile)
-        with resumable(blocks.store):
-            summary = _calibrate_in_stages_(converted, plan, sources, caller, blocks, seen.geometry, progress)
+    if blocks.tile is None and sources is not None:
+        blocks = blocks.sized(tile)
+    with resumable(blocks.store):
+        summary = _calibrate_(
+            converted, plan, items if sources is None else sources, caller, blocks, seen.geometry, progress
+        )
     if summary is not None:
         measured = [d for d in plan.converted if d.measured]
         sites = {d.site.id: site_target(converted, d, express=False) for d in measured}
@@ -198,15 +196,21 @@ def _example(model: nn.Module, items: Items | None, caller: Caller) -> Tensor:
 def _calibrate_(
     model: nn.Module,
     plan: Plan,
-    items: Items | None,
+    images: Items | Sequence[Image] | None,
     caller: Caller,
+    blocks: Blocks | None = None,
+    geometry: Geometry | None = None,
     progress: Progress = silent,
 ) -> CalibrationSummary | None:
-    """Measure what no original statistic can be carried over for."""
+    """Measure what no original statistic can be carried over for.
+
+    What was measured in stages is measured once more in other blocks under the stored statistics: the residual is of
+    the latter.
+    """
     fresh = [d for d in plan.converted if d.measured]
     if not fresh:
         return None
-    if items is None:
+    if images is None:
         site = fresh[0].site
         raise NormfixError(
             "NF203",
@@ -215,40 +219,13 @@ def _calibrate_(
             where=f"{site.owner or '(root)'} ({site.owner_class})",
         )
     targets = [site_target(model, d, express=True) for d in fresh]
+    measured = partial(measure_, model, targets, images, caller, geometry=geometry, progress=progress)
     with buffers_kept(model, but=[d.target for d in fresh]):
-        return measure_sites_(model, targets, items, caller.exactly, progress)
-
-
-def _calibrate_in_stages_(
-    model: nn.Module,
-    plan: Plan,
-    images: Sequence[Image],
-    caller: Caller,
-    blocks: Blocks,
-    geometry: Geometry | None,
-    progress: Progress,
-) -> CalibrationSummary | None:
-    """Measure in stages, and once more in other blocks under the stored statistics: the residual is of the latter."""
-    fresh = [d for d in plan.converted if d.measured]
-    if not fresh:
-        return None
-    targets = [site_target(model, d, express=True) for d in fresh]
-    with buffers_kept(model, but=[d.target for d in fresh]):
-        summary = measure_streamed_(
-            model, targets, images, caller, blocks, geometry=geometry, progress=progress
-        )
-    if summary.engine == "passes":  # which re-measure anyway
+        summary = measured(blocks)
+    if blocks is None or summary.engine == "passes":  # which re-measure anyway
         return summary
-    tile = tuple(n - n // 4 for n in blocks.extents(len(images[0].shape) - 2))
-    return measure_streamed_(
-        model,
-        [StoredTarget(target) for target in targets],
-        images,
-        caller,
-        replace(blocks, tile=tile),
-        geometry=geometry,
-        progress=progress,
-    )
+    tile = tuple(n - n // 4 for n in blocks.extents(len(summary.images[0]) - 2))
+    return measured(replace(blocks, tile=tile), stored=True)
 
 
 @dataclass(frozen=True, slots=True)

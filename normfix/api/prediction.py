@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from normfix.conversion.staged import measure_streamed_
+from normfix.conversion.measurement import measure_
 from normfix.conversion.targets import site_target
 from normfix.errors import NormfixError
 from normfix.images.collections import Items
@@ -248,7 +248,7 @@ class _Prediction:
         model, caller = copy_of(self.model), self.known.caller
         targets = [site_target(model, d, express=False) for d in provenance.plan.converted if d.measured]
         if targets:
-            measure_streamed_(model, targets, [self.image], caller, self.blocks, geometry=self.geometry)
+            measure_(model, targets, [self.image], caller, self.blocks, geometry=self.geometry)
         return model
 
 

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from normfix.conversion.flatness import all_empty, flat_before, judged
-from normfix.conversion.masks import Mask, ignored_pixels, masked
-from normfix.conversion.measuring import measure_sites_
+from normfix.conversion.masks import Mask
+from normfix.conversion.measurement import measure_
 from normfix.conversion.results import Calibration
-from normfix.conversion.sampling import measure_sampled_
-from normfix.conversion.staged import measure_streamed_
+from normfix.conversion.sampling import Sample
 from normfix.conversion.targets import NormTarget, Target, planned_targets
 from normfix.errors import NormfixError
 from normfix.images.collections import Items
 from normfix.images.opening import Wholes, sources_of
-from normfix.images.sources import Image, TensorImage
+from normfix.images.sources import Image
 from normfix.layers.moments import Moments
 from normfix.networks.calling import Caller, home_of
 from normfix.networks.copying import copy_of, twin_of
@@ -37,7 +33,6 @@ from normfix.scanning.known import ForwardFn
 from normfix.scanning.scan import look
 from normfix.scanning.sites import survey
 from normfix.tiling.geometry import geometry_of
-from normfix.tiling.grid import Geometry
 from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stitching import padded
 
@@ -160,15 +155,19 @@ def _measured(
         targets = _batch_norms(
             model, fitting_example(model, next(iter(items or Wholes(sources or ()))), caller), caller
         )
-    work = _Work(model, targets, caller, geometry, progress)
     # what is flat in the running statistics of a trained network is no news
     trained = flat_before([t for t in targets if _is_trained(known, t.name)])
-    passes = items is not None and not blocks.asked and sample is None
-    if passes and items is not None and mask is None:
-        summary = work.in_passes(items)
-    else:
-        sources = sources or [TensorImage(image) for image in items or ()]
-        summary = work.of_sources(sources, mask, None if passes else blocks, sample, seed)
+    summary = measure_(
+        model,
+        targets,
+        items if items is not None else sources or (),
+        caller,
+        blocks,
+        geometry=geometry,
+        mask=mask,
+        sample=None if sample is None else Sample(sample, seed),
+        progress=progress,
+    )
     first = next(iter(items if items is not None else (middle_of(source) for source in sources or ())))
     judgement = judged(
         model,
@@ -182,60 +181,6 @@ def _measured(
         empty=all_empty(items if items is not None else sources or ()),
     )
     return model, judgement, targets
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """Sites to measure anew, and how the network is called."""
-
-    model: nn.Module
-    targets: Sequence[Target]
-    caller: Caller
-    geometry: Geometry | None
-    progress: Progress
-
-    def in_passes(self, items: Items) -> CalibrationSummary:
-        """Measure in passes over whole images."""
-        if self.geometry is not None:
-            items = replace(items, prepare=partial(padded, geometry=self.geometry))
-        return measure_sites_(self.model, self.targets, items, self.caller, self.progress)
-
-    def of_sources(
-        self,
-        sources: Sequence[Image],
-        mask: Mask | Sequence[Mask] | None,
-        blocks: Blocks | None,
-        sample: float | None,
-        seed: int,
-    ) -> CalibrationSummary:
-        """Measure in stages, on a sample or without what masks ignore; without blocks in passes."""
-        with ExitStack() as opened:  # mask files
-            ignored: tuple[int, ...] = ()
-            if mask is not None:
-                sources = list[Image](masked(sources, mask, opened))
-                ignored = tuple(map(ignored_pixels, sources))
-            if sample is not None and blocks is not None:
-                summary = measure_sampled_(
-                    self.model,
-                    self.targets,
-                    sources,
-                    self.caller,
-                    blocks,
-                    geometry=self.geometry,
-                    tolerance=sample,
-                    seed=seed,
-                )
-            else:
-                summary = measure_streamed_(
-                    self.model,
-                    self.targets,
-                    sources,
-                    self.caller,
-                    blocks,
-                    geometry=self.geometry,
-                    progress=self.progress,
-                )
-            return replace(summary, ignored=ignored)
 
 
 def _is_trained(known: Provenance | None, site: str) -> bool:

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from normfix.conversion.masks import Mask
-from normfix.conversion.staged import remeasure
-from normfix.conversion.targets import HoldsConstants, LayerGone
+from normfix.conversion.measurement import measure_
+from normfix.conversion.targets import HoldsConstants, LayerGone, planned_targets
 from normfix.errors import NormfixError
 from normfix.images.collections import Items
 from normfix.images.opening import sources_of
@@ -183,8 +183,16 @@ def _residual(
 ) -> ProofStep:
     """Re-measure every converted site, also those whose statistics the original had: weights may have changed."""
     try:
-        summary = remeasure(
-            subject.model, subject.plan, images, subject.caller, geometry=geometry, mask=mask, blocks=blocks
+        targets = planned_targets(subject.model, subject.plan)
+        summary = measure_(
+            subject.model,
+            targets,
+            images,
+            subject.caller,
+            blocks,
+            geometry=geometry,
+            mask=mask,
+            stored=True,
         )
     except HoldsConstants as error:
         return unmeasured("residual", CONSISTENT, "inconclusive", str(error))
