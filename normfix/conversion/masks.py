@@ -23,16 +23,15 @@ from normfix.images.sources import Image, TensorImage
 from normfix.images.windows import ScaledImage
 from normfix.tiling.stages.masks import Masked, mask_of
 
-__all__ = ["Mask", "ignored_pixels", "masked", "open_mask", "require_maskable"]
+__all__ = ["ESTIMATED", "Mask", "ignored_pixels", "masked", "open_mask", "require_maskable"]
 
 Mask = Tensor | np.ndarray[Any, Any] | Path | str | Image
 """Nonzero where a pixel is ignored; of the image's extents, with or without leading axes of extent 1."""
 
-_LAWS = frozenset({"mean", "variance", "deviation", "variance_mean", "deviation_mean"}) | {
-    "maximum",
-    "minimum",
-    "extremes",
-}
+ESTIMATED = frozenset({"mean", "variance", "deviation", "variance_mean", "deviation_mean"})
+"""Laws whose value over a part of the pixels estimates that over all."""
+
+_LAWS = ESTIMATED | {"maximum", "minimum", "extremes"}
 """Laws of values that do not grow with the number of pixels."""
 
 

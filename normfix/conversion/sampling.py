@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfix.conversion.masks import ESTIMATED
 from normfix.conversion.staged import measure_in_stages_
 from normfix.conversion.targets import NormTarget, StatisticTarget, Target, TargetAround
 from normfix.errors import NormfixError
@@ -39,9 +40,6 @@ __all__ = ["Sample", "measure_sampled_"]
 
 _FIRST = 16
 """Blocks of the first sample: fewer say little of how much blocks differ."""
-
-_LAWS = frozenset({"mean", "variance", "deviation", "variance_mean", "deviation_mean"})
-"""Laws whose value over a sample estimates that over all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +89,7 @@ def measure_sampled_(
             where=f"sample={sample.tolerance!r}",
         )
     for target in targets:
-        if isinstance(target, StatisticTarget) and target.spec.law not in _LAWS:
+        if isinstance(target, StatisticTarget) and target.spec.law not in ESTIMATED:
             raise NormfixError(
                 "NF139",
                 f"a sample of blocks says nothing of its {target.spec.law}. Calibrate on all of the images.",
