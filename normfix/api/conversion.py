@@ -14,14 +14,14 @@ from normfix.conversion.flatness import all_empty, judged, spread_in_groups
 from normfix.conversion.measurement import measure_
 from normfix.conversion.planning import decide, replay
 from normfix.conversion.results import Calibration, Conversion
-from normfix.conversion.rewriting import rewrite
+from normfix.conversion.rewriting import rewrite, rewrite_
 from normfix.conversion.targets import site_target
 from normfix.errors import NormfixError
 from normfix.images.collections import Items
 from normfix.images.opening import sources_of
 from normfix.images.sources import Image, TensorImage
 from normfix.networks.calling import Caller, buffers_kept, evaluating, home_of
-from normfix.networks.examples import default_example, fitting_example
+from normfix.networks.copying import double_of
 from normfix.networks.graph.program import require_free
 from normfix.networks.numerics import HALF, exact_arithmetic
 from normfix.networks.provenance import attach_
@@ -112,14 +112,14 @@ def convert(
     if sources is not None:
         images = [middle_of(sources[0])]
     items = None if images is None else Items.of(cast(_Tensors, images), *home)
-    example = _example(model, items, caller)
-    ready = base_of(model, example, caller, as_trained=as_trained)
-    base, caller = ready.network, ready.caller
+    first = None if items is None else next(iter(items))
+    ready = base_of(model, first, caller, as_trained=as_trained)
+    base, caller, example = ready.network, ready.caller, ready.example
     durations = Durations.of(base, example, caller) if is_told() else None
     if durations is not None:
         tell_notable("scan", durations.scan(graph=False))
     progress("scan", 0, 1)
-    seen = look(base, example, caller)
+    seen = look(ready.copy(), example, caller)
     progress("scan", 1, 1)
     if plan is None:
         plan = decide(seen.scan.sites, model=seen.scan.model, to=to, keep=keep)
@@ -129,7 +129,7 @@ def convert(
         items = replace(items, like=tuple(example.shape))
     if items is not None and seen.geometry is not None:
         items = replace(items, prepare=partial(padded, geometry=seen.geometry))
-    converted = rewrite(base, plan)
+    converted = rewrite_(ready.copy(), plan)
     sizes: list[tuple[int, ...]] = []
     if durations is not None:
         sizes = [tuple(image.shape[2:]) for image in items or [example]]
@@ -184,13 +184,6 @@ def convert(
     )
     calibration = None if summary is None else Calibration(converted, summary)
     return Conversion(converted, plan, seen.scan, calibration, proof, caller, base)
-
-
-def _example(model: nn.Module, items: Items | None, caller: Caller) -> Tensor:
-    """Return what to scan with: of the first image, if there is any."""
-    if items is None:
-        return default_example(model, caller)
-    return fitting_example(model, next(iter(items)), caller)
 
 
 def _calibrate_(
@@ -261,9 +254,13 @@ class _Work:
                 tuple(self.example.shape[2:]),
                 self.tile,
                 self.original,
+                self.seen.cross,
+                double_of(self.converted, self.seen.double),
             )
             verdict = subject.verdict(first)
-            pair = self.caller.exactly(self.converted, first), self.caller.exactly(self.original, first)
+            # in float64 without casts on the way, which tiles are compared with
+            run = subject.run if dtype != torch.float64 else partial(self.caller.in_double, self.converted)
+            pair = run(first), self.caller.exactly(self.original, first)
             steps = (
                 self._identity(first, pair),
                 residual(self.summary, dtype),

@@ -22,6 +22,7 @@ from normfix.layers.moments import Moments
 from normfix.networks.calling import Caller, home_of
 from normfix.networks.copying import copy_of, twin_of
 from normfix.networks.examples import fitting_example
+from normfix.networks.intake import Intake
 from normfix.networks.provenance import provenance_of
 from normfix.networks.surroundings import undisturbed
 from normfix.proof.subject import middle_of
@@ -153,7 +154,9 @@ def _measured(
             )
     else:
         targets = _batch_norms(
-            model, fitting_example(model, next(iter(items or Wholes(sources or ()))), caller), caller
+            model,
+            fitting_example(model, next(iter(items or Wholes(sources or ()))), Intake(model, caller)),
+            caller,
         )
     # what is flat in the running statistics of a trained network is no news
     trained = flat_before([t for t in targets if _is_trained(known, t.name)])

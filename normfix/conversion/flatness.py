@@ -116,7 +116,7 @@ def judged(
         places = {*site.flat, *divided.get(site.site, ())} - (known or {}).get(site.site, frozenset())
         sites.append(replace(site, flat=tuple(sorted(places))))
     by_name = {target.name: target for target in targets}
-    found = [(_EMPTY_IMAGES, empty)] if empty else []
+    found: list[tuple[Finding, bool]] = [(_EMPTY_IMAGES, True)] if empty else []
     refused = _is_dead if allow is False else _is_all_flat
     for site in sites:
         if site.flat:

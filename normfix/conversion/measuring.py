@@ -8,6 +8,7 @@ Measuring all sites in one pass with live statistics is not the same thing, howe
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -22,7 +23,7 @@ from normfix.networks.numerics import exact_arithmetic
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.progress import Progress, silent
 
-__all__ = ["measure_sites_", "remeasure_sites", "restoring_on_error"]
+__all__ = ["freeze_sites_", "measure_sites_", "remeasure_sites", "restoring_on_error"]
 
 Run = Callable[[nn.Module, Tensor], Tensor]
 
@@ -62,6 +63,12 @@ def measure_sites_(
     return summary
 
 
+def freeze_sites_(model: nn.Module, targets: Sequence[Target], image: Tensor, run: Run) -> None:
+    """Freeze the targets at what they measure on one image, in one pass; see measure_sites_."""
+    with evaluating(model), exact_arithmetic(), restoring_on_error(targets):
+        _freeze_as_it_goes(model, targets, [image], run)
+
+
 def remeasure_sites(
     model: nn.Module, targets: Sequence[Target], images: Iterable[Tensor], run: Run
 ) -> CalibrationSummary:
@@ -73,17 +80,19 @@ def remeasure_sites(
 def _freeze_as_it_goes(
     model: nn.Module, targets: Sequence[Target], images: Iterable[Tensor], run: Run
 ) -> None:
-    reached: set[str] = set()
+    calls = Counter[str]()
 
     def observe(target: Target, part: object) -> None:
-        if target.name not in reached:  # statistics come from one call; a second is a fault found below
+        if target.name not in calls:  # statistics come from one call; a second is a fault found below
             target.store([part])
-        reached.add(target.name)
+        calls[target.name] += 1
 
     with _observed(targets, observe):
         for image in images:
             run(model, image)
-    _require_reached(targets, reached)
+    for target in targets:
+        if calls[target.name] != 1:
+            raise _call_count(target, calls[target.name], 1)
 
 
 class _Reached(BaseException):
@@ -101,7 +110,8 @@ def _parts(model: nn.Module, target: Target, images: Iterable[Tensor], run: Run)
         for number, image in enumerate(images, start=1):
             with suppress(_Reached):
                 run(model, image)
-            _require_reached([target], {target.name} if len(parts) == number else set())
+            if len(parts) != number:
+                raise _call_count(target, 0, 1)
     return parts
 
 
@@ -150,12 +160,6 @@ def restoring_on_error(targets: Sequence[Target]) -> Iterator[None]:
             for target, state in zip(targets, before, strict=True):
                 target.module.load_state_dict(state)
         raise
-
-
-def _require_reached(targets: Sequence[Target], reached: set[str]) -> None:
-    for target in targets:
-        if target.name not in reached:
-            raise _call_count(target, 0, 1)
 
 
 def _call_count(target: Target, calls: int, expected: int) -> Unreached:

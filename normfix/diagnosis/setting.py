@@ -18,7 +18,6 @@ from normfix.errors import NormfixError
 from normfix.images.scaling import scaled
 from normfix.networks.calling import Caller, evaluating, home_of, refusals
 from normfix.networks.copying import as_trained_copy, copy_of, twin_of
-from normfix.networks.examples import fitting_example
 from normfix.proof.indicators import recognise
 from normfix.records.diagnoses import Kind, Tiling
 from normfix.records.progress import Progress
@@ -72,15 +71,14 @@ def prepare(
         NormfixError: NF601 if no geometry can be measured even with everything global held constant, NF602 for
             a tiling that does not fit the image.
     """
-    example = fitting_example(model, image, caller)
-    ready = base_of(model, example, caller)
-    base, caller = ready.network, ready.caller
+    ready = base_of(model, image, caller)
+    base, caller, example = ready.network, ready.caller, ready.example
     training = [name for name, m in base.named_modules() if isinstance(m, _NormBase) and m.training]
-    seen = look(base, example, caller)
+    seen = look(ready.copy(), example, caller)
     local = {
         s.id for s in seen.scan.sites if not s.live and s.layer is None
     }  # measured, whatever their names say
-    evaluated, trained = copy_of(base).eval(), _as_used(base, training).eval()
+    evaluated, trained = ready.copy().eval(), _as_used(base, training).eval()
     live = {
         mode: tuple(s for s in _sites(net, example, caller) if s.live and s.id not in local)
         for mode, net in ((False, evaluated), (True, trained))

@@ -34,6 +34,7 @@ __all__ = [
     "refusals",
     "require_network",
     "resized",
+    "take_buffers_",
 ]
 
 
@@ -279,10 +280,19 @@ def buffers_kept(model: nn.Module, but: Sequence[str] = ()) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in before and buffer.shape == before[name].shape:
-                    buffer.copy_(before[name])
+        _fill_buffers_(model, before)
+
+
+def take_buffers_(model: nn.Module, other: nn.Module) -> None:
+    """Give the buffers of a copy the values of the network that it was made of."""
+    _fill_buffers_(model, dict(other.named_buffers()))
+
+
+def _fill_buffers_(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name in values and buffer.shape == values[name].shape:
+                buffer.copy_(values[name])
 
 
 def require_network(model: object) -> None:

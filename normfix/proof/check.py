@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from normfix.errors import NormfixError
 from normfix.images.collections import Items
 from normfix.networks.calling import Caller, home_of
-from normfix.networks.copying import copy_of, twin_of
+from normfix.networks.copying import double_of, twin_of
 from normfix.networks.numerics import exact_arithmetic, settings
 from normfix.networks.surroundings import undisturbed
 from normfix.proof.comparison import Network, compare, undecided
@@ -19,6 +20,7 @@ from normfix.records.verdicts import Verdict
 from normfix.scanning.known import ForwardFn, known_of, with_halo
 from normfix.tiling.geometry import geometry_of, thinnest
 from normfix.tiling.grid import Geometry
+from normfix.tiling.recall import Recalling
 
 __all__ = ["assert_tile_invariant", "check", "compare_with"]
 
@@ -76,7 +78,7 @@ def check(
         return undecided(known.scan)
     (item,) = Items.of(image, *home_of(model), like=known.scan.example)
     return compare_with(
-        model,
+        twin_of(model),
         known.caller,
         item,
         geometry,
@@ -119,19 +121,36 @@ def compare_with(
     threshold: float | None = None,
     exact_halo: Sequence[tuple[int, int]] | None = None,
     live: Sequence[str] = (),
+    run: Callable[[Tensor], Tensor] | None = None,
+    cross: Sequence[int] = (),
+    double: nn.Module | None = None,
 ) -> Verdict:
-    """Run `checking.compare` on copies of a model in its own dtype and in float64."""
-    tested = twin_of(model)
-    double = copy_of(tested).double()
-    device, dtype = home_of(tested)
-    network = Network(lambda x: caller(tested, x), lambda x: caller.in_double(double, x), dtype)
+    """Run `comparison.compare` on a model and a copy of it in float64.
+
+    Args:
+        model: a copy in eval mode.
+        caller: calls it.
+        image: as for `compare`, as are the others up to `live`.
+        geometry: its halo is the one under test.
+        tile: pixels per axis.
+        threshold: largest difference, in sd.
+        exact_halo: the measured halo.
+        live: names of live sites.
+        run: runs the model, and may recall what it gave.
+        cross: extents of the thinnest strip that it runs on; default: they are tried.
+        double: a copy of it in float64; default: one is made.
+    """
+    double = double_of(model) if double is None else double
+    device, dtype = home_of(model)
+    tested = Recalling(partial(caller, model)) if run is None else run
+    network = Network(tested, partial(caller.in_double, double), dtype)
     with exact_arithmetic():
         return compare(
             network,
             image,
             geometry,
             tile=tile,
-            cross=thinnest(network.double, image.double(), geometry),
+            cross=cross or thinnest(network.double, image.double(), geometry),
             threshold=threshold,
             exact_halo=exact_halo,
             live=live,

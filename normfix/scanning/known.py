@@ -12,7 +12,6 @@ from normfix.errors import NormfixError
 from normfix.images.collections import Items
 from normfix.images.sources import Image
 from normfix.networks.calling import Caller, home_of
-from normfix.networks.examples import fitting_example
 from normfix.networks.graph.program import require_free
 from normfix.networks.provenance import is_current, provenance_of
 from normfix.records.sites import Scan
@@ -49,9 +48,8 @@ def known_of(
     if not isinstance(image, Tensor):
         image = image.read([(0, min(n, 1024)) for n in image.shape[2:]])
     (item,) = Items.of(image, *home_of(model))
-    example = fitting_example(model, item, caller)
-    base = base_of(model, example, caller)
-    scan = look(base.network, example, base.caller).scan
+    base = base_of(model, item, caller)
+    scan = look(base.copy(), base.example, base.caller).scan
     return Known(base.caller, scan, tuple(site.id for site in scan.live))
 
 

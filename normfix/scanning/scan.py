@@ -9,13 +9,12 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from normfix.conversion.measuring import measure_sites_
+from normfix.conversion.measuring import freeze_sites_
 from normfix.conversion.planning import decide
-from normfix.conversion.rewriting import rewrite
+from normfix.conversion.rewriting import rewrite_
 from normfix.conversion.targets import site_target
-from normfix.networks.calling import Caller, class_of, refusals, require_network
+from normfix.networks.calling import Caller, class_of, refusals
 from normfix.networks.copying import copy_of
-from normfix.networks.examples import default_example
 from normfix.networks.numerics import exact_arithmetic
 from normfix.networks.surroundings import undisturbed
 from normfix.records.plans import Plan
@@ -44,10 +43,16 @@ _PROVED = "nothing was captured: what follows is proved, so the other looks are 
 
 @dataclass(frozen=True, slots=True)
 class Scanned:
-    """A scan and the geometry in numbers."""
+    """A scan, the geometry in numbers, and what it was measured on.
+
+    `cross` are the extents of the thinnest strip that the network runs on, () where they are not those of its strides;
+    `double` the network in float64 with every site frozen, for who can use it again.
+    """
 
     scan: Scan
     geometry: Geometry | None
+    cross: tuple[int, ...] = ()
+    double: nn.Module | None = None
 
 
 @undisturbed()
@@ -81,13 +86,10 @@ def scan(
         (['1/0/instance_norm/0'], ((1, 1), (1, 1)), False)
     """
     caller = Caller(forward_fn, output)
-    if example is None:
-        require_network(model)
-        example = default_example(model, caller)
-    base = base_of(model, example, caller, as_trained=as_trained)
+    base = base_of(model, None, caller, example=example, as_trained=as_trained)
     if is_told() and not fast:
-        tell_notable("scan", Durations.of(base.network, example, base.caller).scan(graph=True))
-    return look(base.network, example, base.caller, fast=fast, graph=True).scan
+        tell_notable("scan", Durations.of(base.network, base.example, base.caller).scan(graph=True))
+    return look(base.copy(), base.example, base.caller, fast=fast, graph=True).scan
 
 
 def plan(scan: Scan, to: Literal["frozen", "batchrenorm"] = "frozen", keep: Sequence[str] = ()) -> Plan:
@@ -105,18 +107,19 @@ def plan(scan: Scan, to: Literal["frozen", "batchrenorm"] = "frozen", keep: Sequ
 
 
 def look(
-    base: nn.Module, example: Tensor, caller: Caller, *, fast: bool = False, graph: bool = False
+    probe: nn.Module, example: Tensor, caller: Caller, *, fast: bool = False, graph: bool = False
 ) -> Scanned:
-    """Scan a materialised network on CPU in float32 (geometry in float64 too); not modified.
+    """Scan a materialised network on CPU in float32 (geometry in float64 too).
 
     Args:
-        base: as base_of gives it.
+        probe: a copy of what base_of gives; it is moved and rewritten, and nobody's after that.
         example: (N, C, *space).
         caller: calls it.
         fast: leave out the dye and the graph.
         graph: capture its graph as well, which takes seconds.
     """
-    probe = copy_of(base).cpu().float().eval()
+    name = class_of(probe)
+    probe.cpu().float().eval()
     material = example[:1].detach().cpu().float()
     positions = Positions()
     with exact_arithmetic():
@@ -142,11 +145,11 @@ def look(
             compared=dyed.compared,
             wraps=positions.may_wrap(),
         )
-        seen = _measured(probe, class_of(base), doubts, merged, found, material, caller, fast=fast)
+        seen = _measured(probe, name, doubts, merged, found, material, caller, fast=fast)
     geometry, locality = seen.locality.geometry, seen.locality
     return Scanned(
         Scan(
-            model=class_of(base),
+            model=name,
             example=tuple(example.shape),
             sites=seen.sites,
             uncalled=found.uncalled,
@@ -162,6 +165,8 @@ def look(
             findings=found.findings + seen.findings + locality.findings,
         ),
         geometry,
+        locality.cross if geometry is not None and geometry.stride == locality.grid else (),
+        seen.double,
     )
 
 
@@ -173,6 +178,7 @@ class _Measured:
     locality: Locality
     findings: tuple[Finding, ...]
     invariant: bool
+    double: nn.Module | None = None
 
 
 def _measured(
@@ -198,11 +204,12 @@ def _measured(
         locality = _unmeasured(everything, found, material)
     else:
         locality = bench.measured(found.dilution, doubts, fast=fast)
+    double = None if bench is None else bench.twin
     if locality.steady and bench is not None:
         open_bounds = [bound for bound in doubts.bounds if not bench.crosses(bound, locality)]
         findings = doubts.explained(merged.findings, open_bounds)
         live = any(site.live for site in trial)
-        return _Measured(trial, locality, findings, not live and not open_bounds)
+        return _Measured(trial, locality, findings, not live and not open_bounds, double)
     everything = decide(merged.sites, model=name, to="frozen")
     if everything.left_live:
         locality = _unmeasured(everything, found, material)
@@ -211,7 +218,7 @@ def _measured(
     )
     live = any(site.live for site in merged.sites)
     sound = not live and not doubts.operations and not doubts.placed and not doubts.bounds
-    return _Measured(merged.sites, locality, merged.findings + unsettled, sound)
+    return _Measured(merged.sites, locality, merged.findings + unsettled, sound, double)
 
 
 def _graph(
@@ -271,6 +278,7 @@ class _Bench:
 
     single: Callable[[Tensor], Tensor]
     double: Callable[[Tensor], Tensor]
+    twin: nn.Module
     example: Tensor
 
     def measured(self, dilution: Sequence[int], doubts: Doubts, *, fast: bool) -> Locality:
@@ -303,9 +311,9 @@ class _Bench:
 
 
 def _bench(probe: nn.Module, everything: Plan, found: Survey, caller: Caller, example: Tensor) -> _Bench:
-    frozen = rewrite(probe, everything)
+    frozen = rewrite_(probe, everything)
     fresh = [d for d in everything.converted if d.measured]
-    small = found.sizes(example)[:1]
-    measure_sites_(frozen, [site_target(frozen, d, express=False) for d in fresh], small, caller)
+    small = found.sizes(example)[0]
+    freeze_sites_(frozen, [site_target(frozen, d, express=False) for d in fresh], small, caller)
     double = copy_of(frozen).double()
-    return _Bench(lambda x: caller(frozen, x), lambda x: caller.in_double(double, x), example)
+    return _Bench(lambda x: caller(frozen, x), lambda x: caller.in_double(double, x), double, example)

@@ -476,12 +476,12 @@ def test_changed_neighbour_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     from normfix.conversion import rewriting
 
     def careless(model: nn.Module, plan: normfix.Plan) -> nn.Module:
-        result = rewriting.rewrite(model, plan)
+        result = rewriting.rewrite_(model, plan)
         with torch.no_grad():
             result[0].weight.mul_(1 + 1e-6)
         return result
 
-    monkeypatch.setattr(conversion, "rewrite", careless)
+    monkeypatch.setattr(conversion, "rewrite_", careless)
     done = normfix.convert(build("instance"), image())
     assert done.proof.step("untouched").status == "failed"
 
