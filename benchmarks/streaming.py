@@ -95,7 +95,7 @@ def compare(ndim: int, size: int, tile: int, width: int, rivals: bool) -> None:
     items = Items.of([image, image], torch.device("cpu"), torch.float32)
     part = 3  # sequential passes of several images: time the first, middle and last site, which bound the sum
     chosen = [targets[0], targets[len(targets) // 2], targets[-1]]
-    one = seconds(lambda: measure_sites_(model, chosen, items, Caller(), lambda done, total: None))
+    one = seconds(lambda: measure_sites_(model, chosen, items, Caller()))
     passes = (one - 2 * untiled) / (2 * part) * len(targets)
     row("calibrate by sequential passes (extrapolated)", passes, untiled)
     from monai.inferers import SlidingWindowInferer
@@ -154,11 +154,12 @@ def grown(size: int, tile: int, width: int, budget: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         normfix.calibrate_(model, small, tile=tile)
-        normfix.write_prediction(model, small, place / "small.zarr", tile)
-        calibrated = seconds(lambda: normfix.calibrate_(model, image, tile=tile, budget=budget, store=place))
+        normfix.write_prediction(model, small, place / "small.zarr", tile, engine="stages")
+        blocks = normfix.Blocks(budget=budget, store=place)
+        calibrated = seconds(lambda: normfix.calibrate_(model, image, tile, blocks=blocks))
         predicted = seconds(
             lambda: normfix.write_prediction(
-                model, image, place / "out.zarr", tile, budget=budget, store=place
+                model, image, place / "out.zarr", tile, engine="stages", blocks=blocks
             )
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -88,7 +88,8 @@ CODES: dict[str, str] = {
     "map's positions stand for. A position counts where none of its pixels is ignored. Nonzero means ignored; an "
     "inverted mask is the usual cause.",
     "NF139": "Some statistics mean nothing for a part of the image: sums and norms over space grow with the number of "
-    "pixels, a median or a matrix product has no law, and rows are no map. With a mask or a sample they are refused.",
+    "pixels, a median or a matrix product has no law, and rows are no map. With a mask or a sample they are refused, "
+    "and so are networks that cannot run in stages, for only there pixels are ignored.",
     "NF140": "A sample is drawn from the blocks of a converted network's images, until the standard errors of all "
     "statistics are at most --sample sd. Statistics of a sample are estimates: the record says so.",
     "NF141": "A file may hold several images (series of a TIFF, images of an OME-Zarr). Which is meant is not guessed: "
@@ -278,6 +279,7 @@ CODES: dict[str, str] = {
     "output, so nothing portable was written. Save the normfix folder instead.",
     "NF413": "Pushing goes through huggingface_hub: the folder must be one that normfix saved, its proof must have "
     "passed, and the token (HF_TOKEN, or hf auth login) must be allowed to write to the repository.",
+    "NF414": "Blocks have one size: tile=, or that of normfix.Blocks.",
     # 5xx: saving
     "NF501": "Nothing is written that was not proved. See which step failed and where; --partial writes it "
     "all the same, with what remains live stated. Sites that were refused, as no constant can replace them, do "

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from normfix.conversion.flatness import all_empty, judged, spread_in_groups
-from normfix.conversion.measuring import measure_sites_
+from normfix.conversion.measurement import measure_
 from normfix.conversion.planning import decide, replay
 from normfix.conversion.results import Calibration, Conversion
 from normfix.conversion.rewriting import rewrite, rewrite_
-from normfix.conversion.staged import StoredTarget, measure_streamed_
 from normfix.conversion.targets import site_target
 from normfix.errors import NormfixError
 from normfix.images.collections import Items
@@ -33,23 +31,22 @@ from normfix.proof.steps import identity, residual, shift, tile_exactness, untou
 from normfix.proof.subject import Subject, middle_of
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.plans import Action, Plan
+from normfix.records.progress import Progress, silent
 from normfix.records.saved import Provenance, Scaling, Source
 from normfix.records.sites import Site
 from normfix.records.verdicts import ImageShift, Proof, ProofStep
 from normfix.scanning.base import base_of
-from normfix.scanning.durations import Announce, Durations, announce_notable, announced_nowhere
+from normfix.scanning.durations import Durations, is_told, tell_notable
+from normfix.scanning.known import ForwardFn
 from normfix.scanning.scan import Scanned, look
 from normfix.scanning.sites import survey
 from normfix.tiling.grid import Geometry
-from normfix.tiling.stages.options import engine_of
-from normfix.tiling.stages.outlook import Watch
-from normfix.tiling.stages.resources import BLOCK_EXTENTS, Resources
+from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stages.resuming import resumable
 from normfix.tiling.stitching import padded
 
 __all__ = ["convert"]
 
-Progress = Callable[[str, int, int], None]
 _Tensors = Tensor | Iterable[Tensor]
 
 
@@ -61,24 +58,13 @@ def convert(
     *,
     plan: Plan | None = None,
     keep: Sequence[str] = (),
-    example: Tensor | None = None,
-    scaling: Scaling | None = None,
-    source: Source | None = None,
-    forward_fn: Callable[[nn.Module, Tensor], Any] | None = None,
+    forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
     as_trained: bool = False,
     allow_flat: bool = False,
     tile: int | None = None,
-    budget: int | None = None,
-    store: Path | None = None,
-    workers: int = 1,
-    engine: Literal["local", "dask"] = "local",
-    scheduler: str | None = None,
-    watch: Watch | None = None,
-    progress: Progress = lambda stage, done, total: None,
-    announce: Announce = announced_nowhere,
+    blocks: Blocks | None = None,
+    progress: Progress = silent,
 ) -> Conversion:
     """Convert a network's live statistics to constants measured on whole images, and prove the result.
 
@@ -89,27 +75,17 @@ def convert(
         to: "frozen" (constants) or "batchrenorm" (constants in eval, trainable at small batches).
         plan: a reviewed plan to replay, instead of `to` and `keep`.
         keep: shell-style patterns of owner paths to leave alone.
-        example: what to scan with; default: the middle of the first image.
-        scaling: how the images were scaled, to travel with the model.
-        source: where the architecture comes from, to travel with the model.
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
-        device: where to compute; default: where the model is.
-        dtype: what to compute in; default: the model's own.
         as_trained: treat batch and instance norms as in train mode, where they are live.
         allow_flat: keep a statistic that is divided by and that is at or below eps on every image; it is named in the
             calibration. Without, it is refused.
         tile: size of the tiles to prove with; default: a quarter of the image, at most 256.
-        budget: bytes of memory for values between stages. With it, a store, or images read by window, statistics are
-            measured in stages over all of every image and then re-measured in other blocks; what needs whole
-            forward passes is proved on the middle of the first image.
-        store: folder where values between stages are kept on disk and stages that were stopped are continued from.
-        workers: blocks computed at a time in stages.
-        engine: "dask" computes blocks on a cluster; needs `scheduler` and a `store` that all of it sees.
-        scheduler: address of a dask scheduler.
-        watch: is told what stages will take, and of each block.
+        blocks: how to measure in stages. With a size, a budget, a store or a cluster, or for images read by window,
+            statistics are measured in stages over all of every image, in blocks of `tile` if they state no size, and
+            then re-measured in other blocks; what needs whole forward passes is proved on the middle of the first
+            image.
         progress: called with (stage, done, total).
-        announce: called with (stage, seconds) before a stage that will take long (normfix.scanning.durations).
 
     Returns:
         The conversion; `.proof.passed` tells whether it may be relied on, `.proof.partial` that all but refused
@@ -128,22 +104,20 @@ def convert(
     """
     require_free(model)
     caller = Caller(forward_fn, output)
-    home = _home(model, device, dtype)
+    home = home_of(model)
     sources = sources_of(images)
-    crew = engine_of(engine, scheduler, store, workers)
-    staged = budget is not None or store is not None or crew.shared
-    if staged and images is not None and sources is None:
+    blocks = blocks or Blocks()
+    if blocks.asked and images is not None and sources is None:
         sources = [TensorImage(image) for image in Items.of(cast(_Tensors, images), *home)]
     if sources is not None:
         images = [middle_of(sources[0])]
     items = None if images is None else Items.of(cast(_Tensors, images), *home)
     first = None if items is None else next(iter(items))
-    ready = base_of(model, first, caller, example=example, device=device, dtype=dtype, as_trained=as_trained)
+    ready = base_of(model, first, caller, as_trained=as_trained)
     base, caller, example = ready.network, ready.caller, ready.example
-    durations = None
-    if announce is not announced_nowhere:
-        durations = Durations.of(base, example, caller)
-        announce_notable(announce, "scan", durations.scan(graph=False))
+    durations = Durations.of(base, example, caller) if is_told() else None
+    if durations is not None:
+        tell_notable("scan", durations.scan(graph=False))
     progress("scan", 0, 1)
     seen = look(ready.copy(), example, caller)
     progress("scan", 1, 1)
@@ -155,28 +129,19 @@ def convert(
         items = replace(items, like=tuple(example.shape))
     if items is not None and seen.geometry is not None:
         items = replace(items, prepare=partial(padded, geometry=seen.geometry))
-    converted = rewrite_(ready.copy(), plan).to(device=device, dtype=dtype)
-    report = partial(progress, "calibrate")
+    converted = rewrite_(ready.copy(), plan)
     sizes: list[tuple[int, ...]] = []
     if durations is not None:
         sizes = [tuple(image.shape[2:]) for image in items or [example]]
         if sources is None:  # stages say themselves what they will take
             count = sum(d.measured for d in plan.converted)
-            announce_notable(announce, "calibrate", durations.calibration(sizes, count))
-    if sources is None:
-        summary = _calibrate_(converted, plan, items, caller, report)
-    else:
-        resources = Resources(
-            tile=tile or BLOCK_EXTENTS[example.dim() - 2],
-            budget=budget,
-            store=store,
-            engine=crew,
-            watch=watch,
+            tell_notable("calibrate", durations.calibration(sizes, count))
+    if blocks.tile is None and sources is not None:
+        blocks = blocks.sized(tile)
+    with resumable(blocks.store):
+        summary = _calibrate_(
+            converted, plan, items if sources is None else sources, caller, blocks, seen.geometry, progress
         )
-        with resumable(store):
-            summary = _calibrate_in_stages_(
-                converted, plan, sources, caller, resources, seen.geometry, report
-            )
     if summary is not None:
         measured = [d for d in plan.converted if d.measured]
         sites = {d.site.id: site_target(converted, d, express=False) for d in measured}
@@ -201,7 +166,7 @@ def convert(
         base, converted, plan, seen, items, example.to(*home), caller, summary, tile, sources is None
     )
     if durations is not None:
-        announce_notable(announce, "prove", durations.proof(sizes, seen.geometry, tile))
+        tell_notable("prove", durations.proof(sizes, seen.geometry, tile))
     progress("prove", 0, 1)
     proof = work.prove()
     progress("prove", 1, 1)
@@ -210,9 +175,8 @@ def convert(
         Provenance(
             plan=plan,
             scan=seen.scan,
-            scaling=scaling or Scaling(),
-            source=source
-            or Source(
+            scaling=Scaling(),
+            source=Source(
                 kind="object", spec=seen.scan.model.rpartition(".")[0] + ":" + type(model).__qualname__
             ),
             output=None if output is None else str(output),
@@ -222,25 +186,24 @@ def convert(
     return Conversion(converted, plan, seen.scan, calibration, proof, caller, base)
 
 
-def _home(
-    model: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None
-) -> tuple[torch.device, torch.dtype]:
-    own_device, own_dtype = home_of(model)
-    return torch.device(device) if device is not None else own_device, dtype or own_dtype
-
-
 def _calibrate_(
     model: nn.Module,
     plan: Plan,
-    items: Items | None,
+    images: Items | Sequence[Image] | None,
     caller: Caller,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    blocks: Blocks | None = None,
+    geometry: Geometry | None = None,
+    progress: Progress = silent,
 ) -> CalibrationSummary | None:
-    """Measure what no original statistic can be carried over for."""
+    """Measure what no original statistic can be carried over for.
+
+    What was measured in stages is measured once more in other blocks under the stored statistics: the residual is of
+    the latter.
+    """
     fresh = [d for d in plan.converted if d.measured]
     if not fresh:
         return None
-    if items is None:
+    if images is None:
         site = fresh[0].site
         raise NormfixError(
             "NF203",
@@ -249,40 +212,13 @@ def _calibrate_(
             where=f"{site.owner or '(root)'} ({site.owner_class})",
         )
     targets = [site_target(model, d, express=True) for d in fresh]
+    measured = partial(measure_, model, targets, images, caller, geometry=geometry, progress=progress)
     with buffers_kept(model, but=[d.target for d in fresh]):
-        return measure_sites_(model, targets, items, caller.exactly, progress)
-
-
-def _calibrate_in_stages_(
-    model: nn.Module,
-    plan: Plan,
-    images: Sequence[Image],
-    caller: Caller,
-    resources: Resources,
-    geometry: Geometry | None,
-    progress: Callable[[int, int], None],
-) -> CalibrationSummary | None:
-    """Measure in stages, and once more in other blocks under the stored statistics: the residual is of the latter."""
-    fresh = [d for d in plan.converted if d.measured]
-    if not fresh:
-        return None
-    targets = [site_target(model, d, express=True) for d in fresh]
-    with buffers_kept(model, but=[d.target for d in fresh]):
-        summary = measure_streamed_(
-            model, targets, images, caller, resources, geometry=geometry, progress=progress
-        )
-    if summary.engine == "passes":  # which re-measure anyway
+        summary = measured(blocks)
+    if blocks is None or summary.engine == "passes":  # which re-measure anyway
         return summary
-    tile = tuple(n - n // 4 for n in resources.extents(len(images[0].shape) - 2))
-    return measure_streamed_(
-        model,
-        [StoredTarget(target) for target in targets],
-        images,
-        caller,
-        replace(resources, tile=tile),
-        geometry=geometry,
-        progress=progress,
-    )
+    tile = tuple(n - n // 4 for n in blocks.extents(len(summary.images[0]) - 2))
+    return measured(replace(blocks, tile=tile), stored=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
-from typing import Literal, cast
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from normfix.conversion.flatness import all_empty, flat_before, judged
-from normfix.conversion.masks import Mask, ignored_pixels, masked
-from normfix.conversion.measuring import measure_sites_
+from normfix.conversion.masks import Mask
+from normfix.conversion.measurement import measure_
 from normfix.conversion.results import Calibration
-from normfix.conversion.sampling import measure_sampled_
-from normfix.conversion.staged import measure_streamed_
+from normfix.conversion.sampling import Sample
 from normfix.conversion.targets import NormTarget, Target, planned_targets
 from normfix.errors import NormfixError
 from normfix.images.collections import Items
 from normfix.images.opening import Wholes, sources_of
-from normfix.images.sources import Image, TensorImage
+from normfix.images.sources import Image
 from normfix.layers.moments import Moments
 from normfix.networks.calling import Caller, home_of
 from normfix.networks.copying import copy_of, twin_of
@@ -32,21 +27,17 @@ from normfix.networks.provenance import provenance_of
 from normfix.networks.surroundings import undisturbed
 from normfix.proof.subject import middle_of
 from normfix.records.measurements import CalibrationSummary
+from normfix.records.progress import Progress, silent
 from normfix.records.saved import Provenance
 from normfix.records.sites import Family
 from normfix.scanning.known import ForwardFn
 from normfix.scanning.scan import look
 from normfix.scanning.sites import survey
 from normfix.tiling.geometry import geometry_of
-from normfix.tiling.grid import Geometry
-from normfix.tiling.stages.options import engine_of
-from normfix.tiling.stages.outlook import Watch
-from normfix.tiling.stages.resources import BLOCK_EXTENTS, Resources
+from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stitching import padded
 
 __all__ = ["calibrate", "calibrate_"]
-
-Progress = Callable[[int, int], None]
 
 
 @undisturbed()
@@ -59,15 +50,10 @@ def calibrate(
     sample: float | None = None,
     seed: int = 0,
     allow_flat: bool | None = None,
-    budget: int | None = None,
-    store: Path | None = None,
-    workers: int = 1,
-    engine: Literal["local", "dask"] = "local",
-    scheduler: str | None = None,
-    watch: Watch | None = None,
+    blocks: Blocks | None = None,
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Calibration:
     """Return a copy of a network whose statistics are measured anew on whole images.
 
@@ -87,36 +73,25 @@ def calibrate(
         allow_flat: what becomes of a statistic that is divided by and that is at or below eps on every image. False
             refuses it; True keeps it and names it in the summary's findings; by default single channels are
             kept and named, and a site without any other channel, or images that are all constant, are refused.
-        budget: bytes of memory for values between stages; None is no limit. Needs `tile`.
-        store: folder where values are kept on disk and the run can be continued from, after whatever stopped it.
-        workers: blocks computed at a time.
-        engine: "dask" computes blocks on a cluster; needs `scheduler` and a `store` that all of it sees.
-        scheduler: address of a dask scheduler.
-        watch: is told what a run in stages will take, and of each block.
+        blocks: how to run in stages, in place of `tile` or beside it; see normfix.Blocks.
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
-        progress: called with (passes or stages done, passes or stages in all).
+        progress: called with ("calibrate", passes or stages done, passes or stages in all).
 
     Raises:
         NormfixError: NF302 if the network has live statistics, or none at all; NF301 and codes of the images; NF326
             to NF332 of the store; NF333 to NF336 of the cluster; NF137, NF138 and NF139 of the masks; NF140 of
             the sample; NF231 for a statistic without spread.
     """
-    twin = twin_of(model)  # of the network itself, whose capture is kept
-    summary, targets = _calibrated_(
-        twin,
+    twin, summary, targets = _measured(
+        model,
         images,
         tile,
         mask=mask,
         sample=sample,
         seed=seed,
         allow_flat=allow_flat,
-        budget=budget,
-        store=store,
-        workers=workers,
-        engine=engine,
-        scheduler=scheduler,
-        watch=watch,
+        blocks=blocks,
         forward_fn=forward_fn,
         output=output,
         progress=progress,
@@ -131,70 +106,35 @@ def calibrate_(
     model: nn.Module,
     images: Tensor | Iterable[Tensor] | Image | Sequence[Image],
     tile: int | Sequence[int] | None = None,
+    **options: Any,
+) -> CalibrationSummary:
+    """Measure a network's statistics anew in place, on the same module objects; arguments are those of `calibrate`.
+
+    Optimizers, compiled and distributed wrappers keep their model. Nothing changes before all is measured, and nothing
+    on any error; whoever runs the model meanwhile runs it with the old statistics and in its own mode.
+    """
+    twin, summary, targets = _measured(model, images, tile, **options)
+    _take_over_(model, twin, targets)
+    return summary
+
+
+def _measured(
+    original: nn.Module,
+    images: Tensor | Iterable[Tensor] | Image | Sequence[Image],
+    tile: int | Sequence[int] | None,
     *,
     mask: Mask | Sequence[Mask] | None = None,
     sample: float | None = None,
     seed: int = 0,
     allow_flat: bool | None = None,
-    budget: int | None = None,
-    store: Path | None = None,
-    workers: int = 1,
-    engine: Literal["local", "dask"] = "local",
-    scheduler: str | None = None,
-    watch: Watch | None = None,
+    blocks: Blocks | None = None,
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
-    progress: Progress = lambda done, total: None,
-) -> CalibrationSummary:
-    """Measure a network's statistics anew in place, on the same module objects; see `calibrate`.
-
-    Optimizers, compiled and distributed wrappers keep their model. Nothing changes before all is measured, and nothing
-    on any error; whoever runs the model meanwhile runs it with the old statistics and in its own mode.
-    """
-    twin = twin_of(model)
-    summary, targets = _calibrated_(
-        twin,
-        images,
-        tile,
-        mask=mask,
-        sample=sample,
-        seed=seed,
-        allow_flat=allow_flat,
-        budget=budget,
-        store=store,
-        workers=workers,
-        engine=engine,
-        scheduler=scheduler,
-        watch=watch,
-        forward_fn=forward_fn,
-        output=output,
-        progress=progress,
-    )
-    _take_over_(model, twin, targets)
-    return summary
-
-
-def _calibrated_(
-    model: nn.Module,
-    images: Tensor | Iterable[Tensor] | Image | Sequence[Image],
-    tile: int | Sequence[int] | None,
-    *,
-    mask: Mask | Sequence[Mask] | None,
-    sample: float | None,
-    seed: int,
-    allow_flat: bool | None,
-    budget: int | None,
-    store: Path | None,
-    workers: int,
-    engine: Literal["local", "dask"],
-    scheduler: str | None,
-    watch: Watch | None,
-    forward_fn: ForwardFn | None,
-    output: str | int | None,
-    progress: Progress,
-) -> tuple[CalibrationSummary, Sequence[Target]]:
-    """Measure in place; return what was measured, and where."""
-    crew = engine_of(engine, scheduler, store, workers)
+    progress: Progress = silent,
+) -> tuple[nn.Module, CalibrationSummary, Sequence[Target]]:
+    """Measure in a twin, so that the capture of the network itself is kept; return it, what was measured, and where."""
+    blocks = (blocks or Blocks()).sized(tile)
+    model = twin_of(original)
     known = provenance_of(model)
     sources, items = sources_of(images), None
     if sources is None:
@@ -218,17 +158,19 @@ def _calibrated_(
             fitting_example(model, next(iter(items or Wholes(sources or ()))), Intake(model, caller)),
             caller,
         )
-    work = _Work(model, targets, caller, geometry, progress)
     # what is flat in the running statistics of a trained network is no news
     trained = flat_before([t for t in targets if _is_trained(known, t.name)])
-    passes = tile is None and items is not None and not crew.shared and sample is None
-    if passes and items is not None and mask is None:
-        summary = work.in_passes(items)
-    else:
-        sources = sources or [TensorImage(image) for image in items or ()]
-        tile = tile or BLOCK_EXTENTS[len(sources[0].shape) - 2]
-        resources = Resources(tile=tile, budget=budget, store=store, engine=crew, watch=watch)
-        summary = work.of_sources(sources, mask, None if passes else resources, sample, seed)
+    summary = measure_(
+        model,
+        targets,
+        items if items is not None else sources or (),
+        caller,
+        blocks,
+        geometry=geometry,
+        mask=mask,
+        sample=None if sample is None else Sample(sample, seed),
+        progress=progress,
+    )
     first = next(iter(items if items is not None else (middle_of(source) for source in sources or ())))
     judgement = judged(
         model,
@@ -241,61 +183,7 @@ def _calibrated_(
         known=trained,
         empty=all_empty(items if items is not None else sources or ()),
     )
-    return judgement, targets
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """Sites to measure anew, and how the network is called."""
-
-    model: nn.Module
-    targets: Sequence[Target]
-    caller: Caller
-    geometry: Geometry | None
-    progress: Progress
-
-    def in_passes(self, items: Items) -> CalibrationSummary:
-        """Measure in passes over whole images."""
-        if self.geometry is not None:
-            items = replace(items, prepare=partial(padded, geometry=self.geometry))
-        return measure_sites_(self.model, self.targets, items, self.caller, self.progress)
-
-    def of_sources(
-        self,
-        sources: Sequence[Image],
-        mask: Mask | Sequence[Mask] | None,
-        resources: Resources | None,
-        sample: float | None,
-        seed: int,
-    ) -> CalibrationSummary:
-        """Measure in stages, on a sample or without what masks ignore; without resources in passes."""
-        with ExitStack() as opened:  # mask files
-            ignored: tuple[int, ...] = ()
-            if mask is not None:
-                sources = list[Image](masked(sources, mask, opened))
-                ignored = tuple(map(ignored_pixels, sources))
-            if sample is not None and resources is not None:
-                summary = measure_sampled_(
-                    self.model,
-                    self.targets,
-                    sources,
-                    self.caller,
-                    resources,
-                    geometry=self.geometry,
-                    tolerance=sample,
-                    seed=seed,
-                )
-            else:
-                summary = measure_streamed_(
-                    self.model,
-                    self.targets,
-                    sources,
-                    self.caller,
-                    resources,
-                    geometry=self.geometry,
-                    progress=self.progress,
-                )
-            return replace(summary, ignored=ignored)
+    return model, judgement, targets
 
 
 def _is_trained(known: Provenance | None, site: str) -> bool:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from normfix.cli.options import Arguments, image_options, model_options
 from normfix.cli.outputs import is_saved, output, tell
-from normfix.cli.showing import no_steps, note, note_duration, require_report, show, steps, write_report
-from normfix.cli.stages import StageArguments, engine_option, stage_options, watching
+from normfix.cli.showing import note, require_report, show, steps, telling, write_report
+from normfix.cli.stages import blocks_of, engine_option, stage_options, watching
 from normfix.cli.texts import conversion_text
 from normfix.errors import NormfixError
+from normfix.records.progress import Progress, silent
 
 if TYPE_CHECKING:
     from normfix.records.plans import Plan
@@ -80,6 +82,7 @@ def convert_command(
     report: str | None,
     format_: str,
     tile: int | None,
+    engine: Literal["local", "dask"],
     **options: Any,
 ) -> int:
     """Convert MODEL so that tiles of it agree, measuring statistics on whole IMAGES, and prove the result.
@@ -106,36 +109,36 @@ def convert_command(
         raise NormfixError("NF227", "--format pt2 writes one file: give -o FILE.pt2.", where=out)
     require_report(report)
     plan = _read_plan(plan_file)
-    stages = StageArguments.take(options)
+    blocks = blocks_of(options, engine)
     arguments = Arguments.take(options)
     with ExitStack() as stack:
         place = stack.enter_context(output(out, is_saved))
         opened = arguments.open()
         require_unconverted(opened.model)
         require_program_name(out, opened.model)
-        stack.enter_context(resumable(stages.store))  # until it is saved
-        given: Any = None
-        if images and stages.asked:
-            given = arguments.windows(images, opened.model, stages.level)
-        elif images:
-            given = arguments.images(images, opened.model)
-        watch = stack.enter_context(watching()) if stages.asked else None
+        stack.enter_context(resumable(blocks.store))  # until it is saved
+        stack.enter_context(telling())
+        given: Any
+        progress: Progress = silent
+        if blocks.asked:
+            given = arguments.windows(images, opened.model) if images else None
+            blocks = replace(blocks, watch=stack.enter_context(watching()))
+        else:
+            given = arguments.images(images, opened.model) if images else None
+            progress = stack.enter_context(steps())
+        scaling = arguments.scaling()
         done = convert(
             opened.model,
             given,
             to=to or "frozen",
             plan=plan,
             keep=keep,
-            scaling=arguments.scaling(),
-            source=opened.source,
             output=arguments.output,
             as_trained=as_trained,
             allow_flat=allow_flat,
             tile=tile,
-            **stages.keywords(),
-            watch=watch,
-            progress=no_steps if stages.asked else stack.enter_context(steps()),
-            announce=note_duration,
+            blocks=blocks,
+            progress=progress,
         )
         stack.callback(write_report, report, done.record)  # also when it is not saved
         show(done.record, conversion_text(done.record), format_)
@@ -145,7 +148,7 @@ def convert_command(
             why = "live sites were refused" if proof.partial else "the proof did not pass"
             note(f"Nothing was written to {out}, because {why}.")
             return 1
-        save(done, place.path, partial=partial, portable=portable)
+        save(done, place.path, opened.source, scaling=scaling, partial=partial, portable=portable)
     how = "its own library" if portable else f"normfix.load({out!r})"
     tell(place, f" Load it with {how}.")
     return 0 if sound else 1

@@ -136,6 +136,7 @@ class Arguments:
     scale: str | None = None
     preprocess: str | None = None
     series: str | None = None
+    level: int = 0
 
     @classmethod
     def take(cls, options: dict[str, Any]) -> Arguments:
@@ -191,24 +192,24 @@ class Arguments:
             return None
         return known.scaling
 
-    def images(self, patterns: tuple[str, ...], model: nn.Module, level: int = 0) -> ImageFiles:
+    def images(self, patterns: tuple[str, ...], model: nn.Module) -> ImageFiles:
         """Return the images that files, folders and globs name."""
         from normfix.images.collections import ImageFiles, find_images
         from normfix.images.formats.opened import Choice
         from normfix.networks.intake import Intake
 
-        intake, choice = Intake(model), Choice(self.series, level)
+        intake, choice = Intake(model), Choice(self.series, self.level)
         paths, scaling = find_images(patterns), self.scaling(model)
         return ImageFiles(paths, intake.ndim, intake, scaling, self.axes, choice, tell=note)
 
-    def image(self, path: str, model: nn.Module, level: int = 0) -> Tensor:
+    def image(self, path: str, model: nn.Module) -> Tensor:
         """Return one image, (1, C, *space)."""
-        found = list(self.images((path,), model, level))
+        found = list(self.images((path,), model))
         if len(found) != 1:
             raise click.UsageError(f"{path} names {len(found)} images; give one")
         return found[0]
 
-    def windows(self, patterns: tuple[str, ...], model: nn.Module, level: int) -> list[ScaledImage]:
+    def windows(self, patterns: tuple[str, ...], model: nn.Module) -> list[ScaledImage]:
         """Return the images that files, folders and globs name, to be read by window until the command ends."""
         from normfix.images.collections import find_images
         from normfix.images.opening import open_image
@@ -218,7 +219,7 @@ class Arguments:
         context = click.get_current_context()
         opened = [
             context.with_resource(
-                open_image(p, model, axes=self.axes, level=level, series=self.series, scaling=scaling)
+                open_image(p, model, axes=self.axes, level=self.level, series=self.series, scaling=scaling)
             )
             for p in paths
         ]

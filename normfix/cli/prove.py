@@ -64,19 +64,20 @@ def prove_command(
       normfix prove tuned nuclei.tif --report proof.html
     """
     from normfix.proof.prove import prove
+    from normfix.tiling.stages.options import Blocks
 
     require_reports(reports)
     arguments = Arguments.take(options)
     opened = arguments.open()
     given: Any = arguments.images(images, opened.model)
     if blocks is not None:
-        given = arguments.windows(images, opened.model, level=0)
+        given = arguments.windows(images, opened.model)
     with steps() as progress:
         proof = prove(
             opened.model,
             given,
             tile,
-            blocks=blocks,
+            blocks=Blocks(tile=blocks),
             mask=arguments.masks(masks, opened.model) or None,
             source=arguments.arch,
             args=arguments.arch_args,

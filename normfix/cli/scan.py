@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from normfix.cli.options import Arguments, model_options
-from normfix.cli.showing import format_option, note_duration, show
+from normfix.cli.showing import format_option, show, telling
 from normfix.cli.texts import scan_text
 
 if TYPE_CHECKING:
@@ -82,14 +82,9 @@ def _scan(arguments: Arguments, input_: str | None, as_trained: bool, *, fast: b
             # an image of noise fails for want of memory alone
             reason = "there is no memory for an image of this shape. Give a smaller one."
             raise OutOfMemory("NF250", reason, where=f"--input {input_}") from error
-    return scan(
-        arguments.open().model,
-        example,
-        output=arguments.output,
-        as_trained=as_trained,
-        fast=fast,
-        announce=note_duration,
-    )
+    model = arguments.open().model
+    with telling():
+        return scan(model, example, output=arguments.output, as_trained=as_trained, fast=fast)
 
 
 def _shape(text: str) -> tuple[int, ...]:

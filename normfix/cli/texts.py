@@ -6,13 +6,13 @@ import textwrap
 from collections import Counter
 from collections.abc import Sequence
 
-from normfix.cli.showing import duration_text
 from normfix.records.diagnoses import Cost, DiagnosisRecord, Mismatch
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.saved import ConversionRecord
 from normfix.records.sites import Scan, Site
 from normfix.records.spans import Spans, in_strides
 from normfix.records.verdicts import Proof, ProofStep, Verdict
+from normfix.reporting.sentences import duration_text
 
 __all__ = [
     "calibration_text",

@@ -21,11 +21,11 @@ from normfix.conversion.targets import Target
 from normfix.networks.calling import Unreached, evaluating
 from normfix.networks.numerics import exact_arithmetic
 from normfix.records.measurements import CalibrationSummary
+from normfix.records.progress import Progress, silent
 
 __all__ = ["freeze_sites_", "measure_sites_", "remeasure_sites", "restoring_on_error"]
 
 Run = Callable[[nn.Module, Tensor], Tensor]
-Progress = Callable[[int, int], None]
 
 
 def measure_sites_(
@@ -33,7 +33,7 @@ def measure_sites_(
     targets: Sequence[Target],
     images: Iterable[Tensor],
     run: Run,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> CalibrationSummary:
     """Calibrate the targets in place, in order, and re-measure them under the stored statistics.
 
@@ -42,7 +42,7 @@ def measure_sites_(
         targets: in the order in which a forward pass reaches them.
         images: re-iterable, each (N, C, *space); sizes may differ. Read several times.
         run: calls the model on one image.
-        progress: called with (passes done, passes in all).
+        progress: called with ("calibrate", passes done, passes in all).
 
     Raises:
         NormfixError: NF301 if a pass does not reach a site. The old statistics are back in place then, as
@@ -53,13 +53,13 @@ def measure_sites_(
         passes = 2 if count == 1 else len(targets) + 1
         if count == 1:
             _freeze_as_it_goes(model, targets, images, run)
-            progress(1, passes)
+            progress("calibrate", 1, passes)
         else:
             for done, target in enumerate(targets, start=1):
                 target.store(_parts(model, target, images, run))
-                progress(done, passes)
+                progress("calibrate", done, passes)
         summary = _summary(model, targets, images, run)
-        progress(passes, passes)
+        progress("calibrate", passes, passes)
     return summary
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from normfix.diagnosis.accuracy import Labels
 from normfix.diagnosis.examination import Examination
 from normfix.diagnosis.pipeline import PipelineDiagnosis, diagnose_pipeline
-from normfix.diagnosis.setting import Progress, bench_of, prepare
+from normfix.diagnosis.setting import bench_of, prepare
 from normfix.images.collections import Items
 from normfix.networks.calling import Caller, home_of
 from normfix.networks.numerics import exact_arithmetic
@@ -28,6 +28,7 @@ from normfix.records.diagnoses import (
     Tiling,
     TrainEval,
 )
+from normfix.records.progress import Progress, silent
 from normfix.reporting.maps import Maps
 from normfix.scanning.known import ForwardFn
 
@@ -127,7 +128,7 @@ def diagnose_network(
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
     announce: Callable[[Cost], None] = lambda cost: None,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> Diagnosis:
     """Measure how tiles of a network disagree and why.
 

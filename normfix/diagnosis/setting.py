@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from normfix.networks.calling import Caller, evaluating, home_of, refusals
 from normfix.networks.copying import as_trained_copy, copy_of, twin_of
 from normfix.proof.indicators import recognise
 from normfix.records.diagnoses import Kind, Tiling
+from normfix.records.progress import Progress
 from normfix.records.saved import Scaling
 from normfix.records.sites import Finding, Scan, Site
 from normfix.records.spans import round_up
@@ -29,11 +30,9 @@ from normfix.scanning.sites import survey
 from normfix.tiling.geometry import Locality, measure_locality
 from normfix.tiling.grid import Geometry
 
-__all__ = ["Progress", "Setting", "bench_of", "prepare"]
+__all__ = ["Setting", "bench_of", "prepare"]
 
 _INSTEAD = "Diagnose it as a pipeline: give a function predict(image), which needs no geometry."
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

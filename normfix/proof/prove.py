@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from normfix.conversion.masks import Mask
-from normfix.conversion.staged import remeasure
-from normfix.conversion.targets import HoldsConstants, LayerGone
+from normfix.conversion.measurement import measure_
+from normfix.conversion.targets import HoldsConstants, LayerGone, planned_targets
 from normfix.errors import NormfixError
 from normfix.images.collections import Items
 from normfix.images.opening import sources_of
@@ -28,13 +28,15 @@ from normfix.proof.forms import Form, exported, folded, frozen, portable, reload
 from normfix.proof.steps import CONSISTENT, residual, tile_exactness, unmeasured
 from normfix.proof.subject import Subject, middle_of
 from normfix.records.plans import Plan
+from normfix.records.progress import Progress, silent
 from normfix.records.saved import Provenance
 from normfix.records.sites import Scan, Site
 from normfix.records.verdicts import Proof, ProofStep, Verdict
-from normfix.scanning.known import Known, known_of
+from normfix.scanning.known import ForwardFn, Known, known_of
 from normfix.storage.saving import sourced
 from normfix.tiling.geometry import geometry_of
 from normfix.tiling.grid import Geometry
+from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stitching import padded
 
 __all__ = ["prove"]
@@ -50,13 +52,13 @@ def prove(
     images: Tensor | Iterable[Tensor] | Image | Sequence[Image],
     tile: int | None = None,
     *,
-    blocks: int | Sequence[int] | None = None,
+    blocks: Blocks | None = None,
     mask: Mask | Sequence[Mask] | None = None,
     source: str | None = None,
     args: Mapping[str, Any] | None = None,
-    forward_fn: Callable[[nn.Module, Tensor], Any] | None = None,
+    forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> Proof:
     """Prove a converted network that was fine-tuned or calibrated anew, without its original.
 
@@ -69,7 +71,7 @@ def prove(
             read by window (normfix.open_image). Statistics are re-measured over all of each; what needs whole forward
             passes is proved on the first, or on the middle of it where it is read by window.
         tile: size of the tiles to compare; default: a quarter of the image, at most 256.
-        blocks: extents of the blocks that images read by window are measured in.
+        blocks: how images read by window are measured in stages.
         mask: as it was calibrated with; see normfix.calibrate.
         source: "pkg.mod:factory" or "timm:NAME" that builds the network, if it does not know it: a fresh process has
             to.
@@ -177,12 +179,20 @@ def _residual(
     images: Items | list[Image],
     geometry: Geometry | None,
     mask: Mask | Sequence[Mask] | None,
-    blocks: int | Sequence[int] | None,
+    blocks: Blocks | None,
 ) -> ProofStep:
     """Re-measure every converted site, also those whose statistics the original had: weights may have changed."""
     try:
-        summary = remeasure(
-            subject.model, subject.plan, images, subject.caller, geometry=geometry, mask=mask, blocks=blocks
+        targets = planned_targets(subject.model, subject.plan)
+        summary = measure_(
+            subject.model,
+            targets,
+            images,
+            subject.caller,
+            blocks,
+            geometry=geometry,
+            mask=mask,
+            stored=True,
         )
     except HoldsConstants as error:
         return unmeasured("residual", CONSISTENT, "inconclusive", str(error))

@@ -107,7 +107,7 @@ def _held(
         left.pop(site, None)
         if decision.site.layer is None:
             return _replaced(live, converted.get_submodule(decision.target).values())  # type: ignore[operator]
-        given = bound(site.split("/")[-2], args, kwargs)
+        given = bound(decision.site.function, args, kwargs)
         mean, var = _stored(converted, decision)
         affine = given.get("weight"), given.get("bias")
         return _replaced(live, [_normalised(given["input"], mean, var, float(given["eps"]), [affine])])

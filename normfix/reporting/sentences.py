@@ -8,7 +8,7 @@ from normfix.records.diagnoses import DiagnosisRecord, PipelineRecord
 from normfix.records.encoding import Record
 from normfix.records.verdicts import Proof, Verdict
 
-__all__ = ["headline"]
+__all__ = ["duration_text", "headline"]
 
 
 def headline(record: Record) -> str:
@@ -68,3 +68,14 @@ def _verdict(verdict: Verdict) -> str:
             return f"Failed: tiles are up to {verdict.max_sd:.2g} sd away{limit}. {reasons}"
         case _:
             return f"Inconclusive, which is not a pass. {reasons}"
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration in the unit that suits it.
+
+    >>> duration_text(4.2), duration_text(600), duration_text(90_000)
+    ('5 seconds', '10 minutes', '25.0 hours')
+    """
+    if seconds < 100:
+        return f"{max(1, -int(-seconds // 1))} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"

@@ -45,19 +45,15 @@ def base_of(
     caller: Caller,
     *,
     example: Tensor | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
     as_trained: bool = False,
 ) -> Base:
-    """Return the copy that everything is derived from: materialised, on its device, in its dtype.
+    """Return the copy that everything is derived from, materialised.
 
     Args:
         model: not modified.
         image: (N, C, *space), whose middle is scanned with; None for noise of a shape that the network takes.
         caller: calls it.
         example: what to scan with instead.
-        device: where to compute; default: where the model is.
-        dtype: what to compute in; default: the model's own.
         as_trained: let batch and instance norms use the statistics of their input.
 
     Raises:
@@ -65,7 +61,6 @@ def base_of(
             copy of it runs what is not copied, NF246 if a run depends on those before it.
     """
     base = as_trained_copy(model) if as_trained else copy_of(model)
-    base.to(device=device, dtype=dtype)
     trials = _Trials(base, model, caller)
     if example is None:
         intake = trials.intake()

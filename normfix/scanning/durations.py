@@ -7,24 +7,25 @@ right within a factor of three or so, which is enough to decide whether to wait.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from normfix.networks.calling import Caller, evaluating, home_of
+from normfix.reporting.sentences import duration_text
 from normfix.tiling.grid import Geometry
 
-__all__ = ["Announce", "Durations", "announce_notable", "announced_nowhere"]
+__all__ = ["Durations", "is_told", "tell_notable"]
 
-Announce = Callable[[str, float], None]
-"""Is told a stage and its seconds before it starts."""
+_LOG = logging.getLogger("normfix")
 
 _NOTABLE = 20.0
-"""Seconds from which on a stage is announced."""
+"""Seconds from which on a stage is told of."""
 
 _SCAN, _EXPORT = 20.0, 4.0
 """Passes of a scan (measured: 8 to 22), and seconds that capturing the graph takes beside it (3 to 5)."""
@@ -33,14 +34,15 @@ _FREEZE, _COMPARE, _TILES, _AROUND = 2.0, 3.0, 1.2, 10.0
 beside them, on strips and other inputs."""
 
 
-def announced_nowhere(stage: str, seconds: float) -> None:
-    """Say nothing."""
+def is_told() -> bool:
+    """Tell whether anybody listens to what stages will take: the logger `normfix` at level INFO."""
+    return _LOG.isEnabledFor(logging.INFO)
 
 
-def announce_notable(announce: Announce, stage: str, seconds: float) -> None:
-    """Announce a stage that takes long."""
+def tell_notable(stage: str, seconds: float) -> None:
+    """Log, before it starts, what a stage that takes long will take."""
     if seconds > _NOTABLE:
-        announce(stage, seconds)
+        _LOG.info("%s: about %s", stage, duration_text(seconds))
 
 
 @dataclass(frozen=True, slots=True)

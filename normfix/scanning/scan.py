@@ -22,7 +22,7 @@ from normfix.records.sites import Finding, Looked, Scan, Site
 from normfix.records.spans import in_strides
 from normfix.scanning.base import base_of
 from normfix.scanning.doubts import Doubts
-from normfix.scanning.durations import Announce, Durations, announce_notable, announced_nowhere
+from normfix.scanning.durations import Durations, is_told, tell_notable
 from normfix.scanning.graph.bounds import Bound
 from normfix.scanning.graph.look import GraphLook, graph_look
 from normfix.scanning.merging import Merged, merge
@@ -64,7 +64,6 @@ def scan(
     output: str | int | None = None,
     as_trained: bool = False,
     fast: bool = False,
-    announce: Announce = announced_nowhere,
 ) -> Scan:
     """Find every statistic of the tile, and the geometry once they are frozen.
 
@@ -75,7 +74,6 @@ def scan(
         output: key or index of the output that counts.
         as_trained: treat batch and instance norms as in train mode, where they are live.
         fast: skip the dye's confirmation; `Scan.looks` says so.
-        announce: called with ("scan", seconds) before a scan that will take long (normfix.scanning.durations).
 
     Raises:
         NormfixError: NF109 if the network does not run on the example, NF110 if `output` names no tensor.
@@ -89,9 +87,8 @@ def scan(
     """
     caller = Caller(forward_fn, output)
     base = base_of(model, None, caller, example=example, as_trained=as_trained)
-    if announce is not announced_nowhere and not fast:
-        duration = Durations.of(base.network, base.example, base.caller).scan(graph=True)
-        announce_notable(announce, "scan", duration)
+    if is_told() and not fast:
+        tell_notable("scan", Durations.of(base.network, base.example, base.caller).scan(graph=True))
     return look(base.copy(), base.example, base.caller, fast=fast, graph=True).scan
 
 

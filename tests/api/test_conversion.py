@@ -221,7 +221,7 @@ def image(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
 @EVERY_NETWORK
 def test_proof_passes(name: str, to: str) -> None:
     """Every kind of norm is converted both ways, and all steps of the proof pass."""
-    done = normfix.convert(build(name), image(), to, example=image())
+    done = normfix.convert(build(name), image(), to)
     assert done.proof.passed, done.proof.steps
     assert done.plan.converted
     assert not done.plan.left_live
@@ -233,7 +233,7 @@ def test_proof_passes(name: str, to: str) -> None:
 def test_equals_original_in_float64(name: str, to: str) -> None:
     """In float64 the converted network equals the original on the calibration image to 1e-10 sd."""
     model, x = build(name), image(dtype=torch.float64)
-    done = normfix.convert(model, x, to, dtype=torch.float64)
+    done = normfix.convert(model.double(), x, to)
     with torch.no_grad():
         expected, actual = done.original.eval()(x), done.model.eval()(x)
     assert float((actual - expected).abs().max() / expected.std()) <= 1e-10
@@ -243,7 +243,7 @@ def test_equals_original_in_float64(name: str, to: str) -> None:
 @EVERY_NETWORK
 def test_statistics_stay_frozen_elsewhere(name: str) -> None:
     """On a crop, the converted network gives the crop of what it gives on the whole, where halo allows."""
-    done = normfix.convert(build(name), image(), example=image())
+    done = normfix.convert(build(name), image())
     wide = image(64, 192)
     with torch.no_grad():
         model = done.model.eval()
@@ -330,7 +330,7 @@ def test_batchnorm_is_bit_identical() -> None:
     """A BatchNorm with running statistics keeps its eval output to the bit, without any image."""
     model, x = build("batch"), image()
     for to in ("frozen", "batchrenorm"):
-        done = normfix.convert(model, to=to, example=x)
+        done = normfix.convert(model, to=to)
         assert done.proof.passed
         with torch.no_grad():
             assert torch.equal(done.model.eval()(x), model(x))
@@ -569,7 +569,7 @@ def test_calibrates_plain_batchnorm() -> None:
 def test_predict_equals_original() -> None:
     """The product: stitched tiles of the converted network equal the original on the whole image."""
     model, x = build("unet of 14 instance norms"), image(256, 192, dtype=torch.float64)
-    done = normfix.convert(model, x, dtype=torch.float64)
+    done = normfix.convert(model.double(), x)
     with torch.no_grad():
         expected = done.original.eval()(x)
         tiled_original = normfix.check(done.original, x, tile=64)

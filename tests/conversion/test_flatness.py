@@ -240,7 +240,7 @@ def test_calibrating_keeps_a_dead_channel_among_others_and_names_it():
 def test_converting_in_stages_refuses_too():
     """With a budget the same sites and channels are named."""
     with pytest.raises(NormfixError, match=r"NF231 norm/.*channels 0, 2 "):
-        normfix.convert(dead(), dark(), budget=1 << 24, tile=24)
+        normfix.convert(dead(), dark(), tile=24, blocks=normfix.Blocks(budget=1 << 24))
 
 
 def test_a_mask_may_hide_all_structure():

@@ -277,8 +277,8 @@ def test_progress_ends_at_the_number_of_passes():
     """Several images take one pass per site and one to re-measure."""
     heard = []
     net, targets = _frozen()
-    measure_sites_(net, targets, _images(), Caller(), lambda done, total: heard.append((done, total)))
-    assert heard == [(1, 3), (2, 3), (3, 3)]
+    measure_sites_(net, targets, _images(), Caller(), lambda *step: heard.append(step))
+    assert heard == [("calibrate", n, 3) for n in (1, 2, 3)]
 
 
 HUGE = {

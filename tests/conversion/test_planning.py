@@ -86,6 +86,19 @@ def test_the_reason_follows_the_action(planned, action):
     assert "reviewed plan" in decision.reason
 
 
+@pytest.mark.parametrize("action", Action)
+@pytest.mark.parametrize("reason", ["by hand", "its statistic becomes a constant? Never."])
+def test_words_decide_nothing(planned, action, reason):
+    """The same action is carried out whatever the reviewer wrote beside it, and the words stay."""
+    sites = [d.site for d in planned.decisions]
+    first, *others = planned.decisions
+    decisions = [
+        replay(replace(planned, decisions=(changed, *others)), sites, model="").decisions[0]
+        for changed in (replace(first, action=action), replace(first, action=action, reason=reason))
+    ]
+    assert replace(decisions[0], reason=reason) == decisions[1]
+
+
 def test_a_plan_is_called_what_its_actions_are(planned):
     """Where a reviewer changes every action, kind and reasons of the plan follow."""
     sites = [d.site for d in planned.decisions]

@@ -88,10 +88,10 @@ class Bench:
         self.before = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.measured(normfix.open_image(ARRAY, self.model))
 
-    def measured(self, image, **options):
+    def measured(self, image, store=None, **options):
         """Calibrate in stages; return the statistics."""
         self.model.load_state_dict(self.before)
-        normfix.calibrate_(self.model, image, tile=16, **options)
+        normfix.calibrate_(self.model, image, blocks=normfix.Blocks(tile=16, store=store), **options)
         return {name: value.clone() for name, value in self.model.named_buffers()}
 
 

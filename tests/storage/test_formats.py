@@ -385,8 +385,8 @@ def test_an_nnunet_model_is_converted_saved_and_reloaded(tmp_path):
     """An nnU-Net of InstanceNorms is frozen, saved, and reloads from the folder alone."""
     nnunet_folder(tmp_path)
     opened = open_model(str(tmp_path))
-    done = normfix.convert(opened.model, IMAGE, source=opened.source)
-    normfix.save(done, tmp_path / "fixed")
+    done = normfix.convert(opened.model, IMAGE)
+    normfix.save(done, tmp_path / "fixed", opened.source)
     assert_same(normfix.load(tmp_path / "fixed"), done.model)
 
 

@@ -73,7 +73,7 @@ def test_the_folder_holds_its_files(folder):
 def test_a_folder_from_a_factory_holds_no_program(tmp_path):
     """Where the source can be called again, no program is written."""
     source = normfix.Source(kind="factory", spec="factories:batched")
-    normfix.save(normfix.convert(batched(), source=source), tmp_path / "fixed")
+    normfix.save(normfix.convert(batched()), tmp_path / "fixed", source)
     assert {path.name for path in (tmp_path / "fixed").iterdir()} == FILES
 
 
@@ -108,8 +108,8 @@ def test_a_network_that_cannot_be_exported_is_saved_without_program(tmp_path, mo
 
 def test_a_batch_norm_network_goes_back_into_its_own_class(tmp_path):
     """Portable: a state dict with the original names, which the original class loads strictly with equal output."""
-    done = normfix.convert(batched(), OTHER, source=normfix.Source(kind="factory", spec="factories:batched"))
-    normfix.save(done, tmp_path / "out", portable=True)
+    done = normfix.convert(batched(), OTHER)
+    normfix.save(done, tmp_path / "out", "factories:batched", portable=True)
     fresh = batched()
     fresh.load_state_dict(torch.load(tmp_path / "out" / "state_dict.pt", weights_only=True), strict=True)
     assert_same(fresh.eval(), done.model)
@@ -126,8 +126,8 @@ def test_an_instance_norm_network_does_not_go_back(done, tmp_path):
 def test_the_card_names_the_base_and_the_proof(tmp_path):
     """The model card has tags, the base model and every step of the proof."""
     source = normfix.Source(kind="factory", spec=ARCH, origin="hf-hub:org/net@abc")
-    done = normfix.convert(tiny_unet(), IMAGE, source=source)
-    normfix.save(done, tmp_path / "fixed")
+    done = normfix.convert(tiny_unet(), IMAGE)
+    normfix.save(done, tmp_path / "fixed", source)
     card = (tmp_path / "fixed" / "README.md").read_text()
     assert "base_model: org/net\n" in card
     assert "- tile-invariant" in card
@@ -181,7 +181,7 @@ def test_plan_and_scaling_travel(folder, done):
 def test_a_folder_saved_from_a_factory_loads_in_a_fresh_process(tmp_path):
     """With a known factory, the folder is proved in a new Python, and names the factory."""
     source = normfix.Source(kind="factory", spec=ARCH)
-    normfix.save(normfix.convert(tiny_unet(), IMAGE, source=source), tmp_path / "fixed")
+    normfix.save(normfix.convert(tiny_unet(), IMAGE), tmp_path / "fixed", source)
     assert refusal(normfix.load, tmp_path / "fixed").code == "NF113"
 
 
@@ -219,7 +219,7 @@ def test_integer_buffers_survive(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_network_keeps_its_dtype(tmp_path, dtype):
     """A network converted in another dtype than its factory's loads in it, with equal output."""
-    done = normfix.convert(tiny_unet(), IMAGE, dtype=dtype)
+    done = normfix.convert(tiny_unet().to(dtype), IMAGE)
     normfix.save(done, tmp_path / "fixed", partial=True)
     loaded = normfix.load(tmp_path / "fixed", arch=ARCH)
     assert {p.dtype for p in loaded.parameters()} == {dtype}
@@ -228,7 +228,7 @@ def test_a_network_keeps_its_dtype(tmp_path, dtype):
 
 def test_buffers_that_are_not_saved_take_the_saved_dtype(tmp_path):
     """A float32 factory with a non-persistent buffer loads a bfloat16 folder, with equal output."""
-    done = normfix.convert(Gained(), IMAGE, dtype=torch.bfloat16)
+    done = normfix.convert(Gained().bfloat16(), IMAGE)
     normfix.save(done, tmp_path / "fixed", partial=True)
     torch.manual_seed(5)
     assert_same(normfix.load(tmp_path / "fixed", arch="factories:Gained"), done.model, OTHER.bfloat16())

@@ -24,12 +24,13 @@ from torch.fx.node import map_aggregate
 from normfix.errors import NormfixError
 from normfix.networks.calling import refusals
 from normfix.networks.devices import bytes_of
+from normfix.networks.numerics import EXACT
 from normfix.tiling.halo import DyeLost, halo, interference
 from normfix.tiling.stages.cutting import Stage
 from normfix.tiling.stages.maps import Map, ProgramMaps
 from normfix.tiling.stages.program import Shapes
 from normfix.tiling.stages.refusals import NotInStages
-from normfix.tiling.stride import EXACT, cutting_grid, smallest_stride
+from normfix.tiling.stride import cutting_grid, smallest_stride
 
 __all__ = ["Reach", "fingerprint", "in_dtype", "measure_reach"]
 

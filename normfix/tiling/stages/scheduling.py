@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from normfix.images.sources import TensorImage
 from normfix.networks.calling import refusals
-from normfix.networks.numerics import exact_arithmetic
+from normfix.networks.numerics import EXACT, exact_arithmetic
 from normfix.records.spans import round_up
 from normfix.tiling.stages.cutting import Stage, cut
 from normfix.tiling.stages.execution import execute
@@ -27,7 +27,6 @@ from normfix.tiling.stages.reach import Reach, fingerprint, in_dtype, measure_re
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.schedule import Schedule
 from normfix.tiling.stages.store import Kept, Store
-from normfix.tiling.stride import EXACT
 
 __all__ = ["largest_difference", "schedule"]
 
