@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from normfix.images.files import open_windows
 from normfix.images.formats.opened import ArrayLike
+from normfix.images.scaling import scaling_numbers
 from normfix.images.sources import Image
-from normfix.images.spread import scaling_numbers
+from normfix.images.spread import Spread
 from normfix.images.windows import ScaledImage, windowed
 from normfix.networks.calling import home_of
 from normfix.networks.intake import Intake
@@ -84,6 +85,6 @@ def open_image(
     stated = scaling if scaling is not None else known.scaling if known is not None else None
     if scaling is None and stated is not None and stated.kind == "none":
         stated = None  # a network converted unscaled says nothing about integers
-    offset, divisor = scaling_numbers(window, stated)
+    offset, divisor = scaling_numbers(Spread(window), stated)
     device, dtype = home_of(model)
     return ScaledImage(window, offset=offset, divisor=divisor, dtype=dtype, device=device)
