@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Literal, cast
 
 import torch
@@ -36,7 +36,7 @@ from normfix.records.saved import Provenance, Scaling, Source
 from normfix.records.sites import Site
 from normfix.records.verdicts import ImageShift, Proof, ProofStep
 from normfix.scanning.base import base_of
-from normfix.scanning.durations import Durations, is_told, tell_notable
+from normfix.scanning.durations import Durations, tell_notable
 from normfix.scanning.known import ForwardFn
 from normfix.scanning.scan import Scanned, look
 from normfix.scanning.sites import survey
@@ -115,9 +115,8 @@ def convert(
     first = None if items is None else next(iter(items))
     ready = base_of(model, first, caller, as_trained=as_trained)
     base, caller, example = ready.network, ready.caller, ready.example
-    durations = Durations.of(base, example, caller) if is_told() else None
-    if durations is not None:
-        tell_notable("scan", durations.scan(graph=False))
+    durations = cache(partial(Durations.of, base, example, caller))
+    tell_notable("scan", lambda: durations().scan(graph=False))
     progress("scan", 0, 1)
     seen = look(ready.copy(), example, caller)
     progress("scan", 1, 1)
@@ -130,57 +129,39 @@ def convert(
     if items is not None and seen.geometry is not None:
         items = replace(items, prepare=partial(padded, geometry=seen.geometry))
     converted = rewrite_(ready.copy(), plan)
-    sizes: list[tuple[int, ...]] = []
-    if durations is not None:
-        sizes = [tuple(image.shape[2:]) for image in items or [example]]
-        if sources is None:  # stages say themselves what they will take
-            count = sum(d.measured for d in plan.converted)
-            tell_notable("calibrate", durations.calibration(sizes, count))
+    sizes = cache(lambda: [tuple(image.shape[2:]) for image in items or [example]])
+    if sources is None:  # stages say themselves what they will take
+        count = sum(d.measured for d in plan.converted)
+        tell_notable("calibrate", lambda: durations().calibration(sizes(), count))
     if blocks.tile is None and sources is not None:
         blocks = blocks.sized(tile)
+    whole = items if sources is None else sources
     with resumable(blocks.store):
-        summary = _calibrate_(
-            converted, plan, items if sources is None else sources, caller, blocks, seen.geometry, progress
-        )
+        summary = _calibrate_(converted, plan, whole, caller, blocks, seen.geometry, progress)
     if summary is not None:
-        measured = [d for d in plan.converted if d.measured]
-        sites = {d.site.id: site_target(converted, d, express=False) for d in measured}
-        summary = judged(
-            converted,
-            list(sites.values()),
-            summary,
-            caller,
-            example.to(*home),
-            allow=allow_flat,
-            classes={d.site.id: d.site.owner_class.rpartition(".")[2] for d in measured},
-            known={
-                d.site.id: spread_in_groups(sites[d.site.id], d.site.layer.groups)
-                for d in measured
-                if d.action is Action.BATCHRENORM
-                and d.site.layer
-                and d.site.layer.groups < d.site.layer.features
-            },
-            empty=all_empty(sources if sources is not None else items or ()),
-        )
+        empty = all_empty(whole or ())
+        summary = _judged(converted, plan, summary, caller, example.to(*home), allow_flat, empty)
     work = _Work(
-        base, converted, plan, seen, items, example.to(*home), caller, summary, tile, sources is None
+        original=base,
+        converted=converted,
+        plan=plan,
+        seen=seen,
+        items=items,
+        example=example.to(*home),
+        caller=caller,
+        summary=summary,
+        tile=tile,
+        whole=sources is None,
     )
-    if durations is not None:
-        tell_notable("prove", durations.proof(sizes, seen.geometry, tile))
+    tell_notable("prove", lambda: durations().proof(sizes(), seen.geometry, tile))
     progress("prove", 0, 1)
     proof = work.prove()
     progress("prove", 1, 1)
+    source = Source(kind="object", spec=f"{seen.scan.model.rpartition('.')[0]}:{type(model).__qualname__}")
+    stated = None if output is None else str(output)
     attach_(
         converted,
-        Provenance(
-            plan=plan,
-            scan=seen.scan,
-            scaling=Scaling(),
-            source=Source(
-                kind="object", spec=seen.scan.model.rpartition(".")[0] + ":" + type(model).__qualname__
-            ),
-            output=None if output is None else str(output),
-        ),
+        Provenance(plan=plan, scan=seen.scan, scaling=Scaling(), source=source, output=stated),
     )
     calibration = None if summary is None else Calibration(converted, summary)
     return Conversion(converted, plan, seen.scan, calibration, proof, caller, base)
@@ -221,7 +202,37 @@ def _calibrate_(
     return measured(replace(blocks, tile=tile), stored=True)
 
 
-@dataclass(frozen=True, slots=True)
+def _judged(
+    model: nn.Module,
+    plan: Plan,
+    summary: CalibrationSummary,
+    caller: Caller,
+    image: Tensor,
+    allow_flat: bool,
+    empty: bool,
+) -> CalibrationSummary:
+    """Return the summary with what is flat on all images, or refuse it."""
+    measured = [d for d in plan.converted if d.measured]
+    targets = {d.site.id: site_target(model, d, express=False) for d in measured}
+    regrouped = {
+        d.site.id: spread_in_groups(targets[d.site.id], d.site.layer.groups)
+        for d in measured
+        if d.action is Action.BATCHRENORM and d.site.layer and d.site.layer.groups < d.site.layer.features
+    }
+    return judged(
+        model,
+        [*targets.values()],
+        summary,
+        caller,
+        image,
+        allow=allow_flat,
+        classes={d.site.id: d.site.owner_class.rpartition(".")[2] for d in measured},
+        known=regrouped,
+        empty=empty,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Work:
     """A finished conversion on the bench: what the proof needs."""
 

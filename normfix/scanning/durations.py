@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from normfix.networks.calling import Caller, evaluating, home_of
 from normfix.reporting.sentences import duration_text
 from normfix.tiling.grid import Geometry
 
-__all__ = ["Durations", "is_told", "tell_notable"]
+__all__ = ["Durations", "tell_notable"]
 
 _LOG = logging.getLogger("normfix")
 
@@ -34,14 +34,12 @@ _FREEZE, _COMPARE, _TILES, _AROUND = 2.0, 3.0, 1.2, 10.0
 beside them, on strips and other inputs."""
 
 
-def is_told() -> bool:
-    """Tell whether anybody listens to what stages will take: the logger `normfix` at level INFO."""
-    return _LOG.isEnabledFor(logging.INFO)
+def tell_notable(stage: str, duration: Callable[[], float]) -> None:
+    """Log what a stage that takes long will take, before it starts, where anybody listens at level INFO.
 
-
-def tell_notable(stage: str, seconds: float) -> None:
-    """Log, before it starts, what a stage that takes long will take."""
-    if seconds > _NOTABLE:
+    Nobody who does not listen pays for `duration`, which returns seconds.
+    """
+    if _LOG.isEnabledFor(logging.INFO) and (seconds := duration()) > _NOTABLE:
         _LOG.info("%s: about %s", stage, duration_text(seconds))
 
 

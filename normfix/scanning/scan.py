@@ -22,7 +22,7 @@ from normfix.records.sites import Finding, Looked, Scan, Site
 from normfix.records.spans import in_strides
 from normfix.scanning.base import base_of
 from normfix.scanning.doubts import Doubts
-from normfix.scanning.durations import Durations, is_told, tell_notable
+from normfix.scanning.durations import Durations, tell_notable
 from normfix.scanning.graph.bounds import Bound
 from normfix.scanning.graph.look import GraphLook, graph_look
 from normfix.scanning.merging import Merged, merge
@@ -87,8 +87,9 @@ def scan(
     """
     caller = Caller(forward_fn, output)
     base = base_of(model, None, caller, example=example, as_trained=as_trained)
-    if is_told() and not fast:
-        tell_notable("scan", Durations.of(base.network, base.example, base.caller).scan(graph=True))
+    if not fast:
+        timed = (base.network, base.example, base.caller)
+        tell_notable("scan", lambda: Durations.of(*timed).scan(graph=True))
     return look(base.copy(), base.example, base.caller, fast=fast, graph=True).scan
 
 
