@@ -27,7 +27,7 @@ from normfix.networks.functions import operand_of
 from normfix.networks.graph.program import ProgramNetwork
 from normfix.records.measurements import SiteStatistics
 from normfix.records.plans import Action, Decision, Plan
-from normfix.records.sites import StatisticSpec
+from normfix.records.sites import StatisticSpec, function_of
 
 __all__ = [
     "Counting",
@@ -340,7 +340,7 @@ class StatisticTarget:
         if self.spec.law == "none" or not self.spec.quotient:
             return 1.0
         (number,) = [v for v in tree_leaves((args, kwargs)) if type(v) in (int, float)]
-        return float(number) if self.name.split("/")[-2] == "div" else 1 / float(number)
+        return float(number) if function_of(self.name) == "div" else 1 / float(number)
 
 
 def _require_some(count: float, site: str) -> None:

@@ -71,7 +71,7 @@ class Subject:
         geometry = self.geometry
         if geometry is None or self.plan.left_live:
             return None
-        verdict = self._compared(image, geometry, self.tile or _tile(image, geometry))
+        verdict = self._compared(image, geometry, self.tile or geometry.quarter(image.shape[2:]))
         verdicts = [verdict] if verdict.axes else []
         uncut = sorted(set(range(len(geometry.stride))) - set(verdict.axes))
         thin = (self.cross or thinnest(self.run, image, geometry)) if uncut else ()
@@ -91,7 +91,7 @@ class Subject:
         scale = tuple(Fraction(a, b) for a, b in zip(whole.shape[2:], space, strict=True))
         units = (_UNIT,) * len(space)
         geometry = Geometry(stride=units, halo=((_UNIT, _UNIT),) * len(space), scale=scale, multiple=units)
-        tile = _tile(image, geometry)
+        tile = geometry.quarter(image.shape[2:])
         try:
             parts = tiled(self.run, image, tile, geometry)
         except refusals():
@@ -156,14 +156,6 @@ def middle_of(image: Image) -> Tensor:
     starts = [max(0, (n - limit) // 2) for n in image.shape[2:]]
     return image.read(
         [(start, min(n, start + limit)) for start, n in zip(starts, image.shape[2:], strict=True)]
-    )
-
-
-def _tile(image: Tensor, geometry: Geometry) -> tuple[int, ...]:
-    """Return a tile that leaves several windows per axis: a quarter of the image, at most 256 pixels."""
-    return tuple(
-        max(stride, min(256, n // 4) // stride * stride)
-        for n, stride in zip(image.shape[2:], geometry.stride, strict=True)
     )
 
 

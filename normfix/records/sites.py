@@ -13,7 +13,17 @@ from typing import Literal
 from normfix.records.encoding import Record
 from normfix.records.spans import Spans
 
-__all__ = ["Family", "Finding", "LayerSpec", "Looked", "Scan", "Site", "StatisticSpec", "site_id"]
+__all__ = [
+    "Family",
+    "Finding",
+    "LayerSpec",
+    "Looked",
+    "Scan",
+    "Site",
+    "StatisticSpec",
+    "function_of",
+    "site_id",
+]
 
 
 class Family(StrEnum):
@@ -192,3 +202,12 @@ def site_id(owner: str, invocation: int, function: str, index: int) -> str:
     '(root)/0/mean/1'
     """
     return f"{owner or '(root)'}/{invocation}/{function}/{index}"
+
+
+def function_of(site: str) -> str:
+    """Return the function of a call that is known by its name alone.
+
+    >>> function_of("encoder.norm/0/batch_norm/1")
+    'batch_norm'
+    """
+    return site.rsplit("/", 2)[1]

@@ -76,10 +76,10 @@ class Durations:
         """Return the seconds of a proof on the first image, and of one comparison on each other."""
         first, *others = sizes
         overlap = 1.0
-        for axis, n in enumerate(first if geometry is not None else ()):
-            assert geometry is not None
-            side = min(n, tile or max(geometry.stride[axis], min(256, n // 4)))
-            overlap *= min(n, side + sum(geometry.halo[axis])) / side
+        if geometry is not None:
+            sides = (tile,) * len(first) if tile else geometry.quarter(first)
+            for n, side, halo in zip(first, sides, geometry.halo, strict=True):
+                overlap *= min(n, side + sum(halo)) / min(n, side)
         compared = (_COMPARE + _TILES * overlap) * self._pass(first) + _AROUND * self.seconds
         return compared + 2 * sum(map(self._pass, others)) + (_FREEZE * self._pass(first) if others else 0.0)
 
