@@ -228,7 +228,7 @@ class _Prediction:
             return tiled(lambda x: caller(twin, x), whole, tile, geometry)
 
     def _pays(self, tile: Sequence[int]) -> bool:
-        """Tell whether stages were meant, or tiles would compute much more than the image, or read a large one whole."""
+        """Tell whether stages were meant, or whether tiles would compute much more than the image or read it whole."""
         if self.blocks.budget is not None or self.blocks.store is not None:
             return True
         size = self.image.shape[2:]
