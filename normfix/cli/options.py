@@ -6,12 +6,15 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
+from click.core import ParameterSource
 
+from normfix.cli.settings import SETTINGS
 from normfix.cli.showing import Command, note
 from normfix.errors import NormfixError
 from normfix.records.saved import Scaling
@@ -78,11 +81,18 @@ def model_options(command: Command) -> Command:
             metavar="NAME",
             help="Class, or PACKAGE.*, that a pickle may build; may be repeated.",
         ),
+        click.option(
+            "--trust",
+            multiple=True,
+            metavar="MODULE",
+            help="Call factories of this module if a file names them; pyproject.toml may state it.",
+        ),
         click.option("--weights", help="Which weights, where a file holds several, such as ema."),
         click.option("--revision", help="Branch, tag or commit of an hf-hub: repository."),
         click.option("--arch-args", type=ArgumentsJson(), help="Keyword arguments of the factory, as JSON."),
         click.option(
-            "--arch", help="pkg.module:factory or timm:NAME that builds the network for given weights."
+            "--arch",
+            help="pkg.module:factory, path/to/file.py:Name or timm:NAME that builds the network for given weights.",
         ),
         click.argument("model"),
     ):
@@ -127,6 +137,7 @@ class Arguments:
     arch_args: Mapping[str, Any] | None
     trust_pickle: bool
     allow_classes: tuple[str, ...]
+    trust: tuple[str, ...]
     weights: str | None
     revision: str | None
     output: str | None
@@ -153,6 +164,7 @@ class Arguments:
             weights=self.weights,
             trust_pickle=self.trust_pickle,
             allow_classes=self.allow_classes,
+            trust=self._trusted(),
             tell=note,
         )
         opened = open_any(self.model, request, revision=self.revision)
@@ -160,6 +172,24 @@ class Arguments:
             note(text)
         self._place_(opened.model)
         return opened
+
+    def open_converted(self, folder: str) -> nn.Module:
+        """Open the conversion of this network, which its folder may name as this command does."""
+        from normfix.networks.naming import is_named
+
+        arch = self.model if self.arch is None and is_named(self.model) else self.arch
+        return replace(self, model=folder, arch=arch, revision=None, weights=None).open().model
+
+    def _trusted(self) -> tuple[str, ...]:
+        """Return the modules that the caller or the project trusts; a folder does not say it of itself."""
+        context = click.get_current_context()
+        if not self.trust or context.get_parameter_source("trust") is not ParameterSource.DEFAULT_MAP:
+            return self.trust
+        stating, model = context.meta[SETTINGS].path, Path(self.model)
+        if stating is not None and model.exists() and stating.resolve().is_relative_to(model.resolve()):
+            note(f"{stating} lies in the network's own folder, so what it trusts does not count here.")
+            return ()
+        return self.trust
 
     def torch_dtype(self) -> torch.dtype | None:
         """Return the dtype to compute in, if one was chosen."""

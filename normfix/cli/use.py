@@ -126,6 +126,7 @@ def calibrate_command(
     """
     from normfix.api.recalibration import calibrate
     from normfix.networks.provenance import attach_, provenance_of
+    from normfix.storage.instructions import commands
     from normfix.storage.saving import save
     from normfix.tiling.stages.resuming import resumable
 
@@ -161,7 +162,7 @@ def calibrate_command(
             attach_(done.model, replace(known, scaling=stated))
         save(done, place.path)
     show(done.summary, calibration_text(done.summary), format_)
-    tell(place)
+    tell(place, f" {commands(Path(out), opened.source)}")
 
 
 @click.command("predict")
