@@ -346,6 +346,7 @@ def check_command(
         threshold=threshold,
         output=arguments.output,
     )
+    verdict = replace(verdict, settings=(("model", arguments.model), ("file", image), *verdict.settings))
     try:
         write_reports(reports, verdict)
     finally:

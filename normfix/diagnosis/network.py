@@ -48,6 +48,10 @@ class Diagnosis:
         """Return failed if any cause is named, inconclusive if nothing could be compared."""
         return self.record.status
 
+    def __bool__(self) -> bool:
+        """Be true only where no cause was found and something was compared."""
+        return self.status == "passed"
+
     @property
     def tile_mismatch(self) -> TileMismatch:
         """Return tile against tile and stitched tiles against the whole."""
