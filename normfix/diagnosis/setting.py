@@ -39,7 +39,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is known before the first measurement."""
+    """What is known before the first measurement; `kind` and `channels` are the output's."""
 
     model: nn.Module
     trained: nn.Module
@@ -49,6 +49,7 @@ class Setting:
     geometry: Geometry
     tiling: Tiling
     kind: Kind
+    channels: int
     live: dict[bool, tuple[Site, ...]]
     findings: tuple[Finding, ...]
 
@@ -100,6 +101,7 @@ def prepare(
         geometry,
         tiling,
         kind or recognise(middle),
+        middle.shape[1],
         live,
         findings,
     )
