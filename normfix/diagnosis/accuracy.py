@@ -64,8 +64,8 @@ class Labels:
         if kind in ("probability", "logits") and channels > 1 == values.shape[0]:
             raise NormfixError(
                 "NF604",
-                f"as {kind} each of the output's {channels} channels is a mask of its own, and the labels are one array "
-                "of class numbers. If the largest channel is the class, say kind 'scores' (--kind scores); else give a "
+                f"as {kind} each of the output's {channels} channels is a mask of its own, and the labels are one "
+                "array of class numbers. If the largest channel is the class, say kind 'scores' (--kind scores); else give a "
                 "mask per channel.",
                 where="labels",
             )
