@@ -32,6 +32,7 @@ __all__ = [
     "Arguments",
     "image_options",
     "model_options",
+    "override_option",
 ]
 
 
@@ -128,6 +129,13 @@ def image_options(command: Command) -> Command:
     return command
 
 
+def override_option(command: Command) -> Command:
+    """Add --override-scale, without which images are scaled as those were that the statistics were measured on."""
+    return click.option(
+        "--override-scale", is_flag=True, help="Take --scale although the network was converted with another."
+    )(command)
+
+
 @dataclass(frozen=True, slots=True)
 class Arguments:
     """The shared options of one run."""
@@ -147,6 +155,7 @@ class Arguments:
     scale: str | None = None
     preprocess: str | None = None
     series: str | None = None
+    override_scale: bool = True
 
     @classmethod
     def take(cls, options: dict[str, Any]) -> Arguments:
@@ -204,11 +213,16 @@ class Arguments:
 
         if self.scale is not None and self.preprocess is not None:
             raise click.UsageError("give --scale or --preprocess, not both")
-        if self.preprocess is not None:
-            return Scaling(kind="preprocess", function=self.preprocess)
-        if self.scale is not None:
-            return parse_scaling(self.scale)
         known = None if model is None else provenance_of(model)
+        stated = None
+        if self.preprocess is not None:
+            stated = Scaling(kind="preprocess", function=self.preprocess)
+        elif self.scale is not None:
+            stated = parse_scaling(self.scale)
+        if stated is not None:
+            if known is not None and not self.override_scale:
+                _require_same(stated, known.scaling)
+            return stated
         if known is not None and known.scaling.kind == "preprocess":
             name = known.scaling.function
             raise NormfixError(
@@ -281,6 +295,27 @@ class Arguments:
             raise NormfixError(
                 "NF116", f"cannot compute there: {reason}.", where=f"--device {self.device}"
             ) from error
+
+
+def _require_same(stated: Scaling, known: Scaling) -> None:
+    """Refuse a scaling that contradicts the one which the network's statistics belong to.
+
+    Raises:
+        NormfixError: NF107.
+    """
+    if known.kind == "none" or known == stated:
+        return
+    raise NormfixError(
+        "NF107",
+        f"the network was converted with images scaled by {_words(known)}, and its statistics belong to these. Leave "
+        "--scale out, measure it anew with normfix calibrate, or insist with --override-scale.",
+        where=f"--scale {_words(stated)}",
+    )
+
+
+def _words(scaling: Scaling) -> str:
+    values = ",".join(f"{value:g}" for value in scaling.values)
+    return scaling.function or f"{scaling.kind}{':' if values else ''}{values}"
 
 
 def _tell(images: Sequence[ScaledImage]) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from normfix.cli.answers import Predicted
-from normfix.cli.options import Arguments, image_options, model_options
+from normfix.cli.options import Arguments, image_options, model_options, override_option
 from normfix.cli.outputs import is_image, is_saved, output, tell
 from normfix.cli.showing import (
     format_option,
@@ -198,6 +198,7 @@ def calibrate_command(
 )
 @stage_options
 @image_options
+@override_option
 @format_option
 def predict_command(
     image: str,
@@ -314,6 +315,7 @@ def _placement(image: str, model: nn.Module, level: int, arguments: Arguments) -
     help="Largest difference in sd that still passes. Default: 100 noise floors, at most 1e-3.",
 )
 @image_options
+@override_option
 @report_option
 @format_option
 def check_command(

@@ -65,8 +65,8 @@ class Labels:
             raise NormfixError(
                 "NF604",
                 f"as {kind} each of the output's {channels} channels is a mask of its own, and the labels are one "
-                "array of class numbers. If the largest channel is the class, say kind 'scores' (--kind scores); else give a "
-                "mask per channel.",
+                "array of class numbers. If the largest channel is the class, say kind 'scores' (--kind scores); else "
+                "give a mask per channel.",
                 where="labels",
             )
         return cls(values, kind, metric)
