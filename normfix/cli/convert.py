@@ -97,6 +97,7 @@ def convert_command(
       normfix convert normfix.demo.network:nuclei_unet nuclei.tif --scale percentile:1,99.8 --to frozen -o fixed
     """
     from normfix.api.conversion import convert
+    from normfix.storage.instructions import commands
     from normfix.storage.programs import SUFFIX, require_program_name
     from normfix.storage.saving import require_unconverted, save
     from normfix.tiling.stages.resuming import resumable
@@ -149,8 +150,7 @@ def convert_command(
             note(f"Nothing was written to {out}, because {why}.")
             return 1
         save(done, place.path, opened.source, scaling=scaling, partial=partial, portable=portable)
-    how = "its own library" if portable else f"normfix.load({out!r})"
-    tell(place, f" Load it with {how}.")
+    tell(place, " Load it with its own library." if portable else f" {commands(Path(out), opened.source)}")
     return 0 if sound else 1
 
 

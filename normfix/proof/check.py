@@ -17,6 +17,7 @@ from normfix.networks.surroundings import undisturbed
 from normfix.proof.comparison import Network, compare, undecided
 from normfix.proof.cropping import check_pipeline
 from normfix.records.verdicts import Verdict
+from normfix.reporting.sentences import explanation
 from normfix.scanning.known import ForwardFn, known_of, with_halo
 from normfix.tiling.geometry import geometry_of, thinnest
 from normfix.tiling.grid import Geometry
@@ -104,10 +105,7 @@ def assert_tile_invariant(
     """
     verdict = check(model, image, tile, **options)
     if not verdict.passed:
-        reasons = "; ".join(f"{f.code} {f.where}: {f.message}" for f in verdict.findings)
-        raise AssertionError(
-            f"{verdict.status}, tiles are up to {verdict.max_sd:.2g} sd from the whole image. {reasons}"
-        )
+        raise AssertionError(explanation(verdict))
     return verdict
 
 
@@ -154,5 +152,9 @@ def compare_with(
             threshold=threshold,
             exact_halo=exact_halo,
             live=live,
-            settings=settings(device, dtype),
+            settings=(
+                ("network", type(model).__name__),
+                ("image", "x".join(map(str, image.shape))),
+                *settings(device, dtype),
+            ),
         )
