@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -47,6 +48,7 @@ from normfix.tiling.stitching import padded
 
 __all__ = ["convert"]
 
+_LOGGER = logging.getLogger("normfix")
 _Tensors = Tensor | Iterable[Tensor]
 
 
@@ -88,8 +90,8 @@ def convert(
         progress: called with (stage, done, total).
 
     Returns:
-        The conversion; `.proof.passed` tells whether it may be relied on, `.proof.partial` that all but refused
-        sites were converted and proved.
+        The conversion, its network in eval mode; `.proof.passed` tells whether it may be relied on, `.proof.partial`
+        that all but refused sites were converted and proved.
 
     Raises:
         NormfixError: NF203 if live statistics are to be frozen and no image was given; NF205 if a given plan
@@ -163,6 +165,9 @@ def convert(
         converted,
         Provenance(plan=plan, scan=seen.scan, scaling=Scaling(), source=source, output=stated),
     )
+    if model.training:
+        _LOGGER.warning("The network was in train mode; it was converted, and is returned, in eval mode.")
+    converted.eval()
     calibration = None if summary is None else Calibration(converted, summary)
     return Conversion(converted, plan, seen.scan, calibration, proof, caller, base)
 
