@@ -1,0 +1,163 @@
+"""The bound of a captured program: how far its output reaches, on which lattice, and what stands against a bound."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves
+
+from normfix.networks.graph.capture import WRAPPED, image_of
+from normfix.networks.graph.isolation import silence
+from normfix.networks.graph.parts import owner_of
+from normfix.records.derivations import Obstacle, PathStep
+from normfix.records.spans import Spans
+from normfix.tiling.reach.calls import tensor_of
+from normfix.tiling.reach.derivation import Derived, Reached, Trail, derive
+from normfix.tiling.reach.extents import Sizes, Unsized, lattice_of
+
+__all__ = ["Bound", "bound_of"]
+
+_PHASES = 64
+"""Tiles within a lattice that are followed one by one; with more of them a whole lattice is added instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """The reach of one output of a program."""
+
+    derived: Derived
+    image: Node
+    output: Node
+    scale: tuple[Fraction, ...]
+    offset: tuple[int, ...]
+
+    @property
+    def lattice(self) -> tuple[int, ...]:
+        """Return pixels per axis."""
+        return self.derived.sizes.lattice
+
+    @property
+    def wraps(self) -> tuple[Obstacle, ...]:
+        """Return what reads the opposite border."""
+        return tuple(_obstacle(node, "it reads the opposite border") for node in self.derived.wraps)
+
+    def obstacles(self) -> tuple[Obstacle, ...]:
+        """Return what makes the reach unbounded; nothing where it is bounded."""
+        found = self._reached([0] * len(self.lattice))
+        causes = {r.boundless.node: r.boundless.why for r in found if r.boundless is not None}
+        return tuple(_obstacle(node, why) for node, why in causes.items())
+
+    def halo(self, stride: Sequence[int]) -> Spans:
+        """Return what a tile reads (before, after) if tiles start at multiples of a stride.
+
+        Args:
+            stride: per axis; one that does not divide the lattice is taken for their greatest common divisor.
+        """
+        units = [math.gcd(s, n) for s, n in zip(stride, self.lattice, strict=True)]
+        counts = [n // unit for n, unit in zip(self.lattice, units, strict=True)]
+        if math.prod(counts) > _PHASES and max(counts) > _PHASES:
+            whole = self._spans([0] * len(counts))
+            return tuple((b + n, a + n) for (b, a), n in zip(whole, self.lattice, strict=True))
+        phases = range(max(counts))
+        # axes are bounded one by one, so all of them move at a time
+        starts = ([phase % count * unit for count, unit in zip(counts, units, strict=True)] for phase in phases)
+        spans = [self._spans(start) for start in starts]
+        return tuple((max(b for b, _ in axis), max(a for _, a in axis)) for axis in zip(*spans, strict=True))
+
+    def paths(self) -> tuple[tuple[tuple[PathStep, ...], tuple[PathStep, ...]], ...]:
+        """Return, per axis, the widest ways before and after a tile, from the image to the output."""
+        trail = Trail(layouts=self.derived.layouts)
+        self.derived.reached([self.output], [self.image], [0] * len(self.lattice), trail)
+        return tuple(
+            (tuple(self._path(trail, axis, before=True)), tuple(self._path(trail, axis, before=False)))
+            for axis in range(len(self.lattice))
+        )
+
+    def _path(self, trail: Trail, axis: int, *, before: bool) -> Iterator[PathStep]:
+        """Yield what widens the interval, operator by operator; what adds nothing is left out."""
+        steps = trail.steps(self.image, axis, before=before)
+        for step, reader in itertools.pairwise(steps):
+            ends = [self._pixels(s.node, s.interval, axis, before=before) for s in (step, reader)]
+            if None not in ends and (adds := ends[0] - ends[1]) != 0:  # type: ignore[operator]
+                name = str(reader.node.target)
+                yield PathStep(operator=name, where=_where(reader.node), adds=float(adds))
+
+    def _pixels(self, node: Node, interval: tuple[int, int], axis: int, *, before: bool) -> Fraction | None:
+        """Return how many pixels of the image an interval reaches beyond a tile."""
+        pace = self.derived.pace(node, axis)
+        if pace is None:
+            return None
+        if before:
+            return -interval[0] / pace
+        return (interval[1] + 1) / pace - self.lattice[axis]
+
+    def _reached(self, starts: Sequence[int]) -> list[Reached]:
+        return self.derived.reached([self.output], [self.image], starts)[self.image]
+
+    def _spans(self, starts: Sequence[int]) -> list[tuple[int, int]]:
+        spans = []
+        for found, start, pixels in zip(self._reached(starts), starts, self.lattice, strict=True):
+            first, last = found.fore or (start, start + pixels - 1)
+            spans.append((max(0, start - first), max(0, last - (start + pixels - 1))))
+        return spans
+
+
+def bound_of(program: ExportedProgram, output: int = 0) -> Bound:
+    """Derive the reach of a program.
+
+    Args:
+        program: as exported, with free spatial extents.
+        output: number of the output among the tensors that it returns.
+
+    Raises:
+        Unsized: sizes are fixed, or the output is no map over the image.
+    """
+    program = _functional(program)
+    image = image_of(program)
+    returned = [n for n in tree_leaves(program.graph.output_node().args[0]) if isinstance(n, Node)]
+    results = [n for n in returned if tensor_of(n) is not None]
+    tensors = [v for n in program.graph.nodes for v in tree_leaves(n.meta.get("val")) if isinstance(v, Tensor)]
+    sizes = lattice_of(image.meta["val"].shape, tensors)
+    derived = derive(program.graph, {image}, sizes)
+    result = results[output]
+    if result not in derived.layouts:
+        raise Unsized("the output does not depend on the image")
+    scale, offset = derived.scale(result), derived.offset(result)
+    if scale is None or offset is None:
+        raise Unsized("the output is no map over the image")
+    return Bound(derived, image, result, scale, offset)
+
+
+def _functional(program: ExportedProgram) -> ExportedProgram:
+    """Return a program in which nothing is written to what others read."""
+    if not any(_writes(node) for node in program.graph.nodes):
+        return program
+    with silence(), torch.no_grad():
+        return program.run_decompositions({})
+
+
+def _writes(node: Node) -> bool:
+    """Tell whether a node changes a tensor; one of one operand, pixel by pixel, leaves every reach as it is."""
+    target = node.target
+    if not isinstance(target, OpOverload):
+        return node.op == "call_function" and isinstance(target, torch._ops.HigherOrderOperator)
+    alone = torch.Tag.pointwise in target.tags and len(node.all_input_nodes) == 1
+    return target._schema.is_mutable and not alone
+
+
+def _obstacle(node: Node, why: str) -> Obstacle:
+    return Obstacle(operator=str(node.target), where=_where(node), why=why)
+
+
+def _where(node: Node) -> str:
+    path = owner_of(node)
+    return path.removeprefix(WRAPPED).removeprefix(".") or "(root)"
