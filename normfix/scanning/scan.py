@@ -30,6 +30,7 @@ from normfix.scanning.merging import Merged, merge
 from normfix.scanning.positions import Positions
 from normfix.scanning.sightings import Dyed, confirmed, dye_look
 from normfix.scanning.sites import Survey, survey
+from normfix.scanning.witnesses import HaloSource, Witness, witness_of
 from normfix.tiling.dependence import agrees, far
 from normfix.tiling.geometry import Locality, measure_locality, not_dense
 from normfix.tiling.grid import Geometry
@@ -59,6 +60,7 @@ def scan(
     output: str | int | None = None,
     as_trained: bool = False,
     fast: bool = False,
+    halo: HaloSource = "graph",
     announce: Announce = announced_nowhere,
 ) -> Scan:
     """Find every statistic of the tile, and the geometry once they are frozen.
@@ -70,10 +72,13 @@ def scan(
         output: key or index of the output that counts.
         as_trained: treat batch and instance norms as in train mode, where they are live.
         fast: skip the dye's confirmation; `Scan.looks` says so.
+        halo: "graph" takes the bound that the network's graph gives, where it gives one; "measured" takes what the dye
+            shows, which `Scan.reach` says.
         announce: called with ("scan", seconds) before a scan that will take long (normfix.scanning.durations).
 
     Raises:
-        NormfixError: NF109 if the network does not run on the example, NF110 if `output` names no tensor.
+        NormfixError: NF109 if the network does not run on the example, NF110 if `output` names no tensor, NF251 if the
+            dye shows more than the graph's bound.
 
     Example:
         >>> import normfix, torch
@@ -90,7 +95,7 @@ def scan(
     if announce is not announced_nowhere and not fast:
         duration = Durations.of(base.network, example, base.caller).scan(graph=True)
         announce_notable(announce, "scan", duration)
-    return look(base.network, example, base.caller, fast=fast, graph=True).scan
+    return look(base.network, example, base.caller, fast=fast, graph=True, halo=halo).scan
 
 
 def plan(scan: Scan, to: Literal["frozen", "batchrenorm"] = "frozen", keep: Sequence[str] = ()) -> Plan:
@@ -108,7 +113,13 @@ def plan(scan: Scan, to: Literal["frozen", "batchrenorm"] = "frozen", keep: Sequ
 
 
 def look(
-    base: nn.Module, example: Tensor, caller: Caller, *, fast: bool = False, graph: bool = False
+    base: nn.Module,
+    example: Tensor,
+    caller: Caller,
+    *,
+    fast: bool = False,
+    graph: bool = False,
+    halo: HaloSource = "graph",
 ) -> Scanned:
     """Scan a materialised network on CPU in float32 (geometry in float64 too); not modified.
 
@@ -117,7 +128,8 @@ def look(
         example: (N, C, *space).
         caller: calls it.
         fast: leave out the dye and the graph.
-        graph: capture its graph as well, which takes seconds.
+        graph: hold its graph against the census as well, which takes seconds.
+        halo: which witness of the reach is taken.
     """
     probe = copy_of(base).cpu().float().eval()
     material = example[:1].detach().cpu().float()
@@ -145,7 +157,7 @@ def look(
             compared=dyed.compared,
             wraps=positions.may_wrap(),
         )
-        seen = _measured(probe, class_of(base), doubts, merged, found, material, caller, fast=fast)
+        seen = _measured(probe, class_of(base), doubts, merged, found, material, caller, fast=fast, halo=halo)
     geometry, locality = seen.locality.geometry, seen.locality
     return Scanned(
         Scan(
@@ -161,6 +173,7 @@ def look(
             exact_sizes=geometry.multiple if geometry else None,
             smallest_tile=locality.smallest_tile,
             halo_rounded=in_strides(geometry.halo, geometry.stride) if geometry else None,
+            reach=seen.witness.reach(locality, material) if seen.witness else None,
             looks=merged.looks,
             findings=found.findings + seen.findings + locality.findings,
         ),
@@ -176,6 +189,7 @@ class _Measured:
     locality: Locality
     findings: tuple[Finding, ...]
     invariant: bool
+    witness: Witness | None = None
 
 
 def _measured(
@@ -188,6 +202,7 @@ def _measured(
     caller: Caller,
     *,
     fast: bool,
+    halo: HaloSource,
 ) -> _Measured:
     """Measure the geometry as if every doubt were unfounded, and settle those that the measurement shows to be."""
     trial = doubts.settled(merged.sites)
@@ -195,17 +210,19 @@ def _measured(
     bench = (
         None
         if everything.left_live or not found.dense
-        else _bench(probe, everything, found, caller, material)
+        else _bench(probe, everything, found, caller, material, halo)
     )
     if bench is None:
         locality = _unmeasured(everything, found, material)
     else:
         locality = bench.measured(found.dilution, doubts, fast=fast)
+    witness = None if bench is None else bench.witness
+    beyond = () if witness is None else witness.findings(locality)
     if locality.steady and bench is not None:
         open_bounds = [bound for bound in doubts.bounds if not bench.crosses(bound, locality)]
-        findings = doubts.explained(merged.findings, open_bounds)
+        findings = doubts.explained(merged.findings, open_bounds) + beyond
         live = any(site.live for site in trial)
-        return _Measured(trial, locality, findings, not live and not open_bounds)
+        return _Measured(trial, locality, findings, not live and not open_bounds, witness)
     everything = decide(merged.sites, model=name, to="frozen")
     if everything.left_live:
         locality = _unmeasured(everything, found, material)
@@ -214,7 +231,7 @@ def _measured(
     )
     live = any(site.live for site in merged.sites)
     sound = not live and not doubts.operations and not doubts.placed and not doubts.bounds
-    return _Measured(merged.sites, locality, merged.findings + unsettled, sound)
+    return _Measured(merged.sites, locality, merged.findings + unsettled + beyond, sound, witness)
 
 
 def _graph(
@@ -275,6 +292,7 @@ class _Bench:
     single: Callable[[Tensor], Tensor]
     double: Callable[[Tensor], Tensor]
     example: Tensor
+    witness: Witness
 
     def measured(self, dilution: Sequence[int], doubts: Doubts, *, fast: bool) -> Locality:
         """Measure its geometry as if no doubt were founded."""
@@ -289,6 +307,7 @@ class _Bench:
             swallowed=doubts.swallowed,
             compared=doubts.compared,
             both_ends=doubts.wraps,
+            bound=self.witness.bound,
         )
 
     def crosses(self, bound: Bound, locality: Locality) -> bool:
@@ -305,10 +324,18 @@ class _Bench:
         return False
 
 
-def _bench(probe: nn.Module, everything: Plan, found: Survey, caller: Caller, example: Tensor) -> _Bench:
+def _bench(
+    probe: nn.Module,
+    everything: Plan,
+    found: Survey,
+    caller: Caller,
+    example: Tensor,
+    halo: HaloSource,
+) -> _Bench:
     frozen = rewrite(probe, everything)
     fresh = [d for d in everything.converted if d.measured]
     small = found.sizes(example)[:1]
     measure_sites_(frozen, [site_target(frozen, d, express=False) for d in fresh], small, caller)
     double = copy_of(frozen).double()
-    return _Bench(lambda x: caller(frozen, x), lambda x: caller.in_double(double, x), example)
+    witness = witness_of(frozen, caller, small[0], halo)
+    return _Bench(lambda x: caller(frozen, x), lambda x: caller.in_double(double, x), example, witness)

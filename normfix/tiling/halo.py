@@ -28,7 +28,7 @@ from normfix.networks import operators
 from normfix.networks.numerics import BOUNDLESS
 from normfix.records.spans import round_up
 
-__all__ = ["AMPLIFICATION", "DyeLost", "DyeRefused", "halo", "interference", "strip", "texture"]
+__all__ = ["AMPLIFICATION", "DyeLost", "DyeRefused", "halo", "halo_within", "interference", "strip", "texture"]
 
 AMPLIFICATION = 1e12
 _FIRST_SEA, _LARGEST_SEA, _LARGEST_SHORE = 256, 8192, 4096
@@ -99,6 +99,34 @@ def halo(
         seen.append(reach)
         sea, smaller, shore = 2 * sea, reach, max(0, *reach) + grid
     return smaller if felt is None else None
+
+
+def halo_within(
+    f: Function,
+    example: Tensor,
+    axis: int,
+    grid: int,
+    scale: Fraction,
+    bound: tuple[int, int],
+    cross: Sequence[int],
+    felt: Felt | None = None,
+) -> tuple[int, int] | None:
+    """Measure a halo that a bound is known for, in one forward pass.
+
+    Arguments as for `halo`, whose second strip only tells whether the first was long enough.
+
+    Args:
+        bound: (before, after) that no output can exceed.
+
+    Returns:
+        (before, after); None if the dye reaches further than the bound.
+
+    Raises:
+        DyeLost: the output shows no dye.
+        DyeRefused: an operation must not see NaN; its name.
+    """
+    shore = round_up(max(bound), grid) + grid
+    return _reach(f, example, axis, grid, round_up(_FIRST_SEA, grid), shore, scale, cross, felt)
 
 
 def interference(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
+from normfix.networks import operators
 from normfix.networks.graph.capture import WRAPPED, image_of
 from normfix.networks.graph.isolation import silence
 from normfix.networks.graph.parts import owner_of
@@ -72,6 +73,12 @@ class Bound:
         starts = ([phase % count * unit for count, unit in zip(counts, units, strict=True)] for phase in phases)
         spans = [self._spans(start) for start in starts]
         return tuple((max(b for b, _ in axis), max(a for _, a in axis)) for axis in zip(*spans, strict=True))
+
+    def along(self, axis: int, stride: int) -> tuple[int, int]:
+        """Return the halo along one axis for tiles on a stride there."""
+        strides = list(self.lattice)
+        strides[axis] = stride
+        return self.halo(strides)[axis]
 
     def paths(self) -> tuple[tuple[tuple[PathStep, ...], tuple[PathStep, ...]], ...]:
         """Return, per axis, the widest ways before and after a tile, from the image to the output."""
@@ -139,19 +146,28 @@ def bound_of(program: ExportedProgram, output: int = 0) -> Bound:
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
     """Return a program in which nothing is written to what others read."""
-    if not any(_writes(node) for node in program.graph.nodes):
+    places = {node: place for place, node in enumerate(program.graph.nodes)}
+    if not any(_changes_others(node, places) for node in places):
         return program
     with silence(), torch.no_grad():
         return program.run_decompositions({})
 
 
-def _writes(node: Node) -> bool:
-    """Tell whether a node changes a tensor; one of one operand, pixel by pixel, leaves every reach as it is."""
+def _changes_others(node: Node, places: Mapping[Node, int]) -> bool:
+    """Tell whether a node changes what others read, otherwise than pixel by pixel on its own."""
     target = node.target
     if not isinstance(target, OpOverload):
-        return node.op == "call_function" and isinstance(target, torch._ops.HigherOrderOperator)
-    alone = torch.Tag.pointwise in target.tags and len(node.all_input_nodes) == 1
-    return target._schema.is_mutable and not alone
+        return isinstance(target, torch._ops.HigherOrderOperator)
+    if not target._schema.is_mutable or (torch.Tag.pointwise in target.tags and len(node.all_input_nodes) == 1):
+        return False
+    written = node.args[0] if node.args else None
+    if torch.Tag.pointwise not in target.tags or not isinstance(written, Node) or _is_view(written):
+        return True
+    return any(places[user] > places[node] or _is_view(user) for user in written.users)
+
+
+def _is_view(node: Node) -> bool:
+    return node.op == "placeholder" or (isinstance(node.target, OpOverload) and operators.is_view(node.target))
 
 
 def _obstacle(node: Node, why: str) -> Obstacle:

@@ -48,13 +48,17 @@ class Kernel:
         first, last = given
         return -((self.span - first - self.padding) // self.stride), (last + self.padding) // self.stride
 
+    def moves(self, reads: Reads) -> Reads | None:
+        """Return what is read, None for a window of one that stays where it is."""
+        return None if (self.stride, self.padding, self.span) == (1, 0, 0) else reads
+
 
 def _convolution(call: Call) -> list[Reading]:
     x, weight = call.tensor("input"), call.tensor("weight")
     kernel = call.extents(weight)[2:]
     transposed = bool(call.get("transposed", "transpose" in call.name))
     axes = _kernels(call, [call.fixed(k) for k in kernel])
-    reads = [axis.spreads if transposed else axis.reads for axis in axes]
+    reads = [axis.moves(axis.spreads if transposed else axis.reads) for axis in axes]
     # (n, c, *space), or (c, *space) without a batch
     return [_over_space(call, x, reads, (Along(0), WHOLE))]
 
@@ -80,17 +84,18 @@ def _pool(call: Call) -> list[Reading]:
     strides = call.numbers("stride", count) if call.get("stride") else extents
     padding, dilation = call.numbers("padding", count, 0), call.numbers("dilation", count, 1)
     axes = [Kernel(*of) for of in zip(extents, strides, padding, dilation, strict=True)]
-    return [_over_space(call, x, [axis.reads for axis in axes], (Along(0), Along(1)))]
+    return [_over_space(call, x, [axis.moves(axis.reads) for axis in axes], (Along(0), Along(1)))]
 
 
 def _rank_of(name: str) -> int:
     return int(next(c for c in name if c.isdigit()))
 
 
-def _over_space(call: Call, x: Node, reads: Sequence[Reads], outer: tuple[Link, Link]) -> Reading:
+def _over_space(call: Call, x: Node, reads: Sequence[Reads | None], outer: tuple[Link, Link]) -> Reading:
     rank, count = len(call.extents(x)), len(reads)
     lead = outer[2 - (rank - count) :]
-    space = tuple(Window(rank - count + axis, r) for axis, r in enumerate(reads))
+    dims = range(rank - count, rank)
+    space = [Along(dim) if r is None else Window(dim, r) for dim, r in zip(dims, reads, strict=True)]
     return ByDimension(x, (*lead, *space))
 
 
@@ -151,7 +156,7 @@ def _unpool(call: Call) -> list[Reading]:
     strides = origin.numbers("stride", count) if origin.get("stride") else extents
     padding, dilation = origin.numbers("padding", count, 0), origin.numbers("dilation", count, 1)
     axes = [Kernel(*of) for of in zip(extents, strides, padding, dilation, strict=True)]
-    reads = [axis.spreads for axis in axes]
+    reads = [axis.moves(axis.spreads) for axis in axes]
     return [_over_space(call, operand, reads, (Along(0), Along(1))) for operand in (x, indices)]
 
 
