@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from torch import Tensor
@@ -173,8 +174,10 @@ def _finer(sizes: Sizes, shape: Sequence[Any], expr: Any, axis: int) -> Iterator
     import sympy
 
     numbers = {abs(int(n)) for n in expr.atoms(sympy.Integer)}
-    for rational in expr.atoms(sympy.Rational):
-        numbers.add(int(rational.q))
+    numbers |= {int(n.q) for n in expr.atoms(sympy.Rational)}
+    # a factor that was given as a number, such as 0.5
+    factors = [Fraction(float(n)).limit_denominator(_LARGEST) for n in expr.atoms(sympy.Float)]
+    numbers |= {part for factor in factors for part in (factor.denominator, factor.numerator)}
     for prime in sorted({p for n in numbers if n > 1 for p in sympy.primefactors(n)}):
         lattice = list(sizes.lattice)
         lattice[axis] *= prime

@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from normfix.tiling.reach.calls import Call
 from normfix.tiling.reach.frames import Factor, Frame, Layout, Opaque, Space, is_plain
-from normfix.tiling.reach.needs import Boundless, Need, Reads, Span
+from normfix.tiling.reach.needs import Boundless, Interval, Need, Reads, Span
 
 __all__ = [
     "NOTHING",
@@ -124,23 +124,20 @@ def _carried(link: Link, frame: Frame, need: Need, result: Layout, call: Call) -
         return whole(frame, Boundless(call.origin, link.why))
     given = result[link.dim]
     spans = {number: span for (dim, number), span in need.items() if dim == link.dim}
-    if isinstance(link, Along) and (given == frame or _alike(given, frame)):
+    if given == frame and isinstance(link, Along):
         return spans
-    if isinstance(link, Mirror) and (given == frame or _alike(given, frame)) and len(frame) == 1:
+    if given == frame and isinstance(link, Mirror) and len(frame) == 1:
         return {number: span.flipped() for number, span in spans.items()}
-    if isinstance(link, Window) and len(given) == len(frame) == 1:
-        span = moved(link.reads, given[0], frame[0], spans.get(0))
+    if isinstance(link, Along | Window) and len(given) == len(frame) == 1:
+        reads = link.reads if isinstance(link, Window) else _same
+        span = moved(reads, given[0], frame[0], spans.get(0))
         if span is not None:
             return {0: span}
     return whole(frame, Boundless(call.origin, "what it reads does not move with the image"))
 
 
-def _alike(given: Frame, frame: Frame) -> bool:
-    """Tell whether two dimensions lie over the image in the same way, whatever their extents."""
-    if len(given) != 1 or len(frame) != 1:
-        return False
-    a, b = given[0], frame[0]
-    return isinstance(a, Space) and isinstance(b, Space) and (a.axis, a.step) == (b.axis, b.step)
+def _same(interval: Interval) -> Interval:
+    return interval
 
 
 def moved(reads: Reads, given: Factor, taken: Factor, span: Span | None) -> Span | None:

@@ -214,7 +214,9 @@ def _select_scatter(call: Call) -> list[Reading]:
 
 
 def _copy(call: Call) -> list[Reading]:
-    return [aligned(call, call.tensor("src"))]
+    overwritten = call.tensor("self")
+    nothing = ByDimension(overwritten, (NOTHING,) * len(call.extents(overwritten)))
+    return [nothing, aligned(call, call.tensor("src"))]
 
 
 def _triangle(call: Call) -> list[Reading]:
