@@ -35,11 +35,12 @@ from normfix.records.measurements import CalibrationSummary
 from normfix.records.plans import Action, Plan
 from normfix.records.saved import Provenance, Scaling, Source
 from normfix.records.sites import Site
-from normfix.records.verdicts import ImageShift, Proof, ProofStep
+from normfix.records.verdicts import ImageShift, Proof, ProofStep, Verdict
 from normfix.scanning.base import base_of
 from normfix.scanning.durations import Announce, Durations, announce_notable, announced_nowhere
 from normfix.scanning.scan import Scanned, look
 from normfix.scanning.sites import survey
+from normfix.scanning.witnesses import HaloSource
 from normfix.tiling.grid import Geometry
 from normfix.tiling.stages.options import engine_of
 from normfix.tiling.stages.outlook import Watch
@@ -70,6 +71,7 @@ def convert(
     dtype: torch.dtype | None = None,
     as_trained: bool = False,
     allow_flat: bool = False,
+    halo: HaloSource = "graph",
     tile: int | None = None,
     budget: int | None = None,
     store: Path | None = None,
@@ -99,6 +101,8 @@ def convert(
         as_trained: treat batch and instance norms as in train mode, where they are live.
         allow_flat: keep a statistic that is divided by and that is at or below eps on every image; it is named in the
             calibration. Without, it is refused.
+        halo: "graph" takes the bound that the network's graph gives, where it gives one; "measured" takes what the dye
+            shows, which the verdict says.
         tile: size of the tiles to prove with; default: a quarter of the image, at most 256.
         budget: bytes of memory for values between stages. With it, a store, or images read by window, statistics are
             measured in stages over all of every image and then re-measured in other blocks; what needs whole
@@ -147,7 +151,7 @@ def convert(
         durations = Durations.of(base, example, caller)
         announce_notable(announce, "scan", durations.scan(graph=False))
     progress("scan", 0, 1)
-    seen = look(base, example, caller)
+    seen = look(base, example, caller, halo=halo)
     progress("scan", 1, 1)
     if plan is None:
         plan = decide(seen.scan.sites, model=seen.scan.model, to=to, keep=keep)
@@ -321,7 +325,7 @@ class _Work:
                 self.tile,
                 self.original,
             )
-            verdict = subject.verdict(first)
+            verdict = self._said(subject.verdict(first))
             pair = self.caller.exactly(self.converted, first), self.caller.exactly(self.original, first)
             steps = (
                 self._identity(first, pair),
@@ -337,6 +341,11 @@ class _Work:
             shifts = self._shifts(first, pair)
         last = untouched(self.original, self.converted, self.plan)
         return Proof(steps=(*steps, last), shifts=shifts, verdict=verdict)
+
+    def _said(self, verdict: Verdict | None) -> Verdict | None:
+        """Return a verdict that says where its halo is from."""
+        reach = self.seen.scan.reach
+        return replace(verdict, reach=reach.words) if verdict is not None and reach is not None else verdict
 
     def _identity(self, image: Tensor, pair: tuple[Tensor, Tensor]) -> ProofStep:
         converted, original = pair

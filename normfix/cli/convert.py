@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normfix.cli.options import Arguments, image_options, model_options
+from normfix.cli.options import Arguments, halo_option, image_options, model_options
 from normfix.cli.outputs import is_saved, output, tell
 from normfix.cli.showing import no_steps, note, note_duration, require_report, show, steps, write_report
 from normfix.cli.stages import StageArguments, engine_option, stage_options, watching
@@ -51,6 +51,7 @@ __all__ = ["convert_command"]
     is_flag=True,
     help="Keep statistics that are divided by and vanish on every image; they are named in the result.",
 )
+@halo_option
 @image_options
 @click.option(
     "--tile", type=click.IntRange(1), help="Size of the blocks to measure in, and of the tiles to prove with."
@@ -77,6 +78,7 @@ def convert_command(
     partial: bool,
     portable: bool,
     allow_flat: bool,
+    halo: Any,
     report: str | None,
     format_: str,
     tile: int | None,
@@ -131,6 +133,7 @@ def convert_command(
             output=arguments.output,
             as_trained=as_trained,
             allow_flat=allow_flat,
+            halo=halo,
             tile=tile,
             **stages.keywords(),
             watch=watch,

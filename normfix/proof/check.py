@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ def check(
     if geometry is None or exact is None:
         return undecided(known.scan)
     (item,) = Items.of(image, *home_of(model), like=known.scan.example)
-    return compare_with(
+    verdict = compare_with(
         model,
         known.caller,
         item,
@@ -85,6 +86,7 @@ def check(
         exact_halo=exact.halo,
         live=known.live,
     )
+    return replace(verdict, reach=known.scan.reach.words if known.scan.reach else "")
 
 
 def assert_tile_invariant(

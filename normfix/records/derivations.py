@@ -54,3 +54,16 @@ class Reach(Record):
     paths: tuple[tuple[tuple[PathStep, ...], tuple[PathStep, ...]], ...] = ()
     extent: tuple[int, ...] = ()
     note: str = ""
+
+    @property
+    def words(self) -> str:
+        """Return which witness the halo is, and how far it looked, in words."""
+        if self.used == "graph":
+            return "bounded by the network's graph"
+        looked = f"measured up to {max(self.extent, default=0)} pixels"
+        if self.chosen:
+            return f"{looked}, as was asked for"
+        if self.obstacles:
+            first = self.obstacles[0]
+            return f"{looked}: {first.operator} in {first.where} has no bound, {first.why}"
+        return f"{looked}: no graph ({self.note})" if self.note else looked

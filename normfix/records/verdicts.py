@@ -31,6 +31,7 @@ class Verdict(Record):
     if a repeat in float64 confirms it.
     `interference` is the largest relative change of a tile's output when everything outside its window is
     multiplied by 1e12 in float64, one entry per axis. Tiles read `halo_rounded`, the halo rounded up to the stride.
+    `reach` tells in words where the halo is from: the network's graph, or a measurement and how far it looked.
     """
 
     status: Literal["passed", "failed", "inconclusive"]
@@ -51,6 +52,7 @@ class Verdict(Record):
     findings: tuple[Finding, ...]
     settings: tuple[tuple[str, str], ...]
     halo_rounded: Spans = ()
+    reach: str = ""
 
     @property
     def passed(self) -> bool:

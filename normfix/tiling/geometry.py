@@ -40,6 +40,8 @@ __all__ = ["BoundExceededError", "Locality", "cross_section", "geometry_of", "me
 
 Function = Callable[[Tensor], Tensor]
 
+_ALONG, _ACROSS = 512, 1 << 8
+"""Pixels that a measured halo surely looked along an axis, and of a cross-section off it, where no graph bounds it."""
 _FINE, _COARSE = 64, 256
 """Largest units, in pixels, that are tried where the network runs on no strip of the first, and where on some."""
 
@@ -111,7 +113,7 @@ def measure_locality(
     foreign = foreign or plain.foreign
     tried = (swallowed or compared) and plain.geometry is not None and bound is None
     short = tried and not _is_isolated(double, example, plain)
-    if not (doubtful or short or plain.blind or (tried and swallowed)) or _is_label(single(example)):
+    if not (doubtful or tried or plain.blind) or _is_label(single(example)):
         return plain
     alike = plain.geometry is not None and _is_followed(single, example, plain)
     other = plain if alike else measured(felt=followed)
@@ -344,7 +346,8 @@ def _along_axes(
         stride=tuple(strides), halo=tuple(halos), scale=tuple(scales), multiple=tuple(multiples)
     )
     dye = tuple(dyes) if bound is not None else geometry.halo
-    return Locality(geometry, (), tuple(least), grid=tuple(dilution), cross=cross, dye=dye)
+    looked = tuple(max(_ALONG, min(n, 8 * _ALONG)) for n in example.shape[2:])
+    return Locality(geometry, (), tuple(least), grid=tuple(dilution), cross=cross, dye=dye, extent=looked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,8 +369,9 @@ class _Line:
     def reach(self, grid: int, expected: tuple[int, int] | None = None) -> tuple[int, int] | None:
         """Return the halo as the dye shows it on multiples of `grid`, None where it is unbounded."""
         if self.bound is None:
+            wide, least = _wide(self.cross, self.axis), self.example.shape[self.axis + 2]
             return halo(
-                self.single, self.example, self.axis, grid, self.scale, self.cross, expected, self.felt
+                self.single, self.example, self.axis, grid, self.scale, wide, expected, self.felt, least
             )
         bound = self.bound.along(self.axis, grid)
         reach = halo_within(
@@ -470,6 +474,14 @@ class _Line:
             settled=settled,
             refuted=refuted,
         )
+
+
+def _wide(cross: Sequence[int], axis: int) -> tuple[int, ...]:
+    """Return a cross-section so wide that taps off the axis are seen, in whole multiples of the thinnest."""
+    factor = 1
+    while math.prod(2 * factor * n for i, n in enumerate(cross) if i != axis) <= _ACROSS:
+        factor *= 2
+    return tuple(n if i == axis else factor * n for i, n in enumerate(cross))
 
 
 def _none(code: str, where: str, message: str, *, blind: bool = False, foreign: bool = False) -> Locality:

@@ -22,10 +22,10 @@ from normfix.networks.graph.parts import owner_of
 from normfix.records.derivations import Obstacle, PathStep
 from normfix.records.spans import Spans
 from normfix.tiling.reach.calls import tensor_of
-from normfix.tiling.reach.derivation import Derived, Reached, Trail, derive
-from normfix.tiling.reach.extents import Sizes, Unsized, lattice_of
+from normfix.tiling.reach.derivation import Derived, Reached, Trail, between, derive
+from normfix.tiling.reach.extents import Unsized, lattice_of
 
-__all__ = ["Bound", "bound_of"]
+__all__ = ["Bound", "bound_between", "bound_of"]
 
 _PHASES = 64
 """Tiles within a lattice that are followed one by one; with more of them a whole lattice is added instead."""
@@ -33,11 +33,14 @@ _PHASES = 64
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """The reach of one output of a program."""
+    """How far maps reach into the maps that they are computed from, in pixels of the image that all lie over.
+
+    `scale` and `offset` are those of the first result: it has scale n + offset positions.
+    """
 
     derived: Derived
-    image: Node
-    output: Node
+    sources: tuple[Node, ...]
+    results: tuple[Node, ...]
     scale: tuple[Fraction, ...]
     offset: tuple[int, ...]
 
@@ -54,7 +57,8 @@ class Bound:
     def obstacles(self) -> tuple[Obstacle, ...]:
         """Return what makes the reach unbounded; nothing where it is bounded."""
         found = self._reached([0] * len(self.lattice))
-        causes = {r.boundless.node: r.boundless.why for r in found if r.boundless is not None}
+        every = (reached for of_source in found.values() for reached in of_source)
+        causes = {r.boundless.node: r.boundless.why for r in every if r.boundless is not None}
         return tuple(_obstacle(node, why) for node, why in causes.items())
 
     def halo(self, stride: Sequence[int]) -> Spans:
@@ -81,9 +85,9 @@ class Bound:
         return self.halo(strides)[axis]
 
     def paths(self) -> tuple[tuple[tuple[PathStep, ...], tuple[PathStep, ...]], ...]:
-        """Return, per axis, the widest ways before and after a tile, from the image to the output."""
+        """Return, per axis, the widest ways before and after a tile, from the first source to a result."""
         trail = Trail(layouts=self.derived.layouts)
-        self.derived.reached([self.output], [self.image], [0] * len(self.lattice), trail)
+        self.derived.reached(self.results, self.sources, [0] * len(self.lattice), trail)
         return tuple(
             (tuple(self._path(trail, axis, before=True)), tuple(self._path(trail, axis, before=False)))
             for axis in range(len(self.lattice))
@@ -91,7 +95,7 @@ class Bound:
 
     def _path(self, trail: Trail, axis: int, *, before: bool) -> Iterator[PathStep]:
         """Yield what widens the interval, operator by operator; what adds nothing is left out."""
-        steps = trail.steps(self.image, axis, before=before)
+        steps = trail.steps(self.sources[0], axis, before=before)
         for step, reader in itertools.pairwise(steps):
             ends = [self._pixels(s.node, s.interval, axis, before=before) for s in (step, reader)]
             if None not in ends and (adds := ends[0] - ends[1]) != 0:  # type: ignore[operator]
@@ -107,14 +111,21 @@ class Bound:
             return -interval[0] / pace
         return (interval[1] + 1) / pace - self.lattice[axis]
 
-    def _reached(self, starts: Sequence[int]) -> list[Reached]:
-        return self.derived.reached([self.output], [self.image], starts)[self.image]
+    def _reached(self, starts: Sequence[int]) -> dict[Node, list[Reached]]:
+        return self.derived.reached(self.results, self.sources, starts)
 
     def _spans(self, starts: Sequence[int]) -> list[tuple[int, int]]:
-        spans = []
-        for found, start, pixels in zip(self._reached(starts), starts, self.lattice, strict=True):
-            first, last = found.fore or (start, start + pixels - 1)
-            spans.append((max(0, start - first), max(0, last - (start + pixels - 1))))
+        """Return (before, after) in pixels per axis of a tile of one lattice step."""
+        spans = [(0, 0)] * len(self.lattice)
+        for source, found in self._reached(starts).items():
+            for axis, (reached, start, pixels) in enumerate(zip(found, starts, self.lattice, strict=True)):
+                pace = self.derived.pace(source, axis)
+                if reached.fore is None or pace is None:
+                    continue
+                first, last = reached.fore
+                # outwards to whole pixels
+                before, after = start - first / pace // 1, -(-(last + 1) / pace // 1) - (start + pixels)
+                spans[axis] = max(spans[axis][0], int(before)), max(spans[axis][1], int(after))
         return spans
 
 
@@ -129,19 +140,30 @@ def bound_of(program: ExportedProgram, output: int = 0) -> Bound:
         Unsized: sizes are fixed, or the output is no map over the image.
     """
     program = _functional(program)
-    image = image_of(program)
     returned = [n for n in tree_leaves(program.graph.output_node().args[0]) if isinstance(n, Node)]
-    results = [n for n in returned if tensor_of(n) is not None]
-    tensors = [v for n in program.graph.nodes for v in tree_leaves(n.meta.get("val")) if isinstance(v, Tensor)]
-    sizes = lattice_of(image.meta["val"].shape, tensors)
-    derived = derive(program.graph, {image}, sizes)
-    result = results[output]
-    if result not in derived.layouts:
-        raise Unsized("the output does not depend on the image")
-    scale, offset = derived.scale(result), derived.offset(result)
-    if scale is None or offset is None:
+    image = image_of(program)
+    return bound_between(image, [image], [[n for n in returned if tensor_of(n) is not None][output]])
+
+
+def bound_between(image: Node, sources: Sequence[Node], results: Sequence[Node]) -> Bound:
+    """Derive how far some values of a graph reach into others.
+
+    Args:
+        image: gives the symbols of all sizes.
+        sources: where the search ends; maps over the image.
+        results: maps over the image.
+
+    Raises:
+        Unsized: sizes are fixed, or a result is no map over the image.
+    """
+    nodes = between(sources, results)
+    tensors = [v for n in nodes for v in tree_leaves(n.meta.get("val")) if isinstance(v, Tensor)]
+    derived = derive(nodes, set(sources), lattice_of(image.meta["val"].shape, tensors))
+    layouts = [derived.scale(result) for result in results if result in derived.layouts]
+    offset = derived.offset(results[0]) if layouts else None
+    if not layouts or None in layouts or offset is None or layouts[0] is None:
         raise Unsized("the output is no map over the image")
-    return Bound(derived, image, result, scale, offset)
+    return Bound(derived, tuple(sources), tuple(r for r in results if r in derived.layouts), layouts[0], offset)
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:

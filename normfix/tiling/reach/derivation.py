@@ -14,7 +14,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
-from torch.fx import Graph, Node
+from torch import Tensor
+from torch.fx import Node
 
 from normfix.tiling.reach.calls import Call, call_of, nodes_in, tensor_of
 from normfix.tiling.reach.extents import Sizes, Unsized
@@ -23,7 +24,7 @@ from normfix.tiling.reach.links import Reading, whole
 from normfix.tiling.reach.needs import Boundless, Interval, Need, Span, united
 from normfix.tiling.reach.rules import rule_of
 
-__all__ = ["Derived", "Reached", "Step", "derive"]
+__all__ = ["Derived", "Reached", "Step", "Trail", "between", "derive"]
 
 _SHAPE_ONLY = frozenset({"sym_size", "sym_numel", "sym_stride", "sym_storage_offset", "size", "numel"}) | {
     "zeros_like",
@@ -189,19 +190,31 @@ class Trail:
         return steps
 
 
-def derive(graph: Graph, sources: Collection[Node], sizes: Sizes) -> Derived:
+def between(sources: Collection[Node], results: Sequence[Node]) -> list[Node]:
+    """Return the nodes that results are computed from, back to the sources, in the order of the graph."""
+    found: set[Node] = set()
+    pending = list(results)
+    while pending:
+        node = pending.pop()
+        if node not in found:
+            found.add(node)
+            pending += [] if node in sources else node.all_input_nodes
+    return sorted(found)
+
+
+def derive(nodes: Sequence[Node], sources: Collection[Node], sizes: Sizes) -> Derived:
     """Read a graph.
 
     Args:
-        graph: functional, its nodes with the tensors they stand for.
+        nodes: of it, in order, with the tensors that they stand for; nothing is written in place.
         sources: the image, or maps that lie over it.
-        sizes: samples on a lattice on which its extents are lines.
+        sizes: samples on a lattice on which extents are lines.
     """
     layouts: dict[Node, Layout] = {}
     readings: dict[Node, Sequence[Reading]] = {}
     order: list[Node] = []
     wraps: list[Node] = []
-    for node in graph.nodes:
+    for node in nodes:
         if node in sources:
             layouts[node] = tuple(frame_of(n, sizes) for n in sizes.shape(_tensor(node)))
             continue
@@ -281,7 +294,7 @@ def _is_circular(call: Call) -> bool:
     return call.name == "_pad_circular" or (call.name == "pad" and call.get("mode") == "circular")
 
 
-def _tensor(node: Node):  # type: ignore[no-untyped-def]
+def _tensor(node: Node) -> Tensor:
     tensor = tensor_of(node)
     if tensor is None:
         raise Unsized(f"{node} is no tensor")
