@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Arguments",
+    "halo_option",
     "image_options",
     "model_options",
     "override_option",
@@ -54,6 +55,15 @@ class ArgumentsJson(click.ParamType[Mapping[str, Any]]):
         if not isinstance(parsed, dict):
             self.fail("give an object such as '{\"in_channels\": 1}'", param, ctx)
         return cast(Mapping[str, Any], parsed)
+
+
+halo_option = click.option(
+    "--halo",
+    type=click.Choice(["graph", "measured"]),
+    default="graph",
+    show_default=True,
+    help="graph: the bound that the network's graph gives, if any; measured: what the dye shows, which is then said.",
+)
 
 
 def model_options(command: Command) -> Command:

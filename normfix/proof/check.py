@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -78,7 +79,7 @@ def check(
     if geometry is None or exact is None:
         return undecided(known.scan)
     (item,) = Items.of(image, *home_of(model), like=known.scan.example)
-    return compare_with(
+    verdict = compare_with(
         twin_of(model),
         known.caller,
         item,
@@ -88,6 +89,7 @@ def check(
         exact_halo=exact.halo,
         live=known.live,
     )
+    return replace(verdict, reach=known.scan.reach.words if known.scan.reach else "")
 
 
 def assert_tile_invariant(

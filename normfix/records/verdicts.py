@@ -32,6 +32,7 @@ class Verdict(Record):
     `interference` is the largest relative change of a tile's output when everything outside its window is
     multiplied by 1e12 in float64, one entry per axis. `settings` name the network, the image, device and precision.
     Tiles read `halo_rounded`, the halo rounded up to the stride.
+    `reach` tells in words where the halo is from: the network's graph, or a measurement and how far it looked.
     """
 
     status: Literal["passed", "failed", "inconclusive"]
@@ -52,6 +53,7 @@ class Verdict(Record):
     findings: tuple[Finding, ...]
     settings: tuple[tuple[str, str], ...]
     halo_rounded: Spans = ()
+    reach: str = ""
 
     @property
     def passed(self) -> bool:

@@ -437,7 +437,7 @@ def test_plan_of_another_network_is_refused() -> None:
     """A plan whose sites are not the network's is refused with the first difference."""
     decided = normfix.plan(normfix.scan(build("instance"), image()))
     with pytest.raises(normfix.NormfixError, match="NF205"):
-        normfix.convert(build("called twice"), image(), plan=decided)
+        normfix.convert(build("called twice"), image(), to=decided)
 
 
 def test_lost_interception_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
