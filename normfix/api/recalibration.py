@@ -33,6 +33,7 @@ from normfix.proof.subject import middle_of
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.saved import Provenance
 from normfix.records.sites import Family
+from normfix.scanning.base import base_of
 from normfix.scanning.known import ForwardFn
 from normfix.scanning.scan import look
 from normfix.scanning.sites import survey
@@ -199,7 +200,7 @@ def _calibrated_(
     if sources is None:
         tensors = cast("Tensor | Iterable[Tensor]", images)
         items = Items.of(tensors, *home_of(model), like=known.scan.example if known else None)
-    caller = Caller(forward_fn, output if output is not None else known.output if known else None)
+    caller = Caller.of(known, forward_fn, output)
     geometry = geometry_of(known.scan) if known is not None else None
     targets: Sequence[Target]
     if known is not None:
@@ -212,9 +213,9 @@ def _calibrated_(
                 where=type(model).__name__,
             )
     else:
-        targets = _batch_norms(
-            model, fitting_example(model, next(iter(items or Wholes(sources or ()))), caller), caller
-        )
+        example = fitting_example(model, next(iter(items or Wholes(sources or ()))), caller)
+        caller = base_of(model, example, caller).caller
+        targets = _batch_norms(model, example, caller)
     work = _Work(model, targets, caller, geometry, progress)
     # what is flat in the running statistics of a trained network is no news
     trained = flat_before([t for t in targets if _is_trained(known, t.name)])

@@ -63,7 +63,8 @@ def _require_one_network(base: nn.Module, model: nn.Module, caller: Caller, exam
     Raises:
         NormfixError: NF109 if it does not run on the example, NF208 and NF246 as below.
     """
-    first, draws = _drawing(lambda: run_alone(copy_of(base).eval(), model, caller, example))
+    watched = replace(caller, draws=False)  # what is drawn from a source of its own is not seen
+    first, draws = _drawing(lambda: run_alone(copy_of(base).eval(), model, watched, example))
     _require_no_memory(copy_of(base).eval(), replace(caller, draws=draws), example, first)
     return draws
 

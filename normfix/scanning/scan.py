@@ -163,6 +163,7 @@ def look(
             halo_rounded=in_strides(geometry.halo, geometry.stride) if geometry else None,
             looks=merged.looks,
             findings=found.findings + seen.findings + locality.findings,
+            draws=caller.draws,
         ),
         geometry,
     )

@@ -20,6 +20,7 @@ from normfix.networks.copying import original_of
 from normfix.networks.numerics import IDENTITY, deviation
 from normfix.records.spans import round_up
 from normfix.tiling.stages.program import Program, Run, captured_program, marked
+from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.schedule import Schedule
 from normfix.tiling.stages.scheduling import schedule
 
@@ -70,7 +71,13 @@ def program_of(
         sites: paths of modules to cut at.
         image: to capture it on.
         stride: of the network.
+
+    Raises:
+        NotInStages: NF324 for a network that draws random numbers, and as captured_program.
     """
+    if caller.draws:
+        where = type(original_of(model)).__name__
+        raise NotInStages("NF324", "it draws random numbers, and blocks draw others than the whole.", where=where)
     owner = original_of(model)
     ndim = len(image.shape) - 2
     key = (caller, sites, ndim, behaviour_of(owner))
