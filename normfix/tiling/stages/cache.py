@@ -77,7 +77,9 @@ def program_of(
     """
     if caller.draws:
         where = type(original_of(model)).__name__
-        raise NotInStages("NF324", "it draws random numbers, and blocks draw others than the whole.", where=where)
+        raise NotInStages(
+            "NF324", "it draws random numbers, and blocks draw others than the whole.", where=where
+        )
     owner = original_of(model)
     ndim = len(image.shape) - 2
     key = (caller, sites, ndim, behaviour_of(owner))
