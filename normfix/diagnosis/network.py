@@ -158,7 +158,7 @@ def diagnose_network(
             labels that do not, and codes of `scan` and of the image.
     """
     known = provenance_of(model)
-    caller = Caller(forward_fn, output if output is not None or known is None else known.output)
+    caller = Caller.of(known, forward_fn, output)
     (item,) = Items.of(image, *home_of(model))
     progress("scan", 0, 1)
     with exact_arithmetic():

@@ -154,7 +154,8 @@ class Scan(Record):
     what a tile must read, by whatever tool. `scale` is output pixels per input pixel, as a
     fraction in text ("1", "1/2", "2"). `exact_sizes` holds the number of pixels that sizes must be a
     multiple of (1 = any), `smallest_tile` the least extents the network runs on. Geometry is None where the
-    network is not dense or not local.
+    network is not dense or not local. `draws` tells that the network draws random numbers, which normfix gives it
+    from a source of its own, the same in every call.
     """
 
     model: str
@@ -172,6 +173,7 @@ class Scan(Record):
     reach: Reach | None = None
     looks: tuple[Looked, ...] = ()
     findings: tuple[Finding, ...] = ()
+    draws: bool = False
 
     @property
     def live(self) -> tuple[Site, ...]:

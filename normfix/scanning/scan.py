@@ -177,6 +177,7 @@ def look(
             reach=seen.witness.reach(locality, material) if seen.witness else None,
             looks=merged.looks,
             findings=found.findings + seen.findings + locality.findings,
+            draws=caller.draws,
         ),
         geometry,
         locality.cross if geometry is not None and geometry.stride == locality.grid else (),

@@ -151,7 +151,7 @@ def _open_beside(path: Path, saved: Saved) -> Loaded:
         attach_(program, known)
         if saved.probe is not None and not program.unproved:
             with Workload(path.stat().st_size, str(path), math.prod(saved.probe.shape)):
-                require_probe(program, Caller(None, known.output), saved.probe, str(path))
+                require_probe(program, Caller.of(known), saved.probe, str(path))
     note = (
         f"{path}: opened as a program, which cannot be trained; for the network itself give it with --arch."
     )
@@ -173,14 +173,14 @@ def _open_program(path: Path) -> Loaded:
     attach_(model, known)
     if saved.probe is not None and not model.unproved:
         with Workload(path.stat().st_size, str(path), math.prod(saved.probe.shape)):
-            require_probe(model, Caller(None, known.output), saved.probe, str(path))
+            require_probe(model, Caller.of(known), saved.probe, str(path))
     return Loaded(model, known.source, (*_unproved(model), *saved.doubt(str(path))))
 
 
 def _restored(folder: Path, saved: Saved, base: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     """Carry the saved plan out on a base network, fill it strictly and repeat the probe."""
     known = saved.provenance
-    caller = Caller(None, known.output)
+    caller = Caller.of(known)
     with _belonging(str(folder)):
         example = torch.zeros(1).expand(1, *known.scan.example[1:])  # takes no memory, whatever the file says
         materialise_(base, caller, example)
