@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -34,12 +35,13 @@ from normfix.records.plans import Action, Plan
 from normfix.records.progress import Progress, silent
 from normfix.records.saved import Provenance, Scaling, Source
 from normfix.records.sites import Site
-from normfix.records.verdicts import ImageShift, Proof, ProofStep
+from normfix.records.verdicts import ImageShift, Proof, ProofStep, Verdict
 from normfix.scanning.base import base_of
 from normfix.scanning.durations import Durations, tell_notable
 from normfix.scanning.known import ForwardFn
 from normfix.scanning.scan import Scanned, look
 from normfix.scanning.sites import survey
+from normfix.scanning.witnesses import HaloSource
 from normfix.tiling.grid import Geometry
 from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stages.resuming import resumable
@@ -47,6 +49,7 @@ from normfix.tiling.stitching import padded
 
 __all__ = ["convert"]
 
+_LOGGER = logging.getLogger("normfix")
 _Tensors = Tensor | Iterable[Tensor]
 
 
@@ -54,14 +57,14 @@ _Tensors = Tensor | Iterable[Tensor]
 def convert(
     model: nn.Module,
     images: Tensor | Iterable[Tensor] | Image | Sequence[Image] | None = None,
-    to: Literal["frozen", "batchrenorm"] = "frozen",
+    to: Literal["frozen", "batchrenorm"] | Plan = "frozen",
     *,
-    plan: Plan | None = None,
     keep: Sequence[str] = (),
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
     as_trained: bool = False,
     allow_flat: bool = False,
+    halo: HaloSource = "graph",
     tile: int | None = None,
     blocks: Blocks | None = None,
     progress: Progress = silent,
@@ -72,14 +75,16 @@ def convert(
         model: not modified.
         images: re-iterable of (N, C, *space) tensors, one tensor, or images that are read by window
             (normfix.open_image); may be left out if every norm has running statistics to carry over.
-        to: "frozen" (constants) or "batchrenorm" (constants in eval, trainable at small batches).
-        plan: a reviewed plan to replay, instead of `to` and `keep`.
-        keep: shell-style patterns of owner paths to leave alone.
+        to: "frozen" (constants), "batchrenorm" (constants in eval, trainable at small batches), or a reviewed plan to
+            replay.
+        keep: shell-style patterns of owner paths to leave alone; a plan says that itself.
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
         as_trained: treat batch and instance norms as in train mode, where they are live.
         allow_flat: keep a statistic that is divided by and that is at or below eps on every image; it is named in the
             calibration. Without, it is refused.
+        halo: "graph" takes the bound that the network's graph gives, where it gives one; "measured" takes what the dye
+            shows, which the verdict says.
         tile: size of the tiles to prove with; default: a quarter of the image, at most 256.
         blocks: how to measure in stages. With a size, a budget, a store or a cluster, or for images read by window,
             statistics are measured in stages over all of every image, in blocks of `tile` if they state no size, and
@@ -88,8 +93,8 @@ def convert(
         progress: called with (stage, done, total).
 
     Returns:
-        The conversion; `.proof.passed` tells whether it may be relied on, `.proof.partial` that all but refused
-        sites were converted and proved.
+        The conversion, its network in eval mode; `.proof.passed` tells whether it may be relied on, `.proof.partial`
+        that all but refused sites were converted and proved.
 
     Raises:
         NormfixError: NF203 if live statistics are to be frozen and no image was given; NF205 if a given plan
@@ -118,12 +123,12 @@ def convert(
     durations = cache(partial(Durations.of, base, example, caller))
     tell_notable("scan", lambda: durations().scan(graph=False))
     progress("scan", 0, 1)
-    seen = look(ready.copy(), example, caller)
+    seen = look(ready.copy(), example, caller, halo=halo)
     progress("scan", 1, 1)
-    if plan is None:
-        plan = decide(seen.scan.sites, model=seen.scan.model, to=to, keep=keep)
+    if isinstance(to, Plan):
+        plan = replay(to, seen.scan.sites, model=seen.scan.model)
     else:
-        plan = replay(plan, seen.scan.sites, model=seen.scan.model)
+        plan = decide(seen.scan.sites, model=seen.scan.model, to=to, keep=keep)
     if items is not None:
         items = replace(items, like=tuple(example.shape))
     if items is not None and seen.geometry is not None:
@@ -163,6 +168,9 @@ def convert(
         converted,
         Provenance(plan=plan, scan=seen.scan, scaling=Scaling(), source=source, output=stated),
     )
+    if model.training:
+        _LOGGER.warning("The network was in train mode; it was converted, and is returned, in eval mode.")
+    converted.eval()
     calibration = None if summary is None else Calibration(converted, summary)
     return Conversion(converted, plan, seen.scan, calibration, proof, caller, base)
 
@@ -268,7 +276,7 @@ class _Work:
                 self.seen.cross,
                 double_of(self.converted, self.seen.double),
             )
-            verdict = subject.verdict(first)
+            verdict = self._said(subject.verdict(first))
             # in float64 without casts on the way, which tiles are compared with
             run = subject.run if dtype != torch.float64 else partial(self.caller.in_double, self.converted)
             pair = run(first), self.caller.exactly(self.original, first)
@@ -286,6 +294,11 @@ class _Work:
             shifts = self._shifts(first, pair)
         last = untouched(self.original, self.converted, self.plan)
         return Proof(steps=(*steps, last), shifts=shifts, verdict=verdict)
+
+    def _said(self, verdict: Verdict | None) -> Verdict | None:
+        """Return a verdict that says where its halo is from."""
+        reach = self.seen.scan.reach
+        return replace(verdict, reach=reach.words) if verdict is not None and reach is not None else verdict
 
     def _identity(self, image: Tensor, pair: tuple[Tensor, Tensor]) -> ProofStep:
         converted, original = pair

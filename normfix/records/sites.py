@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
+from normfix.records.derivations import Reach
 from normfix.records.encoding import Record
 from normfix.records.spans import Spans
 
@@ -158,11 +159,13 @@ class Scan(Record):
     """Sites of a network and the geometry its output has once they are frozen.
 
     `stride`, `halo`, `scale` and `exact_sizes` run over the spatial axes. `halo` holds (before, after) in
-    input pixels as measured; None means unbounded or not measurable. `halo_rounded` is it rounded up to the stride:
+    input pixels: the bound that the network's graph gives, or as measured where it gives none; `reach` says which, and
+    holds both. None means unbounded or not measurable. `halo_rounded` is it rounded up to the stride:
     what a tile must read, by whatever tool. `scale` is output pixels per input pixel, as a
     fraction in text ("1", "1/2", "2"). `exact_sizes` holds the number of pixels that sizes must be a
     multiple of (1 = any), `smallest_tile` the least extents the network runs on. Geometry is None where the
-    network is not dense or not local.
+    network is not dense or not local. `draws` tells that the network draws random numbers, which normfix gives it
+    from a source of its own, the same in every call.
     """
 
     model: str
@@ -177,8 +180,10 @@ class Scan(Record):
     exact_sizes: tuple[int, ...] | None
     smallest_tile: tuple[int, ...] | None = None
     halo_rounded: Spans | None = None
+    reach: Reach | None = None
     looks: tuple[Looked, ...] = ()
     findings: tuple[Finding, ...] = ()
+    draws: bool = False
 
     @property
     def live(self) -> tuple[Site, ...]:

@@ -172,6 +172,21 @@ def test_check_of_a_live_network_fails(run, image):
     assert (done.code, done.out.startswith("failed"), "NF401" in done.out) == (1, True, True)
 
 
+@pytest.mark.parametrize("command", ["check", "predict", "prove"])
+def test_a_scaling_that_contradicts_the_stored_one_is_refused(run, fixed, image, tmp_path, command):
+    """Statistics of z-scores say nothing of percentiles: 78 % of the pixels changed their class without a word."""
+    words = [command, fixed, image, "--arch", ARCH, "--tile", 32, "--scale", "percentile:1,99"]
+    words += ["-o", tmp_path / "p.tif"] if command == "predict" else []
+    refused = run(*words)
+    assert (refused.code, "NF107" in refused.err, "zscore" in refused.err) == (2, True, True)
+    assert "NF107" not in run(*words, "--override-scale").err
+
+
+def test_the_stored_scaling_may_be_repeated(run, fixed, image):
+    """Saying what is known is no contradiction."""
+    assert run("check", fixed, image, "--arch", ARCH, "--tile", 32, "--scale", "zscore").code == 0
+
+
 @pytest.mark.parametrize("model", ["live", "converted"])
 def test_check_with_windows_over_the_whole_image_does_not_pass(run, fixed, image, model):
     """When every window covers the image nothing was compared: exit 1, NF407, never passed."""

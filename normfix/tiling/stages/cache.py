@@ -25,6 +25,7 @@ from normfix.networks.copying import original_of
 from normfix.networks.examples import EXTENT
 from normfix.records.spans import round_up
 from normfix.tiling.stages.program import Program, Run, captured_program, computes, marked
+from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.schedule import Schedule
 from normfix.tiling.stages.scheduling import schedule
 
@@ -69,7 +70,15 @@ def program_of(
         sites: paths of modules to cut at.
         image: to capture it on.
         stride: of the network.
+
+    Raises:
+        NotInStages: NF324 for a network that draws random numbers, and as captured_program.
     """
+    if caller.draws:
+        where = type(original_of(model)).__name__
+        raise NotInStages(
+            "NF324", "it draws random numbers, and blocks draw others than the whole.", where=where
+        )
     owner = original_of(model)
     ndim = len(image.shape) - 2
     homes = tuple((t.dtype, t.device) for t in (*model.parameters(), *model.buffers()))
