@@ -108,6 +108,10 @@ def convert(
         (True, 'FrozenNorm2d')
     """
     require_free(model)
+    if isinstance(to, Plan) and keep:
+        raise NormfixError(
+            "NF205", "a plan says already what to keep. Give one of the two.", where=f"keep={keep!r}"
+        )
     caller = Caller(forward_fn, output)
     home = home_of(model)
     sources = sources_of(images)

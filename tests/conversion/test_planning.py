@@ -137,3 +137,9 @@ def test_keep_patterns_must_match(planned, image):
     """A pattern that matches nothing is an error that lists the owners, not a silent no-op."""
     with pytest.raises(normfix.NormfixError, match=r"NF204.*child"):
         normfix.plan(normfix.scan(Deep(), image), keep=("decoder.*",))
+
+
+def test_a_plan_leaves_nothing_to_keep(planned, image):
+    """Patterns beside a plan would be ignored, so they are refused."""
+    with pytest.raises(normfix.NormfixError, match=r"NF205 keep=.*says already"):
+        normfix.convert(Deep(), image, planned, keep=("child",))
