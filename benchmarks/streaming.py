@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import normfix
 from normfix.conversion.measuring import measure_sites_
 from normfix.conversion.targets import site_target
-from normfix.images.collections import Items
+from normfix.images.collections import Images
 from normfix.networks.calling import Caller
 from normfix.records.spans import round_up
 from normfix.tiling.geometry import geometry_of
@@ -92,10 +92,10 @@ def compare(ndim: int, size: int, tile: int, width: int, rivals: bool) -> None:
     row(f"predict in tiles, full halo {halos}", seconds(tiles, 4 - ndim), untiled, error(predicted, original))
     del predicted
     targets = [site_target(model, d, express=False) for d in done.plan.converted if d.measured]
-    items = Items.of([image, image], torch.device("cpu"), torch.float32)
+    images = Images.of([image, image], torch.device("cpu"), torch.float32)
     part = 3  # sequential passes of several images: time the first, middle and last site, which bound the sum
     chosen = [targets[0], targets[len(targets) // 2], targets[-1]]
-    one = seconds(lambda: measure_sites_(model, chosen, items, Caller()))
+    one = seconds(lambda: measure_sites_(model, chosen, images, Caller()))
     passes = (one - 2 * untiled) / (2 * part) * len(targets)
     row("calibrate by sequential passes (extrapolated)", passes, untiled)
     from monai.inferers import SlidingWindowInferer

@@ -83,7 +83,9 @@ def scaling_numbers(values: Distribution, scaling: Scaling | None) -> tuple[floa
             return 0.0, 1.0
         case "unit":
             if dtype.kind not in "iu":
-                raise NormfixError("NF107", f"'unit' is for integer images; this one is {dtype}.", where=where)
+                raise NormfixError(
+                    "NF107", f"'unit' is for integer images; this one is {dtype}.", where=where
+                )
             return 0.0, float(np.iinfo(dtype).max)
         case "zscore":
             mean, sd, extent = values.moments()

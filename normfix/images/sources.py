@@ -1,4 +1,4 @@
-"""What images are read from: by window, never whole."""
+"""What images are read from: one protocol, by window, for tensors in memory and for files and arrays that are not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from normfix.networks.devices import bytes_of
 
-__all__ = ["Image", "Span", "TensorImage", "digest_of", "values_digest"]
+__all__ = ["Image", "Span", "TensorImage", "digest_of", "is_constant", "middle_of", "values_digest", "whole"]
 
 Span = tuple[int, int]
 """First and past-the-last position along one axis."""
@@ -66,6 +66,31 @@ class TensorImage:
     def fingerprint(self) -> str:
         """Return a digest of the values; see Image."""
         return f"tensor {self._image.dtype} {self.shape} {values_digest(TensorImage(self._image))}"
+
+
+def whole(image: Image) -> Tensor:
+    """Return all of an image."""
+    return image.read([(0, n) for n in image.shape[2:]])
+
+
+def middle_of(image: Image) -> Tensor:
+    """Return the middle of an image that is read by window, small enough for whole forward passes."""
+    limit = {1: 1 << 14, 2: 512, 3: 96}[len(image.shape) - 2]
+    starts = [max(0, (n - limit) // 2) for n in image.shape[2:]]
+    return image.read(
+        [(start, min(n, start + limit)) for start, n in zip(starts, image.shape[2:], strict=True)]
+    )
+
+
+def is_constant(image: Image) -> bool:
+    """Tell whether an image is one constant per channel; read no further than to the first value that differs."""
+    first, *rest = image.shape[2:]
+    pixel = image.read([(0, 1)] * (1 + len(rest)))
+    step = max(1, (1 << 22) // math.prod(rest))
+    return all(
+        bool((image.read([(start, min(first, start + step)), *((0, n) for n in rest)]) == pixel).all())
+        for start in range(0, first, step)
+    )
 
 
 def values_digest(source: Image) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from normfix.errors import NormfixError
-from normfix.images.collections import Items
+from normfix.images.collections import Images
 from normfix.images.sources import Image
 from normfix.networks.calling import Caller, home_of
 from normfix.networks.graph.program import require_free
@@ -45,10 +45,7 @@ def known_of(
         layers = tuple(d.target for d in known.plan.converted)
         return Known(Caller(forward_fn, known.output), known.scan, left, layers)
     caller = Caller(forward_fn, output if output is not None or known is None else known.output)
-    if not isinstance(image, Tensor):
-        image = image.read([(0, min(n, 1024)) for n in image.shape[2:]])
-    (item,) = Items.of(image, *home_of(model))
-    base = base_of(model, item, caller)
+    base = base_of(model, Images.of(image, *home_of(model)).excerpt(), caller)
     scan = look(base.copy(), base.example, base.caller).scan
     return Known(base.caller, scan, tuple(site.id for site in scan.live))
 

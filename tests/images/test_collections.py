@@ -9,7 +9,8 @@ import torch
 from normfix.errors import NormfixError
 from normfix.images import collections
 from normfix.images.axes import read_image
-from normfix.images.collections import ImageFiles, Items, find_images
+from normfix.images.collections import ImageFiles, Images, find_images
+from normfix.images.sources import whole
 
 FLOAT = np.random.default_rng(0).normal(3, 2, (2, 24, 20)).astype(np.float32)
 CPU = torch.device("cpu")
@@ -90,8 +91,8 @@ def test_image_files_can_be_read_twice(tmp_path):
 
 def test_items_come_in_the_dtype_of_the_network():
     """Images are given in the network's dtype."""
-    (item,) = Items.of(torch.zeros(1, 1, 4, 4), CPU, torch.float64)
-    assert item.dtype == torch.float64
+    (image,) = Images.of(torch.zeros(1, 1, 4, 4), CPU, torch.float64)
+    assert whole(image).dtype == torch.float64
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_items_come_in_the_dtype_of_the_network():
 )
 def test_images_that_cannot_be_read_twice_are_refused(images):
     """Emptiness, what cannot be iterated and what can be only once are NF103."""
-    assert code_of(Items.of, images, CPU, torch.float32) == "NF103"
+    assert code_of(Images.of, images, CPU, torch.float32) == "NF103"
 
 
 @pytest.mark.parametrize(
@@ -112,18 +113,18 @@ def test_images_that_cannot_be_read_twice_are_refused(images):
 )
 def test_an_item_that_is_no_image_is_refused(image):
     """Only floating tensors (N, C, *space) with pixels are images; all else is NF106."""
-    assert code_of(list, Items.of([image], CPU, torch.float32)) == "NF106"
+    assert code_of(list, Images.of([image], CPU, torch.float32)) == "NF106"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
 def test_an_item_that_is_not_finite_in_the_networks_dtype_is_refused(value):
     """NaN, infinity, and a double that float32 cannot hold are NF104."""
     image = torch.full((1, 1, 4, 4), value, dtype=torch.float64)
-    assert code_of(list, Items.of([image], CPU, torch.float32)) == "NF104"
+    assert code_of(list, Images.of([image], CPU, torch.float32)) == "NF104"
 
 
 def test_the_message_counts_the_images():
     """Among several, the message says which image is bad."""
     images = [torch.zeros(1, 1, 4, 4), torch.full((1, 1, 4, 4), float("nan"))]
     with pytest.raises(NormfixError, match=re.escape("image 1")):
-        list(Items.of(images, CPU, torch.float32))
+        list(Images.of(images, CPU, torch.float32))
