@@ -126,7 +126,8 @@ def convert(
     converted = rewrite_(ready.copy(), plan)
     sizes: list[tuple[int, ...]] = []
     if durations is not None:
-        sizes = [tuple(image.shape[2:]) for image in ([first] if in_stages else taken or [example])]
+        runs = [example if first is None else first] if in_stages or taken is None else taken
+        sizes = [tuple(image.shape[2:]) for image in runs]
         if not in_stages:  # stages say themselves what they will take
             count = sum(d.measured for d in plan.converted)
             tell_notable("calibrate", durations.calibration(sizes, count))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from normfix.errors import NormfixError
-from normfix.images.axes import Channels, changed_meanwhile, digest_of_array, read_image, to_tensor
+from normfix.images.axes import Channels, to_tensor
+from normfix.images.contents import Contents
+from normfix.images.files import open_windows, read_all
 from normfix.images.formats import SUFFIXES, is_zarr, suffix_of
 from normfix.images.formats.opened import Choice
 from normfix.images.scaling import not_finite, overflown, scaled
@@ -130,7 +132,7 @@ class ImageFiles:
     axes: str | None = None
     choice: Choice | None = None
     tell: Callable[[str], None] = lambda text: None
-    _digests: dict[int, bytes] = field(default_factory=dict)
+    _contents: dict[int, Contents | None] = field(default_factory=dict)
     _last: dict[int, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -140,7 +142,7 @@ class ImageFiles:
         """Yield tensors.
 
         Raises:
-            NormfixError: NF331 if a file holds other values than before, NF104 and NF107 of the scaling, and codes of
+            NormfixError: NF331 if a file holds other values than before, NF107 of the scaling, and codes of
                 `read_image`.
         """
         for number, path in enumerate(self.paths):
@@ -150,18 +152,22 @@ class ImageFiles:
             yield self._last[number]
 
     def _read(self, number: int, path: Path) -> Tensor:
-        known = self._digests.get(number)
-        array = read_image(
+        choice = self.choice or Choice()
+        with open_windows(
             path,
             ndim=self.ndim,
             channels=self.channels,
             axes=self.axes,
-            choice=self.choice,
-            tell=self.tell if known is None else lambda text: None,
-        )
-        digest = digest_of_array(array)
-        if self._digests.setdefault(number, digest) != digest:
-            raise changed_meanwhile(path)
+            level=choice.level,
+            series=choice.series,
+        ) as window:
+            if number in self._contents:
+                window = replace(window, contents=self._contents[number])
+            else:
+                for text in window.notes:
+                    self.tell(f"{path}: {text}")
+            array = read_all(window, path)
+            self._contents[number] = window.contents
         return to_tensor(scaled(array, self.scaling, str(path)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -12,10 +12,22 @@ from torch import Tensor
 
 from normfix.networks.devices import bytes_of
 
-__all__ = ["Image", "Span", "TensorImage", "digest_of", "is_constant", "middle_of", "values_digest", "whole"]
+__all__ = [
+    "Image",
+    "Span",
+    "TensorImage",
+    "digest_of",
+    "is_constant",
+    "middle_of",
+    "slabs",
+    "values_digest",
+    "whole",
+]
 
 Span = tuple[int, int]
 """First and past-the-last position along one axis."""
+
+_SLAB = 1 << 22
 
 
 class Image(Protocol):
@@ -84,13 +96,9 @@ def middle_of(image: Image) -> Tensor:
 
 def is_constant(image: Image) -> bool:
     """Tell whether an image is one constant per channel; read no further than to the first value that differs."""
-    first, *rest = image.shape[2:]
-    pixel = image.read([(0, 1)] * (1 + len(rest)))
-    step = max(1, (1 << 22) // math.prod(rest))
-    return all(
-        bool((image.read([(start, min(first, start + step)), *((0, n) for n in rest)]) == pixel).all())
-        for start in range(0, first, step)
-    )
+    space = image.shape[2:]
+    pixel = image.read([(0, 1)] * len(space))
+    return all(bool((image.read(spans) == pixel).all()) for spans in slabs(space))
 
 
 def values_digest(source: Image) -> str:
@@ -107,12 +115,23 @@ def digest_of(read: Callable[[Sequence[Span]], bytes], space: Sequence[int], val
         space: extents of the image.
         values: per pixel.
     """
-    first, *rest = space
-    step = max(1, (1 << 22) // max(1, values * math.prod(rest)))
     found = hashlib.sha256()
-    for start in range(0, first, step):
-        found.update(read([(start, min(first, start + step)), *((0, n) for n in rest)]))
+    for spans in slabs(space, values):
+        found.update(read(spans))
     return found.hexdigest()
+
+
+def slabs(space: Sequence[int], values: int = 1) -> Iterator[tuple[Span, ...]]:
+    """Yield windows along the first axis that cover an image, each of about four million values.
+
+    Args:
+        space: extents of the image.
+        values: per pixel.
+    """
+    first, *rest = space
+    step = max(1, _SLAB // max(1, values * math.prod(rest)))
+    for start in range(0, first, step):
+        yield ((start, min(first, start + step)), *((0, n) for n in rest))
 
 
 def _bytes(x: Tensor) -> bytes:

@@ -8,8 +8,8 @@ import torch
 
 from normfix.errors import NormfixError
 from normfix.images import collections
-from normfix.images.axes import read_image
 from normfix.images.collections import ImageFiles, Images, find_images
+from normfix.images.files import open_windows
 from normfix.images.sources import whole
 
 FLOAT = np.random.default_rng(0).normal(3, 2, (2, 24, 20)).astype(np.float32)
@@ -66,8 +66,8 @@ def test_one_file_is_decoded_once_and_several_once_per_pass(tmp_path, monkeypatc
     decoded = []
     monkeypatch.setattr(
         collections,
-        "read_image",
-        lambda path, **options: (decoded.append(path.name), read_image(path, **options))[1],
+        "open_windows",
+        lambda path, **options: (decoded.append(path.name), open_windows(path, **options))[1],
     )
     for name in ("a.npy", "b.npy"):
         np.save(tmp_path / name, FLOAT)
