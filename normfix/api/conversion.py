@@ -305,7 +305,7 @@ class _Work:
         A network that takes one size shows the census no growth, so it suspects every norm over tokens.
         """
         quiet = {site.id for site in self.seen.scan.sites if not site.live}
-        before = survey(self.original, self.caller, image).sites
+        before = survey(self.original, self.caller, image, stacked=False).sites
         return [site for site in before if site.live and site.id in quiet]
 
     def _shifts(self, first: Tensor, pair: tuple[Tensor, Tensor]) -> tuple[ImageShift, ...]:

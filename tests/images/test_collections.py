@@ -1,6 +1,7 @@
 """Images are found in order, read as often as needed, and refused by name where they do not fit."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from normfix.images import collections
 from normfix.images.collections import ImageFiles, Images, find_images
 from normfix.images.files import open_windows
 from normfix.images.sources import whole
+from normfix.images.windows import ScaledImage, windowed
 
 FLOAT = np.random.default_rng(0).normal(3, 2, (2, 24, 20)).astype(np.float32)
 CPU = torch.device("cpu")
@@ -128,3 +130,28 @@ def test_the_message_counts_the_images():
     images = [torch.zeros(1, 1, 4, 4), torch.full((1, 1, 4, 4), float("nan"))]
     with pytest.raises(NormfixError, match=re.escape("image 1")):
         list(Images.of(images, CPU, torch.float32))
+
+
+def test_tensors_and_images_read_by_window_are_taken_together():
+    """Each is an image of its extents; one that is read by window makes all be read so."""
+    tensor, window = torch.rand(1, 1, 4, 6), ScaledImage(windowed(FLOAT[:1], "CYX", ndim=2, channels=1))
+    images = Images.of([tensor, window], CPU, torch.float32)
+    assert [image.shape for image in images] == [(1, 1, 4, 6), (1, 1, 24, 20)]
+    assert images.by_window
+    assert not Images.of([tensor], CPU, torch.float32).by_window
+    wider = replace(images, padding=lambda size: [-n % 5 for n in size])
+    assert [tuple(whole(image).shape) for image in wider] == [(1, 1, 5, 10), (1, 1, 25, 20)]
+
+
+def test_what_has_no_length_is_counted_once():
+    """A dataset without a length is gone through once to count it, however often its length is asked for."""
+
+    class Dataset:
+        passes = 0
+
+        def __iter__(self):
+            Dataset.passes += 1
+            yield from [torch.zeros(1, 1, 4, 4)] * 2
+
+    images = Images.of(Dataset(), CPU, torch.float32)
+    assert (len(images), len(images), Dataset.passes) == (2, 2, 1)
