@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Literal
 
 import torch
@@ -33,12 +34,13 @@ from normfix.records.plans import Action, Plan
 from normfix.records.progress import Progress, silent
 from normfix.records.saved import Provenance, Scaling, Source
 from normfix.records.sites import Site
-from normfix.records.verdicts import ImageShift, Proof, ProofStep
+from normfix.records.verdicts import ImageShift, Proof, ProofStep, Verdict
 from normfix.scanning.base import base_of
-from normfix.scanning.durations import Durations, is_told, tell_notable
+from normfix.scanning.durations import Durations, tell_notable
 from normfix.scanning.known import ForwardFn
 from normfix.scanning.scan import Scanned, look
 from normfix.scanning.sites import survey
+from normfix.scanning.witnesses import HaloSource
 from normfix.tiling.grid import Geometry
 from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stages.resuming import resumable
@@ -46,19 +48,21 @@ from normfix.tiling.stitching import padded
 
 __all__ = ["convert"]
 
+_LOGGER = logging.getLogger("normfix")
+
 
 @undisturbed()
 def convert(
     model: nn.Module,
     images: Tensor | Iterable[Tensor] | Image | Sequence[Image] | None = None,
-    to: Literal["frozen", "batchrenorm"] = "frozen",
+    to: Literal["frozen", "batchrenorm"] | Plan = "frozen",
     *,
-    plan: Plan | None = None,
     keep: Sequence[str] = (),
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
     as_trained: bool = False,
     allow_flat: bool = False,
+    halo: HaloSource = "graph",
     tile: int | None = None,
     blocks: Blocks | None = None,
     progress: Progress = silent,
@@ -69,14 +73,16 @@ def convert(
         model: not modified.
         images: re-iterable of (N, C, *space) tensors, one tensor, or images that are read by window
             (normfix.open_image); may be left out if every norm has running statistics to carry over.
-        to: "frozen" (constants) or "batchrenorm" (constants in eval, trainable at small batches).
-        plan: a reviewed plan to replay, instead of `to` and `keep`.
-        keep: shell-style patterns of owner paths to leave alone.
+        to: "frozen" (constants), "batchrenorm" (constants in eval, trainable at small batches), or a reviewed plan to
+            replay.
+        keep: shell-style patterns of owner paths to leave alone; a plan says that itself.
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
         as_trained: treat batch and instance norms as in train mode, where they are live.
         allow_flat: keep a statistic that is divided by and that is at or below eps on every image; it is named in the
             calibration. Without, it is refused.
+        halo: "graph" takes the bound that the network's graph gives, where it gives one; "measured" takes what the dye
+            shows, which the verdict says.
         tile: size of the tiles to prove with; default: a quarter of the image, at most 256.
         blocks: how to measure in stages. With a size, a budget, a store or a cluster, or for images read by window,
             statistics are measured in stages over all of every image, in blocks of `tile` if they state no size, and
@@ -85,8 +91,8 @@ def convert(
         progress: called with (stage, done, total).
 
     Returns:
-        The conversion; `.proof.passed` tells whether it may be relied on, `.proof.partial` that all but refused
-        sites were converted and proved.
+        The conversion, its network in eval mode; `.proof.passed` tells whether it may be relied on, `.proof.partial`
+        that all but refused sites were converted and proved.
 
     Raises:
         NormfixError: NF203 if live statistics are to be frozen and no image was given; NF205 if a given plan
@@ -110,83 +116,57 @@ def convert(
         first = middle_of(next(iter(taken))) if in_stages else taken.excerpt()
     ready = base_of(model, first, caller, as_trained=as_trained)
     base, caller, example = ready.network, ready.caller, ready.example
-    durations = Durations.of(base, example, caller) if is_told() else None
-    if durations is not None:
-        tell_notable("scan", durations.scan(graph=False))
+    durations = cache(partial(Durations.of, base, example, caller))
+    tell_notable("scan", lambda: durations().scan(graph=False))
     progress("scan", 0, 1)
-    seen = look(ready.copy(), example, caller)
+    seen = look(ready.copy(), example, caller, halo=halo)
     progress("scan", 1, 1)
-    if plan is None:
-        plan = decide(seen.scan.sites, model=seen.scan.model, to=to, keep=keep)
+    if isinstance(to, Plan):
+        plan = replay(to, seen.scan.sites, model=seen.scan.model)
     else:
-        plan = replay(plan, seen.scan.sites, model=seen.scan.model)
+        plan = decide(seen.scan.sites, model=seen.scan.model, to=to, keep=keep)
     if taken is not None:
         padding = None if seen.geometry is None else seen.geometry.padding
         taken = replace(taken, like=tuple(example.shape), padding=padding)
     converted = rewrite_(ready.copy(), plan)
-    sizes: list[tuple[int, ...]] = []
-    if durations is not None:
-        runs = [example if first is None else first] if in_stages or taken is None else taken
-        sizes = [tuple(image.shape[2:]) for image in runs]
-        if not in_stages:  # stages say themselves what they will take
-            count = sum(d.measured for d in plan.converted)
-            tell_notable("calibrate", durations.calibration(sizes, count))
+    runs = [example if first is None else first] if in_stages or taken is None else taken
+    sizes = cache(lambda: [tuple(image.shape[2:]) for image in runs])
+    if not in_stages:  # stages say themselves what they will take
+        count = sum(d.measured for d in plan.converted)
+        tell_notable("calibrate", lambda: durations().calibration(sizes(), count))
     if blocks.tile is None and in_stages:
         blocks = blocks.sized(tile)
     with resumable(blocks.store):
         summary = _calibrate_(converted, plan, taken, caller, blocks, seen.geometry, progress)
     if summary is not None:
-        measured = [d for d in plan.converted if d.measured]
-        sites = {d.site.id: site_target(converted, d, express=False) for d in measured}
-        summary = judged(
-            converted,
-            list(sites.values()),
-            summary,
-            caller,
-            example.to(*home),
-            allow=allow_flat,
-            classes={d.site.id: d.site.owner_class.rpartition(".")[2] for d in measured},
-            known={
-                d.site.id: spread_in_groups(sites[d.site.id], d.site.layer.groups)
-                for d in measured
-                if d.action is Action.BATCHRENORM
-                and d.site.layer
-                and d.site.layer.groups < d.site.layer.features
-            },
-            empty=all_empty(taken or ()),
-        )
-    proved_on = example.to(*home) if first is None else first[:1]
-    if first is not None and seen.geometry is not None:
-        proved_on = padded(proved_on, seen.geometry)
+        empty = all_empty(taken or ())
+        summary = _judged(converted, plan, summary, caller, example.to(*home), allow_flat, empty)
+    first = example.to(*home) if first is None else first[:1]
     work = _Work(
-        base,
-        converted,
-        plan,
-        seen,
-        proved_on,
-        None if in_stages else taken,
-        example.to(*home),
-        caller,
-        summary,
-        tile,
+        original=base,
+        converted=converted,
+        plan=plan,
+        seen=seen,
+        first=first if taken is None or seen.geometry is None else padded(first, seen.geometry),
+        images=None if in_stages else taken,
+        example=example.to(*home),
+        caller=caller,
+        summary=summary,
+        tile=tile,
     )
-    if durations is not None:
-        tell_notable("prove", durations.proof(sizes, seen.geometry, tile))
+    tell_notable("prove", lambda: durations().proof(sizes(), seen.geometry, tile))
     progress("prove", 0, 1)
     proof = work.prove()
     progress("prove", 1, 1)
+    source = Source(kind="object", spec=f"{seen.scan.model.rpartition('.')[0]}:{type(model).__qualname__}")
+    stated = None if output is None else str(output)
     attach_(
         converted,
-        Provenance(
-            plan=plan,
-            scan=seen.scan,
-            scaling=Scaling(),
-            source=Source(
-                kind="object", spec=seen.scan.model.rpartition(".")[0] + ":" + type(model).__qualname__
-            ),
-            output=None if output is None else str(output),
-        ),
+        Provenance(plan=plan, scan=seen.scan, scaling=Scaling(), source=source, output=stated),
     )
+    if model.training:
+        _LOGGER.warning("The network was in train mode; it was converted, and is returned, in eval mode.")
+    converted.eval()
     calibration = None if summary is None else Calibration(converted, summary)
     return Conversion(converted, plan, seen.scan, calibration, proof, caller, base)
 
@@ -226,7 +206,37 @@ def _calibrate_(
     return measured(replace(blocks, tile=tile), stored=True)
 
 
-@dataclass(frozen=True, slots=True)
+def _judged(
+    model: nn.Module,
+    plan: Plan,
+    summary: CalibrationSummary,
+    caller: Caller,
+    image: Tensor,
+    allow_flat: bool,
+    empty: bool,
+) -> CalibrationSummary:
+    """Return the summary with what is flat on all images, or refuse it."""
+    measured = [d for d in plan.converted if d.measured]
+    targets = {d.site.id: site_target(model, d, express=False) for d in measured}
+    regrouped = {
+        d.site.id: spread_in_groups(targets[d.site.id], d.site.layer.groups)
+        for d in measured
+        if d.action is Action.BATCHRENORM and d.site.layer and d.site.layer.groups < d.site.layer.features
+    }
+    return judged(
+        model,
+        [*targets.values()],
+        summary,
+        caller,
+        image,
+        allow=allow_flat,
+        classes={d.site.id: d.site.owner_class.rpartition(".")[2] for d in measured},
+        known=regrouped,
+        empty=empty,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Work:
     """A finished conversion on the bench: what the proof needs."""
 
@@ -262,7 +272,7 @@ class _Work:
                 self.seen.cross,
                 double_of(self.converted, self.seen.double),
             )
-            verdict = subject.verdict(first)
+            verdict = self._said(subject.verdict(first))
             # in float64 without casts on the way, which tiles are compared with
             run = subject.run if dtype != torch.float64 else partial(self.caller.in_double, self.converted)
             pair = run(first), self.caller.exactly(self.original, first)
@@ -280,6 +290,11 @@ class _Work:
             shifts = self._shifts(first, pair)
         last = untouched(self.original, self.converted, self.plan)
         return Proof(steps=(*steps, last), shifts=shifts, verdict=verdict)
+
+    def _said(self, verdict: Verdict | None) -> Verdict | None:
+        """Return a verdict that says where its halo is from."""
+        reach = self.seen.scan.reach
+        return replace(verdict, reach=reach.words) if verdict is not None and reach is not None else verdict
 
     def _identity(self, image: Tensor, pair: tuple[Tensor, Tensor]) -> ProofStep:
         converted, original = pair

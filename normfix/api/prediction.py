@@ -68,7 +68,7 @@ def predict(
         tile: pixels per axis, multiples of the stride; default: 256.
         halo: pixels of context on every side of tiles; "auto" is what the network needs. A number asks for tiles.
         engine: "auto" takes stages where tiles would compute over 16 million pixels of halo and the network can
-            be captured, on images of as many that are read by window, and on a cluster.
+            be captured, on images of as many that are read by window, with a budget or store, and on a cluster.
         statistics: "per-image" normalises the image by its own statistics, measured over all of it before it is
             predicted, as the network did before it was converted to frozen statistics.
         blocks: how to run in stages; blocks are of `tile` if they state no size.
@@ -224,7 +224,9 @@ class _Prediction:
             return tiled(lambda x: caller(twin, x), whole(self.image), tile, geometry)
 
     def _pays(self, tile: Sequence[int]) -> bool:
-        """Tell whether tiles would compute much more than the image, or read a large one whole."""
+        """Tell whether stages were meant, or whether tiles would compute much more than the image or read it whole."""
+        if self.blocks.budget is not None or self.blocks.store is not None:
+            return True
         size = self.image.shape[2:]
         tiles = math.prod(-(-n // t) for n, t in zip(size, tile, strict=True))
         window = (min(n, t + sum(h)) for n, t, h in zip(size, tile, self.geometry.halo, strict=True))

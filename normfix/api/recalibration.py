@@ -20,14 +20,13 @@ from normfix.images.sources import Image
 from normfix.layers.moments import Moments
 from normfix.networks.calling import Caller, home_of
 from normfix.networks.copying import copy_of, twin_of
-from normfix.networks.examples import fitting_example
-from normfix.networks.intake import Intake
 from normfix.networks.provenance import provenance_of
 from normfix.networks.surroundings import undisturbed
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.progress import Progress, silent
 from normfix.records.saved import Provenance
 from normfix.records.sites import Family
+from normfix.scanning.base import base_of
 from normfix.scanning.known import ForwardFn
 from normfix.scanning.scan import look
 from normfix.scanning.sites import survey
@@ -135,7 +134,7 @@ def _measured(
     model = twin_of(original)
     known = provenance_of(model)
     taken = Images.of(images, *home_of(model), like=known.scan.example if known else None)
-    caller = Caller(forward_fn, output if output is not None else known.output if known else None)
+    caller = Caller.of(known, forward_fn, output)
     geometry = geometry_of(known.scan) if known is not None else None
     targets: Sequence[Target]
     if known is not None:
@@ -148,7 +147,9 @@ def _measured(
                 where=type(model).__name__,
             )
     else:
-        targets = _batch_norms(model, fitting_example(model, taken.excerpt(), Intake(model, caller)), caller)
+        ready = base_of(model, taken.excerpt(), caller)
+        caller = ready.caller
+        targets = _batch_norms(model, ready.example, caller)
     # what is flat in the running statistics of a trained network is no news
     trained = flat_before([t for t in targets if _is_trained(known, t.name)])
     summary = measure_(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from normfix.cli.options import Arguments, image_options, model_options
+from normfix.cli.options import Arguments, halo_option, image_options, model_options
 from normfix.cli.outputs import is_saved, output, tell
 from normfix.cli.showing import note, require_report, show, steps, telling, write_report
 from normfix.cli.stages import blocks_of, engine_option, stage_options, watching
@@ -53,6 +53,7 @@ __all__ = ["convert_command"]
     is_flag=True,
     help="Keep statistics that are divided by and vanish on every image; they are named in the result.",
 )
+@halo_option
 @image_options
 @click.option(
     "--tile", type=click.IntRange(1), help="Size of the blocks to measure in, and of the tiles to prove with."
@@ -79,6 +80,7 @@ def convert_command(
     partial: bool,
     portable: bool,
     allow_flat: bool,
+    halo: Any,
     report: str | None,
     format_: str,
     tile: int | None,
@@ -97,6 +99,7 @@ def convert_command(
       normfix convert normfix.demo.network:nuclei_unet nuclei.tif --scale percentile:1,99.8 --to frozen -o fixed
     """
     from normfix.api.conversion import convert
+    from normfix.storage.instructions import commands
     from normfix.storage.programs import SUFFIX, require_program_name
     from normfix.storage.saving import require_unconverted, save
     from normfix.tiling.stages.resuming import resumable
@@ -130,12 +133,12 @@ def convert_command(
         done = convert(
             opened.model,
             given,
-            to=to or "frozen",
-            plan=plan,
+            to=plan or to or "frozen",
             keep=keep,
             output=arguments.output,
             as_trained=as_trained,
             allow_flat=allow_flat,
+            halo=halo,
             tile=tile,
             blocks=blocks,
             progress=progress,
@@ -149,8 +152,7 @@ def convert_command(
             note(f"Nothing was written to {out}, because {why}.")
             return 1
         save(done, place.path, opened.source, scaling=scaling, partial=partial, portable=portable)
-    how = "its own library" if portable else f"normfix.load({out!r})"
-    tell(place, f" Load it with {how}.")
+    tell(place, " Load it with its own library." if portable else f" {commands(Path(out), opened.source)}")
     return 0 if sound else 1
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from normfix.cli.options import Arguments, image_options, model_options
+from normfix.cli.options import Arguments, image_options, model_options, override_option
 from normfix.cli.showing import (
     format_option,
     note,
@@ -42,6 +42,7 @@ __all__ = ["prove_command"]
     help="As it was calibrated with: ignore the pixels where it is nonzero; one for each image. May be repeated.",
 )
 @image_options
+@override_option
 @report_option
 @format_option
 def prove_command(

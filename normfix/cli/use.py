@@ -11,7 +11,7 @@ from typing import Any, Literal
 import click
 
 from normfix.cli.answers import Predicted
-from normfix.cli.options import Arguments, image_options, model_options
+from normfix.cli.options import Arguments, image_options, model_options, override_option
 from normfix.cli.outputs import is_image, is_saved, output, tell
 from normfix.cli.showing import (
     format_option,
@@ -120,6 +120,7 @@ def calibrate_command(
     """
     from normfix.api.recalibration import calibrate
     from normfix.networks.provenance import attach_, provenance_of
+    from normfix.storage.instructions import commands
     from normfix.storage.saving import save
     from normfix.tiling.stages.resuming import resumable
 
@@ -153,7 +154,7 @@ def calibrate_command(
             attach_(done.model, replace(known, scaling=stated))
         save(done, place.path)
     show(done.summary, calibration_text(done.summary), format_)
-    tell(place)
+    tell(place, f" {commands(Path(out), opened.source)}")
 
 
 @click.command("predict")
@@ -189,6 +190,7 @@ def calibrate_command(
 )
 @stage_options
 @image_options
+@override_option
 @format_option
 def predict_command(
     image: str,
@@ -248,6 +250,7 @@ def predict_command(
     help="Largest difference in sd that still passes. Default: 100 noise floors, at most 1e-3.",
 )
 @image_options
+@override_option
 @report_option
 @format_option
 def check_command(
@@ -280,6 +283,7 @@ def check_command(
         threshold=threshold,
         output=arguments.output,
     )
+    verdict = replace(verdict, settings=(("model", arguments.model), ("file", image), *verdict.settings))
     try:
         write_reports(reports, verdict)
     finally:

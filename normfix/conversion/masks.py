@@ -100,8 +100,11 @@ def require_maskable(targets: Sequence[Target], images: Sequence[Image]) -> None
     for target in targets:
         if isinstance(target, StatisticTarget) and (target.dims is None or target.spec.law not in _LAWS):
             law = "quotient" if target.spec.quotient else target.spec.law
-            raise _unmaskable(
-                target.name, f"its value ({law}) depends on how many pixels there are, or has no law"
+            raise NormfixError(
+                "NF139",
+                f"a mask cannot be brought to it: its value ({law}) depends on how many pixels there are, or has no "
+                "law. Calibrate without a mask, or crop the images instead.",
+                where=target.name,
             )
 
 
@@ -115,11 +118,3 @@ def _source(mask: Mask, ndim: int, opened: ExitStack) -> Image:
         fits = len(space) == ndim and math.prod(space) == ignored.numel()
         return TensorImage(ignored.reshape(1, 1, *space) if fits else ignored)
     return mask
-
-
-def _unmaskable(site: str, reason: str) -> NormfixError:
-    return NormfixError(
-        "NF139",
-        f"a mask cannot be brought to it: {reason}. Calibrate without a mask, or crop the images instead.",
-        where=site,
-    )

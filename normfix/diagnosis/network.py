@@ -50,6 +50,10 @@ class Diagnosis:
         """Return failed if any cause is named, inconclusive if nothing could be compared."""
         return self.record.status
 
+    def __bool__(self) -> bool:
+        """Be true only where no cause was found and something was compared."""
+        return self.status == "passed"
+
     @property
     def tile_mismatch(self) -> TileMismatch:
         """Return tile against tile and stitched tiles against the whole."""
@@ -155,13 +159,15 @@ def diagnose_network(
             labels that do not, and codes of `scan` and of the image.
     """
     known = provenance_of(model)
-    caller = Caller(forward_fn, output if output is not None or known is None else known.output)
+    caller = Caller.of(known, forward_fn, output)
     item = whole(*Images.of(image, *home_of(model)))
     progress("scan", 0, 1)
     with exact_arithmetic():
         setting = prepare(model, item[:1], tiling, tile=tile, halo=halo, kind=kind, caller=caller)
         progress("scan", 1, 1)
-        truth = None if labels is None else Labels.of(labels, item.shape[2:], setting.kind, metric)
+        truth = None
+        if labels is not None:
+            truth = Labels.of(labels, item.shape[2:], setting.kind, metric, channels=setting.channels)
         work = Examination(setting, bench_of(setting, progress), truth, tuple(batches), per_site, progress)
         cost = work.cost()
         announce(cost)

@@ -37,7 +37,7 @@ _INSTEAD = "Diagnose it as a pipeline: give a function predict(image), which nee
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is known before the first measurement."""
+    """What is known before the first measurement; `kind` and `channels` are the output's."""
 
     model: nn.Module
     trained: nn.Module
@@ -47,6 +47,7 @@ class Setting:
     geometry: Geometry
     tiling: Tiling
     kind: Kind
+    channels: int
     live: dict[bool, tuple[Site, ...]]
     findings: tuple[Finding, ...]
 
@@ -97,6 +98,7 @@ def prepare(
         geometry,
         tiling,
         kind or recognise(middle),
+        middle.shape[1],
         live,
         findings,
     )

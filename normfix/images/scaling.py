@@ -7,7 +7,6 @@ with the model.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from normfix.errors import NormfixError
 from normfix.networks.calling import failures
+from normfix.networks.naming import named
 from normfix.records.saved import Scaling
 
 __all__ = ["Distribution", "not_finite", "overflown", "parse_scaling", "scaled", "scaling_numbers"]
@@ -216,11 +216,12 @@ def _preprocessed(array: Array, name: str, where: str) -> Array:
 
 
 def _function(name: str) -> Callable[[Array], Array]:
-    module, _, attribute = name.partition(":")
     try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+        return cast(Callable[[Array], Array], named(name))
+    except failures() as error:
+        reason = error.message if isinstance(error, NormfixError) else f"{type(error).__name__}: {error}."
         raise NormfixError(
-            "NF107", f"cannot import it: {error}. Give pkg.mod:function.", where=f"--preprocess {name}"
+            "NF107",
+            f"cannot import it: {reason} Give pkg.mod:function or file.py:function.",
+            where=f"--preprocess {name}",
         ) from error
-    return cast(Callable[[Array], Array], function)

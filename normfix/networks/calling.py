@@ -20,6 +20,7 @@ from normfix.errors import NormfixError
 from normfix.networks.randomness import OwnRandomness
 from normfix.networks.slabs import in_slabs, is_convolution
 from normfix.networks.surroundings import as_given
+from normfix.records.saved import Provenance
 
 __all__ = [
     "REFUSALS",
@@ -113,6 +114,18 @@ class Caller:
     forward_fn: Callable[[nn.Module, Tensor], Any] | None = None
     output: str | int | None = None
     draws: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        known: Provenance | None,
+        forward_fn: Callable[[nn.Module, Tensor], Any] | None = None,
+        output: str | int | None = None,
+    ) -> Caller:
+        """Call a model as is asked for, and else as what travels with it says."""
+        if known is None:
+            return cls(forward_fn, output)
+        return cls(forward_fn, known.output if output is None else output, known.scan.draws)
 
     def __call__(self, model: nn.Module, image: Tensor) -> Tensor:
         """Return the output tensor for an image (N, C, *space).

@@ -9,9 +9,9 @@ from normfix.errors import NormfixError
 from normfix.networks.graph.program import ProgramNetwork
 from normfix.networks.intake import Intake
 
-__all__ = ["default_example", "fitting_example", "probing_part"]
+__all__ = ["EXTENT", "default_example", "fitting_example", "probing_part"]
 
-_EXTENT = {1: 1024, 2: 256, 3: 64}
+EXTENT = {1: 1024, 2: 256, 3: 64}
 """Pixels per axis of the larger of an example and what the network makes of it, per number of axes."""
 _LEAST = {1: 128, 2: 32, 3: 16}
 """Pixels of an example that is enlarged much: what most networks still run on."""
@@ -26,7 +26,7 @@ def default_example(model: nn.Module, intake: Intake) -> Tensor:
         NormfixError: NF109 if it has no convolution to tell the shape from.
     """
     ndim = intake.ndim
-    shape = (1, intake.channels, *(_EXTENT[ndim],) * ndim)
+    shape = (1, intake.channels, *(EXTENT[ndim],) * ndim)
     if isinstance(model, ProgramNetwork):
         shape = tuple(n or free for n, free in zip(model.shape, shape, strict=True))
     return _affordable(intake, torch.randn(shape, generator=torch.Generator().manual_seed(0)))
@@ -46,7 +46,7 @@ def fitting_example(model: nn.Module, image: Tensor, intake: Intake) -> Tensor:
             f"{tuple(image.shape)} read as (N, C, *space) has {image.dim() - 2}.",
             where="image",
         )
-    smaller = _affordable(intake, _middle(image, _EXTENT[min(3, image.dim() - 2)]))
+    smaller = _affordable(intake, _middle(image, EXTENT[min(3, image.dim() - 2)]))
     if smaller.shape == image[:1].shape or intake.ratio(smaller.shape[1:]) is not None:
         return smaller
     return image[:1]
@@ -63,7 +63,7 @@ def _affordable(intake: Intake, example: Tensor) -> Tensor:
     ratio = intake.ratio(probing_part(example).shape[1:])
     if ratio is None or ratio <= 1:
         return example
-    smaller = _middle(example, max(_LEAST[ndim], int(_EXTENT[ndim] / ratio)))
+    smaller = _middle(example, max(_LEAST[ndim], int(EXTENT[ndim] / ratio)))
     return smaller if intake.ratio(smaller.shape[1:]) is not None else example
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from normfix.networks.surroundings import undisturbed
 from normfix.proof.comparison import Network, compare, undecided
 from normfix.proof.cropping import check_pipeline
 from normfix.records.verdicts import Verdict
+from normfix.reporting.sentences import explanation
 from normfix.scanning.known import ForwardFn, known_of, with_halo
 from normfix.tiling.geometry import geometry_of, thinnest
 from normfix.tiling.grid import Geometry
@@ -78,7 +80,7 @@ def check(
     if geometry is None or exact is None:
         return undecided(known.scan)
     (item,) = Images.of(image, *home_of(model), like=known.scan.example)
-    return compare_with(
+    verdict = compare_with(
         twin_of(model),
         known.caller,
         whole(item),
@@ -88,6 +90,7 @@ def check(
         exact_halo=exact.halo,
         live=known.live,
     )
+    return replace(verdict, reach=known.scan.reach.words if known.scan.reach else "")
 
 
 def assert_tile_invariant(
@@ -105,10 +108,7 @@ def assert_tile_invariant(
     """
     verdict = check(model, image, tile, **options)
     if not verdict.passed:
-        reasons = "; ".join(f"{f.code} {f.where}: {f.message}" for f in verdict.findings)
-        raise AssertionError(
-            f"{verdict.status}, tiles are up to {verdict.max_sd:.2g} sd from the whole image. {reasons}"
-        )
+        raise AssertionError(explanation(verdict))
     return verdict
 
 
@@ -155,5 +155,9 @@ def compare_with(
             threshold=threshold,
             exact_halo=exact_halo,
             live=live,
-            settings=settings(device, dtype),
+            settings=(
+                ("network", type(model).__name__),
+                ("image", "x".join(map(str, image.shape))),
+                *settings(device, dtype),
+            ),
         )

@@ -70,7 +70,7 @@ class Subject:
         geometry = self.geometry
         if geometry is None or self.plan.left_live:
             return None
-        verdict = self._compared(image, geometry, self.tile or _tile(image, geometry))
+        verdict = self._compared(image, geometry, self.tile or geometry.quarter(image.shape[2:]))
         verdicts = [verdict] if verdict.axes else []
         uncut = sorted(set(range(len(geometry.stride))) - set(verdict.axes))
         thin = (self.cross or thinnest(self.run, image, geometry)) if uncut else ()
@@ -90,7 +90,7 @@ class Subject:
         scale = tuple(Fraction(a, b) for a, b in zip(whole.shape[2:], space, strict=True))
         units = (_UNIT,) * len(space)
         geometry = Geometry(stride=units, halo=((_UNIT, _UNIT),) * len(space), scale=scale, multiple=units)
-        tile = _tile(image, geometry)
+        tile = geometry.quarter(image.shape[2:])
         try:
             parts = tiled(self.run, image, tile, geometry)
         except refusals():
@@ -147,14 +147,6 @@ class Subject:
                     raise
             assert isinstance(tile, tuple)
             tile = tuple(2 * t for t in tile)
-
-
-def _tile(image: Tensor, geometry: Geometry) -> tuple[int, ...]:
-    """Return a tile that leaves several windows per axis: a quarter of the image, at most 256 pixels."""
-    return tuple(
-        max(stride, min(256, n // 4) // stride * stride)
-        for n, stride in zip(image.shape[2:], geometry.stride, strict=True)
-    )
 
 
 def _longer_than_windows(

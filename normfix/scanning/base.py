@@ -118,8 +118,9 @@ class _Trials:
 
     def _run_first(self, example: Tensor) -> Tensor:
         self._first = copy_of(self._base)
+        watched = replace(self._caller, draws=False)  # what is drawn from a source of its own is not seen
         with evaluating(self._first):
-            return run_alone(self._first, self._model, self._caller, example)
+            return run_alone(self._first, self._model, watched, example)
 
     def _require_no_memory(self, tried: nn.Module, caller: Caller, example: Tensor, first: Tensor) -> None:
         """Run a copy on another input, then on the example: it must give what one gave that had seen nothing before.

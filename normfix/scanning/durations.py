@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from normfix.networks.calling import Caller, evaluating, home_of
 from normfix.reporting.sentences import duration_text
 from normfix.tiling.grid import Geometry
 
-__all__ = ["Durations", "is_told", "tell_notable"]
+__all__ = ["Durations", "tell_notable"]
 
 _LOG = logging.getLogger("normfix")
 
@@ -34,14 +34,12 @@ _FREEZE, _COMPARE, _TILES, _AROUND = 2.0, 3.0, 1.2, 10.0
 beside them, on strips and other inputs."""
 
 
-def is_told() -> bool:
-    """Tell whether anybody listens to what stages will take: the logger `normfix` at level INFO."""
-    return _LOG.isEnabledFor(logging.INFO)
+def tell_notable(stage: str, duration: Callable[[], float]) -> None:
+    """Log what a stage that takes long will take, before it starts, where anybody listens at level INFO.
 
-
-def tell_notable(stage: str, seconds: float) -> None:
-    """Log, before it starts, what a stage that takes long will take."""
-    if seconds > _NOTABLE:
+    Nobody who does not listen pays for `duration`, which returns seconds.
+    """
+    if _LOG.isEnabledFor(logging.INFO) and (seconds := duration()) > _NOTABLE:
         _LOG.info("%s: about %s", stage, duration_text(seconds))
 
 
@@ -78,10 +76,10 @@ class Durations:
         """Return the seconds of a proof on the first image, and of one comparison on each other."""
         first, *others = sizes
         overlap = 1.0
-        for axis, n in enumerate(first if geometry is not None else ()):
-            assert geometry is not None
-            side = min(n, tile or max(geometry.stride[axis], min(256, n // 4)))
-            overlap *= min(n, side + sum(geometry.halo[axis])) / side
+        if geometry is not None:
+            sides = (tile,) * len(first) if tile else geometry.quarter(first)
+            for n, side, halo in zip(first, sides, geometry.halo, strict=True):
+                overlap *= min(n, side + sum(halo)) / min(n, side)
         compared = (_COMPARE + _TILES * overlap) * self._pass(first) + _AROUND * self.seconds
         return compared + 2 * sum(map(self._pass, others)) + (_FREEZE * self._pass(first) if others else 0.0)
 

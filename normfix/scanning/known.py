@@ -47,8 +47,8 @@ def known_of(
     if known is not None and is_current(model) and output in (None, known.output, _as_index(known.output)):
         left = tuple(d.site.id for d in known.plan.left_live)
         layers = tuple(d.target for d in known.plan.converted)
-        return Known(Caller(forward_fn, known.output), known.scan, left, layers)
-    caller = Caller(forward_fn, output if output is not None or known is None else known.output)
+        return Known(Caller.of(known, forward_fn), known.scan, left, layers)
+    caller = Caller.of(known, forward_fn, output)
     return _scanned(model, Images.of(image, *home_of(model)).excerpt(), caller)
 
 

@@ -22,13 +22,14 @@ from normfix.records.sites import Finding, Looked, Scan, Site
 from normfix.records.spans import in_strides
 from normfix.scanning.base import base_of
 from normfix.scanning.doubts import Doubts
-from normfix.scanning.durations import Durations, is_told, tell_notable
+from normfix.scanning.durations import Durations, tell_notable
 from normfix.scanning.graph.bounds import Bound
 from normfix.scanning.graph.look import GraphLook, graph_look
 from normfix.scanning.merging import Merged, merge
 from normfix.scanning.positions import Positions
 from normfix.scanning.sightings import Dyed, confirmed, dye_look
 from normfix.scanning.sites import Survey, survey
+from normfix.scanning.witnesses import HaloSource, Witness, witness_of
 from normfix.tiling.dependence import agrees, far
 from normfix.tiling.geometry import Locality, measure_locality, not_dense
 from normfix.tiling.grid import Geometry
@@ -64,6 +65,7 @@ def scan(
     output: str | int | None = None,
     as_trained: bool = False,
     fast: bool = False,
+    halo: HaloSource = "graph",
 ) -> Scan:
     """Find every statistic of the tile, and the geometry once they are frozen.
 
@@ -74,9 +76,12 @@ def scan(
         output: key or index of the output that counts.
         as_trained: treat batch and instance norms as in train mode, where they are live.
         fast: skip the dye's confirmation; `Scan.looks` says so.
+        halo: "graph" takes the bound that the network's graph gives, where it gives one; "measured" takes what the dye
+            shows, which `Scan.reach` says.
 
     Raises:
-        NormfixError: NF109 if the network does not run on the example, NF110 if `output` names no tensor.
+        NormfixError: NF109 if the network does not run on the example, NF110 if `output` names no tensor, NF251 if the
+            dye shows more than the graph's bound.
 
     Example:
         >>> import normfix, torch
@@ -87,9 +92,10 @@ def scan(
     """
     caller = Caller(forward_fn, output)
     base = base_of(model, None, caller, example=example, as_trained=as_trained)
-    if is_told() and not fast:
-        tell_notable("scan", Durations.of(base.network, base.example, base.caller).scan(graph=True))
-    return look(base.copy(), base.example, base.caller, fast=fast, graph=True).scan
+    if not fast:
+        timed = (base.network, base.example, base.caller)
+        tell_notable("scan", lambda: Durations.of(*timed).scan(graph=True))
+    return look(base.copy(), base.example, base.caller, fast=fast, graph=True, halo=halo).scan
 
 
 def plan(scan: Scan, to: Literal["frozen", "batchrenorm"] = "frozen", keep: Sequence[str] = ()) -> Plan:
@@ -107,7 +113,13 @@ def plan(scan: Scan, to: Literal["frozen", "batchrenorm"] = "frozen", keep: Sequ
 
 
 def look(
-    probe: nn.Module, example: Tensor, caller: Caller, *, fast: bool = False, graph: bool = False
+    probe: nn.Module,
+    example: Tensor,
+    caller: Caller,
+    *,
+    fast: bool = False,
+    graph: bool = False,
+    halo: HaloSource = "graph",
 ) -> Scanned:
     """Scan a materialised network on CPU in float32 (geometry in float64 too).
 
@@ -116,7 +128,8 @@ def look(
         example: (N, C, *space).
         caller: calls it.
         fast: leave out the dye and the graph.
-        graph: capture its graph as well, which takes seconds.
+        graph: hold its graph against the census as well, which takes seconds.
+        halo: which witness of the reach is taken.
     """
     name = class_of(probe)
     probe.cpu().float().eval()
@@ -145,7 +158,7 @@ def look(
             compared=dyed.compared,
             wraps=positions.may_wrap(),
         )
-        seen = _measured(probe, name, doubts, merged, found, material, caller, fast=fast)
+        seen = _measured(probe, name, doubts, merged, found, material, caller, fast=fast, halo=halo)
     geometry, locality = seen.locality.geometry, seen.locality
     return Scanned(
         Scan(
@@ -161,8 +174,10 @@ def look(
             exact_sizes=geometry.multiple if geometry else None,
             smallest_tile=locality.smallest_tile,
             halo_rounded=in_strides(geometry.halo, geometry.stride) if geometry else None,
+            reach=seen.witness.reach(locality, material) if seen.witness else None,
             looks=merged.looks,
             findings=found.findings + seen.findings + locality.findings,
+            draws=caller.draws,
         ),
         geometry,
         locality.cross if geometry is not None and geometry.stride == locality.grid else (),
@@ -178,6 +193,7 @@ class _Measured:
     locality: Locality
     findings: tuple[Finding, ...]
     invariant: bool
+    witness: Witness | None = None
     double: nn.Module | None = None
 
 
@@ -191,6 +207,7 @@ def _measured(
     caller: Caller,
     *,
     fast: bool,
+    halo: HaloSource,
 ) -> _Measured:
     """Measure the geometry as if every doubt were unfounded, and settle those that the measurement shows to be."""
     trial = doubts.settled(merged.sites)
@@ -198,18 +215,20 @@ def _measured(
     bench = (
         None
         if everything.left_live or not found.dense
-        else _bench(probe, everything, found, caller, material)
+        else _bench(probe, everything, found, caller, material, halo)
     )
     if bench is None:
         locality = _unmeasured(everything, found, material)
     else:
         locality = bench.measured(found.dilution, doubts, fast=fast)
+    witness = None if bench is None else bench.witness
+    beyond = () if witness is None else witness.findings(locality)
     double = None if bench is None else bench.twin
     if locality.steady and bench is not None:
         open_bounds = [bound for bound in doubts.bounds if not bench.crosses(bound, locality)]
-        findings = doubts.explained(merged.findings, open_bounds)
+        findings = doubts.explained(merged.findings, open_bounds) + beyond
         live = any(site.live for site in trial)
-        return _Measured(trial, locality, findings, not live and not open_bounds, double)
+        return _Measured(trial, locality, findings, not live and not open_bounds, witness, double)
     everything = decide(merged.sites, model=name, to="frozen")
     if everything.left_live:
         locality = _unmeasured(everything, found, material)
@@ -218,7 +237,7 @@ def _measured(
     )
     live = any(site.live for site in merged.sites)
     sound = not live and not doubts.operations and not doubts.placed and not doubts.bounds
-    return _Measured(merged.sites, locality, merged.findings + unsettled, sound, double)
+    return _Measured(merged.sites, locality, merged.findings + unsettled + beyond, sound, witness, double)
 
 
 def _graph(
@@ -280,6 +299,7 @@ class _Bench:
     double: Callable[[Tensor], Tensor]
     twin: nn.Module
     example: Tensor
+    witness: Witness
 
     def measured(self, dilution: Sequence[int], doubts: Doubts, *, fast: bool) -> Locality:
         """Measure its geometry as if no doubt were founded."""
@@ -294,6 +314,7 @@ class _Bench:
             swallowed=doubts.swallowed,
             compared=doubts.compared,
             both_ends=doubts.wraps,
+            bound=self.witness.bound,
         )
 
     def crosses(self, bound: Bound, locality: Locality) -> bool:
@@ -310,10 +331,20 @@ class _Bench:
         return False
 
 
-def _bench(probe: nn.Module, everything: Plan, found: Survey, caller: Caller, example: Tensor) -> _Bench:
+def _bench(
+    probe: nn.Module,
+    everything: Plan,
+    found: Survey,
+    caller: Caller,
+    example: Tensor,
+    halo: HaloSource,
+) -> _Bench:
     frozen = rewrite_(probe, everything)
     fresh = [d for d in everything.converted if d.measured]
     small = found.sizes(example)[0]
     freeze_sites_(frozen, [site_target(frozen, d, express=False) for d in fresh], small, caller)
     double = copy_of(frozen).double()
-    return _Bench(lambda x: caller(frozen, x), lambda x: caller.in_double(double, x), double, example)
+    witness = witness_of(frozen, caller, small, halo)
+    return _Bench(
+        lambda x: caller(frozen, x), lambda x: caller.in_double(double, x), double, example, witness
+    )

@@ -26,6 +26,7 @@ from normfix.records.encoding import SCHEMA, parsed, read_text
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.saved import Probe, Provenance, Saved
 from normfix.records.verdicts import Proof
+from normfix.storage.instructions import arguments_of
 
 __all__ = [
     "MANIFEST",
@@ -270,7 +271,7 @@ def _card(saved: Saved) -> str:
         autoescape=False,
         keep_trailing_newline=True,
     )  # Markdown, not HTML
-    return environment.get_template("card.md").render(saved=saved, base=base)
+    return environment.get_template("card.md").render(saved=saved, base=base, arguments=arguments_of(source))
 
 
 def seeded_input(probe_shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:

@@ -216,7 +216,7 @@ def _parts(
         return done.model, done.proof, done.caller, done.original, summary
     model, summary = (done.model, done.summary) if isinstance(done, Calibration) else (done, None)
     known = provenance_of(model)
-    return model, None, Caller(None, known.output if known else None), None, summary
+    return model, None, Caller.of(known), None, summary
 
 
 def _read_back(draft: Path, source: Source, model: nn.Module, original: nn.Module | None) -> None:

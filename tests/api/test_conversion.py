@@ -437,7 +437,7 @@ def test_plan_of_another_network_is_refused() -> None:
     """A plan whose sites are not the network's is refused with the first difference."""
     decided = normfix.plan(normfix.scan(build("instance"), image()))
     with pytest.raises(normfix.NormfixError, match="NF205"):
-        normfix.convert(build("called twice"), image(), plan=decided)
+        normfix.convert(build("called twice"), image(), to=decided)
 
 
 def test_lost_interception_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -519,9 +519,21 @@ def test_frozen_batchnorm_stays_as_it_was() -> None:
     model = stack(nn.BatchNorm2d(8), nn.InstanceNorm2d(8)).train()
     model[1].eval().requires_grad_(False)
     kept = normfix.convert(model, image(), keep=("1",)).model
-    assert kept.training
     assert not kept[1].training
     assert not kept[1].weight.requires_grad
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_result_is_in_eval_mode_and_train_mode_is_said(caplog, training) -> None:
+    """In train mode one prediction would change what was proved; the caller's network stays as it is."""
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.InstanceNorm2d(8), nn.Dropout(0.5)).train(
+        training
+    )
+    whole = image()
+    done = normfix.convert(model, whole, to="batchrenorm")
+    assert not any(module.training for module in done.model.modules())
+    assert torch.equal(done.model(whole), done.model(whole))
+    assert ("train mode" in caplog.text) == model.training == training
 
 
 def test_hooks_are_carried_over() -> None:

@@ -11,9 +11,6 @@ import normfix
 from normfix.networks.behaviour import behaviour_of
 from normfix.networks.copying import double_of
 
-GEOMETRY = 24
-"""Runs on strips, by which halo, stride and sizes are measured and tried; see normfix.tiling."""
-
 
 RUNS, COPIES = Counter(), Counter()
 """By the extents of the image, and by class; what a class holds would be a part of what its networks compute."""
@@ -54,10 +51,13 @@ def image():
 
 
 def test_convert_runs_and_copies_little(network, image):
-    """To scan, calibrate and prove four layers on a small image takes few runs beside the strips, and four copies."""
+    """To scan, calibrate and prove four layers on a small image: 16 of the runs are tiles, 17 strips of the geometry.
+
+    The copies are the original, the result, one in which all is frozen, that in float64, and one for torch.export.
+    """
     assert normfix.convert(network, image).proof.passed
-    assert RUNS.total() - GEOMETRY <= 32
-    assert COPIES.total() <= 4
+    assert RUNS.total() <= 53
+    assert COPIES.total() <= 5
 
 
 @pytest.mark.parametrize("to", ["frozen", "batchrenorm"])

@@ -159,6 +159,14 @@ DIVIDING = {
     "negative": lambda x: -x / -(x.std(**SPACE) + 1e-6),
     "hypotenuse": lambda x: x / torch.hypot(x.std(**SPACE), x.new_tensor(1e-5)),
     "joined": lambda x: x / (torch.cat([part.std(**SPACE) for part in x.chunk(2, 1)], 1) + 1e-6),
+    "softplus": lambda x: x / F.softplus((x.var(**SPACE) + 1e-8).log()),
+    "bounded": lambda x: x / F.hardtanh(x.std(**SPACE), 1e-6, 1e3),
+    "bent": lambda x: x / (torch.tanh(x.std(**SPACE)) + 1e-6),
+    "weighed": lambda x: x / (x.std(**SPACE) * torch.tensor([2.0, 1, 1, 1]).view(4, 1, 1) + 1e-6),
+    "summed by name": lambda x: x / (torch.einsum("nchw,c->nchw", x.std(**SPACE), torch.ones(4)) + 1e-6),
+    "interpolated": lambda x: x / (F.interpolate(x.std(**SPACE), size=x.shape[2:]) + 1e-6),
+    "written into": lambda x: x / _without_zeros(x.std(**SPACE)),
+    "logistic": lambda x: x * torch.exp(-F.logsigmoid((x.var(**SPACE) + 1e-8).log())),
     "stacked and split": lambda x: x / (torch.stack([x.std(**SPACE), x.mean(**SPACE)]).unbind(0)[0] + 1e-6),
 }
 HARMLESS = {
@@ -170,9 +178,18 @@ HARMLESS = {
     "gated by two pools": lambda x: (
         x * torch.sigmoid(torch.cat([x.mean(**SPACE), x.amax(**SPACE)], 1).chunk(2, 1)[1])
     ),
+    "softplus of a deviation": lambda x: x / F.softplus(x.std(**SPACE)),
+    "softmax of pools": lambda x: x * x.mean(**SPACE).softmax(1),
+    "exponential of a maximum": lambda x: x * torch.exp(x.amax(**SPACE)),
+    "share of all channels": lambda x: x / (0.2 + (m := x.mean(**SPACE)) / (m.mean(1, keepdim=True) + 1e-6)),
     "exponential of a mean": lambda x: x * torch.exp(-x.mean(**SPACE).abs()),
     "response": lambda x: x + x * (g := x.norm(**SPACE)) / (g.mean(1, keepdim=True) + 1e-6),
 }
+
+
+def _without_zeros(deviation):
+    deviation[deviation == 0] = 1.0
+    return deviation
 
 
 def _quantile(x, q):

@@ -62,7 +62,7 @@ def test_edited_action_is_followed(planned, image):
     model = Deep()
     first, *others = planned.decisions
     edited = replace(planned, decisions=(replace(first, action=Action.KEEP, reason="by hand"), *others))
-    done = normfix.convert(model, image, plan=edited)
+    done = normfix.convert(model, image, to=edited)
     assert [d.site.id for d in done.plan.left_live] == [first.site.id]
     assert done.proof.step("identity").status == "passed"
     assert done.proof.step("used").status == "passed"
@@ -72,7 +72,7 @@ def test_edited_action_is_followed(planned, image):
 def test_means_and_targets_are_decided_anew(planned, image):
     """A plan whose means or targets were spoiled by hand is carried out right all the same."""
     spoiled = tuple(replace(d, means=Means.SWAP, target="conv", position=7) for d in planned.decisions)
-    assert normfix.convert(Deep(), image, plan=replace(planned, decisions=spoiled)).proof.passed
+    assert normfix.convert(Deep(), image, to=replace(planned, decisions=spoiled)).proof.passed
 
 
 @pytest.mark.parametrize("action", [Action.KEEP, Action.REFUSE])
@@ -122,7 +122,7 @@ def test_impossible_action_is_refused(image):
     planned = normfix.plan(normfix.scan(model, image))
     edited = tuple(replace(d, action=Action.FREEZE) for d in planned.decisions)
     with pytest.raises(normfix.NormfixError, match="NF205 1/0/local_response_norm/0"):
-        normfix.convert(model, image, plan=replace(planned, decisions=edited))
+        normfix.convert(model, image, to=replace(planned, decisions=edited))
 
 
 def test_edited_site_is_refused(planned, image):
@@ -130,7 +130,7 @@ def test_edited_site_is_refused(planned, image):
     first, *others = planned.decisions
     changed = replace(first, site=replace(first.site, anchor="child"))
     with pytest.raises(normfix.NormfixError, match="NF205"):
-        normfix.convert(Deep(), image, plan=replace(planned, decisions=(changed, *others)))
+        normfix.convert(Deep(), image, to=replace(planned, decisions=(changed, *others)))
 
 
 def test_keep_patterns_must_match(planned, image):

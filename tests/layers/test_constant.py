@@ -328,10 +328,10 @@ def test_a_reviewed_plan_is_replayed():
     torch.manual_seed(0)
     model = HandNorm()
     plan = normfix.Plan.from_json(normfix.plan(normfix.scan(model, IMAGE)).to_json())
-    assert normfix.convert(model, IMAGE, plan=plan).proof.passed
+    assert normfix.convert(model, IMAGE, to=plan).proof.passed
     first, second = plan.decisions
     edited = replace(plan, decisions=(replace(first, action=Action.KEEP), second))
-    done = normfix.convert(model, IMAGE, plan=edited)
+    done = normfix.convert(model, IMAGE, to=edited)
     assert [d.site.id for d in done.plan.left_live] == [first.site.id]
     assert done.proof.step("identity").status == "passed"
     assert done.proof.step("tiles").status == "failed"

@@ -97,7 +97,7 @@ def test_timing_a_pass_leaves_the_mode():
 def test_a_duration_is_a_line_on_stderr(everything, capsys):
     """The command line says what will take minutes, beside the result, and stops listening afterwards."""
     with telling():
-        durations.tell_notable("scan", 150.0)
-    durations.tell_notable("scan", 150.0)
+        durations.tell_notable("scan", lambda: 150.0)
+    durations.tell_notable("scan", lambda: 150.0)
     out, err = capsys.readouterr()
     assert (out, err) == ("", "scan: about 2 minutes\n")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import stat
 import subprocess
 import sys
@@ -91,6 +92,34 @@ def test_the_program_needs_no_source(folder, done):
     subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(folder)], check=True)
     with torch.no_grad():
         torch.testing.assert_close(load_file(folder / "y.safetensors")["y"], done.model(OTHER))
+
+
+class CountsPixels(torch.nn.Module):
+    """Knows the number of pixels, for which a program is written at one size and said to take all."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(1, 2, 3, padding=1), torch.nn.InstanceNorm2d(2)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) * math.log(x.shape[2] * x.shape[3])
+
+
+class CountsRoots(CountsPixels):
+    """Knows it by its root."""
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) / math.sqrt(x.shape[2] * x.shape[3] + 1)
+
+
+@pytest.mark.parametrize("network", [CountsPixels, CountsRoots])
+def test_a_network_whose_program_runs_on_one_size_alone_is_saved_without_program(network, tmp_path):
+    """The folder is whole without it; no bare error of a guard in the program comes through."""
+    done = normfix.convert(network().eval(), IMAGE)
+    normfix.save(done, tmp_path / "fixed", partial=True)
+    assert not (tmp_path / "fixed" / PROGRAM).exists()
+    again = normfix.load(tmp_path / "fixed", model=network())
+    assert torch.equal(again(OTHER), done.model(OTHER))
 
 
 def test_a_network_that_cannot_be_exported_is_saved_without_program(tmp_path, monkeypatch):

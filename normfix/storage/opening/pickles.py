@@ -21,6 +21,7 @@ from torch import _weights_only_unpickler
 
 from normfix.errors import NormfixError
 from normfix.images.deadline import within
+from normfix.networks.naming import make_importable
 from normfix.storage.opening import archives
 from normfix.storage.opening.allocation import Bounded, uncounted
 from normfix.storage.opening.factories import classes_named
@@ -89,6 +90,8 @@ def read_torch(path: Path, request: Request) -> Any:
         if not request.trust_pickle:
             raise _untrusted(path, needed)
         request.tell(f"{path}: running a pickle that imports {_listed(needed)}.")
+        for name in needed:
+            make_importable(name)
         try:
             return torch.load(content.file, map_location="cpu", weights_only=False)  # noqa: TID251
         except (AttributeError, ImportError) as error:

@@ -22,8 +22,10 @@ from normfix.images.sources import Image
 from normfix.networks.behaviour import behaviour_of
 from normfix.networks.calling import Caller
 from normfix.networks.copying import original_of
+from normfix.networks.examples import EXTENT
 from normfix.records.spans import round_up
 from normfix.tiling.stages.program import Program, Run, captured_program, computes, marked
+from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.schedule import Schedule
 from normfix.tiling.stages.scheduling import schedule
 
@@ -68,13 +70,20 @@ def program_of(
         sites: paths of modules to cut at.
         image: to capture it on.
         stride: of the network.
+
+    Raises:
+        NotInStages: NF324 for a network that draws random numbers, and as captured_program.
     """
+    if caller.draws:
+        where = type(original_of(model)).__name__
+        raise NotInStages(
+            "NF324", "it draws random numbers, and blocks draw others than the whole.", where=where
+        )
     owner = original_of(model)
     ndim = len(image.shape) - 2
     homes = tuple((t.dtype, t.device) for t in (*model.parameters(), *model.buffers()))
     key = (caller, sites, ndim, homes, behaviour_of(owner))
-    limit = {1: 1024, 2: 256, 3: 64}[ndim]
-    window = [(0, min(n, round_up(limit, m))) for n, m in zip(image.shape[2:], stride, strict=True)]
+    window = [(0, min(n, round_up(EXTENT[ndim], m))) for n, m in zip(image.shape[2:], stride, strict=True)]
     # of this image: what an earlier one did not reach (a bound, a branch) it may
     example = _telling(model, caller, image.read(window)[:1].clone())
     known = _borrowed(owner, key)
