@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,8 @@ from normfix.conversion.results import Calibration, Conversion
 from normfix.conversion.rewriting import rewrite, rewrite_
 from normfix.conversion.targets import site_target
 from normfix.errors import NormfixError
-from normfix.images.collections import Items
-from normfix.images.opening import sources_of
-from normfix.images.sources import Image, TensorImage
+from normfix.images.collections import Images
+from normfix.images.sources import Image, middle_of, whole
 from normfix.networks.calling import Caller, buffers_kept, evaluating, home_of
 from normfix.networks.copying import double_of
 from normfix.networks.graph.program import require_free
@@ -29,7 +28,7 @@ from normfix.networks.provenance import attach_
 from normfix.networks.surroundings import undisturbed
 from normfix.proof.rounding import repeated_in_double
 from normfix.proof.steps import identity, residual, shift, tile_exactness, untouched
-from normfix.proof.subject import Subject, middle_of
+from normfix.proof.subject import Subject
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.plans import Action, Plan
 from normfix.records.progress import Progress, silent
@@ -50,7 +49,6 @@ from normfix.tiling.stitching import padded
 __all__ = ["convert"]
 
 _LOGGER = logging.getLogger("normfix")
-_Tensors = Tensor | Iterable[Tensor]
 
 
 @undisturbed()
@@ -114,14 +112,12 @@ def convert(
         )
     caller = Caller(forward_fn, output)
     home = home_of(model)
-    sources = sources_of(images)
     blocks = blocks or Blocks()
-    if blocks.asked and images is not None and sources is None:
-        sources = [TensorImage(image) for image in Items.of(cast(_Tensors, images), *home)]
-    if sources is not None:
-        images = [middle_of(sources[0])]
-    items = None if images is None else Items.of(cast(_Tensors, images), *home)
-    first = None if items is None else next(iter(items))
+    taken = None if images is None else Images.of(images, *home)
+    in_stages = taken is not None and (blocks.asked or taken.by_window)
+    first = None
+    if taken is not None:
+        first = middle_of(next(iter(taken))) if in_stages else taken.excerpt()
     ready = base_of(model, first, caller, as_trained=as_trained)
     base, caller, example = ready.network, ready.caller, ready.example
     durations = cache(partial(Durations.of, base, example, caller))
@@ -133,34 +129,34 @@ def convert(
         plan = replay(to, seen.scan.sites, model=seen.scan.model)
     else:
         plan = decide(seen.scan.sites, model=seen.scan.model, to=to, keep=keep)
-    if items is not None:
-        items = replace(items, like=tuple(example.shape))
-    if items is not None and seen.geometry is not None:
-        items = replace(items, prepare=partial(padded, geometry=seen.geometry))
+    if taken is not None:
+        padding = None if seen.geometry is None else seen.geometry.padding
+        taken = replace(taken, like=tuple(example.shape), padding=padding)
     converted = rewrite_(ready.copy(), plan)
-    sizes = cache(lambda: [tuple(image.shape[2:]) for image in items or [example]])
-    if sources is None:  # stages say themselves what they will take
+    runs = [example if first is None else first] if in_stages or taken is None else taken
+    sizes = cache(lambda: [tuple(image.shape[2:]) for image in runs])
+    if not in_stages:  # stages say themselves what they will take
         count = sum(d.measured for d in plan.converted)
         tell_notable("calibrate", lambda: durations().calibration(sizes(), count))
-    if blocks.tile is None and sources is not None:
+    if blocks.tile is None and in_stages:
         blocks = blocks.sized(tile)
-    whole = items if sources is None else sources
     with resumable(blocks.store):
-        summary = _calibrate_(converted, plan, whole, caller, blocks, seen.geometry, progress)
+        summary = _calibrate_(converted, plan, taken, caller, blocks, seen.geometry, progress)
     if summary is not None:
-        empty = all_empty(whole or ())
+        empty = all_empty(taken or ())
         summary = _judged(converted, plan, summary, caller, example.to(*home), allow_flat, empty)
+    first = example.to(*home) if first is None else first[:1]
     work = _Work(
         original=base,
         converted=converted,
         plan=plan,
         seen=seen,
-        items=items,
+        first=first if taken is None or seen.geometry is None else padded(first, seen.geometry),
+        images=None if in_stages else taken,
         example=example.to(*home),
         caller=caller,
         summary=summary,
         tile=tile,
-        whole=sources is None,
     )
     tell_notable("prove", lambda: durations().proof(sizes(), seen.geometry, tile))
     progress("prove", 0, 1)
@@ -182,7 +178,7 @@ def convert(
 def _calibrate_(
     model: nn.Module,
     plan: Plan,
-    images: Items | Sequence[Image] | None,
+    images: Images | None,
     caller: Caller,
     blocks: Blocks | None = None,
     geometry: Geometry | None = None,
@@ -252,12 +248,12 @@ class _Work:
     converted: nn.Module
     plan: Plan
     seen: Scanned
-    items: Items | None
+    first: Tensor
+    images: Images | None
     example: Tensor
     caller: Caller
     summary: CalibrationSummary | None
     tile: int | None
-    whole: bool
 
     def prove(self) -> Proof:
         with (
@@ -267,7 +263,7 @@ class _Work:
             buffers_kept(self.converted),
             exact_arithmetic(),
         ):
-            first = self.example if self.items is None else next(iter(self.items))[:1]
+            first = self.first
             dtype = home_of(self.converted)[1]
             subject = Subject(
                 self.converted,
@@ -319,7 +315,7 @@ class _Work:
     def _calibrated(self, original: nn.Module, image: Tensor) -> nn.Module:
         """Convert a network as planned, calibrated on one image alone."""
         one = rewrite(original, self.plan)
-        _calibrate_(one, self.plan, Items([image], image.device, image.dtype), self.caller)
+        _calibrate_(one, self.plan, Images.of(image, image.device, image.dtype), self.caller)
         return one
 
     def _judged(self, image: Tensor, sites: Sequence[Site]) -> list[Site]:
@@ -328,15 +324,15 @@ class _Work:
         A network that takes one size shows the census no growth, so it suspects every norm over tokens.
         """
         quiet = {site.id for site in self.seen.scan.sites if not site.live}
-        before = survey(self.original, self.caller, image).sites
+        before = survey(self.original, self.caller, image, stacked=False).sites
         return [site for site in before if site.live and site.id in quiet]
 
     def _shifts(self, first: Tensor, pair: tuple[Tensor, Tensor]) -> tuple[ImageShift, ...]:
-        if self.items is None or not self.whole:
+        if self.images is None:
             return ()
         return tuple(
             shift(number, *pair)
             if number == 0 and image.shape == first.shape
             else shift(number, self.caller(self.converted, image), self.caller(self.original, image))
-            for number, image in enumerate(self.items)
+            for number, image in enumerate(map(whole, self.images))
         )

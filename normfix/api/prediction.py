@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from normfix.conversion.measurement import measure_
 from normfix.conversion.targets import site_target
 from normfix.errors import NormfixError
-from normfix.images.collections import Items
-from normfix.images.opening import Wholes
-from normfix.images.sources import Image, TensorImage
+from normfix.images.collections import Images
+from normfix.images.sources import Image, TensorImage, whole
 from normfix.images.writing import OutputFile
 from normfix.networks.calling import home_of
 from normfix.networks.copying import copy_of, twin_of
@@ -187,9 +186,7 @@ class _Prediction:
                 where=known.scan.model,
             )
         _require_enough(geometry, exact)
-        if isinstance(image, Tensor):
-            (item,) = Items.of(image, *home_of(model), like=known.scan.example)
-            image = TensorImage(item)
+        (image,) = Images.of(image, *home_of(model), like=known.scan.example)
         blocks = replace(blocks, tile=tile_extents(blocks.tile or _TILE, geometry))
         if blocks.engine == "dask":
             engine = "stages"
@@ -222,10 +219,9 @@ class _Prediction:
                 if self.engine == "stages":
                     raise
                 tell_fallback("the image is read whole and predicted in tiles", error)
-        (whole,) = Wholes([self.image])
         twin = twin_of(model)
         with exact_arithmetic():
-            return tiled(lambda x: caller(twin, x), whole, tile, geometry)
+            return tiled(lambda x: caller(twin, x), whole(self.image), tile, geometry)
 
     def _pays(self, tile: Sequence[int]) -> bool:
         """Tell whether stages were meant, or whether tiles would compute much more than the image or read it whole."""
@@ -250,7 +246,8 @@ class _Prediction:
         model, caller = copy_of(self.model), self.known.caller
         targets = [site_target(model, d, express=False) for d in provenance.plan.converted if d.measured]
         if targets:
-            measure_(model, targets, [self.image], caller, self.blocks, geometry=self.geometry)
+            image = Images.of(self.image, *home_of(model))
+            measure_(model, targets, image, caller, self.blocks, geometry=self.geometry)
         return model
 
 

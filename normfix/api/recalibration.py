@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +15,13 @@ from normfix.conversion.results import Calibration
 from normfix.conversion.sampling import Sample
 from normfix.conversion.targets import NormTarget, Target, planned_targets
 from normfix.errors import NormfixError
-from normfix.images.collections import Items
-from normfix.images.opening import Wholes, sources_of
+from normfix.images.collections import Images
 from normfix.images.sources import Image
 from normfix.layers.moments import Moments
 from normfix.networks.calling import Caller, home_of
 from normfix.networks.copying import copy_of, twin_of
 from normfix.networks.provenance import provenance_of
 from normfix.networks.surroundings import undisturbed
-from normfix.proof.subject import middle_of
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.progress import Progress, silent
 from normfix.records.saved import Provenance
@@ -135,10 +133,7 @@ def _measured(
     blocks = (blocks or Blocks()).sized(tile)
     model = twin_of(original)
     known = provenance_of(model)
-    sources, items = sources_of(images), None
-    if sources is None:
-        tensors = cast("Tensor | Iterable[Tensor]", images)
-        items = Items.of(tensors, *home_of(model), like=known.scan.example if known else None)
+    taken = Images.of(images, *home_of(model), like=known.scan.example if known else None)
     caller = Caller.of(known, forward_fn, output)
     geometry = geometry_of(known.scan) if known is not None else None
     targets: Sequence[Target]
@@ -152,7 +147,7 @@ def _measured(
                 where=type(model).__name__,
             )
     else:
-        ready = base_of(model, next(iter(items or Wholes(sources or ()))), caller)
+        ready = base_of(model, taken.excerpt(), caller)
         caller = ready.caller
         targets = _batch_norms(model, ready.example, caller)
     # what is flat in the running statistics of a trained network is no news
@@ -160,7 +155,7 @@ def _measured(
     summary = measure_(
         model,
         targets,
-        items if items is not None else sources or (),
+        taken,
         caller,
         blocks,
         geometry=geometry,
@@ -168,17 +163,17 @@ def _measured(
         sample=None if sample is None else Sample(sample, seed),
         progress=progress,
     )
-    first = next(iter(items if items is not None else (middle_of(source) for source in sources or ())))
+    first = taken.excerpt()[:1]
     judgement = judged(
         model,
         targets,
         summary,
         caller,
-        first[:1] if geometry is None else padded(first[:1], geometry),
+        first if geometry is None else padded(first, geometry),
         allow=allow_flat,
         classes=_classes(known, model, targets),
         known=trained,
-        empty=all_empty(items if items is not None else sources or ()),
+        empty=all_empty(taken),
     )
     return model, judgement, targets
 

@@ -128,7 +128,7 @@ def _tiling(image: Any, tile: int, halo: int | Literal["auto"], pipeline: dict[s
 
 
 def _read(path: str, ndim: int) -> Any:
-    from normfix.images.axes import read_image
+    from normfix.images.files import read_image
 
     return read_image(Path(path), ndim=ndim, channels=1)[0]
 

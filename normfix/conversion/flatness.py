@@ -7,7 +7,6 @@ is exact on that image.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from normfix.conversion.targets import NormTarget, StatisticTarget, Target
 from normfix.errors import NormfixError
-from normfix.images.sources import Image
+from normfix.images.sources import Image, is_constant
 from normfix.networks.calling import Caller, buffers_kept, evaluating
 from normfix.networks.divisors import following
 from normfix.records.measurements import CalibrationSummary, SiteStatistics
@@ -62,23 +61,9 @@ def spread_in_groups(target: Target, groups: int) -> frozenset[int]:
     return frozenset(spread.nonzero().flatten().tolist())
 
 
-def all_empty(images: Iterable[Tensor | Image]) -> bool:
+def all_empty(images: Iterable[Image]) -> bool:
     """Tell whether every image is one constant per channel; reads no further than the first that is not."""
-    return all(map(_is_empty, images))
-
-
-def _is_empty(image: Tensor | Image) -> bool:
-    if isinstance(image, Tensor):
-        pixel = image.flatten(2)[..., :1]  # (n, c, *space) -> (n, c, 1)
-        return bool((image.flatten(2) == pixel).all())
-    first, *rest = image.shape[2:]
-    whole = [(0, n) for n in rest]
-    pixel = image.read([(0, 1)] * (1 + len(rest)))
-    step = max(1, (1 << 22) // math.prod(rest))
-    return all(
-        bool((image.read([(start, min(first, start + step)), *whole]) == pixel).all())
-        for start in range(0, first, step)
-    )
+    return all(map(is_constant, images))
 
 
 def judged(

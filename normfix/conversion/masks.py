@@ -19,7 +19,7 @@ from torch import Tensor
 from normfix.conversion.targets import StatisticTarget, Target
 from normfix.errors import NormfixError
 from normfix.images.files import open_windows as open_file
-from normfix.images.sources import Image, TensorImage
+from normfix.images.sources import Image, TensorImage, slabs
 from normfix.images.windows import ScaledImage
 from normfix.tiling.stages.masks import Masked, mask_of
 
@@ -86,12 +86,7 @@ def ignored_pixels(image: Image) -> int:
     mask = mask_of(image)
     if mask is None:
         return 0
-    first, *rest = mask.shape[2:]
-    step = max(1, (1 << 22) // math.prod(rest))
-    return sum(
-        int((mask.read([(start, min(first, start + step)), *((0, n) for n in rest)]) != 0).sum())
-        for start in range(0, first, step)
-    )
+    return sum(int((mask.read(spans) != 0).sum()) for spans in slabs(mask.shape[2:]))
 
 
 def require_maskable(targets: Sequence[Target], images: Sequence[Image]) -> None:

@@ -6,12 +6,11 @@ count; a network that cannot be cut takes passes, with the same numbers, as long
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 
 from normfix.conversion.masks import Mask, ignored_pixels, masked, require_maskable
 from normfix.conversion.measuring import measure_sites_, remeasure_sites
@@ -19,8 +18,7 @@ from normfix.conversion.sampling import Sample, measure_sampled_
 from normfix.conversion.staged import measure_in_stages_
 from normfix.conversion.targets import Target
 from normfix.errors import NormfixError
-from normfix.images.collections import Items
-from normfix.images.opening import Wholes
+from normfix.images.collections import Images
 from normfix.images.sources import Image, TensorImage
 from normfix.networks.calling import Caller
 from normfix.records.measurements import CalibrationSummary
@@ -30,7 +28,6 @@ from normfix.tiling.stages.masks import Masked
 from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stages.prediction import tell_fallback
 from normfix.tiling.stages.refusals import NotInStages
-from normfix.tiling.stitching import padded
 
 __all__ = ["measure_"]
 
@@ -38,7 +35,7 @@ __all__ = ["measure_"]
 def measure_(
     model: nn.Module,
     targets: Sequence[Target],
-    images: Items | Sequence[Image],
+    images: Images,
     caller: Caller,
     blocks: Blocks | None = None,
     *,
@@ -53,7 +50,7 @@ def measure_(
     Args:
         model: holds the targets' modules.
         targets: in the order in which a forward pass reaches them.
-        images: whole, or read by window; extended to a size that the network is exact at.
+        images: in memory, or read by window; extended to a size that the network is exact at.
         caller: calls the model.
         blocks: how to run in stages, where that is asked for.
         geometry: of the network, if it is known.
@@ -69,11 +66,11 @@ def measure_(
             store. The old statistics are back in place then, as after any other error.
     """
     blocks = blocks or Blocks()
-    if isinstance(images, Items) and not blocks.asked and mask is None and sample is None:
+    if not (blocks.asked or images.by_window or mask is not None or sample is not None):
         if geometry is not None:
-            images = replace(images, prepare=partial(padded, geometry=geometry))
+            images = replace(images, padding=geometry.padding)
         return _in_passes_(model, targets, images, caller, stored, progress)
-    sources = [TensorImage(image) for image in images] if isinstance(images, Items) else images
+    sources: Sequence[Image] = list(images)
     with ExitStack() as opened:  # mask files
         if mask is not None:
             sources = masked(sources, mask, opened)
@@ -95,7 +92,7 @@ def measure_(
 def _in_passes_(
     model: nn.Module,
     targets: Sequence[Target],
-    images: Iterable[Tensor],
+    images: Images | Sequence[Image],
     caller: Caller,
     stored: bool,
     progress: Progress,
@@ -124,7 +121,7 @@ def _stages_or_passes_(
     except NotInStages as error:
         _require_whole(images, error)
         tell_fallback("statistics are measured in passes over whole images", error)
-        summary = _in_passes_(model, targets, Wholes(images), caller, stored, progress)
+        summary = _in_passes_(model, targets, images, caller, stored, progress)
         return replace(summary, reason=str(error))
 
 

@@ -9,7 +9,7 @@ Measuring all sites in one pass with live statistics is not the same thing, howe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from normfix.conversion.targets import Target
+from normfix.images.collections import Images
+from normfix.images.sources import Image, TensorImage, whole
 from normfix.networks.calling import Unreached, evaluating
 from normfix.networks.numerics import exact_arithmetic
 from normfix.records.measurements import CalibrationSummary
@@ -31,7 +33,7 @@ Run = Callable[[nn.Module, Tensor], Tensor]
 def measure_sites_(
     model: nn.Module,
     targets: Sequence[Target],
-    images: Iterable[Tensor],
+    images: Images | Sequence[Image],
     run: Run,
     progress: Progress = silent,
 ) -> CalibrationSummary:
@@ -40,7 +42,7 @@ def measure_sites_(
     Args:
         model: holds the targets' modules; put in eval mode meanwhile, every module's own mode is restored.
         targets: in the order in which a forward pass reaches them.
-        images: re-iterable, each (N, C, *space); sizes may differ. Read several times.
+        images: of any sizes; each is read whole when its turn comes, in every pass.
         run: calls the model on one image.
         progress: called with ("calibrate", passes done, passes in all).
 
@@ -48,7 +50,7 @@ def measure_sites_(
         NormfixError: NF301 if a pass does not reach a site. The old statistics are back in place then, as
             after any other error.
     """
-    count = len(images) if isinstance(images, Sized) else sum(1 for _ in images)
+    count = len(images)
     with evaluating(model), exact_arithmetic(), restoring_on_error(targets):
         passes = 2 if count == 1 else len(targets) + 1
         if count == 1:
@@ -66,11 +68,11 @@ def measure_sites_(
 def freeze_sites_(model: nn.Module, targets: Sequence[Target], image: Tensor, run: Run) -> None:
     """Freeze the targets at what they measure on one image, in one pass; see measure_sites_."""
     with evaluating(model), exact_arithmetic(), restoring_on_error(targets):
-        _freeze_as_it_goes(model, targets, [image], run)
+        _freeze_as_it_goes(model, targets, [TensorImage(image)], run)
 
 
 def remeasure_sites(
-    model: nn.Module, targets: Sequence[Target], images: Iterable[Tensor], run: Run
+    model: nn.Module, targets: Sequence[Target], images: Iterable[Image], run: Run
 ) -> CalibrationSummary:
     """Measure the targets under the statistics they have, and change none; see measure_sites_."""
     with evaluating(model), exact_arithmetic():
@@ -78,7 +80,7 @@ def remeasure_sites(
 
 
 def _freeze_as_it_goes(
-    model: nn.Module, targets: Sequence[Target], images: Iterable[Tensor], run: Run
+    model: nn.Module, targets: Sequence[Target], images: Iterable[Image], run: Run
 ) -> None:
     calls = Counter[str]()
 
@@ -89,7 +91,7 @@ def _freeze_as_it_goes(
 
     with _observed(targets, observe):
         for image in images:
-            run(model, image)
+            run(model, whole(image))
     for target in targets:
         if calls[target.name] != 1:
             raise _call_count(target, calls[target.name], 1)
@@ -99,7 +101,7 @@ class _Reached(BaseException):
     """Ends a forward pass early; no `except Exception` in a network's code may swallow it."""
 
 
-def _parts(model: nn.Module, target: Target, images: Iterable[Tensor], run: Run) -> list[Any]:
+def _parts(model: nn.Module, target: Target, images: Iterable[Image], run: Run) -> list[Any]:
     parts: list[Any] = []
 
     def observe(target: Target, part: object) -> None:
@@ -109,14 +111,14 @@ def _parts(model: nn.Module, target: Target, images: Iterable[Tensor], run: Run)
     with _observed([target], observe):
         for number, image in enumerate(images, start=1):
             with suppress(_Reached):
-                run(model, image)
+                run(model, whole(image))
             if len(parts) != number:
                 raise _call_count(target, 0, 1)
     return parts
 
 
 def _summary(
-    model: nn.Module, targets: Sequence[Target], images: Iterable[Tensor], run: Run
+    model: nn.Module, targets: Sequence[Target], images: Iterable[Image], run: Run
 ) -> CalibrationSummary:
     """Re-measure every site under the stored statistics."""
     measured: dict[str, list[Any]] = {target.name: [] for target in targets}
@@ -127,7 +129,7 @@ def _summary(
     shapes = []
     with _observed(targets, observe):
         for image in images:
-            run(model, image)
+            run(model, whole(image))
             shapes.append(tuple(image.shape))
     for target in targets:
         if len(measured[target.name]) != len(shapes):

@@ -13,7 +13,8 @@ from normfix.diagnosis.accuracy import Labels
 from normfix.diagnosis.examination import Examination
 from normfix.diagnosis.pipeline import PipelineDiagnosis, diagnose_pipeline
 from normfix.diagnosis.setting import bench_of, prepare
-from normfix.images.collections import Items
+from normfix.images.collections import Images
+from normfix.images.sources import whole
 from normfix.networks.calling import Caller, home_of
 from normfix.networks.numerics import exact_arithmetic
 from normfix.networks.provenance import provenance_of
@@ -159,7 +160,7 @@ def diagnose_network(
     """
     known = provenance_of(model)
     caller = Caller.of(known, forward_fn, output)
-    (item,) = Items.of(image, *home_of(model))
+    item = whole(*Images.of(image, *home_of(model)))
     progress("scan", 0, 1)
     with exact_arithmetic():
         setting = prepare(model, item[:1], tiling, tile=tile, halo=halo, kind=kind, caller=caller)

@@ -1,17 +1,14 @@
-"""Open images to be read by window, as sources for stages, and read them whole where passes need that."""
+"""Open images to be read by window, scaled for a network."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from normfix.images.files import open_windows
 from normfix.images.formats.opened import ArrayLike
 from normfix.images.scaling import scaling_numbers
-from normfix.images.sources import Image
 from normfix.images.spread import Spread
 from normfix.images.windows import ScaledImage, windowed
 from normfix.networks.calling import home_of
@@ -19,31 +16,7 @@ from normfix.networks.intake import Intake
 from normfix.networks.provenance import provenance_of
 from normfix.records.saved import Scaling
 
-__all__ = ["Wholes", "open_image", "sources_of"]
-
-
-@dataclass(frozen=True, slots=True)
-class Wholes:
-    """Sources as whole tensors, each read when its turn comes; re-iterable."""
-
-    images: Sequence[Image]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """Yield (N, C, *space) tensors."""
-        for image in self.images:
-            yield image.read([(0, n) for n in image.shape[2:]])
-
-
-def sources_of(images: object) -> list[Image] | None:
-    """Return images that are read by window, or None where they are tensors."""
-    found = [images] if _is_source(images) else images
-    if isinstance(found, Sequence) and found and all(map(_is_source, found)):
-        return list(found)
-    return None
-
-
-def _is_source(image: object) -> bool:
-    return not isinstance(image, Tensor) and hasattr(image, "read") and hasattr(image, "padded")
+__all__ = ["open_image"]
 
 
 def open_image(

@@ -30,7 +30,8 @@ class Spread:
     @property
     def dtype(self) -> np.dtype[Any]:
         """Return the dtype of the values."""
-        return np.dtype(self.window.array.dtype)
+        dtype: np.dtype[Any] = np.dtype(self.window.array.dtype)
+        return dtype
 
     @property
     def where(self) -> str:

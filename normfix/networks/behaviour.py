@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from normfix.networks.devices import bytes_of
 from normfix.networks.provenance import SAID
 
-__all__ = ["behaviour_of"]
+__all__ = ["behaviour_of", "digest_of_tensor", "state_of"]
 
 _ELSEWHERE = frozenset({"_parameters", "_buffers", "_modules", "training", *SAID})
 """What state dicts hold, what differs in a twin, and what is said of a network and computes nothing."""
@@ -49,6 +49,12 @@ def behaviour_of(model: nn.Module) -> object:
         [picture.code(kind) for kind in dict.fromkeys(type(module) for _, module in modules)],
         [(name, picture.number(t), t.shape, t.is_floating_point()) for name, t in tensors],
     )
+
+
+def state_of(model: nn.Module) -> object:
+    """Return what compares equal as long as the parameters and buffers of a network have the same values."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return [(name, t.dtype, t.device, digest_of_tensor(t)) for name, t in tensors]
 
 
 class _Picture:
@@ -91,7 +97,7 @@ class _Picture:
         if len(above) > _DEEPEST or isinstance(value, type | nn.Module | ModuleType):
             return type(value), id(value)
         if isinstance(value, Tensor):  # no part of a state dict
-            return self.number(value), value.shape, value.dtype, _digest(value)
+            return self.number(value), value.shape, value.dtype, digest_of_tensor(value)
         parts = [self._of(part, (*above, id(value))) for part in self._parts(value)]
         return type(value), parts
 
@@ -128,7 +134,7 @@ class _Picture:
         return [id(value)]
 
 
-def _digest(value: Tensor) -> object:
+def digest_of_tensor(value: Tensor) -> object:
     """Return what differs if the values do; the identity of a tensor whose values cannot be read."""
     try:
         return hashlib.sha256(bytes_of(value)).hexdigest()

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from normfix.errors import NormfixError
-from normfix.images.collections import Items
+from normfix.images.collections import Images
+from normfix.images.sources import whole
 from normfix.networks.calling import Caller, home_of
 from normfix.networks.copying import double_of, twin_of
 from normfix.networks.numerics import exact_arithmetic, settings
@@ -78,11 +79,11 @@ def check(
     geometry = with_halo(exact, halo)
     if geometry is None or exact is None:
         return undecided(known.scan)
-    (item,) = Items.of(image, *home_of(model), like=known.scan.example)
+    (item,) = Images.of(image, *home_of(model), like=known.scan.example)
     verdict = compare_with(
         twin_of(model),
         known.caller,
-        item,
+        whole(item),
         geometry,
         tile=tile,
         threshold=threshold,

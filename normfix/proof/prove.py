@@ -15,8 +15,7 @@ from normfix.conversion.masks import Mask
 from normfix.conversion.measurement import measure_
 from normfix.conversion.targets import HoldsConstants, LayerGone, planned_targets
 from normfix.errors import NormfixError
-from normfix.images.collections import Items
-from normfix.images.opening import sources_of
+from normfix.images.collections import Images
 from normfix.images.sources import Image
 from normfix.networks.calling import Unreached, home_of
 from normfix.networks.copying import twin_of
@@ -26,10 +25,9 @@ from normfix.networks.provenance import provenance_of
 from normfix.networks.surroundings import undisturbed
 from normfix.proof.forms import Form, exported, folded, frozen, portable, reloaded, stock
 from normfix.proof.steps import CONSISTENT, residual, tile_exactness, unmeasured
-from normfix.proof.subject import Subject, middle_of
+from normfix.proof.subject import Subject
 from normfix.records.plans import Plan
 from normfix.records.progress import Progress, silent
-from normfix.records.saved import Provenance
 from normfix.records.sites import Scan, Site
 from normfix.records.verdicts import Proof, ProofStep, Verdict
 from normfix.scanning.known import ForwardFn, Known, known_of
@@ -106,7 +104,8 @@ def prove(
             where=type(model).__name__,
         )
     model = twin_of(model)
-    whole, image = _taken(images, model, provenance)
+    taken = Images.of(images, *home_of(model), like=provenance.scan.example)
+    image = taken.excerpt()[:1]
     known = known_of(model, image, forward_fn, output)
     geometry = geometry_of(known.scan)
     first = image if geometry is None else padded(image, geometry)
@@ -130,7 +129,7 @@ def prove(
         inputs = (first, subject.other(first))
         bench = Form(model, known.caller, travels, inputs, Path(folder), trusted=source is not None)
         owed = (
-            partial(_residual, subject, whole, geometry, mask, blocks),
+            partial(_residual, subject, taken, geometry, mask, blocks),
             partial(_tiles, subject, first, verdict, [*surplus, *(f.message for f in known.scan.findings)]),
             partial(subject.used, first, partial(_judged, known.scan, provenance.plan)),
             *(partial(form, bench) for form in _FORMS),
@@ -139,15 +138,6 @@ def prove(
             steps.append(step())
             progress("prove", len(steps), len(owed))
     return Proof(steps=tuple(steps), shifts=(), verdict=verdict)
-
-
-def _taken(images: Any, model: nn.Module, provenance: Provenance) -> tuple[Items | list[Image], Tensor]:
-    """Return the images as they are measured, and the one that whole forward passes are made on."""
-    sources = sources_of(images)
-    if sources is not None:
-        return sources, middle_of(sources[0])[:1]
-    items = Items.of(images, *home_of(model), like=provenance.scan.example)
-    return items, next(iter(items))[:1]
 
 
 def _unplanned(known: Known, plan: Plan) -> list[str]:
@@ -176,7 +166,7 @@ def _judged(scan: Scan, plan: Plan, image: Tensor, sites: Sequence[Site]) -> lis
 
 def _residual(
     subject: Subject,
-    images: Items | list[Image],
+    images: Images,
     geometry: Geometry | None,
     mask: Mask | Sequence[Mask] | None,
     blocks: Blocks | None,

@@ -10,7 +10,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from normfix.images.sources import Image
 from normfix.networks.calling import Caller, NotTaken, refusals
 from normfix.networks.numerics import deviation
 from normfix.proof.check import compare_with
@@ -27,7 +26,7 @@ from normfix.tiling.halo import strip
 from normfix.tiling.recall import Recalling
 from normfix.tiling.stitching import tiled
 
-__all__ = ["Subject", "middle_of"]
+__all__ = ["Subject"]
 
 Judge = Callable[[Tensor, Sequence[Site]], Sequence[Site]]
 
@@ -148,15 +147,6 @@ class Subject:
                     raise
             assert isinstance(tile, tuple)
             tile = tuple(2 * t for t in tile)
-
-
-def middle_of(image: Image) -> Tensor:
-    """Return the middle of an image that is read by window, small enough for whole forward passes."""
-    limit = {1: 1 << 14, 2: 512, 3: 96}[len(image.shape) - 2]
-    starts = [max(0, (n - limit) // 2) for n in image.shape[2:]]
-    return image.read(
-        [(start, min(n, start + limit)) for start, n in zip(starts, image.shape[2:], strict=True)]
-    )
 
 
 def _longer_than_windows(

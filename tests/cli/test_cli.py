@@ -21,7 +21,7 @@ from normfix.cli import cli, main
 from normfix.cli.options import ArgumentsJson
 from normfix.errors import CODES
 from normfix.images import collections
-from normfix.images.axes import read_image
+from normfix.images.files import read_image
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.plans import Plan
 from normfix.records.saved import ConversionRecord, Saved

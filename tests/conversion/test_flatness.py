@@ -375,13 +375,13 @@ def test_the_reference_shares_nothing_with_the_conversion():
     other = dark(48, 48, seed=5)
     arguments = (done.original, done.model, done.plan, done.caller, other)
     with torch.no_grad():
-        assert values.differing_from_original(*arguments) == []
+        assert values.differing_from_original(*arguments, done.model(other)) == []
         assert float((done.model(other) - net(other)).abs().max()) > 0.1
         name = done.plan.converted[0].target
         module = done.model.get_submodule(name)
         honest = module.forward
         module.forward = lambda *given: honest(*given) * 1.01
-        assert "sd from the formulas'" in values.differing_from_original(*arguments)[0]
+        assert "sd from the formulas'" in values.differing_from_original(*arguments, done.model(other))[0]
 
 
 def test_findings_travel_through_json():

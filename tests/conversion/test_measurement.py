@@ -10,7 +10,7 @@ import normfix
 from normfix.conversion.measurement import measure_
 from normfix.conversion.sampling import Sample
 from normfix.conversion.targets import planned_targets
-from normfix.images.collections import Items
+from normfix.images.collections import Images
 from normfix.images.sources import TensorImage
 from normfix.networks.calling import Caller
 from normfix.tiling.geometry import geometry_of
@@ -43,7 +43,7 @@ def measured(converted):
     def run(images=None, **options):
         model, geometry = converted.model, geometry_of(converted.scan)
         targets = planned_targets(model, converted.plan)
-        images = Items([_image(2)], torch.device("cpu"), torch.float64) if images is None else images
+        images = Images.of([_image(2)], torch.device("cpu"), torch.float64) if images is None else images
         summary = measure_(model, targets, images, Caller(), geometry=geometry, **options)
         return summary, {name: value.clone() for name, value in model.named_buffers()}
 
@@ -72,4 +72,7 @@ def test_stored_statistics_are_compared_and_kept(measured, converted, options):
 
 def test_images_read_by_window_are_measured_in_stages(measured):
     """Whoever hands over windows is not read whole, though nothing else was said."""
-    assert measured([TensorImage(_image(2))])[0].engine == "stages"
+    assert (
+        measured(Images.of([TensorImage(_image(2))], torch.device("cpu"), torch.float64))[0].engine
+        == "stages"
+    )

@@ -17,7 +17,7 @@ import tifffile
 from PIL import Image
 
 from normfix.errors import NormfixError
-from normfix.images.axes import read_image
+from normfix.images.files import read_image
 from normfix.images.formats import open_file
 from normfix.storage.opening import open_model
 

@@ -15,8 +15,7 @@ import pytest
 import zarr
 
 from normfix.errors import NormfixError
-from normfix.images.axes import read_image
-from normfix.images.files import open_windows
+from normfix.images.files import open_windows, read_image
 
 RNG = np.random.default_rng(0)
 LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}

@@ -28,6 +28,7 @@ __all__ = [
     "open_file",
     "suffix_of",
     "unreadable",
+    "why",
 ]
 
 SUFFIXES = (".tif", ".tiff", ".png", ".npy", ".nii", ".nii.gz")
@@ -93,13 +94,18 @@ def open_file(path: Path, choice: Choice | None = None) -> Opened:
 
 def unreadable(path: Path, error: Exception) -> NormfixError:
     """Return the error (NF101) for a file that a library does not read."""
-    reason = " ".join(str(error).split())[:160]
-    hint = "pip install imagecodecs" if "imagecodecs" in reason else "check that it exists and is whole"
     return NormfixError(
         "NF101",
-        f"cannot read this file as {', '.join(SUFFIXES)} or Zarr: {reason}. Next: {hint}.",
+        f"cannot read this file as {', '.join(SUFFIXES)} or Zarr: {why(error)}.",
         where=str(path),
     )
+
+
+def why(error: Exception) -> str:
+    """Return in one line why a library does not read a file, and what to do next."""
+    reason = " ".join(str(error).split())[:160] or type(error).__name__
+    hint = "pip install imagecodecs" if "imagecodecs" in reason else "check that it exists and is whole"
+    return f"{reason}. Next: {hint}"
 
 
 def create(

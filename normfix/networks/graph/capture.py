@@ -85,7 +85,7 @@ def capture(model: nn.Module, run: Run, example: Tensor, *, one_size: bool = Fal
     """Capture a network as an exported program before decomposition.
 
     Args:
-        model: not modified; a deep copy in eval mode is captured.
+        model: a copy of it in eval mode is captured, and compared with it; its modes are not changed.
         run: calls the model on one input and returns a tensor (normfix.networks.calling.Caller does).
         example: (N, C, *space) that the network runs on.
         one_size: the network is known to take no other size, so none is left free: proving that costs minutes.
@@ -94,7 +94,8 @@ def capture(model: nn.Module, run: Run, example: Tensor, *, one_size: bool = Fal
         A program that was compared with the network, or the reason why there is none.
     """
     try:
-        network = _Network(copy.deepcopy(model), run).eval()
+        evaluated = not any(module.training for module in model.modules())
+        network = _Network(model if evaluated else copy.deepcopy(model), run).eval()
         with exact_arithmetic():
             return _captured(network, example[:1].detach(), one_size=one_size)
     except failures() as error:  # torch.export runs the network's code and may raise anything

@@ -91,9 +91,11 @@ def _is_fresh(target: Any) -> bool:
         return False
     if target in FRESH:
         return True
+    schema = target._schema
+    name = ".".join(filter(None, (schema.name, schema.overload_name)))
     # what torch composes of other operators may return anything, whatever its schema says
-    composed = torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
-    return not composed and not any(result.alias_info for result in target._schema.returns)
+    composed = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
+    return not composed and not any(result.alias_info for result in schema.returns)
 
 
 def _writes(node: Node) -> bool:
