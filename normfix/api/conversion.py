@@ -34,7 +34,7 @@ from normfix.proof.subject import Subject, middle_of
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.plans import Action, Plan
 from normfix.records.saved import Provenance, Scaling, Source
-from normfix.records.sites import Site
+from normfix.records.sites import Scan, Site
 from normfix.records.verdicts import ImageShift, Proof, ProofStep
 from normfix.scanning.base import base_of
 from normfix.scanning.durations import Announce, Durations, announce_notable, announced_nowhere
@@ -207,21 +207,29 @@ def convert(
     progress("prove", 0, 1)
     proof = work.prove()
     progress("prove", 1, 1)
+    found = _proved(seen.scan, proof, work.first.shape[2:])
     attach_(
         converted,
         Provenance(
             plan=plan,
-            scan=seen.scan,
+            scan=found,
             scaling=scaling or Scaling(),
             source=source
             or Source(
-                kind="object", spec=seen.scan.model.rpartition(".")[0] + ":" + type(model).__qualname__
+                kind="object", spec=found.model.rpartition(".")[0] + ":" + type(model).__qualname__
             ),
             output=None if output is None else str(output),
         ),
     )
     calibration = None if summary is None else Calibration(converted, summary)
-    return Conversion(converted, plan, seen.scan, calibration, proof, caller, base)
+    return Conversion(converted, plan, found, calibration, proof, caller, base)
+
+
+def _proved(scan: Scan, proof: Proof, size: Sequence[int]) -> Scan:
+    """Return a scan that speaks for the size of the image as well whose tiles equalled the whole."""
+    if scan.sizes is None or proof.verdict is None or not proof.verdict.passed:
+        return scan
+    return replace(scan, sizes=scan.sizes.including(size))
 
 
 def _home(
@@ -302,6 +310,11 @@ class _Work:
     tile: int | None
     whole: bool
 
+    @property
+    def first(self) -> Tensor:
+        """Return the image that whole forward passes are made on."""
+        return self.example if self.items is None else next(iter(self.items))[:1]
+
     def prove(self) -> Proof:
         with (
             evaluating(self.original),
@@ -310,7 +323,7 @@ class _Work:
             buffers_kept(self.converted),
             exact_arithmetic(),
         ):
-            first = self.example if self.items is None else next(iter(self.items))[:1]
+            first = self.first
             dtype = home_of(self.converted)[1]
             subject = Subject(
                 self.converted,
@@ -320,6 +333,7 @@ class _Work:
                 tuple(self.example.shape[2:]),
                 self.tile,
                 self.original,
+                self.seen.scan.sizes,
             )
             verdict = subject.verdict(first)
             pair = self.caller.exactly(self.converted, first), self.caller.exactly(self.original, first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +23,10 @@ from normfix.networks.copying import copy_of, twin_of
 from normfix.networks.numerics import exact_arithmetic, require_finite
 from normfix.networks.provenance import provenance_of
 from normfix.networks.surroundings import undisturbed
+from normfix.records.sites import Scan
 from normfix.records.spans import round_up
 from normfix.scanning.known import ForwardFn, Known, known_of, with_halo
+from normfix.tiling.domain import judge_size
 from normfix.tiling.geometry import geometry_of
 from normfix.tiling.grid import Geometry
 from normfix.tiling.stages.options import engine_of
@@ -36,6 +39,7 @@ from normfix.tiling.stitching import tile_extents, tiled
 
 __all__ = ["predict", "write_prediction"]
 
+_LOG = logging.getLogger("normfix")
 _ENGINES = ("auto", "stages", "tiles", "dask")
 _PAYS = 1 << 24
 """Pixels of halo from which stages are worth capturing the network for."""
@@ -90,7 +94,7 @@ def predict(
 
     Raises:
         NormfixError: NF409 if the network has live statistics or no halo is enough, NF402 for a tile that is
-            off the stride grid, NF410 for a halo that is not enough or an engine, NF32x where stages are asked for
+            off the stride grid, NF260 for an image at whose size the network is another, NF410 for a halo that is not enough or an engine, NF32x where stages are asked for
             and not possible, NF326 to NF336 of the store and the cluster, NF148 and NF149 for statistics and
             predictions that are not finite, and codes of the image.
     """
@@ -204,7 +208,9 @@ class _Prediction:
             (item,) = Items.of(image, *home_of(model), like=known.scan.example)
             image = TensorImage(item)
         engine = engine if halo == "auto" else "tiles"
-        return cls(model, image, known, geometry, tile_extents(tile, geometry), engine, statistics)
+        extents = tile_extents(tile, geometry)
+        _require_inside(known.scan, image.shape, extents, geometry)
+        return cls(model, image, known, geometry, extents, engine, statistics)
 
     def run(self, resources: Resources, out: OutputFile | None = None) -> Tensor | None:
         """Predict by one engine; the result, or None if it went to `out`."""
@@ -247,6 +253,19 @@ def _pays(size: Sequence[int], tile: Sequence[int], geometry: Geometry) -> bool:
     tiles = math.prod(-(-n // t) for n, t in zip(size, tile, strict=True))
     window = (min(n, t + sum(h)) for n, t, h in zip(size, tile, geometry.halo, strict=True))
     return tiles * math.prod(window) - math.prod(size) > _PAYS
+
+
+def _require_inside(scan: Scan, shape: Sequence[int], tile: Sequence[int], geometry: Geometry) -> None:
+    """Refuse an image of a size at which the network is another than the one that was scanned; say what is unproved.
+
+    Raises:
+        NormfixError: NF260.
+    """
+    judgement = judge_size(scan.sizes, shape[2:], tile, geometry, shape[0])
+    for finding in judgement.outside[:1]:
+        raise NormfixError(finding.code, finding.message, where=scan.model)
+    for finding in judgement.unproved:
+        _LOG.warning("%s %s: %s", finding.code, finding.where, finding.message)
 
 
 def _require_known(statistics: str) -> None:

@@ -15,10 +15,13 @@ from normfix.networks.numerics import exact_arithmetic, settings
 from normfix.networks.surroundings import undisturbed
 from normfix.proof.comparison import Network, compare, undecided
 from normfix.proof.cropping import check_pipeline
+from normfix.records.sizes import ProvedSizes
 from normfix.records.verdicts import Verdict
 from normfix.scanning.known import ForwardFn, known_of, with_halo
+from normfix.tiling.domain import judge_size
 from normfix.tiling.geometry import geometry_of, thinnest
 from normfix.tiling.grid import Geometry
+from normfix.tiling.stitching import tile_extents
 
 __all__ = ["assert_tile_invariant", "check", "compare_with"]
 
@@ -84,6 +87,7 @@ def check(
         threshold=threshold,
         exact_halo=exact.halo,
         live=known.live,
+        sizes=known.scan.sizes,
     )
 
 
@@ -119,8 +123,9 @@ def compare_with(
     threshold: float | None = None,
     exact_halo: Sequence[tuple[int, int]] | None = None,
     live: Sequence[str] = (),
+    sizes: ProvedSizes | None = None,
 ) -> Verdict:
-    """Run `checking.compare` on copies of a model in its own dtype and in float64."""
+    """Run `comparison.compare` on copies of a model in its own dtype and in float64; say where sizes are outside."""
     tested = twin_of(model)
     double = copy_of(tested).double()
     device, dtype = home_of(tested)
@@ -136,4 +141,7 @@ def compare_with(
             exact_halo=exact_halo,
             live=live,
             settings=settings(device, dtype),
+            judgement=judge_size(
+                sizes, image.shape[2:], tile_extents(tile, geometry), geometry, image.shape[0]
+            ),
         )

@@ -19,6 +19,7 @@ from normfix.proof.steps import used
 from normfix.proof.values import differing_from_original, differing_layers
 from normfix.records.plans import Plan
 from normfix.records.sites import Site
+from normfix.records.sizes import ProvedSizes
 from normfix.records.spans import round_up
 from normfix.records.verdicts import ProofStep, Verdict
 from normfix.scanning.sites import survey
@@ -40,7 +41,8 @@ class Subject:
     """A converted network on the bench, in eval mode.
 
     `geometry` is None where it has none; `extents` are those of the example it was scanned with; `tile` is the size
-    to compare with, None for a quarter of the image. `original` is what it was converted from, where that is there.
+    to compare with, None for a quarter of the image. `original` is what it was converted from, where that is there; `sizes` are those
+    that the scan speaks for.
     """
 
     model: nn.Module
@@ -50,6 +52,7 @@ class Subject:
     extents: tuple[int, ...]
     tile: int | None = None
     original: nn.Module | None = None
+    sizes: ProvedSizes | None = None
 
     def verdict(self, image: Tensor) -> Verdict | None:
         """Compare on the image, and, along axes that windows cover there, on strips made from it.
@@ -130,7 +133,7 @@ class Subject:
         """Compare tiles with the whole; tiles nobody asked for are doubled while the network takes none so small."""
         while True:
             try:
-                return compare_with(self.model, self.caller, image, geometry, tile=tile)
+                return compare_with(self.model, self.caller, image, geometry, tile=tile, sizes=self.sizes)
             except NotTaken:
                 small = isinstance(tile, tuple) and any(
                     t < n for t, n in zip(tile, image.shape[2:], strict=True)

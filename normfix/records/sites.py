@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Literal
 
 from normfix.records.encoding import Record
+from normfix.records.sizes import ProvedSizes
 from normfix.records.spans import Spans
 
 __all__ = ["Family", "Finding", "LayerSpec", "Looked", "Scan", "Site", "StatisticSpec", "site_id"]
@@ -151,7 +152,8 @@ class Scan(Record):
     input pixels as measured; None means unbounded or not measurable. `halo_rounded` is it rounded up to the stride:
     what a tile must read, by whatever tool. `scale` is output pixels per input pixel, as a
     fraction in text ("1", "1/2", "2"). `exact_sizes` holds the number of pixels that sizes must be a
-    multiple of (1 = any), `smallest_tile` the least extents the network runs on. Geometry is None where the
+    multiple of (1 = any), `smallest_tile` the least extents the network runs on, `sizes` the sizes that all of this is
+    said of. Geometry is None where the
     network is not dense or not local.
     """
 
@@ -167,6 +169,7 @@ class Scan(Record):
     exact_sizes: tuple[int, ...] | None
     smallest_tile: tuple[int, ...] | None = None
     halo_rounded: Spans | None = None
+    sizes: ProvedSizes | None = None
     looks: tuple[Looked, ...] = ()
     findings: tuple[Finding, ...] = ()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -20,12 +22,13 @@ from normfix.networks.numerics import exact_arithmetic
 from normfix.networks.surroundings import undisturbed
 from normfix.records.plans import Plan
 from normfix.records.sites import Finding, Looked, Scan, Site
+from normfix.records.sizes import Condition, ProvedSizes
 from normfix.records.spans import in_strides
 from normfix.scanning.base import base_of
 from normfix.scanning.doubts import Doubts
 from normfix.scanning.durations import Announce, Durations, announce_notable, announced_nowhere
-from normfix.scanning.graph.bounds import Bound
-from normfix.scanning.graph.look import GraphLook, graph_look
+from normfix.scanning.graph.bounds import AXES, SizeLook
+from normfix.scanning.graph.look import GraphLook, graph_look, size_look
 from normfix.scanning.merging import Merged, merge
 from normfix.scanning.positions import Positions
 from normfix.scanning.sightings import Dyed, confirmed, dye_look
@@ -135,17 +138,27 @@ def look(
             lambda seen: not seen.recorded or seen.id in found.reaching,
             guessed=found.other is None,
         )
+        sizes = _sizes(probe, caller, material, found, graph_seen, fast=fast)
         doubts = Doubts(
             sites=frozenset(s.id for s in merged.sites if s.live and s.refusal) & dyed.doubtful,
             operations=dyed.unknown,
             placed=positions.findings(two_sizes=found.other is not None),
-            bounds=() if isinstance(graph_seen, Looked) else graph_seen.bounds,
+            bounds=sizes.conditions,
             causes=positions.causes(two_sizes=found.other is not None),
             swallowed=dyed.swallowed,
             compared=dyed.compared,
             wraps=positions.may_wrap(),
         )
         seen = _measured(probe, class_of(base), doubts, merged, found, material, caller, fast=fast)
+        run = seen.largest
+        proved = ProvedSizes(
+            axes=AXES[material.dim()],
+            conditions=seen.bounds,
+            crossed=tuple(bound for bound in sizes.conditions if bound not in seen.bounds),
+            unknown=(*sizes.unknown, *(f"{f.where}: {f.message}" for f in doubts.placed)),
+            extents=tuple(map(max, material.shape[2:], run.extents)),
+            pixels=max(math.prod(material.shape[2:]), run.pixels),
+        )
     geometry, locality = seen.locality.geometry, seen.locality
     return Scanned(
         Scan(
@@ -161,6 +174,7 @@ def look(
             exact_sizes=geometry.multiple if geometry else None,
             smallest_tile=locality.smallest_tile,
             halo_rounded=in_strides(geometry.halo, geometry.stride) if geometry else None,
+            sizes=proved,
             looks=merged.looks,
             findings=found.findings + seen.findings + locality.findings,
         ),
@@ -170,12 +184,14 @@ def look(
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """Sites and findings after the doubts among them were put to the measurement."""
+    """Sites, findings and conditions on the size after the doubts among them were put to the measurement."""
 
     sites: tuple[Site, ...]
     locality: Locality
     findings: tuple[Finding, ...]
     invariant: bool
+    bounds: tuple[Condition, ...]
+    largest: _Largest
 
 
 def _measured(
@@ -201,11 +217,15 @@ def _measured(
         locality = _unmeasured(everything, found, material)
     else:
         locality = bench.measured(found.dilution, doubts, fast=fast)
+    # what did not hold on longer strips is believed of the example only
+    largest = _Largest(material.dim() - 2)
+    if bench is not None and (locality.steady or not doubts):
+        largest = bench.largest
     if locality.steady and bench is not None:
-        open_bounds = [bound for bound in doubts.bounds if not bench.crosses(bound, locality)]
+        open_bounds = tuple(bound for bound in doubts.bounds if not bench.crosses(bound, locality))
         findings = doubts.explained(merged.findings, open_bounds)
         live = any(site.live for site in trial)
-        return _Measured(trial, locality, findings, not live and not open_bounds)
+        return _Measured(trial, locality, findings, not live and not open_bounds, open_bounds, largest)
     everything = decide(merged.sites, model=name, to="frozen")
     if everything.left_live:
         locality = _unmeasured(everything, found, material)
@@ -214,7 +234,7 @@ def _measured(
     )
     live = any(site.live for site in merged.sites)
     sound = not live and not doubts.operations and not doubts.placed and not doubts.bounds
-    return _Measured(merged.sites, locality, merged.findings + unsettled, sound)
+    return _Measured(merged.sites, locality, merged.findings + unsettled, sound, doubts.bounds, largest)
 
 
 def _graph(
@@ -223,6 +243,23 @@ def _graph(
     if skipped:
         return Looked(name="graph", status="skipped", note=skipped)
     return graph_look(probe, caller, example, found.sites, one_size=found.other is None)
+
+
+def _sizes(
+    probe: nn.Module,
+    caller: Caller,
+    example: Tensor,
+    found: Survey,
+    graph: GraphLook | Looked,
+    *,
+    fast: bool,
+) -> SizeLook:
+    """Return what the graph says of sizes, whether it was looked at for more or not."""
+    if isinstance(graph, GraphLook):
+        return graph.sizes
+    if fast:
+        return SizeLook(conditions=(), unknown=(_FAST,))
+    return size_look(probe, caller, example, one_size=found.other is None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,13 +305,31 @@ def _unmeasured(everything: Plan, found: Survey, example: Tensor) -> Locality:
     return Locality(None, tuple(Finding(code="NF215", where=d.site.id, message=d.reason) for d in left))
 
 
+class _Largest:
+    """The largest sizes that a network was run at: extents by axis, and pixels."""
+
+    def __init__(self, axes: int) -> None:
+        self.extents = (0,) * axes
+        self.pixels = 0
+
+    def noted(self, x: Tensor) -> Tensor:
+        """Return what the network is run on, with its size noted."""
+        self.extents = tuple(map(max, x.shape[2:], self.extents))
+        self.pixels = max(self.pixels, math.prod(x.shape[2:]))
+        return x
+
+
 @dataclass(frozen=True, slots=True)
 class _Bench:
-    """A network in which all that can be is frozen, in two precisions, and the material of its strips."""
+    """A network in which all that can be is frozen, in two precisions, and the material of its strips.
+
+    `largest` notes the sizes that it is run at.
+    """
 
     single: Callable[[Tensor], Tensor]
     double: Callable[[Tensor], Tensor]
     example: Tensor
+    largest: _Largest
 
     def measured(self, dilution: Sequence[int], doubts: Doubts, *, fast: bool) -> Locality:
         """Measure its geometry as if no doubt were founded."""
@@ -291,18 +346,40 @@ class _Bench:
             both_ends=doubts.wraps,
         )
 
-    def crosses(self, bound: Bound, locality: Locality) -> bool:
-        """Tell whether tiles within a bound equal a strip that breaks it."""
-        geometry = locality.geometry
+    def crosses(self, bound: Condition, locality: Locality) -> bool:
+        """Tell whether tiles equal the whole on either side of a condition, at all sizes that are tried."""
+        geometry, outside = locality.geometry, False
         assert geometry is not None
-        for axis, limit in itertools.product(range(len(geometry.stride)), _PIXELS):
-            size = far(geometry, locality.cross, axis, limit)
-            if bound.breaks(size):
-                try:
-                    return agrees(self.double, self.example.double(), axis, geometry, size)
-                except refusals():
+        for axis, size in self._crossings(bound, geometry, locality.cross):
+            try:
+                if not agrees(self.double, self.example.double(), axis, geometry, size):
                     return False
-        return False
+            except refusals():
+                return False
+            outside = outside or self._excludes(bound, size)
+        return outside
+
+    def _crossings(
+        self, bound: Condition, geometry: Geometry, cross: Sequence[int]
+    ) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """Yield strips that a condition excludes, the shortest and the longest, and an image that it holds for."""
+        for axis, limit in itertools.product(range(len(geometry.stride)), _PIXELS):
+            longest = far(geometry, cross, axis, limit)
+            least = far(geometry, cross, axis, 1)
+            if not self._excludes(bound, longest):
+                continue
+            yield axis, longest
+            lengths = range(least[axis], longest[axis], geometry.stride[axis])
+            strips = [(*longest[:axis], n, *longest[axis + 1 :]) for n in lengths]
+            yield from ((axis, strip) for strip in itertools.islice(filter(partial(self._excludes, bound), strips), 1))
+        for axis in range(len(geometry.stride)):
+            least = tuple(far(geometry, cross, other, 1)[other] for other in range(len(geometry.stride)))
+            for size in (tuple(self.example.shape[2:]), (max(least),) * len(least)):
+                if all(n >= m for n, m in zip(size, least, strict=True)) and not self._excludes(bound, size):
+                    yield axis, size
+
+    def _excludes(self, bound: Condition, size: Sequence[int]) -> bool:
+        return bound.excludes({"N": 1, **dict(zip(AXES[self.example.dim()], size, strict=True))})
 
 
 def _bench(probe: nn.Module, everything: Plan, found: Survey, caller: Caller, example: Tensor) -> _Bench:
@@ -311,4 +388,10 @@ def _bench(probe: nn.Module, everything: Plan, found: Survey, caller: Caller, ex
     small = found.sizes(example)[:1]
     measure_sites_(frozen, [site_target(frozen, d, express=False) for d in fresh], small, caller)
     double = copy_of(frozen).double()
-    return _Bench(lambda x: caller(frozen, x), lambda x: caller.in_double(double, x), example)
+    largest = _Largest(example.dim() - 2)
+    return _Bench(
+        lambda x: caller(frozen, largest.noted(x)),
+        lambda x: caller.in_double(double, largest.noted(x)),
+        example,
+        largest,
+    )
