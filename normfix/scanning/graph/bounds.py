@@ -105,10 +105,11 @@ class _Reading:
             file = str(getattr(frame, "filename", ""))
             if file.startswith(_TORCH):
                 continue
-            own = file.startswith(str(PACKAGE))
-            asker = getattr(getattr(guard, "sloc", None), "maybe_user_loc", None) or "" if own else None
-            line = f"{'/'.join(Path(file).parts[-2:])}:{frame.lineno}" if file and frame is not None else ""
-            yield guard.expr, line if asker is None else asker
+            if not file.startswith(str(PACKAGE)):
+                yield guard.expr, f"{'/'.join(Path(file).parts[-2:])}:{frame.lineno}" if frame else ""
+            elif type(guard.expr).__name__ == "Equality":
+                # torch's own as well, asked from where we call it; an argument that must be a number is built in
+                yield guard.expr, ""
 
     def condition(self, formula: Any, line: str) -> list[Condition]:
         """Return the condition that a formula is, if there is an image that breaks it.
