@@ -205,6 +205,10 @@ CODES: dict[str, str] = {
     "NF261": "The image is of a size that was not proved: no captured graph tells how the network treats sizes, and it is "
     "larger than what was run; or it lies on the other side of a branch on the size on both sides of which tiles equalled "
     "the whole where they were tried. normfix check IMAGE compares tiles with the whole at this very size.",
+    "NF262": "What the network does is switched by a statistic: a branch that was shut when it was converted is open under "
+    "the statistics of now, or the other way round. Its stride and halo were measured anew; where none hold, tiles do not "
+    "equal the whole image any more and it is not predicted in tiles. normfix calibrate and --statistics per-image do "
+    "this.",
     "NF224": "A program (.pt2) could not be read, or is not what torch.export.save writes for one image and "
     "the tensors it holds.",
     "NF225": "The network cannot be written as an exported program: torch.export failed, or something in it "

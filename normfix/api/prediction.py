@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,9 +23,11 @@ from normfix.networks.copying import copy_of, twin_of
 from normfix.networks.numerics import exact_arithmetic, require_finite
 from normfix.networks.provenance import provenance_of
 from normfix.networks.surroundings import undisturbed
+from normfix.proof.subject import middle_of
 from normfix.records.sites import Scan
 from normfix.records.spans import round_up
 from normfix.scanning.known import ForwardFn, Known, known_of, with_halo
+from normfix.scanning.renewal import renewed
 from normfix.tiling.domain import judge_size
 from normfix.tiling.geometry import geometry_of
 from normfix.tiling.grid import Geometry
@@ -197,12 +199,7 @@ class _Prediction:
             reasons = [f"{site} is live" for site in known.live[:3]] or [
                 f.message for f in known.scan.findings
             ]
-            raise NormfixError(
-                "NF409",
-                "tiles of this network do not give its prediction of the whole image: "
-                f"{'; '.join(reasons)}. Convert it first.",
-                where=known.scan.model,
-            )
+            raise _not_tiled(known.scan, reasons)
         _require_enough(geometry, exact)
         if isinstance(image, Tensor):
             (item,) = Items.of(image, *home_of(model), like=known.scan.example)
@@ -214,9 +211,9 @@ class _Prediction:
 
     def run(self, resources: Resources, out: OutputFile | None = None) -> Tensor | None:
         """Predict by one engine; the result, or None if it went to `out`."""
-        model, caller, geometry = self.model, self.known.caller, self.geometry
         if self.statistics == "per-image":
-            model = self._fitted(resources)
+            return replace(self._fitted(resources), statistics="stored").run(resources, out)
+        model, caller, geometry = self.model, self.known.caller, self.geometry
         pays = out is not None or _pays(self.image.shape[2:], self.tile, geometry)
         if self.engine in ("stages", "dask") or (self.engine == "auto" and pays):
             try:
@@ -232,8 +229,12 @@ class _Prediction:
         with exact_arithmetic():
             return tiled(lambda x: caller(twin, x), whole, self.tile, geometry)
 
-    def _fitted(self, resources: Resources) -> nn.Module:
-        """Return a copy of the model with the statistics of this image."""
+    def _fitted(self, resources: Resources) -> _Prediction:
+        """Return the prediction by a copy of the model that has the statistics of this image, and their geometry.
+
+        Raises:
+            NormfixError: NF409 if no geometry holds under them.
+        """
         provenance = provenance_of(self.model)
         if provenance is None:
             raise NormfixError(
@@ -245,7 +246,26 @@ class _Prediction:
         targets = [site_target(model, d, express=False) for d in provenance.plan.converted if d.measured]
         if targets:
             measure_streamed_(model, targets, [self.image], caller, resources, geometry=self.geometry)
-        return model
+        scan = renewed(model, provenance, middle_of(self.image), caller)
+        exact = geometry_of(scan)
+        if scan is self.known.scan:
+            return replace(self, model=model)
+        if exact is None:
+            raise _not_tiled(scan, [scan.findings[-1].message])
+        tile = tile_extents(self.tile, exact)
+        _require_inside(scan, self.image.shape, tile, exact)
+        return replace(
+            self, model=model, known=replace(self.known, scan=scan), geometry=exact, tile=tile
+        )
+
+
+def _not_tiled(scan: Scan, reasons: Sequence[str]) -> NormfixError:
+    return NormfixError(
+        "NF409",
+        "tiles of this network do not give its prediction of the whole image: "
+        f"{'; '.join(reasons)}. Convert it first.",
+        where=scan.model,
+    )
 
 
 def _pays(size: Sequence[int], tile: Sequence[int], geometry: Geometry) -> bool:

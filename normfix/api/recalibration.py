@@ -34,6 +34,7 @@ from normfix.records.measurements import CalibrationSummary
 from normfix.records.saved import Provenance
 from normfix.records.sites import Family
 from normfix.scanning.known import ForwardFn
+from normfix.scanning.renewal import renew_
 from normfix.scanning.scan import look
 from normfix.scanning.sites import survey
 from normfix.tiling.geometry import geometry_of
@@ -122,6 +123,7 @@ def calibrate(
     )
     copied = copy_of(model)
     _take_over_(copied, twin, targets)
+    renew_(copied, *_material(copied, images, forward_fn, output))
     return Calibration(copied, summary)
 
 
@@ -170,6 +172,7 @@ def calibrate_(
         progress=progress,
     )
     _take_over_(model, twin, targets)
+    renew_(model, *_material(model, images, forward_fn, output))
     return summary
 
 
@@ -293,6 +296,21 @@ class _Work:
                     progress=self.progress,
                 )
             return replace(summary, ignored=ignored)
+
+
+def _material(
+    model: nn.Module,
+    images: Tensor | Iterable[Tensor] | Image | Sequence[Image],
+    forward_fn: ForwardFn | None,
+    output: str | int | None,
+) -> tuple[Tensor, Caller]:
+    """Return a part of the first image, and how the model is called on it."""
+    known, sources = provenance_of(model), sources_of(images)
+    caller = Caller(forward_fn, output if output is not None else known.output if known else None)
+    if sources is not None:
+        return middle_of(sources[0])[:1].to(*home_of(model)), caller
+    tensors = cast("Tensor | Iterable[Tensor]", images)
+    return next(iter(Items.of(tensors, *home_of(model), like=known.scan.example if known else None)))[:1], caller
 
 
 def _is_trained(known: Provenance | None, site: str) -> bool:
