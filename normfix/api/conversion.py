@@ -215,9 +215,7 @@ def convert(
             scan=found,
             scaling=scaling or Scaling(),
             source=source
-            or Source(
-                kind="object", spec=found.model.rpartition(".")[0] + ":" + type(model).__qualname__
-            ),
+            or Source(kind="object", spec=found.model.rpartition(".")[0] + ":" + type(model).__qualname__),
             output=None if output is None else str(output),
         ),
     )

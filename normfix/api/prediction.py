@@ -254,9 +254,7 @@ class _Prediction:
             raise _not_tiled(scan, [scan.findings[-1].message])
         tile = tile_extents(self.tile, exact)
         _require_inside(scan, self.image.shape, tile, exact)
-        return replace(
-            self, model=model, known=replace(self.known, scan=scan), geometry=exact, tile=tile
-        )
+        return replace(self, model=model, known=replace(self.known, scan=scan), geometry=exact, tile=tile)
 
 
 def _not_tiled(scan: Scan, reasons: Sequence[str]) -> NormfixError:

@@ -310,7 +310,9 @@ def _material(
     if sources is not None:
         return middle_of(sources[0])[:1].to(*home_of(model)), caller
     tensors = cast("Tensor | Iterable[Tensor]", images)
-    return next(iter(Items.of(tensors, *home_of(model), like=known.scan.example if known else None)))[:1], caller
+    return next(iter(Items.of(tensors, *home_of(model), like=known.scan.example if known else None)))[
+        :1
+    ], caller
 
 
 def _is_trained(known: Provenance | None, site: str) -> bool:

@@ -121,7 +121,9 @@ def compare(
         ]
     findings += judgement.outside + judgement.unproved
     return Verdict(
-        status=_status(failed=differs or leaking, compared=bool(axes), varies=spread > 0 and not judgement.outside),
+        status=_status(
+            failed=differs or leaking, compared=bool(axes), varies=spread > 0 and not judgement.outside
+        ),
         max_sd=max_sd,
         mean_sd=mean_sd,
         tile_mismatch=_mismatch(stitched, whole),

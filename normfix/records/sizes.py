@@ -8,7 +8,8 @@ nothing else has a meaning.
 What repeats is told from what grows. With P the product of a condition's divisors, both sides gain a fixed amount
 when an extent grows by P. "H % 16 == 0" is therefore the same question again at H + P: a lattice condition. Every
 remainder is tried by what measures exact sizes, so an image off the lattice is no image outside of what was
-proved. One is outside if a condition fails at its size and holds at another size of the same remainders.
+proved. One is outside if a condition fails at its size and holds at another size of the same remainders; or if
+the remainders were tried, and tiles differed.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from typing import Any
 from normfix.errors import NormfixError
 from normfix.records.encoding import Record
 
-__all__ = ["LONGEST", "Condition", "ProvedSizes"]
+__all__ = ["Condition", "ProvedSizes"]
 
-LONGEST = 1000
+_LONGEST = 1000
 """Characters of a condition."""
 _LARGEST_PERIOD = 4096
 _LEAST, _AFAR = 8, (1, 2, 16, 257, 4099)
@@ -38,10 +39,14 @@ Extents = Mapping[str, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Condition(Record):
-    """One condition on the image's extents, and the source line that asks for it."""
+    """One condition on the image's extents, and the source line that asks for it.
+
+    `strict` tells that it counts as well where it fails for a remainder and holds for others.
+    """
 
     text: str
     line: str
+    strict: bool = False
 
     def holds(self, extents: Extents) -> bool:
         """Tell whether it holds; what has no value (a division by zero) does not.
@@ -71,8 +76,8 @@ class Condition(Record):
         >>> even.excludes({"H": 33}), small.excludes({"H": 600})
         (False, True)
         """
-        if self.holds(extents):
-            return False
+        if self.strict or self.holds(extents):
+            return not self.holds(extents)
         period = self._period(extents)
         if period is None:
             return True
@@ -197,7 +202,7 @@ _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
 
 @cache
 def _parsed(text: str) -> ast.expr:
-    if len(text) > LONGEST:
+    if len(text) > _LONGEST:
         raise _malformed(text)
     try:
         return ast.parse(text, mode="eval").body

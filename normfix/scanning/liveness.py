@@ -53,11 +53,13 @@ _SHAPING = frozenset({"__getitem__", "interpolate", "upsample", "size", "expand"
 _PICKING = frozenset({"narrow", "select", "index_select", "split", "chunk", "unbind", "gather", "take", "t"})
 
 _RESIZING = frozenset({"interpolate", "upsample"})
-_PLACED = (_PICKING - {"t"}) | _RESIZING | frozenset({"__getitem__", "take_along_dim", "diagonal", "as_strided"})
-"""What takes values from places of a map."""
-_JOINING = frozenset({"cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "pad", "copy_"}) | frozenset(
-    {"__setitem__", "index_put", "index_put_", "slice_scatter", "select_scatter"}
+_PLACED = (
+    (_PICKING - {"t"}) | _RESIZING | frozenset({"__getitem__", "take_along_dim", "diagonal", "as_strided"})
 )
+"""What takes values from places of a map."""
+_JOINING = frozenset(
+    {"cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "pad", "copy_"}
+) | frozenset({"__setitem__", "index_put", "index_put_", "slice_scatter", "select_scatter"})
 """What puts values beside others, as replicated padding does with those of the border."""
 
 _SLIDING = ("max_pool", "avg_pool", "lp_pool", "conv1d", "conv2d", "conv3d", "conv_transpose", "unfold")
@@ -191,7 +193,11 @@ def _picks(calls: Sequence[Call], growth: Growth, found: Mapping[int, Role]) -> 
             met = (p for source in spread for p in source if calls[p].function not in _RESIZING)
             picks.update(dict.fromkeys(met, Role.PICKING))
         kept = frozenset().union(*(source for source in sources if source not in spread))
-        if call.function in _PLACED and growth.inputs(position) >= FIXED and out < REDUCED * growth.inputs(position):
+        if (
+            call.function in _PLACED
+            and growth.inputs(position) >= FIXED
+            and out < REDUCED * growth.inputs(position)
+        ):
             kept |= {position}
         for key in zip(call.writes, call.outputs, strict=True):
             carried[key] = kept

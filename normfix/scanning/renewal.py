@@ -68,7 +68,9 @@ def renewed(model: nn.Module, known: Provenance, image: Tensor, caller: Caller) 
     with exact_arithmetic():
         probe = copy_of(model).cpu().float().eval()
         material = example[:1].detach().cpu().float()
-        if not _decides(probe, material, caller) and (not others or _holds(probe, material, caller, geometry)):
+        if not _decides(probe, material, caller) and (
+            not others or _holds(probe, material, caller, geometry)
+        ):
             return scan
     base = base_of(model, example, caller)
     found = look(base.network, example, base.caller).scan

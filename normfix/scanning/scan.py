@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -25,6 +23,7 @@ from normfix.records.sites import Finding, Looked, Scan, Site
 from normfix.records.sizes import Condition, ProvedSizes
 from normfix.records.spans import in_strides
 from normfix.scanning.base import base_of
+from normfix.scanning.crossings import Crossings
 from normfix.scanning.doubts import Doubts
 from normfix.scanning.durations import Announce, Durations, announce_notable, announced_nowhere
 from normfix.scanning.graph.bounds import AXES, SizeLook
@@ -33,15 +32,12 @@ from normfix.scanning.merging import Merged, merge
 from normfix.scanning.positions import Positions
 from normfix.scanning.sightings import Dyed, confirmed, dye_look
 from normfix.scanning.sites import Survey, survey
-from normfix.tiling.dependence import agrees, far
 from normfix.tiling.geometry import Locality, measure_locality, not_dense
 from normfix.tiling.grid import Geometry
 
 __all__ = ["Scanned", "look", "plan", "scan"]
 
 _FAST = "the scan was asked to be fast"
-_PIXELS = (1 << 18, 1 << 20)
-"""Pixels of the strips on which a branch on the size is tried, at most."""
 _PROVED = "nothing was captured: what follows is proved, so the other looks are enough"
 
 
@@ -149,11 +145,21 @@ def look(
             compared=dyed.compared,
             wraps=positions.may_wrap(),
         )
-        seen = _measured(probe, class_of(base), doubts, merged, found, material, caller, fast=fast)
+        seen = _measured(
+            probe,
+            class_of(base),
+            doubts,
+            merged,
+            found,
+            material,
+            caller,
+            tried=(*sizes.lattice, *sizes.built),
+            fast=fast,
+        )
         run = seen.largest
         proved = ProvedSizes(
             axes=AXES[material.dim()],
-            conditions=seen.bounds,
+            conditions=(*seen.bounds, *seen.differing),
             crossed=tuple(bound for bound in sizes.conditions if bound not in seen.bounds),
             unknown=(*sizes.unknown, *(f"{f.where}: {f.message}" for f in doubts.placed)),
             extents=tuple(map(max, material.shape[2:], run.extents)),
@@ -184,13 +190,17 @@ def look(
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """Sites, findings and conditions on the size after the doubts among them were put to the measurement."""
+    """Sites, findings and conditions on the size after the doubts among them were put to the measurement.
+
+    `differing` are conditions that should be harmless, and by which tiles differ all the same.
+    """
 
     sites: tuple[Site, ...]
     locality: Locality
     findings: tuple[Finding, ...]
     invariant: bool
     bounds: tuple[Condition, ...]
+    differing: tuple[Condition, ...]
     largest: _Largest
 
 
@@ -203,6 +213,7 @@ def _measured(
     material: Tensor,
     caller: Caller,
     *,
+    tried: Sequence[Condition],
     fast: bool,
 ) -> _Measured:
     """Measure the geometry as if every doubt were unfounded, and settle those that the measurement shows to be."""
@@ -218,23 +229,27 @@ def _measured(
     else:
         locality = bench.measured(found.dilution, doubts, fast=fast)
     # what did not hold on longer strips is believed of the example only
-    largest = _Largest(material.dim() - 2)
+    largest, broken = _Largest(material.dim() - 2), ()
+    if bench is not None and locality.geometry is not None:
+        broken = tuple(replace(c, strict=True) for c in tried if not bench.crossings(locality).harmless(c))
     if bench is not None and (locality.steady or not doubts):
         largest = bench.largest
     if locality.steady and bench is not None:
-        open_bounds = tuple(bound for bound in doubts.bounds if not bench.crosses(bound, locality))
-        findings = doubts.explained(merged.findings, open_bounds)
-        live = any(site.live for site in trial)
-        return _Measured(trial, locality, findings, not live and not open_bounds, open_bounds, largest)
+        open_bounds = tuple(bound for bound in doubts.bounds if not bench.crossings(locality).crossed(bound))
+        findings = doubts.explained(merged.findings, (*open_bounds, *broken))
+        sound = not any(site.live for site in trial) and not open_bounds and not broken
+        return _Measured(trial, locality, findings, sound, open_bounds, broken, largest)
     everything = decide(merged.sites, model=name, to="frozen")
     if everything.left_live:
         locality = _unmeasured(everything, found, material)
+    doubts = replace(doubts, bounds=(*doubts.bounds, *broken))
     unsettled = doubts.findings(
         unplaced=locality.geometry is None and not everything.left_live and found.dense
     )
     live = any(site.live for site in merged.sites)
     sound = not live and not doubts.operations and not doubts.placed and not doubts.bounds
-    return _Measured(merged.sites, locality, merged.findings + unsettled, sound, doubts.bounds, largest)
+    bounds = tuple(bound for bound in doubts.bounds if bound not in broken)
+    return _Measured(merged.sites, locality, merged.findings + unsettled, sound, bounds, broken, largest)
 
 
 def _graph(
@@ -346,40 +361,10 @@ class _Bench:
             both_ends=doubts.wraps,
         )
 
-    def crosses(self, bound: Condition, locality: Locality) -> bool:
-        """Tell whether tiles equal the whole on either side of a condition, at all sizes that are tried."""
-        geometry, outside = locality.geometry, False
-        assert geometry is not None
-        for axis, size in self._crossings(bound, geometry, locality.cross):
-            try:
-                if not agrees(self.double, self.example.double(), axis, geometry, size):
-                    return False
-            except refusals():
-                return False
-            outside = outside or self._excludes(bound, size)
-        return outside
-
-    def _crossings(
-        self, bound: Condition, geometry: Geometry, cross: Sequence[int]
-    ) -> Iterator[tuple[int, tuple[int, ...]]]:
-        """Yield strips that a condition excludes, the shortest and the longest, and an image that it holds for."""
-        for axis, limit in itertools.product(range(len(geometry.stride)), _PIXELS):
-            longest = far(geometry, cross, axis, limit)
-            least = far(geometry, cross, axis, 1)
-            if not self._excludes(bound, longest):
-                continue
-            yield axis, longest
-            lengths = range(least[axis], longest[axis], geometry.stride[axis])
-            strips = [(*longest[:axis], n, *longest[axis + 1 :]) for n in lengths]
-            yield from ((axis, strip) for strip in itertools.islice(filter(partial(self._excludes, bound), strips), 1))
-        for axis in range(len(geometry.stride)):
-            least = tuple(far(geometry, cross, other, 1)[other] for other in range(len(geometry.stride)))
-            for size in (tuple(self.example.shape[2:]), (max(least),) * len(least)):
-                if all(n >= m for n, m in zip(size, least, strict=True)) and not self._excludes(bound, size):
-                    yield axis, size
-
-    def _excludes(self, bound: Condition, size: Sequence[int]) -> bool:
-        return bound.excludes({"N": 1, **dict(zip(AXES[self.example.dim()], size, strict=True))})
+    def crossings(self, locality: Locality) -> Crossings:
+        """Return what tries conditions on the size."""
+        assert locality.geometry is not None
+        return Crossings(self.double, self.example, locality.geometry, locality.cross)
 
 
 def _bench(probe: nn.Module, everything: Plan, found: Survey, caller: Caller, example: Tensor) -> _Bench:

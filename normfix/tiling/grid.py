@@ -77,9 +77,7 @@ def grid(size: Sequence[int], tile: Sequence[int], geometry: Geometry) -> Iterat
         yield Tile(read, keep, write)
 
 
-def window_sizes(
-    size: Sequence[int], tile: Sequence[int], geometry: Geometry
-) -> Iterator[tuple[int, ...]]:
+def window_sizes(size: Sequence[int], tile: Sequence[int], geometry: Geometry) -> Iterator[tuple[int, ...]]:
     """Yield the different extents that the tiles of an image read; arguments as for `grid`.
 
     Example:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.fx import Node
 from normfix.errors import PACKAGE, NormfixError
 from normfix.networks.graph.capture import image_of
 from normfix.networks.graph.operators import name_of, taken_by
-from normfix.records.sizes import LONGEST, Condition
+from normfix.records.sizes import Condition
 from normfix.scanning.graph.formulas import NoText, text_of
 
 __all__ = ["AXES", "SizeLook", "read_sizes"]
@@ -32,7 +33,9 @@ AXES = {3: "L", 4: "HW", 5: "DHW"}
 
 _TORCH = str(Path(torch.__file__).parent)
 _PLACES = frozenset({"arange", "linspace", "logspace", "meshgrid", "tril", "triu", "eye"})
-_EVEN = frozenset({"full", "zeros", "ones", "empty", "new_full", "new_zeros", "new_ones", "new_empty", "rand", "randn"})
+_EVEN = frozenset(
+    {"full", "zeros", "ones", "empty", "new_full", "new_zeros", "new_ones", "new_empty", "rand", "randn"}
+)
 _EXTENTS = (8, 12, 16, 24, 40, 64, 100, 160, 250, 400, 640, 1000, 1600, 2500, 4000, 10_000, 100_000, 1 << 20)
 """Extents at which a condition is asked whether any image breaks it."""
 _KERNELS = 1 << 31
@@ -41,10 +44,16 @@ _KERNELS = 1 << 31
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SizeLook:
-    """The conditions of a graph that some image breaks, and why they do not tell everything; () where they do."""
+    """The conditions of a graph that some image breaks, and why they do not tell everything; () where they do.
+
+    `lattice` are the conditions that only repeat with the size, `built` say what a number was that is computed from the
+    size and was built into the graph.
+    """
 
     conditions: tuple[Condition, ...]
     unknown: tuple[str, ...]
+    lattice: tuple[Condition, ...] = ()
+    built: tuple[Condition, ...] = ()
 
 
 def read_sizes(program: ExportedProgram) -> SizeLook:
@@ -59,17 +68,34 @@ def read_sizes(program: ExportedProgram) -> SizeLook:
     free = {dim: n.node for dim, n in enumerate(shape) if not isinstance(n, int) and n.node.expr.is_Symbol}
     fixed = [letters[dim] for dim in range(2, len(shape)) if dim not in free]
     unknown = [f"the captured graph has one extent along {' and '.join(fixed)}"] if fixed else []
-    conditions: list[Condition] = []
+    found: dict[_Kind, dict[Condition, None]] = {kind: {} for kind in _Kind}
     if free:
         reading = _Reading.of(free, letters)
-        conditions += [Condition(text=f"{a} == {b}", line="") for a, b in reading.tied]
+        found[_Kind.BRANCH].update({Condition(text=f"{a} == {b}", line=""): None for a, b in reading.tied})
         for formula, line in (*reading.asked(), *_chosen(program, reading)):
             try:
-                conditions += reading.condition(formula, line)
+                kind, condition = reading.condition(formula, line)
             except _Open as error:
                 unknown.append(f"{error}, at {line or 'an unknown line'}")
-    unknown += [f"a map is laid over the image at {line}" for line in _placed(program, image)]
-    return SizeLook(conditions=tuple(dict.fromkeys(conditions)), unknown=tuple(dict.fromkeys(unknown)))
+                continue
+            found[kind][condition] = None
+    built = [f"a number computed from the size is built in, {c.text} ({c.line})" for c in found[_Kind.BUILT]]
+    placed = [f"a map is laid over the image at {line}" for line in _placed(program, image)]
+    return SizeLook(
+        conditions=tuple(found[_Kind.BRANCH]),
+        unknown=tuple(dict.fromkeys((*unknown, *built, *placed))),
+        lattice=tuple(found[_Kind.LATTICE]),
+        built=tuple(found[_Kind.BUILT]),
+    )
+
+
+class _Kind(Enum):
+    """What a guard is: true whatever the size, a branch, the same again at a multiple, or a number built in."""
+
+    TRIVIAL = auto()
+    BRANCH = auto()
+    LATTICE = auto()
+    BUILT = auto()
 
 
 class _Open(ValueError):  # noqa: N818 - a finding, not a fault
@@ -111,32 +137,34 @@ class _Reading:
                 # torch's own as well, asked from where we call it; an argument that must be a number is built in
                 yield guard.expr, ""
 
-    def condition(self, formula: Any, line: str) -> list[Condition]:
-        """Return the condition that a formula is, if there is an image that breaks it.
+    def condition(self, formula: Any, line: str) -> tuple[_Kind, Condition]:
+        """Return the condition that a formula is, and of which kind.
 
         Raises:
-            _Open: it has no text, or says only what a size was when it was taken for a number.
+            _Open: it has no text.
         """
         formula = formula.subs(self.environment.replacements)
         symbols = formula.free_symbols
-        if not symbols:
-            return []
         if not symbols <= set(self.names):
             raise _Open("a size depends on values")
         try:
             condition = Condition(text=text_of(formula, self.names), line=line)
-            if len(condition.text) > LONGEST:
-                raise _Open("a condition on the size is too long")
             extents = {self.names[symbol]: self.extents[self.names[symbol]] for symbol in symbols}
-            if not condition.holds(extents) or condition.repeats(extents):
-                return []
+            return self._kind(formula, condition, extents) if symbols else _Kind.TRIVIAL, condition
         except (NoText, NormfixError) as error:
-            raise _Open("a size is computed by what has no formula") from error
+            raise _Open("a size is computed by what has no formula, or a long one") from error
+
+    def _kind(self, formula: Any, condition: Condition, extents: Mapping[str, int]) -> _Kind:
+        if not condition.holds(extents):  # asked on the way to what was asked in the end
+            return _Kind.TRIVIAL
+        if condition.repeats(extents):
+            return _Kind.LATTICE
         if type(formula).__name__ == "Equality" and any(side.is_number for side in formula.args):
-            raise _Open("a number computed from the size is built in")
+            return _Kind.BUILT
         if any(abs(int(number)) >= _KERNELS - 1 for number in formula.atoms() if number.is_Integer):
-            return []
-        return [condition] if _differs(condition) or _is_broken(condition, extents) else []
+            return _Kind.TRIVIAL
+        broken = _differs(condition) or _is_broken(condition, extents)
+        return _Kind.BRANCH if broken else _Kind.TRIVIAL
 
 
 def _differs(condition: Condition) -> bool:

@@ -119,5 +119,3 @@ def _product(factors: Sequence[Any], names: Mapping[Any, str]) -> str:
         below += [str(bottom)] * (bottom != 1)
     text = "*".join([*above, *others])
     return " / ".join([text, *below])
-
-
