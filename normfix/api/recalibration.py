@@ -30,6 +30,7 @@ from normfix.records.saved import Provenance
 from normfix.records.sites import Family
 from normfix.scanning.base import base_of
 from normfix.scanning.known import ForwardFn
+from normfix.scanning.renewal import renew_
 from normfix.scanning.scan import look
 from normfix.scanning.sites import survey
 from normfix.tiling.geometry import geometry_of
@@ -97,6 +98,7 @@ def calibrate(
     )
     copied = copy_of(model)
     _take_over_(copied, twin, targets)
+    renew_(copied, *_material(copied, images, forward_fn, output))
     return Calibration(copied, summary)
 
 
@@ -114,6 +116,7 @@ def calibrate_(
     """
     twin, summary, targets = _measured(model, images, tile, **options)
     _take_over_(model, twin, targets)
+    renew_(model, *_material(model, images, options.get("forward_fn"), options.get("output")))
     return summary
 
 
@@ -181,6 +184,23 @@ def _measured(
         empty=all_empty(items if items is not None else sources or ()),
     )
     return model, judgement, targets
+
+
+def _material(
+    model: nn.Module,
+    images: Tensor | Iterable[Tensor] | Image | Sequence[Image],
+    forward_fn: ForwardFn | None,
+    output: str | int | None,
+) -> tuple[Tensor, Caller]:
+    """Return a part of the first image, and how the model is called on it."""
+    known, sources = provenance_of(model), sources_of(images)
+    caller = Caller(forward_fn, output if output is not None else known.output if known else None)
+    if sources is not None:
+        return middle_of(sources[0])[:1].to(*home_of(model)), caller
+    tensors = cast("Tensor | Iterable[Tensor]", images)
+    return next(iter(Items.of(tensors, *home_of(model), like=known.scan.example if known else None)))[
+        :1
+    ], caller
 
 
 def _is_trained(known: Provenance | None, site: str) -> bool:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from normfix.records.derivations import Reach
 from normfix.records.encoding import Record
+from normfix.records.sizes import ProvedSizes
 from normfix.records.spans import Spans
 
 __all__ = ["Family", "Finding", "LayerSpec", "Looked", "Scan", "Site", "StatisticSpec", "site_id"]
@@ -153,7 +154,7 @@ class Scan(Record):
     holds both. None means unbounded or not measurable. `halo_rounded` is it rounded up to the stride:
     what a tile must read, by whatever tool. `scale` is output pixels per input pixel, as a
     fraction in text ("1", "1/2", "2"). `exact_sizes` holds the number of pixels that sizes must be a
-    multiple of (1 = any), `smallest_tile` the least extents the network runs on. Geometry is None where the
+    multiple of (1 = any), `smallest_tile` the least extents the network runs on, `sizes` the sizes that all of this is said of. Geometry is None where the
     network is not dense or not local. `draws` tells that the network draws random numbers, which normfix gives it
     from a source of its own, the same in every call.
     """
@@ -171,6 +172,7 @@ class Scan(Record):
     smallest_tile: tuple[int, ...] | None = None
     halo_rounded: Spans | None = None
     reach: Reach | None = None
+    sizes: ProvedSizes | None = None
     looks: tuple[Looked, ...] = ()
     findings: tuple[Finding, ...] = ()
     draws: bool = False

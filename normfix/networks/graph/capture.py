@@ -30,6 +30,7 @@ __all__ = [
     "NotCaptured",
     "capture",
     "export",
+    "exported",
     "extents",
     "free_dimensions",
     "image_of",
@@ -98,6 +99,20 @@ def capture(model: nn.Module, run: Run, example: Tensor, *, one_size: bool = Fal
         with exact_arithmetic():
             return _captured(network, example[:1].detach(), one_size=one_size)
     except failures() as error:  # torch.export runs the network's code and may raise anything
+        return NotCaptured(_line(error))
+
+
+def exported(
+    model: nn.Module, run: Run, example: Tensor, *, one_size: bool = False
+) -> ExportedProgram | NotCaptured:
+    """Capture a network without comparing what it gives: for what the program says of sizes.
+
+    Arguments as for `capture`.
+    """
+    try:
+        with exact_arithmetic():
+            return export(_Network(model, run).eval(), example[:1].detach(), one_size=one_size)
+    except failures() as error:
         return NotCaptured(_line(error))
 
 
