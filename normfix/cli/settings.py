@@ -6,13 +6,18 @@ cannot be set: they are typed by whoever runs the command.
 
 from __future__ import annotations
 
-import tomllib
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from normfix.errors import NormfixError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 __all__ = ["NEVER", "Settings", "read_settings"]
 

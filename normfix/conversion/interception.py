@@ -144,7 +144,8 @@ class _Calls(TorchFunctionMode):
         self._owner = owner
         self._planned = {(i.function, i.index): i for i in owner.__dict__[_PLANNED]}
         self._expected = {i.function: i.visible for i in owner.__dict__[_PLANNED]}
-        self._counts = dict.fromkeys(self._expected, 0)
+        # no dict.fromkeys: Dynamo of torch 2.6 gives None for it
+        self._counts = {function: 0 for function in self._expected}  # noqa: C420
 
     def __torch_function__(
         self,

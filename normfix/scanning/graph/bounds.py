@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from normfix.networks.graph.capture import Captured, image_of
+from normfix.networks.releases import values_of
 
 __all__ = ["Bound", "broken_when_larger"]
 
@@ -41,7 +42,7 @@ def broken_when_larger(captured: Captured) -> tuple[Bound, ...]:
     if not any(dim >= 2 for dim in free):
         return ()
     environment: Any = next(iter(free.values())).shape_env
-    known = environment.backed_var_to_val
+    known = values_of(environment)
     larger = {
         node.expr: int(known[node.expr]) * (_LARGER.get(len(shape), 13) if dim >= 2 else 1)
         for dim, node in free.items()
