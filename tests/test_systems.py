@@ -19,7 +19,17 @@ from normfix.tiling.stages import chunks, manifest, resuming
 
 SOURCE = Path(normfix.__file__).parent
 ON_PROC = pytest.mark.skipif(not Path("/proc/self/fdinfo").is_dir(), reason="the plant reads /proc")
-LINUX_CALLS = {"fork", "forkpty", "getuid", "geteuid", "setsid", "getpgid", "killpg", "mkfifo", "sched_getaffinity"}
+LINUX_CALLS = {
+    "fork",
+    "forkpty",
+    "getuid",
+    "geteuid",
+    "setsid",
+    "getpgid",
+    "killpg",
+    "mkfifo",
+    "sched_getaffinity",
+}
 
 
 def _image():
@@ -61,7 +71,8 @@ def test_no_module_needs_what_only_posix_has():
 
 
 @pytest.mark.parametrize(
-    "planted", ["import fcntl", "from resource import getrusage", "import os\nos.fork()", "get_context('fork')"]
+    "planted",
+    ["import fcntl", "from resource import getrusage", "import os\nos.fork()", "get_context('fork')"],
 )
 def test_what_only_posix_has_is_seen(planted):
     """The check above fails on a module that needs it."""
@@ -189,7 +200,17 @@ def test_paths_may_have_spaces_and_letters_of_any_script(tmp_path):
     tifffile.imwrite(home / "bild ü 1.tif", _image()[0, 0].numpy())
     image, fixed, report = home / "bild ü 1.tif", home / "ge fixt", home / "berícht.json"
     runner = CliRunner()
-    words = ["convert", "normfix.demo.network:nuclei_unet", image, "--scale", "unit", "--to", "frozen", "-o", fixed]
+    words = [
+        "convert",
+        "normfix.demo.network:nuclei_unet",
+        image,
+        "--scale",
+        "unit",
+        "--to",
+        "frozen",
+        "-o",
+        fixed,
+    ]
     done = runner.invoke(cli, [str(word) for word in (*words, "--report", report)])
     assert (done.exit_code, report.is_file()) == (0, True), done.output
     done = runner.invoke(cli, ["predict", str(fixed), str(image), "-o", str(home / "aus gabe.tif")])

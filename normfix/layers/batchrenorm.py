@@ -166,7 +166,9 @@ class BatchRenorm(ChannelNorm):
         d: Tensor,
         call: RecordedCall | None,
     ) -> Tensor:
-        y: Tensor = Renormalise.apply(x, weight, bias, batch.mean, batch.var, batch.invstd, r, d, self.eps, call)
+        y: Tensor = Renormalise.apply(
+            x, weight, bias, batch.mean, batch.var, batch.invstd, r, d, self.eps, call
+        )
         return y
 
     def _correct_and_track(self, batch: BatchMoments) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["COUNTED", "DIRECT", "NORMS", "arguments_of", "bound", "by_position", "operand_of", "reduced_by", "taken_by"]
+__all__ = [
+    "COUNTED",
+    "DIRECT",
+    "NORMS",
+    "arguments_of",
+    "bound",
+    "by_position",
+    "operand_of",
+    "reduced_by",
+    "taken_by",
+]
 
 NORMS: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
@@ -132,7 +142,8 @@ def arguments_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> d
 
 
 def by_position(names: Sequence[str], args: Sequence[Any]) -> dict[str, Any]:
-    """Return the arguments that have a name; cut to one length, for Dynamo before torch 2.8 takes any zip for strict."""
+    """Return the arguments that have a name."""
+    # cut to one length: Dynamo before torch 2.8 takes any zip for strict
     return dict(zip(names[: len(args)], args[: len(names)], strict=True))
 
 

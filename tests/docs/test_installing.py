@@ -29,7 +29,9 @@ SCRIPT = _script()
 
 def _workflow():
     yaml = pytest.importorskip("yaml")
-    return yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))["jobs"]["tests"]
+    return yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))["jobs"][
+        "tests"
+    ]
 
 
 def test_each_lower_bound_is_what_ci_installs():
@@ -42,7 +44,9 @@ def test_each_lower_bound_is_what_ci_installs():
     assert 'pip install -q -e ".[test]" -c "$constraints"' in FLOOR
 
 
-@pytest.mark.parametrize("requirement", ["torch", "torch<3", "torch>=2.6,<2.9", "torch==2.6", "torch>=2.6,!=2.9.*"])
+@pytest.mark.parametrize(
+    "requirement", ["torch", "torch<3", "torch>=2.6,<2.9", "torch==2.6", "torch>=2.6,!=2.9.*"]
+)
 def test_what_is_no_lower_bound_is_not_taken_for_one(requirement):
     """A requirement without a lower bound, or with more, fails rather than being left untested."""
     text = f'[project]\nname = "normfix"\ndependencies = ["{requirement}"]\noptional-dependencies = {{}}\n'
@@ -75,8 +79,13 @@ def test_the_workflow_runs_what_ci_runs():
     assert matrix["releases"] == ["floor", "newest"]
     assert job["runs-on"] == "${{ matrix.system }}"
     commands = {step["if"]: step["run"] for step in job["steps"] if "run" in step}
-    readme = re.findall(r"^pip install .*pytest$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert commands == {"matrix.releases == 'floor'": "bash .ci/floor", "matrix.releases == 'newest'": readme[0]}
+    readme = re.findall(
+        r"^pip install .*pytest$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert commands == {
+        "matrix.releases == 'floor'": "bash .ci/floor",
+        "matrix.releases == 'newest'": readme[0],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +93,9 @@ def pip(tmp_path_factory):
     """A pip that resolves from metadata alone; earlier ones download every wheel to look inside."""
     home = tmp_path_factory.mktemp("pip")
     command = [sys.executable, "-m", "pip"]
-    got = subprocess.run([*command, "install", "-q", "--target", str(home), "pip>=25"], capture_output=True, text=True)
+    got = subprocess.run(
+        [*command, "install", "-q", "--target", str(home), "pip>=25"], capture_output=True, text=True
+    )
     if got.returncode:
         pytest.skip(f"no package index is reachable: {got.stderr[-200:]}")
 

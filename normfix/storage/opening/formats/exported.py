@@ -154,10 +154,14 @@ def _require_layout(path: Path) -> None:
     if not writes_archives():
         reason = f"exported programs are written and read from torch 2.8 on, and this is {torch.__version__}"
     elif _BEFORE in archives.inventory(path).names:
-        reason = "a torch before 2.8 wrote it, in a layout that holds pickles. Export it anew with a newer one"
+        reason = (
+            "a torch before 2.8 wrote it, in a layout that holds pickles. Export it anew with a newer one"
+        )
     else:
         return
-    raise NormfixError("NF420", f"{reason}. The network that it was exported from opens here.", where=str(path))
+    raise NormfixError(
+        "NF420", f"{reason}. The network that it was exported from opens here.", where=str(path)
+    )
 
 
 def _texts(archive: archives.Archive, path: Path) -> dict[str, bytes]:
