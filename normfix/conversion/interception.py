@@ -166,7 +166,7 @@ class _Calls(TorchFunctionMode):
         planned = self._planned.get((name, index))
         if planned is None:
             return func(*args, **kwargs)
-        target = self._owner.get_submodule(planned.target)
+        target = _submodule(self._owner, planned.target)
         try:
             if isinstance(target, FrozenStatistic):
                 return _constant(planned, target, func, args, kwargs)
@@ -192,6 +192,13 @@ class _Calls(TorchFunctionMode):
                     "statistic may be live elsewhere. Scan and convert this network anew.",
                     where=planned.site,
                 )
+
+
+def _submodule(owner: Any, path: str) -> Any:
+    """Return a submodule; a compiler of torch 2.6 that keeps modules whole follows no get_submodule."""
+    for name in path.split("."):
+        owner = getattr(owner, name)
+    return owner
 
 
 def _constant(
