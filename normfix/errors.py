@@ -298,6 +298,9 @@ CODES: dict[str, str] = {
     "NF413": "Pushing goes through huggingface_hub: the folder must be one that normfix saved, its proof must have "
     "passed, and the token (HF_TOKEN, or hf auth login) must be allowed to write to the repository.",
     "NF414": "Blocks have one size: tile=, or that of normfix.Blocks.",
+    "NF420": "Exported programs (.pt2) are written and read from torch 2.8 on: before, their layout held pickles. With "
+    "an older torch, and for a file of one, take the network itself or a saved folder, which need no newer torch. What "
+    "needs which release: docs/installing.md.",
     # 5xx: saving
     "NF501": "Nothing is written that was not proved. See which step failed and where; --partial writes it "
     "all the same, with what remains live stated. Sites that were refused, as no constant can replace them, do "

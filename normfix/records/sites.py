@@ -7,9 +7,9 @@ The records an API call returns and those `--format json` prints are the same ob
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Literal
 
+from normfix.records.choices import StrEnum
 from normfix.records.derivations import Reach
 from normfix.records.encoding import Record
 from normfix.records.sizes import ProvedSizes

@@ -23,6 +23,7 @@ from normfix.networks.graph.isolation import silence
 from normfix.networks.graph.replaying import replay, replays
 from normfix.networks.graph.sizes import LongFormulaError, ShortSizes
 from normfix.networks.numerics import exact_arithmetic
+from normfix.networks.releases import values_of
 
 __all__ = [
     "WRAPPED",
@@ -258,7 +259,7 @@ def _tensor_nodes(program: ExportedProgram) -> Iterator[tuple[str, Any]]:
 def _roots(program: ExportedProgram) -> dict[Any, int]:
     """Return a value for each symbol in the image's spatial extents: twice what it was captured at."""
     free = [n for n in image_of(program).meta["val"].shape[2:] if _symbols(n)]
-    hints = {symbol: n.node.shape_env.backed_var_to_val[symbol] for n in free for symbol in _symbols(n)}
+    hints = {symbol: values_of(n.node.shape_env)[symbol] for n in free for symbol in _symbols(n)}
     return {symbol: 2 * int(hint) for symbol, hint in hints.items()}
 
 
@@ -273,7 +274,7 @@ def _sizes(value: Any, replaced: dict[Any, int] | None = None) -> tuple[int, ...
         if isinstance(n, int):
             sizes.append(n)
             continue
-        known = {**n.node.shape_env.backed_var_to_val, **(replaced or {})}
+        known = {**values_of(n.node.shape_env), **(replaced or {})}
         resolved = n.node.expr.subs(known)
         sizes.append(int(resolved) if resolved.is_number else 1)  # depends on the values of data
     return tuple(sizes)
