@@ -204,6 +204,18 @@ CODES: dict[str, str] = {
     "NF254": "Tiles are put together where a place in the image has a place in the output, so the output must have a "
     "fixed number of pixels per pixel of the input, such as 2, 1, 3/2 or 1/8. Resize by such a factor, or choose the "
     "output before the resize.",
+    "NF260": "The network asks for the size of its input and goes another way at some sizes, so that what was scanned and "
+    "proved is another network than what runs on this image, or on a window of its tiles. The condition is in the "
+    "message, in pixels: H, W (D, H, W; L) are extents, N is the number of images. Conditions that only repeat with the "
+    "size (padding to multiples) are none of these. Take the branch out, or scan and convert with an image, and use a "
+    "tile, for which the condition is the same.",
+    "NF261": "The image is of a size that was not proved: no captured graph tells how the network treats sizes, and it is "
+    "larger than what was run; or it lies on the other side of a branch on the size on both sides of which tiles equalled "
+    "the whole where they were tried. normfix check IMAGE compares tiles with the whole at this very size.",
+    "NF262": "What the network does is switched by a statistic: a branch that was shut when it was converted is open under "
+    "the statistics of now, or the other way round. Its stride and halo were measured anew; where none hold, tiles do not "
+    "equal the whole image any more and it is not predicted in tiles. normfix calibrate and --statistics per-image do "
+    "this.",
     "NF224": "A program (.pt2) could not be read, or is not what torch.export.save writes for one image and "
     "the tensors it holds.",
     "NF225": "The network cannot be written as an exported program: torch.export failed, or something in it "
@@ -286,6 +298,9 @@ CODES: dict[str, str] = {
     "NF413": "Pushing goes through huggingface_hub: the folder must be one that normfix saved, its proof must have "
     "passed, and the token (HF_TOKEN, or hf auth login) must be allowed to write to the repository.",
     "NF414": "Blocks have one size: tile=, or that of normfix.Blocks.",
+    "NF420": "Exported programs (.pt2) are written and read from torch 2.8 on: before, their layout held pickles. With "
+    "an older torch, and for a file of one, take the network itself or a saved folder, which need no newer torch. What "
+    "needs which release: docs/installing.md.",
     # 5xx: saving
     "NF501": "Nothing is written that was not proved. See which step failed and where; --partial writes it "
     "all the same, with what remains live stated. Sites that were refused, as no constant can replace them, do "

@@ -33,7 +33,7 @@ from normfix.records.measurements import CalibrationSummary
 from normfix.records.plans import Action, Plan
 from normfix.records.progress import Progress, silent
 from normfix.records.saved import Provenance, Scaling, Source
-from normfix.records.sites import Site
+from normfix.records.sites import Scan, Site
 from normfix.records.verdicts import ImageShift, Proof, ProofStep, Verdict
 from normfix.scanning.base import base_of
 from normfix.scanning.durations import Durations, tell_notable
@@ -162,17 +162,25 @@ def convert(
     progress("prove", 0, 1)
     proof = work.prove()
     progress("prove", 1, 1)
-    source = Source(kind="object", spec=f"{seen.scan.model.rpartition('.')[0]}:{type(model).__qualname__}")
+    found = _proved(seen.scan, proof, work.first.shape[2:])
+    source = Source(kind="object", spec=f"{found.model.rpartition('.')[0]}:{type(model).__qualname__}")
     stated = None if output is None else str(output)
     attach_(
         converted,
-        Provenance(plan=plan, scan=seen.scan, scaling=Scaling(), source=source, output=stated),
+        Provenance(plan=plan, scan=found, scaling=Scaling(), source=source, output=stated),
     )
     if model.training:
         _LOGGER.warning("The network was in train mode; it was converted, and is returned, in eval mode.")
     converted.eval()
     calibration = None if summary is None else Calibration(converted, summary)
-    return Conversion(converted, plan, seen.scan, calibration, proof, caller, base)
+    return Conversion(converted, plan, found, calibration, proof, caller, base)
+
+
+def _proved(scan: Scan, proof: Proof, size: Sequence[int]) -> Scan:
+    """Return a scan that speaks for the size of the image as well whose tiles equalled the whole."""
+    if scan.sizes is None or proof.verdict is None or not proof.verdict.passed:
+        return scan
+    return replace(scan, sizes=scan.sizes.including(size))
 
 
 def _calibrate_(
@@ -275,6 +283,7 @@ class _Work:
                 self.original,
                 self.seen.cross,
                 double_of(self.converted, self.seen.double),
+                self.seen.scan.sizes,
             )
             verdict = self._said(subject.verdict(first))
             # in float64 without casts on the way, which tiles are compared with

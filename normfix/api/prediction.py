@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,15 +15,18 @@ from normfix.conversion.measurement import measure_
 from normfix.conversion.targets import site_target
 from normfix.errors import NormfixError
 from normfix.images.collections import Images
-from normfix.images.sources import Image, TensorImage, whole
+from normfix.images.sources import Image, TensorImage, middle_of, whole
 from normfix.images.writing import OutputFile
 from normfix.networks.calling import home_of
 from normfix.networks.copying import copy_of, twin_of
 from normfix.networks.numerics import exact_arithmetic, require_finite
 from normfix.networks.provenance import provenance_of
 from normfix.networks.surroundings import undisturbed
+from normfix.records.sites import Scan
 from normfix.records.spans import round_up
 from normfix.scanning.known import ForwardFn, Known, known_of, with_halo
+from normfix.scanning.renewal import renewed
+from normfix.tiling.domain import judge_size
 from normfix.tiling.geometry import geometry_of
 from normfix.tiling.grid import Geometry
 from normfix.tiling.stages.options import Blocks
@@ -33,6 +37,7 @@ from normfix.tiling.stitching import tile_extents, tiled
 
 __all__ = ["predict", "write_prediction"]
 
+_LOG = logging.getLogger("normfix")
 _TILE = 256
 """Pixels per axis of a tile that nobody stated."""
 
@@ -81,9 +86,9 @@ def predict(
 
     Raises:
         NormfixError: NF409 if the network has live statistics or no halo is enough, NF402 for a tile that is
-            off the stride grid, NF410 for a halo that is not enough or an engine, NF32x where stages are asked for
-            and not possible, NF326 to NF336 of the store and the cluster, NF148 and NF149 for statistics and
-            predictions that are not finite, and codes of the image.
+            off the stride grid, NF260 for an image at whose size the network is another, NF410 for a halo that is not
+            enough or an engine, NF32x where stages are asked for and not possible, NF326 to NF336 of the store and the
+            cluster, NF148 and NF149 for statistics and predictions that are not finite, and codes of the image.
     """
     job = _Prediction.of(
         model,
@@ -179,12 +184,7 @@ class _Prediction:
             reasons = [f"{site} is live" for site in known.live[:3]] or [
                 f.message for f in known.scan.findings
             ]
-            raise NormfixError(
-                "NF409",
-                "tiles of this network do not give its prediction of the whole image: "
-                f"{'; '.join(reasons)}. Convert it first.",
-                where=known.scan.model,
-            )
+            raise _not_tiled(known.scan, reasons)
         _require_enough(geometry, exact)
         (image,) = Images.of(image, *home_of(model), like=known.scan.example)
         blocks = replace(blocks, tile=tile_extents(blocks.tile or _TILE, geometry))
@@ -196,13 +196,14 @@ class _Prediction:
             )
         if halo != "auto":
             engine = "tiles"
+        _require_inside(known.scan, image.shape, blocks.extents(len(geometry.stride)), geometry)
         return cls(model, image, known, geometry, blocks, engine, statistics)
 
     def run(self, out: OutputFile | None = None) -> Tensor | None:
         """Predict by one engine; the result, or None if it went to `out`."""
-        model, caller, geometry = self.model, self.known.caller, self.geometry
         if self.statistics == "per-image":
-            model = self._fitted()
+            return replace(self._fitted(), statistics="stored").run(out)
+        model, caller, geometry = self.model, self.known.caller, self.geometry
         tile = self.blocks.extents(len(geometry.stride))
         if self.engine == "stages" or (self.engine == "auto" and self._pays(tile)):
             try:
@@ -234,8 +235,12 @@ class _Prediction:
         opened = not isinstance(self.image, TensorImage)
         return surplus > _PAYS or (opened and math.prod(size) > _PAYS)
 
-    def _fitted(self) -> nn.Module:
-        """Return a copy of the model with the statistics of this image."""
+    def _fitted(self) -> _Prediction:
+        """Return the prediction by a copy of the model that has the statistics of this image, and their geometry.
+
+        Raises:
+            NormfixError: NF409 if no geometry holds under them.
+        """
         provenance = provenance_of(self.model)
         if provenance is None:
             raise NormfixError(
@@ -248,7 +253,37 @@ class _Prediction:
         if targets:
             image = Images.of(self.image, *home_of(model))
             measure_(model, targets, image, caller, self.blocks, geometry=self.geometry)
-        return model
+        scan = renewed(model, provenance, middle_of(self.image), caller)
+        exact = geometry_of(scan)
+        if scan is self.known.scan:
+            return replace(self, model=model)
+        if exact is None:
+            raise _not_tiled(scan, [scan.findings[-1].message])
+        blocks = replace(self.blocks, tile=tile_extents(self.blocks.tile or _TILE, exact))
+        _require_inside(scan, self.image.shape, blocks.extents(len(exact.stride)), exact)
+        return replace(self, model=model, known=replace(self.known, scan=scan), geometry=exact, blocks=blocks)
+
+
+def _not_tiled(scan: Scan, reasons: Sequence[str]) -> NormfixError:
+    return NormfixError(
+        "NF409",
+        "tiles of this network do not give its prediction of the whole image: "
+        f"{'; '.join(reasons)}. Convert it first.",
+        where=scan.model,
+    )
+
+
+def _require_inside(scan: Scan, shape: Sequence[int], tile: Sequence[int], geometry: Geometry) -> None:
+    """Refuse an image of a size at which the network is another than the one that was scanned; say what is unproved.
+
+    Raises:
+        NormfixError: NF260.
+    """
+    judgement = judge_size(scan.sizes, shape[2:], tile, geometry, shape[0])
+    for finding in judgement.outside[:1]:
+        raise NormfixError(finding.code, finding.message, where=scan.model)
+    for finding in judgement.unproved:
+        _LOG.warning("%s %s: %s", finding.code, finding.where, finding.message)
 
 
 def _require_one_of(choices: Sequence[str], **option: str) -> None:

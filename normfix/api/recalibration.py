@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from normfix.records.saved import Provenance
 from normfix.records.sites import Family
 from normfix.scanning.base import base_of
 from normfix.scanning.known import ForwardFn
+from normfix.scanning.renewal import renew_
 from normfix.scanning.scan import look
 from normfix.scanning.sites import survey
 from normfix.tiling.geometry import geometry_of
@@ -80,7 +82,7 @@ def calibrate(
             to NF332 of the store; NF333 to NF336 of the cluster; NF137, NF138 and NF139 of the masks; NF140 of
             the sample; NF231 for a statistic without spread.
     """
-    twin, summary, targets = _measured(
+    measured = _measured(
         model,
         images,
         tile,
@@ -94,8 +96,8 @@ def calibrate(
         progress=progress,
     )
     copied = copy_of(model)
-    _take_over_(copied, twin, targets)
-    return Calibration(copied, summary)
+    measured.take_over_(copied)
+    return Calibration(copied, measured.summary)
 
 
 @undisturbed()
@@ -110,9 +112,30 @@ def calibrate_(
     Optimizers, compiled and distributed wrappers keep their model. Nothing changes before all is measured, and nothing
     on any error; whoever runs the model meanwhile runs it with the old statistics and in its own mode.
     """
-    twin, summary, targets = _measured(model, images, tile, **options)
-    _take_over_(model, twin, targets)
-    return summary
+    measured = _measured(model, images, tile, **options)
+    measured.take_over_(model)
+    return measured.summary
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """What was measured in a twin of a network, how it was called, and a part of the first image."""
+
+    twin: nn.Module
+    summary: CalibrationSummary
+    targets: Sequence[Target]
+    caller: Caller
+    image: Tensor
+
+    def take_over_(self, model: nn.Module) -> None:
+        """Write the statistics into a network's own layers, and what depends on them into what travels with it."""
+        places = {id(module): path for path, module in self.twin.named_modules()}
+        with torch.no_grad():
+            for target in self.targets:
+                own = dict(model.get_submodule(places[id(target.module)]).named_buffers())
+                for name, value in target.module.named_buffers():
+                    own[name].copy_(value)
+        renew_(model, self.image, self.caller)
 
 
 def _measured(
@@ -128,8 +151,8 @@ def _measured(
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
     progress: Progress = silent,
-) -> tuple[nn.Module, CalibrationSummary, Sequence[Target]]:
-    """Measure in a twin, so that the capture of the network itself is kept; return it, what was measured, and where."""
+) -> _Measured:
+    """Measure in a twin, so that the capture of the network itself is kept."""
     blocks = (blocks or Blocks()).sized(tile)
     model = twin_of(original)
     known = provenance_of(model)
@@ -175,7 +198,7 @@ def _measured(
         known=trained,
         empty=all_empty(taken),
     )
-    return model, judgement, targets
+    return _Measured(model, judgement, targets, caller, first)
 
 
 def _is_trained(known: Provenance | None, site: str) -> bool:
@@ -187,16 +210,6 @@ def _classes(known: Provenance | None, model: nn.Module, targets: Sequence[Targe
     if known is not None:
         return {d.site.id: d.site.owner_class.rpartition(".")[2] for d in known.plan.converted}
     return {target.name: type(target.module).__name__ for target in targets}
-
-
-def _take_over_(model: nn.Module, measured: nn.Module, targets: Sequence[Target]) -> None:
-    """Write the statistics that were measured in a twin into the model's own layers."""
-    places = {id(module): path for path, module in measured.named_modules()}
-    with torch.no_grad():
-        for target in targets:
-            own = dict(model.get_submodule(places[id(target.module)]).named_buffers())
-            for name, value in target.module.named_buffers():
-                own[name].copy_(value)
 
 
 def _batch_norms(model: nn.Module, example: Tensor, caller: Caller) -> list[NormTarget]:

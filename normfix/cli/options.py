@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 
-class ArgumentsJson(click.ParamType[Mapping[str, Any]]):
+class ArgumentsJson(click.ParamType):  # type: ignore[type-arg]
     """A JSON object of keyword arguments."""
 
     name = "json"

@@ -7,13 +7,18 @@ the folders of its networks may name; it counts for no folder that it lies in.
 
 from __future__ import annotations
 
-import tomllib
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from normfix.errors import NormfixError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 __all__ = ["NEVER", "SETTINGS", "Settings", "read_settings"]
 

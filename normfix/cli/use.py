@@ -28,7 +28,7 @@ from normfix.records.progress import Progress, silent
 __all__ = ["calibrate_command", "check_command", "predict_command"]
 
 
-class Halo(click.ParamType["int | Literal['auto']"]):
+class Halo(click.ParamType):  # type: ignore[type-arg]
     """A number of pixels, or auto."""
 
     name = "auto|N"
@@ -44,7 +44,7 @@ class Halo(click.ParamType["int | Literal['auto']"]):
         return int(value)
 
 
-class Threshold(click.ParamType[float]):
+class Threshold(click.ParamType):  # type: ignore[type-arg]
     """A difference in sd; not a number would pass everything."""
 
     name = "sd"

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from normfix.errors import NormfixError
 from normfix.networks.randomness import OwnRandomness
+from normfix.networks.releases import is_exporting
 from normfix.networks.slabs import in_slabs, is_convolution
 from normfix.networks.surroundings import as_given
 from normfix.records.saved import Provenance
@@ -141,7 +142,7 @@ class Caller:
         try:
             with ExitStack() as around:
                 around.enter_context(as_given(image.device))
-                if self.draws and not torch.compiler.is_exporting():
+                if self.draws and not is_exporting():
                     around.enter_context(OwnRandomness())
                 given = image.clone()  # some networks work in place on their input
                 return model(given) if self.forward_fn is None else self.forward_fn(model, given)

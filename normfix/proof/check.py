@@ -18,12 +18,15 @@ from normfix.networks.numerics import exact_arithmetic, settings
 from normfix.networks.surroundings import undisturbed
 from normfix.proof.comparison import Network, compare, undecided
 from normfix.proof.cropping import check_pipeline
+from normfix.records.sizes import ProvedSizes
 from normfix.records.verdicts import Verdict
 from normfix.reporting.sentences import explanation
 from normfix.scanning.known import ForwardFn, known_of, with_halo
+from normfix.tiling.domain import judge_size
 from normfix.tiling.geometry import geometry_of, thinnest
 from normfix.tiling.grid import Geometry
 from normfix.tiling.recall import Recalling
+from normfix.tiling.stitching import tile_extents
 
 __all__ = ["assert_tile_invariant", "check", "compare_with"]
 
@@ -89,6 +92,7 @@ def check(
         threshold=threshold,
         exact_halo=exact.halo,
         live=known.live,
+        sizes=known.scan.sizes,
     )
     return replace(verdict, reach=known.scan.reach.words if known.scan.reach else "")
 
@@ -125,6 +129,7 @@ def compare_with(
     run: Callable[[Tensor], Tensor] | None = None,
     cross: Sequence[int] = (),
     double: nn.Module | None = None,
+    sizes: ProvedSizes | None = None,
 ) -> Verdict:
     """Run `comparison.compare` on a model and a copy of it in float64.
 
@@ -140,6 +145,7 @@ def compare_with(
         run: runs the model, and may recall what it gave.
         cross: extents of the thinnest strip that it runs on; default: they are tried.
         double: a copy of it in float64; default: one is made.
+        sizes: that the geometry is said of; the verdict says where these are outside.
     """
     double = double_of(model) if double is None else double
     device, dtype = home_of(model)
@@ -159,5 +165,8 @@ def compare_with(
                 ("network", type(model).__name__),
                 ("image", "x".join(map(str, image.shape))),
                 *settings(device, dtype),
+            ),
+            judgement=judge_size(
+                sizes, image.shape[2:], tile_extents(tile, geometry), geometry, image.shape[0]
             ),
         )

@@ -18,6 +18,7 @@ from normfix.networks.numerics import BOUNDLESS, IDENTITY, deviation
 from normfix.records.sites import Finding, Scan
 from normfix.records.spans import in_strides, round_up
 from normfix.records.verdicts import Verdict
+from normfix.tiling.domain import SizeVerdict
 from normfix.tiling.grid import Geometry, Tile, at, grid
 from normfix.tiling.halo import interference
 from normfix.tiling.stitching import padded, stitch, tile_extents
@@ -37,6 +38,9 @@ In half precision, or where activations are far from zero, the noise floor itsel
 """
 
 Function = Callable[[Tensor], Tensor]
+
+
+_INSIDE = SizeVerdict()
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,7 @@ def compare(
     exact_halo: Sequence[tuple[int, int]] | None = None,
     live: Sequence[str] = (),
     settings: tuple[tuple[str, str], ...] = (),
+    judgement: SizeVerdict = _INSIDE,
 ) -> Verdict:
     """Compare tiles with the whole image.
 
@@ -73,6 +78,7 @@ def compare(
         exact_halo: the measured halo, where the halo under test is another.
         live: names of live sites, as the probable cause of a failure.
         settings: recorded in the verdict.
+        judgement: of the image's size. Where the network is another at this size, agreement decides nothing.
 
     Raises:
         NormfixError: NF402 if the tile is not on the stride grid.
@@ -113,8 +119,11 @@ def compare(
             Finding(code="NF401", where=site, message="its statistic is computed from the tile.")
             for site in live
         ]
+    findings += judgement.outside + judgement.unproved
     return Verdict(
-        status=_status(failed=differs or leaking, compared=bool(axes), varies=spread > 0),
+        status=_status(
+            failed=differs or leaking, compared=bool(axes), varies=spread > 0 and not judgement.outside
+        ),
         max_sd=max_sd,
         mean_sd=mean_sd,
         tile_mismatch=_mismatch(stitched, whole),

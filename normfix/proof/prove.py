@@ -117,6 +117,7 @@ def prove(
         geometry=None if surplus else geometry,
         extents=known.scan.example[2:],
         tile=tile,
+        sizes=known.scan.sizes,
     )
     travels = replace(
         sourced(provenance, source, args),

@@ -17,6 +17,7 @@ from normfix.proof.steps import used
 from normfix.proof.values import differing_from_original, differing_layers
 from normfix.records.plans import Plan
 from normfix.records.sites import Site
+from normfix.records.sizes import ProvedSizes
 from normfix.records.spans import round_up
 from normfix.records.verdicts import ProofStep, Verdict
 from normfix.scanning.sites import survey
@@ -41,7 +42,7 @@ class Subject:
     `geometry` is None where it has none; `extents` are those of the example it was scanned with; `tile` is the size
     to compare with, None for a quarter of the image. `original` is what it was converted from, where that is there.
     `cross` and `double` are the thinnest strip that it runs on and the network in float64, where the scan left them.
-    What it gave on the last inputs is recalled.
+    `sizes` are those that the scan speaks for. What it gave on the last inputs is recalled.
     """
 
     model: nn.Module
@@ -53,6 +54,7 @@ class Subject:
     original: nn.Module | None = None
     cross: tuple[int, ...] = ()
     double: nn.Module | None = None
+    sizes: ProvedSizes | None = None
     _recalling: Recalling = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -138,6 +140,7 @@ class Subject:
                     run=self.run,
                     cross=self.cross,
                     double=self.double,
+                    sizes=self.sizes,
                 )
             except NotTaken:
                 small = isinstance(tile, tuple) and any(

@@ -11,12 +11,14 @@ import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from typing_extensions import Self
 
 from normfix.errors import NormfixError
+from normfix.records.choices import StrEnum
 
 __all__ = ["SCHEMA", "Record", "parsed", "read_text"]
 

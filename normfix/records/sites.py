@@ -7,11 +7,12 @@ The records an API call returns and those `--format json` prints are the same ob
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Literal
 
+from normfix.records.choices import StrEnum
 from normfix.records.derivations import Reach
 from normfix.records.encoding import Record
+from normfix.records.sizes import ProvedSizes
 from normfix.records.spans import Spans
 
 __all__ = [
@@ -163,7 +164,7 @@ class Scan(Record):
     holds both. None means unbounded or not measurable. `halo_rounded` is it rounded up to the stride:
     what a tile must read, by whatever tool. `scale` is output pixels per input pixel, as a
     fraction in text ("1", "1/2", "2"). `exact_sizes` holds the number of pixels that sizes must be a
-    multiple of (1 = any), `smallest_tile` the least extents the network runs on. Geometry is None where the
+    multiple of (1 = any), `smallest_tile` the least extents the network runs on, `sizes` the sizes that all of this is said of. Geometry is None where the
     network is not dense or not local. `draws` tells that the network draws random numbers, which normfix gives it
     from a source of its own, the same in every call.
     """
@@ -181,6 +182,7 @@ class Scan(Record):
     smallest_tile: tuple[int, ...] | None = None
     halo_rounded: Spans | None = None
     reach: Reach | None = None
+    sizes: ProvedSizes | None = None
     looks: tuple[Looked, ...] = ()
     findings: tuple[Finding, ...] = ()
     draws: bool = False

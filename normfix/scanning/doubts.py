@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from normfix.records.sites import Finding, Site
-from normfix.scanning.graph.bounds import Bound
+from normfix.records.sizes import Condition
 from normfix.tiling.dependence import FAR
 
 __all__ = ["Doubts"]
@@ -27,8 +27,8 @@ class Doubts:
     """The suspicions of one scan.
 
     `sites` are ids of sites that are global by their name or growth only, `operations` ids of calls that nobody
-    knows, `placed` the findings about calls that take place or size into account, `bounds` the sizes at which the
-    network branches. `causes` are findings that count only where there is no geometry.
+    knows, `placed` the findings about calls that take place or size into account, `bounds` the conditions on the
+    size by which the network branches. `causes` are findings that count only where there is no geometry.
     `swallowed` and `compared` tell that NaN may show too short a halo, `wraps` that a call shifts a map around its
     border.
     """
@@ -36,7 +36,7 @@ class Doubts:
     sites: frozenset[str]
     operations: Sequence[str]
     placed: tuple[Finding, ...]
-    bounds: tuple[Bound, ...]
+    bounds: tuple[Condition, ...]
     causes: tuple[Finding, ...] = ()
     swallowed: bool = False
     compared: bool = False
@@ -54,7 +54,7 @@ class Doubts:
         """Return what is said of places and sizes where nothing was settled; `unplaced`: and no geometry was found."""
         return self.placed + tuple(map(_bound, self.bounds)) + (self.causes if unplaced else ())
 
-    def explained(self, findings: Sequence[Finding], open_bounds: Sequence[Bound]) -> tuple[Finding, ...]:
+    def explained(self, findings: Sequence[Finding], open_bounds: Sequence[Condition]) -> tuple[Finding, ...]:
         """Return the findings of a network whose geometry is steady: what was settled is said to be.
 
         Args:
@@ -96,10 +96,11 @@ def _local(site: Site) -> Site:
     return replace(site, live=False, reduces=reduces, refusal="", layer=None, statistic=None)
 
 
-def _bound(bound: Bound) -> Finding:
+def _bound(bound: Condition) -> Finding:
     return Finding(
         code="NF244",
         where="input size",
-        message=f"the network branches on the image's size: what was scanned holds while {bound.text}, and a "
-        "larger image runs something else than its tiles. Take the branch out.",
+        message=f"the network branches on the image's size at {bound.line or 'an unknown line'}: what was scanned "
+        f"holds while {bound.text}, and an image of another size runs something else than its tiles. Take the branch "
+        "out.",
     )

@@ -123,6 +123,10 @@ class Growth:
             self._calls[position].numbers != self._other.calls[position].numbers
         )
 
+    def input(self, position: int, number: int) -> float:
+        """Return the exponent of one input."""
+        return self._exponent(position, "inputs", number)
+
     def inputs(self, position: int) -> float:
         """Return the exponent of the fastest growing input: 1 grows as the image does, 0 not at all."""
         return max(

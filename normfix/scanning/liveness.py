@@ -7,7 +7,9 @@ Calls that look at the whole extent play one of these roles:
     partial   the result still varies along an axis of the image (strip pooling)
     mixing    a map in, a map out, and each pixel has seen all (softmax, cumsum, sort, Fourier)
     pairs     every pixel is compared with every other (attention)
-    leaving   a map's values leave tensors, or say by a result's size how many they are (`equal`, `x[mask]`)
+    leaving   a map's values leave tensors, or say by a result's size how many they are (`equal`, `x[mask]`); a few of
+              them do, for a branch (`if x[0, 0, 0, 0] > .5`)
+    picking   values at one place of a map, which a larger one is computed from (`where(x[..., :1, :1] > .5, a, b)`)
 
 A statistic is live if a path leads from it to the network's result, or to a value that leaves tensors and may
 decide a branch, without passing a total or quotient that is frozen: a constant cuts all that leads to it.
@@ -18,8 +20,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from enum import StrEnum
 
+from normfix.records.choices import StrEnum
 from normfix.scanning.census import LEAVES, PICKS, Call
 from normfix.scanning.growth import FIXED, REDUCED, SQUARED, Growth
 
@@ -35,6 +37,7 @@ class Role(StrEnum):
     MIXING = "mixing"
     PAIRS = "pairs"
     LEAVING = "leaving"
+    PICKING = "picking"
 
 
 _ATTENTION = frozenset({"scaled_dot_product_attention", "multi_head_attention_forward"})
@@ -48,6 +51,16 @@ _ALONG_TOO = frozenset({"argsort", "cummax", "cummin", "cumsum_", "cumprod_", "f
 _CONTRACTING = frozenset({"matmul", "mm", "mv", "bmm", "baddbmm", "einsum", "tensordot"})
 _SHAPING = frozenset({"__getitem__", "interpolate", "upsample", "size", "expand", "expand_as", "pad"})
 _PICKING = frozenset({"narrow", "select", "index_select", "split", "chunk", "unbind", "gather", "take", "t"})
+
+_RESIZING = frozenset({"interpolate", "upsample"})
+_PLACED = (
+    (_PICKING - {"t"}) | _RESIZING | frozenset({"__getitem__", "take_along_dim", "diagonal", "as_strided"})
+)
+"""What takes values from places of a map."""
+_JOINING = frozenset(
+    {"cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "pad", "copy_"}
+) | frozenset({"__setitem__", "index_put", "index_put_", "slice_scatter", "select_scatter"})
+"""What puts values beside others, as replicated padding does with those of the border."""
 
 _SLIDING = ("max_pool", "avg_pool", "lp_pool", "conv1d", "conv2d", "conv3d", "conv_transpose", "unfold")
 
@@ -70,7 +83,7 @@ def roles(calls: Sequence[Call], growth: Growth, is_norm: Callable[[str], bool])
         scales = call.function in ("div", "mul") and growth.follows_size(position)
         if scales and position not in found and after.get(position):
             found[position] = Role.QUOTIENT
-    return found
+    return {**_picks(calls, growth, found), **found}
 
 
 def tails(calls: Sequence[Call], growth: Growth, found: Mapping[int, Role]) -> dict[int, frozenset[int]]:
@@ -154,6 +167,41 @@ def _role(position: int, call: Call, growth: Growth) -> Role | None:
         return Role.MIXING
     # what shrinks from squared is the second half of an attention, named at its first half
     return Role.PARTIAL if into <= SQUARED and out < REDUCED * into else None
+
+
+def _picks(calls: Sequence[Call], growth: Growth, found: Mapping[int, Role]) -> dict[int, Role]:
+    """Return the calls that take values from places of a map, where a larger map or a branch is made of these.
+
+    A view shares the memory of what it is of, so a value is known by its memory and its shape.
+    """
+    carried: dict[tuple[int, tuple[int, ...]], frozenset[int]] = {}
+    picks: dict[int, Role] = {}
+    for position, call in enumerate(calls):
+        given = list(zip(call.reads, call.inputs, strict=True))
+        sources = [carried.get(key, frozenset()) for key in given]
+        if call.function in LEAVES and any(sources):
+            picks[position] = Role.LEAVING
+        if position in found or not call.writes:
+            continue
+        out = growth.outputs(position)
+        spread = [
+            source
+            for number, source in enumerate(sources)
+            if growth.two_sizes and out >= FIXED and growth.input(position, number) < REDUCED * out
+        ]
+        if call.function not in _JOINING:
+            met = (p for source in spread for p in source if calls[p].function not in _RESIZING)
+            picks.update(dict.fromkeys(met, Role.PICKING))
+        kept = frozenset().union(*(source for source in sources if source not in spread))
+        if (
+            call.function in _PLACED
+            and growth.inputs(position) >= FIXED
+            and out < REDUCED * growth.inputs(position)
+        ):
+            kept |= {position}
+        for key in zip(call.writes, call.outputs, strict=True):
+            carried[key] = kept
+    return picks
 
 
 def _slides(call: Call) -> bool:

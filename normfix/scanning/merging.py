@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from normfix.records.sites import Family, Finding, Looked, Site
+from normfix.scanning.census import LEAVES
 from normfix.scanning.sightings import Dyed, Sighting
 
 __all__ = ["GraphSeen", "Merged", "merge"]
@@ -81,7 +82,9 @@ def merge(
         looks.append(Looked(name="dye", status="done"))
         if guessed:
             seen = {s.id for s in dyed.sightings}
-            merged = [site if not site.live or site.id in seen else _judged(site) for site in merged]
+            # a value that leaves tensors may be of any pixel, and the dye is on one
+            sure = seen | {site.id for site in merged if site.function in LEAVES or not site.live}
+            merged = [site if site.id in sure else _judged(site) for site in merged]
         merged, disputes = _with_dye(merged, dyed, meets_map)
         findings += disputes
     return Merged(sites=tuple(merged), looks=tuple(looks), findings=tuple(findings))

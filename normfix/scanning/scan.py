@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -19,26 +19,25 @@ from normfix.networks.numerics import exact_arithmetic
 from normfix.networks.surroundings import undisturbed
 from normfix.records.plans import Plan
 from normfix.records.sites import Finding, Looked, Scan, Site
+from normfix.records.sizes import Condition, ProvedSizes
 from normfix.records.spans import in_strides
 from normfix.scanning.base import base_of
+from normfix.scanning.crossings import Crossings
 from normfix.scanning.doubts import Doubts
 from normfix.scanning.durations import Durations, tell_notable
-from normfix.scanning.graph.bounds import Bound
-from normfix.scanning.graph.look import GraphLook, graph_look
+from normfix.scanning.graph.bounds import AXES, SizeLook
+from normfix.scanning.graph.look import GraphLook, graph_look, size_look
 from normfix.scanning.merging import Merged, merge
 from normfix.scanning.positions import Positions
 from normfix.scanning.sightings import Dyed, confirmed, dye_look
 from normfix.scanning.sites import Survey, survey
 from normfix.scanning.witnesses import HaloSource, Witness, witness_of
-from normfix.tiling.dependence import agrees, far
 from normfix.tiling.geometry import Locality, measure_locality, not_dense
 from normfix.tiling.grid import Geometry
 
 __all__ = ["Scanned", "look", "plan", "scan"]
 
 _FAST = "the scan was asked to be fast"
-_PIXELS = (1 << 18, 1 << 20)
-"""Pixels of the strips on which a branch on the size is tried, at most."""
 _PROVED = "nothing was captured: what follows is proved, so the other looks are enough"
 
 
@@ -148,17 +147,38 @@ def look(
             lambda seen: not seen.recorded or seen.id in found.reaching,
             guessed=found.other is None,
         )
+        sizes = _sizes(probe, caller, material, found, graph_seen, fast=fast)
         doubts = Doubts(
             sites=frozenset(s.id for s in merged.sites if s.live and s.refusal) & dyed.doubtful,
             operations=dyed.unknown,
             placed=positions.findings(two_sizes=found.other is not None),
-            bounds=() if isinstance(graph_seen, Looked) else graph_seen.bounds,
+            bounds=sizes.conditions,
             causes=positions.causes(two_sizes=found.other is not None),
             swallowed=dyed.swallowed,
             compared=dyed.compared,
             wraps=positions.may_wrap(),
         )
-        seen = _measured(probe, name, doubts, merged, found, material, caller, fast=fast, halo=halo)
+        seen = _measured(
+            probe,
+            name,
+            doubts,
+            merged,
+            found,
+            material,
+            caller,
+            tried=(*sizes.lattice, *sizes.built),
+            fast=fast,
+            halo=halo,
+        )
+        run = seen.largest
+        proved = ProvedSizes(
+            axes=AXES[material.dim()],
+            conditions=(*seen.bounds, *seen.differing),
+            crossed=tuple(bound for bound in sizes.conditions if bound not in seen.bounds),
+            unknown=(*sizes.unknown, *(f"{f.where}: {f.message}" for f in doubts.placed)),
+            extents=tuple(map(max, material.shape[2:], run.extents)),
+            pixels=max(math.prod(material.shape[2:]), run.pixels),
+        )
     geometry, locality = seen.locality.geometry, seen.locality
     return Scanned(
         Scan(
@@ -175,6 +195,7 @@ def look(
             smallest_tile=locality.smallest_tile,
             halo_rounded=in_strides(geometry.halo, geometry.stride) if geometry else None,
             reach=seen.witness.reach(locality, material) if seen.witness else None,
+            sizes=proved,
             looks=merged.looks,
             findings=found.findings + seen.findings + locality.findings,
             draws=caller.draws,
@@ -187,12 +208,18 @@ def look(
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """Sites and findings after the doubts among them were put to the measurement."""
+    """Sites, findings and conditions on the size after the doubts among them were put to the measurement.
+
+    `differing` are conditions that should be harmless, and by which tiles differ all the same.
+    """
 
     sites: tuple[Site, ...]
     locality: Locality
     findings: tuple[Finding, ...]
     invariant: bool
+    bounds: tuple[Condition, ...]
+    differing: tuple[Condition, ...]
+    largest: _Largest
     witness: Witness | None = None
     double: nn.Module | None = None
 
@@ -206,6 +233,7 @@ def _measured(
     material: Tensor,
     caller: Caller,
     *,
+    tried: Sequence[Condition],
     fast: bool,
     halo: HaloSource,
 ) -> _Measured:
@@ -224,20 +252,29 @@ def _measured(
     witness = None if bench is None else bench.witness
     beyond = () if witness is None else witness.findings(locality)
     double = None if bench is None else bench.twin
+    # what did not hold on longer strips is believed of the example only
+    largest = _Largest(material.dim() - 2)
+    broken: tuple[Condition, ...] = ()
+    if bench is not None and locality.geometry is not None:
+        broken = tuple(replace(c, strict=True) for c in tried if not bench.crossings(locality).harmless(c))
+    if bench is not None and (locality.steady or not doubts):
+        largest = bench.largest
     if locality.steady and bench is not None:
-        open_bounds = [bound for bound in doubts.bounds if not bench.crosses(bound, locality)]
-        findings = doubts.explained(merged.findings, open_bounds) + beyond
-        live = any(site.live for site in trial)
-        return _Measured(trial, locality, findings, not live and not open_bounds, witness, double)
+        open_bounds = tuple(bound for bound in doubts.bounds if not bench.crossings(locality).crossed(bound))
+        findings = doubts.explained(merged.findings, (*open_bounds, *broken)) + beyond
+        sound = not any(site.live for site in trial) and not open_bounds and not broken
+        return _Measured(trial, locality, findings, sound, open_bounds, broken, largest, witness, double)
     everything = decide(merged.sites, model=name, to="frozen")
     if everything.left_live:
         locality = _unmeasured(everything, found, material)
+    doubts = replace(doubts, bounds=(*doubts.bounds, *broken))
     unsettled = doubts.findings(
         unplaced=locality.geometry is None and not everything.left_live and found.dense
     )
     live = any(site.live for site in merged.sites)
     sound = not live and not doubts.operations and not doubts.placed and not doubts.bounds
-    return _Measured(merged.sites, locality, merged.findings + unsettled + beyond, sound, witness, double)
+    bounds = tuple(bound for bound in doubts.bounds if bound not in broken)
+    return _Measured(merged.sites, locality, merged.findings + unsettled + beyond, sound, bounds, broken, largest, witness, double)
 
 
 def _graph(
@@ -246,6 +283,23 @@ def _graph(
     if skipped:
         return Looked(name="graph", status="skipped", note=skipped)
     return graph_look(probe, caller, example, found.sites, one_size=found.other is None)
+
+
+def _sizes(
+    probe: nn.Module,
+    caller: Caller,
+    example: Tensor,
+    found: Survey,
+    graph: GraphLook | Looked,
+    *,
+    fast: bool,
+) -> SizeLook:
+    """Return what the graph says of sizes, whether it was looked at for more or not."""
+    if isinstance(graph, GraphLook):
+        return graph.sizes
+    if fast:
+        return SizeLook(conditions=(), unknown=(_FAST,))
+    return size_look(probe, caller, example, one_size=found.other is None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,15 +345,33 @@ def _unmeasured(everything: Plan, found: Survey, example: Tensor) -> Locality:
     return Locality(None, tuple(Finding(code="NF215", where=d.site.id, message=d.reason) for d in left))
 
 
+class _Largest:
+    """The largest sizes that a network was run at: extents by axis, and pixels."""
+
+    def __init__(self, axes: int) -> None:
+        self.extents = (0,) * axes
+        self.pixels = 0
+
+    def noted(self, x: Tensor) -> Tensor:
+        """Return what the network is run on, with its size noted."""
+        self.extents = tuple(map(max, x.shape[2:], self.extents))
+        self.pixels = max(self.pixels, math.prod(x.shape[2:]))
+        return x
+
+
 @dataclass(frozen=True, slots=True)
 class _Bench:
-    """A network in which all that can be is frozen, in two precisions, and the material of its strips."""
+    """A network in which all that can be is frozen, in two precisions, and the material of its strips.
+
+    `largest` notes the sizes that it is run at.
+    """
 
     single: Callable[[Tensor], Tensor]
     double: Callable[[Tensor], Tensor]
     twin: nn.Module
     example: Tensor
     witness: Witness
+    largest: _Largest
 
     def measured(self, dilution: Sequence[int], doubts: Doubts, *, fast: bool) -> Locality:
         """Measure its geometry as if no doubt were founded."""
@@ -317,18 +389,10 @@ class _Bench:
             bound=self.witness.bound,
         )
 
-    def crosses(self, bound: Bound, locality: Locality) -> bool:
-        """Tell whether tiles within a bound equal a strip that breaks it."""
-        geometry = locality.geometry
-        assert geometry is not None
-        for axis, limit in itertools.product(range(len(geometry.stride)), _PIXELS):
-            size = far(geometry, locality.cross, axis, limit)
-            if bound.breaks(size):
-                try:
-                    return agrees(self.double, self.example.double(), axis, geometry, size)
-                except refusals():
-                    return False
-        return False
+    def crossings(self, locality: Locality) -> Crossings:
+        """Return what tries conditions on the size."""
+        assert locality.geometry is not None
+        return Crossings(self.double, self.example, locality.geometry, locality.cross)
 
 
 def _bench(
@@ -344,7 +408,12 @@ def _bench(
     small = found.sizes(example)[0]
     freeze_sites_(frozen, [site_target(frozen, d, express=False) for d in fresh], small, caller)
     double = copy_of(frozen).double()
-    witness = witness_of(frozen, caller, small, halo)
+    largest = _Largest(example.dim() - 2)
     return _Bench(
-        lambda x: caller(frozen, x), lambda x: caller.in_double(double, x), double, example, witness
+        lambda x: caller(frozen, largest.noted(x)),
+        lambda x: caller.in_double(double, largest.noted(x)),
+        double,
+        example,
+        witness_of(frozen, caller, small, halo),
+        largest,
     )

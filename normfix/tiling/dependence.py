@@ -144,10 +144,12 @@ def agrees(f: Function, example: Tensor, axis: int, geometry: Geometry, size: Se
     reads = before + tile + after
     x = strip(example, size) + texture(example, size)
     whole = f(x)
-    for start in (0, (length - reads) // 2 // stride * stride, length - reads):
-        part = f(x.narrow(axis + 2, start, reads))
+    last = (length - reads) // stride * stride
+    for start in (0, last // 2 // stride * stride, last):
+        extent = length - start if start == last else reads
+        part = f(x.narrow(axis + 2, start, extent))
         first = before if start else 0
-        width = int(((reads if start == length - reads else reads - after) - first) * scale)
+        width = int(((extent if start == last else reads - after) - first) * scale)
         a = whole.narrow(axis + 2, int((start + first) * scale), width)
         if not _alike(a, part.narrow(axis + 2, int(first * scale), width)):
             return False

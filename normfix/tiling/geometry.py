@@ -41,6 +41,7 @@ __all__ = [
     "Locality",
     "cross_section",
     "geometry_of",
+    "holds_stride",
     "measure_locality",
     "not_dense",
     "thinnest",
@@ -502,6 +503,25 @@ def geometry_of(scan: Scan) -> Geometry | None:
         return None
     return Geometry(
         stride=scan.stride, halo=scan.halo, scale=tuple(map(Fraction, scan.scale)), multiple=scan.exact_sizes
+    )
+
+
+def holds_stride(f: Function, example: Tensor, geometry: Geometry, cross: Sequence[int]) -> bool:
+    """Tell whether windows may be cut at a geometry's stride, as it was measured.
+
+    Args:
+        f: the network in float64.
+        example: (1, C, *space) in float64, the material of the strips.
+        geometry: as measured.
+        cross: extents of the thinnest strip.
+    """
+    axes = zip(geometry.stride, geometry.scale, geometry.halo, strict=True)
+    return all(
+        cutting_grid(
+            f, example, axis, stride, scale, (round_up(before, stride), round_up(after, stride)), cross
+        )
+        == stride
+        for axis, (stride, scale, (before, after)) in enumerate(axes)
     )
 
 

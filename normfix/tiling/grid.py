@@ -16,7 +16,7 @@ from types import EllipsisType
 
 from normfix.records.spans import Spans, round_up
 
-__all__ = ["Geometry", "Tile", "at", "grid"]
+__all__ = ["Geometry", "Tile", "at", "grid", "window_sizes"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,15 +77,32 @@ def grid(size: Sequence[int], tile: Sequence[int], geometry: Geometry) -> Iterat
         >>> [(t.read[0].start, t.read[0].stop) for t in grid((24,), (8,), g)]
         [(0, 16), (4, 24), (8, 24)]
     """
-    spans = [
+    for parts in itertools.product(*_spans_by_axis(size, tile, geometry)):
+        read, keep, write = zip(*parts, strict=True)
+        yield Tile(read, keep, write)
+
+
+def window_sizes(size: Sequence[int], tile: Sequence[int], geometry: Geometry) -> Iterator[tuple[int, ...]]:
+    """Yield the different extents that the tiles of an image read; arguments as for `grid`.
+
+    Example:
+        >>> g = Geometry(stride=(4,), halo=((4, 4),), scale=(Fraction(1),), multiple=(4,))
+        >>> sorted(window_sizes((40,), (8,), g))
+        [(12,), (16,)]
+    """
+    reads = ([read for read, _, _ in spans] for spans in _spans_by_axis(size, tile, geometry))
+    yield from itertools.product(*({read.stop - read.start for read in axis} for axis in reads))
+
+
+def _spans_by_axis(
+    size: Sequence[int], tile: Sequence[int], geometry: Geometry
+) -> list[list[tuple[slice, slice, slice]]]:
+    return [
         list(_spans(n, step, stride, halo, scale))
         for n, step, stride, halo, scale in zip(
             size, tile, geometry.stride, geometry.halo, geometry.scale, strict=True
         )
     ]
-    for parts in itertools.product(*spans):
-        read, keep, write = zip(*parts, strict=True)
-        yield Tile(read, keep, write)
 
 
 def _spans(

@@ -11,7 +11,6 @@ import normfix
 from normfix.networks.behaviour import behaviour_of
 from normfix.networks.copying import double_of
 
-
 RUNS, COPIES = Counter(), Counter()
 """By the extents of the image, and by class; what a class holds would be a part of what its networks compute."""
 

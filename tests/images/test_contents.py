@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-import zarr
+from optional import zarr
 from streamed_networks import Tangled
 
 import normfix

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-import zarr
+from optional import zarr
 
 import normfix
 from normfix.demo.data import nuclei_image

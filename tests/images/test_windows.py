@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from optional import zarr
 
 from normfix.errors import NormfixError
 from normfix.images.files import open_windows

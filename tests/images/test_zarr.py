@@ -9,13 +9,15 @@ import resource
 import time
 import zlib
 
-import numcodecs
 import numpy as np
 import pytest
-import zarr
+from optional import NO_ZARR
 
 from normfix.errors import NormfixError
 from normfix.images.files import open_windows, read_image
+
+numcodecs = pytest.importorskip("numcodecs", reason=NO_ZARR)
+zarr = pytest.importorskip("zarr", reason=NO_ZARR)
 
 RNG = np.random.default_rng(0)
 LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}

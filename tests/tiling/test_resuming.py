@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import zarr
+from optional import zarr
 from streamed_networks import Tangled
 from torch.testing import assert_close
 

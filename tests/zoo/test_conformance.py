@@ -253,7 +253,7 @@ def test_a_network_that_dies_leaves_a_row():
 
 def test_an_exception_is_a_failure_with_its_place():
     """What a network raises is told with file and line."""
-    row = examine(replace(SMALL, build=lambda: nn.Conv2d(1, 0, 0)))
+    row = examine(replace(SMALL, build=lambda: nn.Conv2d(1, 1, 3, groups=2)))
     assert row["category"] in CATEGORIES
     assert row["category"] == "failed"
     assert "build" in row["cause"]

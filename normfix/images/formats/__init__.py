@@ -14,6 +14,7 @@ import numpy as np
 from normfix.errors import NormfixError
 from normfix.images.formats.opened import ArrayLike, Choice, Opened
 from normfix.images.formats.placement import Placement
+from normfix.images.formats.zarr_layout import require_zarr
 
 __all__ = [
     "OUTPUTS",
@@ -82,6 +83,7 @@ def open_file(path: Path, choice: Choice | None = None) -> Opened:
 
                 return open_png(path)
         if is_zarr(path):
+            require_zarr(str(path))
             from normfix.images.formats.ome_zarr import open_zarr
 
             return open_zarr(path, choice)
@@ -128,6 +130,7 @@ def create(
     """
     match suffix_of(path):
         case ".zarr":
+            require_zarr(str(path))
             from normfix.images.formats.ome_zarr import create as create_zarr
 
             return create_zarr(path, shape, dtype, axes, placement, blocks or shape)

@@ -81,10 +81,16 @@ class _Pages:
 
     def __getitem__(self, index: Any) -> Any:
         if self._windows is None:
-            import zarr
-
-            self._windows = zarr.open_array(self._level.aszarr(level=0), mode="r")
+            self._windows = self._by_window()
         return self._windows[index]
+
+    def _by_window(self) -> Any:
+        """Return what is sliced: the file, or where zarr is not installed all of it in memory."""
+        try:
+            import zarr
+        except ImportError:
+            return np.asarray(self)
+        return zarr.open_array(self._level.aszarr(level=0), mode="r")
 
 
 def open_tiff(path: Path, choice: Choice) -> Opened:

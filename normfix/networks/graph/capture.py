@@ -23,6 +23,7 @@ from normfix.networks.graph.isolation import silence
 from normfix.networks.graph.replaying import replay, replays
 from normfix.networks.graph.sizes import LongFormulaError, ShortSizes
 from normfix.networks.numerics import exact_arithmetic
+from normfix.networks.releases import values_of
 
 __all__ = [
     "WRAPPED",
@@ -30,6 +31,7 @@ __all__ = [
     "NotCaptured",
     "capture",
     "export",
+    "exported",
     "extents",
     "free_dimensions",
     "image_of",
@@ -99,6 +101,20 @@ def capture(model: nn.Module, run: Run, example: Tensor, *, one_size: bool = Fal
         with exact_arithmetic():
             return _captured(network, example[:1].detach(), one_size=one_size)
     except failures() as error:  # torch.export runs the network's code and may raise anything
+        return NotCaptured(_line(error))
+
+
+def exported(
+    model: nn.Module, run: Run, example: Tensor, *, one_size: bool = False
+) -> ExportedProgram | NotCaptured:
+    """Capture a network without comparing what it gives: for what the program says of sizes.
+
+    Arguments as for `capture`.
+    """
+    try:
+        with exact_arithmetic():
+            return export(_Network(model, run).eval(), example[:1].detach(), one_size=one_size)
+    except failures() as error:
         return NotCaptured(_line(error))
 
 
@@ -244,7 +260,7 @@ def _tensor_nodes(program: ExportedProgram) -> Iterator[tuple[str, Any]]:
 def _roots(program: ExportedProgram) -> dict[Any, int]:
     """Return a value for each symbol in the image's spatial extents: twice what it was captured at."""
     free = [n for n in image_of(program).meta["val"].shape[2:] if _symbols(n)]
-    hints = {symbol: n.node.shape_env.backed_var_to_val[symbol] for n in free for symbol in _symbols(n)}
+    hints = {symbol: values_of(n.node.shape_env)[symbol] for n in free for symbol in _symbols(n)}
     return {symbol: 2 * int(hint) for symbol, hint in hints.items()}
 
 
@@ -259,7 +275,7 @@ def _sizes(value: Any, replaced: dict[Any, int] | None = None) -> tuple[int, ...
         if isinstance(n, int):
             sizes.append(n)
             continue
-        known = {**n.node.shape_env.backed_var_to_val, **(replaced or {})}
+        known = {**values_of(n.node.shape_env), **(replaced or {})}
         resolved = n.node.expr.subs(known)
         sizes.append(int(resolved) if resolved.is_number else 1)  # depends on the values of data
     return tuple(sizes)

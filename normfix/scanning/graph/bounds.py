@@ -1,61 +1,243 @@
-"""Branches on the image's size: conditions under which a captured graph holds, and which larger images break.
+"""What a captured graph says of sizes: the conditions under which it is the network, and what it leaves open.
 
 A network that asks `if width > 300` is another network above 300 pixels. No statistic and no dye shows that, and
-no tile tried here may be large enough; the guards that torch.export keeps with a graph do.
+no tile tried here may be large enough; the guards that torch.export keeps with a graph do. Of these the ones that
+the network's own code asks for count: those of torch's are about memory layout and kernels. `min(512, n)` and a slice
+of fixed length leave no guard: their sizes are minima and maxima, and which argument is taken is a condition too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
+from pathlib import Path
 from typing import Any
 
-from normfix.networks.graph.capture import Captured, image_of
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
 
-__all__ = ["Bound", "broken_when_larger"]
+from normfix.errors import PACKAGE, NormfixError
+from normfix.networks.graph.capture import image_of
+from normfix.networks.graph.operators import name_of, taken_by
+from normfix.networks.releases import values_of
+from normfix.records.sizes import Condition
+from normfix.scanning.graph.formulas import NoText, text_of
 
-_LARGER = {3: 17, 4: 17, 5: 13}
-"""Factor by rank. No multiple of 2, 3, 5 or 7, so that what those divide, and what not, stays as it is: a network that
-pads to multiples of 8 is no other for that. Below the 2**31 elements at which kernels branch."""
-_NAMES = {3: "NCL", 4: "NCHW", 5: "NCDHW"}
+__all__ = ["AXES", "SizeLook", "read_sizes"]
+
+AXES = {3: "L", 4: "HW", 5: "DHW"}
+"""Names of the spatial axes, by the image's rank."""
+
+_TORCH = str(Path(torch.__file__).parent)
+_PLACES = frozenset({"arange", "linspace", "logspace", "meshgrid", "tril", "triu", "eye"})
+_EVEN = frozenset(
+    {"full", "zeros", "ones", "empty", "new_full", "new_zeros", "new_ones", "new_empty", "rand", "randn"}
+)
+_EXTENTS = (8, 12, 16, 24, 40, 64, 100, 160, 250, 400, 640, 1000, 1600, 2500, 4000, 10_000, 100_000, 1 << 20)
+"""Extents at which a condition is asked whether any image breaks it."""
+_KERNELS = 1 << 31
+"""Elements from which on kernels count with longer integers: what asks for as many is about them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizeLook:
+    """The conditions of a graph that some image breaks, and why they do not tell everything; () where they do.
+
+    `lattice` are the conditions that only repeat with the size, `built` say what a number was that is computed from the
+    size and was built into the graph.
+    """
+
+    conditions: tuple[Condition, ...]
+    unknown: tuple[str, ...]
+    lattice: tuple[Condition, ...] = ()
+    built: tuple[Condition, ...] = ()
+
+
+def read_sizes(program: ExportedProgram) -> SizeLook:
+    """Read the guards of a captured graph, the minima and maxima among its sizes, and maps laid over the image.
+
+    Args:
+        program: of one image (N, C, *space).
+    """
+    image = image_of(program)
+    shape = image.meta["val"].shape
+    letters = ("N", "C", *AXES[len(shape)])
+    free = {dim: n.node for dim, n in enumerate(shape) if not isinstance(n, int) and n.node.expr.is_Symbol}
+    fixed = [letters[dim] for dim in range(2, len(shape)) if dim not in free]
+    unknown = [f"the captured graph has one extent along {' and '.join(fixed)}"] if fixed else []
+    found: dict[_Kind, dict[Condition, None]] = {kind: {} for kind in _Kind}
+    if free:
+        reading = _Reading.of(free, letters)
+        found[_Kind.BRANCH].update({Condition(text=f"{a} == {b}", line=""): None for a, b in reading.tied})
+        for formula, line in (*reading.asked(), *_chosen(program, reading)):
+            try:
+                kind, condition = reading.condition(formula, line)
+            except _Open as error:
+                unknown.append(f"{error}, at {line or 'an unknown line'}")
+                continue
+            found[kind][condition] = None
+    built = [f"a number computed from the size is built in, {c.text} ({c.line})" for c in found[_Kind.BUILT]]
+    placed = [f"a map is laid over the image at {line}" for line in _placed(program, image)]
+    return SizeLook(
+        conditions=tuple(found[_Kind.BRANCH]),
+        unknown=tuple(dict.fromkeys((*unknown, *built, *placed))),
+        lattice=tuple(found[_Kind.LATTICE]),
+        built=tuple(found[_Kind.BUILT]),
+    )
+
+
+class _Kind(Enum):
+    """What a guard is: true whatever the size, a branch, the same again at a multiple, or a number built in."""
+
+    TRIVIAL = auto()
+    BRANCH = auto()
+    LATTICE = auto()
+    BUILT = auto()
+
+
+class _Open(ValueError):  # noqa: N818 - a finding, not a fault
+    """A guard that is no condition: the sizes for which the graph holds are not known from it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Bound:
-    """A condition under which a graph holds, in words, and the extents of the image it is about by dimension."""
+class _Reading:
+    """The symbols of an image's extents, their names, and what they were when the graph was captured."""
 
-    text: str
-    condition: Any
-    symbols: Mapping[int, Any]
+    names: Mapping[Any, str]
+    extents: Mapping[str, int]
+    tied: tuple[tuple[str, str], ...]
+    environment: Any
 
-    def breaks(self, size: Sequence[int]) -> bool:
-        """Tell whether an image (N, C, *space) of these spatial extents breaks it."""
-        extents = {symbol: size[dim - 2] for dim, symbol in self.symbols.items() if dim >= 2}
-        return not self.condition.subs(extents)
+    @classmethod
+    def of(cls, free: Mapping[int, Any], letters: Sequence[str]) -> _Reading:
+        environment = next(iter(free.values())).shape_env
+        names: dict[Any, str] = {}
+        tied = []
+        for dim, node in free.items():
+            if node.expr in names:
+                tied.append((names[node.expr], letters[dim]))
+            names.setdefault(node.expr, letters[dim])
+        known = values_of(environment)
+        extents = {name: int(known[symbol]) for symbol, name in names.items()}
+        return cls(names, extents, tuple(tied), environment)
+
+    def asked(self) -> Iterator[tuple[Any, str]]:
+        """Yield the guards that are not torch's own, with the line that asks."""
+        for guard in self.environment.guards:
+            frame = getattr(getattr(guard, "sloc", None), "framework_loc", None)
+            file = str(getattr(frame, "filename", ""))
+            if file.startswith(_TORCH):
+                continue
+            if not file.startswith(str(PACKAGE)):
+                yield guard.expr, f"{'/'.join(Path(file).parts[-2:])}:{frame.lineno}" if frame else ""
+            elif type(guard.expr).__name__ == "Equality":
+                # torch's own as well, asked from where we call it; an argument that must be a number is built in
+                yield guard.expr, ""
+
+    def condition(self, formula: Any, line: str) -> tuple[_Kind, Condition]:
+        """Return the condition that a formula is, and of which kind.
+
+        Raises:
+            _Open: it has no text.
+        """
+        formula = formula.subs(self.environment.replacements)
+        symbols = formula.free_symbols
+        if not symbols <= set(self.names):
+            raise _Open("a size depends on values")
+        try:
+            condition = Condition(text=text_of(formula, self.names), line=line)
+            extents = {self.names[symbol]: self.extents[self.names[symbol]] for symbol in symbols}
+            return self._kind(formula, condition, extents) if symbols else _Kind.TRIVIAL, condition
+        except (NoText, NormfixError) as error:
+            raise _Open("a size is computed by what has no formula, or a long one") from error
+
+    def _kind(self, formula: Any, condition: Condition, extents: Mapping[str, int]) -> _Kind:
+        if not condition.holds(extents):  # asked on the way to what was asked in the end
+            return _Kind.TRIVIAL
+        if condition.repeats(extents):
+            return _Kind.LATTICE
+        if type(formula).__name__ == "Equality" and any(side.is_number for side in formula.args):
+            return _Kind.BUILT
+        if any(abs(int(number)) >= _KERNELS - 1 for number in formula.atoms() if number.is_Integer):
+            return _Kind.TRIVIAL
+        broken = _differs(condition) or _is_broken(condition, extents)
+        return _Kind.BRANCH if broken else _Kind.TRIVIAL
 
 
-def broken_when_larger(captured: Captured) -> tuple[Bound, ...]:
-    """Return the conditions of a graph with free sizes that do not hold for an image many times as large."""
-    shape = image_of(captured.program).meta["val"].shape
-    free = {dim: n.node for dim, n in enumerate(shape) if not isinstance(n, int) and n.node.expr.is_Symbol}
-    if not any(dim >= 2 for dim in free):
-        return ()
-    environment: Any = next(iter(free.values())).shape_env
-    known = environment.backed_var_to_val
-    larger = {
-        node.expr: int(known[node.expr]) * (_LARGER.get(len(shape), 13) if dim >= 2 else 1)
-        for dim, node in free.items()
-    }
-    names = {
-        node.expr: _NAMES.get(len(shape), "")[dim : dim + 1] or str(node.expr) for dim, node in free.items()
-    }
-    guards = dict.fromkeys(guard.expr for guard in environment.guards)
-    broken = [
-        expr
-        for expr in guards
-        if expr.free_symbols and expr.free_symbols <= set(larger) and not expr.subs(larger)
-    ]
-    renamed = {symbol: type(symbol)(name) for symbol, name in names.items()}
-    batch = {node.expr: int(known[node.expr]) for dim, node in free.items() if dim < 2}
-    symbols = {dim: node.expr for dim, node in free.items()}
-    return tuple(Bound(str(expr.subs(renamed)), expr.subs(batch), symbols) for expr in broken)
+def _differs(condition: Condition) -> bool:
+    """Tell whether it excludes single sizes, which no list of sizes may hold."""
+    return " != " in condition.text
+
+
+def _is_broken(condition: Condition, extents: Mapping[str, int]) -> bool:
+    """Tell whether an image breaks it that is larger along one axis, along all, or along all but one."""
+    sizes = [{**extents, name: n} for name, n in itertools.product(extents, _EXTENTS)]
+    sizes += [dict.fromkeys(extents, n) for n in _EXTENTS]
+    sizes += [{**dict.fromkeys(extents, n), name: 8} for name, n in itertools.product(extents, _EXTENTS)]
+    return any(condition.excludes({**size, **{k: 1 for k in size if k == "N"}}) for size in sizes)
+
+
+def _chosen(program: ExportedProgram, reading: _Reading) -> Iterator[tuple[Any, str]]:
+    """Yield which argument of each minimum and maximum among the sizes is taken."""
+    from torch.utils._sympy.functions import Max, Min  # which imports sympy
+
+    known = {symbol: reading.extents[name] for symbol, name in reading.names.items()}
+    seen = set()
+    for node in program.graph.nodes:
+        for formula in _sizes_of(node.meta.get("val")):
+            for choice in formula.atoms(Max, Min) - seen:
+                seen.add(choice)
+                values = {arg: arg.subs(known) for arg in choice.args}
+                if not all(value.is_number for value in values.values()):
+                    continue
+                taken = (max if isinstance(choice, Max) else min)(values, key=values.__getitem__)
+                for other in choice.args:
+                    if other is not taken:
+                        yield (other <= taken if isinstance(choice, Max) else taken <= other), _line(node)
+
+
+def _sizes_of(value: Any) -> Iterator[Any]:
+    """Yield the formulas of a node's extents, or of the number that it is."""
+    for leaf in value if isinstance(value, list | tuple) else (value,):
+        for extent in leaf.shape if isinstance(leaf, Tensor) else (leaf,):
+            if isinstance(extent, torch.SymInt | torch.SymFloat):
+                yield extent.node.expr
+
+
+def _placed(program: ExportedProgram, image: Node) -> tuple[str, ...]:
+    """Return the lines where a map is made that follows the image's extent and not its values, and varies."""
+    depends, varies, lines = {image}, set[Node](), []
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        given = taken_by(node) if node.op == "call_function" else []
+        if any(source in depends for source in given):
+            depends.add(node)
+            continue
+        if not isinstance(value, Tensor) or node.op not in ("call_function", "placeholder", "get_attr"):
+            continue
+        sized = any(not isinstance(n, int) for n in value.shape)
+        stored = node is not image and node.op != "call_function" and value.numel() != 1
+        if stored or (sized and name_of(node) in _PLACES) or any(source in varies for source in given):
+            varies.add(node)
+            if sized and node is not image and not any(_is_sized(s) for s in given if s in varies):
+                lines.append(_line(node))
+    return tuple(dict.fromkeys(line for line in lines if line))
+
+
+def _is_sized(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and any(not isinstance(n, int) for n in value.shape)
+
+
+def _line(node: Node) -> str:
+    """Name the innermost line outside torch and normfix."""
+    trace = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    frames = [line.split('"') for line in trace if line.startswith('File "')]
+    places = [(parts[1], parts[2].split(",")[1].split()[1]) for parts in frames if "line" in parts[2]]
+    outside = [place for place in places if not place[0].startswith((_TORCH, str(PACKAGE)))]
+    file, number = (outside or places or [("", "")])[-1]
+    return f"{'/'.join(Path(file).parts[-2:])}:{number}" if file else ""

@@ -15,12 +15,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from normfix.networks.calling import failures
-from normfix.networks.graph.capture import Captured, NotCaptured, capture
+from normfix.networks.graph.capture import Captured, NotCaptured, capture, exported
 from normfix.records.sites import Finding, Looked, Site
-from normfix.scanning.graph.bounds import Bound, broken_when_larger
+from normfix.scanning.graph.bounds import SizeLook, read_sizes
 from normfix.scanning.graph.sites import NodeReading, NodeSite, read_sites
 
-__all__ = ["GraphLook", "graph_look"]
+__all__ = ["GraphLook", "graph_look", "size_look"]
 
 _ALIASES = {
     "linalg_vector_norm": "norm",
@@ -32,6 +32,9 @@ _ALIASES = {
 }
 
 
+_NO_GRAPH = SizeLook(conditions=(), unknown=("there is no graph of it",))
+
+
 @dataclass(frozen=True, slots=True)
 class GraphLook:
     """What the graph says of the census's sites.
@@ -39,8 +42,8 @@ class GraphLook:
     `looked` tells how the look went, with the reason where the network could not be captured. `seen` are the
     ids of sites that the graph holds too, `unseen` live ones that it does not; `surplus` are nodes that the census
     has no site for. `disputed` are ids of sites that one look calls live and the other does not.
-    `unknown` are operators whose locality nobody knows, with how many nodes have them, `bounds` the conditions on the
-    size that a larger image breaks. Findings say the same of all but the bounds in words.
+    `unknown` are operators whose locality nobody knows, with how many nodes have them, `sizes` what the graph says of
+    sizes. Findings say the same of all but the sizes in words.
     """
 
     looked: Looked
@@ -50,7 +53,7 @@ class GraphLook:
     surplus: tuple[NodeSite, ...] = ()
     disputed: tuple[str, ...] = ()
     unknown: tuple[tuple[str, int], ...] = ()
-    bounds: tuple[Bound, ...] = ()
+    sizes: SizeLook = _NO_GRAPH
     findings: tuple[Finding, ...] = ()
 
 
@@ -85,6 +88,23 @@ def graph_look(
         return GraphLook(Looked(name="graph", status="failed", note=reason), findings=(finding,))
 
 
+def size_look(
+    model: nn.Module,
+    run: Callable[[nn.Module, Tensor], Any],
+    example: Tensor,
+    *,
+    one_size: bool = False,
+) -> SizeLook:
+    """Read what a network's graph says of sizes, and nothing else; arguments as for `graph_look`."""
+    program = exported(model, run, example, one_size=one_size)
+    if isinstance(program, NotCaptured):
+        return _NO_GRAPH
+    try:
+        return read_sizes(program)
+    except failures():
+        return _NO_GRAPH
+
+
 def compare_looks(captured: Captured, reading: NodeReading, sites: Sequence[Site]) -> GraphLook:
     """Pair the nodes of a graph with the sites of a census."""
     pairs = _paired(reading.seen, sites)
@@ -109,7 +129,7 @@ def compare_looks(captured: Captured, reading: NodeReading, sites: Sequence[Site
         surplus=surplus,
         disputed=disputed,
         unknown=reading.unknown,
-        bounds=broken_when_larger(captured),
+        sizes=read_sizes(captured.program),
         findings=_findings(unseen, surplus, disputed, reading),
     )
 

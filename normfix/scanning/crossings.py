@@ -1,0 +1,107 @@
+"""Conditions on the size, put to the measurement: do tiles equal the whole on either side of one?
+
+A branch on the size may do the same thing in another way, in chunks for instance. A lattice condition, such as that of
+padding to multiples, should make no difference to any tile, and a number that torch.export built in may be no
+condition at all. Each is tried on strips for which it holds, and on strips for which it fails.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from normfix.networks.calling import refusals
+from normfix.records.sizes import Condition
+from normfix.records.spans import round_up
+from normfix.scanning.graph.bounds import AXES
+from normfix.tiling.dependence import agrees, far
+from normfix.tiling.grid import Geometry
+
+__all__ = ["Crossings"]
+
+_PIXELS = (1 << 18, 1 << 20)
+"""Pixels of the strips on which a branch on the size is tried, at most."""
+_PERIOD = 4096
+"""Pixels over which remainders are looked for."""
+
+Size = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Crossings:
+    """A network without live statistics in float64, the material of its strips, and how it is tiled."""
+
+    double: Callable[[Tensor], Tensor]
+    example: Tensor
+    geometry: Geometry
+    cross: Sequence[int]
+
+    def crossed(self, branch: Condition) -> bool:
+        """Tell whether tiles equal the whole on either side of a branch, at all sizes that are tried."""
+        sizes = list(dict.fromkeys(self._astride(branch)))
+        outside = any(self._excludes(branch, size) for _, size in sizes)
+        return outside and self._agree(sizes)
+
+    def harmless(self, condition: Condition) -> bool:
+        """Tell whether tiles equal the whole whether a lattice condition holds or fails, or a number is built in.
+
+        Sizes are tried that an image may have once it is padded to an exact one.
+        """
+        shortest: dict[tuple[int, int, bool], Size] = {}
+        for axis, varied in itertools.product(self._axes, self._axes):
+            for size in self._lengths(axis, varied):
+                shortest.setdefault((axis, varied, condition.holds(self._named(size))), size)
+                if len([key for key in shortest if key[:2] == (axis, varied)]) > 1:
+                    break
+        if all(holds for _, _, holds in shortest):
+            return True
+        return self._agree(list(dict.fromkeys((axis, size) for (axis, _, _), size in shortest.items())))
+
+    @property
+    def _axes(self) -> range:
+        return range(len(self.geometry.stride))
+
+    def _agree(self, sizes: Sequence[tuple[int, Size]]) -> bool:
+        try:
+            return all(
+                agrees(self.double, self.example.double(), axis, self.geometry, size) for axis, size in sizes
+            )
+        except refusals():
+            return False
+
+    def _astride(self, branch: Condition) -> Iterator[tuple[int, Size]]:
+        """Yield strips that a branch excludes, the shortest and the longest, and images that it does not."""
+        for axis, limit in itertools.product(self._axes, _PIXELS):
+            longest = far(self.geometry, self.cross, axis, limit)
+            if not self._excludes(branch, longest):
+                continue
+            yield axis, longest
+            strips = (
+                (*longest[:axis], n, *longest[axis + 1 :])
+                for n in range(self._least(axis)[axis], longest[axis], self.geometry.stride[axis])
+            )
+            yield axis, next((strip for strip in strips if self._excludes(branch, strip)), longest)
+        least = tuple(self._least(axis)[axis] for axis in self._axes)
+        for size in (tuple(self.example.shape[2:]), (max(least),) * len(least)):
+            if all(n >= m for n, m in zip(size, least, strict=True)) and not self._excludes(branch, size):
+                yield from ((axis, size) for axis in self._axes)
+
+    def _lengths(self, axis: int, varied: int) -> Iterator[Size]:
+        """Yield strips along an axis, of exact sizes along another or the same, from the shortest on."""
+        least, multiple = self._least(axis), self.geometry.multiple[varied]
+        start = round_up(least[varied], multiple)
+        for extent in range(start, start + _PERIOD, multiple):
+            yield (*least[:varied], extent, *least[varied + 1 :])
+
+    def _least(self, axis: int) -> Size:
+        """Return the shortest strip that several windows are cut from."""
+        return far(self.geometry, self.cross, axis, 1)
+
+    def _excludes(self, branch: Condition, size: Size) -> bool:
+        return branch.excludes(self._named(size))
+
+    def _named(self, size: Size) -> dict[str, int]:
+        return {"N": 1, **dict(zip(AXES[self.example.dim()], size, strict=True))}

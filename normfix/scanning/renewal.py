@@ -1,0 +1,158 @@
+"""Geometry under new statistics: a constant may open a branch that was shut when the geometry was measured.
+
+`where(x.mean() > 0, far, near)` is near or far by a frozen mean, and `relu(pool) * branch` is no branch while its pool
+is negative. Norms alone shut nothing, so a network of norms that decides nothing by values keeps its geometry. One
+that decides is measured anew whenever its statistics are; one that freezes other statistics, where the geometry does
+not hold any more.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from normfix.networks.calling import Caller, refusals
+from normfix.networks.copying import copy_of
+from normfix.networks.examples import fitting_example
+from normfix.networks.intake import Intake
+from normfix.networks.numerics import exact_arithmetic
+from normfix.networks.operators import compares
+from normfix.networks.provenance import attach_, is_current, provenance_of
+from normfix.records.saved import Provenance
+from normfix.records.sites import Finding, Scan
+from normfix.scanning.base import base_of
+from normfix.scanning.census import LEAVES
+from normfix.scanning.scan import look
+from normfix.tiling.dependence import is_isolated
+from normfix.tiling.geometry import geometry_of, holds_stride, thinnest
+from normfix.tiling.grid import Geometry
+
+__all__ = ["renew_", "renewed"]
+
+_LOG = logging.getLogger("normfix")
+
+
+def renew_(model: nn.Module, image: Tensor, caller: Caller) -> None:
+    """Let what travels with a model say the geometry that it has under the statistics it has now.
+
+    Args:
+        model: converted; a geometry that travels with other modules than it has is left alone.
+        image: (N, C, *space), the material of the strips.
+        caller: calls it.
+    """
+    known = provenance_of(model)
+    if known is None or not is_current(model):
+        return
+    scan = renewed(model, known, image, caller)
+    if scan is not known.scan:
+        attach_(model, replace(known, scan=scan))
+
+
+def renewed(model: nn.Module, known: Provenance, image: Tensor, caller: Caller) -> Scan:
+    """Return the scan of a converted model with the geometry that holds now: the same object where nothing changed.
+
+    Arguments as for `renew_`.
+    """
+    scan, geometry = known.scan, geometry_of(known.scan)
+    others = any(decision.site.statistic is not None for decision in known.plan.converted)
+    if geometry is None or known.plan.left_live:
+        return scan
+    example = fitting_example(model, image, Intake(model, caller))
+    with exact_arithmetic():
+        probe = copy_of(model).cpu().float().eval()
+        material = example[:1].detach().cpu().float()
+        if not _decides(probe, material, caller) and (
+            not others or _holds(probe, material, caller, geometry)
+        ):
+            return scan
+    base = base_of(model, example, caller)
+    found = look(base.copy(), base.example, base.caller).scan
+    if geometry_of(found) == geometry:
+        return scan
+    return _changed(scan, found)
+
+
+def _changed(scan: Scan, found: Scan) -> Scan:
+    """Return a scan with the geometry of another, and a finding that says so."""
+    reasons = "; ".join(finding.message for finding in found.findings) or "none was found"
+    message = (
+        f"under the statistics of now the network's stride is {found.stride} and its halo {found.halo}; under those it "
+        f"was converted with they were {scan.stride} and {scan.halo}. Something in it is switched by its statistics."
+        if found.halo is not None
+        else f"under the statistics of now no geometry holds, so its tiles do not equal the whole: {reasons}"
+    )
+    finding = Finding(code="NF262", where="statistics", message=message)
+    _LOG.warning("%s %s: %s", finding.code, finding.where, finding.message)
+    return replace(
+        scan,
+        stride=found.stride,
+        halo=found.halo,
+        scale=found.scale,
+        exact_sizes=found.exact_sizes,
+        smallest_tile=found.smallest_tile,
+        halo_rounded=found.halo_rounded,
+        reach=found.reach,
+        tile_invariant=scan.tile_invariant and found.tile_invariant,
+        sizes=found.sizes,
+        findings=(*(f for f in scan.findings if f.code != "NF262"), finding),
+    )
+
+
+def _holds(probe: nn.Module, example: Tensor, caller: Caller, geometry: Geometry) -> bool:
+    """Tell in float64 whether windows may still be cut at the stride and see nothing beyond the halo."""
+    double, material = copy_of(probe).double(), example.double()
+
+    def f(x: Tensor) -> Tensor:
+        return caller.in_double(double, x)
+
+    try:
+        cross = thinnest(f, material, geometry)
+        return holds_stride(f, material, geometry, cross) and is_isolated(f, material, geometry, cross)
+    except refusals():
+        return False
+
+
+def _decides(probe: nn.Module, example: Tensor, caller: Caller) -> bool:
+    """Tell whether the network compares numbers, or takes one out of tensors."""
+    values, names = _Comparisons(), _Departures()
+    with torch.no_grad(), names, values:
+        caller(probe, example)
+    return values.seen or names.seen
+
+
+class _Comparisons(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes operators that compare numbers, or make truth values or whole numbers of them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = args[0] if args else None
+        if isinstance(func, OpOverload) and isinstance(given, Tensor) and given.is_floating_point():
+            whole = isinstance(result, Tensor) and not result.is_floating_point() and not result.is_complex()
+            self.seen = self.seen or compares(func) or whole
+        return result
+
+
+class _Departures(TorchFunctionMode):
+    """Notes functions by which a number leaves tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self.seen = self.seen or getattr(func, "__name__", "") in LEAVES
+        return func(*args, **(kwargs or {}))
