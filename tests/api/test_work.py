@@ -12,7 +12,7 @@ from normfix.networks.behaviour import behaviour_of
 from normfix.networks.copying import double_of
 
 RUNS, COPIES = Counter(), Counter()
-"""By the extents of the image, and by class; what a class holds would be a part of what its networks compute."""
+"""By class; what a class itself holds would be a part of what its networks compute."""
 
 
 class Counting(nn.Module):
@@ -25,7 +25,7 @@ class Counting(nn.Module):
         )
 
     def forward(self, x):
-        RUNS[tuple(x.shape[2:])] += 1
+        RUNS[Counting] += 1
         return self.layers(x)
 
     def __deepcopy__(self, memo):
@@ -86,13 +86,13 @@ def test_a_network_is_scanned_once_for_one_image(image):
         return RUNS.total()
 
     first, again = runs(image), runs(image)
-    assert again < first / 2
+    assert again < first - 10
     with torch.no_grad():
         network.layers[0].weight.mul_(2)
-    assert runs(image) > first / 2
+    assert runs(image) > again
     network.layers[0].padding_mode = "reflect"
-    assert runs(image) > first / 2
-    assert runs(image + 1) > first / 2
+    assert runs(image) > again
+    assert runs(image + 1) > again
     assert runs(image + 1) == again
 
 
