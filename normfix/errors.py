@@ -347,7 +347,8 @@ class NormfixError(Exception):
     def __init__(self, code: str, message: str, *, where: str = "") -> None:
         if code not in CODES:
             raise KeyError(f"{code} is not in normfix.errors.CODES")
-        where, message = printable(where), printable(message)  # names in files may hold terminal sequences
+        # names in files may hold terminal sequences, or be of a megabyte
+        where, message = printable(where), _shortened(printable(message))
         self.code = code
         self.where = where
         self.message = message
@@ -366,6 +367,17 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+_LONGEST = 20_000
+"""Characters of a message; lists of three hundred series or sites take as many."""
+
+
+def _shortened(text: str) -> str:
+    """Return a text, of one that is longer than messages are its beginning and its end, where the next step stands."""
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
 
 
 def _rebuild(kind: type[NormfixError], code: str, message: str, where: str) -> NormfixError:

@@ -243,6 +243,17 @@ def test_an_image_names_no_array_outside_of_it(tmp_path, place):
     _refused(group)
 
 
+@pytest.mark.parametrize(("version", "name"), [(2, ".zarray"), (3, "zarr.json")])
+def test_metadata_that_says_two_things_is_refused(tmp_path, version, name):
+    """Two shapes in one object, of which programs take different ones; one shape is read."""
+    path = tmp_path / "a.zarr"
+    zarr.create_array(str(path), data=np.ones((8, 8), np.float32), zarr_format=version)
+    assert _window(path).shape == (1, 8, 8)
+    text = (path / name).read_text()
+    (path / name).write_text(text.rstrip()[:-1] + ', "shape": [4, 8]}')
+    _refused(path, "NF101")
+
+
 def test_consolidated_metadata_is_not_what_is_read(tmp_path):
     """Copies of metadata in a group do not replace those of the arrays."""
     group = zarr.create_group(str(tmp_path / "a.zarr"), zarr_format=2)

@@ -19,6 +19,7 @@ import numpy as np
 
 from normfix.errors import NormfixError
 from normfix.images.formats.codecs import Codec, Unpacking, codec_of, is_filter
+from normfix.records.encoding import once
 
 __all__ = ["Layout", "layout_of", "metadata_of", "require_inside", "require_zarr", "within"]
 
@@ -75,7 +76,7 @@ def metadata_of(folder: Path, root: Path, name: str) -> Metadata | None:
 
     Raises:
         NormfixError: NF121 for one that leads out of the folder or is larger than metadata is; ValueError for what is
-            no object.
+            no object, or names something twice.
     """
     path = folder / name
     if not os.path.lexists(path):
@@ -91,7 +92,7 @@ def metadata_of(folder: Path, root: Path, name: str) -> Metadata | None:
             raise NormfixError(
                 "NF121", "its metadata holds more lists and objects than metadata does.", where=str(path)
             )
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=once)
     except RecursionError as error:
         raise ValueError(f"{name} is nested too deeply") from error
     if not isinstance(found, dict):
