@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from torch import _subclasses
 
 from normfix.networks.graph.capture import Captured, image_of
 
@@ -18,6 +21,9 @@ _LARGER = {3: 17, 4: 17, 5: 13}
 """Factor by rank. No multiple of 2, 3, 5 or 7, so that what those divide, and what not, stays as it is: a network that
 pads to multiples of 8 is no other for that. Below the 2**31 elements at which kernels branch."""
 _NAMES = {3: "NCL", 4: "NCHW", 5: "NCDHW"}
+
+
+_KERNELS = Path(_subclasses.__file__).parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +55,7 @@ def broken_when_larger(captured: Captured) -> tuple[Bound, ...]:
     names = {
         node.expr: _NAMES.get(len(shape), "")[dim : dim + 1] or str(node.expr) for dim, node in free.items()
     }
-    guards = dict.fromkeys(guard.expr for guard in environment.guards)
+    guards = dict.fromkeys(guard.expr for guard in environment.guards if not _chooses_kernel(guard))
     broken = [
         expr
         for expr in guards
@@ -59,3 +65,9 @@ def broken_when_larger(captured: Captured) -> tuple[Bound, ...]:
     batch = {node.expr: int(known[node.expr]) for dim, node in free.items() if dim < 2}
     symbols = {dim: node.expr for dim, node in free.items()}
     return tuple(Bound(str(expr.subs(renamed)), expr.subs(batch), symbols) for expr in broken)
+
+
+def _chooses_kernel(guard: Any) -> bool:
+    """Tell whether torch asked for a size to choose a kernel, which computes the same as another (a convolution's)."""
+    place = getattr(getattr(guard, "sloc", None), "framework_loc", None)
+    return Path(getattr(place, "filename", "")).is_relative_to(_KERNELS)
