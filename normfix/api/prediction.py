@@ -96,9 +96,9 @@ def predict(
 
     Raises:
         NormfixError: NF409 if the network has live statistics or no halo is enough, NF402 for a tile that is
-            off the stride grid, NF260 for an image at whose size the network is another, NF410 for a halo that is not enough or an engine, NF32x where stages are asked for
-            and not possible, NF326 to NF336 of the store and the cluster, NF148 and NF149 for statistics and
-            predictions that are not finite, and codes of the image.
+            off the stride grid, NF260 for an image at whose size the network is another, NF410 for a halo that is not
+            enough or an engine, NF32x where stages are asked for and not possible, NF326 to NF336 of the store and the
+            cluster, NF148 and NF149 for statistics and predictions that are not finite, and codes of the image.
     """
     crew = engine_of(engine, scheduler, store, workers, choices=_ENGINES)
     job = _Prediction.of(model, image, tile, halo, engine, statistics, forward_fn, output)

@@ -41,8 +41,8 @@ class Subject:
     """A converted network on the bench, in eval mode.
 
     `geometry` is None where it has none; `extents` are those of the example it was scanned with; `tile` is the size
-    to compare with, None for a quarter of the image. `original` is what it was converted from, where that is there; `sizes` are those
-    that the scan speaks for.
+    to compare with, None for a quarter of the image. `original` is what it was converted from, where that is there;
+    `sizes` are those that the scan speaks for.
     """
 
     model: nn.Module

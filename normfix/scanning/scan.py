@@ -153,7 +153,7 @@ def look(
             found,
             material,
             caller,
-            tried=(*sizes.lattice, *sizes.built),
+            tried=sizes,
             fast=fast,
         )
         run = seen.largest
@@ -213,7 +213,7 @@ def _measured(
     material: Tensor,
     caller: Caller,
     *,
-    tried: Sequence[Condition],
+    tried: SizeLook,
     fast: bool,
 ) -> _Measured:
     """Measure the geometry as if every doubt were unfounded, and settle those that the measurement shows to be."""
@@ -231,7 +231,7 @@ def _measured(
     # what did not hold on longer strips is believed of the example only
     largest, broken = _Largest(material.dim() - 2), ()
     if bench is not None and locality.geometry is not None:
-        broken = tuple(replace(c, strict=True) for c in tried if not bench.crossings(locality).harmless(c))
+        broken = bench.crossings(locality).differing(tried)
     if bench is not None and (locality.steady or not doubts):
         largest = bench.largest
     if locality.steady and bench is not None:
