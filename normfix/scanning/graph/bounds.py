@@ -186,7 +186,7 @@ def _chosen(program: ExportedProgram, reading: _Reading) -> Iterator[tuple[Any, 
     from torch.utils._sympy.functions import Max, Min  # which imports sympy
 
     known = {symbol: reading.extents[name] for symbol, name in reading.names.items()}
-    seen = set()
+    seen: set[Any] = set()
     for node in program.graph.nodes:
         for formula in _sizes_of(node.meta.get("val")):
             for choice in formula.atoms(Max, Min) - seen:
