@@ -103,7 +103,7 @@ def calibrate(
             the sample; NF231 for a statistic without spread.
     """
     twin = twin_of(model)  # of the network itself, whose capture is kept
-    summary, targets = _calibrated_(
+    done = _calibrated_(
         twin,
         images,
         tile,
@@ -122,9 +122,9 @@ def calibrate(
         progress=progress,
     )
     copied = copy_of(model)
-    _take_over_(copied, twin, targets)
-    renew_(copied, *_material(copied, images, forward_fn, output))
-    return Calibration(copied, summary)
+    _take_over_(copied, twin, done.targets)
+    renew_(copied, done.first, done.caller)
+    return Calibration(copied, done.summary)
 
 
 @undisturbed()
@@ -153,7 +153,7 @@ def calibrate_(
     on any error; whoever runs the model meanwhile runs it with the old statistics and in its own mode.
     """
     twin = twin_of(model)
-    summary, targets = _calibrated_(
+    done = _calibrated_(
         twin,
         images,
         tile,
@@ -171,9 +171,9 @@ def calibrate_(
         output=output,
         progress=progress,
     )
-    _take_over_(model, twin, targets)
-    renew_(model, *_material(model, images, forward_fn, output))
-    return summary
+    _take_over_(model, twin, done.targets)
+    renew_(model, done.first, done.caller)
+    return done.summary
 
 
 def _calibrated_(
@@ -194,8 +194,8 @@ def _calibrated_(
     forward_fn: ForwardFn | None,
     output: str | int | None,
     progress: Progress,
-) -> tuple[CalibrationSummary, Sequence[Target]]:
-    """Measure in place; return what was measured, and where."""
+) -> _Done:
+    """Measure in place."""
     crew = engine_of(engine, scheduler, store, workers)
     known = provenance_of(model)
     sources, items = sources_of(images), None
@@ -241,7 +241,17 @@ def _calibrated_(
         known=trained,
         empty=all_empty(items if items is not None else sources or ()),
     )
-    return judgement, targets
+    return _Done(judgement, targets, first[:1], caller)
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What was measured and where, the first image or its middle, and how the network is called."""
+
+    summary: CalibrationSummary
+    targets: Sequence[Target]
+    first: Tensor
+    caller: Caller
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,23 +306,6 @@ class _Work:
                     progress=self.progress,
                 )
             return replace(summary, ignored=ignored)
-
-
-def _material(
-    model: nn.Module,
-    images: Tensor | Iterable[Tensor] | Image | Sequence[Image],
-    forward_fn: ForwardFn | None,
-    output: str | int | None,
-) -> tuple[Tensor, Caller]:
-    """Return a part of the first image, and how the model is called on it."""
-    known, sources = provenance_of(model), sources_of(images)
-    caller = Caller(forward_fn, output if output is not None else known.output if known else None)
-    if sources is not None:
-        return middle_of(sources[0])[:1].to(*home_of(model)), caller
-    tensors = cast("Tensor | Iterable[Tensor]", images)
-    return next(iter(Items.of(tensors, *home_of(model), like=known.scan.example if known else None)))[
-        :1
-    ], caller
 
 
 def _is_trained(known: Provenance | None, site: str) -> bool:
