@@ -204,18 +204,18 @@ CODES: dict[str, str] = {
     "NF254": "Tiles are put together where a place in the image has a place in the output, so the output must have a "
     "fixed number of pixels per pixel of the input, such as 2, 1, 3/2 or 1/8. Resize by such a factor, or choose the "
     "output before the resize.",
-    "NF260": "The network asks for the size of its input and goes another way at some sizes, so that what was scanned and "
-    "proved is another network than what runs on this image, or on a window of its tiles. The condition is in the "
-    "message, in pixels: H, W (D, H, W; L) are extents, N is the number of images. Conditions that only repeat with the "
-    "size (padding to multiples) are none of these. Take the branch out, or scan and convert with an image, and use a "
-    "tile, for which the condition is the same.",
-    "NF261": "The image is of a size that was not proved: no captured graph tells how the network treats sizes, and it is "
-    "larger than what was run; or it lies on the other side of a branch on the size on both sides of which tiles equalled "
-    "the whole where they were tried. normfix check IMAGE compares tiles with the whole at this very size.",
-    "NF262": "What the network does is switched by a statistic: a branch that was shut when it was converted is open under "
-    "the statistics of now, or the other way round. Its stride and halo were measured anew; where none hold, tiles do not "
-    "equal the whole image any more and it is not predicted in tiles. normfix calibrate and --statistics per-image do "
-    "this.",
+    "NF260": "The network asks for the size of its input and goes another way at some sizes, so that what was scanned "
+    "and proved is another network than what runs on this image, or on a window of its tiles. The condition is in the "
+    "message, in pixels: H, W (D, H, W; L) are extents, N is the number of images. Conditions that only repeat with "
+    "the size (padding to multiples) are none of these. Take the branch out, or scan and convert with an image, and "
+    "use a tile, for which the condition is the same.",
+    "NF261": "The image is of a size that was not proved: no captured graph tells how the network treats sizes, and it "
+    "is larger than what was run; or it lies beyond a branch on the size, on both sides of which tiles equalled the "
+    "whole where they were tried. normfix check compares tiles with the whole at this very size.",
+    "NF262": "What the network does is switched by a statistic: a branch that was shut when it was converted is open "
+    "under the statistics of now, or the other way round. Its stride and halo were measured anew; where none hold, "
+    "tiles do not equal the whole image any more and it is not predicted in tiles. normfix calibrate and --statistics "
+    "per-image do this.",
     "NF224": "A program (.pt2) could not be read, or is not what torch.export.save writes for one image and "
     "the tensors it holds.",
     "NF225": "The network cannot be written as an exported program: torch.export failed, or something in it "

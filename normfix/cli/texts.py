@@ -46,6 +46,7 @@ def scan_text(scan: Scan) -> str:
         ]
         if scan.smallest_tile is not None:
             lines.append(f"smallest tile: {_by_axis(scan.smallest_tile)}")
+        lines += [line for limit in _limits(scan) for line in _wrapped(limit)]
     else:
         lines.append("stride, halo and exact sizes: none; the findings say why")
     lines += [""] * bool(scan.sites)
@@ -56,6 +57,11 @@ def scan_text(scan: Scan) -> str:
     for finding in scan.findings:
         lines += _wrapped(f"{finding.code} {finding.where}: {finding.message}")
     return "\n".join(lines)
+
+
+def _limits(scan: Scan) -> list[str]:
+    """Return the sizes that all of this is said of, where they are not all."""
+    return [f"proved for sizes {limit}" for limit in (scan.sizes.limits() if scan.sizes else ())]
 
 
 def _site_lines(sites: Sequence[Site]) -> list[str]:
@@ -111,6 +117,7 @@ def conversion_text(record: ConversionRecord) -> str:
     scan = record.scan
     if scan.stride is not None and scan.halo is not None:
         lines.append(f"  tiles: stride {_by_axis(scan.stride)}, halo {_rounded(scan.halo, scan.stride)}")
+        lines += [f"  {limit}" for limit in _limits(scan)]
     return "\n".join([*lines, *_findings(record.calibration)])
 
 

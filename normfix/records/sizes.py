@@ -124,6 +124,24 @@ class ProvedSizes(Record):
     extents: tuple[int, ...]
     pixels: int
 
+    def limits(self) -> tuple[str, ...]:
+        """Return in words which sizes are proved; () for all.
+
+        >>> small = Condition(text="H*W <= 25600", line="net.py:7")
+        >>> known = ProvedSizes(axes="HW", conditions=(small,), crossed=(), unknown=(), extents=(96, 96), pixels=9216)
+        >>> known.limits()
+        ('where H*W <= 25600 (net.py:7)',)
+        """
+        places = ((c.text, f" ({c.line})" if c.line else "") for c in self.conditions)
+        limits = tuple(f"where {text}{place}" for text, place in places)
+        if not self.unknown:
+            return limits
+        most = "x".join(map(str, self.extents))
+        return (
+            *limits,
+            f"up to {most} along the axes and {self.pixels} pixels: {self.unknown[0].rstrip('.')}",
+        )
+
     def broken(self, size: Sequence[int], batch: int = 1) -> tuple[Condition, ...]:
         """Return the conditions that exclude a batch of images of these spatial extents."""
         return self._failing(self.conditions, size, batch)

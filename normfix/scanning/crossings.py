@@ -1,4 +1,4 @@
-"""Conditions on the size, put to the measurement: do tiles equal the whole on either side of one?
+"""Conditions on the size, put to the measurement: tiles equal the whole on either side of one, or they do not.
 
 A branch on the size may do the same thing in another way, in chunks for instance. A lattice condition, such as that of
 padding to multiples, should make no difference to any tile, and a number that torch.export built in may be no
@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from normfix.networks.calling import refusals
 from normfix.records.sizes import Condition
 from normfix.records.spans import round_up
-from normfix.scanning.graph.bounds import AXES
+from normfix.scanning.graph.bounds import AXES, SizeLook
 from normfix.tiling.dependence import agrees, far
 from normfix.tiling.grid import Geometry
 
@@ -45,20 +45,34 @@ class Crossings:
         outside = any(self._excludes(branch, size) for _, size in sizes)
         return outside and self._agree(sizes)
 
-    def harmless(self, condition: Condition) -> bool:
-        """Tell whether tiles equal the whole whether a lattice condition holds or fails, or a number is built in.
+    def differing(self, sizes: SizeLook) -> tuple[Condition, ...]:
+        """Return the conditions that should make no difference to tiles and do: they count wherever they fail."""
+        wrong = [condition for condition in sizes.lattice if not self.harmless(condition)]
+        wrong += [condition for condition in sizes.built if not self.harmless(condition, afar=True)]
+        return tuple(replace(condition, strict=True) for condition in wrong)
+
+    def harmless(self, condition: Condition, *, afar: bool = False) -> bool:
+        """Tell whether tiles equal the whole whether a condition holds or fails that should make no difference.
 
         Sizes are tried that an image may have once it is padded to an exact one.
+
+        Args:
+            condition: of a lattice, or of a number that was built in.
+            afar: try the longest strips as well: for what does not repeat.
         """
         shortest: dict[tuple[int, int, bool], Size] = {}
-        for axis, varied in itertools.product(self._axes, self._axes):
+        names = AXES[self.example.dim()]
+        asked = [axis for axis in self._axes if names[axis] in condition.text]
+        for axis, varied in itertools.product(self._axes, asked):
             for size in self._lengths(axis, varied):
                 shortest.setdefault((axis, varied, condition.holds(self._named(size))), size)
                 if len([key for key in shortest if key[:2] == (axis, varied)]) > 1:
                     break
-        if all(holds for _, _, holds in shortest):
+        sizes = [(axis, size) for (axis, _, _), size in shortest.items()]
+        sizes += [(axis, far(self.geometry, self.cross, axis)) for axis in self._axes if afar]
+        if all(condition.holds(self._named(size)) for _, size in sizes):
             return True
-        return self._agree(list(dict.fromkeys((axis, size) for (axis, _, _), size in shortest.items())))
+        return self._agree(list(dict.fromkeys(sizes)))
 
     @property
     def _axes(self) -> range:
@@ -79,11 +93,13 @@ class Crossings:
             if not self._excludes(branch, longest):
                 continue
             yield axis, longest
-            strips = (
-                (*longest[:axis], n, *longest[axis + 1 :])
-                for n in range(self._least(axis)[axis], longest[axis], self.geometry.stride[axis])
-            )
-            yield axis, next((strip for strip in strips if self._excludes(branch, strip)), longest)
+            lengths = range(self._least(axis)[axis], longest[axis], self.geometry.stride[axis])
+            strips = ((*longest[:axis], n, *longest[axis + 1 :]) for n in lengths)
+            shortest = next((strip for strip in strips if self._excludes(branch, strip)), longest)
+            yield axis, shortest
+            for other in self._axes:
+                wide = self._least(other)
+                yield other, (*wide[:axis], max(wide[axis], shortest[axis]), *wide[axis + 1 :])
         least = tuple(self._least(axis)[axis] for axis in self._axes)
         for size in (tuple(self.example.shape[2:]), (max(least),) * len(least)):
             if all(n >= m for n, m in zip(size, least, strict=True)) and not self._excludes(branch, size):

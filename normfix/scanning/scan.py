@@ -166,7 +166,7 @@ def look(
             found,
             material,
             caller,
-            tried=(*sizes.lattice, *sizes.built),
+            tried=sizes,
             fast=fast,
             halo=halo,
         )
@@ -233,7 +233,7 @@ def _measured(
     material: Tensor,
     caller: Caller,
     *,
-    tried: Sequence[Condition],
+    tried: SizeLook,
     fast: bool,
     halo: HaloSource,
 ) -> _Measured:
@@ -256,7 +256,7 @@ def _measured(
     largest = _Largest(material.dim() - 2)
     broken: tuple[Condition, ...] = ()
     if bench is not None and locality.geometry is not None:
-        broken = tuple(replace(c, strict=True) for c in tried if not bench.crossings(locality).harmless(c))
+        broken = bench.crossings(locality).differing(tried)
     if bench is not None and (locality.steady or not doubts):
         largest = bench.largest
     if locality.steady and bench is not None:

@@ -51,8 +51,8 @@ def judge_size(
         _finding(
             "NF260",
             f"the network is another where {condition.text} fails{_at(condition)}, which it does for "
-            f"{_named(failing, extents)}. Halo, stride and statistics are those of the network that was scanned. Take the "
-            "branch out, or scan and convert with an image, and use a tile, on one side of it.",
+            f"{_named(failing, extents)}. Halo, stride and statistics are those of the network that was scanned. Take "
+            "the branch out, or scan and convert with an image, and use a tile, on one side of it.",
         )
         for condition, failing in _firsts(sizes.broken, extents, batch)
     ]

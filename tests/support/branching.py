@@ -59,15 +59,19 @@ def tiles_of(
     network: Way, x: Tensor, stride: Sequence[int], halo: Sequence[tuple[int, int]], tile: int = 32
 ) -> Tensor:
     """Stitch tiles, by nothing of normfix's: windows are cut at the border, halos rounded up to the stride."""
-    (t, b), (l, r) = [[-(-h // s) * s for h in pair] for pair, s in zip(halo, stride, strict=True)]
+    (up, down), (before, after) = [
+        [-(-h // s) * s for h in pair] for pair, s in zip(halo, stride, strict=True)
+    ]
     height, width = x.shape[2:]
     rows, columns = (-(-tile // s) * s for s in stride)
     out = torch.zeros_like(network(x))
     for i in range(0, height, rows):
         for j in range(0, width, columns):
-            top, left = max(0, i - t), max(0, j - l)
+            top, left = max(0, i - up), max(0, j - before)
             y = network(
-                x[..., top : min(height, i + rows + b), left : min(width, j + columns + r)].contiguous()
+                x[
+                    ..., top : min(height, i + rows + down), left : min(width, j + columns + after)
+                ].contiguous()
             )
             h, w = min(rows, height - i), min(columns, width - j)
             out[..., i : i + h, j : j + w] = y[..., i - top : i - top + h, j - left : j - left + w]

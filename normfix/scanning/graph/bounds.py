@@ -22,7 +22,7 @@ from torch.fx import Node
 
 from normfix.errors import PACKAGE, NormfixError
 from normfix.networks.graph.capture import image_of
-from normfix.networks.graph.operators import name_of, taken_by
+from normfix.networks.graph.operators import name_of, taken_by, viewed_by
 from normfix.networks.releases import values_of
 from normfix.records.sizes import Condition
 from normfix.scanning.graph.formulas import NoText, text_of
@@ -33,7 +33,6 @@ AXES = {3: "L", 4: "HW", 5: "DHW"}
 """Names of the spatial axes, by the image's rank."""
 
 _TORCH = str(Path(torch.__file__).parent)
-_PLACES = frozenset({"arange", "linspace", "logspace", "meshgrid", "tril", "triu", "eye"})
 _EVEN = frozenset(
     {"full", "zeros", "ones", "empty", "new_full", "new_zeros", "new_ones", "new_empty", "rand", "randn"}
 )
@@ -80,7 +79,7 @@ def read_sizes(program: ExportedProgram) -> SizeLook:
                 unknown.append(f"{error}, at {line or 'an unknown line'}")
                 continue
             found[kind][condition] = None
-    built = [f"a number computed from the size is built in, {c.text} ({c.line})" for c in found[_Kind.BUILT]]
+    built = [f"a number computed from the size is built in: {c.text}" for c in found[_Kind.BUILT]]
     placed = [f"a map is laid over the image at {line}" for line in _placed(program, image)]
     return SizeLook(
         conditions=tuple(found[_Kind.BRANCH]),
@@ -146,12 +145,14 @@ class _Reading:
         """
         formula = formula.subs(self.environment.replacements)
         symbols = formula.free_symbols
+        if not symbols:
+            return _Kind.TRIVIAL, Condition(text="0 == 0", line=line)
         if not symbols <= set(self.names):
             raise _Open("a size depends on values")
         try:
             condition = Condition(text=text_of(formula, self.names), line=line)
             extents = {self.names[symbol]: self.extents[self.names[symbol]] for symbol in symbols}
-            return self._kind(formula, condition, extents) if symbols else _Kind.TRIVIAL, condition
+            return self._kind(formula, condition, extents), condition
         except (NoText, NormfixError) as error:
             raise _Open("a size is computed by what has no formula, or a long one") from error
 
@@ -186,7 +187,7 @@ def _chosen(program: ExportedProgram, reading: _Reading) -> Iterator[tuple[Any, 
     from torch.utils._sympy.functions import Max, Min  # which imports sympy
 
     known = {symbol: reading.extents[name] for symbol, name in reading.names.items()}
-    seen = set()
+    seen: set[Any] = set()
     for node in program.graph.nodes:
         for formula in _sizes_of(node.meta.get("val")):
             for choice in formula.atoms(Max, Min) - seen:
@@ -209,23 +210,29 @@ def _sizes_of(value: Any) -> Iterator[Any]:
 
 
 def _placed(program: ExportedProgram, image: Node) -> tuple[str, ...]:
-    """Return the lines where a map is made that follows the image's extent and not its values, and varies."""
+    """Return the lines where a map is made that follows the image's extent and not its values, and varies over it."""
     depends, varies, lines = {image}, set[Node](), []
     for node in program.graph.nodes:
-        value = node.meta.get("val")
         given = taken_by(node) if node.op == "call_function" else []
         if any(source in depends for source in given):
             depends.add(node)
-            continue
-        if not isinstance(value, Tensor) or node.op not in ("call_function", "placeholder", "get_attr"):
-            continue
-        sized = any(not isinstance(n, int) for n in value.shape)
-        stored = node is not image and node.op != "call_function" and value.numel() != 1
-        if stored or (sized and name_of(node) in _PLACES) or any(source in varies for source in given):
+        elif given and _is_sized(node) and any(source in varies for source in given):
             varies.add(node)
-            if sized and node is not image and not any(_is_sized(s) for s in given if s in varies):
-                lines.append(_line(node))
+        elif node.op == "call_function" and _is_sized(node) and not _is_even(node):
+            varies.add(node)
+            lines.append(_line(node))
     return tuple(dict.fromkeys(line for line in lines if line))
+
+
+def _is_even(node: Node) -> bool:
+    """Tell whether a map of the image's extent has one value throughout, if the maps that it is made of have."""
+    name, viewed = name_of(node), viewed_by(node)
+    if name == "expand":
+        source, shape = taken_by(node)[0].meta["val"].shape, node.meta["val"].shape
+        pairs = zip(shape[len(shape) - len(source) :], source, strict=True)
+        return all(isinstance(n, int) or not isinstance(m, int) or m == 1 for n, m in pairs)
+    pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return pointwise or name in _EVEN or name.endswith("_like") or (viewed is not None and _is_sized(viewed))
 
 
 def _is_sized(node: Node) -> bool:

@@ -57,8 +57,8 @@ _REFUSALS = {
     Role.PAIRS: "every pixel looks at every other; there is no constant that could replace that",
     Role.LEAVING: "it takes a map's values, or how many there are of a kind, out of tensors, where nothing can be "
     "seen of what is computed from them",
-    Role.PICKING: "it takes the values at one place of the image, and other pixels are computed from them: at that place "
-    "a tile holds another part of the image. Decide by them before the network, or take them out",
+    Role.PICKING: "it takes the values at one place of the image, and other pixels are computed from them: at that "
+    "place a tile holds another part of the image. Decide by them before the network, or take them out",
 }
 
 

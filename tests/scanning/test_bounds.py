@@ -1,0 +1,85 @@
+"""What a captured graph says of sizes: branches in words, what only repeats, what was built in, maps laid over it."""
+
+import pytest
+import torch
+from branching import BY_PLACE, BY_SIZE, LOCAL, Branching
+
+from normfix.networks.calling import Caller
+from normfix.networks.graph.capture import exported
+from normfix.scanning.graph.bounds import read_sizes
+
+
+def look(way, height=64, width=96):
+    program = exported(Branching(way).eval(), Caller(None, None), torch.randn(1, 1, height, width))
+    return read_sizes(program)
+
+
+def texts(conditions):
+    return [condition.text for condition in conditions]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("area", ["H*W <= 25600"]),
+        ("between", ["W <= 500"]),
+        ("one size", ["W != 1024"]),
+        ("wide", ["W <= 4*H"]),
+        ("elements", ["H*N*W <= 30000"]),
+        ("first 200 columns", ["W - 200 <= 0"]),
+        ("at most 256", ["H <= 256", "W <= 256"]),
+    ],
+)
+def test_a_branch_is_a_condition_in_words(name, expected):
+    """The side that was captured is the condition, with the line that asks; nothing else is open."""
+    found = look(BY_SIZE[name].way)
+    assert texts(found.conditions) == expected
+    assert found.unknown == ()
+    assert all(condition.line.startswith("support/branching.py:") for condition in found.conditions)
+
+
+def test_extents_that_were_taken_for_one_are_a_condition():
+    """A network that asks whether the image is square, captured on a square one, is known for squares."""
+    assert texts(look(BY_SIZE["square"].way, 96, 96).conditions) == ["H == W"]
+
+
+@pytest.mark.parametrize("name", ["padded to 16", "padded if odd", "windows", "plain", "replicated by hand"])
+def test_what_only_repeats_is_no_branch(name):
+    """Padding to multiples leaves no branch and nothing open."""
+    found = look(LOCAL[name].way)
+    assert (found.conditions, found.built, found.unknown) == ((), (), ())
+
+
+def test_an_asked_remainder_is_a_lattice_condition():
+    """`if h % 2` is kept apart, to be tried."""
+    assert "H % 2 == 0" in texts(look(LOCAL["padded if odd"].way).lattice)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("rounds by width", "W//150 == 0"), ("kernel by width", "W//128 == 0")]
+)
+def test_a_number_that_was_built_in_is_said(name, expected):
+    """A count of rounds or a kernel's size is a number in the graph: for which sizes is not known from it alone."""
+    found = look(BY_SIZE[name].way)
+    assert expected in texts(found.built)
+    assert any(expected in reason for reason in found.unknown)
+
+
+@pytest.mark.parametrize("name", BY_PLACE)
+def test_a_map_laid_over_the_image_is_said(name):
+    """What a table or a ramp holds further out was not run."""
+    assert any("laid over the image" in reason for reason in look(BY_PLACE[name].way).unknown)
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda x: x * torch.ones_like(x),
+        lambda x: x + torch.zeros(x.shape[2:]) + 1,
+        lambda x: x.new_full(x.shape, 2.0) * x,
+    ],
+    ids=["ones", "zeros", "full"],
+)
+def test_an_even_map_is_none(way):
+    """Control: one value throughout has no place."""
+    assert look(way).unknown == ()

@@ -1,0 +1,128 @@
+"""Networks that branch by size, place or value: no prediction of one is wrong without a word."""
+
+import logging
+
+import pytest
+import torch
+from branching import BY_PLACE, BY_SIZE, BY_STATISTIC, BY_VALUE, LOCAL, tiles_of
+
+import normfix
+
+QUICK = {
+    "area",
+    "kernel by width",
+    "odd height",
+    "table",
+    "centre",
+    "where the corner",
+    "windows",
+    "padded if odd",
+}
+"""One case of each mechanism; the others take longer than they tell."""
+
+
+def cases(*groups):
+    named = {f"{number}: {name}": case for number, group in enumerate(groups) for name, case in group.items()}
+    return [
+        pytest.param(case, id=name, marks=() if name.partition(": ")[2] in QUICK else pytest.mark.slow)
+        for name, case in named.items()
+    ]
+
+
+def converted(case):
+    """Convert, or return None where nothing was proved."""
+    try:
+        done = normfix.convert(case.network(), case.image())
+    except normfix.NormfixError:
+        return None
+    return done if done.proof.passed else None
+
+
+def difference(a, b):
+    return float((a - b).abs().max() / b.std())
+
+
+def predicted(caplog, model, image, tile, **options):
+    """Predict; return the result, None where that was refused, and whether something was said of it."""
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="normfix"):
+        try:
+            result = normfix.predict(model, image, tile=tile, **options)
+        except normfix.NormfixError as error:
+            if error.code not in {"NF260", "NF402", "NF409"}:
+                raise
+            return None, True
+    said = any(code in message for message in caplog.messages for code in ("NF261", "NF262"))
+    return result, said
+
+
+@pytest.mark.parametrize("case", cases(BY_SIZE, BY_PLACE, BY_VALUE))
+def test_no_branch_is_predicted_wrongly_without_a_word(case, caplog):
+    """Refused, said, or right: by a reference of its own, the network's output of the whole image."""
+    done = converted(case)
+    for image in case.images() if done else ():
+        tile = [-(-32 // stride) * stride for stride in done.scan.stride]
+        result, said = predicted(caplog, done.model, image, tile)
+        if result is None or said:
+            continue
+        with torch.no_grad():
+            assert difference(result, done.model(image)) < 1e-3
+
+
+@pytest.mark.parametrize("case", cases(BY_SIZE, BY_PLACE))
+def test_check_does_not_pass_where_another_network_runs(case):
+    """Where tiles, stitched by an arithmetic of the test's own, are wrong, check fails, is inconclusive or says it."""
+    done = converted(case)
+    for image in case.images() if done else ():
+        with torch.no_grad():
+            wrong = (
+                difference(tiles_of(done.model, image, done.scan.stride, done.scan.halo), done.model(image))
+                > 1e-3
+            )
+        tile = [-(-32 // stride) * stride for stride in done.scan.stride]
+        verdict = normfix.check(done.model, image, tile=tile)
+        assert not (wrong and verdict.passed and not verdict.findings)
+
+
+@pytest.mark.parametrize("case", cases(LOCAL))
+def test_what_only_repeats_with_the_size_is_predicted(case, caplog):
+    """Control: padding to multiples, windows and borders are neither refused nor remarked upon, and right."""
+    done = converted(case)
+    assert done is not None
+    assert done.scan.sizes.conditions == ()
+    assert "NF244" not in {finding.code for finding in done.scan.findings}
+    for image in case.images():
+        result, said = predicted(caplog, done.model, image, [-(-32 // s) * s for s in done.scan.stride])
+        assert not said
+        with torch.no_grad():
+            assert difference(result, done.model(image)) < 1e-4
+
+
+@pytest.mark.parametrize("case", cases(BY_VALUE))
+def test_a_value_of_one_place_is_a_live_site(case):
+    """A branch on a pixel, and a map computed from one, is named and refused."""
+    scan = normfix.scan(case.network(), case.image())
+    refused = [site for site in scan.live if site.refusal]
+    assert refused
+    assert not scan.tile_invariant
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", cases(BY_STATISTIC))
+@pytest.mark.parametrize("way", ["calibrated", "in stages", "per image"])
+def test_geometry_follows_the_statistics(case, way, caplog):
+    """Measured anew on another image, or for each image, statistics that open a branch bring its reach with them."""
+    done = converted(case)
+    assert done is not None
+    for image in case.images():
+        model, options = done.model, {}
+        if way == "per image":
+            options["statistics"] = "per-image"
+        else:
+            model = normfix.calibrate(model, image, **({"tile": 64} if way == "in stages" else {})).model
+        result, _ = predicted(caplog, model, image, 32, engine="tiles", **options)
+        if result is None:
+            continue
+        with torch.no_grad():
+            whole = (case.network() if way == "per image" else model)(image)
+        assert difference(result, whole) < 1e-3
