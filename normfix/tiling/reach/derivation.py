@@ -64,7 +64,7 @@ class Reached:
 class Derived:
     """A graph read once; `reached` asks it for tiles.
 
-    `wraps` are nodes that read the opposite border.
+    `wraps` are nodes that read the opposite border, `flips` those that turn the image around.
     """
 
     sizes: Sizes
@@ -72,6 +72,7 @@ class Derived:
     readings: Mapping[Node, Sequence[Reading]]
     order: tuple[Node, ...]
     wraps: tuple[Node, ...]
+    flips: tuple[Node, ...]
 
     def scale(self, result: Node) -> tuple[Fraction, ...] | None:
         """Return positions of a value per pixel of the image along each axis, None if it is no map."""
@@ -120,8 +121,8 @@ class Derived:
         return {source: self._axis_by_axis(source, needs.get(source)) for source in sources}
 
     def _axes(self, result: Node) -> list[Space] | None:
-        """Return the factor of a map along each axis."""
-        factors = [f for frame in self.layouts[result] for f in frame if isinstance(f, Space)]
+        """Return the factor of a map along each axis, where each has a dimension of its own."""
+        factors = [f for frame in self.layouts[result] for f in frame if isinstance(f, Space) and len(frame) == 1]
         by_axis = {f.axis: f for f in factors}
         if len(factors) != len(self.sizes.lattice) or len(by_axis) != len(factors):
             return None
@@ -151,7 +152,8 @@ class Derived:
                 continue
             boundless = span.boundless
             if boundless is None and span.back is not None:
-                boundless = Boundless(source, "the opposite side is read: what was flipped is not turned back")
+                node = self.flips[0] if self.flips else source
+                boundless = Boundless(node, "the opposite side is read: what was flipped is not turned back")
             found[factor.axis] = Reached(span.fore, boundless)
         return found
 
@@ -229,7 +231,8 @@ def derive(nodes: Sequence[Node], sources: Collection[Node], sizes: Sizes) -> De
         layouts[node] = _layout(call, readings[node], layouts)
         if call.name == "roll" or _is_circular(call):
             wraps.append(node)
-    return Derived(sizes, layouts, readings, tuple(order), tuple(wraps))
+    flips = tuple(node for node in order if call_of(node, sizes).name == "flip")
+    return Derived(sizes, layouts, readings, tuple(order), tuple(wraps), flips)
 
 
 def _read(call: Call, layouts: Mapping[Node, Layout]) -> list[Reading]:

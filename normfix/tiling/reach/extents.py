@@ -140,8 +140,11 @@ def lattice_of(shape: Sequence[Any], tensors: Iterable[Tensor]) -> Sizes:
         tensors: of the graph.
 
     Raises:
-        Unsized: a spatial extent of the image is fixed.
+        Unsized: a spatial extent of the image is fixed, or tied to another.
     """
+    symbols = [n.node.expr for n in shape[2:] if not isinstance(n, int)]
+    if len(set(symbols)) < len(symbols):
+        raise Unsized("its graph holds for images of equal extents only")
     formulas = {n.node.expr: None for t in tensors for n in t.shape if not isinstance(n, int)}
     factors = [_factor(n) for n in shape[2:]]
     sizes = Sizes(shape, factors)

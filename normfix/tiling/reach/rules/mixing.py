@@ -163,7 +163,7 @@ def _looked_up(name: str) -> Rule:
 
 
 _ALONG = ("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "cummax", "cummin")
-_ALONG_TOO = ("sort", "argsort", "topk", "renorm", "softmin", "_safe_softmax", "msort")
+_ALONG_TOO = ("sort", "argsort", "topk", "renorm", "_safe_softmax", "msort")
 _REDUCTIONS = ("sum", "mean", "nanmean", "nansum", "prod", "amax", "amin", "aminmax", "max", "min", "argmax", "argmin")
 _REDUCTIONS_TOO = ("var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "logsumexp", "all", "any", "median")
 _OTHERS = ("nanmedian", "quantile", "nanquantile", "kthvalue", "mode", "count_nonzero", "frobenius_norm")
