@@ -36,7 +36,15 @@ from normfix.tiling.stride import (
     smallest_tile,
 )
 
-__all__ = ["BoundExceededError", "Locality", "cross_section", "geometry_of", "measure_locality", "not_dense", "thinnest"]
+__all__ = [
+    "BoundExceededError",
+    "Locality",
+    "cross_section",
+    "geometry_of",
+    "measure_locality",
+    "not_dense",
+    "thinnest",
+]
 
 Function = Callable[[Tensor], Tensor]
 

@@ -28,7 +28,16 @@ from normfix.networks import operators
 from normfix.networks.numerics import BOUNDLESS
 from normfix.records.spans import round_up
 
-__all__ = ["AMPLIFICATION", "DyeLost", "DyeRefused", "halo", "halo_within", "interference", "strip", "texture"]
+__all__ = [
+    "AMPLIFICATION",
+    "DyeLost",
+    "DyeRefused",
+    "halo",
+    "halo_within",
+    "interference",
+    "strip",
+    "texture",
+]
 
 AMPLIFICATION = 1e12
 _FIRST_SEA, _LARGEST_SEA, _LARGEST_SHORE = 256, 8192, 4096
@@ -97,7 +106,9 @@ def halo(
         # a widely dilated convolution may look past a narrow sea altogether: two sizes must agree
         if reach in (smaller, expected) and sea >= least:
             return reach
-        if reach in seen and sea >= least:  # the lattice of a coarser unit than the grid: as wide as it is anywhere on it
+        if (
+            reach in seen and sea >= least
+        ):  # the lattice of a coarser unit than the grid: as wide as it is anywhere on it
             return max(before for before, _ in seen), max(after for _, after in seen)
         seen.append(reach)
         sea, smaller, shore = max(2 * sea, least), reach, max(0, *reach) + grid
@@ -116,10 +127,15 @@ def halo_within(
 ) -> tuple[int, int] | None:
     """Measure a halo that a bound is known for, in one forward pass.
 
-    Arguments as for `halo`, whose second strip only tells whether the first was long enough.
-
     Args:
+        f: as for `halo`, whose second strip only tells whether the first was long enough.
+        example: as for `halo`.
+        axis: as for `halo`.
+        grid: as for `halo`.
+        scale: as for `halo`.
         bound: (before, after) that no output can exceed.
+        cross: as for `halo`.
+        felt: as for `halo`.
 
     Returns:
         (before, after); None if the dye reaches further than the bound.

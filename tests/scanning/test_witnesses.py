@@ -18,10 +18,14 @@ from normfix.tiling.reach.rules.rule import kept
 class Framed(nn.Module):
     """A function between two convolutions with a norm."""
 
-    def __init__(self, function) -> None:  # noqa: ANN001
+    def __init__(self, function) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.stem, self.norm, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.InstanceNorm2d(4), nn.Conv2d(4, 1, 3, padding=1)
+        self.stem, self.norm, self.head = (
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.InstanceNorm2d(4),
+            nn.Conv2d(4, 1, 3, padding=1),
+        )
         self.function = Function(function)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,7 +100,9 @@ def test_a_network_without_a_graph_says_how_far_it_was_measured():
     def told(x: Tensor) -> Tensor:
         return x if float(x.detach().new_ones(1).sum() + 0 * x.detach().reshape(-1)[0]) >= 0 else -x
 
-    reach = normfix.scan(nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), Function(told)).eval(), _noise(64, 96)).reach
+    reach = normfix.scan(
+        nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), Function(told)).eval(), _noise(64, 96)
+    ).reach
     assert reach is None or reach.used == "measured"
     assert reach is None or reach.words.startswith("measured up to 512 pixels")
 
@@ -108,7 +114,9 @@ def test_an_operator_without_a_bound_is_named_in_the_words():
         places = torch.arange(x.shape[3])[None, None, None] + (x > 0.5).long()
         return x.gather(3, places.clamp_max(x.shape[3] - 1))
 
-    found = normfix.scan(nn.Sequential(Function(nearby), nn.Conv2d(1, 1, 3, padding=1)).eval(), _noise(64, 96))
+    found = normfix.scan(
+        nn.Sequential(Function(nearby), nn.Conv2d(1, 1, 3, padding=1)).eval(), _noise(64, 96)
+    )
     assert found.reach is not None
     assert [o.operator for o in found.reach.obstacles] == ["aten.gather.default"]
     assert "aten.gather.default" in found.reach.words

@@ -37,7 +37,14 @@ def bound_for(module: nn.Module, shape: tuple[int, ...]) -> Bound:
 
 
 def true_reach(
-    module: nn.Module, bound: Bound, axis: int, length: int, *, channels: int = 1, cross: int = 16, tile: int | None = None
+    module: nn.Module,
+    bound: Bound,
+    axis: int,
+    length: int,
+    *,
+    channels: int = 1,
+    cross: int = 16,
+    tile: int | None = None,
 ) -> tuple[int, int]:
     """Return (before, after) of the tile number `tile` of a strip along an axis, the middle one by default.
 

@@ -52,7 +52,9 @@ def _columns(x: Tensor) -> Tensor:
 
 
 def _focus(x: Tensor) -> Tensor:
-    return F.pixel_shuffle(torch.cat([x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]], 1), 2)
+    return F.pixel_shuffle(
+        torch.cat([x[..., ::2, ::2], x[..., 1::2, ::2], x[..., ::2, 1::2], x[..., 1::2, 1::2]], 1), 2
+    )
 
 
 def _filled(x: Tensor) -> Tensor:
@@ -96,7 +98,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "adaptive": (lambda: Function(lambda x: F.adaptive_avg_pool2d(x, (x.shape[2] // 4, x.shape[3] // 4))), 4),
     "nearest": (lambda: nn.Upsample(scale_factor=2), 1),
     "nearest down": (lambda: Function(lambda x: F.interpolate(x, scale_factor=0.5)), 2),
-    "nearest exact": (lambda: Function(lambda x: F.interpolate(x, scale_factor=0.5, mode="nearest-exact")), 2),
+    "nearest exact": (
+        lambda: Function(lambda x: F.interpolate(x, scale_factor=0.5, mode="nearest-exact")),
+        2,
+    ),
     "bilinear": (lambda: nn.Upsample(scale_factor=2, mode="bilinear"), 1),
     "bilinear 4": (lambda: nn.Upsample(scale_factor=4, mode="bilinear"), 1),
     "bilinear to size": (
@@ -108,13 +113,21 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "slice": (lambda: Function(lambda x: x[..., 2:, 1:-3]), 1),
     "strided slice": (lambda: Function(lambda x: x[..., 1::2, ::2]), 2),
     "focus": (lambda: Function(_focus), 2),
-    "shuffles": (lambda: nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(16, 4, 3, padding=1), nn.PixelShuffle(2)), 4),
-    "flip and back": (lambda: Function(lambda x: F.pad(x.flip(-1), (2, 0))[..., : x.shape[3]].flip(-1) + x), 1),
+    "shuffles": (
+        lambda: nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(16, 4, 3, padding=1), nn.PixelShuffle(2)),
+        4,
+    ),
+    "flip and back": (
+        lambda: Function(lambda x: F.pad(x.flip(-1), (2, 0))[..., : x.shape[3]].flip(-1) + x),
+        1,
+    ),
     "repeat interleave": (lambda: Function(lambda x: x.repeat_interleave(2, 2).repeat_interleave(2, 3)), 1),
     "windows": (lambda: Function(_attending), 4),
     "padded windows": (
         lambda: Function(
-            lambda x: _attending(F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4)))[..., : x.shape[2], : x.shape[3]]
+            lambda x: _attending(F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4)))[
+                ..., : x.shape[2], : x.shape[3]
+            ]
         ),
         4,
     ),
@@ -130,19 +143,36 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "rare mask": (lambda: Function(lambda x: x.masked_fill(F.max_pool2d(x, 7, 1, 3) > 900, 0.0)), 1),
     "written in place": (lambda: Function(_written), 1),
     "pasted": (lambda: Function(_pasted), 1),
-    "einsum": (lambda: Function(lambda x: torch.einsum("bchw,dc->bdhw", F.avg_pool2d(x, 3, 1, 1), torch.ones(2, 1).to(x))), 1),
+    "einsum": (
+        lambda: Function(
+            lambda x: torch.einsum("bchw,dc->bdhw", F.avg_pool2d(x, 3, 1, 1), torch.ones(2, 1).to(x))
+        ),
+        1,
+    ),
     "stacked": (lambda: Function(lambda x: torch.stack([x, F.avg_pool2d(x, 3, 1, 1)], 2).sum(2)), 1),
     "chunks": (lambda: Function(lambda x: sum(torch.cat([x, F.avg_pool2d(x, 5, 1, 2)], 1).chunk(2, 1))), 1),
-    "channel softmax": (lambda: Function(lambda x: torch.cat([x, F.avg_pool2d(x, 3, 1, 1)], 1).softmax(1)), 1),
+    "channel softmax": (
+        lambda: Function(lambda x: torch.cat([x, F.avg_pool2d(x, 3, 1, 1)], 1).softmax(1)),
+        1,
+    ),
     "diagonal": (lambda: Function(lambda x: x + F.pad(x, (6, 0, 5, 0))[..., : x.shape[2], : x.shape[3]]), 1),
     "two scales": (
         lambda: nn.Sequential(
-            nn.Conv2d(1, 2, 3, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 3, 2, 1), nn.Upsample(scale_factor=4, mode="bilinear")
+            nn.Conv2d(1, 2, 3, 2, 1),
+            nn.ReLU(),
+            nn.Conv2d(2, 2, 3, 2, 1),
+            nn.Upsample(scale_factor=4, mode="bilinear"),
         ),
         4,
     ),
     "upsampled by hand": (
-        lambda: Function(lambda x: x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2).reshape(*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3])),
+        lambda: Function(
+            lambda x: (
+                x[:, :, :, None, :, None]
+                .expand(-1, -1, -1, 2, -1, 2)
+                .reshape(*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3])
+            )
+        ),
         1,
     ),
     "local response": (lambda: Function(lambda x: F.local_response_norm(F.avg_pool2d(x, 3, 1, 1), 3)), 1),
@@ -171,7 +201,9 @@ def test_a_bound_is_the_truth_of_brute_force(name: str):
 
 LOOSE: dict[str, Callable[[], nn.Module]] = {
     # forms whose bound may be larger than the truth: a fold that only undoes, borders that mirror far, float32 factors
-    "unfold and fold": lambda: Function(lambda x: F.fold(F.unfold(x, 3, padding=1) * 2, x.shape[2:], 3, padding=1)),
+    "unfold and fold": lambda: Function(
+        lambda x: F.fold(F.unfold(x, 3, padding=1) * 2, x.shape[2:], 3, padding=1)
+    ),
     "far mirror": lambda: Function(lambda x: x + F.pad(x, (9, 0, 0, 0), mode="reflect")[..., : x.shape[3]]),
     "wrapped": lambda: Function(lambda x: x + x.roll(5, 3)),
     "aligned corners": lambda: nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
@@ -259,7 +291,12 @@ def test_tiles_within_a_lattice_have_their_own_reach():
 
 def test_a_bound_says_how_its_way_is_made():
     """The widest way names the operators that widen it; together they are the halo."""
-    net = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.MaxPool2d(2), nn.Conv2d(1, 1, 5, padding=2), nn.Upsample(scale_factor=2))
+    net = nn.Sequential(
+        nn.Conv2d(1, 1, 3, padding=1),
+        nn.MaxPool2d(2),
+        nn.Conv2d(1, 1, 5, padding=2),
+        nn.Upsample(scale_factor=2),
+    )
     bound = bound_for(net, (1, 1, 32, 32))
     before, _ = bound.paths()[0]
     assert [(step.where, step.adds) for step in before] == [("0", 1.0), ("2", 4.0)]
@@ -294,7 +331,13 @@ _PARTS = {
 }
 
 
-@given(st.lists(st.tuples(st.sampled_from(sorted(_PARTS)), st.integers(1, 4), st.integers(0, 3)), min_size=2, max_size=5))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(sorted(_PARTS)), st.integers(1, 4), st.integers(0, 3)),
+        min_size=2,
+        max_size=5,
+    )
+)
 @settings(max_examples=12, deadline=None, derandomize=True, database=None)
 def test_a_bound_of_any_chain_holds(parts: list[tuple[str, int, int]]):
     """Operators one after the other, with any attributes: no column outside the bound changes a tile."""

@@ -74,7 +74,9 @@ class Bound:
             return tuple((b + n, a + n) for (b, a), n in zip(whole, self.lattice, strict=True))
         phases = range(max(counts))
         # axes are bounded one by one, so all of them move at a time
-        starts = ([phase % count * unit for count, unit in zip(counts, units, strict=True)] for phase in phases)
+        starts = (
+            [phase % count * unit for count, unit in zip(counts, units, strict=True)] for phase in phases
+        )
         spans = [self._spans(start) for start in starts]
         return tuple((max(b for b, _ in axis), max(a for _, a in axis)) for axis in zip(*spans, strict=True))
 
@@ -163,7 +165,9 @@ def bound_between(image: Node, sources: Sequence[Node], results: Sequence[Node])
     offset = derived.offset(results[0]) if layouts else None
     if not layouts or None in layouts or offset is None or layouts[0] is None:
         raise Unsized("the output is no map over the image")
-    return Bound(derived, tuple(sources), tuple(r for r in results if r in derived.layouts), layouts[0], offset)
+    return Bound(
+        derived, tuple(sources), tuple(r for r in results if r in derived.layouts), layouts[0], offset
+    )
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
@@ -180,7 +184,9 @@ def _changes_others(node: Node, places: Mapping[Node, int]) -> bool:
     target = node.target
     if not isinstance(target, OpOverload):
         return isinstance(target, torch._ops.HigherOrderOperator)
-    if not target._schema.is_mutable or (torch.Tag.pointwise in target.tags and len(node.all_input_nodes) == 1):
+    if not target._schema.is_mutable or (
+        torch.Tag.pointwise in target.tags and len(node.all_input_nodes) == 1
+    ):
         return False
     written = node.args[0] if node.args else None
     if torch.Tag.pointwise not in target.tags or not isinstance(written, Node) or _is_view(written):
@@ -189,7 +195,9 @@ def _changes_others(node: Node, places: Mapping[Node, int]) -> bool:
 
 
 def _is_view(node: Node) -> bool:
-    return node.op == "placeholder" or (isinstance(node.target, OpOverload) and operators.is_view(node.target))
+    return node.op == "placeholder" or (
+        isinstance(node.target, OpOverload) and operators.is_view(node.target)
+    )
 
 
 def _obstacle(node: Node, why: str) -> Obstacle:

@@ -1,10 +1,11 @@
 """The derivation: frames carried forward over a graph, needs carried backward, from one aligned tile to the image.
 
     forward    each value's layout from those of its operands, by the rules
-    backward   for the tile [0, S) of the image's lattice, or one that starts within it, the interval of each value that it
-               is computed from; at the image that is the tile and its halo
+    backward   for the tile [0, S) of the image's lattice, or one that starts within it, the interval of each value that
+               it is computed from; at the image that is the tile and its halo
 
-Nothing is run on numbers, and no value counts: both sides of a `where`, a weight of zero and a dead channel are followed.
+Nothing is run on numbers, and no value counts: both sides of a `where`, a weight of zero and a dead channel are
+followed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.fx import Node
 
 from normfix.tiling.reach.calls import Call, call_of, nodes_in, tensor_of
 from normfix.tiling.reach.extents import Sizes, Unsized
-from normfix.tiling.reach.frames import Frame, Layout, Space, frame_of
+from normfix.tiling.reach.frames import Frame, Layout, Opaque, Space, frame_of
 from normfix.tiling.reach.links import Reading, whole
 from normfix.tiling.reach.needs import Boundless, Interval, Need, Span, united
 from normfix.tiling.reach.rules import rule_of
@@ -91,11 +92,17 @@ class Derived:
 
     def pace(self, node: Node, axis: int) -> Fraction | None:
         """Return positions of a value per pixel along one axis, None where it has none or several."""
-        factors = [f for frame in self.layouts[node] for f in frame if isinstance(f, Space) and f.axis == axis]
+        factors = [
+            f for frame in self.layouts[node] for f in frame if isinstance(f, Space) and f.axis == axis
+        ]
         return Fraction(factors[0].step, self.sizes.lattice[axis]) if len(factors) == 1 else None
 
     def reached(
-        self, results: Collection[Node], sources: Collection[Node], starts: Sequence[int], trail: Trail | None = None
+        self,
+        results: Collection[Node],
+        sources: Collection[Node],
+        starts: Sequence[int],
+        trail: Trail | None = None,
     ) -> dict[Node, list[Reached]]:
         """Return what one lattice step of the image that begins at `starts` needs of each source.
 
@@ -122,7 +129,9 @@ class Derived:
 
     def _axes(self, result: Node) -> list[Space] | None:
         """Return the factor of a map along each axis, where each has a dimension of its own."""
-        factors = [f for frame in self.layouts[result] for f in frame if isinstance(f, Space) and len(frame) == 1]
+        factors = [
+            f for frame in self.layouts[result] for f in frame if isinstance(f, Space) and len(frame) == 1
+        ]
         by_axis = {f.axis: f for f in factors}
         if len(factors) != len(self.sizes.lattice) or len(by_axis) != len(factors):
             return None
@@ -138,10 +147,8 @@ class Derived:
                     first = int(starts[factor.axis] * scale // 1)
                     last = -int(-(starts[factor.axis] + self.sizes.lattice[factor.axis]) * scale // 1) - 1
                     need[dim, number] = Span((first, last))
-                else:
-                    need.update(
-                        {(dim, number): s for s in whole((factor,), Boundless(result, "its layout is not known")).values()}
-                    )
+                elif isinstance(factor, Opaque):
+                    need[dim, number] = Span(boundless=Boundless(result, "its layout is not known"))
         return need
 
     def _axis_by_axis(self, source: Node, need: Need | None) -> list[Reached]:
@@ -245,7 +252,10 @@ def _read(call: Call, layouts: Mapping[Node, Layout]) -> list[Reading]:
         except (Unsized, KeyError, IndexError, TypeError, ValueError, StopIteration) as error:
             why = f"its rule does not know this form of it ({error})"
     read = {r.operand for r in readings}
-    return [*readings, *(_Everything(n, why) for n in _operands(call.origin) if n in layouts and n not in read)]
+    return [
+        *readings,
+        *(_Everything(n, why) for n in _operands(call.origin) if n in layouts and n not in read),
+    ]
 
 
 @dataclass(frozen=True, slots=True)

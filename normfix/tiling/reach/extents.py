@@ -2,8 +2,8 @@
 
 On images whose extents are N = S n, for a lattice S that every stride and every rounding divides, an extent is
 c + b n: rounding is gone. The lattice is found by trying: from 1, it grows by what the crooked formulas round by.
-A formula is kept as its numbers at sample sizes with large prime n, so that products of extents can be compared, divided
-and told apart by integer arithmetic alone.
+A formula is kept as its numbers at sample sizes with large prime n, so that products of extents can be compared,
+divided and told apart by integer arithmetic alone.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """How a result's positions are computed from an operand's, dimension by dimension.
 
-    Along(d)          from the same position along dimension d of the result
-    Window(d, reads)  from an interval around it
-    Mirror(d)         from the opposite position
-    WHOLE             from everything
-    NOTHING           from nothing: one value stands for all, or none is read
+Along(d)          from the same position along dimension d of the result
+Window(d, reads)  from an interval around it
+Mirror(d)         from the opposite position
+WHOLE             from everything
+NOTHING           from nothing: one value stands for all, or none is read
 """
 
 from __future__ import annotations

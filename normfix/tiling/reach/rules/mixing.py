@@ -1,7 +1,7 @@
 """What mixes values along some dimensions: products, softmax, reductions, norms, attention.
 
-Along channels or the inside of a window that has no reach. Along space it reads everything, which is what a site is: the
-statistic of one that is frozen is a constant and not in the graph any more.
+Along channels or the inside of a window that has no reach. Along space it reads everything, which is what a site is:
+the statistic of one that is frozen is a constant and not in the graph any more.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ def _linear(call: Call) -> list[Reading]:
 
 def _matmul(call: Call) -> list[Reading]:
     """(..., m, k) times (..., k, n); a vector is a row in front and a column behind."""
-    names = [n for n in ("self", "other", "mat1", "mat2", "vec", "tensor", "batch1", "batch2") if n in call.arguments]
+    names = [
+        n
+        for n in ("self", "other", "mat1", "mat2", "vec", "tensor", "batch1", "batch2")
+        if n in call.arguments
+    ]
     factors = [n for n in names if not (n == "self" and len(names) > 2)]
     a, b = call.tensor(factors[0]), call.tensor(factors[1])
     summand = call.get("self") if len(names) > 2 else None
@@ -63,7 +67,9 @@ def _einsum(call: Call) -> list[Reading]:
     readings: list[Reading] = []
     for labels, operand in zip(inputs.split(","), call.get("tensors"), strict=True):
         once = {label for label in labels if labels.count(label) == 1}
-        links = tuple(Along(result.index(label)) if label in result and label in once else WHOLE for label in labels)
+        links = tuple(
+            Along(result.index(label)) if label in result and label in once else WHOLE for label in labels
+        )
         readings.append(ByDimension(operand, links))
     return readings
 
@@ -145,11 +151,17 @@ def _group_norm(call: Call) -> list[Reading]:
 
 
 def _per_channel(call: Call, x: Node) -> list[Reading]:
-    return [ByDimension(node, (NOTHING,)) for node in call.operands if node is not x and _is_vector(call, node)]
+    return [
+        ByDimension(node, (NOTHING,)) for node in call.operands if node is not x and _is_vector(call, node)
+    ]
 
 
 def _is_vector(call: Call, node: Node) -> bool:
-    return tensor_of(node) is not None and len(call.extents(node)) == 1 and call.sizes.is_constant(call.extents(node)[0])
+    return (
+        tensor_of(node) is not None
+        and len(call.extents(node)) == 1
+        and call.sizes.is_constant(call.extents(node)[0])
+    )
 
 
 def _looked_up(name: str) -> Rule:
@@ -162,10 +174,44 @@ def _looked_up(name: str) -> Rule:
     return rule
 
 
-_ALONG = ("softmax", "_softmax", "log_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "cummax", "cummin")
+_ALONG = (
+    "softmax",
+    "_softmax",
+    "log_softmax",
+    "_log_softmax",
+    "cumsum",
+    "cumprod",
+    "logcumsumexp",
+    "cummax",
+    "cummin",
+)
 _ALONG_TOO = ("sort", "argsort", "topk", "renorm", "_safe_softmax", "msort")
-_REDUCTIONS = ("sum", "mean", "nanmean", "nansum", "prod", "amax", "amin", "aminmax", "max", "min", "argmax", "argmin")
-_REDUCTIONS_TOO = ("var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "logsumexp", "all", "any", "median")
+_REDUCTIONS = (
+    "sum",
+    "mean",
+    "nanmean",
+    "nansum",
+    "prod",
+    "amax",
+    "amin",
+    "aminmax",
+    "max",
+    "min",
+    "argmax",
+    "argmin",
+)
+_REDUCTIONS_TOO = (
+    "var",
+    "std",
+    "var_mean",
+    "std_mean",
+    "norm",
+    "linalg_vector_norm",
+    "logsumexp",
+    "all",
+    "any",
+    "median",
+)
 _OTHERS = ("nanmedian", "quantile", "nanquantile", "kthvalue", "mode", "count_nonzero", "frobenius_norm")
 
 MIXING: dict[str, Rule] = {

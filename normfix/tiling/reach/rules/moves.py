@@ -13,7 +13,17 @@ from torch.fx import Node
 
 from normfix.tiling.reach.calls import Call, tensor_of
 from normfix.tiling.reach.extents import Vector
-from normfix.tiling.reach.links import NOTHING, WHOLE, Along, ByDimension, Link, Mirror, Reading, Whole, Window
+from normfix.tiling.reach.links import (
+    NOTHING,
+    WHOLE,
+    Along,
+    ByDimension,
+    Link,
+    Mirror,
+    Reading,
+    Whole,
+    Window,
+)
 from normfix.tiling.reach.needs import Interval, Reads
 from normfix.tiling.reach.rules.rule import Rule, aligned, kept
 
@@ -137,7 +147,7 @@ def _stack(call: Call) -> list[Reading]:
 
 
 def _roll(call: Call) -> list[Reading]:
-    """What comes in at the border is not counted here: the derivation names each roll as one that wraps."""
+    """Move a map; what comes in at the border is not counted here: the derivation names what wraps."""
     x = call.tensor("self")
     rank = len(call.extents(x))
     dims = [call.dim(d, rank) for d in call.get("dims", ())]
@@ -186,11 +196,15 @@ def _pixel_unshuffle(call: Call) -> list[Reading]:
 
 def _into_space(call: Call, reads: Reads) -> Reading:
     rank = len(call.shape)
-    return kept(call, call.tensor("self"), {rank - 3: WHOLE, rank - 2: Window(rank - 2, reads), rank - 1: Window(rank - 1, reads)})
+    return kept(
+        call,
+        call.tensor("self"),
+        {rank - 3: WHOLE, rank - 2: Window(rank - 2, reads), rank - 1: Window(rank - 1, reads)},
+    )
 
 
 def _slice_scatter(call: Call) -> list[Reading]:
-    """Writes a part into a map: the map is read where it is, the part where it was put."""
+    """Write a part into a map: the map is read where it is, the part where it was put."""
     x, part = call.tensor("self"), call.tensor("src")
     extents = call.extents(x)
     dim = call.dim(call.get("dim", 0), len(extents))
@@ -220,7 +234,7 @@ def _copy(call: Call) -> list[Reading]:
 
 
 def _triangle(call: Call) -> list[Reading]:
-    """tril and triu keep values by their place: what is left is at its own place."""
+    """Tril and triu keep values by their place: what is left is at its own place."""
     return [kept(call, call.tensor("self"))]
 
 
@@ -228,7 +242,14 @@ def _listed(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list | tuple) else [value]
 
 
-_PADS = ("pad", "constant_pad_nd", "_pad_circular", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d")
+_PADS = (
+    "pad",
+    "constant_pad_nd",
+    "_pad_circular",
+    "reflection_pad1d",
+    "reflection_pad2d",
+    "reflection_pad3d",
+)
 _PARTS = ("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk")
 
 MOVES: dict[str, Rule] = {

@@ -1,7 +1,7 @@
 """Patches laid out as columns: unfold and fold (im2col, col2im).
 
-    im2col    column (i, j) holds the window s i - P ... s i - P + d (k - 1), as many values per window as it has
-    col2im    adds the columns up again where they came from: what a transposed convolution reads
+im2col    column (i, j) holds the window s i - P ... s i - P + d (k - 1), as many values per window as it has
+col2im    adds the columns up again where they came from: what a transposed convolution reads
 """
 
 from __future__ import annotations

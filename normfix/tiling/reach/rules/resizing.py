@@ -27,7 +27,9 @@ __all__ = ["RESIZING"]
 _HALF = Fraction(1, 2)
 
 
-def _rule(weighs: Callable[[Fraction, Fraction], tuple[int, int]], *, half: bool, nearest: bool = False) -> Rule:
+def _rule(
+    weighs: Callable[[Fraction, Fraction], tuple[int, int]], *, half: bool, nearest: bool = False
+) -> Rule:
     """Return the rule of a kind of interpolation.
 
     Args:

@@ -1,7 +1,7 @@
 """What lays the same values out otherwise: views that split and merge dimensions, permutations, expansions.
 
-A view keeps the order of all positions, so the factors of its operand, outermost first, are those of its result; where a
-boundary of the result falls inside a factor it is split:
+A view keeps the order of all positions, so the factors of its operand, outermost first, are those of its result;
+where a boundary of the result falls inside a factor it is split:
 
     (h)  ->  (h')(q)     position p is (p // q)(p mod q); what needs h' in [a, b] needs h in [q a, q b + q - 1]
     (h')(q)  ->  (h)     what needs h in [a, b] needs h' in [a // q, b // q]
@@ -121,7 +121,11 @@ def _unjoined(dim: int, group: Sequence[Piece], frame: Frame, need: Need) -> lis
         number = len(joined([part.factor for part in group[: place + 1]])) - 1
         if isinstance(piece.factor, Rest):
             continue
-        if isinstance(piece.factor, Opaque) or number >= len(frame) or not _is_of(frame[number], piece.factor):
+        if (
+            isinstance(piece.factor, Opaque)
+            or number >= len(frame)
+            or not _is_of(frame[number], piece.factor)
+        ):
             found.append((Piece(Opaque(piece.factor.extent), piece.dim, piece.number, None), Span()))
         elif (span := need.get((dim, number))) is not None:
             found.append((piece, _narrowed(span, _inside(group, place))))
@@ -196,7 +200,10 @@ def _last_swapped(call: Call, rank: int) -> Sequence[int]:
 
 
 def _moved(call: Call, rank: int) -> Sequence[int]:
-    listed = [value if isinstance(value, list | tuple) else [value] for value in map(call.get, ("source", "destination"))]
+    listed = [
+        value if isinstance(value, list | tuple) else [value]
+        for value in map(call.get, ("source", "destination"))
+    ]
     sources, places = ([call.dim(d, rank) for d in dims] for dims in listed)
     order = [d for d in range(rank) if d not in sources]
     for place, source in sorted(zip(places, sources, strict=True)):
@@ -208,7 +215,18 @@ def _expand(call: Call) -> list[Reading]:
     return [aligned(call, call.first())]
 
 
-_VIEWS = ("view", "reshape", "_unsafe_view", "_reshape_alias", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as")
+_VIEWS = (
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "_reshape_alias",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "view_as",
+    "reshape_as",
+)
 
 SHAPES: dict[str, Rule] = {
     **dict.fromkeys(_VIEWS, _view),
