@@ -96,7 +96,7 @@ def witness_of(network: nn.Module, caller: Caller, example: Tensor, source: Halo
         example: (1, C, *space), small: sizes are left free.
         source: "measured" keeps the bound from being used.
     """
-    captured = capture(network, caller, example)
+    captured = capture(network, caller, example, once=True)
     if isinstance(captured, NotCaptured):
         return Witness(None, captured.reason)
     chosen = source == "measured"

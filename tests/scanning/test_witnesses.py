@@ -88,8 +88,10 @@ def test_a_rule_that_is_wrong_is_found_by_the_dye(monkeypatch: pytest.MonkeyPatc
 
 def test_a_measured_halo_is_a_choice_that_is_marked():
     """halo="measured" takes what the dye shows; scan, proof and verdict say so."""
-    done = normfix.convert(Framed(_filled).eval(), _noise(64, 96), halo="measured")
+    function, _, bound = UNSEEN["far"]
+    done = normfix.convert(Framed(function).eval(), _noise(64, 96), halo="measured")
     assert done.scan.halo == ((2, 2), (2, 2))
+    assert done.scan.reach.bound[1] == bound
     assert (done.scan.reach.used, done.scan.reach.chosen) == ("measured", True)
     assert done.proof.verdict.reach == "measured up to 512 pixels, as was asked for"
 
