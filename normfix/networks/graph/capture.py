@@ -166,9 +166,7 @@ def extents(captured: Captured) -> dict[str, tuple[tuple[int, ...], tuple[int, .
     return {name: (_sizes(v), _sizes(v, roots)) for name, v in here.items()}
 
 
-def _captured(
-    network: _Network, example: Tensor, *, one_size: bool, once: bool
-) -> Captured | NotCaptured:
+def _captured(network: _Network, example: Tensor, *, one_size: bool, once: bool) -> Captured | NotCaptured:
     program = export(network, example, one_size=one_size)
     free = free_dimensions(program)
     replayed = []
