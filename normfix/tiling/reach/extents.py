@@ -145,7 +145,8 @@ def lattice_of(shape: Sequence[Any], tensors: Iterable[Tensor]) -> Sizes:
     symbols = [n.node.expr for n in shape[2:] if not isinstance(n, int)]
     if len(set(symbols)) < len(symbols):
         raise Unsized("its graph holds for images of equal extents only")
-    formulas = {n.node.expr: None for t in tensors for n in t.shape if not isinstance(n, int)}
+    extents: list[Any] = [n for tensor in tensors for n in tensor.shape]
+    formulas = {n.node.expr: None for n in extents if not isinstance(n, int)}
     factors = [_factor(n) for n in shape[2:]]
     sizes = Sizes(shape, factors)
     for expr in formulas:
