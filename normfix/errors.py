@@ -191,12 +191,12 @@ CODES: dict[str, str] = {
     "were carried over, which are those of its training data.",
     "NF250": "Memory ran out while the network was run. That says nothing about which inputs it takes, so nothing was "
     "concluded from it. Give a smaller --input or image, smaller tiles, or compute on another device.",
-    "NF251": "The graph bounds how far an output depends on its input, and the dye shows that it depends on more. The dye "
-    "runs the network itself, so a rule by which normfix derives the bound is wrong. Nothing that follows from the bound "
-    "can be relied on. --halo measured takes what the dye shows; please report it.",
-    "NF253": "The graph allows the output to depend on pixels much further away than the dye shows on any strip that was "
-    "run. Values decide which is the case, and other images or weights have other values, so tiles read as far as the "
-    "graph allows. --halo measured takes what the dye shows instead, and says so.",
+    "NF251": "The graph bounds how far an output depends on its input, and the dye shows that it depends on more. The "
+    "dye runs the network itself, so a rule by which normfix derives the bound is wrong. Nothing that follows from the "
+    "bound can be relied on. --halo measured takes what the dye shows; please report it.",
+    "NF253": "The graph allows the output to depend on pixels much further away than the dye shows on any strip that "
+    "was run. Values decide which is the case, and other images or weights have other values, so tiles read as far as "
+    "the graph allows. --halo measured takes what the dye shows instead, and says so.",
     "NF252": "A flip, a roll, attention over blocks, a call that takes the size or a place into account, or an "
     "operation normfix does not know: each may depend on the whole image, and was measured not to. The dye, followed "
     "through everything that swallows it, stays within the halo; tiles keep their values whatever is beyond it, on "

@@ -194,7 +194,7 @@ def look(
             exact_sizes=geometry.multiple if geometry else None,
             smallest_tile=locality.smallest_tile,
             halo_rounded=in_strides(geometry.halo, geometry.stride) if geometry else None,
-            reach=seen.witness.reach(locality, material) if seen.witness else None,
+            reach=seen.witness.reach(locality) if seen.witness else None,
             sizes=proved,
             looks=merged.looks,
             findings=found.findings + seen.findings + locality.findings,

@@ -8,7 +8,7 @@ where there is one, and the dye must lie within it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
@@ -48,33 +48,29 @@ class Witness:
             return None
         return self.found
 
-    def reach(self, locality: Locality, example: Tensor) -> Reach:
+    def reach(self, locality: Locality) -> Reach:
         """Say what both witnesses say."""
         geometry, found = locality.geometry, self.found
-        used: HaloSource = "measured" if self.bound is None else "graph"
-        stated = Reach(
-            used=used,
+        measured = Reach(
+            used="graph" if self.bound else "measured",
             chosen=self.chosen,
             measured=locality.dye,
-            extent=locality.extent if used == "measured" else (),
+            extent=() if self.bound else locality.extent,
             note=self.note,
         )
         if found is None:
-            return stated
+            return measured
         obstacles = found.obstacles()
         stride = found.lattice if geometry is None else geometry.stride
-        return Reach(
-            used=used,
-            chosen=self.chosen,
+        return replace(
+            measured,
             bound=None if obstacles else found.halo(stride),
-            measured=locality.dye,
             lattice=found.lattice,
             scale=tuple(map(str, found.scale)),
             offset=found.offset,
             obstacles=obstacles,
             wraps=found.wraps,
             paths=() if obstacles else found.paths(),
-            extent=stated.extent,
         )
 
     def findings(self, locality: Locality) -> tuple[Finding, ...]:
@@ -100,7 +96,7 @@ def witness_of(network: nn.Module, caller: Caller, example: Tensor, source: Halo
         example: (1, C, *space), small: sizes are left free.
         source: "measured" keeps the bound from being used.
     """
-    captured = capture(network, caller, example)
+    captured = capture(network, caller, example, once=True)
     if isinstance(captured, NotCaptured):
         return Witness(None, captured.reason)
     chosen = source == "measured"
@@ -116,6 +112,7 @@ def witness_of(network: nn.Module, caller: Caller, example: Tensor, source: Halo
 def _far_above(bound: Sequence[int], dyed: Sequence[int]) -> str:
     return (
         f"the graph bounds the halo by {bound[0]} before and {bound[1]} after, where the dye shows {dyed[0]} and "
-        f"{dyed[1]} of the strips that were run: a tap further away than these are long or off the axis, a side of a "
-        "comparison that was not taken, or weights that are zero. Tiles read the bound; --halo measured takes the other."
+        f"{dyed[1]} on the strips that were run: a tap further away than these are long or off the axis, a side of a "
+        "comparison that was not taken, or weights that are zero. Tiles read the bound; --halo measured takes the "
+        "other."
     )

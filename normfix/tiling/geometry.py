@@ -220,6 +220,8 @@ def _measured(
             continue
         try:
             return _along_axes(single, double, example, grid, cross, felt, both_ends=both_ends, bound=bound)
+        except BoundExceededError:
+            raise
         except refusals() as error:
             refusal = f"it runs on no strip of another length: {error}."
     size = "x".join(map(str, example.shape[2:]))

@@ -127,10 +127,15 @@ def halo_within(
 ) -> tuple[int, int] | None:
     """Measure a halo that a bound is known for, in one forward pass.
 
-    Arguments as for `halo`, whose second strip only tells whether the first was long enough.
-
     Args:
+        f: as for `halo`, whose second strip only tells whether the first was long enough.
+        example: as for `halo`.
+        axis: as for `halo`.
+        grid: as for `halo`.
+        scale: as for `halo`.
         bound: (before, after) that no output can exceed.
+        cross: as for `halo`.
+        felt: as for `halo`.
 
     Returns:
         (before, after); None if the dye reaches further than the bound.

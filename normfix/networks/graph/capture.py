@@ -83,7 +83,9 @@ class _Network(nn.Module):
         return self._run(self.get_submodule(WRAPPED), image)
 
 
-def capture(model: nn.Module, run: Run, example: Tensor, *, one_size: bool = False) -> Captured | NotCaptured:
+def capture(
+    model: nn.Module, run: Run, example: Tensor, *, one_size: bool = False, once: bool = False
+) -> Captured | NotCaptured:
     """Capture a network as an exported program before decomposition.
 
     Args:
@@ -91,6 +93,7 @@ def capture(model: nn.Module, run: Run, example: Tensor, *, one_size: bool = Fal
         run: calls the model on one input and returns a tensor (normfix.networks.calling.Caller does).
         example: (N, C, *space) that the network runs on.
         one_size: the network is known to take no other size, so none is left free: proving that costs minutes.
+        once: compare on the example alone, which says nothing of other sizes and batches.
 
     Returns:
         A program that was compared with the network, or the reason why there is none.
@@ -99,7 +102,7 @@ def capture(model: nn.Module, run: Run, example: Tensor, *, one_size: bool = Fal
         evaluated = not any(module.training for module in model.modules())
         network = _Network(model if evaluated else copy.deepcopy(model), run).eval()
         with exact_arithmetic():
-            return _captured(network, example[:1].detach(), one_size=one_size)
+            return _captured(network, example[:1].detach(), one_size=one_size, once=once)
     except failures() as error:  # torch.export runs the network's code and may raise anything
         return NotCaptured(_line(error))
 
@@ -180,11 +183,11 @@ def extents(captured: Captured) -> dict[str, tuple[tuple[int, ...], tuple[int, .
     return {name: (_sizes(v), _sizes(v, roots)) for name, v in here.items()}
 
 
-def _captured(network: _Network, example: Tensor, *, one_size: bool) -> Captured | NotCaptured:
+def _captured(network: _Network, example: Tensor, *, one_size: bool, once: bool) -> Captured | NotCaptured:
     program = export(network, example, one_size=one_size)
     free = free_dimensions(program)
     replayed = []
-    for trials in replays(example, free):
+    for trials in replays(example, () if once else free):
         for image in trials:
             agree = replay(program, network, image)
             if agree is False:
@@ -198,7 +201,7 @@ def _captured(network: _Network, example: Tensor, *, one_size: bool) -> Captured
     if not replayed:
         return NotCaptured("the captured program could be compared with the network on no input")
     confirmed = tuple(d for d in free if any(shape[d] != example.shape[d] for shape in replayed))
-    other = None if one_size or _roots(program) else _other(network, example, program)
+    other = None if one_size or once or _roots(program) else _other(network, example, program)
     return Captured(program, confirmed, other, tuple(replayed))
 
 

@@ -176,7 +176,8 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
     if not any(_changes_others(node, places) for node in places):
         return program
     with silence(), torch.no_grad():
-        return program.run_decompositions({})
+        functional: ExportedProgram = program.run_decompositions({})
+    return functional
 
 
 def _changes_others(node: Node, places: Mapping[Node, int]) -> bool:

@@ -1,10 +1,11 @@
 """The derivation: frames carried forward over a graph, needs carried backward, from one aligned tile to the image.
 
     forward    each value's layout from those of its operands, by the rules
-    backward   for the tile [0, S) of the image's lattice, or one that starts within it, the interval of each value that it
-               is computed from; at the image that is the tile and its halo
+    backward   for the tile [0, S) of the image's lattice, or one that starts within it, the interval of each value that
+               it is computed from; at the image that is the tile and its halo
 
-Nothing is run on numbers, and no value counts: both sides of a `where`, a weight of zero and a dead channel are followed.
+Nothing is run on numbers, and no value counts: both sides of a `where`, a weight of zero and a dead channel are
+followed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.fx import Node
 
 from normfix.tiling.reach.calls import Call, call_of, nodes_in, tensor_of
 from normfix.tiling.reach.extents import Sizes, Unsized
-from normfix.tiling.reach.frames import Frame, Layout, Space, frame_of
+from normfix.tiling.reach.frames import Frame, Layout, Opaque, Space, frame_of
 from normfix.tiling.reach.links import Reading, whole
 from normfix.tiling.reach.needs import Boundless, Interval, Need, Span, united
 from normfix.tiling.reach.rules import rule_of
@@ -64,7 +65,7 @@ class Reached:
 class Derived:
     """A graph read once; `reached` asks it for tiles.
 
-    `wraps` are nodes that read the opposite border.
+    `wraps` are nodes that read the opposite border, `flips` those that turn the image around.
     """
 
     sizes: Sizes
@@ -72,6 +73,7 @@ class Derived:
     readings: Mapping[Node, Sequence[Reading]]
     order: tuple[Node, ...]
     wraps: tuple[Node, ...]
+    flips: tuple[Node, ...]
 
     def scale(self, result: Node) -> tuple[Fraction, ...] | None:
         """Return positions of a value per pixel of the image along each axis, None if it is no map."""
@@ -126,8 +128,10 @@ class Derived:
         return {source: self._axis_by_axis(source, needs.get(source)) for source in sources}
 
     def _axes(self, result: Node) -> list[Space] | None:
-        """Return the factor of a map along each axis."""
-        factors = [f for frame in self.layouts[result] for f in frame if isinstance(f, Space)]
+        """Return the factor of a map along each axis, where each has a dimension of its own."""
+        factors = [
+            f for frame in self.layouts[result] for f in frame if isinstance(f, Space) and len(frame) == 1
+        ]
         by_axis = {f.axis: f for f in factors}
         if len(factors) != len(self.sizes.lattice) or len(by_axis) != len(factors):
             return None
@@ -143,13 +147,8 @@ class Derived:
                     first = int(starts[factor.axis] * scale // 1)
                     last = -int(-(starts[factor.axis] + self.sizes.lattice[factor.axis]) * scale // 1) - 1
                     need[dim, number] = Span((first, last))
-                else:
-                    need.update(
-                        {
-                            (dim, number): s
-                            for s in whole((factor,), Boundless(result, "its layout is not known")).values()
-                        }
-                    )
+                elif isinstance(factor, Opaque):
+                    need[dim, number] = Span(boundless=Boundless(result, "its layout is not known"))
         return need
 
     def _axis_by_axis(self, source: Node, need: Need | None) -> list[Reached]:
@@ -160,9 +159,8 @@ class Derived:
                 continue
             boundless = span.boundless
             if boundless is None and span.back is not None:
-                boundless = Boundless(
-                    source, "the opposite side is read: what was flipped is not turned back"
-                )
+                node = self.flips[0] if self.flips else source
+                boundless = Boundless(node, "the opposite side is read: what was flipped is not turned back")
             found[factor.axis] = Reached(span.fore, boundless)
         return found
 
@@ -240,7 +238,8 @@ def derive(nodes: Sequence[Node], sources: Collection[Node], sizes: Sizes) -> De
         layouts[node] = _layout(call, readings[node], layouts)
         if call.name == "roll" or _is_circular(call):
             wraps.append(node)
-    return Derived(sizes, layouts, readings, tuple(order), tuple(wraps))
+    flips = tuple(node for node in order if call_of(node, sizes).name == "flip")
+    return Derived(sizes, layouts, readings, tuple(order), tuple(wraps), flips)
 
 
 def _read(call: Call, layouts: Mapping[Node, Layout]) -> list[Reading]:

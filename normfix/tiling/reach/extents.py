@@ -2,8 +2,8 @@
 
 On images whose extents are N = S n, for a lattice S that every stride and every rounding divides, an extent is
 c + b n: rounding is gone. The lattice is found by trying: from 1, it grows by what the crooked formulas round by.
-A formula is kept as its numbers at sample sizes with large prime n, so that products of extents can be compared, divided
-and told apart by integer arithmetic alone.
+A formula is kept as its numbers at sample sizes with large prime n, so that products of extents can be compared,
+divided and told apart by integer arithmetic alone.
 """
 
 from __future__ import annotations
@@ -140,9 +140,13 @@ def lattice_of(shape: Sequence[Any], tensors: Iterable[Tensor]) -> Sizes:
         tensors: of the graph.
 
     Raises:
-        Unsized: a spatial extent of the image is fixed.
+        Unsized: a spatial extent of the image is fixed, or tied to another.
     """
-    formulas = {n.node.expr: None for t in tensors for n in t.shape if not isinstance(n, int)}
+    symbols = [n.node.expr for n in shape[2:] if not isinstance(n, int)]
+    if len(set(symbols)) < len(symbols):
+        raise Unsized("its graph holds for images of equal extents only")
+    extents: list[Any] = [n for tensor in tensors for n in tensor.shape]
+    formulas = {n.node.expr: None for n in extents if not isinstance(n, int)}
     factors = [_factor(n) for n in shape[2:]]
     sizes = Sizes(shape, factors)
     for expr in formulas:

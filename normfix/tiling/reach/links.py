@@ -2,6 +2,7 @@
 
 Along(d)          from the same position along dimension d of the result
 Window(d, reads)  from an interval around it
+Reflected(d, ..)  from the position it is shifted to, or from its mirror image inside the nearer border
 Mirror(d)         from the opposite position
 WHOLE             from everything
 NOTHING           from nothing: one value stands for all, or none is read
@@ -28,6 +29,7 @@ __all__ = [
     "Mirror",
     "Nothing",
     "Reading",
+    "Reflected",
     "Whole",
     "Window",
     "moved",
@@ -65,6 +67,15 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
+class Reflected:
+    """The position less `before`; beyond a border its mirror image, up to `before` or `after` inside."""
+
+    dim: int
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, slots=True)
 class Mirror:
     """The opposite position."""
 
@@ -83,7 +94,7 @@ class Nothing:
     """Nothing that has a place."""
 
 
-Link = Along | Window | Mirror | Whole | Nothing
+Link = Along | Window | Reflected | Mirror | Whole | Nothing
 WHOLE, NOTHING = Whole(), Nothing()
 
 
@@ -128,16 +139,41 @@ def _carried(link: Link, frame: Frame, need: Need, result: Layout, call: Call) -
         return spans
     if given == frame and isinstance(link, Mirror) and len(frame) == 1:
         return {number: span.flipped() for number, span in spans.items()}
-    if isinstance(link, Along | Window) and len(given) == len(frame) == 1:
-        reads = link.reads if isinstance(link, Window) else _same
-        span = moved(reads, given[0], frame[0], spans.get(0))
+    if isinstance(link, Along | Window | Reflected) and len(given) == len(frame) == 1:
+        span = moved(_reads(link), given[0], frame[0], spans.get(0))
         if span is not None:
-            return {0: span}
+            return {0: _reflected(span, link, frame[0], call)}
     return whole(frame, Boundless(call.origin, "what it reads does not move with the image"))
 
 
-def _same(interval: Interval) -> Interval:
-    return interval
+def _reads(link: Along | Window | Reflected) -> Reads:
+    if isinstance(link, Window):
+        return link.reads
+    shift = link.before if isinstance(link, Reflected) else 0
+    return lambda given: (given[0] - shift, given[1] - shift)
+
+
+def _reflected(span: Span, link: Link, factor: Factor, call: Call) -> Span:
+    """Return a span that holds the mirror images of what the first tile reads in front, and the last behind."""
+    growth = call.sizes.growth(factor.extent)
+    if not isinstance(link, Reflected) or growth is None:
+        return span
+    end = growth.step + growth.rest - 1
+    return Span(
+        span.fore and _inside(span.fore, end, link.before, link.after),
+        span.back and _inside(span.back, end, link.after, link.before),
+        span.boundless,
+    )
+
+
+def _inside(interval: Interval, end: int, front: int, behind: int) -> Interval:
+    """Return an interval with the mirror images of what lies before 0 and after the end of the last tile."""
+    first, last = interval
+    if first < 0:
+        last = max(last, min(front, -first))
+    if interval[1] > end:
+        first = min(first, end - min(behind, interval[1] - end))
+    return first, last
 
 
 def moved(reads: Reads, given: Factor, taken: Factor, span: Span | None) -> Span | None:

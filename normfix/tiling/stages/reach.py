@@ -1,7 +1,9 @@
 """How far a stage reads beyond a block: bounded by its graph, else measured on it in cells; proved by interference.
 
 The rules that bound a whole network bound a stage: its values are maps over the image, whose pixels are counted from
-the same lattice. Where a rule has no bound the stage is measured. A stage has several inputs and outputs at several scales. Packed into cells (one cell is the stage's grid, its
+the same lattice. Where a rule has no bound the stage is measured.
+
+A stage has several inputs and outputs at several scales. Packed into cells (one cell is the stage's grid, its
 pixels of every value become channels) it is one function of one image at stride 1, and what measures the halo
 and the stride of a whole network measures those of the stage: dye for the halo, shift equivariance in float64 for
 the grid, amplified interference in float64 as the proof that the halo is enough.

@@ -1,8 +1,7 @@
 """Indexing and gathering: places to read at that a tensor holds.
 
-Where that tensor is computed from the size alone, and of the result's positions along one dimension, it is run at two
-sample sizes: if the distances between a position and what it reads are the same at both, they are the reach. A tensor
-of places that depends on the image, or one without a pattern, reads everything.
+Nobody knows these places without running them, so along the dimension that they are of everything is read. The places
+themselves are read one by one, and the other dimensions stay as they are: a table of channels has no reach.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _ANYWHERE = Whole("where it reads is not known")
 
 
 def _index(call: Call) -> list[Reading]:
-    """x[..., places, ...]: dimensions without places are kept, those with places are replaced by those of the places."""
+    """Read x[..., places, ...]: dimensions with places are replaced by those of the places, others are kept."""
     x = call.tensor("self")
     rank = len(call.extents(x))
     places: Sequence[Any] = list(call.get("indices"))

@@ -1,7 +1,7 @@
 """What mixes values along some dimensions: products, softmax, reductions, norms, attention.
 
-Along channels or the inside of a window that has no reach. Along space it reads everything, which is what a site is: the
-statistic of one that is frozen is a constant and not in the graph any more.
+Along channels or the inside of a window that has no reach. Along space it reads everything, which is what a site is:
+the statistic of one that is frozen is a constant and not in the graph any more.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ _ALONG = (
     "cummax",
     "cummin",
 )
-_ALONG_TOO = ("sort", "argsort", "topk", "renorm", "softmin", "_safe_softmax", "msort")
+_ALONG_TOO = ("sort", "argsort", "topk", "renorm", "_safe_softmax", "msort")
 _REDUCTIONS = (
     "sum",
     "mean",

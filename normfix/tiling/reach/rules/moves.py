@@ -21,10 +21,11 @@ from normfix.tiling.reach.links import (
     Link,
     Mirror,
     Reading,
+    Reflected,
     Whole,
     Window,
 )
-from normfix.tiling.reach.needs import Interval, Reads
+from normfix.tiling.reach.needs import Reads
 from normfix.tiling.reach.rules.rule import Rule, aligned, kept
 
 __all__ = ["MOVES"]
@@ -57,25 +58,11 @@ def _pad(call: Call) -> list[Reading]:
             # what is added behind at some sizes only moves nothing
             link = _by(call, dim, tuple(-n for n in before)) if mode.startswith("constant") else _PLACE
         elif mode.startswith("reflect"):
-            link = Window(dim, _reflected(call, dim, before[0], after[0]))
+            link = Reflected(dim, before[0], after[0])
         else:
             link = _by(call, dim, tuple(-n for n in before))
         links[dim] = link
     return [kept(call, x, links)]
-
-
-def _reflected(call: Call, dim: int, before: int, after: int) -> Reads:
-    """Return what a pad reads that mirrors: at the front up to `before`, at the end as far from there."""
-    growth = call.sizes.growth(call.shape[dim])
-    step = growth.step if growth else 0
-
-    def reads(given: Interval) -> Interval:
-        first, last = given[0] - before, given[1] - before
-        # of the tile [k step, (k + 1) step) that `given` lies around, whichever it is
-        start = given[0] // step * step if step else 0
-        return min(first, start + step - 1 - after), max(last, start + before)
-
-    return reads
 
 
 def _slice(call: Call) -> list[Reading]:
@@ -147,7 +134,7 @@ def _stack(call: Call) -> list[Reading]:
 
 
 def _roll(call: Call) -> list[Reading]:
-    """What comes in at the border is not counted here: the derivation names each roll as one that wraps."""
+    """Move a map; what comes in at the border is not counted here: the derivation names what wraps."""
     x = call.tensor("self")
     rank = len(call.extents(x))
     dims = [call.dim(d, rank) for d in call.get("dims", ())]
@@ -204,7 +191,7 @@ def _into_space(call: Call, reads: Reads) -> Reading:
 
 
 def _slice_scatter(call: Call) -> list[Reading]:
-    """Writes a part into a map: the map is read where it is, the part where it was put."""
+    """Write a part into a map: the map is read where it is, the part where it was put."""
     x, part = call.tensor("self"), call.tensor("src")
     extents = call.extents(x)
     dim = call.dim(call.get("dim", 0), len(extents))

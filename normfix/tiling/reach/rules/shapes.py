@@ -1,7 +1,7 @@
 """What lays the same values out otherwise: views that split and merge dimensions, permutations, expansions.
 
-A view keeps the order of all positions, so the factors of its operand, outermost first, are those of its result; where a
-boundary of the result falls inside a factor it is split:
+A view keeps the order of all positions, so the factors of its operand, outermost first, are those of its result;
+where a boundary of the result falls inside a factor it is split:
 
     (h)  ->  (h')(q)     position p is (p // q)(p mod q); what needs h' in [a, b] needs h in [q a, q b + q - 1]
     (h')(q)  ->  (h)     what needs h in [a, b] needs h' in [a // q, b // q]

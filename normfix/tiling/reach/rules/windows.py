@@ -135,7 +135,7 @@ def proportional(
 
 
 def _unfolded(call: Call) -> list[Reading]:
-    """tensor.unfold: position i of the dimension reads step i ... step i + size - 1, which are the last dimension."""
+    """Read step i ... step i + size - 1 at position i of the dimension; they are the last dimension."""
     x = call.tensor("self")
     rank = len(call.extents(x))
     dim = call.dim(call.get("dimension", 0), rank)
