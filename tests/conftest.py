@@ -20,7 +20,7 @@ def pytest_pyfunc_call():
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_fixture_setup():
-    """Make a fixture."""
+def pytest_runtest_setup():
+    """Make what a test needs."""
     with skipping():
         return (yield)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from optional import needs_newer_torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.testing import assert_close
@@ -313,6 +314,7 @@ def test_trains_afterwards(name: str, to: str) -> None:
         assert all(torch.equal(v, buffers[k]) for k, v in model.named_buffers() if v.is_floating_point())
 
 
+@needs_newer_torch("strict torch.export does not follow intercepted norms, and NF207 stops it")
 @pytest.mark.parametrize("name", ["called twice", "functional", "block run twice", "fused subclass"])
 def test_intercepted_exports(name: str) -> None:
     """Networks with interceptions compile as one graph and export, with unchanged output on another input."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
+from optional import needs_newer_torch
 from torch import nn
 
 import normfix
@@ -181,6 +182,7 @@ def test_conversions_at_once_are_those_one_by_one(image):
         torch.backends.cudnn.benchmark = False
 
 
+@needs_newer_torch("a scan moves the random numbers of all threads")
 def test_another_threads_random_numbers_are_its_own(image):
     """What another thread draws while a network that draws is scanned, is what it would have drawn."""
 

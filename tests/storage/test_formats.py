@@ -431,6 +431,7 @@ def lightning_checkpoint(tmp_path, average=False):
     module = Lit(width=6)
     callbacks = []
     if average:
+        pytest.importorskip("lightning", minversion="2.6", reason="Lightning averages weights from 2.6 on")
         from lightning.pytorch.callbacks import EMAWeightAveraging
 
         callbacks = [EMAWeightAveraging(decay=0.5)]

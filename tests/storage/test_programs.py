@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import time
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from archive_attacks import members, zipped
 from factories import tiny_unet
+from optional import needs_programs
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -23,13 +23,14 @@ from normfix.networks.graph.capture import export
 from normfix.networks.graph.program import ProgramNetwork, require_free
 from normfix.networks.graph.raising import raised
 from normfix.records.plans import Action
-from normfix.storage import programs, saving
+from normfix.storage import saving
 from normfix.storage.loading import open_any
 from normfix.storage.opening import open_model
-from normfix.storage.opening.formats import exported
 from normfix.storage.opening.formats.exported import read_program
 from normfix.storage.opening.request import Request
-from normfix.storage.programs import NotExportable, export_program, open_program
+from normfix.storage.programs import export_program, open_program
+
+pytestmark = needs_programs
 
 IMAGE = torch.rand(1, 1, 96, 80, generator=torch.Generator().manual_seed(0))
 OTHERS = [torch.randn(2, 1, 64, 96), torch.randn(1, 1, 32, 128)]
@@ -377,41 +378,6 @@ def test_a_program_is_no_network_with_modules(fixed):
     """Whoever asks for modules to swap is told that a program has none."""
     with pytest.raises(NormfixError, match="NF124"):
         open_model(str(fixed))
-
-
-@pytest.fixture
-def before(monkeypatch):
-    """A torch that knows only the layout with pickles."""
-    for module in (programs, exported):
-        monkeypatch.setattr(module, "writes_archives", lambda: False)
-
-
-def test_a_torch_without_archives_reads_no_program(fixed, before):
-    """It is not taken for a damaged file: the refusal says which torch is needed."""
-    with pytest.raises(NormfixError, match=r"NF420 .*torch 2\.8"):
-        read_program(Path(fixed))
-
-
-def test_a_torch_without_archives_writes_no_program(before, tmp_path):
-    """A network is not exported there, so that a file is refused and a folder is saved without one."""
-    done = normfix.convert(tiny_unet(), torch.rand(1, 1, 32, 32))
-    with pytest.raises(NotExportable, match="NF420"):
-        normfix.save(done, tmp_path / "fixed.pt2")
-    normfix.save(done, tmp_path / "fixed")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["fixed"]
-    assert not (tmp_path / "fixed" / "program.pt2").exists()
-
-
-def test_a_program_of_a_torch_without_archives_is_named(tmp_path):
-    """The layout before torch 2.8 is refused for what it is, also where it is to be recognised by its content."""
-    path = tmp_path / "old.pt2"
-    with zipfile.ZipFile(path, "w") as archive:
-        for name in ("version", "serialized_exported_program.json", "serialized_state_dict.pt"):
-            archive.writestr(name, b"")
-    with pytest.raises(NormfixError, match=r"NF420 .*before 2\.8"):
-        read_program(path)
-    with pytest.raises(NormfixError, match="NF420"):
-        open_model(str(path))
 
 
 def test_what_cannot_be_exported_is_refused():

@@ -11,6 +11,7 @@ import hostile
 import pytest
 import torch
 from factories import ExtraState, Gained, Tied, batched, tiny_unet
+from optional import needs_programs
 from safetensors.torch import load_file, save_file
 
 import normfix
@@ -65,6 +66,7 @@ def assert_same(actual, expected, image=OTHER):
         torch.testing.assert_close(actual(image), expected(image), rtol=0, atol=0)
 
 
+@needs_programs
 def test_the_folder_holds_its_files(folder):
     """Weights, normfix.json, a model card, and of an object's network a program; nothing else."""
     assert {path.name for path in folder.iterdir()} == FILES | {"program.pt2"}
@@ -366,6 +368,7 @@ def test_another_network_of_the_same_weights_is_refused(folder):
     assert refusal(normfix.load, folder, model=base).code == "NF115"
 
 
+@needs_programs
 def test_a_folder_from_an_object_gives_its_program(folder, done):
     """Without a base, a folder saved from an object gives the same at another size, predicts and says what it is."""
     opened = open_any(folder, Request())
@@ -376,6 +379,7 @@ def test_a_folder_from_an_object_gives_its_program(folder, done):
     torch.testing.assert_close(tiled, normfix.predict(done.model, IMAGE, tile=32))
 
 
+@needs_programs
 def test_a_folder_from_an_object_without_program_needs_the_network(folder):
     """Where neither a factory nor a program is there, load is NF113 and asks for the network."""
     (folder / PROGRAM).unlink()

@@ -19,6 +19,11 @@ needs_zarr = pytest.mark.skipif(not HAS_ZARR, reason=NO_ZARR)
 needs_programs = pytest.mark.skipif(not writes_archives(), reason=NO_PROGRAMS)
 
 
+def needs_newer_torch(reason: str) -> pytest.MarkDecorator:
+    """Skip a test on torch before 2.8, where what it shows is otherwise."""
+    return pytest.mark.skipif(not writes_archives(), reason=f"before torch 2.8 {reason}")
+
+
 class _Missing:
     """A library that is not there: whoever uses it is skipped."""
 

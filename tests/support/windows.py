@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pathlib
 import re
 import sys
 from pathlib import Path
@@ -33,6 +34,9 @@ def behave_like_windows(patch: pytest.MonkeyPatch, *modules: object) -> None:
         patch.setattr(os, name, _guarded(getattr(os, name), moves=name == "rename"))
     for name in ("unlink", "remove"):
         patch.setattr(os, name, _guarded(getattr(os, name)))
+    for name in ("rename", "replace", "unlink"):  # Python 3.10 binds them once
+        if hasattr(pathlib, "_normal_accessor"):
+            patch.setattr(pathlib._normal_accessor, name, getattr(os, name))
     patch.setattr(os, "open", _opened(os.open))
     patch.setattr(os, "fsync", _synced(os.fsync))
     for module in modules:

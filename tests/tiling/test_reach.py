@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from reaching import Function, bound_for, true_reach
 from torch import Tensor, nn
+
+from normfix.tiling.reach.extents import Unsized
+from normfix.tiling.reach.rules import RULES
 
 
 def _windows(x: Tensor, size: int) -> Tensor:

@@ -96,7 +96,7 @@ def _tracing_here(*, backends_off: bool) -> Iterator[None]:
         replaced.append((exporter, compiling.__name__, _only_in(here, _compiling_here, compiling)))
     else:  # before torch 2.7 the flag is set by what cannot be replaced, so its reader is
         asked = torch.compiler.is_compiling
-        replaced.append((torch.compiler, asked.__name__, _only_in(here, asked, _nobody_compiles)))
+        replaced.append((torch.compiler, "is_compiling", _only_in(here, asked, _nobody_compiles)))
     with ExitStack() as stack:
         for owner, name, value in replaced:
             stack.callback(setattr, owner, name, getattr(owner, name))
