@@ -274,7 +274,17 @@ def _measured(
     live = any(site.live for site in merged.sites)
     sound = not live and not doubts.operations and not doubts.placed and not doubts.bounds
     bounds = tuple(bound for bound in doubts.bounds if bound not in broken)
-    return _Measured(merged.sites, locality, merged.findings + unsettled + beyond, sound, bounds, broken, largest, witness, double)
+    return _Measured(
+        merged.sites,
+        locality,
+        merged.findings + unsettled + beyond,
+        sound,
+        bounds,
+        broken,
+        largest,
+        witness,
+        double,
+    )
 
 
 def _graph(
