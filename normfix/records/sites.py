@@ -165,8 +165,8 @@ class Scan(Record):
     what a tile must read, by whatever tool. `scale` is output pixels per input pixel, as a
     fraction in text ("1", "1/2", "2"). `exact_sizes` holds the number of pixels that sizes must be a
     multiple of (1 = any), `smallest_tile` the least extents the network runs on, `sizes` the sizes that
-    all of this is said of. Geometry is None where the network is not dense or not local. `draws` tells that the network draws random numbers, which normfix gives it
-    from a source of its own, the same in every call.
+    all of this is said of. Geometry is None where the network is not dense or not local. `draws` tells that the
+    network draws random numbers, which normfix gives it from a source of its own, the same in every call.
     """
 
     model: str
