@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -249,12 +249,19 @@ class Arguments:
     def images(self, patterns: tuple[str, ...], model: nn.Module) -> ImageFiles:
         """Return the images that files, folders and globs name."""
         from normfix.images.collections import ImageFiles, find_images
-        from normfix.images.formats.opened import Choice
+        from normfix.images.files import open_windows
         from normfix.networks.intake import Intake
 
-        intake, choice = Intake(model), Choice(self.series, self.level)
-        paths, scaling = find_images(patterns), self.scaling(model)
-        return ImageFiles(paths, intake.ndim, intake, scaling, self.axes, choice, tell=note)
+        intake = Intake(model)
+        opens = partial(
+            open_windows,
+            ndim=intake.ndim,
+            channels=intake,
+            axes=self.axes,
+            level=self.level,
+            series=self.series,
+        )
+        return ImageFiles(find_images(patterns), opens, self.scaling(model), tell=note)
 
     def image(self, path: str, model: nn.Module) -> Tensor:
         """Return one image, (1, C, *space)."""

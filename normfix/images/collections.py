@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from normfix.errors import NormfixError
-from normfix.images.axes import Channels, to_tensor
+from normfix.images.axes import to_tensor
 from normfix.images.contents import Contents
-from normfix.images.files import open_windows, read_all
+from normfix.images.files import read_all
 from normfix.images.formats import SUFFIXES, is_zarr, suffix_of
-from normfix.images.formats.opened import Choice
 from normfix.images.scaling import not_finite, overflown, scaled
 from normfix.images.sources import Image, TensorImage, middle_of, whole
+from normfix.images.windows import Unread
 from normfix.records.saved import Scaling
 
 __all__ = ["ImageFiles", "Images", "find_images"]
@@ -121,16 +121,13 @@ def _is_image(given: object) -> TypeGuard[Image]:
 class ImageFiles:
     """Image files as a re-iterable of (1, C, *space) tensors, each read and scaled when its turn comes.
 
-    The last is kept, and not to be written to. A file that is read again must hold the same values again. `tell` is
-    told once what a user should know of one.
+    `open` opens one (normfix.images.files.open_windows). The last is kept, and not to be written to. A file that is
+    read again must hold the same values again. `tell` is told once what a user should know of one.
     """
 
     paths: Sequence[Path]
-    ndim: int
-    channels: Channels
+    open: Callable[[Path], Unread]
     scaling: Scaling | None
-    axes: str | None = None
-    choice: Choice | None = None
     tell: Callable[[str], None] = lambda text: None
     _contents: dict[int, Contents | None] = field(default_factory=dict)
     _last: dict[int, Tensor] = field(default_factory=dict)
@@ -152,15 +149,7 @@ class ImageFiles:
             yield self._last[number]
 
     def _read(self, number: int, path: Path) -> Tensor:
-        choice = self.choice or Choice()
-        with open_windows(
-            path,
-            ndim=self.ndim,
-            channels=self.channels,
-            axes=self.axes,
-            level=choice.level,
-            series=choice.series,
-        ) as window:
+        with self.open(path) as window:
             if number in self._contents:
                 window = replace(window, contents=self._contents[number])
             else:

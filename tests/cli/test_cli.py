@@ -21,7 +21,7 @@ from normfix.cli import cli, main
 from normfix.cli.options import ArgumentsJson
 from normfix.errors import CODES
 from normfix.images import collections
-from normfix.images.files import read_image
+from normfix.images.files import open_windows, read_image
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.plans import Plan
 from normfix.records.saved import ConversionRecord, Saved
@@ -552,9 +552,8 @@ def test_convert_decodes_its_image_at_most_twice(run, image, tmp_path, monkeypat
     """However many steps read the image, its file is opened and decoded once per pass over it, and not to count."""
     decoded = []
     monkeypatch.setattr(
-        collections,
-        "read_image",
-        lambda path, **options: (decoded.append(path), read_image(path, **options))[1],
+        "normfix.images.files.open_windows",
+        lambda path, **options: (decoded.append(path), open_windows(path, **options))[1],
     )
     done = run("convert", ARCH, image, "--scale", "unit", "--to", "frozen", "-o", tmp_path / "out")
     assert done.code == 0, done.err

@@ -2,13 +2,13 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from normfix.errors import NormfixError
-from normfix.images import collections
 from normfix.images.collections import ImageFiles, Images, find_images
 from normfix.images.files import open_windows
 from normfix.images.sources import whole
@@ -63,22 +63,25 @@ def test_a_pattern_without_images_is_refused(tmp_path, monkeypatch, pattern):
     assert code_of(find_images, [pattern]) == "NF101"
 
 
-def test_one_file_is_decoded_once_and_several_once_per_pass(tmp_path, monkeypatch):
+OPEN = partial(open_windows, ndim=2, channels=2)
+
+
+def test_one_file_is_decoded_once_and_several_once_per_pass(tmp_path):
     """However often a single image is asked for, its file is opened once; of several only the last is kept."""
     decoded = []
-    monkeypatch.setattr(
-        collections,
-        "open_windows",
-        lambda path, **options: (decoded.append(path.name), open_windows(path, **options))[1],
-    )
+
+    def opened(path):
+        decoded.append(path.name)
+        return OPEN(path)
+
     for name in ("a.npy", "b.npy"):
         np.save(tmp_path / name, FLOAT)
-    one = ImageFiles([tmp_path / "a.npy"], 2, 2, None)
+    one = ImageFiles([tmp_path / "a.npy"], opened, None)
     for _ in range(3):
         list(one)
     assert decoded == ["a.npy"]
     decoded.clear()
-    two = ImageFiles([tmp_path / "a.npy", tmp_path / "b.npy"], 2, 2, None)
+    two = ImageFiles([tmp_path / "a.npy", tmp_path / "b.npy"], opened, None)
     assert [len(list(two)) for _ in range(2)] == [2, 2]
     assert decoded == ["a.npy", "b.npy", "a.npy", "b.npy"]
 
@@ -87,7 +90,7 @@ def test_image_files_can_be_read_twice(tmp_path):
     """Files are read again in each pass, to the same tensors."""
     path = tmp_path / "a.npy"
     np.save(path, FLOAT)
-    files = ImageFiles([path], 2, 2, None)
+    files = ImageFiles([path], OPEN, None)
     assert torch.equal(*(next(iter(files)) for _ in range(2)))
 
 

@@ -3,6 +3,7 @@
 import gzip
 import os
 import shutil
+from functools import partial
 
 import nibabel
 import numpy as np
@@ -260,7 +261,7 @@ def test_passes_over_a_file_see_the_same_values(tmp_path):
     path = tmp_path / "a.npy"
     _write(path, ARRAY)
     _write(tmp_path / "b.npy", OTHER)
-    files = ImageFiles([path, tmp_path / "b.npy"], 2, 1, Scaling())
+    files = ImageFiles([path, tmp_path / "b.npy"], partial(open_windows, ndim=2, channels=1), Scaling())
     first, _ = files
     _touch(path)
     second, _ = files
