@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from optional import needs_zarr
 from PIL import Image
 
 from normfix.errors import NormfixError
@@ -216,6 +217,7 @@ def _zarr(folder: Path, **more) -> Path:
     return folder
 
 
+@needs_zarr
 def test_a_filter_that_makes_texts_of_numbers_is_refused(tmp_path):
     """A text of a million characters for each number is not made; another type of numbers is."""
     settings = {"id": "astype", "encode_dtype": "<f4"}
@@ -226,6 +228,7 @@ def test_a_filter_that_makes_texts_of_numbers_is_refused(tmp_path):
     np.testing.assert_array_equal(open_file(folder).array[:, :], VALUES)
 
 
+@needs_zarr
 def test_folders_of_chunks_that_are_links_in_a_circle_are_refused(tmp_path):
     """They are not looked through without end."""
     folder = _zarr(tmp_path / "a.zarr", shape=[2] * 20, chunks=[1] * 20, dimension_separator="/")
@@ -235,6 +238,7 @@ def test_folders_of_chunks_that_are_links_in_a_circle_are_refused(tmp_path):
         open_file(folder)
 
 
+@needs_zarr
 def test_a_group_of_countless_images_is_refused(tmp_path):
     """They are not opened one by one to be listed."""
     part = {"axes": [{"name": "y"}, {"name": "x"}], "datasets": [{"path": "0"}]}
@@ -258,6 +262,7 @@ def test_countless_extensions_are_not_read(tmp_path):
         open_file(tmp_path / "a.nii.gz")
 
 
+@needs_zarr
 def test_chunks_without_end_are_not_looked_for(tmp_path):
     """An array of a chunk for each of its million pixels, of which none is there, is refused; a few are read."""
     with pytest.raises(NormfixError, match="NF121"):
@@ -266,6 +271,7 @@ def test_chunks_without_end_are_not_looked_for(tmp_path):
     assert (read_image(folder, ndim=2, channels=1) == 7).all()
 
 
+@needs_zarr
 def test_metadata_of_countless_lists_is_refused(tmp_path):
     """Ten bytes of it take a hundred in memory."""
     folder = _zarr(tmp_path / "a.zarr", more=[[0]] * 400_000)
@@ -273,6 +279,7 @@ def test_metadata_of_countless_lists_is_refused(tmp_path):
         open_file(folder)
 
 
+@needs_zarr
 def test_images_of_a_group_are_listed_by_their_metadata(tmp_path, monkeypatch):
     """Their chunks are not looked for, which may lie in one folder under 256 names."""
     part = {"axes": [{"name": "y"}, {"name": "x"}], "datasets": [{"path": "0"}]}

@@ -16,6 +16,7 @@ import archive_attacks
 import pytest
 import torch
 from archive_attacks import FREE, Scaled, exported, good, zipped
+from optional import needs_programs
 from torch import nn
 from torch.utils._pytree import _register_namedtuple
 
@@ -138,6 +139,7 @@ def test_a_named_tuple_opens_as_a_tuple(tmp_path):
     assert torch.equal(third["third"], first * 3)
 
 
+@needs_programs
 def test_a_librarys_output_opens_as_a_dict(tmp_path):
     """An output class of a library becomes a dict of its parts' names, so that the library need not be there."""
     leaf = {"type": None, "context": None, "children_spec": []}
@@ -357,6 +359,7 @@ def test_a_workload_counts_what_is_kept():
     assert len(held) < 200
 
 
+@needs_programs
 @pytest.mark.parametrize("name", ["ones", "a sum of one value"])
 def test_a_program_too_large_is_refused(tmp_path, name):
     """A program that asks for gigabytes, or adds up a trillion values, is refused before it computes."""
