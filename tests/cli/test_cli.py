@@ -20,7 +20,6 @@ import normfix
 from normfix.cli import cli, main
 from normfix.cli.options import ArgumentsJson
 from normfix.errors import CODES
-from normfix.images import collections
 from normfix.images.files import open_windows, read_image
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.plans import Plan
