@@ -229,7 +229,8 @@ def _measured(
     else:
         locality = bench.measured(found.dilution, doubts, fast=fast)
     # what did not hold on longer strips is believed of the example only
-    largest, broken = _Largest(material.dim() - 2), ()
+    largest = _Largest(material.dim() - 2)
+    broken: tuple[Condition, ...] = ()
     if bench is not None and locality.geometry is not None:
         broken = bench.crossings(locality).differing(tried)
     if bench is not None and (locality.steady or not doubts):
