@@ -137,8 +137,7 @@ class Piece:
 
     def _converted(self, model: nn.Module, to: Any) -> nn.Module:
         """Convert on the source's training region; a network whose attention stays live is converted in part."""
-        example = torch.rand(1, 1, *self.setting.window)
-        done = normfix.convert(model, self._images(self.source.train), to, example=example)
+        done = normfix.convert(model, self._images(self.source.train), to)
         if not (done.proof.passed or (done.proof.partial and not self.setting.dense)):
             raise click.ClickException(f"{self.name}, {to}: {done.proof}")
         return done.model.eval()

@@ -28,6 +28,7 @@ _HOMES = {
         "RenormSchedule",
     ),
     "normfix.images.opening": ("open_image",),
+    "normfix.tiling.stages.options": ("Blocks",),
     "normfix.tiling.stages.outlook": ("Outlook", "Step"),
     "normfix.conversion.results": ("Calibration", "Conversion"),
     "normfix.conversion.lowering": ("fold", "lower"),
@@ -92,6 +93,7 @@ if TYPE_CHECKING:
     from normfix.storage.hub import push as push
     from normfix.storage.loading import load as load
     from normfix.storage.saving import save as save
+    from normfix.tiling.stages.options import Blocks as Blocks
     from normfix.tiling.stages.outlook import Outlook as Outlook
     from normfix.tiling.stages.outlook import Step as Step
 

@@ -88,7 +88,8 @@ CODES: dict[str, str] = {
     "map's positions stand for. A position counts where none of its pixels is ignored. Nonzero means ignored; an "
     "inverted mask is the usual cause.",
     "NF139": "Some statistics mean nothing for a part of the image: sums and norms over space grow with the number of "
-    "pixels, a median or a matrix product has no law, and rows are no map. With a mask or a sample they are refused.",
+    "pixels, a median or a matrix product has no law, and rows are no map. With a mask or a sample they are refused, "
+    "and so are networks that cannot run in stages, for only there pixels are ignored.",
     "NF140": "A sample is drawn from the blocks of a converted network's images, until the standard errors of all "
     "statistics are at most --sample sd. Statistics of a sample are estimates: the record says so.",
     "NF141": "A file may hold several images (series of a TIFF, images of an OME-Zarr). Which is meant is not guessed: "
@@ -190,6 +191,12 @@ CODES: dict[str, str] = {
     "were carried over, which are those of its training data.",
     "NF250": "Memory ran out while the network was run. That says nothing about which inputs it takes, so nothing was "
     "concluded from it. Give a smaller --input or image, smaller tiles, or compute on another device.",
+    "NF251": "The graph bounds how far an output depends on its input, and the dye shows that it depends on more. The "
+    "dye runs the network itself, so a rule by which normfix derives the bound is wrong. Nothing that follows from the "
+    "bound can be relied on. --halo measured takes what the dye shows; please report it.",
+    "NF253": "The graph allows the output to depend on pixels much further away than the dye shows on any strip that "
+    "was run. Values decide which is the case, and other images or weights have other values, so tiles read as far as "
+    "the graph allows. --halo measured takes what the dye shows instead, and says so.",
     "NF252": "A flip, a roll, attention over blocks, a call that takes the size or a place into account, or an "
     "operation normfix does not know: each may depend on the whole image, and was measured not to. The dye, followed "
     "through everything that swallows it, stays within the halo; tiles keep their values whatever is beyond it, on "
@@ -290,6 +297,10 @@ CODES: dict[str, str] = {
     "output, so nothing portable was written. Save the normfix folder instead.",
     "NF413": "Pushing goes through huggingface_hub: the folder must be one that normfix saved, its proof must have "
     "passed, and the token (HF_TOKEN, or hf auth login) must be allowed to write to the repository.",
+    "NF414": "Blocks have one size: tile=, or that of normfix.Blocks.",
+    "NF420": "Exported programs (.pt2) are written and read from torch 2.8 on: before, their layout held pickles. With "
+    "an older torch, and for a file of one, take the network itself or a saved folder, which need no newer torch. What "
+    "needs which release: docs/installing.md.",
     # 5xx: saving
     "NF501": "Nothing is written that was not proved. See which step failed and where; --partial writes it "
     "all the same, with what remains live stated. Sites that were refused, as no constant can replace them, do "
@@ -336,7 +347,8 @@ class NormfixError(Exception):
     def __init__(self, code: str, message: str, *, where: str = "") -> None:
         if code not in CODES:
             raise KeyError(f"{code} is not in normfix.errors.CODES")
-        where, message = printable(where), printable(message)  # names in files may hold terminal sequences
+        # names in files may hold terminal sequences, or be of a megabyte
+        where, message = printable(where), _shortened(printable(message))
         self.code = code
         self.where = where
         self.message = message
@@ -355,6 +367,17 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+_LONGEST = 20_000
+"""Characters of a message; lists of three hundred series or sites take as many."""
+
+
+def _shortened(text: str) -> str:
+    """Return a text, of one that is longer than messages are its beginning and its end, where the next step stands."""
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
 
 
 def _rebuild(kind: type[NormfixError], code: str, message: str, where: str) -> NormfixError:

@@ -33,7 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--normfix-report",
         metavar="DIR",
-        help="existing folder for an HTML report of every check that does not pass",
+        help="folder for an HTML report of every check that does not pass",
     )
     parser.addini("normfix_tile", "tile size of the tile_invariant fixture")
     parser.addini("normfix_threshold", "largest difference in sd that the tile_invariant fixture passes")
@@ -42,7 +42,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def tile_invariant(request: pytest.FixtureRequest) -> Callable[..., Verdict]:
     """Return `normfix.assert_tile_invariant` with the run's defaults; takes what that takes."""
-    from normfix.proof.check import assert_tile_invariant, check
+    from normfix.proof.check import check
+    from normfix.reporting.sentences import explanation
 
     config = request.config
     tile = _number(config, "tile", int)
@@ -50,16 +51,17 @@ def tile_invariant(request: pytest.FixtureRequest) -> Callable[..., Verdict]:
     folder = config.getoption("--normfix-report")
 
     def fixture(model: Any, image: Any, *args: Any, **options: Any) -> Verdict:
+        __tracebackhide__ = True
         if tile is not None and not args:
             options.setdefault("tile", tile)
         if threshold is not None:
             options.setdefault("threshold", threshold)
-        try:
-            return assert_tile_invariant(model, image, *args, **options)
-        except AssertionError:
+        verdict = check(model, image, *args, **options)
+        if not verdict.passed:
             if folder:
-                _write(Path(folder), request.node.nodeid, check(model, image, *args, **options))
-            raise
+                _write(Path(folder), request.node.nodeid, verdict)
+            raise AssertionError(explanation(verdict))
+        return verdict
 
     return fixture
 
@@ -79,5 +81,6 @@ def _number(config: pytest.Config, name: str, kind: Callable[[str], Any]) -> Any
 def _write(folder: Path, test: str, verdict: Verdict) -> None:
     from normfix.reporting.report import text_of
 
+    folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"\W+", "-", test).strip("-")
     (folder / f"{name}.html").write_text(text_of(".html", verdict), encoding="utf-8")

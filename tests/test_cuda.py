@@ -188,7 +188,7 @@ def test_stages_stay_within_the_budget():
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    normfix.calibrate(model, opened, tile=128, budget=budget)
+    normfix.calibrate(model, opened, tile=128, blocks=normfix.Blocks(budget=budget))
     assert torch.cuda.max_memory_allocated() - before <= budget
 
 

@@ -76,6 +76,14 @@ def test_what_is_caught_by_its_class_keeps_it(tmp_path):
     assert (type(error), error.code) == (NotInStages, "NF325")
 
 
+def test_a_message_ends_where_a_terminal_does():
+    """A megabyte that a file says is cut in the middle, so that what to do next is still there."""
+    text = str(NormfixError("NF101", f"the name {'x' * 10**6} is none. Give another.", where="a.json"))
+    assert len(text) < 30_000
+    assert text.startswith("NF101 a.json: the name xxx")
+    assert text.endswith("Give another.")
+
+
 @pytest.mark.parametrize("code", sorted(CODES))
 def test_an_explanation_is_made_of_sentences(code):
     """Every explanation says something and ends in a full stop."""

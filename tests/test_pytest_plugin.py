@@ -31,13 +31,13 @@ def test_passes_local_network(tile_invariant, local):
 def test_fails_live_network(tile_invariant, local):
     """A live InstanceNorm fails with its site named."""
     local[1] = nn.InstanceNorm2d(4)
-    with pytest.raises(AssertionError, match=r"failed.*1/0/instance_norm/0"):
+    with pytest.raises(AssertionError, match=r"failed.*1 instance_norm; first 1/0/instance_norm/0"):
         tile_invariant(local, torch.rand(1, 1, 96, 96), tile=32)
 
 
 def test_fails_inconclusive_check(tile_invariant, local):
     """Windows that cover the image prove nothing, which is not a pass."""
-    with pytest.raises(AssertionError, match=r"inconclusive.*NF407"):
+    with pytest.raises(AssertionError, match=r"inconclusive: every window .* covers"):
         tile_invariant(local, torch.rand(1, 1, 96, 96), tile=128)
 
 
@@ -79,7 +79,7 @@ def test_no_threshold_passes_a_live_norm_by_accident(pytester):
 
 def test_a_failure_leaves_a_report(pytester):
     """--normfix-report DIR holds a page named after the test; a pass leaves none."""
-    folder = pytester.mkdir("reports")
+    folder = pytester.path / "not" / "there"
     write(pytester, norm="InstanceNorm2d", options=", tile=32")
     pytester.runpytest_inprocess("-p", "no:randomly", f"--normfix-report={folder}").assert_outcomes(failed=1)
     (page,) = folder.glob("*test_tiles*.html")
@@ -88,6 +88,17 @@ def test_a_failure_leaves_a_report(pytester):
     write(pytester, options=", tile=32")
     pytester.runpytest_inprocess("-p", "no:randomly", f"--normfix-report={folder}").assert_outcomes(passed=1)
     assert list(folder.iterdir()) == []
+
+
+def test_a_failure_is_said_in_ten_lines_cause_first(pytester):
+    """What is wrong and what to do, then which network, image and tile."""
+    write(pytester, norm="InstanceNorm2d", options=", tile=32")
+    lines = pytester.runpytest_inprocess("-p", "no:randomly").outlines
+    said = [line.removeprefix("E").strip() for line in lines if line.startswith("E")]
+    assert len(said) <= 10
+    assert "1 statistic is computed from the tile (1 instance_norm" in said[0]
+    assert "normfix convert" in said[0]
+    assert "Sequential on an image of 1x1x96x96, tiles of 32x32" in said[1]
 
 
 def test_a_threshold_that_is_no_number_is_a_usage_error(pytester):

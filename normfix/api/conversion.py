@@ -2,83 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal, cast
+from functools import cache, partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from normfix.conversion.flatness import all_empty, judged, spread_in_groups
-from normfix.conversion.measuring import measure_sites_
+from normfix.conversion.measurement import measure_
 from normfix.conversion.planning import decide, replay
 from normfix.conversion.results import Calibration, Conversion
-from normfix.conversion.rewriting import rewrite
-from normfix.conversion.staged import StoredTarget, measure_streamed_
+from normfix.conversion.rewriting import rewrite, rewrite_
 from normfix.conversion.targets import site_target
 from normfix.errors import NormfixError
-from normfix.images.collections import Items
-from normfix.images.opening import sources_of
-from normfix.images.sources import Image, TensorImage
+from normfix.images.collections import Images
+from normfix.images.sources import Image, middle_of, whole
 from normfix.networks.calling import Caller, buffers_kept, evaluating, home_of
-from normfix.networks.examples import default_example, fitting_example
+from normfix.networks.copying import double_of
 from normfix.networks.graph.program import require_free
 from normfix.networks.numerics import HALF, exact_arithmetic
 from normfix.networks.provenance import attach_
 from normfix.networks.surroundings import undisturbed
 from normfix.proof.rounding import repeated_in_double
 from normfix.proof.steps import identity, residual, shift, tile_exactness, untouched
-from normfix.proof.subject import Subject, middle_of
+from normfix.proof.subject import Subject
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.plans import Action, Plan
+from normfix.records.progress import Progress, silent
 from normfix.records.saved import Provenance, Scaling, Source
 from normfix.records.sites import Scan, Site
-from normfix.records.verdicts import ImageShift, Proof, ProofStep
+from normfix.records.verdicts import ImageShift, Proof, ProofStep, Verdict
 from normfix.scanning.base import base_of
-from normfix.scanning.durations import Announce, Durations, announce_notable, announced_nowhere
+from normfix.scanning.durations import Durations, tell_notable
+from normfix.scanning.known import ForwardFn
 from normfix.scanning.scan import Scanned, look
 from normfix.scanning.sites import survey
+from normfix.scanning.witnesses import HaloSource
 from normfix.tiling.grid import Geometry
-from normfix.tiling.stages.options import engine_of
-from normfix.tiling.stages.outlook import Watch
-from normfix.tiling.stages.resources import BLOCK_EXTENTS, Resources
+from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stages.resuming import resumable
 from normfix.tiling.stitching import padded
 
 __all__ = ["convert"]
 
-Progress = Callable[[str, int, int], None]
-_Tensors = Tensor | Iterable[Tensor]
+_LOGGER = logging.getLogger("normfix")
 
 
 @undisturbed()
 def convert(
     model: nn.Module,
     images: Tensor | Iterable[Tensor] | Image | Sequence[Image] | None = None,
-    to: Literal["frozen", "batchrenorm"] = "frozen",
+    to: Literal["frozen", "batchrenorm"] | Plan = "frozen",
     *,
-    plan: Plan | None = None,
     keep: Sequence[str] = (),
-    example: Tensor | None = None,
-    scaling: Scaling | None = None,
-    source: Source | None = None,
-    forward_fn: Callable[[nn.Module, Tensor], Any] | None = None,
+    forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
     as_trained: bool = False,
     allow_flat: bool = False,
+    halo: HaloSource = "graph",
     tile: int | None = None,
-    budget: int | None = None,
-    store: Path | None = None,
-    workers: int = 1,
-    engine: Literal["local", "dask"] = "local",
-    scheduler: str | None = None,
-    watch: Watch | None = None,
-    progress: Progress = lambda stage, done, total: None,
-    announce: Announce = announced_nowhere,
+    blocks: Blocks | None = None,
+    progress: Progress = silent,
 ) -> Conversion:
     """Convert a network's live statistics to constants measured on whole images, and prove the result.
 
@@ -86,34 +73,26 @@ def convert(
         model: not modified.
         images: re-iterable of (N, C, *space) tensors, one tensor, or images that are read by window
             (normfix.open_image); may be left out if every norm has running statistics to carry over.
-        to: "frozen" (constants) or "batchrenorm" (constants in eval, trainable at small batches).
-        plan: a reviewed plan to replay, instead of `to` and `keep`.
-        keep: shell-style patterns of owner paths to leave alone.
-        example: what to scan with; default: the middle of the first image.
-        scaling: how the images were scaled, to travel with the model.
-        source: where the architecture comes from, to travel with the model.
+        to: "frozen" (constants), "batchrenorm" (constants in eval, trainable at small batches), or a reviewed plan to
+            replay.
+        keep: shell-style patterns of owner paths to leave alone; a plan says that itself.
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
-        device: where to compute; default: where the model is.
-        dtype: what to compute in; default: the model's own.
         as_trained: treat batch and instance norms as in train mode, where they are live.
         allow_flat: keep a statistic that is divided by and that is at or below eps on every image; it is named in the
             calibration. Without, it is refused.
+        halo: "graph" takes the bound that the network's graph gives, where it gives one; "measured" takes what the dye
+            shows, which the verdict says.
         tile: size of the tiles to prove with; default: a quarter of the image, at most 256.
-        budget: bytes of memory for values between stages. With it, a store, or images read by window, statistics are
-            measured in stages over all of every image and then re-measured in other blocks; what needs whole
-            forward passes is proved on the middle of the first image.
-        store: folder where values between stages are kept on disk and stages that were stopped are continued from.
-        workers: blocks computed at a time in stages.
-        engine: "dask" computes blocks on a cluster; needs `scheduler` and a `store` that all of it sees.
-        scheduler: address of a dask scheduler.
-        watch: is told what stages will take, and of each block.
+        blocks: how to measure in stages. With a size, a budget, a store or a cluster, or for images read by window,
+            statistics are measured in stages over all of every image, in blocks of `tile` if they state no size, and
+            then re-measured in other blocks; what needs whole forward passes is proved on the middle of the first
+            image.
         progress: called with (stage, done, total).
-        announce: called with (stage, seconds) before a stage that will take long (normfix.scanning.durations).
 
     Returns:
-        The conversion; `.proof.passed` tells whether it may be relied on, `.proof.partial` that all but refused
-        sites were converted and proved.
+        The conversion, its network in eval mode; `.proof.passed` tells whether it may be relied on, `.proof.partial`
+        that all but refused sites were converted and proved.
 
     Raises:
         NormfixError: NF203 if live statistics are to be frozen and no image was given; NF205 if a given plan
@@ -127,98 +106,72 @@ def convert(
         (True, 'FrozenNorm2d')
     """
     require_free(model)
+    if isinstance(to, Plan) and keep:
+        raise NormfixError(
+            "NF205", "a plan says already what to keep. Give one of the two.", where=f"keep={keep!r}"
+        )
     caller = Caller(forward_fn, output)
-    home = _home(model, device, dtype)
-    sources = sources_of(images)
-    crew = engine_of(engine, scheduler, store, workers)
-    staged = budget is not None or store is not None or crew.shared
-    if staged and images is not None and sources is None:
-        sources = [TensorImage(image) for image in Items.of(cast(_Tensors, images), *home)]
-    if sources is not None:
-        images = [middle_of(sources[0])]
-    items = None if images is None else Items.of(cast(_Tensors, images), *home)
-    first = None if items is None else next(iter(items))
-    if example is None:
-        example = default_example(model, caller) if first is None else fitting_example(model, first, caller)
-    ready = base_of(model, example, caller, device=device, dtype=dtype, as_trained=as_trained)
-    base, caller = ready.network, ready.caller
-    durations = None
-    if announce is not announced_nowhere:
-        durations = Durations.of(base, example, caller)
-        announce_notable(announce, "scan", durations.scan(graph=False))
+    home = home_of(model)
+    blocks = blocks or Blocks()
+    taken = None if images is None else Images.of(images, *home)
+    in_stages = taken is not None and (blocks.asked or taken.by_window)
+    first = None
+    if taken is not None:
+        first = middle_of(next(iter(taken))) if in_stages else taken.excerpt()
+    ready = base_of(model, first, caller, as_trained=as_trained)
+    base, caller, example = ready.network, ready.caller, ready.example
+    durations = cache(partial(Durations.of, base, example, caller))
+    tell_notable("scan", lambda: durations().scan(graph=False))
     progress("scan", 0, 1)
-    seen = look(base, example, caller)
+    seen = look(ready.copy(), example, caller, halo=halo)
     progress("scan", 1, 1)
-    if plan is None:
+    if isinstance(to, Plan):
+        plan = replay(to, seen.scan.sites, model=seen.scan.model)
+    else:
         plan = decide(seen.scan.sites, model=seen.scan.model, to=to, keep=keep)
-    else:
-        plan = replay(plan, seen.scan.sites, model=seen.scan.model)
-    if items is not None:
-        items = replace(items, like=tuple(example.shape))
-    if items is not None and seen.geometry is not None:
-        items = replace(items, prepare=partial(padded, geometry=seen.geometry))
-    converted = rewrite(base, plan).to(device=device, dtype=dtype)
-    report = partial(progress, "calibrate")
-    sizes: list[tuple[int, ...]] = []
-    if durations is not None:
-        sizes = [tuple(image.shape[2:]) for image in items or [example]]
-        if sources is None:  # stages say themselves what they will take
-            count = sum(d.measured for d in plan.converted)
-            announce_notable(announce, "calibrate", durations.calibration(sizes, count))
-    if sources is None:
-        summary = _calibrate_(converted, plan, items, caller, report)
-    else:
-        resources = Resources(
-            tile=tile or BLOCK_EXTENTS[example.dim() - 2],
-            budget=budget,
-            store=store,
-            engine=crew,
-            watch=watch,
-        )
-        with resumable(store):
-            summary = _calibrate_in_stages_(
-                converted, plan, sources, caller, resources, seen.geometry, report
-            )
+    if taken is not None:
+        padding = None if seen.geometry is None else seen.geometry.padding
+        taken = replace(taken, like=tuple(example.shape), padding=padding)
+    converted = rewrite_(ready.copy(), plan)
+    runs = [example if first is None else first] if in_stages or taken is None else taken
+    sizes = cache(lambda: [tuple(image.shape[2:]) for image in runs])
+    if not in_stages:  # stages say themselves what they will take
+        count = sum(d.measured for d in plan.converted)
+        tell_notable("calibrate", lambda: durations().calibration(sizes(), count))
+    if blocks.tile is None and in_stages:
+        blocks = blocks.sized(tile)
+    with resumable(blocks.store):
+        summary = _calibrate_(converted, plan, taken, caller, blocks, seen.geometry, progress)
     if summary is not None:
-        measured = [d for d in plan.converted if d.measured]
-        sites = {d.site.id: site_target(converted, d, express=False) for d in measured}
-        summary = judged(
-            converted,
-            list(sites.values()),
-            summary,
-            caller,
-            example.to(*home),
-            allow=allow_flat,
-            classes={d.site.id: d.site.owner_class.rpartition(".")[2] for d in measured},
-            known={
-                d.site.id: spread_in_groups(sites[d.site.id], d.site.layer.groups)
-                for d in measured
-                if d.action is Action.BATCHRENORM
-                and d.site.layer
-                and d.site.layer.groups < d.site.layer.features
-            },
-            empty=all_empty(sources if sources is not None else items or ()),
-        )
+        empty = all_empty(taken or ())
+        summary = _judged(converted, plan, summary, caller, example.to(*home), allow_flat, empty)
+    first = example.to(*home) if first is None else first[:1]
     work = _Work(
-        base, converted, plan, seen, items, example.to(*home), caller, summary, tile, sources is None
+        original=base,
+        converted=converted,
+        plan=plan,
+        seen=seen,
+        first=first if taken is None or seen.geometry is None else padded(first, seen.geometry),
+        images=None if in_stages else taken,
+        example=example.to(*home),
+        caller=caller,
+        summary=summary,
+        tile=tile,
     )
-    if durations is not None:
-        announce_notable(announce, "prove", durations.proof(sizes, seen.geometry, tile))
+    tell_notable("prove", lambda: durations().proof(sizes(), seen.geometry, tile))
     progress("prove", 0, 1)
     proof = work.prove()
     progress("prove", 1, 1)
     found = _proved(seen.scan, proof, work.first.shape[2:])
+    source = Source(kind="object", spec=f"{found.model.rpartition('.')[0]}:{type(model).__qualname__}")
+    stated = None if output is None else str(output)
     attach_(
         converted,
-        Provenance(
-            plan=plan,
-            scan=found,
-            scaling=scaling or Scaling(),
-            source=source
-            or Source(kind="object", spec=found.model.rpartition(".")[0] + ":" + type(model).__qualname__),
-            output=None if output is None else str(output),
-        ),
+        Provenance(plan=plan, scan=found, scaling=Scaling(), source=source, output=stated),
     )
+    if model.training:
+        _LOGGER.warning("The network was in train mode; it was converted, and is returned, in eval mode.")
+    converted.eval()
     calibration = None if summary is None else Calibration(converted, summary)
     return Conversion(converted, plan, found, calibration, proof, caller, base)
 
@@ -230,25 +183,24 @@ def _proved(scan: Scan, proof: Proof, size: Sequence[int]) -> Scan:
     return replace(scan, sizes=scan.sizes.including(size))
 
 
-def _home(
-    model: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None
-) -> tuple[torch.device, torch.dtype]:
-    own_device, own_dtype = home_of(model)
-    return torch.device(device) if device is not None else own_device, dtype or own_dtype
-
-
 def _calibrate_(
     model: nn.Module,
     plan: Plan,
-    items: Items | None,
+    images: Images | None,
     caller: Caller,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    blocks: Blocks | None = None,
+    geometry: Geometry | None = None,
+    progress: Progress = silent,
 ) -> CalibrationSummary | None:
-    """Measure what no original statistic can be carried over for."""
+    """Measure what no original statistic can be carried over for.
+
+    What was measured in stages is measured once more in other blocks under the stored statistics: the residual is of
+    the latter.
+    """
     fresh = [d for d in plan.converted if d.measured]
     if not fresh:
         return None
-    if items is None:
+    if images is None:
         site = fresh[0].site
         raise NormfixError(
             "NF203",
@@ -257,43 +209,46 @@ def _calibrate_(
             where=f"{site.owner or '(root)'} ({site.owner_class})",
         )
     targets = [site_target(model, d, express=True) for d in fresh]
+    measured = partial(measure_, model, targets, images, caller, geometry=geometry, progress=progress)
     with buffers_kept(model, but=[d.target for d in fresh]):
-        return measure_sites_(model, targets, items, caller.exactly, progress)
+        summary = measured(blocks)
+    if blocks is None or summary.engine == "passes":  # which re-measure anyway
+        return summary
+    tile = tuple(n - n // 4 for n in blocks.extents(len(summary.images[0]) - 2))
+    return measured(replace(blocks, tile=tile), stored=True)
 
 
-def _calibrate_in_stages_(
+def _judged(
     model: nn.Module,
     plan: Plan,
-    images: Sequence[Image],
+    summary: CalibrationSummary,
     caller: Caller,
-    resources: Resources,
-    geometry: Geometry | None,
-    progress: Callable[[int, int], None],
-) -> CalibrationSummary | None:
-    """Measure in stages, and once more in other blocks under the stored statistics: the residual is of the latter."""
-    fresh = [d for d in plan.converted if d.measured]
-    if not fresh:
-        return None
-    targets = [site_target(model, d, express=True) for d in fresh]
-    with buffers_kept(model, but=[d.target for d in fresh]):
-        summary = measure_streamed_(
-            model, targets, images, caller, resources, geometry=geometry, progress=progress
-        )
-    if summary.engine == "passes":  # which re-measure anyway
-        return summary
-    tile = tuple(n - n // 4 for n in resources.extents(len(images[0].shape) - 2))
-    return measure_streamed_(
+    image: Tensor,
+    allow_flat: bool,
+    empty: bool,
+) -> CalibrationSummary:
+    """Return the summary with what is flat on all images, or refuse it."""
+    measured = [d for d in plan.converted if d.measured]
+    targets = {d.site.id: site_target(model, d, express=False) for d in measured}
+    regrouped = {
+        d.site.id: spread_in_groups(targets[d.site.id], d.site.layer.groups)
+        for d in measured
+        if d.action is Action.BATCHRENORM and d.site.layer and d.site.layer.groups < d.site.layer.features
+    }
+    return judged(
         model,
-        [StoredTarget(target) for target in targets],
-        images,
+        [*targets.values()],
+        summary,
         caller,
-        replace(resources, tile=tile),
-        geometry=geometry,
-        progress=progress,
+        image,
+        allow=allow_flat,
+        classes={d.site.id: d.site.owner_class.rpartition(".")[2] for d in measured},
+        known=regrouped,
+        empty=empty,
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Work:
     """A finished conversion on the bench: what the proof needs."""
 
@@ -301,17 +256,12 @@ class _Work:
     converted: nn.Module
     plan: Plan
     seen: Scanned
-    items: Items | None
+    first: Tensor
+    images: Images | None
     example: Tensor
     caller: Caller
     summary: CalibrationSummary | None
     tile: int | None
-    whole: bool
-
-    @property
-    def first(self) -> Tensor:
-        """Return the image that whole forward passes are made on."""
-        return self.example if self.items is None else next(iter(self.items))[:1]
 
     def prove(self) -> Proof:
         with (
@@ -331,10 +281,14 @@ class _Work:
                 tuple(self.example.shape[2:]),
                 self.tile,
                 self.original,
+                self.seen.cross,
+                double_of(self.converted, self.seen.double),
                 self.seen.scan.sizes,
             )
-            verdict = subject.verdict(first)
-            pair = self.caller.exactly(self.converted, first), self.caller.exactly(self.original, first)
+            verdict = self._said(subject.verdict(first))
+            # in float64 without casts on the way, which tiles are compared with
+            run = subject.run if dtype != torch.float64 else partial(self.caller.in_double, self.converted)
+            pair = run(first), self.caller.exactly(self.original, first)
             steps = (
                 self._identity(first, pair),
                 residual(self.summary, dtype),
@@ -349,6 +303,11 @@ class _Work:
             shifts = self._shifts(first, pair)
         last = untouched(self.original, self.converted, self.plan)
         return Proof(steps=(*steps, last), shifts=shifts, verdict=verdict)
+
+    def _said(self, verdict: Verdict | None) -> Verdict | None:
+        """Return a verdict that says where its halo is from."""
+        reach = self.seen.scan.reach
+        return replace(verdict, reach=reach.words) if verdict is not None and reach is not None else verdict
 
     def _identity(self, image: Tensor, pair: tuple[Tensor, Tensor]) -> ProofStep:
         converted, original = pair
@@ -365,7 +324,7 @@ class _Work:
     def _calibrated(self, original: nn.Module, image: Tensor) -> nn.Module:
         """Convert a network as planned, calibrated on one image alone."""
         one = rewrite(original, self.plan)
-        _calibrate_(one, self.plan, Items([image], image.device, image.dtype), self.caller)
+        _calibrate_(one, self.plan, Images.of(image, image.device, image.dtype), self.caller)
         return one
 
     def _judged(self, image: Tensor, sites: Sequence[Site]) -> list[Site]:
@@ -374,15 +333,15 @@ class _Work:
         A network that takes one size shows the census no growth, so it suspects every norm over tokens.
         """
         quiet = {site.id for site in self.seen.scan.sites if not site.live}
-        before = survey(self.original, self.caller, image).sites
+        before = survey(self.original, self.caller, image, stacked=False).sites
         return [site for site in before if site.live and site.id in quiet]
 
     def _shifts(self, first: Tensor, pair: tuple[Tensor, Tensor]) -> tuple[ImageShift, ...]:
-        if self.items is None or not self.whole:
+        if self.images is None:
             return ()
         return tuple(
             shift(number, *pair)
             if number == 0 and image.shape == first.shape
             else shift(number, self.caller(self.converted, image), self.caller(self.original, image))
-            for number, image in enumerate(self.items)
+            for number, image in enumerate(map(whole, self.images))
         )

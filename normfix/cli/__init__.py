@@ -20,7 +20,7 @@ from normfix.cli.explain import explain_command
 from normfix.cli.prove import prove_command
 from normfix.cli.push import push_command
 from normfix.cli.scan import plan_command, scan_command
-from normfix.cli.settings import Settings, read_settings
+from normfix.cli.settings import SETTINGS, Settings, read_settings
 from normfix.cli.use import calibrate_command, check_command, predict_command
 from normfix.errors import NormfixError
 
@@ -66,7 +66,8 @@ def cli(context: click.Context, debug: bool) -> None:
 
     Exit codes: 0 fine, 1 findings or an inconclusive proof, 2 usage, unreadable input or internal error.
     """
-    context.default_map = {name: dict(values) for name, values in _settings().commands.items()}
+    settings = context.meta[SETTINGS] = _settings()
+    context.default_map = {name: dict(values) for name, values in settings.commands.items()}
 
 
 for command in (

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from normfix.cli.options import Arguments, image_options, model_options
+from normfix.cli.options import Arguments, halo_option, image_options, model_options
 from normfix.cli.outputs import is_saved, output, tell
-from normfix.cli.showing import no_steps, note, note_duration, require_report, show, steps, write_report
-from normfix.cli.stages import StageArguments, engine_option, stage_options, watching
+from normfix.cli.showing import note, require_report, show, steps, telling, write_report
+from normfix.cli.stages import blocks_of, engine_option, stage_options, watching
 from normfix.cli.texts import conversion_text
 from normfix.errors import NormfixError
+from normfix.records.progress import Progress, silent
 
 if TYPE_CHECKING:
     from normfix.records.plans import Plan
@@ -51,6 +53,7 @@ __all__ = ["convert_command"]
     is_flag=True,
     help="Keep statistics that are divided by and vanish on every image; they are named in the result.",
 )
+@halo_option
 @image_options
 @click.option(
     "--tile", type=click.IntRange(1), help="Size of the blocks to measure in, and of the tiles to prove with."
@@ -77,9 +80,11 @@ def convert_command(
     partial: bool,
     portable: bool,
     allow_flat: bool,
+    halo: Any,
     report: str | None,
     format_: str,
     tile: int | None,
+    engine: Literal["local", "dask"],
     **options: Any,
 ) -> int:
     """Convert MODEL so that tiles of it agree, measuring statistics on whole IMAGES, and prove the result.
@@ -94,6 +99,7 @@ def convert_command(
       normfix convert normfix.demo.network:nuclei_unet nuclei.tif --scale percentile:1,99.8 --to frozen -o fixed
     """
     from normfix.api.conversion import convert
+    from normfix.storage.instructions import commands
     from normfix.storage.programs import SUFFIX, require_program_name
     from normfix.storage.saving import require_unconverted, save
     from normfix.tiling.stages.resuming import resumable
@@ -106,36 +112,36 @@ def convert_command(
         raise NormfixError("NF227", "--format pt2 writes one file: give -o FILE.pt2.", where=out)
     require_report(report)
     plan = _read_plan(plan_file)
-    stages = StageArguments.take(options)
+    blocks = blocks_of(options, engine)
     arguments = Arguments.take(options)
     with ExitStack() as stack:
         place = stack.enter_context(output(out, is_saved))
         opened = arguments.open()
         require_unconverted(opened.model)
         require_program_name(out, opened.model)
-        stack.enter_context(resumable(stages.store))  # until it is saved
-        given: Any = None
-        if images and stages.asked:
-            given = arguments.windows(images, opened.model, stages.level)
-        elif images:
-            given = arguments.images(images, opened.model)
-        watch = stack.enter_context(watching()) if stages.asked else None
+        stack.enter_context(resumable(blocks.store))  # until it is saved
+        stack.enter_context(telling())
+        given: Any
+        progress: Progress = silent
+        if blocks.asked:
+            given = arguments.windows(images, opened.model) if images else None
+            blocks = replace(blocks, watch=stack.enter_context(watching()))
+        else:
+            given = arguments.images(images, opened.model) if images else None
+            progress = stack.enter_context(steps())
+        scaling = arguments.scaling()
         done = convert(
             opened.model,
             given,
-            to=to or "frozen",
-            plan=plan,
+            to=plan or to or "frozen",
             keep=keep,
-            scaling=arguments.scaling(),
-            source=opened.source,
             output=arguments.output,
             as_trained=as_trained,
             allow_flat=allow_flat,
+            halo=halo,
             tile=tile,
-            **stages.keywords(),
-            watch=watch,
-            progress=no_steps if stages.asked else stack.enter_context(steps()),
-            announce=note_duration,
+            blocks=blocks,
+            progress=progress,
         )
         stack.callback(write_report, report, done.record)  # also when it is not saved
         show(done.record, conversion_text(done.record), format_)
@@ -145,9 +151,8 @@ def convert_command(
             why = "live sites were refused" if proof.partial else "the proof did not pass"
             note(f"Nothing was written to {out}, because {why}.")
             return 1
-        save(done, place.path, partial=partial, portable=portable)
-    how = "its own library" if portable else f"normfix.load({out!r})"
-    tell(place, f" Load it with {how}.")
+        save(done, place.path, opened.source, scaling=scaling, partial=partial, portable=portable)
+    tell(place, " Load it with its own library." if portable else f" {commands(Path(out), opened.source)}")
     return 0 if sound else 1
 
 

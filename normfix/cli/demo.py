@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from normfix.cli.answers import Shown
 from normfix.cli.showing import format_option, show
+from normfix.errors import NormfixError
 
 __all__ = ["demo_command"]
 
@@ -14,8 +17,11 @@ __all__ = ["demo_command"]
 @click.option(
     "-o", "--out", default="normfix-demo", show_default=True, help="Folder to write; must not exist."
 )
+@click.option(
+    "--image", metavar="FILE.png", help="Write only the image that the documentation's examples use."
+)
 @format_option
-def demo_command(out: str, format_: str) -> int:
+def demo_command(out: str, image: str | None, format_: str) -> int:
     """Show the seams of a real network on a real image, repair them, prove it, and write a page with pictures.
 
     \b
@@ -23,6 +29,11 @@ def demo_command(out: str, format_: str) -> int:
       normfix demo
     """
     from normfix.cli.showing import note, steps
+
+    if image is not None:
+        _write_image(Path(image))
+        note(f"Wrote {image}: fluorescent nuclei, 512 x 512, uint8.")
+        return 0
     from normfix.demo import run_demo
 
     with steps() as progress:
@@ -30,3 +41,25 @@ def demo_command(out: str, format_: str) -> int:
     show(Shown(passed=result.passed, page=str(result.page), text=result.text), result.text, format_)
     note(f"Open {result.page}")
     return 0 if result.passed else 1
+
+
+def _write_image(target: Path) -> None:
+    """Write the upper left of mahotas' picture of nuclei as a PNG file.
+
+    Raises:
+        NormfixError: NF114 if something has that name or it ends in no .png, NF117 if mahotas is not installed.
+    """
+    import imageio.v3 as iio
+    import numpy as np
+
+    from normfix.demo.data import nuclei_image
+    from normfix.images.drafts import drafting
+
+    if target.suffix.lower() != ".png":
+        raise NormfixError("NF114", "give a name that ends in .png.", where=str(target))
+    try:
+        pixels = np.ascontiguousarray(nuclei_image()[:512, :512])
+    except ImportError as error:
+        raise NormfixError("NF117", str(error), where="normfix demo --image") from error
+    with drafting(target) as draft:
+        iio.imwrite(draft, pixels, extension=".png")

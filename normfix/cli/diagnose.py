@@ -19,10 +19,9 @@ from normfix.cli.showing import (
 )
 from normfix.cli.texts import cost_text, diagnosis_text
 from normfix.cli.use import Halo
+from normfix.errors import NormfixError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from normfix.records.diagnoses import Tiling
 
 __all__ = ["diagnose_command"]
@@ -98,7 +97,7 @@ def diagnose_command(
                 kind=kind,
                 labels=None if labels is None else _read(labels, image.dim() - 2),
                 metric=None if metric is None else _function(metric),
-                converted=None if converted is None else _converted(converted),
+                converted=None if converted is None else arguments.open_converted(converted),
                 per_site=sites,
                 output=arguments.output,
                 announce=lambda cost: note(cost_text(cost)),
@@ -129,22 +128,15 @@ def _tiling(image: Any, tile: int, halo: int | Literal["auto"], pipeline: dict[s
 
 
 def _read(path: str, ndim: int) -> Any:
-    from normfix.images.axes import read_image
+    from normfix.images.files import read_image
 
     return read_image(Path(path), ndim=ndim, channels=1)[0]
 
 
 def _function(name: str) -> Any:
-    import importlib
+    from normfix.networks.naming import named
 
-    module, _, attribute = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise click.UsageError(f"--metric {name}: {error}") from error
-
-
-def _converted(folder: str) -> nn.Module:
-    from normfix.storage.loading import load
-
-    return load(folder)
+        return named(name)
+    except NormfixError as error:
+        raise click.UsageError(f"--metric {name}: {error.message}") from error

@@ -6,12 +6,15 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
-from functools import wraps
+from dataclasses import dataclass, replace
+from functools import partial, wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
+from click.core import ParameterSource
 
+from normfix.cli.settings import SETTINGS
 from normfix.cli.showing import Command, note
 from normfix.errors import NormfixError
 from normfix.records.saved import Scaling
@@ -27,12 +30,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Arguments",
+    "halo_option",
     "image_options",
     "model_options",
+    "override_option",
 ]
 
 
-class ArgumentsJson(click.ParamType[Mapping[str, Any]]):
+class ArgumentsJson(click.ParamType):  # type: ignore[type-arg]
     """A JSON object of keyword arguments."""
 
     name = "json"
@@ -50,6 +55,15 @@ class ArgumentsJson(click.ParamType[Mapping[str, Any]]):
         if not isinstance(parsed, dict):
             self.fail("give an object such as '{\"in_channels\": 1}'", param, ctx)
         return cast(Mapping[str, Any], parsed)
+
+
+halo_option = click.option(
+    "--halo",
+    type=click.Choice(["graph", "measured"]),
+    default="graph",
+    show_default=True,
+    help="graph: the bound that the network's graph gives, if any; measured: what the dye shows, which is then said.",
+)
 
 
 def model_options(command: Command) -> Command:
@@ -78,11 +92,18 @@ def model_options(command: Command) -> Command:
             metavar="NAME",
             help="Class, or PACKAGE.*, that a pickle may build; may be repeated.",
         ),
+        click.option(
+            "--trust",
+            multiple=True,
+            metavar="MODULE",
+            help="Call factories of this module if a file names them; pyproject.toml may state it.",
+        ),
         click.option("--weights", help="Which weights, where a file holds several, such as ema."),
         click.option("--revision", help="Branch, tag or commit of an hf-hub: repository."),
         click.option("--arch-args", type=ArgumentsJson(), help="Keyword arguments of the factory, as JSON."),
         click.option(
-            "--arch", help="pkg.module:factory or timm:NAME that builds the network for given weights."
+            "--arch",
+            help="pkg.module:factory, path/to/file.py:Name or timm:NAME that builds the network for given weights.",
         ),
         click.argument("model"),
     ):
@@ -118,6 +139,13 @@ def image_options(command: Command) -> Command:
     return command
 
 
+def override_option(command: Command) -> Command:
+    """Add --override-scale, without which images are scaled as those were that the statistics were measured on."""
+    return click.option(
+        "--override-scale", is_flag=True, help="Take --scale although the network was converted with another."
+    )(command)
+
+
 @dataclass(frozen=True, slots=True)
 class Arguments:
     """The shared options of one run."""
@@ -127,6 +155,7 @@ class Arguments:
     arch_args: Mapping[str, Any] | None
     trust_pickle: bool
     allow_classes: tuple[str, ...]
+    trust: tuple[str, ...]
     weights: str | None
     revision: str | None
     output: str | None
@@ -136,6 +165,8 @@ class Arguments:
     scale: str | None = None
     preprocess: str | None = None
     series: str | None = None
+    level: int = 0
+    override_scale: bool = True
 
     @classmethod
     def take(cls, options: dict[str, Any]) -> Arguments:
@@ -153,6 +184,7 @@ class Arguments:
             weights=self.weights,
             trust_pickle=self.trust_pickle,
             allow_classes=self.allow_classes,
+            trust=self._trusted(),
             tell=note,
         )
         opened = open_any(self.model, request, revision=self.revision)
@@ -160,6 +192,24 @@ class Arguments:
             note(text)
         self._place_(opened.model)
         return opened
+
+    def open_converted(self, folder: str) -> nn.Module:
+        """Open the conversion of this network, which its folder may name as this command does."""
+        from normfix.networks.naming import is_named
+
+        arch = self.model if self.arch is None and is_named(self.model) else self.arch
+        return replace(self, model=folder, arch=arch, revision=None, weights=None).open().model
+
+    def _trusted(self) -> tuple[str, ...]:
+        """Return the modules that the caller or the project trusts; a folder does not say it of itself."""
+        context = click.get_current_context()
+        if not self.trust or context.get_parameter_source("trust") is not ParameterSource.DEFAULT_MAP:
+            return self.trust
+        stating, model = context.meta[SETTINGS].path, Path(self.model)
+        if stating is not None and model.exists() and stating.resolve().is_relative_to(model.resolve()):
+            note(f"{stating} lies in the network's own folder, so what it trusts does not count here.")
+            return ()
+        return self.trust
 
     def torch_dtype(self) -> torch.dtype | None:
         """Return the dtype to compute in, if one was chosen."""
@@ -174,11 +224,16 @@ class Arguments:
 
         if self.scale is not None and self.preprocess is not None:
             raise click.UsageError("give --scale or --preprocess, not both")
-        if self.preprocess is not None:
-            return Scaling(kind="preprocess", function=self.preprocess)
-        if self.scale is not None:
-            return parse_scaling(self.scale)
         known = None if model is None else provenance_of(model)
+        stated = None
+        if self.preprocess is not None:
+            stated = Scaling(kind="preprocess", function=self.preprocess)
+        elif self.scale is not None:
+            stated = parse_scaling(self.scale)
+        if stated is not None:
+            if known is not None and not self.override_scale:
+                _require_same(stated, known.scaling)
+            return stated
         if known is not None and known.scaling.kind == "preprocess":
             name = known.scaling.function
             raise NormfixError(
@@ -191,24 +246,31 @@ class Arguments:
             return None
         return known.scaling
 
-    def images(self, patterns: tuple[str, ...], model: nn.Module, level: int = 0) -> ImageFiles:
+    def images(self, patterns: tuple[str, ...], model: nn.Module) -> ImageFiles:
         """Return the images that files, folders and globs name."""
         from normfix.images.collections import ImageFiles, find_images
-        from normfix.images.formats.opened import Choice
+        from normfix.images.files import open_windows
         from normfix.networks.intake import Intake
 
-        intake, choice = Intake(model), Choice(self.series, level)
-        paths, scaling = find_images(patterns), self.scaling(model)
-        return ImageFiles(paths, intake.ndim, intake, scaling, self.axes, choice, tell=note)
+        intake = Intake(model)
+        opens = partial(
+            open_windows,
+            ndim=intake.ndim,
+            channels=intake,
+            axes=self.axes,
+            level=self.level,
+            series=self.series,
+        )
+        return ImageFiles(find_images(patterns), opens, self.scaling(model), tell=note)
 
-    def image(self, path: str, model: nn.Module, level: int = 0) -> Tensor:
+    def image(self, path: str, model: nn.Module) -> Tensor:
         """Return one image, (1, C, *space)."""
-        found = list(self.images((path,), model, level))
+        found = list(self.images((path,), model))
         if len(found) != 1:
             raise click.UsageError(f"{path} names {len(found)} images; give one")
         return found[0]
 
-    def windows(self, patterns: tuple[str, ...], model: nn.Module, level: int) -> list[ScaledImage]:
+    def windows(self, patterns: tuple[str, ...], model: nn.Module) -> list[ScaledImage]:
         """Return the images that files, folders and globs name, to be read by window until the command ends."""
         from normfix.images.collections import find_images
         from normfix.images.opening import open_image
@@ -218,7 +280,7 @@ class Arguments:
         context = click.get_current_context()
         opened = [
             context.with_resource(
-                open_image(p, model, axes=self.axes, level=level, series=self.series, scaling=scaling)
+                open_image(p, model, axes=self.axes, level=self.level, series=self.series, scaling=scaling)
             )
             for p in paths
         ]
@@ -251,6 +313,27 @@ class Arguments:
             raise NormfixError(
                 "NF116", f"cannot compute there: {reason}.", where=f"--device {self.device}"
             ) from error
+
+
+def _require_same(stated: Scaling, known: Scaling) -> None:
+    """Refuse a scaling that contradicts the one which the network's statistics belong to.
+
+    Raises:
+        NormfixError: NF107.
+    """
+    if known.kind == "none" or known == stated:
+        return
+    raise NormfixError(
+        "NF107",
+        f"the network was converted with images scaled by {_words(known)}, and its statistics belong to these. Leave "
+        "--scale out, measure it anew with normfix calibrate, or insist with --override-scale.",
+        where=f"--scale {_words(stated)}",
+    )
+
+
+def _words(scaling: Scaling) -> str:
+    values = ",".join(f"{value:g}" for value in scaling.values)
+    return scaling.function or f"{scaling.kind}{':' if values else ''}{values}"
 
 
 def _tell(images: Sequence[ScaledImage]) -> None:

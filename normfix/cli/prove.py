@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from normfix.cli.options import Arguments, image_options, model_options
+from normfix.cli.options import Arguments, image_options, model_options, override_option
 from normfix.cli.showing import (
     format_option,
     note,
@@ -42,6 +42,7 @@ __all__ = ["prove_command"]
     help="As it was calibrated with: ignore the pixels where it is nonzero; one for each image. May be repeated.",
 )
 @image_options
+@override_option
 @report_option
 @format_option
 def prove_command(
@@ -64,19 +65,20 @@ def prove_command(
       normfix prove tuned nuclei.tif --report proof.html
     """
     from normfix.proof.prove import prove
+    from normfix.tiling.stages.options import Blocks
 
     require_reports(reports)
     arguments = Arguments.take(options)
     opened = arguments.open()
     given: Any = arguments.images(images, opened.model)
     if blocks is not None:
-        given = arguments.windows(images, opened.model, level=0)
+        given = arguments.windows(images, opened.model)
     with steps() as progress:
         proof = prove(
             opened.model,
             given,
             tile,
-            blocks=blocks,
+            blocks=Blocks(tile=blocks),
             mask=arguments.masks(masks, opened.model) or None,
             source=arguments.arch,
             args=arguments.arch_args,

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normfix.cli.options import Arguments, model_options
-from normfix.cli.showing import format_option, note_duration, show
+from normfix.cli.options import Arguments, halo_option, model_options
+from normfix.cli.showing import format_option, show, telling
 from normfix.cli.texts import scan_text
 
 if TYPE_CHECKING:
@@ -29,8 +29,11 @@ _FAST = click.option("--fast", is_flag=True, help="Skip the dye's confirmation; 
 @_INPUT
 @_AS_TRAINED
 @_FAST
+@halo_option
 @format_option
-def scan_command(input_: str | None, as_trained: bool, fast: bool, format_: str, **options: Any) -> None:
+def scan_command(
+    input_: str | None, as_trained: bool, fast: bool, halo: Any, format_: str, **options: Any
+) -> None:
     """Find every statistic of the tile in MODEL, and its stride and halo once they are frozen.
 
     Exits 0 though live sites exist.
@@ -39,7 +42,7 @@ def scan_command(input_: str | None, as_trained: bool, fast: bool, format_: str,
     Example:
       normfix scan normfix.demo.network:nuclei_unet
     """
-    found = _scan(Arguments.take(options), input_, as_trained, fast=fast)
+    found = _scan(Arguments.take(options), input_, as_trained, fast=fast, halo=halo)
     show(found, scan_text(found), format_)
 
 
@@ -67,7 +70,9 @@ def plan_command(
     show(decided, "", format_)  # a plan is JSON always: it is there to be edited
 
 
-def _scan(arguments: Arguments, input_: str | None, as_trained: bool, *, fast: bool = False) -> Scan:
+def _scan(
+    arguments: Arguments, input_: str | None, as_trained: bool, *, fast: bool = False, halo: Any = "graph"
+) -> Scan:
     import torch
 
     from normfix.networks.calling import OutOfMemory
@@ -82,14 +87,9 @@ def _scan(arguments: Arguments, input_: str | None, as_trained: bool, *, fast: b
             # an image of noise fails for want of memory alone
             reason = "there is no memory for an image of this shape. Give a smaller one."
             raise OutOfMemory("NF250", reason, where=f"--input {input_}") from error
-    return scan(
-        arguments.open().model,
-        example,
-        output=arguments.output,
-        as_trained=as_trained,
-        fast=fast,
-        announce=note_duration,
-    )
+    model = arguments.open().model
+    with telling():
+        return scan(model, example, output=arguments.output, as_trained=as_trained, fast=fast, halo=halo)
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -1,12 +1,13 @@
 """Settings of a project: the table [tool.normfix] of the nearest pyproject.toml gives options their defaults.
 
 A file that lies in a folder must not decide what runs there, so options that run code or say where output goes
-cannot be set: they are typed by whoever runs the command.
+cannot be set: they are typed by whoever runs the command. One exception: a project says with `trust` whose factories
+the folders of its networks may name; it counts for no folder that it lies in.
 """
 
 from __future__ import annotations
 
-import tomllib
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,15 @@ from typing import Any
 
 from normfix.errors import NormfixError
 
-__all__ = ["NEVER", "Settings", "read_settings"]
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["NEVER", "SETTINGS", "Settings", "read_settings"]
+
+SETTINGS = "normfix.settings"
+"""Where the context of a command keeps them."""
 
 NEVER = (
     *("trust_pickle", "allow_classes", "arch", "arch_args", "preprocess", "metric"),
@@ -63,6 +72,11 @@ def read_settings(start: Path, options: Mapping[str, Collection[str]]) -> Settin
         return Settings(None, {})
     if not isinstance(table, dict):
         raise NormfixError("NF131", "[tool.normfix] is no table of options.", where=str(path))
+    trust = table.get("trust", [])
+    if not isinstance(trust, list) or not all(isinstance(name, str) for name in trust):
+        raise NormfixError(
+            "NF131", 'trust is a list of modules, such as ["my_project"].', where=f"{path}: [tool.normfix]"
+        )
     return Settings(path, _by_command(table, options, path))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,17 +13,18 @@ import click
 from normfix.errors import NormfixError
 from normfix.images.drafts import cannot_write, drafting, require_unnamed, sweep
 from normfix.records.encoding import Record
+from normfix.records.progress import Progress
 
 __all__ = [
     "Command",
     "format_option",
-    "no_steps",
     "note",
     "report_option",
     "require_report",
     "require_reports",
     "show",
     "steps",
+    "telling",
     "write_report",
     "write_reports",
 ]
@@ -43,20 +45,27 @@ def note(text: str) -> None:
     click.echo(text, err=True)
 
 
-def note_duration(stage: str, seconds: float) -> None:
-    """Say on stderr how long a stage will take, before it does."""
-    note(f"{stage}: about {duration_text(seconds)}")
+class _Notes(logging.Handler):
+    """Says what is logged on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
 
 
-def duration_text(seconds: float) -> str:
-    """Return a duration in the unit that suits it.
-
-    >>> duration_text(4.2), duration_text(600), duration_text(90_000)
-    ('5 seconds', '10 minutes', '25.0 hours')
-    """
-    if seconds < 100:
-        return f"{max(1, -int(-seconds // 1))} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"
+@contextmanager
+def telling() -> Iterator[None]:
+    """Say on stderr what normfix logs meanwhile, such as how long a stage will take."""
+    logger, notes = logging.getLogger("normfix"), _Notes()
+    level, propagates = logger.level, logger.propagate
+    logger.addHandler(notes)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(notes)
+        logger.setLevel(level)
+        logger.propagate = propagates
 
 
 def show(record: Record, text: str, format_: str) -> None:
@@ -139,18 +148,14 @@ def write_report(path: str | None, record: Record) -> None:
         _write(Path(path), record.dumps())
 
 
-def no_steps(stage: str, done: int, total: int) -> None:
-    """Say nothing, as a progress callback."""
-
-
 @contextmanager
-def steps() -> Iterator[Callable[[str, int, int], None]]:
+def steps() -> Iterator[Progress]:
     """Give a progress callback (stage, done, total): a bar on a terminal, nothing elsewhere."""
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress as Bars
 
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Bars(console=console, transient=True, disable=not console.is_terminal) as progress:
         tasks: dict[str, Any] = {}
 
         def report(stage: str, done: int, total: int) -> None:

@@ -6,20 +6,21 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from normfix.cli.showing import Command, duration_text, note
+from normfix.cli.showing import Command, note
+from normfix.reporting.sentences import duration_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from normfix.tiling.stages.options import Blocks
     from normfix.tiling.stages.outlook import Outlook, Step
 
-__all__ = ["StageArguments", "engine_option", "stage_options", "watching"]
+__all__ = ["blocks_of", "engine_option", "stage_options", "watching"]
 
 
 _EVERY = 30.0
@@ -27,7 +28,7 @@ _EVERY = 30.0
 
 
 def stage_options(command: Command) -> Command:
-    """Add what stages over blocks may use."""
+    """Add how stages run over blocks; `blocks_of` takes them."""
     for decorate in (
         click.option("--scheduler", metavar="ADDRESS", help="Of a dask cluster, such as tcp://HOST:8786."),
         click.option(
@@ -64,36 +65,16 @@ def engine_option(command: Command) -> Command:
     )(command)
 
 
-@dataclass(frozen=True, slots=True)
-class StageArguments:
-    """The options of stages of one command."""
+def blocks_of(options: dict[str, Any], engine: Literal["local", "dask"]) -> Blocks:
+    """Take the options of stages out of a command's keyword arguments."""
+    from normfix.tiling.stages.options import Blocks
 
-    level: int
-    budget: int | None
-    store: Path | None
-    workers: int
-    scheduler: str | None
-    engine: Any
-
-    @classmethod
-    def take(cls, options: dict[str, Any]) -> StageArguments:
-        """Take the options of stages out of a command's keyword arguments."""
-        return cls(**{name: options.pop(name) for name in cls.__slots__})
-
-    @property
-    def asked(self) -> bool:
-        """Tell whether an option was given that stages alone have."""
-        return self.budget is not None or self.store is not None or self.engine != "local"
-
-    def keywords(self) -> dict[str, Any]:
-        """Return them as Python functions take them."""
-        return {
-            "budget": None if self.budget is None else self.budget << 20,
-            "store": self.store,
-            "workers": self.workers,
-            "scheduler": self.scheduler,
-            "engine": self.engine,
-        }
+    budget = options.pop("budget")
+    return Blocks(
+        budget=None if budget is None else budget << 20,
+        engine=engine,
+        **{name: options.pop(name) for name in ("store", "workers", "scheduler")},
+    )
 
 
 @contextmanager

@@ -6,13 +6,13 @@ import textwrap
 from collections import Counter
 from collections.abc import Sequence
 
-from normfix.cli.showing import duration_text
 from normfix.records.diagnoses import Cost, DiagnosisRecord, Mismatch
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.saved import ConversionRecord
 from normfix.records.sites import Scan, Site
 from normfix.records.spans import Spans, in_strides
 from normfix.records.verdicts import Proof, ProofStep, Verdict
+from normfix.reporting.sentences import duration_text
 
 __all__ = [
     "calibration_text",
@@ -41,6 +41,7 @@ def scan_text(scan: Scan) -> str:
         lines += [
             f"stride: {_by_axis(scan.stride)}",
             f"halo once frozen (before/after): {_rounded(scan.halo, scan.stride)}",
+            *(_wrapped(f"halo from: {scan.reach.words}") if scan.reach else ()),
             "exact sizes: " + ", ".join("any" if n == 1 else f"multiples of {n}" for n in scan.exact_sizes),
         ]
         if scan.smallest_tile is not None:
@@ -182,6 +183,8 @@ def verdict_text(verdict: Verdict) -> str:
             f"{verdict.windows} windows",
             "  beyond the halo, amplified: " + ", ".join(f"{c:.1g}" for c in verdict.interference),
         ]
+        if verdict.reach:
+            lines += _wrapped(f"halo from: {verdict.reach}", indent="  ")
         if any(verdict.padding):
             lines.append(f"  the image was extended by {_by_axis(verdict.padding)} pixels to an exact size")
     lines += [f"  {f.code} {f.where}: {f.message}" for f in verdict.findings]

@@ -5,37 +5,30 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import click
 
 from normfix.cli.answers import Predicted
-from normfix.cli.options import Arguments, image_options, model_options
+from normfix.cli.options import Arguments, image_options, model_options, override_option
 from normfix.cli.outputs import is_image, is_saved, output, tell
 from normfix.cli.showing import (
     format_option,
-    no_steps,
     report_option,
     require_reports,
     show,
     steps,
     write_reports,
 )
-from normfix.cli.stages import StageArguments, engine_option, stage_options, watching
+from normfix.cli.stages import blocks_of, engine_option, stage_options, watching
 from normfix.cli.texts import calibration_text, verdict_text
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from normfix.images.drafts import Naming
-    from normfix.images.formats.placement import Placement
+from normfix.records.progress import Progress, silent
 
 __all__ = ["calibrate_command", "check_command", "predict_command"]
 
 
-class Halo(click.ParamType["int | Literal['auto']"]):
+class Halo(click.ParamType):  # type: ignore[type-arg]
     """A number of pixels, or auto."""
 
     name = "auto|N"
@@ -51,7 +44,7 @@ class Halo(click.ParamType["int | Literal['auto']"]):
         return int(value)
 
 
-class Threshold(click.ParamType[float]):
+class Threshold(click.ParamType):  # type: ignore[type-arg]
     """A difference in sd; not a number would pass everything."""
 
     name = "sd"
@@ -113,6 +106,7 @@ def calibrate_command(
     sample: float | None,
     seed: int,
     allow_flat: bool,
+    engine: Literal["local", "dask"],
     **options: Any,
 ) -> None:
     """Measure the statistics of a converted MODEL anew on other IMAGES, whole.
@@ -126,42 +120,41 @@ def calibrate_command(
     """
     from normfix.api.recalibration import calibrate
     from normfix.networks.provenance import attach_, provenance_of
+    from normfix.storage.instructions import commands
     from normfix.storage.saving import save
     from normfix.tiling.stages.resuming import resumable
 
-    stages = StageArguments.take(options)
+    blocks = blocks_of(options, engine).sized(tile)
     arguments = Arguments.take(options)
-    if tile is None and sample is None and stages.asked:
-        raise click.UsageError("--budget, --store and --engine dask belong to --tile")
     with ExitStack() as stack:
         place = stack.enter_context(output(out, is_saved))
         opened = arguments.open()
-        stack.enter_context(resumable(stages.store))  # until it is saved
-        if tile is None and sample is None:
-            given: Any = arguments.images(images, opened.model)
-            watch, progress = None, stack.enter_context(steps())
+        stack.enter_context(resumable(blocks.store))  # until it is saved
+        given: Any
+        progress: Progress = silent
+        if blocks.asked or sample is not None:
+            given = arguments.windows(images, opened.model)
+            blocks = replace(blocks, watch=stack.enter_context(watching()))
         else:
-            given = arguments.windows(images, opened.model, stages.level)
-            watch, progress = stack.enter_context(watching()), no_steps
+            given = arguments.images(images, opened.model)
+            progress = stack.enter_context(steps())
         done = calibrate(
             opened.model,
             given,
-            tile,
             mask=arguments.masks(masks, opened.model) or None,
             sample=sample,
             seed=seed,
             allow_flat=allow_flat,
-            **stages.keywords(),
-            watch=watch,
+            blocks=blocks,
             output=arguments.output,
-            progress=partial(progress, "calibrate"),
+            progress=progress,
         )
         known, stated = provenance_of(done.model), arguments.scaling()
         if known is not None and stated is not None:  # the new statistics are of images scaled this way
             attach_(done.model, replace(known, scaling=stated))
         save(done, place.path)
     show(done.summary, calibration_text(done.summary), format_)
-    tell(place)
+    tell(place, f" {commands(Path(out), opened.source)}")
 
 
 @click.command("predict")
@@ -173,15 +166,15 @@ def calibrate_command(
     required=True,
     help="File to write, .npy, .tif, .nii, .nii.gz or .zarr, never over anything.",
 )
-@_TILE
+@click.option("--tile", type=int, help="Tile size in pixels, on every axis. Default: 256.")
 @_HALO
 @click.option(
     "--engine",
-    type=click.Choice(["tiles", "stages", "dask"]),
-    default="tiles",
+    type=click.Choice(["auto", "tiles", "stages", "dask"]),
+    default="auto",
     show_default=True,
-    help="stages: read by window and run once, stage by stage over blocks; for images larger than memory. dask: the "
-    "same on the cluster at --scheduler; needs a --store that all of it sees.",
+    help="stages: run once, stage by stage over blocks, for images larger than memory. auto: stages where they pay. "
+    "dask: stages on the cluster at --scheduler; needs a --store that all of it sees.",
 )
 @click.option(
     "--statistics",
@@ -197,12 +190,14 @@ def calibrate_command(
 )
 @stage_options
 @image_options
+@override_option
 @format_option
 def predict_command(
     image: str,
     out: str,
-    tile: int,
+    tile: int | None,
     halo: int | Literal["auto"],
+    engine: str,
     statistics: Literal["stored", "per-image"],
     allow_nonfinite: bool,
     format_: str,
@@ -216,90 +211,32 @@ def predict_command(
     Example:
       normfix predict fixed nuclei.tif -o prediction.tif
     """
-    stages = StageArguments.take(options)
-    arguments = Arguments.take(options)
-    if stages.engine != "tiles":
-        if halo != "auto":
-            raise click.UsageError("--halo belongs to --engine tiles; stages measure their own")
-        given: dict[str, Any] = {"statistics": statistics, "allow_nonfinite": allow_nonfinite}
-        place, (shape, dtype) = _predict_in_stages(image, out, tile, given, stages, arguments)
-    else:
-        given = {"halo": halo, "statistics": statistics, "allow_nonfinite": allow_nonfinite}
-        place, (shape, dtype) = _predict_in_tiles(image, out, tile, given, stages.level, arguments)
-    record = Predicted(path=out, shape=shape, dtype=dtype)
-    show(record, f"{out}: {'x'.join(map(str, shape))}, {dtype}", format_)
-    tell(place)
-
-
-def _predict_in_tiles(
-    image: str,
-    out: str,
-    tile: int,
-    given: dict[str, Any],
-    level: int,
-    arguments: Arguments,
-) -> tuple[Naming, tuple[tuple[int, ...], str]]:
-    from normfix.api.prediction import predict
-    from normfix.images.axes import require_image_name, write_image
-
-    require_image_name(Path(out))
-    with output(out, is_image) as place:
-        opened = arguments.open()
-        whole = predict(
-            opened.model,
-            arguments.image(image, opened.model, level),
-            tile,
-            engine="tiles",
-            output=arguments.output,
-            **given,
-        )
-        written = whole[0].float().cpu().numpy()
-        write_image(place.path, written, _placement(image, opened.model, level, arguments))
-    return place, (written.shape, str(written.dtype))
-
-
-def _predict_in_stages(
-    image: str, out: str, tile: int, given: dict[str, Any], stages: StageArguments, arguments: Arguments
-) -> tuple[Naming, tuple[tuple[int, ...], str]]:
     from normfix.api.prediction import write_prediction
     from normfix.images.axes import require_image_name
 
+    blocks = blocks_of(options, "dask" if engine == "dask" else "local")
+    arguments = Arguments.take(options)
     require_image_name(Path(out))
-    with output(out, is_image) as place:
+    with output(out, is_image) as place, watching() as watch:
         opened = arguments.open()
-        windows = arguments.windows((image,), opened.model, stages.level)
+        windows = arguments.windows((image,), opened.model)
         if len(windows) != 1:
             raise click.UsageError(f"{image} names {len(windows)} images; give one")
-        with watching() as watch:
-            written = write_prediction(
-                opened.model,
-                windows[0],
-                place.path,
-                tile,
-                **stages.keywords(),
-                **given,
-                watch=watch,
-                output=arguments.output,
-            )
-    return place, written
-
-
-def _placement(image: str, model: nn.Module, level: int, arguments: Arguments) -> Placement | None:
-    """Return where the prediction's pixels lie, as the image's file says of its own."""
-    from normfix.images.collections import find_images
-    from normfix.images.files import open_windows
-    from normfix.networks.intake import Intake
-    from normfix.networks.provenance import provenance_of
-    from normfix.tiling.geometry import geometry_of
-
-    known = provenance_of(model)
-    geometry = None if known is None else geometry_of(known.scan)
-    if geometry is None:
-        return None
-    intake = Intake(model)
-    options: dict[str, Any] = {"axes": arguments.axes, "level": level, "series": arguments.series}
-    with open_windows(find_images((image,))[0], ndim=intake.ndim, channels=intake, **options) as window:
-        return window.placement.scaled(geometry.scale)
+        shape, dtype = write_prediction(
+            opened.model,
+            windows[0],
+            place.path,
+            tile,
+            halo=halo,
+            engine="stages" if engine == "dask" else engine,
+            statistics=statistics,
+            blocks=replace(blocks, watch=watch),
+            output=arguments.output,
+            allow_nonfinite=allow_nonfinite,
+        )
+    record = Predicted(path=out, shape=shape, dtype=dtype)
+    show(record, f"{out}: {'x'.join(map(str, shape))}, {dtype}", format_)
+    tell(place)
 
 
 @click.command("check")
@@ -313,6 +250,7 @@ def _placement(image: str, model: nn.Module, level: int, arguments: Arguments) -
     help="Largest difference in sd that still passes. Default: 100 noise floors, at most 1e-3.",
 )
 @image_options
+@override_option
 @report_option
 @format_option
 def check_command(
@@ -345,6 +283,7 @@ def check_command(
         threshold=threshold,
         output=arguments.output,
     )
+    verdict = replace(verdict, settings=(("model", arguments.model), ("file", image), *verdict.settings))
     try:
         write_reports(reports, verdict)
     finally:

@@ -7,7 +7,6 @@ is exact on that image.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from normfix.conversion.targets import NormTarget, StatisticTarget, Target
 from normfix.errors import NormfixError
-from normfix.images.sources import Image
+from normfix.images.sources import Image, is_constant
 from normfix.networks.calling import Caller, buffers_kept, evaluating
 from normfix.networks.divisors import following
 from normfix.records.measurements import CalibrationSummary, SiteStatistics
@@ -62,23 +61,9 @@ def spread_in_groups(target: Target, groups: int) -> frozenset[int]:
     return frozenset(spread.nonzero().flatten().tolist())
 
 
-def all_empty(images: Iterable[Tensor | Image]) -> bool:
+def all_empty(images: Iterable[Image]) -> bool:
     """Tell whether every image is one constant per channel; reads no further than the first that is not."""
-    return all(map(_is_empty, images))
-
-
-def _is_empty(image: Tensor | Image) -> bool:
-    if isinstance(image, Tensor):
-        pixel = image.flatten(2)[..., :1]  # (n, c, *space) -> (n, c, 1)
-        return bool((image.flatten(2) == pixel).all())
-    first, *rest = image.shape[2:]
-    whole = [(0, n) for n in rest]
-    pixel = image.read([(0, 1)] * (1 + len(rest)))
-    step = max(1, (1 << 22) // math.prod(rest))
-    return all(
-        bool((image.read([(start, min(first, start + step)), *whole]) == pixel).all())
-        for start in range(0, first, step)
-    )
+    return all(map(is_constant, images))
 
 
 def judged(
@@ -116,28 +101,25 @@ def judged(
         places = {*site.flat, *divided.get(site.site, ())} - (known or {}).get(site.site, frozenset())
         sites.append(replace(site, flat=tuple(sorted(places))))
     by_name = {target.name: target for target in targets}
-    found = [Finding(code=FLAT, where="images", message=_EMPTY)] if empty else []
-    found += [
-        Finding(
-            code=FLAT,
-            where=f"{site.site} ({classes.get(site.site, '')})",
-            message=_message(by_name[site.site], site),
-        )
-        for site in sites
-        if site.flat
-    ]
+    found: list[tuple[Finding, bool]] = [(_EMPTY_IMAGES, True)] if empty else []
     refused = _is_dead if allow is False else _is_all_flat
-    dead = [] if allow else [s.site for s in sites if s.flat and refused(by_name[s.site], s)]
-    worst = [f for f in found if f.where == "images" or f.where.rpartition(" (")[0] in dead]
+    for site in sites:
+        if site.flat:
+            where = f"{site.site} ({classes.get(site.site, '')})"
+            finding = Finding(code=FLAT, where=where, message=_message(by_name[site.site], site))
+            found.append((finding, refused(by_name[site.site], site)))
+    worst = [finding for finding, refusal in found if refusal]
     if worst and not allow:
         others = f" {len(found) - 1} more sites are flat." if found[1:] else ""
         raise NormfixError(FLAT, f"{worst[0].message} {_NEXT}{others}", where=worst[0].where)
-    return replace(summary, sites=tuple(sites), findings=tuple(found))
+    return replace(summary, sites=tuple(sites), findings=tuple(finding for finding, _ in found))
 
 
-_EMPTY = (
-    "every calibration image is constant, so no statistic is of anything but the network's own padding at the border: "
-    "on an image with structure the constants are arbitrary."
+_EMPTY_IMAGES = Finding(
+    code=FLAT,
+    where="images",
+    message="every calibration image is constant, so no statistic is of anything but the network's own padding at the "
+    "border: on an image with structure the constants are arbitrary.",
 )
 _NEXT = (
     "Calibrate on an image that has such structure, or --allow-flat (allow_flat=True) to keep it as it is."

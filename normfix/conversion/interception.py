@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from normfix.errors import NormfixError
 from normfix.layers.base import ChannelNorm
 from normfix.layers.constant import FrozenStatistic
-from normfix.networks.functions import COUNTED, NORMS, arguments_of, operand_of, reduced_by
+from normfix.networks.functions import COUNTED, NORMS, arguments_of, by_position, operand_of, reduced_by
 
 __all__ = ["Intercept", "InterceptedNorm", "intercept_", "obstacle"]
 
@@ -115,8 +114,12 @@ def _subclass(base: type[nn.Module]) -> type[nn.Module]:
 def _make_subclass(base: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with _Calls(self):
-            return base.forward(self, *args, **kwargs)
+        calls = _Calls(self)
+        with calls:
+            output = base.forward(self, *args, **kwargs)
+        # not where the mode ends: Dynamo before torch 2.8 loses the counts of a mode with an __exit__ of its own
+        calls.require_planned()
+        return output
 
     def reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (base,), self.__dict__.copy()
@@ -163,7 +166,7 @@ class _Calls(TorchFunctionMode):
         planned = self._planned.get((name, index))
         if planned is None:
             return func(*args, **kwargs)
-        target = self._owner.get_submodule(planned.target)
+        target = _submodule(self._owner, planned.target)
         try:
             if isinstance(target, FrozenStatistic):
                 return _constant(planned, target, func, args, kwargs)
@@ -174,12 +177,12 @@ class _Calls(TorchFunctionMode):
                 "NF207", f"the call does not fit the plan: {error}.", where=planned.site
             ) from error
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, value, trace)  # type: ignore[no-untyped-call]
-        if kind is not None:
-            return
+    def require_planned(self) -> None:
+        """Refuse a forward that made other calls than the plan expects.
+
+        Raises:
+            NormfixError: NF207.
+        """
         for planned in self._planned.values():
             made, expected = self._counts[planned.function], planned.visible
             if made <= planned.index or (made != expected and not self._owner.training):
@@ -189,6 +192,13 @@ class _Calls(TorchFunctionMode):
                     "statistic may be live elsewhere. Scan and convert this network anew.",
                     where=planned.site,
                 )
+
+
+def _submodule(owner: Any, path: str) -> Any:
+    """Return a submodule; a compiler of torch 2.6 that keeps modules whole follows no get_submodule."""
+    for name in path.split("."):
+        owner = getattr(owner, name)
+    return owner
 
 
 def _constant(
@@ -228,4 +238,4 @@ _PARAMETERS = {
 
 
 def _bind(function: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(_PARAMETERS[function], args, strict=False)), **kwargs}
+    return {**by_position(_PARAMETERS[function], args), **kwargs}

@@ -33,6 +33,7 @@ from normfix.layers.folding import (
     pads_zeros,
     stock,
 )
+from normfix.networks.randomness import OwnRandomness
 from normfix.records.encoding import Record
 
 __all__ = [
@@ -133,7 +134,12 @@ def fold(model: nn.Module, example: Tensor | tuple[Any, ...] | None = None) -> L
     if example is None:
         return attempt_fold(model)
     given = _as_tuple(example)
-    return _compared(model, attempt_fold(model, lambda network: network(*copy.deepcopy(given))), given)
+
+    def run(network: nn.Module) -> Any:
+        with OwnRandomness():  # the same numbers for both, and none of the caller's
+            return network(*copy.deepcopy(given))
+
+    return _compared(model, attempt_fold(model, run), run)
 
 
 def attempt_fold(model: nn.Module, run: Run | None = None) -> Lowering:
@@ -276,8 +282,8 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _compared(original: nn.Module, done: Lowering, example: tuple[Any, ...]) -> Lowering:
-    outputs = (copy.deepcopy(m).eval()(*copy.deepcopy(example)) for m in (original, done.model))
+def _compared(original: nn.Module, done: Lowering, run: Run) -> Lowering:
+    outputs = (run(copy.deepcopy(network).eval()) for network in (original, done.model))
     pairs = zip(*map(tree_leaves, outputs), strict=True)
     gaps = [_gap(a, b) for a, b in pairs if isinstance(a, Tensor) and a.is_floating_point()]
     worst = max((gap for gap, _ in gaps), default=0.0)

@@ -8,7 +8,8 @@ Measuring all sites in one pass with live statistics is not the same thing, howe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -17,53 +18,61 @@ import torch
 from torch import Tensor, nn
 
 from normfix.conversion.targets import Target
+from normfix.images.collections import Images
+from normfix.images.sources import Image, TensorImage, whole
 from normfix.networks.calling import Unreached, evaluating
 from normfix.networks.numerics import exact_arithmetic
 from normfix.records.measurements import CalibrationSummary
+from normfix.records.progress import Progress, silent
 
-__all__ = ["measure_sites_", "remeasure_sites", "restoring_on_error"]
+__all__ = ["freeze_sites_", "measure_sites_", "remeasure_sites", "restoring_on_error"]
 
 Run = Callable[[nn.Module, Tensor], Tensor]
-Progress = Callable[[int, int], None]
 
 
 def measure_sites_(
     model: nn.Module,
     targets: Sequence[Target],
-    images: Iterable[Tensor],
+    images: Images | Sequence[Image],
     run: Run,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> CalibrationSummary:
     """Calibrate the targets in place, in order, and re-measure them under the stored statistics.
 
     Args:
         model: holds the targets' modules; put in eval mode meanwhile, every module's own mode is restored.
         targets: in the order in which a forward pass reaches them.
-        images: re-iterable, each (N, C, *space); sizes may differ. Read several times.
+        images: of any sizes; each is read whole when its turn comes, in every pass.
         run: calls the model on one image.
-        progress: called with (passes done, passes in all).
+        progress: called with ("calibrate", passes done, passes in all).
 
     Raises:
         NormfixError: NF301 if a pass does not reach a site. The old statistics are back in place then, as
             after any other error.
     """
-    count = len(images) if isinstance(images, Sized) else sum(1 for _ in images)
+    count = len(images)
     with evaluating(model), exact_arithmetic(), restoring_on_error(targets):
         passes = 2 if count == 1 else len(targets) + 1
         if count == 1:
             _freeze_as_it_goes(model, targets, images, run)
-            progress(1, passes)
+            progress("calibrate", 1, passes)
         else:
             for done, target in enumerate(targets, start=1):
                 target.store(_parts(model, target, images, run))
-                progress(done, passes)
+                progress("calibrate", done, passes)
         summary = _summary(model, targets, images, run)
-        progress(passes, passes)
+        progress("calibrate", passes, passes)
     return summary
 
 
+def freeze_sites_(model: nn.Module, targets: Sequence[Target], image: Tensor, run: Run) -> None:
+    """Freeze the targets at what they measure on one image, in one pass; see measure_sites_."""
+    with evaluating(model), exact_arithmetic(), restoring_on_error(targets):
+        _freeze_as_it_goes(model, targets, [TensorImage(image)], run)
+
+
 def remeasure_sites(
-    model: nn.Module, targets: Sequence[Target], images: Iterable[Tensor], run: Run
+    model: nn.Module, targets: Sequence[Target], images: Iterable[Image], run: Run
 ) -> CalibrationSummary:
     """Measure the targets under the statistics they have, and change none; see measure_sites_."""
     with evaluating(model), exact_arithmetic():
@@ -71,26 +80,28 @@ def remeasure_sites(
 
 
 def _freeze_as_it_goes(
-    model: nn.Module, targets: Sequence[Target], images: Iterable[Tensor], run: Run
+    model: nn.Module, targets: Sequence[Target], images: Iterable[Image], run: Run
 ) -> None:
-    reached: set[str] = set()
+    calls = Counter[str]()
 
     def observe(target: Target, part: object) -> None:
-        if target.name not in reached:  # statistics come from one call; a second is a fault found below
+        if target.name not in calls:  # statistics come from one call; a second is a fault found below
             target.store([part])
-        reached.add(target.name)
+        calls[target.name] += 1
 
     with _observed(targets, observe):
         for image in images:
-            run(model, image)
-    _require_reached(targets, reached)
+            run(model, whole(image))
+    for target in targets:
+        if calls[target.name] != 1:
+            raise _call_count(target, calls[target.name], 1)
 
 
 class _Reached(BaseException):
     """Ends a forward pass early; no `except Exception` in a network's code may swallow it."""
 
 
-def _parts(model: nn.Module, target: Target, images: Iterable[Tensor], run: Run) -> list[Any]:
+def _parts(model: nn.Module, target: Target, images: Iterable[Image], run: Run) -> list[Any]:
     parts: list[Any] = []
 
     def observe(target: Target, part: object) -> None:
@@ -100,13 +111,14 @@ def _parts(model: nn.Module, target: Target, images: Iterable[Tensor], run: Run)
     with _observed([target], observe):
         for number, image in enumerate(images, start=1):
             with suppress(_Reached):
-                run(model, image)
-            _require_reached([target], {target.name} if len(parts) == number else set())
+                run(model, whole(image))
+            if len(parts) != number:
+                raise _call_count(target, 0, 1)
     return parts
 
 
 def _summary(
-    model: nn.Module, targets: Sequence[Target], images: Iterable[Tensor], run: Run
+    model: nn.Module, targets: Sequence[Target], images: Iterable[Image], run: Run
 ) -> CalibrationSummary:
     """Re-measure every site under the stored statistics."""
     measured: dict[str, list[Any]] = {target.name: [] for target in targets}
@@ -117,7 +129,7 @@ def _summary(
     shapes = []
     with _observed(targets, observe):
         for image in images:
-            run(model, image)
+            run(model, whole(image))
             shapes.append(tuple(image.shape))
     for target in targets:
         if len(measured[target.name]) != len(shapes):
@@ -150,12 +162,6 @@ def restoring_on_error(targets: Sequence[Target]) -> Iterator[None]:
             for target, state in zip(targets, before, strict=True):
                 target.module.load_state_dict(state)
         raise
-
-
-def _require_reached(targets: Sequence[Target], reached: set[str]) -> None:
-    for target in targets:
-        if target.name not in reached:
-            raise _call_count(target, 0, 1)
 
 
 def _call_count(target: Target, calls: int, expected: int) -> Unreached:

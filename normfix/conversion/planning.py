@@ -21,7 +21,7 @@ _TARGETS: Mapping[Action, Literal["frozen", "batchrenorm"]] = {
     Action.FREEZE: "frozen",
     Action.BATCHRENORM: "batchrenorm",
 }
-_EDITED = "left as the reviewed plan says"
+_KEPT, _EDITED = "kept as asked", "left as the reviewed plan says"
 _INTERCEPTABLE = frozenset({"batch_norm", "instance_norm", "group_norm", "layer_norm"})
 
 
@@ -56,7 +56,7 @@ def replay(plan: Plan, sites: Sequence[Site], *, model: str) -> Plan:
     """Return a reviewed plan carried over to the sites of a scan.
 
     Of the plan only the actions count, which a reviewer may have edited; how each is carried out is decided
-    anew, so that the two cannot contradict each other.
+    anew, so that the two cannot contradict each other. A reason of the reviewer's own stays.
 
     Raises:
         NormfixError: NF205 with the first site that differs or stands there twice, or with an action that the site
@@ -87,21 +87,23 @@ def _replayed(planned: Decision, site: Site) -> Decision:
             "anew; a module and the program exported from it have plans of their own.",
             where=site.id,
         )
-    edited = planned.reason.startswith(
-        tuple(_REASONS.values())
-    )  # the reason of an action is no reviewer's own
-    if not planned.converts:
-        spared = edited and _decide(site, "frozen", ()).converts  # which is a choice, and no refusal
-        return _leave(site, Action.KEEP if spared else planned.action, _EDITED if edited else planned.reason)
-    decision = _decide(site, _TARGETS[planned.action], ())
-    if not decision.converts:
-        raise NormfixError("NF205", f"the plan converts what cannot be: {decision.reason}.", where=site.id)
-    return decision if edited else replace(decision, reason=planned.reason)
+    ours = {to: _decide(site, to, ()) for to in _TARGETS.values()}
+    reasons = [decision.reason for decision in ours.values() if decision.converts]
+    if planned.converts:
+        decision = ours[_TARGETS[planned.action]]
+        if not decision.converts:
+            reason = f"the plan converts what cannot be: {decision.reason}."
+            raise NormfixError("NF205", reason, where=site.id)
+        generated = planned.reason in (*reasons, _KEPT, _EDITED)
+        return decision if generated else replace(decision, reason=planned.reason)
+    # to spare what could be converted is a choice, and no refusal
+    action = Action.KEEP if reasons else planned.action
+    return _leave(site, action, _EDITED if planned.reason in reasons else planned.reason)
 
 
 def _decide(site: Site, to: Literal["frozen", "batchrenorm"], keep: tuple[str, ...]) -> Decision:
     if keep and matches(site.owner, keep):
-        return _leave(site, Action.KEEP, "kept as asked")
+        return _leave(site, Action.KEEP, _KEPT)
     if site.refusal:
         return _leave(site, Action.REFUSE if site.live else Action.KEEP, site.refusal)
     if site.statistic is not None:

@@ -20,7 +20,7 @@ from normfix.networks.copying import copy_of
 from normfix.records.plans import Action, Decision, Means, Plan
 from normfix.records.sites import LayerSpec
 
-__all__ = ["channel_affine", "layer_of", "rewrite", "set_statistics_"]
+__all__ = ["channel_affine", "layer_of", "rewrite", "rewrite_", "set_statistics_"]
 
 _FROZEN = {1: layers.FrozenNorm1d, 2: layers.FrozenNorm2d, 3: layers.FrozenNorm3d}
 _RENORM = {1: layers.BatchRenorm1d, 2: layers.BatchRenorm2d, 3: layers.BatchRenorm3d}
@@ -42,8 +42,16 @@ def rewrite(model: nn.Module, plan: Plan) -> nn.Module:
         NormfixError: NF205 if the plan names modules the model does not have, NF206 if a call cannot be
             intercepted.
     """
-    rewritten = copy_of(model)
-    modules = dict(rewritten.named_modules())
+    return rewrite_(copy_of(model), plan)
+
+
+def rewrite_(model: nn.Module, plan: Plan) -> nn.Module:
+    """Carry out a plan in place and return the network: another object where the root itself is converted.
+
+    Raises:
+        NormfixError: as for `rewrite`.
+    """
+    modules = dict(model.named_modules())
     for decision in plan.converted:
         path = decision.site.owner if decision.means is Means.SWAP else decision.site.anchor
         if path not in modules:
@@ -54,10 +62,10 @@ def rewrite(model: nn.Module, plan: Plan) -> nn.Module:
             )
     for decision in _bottom_up(plan):
         if decision.means is Means.SWAP:
-            rewritten = _swap(rewritten, modules[decision.site.owner], decision)
+            model = _swap(model, modules[decision.site.owner], decision)
         else:
             _intercept(modules, decision)
-    return rewritten
+    return model
 
 
 def layer_of(model: nn.Module, decision: Decision) -> ChannelNorm:

@@ -16,14 +16,15 @@ and 9A.1), f = n / N:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normfix.conversion.staged import measure_streamed_
+from normfix.conversion.masks import ESTIMATED
+from normfix.conversion.staged import measure_in_stages_
 from normfix.conversion.targets import NormTarget, StatisticTarget, Target, TargetAround
 from normfix.errors import NormfixError
 from normfix.images.sources import Image, Span, values_digest
@@ -33,17 +34,23 @@ from normfix.records.measurements import CalibrationSummary, Sampled, SiteStatis
 from normfix.records.spans import round_up
 from normfix.tiling.grid import Geometry, grid
 from normfix.tiling.stages.masks import Masked, mask_of
-from normfix.tiling.stages.resources import Resources
+from normfix.tiling.stages.options import Blocks
 
-__all__ = ["measure_sampled_"]
-
-Progress = Callable[[int, int], None]
+__all__ = ["Sample", "measure_sampled_"]
 
 _FIRST = 16
 """Blocks of the first sample: fewer say little of how much blocks differ."""
 
-_LAWS = frozenset({"mean", "variance", "deviation", "variance_mean", "deviation_mean"})
-"""Laws whose value over a sample estimates that over all."""
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A random sample of blocks, which doubles until no standard error is above `tolerance`, in sd.
+
+    `seed` is of the order in which blocks are drawn.
+    """
+
+    tolerance: float
+    seed: int = 0
 
 
 def measure_sampled_(
@@ -51,65 +58,65 @@ def measure_sampled_(
     targets: Sequence[Target],
     images: Sequence[Image],
     caller: Caller,
-    resources: Resources,
-    *,
+    blocks: Blocks,
     geometry: Geometry | None,
-    tolerance: float,
-    seed: int,
-    progress: Progress = lambda done, total: None,
+    sample: Sample,
+    *,
+    stored: bool = False,
 ) -> CalibrationSummary:
     """Calibrate the targets in place on a random sample of blocks.
 
     Args:
         model: holds the targets' modules.
         targets: norms, or means and variances.
-        images: of any size.
+        images: of sizes that the network is exact at.
         caller: calls the model.
-        resources: what may be used; blocks are of its tile.
+        blocks: how to run in stages; those of the sample are of their size.
         geometry: of the network.
-        tolerance: the sample doubles until no error of a mean or deviation is above it, in sd, or no block is left.
-        seed: of the order in which blocks are drawn.
-        progress: called with (blocks measured, blocks in all).
+        sample: how large it must be.
+        stored: measure the targets under the statistics they have, and change none.
 
     Raises:
         NormfixError: NF140 for a tolerance that is none or a network without halo, NF139 for a statistic that a
             sample says nothing of.
     """
-    if geometry is None or not 0 < tolerance < math.inf:
+    if geometry is None or not 0 < sample.tolerance < math.inf:
         raise NormfixError(
             "NF140",
             "blocks can be drawn only from the image of a converted network whose halo is known."
             if geometry is None
             else "give the largest standard error to stop at, in sd, such as 0.01.",
-            where=f"sample={tolerance!r}",
+            where=f"sample={sample.tolerance!r}",
         )
     for target in targets:
-        if isinstance(target, StatisticTarget) and target.spec.law not in _LAWS:
+        if isinstance(target, StatisticTarget) and target.spec.law not in ESTIMATED:
             raise NormfixError(
                 "NF139",
                 f"a sample of blocks says nothing of its {target.spec.law}. Calibrate on all of the images.",
                 where=target.name,
             )
-    images = [image.padded(geometry.padding(image.shape[2:])) for image in images]
     tile = [
-        round_up(n, s) for n, s in zip(resources.extents(len(geometry.stride)), geometry.stride, strict=True)
+        round_up(n, s) for n, s in zip(blocks.extents(len(geometry.stride)), geometry.stride, strict=True)
     ]
-    blocks = _blocks(images, tile, geometry)
-    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed)).tolist()
-    loose = replace(geometry, multiple=(1,) * len(tile))  # a window is not extended again
-    count = min(_FIRST, len(blocks))
+    population = _blocks(images, tile, geometry)
+    generator = torch.Generator().manual_seed(sample.seed)
+    order = torch.randperm(len(population), generator=generator).tolist()
+    count = min(_FIRST, len(population))
     while True:
-        chosen = [blocks[i] for i in sorted(order[:count])]
-        whole = replace(resources, tile=[max(b.shape[2 + a] for b in chosen) for a in range(len(tile))])
-        estimating = [_Estimating(target, len(blocks)) for target in targets]
-        summary = measure_streamed_(model, estimating, chosen, caller, whole, geometry=loose)
-        progress(count, len(blocks))
+        chosen = [population[i] for i in sorted(order[:count])]
+        whole = replace(blocks, tile=[max(b.shape[2 + a] for b in chosen) for a in range(len(tile))])
+        estimating = [_Estimating(target, len(population)) for target in targets]
+        summary = measure_in_stages_(
+            model, estimating, chosen, caller, whole, stride=geometry.stride, stored=stored
+        )
         worst = max(max(s.mean_error or 0.0, s.sd_error or 0.0) for s in summary.sites)
-        if count == len(blocks) or worst <= tolerance:
+        if count == len(population) or worst <= sample.tolerance:
             break
-        count = min(2 * count, len(blocks))
-    sample = Sampled(blocks=count, of=len(blocks), tolerance=tolerance, error=worst, seed=seed)
-    return replace(summary, images=tuple(image.shape for image in images), sample=sample)
+        count = min(2 * count, len(population))
+    drawn = Sampled(
+        blocks=count, of=len(population), tolerance=sample.tolerance, error=worst, seed=sample.seed
+    )
+    return replace(summary, images=tuple(image.shape for image in images), sample=drawn)
 
 
 def _blocks(images: Sequence[Image], tile: Sequence[int], geometry: Geometry) -> list[Masked]:

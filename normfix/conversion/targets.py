@@ -27,10 +27,9 @@ from normfix.networks.functions import operand_of
 from normfix.networks.graph.program import ProgramNetwork
 from normfix.records.measurements import SiteStatistics
 from normfix.records.plans import Action, Decision, Plan
-from normfix.records.sites import StatisticSpec
+from normfix.records.sites import StatisticSpec, function_of
 
 __all__ = [
-    "Counting",
     "NormTarget",
     "StatisticTarget",
     "Target",
@@ -38,14 +37,6 @@ __all__ = [
     "planned_targets",
     "site_target",
 ]
-
-
-Counting = Callable[[Tensor], Tensor]
-"""What counts of an operand."""
-
-
-def _all(operand: Tensor) -> Tensor:
-    return operand
 
 
 class Target(Protocol):
@@ -61,11 +52,8 @@ class Target(Protocol):
         """Return what holds the statistic."""
         ...
 
-    def watch(self, report: Callable[[Any], None], counting: Counting = _all) -> Callable[[], None]:
-        """Report the measures of every call before it is answered; return what ends the watch.
-
-        `counting` picks what counts of an operand; what it gives is measured as `measure` does.
-        """
+    def watch(self, report: Callable[[Any], None]) -> Callable[[], None]:
+        """Report the measures of every call before it is answered; return what ends the watch."""
         ...
 
     @property
@@ -121,9 +109,9 @@ class TargetAround:
         """Return what measures a block."""
         return self.target.measure
 
-    def watch(self, report: Callable[[Any], None], counting: Counting = _all) -> Callable[[], None]:
+    def watch(self, report: Callable[[Any], None]) -> Callable[[], None]:
         """Report the measures of every call."""
-        return self.target.watch(report, counting)
+        return self.target.watch(report)
 
     def join(self, blocks: Sequence[Any]) -> Any:
         """Put blocks together."""
@@ -157,12 +145,12 @@ class NormTarget:
     write: Callable[[Moments], None]
     expected: Callable[[Moments], Moments]
 
-    def watch(self, report: Callable[[Any], None], counting: Counting = _all) -> Callable[[], None]:
+    def watch(self, report: Callable[[Any], None]) -> Callable[[], None]:
         """Measure each call's operand; see Target."""
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             with torch._C.DisableTorchFunction():  # outer interceptions count calls
-                report(measure(counting(args[0] if args else kwargs["input"])))
+                report(measure(args[0] if args else kwargs["input"]))
 
         return self.module.register_forward_pre_hook(before, with_kwargs=True).remove
 
@@ -241,15 +229,12 @@ class StatisticTarget:
     module: FrozenStatistic
     spec: StatisticSpec
 
-    def watch(self, report: Callable[[Any], None], counting: Counting = _all) -> Callable[[], None]:
+    def watch(self, report: Callable[[Any], None]) -> Callable[[], None]:
         """Evaluate each intercepted call in float64; see Target."""
 
         def observe(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             with torch._C.DisableTorchFunction():  # outer interceptions count calls
-                if counting is _all:
-                    report(self._see(func, args, kwargs))
-                else:
-                    report(self.join([self.measure(counting(operand_of(args, kwargs, self.spec.operand)))]))
+                report(self._see(func, args, kwargs))
 
         def end() -> None:
             self.module.observer = None
@@ -340,7 +325,7 @@ class StatisticTarget:
         if self.spec.law == "none" or not self.spec.quotient:
             return 1.0
         (number,) = [v for v in tree_leaves((args, kwargs)) if type(v) in (int, float)]
-        return float(number) if self.name.split("/")[-2] == "div" else 1 / float(number)
+        return float(number) if function_of(self.name) == "div" else 1 / float(number)
 
 
 def _require_some(count: float, site: str) -> None:

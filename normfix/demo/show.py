@@ -5,12 +5,12 @@ Importing this module does not import torch; running it does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normfix.errors import NormfixError
+from normfix.records.progress import Progress, silent
 from normfix.records.saved import Scaling, Source
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ SCALING = Scaling(kind="percentile", values=(1.0, 99.8))
 
 TILE = 256
 _FACTORY = "normfix.demo.network:nuclei_unet"
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +48,7 @@ class _Maps:
     repaired: NDArray[np.float32]
 
 
-def run_demo(out: str, progress: Progress = lambda stage, done, total: None) -> DemoResult:
+def run_demo(out: str, progress: Progress = silent) -> DemoResult:
     """Write the demo folder: two converted networks, three pictures and index.html.
 
     Args:
@@ -74,14 +72,12 @@ def run_demo(out: str, progress: Progress = lambda stage, done, total: None) -> 
         progress("tile the original", 1, 1)
         source = Source(kind="factory", spec=_FACTORY)
         done = {
-            to: convert(
-                network, image, to, tile=TILE, scaling=SCALING, source=source, progress=_named(progress, to)
-            )
+            to: convert(network, image, to, tile=TILE, progress=_named(progress, to))
             for to in ("frozen", "batchrenorm")
         }
         for to, conversion in done.items():
             if conversion.proof.passed:
-                save(conversion, draft / to)
+                save(conversion, draft / to, source, scaling=SCALING)
         maps = _predictions(network, done["frozen"], image)
         _write_pictures(draft, pixels, maps, before.sd)
         _write_page(draft, done, before)

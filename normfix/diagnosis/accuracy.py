@@ -35,11 +35,21 @@ class Labels:
     metric: Metric | None
 
     @classmethod
-    def of(cls, given: Any, size: Sequence[int], kind: Kind, metric: Metric | None) -> Labels:
+    def of(
+        cls, given: Any, size: Sequence[int], kind: Kind, metric: Metric | None, *, channels: int = 1
+    ) -> Labels:
         """Take an array or tensor with the image's extents; a leading batch of one is dropped.
 
+        Args:
+            given: class numbers, or masks, one per channel of the output.
+            size: extents of the image.
+            kind: what the output means.
+            metric: the caller's own.
+            channels: of the output.
+
         Raises:
-            NormfixError: NF604 if the extents differ.
+            NormfixError: NF604 if the extents differ, or class numbers shall judge several channels that are
+                each a mask of their own.
         """
         values = torch.as_tensor(np.asarray(given))
         if values.dim() == len(size) + 2 and values.shape[0] == 1:
@@ -50,7 +60,16 @@ class Labels:
                 f"labels of shape {tuple(values.shape)} do not lie on an image of {tuple(size)}.",
                 where="labels",
             )
-        return cls(values if values.dim() > len(size) else values[None], kind, metric)
+        values = values if values.dim() > len(size) else values[None]
+        if kind in ("probability", "logits") and channels > 1 == values.shape[0]:
+            raise NormfixError(
+                "NF604",
+                f"as {kind} each of the output's {channels} channels is a mask of its own, and the labels are one "
+                "array of class numbers. If the largest channel is the class, say kind 'scores' (--kind scores); else "
+                "give a mask per channel.",
+                where="labels",
+            )
+        return cls(values, kind, metric)
 
     def row(self, name: str, prediction: Tensor) -> AccuracyRow:
         """Judge one prediction (1, C, *space)."""

@@ -18,7 +18,7 @@ from normfix.diagnosis.experiments import Experiments, Trial, culprits
 from normfix.diagnosis.intervention import Watched, record
 from normfix.diagnosis.overlaps import Overlaps, PredictedWindow, overlaps
 from normfix.diagnosis.reception import gradient, receptive_field
-from normfix.diagnosis.setting import Progress, Setting
+from normfix.diagnosis.setting import Setting
 from normfix.diagnosis.statistics import site_reports
 from normfix.diagnosis.windows import Window, paste, take, windows
 from normfix.networks.calling import home_of
@@ -34,6 +34,7 @@ from normfix.records.diagnoses import (
     TileMismatch,
     TrainEval,
 )
+from normfix.records.progress import Progress
 from normfix.records.sites import Finding
 from normfix.reporting.maps import Maps
 from normfix.tiling.grid import Geometry

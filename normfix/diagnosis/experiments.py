@@ -23,6 +23,7 @@ from normfix.diagnosis.windows import Window, faults, paste, take, windows
 from normfix.networks.numerics import BOUNDLESS
 from normfix.proof.indicators import compare, spread_of
 from normfix.records.diagnoses import Culprit, Kind, Mismatch, Tiling
+from normfix.records.progress import Progress, silent
 from normfix.records.sites import Site
 from normfix.tiling.grid import Geometry
 from normfix.tiling.stitching import cropped, padded
@@ -51,7 +52,6 @@ _FREEZE = "freeze its statistic: normfix convert"
 
 Run = Callable[[nn.Module, Tensor], Tensor]
 Scale = Callable[[Tensor], Tensor]
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Experiments:
     kind: Kind
     live: Mapping[bool, Sequence[Site]]
     scale: Scale = lambda image: image
-    progress: Progress = lambda stage, done, total: None
+    progress: Progress = silent
     _recordings: dict[tuple[bool, bool], tuple[Tensor, Recording]] = field(default_factory=dict)
     _trials: dict[frozenset[str], Trial] = field(default_factory=dict)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from normfix.networks.functions import bound
-from normfix.records.sites import Family, Site
+from normfix.records.sites import Family, Site, function_of
 from normfix.scanning.census import census
 
 __all__ = ["POSITION", "Offset", "Recording", "Watched", "record", "run_fixed", "watch"]
@@ -72,7 +72,7 @@ def record(model: nn.Module, run: Run, image: Tensor, sites: Sequence[Site]) -> 
 
     def settle(site: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         result = func(*args, **kwargs)
-        name = site.split("/")[-2]
+        name = function_of(site)
         known = kept.sites.get(site)
         if known is not None and known.family is Family.ATTENTION:
             _keep_operands(kept, site, name, args, kwargs)
@@ -107,7 +107,7 @@ def run_fixed(
         if site not in fixed and site not in partners:
             return func(*args, **kwargs)
         if site in kept.norms:
-            return _normalised(site.split("/")[-2], args, kwargs, kept.norms[site])
+            return _normalised(function_of(site), args, kwargs, kept.norms[site])
         if site in kept.operands:
             held = kept.operands[site]
             named = {key: held.get(key, value) for key, value in kwargs.items()}

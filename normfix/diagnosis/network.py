@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from normfix.diagnosis.accuracy import Labels
 from normfix.diagnosis.examination import Examination
 from normfix.diagnosis.pipeline import PipelineDiagnosis, diagnose_pipeline
-from normfix.diagnosis.setting import Progress, bench_of, prepare
-from normfix.images.collections import Items
+from normfix.diagnosis.setting import bench_of, prepare
+from normfix.images.collections import Images
+from normfix.images.sources import whole
 from normfix.networks.calling import Caller, home_of
 from normfix.networks.numerics import exact_arithmetic
 from normfix.networks.provenance import provenance_of
@@ -28,6 +29,7 @@ from normfix.records.diagnoses import (
     Tiling,
     TrainEval,
 )
+from normfix.records.progress import Progress, silent
 from normfix.reporting.maps import Maps
 from normfix.scanning.known import ForwardFn
 
@@ -47,6 +49,10 @@ class Diagnosis:
     def status(self) -> Literal["passed", "failed", "inconclusive"]:
         """Return failed if any cause is named, inconclusive if nothing could be compared."""
         return self.record.status
+
+    def __bool__(self) -> bool:
+        """Be true only where no cause was found and something was compared."""
+        return self.status == "passed"
 
     @property
     def tile_mismatch(self) -> TileMismatch:
@@ -127,7 +133,7 @@ def diagnose_network(
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
     announce: Callable[[Cost], None] = lambda cost: None,
-    progress: Progress = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> Diagnosis:
     """Measure how tiles of a network disagree and why.
 
@@ -153,13 +159,15 @@ def diagnose_network(
             labels that do not, and codes of `scan` and of the image.
     """
     known = provenance_of(model)
-    caller = Caller(forward_fn, output if output is not None or known is None else known.output)
-    (item,) = Items.of(image, *home_of(model))
+    caller = Caller.of(known, forward_fn, output)
+    item = whole(*Images.of(image, *home_of(model)))
     progress("scan", 0, 1)
     with exact_arithmetic():
         setting = prepare(model, item[:1], tiling, tile=tile, halo=halo, kind=kind, caller=caller)
         progress("scan", 1, 1)
-        truth = None if labels is None else Labels.of(labels, item.shape[2:], setting.kind, metric)
+        truth = None
+        if labels is not None:
+            truth = Labels.of(labels, item.shape[2:], setting.kind, metric, channels=setting.channels)
         work = Examination(setting, bench_of(setting, progress), truth, tuple(batches), per_site, progress)
         cost = work.cost()
         announce(cost)

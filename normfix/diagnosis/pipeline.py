@@ -35,6 +35,10 @@ class PipelineDiagnosis:
         """Return the verdict's status, failed also where a probe saw a cause."""
         return "failed" if self.culprits else self.record.verdict.status
 
+    def __bool__(self) -> bool:
+        """Be true only where no cause was seen and the comparison passed."""
+        return self.status == "passed"
+
     @property
     def culprits(self) -> tuple[Observation, ...]:
         """Return the causes that were seen."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -18,9 +18,9 @@ from normfix.errors import NormfixError
 from normfix.images.scaling import scaled
 from normfix.networks.calling import Caller, evaluating, home_of, refusals
 from normfix.networks.copying import as_trained_copy, copy_of, twin_of
-from normfix.networks.examples import fitting_example
 from normfix.proof.indicators import recognise
 from normfix.records.diagnoses import Kind, Tiling
+from normfix.records.progress import Progress
 from normfix.records.saved import Scaling
 from normfix.records.sites import Finding, Scan, Site
 from normfix.records.spans import round_up
@@ -30,16 +30,14 @@ from normfix.scanning.sites import survey
 from normfix.tiling.geometry import Locality, measure_locality
 from normfix.tiling.grid import Geometry
 
-__all__ = ["Progress", "Setting", "bench_of", "prepare"]
+__all__ = ["Setting", "bench_of", "prepare"]
 
 _INSTEAD = "Diagnose it as a pipeline: give a function predict(image), which needs no geometry."
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is known before the first measurement."""
+    """What is known before the first measurement; `kind` and `channels` are the output's."""
 
     model: nn.Module
     trained: nn.Module
@@ -49,6 +47,7 @@ class Setting:
     geometry: Geometry
     tiling: Tiling
     kind: Kind
+    channels: int
     live: dict[bool, tuple[Site, ...]]
     findings: tuple[Finding, ...]
 
@@ -73,15 +72,14 @@ def prepare(
         NormfixError: NF601 if no geometry can be measured even with everything global held constant, NF602 for
             a tiling that does not fit the image.
     """
-    example = fitting_example(model, image, caller)
-    ready = base_of(model, example, caller)
-    base, caller = ready.network, ready.caller
+    ready = base_of(model, image, caller)
+    base, caller, example = ready.network, ready.caller, ready.example
     training = [name for name, m in base.named_modules() if isinstance(m, _NormBase) and m.training]
-    seen = look(base, example, caller)
+    seen = look(ready.copy(), example, caller)
     local = {
         s.id for s in seen.scan.sites if not s.live and s.layer is None
     }  # measured, whatever their names say
-    evaluated, trained = copy_of(base).eval(), _as_used(base, training).eval()
+    evaluated, trained = ready.copy().eval(), _as_used(base, training).eval()
     live = {
         mode: tuple(s for s in _sites(net, example, caller) if s.live and s.id not in local)
         for mode, net in ((False, evaluated), (True, trained))
@@ -100,6 +98,7 @@ def prepare(
         geometry,
         tiling,
         kind or recognise(middle),
+        middle.shape[1],
         live,
         findings,
     )

@@ -7,8 +7,7 @@ is refused, since channels taken for slices would give statistics of something e
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,8 +18,7 @@ from torch import Tensor
 
 from normfix.errors import NormfixError
 from normfix.images.drafts import cannot_write, drafting, require_unnamed, reserve, sweep
-from normfix.images.formats import OUTPUTS, create, finish, open_file, suffix_of, unreadable
-from normfix.images.formats.opened import ArrayLike, ChangedError, Choice
+from normfix.images.formats import OUTPUTS, create, finish, suffix_of
 from normfix.images.formats.placement import Placement
 
 __all__ = [
@@ -31,7 +29,6 @@ __all__ = [
     "digest_of_array",
     "laid_out",
     "named_axes",
-    "read_image",
     "require_image_name",
     "require_new_image",
     "settled_axes",
@@ -59,55 +56,6 @@ Channels = int | Taking
 
 KEEPING = (".npy", ".zarr")
 """Endings of the files that have an axis for a single channel too."""
-
-
-def read_image(
-    path: Path,
-    *,
-    ndim: int,
-    channels: Channels,
-    axes: str | None = None,
-    choice: Choice | None = None,
-    tell: Callable[[str], None] = lambda text: None,
-) -> Array:
-    """Read an image file as (C, *space) in its own dtype, space in the order Z, Y, X.
-
-    Args:
-        path: TIFF, PNG, npy, NIfTI or a folder in Zarr.
-        ndim: number of spatial axes the network takes.
-        channels: how many channels the network takes, or what knows it.
-        axes: one letter per array axis: C for channels, Z Y X for space. Default: what the file says, or
-            what the shape leaves no doubt about.
-        choice: which series and level, where a file has several.
-        tell: is told what a user should know of the file, such as chunks that are missing.
-
-    Raises:
-        NormfixError: NF101 and NF141 if the file cannot be read, NF106 if its axes or dtype do not fit the network,
-            NF121 if it is far larger in memory than on disk, NF331 if it changes meanwhile.
-    """
-    opened = open_file(path, choice)
-    for text in opened.notes:
-        tell(f"{path}: {text}")
-    try:
-        shape, said = tuple(opened.array.shape), opened.axes
-        dtype = np.dtype(opened.array.dtype)
-        named, fixed = settled_axes(
-            shape, said, dtype, ndim=ndim, channels=channels, axes=axes, where=str(path)
-        )
-        _require_proportion(path, opened.array, dtype)
-        try:
-            whole = np.array(opened.array if hasattr(opened.array, "__array__") else opened.array[...])
-            array = np.squeeze(whole.reshape(shape), fixed)
-        except NormfixError:
-            raise
-        except ChangedError as error:
-            raise changed_meanwhile(path) from error
-        except Exception as error:
-            raise unreadable(path, error) from error
-    finally:
-        opened.close()
-    array = array.transpose([named.index(letter) for letter in "CZYX" if letter in named])
-    return array if "C" in named else array[np.newaxis]
 
 
 def digest_of_array(values: Array) -> bytes:
@@ -219,50 +167,6 @@ def named_axes(
             where=where,
         )
     return named
-
-
-_LARGE = 1 << 29
-"""Bytes of an image from which it is asked whether its file can hold it."""
-
-_RATIO = 500
-"""Bytes of an image for each of its file, from which it is nearly empty or built to harm. Real images have 1 to 20."""
-
-
-_CHUNKS, _BYTES_A_CHUNK = 1 << 16, 64
-"""Chunks that an image may always have, and bytes of its files for each one more; reading one takes a tenth of a
-millisecond, whether it is there or not.
-"""
-
-
-def _require_proportion(path: Path, array: ArrayLike, dtype: np.dtype[Any]) -> None:
-    """Refuse to unpack a small file to a large image, or to look for chunks without end.
-
-    Raises:
-        NormfixError: NF121.
-    """
-    shape = tuple(array.shape)
-    size = math.prod(shape) * dtype.itemsize
-    sides = getattr(array, "chunks", None) or shape
-    chunks = math.prod(-(-n // max(1, side)) for n, side in zip(shape, sides, strict=True))
-    if size <= _LARGE and chunks <= _CHUNKS:
-        return
-    files = path.rglob("*") if path.is_dir() else [path]
-    stored = sum(file.stat().st_size for file in files if file.is_file())
-    extents = "x".join(map(str, shape))
-    if size > _LARGE and size > _RATIO * stored:
-        raise NormfixError(
-            "NF121",
-            f"its {stored:,} bytes would be {size:,} in memory ({extents}, {dtype}): it is damaged, "
-            "built to harm, or nearly empty. If it is right, read it by window: --tile, or --engine stages.",
-            where=str(path),
-        )
-    if chunks > _CHUNKS + stored // _BYTES_A_CHUNK:
-        raise NormfixError(
-            "NF121",
-            f"its {extents} pixels lie in {chunks:,} chunks, and its files have {stored:,} bytes: it is damaged, built "
-            "to harm, or nearly empty. Write it again with larger chunks if it is right.",
-            where=str(path),
-        )
 
 
 def to_tensor(array: Array) -> Tensor:

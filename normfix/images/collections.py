@@ -1,4 +1,4 @@
-"""Images as networks take them: tensors (N, C, *space) that can be read several times, each checked.
+"""Images as networks take them: (N, C, *space), read as often as passes over them are made, each checked.
 
 Statistics are measured in several passes, so a generator is refused; files are read and scaled once in each pass, one
 at a time, and the one that was read last is kept: a single image is decoded once.
@@ -8,102 +8,128 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from normfix.errors import NormfixError
-from normfix.images.axes import Channels, changed_meanwhile, digest_of_array, read_image, to_tensor
+from normfix.images.axes import to_tensor
+from normfix.images.contents import Contents
+from normfix.images.files import read_all
 from normfix.images.formats import SUFFIXES, is_zarr, suffix_of
-from normfix.images.formats.opened import Choice
 from normfix.images.scaling import not_finite, overflown, scaled
+from normfix.images.sources import Image, TensorImage, middle_of, whole
+from normfix.images.windows import Unread
 from normfix.records.saved import Scaling
 
-__all__ = ["ImageFiles", "Items", "find_images"]
+__all__ = ["ImageFiles", "Images", "find_images"]
+
+
+Padding = Callable[[Sequence[int]], Sequence[int]]
+"""From the extents of an image to the pixels that it is extended by at its end."""
 
 
 @dataclass(frozen=True, slots=True)
-class Items:
-    """Re-iterable images for a network, each checked, on one device, in one dtype."""
+class Images:
+    """Re-iterable images for a network: tensors, each checked, on one device and in one dtype, or read by window.
 
-    images: Iterable[Tensor]
+    `like` is a shape whose channels and axes tensors have; `padding` extends each image.
+    """
+
+    images: Iterable[Tensor | Image]
     device: torch.device
     dtype: torch.dtype
-    prepare: Callable[[Tensor], Tensor] = lambda image: image
+    count: int
     like: tuple[int, ...] | None = None
+    padding: Padding | None = None
 
-    def __iter__(self) -> Iterator[Tensor]:
-        """Yield (N, C, *space) tensors.
+    def __iter__(self) -> Iterator[Image]:
+        """Yield the images; a tensor is loaded when its turn comes.
 
         Raises:
-            NormfixError: NF104 for NaN or infinity, NF106 for what is no such tensor.
+            NormfixError: NF104 for NaN or infinity, NF106 for what is no image (N, C, *space).
         """
-        for number, image in enumerate(self.images):
-            checked = _checked(image, f"image {number}", self.dtype)
-            if self.like is not None:
-                _require_like(checked, self.like, f"image {number}")
-            yield self.prepare(checked.to(self.device))
+        for number, given in enumerate(self.images):
+            image = given if _is_image(given) else self._taken(given, f"image {number}")
+            yield image if self.padding is None else image.padded(self.padding(image.shape[2:]))
 
     def __len__(self) -> int:
-        return len(self.images) if isinstance(self.images, Sized) else sum(1 for _ in self.images)
+        return self.count
+
+    @property
+    def by_window(self) -> bool:
+        """Tell whether one of them is read by window: as a rule it does not fit."""
+        return isinstance(self.images, Sequence) and any(map(_is_image, self.images))
+
+    def excerpt(self) -> Tensor:
+        """Return what whole forward passes are made on: the first image, of one read by window its middle."""
+        return (middle_of if self.by_window else whole)(next(iter(self)))
+
+    def _taken(self, given: object, where: str) -> TensorImage:
+        checked = _checked(given, where, self.dtype)
+        if self.like is not None:
+            _require_like(checked, self.like, where)
+        return TensorImage(checked.to(self.device))
 
     @classmethod
     def of(
         cls,
-        images: Tensor | Iterable[Tensor],
+        images: Tensor | Image | Iterable[Tensor | Image],
         device: torch.device,
         dtype: torch.dtype,
         like: tuple[int, ...] | None = None,
-    ) -> Items:
-        """Take a tensor (one item) or a re-iterable of tensors.
+    ) -> Images:
+        """Take one image or a re-iterable of them.
 
         Raises:
             NormfixError: NF103 for a generator, which could be read only once, for an empty collection and for
                 what cannot be iterated.
         """
-        if isinstance(images, Tensor):
-            images = [images]
+        given: Any = [images] if isinstance(images, Tensor) or _is_image(images) else images
         try:
-            iterator = iter(images)
+            iterator = iter(given)
         except TypeError as error:
             raise NormfixError(
                 "NF103",
                 f"expected tensors (N, C, *space), got {type(images).__name__}. Give a tensor or a list of them.",
                 where="images",
             ) from error
-        if iterator is images:
+        if iterator is given:
             raise NormfixError(
                 "NF103",
                 "images were given as a generator, but they are read several times. Give a list, a dataset or "
                 "another object that can be iterated again.",
                 where="images",
             )
-        items = cls(images, device, dtype, like=like)
-        if len(items) == 0:
+        count = len(given) if isinstance(given, Sized) else sum(1 for _ in given)
+        if count == 0:
             raise NormfixError(
                 "NF103", "no image was given, and statistics need at least one.", where="images"
             )
-        return items
+        return cls(given, device, dtype, count, like)
+
+
+def _is_image(given: object) -> TypeGuard[Image]:
+    """Tell whether it is read by window."""
+    return not isinstance(given, Tensor) and hasattr(given, "read") and hasattr(given, "padded")
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFiles:
     """Image files as a re-iterable of (1, C, *space) tensors, each read and scaled when its turn comes.
 
-    The last is kept, and not to be written to. A file that is read again must hold the same values again. `tell` is
-    told once what a user should know of one.
+    `open` opens one (normfix.images.files.open_windows). The last is kept, and not to be written to. A file that is
+    read again must hold the same values again. `tell` is told once what a user should know of one.
     """
 
     paths: Sequence[Path]
-    ndim: int
-    channels: Channels
+    open: Callable[[Path], Unread]
     scaling: Scaling | None
-    axes: str | None = None
-    choice: Choice | None = None
     tell: Callable[[str], None] = lambda text: None
-    _digests: dict[int, bytes] = field(default_factory=dict)
+    _contents: dict[int, Contents | None] = field(default_factory=dict)
     _last: dict[int, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -113,7 +139,7 @@ class ImageFiles:
         """Yield tensors.
 
         Raises:
-            NormfixError: NF331 if a file holds other values than before, NF104 and NF107 of the scaling, and codes of
+            NormfixError: NF331 if a file holds other values than before, NF107 of the scaling, and codes of
                 `read_image`.
         """
         for number, path in enumerate(self.paths):
@@ -123,18 +149,14 @@ class ImageFiles:
             yield self._last[number]
 
     def _read(self, number: int, path: Path) -> Tensor:
-        known = self._digests.get(number)
-        array = read_image(
-            path,
-            ndim=self.ndim,
-            channels=self.channels,
-            axes=self.axes,
-            choice=self.choice,
-            tell=self.tell if known is None else lambda text: None,
-        )
-        digest = digest_of_array(array)
-        if self._digests.setdefault(number, digest) != digest:
-            raise changed_meanwhile(path)
+        with self.open(path) as window:
+            if number in self._contents:
+                window = replace(window, contents=self._contents[number])
+            else:
+                for text in window.notes:
+                    self.tell(f"{path}: {text}")
+            array = read_all(window, path)
+            self._contents[number] = window.contents
         return to_tensor(scaled(array, self.scaling, str(path)))
 
 

@@ -191,7 +191,9 @@ def _swept(holder: Path) -> str:
             return ""
         if not said and _INSIDE in names:
             return "it does not say whose it is"
-        _remove(holder)
+        shutil.rmtree(holder / _INSIDE, ignore_errors=True)
+    # after the lock file is closed: Windows deletes nothing that is open
+    _remove(holder)
     return ""
 
 

@@ -1,20 +1,38 @@
-"""Open image files to be read by window: nothing of them is read whole but PNG."""
+"""Open image files to be read by window, or whole: nothing of them is read whole unasked but PNG."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from normfix.errors import NormfixError
 from normfix.images.axes import Channels
 from normfix.images.contents import Contents
 from normfix.images.formats import open_file, unreadable
-from normfix.images.formats.opened import Choice
+from normfix.images.formats.opened import ArrayLike, Choice
 from normfix.images.origins import Origin
 from normfix.images.windows import Unread, windowed
 
-__all__ = ["open_windows"]
+__all__ = ["open_windows", "read_all", "read_image"]
+
+_LARGE = 1 << 29
+"""Bytes of an image from which it is asked whether its file can hold it."""
+
+_RATIO = 500
+"""Bytes of an image for each of its file, from which it is nearly empty or built to harm. Real images have 1 to 20."""
+
+
+_CHUNKS, _BYTES_A_CHUNK = 1 << 16, 64
+"""Chunks that an image may always have, and bytes of its files for each one more; reading one takes a tenth of a
+millisecond, whether it is there or not.
+"""
 
 
 def open_windows(
@@ -70,3 +88,75 @@ def open_windows(
         placement=placement,
         notes=opened.notes,
     )
+
+
+def read_image(
+    path: Path,
+    *,
+    ndim: int,
+    channels: Channels,
+    axes: str | None = None,
+    choice: Choice | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> NDArray[Any]:
+    """Read an image file as (C, *space) in its own dtype, space in the order Z, Y, X.
+
+    Args:
+        path: as for `open_windows`, as are the number of axes, the channels and the names of axes.
+        ndim: number of spatial axes the network takes.
+        channels: how many channels the network takes, or what knows it.
+        axes: one letter per array axis.
+        choice: which series and level, where a file has several.
+        tell: is told what a user should know of the file, such as chunks that are missing.
+
+    Raises:
+        NormfixError: codes of `open_windows`, NF104 for NaN or infinity, NF121 if it is far larger in memory than on
+            disk, NF331 if it changes meanwhile.
+    """
+    choice = choice or Choice()
+    with open_windows(
+        path, ndim=ndim, channels=channels, axes=axes, level=choice.level, series=choice.series
+    ) as window:
+        for text in window.notes:
+            tell(f"{path}: {text}")
+        return read_all(window, path)
+
+
+def read_all(window: Unread, path: Path) -> NDArray[Any]:
+    """Read all of an image file that was opened; raises as `read_image`."""
+    _require_proportion(path, window.array)
+    array = window.read([(0, n) for n in window.shape[1:]])
+    if window.contents is not None:
+        window.contents.complete = True
+    return array
+
+
+def _require_proportion(path: Path, array: ArrayLike) -> None:
+    """Refuse to unpack a small file to a large image, or to look for chunks without end.
+
+    Raises:
+        NormfixError: NF121.
+    """
+    shape, dtype = tuple(array.shape), np.dtype(array.dtype)
+    size = math.prod(shape) * dtype.itemsize
+    sides = getattr(array, "chunks", None) or shape
+    chunks = math.prod(-(-n // max(1, side)) for n, side in zip(shape, sides, strict=True))
+    if size <= _LARGE and chunks <= _CHUNKS:
+        return
+    files = path.rglob("*") if path.is_dir() else [path]
+    stored = sum(file.stat().st_size for file in files if file.is_file())
+    extents = "x".join(map(str, shape))
+    if size > _LARGE and size > _RATIO * stored:
+        raise NormfixError(
+            "NF121",
+            f"its {stored:,} bytes would be {size:,} in memory ({extents}, {dtype}): it is damaged, "
+            "built to harm, or nearly empty. If it is right, read it by window: --tile, or --engine stages.",
+            where=str(path),
+        )
+    if chunks > _CHUNKS + stored // _BYTES_A_CHUNK:
+        raise NormfixError(
+            "NF121",
+            f"its {extents} pixels lie in {chunks:,} chunks, and its files have {stored:,} bytes: it is damaged, built "
+            "to harm, or nearly empty. Write it again with larger chunks if it is right.",
+            where=str(path),
+        )

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from typing import IO
 
 __all__ = ["lock"]
+
+_FAR = 1 << 30
+"""Which byte is locked on Windows, where others cannot read what is locked: one that no file here has."""
 
 
 def lock(file: IO[str] | int) -> bool:
@@ -20,9 +24,7 @@ def lock(file: IO[str] | int) -> bool:
     descriptor = file if isinstance(file, int) else file.fileno()
     try:
         if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            _lock_byte(descriptor)
         else:
             import fcntl
 
@@ -32,3 +34,15 @@ def lock(file: IO[str] | int) -> bool:
             return False
         raise
     return True
+
+
+def _lock_byte(descriptor: int) -> None:
+    """Lock the same byte whatever was read or written before: on Windows a lock begins at the file's position."""
+    import msvcrt
+
+    place = os.lseek(descriptor, 0, os.SEEK_CUR)
+    os.lseek(descriptor, _FAR, os.SEEK_SET)
+    try:
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
+    finally:
+        os.lseek(descriptor, place, os.SEEK_SET)

@@ -1,48 +1,22 @@
-"""Open images to be read by window, as sources for stages, and read them whole where passes need that."""
+"""Open images to be read by window, scaled for a network."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from normfix.images.files import open_windows
 from normfix.images.formats.opened import ArrayLike
-from normfix.images.sources import Image
-from normfix.images.spread import scaling_numbers
+from normfix.images.scaling import scaling_numbers
+from normfix.images.spread import Spread
 from normfix.images.windows import ScaledImage, windowed
 from normfix.networks.calling import home_of
 from normfix.networks.intake import Intake
 from normfix.networks.provenance import provenance_of
 from normfix.records.saved import Scaling
 
-__all__ = ["Wholes", "open_image", "sources_of"]
-
-
-@dataclass(frozen=True, slots=True)
-class Wholes:
-    """Sources as whole tensors, each read when its turn comes; re-iterable."""
-
-    images: Sequence[Image]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        """Yield (N, C, *space) tensors."""
-        for image in self.images:
-            yield image.read([(0, n) for n in image.shape[2:]])
-
-
-def sources_of(images: object) -> list[Image] | None:
-    """Return images that are read by window, or None where they are tensors."""
-    found = [images] if _is_source(images) else images
-    if isinstance(found, Sequence) and found and all(map(_is_source, found)):
-        return list(found)
-    return None
-
-
-def _is_source(image: object) -> bool:
-    return not isinstance(image, Tensor) and hasattr(image, "read") and hasattr(image, "padded")
+__all__ = ["open_image"]
 
 
 def open_image(
@@ -84,6 +58,6 @@ def open_image(
     stated = scaling if scaling is not None else known.scaling if known is not None else None
     if scaling is None and stated is not None and stated.kind == "none":
         stated = None  # a network converted unscaled says nothing about integers
-    offset, divisor = scaling_numbers(window, stated)
+    offset, divisor = scaling_numbers(Spread(window), stated)
     device, dtype = home_of(model)
     return ScaledImage(window, offset=offset, divisor=divisor, dtype=dtype, device=device)

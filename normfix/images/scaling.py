@@ -7,21 +7,101 @@ with the model.
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Callable
-from typing import Any, Literal, cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from normfix.errors import NormfixError
 from normfix.networks.calling import failures
+from normfix.networks.naming import named
 from normfix.records.saved import Scaling
 
-__all__ = ["not_finite", "overflown", "parse_scaling", "scaled"]
+__all__ = ["Distribution", "not_finite", "overflown", "parse_scaling", "scaled", "scaling_numbers"]
 
 Array = NDArray[Any]
+
+
+class Distribution(Protocol):
+    """The values of a whole image, wherever they are."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Return the dtype of the values as they are stored."""
+        ...
+
+    @property
+    def where(self) -> str:
+        """Return what the image is called."""
+        ...
+
+    def moments(self) -> tuple[float, float, float]:
+        """Return mean, standard deviation and the difference of the largest and the smallest value."""
+        ...
+
+    def percentiles(self, wanted: Sequence[float]) -> Sequence[float]:
+        """Return percentiles by numpy's linear rule."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Values:
+    """The distribution of an array."""
+
+    array: Array
+    dtype: np.dtype[Any]
+    where: str
+
+    def moments(self) -> tuple[float, float, float]:
+        return self.array.mean(), self.array.std(), self.array.max() - self.array.min()
+
+    def percentiles(self, wanted: Sequence[float]) -> Sequence[float]:
+        return cast("Sequence[float]", np.percentile(self.array, wanted))
+
+
+def scaling_numbers(values: Distribution, scaling: Scaling | None) -> tuple[float, float]:
+    """Return (offset, divisor) such that (x - offset) / divisor is the image scaled; None means: not stated.
+
+    Raises:
+        NormfixError: NF107 if the scaling does not fit the image, is not stated for an integer image, or is a
+            function, which takes the image itself.
+    """
+    dtype, where = values.dtype, values.where
+    if scaling is None and dtype.kind != "f":
+        raise NormfixError(
+            "NF107",
+            f"the image is {dtype}, and what the network takes is not known. State it: --scale unit, "
+            "zscore, percentile:1,99.8, MEAN,STD or none, as it was trained with.",
+            where=where,
+        )
+    scaling = scaling or Scaling()
+    match scaling.kind:
+        case "none":
+            return 0.0, 1.0
+        case "unit":
+            if dtype.kind not in "iu":
+                raise NormfixError(
+                    "NF107", f"'unit' is for integer images; this one is {dtype}.", where=where
+                )
+            return 0.0, float(np.iinfo(dtype).max)
+        case "zscore":
+            mean, sd, extent = values.moments()
+            _positive(extent, where)  # the deviation of a constant can round to more than 0
+            return mean, _positive(sd, where)
+        case "percentile":
+            low, high = values.percentiles(_two(scaling))
+            return low, _positive(high - low, where)
+        case "fixed":
+            return _two(scaling)
+        case "preprocess":
+            raise NormfixError(
+                "NF107",
+                f"{scaling.function} takes the whole image, which is read by window here. State --scale instead.",
+                where=where,
+            )
 
 
 def scaled(array: Array, scaling: Scaling | None, where: str = "image") -> Array:
@@ -31,50 +111,19 @@ def scaled(array: Array, scaling: Scaling | None, where: str = "image") -> Array
         NormfixError: NF104 for NaN or infinity, NF107 if the scaling does not fit the image, or is not stated
             for an integer image.
     """
-    if scaling is None:
-        if array.dtype.kind != "f":
-            raise NormfixError(
-                "NF107",
-                f"the image is {array.dtype}, and what the network takes is not known. State it: --scale unit, "
-                "zscore, percentile:1,99.8, MEAN,STD or none, as it was trained with.",
-                where=where,
-            )
-        scaling = Scaling()
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise not_finite(where)
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused below
-        result = _by(scaling, array, where)
+        if scaling is not None and scaling.kind == "preprocess":
+            result = _preprocessed(array, scaling.function, where)
+        else:
+            wide = array.astype(np.float64)
+            offset, divisor = scaling_numbers(_Values(wide, array.dtype, where), scaling)
+            result = (wide - offset) / divisor
         kept = result.astype(np.float64 if array.dtype == np.float64 else np.float32)
     if not np.isfinite(kept).all():
         raise overflown(where, str(kept.dtype))
     return kept
-
-
-def _by(scaling: Scaling, array: Array, where: str) -> Array:
-    """Return a finite image scaled, in float64."""
-    wide = array.astype(np.float64)
-    result: Array
-    match scaling.kind:
-        case "none":
-            result = wide
-        case "unit":
-            if array.dtype.kind not in "iu":
-                raise NormfixError(
-                    "NF107", f"'unit' is for integer images; this one is {array.dtype}.", where=where
-                )
-            result = wide / np.iinfo(array.dtype).max
-        case "zscore":
-            _positive(wide.max() - wide.min(), where)  # the deviation of a constant can round to more than 0
-            result = (wide - wide.mean()) / _positive(wide.std(), where)
-        case "percentile":
-            low, high = np.percentile(wide, _two(scaling))
-            result = (wide - low) / _positive(high - low, where)
-        case "fixed":
-            mean, sd = _two(scaling)
-            result = (wide - mean) / sd
-        case "preprocess":
-            result = _preprocessed(array, scaling.function, where)
-    return result
 
 
 def parse_scaling(text: str) -> Scaling:
@@ -167,11 +216,12 @@ def _preprocessed(array: Array, name: str, where: str) -> Array:
 
 
 def _function(name: str) -> Callable[[Array], Array]:
-    module, _, attribute = name.partition(":")
     try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+        return cast(Callable[[Array], Array], named(name))
+    except failures() as error:
+        reason = error.message if isinstance(error, NormfixError) else f"{type(error).__name__}: {error}."
         raise NormfixError(
-            "NF107", f"cannot import it: {error}. Give pkg.mod:function.", where=f"--preprocess {name}"
+            "NF107",
+            f"cannot import it: {reason} Give pkg.mod:function or file.py:function.",
+            where=f"--preprocess {name}",
         ) from error
-    return cast(Callable[[Array], Array], function)

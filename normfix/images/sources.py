@@ -1,10 +1,10 @@
-"""What images are read from: by window, never whole."""
+"""What images are read from: one protocol, by window, for tensors in memory and for files and arrays that are not."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -12,10 +12,22 @@ from torch import Tensor
 
 from normfix.networks.devices import bytes_of
 
-__all__ = ["Image", "Span", "TensorImage", "digest_of", "values_digest"]
+__all__ = [
+    "Image",
+    "Span",
+    "TensorImage",
+    "digest_of",
+    "is_constant",
+    "middle_of",
+    "slabs",
+    "values_digest",
+    "whole",
+]
 
 Span = tuple[int, int]
 """First and past-the-last position along one axis."""
+
+_SLAB = 1 << 22
 
 
 class Image(Protocol):
@@ -68,6 +80,27 @@ class TensorImage:
         return f"tensor {self._image.dtype} {self.shape} {values_digest(TensorImage(self._image))}"
 
 
+def whole(image: Image) -> Tensor:
+    """Return all of an image."""
+    return image.read([(0, n) for n in image.shape[2:]])
+
+
+def middle_of(image: Image) -> Tensor:
+    """Return the middle of an image that is read by window, small enough for whole forward passes."""
+    limit = {1: 1 << 14, 2: 512, 3: 96}[len(image.shape) - 2]
+    starts = [max(0, (n - limit) // 2) for n in image.shape[2:]]
+    return image.read(
+        [(start, min(n, start + limit)) for start, n in zip(starts, image.shape[2:], strict=True)]
+    )
+
+
+def is_constant(image: Image) -> bool:
+    """Tell whether an image is one constant per channel; read no further than to the first value that differs."""
+    space = image.shape[2:]
+    pixel = image.read([(0, 1)] * len(space))
+    return all(bool((image.read(spans) == pixel).all()) for spans in slabs(space))
+
+
 def values_digest(source: Image) -> str:
     """Return the digest of all values of a source, read by window."""
     batch, channels, *space = source.shape
@@ -82,12 +115,23 @@ def digest_of(read: Callable[[Sequence[Span]], bytes], space: Sequence[int], val
         space: extents of the image.
         values: per pixel.
     """
-    first, *rest = space
-    step = max(1, (1 << 22) // max(1, values * math.prod(rest)))
     found = hashlib.sha256()
-    for start in range(0, first, step):
-        found.update(read([(start, min(first, start + step)), *((0, n) for n in rest)]))
+    for spans in slabs(space, values):
+        found.update(read(spans))
     return found.hexdigest()
+
+
+def slabs(space: Sequence[int], values: int = 1) -> Iterator[tuple[Span, ...]]:
+    """Yield windows along the first axis that cover an image, each of about four million values.
+
+    Args:
+        space: extents of the image.
+        values: per pixel.
+    """
+    first, *rest = space
+    step = max(1, _SLAB // max(1, values * math.prod(rest)))
+    for start in range(0, first, step):
+        yield ((start, min(first, start + step)), *((0, n) for n in rest))
 
 
 def _bytes(x: Tensor) -> bytes:

@@ -8,86 +8,60 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from normfix.errors import NormfixError
 from normfix.images.windows import Unread
 from normfix.layers.moments import Moments, measure, merge
-from normfix.records.saved import Scaling
 
-__all__ = ["percentiles", "scaling_numbers"]
+__all__ = ["Spread"]
 
 
-def scaling_numbers(window: Unread, scaling: Scaling | None) -> tuple[float, float]:
-    """Return (offset, divisor) such that (x - offset) / divisor is the image scaled as `normfix.images.scaling` does.
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How the values of an image that is read by window are distributed; see normfix.images.scaling."""
 
-    Raises:
-        NormfixError: NF107 if the scaling does not fit the image, is not stated for an integer image, or needs the
-            whole image in memory.
-    """
-    dtype = np.dtype(window.array.dtype)
-    if scaling is None:
-        if dtype.kind != "f":
-            raise NormfixError(
-                "NF107",
-                f"the image is {dtype}, and what the network takes is not known. State it with --scale.",
-                where=window.where,
+    window: Unread
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Return the dtype of the values."""
+        dtype: np.dtype[Any] = np.dtype(self.window.array.dtype)
+        return dtype
+
+    @property
+    def where(self) -> str:
+        """Return what the image is called."""
+        return self.window.where
+
+    def moments(self) -> tuple[float, float, float]:
+        """Return mean, standard deviation and the difference of the largest and the smallest value."""
+        parts: list[Moments] = []
+        least, most = math.inf, -math.inf
+        for piece in self.window.pieces():
+            wide = piece.astype(np.float64).reshape(1, 1, -1)
+            parts.append(measure(torch.from_numpy(wide)))
+            least, most = min(least, float(wide.min())), max(most, float(wide.max()))
+        moments = merge(*parts)
+        return float(moments.mean[0]), math.sqrt(float(moments.var[0])), most - least
+
+    def percentiles(self, wanted: Sequence[float]) -> list[float]:
+        """Return percentiles as np.percentile gives them for the whole image, all channels together."""
+        count = math.prod(self.window.shape)
+        places = [(count - 1) * q / 100 for q in wanted]
+        ranks = sorted({f(p) for p in places for f in (math.floor, math.ceil)})
+        values = dict(zip(ranks, _order_statistics(self.window, ranks), strict=True))
+        found = []
+        for place in places:
+            low, high = values[math.floor(place)], values[math.ceil(place)]
+            found.append(
+                float(np.float64(low) + (np.float64(high) - np.float64(low)) * (place - math.floor(place)))
             )
-        scaling = Scaling()
-    match scaling.kind:
-        case "none":
-            return 0.0, 1.0
-        case "unit":
-            if dtype.kind not in "iu":
-                raise NormfixError(
-                    "NF107", f"'unit' is for integer images; this one is {dtype}.", where=window.where
-                )
-            return 0.0, float(np.iinfo(dtype).max)
-        case "zscore":
-            return _moments(window)
-        case "percentile":
-            low, high = percentiles(window, scaling.values)
-            return low, _positive(high - low, window)
-        case "fixed":
-            mean, sd = scaling.values
-            return mean, sd
-        case "preprocess":
-            raise NormfixError(
-                "NF107",
-                f"{scaling.function} takes the whole image, which is read by window here. State --scale instead.",
-                where=window.where,
-            )
-
-
-def percentiles(window: Unread, wanted: Sequence[float]) -> list[float]:
-    """Return percentiles as np.percentile gives them for the whole image, all channels together."""
-    count = math.prod(window.shape)
-    places = [(count - 1) * q / 100 for q in wanted]
-    ranks = sorted({f(p) for p in places for f in (math.floor, math.ceil)})
-    values = dict(zip(ranks, _order_statistics(window, ranks), strict=True))
-    found = []
-    for place in places:
-        low, high = values[math.floor(place)], values[math.ceil(place)]
-        found.append(
-            float(np.float64(low) + (np.float64(high) - np.float64(low)) * (place - math.floor(place)))
-        )
-    return found
-
-
-def _moments(window: Unread) -> tuple[float, float]:
-    parts: list[Moments] = []
-    least, most = math.inf, -math.inf
-    for piece in window.pieces():
-        wide = piece.astype(np.float64).reshape(1, 1, -1)
-        parts.append(measure(torch.from_numpy(wide)))
-        least, most = min(least, float(wide.min())), max(most, float(wide.max()))
-    _positive(most - least, window)
-    moments = merge(*parts)
-    return float(moments.mean[0]), _positive(math.sqrt(float(moments.var[0])), window)
+        return found
 
 
 def _order_statistics(window: Unread, ranks: Sequence[int]) -> list[float]:
@@ -141,14 +115,3 @@ def _value(key: int, dtype: np.dtype[Any]) -> Any:
     elif dtype.kind == "i":
         key ^= top
     return np.array([key], np.dtype(f"u{dtype.itemsize}")).view(dtype)[0]
-
-
-def _positive(spread: float, window: Unread) -> float:
-    if not 0 < spread < math.inf:
-        raise NormfixError(
-            "NF107",
-            f"the image's spread is {spread:g} (0: constant), so it cannot be scaled by it. Leave it out if it is "
-            "empty, or state a scaling that is not measured on it: --scale MEAN,STD, unit or none.",
-            where=window.where,
-        )
-    return spread

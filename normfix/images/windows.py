@@ -7,7 +7,6 @@ numbers that were measured over the whole image (normfix.images.spread).
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,10 +19,11 @@ from torch import Tensor
 from normfix.errors import NormfixError
 from normfix.images.axes import Channels, digest_of_array, settled_axes
 from normfix.images.contents import Contents
+from normfix.images.formats import why
 from normfix.images.formats.opened import ArrayLike, ChangedError
 from normfix.images.formats.placement import Placement
 from normfix.images.scaling import not_finite, overflown
-from normfix.images.sources import Span
+from normfix.images.sources import Span, slabs
 
 __all__ = ["ArrayLike", "ScaledImage", "Unread", "windowed"]
 
@@ -109,11 +109,10 @@ class Unread:
         except (ChangedError, NormfixError):
             raise
         except Exception as error:
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
             pixels = ", ".join(f"{start}:{stop}" for start, stop in spans)
             raise NormfixError(
                 "NF101",
-                f"the window [{pixels}] of it cannot be read: {reason}. Check that it is whole.",
+                f"the window [{pixels}] of it cannot be read: {why(error)}.",
                 where=self.where,
             ) from error
 
@@ -122,7 +121,7 @@ class Unread:
         found = hashlib.sha256()
         if self.contents is not None:
             self._settle(self.contents)
-        for spans in self._slabs(1 << 22):
+        for spans in slabs(self.shape[1:], self.shape[0]):
             known = None if self.contents is None else self.contents.known(spans)
             if known is None:
                 window = self.read(spans)
@@ -135,17 +134,10 @@ class Unread:
 
     def pieces(self) -> Iterator[NDArray[Any]]:
         """Yield the whole image in slabs, each pixel once."""
-        for spans in self._slabs(1 << 22):
+        for spans in slabs(self.shape[1:], self.shape[0]):
             yield self.read(spans)
         if self.contents is not None:
             self.contents.complete = True
-
-    def _slabs(self, most: int) -> Iterator[tuple[Span, ...]]:
-        """Yield the spans of slabs of about `most` values."""
-        channels, first, *rest = self.shape
-        step = max(1, most // max(1, channels * math.prod(rest)))
-        for start in range(0, first, step):
-            yield ((start, min(first, start + step)), *((0, n) for n in rest))
 
     def _noted(self, contents: Contents, spans: Sequence[Span]) -> NDArray[Any]:
         """Read a window of a file that is what it was, before and after."""

@@ -17,10 +17,11 @@ gives the gradients; what is kept for it beyond batch norm's is a few vectors of
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from normfix.layers.base import BatchMoments, ChannelNorm
 from normfix.layers.library import corrections, is_for, renormalise
@@ -165,7 +166,9 @@ class BatchRenorm(ChannelNorm):
         d: Tensor,
         call: RecordedCall | None,
     ) -> Tensor:
-        y: Tensor = Renormalise.apply(x, weight, bias, *batch[:3], r, d, self.eps, call)
+        y: Tensor = Renormalise.apply(
+            x, weight, bias, batch.mean, batch.var, batch.invstd, r, d, self.eps, call
+        )
         return y
 
     def _correct_and_track(self, batch: BatchMoments) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Extreme", "FrozenStatistic"]
+__all__ = ["Extreme", "Extremes", "FrozenStatistic"]
 
 
 class Extreme(NamedTuple):
@@ -20,6 +20,13 @@ class Extreme(NamedTuple):
 
     values: Tensor
     indices: None = None
+
+
+class Extremes(NamedTuple):
+    """What `torch.aminmax` returns, by name or in order; other functions with two results have them in order alone."""
+
+    min: Tensor
+    max: Tensor
 
 
 class FrozenStatistic(nn.Module):
@@ -79,7 +86,7 @@ class FrozenStatistic(nn.Module):
             dtype = operand.dtype
         value = self._repeated(self.value, operand, dtype)
         if self.second is not None:
-            return value, self._repeated(self.second, operand, dtype)
+            return Extremes(value, self._repeated(self.second, operand, dtype))
         return Extreme(value) if self.selects else value
 
     def values(self) -> tuple[Tensor, ...]:

@@ -18,17 +18,21 @@ repeated where it is told to: by a checkpoint around compiled code or inside it,
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import weakref
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 __all__ = ["RecordedCall", "keep", "recall", "remember"]
 
 _HELD = 32  # calls per layer without a graph to hold their record, as in reentrant checkpointing
 _NO_BACKWARD = -1
+_CHECKPOINT = torch.utils.checkpoint.__file__
 _COMPILED_CHECKPOINT = (
     "a compiled BatchRenorm is inside an activation checkpoint, which would run it again on running "
     "statistics that have moved: wrong gradients, and each batch counted twice. Leave out the checkpoint, "
@@ -117,6 +121,34 @@ def _choose(equal: list[RecordedCall], memory: _Memory, task: int) -> RecordedCa
 
 
 def _segment() -> Callable[[], object]:
+    mark = _mark_of_segment()
+    return _no_segment if mark is None else weakref.ref(mark)
+
+
+def _no_segment() -> None:
+    """Stand for a call outside of all segments."""
+
+
+def _mark_of_segment() -> Any:
+    """Return an object that lives as long as the innermost checkpointed segment's graph; None outside of all."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is None:
+        return _frame_of_segment()
     # non-reentrant checkpointing installs one pack hook per segment, and another when it runs that again
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return weakref.ref(hooks[0]) if hooks else lambda: None
+    hooks = top(True)
+    return hooks[0] if hooks else None
+
+
+def _frame_of_segment() -> Any:
+    """Return what checkpointing itself keeps of the segment: before torch 2.7 nothing tells the hooks in use."""
+    call = inspect.currentframe()
+    while call is not None:
+        if call.f_code.co_filename == _CHECKPOINT:
+            # one generator around the first run; the closure of a hook that starts a repetition
+            around = call.f_locals.get("gen")
+            held = call.f_locals if around is None else inspect.getgeneratorlocals(around)
+            for name in ("new_frame", "frame"):
+                if held.get(name) is not None:
+                    return held[name]
+        call = call.f_back
+    return None

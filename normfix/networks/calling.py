@@ -18,8 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 from normfix.errors import NormfixError
 from normfix.networks.randomness import OwnRandomness
+from normfix.networks.releases import is_exporting
 from normfix.networks.slabs import in_slabs, is_convolution
 from normfix.networks.surroundings import as_given
+from normfix.records.saved import Provenance
 
 __all__ = [
     "REFUSALS",
@@ -34,6 +36,7 @@ __all__ = [
     "refusals",
     "require_network",
     "resized",
+    "take_buffers_",
 ]
 
 
@@ -113,6 +116,18 @@ class Caller:
     output: str | int | None = None
     draws: bool = False
 
+    @classmethod
+    def of(
+        cls,
+        known: Provenance | None,
+        forward_fn: Callable[[nn.Module, Tensor], Any] | None = None,
+        output: str | int | None = None,
+    ) -> Caller:
+        """Call a model as is asked for, and else as what travels with it says."""
+        if known is None:
+            return cls(forward_fn, output)
+        return cls(forward_fn, known.output if output is None else output, known.scan.draws)
+
     def __call__(self, model: nn.Module, image: Tensor) -> Tensor:
         """Return the output tensor for an image (N, C, *space).
 
@@ -127,7 +142,7 @@ class Caller:
         try:
             with ExitStack() as around:
                 around.enter_context(as_given(image.device))
-                if self.draws and not torch.compiler.is_exporting():
+                if self.draws and not is_exporting():
                     around.enter_context(OwnRandomness())
                 given = image.clone()  # some networks work in place on their input
                 return model(given) if self.forward_fn is None else self.forward_fn(model, given)
@@ -279,10 +294,19 @@ def buffers_kept(model: nn.Module, but: Sequence[str] = ()) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                if name in before and buffer.shape == before[name].shape:
-                    buffer.copy_(before[name])
+        _fill_buffers_(model, before)
+
+
+def take_buffers_(model: nn.Module, other: nn.Module) -> None:
+    """Give the buffers of a copy the values of the network that it was made of."""
+    _fill_buffers_(model, dict(other.named_buffers()))
+
+
+def _fill_buffers_(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name in values and buffer.shape == values[name].shape:
+                buffer.copy_(values[name])
 
 
 def require_network(model: object) -> None:

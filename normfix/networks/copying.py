@@ -6,13 +6,15 @@ import copy
 import weakref
 from typing import Any, TypeAlias, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from normfix.errors import NormfixError
+from normfix.networks.behaviour import behaviour_of
 from normfix.networks.calling import failures, require_network
 
-__all__ = ["as_trained_copy", "copy_of", "original_of", "twin_of"]
+__all__ = ["as_trained_copy", "copy_of", "double_of", "original_of", "twin_of"]
 
 
 _TRIALS = 5
@@ -55,6 +57,25 @@ def twin_of(model: nn.Module) -> nn.Module:
         twin = _copied(model, {**shared, **_uncopyable(model, shared)})
     _ORIGINALS[twin] = weakref.ref(model)
     return twin.eval()
+
+
+def double_of(model: nn.Module, spare: nn.Module | None = None) -> nn.Module:
+    """Return a copy of a model in float64.
+
+    Args:
+        model: not modified.
+        spare: a float64 network that nobody needs any more; it takes the model's state over if it is the same network
+            in everything else, and then it is the copy.
+    """
+    if spare is None or behaviour_of(spare) != behaviour_of(model):
+        return copy_of(model).double()
+    theirs = dict((*model.named_parameters(), *model.named_buffers()))
+    with torch.no_grad():
+        for name, mine in (*spare.named_parameters(), *spare.named_buffers()):
+            mine.copy_(theirs[name])
+    for copied, module in zip(spare.modules(), model.modules(), strict=True):
+        copied.training = module.training
+    return spare
 
 
 _ORIGINALS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()

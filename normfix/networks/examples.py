@@ -6,13 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from normfix.errors import NormfixError
-from normfix.networks.calling import Caller
 from normfix.networks.graph.program import ProgramNetwork
 from normfix.networks.intake import Intake
 
-__all__ = ["default_example", "fitting_example"]
+__all__ = ["EXTENT", "default_example", "fitting_example", "probing_part"]
 
-_EXTENT = {1: 1024, 2: 256, 3: 64}
+EXTENT = {1: 1024, 2: 256, 3: 64}
 """Pixels per axis of the larger of an example and what the network makes of it, per number of axes."""
 _LEAST = {1: 128, 2: 32, 3: 16}
 """Pixels of an example that is enlarged much: what most networks still run on."""
@@ -20,21 +19,20 @@ _PROBE = {1: 256, 2: 64, 3: 32}
 """Pixels that the enlargement is measured on."""
 
 
-def default_example(model: nn.Module, caller: Caller) -> Tensor:
+def default_example(model: nn.Module, intake: Intake) -> Tensor:
     """Return seeded noise of a shape that the network takes, the smaller the more it enlarges.
 
     Raises:
         NormfixError: NF109 if it has no convolution to tell the shape from.
     """
-    intake = Intake(model, caller)
     ndim = intake.ndim
-    shape = (1, intake.channels, *(_EXTENT[ndim],) * ndim)
+    shape = (1, intake.channels, *(EXTENT[ndim],) * ndim)
     if isinstance(model, ProgramNetwork):
         shape = tuple(n or free for n, free in zip(model.shape, shape, strict=True))
     return _affordable(intake, torch.randn(shape, generator=torch.Generator().manual_seed(0)))
 
 
-def fitting_example(model: nn.Module, image: Tensor, caller: Caller) -> Tensor:
+def fitting_example(model: nn.Module, image: Tensor, intake: Intake) -> Tensor:
     """Return the middle of an image, small enough to scan with, or the whole where the network takes no less.
 
     Raises:
@@ -48,20 +46,24 @@ def fitting_example(model: nn.Module, image: Tensor, caller: Caller) -> Tensor:
             f"{tuple(image.shape)} read as (N, C, *space) has {image.dim() - 2}.",
             where="image",
         )
-    middle, intake = _middle(image, _EXTENT[min(3, image.dim() - 2)]), Intake(model, caller)
-    smaller = _affordable(intake, middle)
+    smaller = _affordable(intake, _middle(image, EXTENT[min(3, image.dim() - 2)]))
     if smaller.shape == image[:1].shape or intake.ratio(smaller.shape[1:]) is not None:
         return smaller
     return image[:1]
 
 
+def probing_part(example: Tensor) -> Tensor:
+    """Return the middle of an example, small enough to try what a network does at little cost."""
+    return _middle(example, _PROBE[min(3, example.dim() - 2)])
+
+
 def _affordable(intake: Intake, example: Tensor) -> Tensor:
     """Return the middle of an example of a network that enlarges, so that its output is no larger than others' are."""
     ndim = min(3, example.dim() - 2)
-    ratio = intake.ratio(_middle(example, _PROBE[ndim]).shape[1:])
+    ratio = intake.ratio(probing_part(example).shape[1:])
     if ratio is None or ratio <= 1:
         return example
-    smaller = _middle(example, max(_LEAST[ndim], int(_EXTENT[ndim] / ratio)))
+    smaller = _middle(example, max(_LEAST[ndim], int(EXTENT[ndim] / ratio)))
     return smaller if intake.ratio(smaller.shape[1:]) is not None else example
 
 

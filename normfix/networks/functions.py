@@ -18,7 +18,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["COUNTED", "DIRECT", "NORMS", "arguments_of", "bound", "operand_of", "reduced_by", "taken_by"]
+__all__ = [
+    "COUNTED",
+    "DIRECT",
+    "NORMS",
+    "arguments_of",
+    "bound",
+    "by_position",
+    "operand_of",
+    "reduced_by",
+    "taken_by",
+]
 
 NORMS: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {
@@ -65,21 +75,20 @@ DIRECT: Mapping[str, tuple[str, ...]] = MappingProxyType(
 _SIGNATURES = {name: inspect.signature(function) for name, function in NORMS.items()}
 
 
-_REDUCING: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        **dict.fromkeys(
-            ("mean", "nanmean", "sum", "nansum", "prod", "amax", "amin", "logsumexp", "any", "all"),
-            ("input", "dim", "keepdim"),
-        ),
-        **dict.fromkeys(("max", "min", "median", "nanmedian", "count_nonzero"), ("input", "dim", "keepdim")),
-        **dict.fromkeys(("var", "std", "var_mean", "std_mean"), ("input", "dim", "unbiased", "keepdim")),
-        **dict.fromkeys(("norm", "linalg_norm", "linalg_vector_norm"), ("input", "p", "dim", "keepdim")),
-        **dict.fromkeys(("quantile", "nanquantile"), ("input", "q", "dim", "keepdim")),
-        "aminmax": ("input",),
-        "normalize": ("input", "p", "dim", "eps"),
-        **dict.fromkeys(("softmax", "log_softmax"), ("input", "dim")),
-    }
-)
+# a plain dict: Dynamo before torch 2.8 does not look into a mapping proxy
+_REDUCING: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("mean", "nanmean", "sum", "nansum", "prod", "amax", "amin", "logsumexp", "any", "all"),
+        ("input", "dim", "keepdim"),
+    ),
+    **dict.fromkeys(("max", "min", "median", "nanmedian", "count_nonzero"), ("input", "dim", "keepdim")),
+    **dict.fromkeys(("var", "std", "var_mean", "std_mean"), ("input", "dim", "unbiased", "keepdim")),
+    **dict.fromkeys(("norm", "linalg_norm", "linalg_vector_norm"), ("input", "p", "dim", "keepdim")),
+    **dict.fromkeys(("quantile", "nanquantile"), ("input", "q", "dim", "keepdim")),
+    "aminmax": ("input",),
+    "normalize": ("input", "p", "dim", "eps"),
+    **dict.fromkeys(("softmax", "log_softmax"), ("input", "dim")),
+}
 _LIKE = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
 _POOLING = tuple(
     f"{kind}_pool{n}d" for kind in ("adaptive_avg", "adaptive_max", "avg", "max") for n in (1, 2, 3)
@@ -123,13 +132,19 @@ def arguments_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> d
 
     Written for compiled forwards: dictionaries and loops only.
     """
-    given = dict(zip(_REDUCING.get(name, ()), args, strict=False))
+    given = by_position(_REDUCING.get(name, ()), args)
     given.update(kwargs)
     if "ord" in given:
         given["p"] = given.pop("ord")
     if isinstance(given.get("dim"), bool):  # var(input, unbiased)
         given["unbiased"] = given.pop("dim")
     return given
+
+
+def by_position(names: Sequence[str], args: Sequence[Any]) -> dict[str, Any]:
+    """Return the arguments that have a name."""
+    # cut to one length: Dynamo before torch 2.8 takes any zip for strict
+    return dict(zip(names[: len(args)], args[: len(names)], strict=True))
 
 
 def taken_by(name: str, operands: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -144,7 +159,8 @@ def operand_of(args: Sequence[Any], kwargs: Mapping[str, Any], which: int = 0) -
         ValueError: it was given fewer.
     """
     for value in (*args, *kwargs.values()):
-        for tensor in value if isinstance(value, list | tuple) else (value,):
+        # a tuple of classes: Dynamo before torch 2.8 knows no union of them
+        for tensor in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(tensor, Tensor):
                 if which == 0:
                     return tensor
@@ -165,7 +181,7 @@ def reduced_by(name: str, given: Mapping[str, Any], rank: int) -> tuple[int, ...
     if name not in _REDUCING:
         return None
     dim = given.get("dim")
-    if dim is None or dim == () or dim == []:
+    if dim is None or (isinstance(dim, (list, tuple)) and not dim):
         return tuple(range(rank))
     if isinstance(dim, int):
         return (dim % rank,)

@@ -7,22 +7,23 @@ the first guess of several, and what the network runs on decides.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils._pytree import tree_leaves
 
 from normfix.errors import NormfixError
 from normfix.networks.alone import Entangled, run_alone
-from normfix.networks.calling import Caller, class_of, home_of, refusals
+from normfix.networks.calling import Caller, class_of, evaluating, home_of, refusals
 from normfix.networks.copying import copy_of, twin_of
 from normfix.networks.graph.program import ProgramNetwork
 from normfix.networks.randomness import OwnRandomness
 
-__all__ = ["Intake"]
+__all__ = ["Intake", "is_lazy"]
 
 _EXTENTS = {1: (256, 1024), 2: (64, 256), 3: (32, 64)}
 """Extents that are tried, the cheaper first, per number of axes."""
@@ -39,6 +40,7 @@ class Intake:
     Args:
         model: not modified.
         caller: calls it.
+        copied: a copy of it to run, in whatever mode, device and dtype; default: a twin.
 
     Example:
         >>> from torch import nn
@@ -47,16 +49,23 @@ class Intake:
         (3, False)
     """
 
-    def __init__(self, model: nn.Module, caller: Caller | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, caller: Caller | None = None, copied: nn.Module | None = None
+    ) -> None:
         self._model, self._caller = model, caller or Caller()
         if self._caller.output is None:
             self._caller = _AnyOutput(self._caller.forward_fn)
-        self._copy: nn.Module | None = None
+        self._copy = copied
         self._known: dict[tuple[int, ...], float | None] = {}
         self._convolutions = _convolutions(model)
         # a lazy copy keeps the first shape that it sees
-        self._lazy = any(isinstance(module, LazyModuleMixin) for module in model.modules())
+        self._lazy = is_lazy(model)
         self._settled: tuple[int, int] | None = None
+
+    @property
+    def seen(self) -> Mapping[tuple[int, ...], float | None]:
+        """Return the shapes (C, *space) that its copy was run on so far, each with its ratio."""
+        return self._known
 
     @property
     def ndim(self) -> int:
@@ -147,7 +156,7 @@ class Intake:
             self._copy = copy_of(self._model).eval() if self._lazy else twin_of(self._model)
         image = torch.randn((1, *shape), generator=torch.Generator().manual_seed(0))
         try:
-            with torch.no_grad(), OwnRandomness():  # lazy modules draw their weights
+            with torch.no_grad(), evaluating(self._copy), OwnRandomness():  # lazy modules draw their weights
                 output = run_alone(self._copy, self._model, self._caller, image.to(*home_of(self._copy)))
         except Entangled:
             raise
@@ -156,6 +165,14 @@ class Intake:
         if output.dim() != image.dim():
             return 1.0
         return max(after / before for after, before in zip(output.shape[2:], shape[1:], strict=True))
+
+
+def is_lazy(model: nn.Module) -> bool:
+    """Tell whether a network takes its shapes from the first input that it sees."""
+    held = (*model.parameters(), *model.buffers())
+    return any(isinstance(module, LazyModuleMixin) for module in model.modules()) or any(
+        isinstance(tensor, UninitializedParameter | UninitializedBuffer) for tensor in held
+    )
 
 
 class _AnyOutput(Caller):

@@ -13,7 +13,16 @@ from torch import Tensor
 from normfix.errors import NormfixError
 from normfix.networks.precision import exact_precision
 
-__all__ = ["BOUNDLESS", "HALF", "IDENTITY", "deviation", "exact_arithmetic", "require_finite", "settings"]
+__all__ = [
+    "BOUNDLESS",
+    "EXACT",
+    "HALF",
+    "IDENTITY",
+    "deviation",
+    "exact_arithmetic",
+    "require_finite",
+    "settings",
+]
 
 BOUNDLESS = 1e300
 """Stands for a difference that is infinite or NaN: JSON knows neither, and NaN compares as if it were fine."""
@@ -28,8 +37,11 @@ Measured on U-Nets of 18 norms in bfloat16, whose unit roundoff is 2**-8: 0.10 s
 and 28 roundings. The order of sums differs between devices, so the bound is twice the largest, as a power of two.
 """
 
+EXACT = 1e-10
+"""The largest relative difference in float64 that counts as none."""
+
 IDENTITY: dict[torch.dtype, float] = {
-    torch.float64: 1e-10,
+    torch.float64: EXACT,
     torch.float32: 1e-4,
     torch.bfloat16: _ROUNDINGS * 2.0**-8,
     torch.float16: _ROUNDINGS * 2.0**-11,

@@ -12,9 +12,10 @@ from torch import nn
 
 from normfix.records.saved import Provenance
 
-__all__ = ["attach_", "is_current", "provenance_of"]
+__all__ = ["SAID", "attach_", "is_current", "provenance_of"]
 
-_NAME, _STRUCTURE = "_normfix_provenance", "_normfix_structure"
+SAID = _NAME, _STRUCTURE = "_normfix_provenance", "_normfix_structure"
+"""Attributes that say something of a network and compute nothing."""
 
 
 def attach_(model: nn.Module, provenance: Provenance) -> None:

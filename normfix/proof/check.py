@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from normfix.errors import NormfixError
-from normfix.images.collections import Items
+from normfix.images.collections import Images
+from normfix.images.sources import whole
 from normfix.networks.calling import Caller, home_of
-from normfix.networks.copying import copy_of, twin_of
+from normfix.networks.copying import double_of, twin_of
 from normfix.networks.numerics import exact_arithmetic, settings
 from normfix.networks.surroundings import undisturbed
 from normfix.proof.comparison import Network, compare, undecided
 from normfix.proof.cropping import check_pipeline
 from normfix.records.sizes import ProvedSizes
 from normfix.records.verdicts import Verdict
+from normfix.reporting.sentences import explanation
 from normfix.scanning.known import ForwardFn, known_of, with_halo
 from normfix.tiling.domain import judge_size
 from normfix.tiling.geometry import geometry_of, thinnest
 from normfix.tiling.grid import Geometry
+from normfix.tiling.recall import Recalling
 from normfix.tiling.stitching import tile_extents
 
 __all__ = ["assert_tile_invariant", "check", "compare_with"]
@@ -77,11 +82,11 @@ def check(
     geometry = with_halo(exact, halo)
     if geometry is None or exact is None:
         return undecided(known.scan)
-    (item,) = Items.of(image, *home_of(model), like=known.scan.example)
-    return compare_with(
-        model,
+    (item,) = Images.of(image, *home_of(model), like=known.scan.example)
+    verdict = compare_with(
+        twin_of(model),
         known.caller,
-        item,
+        whole(item),
         geometry,
         tile=tile,
         threshold=threshold,
@@ -89,6 +94,7 @@ def check(
         live=known.live,
         sizes=known.scan.sizes,
     )
+    return replace(verdict, reach=known.scan.reach.words if known.scan.reach else "")
 
 
 def assert_tile_invariant(
@@ -106,10 +112,7 @@ def assert_tile_invariant(
     """
     verdict = check(model, image, tile, **options)
     if not verdict.passed:
-        reasons = "; ".join(f"{f.code} {f.where}: {f.message}" for f in verdict.findings)
-        raise AssertionError(
-            f"{verdict.status}, tiles are up to {verdict.max_sd:.2g} sd from the whole image. {reasons}"
-        )
+        raise AssertionError(explanation(verdict))
     return verdict
 
 
@@ -123,24 +126,46 @@ def compare_with(
     threshold: float | None = None,
     exact_halo: Sequence[tuple[int, int]] | None = None,
     live: Sequence[str] = (),
+    run: Callable[[Tensor], Tensor] | None = None,
+    cross: Sequence[int] = (),
+    double: nn.Module | None = None,
     sizes: ProvedSizes | None = None,
 ) -> Verdict:
-    """Run `comparison.compare` on copies of a model in its own dtype and in float64; say where sizes are outside."""
-    tested = twin_of(model)
-    double = copy_of(tested).double()
-    device, dtype = home_of(tested)
-    network = Network(lambda x: caller(tested, x), lambda x: caller.in_double(double, x), dtype)
+    """Run `comparison.compare` on a model and a copy of it in float64.
+
+    Args:
+        model: a copy in eval mode.
+        caller: calls it.
+        image: as for `compare`, as are the others up to `live`.
+        geometry: its halo is the one under test.
+        tile: pixels per axis.
+        threshold: largest difference, in sd.
+        exact_halo: the measured halo.
+        live: names of live sites.
+        run: runs the model, and may recall what it gave.
+        cross: extents of the thinnest strip that it runs on; default: they are tried.
+        double: a copy of it in float64; default: one is made.
+        sizes: that the geometry is said of; the verdict says where these are outside.
+    """
+    double = double_of(model) if double is None else double
+    device, dtype = home_of(model)
+    tested = Recalling(partial(caller, model)) if run is None else run
+    network = Network(tested, partial(caller.in_double, double), dtype)
     with exact_arithmetic():
         return compare(
             network,
             image,
             geometry,
             tile=tile,
-            cross=thinnest(network.double, image.double(), geometry),
+            cross=cross or thinnest(network.double, image.double(), geometry),
             threshold=threshold,
             exact_halo=exact_halo,
             live=live,
-            settings=settings(device, dtype),
+            settings=(
+                ("network", type(model).__name__),
+                ("image", "x".join(map(str, image.shape))),
+                *settings(device, dtype),
+            ),
             judgement=judge_size(
                 sizes, image.shape[2:], tile_extents(tile, geometry), geometry, image.shape[0]
             ),

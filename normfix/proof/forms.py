@@ -21,6 +21,7 @@ from normfix.networks.copying import copy_of
 from normfix.networks.graph.isolation import silence
 from normfix.networks.graph.program import ProgramNetwork
 from normfix.networks.numerics import IDENTITY
+from normfix.networks.randomness import OwnRandomness
 from normfix.proof.steps import same, unmeasured
 from normfix.records.saved import Provenance
 from normfix.records.verdicts import ProofStep
@@ -166,7 +167,8 @@ def exported(bench: Form) -> ProofStep:
     pairs, refused = [], ""
     for image, expected in zip(bench.inputs, bench.outputs(bench.model), strict=True):
         try:
-            pairs.append((pick(body(image.clone())), expected))
+            with OwnRandomness():
+                pairs.append((pick(body(image.clone())), expected))
         except refusals():
             refused = f"it takes no {'x'.join(map(str, image.shape))}"
     return same("exported", claim, pairs, bound, refused)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,11 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from normfix.conversion.masks import Mask
-from normfix.conversion.staged import remeasure
-from normfix.conversion.targets import HoldsConstants, LayerGone
+from normfix.conversion.measurement import measure_
+from normfix.conversion.targets import HoldsConstants, LayerGone, planned_targets
 from normfix.errors import NormfixError
-from normfix.images.collections import Items
-from normfix.images.opening import sources_of
+from normfix.images.collections import Images
 from normfix.images.sources import Image
 from normfix.networks.calling import Unreached, home_of
 from normfix.networks.copying import twin_of
@@ -26,15 +25,16 @@ from normfix.networks.provenance import provenance_of
 from normfix.networks.surroundings import undisturbed
 from normfix.proof.forms import Form, exported, folded, frozen, portable, reloaded, stock
 from normfix.proof.steps import CONSISTENT, residual, tile_exactness, unmeasured
-from normfix.proof.subject import Subject, middle_of
+from normfix.proof.subject import Subject
 from normfix.records.plans import Plan
-from normfix.records.saved import Provenance
+from normfix.records.progress import Progress, silent
 from normfix.records.sites import Scan, Site
 from normfix.records.verdicts import Proof, ProofStep, Verdict
-from normfix.scanning.known import Known, known_of
+from normfix.scanning.known import ForwardFn, Known, known_of
 from normfix.storage.saving import sourced
 from normfix.tiling.geometry import geometry_of
 from normfix.tiling.grid import Geometry
+from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stitching import padded
 
 __all__ = ["prove"]
@@ -50,13 +50,13 @@ def prove(
     images: Tensor | Iterable[Tensor] | Image | Sequence[Image],
     tile: int | None = None,
     *,
-    blocks: int | Sequence[int] | None = None,
+    blocks: Blocks | None = None,
     mask: Mask | Sequence[Mask] | None = None,
     source: str | None = None,
     args: Mapping[str, Any] | None = None,
-    forward_fn: Callable[[nn.Module, Tensor], Any] | None = None,
+    forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    progress: Progress = silent,
 ) -> Proof:
     """Prove a converted network that was fine-tuned or calibrated anew, without its original.
 
@@ -69,7 +69,7 @@ def prove(
             read by window (normfix.open_image). Statistics are re-measured over all of each; what needs whole forward
             passes is proved on the first, or on the middle of it where it is read by window.
         tile: size of the tiles to compare; default: a quarter of the image, at most 256.
-        blocks: extents of the blocks that images read by window are measured in.
+        blocks: how images read by window are measured in stages.
         mask: as it was calibrated with; see normfix.calibrate.
         source: "pkg.mod:factory" or "timm:NAME" that builds the network, if it does not know it: a fresh process has
             to.
@@ -104,7 +104,8 @@ def prove(
             where=type(model).__name__,
         )
     model = twin_of(model)
-    whole, image = _taken(images, model, provenance)
+    taken = Images.of(images, *home_of(model), like=provenance.scan.example)
+    image = taken.excerpt()[:1]
     known = known_of(model, image, forward_fn, output)
     geometry = geometry_of(known.scan)
     first = image if geometry is None else padded(image, geometry)
@@ -129,7 +130,7 @@ def prove(
         inputs = (first, subject.other(first))
         bench = Form(model, known.caller, travels, inputs, Path(folder), trusted=source is not None)
         owed = (
-            partial(_residual, subject, whole, geometry, mask, blocks),
+            partial(_residual, subject, taken, geometry, mask, blocks),
             partial(_tiles, subject, first, verdict, [*surplus, *(f.message for f in known.scan.findings)]),
             partial(subject.used, first, partial(_judged, known.scan, provenance.plan)),
             *(partial(form, bench) for form in _FORMS),
@@ -138,15 +139,6 @@ def prove(
             steps.append(step())
             progress("prove", len(steps), len(owed))
     return Proof(steps=tuple(steps), shifts=(), verdict=verdict)
-
-
-def _taken(images: Any, model: nn.Module, provenance: Provenance) -> tuple[Items | list[Image], Tensor]:
-    """Return the images as they are measured, and the one that whole forward passes are made on."""
-    sources = sources_of(images)
-    if sources is not None:
-        return sources, middle_of(sources[0])[:1]
-    items = Items.of(images, *home_of(model), like=provenance.scan.example)
-    return items, next(iter(items))[:1]
 
 
 def _unplanned(known: Known, plan: Plan) -> list[str]:
@@ -175,15 +167,23 @@ def _judged(scan: Scan, plan: Plan, image: Tensor, sites: Sequence[Site]) -> lis
 
 def _residual(
     subject: Subject,
-    images: Items | list[Image],
+    images: Images,
     geometry: Geometry | None,
     mask: Mask | Sequence[Mask] | None,
-    blocks: int | Sequence[int] | None,
+    blocks: Blocks | None,
 ) -> ProofStep:
     """Re-measure every converted site, also those whose statistics the original had: weights may have changed."""
     try:
-        summary = remeasure(
-            subject.model, subject.plan, images, subject.caller, geometry=geometry, mask=mask, blocks=blocks
+        targets = planned_targets(subject.model, subject.plan)
+        summary = measure_(
+            subject.model,
+            targets,
+            images,
+            subject.caller,
+            blocks,
+            geometry=geometry,
+            mask=mask,
+            stored=True,
         )
     except HoldsConstants as error:
         return unmeasured("residual", CONSISTENT, "inconclusive", str(error))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from normfix.images.sources import Image
 from normfix.networks.calling import Caller, NotTaken, refusals
 from normfix.networks.numerics import deviation
 from normfix.proof.check import compare_with
@@ -26,9 +24,10 @@ from normfix.scanning.sites import survey
 from normfix.tiling.geometry import thinnest
 from normfix.tiling.grid import Geometry
 from normfix.tiling.halo import strip
+from normfix.tiling.recall import Recalling
 from normfix.tiling.stitching import tiled
 
-__all__ = ["Subject", "middle_of"]
+__all__ = ["Subject"]
 
 Judge = Callable[[Tensor, Sequence[Site]], Sequence[Site]]
 
@@ -41,8 +40,9 @@ class Subject:
     """A converted network on the bench, in eval mode.
 
     `geometry` is None where it has none; `extents` are those of the example it was scanned with; `tile` is the size
-    to compare with, None for a quarter of the image. `original` is what it was converted from, where that is there;
-    `sizes` are those that the scan speaks for.
+    to compare with, None for a quarter of the image. `original` is what it was converted from, where that is there.
+    `cross` and `double` are the thinnest strip that it runs on and the network in float64, where the scan left them.
+    `sizes` are those that the scan speaks for. What it gave on the last inputs is recalled.
     """
 
     model: nn.Module
@@ -52,7 +52,17 @@ class Subject:
     extents: tuple[int, ...]
     tile: int | None = None
     original: nn.Module | None = None
+    cross: tuple[int, ...] = ()
+    double: nn.Module | None = None
     sizes: ProvedSizes | None = None
+    _recalling: Recalling = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_recalling", Recalling(partial(self.caller, self.model)))
+
+    def run(self, image: Tensor) -> Tensor:
+        """Return what the network gives, not to be written to."""
+        return self._recalling(image)
 
     def verdict(self, image: Tensor) -> Verdict | None:
         """Compare on the image, and, along axes that windows cover there, on strips made from it.
@@ -62,10 +72,10 @@ class Subject:
         geometry = self.geometry
         if geometry is None or self.plan.left_live:
             return None
-        verdict = self._compared(image, geometry, self.tile or _tile(image, geometry))
+        verdict = self._compared(image, geometry, self.tile or geometry.quarter(image.shape[2:]))
         verdicts = [verdict] if verdict.axes else []
         uncut = sorted(set(range(len(geometry.stride))) - set(verdict.axes))
-        thin = thinnest(partial(self.caller, self.model), image, geometry) if uncut else ()
+        thin = (self.cross or thinnest(self.run, image, geometry)) if uncut else ()
         for axis in uncut:
             long, tile = _longer_than_windows(image, geometry, axis, thin)
             verdicts.append(self._compared(long, geometry, tile))
@@ -82,9 +92,9 @@ class Subject:
         scale = tuple(Fraction(a, b) for a, b in zip(whole.shape[2:], space, strict=True))
         units = (_UNIT,) * len(space)
         geometry = Geometry(stride=units, halo=((_UNIT, _UNIT),) * len(space), scale=scale, multiple=units)
-        tile = _tile(image, geometry)
+        tile = geometry.quarter(image.shape[2:])
         try:
-            parts = tiled(lambda x: self.caller(self.model, x), image, tile, geometry)
+            parts = tiled(self.run, image, tile, geometry)
         except refusals():
             return None
         largest, mean = deviation(parts, whole, spread)
@@ -105,35 +115,33 @@ class Subject:
         Where the census finds anything live there, `judge` is asked which of it the scan has found not to be.
         """
         other = self.other(image)
-        modules, calls = dict(self.model.named_modules()), Counter[str]()
-        handles = [
-            modules[d.target].register_forward_pre_hook(
-                lambda module, args, target=d.target: calls.update([target])
-            )
-            for d in self.plan.converted
-            if d.target in modules
-        ]
-        try:
-            self.caller(self.model, other)
-        finally:
-            for handle in handles:
-                handle.remove()
         exact = self.geometry.multiple if self.geometry else ()
-        sites = survey(self.model, self.caller, other, exact=exact).sites
-        judged = judge(other, sites) if any(site.live for site in sites) else ()
-        return used(calls, sites, self.plan, judged, self._differing(other))
+        found = survey(self.model, self.caller, other, exact=exact, stacked=False)
+        judged = judge(other, found.sites) if any(site.live for site in found.sites) else ()
+        differing = self._differing(other, found.result)
+        return used(found.invocations, found.sites, self.plan, judged, differing)
 
-    def _differing(self, image: Tensor) -> list[str]:
+    def _differing(self, image: Tensor, actual: Tensor) -> list[str]:
         """Return where the network does not give what its statistics say."""
         if self.original is None:
             return differing_layers(self.model, self.plan, partial(self.caller, self.model, image))
-        return differing_from_original(self.original, self.model, self.plan, self.caller, image)
+        return differing_from_original(self.original, self.model, self.plan, self.caller, image, actual)
 
     def _compared(self, image: Tensor, geometry: Geometry, tile: int | tuple[int, ...]) -> Verdict:
         """Compare tiles with the whole; tiles nobody asked for are doubled while the network takes none so small."""
         while True:
             try:
-                return compare_with(self.model, self.caller, image, geometry, tile=tile, sizes=self.sizes)
+                return compare_with(
+                    self.model,
+                    self.caller,
+                    image,
+                    geometry,
+                    tile=tile,
+                    run=self.run,
+                    cross=self.cross,
+                    double=self.double,
+                    sizes=self.sizes,
+                )
             except NotTaken:
                 small = isinstance(tile, tuple) and any(
                     t < n for t, n in zip(tile, image.shape[2:], strict=True)
@@ -142,23 +150,6 @@ class Subject:
                     raise
             assert isinstance(tile, tuple)
             tile = tuple(2 * t for t in tile)
-
-
-def middle_of(image: Image) -> Tensor:
-    """Return the middle of an image that is read by window, small enough for whole forward passes."""
-    limit = {1: 1 << 14, 2: 512, 3: 96}[len(image.shape) - 2]
-    starts = [max(0, (n - limit) // 2) for n in image.shape[2:]]
-    return image.read(
-        [(start, min(n, start + limit)) for start, n in zip(starts, image.shape[2:], strict=True)]
-    )
-
-
-def _tile(image: Tensor, geometry: Geometry) -> tuple[int, ...]:
-    """Return a tile that leaves several windows per axis: a quarter of the image, at most 256 pixels."""
-    return tuple(
-        max(stride, min(256, n // 4) // stride * stride)
-        for n, stride in zip(image.shape[2:], geometry.stride, strict=True)
-    )
 
 
 def _longer_than_windows(

@@ -35,7 +35,7 @@ _ROUNDINGS = 32
 
 
 def differing_from_original(
-    original: nn.Module, converted: nn.Module, plan: Plan, caller: Caller, image: Tensor
+    original: nn.Module, converted: nn.Module, plan: Plan, caller: Caller, image: Tensor, actual: Tensor
 ) -> list[str]:
     """Compare the converted network with the original whose statistics are held at the stored values.
 
@@ -45,13 +45,13 @@ def differing_from_original(
         plan: of the conversion.
         caller: calls either.
         image: any that both run on.
+        actual: what the converted network gives for it.
 
     Returns:
         What is wrong, in words; nothing if they agree.
     """
     if gone := [d.site.id for d in plan.converted if d.measured and not _holds(converted, d)]:
         return [f"{site} lost its layer" for site in gone]
-    actual = caller(converted, image)
     if not actual.is_floating_point():  # a choice between classes; the proof is inconclusive for it anyway
         return []
     expected, missing = _held(original, converted, plan, caller, image)
@@ -107,7 +107,7 @@ def _held(
         left.pop(site, None)
         if decision.site.layer is None:
             return _replaced(live, converted.get_submodule(decision.target).values())  # type: ignore[operator]
-        given = bound(site.split("/")[-2], args, kwargs)
+        given = bound(decision.site.function, args, kwargs)
         mean, var = _stored(converted, decision)
         affine = given.get("weight"), given.get("bias")
         return _replaced(live, [_normalised(given["input"], mean, var, float(given["eps"]), [affine])])

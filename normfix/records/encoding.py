@@ -11,14 +11,16 @@ import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from typing_extensions import Self
 
 from normfix.errors import NormfixError
+from normfix.records.choices import StrEnum
 
-__all__ = ["SCHEMA", "Record", "parsed", "read_text"]
+__all__ = ["SCHEMA", "Record", "once", "parsed", "read_text"]
 
 SCHEMA = 1
 """Version of the JSON of plans and saved folders."""
@@ -78,7 +80,7 @@ def parsed(text: str, where: str) -> Any:
             where=where,
         )
     try:
-        return json.loads(text, object_pairs_hook=_once)
+        return json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
         raise NormfixError("NF101", f"cannot read it as JSON: {error}.", where=where) from error
 
@@ -109,8 +111,12 @@ def read_text(path: Path) -> str:
     return text
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object, if no name stands twice in it: programs disagree about which one counts."""
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, if no name stands twice in it: programs disagree about which one counts.
+
+    Raises:
+        ValueError: if one does.
+    """
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a name stands twice in one object")

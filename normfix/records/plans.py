@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Literal
 
+from normfix.records.choices import StrEnum
 from normfix.records.encoding import SCHEMA, Record
 from normfix.records.sites import Site
 

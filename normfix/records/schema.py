@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import types
 from dataclasses import fields, is_dataclass
-from enum import StrEnum
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from normfix.records.choices import StrEnum
 
 __all__ = ["record_schema", "schema_of"]
 

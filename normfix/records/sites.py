@@ -7,14 +7,25 @@ The records an API call returns and those `--format json` prints are the same ob
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Literal
 
+from normfix.records.choices import StrEnum
+from normfix.records.derivations import Reach
 from normfix.records.encoding import Record
 from normfix.records.sizes import ProvedSizes
 from normfix.records.spans import Spans
 
-__all__ = ["Family", "Finding", "LayerSpec", "Looked", "Scan", "Site", "StatisticSpec", "site_id"]
+__all__ = [
+    "Family",
+    "Finding",
+    "LayerSpec",
+    "Looked",
+    "Scan",
+    "Site",
+    "StatisticSpec",
+    "function_of",
+    "site_id",
+]
 
 
 class Family(StrEnum):
@@ -149,12 +160,13 @@ class Scan(Record):
     """Sites of a network and the geometry its output has once they are frozen.
 
     `stride`, `halo`, `scale` and `exact_sizes` run over the spatial axes. `halo` holds (before, after) in
-    input pixels as measured; None means unbounded or not measurable. `halo_rounded` is it rounded up to the stride:
+    input pixels: the bound that the network's graph gives, or as measured where it gives none; `reach` says which, and
+    holds both. None means unbounded or not measurable. `halo_rounded` is it rounded up to the stride:
     what a tile must read, by whatever tool. `scale` is output pixels per input pixel, as a
     fraction in text ("1", "1/2", "2"). `exact_sizes` holds the number of pixels that sizes must be a
-    multiple of (1 = any), `smallest_tile` the least extents the network runs on, `sizes` the sizes that all of this is
-    said of. Geometry is None where the
-    network is not dense or not local.
+    multiple of (1 = any), `smallest_tile` the least extents the network runs on, `sizes` the sizes that
+    all of this is said of. Geometry is None where the network is not dense or not local. `draws` tells that the
+    network draws random numbers, which normfix gives it from a source of its own, the same in every call.
     """
 
     model: str
@@ -169,9 +181,11 @@ class Scan(Record):
     exact_sizes: tuple[int, ...] | None
     smallest_tile: tuple[int, ...] | None = None
     halo_rounded: Spans | None = None
+    reach: Reach | None = None
     sizes: ProvedSizes | None = None
     looks: tuple[Looked, ...] = ()
     findings: tuple[Finding, ...] = ()
+    draws: bool = False
 
     @property
     def live(self) -> tuple[Site, ...]:
@@ -195,3 +209,12 @@ def site_id(owner: str, invocation: int, function: str, index: int) -> str:
     '(root)/0/mean/1'
     """
     return f"{owner or '(root)'}/{invocation}/{function}/{index}"
+
+
+def function_of(site: str) -> str:
+    """Return the function of a call that is known by its name alone.
+
+    >>> function_of("encoder.norm/0/batch_norm/1")
+    'batch_norm'
+    """
+    return site.rsplit("/", 2)[1]

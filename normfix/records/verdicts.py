@@ -30,7 +30,9 @@ class Verdict(Record):
     at most 1e-3) passes, up to `threshold` (100 n, at most 1e-3, unless given) warns and passes, above it fails
     if a repeat in float64 confirms it.
     `interference` is the largest relative change of a tile's output when everything outside its window is
-    multiplied by 1e12 in float64, one entry per axis. Tiles read `halo_rounded`, the halo rounded up to the stride.
+    multiplied by 1e12 in float64, one entry per axis. `settings` name the network, the image, device and precision.
+    Tiles read `halo_rounded`, the halo rounded up to the stride.
+    `reach` tells in words where the halo is from: the network's graph, or a measurement and how far it looked.
     """
 
     status: Literal["passed", "failed", "inconclusive"]
@@ -51,11 +53,16 @@ class Verdict(Record):
     findings: tuple[Finding, ...]
     settings: tuple[tuple[str, str], ...]
     halo_rounded: Spans = ()
+    reach: str = ""
 
     @property
     def passed(self) -> bool:
         """Tell whether the network is tile-invariant on this image."""
         return self.status == "passed"
+
+    def __bool__(self) -> bool:
+        """Be true for a pass only, so that `assert normfix.check(...)` fails where it must."""
+        return self.passed
 
     @property
     def inconclusive(self) -> bool:
@@ -92,6 +99,10 @@ class Proof(Record):
     def passed(self) -> bool:
         """Tell whether every step that applies passed, and any did."""
         return self._all("passed", "inapplicable")
+
+    def __bool__(self) -> bool:
+        """Be true for a pass only."""
+        return self.passed
 
     @property
     def partial(self) -> bool:

@@ -23,10 +23,11 @@ _TAGS = {"failed": "failure", "refused": "failure", "inconclusive": "error", "in
 def junit(record: Record) -> str:
     """Return a <testsuites> document with the verdict and one case per named cause, or per step of a proof."""
     suite = ET.Element("testsuite", name="normfix")
+    place = _place(record)
     cases = (
         [(step.name, step.status, f"{step.claim}: {step.note}") for step in record.steps]
         if isinstance(record, Proof)
-        else [("tile-invariant", _status(record), headline(record))]
+        else [(f"tile-invariant{_compared(record)}", _status(record), headline(record))]
     )
     for culprit in record.culprits if isinstance(record, DiagnosisRecord | PipelineRecord) else ():
         evidence = (
@@ -34,7 +35,7 @@ def junit(record: Record) -> str:
         )
         cases.append((f"cause: {culprit.cause}", "failed", f"{evidence}. {culprit.remedy}"))
     for name, outcome, message in cases:
-        case = ET.SubElement(suite, "testcase", classname="normfix", name=name)
+        case = ET.SubElement(suite, "testcase", classname=place, name=_clean(name))
         if outcome != "passed":
             tag = _TAGS[outcome]
             ET.SubElement(case, tag, message=_clean(message), type=outcome)
@@ -45,6 +46,22 @@ def junit(record: Record) -> str:
     root.append(suite)
     ET.indent(root)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+
+
+def _place(record: Record) -> str:
+    """Return what tells the cases of one network from those of another."""
+    named = dict(getattr(record, "settings", ()))
+    return _clean(".".join(["normfix", *filter(None, [named.get("model") or named.get("network")])]))
+
+
+def _compared(record: Record) -> str:
+    """Return what tells two checks of one network apart: image and tile."""
+    if not isinstance(record, Verdict):
+        return ""
+    named = dict(record.settings)
+    image = named.get("file") or named.get("image")
+    tile = "x".join(map(str, record.tile))
+    return f"[{', '.join(filter(None, [image, f'tile {tile}' if tile else '']))}]"
 
 
 def _status(record: Record) -> str:

@@ -8,7 +8,9 @@ from normfix.records.diagnoses import DiagnosisRecord, PipelineRecord
 from normfix.records.encoding import Record
 from normfix.records.verdicts import Proof, Verdict
 
-__all__ = ["headline"]
+__all__ = ["duration_text", "explanation", "headline"]
+
+_MOST_LINES, _WIDTH = 7, 200
 
 
 def headline(record: Record) -> str:
@@ -21,6 +23,41 @@ def headline(record: Record) -> str:
         return _proof(record)
     assert isinstance(record, Verdict)
     return _verdict(record)
+
+
+def explanation(verdict: Verdict) -> str:
+    """Say in at most ten lines why a verdict is no pass: cause and remedy, what was compared, what else was found."""
+    named = dict(verdict.settings)
+    what = f"{named.get('network', 'The pipeline')} on an image of {named.get('image', 'one size')}"
+    tile = "x".join(map(str, verdict.tile)) or "no size"
+    size = f"up to {verdict.max_sd:.2g} sd from the whole image, where {verdict.threshold:.1g} passes"
+    lines = [f"{verdict.status}: {_cause(verdict)}", f"{what}, tiles of {tile}: {size}."]
+    others = [f for f in verdict.findings if f.code != "NF401"] if _live(verdict) else verdict.findings[1:]
+    lines += [f"{f.code} {f.where}: {f.message}"[:_WIDTH] for f in others[:_MOST_LINES]]
+    if len(others) > _MOST_LINES:
+        lines.append(f"and {len(others) - _MOST_LINES} more findings")
+    return "\n".join(lines)
+
+
+def _live(verdict: Verdict) -> list[str]:
+    return [f.where for f in verdict.findings if f.code == "NF401"]
+
+
+def _cause(verdict: Verdict) -> str:
+    """Say what makes tiles differ and what to do about it; live statistics before what follows from them."""
+    live = _live(verdict)
+    if not live:
+        first = verdict.findings[:1]
+        return first[0].message if first else "tiles differ from the whole image."
+    kinds = Counter(site.split("/")[-2] if site.count("/") > 1 else site for site in live)
+    counted = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(4))
+    named = dict(verdict.settings)
+    model, image = named.get("model", "MODEL"), named.get("file", "IMAGE")
+    one = len(live) == 1
+    return (
+        f"{len(live)} statistic{'' if one else 's'} {'is' if one else 'are'} computed from the tile ({counted}; "
+        f"first {live[0]}). Freeze {'it' if one else 'them'}: normfix convert {model} {image} --to frozen -o FIXED."
+    )
 
 
 def _diagnosis(record: DiagnosisRecord) -> str:
@@ -59,7 +96,7 @@ def _pipeline(record: PipelineRecord) -> str:
 
 
 def _verdict(verdict: Verdict) -> str:
-    reasons = "; ".join(f"{f.where}: {f.message}" for f in verdict.findings[:2])
+    reasons = _cause(verdict)
     limit = f" (threshold {verdict.threshold:.1g})"
     match verdict.status:
         case "passed":
@@ -68,3 +105,14 @@ def _verdict(verdict: Verdict) -> str:
             return f"Failed: tiles are up to {verdict.max_sd:.2g} sd away{limit}. {reasons}"
         case _:
             return f"Inconclusive, which is not a pass. {reasons}"
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration in the unit that suits it.
+
+    >>> duration_text(4.2), duration_text(600), duration_text(90_000)
+    ('5 seconds', '10 minutes', '25.0 hours')
+    """
+    if seconds < 100:
+        return f"{max(1, -int(-seconds // 1))} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"

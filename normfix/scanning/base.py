@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from normfix.errors import NormfixError
 from normfix.networks.alone import run_alone
-from normfix.networks.calling import Caller, NotTaken, home_of
+from normfix.networks.calling import Caller, NotTaken, evaluating, home_of, take_buffers_
 from normfix.networks.copying import as_trained_copy, copy_of
+from normfix.networks.examples import default_example, fitting_example, probing_part
+from normfix.networks.intake import Intake, is_lazy
 from normfix.networks.numerics import IDENTITY, deviation
 from normfix.networks.randomness import OwnRandomness
 from normfix.scanning.sites import materialise_
@@ -21,51 +24,124 @@ __all__ = ["Base", "base_of"]
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A network that everything is derived from, and how it is called from here on."""
+    """A network that everything is derived from, how it is called from here on, and what to scan it with.
+
+    `spares` are copies of it that ran on small inputs already and gave what a copy gives that had run on nothing.
+    """
 
     network: nn.Module
     caller: Caller
+    example: Tensor
+    spares: list[nn.Module]
+
+    def copy(self) -> nn.Module:
+        """Return a copy of the network that is the caller's to change."""
+        return self.spares.pop() if self.spares else copy_of(self.network)
 
 
 def base_of(
     model: nn.Module,
-    example: Tensor,
+    image: Tensor | None,
     caller: Caller,
     *,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    example: Tensor | None = None,
     as_trained: bool = False,
 ) -> Base:
-    """Return the copy that everything is derived from: materialised, on its device, in its dtype."""
+    """Return the copy that everything is derived from, materialised.
+
+    Args:
+        model: not modified.
+        image: (N, C, *space), whose middle is scanned with; None for noise of a shape that the network takes.
+        caller: calls it.
+        example: what to scan with instead.
+        as_trained: let batch and instance norms use the statistics of their input.
+
+    Raises:
+        NormfixError: NF106 if the image is none for the network, NF109 if it does not run on the example, NF208 if a
+            copy of it runs what is not copied, NF246 if a run depends on those before it.
+    """
     base = as_trained_copy(model) if as_trained else copy_of(model)
-    base.to(device=device, dtype=dtype)
+    trials = _Trials(base, model, caller)
+    if example is None:
+        intake = trials.intake()
+        example = default_example(model, intake) if image is None else fitting_example(model, image, intake)
     given = example.to(*home_of(base))
     with OwnRandomness():
         materialise_(base, caller, given)
     try:
-        draws = _require_one_network(base, model, caller, _quarter(given))
+        draws = trials.require_one_network(probing_part(given))
     except NotTaken:
-        draws = _require_one_network(base, model, caller, given)
-    return Base(base, replace(caller, draws=draws))
+        trials = _Trials(base, model, caller)
+        draws = trials.require_one_network(given)
+    return Base(base, replace(caller, draws=draws), example, trials.spares())
 
 
-def _quarter(example: Tensor) -> Tensor:
-    """Return a corner of half the extents, on which most networks run as well."""
-    for axis in range(2, example.dim()):
-        if example.shape[axis] >= 64:
-            example = example.narrow(axis, 0, example.shape[axis] // 2)
-    return example
+class _Trials:
+    """Two copies of the base that make sure that what runs is a copy alone, and that each run is for itself.
 
-
-def _require_one_network(base: nn.Module, model: nn.Module, caller: Caller, example: Tensor) -> bool:
-    """Make sure, on copies, that what runs is the copy alone, and that each run is for itself; tell whether it draws.
-
-    Raises:
-        NormfixError: NF109 if it does not run on the example, NF208 and NF246 as below.
+    The first runs on an input before it has seen any, the second after another one of that shape: one on which it was
+    tried what the network takes, where there was one.
     """
-    first, draws = _drawing(lambda: run_alone(copy_of(base).eval(), model, caller, example))
-    _require_no_memory(copy_of(base).eval(), replace(caller, draws=draws), example, first)
-    return draws
+
+    def __init__(self, base: nn.Module, model: nn.Module, caller: Caller) -> None:
+        self._base, self._model, self._caller = base, model, caller
+        self._first: nn.Module | None = None
+        self._second: nn.Module | None = None
+        self._seen: Mapping[tuple[int, ...], object] = {}
+
+    def intake(self) -> Intake:
+        """Return what tells what the network takes, by runs of the second copy."""
+        # a lazy copy keeps the first shape that it sees
+        self._second = None if is_lazy(self._base) else copy_of(self._base)
+        intake = Intake(self._model, self._caller, self._second)
+        self._seen = intake.seen
+        return intake
+
+    def spares(self) -> list[nn.Module]:
+        """Return the copies, for other uses: what they keep of a run was shown not to count."""
+        copies = [copied for copied in (self._first, self._second) if copied is not None]
+        for copied in copies:
+            take_buffers_(copied, self._base)
+        return copies
+
+    def require_one_network(self, example: Tensor) -> bool:
+        """Make both sure; tell whether the network draws random numbers.
+
+        Raises:
+            NormfixError: NF109 if it does not run on the example, NF208 and NF246 as for `base_of`.
+        """
+        first, draws = _drawing(partial(self._run_first, example))
+        if self._second is None or not all(self._seen.values()):
+            self._second, self._seen = copy_of(self._base), {}
+        self._require_no_memory(self._second, replace(self._caller, draws=draws), example, first)
+        return draws
+
+    def _run_first(self, example: Tensor) -> Tensor:
+        self._first = copy_of(self._base)
+        watched = replace(self._caller, draws=False)  # what is drawn from a source of its own is not seen
+        with evaluating(self._first):
+            return run_alone(self._first, self._model, watched, example)
+
+    def _require_no_memory(self, tried: nn.Module, caller: Caller, example: Tensor, first: Tensor) -> None:
+        """Run a copy on another input, then on the example: it must give what one gave that had seen nothing before.
+
+        Raises:
+            NormfixError: NF246 if it does not, so that "the original's output on an image" is no such thing.
+        """
+        with torch.no_grad(), evaluating(tried):
+            if tuple(example.shape[1:]) not in self._seen:
+                caller(tried, example.flip(-1) * 0.5)
+            again = caller(tried, example)
+        a, b = first.double().nan_to_num(), again.double().nan_to_num()
+        bound = IDENTITY.get(first.dtype, 0.0)
+        if a.shape == b.shape and deviation(b, a, float(a.std().nan_to_num()) or 1.0)[0] <= bound:
+            return
+        raise NormfixError(
+            "NF246",
+            "its output on one input is another after it has run on a different one: it keeps what it computed in an "
+            "attribute or buffer, or draws random numbers of its own. Compute it anew in every forward, or reset it.",
+            where=type(tried).__name__,
+        )
 
 
 def _drawing(run: Callable[[], Tensor]) -> tuple[Tensor, bool]:
@@ -77,24 +153,3 @@ def _drawing(run: Callable[[], Tensor]) -> tuple[Tensor, bool]:
                 return run(), source.drawn
         except NotTaken:  # perhaps of being watched
             return run(), False
-
-
-def _require_no_memory(untried: nn.Module, caller: Caller, example: Tensor, first: Tensor) -> None:
-    """Run a copy on another input, then on the example: it must give what one gave that had seen nothing before.
-
-    Raises:
-        NormfixError: NF246 if it does not, so that "the original's output on an image" is no such thing.
-    """
-    with torch.no_grad():
-        caller(untried, example.flip(-1) * 0.5)
-        again = caller(untried, example)
-    a, b = first.double().nan_to_num(), again.double().nan_to_num()
-    bound = IDENTITY.get(first.dtype, 0.0)
-    if a.shape == b.shape and deviation(b, a, float(a.std().nan_to_num()) or 1.0)[0] <= bound:
-        return
-    raise NormfixError(
-        "NF246",
-        "its output on one input is another after it has run on a different one: it keeps what it computed in an "
-        "attribute or buffer, or draws random numbers of its own. Compute it anew in every forward, or reset it.",
-        where=type(untried).__name__,
-    )

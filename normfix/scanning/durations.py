@@ -7,6 +7,7 @@ right within a factor of three or so, which is enough to decide whether to wait.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from normfix.networks.calling import Caller, evaluating, home_of
+from normfix.reporting.sentences import duration_text
 from normfix.tiling.grid import Geometry
 
-__all__ = ["Announce", "Durations", "announce_notable", "announced_nowhere"]
+__all__ = ["Durations", "tell_notable"]
 
-Announce = Callable[[str, float], None]
-"""Is told a stage and its seconds before it starts."""
+_LOG = logging.getLogger("normfix")
 
 _NOTABLE = 20.0
-"""Seconds from which on a stage is announced."""
+"""Seconds from which on a stage is told of."""
 
 _SCAN, _EXPORT = 20.0, 4.0
 """Passes of a scan (measured: 8 to 22), and seconds that capturing the graph takes beside it (3 to 5)."""
@@ -33,14 +34,13 @@ _FREEZE, _COMPARE, _TILES, _AROUND = 2.0, 3.0, 1.2, 10.0
 beside them, on strips and other inputs."""
 
 
-def announced_nowhere(stage: str, seconds: float) -> None:
-    """Say nothing."""
+def tell_notable(stage: str, duration: Callable[[], float]) -> None:
+    """Log what a stage that takes long will take, before it starts, where anybody listens at level INFO.
 
-
-def announce_notable(announce: Announce, stage: str, seconds: float) -> None:
-    """Announce a stage that takes long."""
-    if seconds > _NOTABLE:
-        announce(stage, seconds)
+    Nobody who does not listen pays for `duration`, which returns seconds.
+    """
+    if _LOG.isEnabledFor(logging.INFO) and (seconds := duration()) > _NOTABLE:
+        _LOG.info("%s: about %s", stage, duration_text(seconds))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +76,10 @@ class Durations:
         """Return the seconds of a proof on the first image, and of one comparison on each other."""
         first, *others = sizes
         overlap = 1.0
-        for axis, n in enumerate(first if geometry is not None else ()):
-            assert geometry is not None
-            side = min(n, tile or max(geometry.stride[axis], min(256, n // 4)))
-            overlap *= min(n, side + sum(geometry.halo[axis])) / side
+        if geometry is not None:
+            sides = (tile,) * len(first) if tile else geometry.quarter(first)
+            for n, side, halo in zip(first, sides, geometry.halo, strict=True):
+                overlap *= min(n, side + sum(halo)) / min(n, side)
         compared = (_COMPARE + _TILES * overlap) * self._pass(first) + _AROUND * self.seconds
         return compared + 2 * sum(map(self._pass, others)) + (_FREEZE * self._pass(first) if others else 0.0)
 

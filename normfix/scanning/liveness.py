@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from enum import StrEnum
 
+from normfix.records.choices import StrEnum
 from normfix.scanning.census import LEAVES, PICKS, Call
 from normfix.scanning.growth import FIXED, REDUCED, SQUARED, Growth
 

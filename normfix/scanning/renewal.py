@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from normfix.networks.calling import Caller, refusals
 from normfix.networks.copying import copy_of
 from normfix.networks.examples import fitting_example
+from normfix.networks.intake import Intake
 from normfix.networks.numerics import exact_arithmetic
 from normfix.networks.operators import compares
 from normfix.networks.provenance import attach_, is_current, provenance_of
@@ -64,7 +65,7 @@ def renewed(model: nn.Module, known: Provenance, image: Tensor, caller: Caller) 
     others = any(decision.site.statistic is not None for decision in known.plan.converted)
     if geometry is None or known.plan.left_live:
         return scan
-    example = fitting_example(model, image, caller)
+    example = fitting_example(model, image, Intake(model, caller))
     with exact_arithmetic():
         probe = copy_of(model).cpu().float().eval()
         material = example[:1].detach().cpu().float()
@@ -73,7 +74,7 @@ def renewed(model: nn.Module, known: Provenance, image: Tensor, caller: Caller) 
         ):
             return scan
     base = base_of(model, example, caller)
-    found = look(base.network, example, base.caller).scan
+    found = look(base.copy(), base.example, base.caller).scan
     if geometry_of(found) == geometry:
         return scan
     return _changed(scan, found)
@@ -98,6 +99,7 @@ def _changed(scan: Scan, found: Scan) -> Scan:
         exact_sizes=found.exact_sizes,
         smallest_tile=found.smallest_tile,
         halo_rounded=found.halo_rounded,
+        reach=found.reach,
         tile_invariant=scan.tile_invariant and found.tile_invariant,
         sizes=found.sizes,
         findings=(*(f for f in scan.findings if f.code != "NF262"), finding),

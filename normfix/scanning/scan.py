@@ -9,13 +9,12 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from normfix.conversion.measuring import measure_sites_
+from normfix.conversion.measuring import freeze_sites_
 from normfix.conversion.planning import decide
-from normfix.conversion.rewriting import rewrite
+from normfix.conversion.rewriting import rewrite_
 from normfix.conversion.targets import site_target
-from normfix.networks.calling import Caller, class_of, refusals, require_network
+from normfix.networks.calling import Caller, class_of, refusals
 from normfix.networks.copying import copy_of
-from normfix.networks.examples import default_example
 from normfix.networks.numerics import exact_arithmetic
 from normfix.networks.surroundings import undisturbed
 from normfix.records.plans import Plan
@@ -25,13 +24,14 @@ from normfix.records.spans import in_strides
 from normfix.scanning.base import base_of
 from normfix.scanning.crossings import Crossings
 from normfix.scanning.doubts import Doubts
-from normfix.scanning.durations import Announce, Durations, announce_notable, announced_nowhere
+from normfix.scanning.durations import Durations, tell_notable
 from normfix.scanning.graph.bounds import AXES, SizeLook
 from normfix.scanning.graph.look import GraphLook, graph_look, size_look
 from normfix.scanning.merging import Merged, merge
 from normfix.scanning.positions import Positions
 from normfix.scanning.sightings import Dyed, confirmed, dye_look
 from normfix.scanning.sites import Survey, survey
+from normfix.scanning.witnesses import HaloSource, Witness, witness_of
 from normfix.tiling.geometry import Locality, measure_locality, not_dense
 from normfix.tiling.grid import Geometry
 
@@ -43,10 +43,16 @@ _PROVED = "nothing was captured: what follows is proved, so the other looks are 
 
 @dataclass(frozen=True, slots=True)
 class Scanned:
-    """A scan and the geometry in numbers."""
+    """A scan, the geometry in numbers, and what it was measured on.
+
+    `cross` are the extents of the thinnest strip that the network runs on, () where they are not those of its strides;
+    `double` the network in float64 with every site frozen, for who can use it again.
+    """
 
     scan: Scan
     geometry: Geometry | None
+    cross: tuple[int, ...] = ()
+    double: nn.Module | None = None
 
 
 @undisturbed()
@@ -58,7 +64,7 @@ def scan(
     output: str | int | None = None,
     as_trained: bool = False,
     fast: bool = False,
-    announce: Announce = announced_nowhere,
+    halo: HaloSource = "graph",
 ) -> Scan:
     """Find every statistic of the tile, and the geometry once they are frozen.
 
@@ -69,10 +75,12 @@ def scan(
         output: key or index of the output that counts.
         as_trained: treat batch and instance norms as in train mode, where they are live.
         fast: skip the dye's confirmation; `Scan.looks` says so.
-        announce: called with ("scan", seconds) before a scan that will take long (normfix.scanning.durations).
+        halo: "graph" takes the bound that the network's graph gives, where it gives one; "measured" takes what the dye
+            shows, which `Scan.reach` says.
 
     Raises:
-        NormfixError: NF109 if the network does not run on the example, NF110 if `output` names no tensor.
+        NormfixError: NF109 if the network does not run on the example, NF110 if `output` names no tensor, NF251 if the
+            dye shows more than the graph's bound.
 
     Example:
         >>> import normfix, torch
@@ -82,14 +90,11 @@ def scan(
         (['1/0/instance_norm/0'], ((1, 1), (1, 1)), False)
     """
     caller = Caller(forward_fn, output)
-    if example is None:
-        require_network(model)
-        example = default_example(model, caller)
-    base = base_of(model, example, caller, as_trained=as_trained)
-    if announce is not announced_nowhere and not fast:
-        duration = Durations.of(base.network, example, base.caller).scan(graph=True)
-        announce_notable(announce, "scan", duration)
-    return look(base.network, example, base.caller, fast=fast, graph=True).scan
+    base = base_of(model, None, caller, example=example, as_trained=as_trained)
+    if not fast:
+        timed = (base.network, base.example, base.caller)
+        tell_notable("scan", lambda: Durations.of(*timed).scan(graph=True))
+    return look(base.copy(), base.example, base.caller, fast=fast, graph=True, halo=halo).scan
 
 
 def plan(scan: Scan, to: Literal["frozen", "batchrenorm"] = "frozen", keep: Sequence[str] = ()) -> Plan:
@@ -107,18 +112,26 @@ def plan(scan: Scan, to: Literal["frozen", "batchrenorm"] = "frozen", keep: Sequ
 
 
 def look(
-    base: nn.Module, example: Tensor, caller: Caller, *, fast: bool = False, graph: bool = False
+    probe: nn.Module,
+    example: Tensor,
+    caller: Caller,
+    *,
+    fast: bool = False,
+    graph: bool = False,
+    halo: HaloSource = "graph",
 ) -> Scanned:
-    """Scan a materialised network on CPU in float32 (geometry in float64 too); not modified.
+    """Scan a materialised network on CPU in float32 (geometry in float64 too).
 
     Args:
-        base: as base_of gives it.
+        probe: a copy of what base_of gives; it is moved and rewritten, and nobody's after that.
         example: (N, C, *space).
         caller: calls it.
         fast: leave out the dye and the graph.
-        graph: capture its graph as well, which takes seconds.
+        graph: hold its graph against the census as well, which takes seconds.
+        halo: which witness of the reach is taken.
     """
-    probe = copy_of(base).cpu().float().eval()
+    name = class_of(probe)
+    probe.cpu().float().eval()
     material = example[:1].detach().cpu().float()
     positions = Positions()
     with exact_arithmetic():
@@ -147,7 +160,7 @@ def look(
         )
         seen = _measured(
             probe,
-            class_of(base),
+            name,
             doubts,
             merged,
             found,
@@ -155,6 +168,7 @@ def look(
             caller,
             tried=sizes,
             fast=fast,
+            halo=halo,
         )
         run = seen.largest
         proved = ProvedSizes(
@@ -168,7 +182,7 @@ def look(
     geometry, locality = seen.locality.geometry, seen.locality
     return Scanned(
         Scan(
-            model=class_of(base),
+            model=name,
             example=tuple(example.shape),
             sites=seen.sites,
             uncalled=found.uncalled,
@@ -180,11 +194,15 @@ def look(
             exact_sizes=geometry.multiple if geometry else None,
             smallest_tile=locality.smallest_tile,
             halo_rounded=in_strides(geometry.halo, geometry.stride) if geometry else None,
+            reach=seen.witness.reach(locality) if seen.witness else None,
             sizes=proved,
             looks=merged.looks,
             findings=found.findings + seen.findings + locality.findings,
+            draws=caller.draws,
         ),
         geometry,
+        locality.cross if geometry is not None and geometry.stride == locality.grid else (),
+        seen.double,
     )
 
 
@@ -202,6 +220,8 @@ class _Measured:
     bounds: tuple[Condition, ...]
     differing: tuple[Condition, ...]
     largest: _Largest
+    witness: Witness | None = None
+    double: nn.Module | None = None
 
 
 def _measured(
@@ -215,6 +235,7 @@ def _measured(
     *,
     tried: SizeLook,
     fast: bool,
+    halo: HaloSource,
 ) -> _Measured:
     """Measure the geometry as if every doubt were unfounded, and settle those that the measurement shows to be."""
     trial = doubts.settled(merged.sites)
@@ -222,12 +243,15 @@ def _measured(
     bench = (
         None
         if everything.left_live or not found.dense
-        else _bench(probe, everything, found, caller, material)
+        else _bench(probe, everything, found, caller, material, halo)
     )
     if bench is None:
         locality = _unmeasured(everything, found, material)
     else:
         locality = bench.measured(found.dilution, doubts, fast=fast)
+    witness = None if bench is None else bench.witness
+    beyond = () if witness is None else witness.findings(locality)
+    double = None if bench is None else bench.twin
     # what did not hold on longer strips is believed of the example only
     largest = _Largest(material.dim() - 2)
     broken: tuple[Condition, ...] = ()
@@ -237,9 +261,9 @@ def _measured(
         largest = bench.largest
     if locality.steady and bench is not None:
         open_bounds = tuple(bound for bound in doubts.bounds if not bench.crossings(locality).crossed(bound))
-        findings = doubts.explained(merged.findings, (*open_bounds, *broken))
+        findings = doubts.explained(merged.findings, (*open_bounds, *broken)) + beyond
         sound = not any(site.live for site in trial) and not open_bounds and not broken
-        return _Measured(trial, locality, findings, sound, open_bounds, broken, largest)
+        return _Measured(trial, locality, findings, sound, open_bounds, broken, largest, witness, double)
     everything = decide(merged.sites, model=name, to="frozen")
     if everything.left_live:
         locality = _unmeasured(everything, found, material)
@@ -250,7 +274,17 @@ def _measured(
     live = any(site.live for site in merged.sites)
     sound = not live and not doubts.operations and not doubts.placed and not doubts.bounds
     bounds = tuple(bound for bound in doubts.bounds if bound not in broken)
-    return _Measured(merged.sites, locality, merged.findings + unsettled, sound, bounds, broken, largest)
+    return _Measured(
+        merged.sites,
+        locality,
+        merged.findings + unsettled + beyond,
+        sound,
+        bounds,
+        broken,
+        largest,
+        witness,
+        double,
+    )
 
 
 def _graph(
@@ -344,7 +378,9 @@ class _Bench:
 
     single: Callable[[Tensor], Tensor]
     double: Callable[[Tensor], Tensor]
+    twin: nn.Module
     example: Tensor
+    witness: Witness
     largest: _Largest
 
     def measured(self, dilution: Sequence[int], doubts: Doubts, *, fast: bool) -> Locality:
@@ -360,6 +396,7 @@ class _Bench:
             swallowed=doubts.swallowed,
             compared=doubts.compared,
             both_ends=doubts.wraps,
+            bound=self.witness.bound,
         )
 
     def crossings(self, locality: Locality) -> Crossings:
@@ -368,16 +405,25 @@ class _Bench:
         return Crossings(self.double, self.example, locality.geometry, locality.cross)
 
 
-def _bench(probe: nn.Module, everything: Plan, found: Survey, caller: Caller, example: Tensor) -> _Bench:
-    frozen = rewrite(probe, everything)
+def _bench(
+    probe: nn.Module,
+    everything: Plan,
+    found: Survey,
+    caller: Caller,
+    example: Tensor,
+    halo: HaloSource,
+) -> _Bench:
+    frozen = rewrite_(probe, everything)
     fresh = [d for d in everything.converted if d.measured]
-    small = found.sizes(example)[:1]
-    measure_sites_(frozen, [site_target(frozen, d, express=False) for d in fresh], small, caller)
+    small = found.sizes(example)[0]
+    freeze_sites_(frozen, [site_target(frozen, d, express=False) for d in fresh], small, caller)
     double = copy_of(frozen).double()
     largest = _Largest(example.dim() - 2)
     return _Bench(
         lambda x: caller(frozen, largest.noted(x)),
         lambda x: caller.in_double(double, largest.noted(x)),
+        double,
         example,
+        witness_of(frozen, caller, small, halo),
         largest,
     )

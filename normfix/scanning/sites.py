@@ -40,20 +40,27 @@ _IDLE = "which the output that counts does not depend on"
 class Survey:
     """What one look at the calls of a forward pass found.
 
-    `other` is the input of another size that was tried with the same calls; `reaching` the ids of calls from
+    `result` is what the network gave, `invocations` how often each module ran for it; `other` is the input of another
+    size that was tried with the same calls; `reaching` the ids of calls from
     which a path leads to the result, or out of tensors, without passing a statistic that can be frozen;
     `mapping` those of sites that make a map of a map and look by name or growth as if each pixel had seen all.
     """
 
     sites: tuple[Site, ...]
     uncalled: tuple[str, ...]
-    output: tuple[int, ...]
+    result: Tensor
+    invocations: Counter[str]
     follows: frozenset[int]
     dilution: tuple[int, ...]
     findings: tuple[Finding, ...]
     other: Tensor | None = None
     reaching: frozenset[str] = frozenset()
     mapping: frozenset[str] = frozenset()
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        """Return the shape of the result."""
+        return tuple(self.result.shape)
 
     @property
     def dense(self) -> bool:
@@ -67,7 +74,13 @@ class Survey:
 
 
 def survey(
-    model: nn.Module, run: Run, example: Tensor, follow: Follow = alone, exact: Sequence[int] = ()
+    model: nn.Module,
+    run: Run,
+    example: Tensor,
+    follow: Follow = alone,
+    exact: Sequence[int] = (),
+    *,
+    stacked: bool = True,
 ) -> Survey:
     """Find the sites of a network.
 
@@ -77,6 +90,7 @@ def survey(
         example: (N, C, *space); a second, nearby size is tried as well.
         follow: as for `census`, for each run.
         exact: per axis, what the extents are multiples of for which the network is known to be exact; () if unknown.
+        stacked: run on two images as well: it says how a statistic is frozen or why not, and nothing of what is live.
 
     Raises:
         NormfixError: NF109 if the network does not run on the example.
@@ -84,7 +98,8 @@ def survey(
     calls, invocations, output = census(model, run, example, follow=follow)
     functions = [c.function for c in calls]
     other = look_again(model, run, example, functions, follow, exact)
-    growth = Growth(example, calls, other, look_at_two(model, run, example, functions))
+    two = look_at_two(model, run, example, functions) if stacked else None
+    growth = Growth(example, calls, other, two)
     modules = dict(model.named_modules())
     found = _Sites(calls, growth, modules, invocations)
     if not _are_idle(model, run, example, found.idle(), output):
@@ -94,7 +109,8 @@ def survey(
     return Survey(
         sites=found.find(),
         uncalled=uncalled,
-        output=tuple(output.shape),
+        result=output,
+        invocations=invocations,
         follows=growth.of_output(output),
         dilution=growth.dilution(),
         findings=_findings(example, other, uncalled),

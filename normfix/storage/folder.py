@@ -26,6 +26,7 @@ from normfix.records.encoding import SCHEMA, parsed, read_text
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.saved import Probe, Provenance, Saved
 from normfix.records.verdicts import Proof
+from normfix.storage.instructions import arguments_of
 
 __all__ = [
     "MANIFEST",
@@ -254,8 +255,11 @@ def _stored(model: nn.Module) -> _Stored:
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _card(saved: Saved) -> str:
@@ -270,7 +274,7 @@ def _card(saved: Saved) -> str:
         autoescape=False,
         keep_trailing_newline=True,
     )  # Markdown, not HTML
-    return environment.get_template("card.md").render(saved=saved, base=base)
+    return environment.get_template("card.md").render(saved=saved, base=base, arguments=arguments_of(source))
 
 
 def seeded_input(probe_shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:

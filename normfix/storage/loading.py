@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from normfix.networks.calling import Caller, failures
 from normfix.networks.copying import copy_of
 from normfix.networks.devices import chosen
 from normfix.networks.graph.program import ProgramNetwork
+from normfix.networks.naming import name_of
 from normfix.networks.provenance import attach_
 from normfix.networks.surroundings import undisturbed
 from normfix.records.saved import Saved, Source
@@ -26,7 +27,7 @@ from normfix.scanning.sites import materialise_
 from normfix.storage.folder import MANIFEST, WEIGHTS, load_weights_, program_beside, read_manifest
 from normfix.storage.opening import open_path, open_spec
 from normfix.storage.opening.allocation import Stored, bounded_by
-from normfix.storage.opening.factories import rebuild
+from normfix.storage.opening.factories import built, rebuild
 from normfix.storage.opening.formats.exported import read_program
 from normfix.storage.opening.hub import HUB, fetched, require_repository
 from normfix.storage.opening.request import Loaded, Request
@@ -35,18 +36,22 @@ from normfix.storage.opening.workload import Workload
 from normfix.storage.probe import require_probe
 from normfix.storage.programs import SUFFIX, open_program
 
-__all__ = ["load", "open_any"]
+__all__ = ["Architecture", "load", "open_any"]
+
+Architecture = str | nn.Module | Callable[..., nn.Module]
+"""What a caller names an architecture by: its name, the network, or a class or function that builds it."""
 
 
 @undisturbed()
 def load(
     spec: str | Path,
     *,
-    arch: str | None = None,
+    arch: Architecture | None = None,
     args: Mapping[str, Any] | None = None,
     model: nn.Module | None = None,
+    trust: Sequence[str] = (),
     trust_pickle: bool = False,
-    allow_classes: tuple[str, ...] = (),
+    allow_classes: Sequence[str] = (),
     weights: str | None = None,
     revision: str | None = None,
     device: torch.device | str | None = None,
@@ -58,10 +63,14 @@ def load(
     the network itself.
 
     Args:
-        spec: folder, weights file, checkpoint, pickle, "timm:NAME", "hf-hub:ORG/NAME@REVISION" or "pkg.mod:factory".
-        arch: the architecture, where the file does not name it or may not.
+        spec: folder, weights file, checkpoint, pickle, "timm:NAME", "hf-hub:ORG/NAME@REVISION", "pkg.mod:factory" or
+            "path/to/file.py:Name".
+        arch: the architecture, where the file does not name it or may not: a class, a function that builds it, the
+            network itself, or its name, "pkg.mod:factory", "path/to/file.py:Name" or "timm:NAME".
         args: keyword arguments of the factory.
-        model: a fresh network to convert and fill, instead of calling any factory; not modified.
+        model: a fresh network to fill (and to convert first, for a folder that normfix saved), instead of calling any
+            factory; not modified.
+        trust: modules whose factories a file may name, such as ["my_project"].
         trust_pickle: run a pickle.
         allow_classes: classes that a pickle may build, by name or as "package.*".
         weights: which of several sets of weights in the file, such as "ema".
@@ -72,36 +81,53 @@ def load(
         NormfixError: NF101, NF105, NF108, NF111, NF113, NF115, NF119-NF125, and NF116 of the device: see
             `normfix explain CODE`.
     """
+    name, network = _architecture(arch, args)
     request = Request(
-        arch=arch, arch_args=args, weights=weights, trust_pickle=trust_pickle, allow_classes=allow_classes
+        arch=name,
+        arch_args=args,
+        network=network if model is None else model,
+        trust=tuple(trust),
+        weights=weights,
+        trust_pickle=trust_pickle,
+        allow_classes=tuple(allow_classes),
     )
     place = chosen(device)
-    opened = open_any(spec, request, model=model, revision=revision).model
+    opened = open_any(spec, request, revision=revision).model
     return opened if place is None else opened.to(place)
 
 
-def open_any(
-    spec: str | Path, request: Request, *, model: nn.Module | None = None, revision: str | None = None
-) -> Loaded:
+def _architecture(
+    arch: Architecture | None, args: Mapping[str, Any] | None
+) -> tuple[str | None, nn.Module | None]:
+    """Return the name of an architecture, or the network itself where it has none that leads to it."""
+    if arch is None or isinstance(arch, str):
+        return arch, None
+    if isinstance(arch, nn.Module):
+        return None, arch
+    name = name_of(arch)
+    return (None, built(arch, args or {})) if name is None else (name, None)
+
+
+def open_any(spec: str | Path, request: Request, *, revision: str | None = None) -> Loaded:
     """Open as `load` does, with source and notes."""
     require_repository(str(spec), revision)
     if Path(spec).suffix == SUFFIX and os.path.isfile(spec):  # noqa: PTH113 - Path raises where a name is too long
         return _open_program(Path(spec))
     if not str(spec).startswith(HUB):
         if os.path.isfile(Path(spec) / MANIFEST):  # noqa: PTH113
-            return _open_saved(Path(spec), request, model)
+            return _open_saved(Path(spec), request)
         return open_spec(str(spec), request)
     folder, origin = fetched(str(spec), revision)
     if (folder / MANIFEST).is_file():
-        return _open_saved(folder, request, model)
+        return _open_saved(folder, request)
     loaded = open_path(folder, request)
     return replace(loaded, source=replace(loaded.source, origin=origin))
 
 
-def _open_saved(folder: Path, request: Request, model: nn.Module | None) -> Loaded:
+def _open_saved(folder: Path, request: Request) -> Loaded:
     saved = read_manifest(folder)
-    source = saved.provenance.source
-    if model is None and request.arch is None and source.kind == "object":
+    source, model = saved.provenance.source, request.network
+    if request.named is None and source.kind == "object":
         program = program_beside(folder, saved)
         if program is not None:
             return _open_beside(program, saved)
@@ -111,7 +137,9 @@ def _open_saved(folder: Path, request: Request, model: nn.Module | None) -> Load
         return Loaded(_restored(folder, saved, copy_of(model), weights), source, notes)
     stored = Stored.of(weights.values())
     with bounded_by(folder) if request.arch is None else nullcontext():
-        base = rebuild(source, arch=request.arch, arch_args=request.arch_args, stored=stored)
+        base = rebuild(
+            source, arch=request.arch, arch_args=request.arch_args, stored=stored, trust=request.trust
+        )
     return Loaded(_restored(folder, saved, base, weights), source, notes)
 
 
@@ -123,7 +151,7 @@ def _open_beside(path: Path, saved: Saved) -> Loaded:
         attach_(program, known)
         if saved.probe is not None and not program.unproved:
             with Workload(path.stat().st_size, str(path), math.prod(saved.probe.shape)):
-                require_probe(program, Caller(None, known.output), saved.probe, str(path))
+                require_probe(program, Caller.of(known), saved.probe, str(path))
     note = (
         f"{path}: opened as a program, which cannot be trained; for the network itself give it with --arch."
     )
@@ -145,14 +173,14 @@ def _open_program(path: Path) -> Loaded:
     attach_(model, known)
     if saved.probe is not None and not model.unproved:
         with Workload(path.stat().st_size, str(path), math.prod(saved.probe.shape)):
-            require_probe(model, Caller(None, known.output), saved.probe, str(path))
+            require_probe(model, Caller.of(known), saved.probe, str(path))
     return Loaded(model, known.source, (*_unproved(model), *saved.doubt(str(path))))
 
 
 def _restored(folder: Path, saved: Saved, base: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
     """Carry the saved plan out on a base network, fill it strictly and repeat the probe."""
     known = saved.provenance
-    caller = Caller(None, known.output)
+    caller = Caller.of(known)
     with _belonging(str(folder)):
         example = torch.zeros(1).expand(1, *known.scan.example[1:])  # takes no memory, whatever the file says
         materialise_(base, caller, example)

@@ -37,6 +37,7 @@ from normfix.networks.graph.raising import raised, unlifted
 from normfix.networks.graph.replaying import same
 from normfix.networks.numerics import exact_arithmetic
 from normfix.networks.randomness import OwnRandomness
+from normfix.networks.releases import writes_archives
 from normfix.records.encoding import parsed
 from normfix.records.saved import Saved
 from normfix.storage.opening.workload import Foreseen, TooMuchError, Workload
@@ -112,7 +113,7 @@ def require_program_name(path: str, model: nn.Module) -> bool:
 
 
 class NotExportable(NormfixError):  # noqa: N818 - what it is, not what went wrong
-    """A network that torch.export does not take, or that calls what only normfix has (NF225)."""
+    """A network that torch.export does not take, or that calls what only normfix has (NF225, NF420)."""
 
 
 class WrongProgramError(NormfixError):
@@ -130,8 +131,16 @@ def export_program(
         example: (1, C, *space) that the network runs on.
 
     Raises:
-        NormfixError: NF225 if torch.export fails, or operators other than torch's own are in the program.
+        NormfixError: NF225 if torch.export fails, or operators other than torch's own are in the program; NF420 if
+            torch is too old to write programs that can be read.
     """
+    if not writes_archives():
+        raise NotExportable(
+            "NF420",
+            f"exported programs are written and read from torch 2.8 on, and this is {torch.__version__}. Save a folder "
+            "instead.",
+            where=type(model).__name__,
+        )
     network = model if run is None else _Called(model, run)
     try:
         with evaluating(network), exact_arithmetic():
@@ -203,7 +212,15 @@ def write_beside(
         body = torch.export.load(path).module()
     with evaluating(model), exact_arithmetic():
         for image in _inputs(program, model, run):
-            mine, theirs = tree_leaves(body(image.clone())), tree_leaves(run(model, image.clone()))
+            try:
+                # a program that draws moves no generator of torch's
+                with OwnRandomness():
+                    mine = tree_leaves(body(image.clone()))
+            except failures() as error:  # guards of one size in a program that is said to take all
+                path.unlink()
+                reason = " ".join(str(error).split())[:160]
+                raise WrongProgramError("NF226", f"it does not run: {reason}.", where=path.name) from error
+            theirs = tree_leaves(run(model, image.clone()))
             if not all(same(a, b) for a, b in zip(mine, theirs, strict=True) if isinstance(b, Tensor)):
                 path.unlink()
                 raise WrongProgramError("NF226", "it does not give the network's output.", where=path.name)

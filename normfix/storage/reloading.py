@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from normfix.networks.calling import Caller, evaluating
 from normfix.networks.numerics import exact_arithmetic
+from normfix.networks.provenance import provenance_of
 from normfix.records.saved import Source
 from normfix.storage.fresh import run_fresh
 from normfix.storage.loading import load
@@ -57,8 +58,8 @@ def answer(folder: str) -> None:
     asked = json.loads((Path(folder) / _ASKED).read_text(encoding="utf-8"))
     torch.set_num_threads(asked["threads"])
     forward = asked["forward"] and pkgutil.resolve_name(asked["forward"])
-    caller = Caller(forward, asked["output"])
     model: nn.Module = load(asked["saved"], arch=asked["arch"], args=asked["args"]).to(asked["device"])
+    caller = Caller.of(provenance_of(model), forward, asked["output"])
     given = load_file(Path(folder) / _GIVEN)
     with evaluating(model), exact_arithmetic():
         outputs = {name: caller(model, image.to(asked["device"])) for name, image in given.items()}

@@ -21,7 +21,7 @@ from normfix.networks.provenance import provenance_of
 from normfix.networks.surroundings import undisturbed
 from normfix.records.encoding import SCHEMA
 from normfix.records.measurements import CalibrationSummary
-from normfix.records.saved import Provenance, Saved, Source
+from normfix.records.saved import Provenance, Saved, Scaling, Source
 from normfix.records.verdicts import Proof
 from normfix.storage.folder import PROGRAM, WEIGHTS, appearing, seeded_input, write_folder
 from normfix.storage.fresh import run_fresh
@@ -41,9 +41,10 @@ __all__ = ["require_unconverted", "save", "save_program", "sourced", "write_draf
 def save(
     done: Conversion | Calibration | nn.Module,
     folder: str | Path,
-    source: str | None = None,
+    source: str | Source | None = None,
     args: Mapping[str, Any] | None = None,
     *,
+    scaling: Scaling | None = None,
     partial: bool = False,
     portable: bool = False,
 ) -> None:
@@ -56,8 +57,10 @@ def save(
         done: a conversion, a calibration, or a network that carries its plan.
         folder: must not exist. A name ending in .pt2 becomes an exported program, one file that needs neither
             normfix nor the network's source.
-        source: "pkg.mod:factory" or "timm:NAME", if the conversion does not know it.
+        source: "pkg.mod:factory" or "timm:NAME", if the network does not know it, or where else its architecture comes
+            from.
         args: keyword arguments of the factory, JSON-ready.
+        scaling: how the images were scaled, to travel with the model; default: as it knows.
         partial: save although sites were kept live or a step of the proof failed. (Refused sites do not hinder.)
         portable: write the original class with new statistics as its own library writes it (a save_pretrained
             folder, timm's files, or a state dict with the original names), where that is exact.
@@ -81,6 +84,8 @@ def save(
             "NF501", f"the proof did not pass ({wrong}), so nothing is written.", where=str(folder)
         )
     provenance = sourced(provenance, source, args)
+    if scaling is not None:
+        provenance = replace(provenance, scaling=scaling)
     if original is not None:
         require_unconverted(original)
     if portable:
@@ -94,11 +99,15 @@ def save(
         _read_back(draft, provenance.source, model, original)
 
 
-def sourced(provenance: Provenance, source: str | None, args: Mapping[str, Any] | None) -> Provenance:
-    """Return provenance with the factory that the caller names, if any."""
+def sourced(
+    provenance: Provenance, source: str | Source | None, args: Mapping[str, Any] | None
+) -> Provenance:
+    """Return provenance with the source or factory that the caller names, if any."""
     if source is None:
         return provenance
-    return replace(provenance, source=Source(kind="factory", spec=source, args=dumped(args or {})))
+    if isinstance(source, str):
+        source = Source(kind="factory", spec=source, args=dumped(args or {}))
+    return replace(provenance, source=source)
 
 
 def write_draft(
@@ -207,7 +216,7 @@ def _parts(
         return done.model, done.proof, done.caller, done.original, summary
     model, summary = (done.model, done.summary) if isinstance(done, Calibration) else (done, None)
     known = provenance_of(model)
-    return model, None, Caller(None, known.output if known else None), None, summary
+    return model, None, Caller.of(known), None, summary
 
 
 def _read_back(draft: Path, source: Source, model: nn.Module, original: nn.Module | None) -> None:

@@ -26,6 +26,7 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_map
 
 from normfix.networks import operators
+from normfix.networks.numerics import EXACT
 from normfix.records.spans import round_up
 from normfix.tiling.dye.operators import Stain, tensors_in, written_in
 from normfix.tiling.dye.twins import holds_nan
@@ -37,7 +38,7 @@ __all__ = ["FAR", "agrees", "far", "followed", "is_isolated", "is_steady"]
 FAR = 4096
 """Pixels of the longest strip on which windows are compared, if that is no more than 2^18 pixels in all."""
 
-_MOST, _SAME, _TILE = 1 << 18, 1e-10, 32
+_MOST, _TILE = 1 << 18, 32
 
 Function = Callable[[Tensor], Tensor]
 Change = Callable[[Tensor], Tensor]
@@ -194,7 +195,7 @@ def _alike(a: Tensor, b: Tensor) -> bool:
         return False
     a, b = a.masked_fill(~finite, 0), b.masked_fill(~finite, 0)
     extent = float(torch.maximum(a.abs().max(), b.abs().max()))
-    return bool((a - b).abs().max() <= _SAME * max(extent, 1e-300))
+    return bool((a - b).abs().max() <= EXACT * max(extent, 1e-300))
 
 
 def _follow(f: Function, x: Tensor, axis: int, first: int, extent: int) -> tuple[Tensor, bool]:

@@ -1,7 +1,8 @@
 """The geometry of a network without live statistics: output scale, halo, stride and exact sizes per axis.
 
-The halo is read from dye on a grid that surely contains the stride (the coarseness of the coarsest feature
-map), then the stride is the smallest shift that float64 confirms. Everything runs on strips that are long on
+Where the graph bounds the reach (normfix.tiling.reach), the bound is the halo, and dye on one strip must lie within it.
+Without a bound the halo is read from dye on a grid that surely contains the stride (the coarseness of the coarsest
+feature map). The stride is the smallest shift that float64 confirms. Everything runs on strips that are long on
 one axis and as thin as the network allows on the others.
 """
 
@@ -19,10 +20,11 @@ from torch import Tensor
 from normfix.errors import NormfixError
 from normfix.networks.calling import refusals
 from normfix.records.sites import Finding, Scan
-from normfix.records.spans import round_up
+from normfix.records.spans import Spans, in_strides, round_up
 from normfix.tiling.dependence import followed, is_isolated, is_steady
 from normfix.tiling.grid import Geometry
-from normfix.tiling.halo import DyeLost, DyeRefused, Felt, halo, strip
+from normfix.tiling.halo import DyeLost, DyeRefused, Felt, halo, halo_within, strip
+from normfix.tiling.reach.bounds import Bound
 from normfix.tiling.recall import Recalling
 from normfix.tiling.stride import (
     common_unit,
@@ -35,6 +37,7 @@ from normfix.tiling.stride import (
 )
 
 __all__ = [
+    "BoundExceededError",
     "Locality",
     "cross_section",
     "geometry_of",
@@ -46,6 +49,8 @@ __all__ = [
 
 Function = Callable[[Tensor], Tensor]
 
+_ALONG, _ACROSS = 512, 1 << 8
+"""Pixels that a measured halo surely looked along an axis, and of a cross-section off it, where no graph bounds it."""
 _FINE, _COARSE = 64, 256
 """Largest units, in pixels, that are tried where the network runs on no strip of the first, and where on some."""
 
@@ -55,7 +60,8 @@ class Locality:
     """The geometry and the least extents, or None and the findings that say why there is none.
 
     `steady` tells that all of dependence's measurements hold the geometry, `blind` that NaN may have missed something,
-    `foreign` that an operator must not see it, `grid` and `cross` on which strips it was measured.
+    `foreign` that an operator must not see it, `grid` and `cross` on which strips it was measured. `dye` is the halo
+    as the dye shows it, which lies within that of the geometry, `extent` how far along each axis it looked.
     """
 
     geometry: Geometry | None
@@ -66,6 +72,12 @@ class Locality:
     foreign: bool = False
     grid: tuple[int, ...] = ()
     cross: tuple[int, ...] = ()
+    dye: Spans | None = None
+    extent: tuple[int, ...] = ()
+
+
+class BoundExceededError(NormfixError):
+    """The dye reaches further than the graph's bound: a rule of normfix's is wrong (NF251)."""
 
 
 def measure_locality(
@@ -80,6 +92,7 @@ def measure_locality(
     swallowed: bool = False,
     compared: bool = False,
     both_ends: bool = False,
+    bound: Bound | None = None,
 ) -> Locality:
     """Measure a network in which no statistic is live.
 
@@ -98,14 +111,18 @@ def measure_locality(
         compared: something in it compares numbers, on the way of the NaN or not: tried by amplification.
         both_ends: something may look past one border to the other (a cyclic shift): compare windows that start where
             the image starts as well.
+        bound: of its graph, which is the halo then; what a comparison swallows or gates is in it.
+
+    Raises:
+        BoundExceededError: NF251.
     """
     example = example[:1]
-    measured = partial(_measured, single, double, example, dilution, both_ends=both_ends)
+    measured = partial(_measured, single, double, example, dilution, both_ends=both_ends, bound=bound)
     plain = Locality(None, (), blind=True) if trial else measured()
     foreign = foreign or plain.foreign
-    tried = (swallowed or compared) and plain.geometry is not None
+    tried = (swallowed or compared) and plain.geometry is not None and bound is None
     short = tried and not _is_isolated(double, example, plain)
-    if not (doubtful or short or plain.blind or (tried and swallowed)) or _is_label(single(example)):
+    if not (doubtful or tried or plain.blind) or _is_label(single(example)):
         return plain
     alike = plain.geometry is not None and _is_followed(single, example, plain)
     other = plain if alike else measured(felt=followed)
@@ -189,7 +206,10 @@ def _measured(
     *,
     felt: Felt | None = None,
     both_ends: bool,
+    bound: Bound | None = None,
 ) -> Locality:
+    if bound is not None:
+        dilution = tuple(map(math.lcm, dilution, bound.lattice))
     known, refusal = cross_section(single, example, dilution), ""
     for coarser in (1, 2, 4, 8, 3, 6, 12, 7, 5, 10, 14):  # blocks without padding take multiples only
         grid = [n * coarser for n in dilution]
@@ -199,7 +219,9 @@ def _measured(
         if cross is None:
             continue
         try:
-            return _along_axes(single, double, example, grid, cross, felt, both_ends=both_ends)
+            return _along_axes(single, double, example, grid, cross, felt, both_ends=both_ends, bound=bound)
+        except BoundExceededError:
+            raise
         except refusals() as error:
             refusal = f"it runs on no strip of another length: {error}."
     size = "x".join(map(str, example.shape[2:]))
@@ -257,14 +279,16 @@ def _along_axes(
     felt: Felt | None,
     *,
     both_ends: bool,
+    bound: Bound | None = None,
 ) -> Locality:
     strides, halos, scales, multiples, least = [], [], [], [], []
+    dyes: list[tuple[int, int]] = []
     expected: tuple[int, int] | None = None
     seen: dict[tuple[int, Fraction, tuple[int, int]], tuple[int, int]] = {}  # of axes alike: stride, multiple
     coarser: dict[tuple[int, Fraction], int] = {}  # grids that turned out too fine, and what they became
     for axis, grid in enumerate(dilution):
         name = f"axis {axis}"
-        scale = output_scale(single, example, axis, grid, cross)
+        scale = bound.scale[axis] if bound else output_scale(single, example, axis, grid, cross)
         if scale is None:
             return _none(
                 "NF254",
@@ -278,7 +302,7 @@ def _along_axes(
         fine = math.lcm(grid, scale.denominator)
         grid = coarser.get((fine, scale), fine)
         exact = Recalling(double)
-        line = _Line(single, exact, example, axis, scale, cross, felt)
+        line = _Line(single, exact, example, axis, scale, cross, felt, bound)
         try:
             reach = line.reach(grid, expected)
             like = (None, None) if reach is None else seen.get((grid, scale, reach), (None, None))
@@ -317,6 +341,9 @@ def _along_axes(
         expected = reach
         around = line.around(grid, reach)
         reach = max(0, reach[0]), max(0, reach[1])  # a tile reads at least itself
+        dyes.append(reach)
+        if bound is not None:
+            reach = line.required(unit, reach)
         multiple = exact_multiple(
             exact, example.double(), axis, unit, scale, around, cross, single, like=like[1]
         )
@@ -329,7 +356,9 @@ def _along_axes(
     geometry = Geometry(
         stride=tuple(strides), halo=tuple(halos), scale=tuple(scales), multiple=tuple(multiples)
     )
-    return Locality(geometry, (), tuple(least), grid=tuple(dilution), cross=cross)
+    dye = tuple(dyes) if bound is not None else geometry.halo
+    looked = tuple(max(_ALONG, min(n, 8 * _ALONG)) for n in example.shape[2:])
+    return Locality(geometry, (), tuple(least), grid=tuple(dilution), cross=cross, dye=dye, extent=looked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,14 +375,49 @@ class _Line:
     scale: Fraction
     cross: tuple[int, ...]
     felt: Felt | None
+    bound: Bound | None = None
 
     def reach(self, grid: int, expected: tuple[int, int] | None = None) -> tuple[int, int] | None:
         """Return the halo as the dye shows it on multiples of `grid`, None where it is unbounded."""
-        return halo(self.single, self.example, self.axis, grid, self.scale, self.cross, expected, self.felt)
+        if self.bound is None:
+            wide, least = _wide(self.cross, self.axis), self.example.shape[self.axis + 2]
+            return halo(
+                self.single, self.example, self.axis, grid, self.scale, wide, expected, self.felt, least
+            )
+        bound = self.bound.along(self.axis, grid)
+        reach = halo_within(
+            self.single, self.example, self.axis, grid, self.scale, bound, self.cross, self.felt
+        )
+        if reach is None:
+            raise self._exceeded(f"more than {max(bound)}", bound)
+        return reach
 
     def around(self, grid: int, reach: tuple[int, int]) -> tuple[int, int]:
         """Return the halo in whole steps of the grid."""
-        return round_up(max(0, reach[0]), grid), round_up(max(0, reach[1]), grid)
+        before, after = reach if self.bound is None else self.bound.along(self.axis, grid)
+        return round_up(max(0, before), grid), round_up(max(0, after), grid)
+
+    def required(self, unit: int, reach: tuple[int, int]) -> tuple[int, int]:
+        """Return the bound for tiles on multiples of `unit`.
+
+        Raises:
+            BoundExceededError: NF251 if the dye shows more, each rounded up to whole units.
+        """
+        assert self.bound is not None
+        bound = self.bound.along(self.axis, unit)
+        pairs = in_strides((reach, bound), (unit, unit))
+        if any(shown > most for shown, most in zip(*pairs, strict=True)):
+            raise self._exceeded(f"{reach[0]} before and {reach[1]} after", bound)
+        return bound
+
+    def _exceeded(self, shown: str, bound: tuple[int, int]) -> BoundExceededError:
+        return BoundExceededError(
+            "NF251",
+            f"the dye shows that an output depends on {shown} pixels beyond its tile, where the graph bounds it by "
+            f"{bound[0]} before and {bound[1]} after: one of normfix's rules is wrong. Give --halo measured "
+            "(halo='measured' in Python) to rely on the dye alone, and please report it with the network.",
+            where=f"axis {self.axis}",
+        )
 
     def unit(self, grid: int, reach: tuple[int, int], like: int | None) -> int | None:
         """Return the stride at which windows may be cut, or None; `like` is that of a like axis, tried first.
@@ -421,6 +485,14 @@ class _Line:
             settled=settled,
             refuted=refuted,
         )
+
+
+def _wide(cross: Sequence[int], axis: int) -> tuple[int, ...]:
+    """Return a cross-section so wide that taps off the axis are seen, in whole multiples of the thinnest."""
+    factor = 1
+    while math.prod(2 * factor * n for i, n in enumerate(cross) if i != axis) <= _ACROSS:
+        factor *= 2
+    return tuple(n if i == axis else factor * n for i, n in enumerate(cross))
 
 
 def _none(code: str, where: str, message: str, *, blind: bool = False, foreign: bool = False) -> Locality:

@@ -36,6 +36,11 @@ class Geometry:
         """Return how many pixels to add at the end of each axis to reach an exact size."""
         return tuple(round_up(n, m) - n for n, m in zip(size, self.multiple, strict=True))
 
+    def quarter(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Return a tile that leaves several windows per axis: a quarter of the size, at most 256 pixels."""
+        pairs = zip(size, self.stride, strict=True)
+        return tuple(max(stride, min(256, n // 4) // stride * stride) for n, stride in pairs)
+
 
 @dataclass(frozen=True, slots=True)
 class Tile:

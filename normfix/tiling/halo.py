@@ -28,7 +28,16 @@ from normfix.networks import operators
 from normfix.networks.numerics import BOUNDLESS
 from normfix.records.spans import round_up
 
-__all__ = ["AMPLIFICATION", "DyeLost", "DyeRefused", "halo", "interference", "strip", "texture"]
+__all__ = [
+    "AMPLIFICATION",
+    "DyeLost",
+    "DyeRefused",
+    "halo",
+    "halo_within",
+    "interference",
+    "strip",
+    "texture",
+]
 
 AMPLIFICATION = 1e12
 _FIRST_SEA, _LARGEST_SEA, _LARGEST_SHORE = 256, 8192, 4096
@@ -57,6 +66,7 @@ def halo(
     cross: Sequence[int],
     expected: tuple[int, int] | None = None,
     felt: Felt | None = None,
+    least: int = 0,
 ) -> tuple[int, int] | None:
     """Measure how far outside a tile, in input pixels, its output depends on the input along one axis.
 
@@ -69,6 +79,7 @@ def halo(
         cross: extents of the other axes, in the order of all axes (the entry at `axis` is ignored).
         expected: what another axis gave; if this one agrees, it needs no second strip.
         felt: tells which pixels of the output depend on a region, in place of the NaN in the output.
+        least: pixels of the sea that must have agreed at least: a single tap as far away as that is seen.
 
     Returns:
         (before, after), negative where a tile does not depend on its own edge; None if the dye reaches
@@ -84,6 +95,7 @@ def halo(
     if expected is not None:
         sea, shore = 2 * sea, max(0, *expected) + grid
     most, farthest = (_LARGEST_SEA, _LARGEST_SHORE) if felt is None else (2 * _LARGEST_FELT, _LARGEST_FELT)
+    least = round_up(min(least, most // 2), grid)
     while sea <= most:
         reach = _reach(f, example, axis, grid, sea, shore, scale, cross, felt)
         if reach is None:
@@ -92,13 +104,48 @@ def halo(
             shore = 2 * shore
             continue
         # a widely dilated convolution may look past a narrow sea altogether: two sizes must agree
-        if reach in (smaller, expected):
+        if reach in (smaller, expected) and sea >= least:
             return reach
-        if reach in seen:  # the lattice of a coarser unit than the grid: as wide as it is anywhere on it
+        if (
+            reach in seen and sea >= least
+        ):  # the lattice of a coarser unit than the grid: as wide as it is anywhere on it
             return max(before for before, _ in seen), max(after for _, after in seen)
         seen.append(reach)
-        sea, smaller, shore = 2 * sea, reach, max(0, *reach) + grid
+        sea, smaller, shore = max(2 * sea, least), reach, max(0, *reach) + grid
     return smaller if felt is None else None
+
+
+def halo_within(
+    f: Function,
+    example: Tensor,
+    axis: int,
+    grid: int,
+    scale: Fraction,
+    bound: tuple[int, int],
+    cross: Sequence[int],
+    felt: Felt | None = None,
+) -> tuple[int, int] | None:
+    """Measure a halo that a bound is known for, in one forward pass.
+
+    Args:
+        f: as for `halo`, whose second strip only tells whether the first was long enough.
+        example: as for `halo`.
+        axis: as for `halo`.
+        grid: as for `halo`.
+        scale: as for `halo`.
+        bound: (before, after) that no output can exceed.
+        cross: as for `halo`.
+        felt: as for `halo`.
+
+    Returns:
+        (before, after); None if the dye reaches further than the bound.
+
+    Raises:
+        DyeLost: the output shows no dye.
+        DyeRefused: an operation must not see NaN; its name.
+    """
+    shore = round_up(max(bound), grid) + grid
+    return _reach(f, example, axis, grid, round_up(_FIRST_SEA, grid), shore, scale, cross, felt)
 
 
 def interference(

@@ -15,14 +15,12 @@ from normfix.tiling.grid import Geometry, Tile, at, grid
 __all__ = ["cropped", "padded", "stitch", "tile_extents", "tiled"]
 
 Function = Callable[[Tensor], Tensor]
-Progress = Callable[[int, int], None]
 
 
 def stitch(
     f: Function,
     image: Tensor,
     tiles: Sequence[Tile],
-    progress: Progress = lambda done, total: None,
 ) -> Tensor:
     """Run `f` on every window and put the kept parts together.
 
@@ -30,20 +28,18 @@ def stitch(
         f: (N, C, *window) -> (N, C', *out).
         image: (N, C, *space).
         tiles: of a grid over the image, in row-major order.
-        progress: called with (windows done, windows in all).
 
     Returns:
         (N, C', *out), on the image's device.
     """
     whole: Tensor | None = None
-    for done, tile in enumerate(reversed(tiles), start=1):
+    for tile in reversed(tiles):
         window = f(image[at(tile.read)])
         if whole is None:  # the last window ends where the output ends, also if its tile keeps nothing of it
             ends = zip(tile.write, tile.keep, window.shape[2:], strict=True)
             extents = [write.start - keep.start + n for write, keep, n in ends]
             whole = window.new_empty((*window.shape[:2], *extents))
         whole[at(tile.write)] = window[at(tile.keep)]
-        progress(done, len(tiles))
     assert whole is not None
     return whole
 

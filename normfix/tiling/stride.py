@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from normfix.networks.calling import refusals
+from normfix.networks.numerics import EXACT
 from normfix.records.spans import round_up
 from normfix.tiling.grid import at
 from normfix.tiling.halo import strip, texture
 
 __all__ = [
-    "EXACT",
     "common_unit",
     "cutting_grid",
     "exact_multiple",
@@ -30,9 +30,6 @@ __all__ = [
     "smallest_stride",
     "smallest_tile",
 ]
-
-EXACT = 1e-10
-"""Largest relative difference in float64 that counts as none."""
 
 _CLEARLY, _HARDLY = 1e-3, 1e-5
 """Differences in float32 that need no float64 to count as one, or as none: rounding gives 2e-6 in a ResNet U-Net."""

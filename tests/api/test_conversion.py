@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from optional import needs_newer_torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.testing import assert_close
@@ -221,7 +222,7 @@ def image(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
 @EVERY_NETWORK
 def test_proof_passes(name: str, to: str) -> None:
     """Every kind of norm is converted both ways, and all steps of the proof pass."""
-    done = normfix.convert(build(name), image(), to, example=image())
+    done = normfix.convert(build(name), image(), to)
     assert done.proof.passed, done.proof.steps
     assert done.plan.converted
     assert not done.plan.left_live
@@ -233,7 +234,7 @@ def test_proof_passes(name: str, to: str) -> None:
 def test_equals_original_in_float64(name: str, to: str) -> None:
     """In float64 the converted network equals the original on the calibration image to 1e-10 sd."""
     model, x = build(name), image(dtype=torch.float64)
-    done = normfix.convert(model, x, to, dtype=torch.float64)
+    done = normfix.convert(model.double(), x, to)
     with torch.no_grad():
         expected, actual = done.original.eval()(x), done.model.eval()(x)
     assert float((actual - expected).abs().max() / expected.std()) <= 1e-10
@@ -243,7 +244,7 @@ def test_equals_original_in_float64(name: str, to: str) -> None:
 @EVERY_NETWORK
 def test_statistics_stay_frozen_elsewhere(name: str) -> None:
     """On a crop, the converted network gives the crop of what it gives on the whole, where halo allows."""
-    done = normfix.convert(build(name), image(), example=image())
+    done = normfix.convert(build(name), image())
     wide = image(64, 192)
     with torch.no_grad():
         model = done.model.eval()
@@ -313,6 +314,7 @@ def test_trains_afterwards(name: str, to: str) -> None:
         assert all(torch.equal(v, buffers[k]) for k, v in model.named_buffers() if v.is_floating_point())
 
 
+@needs_newer_torch("strict torch.export does not follow intercepted norms, and NF207 stops it")
 @pytest.mark.parametrize("name", ["called twice", "functional", "block run twice", "fused subclass"])
 def test_intercepted_exports(name: str) -> None:
     """Networks with interceptions compile as one graph and export, with unchanged output on another input."""
@@ -330,7 +332,7 @@ def test_batchnorm_is_bit_identical() -> None:
     """A BatchNorm with running statistics keeps its eval output to the bit, without any image."""
     model, x = build("batch"), image()
     for to in ("frozen", "batchrenorm"):
-        done = normfix.convert(model, to=to, example=x)
+        done = normfix.convert(model, to=to)
         assert done.proof.passed
         with torch.no_grad():
             assert torch.equal(done.model.eval()(x), model(x))
@@ -437,7 +439,7 @@ def test_plan_of_another_network_is_refused() -> None:
     """A plan whose sites are not the network's is refused with the first difference."""
     decided = normfix.plan(normfix.scan(build("instance"), image()))
     with pytest.raises(normfix.NormfixError, match="NF205"):
-        normfix.convert(build("called twice"), image(), plan=decided)
+        normfix.convert(build("called twice"), image(), to=decided)
 
 
 def test_lost_interception_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -476,12 +478,12 @@ def test_changed_neighbour_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     from normfix.conversion import rewriting
 
     def careless(model: nn.Module, plan: normfix.Plan) -> nn.Module:
-        result = rewriting.rewrite(model, plan)
+        result = rewriting.rewrite_(model, plan)
         with torch.no_grad():
             result[0].weight.mul_(1 + 1e-6)
         return result
 
-    monkeypatch.setattr(conversion, "rewrite", careless)
+    monkeypatch.setattr(conversion, "rewrite_", careless)
     done = normfix.convert(build("instance"), image())
     assert done.proof.step("untouched").status == "failed"
 
@@ -519,9 +521,21 @@ def test_frozen_batchnorm_stays_as_it_was() -> None:
     model = stack(nn.BatchNorm2d(8), nn.InstanceNorm2d(8)).train()
     model[1].eval().requires_grad_(False)
     kept = normfix.convert(model, image(), keep=("1",)).model
-    assert kept.training
     assert not kept[1].training
     assert not kept[1].weight.requires_grad
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_result_is_in_eval_mode_and_train_mode_is_said(caplog, training) -> None:
+    """In train mode one prediction would change what was proved; the caller's network stays as it is."""
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.InstanceNorm2d(8), nn.Dropout(0.5)).train(
+        training
+    )
+    whole = image()
+    done = normfix.convert(model, whole, to="batchrenorm")
+    assert not any(module.training for module in done.model.modules())
+    assert torch.equal(done.model(whole), done.model(whole))
+    assert ("train mode" in caplog.text) == model.training == training
 
 
 def test_hooks_are_carried_over() -> None:
@@ -569,7 +583,7 @@ def test_calibrates_plain_batchnorm() -> None:
 def test_predict_equals_original() -> None:
     """The product: stitched tiles of the converted network equal the original on the whole image."""
     model, x = build("unet of 14 instance norms"), image(256, 192, dtype=torch.float64)
-    done = normfix.convert(model, x, dtype=torch.float64)
+    done = normfix.convert(model.double(), x)
     with torch.no_grad():
         expected = done.original.eval()(x)
         tiled_original = normfix.check(done.original, x, tile=64)

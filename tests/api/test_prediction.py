@@ -256,7 +256,7 @@ def test_outputs_of_other_extents_are_placed_rightly(make, shape, tile):
     """Converted and tiled, a network of scale 3/2, or without padding, is the original at sizes off its stride."""
     net = make().eval().double()
     image = torch.rand(1, 1, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    done = normfix.convert(net, image, dtype=torch.float64)
+    done = normfix.convert(net.double(), image)
     with torch.no_grad():
         expected = net(image)
     found = normfix.predict(done.model, image, tile, engine="tiles")

@@ -1,5 +1,7 @@
 """calibrate, predict and convert in stages: the same numbers as without, in less memory."""
 
+import copy
+from pathlib import Path
 from types import MethodType
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import normfix
+from normfix import Blocks
 from normfix.errors import NormfixError
 from normfix.images.scaling import scaled
 from normfix.records.saved import Scaling
@@ -119,7 +122,7 @@ def test_an_error_on_the_way_leaves_the_old_statistics(converted):
     model = converted.model
     before = _statistics(model)
     with pytest.raises(NormfixError, match="NF326"):
-        normfix.calibrate_(model, _image(48, 40, seed=5), tile=16, budget=60_000)
+        normfix.calibrate_(model, _image(48, 40, seed=5), tile=16, blocks=Blocks(budget=60_000))
     assert all(torch.equal(model.get_buffer(name), value) for name, value in before.items())
 
 
@@ -202,6 +205,30 @@ def test_what_did_not_change_is_not_captured_again(monkeypatch):
     assert normfix.calibrate(net, _image(52, 70), tile=24).summary.engine == "stages"
 
 
+def test_a_copy_takes_the_capture_of_the_network_it_was_made_of(monkeypatch):
+    """What a copy computes is known from its original, whatever its weights; a changed copy is captured anew."""
+    net = Bounded().double()
+    normfix.calibrate(net, _image(36, 40), tile=16)
+    copied, changed = copy.deepcopy(net), copy.deepcopy(net)
+    with torch.no_grad():
+        copied.first.weight.mul_(-2)
+    changed.most = 0.25
+    captures = []
+
+    def captured(*arguments):
+        captures.append(arguments[0])
+        return captured_program(*arguments)
+
+    captured_program = cache.captured_program
+    monkeypatch.setattr(cache, "captured_program", captured)
+    for model, count in ((copied, 0), (net, 0), (changed, 1)):
+        image = _image(52, 70)
+        passes, stages = normfix.calibrate(model, image), normfix.calibrate(model, image, tile=24)
+        assert len(captures) == count
+        for name, expected in _statistics(passes.model).items():
+            assert_close(stages.model.get_buffer(name), expected, rtol=1e-9, atol=1e-12)
+
+
 def test_a_tensor_that_is_no_buffer_is_cast_on_the_way():
     """What a network casts to the dtype of its image, the proof of its stages in float64 casts as well."""
 
@@ -282,7 +309,7 @@ def test_valid_convolutions_run_in_stages(size, tile, tmp_path):
     image = _image(*size, seed=3)
     with torch.no_grad():
         expected = network(image)
-        for options in ({}, {"store": tmp_path}):
+        for options in ({}, {"blocks": Blocks(store=tmp_path)}):
             measured = normfix.calibrate(model, image, tile=tile, **options)
             assert measured.summary.engine == "stages"
             assert_close(measured.model(image), expected, rtol=1e-9, atol=1e-9)
@@ -303,12 +330,38 @@ def test_unknown_choices_are_refused(converted, given):
         normfix.predict(converted.model, _image(16, 16), tile=16, **given)
 
 
-@pytest.mark.parametrize("engine", ["dsk", "tiles"])
-@pytest.mark.parametrize("verb", [normfix.convert, normfix.calibrate, normfix.calibrate_])
-def test_an_engine_that_measuring_does_not_know_is_refused(converted, verb, engine):
-    """A misspelt engine, or one of predict's, does not quietly become this process."""
-    with pytest.raises(NormfixError, match=r"NF410 engine='.*': give local or dask"):
-        verb(converted.model, _image(16, 16), engine=engine)
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"engine": "dsk"}, "NF410 engine='dsk': give local or dask"),
+        ({"engine": "tiles"}, "NF410 engine='tiles': give local or dask"),
+        ({"workers": 0}, "NF410 workers=0"),
+        ({"tile": 0}, "NF402"),
+        ({"tile": (16, 1.5)}, "NF402"),
+        ({"scheduler": "tcp://127.0.0.1:1"}, "NF334"),
+        ({"engine": "dask", "scheduler": "tcp://127.0.0.1:1"}, "NF334.* a store"),
+        ({"engine": "dask", "store": Path()}, "NF334.*scheduler's address"),
+    ],
+    ids=str,
+)
+def test_options_of_blocks_are_checked_in_one_place(options, code):
+    """What blocks cannot be is refused when it is stated, whoever they are for."""
+    with pytest.raises(NormfixError, match=code):
+        normfix.Blocks(**options)
+
+
+@pytest.mark.parametrize("verb", [normfix.calibrate, normfix.calibrate_, normfix.predict])
+def test_blocks_have_one_size(converted, verb):
+    """A tile beside blocks of another size is refused; of the same it is the same."""
+    with pytest.raises(NormfixError, match=r"NF414 tile=16.*32"):
+        verb(converted.model, _image(16, 16), 16, blocks=normfix.Blocks(tile=32))
+    assert normfix.Blocks(tile=32).sized(32) == normfix.Blocks(tile=32)
+
+
+def test_a_halo_of_the_caller_is_of_tiles(converted):
+    """Stages measure their own halo, so another is refused with them."""
+    with pytest.raises(NormfixError, match="NF410 halo=64: a halo belongs to engine tiles"):
+        normfix.predict(converted.model, _image(16, 16), halo=64, engine="stages")
 
 
 def test_live_networks_are_not_predicted_in_stages():
@@ -334,7 +387,14 @@ def test_a_file_is_calibrated_and_predicted_by_window(converted, tmp_path):
     for name, expected in _statistics(passes.model).items():
         assert_close(stages.model.get_buffer(name), expected, rtol=1e-9, atol=1e-11)
     for name in ("out.npy", "out.zarr", "out.tif"):
-        normfix.write_prediction(passes.model, image, tmp_path / name, tile=20, budget=10_000, store=tmp_path)
+        normfix.write_prediction(
+            passes.model,
+            image,
+            tmp_path / name,
+            tile=20,
+            blocks=Blocks(budget=10_000, store=tmp_path),
+            engine="stages",
+        )
         with normfix.open_image(tmp_path / name, TwoOut()) as file:
             written = file.read([(0, 61), (0, 50)])
         assert_close(written.double(), normfix.predict(passes.model, whole, tile=20), rtol=1e-6, atol=1e-6)
@@ -353,7 +413,7 @@ def test_converting_within_a_budget(tmp_path):
     """With a budget the image is measured in stages, proved, and the constants are those of the whole image."""
     torch.manual_seed(0)
     net, image = TwoLevels().double(), _image(128, 96)
-    limited = normfix.convert(net, image, budget=100_000, store=tmp_path, tile=32)
+    limited = normfix.convert(net, image, tile=32, blocks=Blocks(budget=100_000, store=tmp_path))
     assert limited.proof.passed, limited.proof
     assert limited.calibration.summary.engine == "stages"
     assert limited.calibration.summary.images == ((1, 1, 128, 96),)

@@ -21,7 +21,7 @@ from normfix.cli import cli, main
 from normfix.cli.options import ArgumentsJson
 from normfix.errors import CODES
 from normfix.images import collections
-from normfix.images.axes import read_image
+from normfix.images.files import open_windows, read_image
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.plans import Plan
 from normfix.records.saved import ConversionRecord, Saved
@@ -170,6 +170,21 @@ def test_check_of_a_live_network_fails(run, image):
     """`check` on a live network exits 1 and names the live sites."""
     done = run("check", ARCH, image, "--scale", "zscore", "--tile", 32)
     assert (done.code, done.out.startswith("failed"), "NF401" in done.out) == (1, True, True)
+
+
+@pytest.mark.parametrize("command", ["check", "predict", "prove"])
+def test_a_scaling_that_contradicts_the_stored_one_is_refused(run, fixed, image, tmp_path, command):
+    """Statistics of z-scores say nothing of percentiles: 78 % of the pixels changed their class without a word."""
+    words = [command, fixed, image, "--arch", ARCH, "--tile", 32, "--scale", "percentile:1,99"]
+    words += ["-o", tmp_path / "p.tif"] if command == "predict" else []
+    refused = run(*words)
+    assert (refused.code, "NF107" in refused.err, "zscore" in refused.err) == (2, True, True)
+    assert "NF107" not in run(*words, "--override-scale").err
+
+
+def test_the_stored_scaling_may_be_repeated(run, fixed, image):
+    """Saying what is known is no contradiction."""
+    assert run("check", fixed, image, "--arch", ARCH, "--tile", 32, "--scale", "zscore").code == 0
 
 
 @pytest.mark.parametrize("model", ["live", "converted"])
@@ -537,9 +552,8 @@ def test_convert_decodes_its_image_at_most_twice(run, image, tmp_path, monkeypat
     """However many steps read the image, its file is opened and decoded once per pass over it, and not to count."""
     decoded = []
     monkeypatch.setattr(
-        collections,
-        "read_image",
-        lambda path, **options: (decoded.append(path), read_image(path, **options))[1],
+        "normfix.images.files.open_windows",
+        lambda path, **options: (decoded.append(path), open_windows(path, **options))[1],
     )
     done = run("convert", ARCH, image, "--scale", "unit", "--to", "frozen", "-o", tmp_path / "out")
     assert done.code == 0, done.err

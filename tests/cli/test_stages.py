@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-import zarr
 from click.testing import CliRunner
+from optional import zarr
 from streamed_networks import Tangled
 
 import normfix

@@ -70,7 +70,9 @@ def test_per_image_statistics_are_the_originals(kind):
 @pytest.mark.parametrize("kind", [NestedParents, SharedAffine, AliasedOwners])
 def test_group_statistics_become_those_of_channels_in_stages(kind):
     """In stages each norm's affine map is re-expressed by its own statistics, also where two norms shared one."""
-    done = normfix.convert(network(kind), OTHER, "batchrenorm", budget=1 << 24, tile=16)
+    done = normfix.convert(
+        network(kind), OTHER, "batchrenorm", tile=16, blocks=normfix.Blocks(budget=1 << 24)
+    )
     assert done.proof.passed
     assert done.calibration.summary.engine == "stages"
     assert_close(done.model(OTHER), network(kind)(OTHER), **EXACT)

@@ -159,6 +159,14 @@ DIVIDING = {
     "negative": lambda x: -x / -(x.std(**SPACE) + 1e-6),
     "hypotenuse": lambda x: x / torch.hypot(x.std(**SPACE), x.new_tensor(1e-5)),
     "joined": lambda x: x / (torch.cat([part.std(**SPACE) for part in x.chunk(2, 1)], 1) + 1e-6),
+    "softplus": lambda x: x / F.softplus((x.var(**SPACE) + 1e-8).log()),
+    "bounded": lambda x: x / F.hardtanh(x.std(**SPACE), 1e-6, 1e3),
+    "bent": lambda x: x / (torch.tanh(x.std(**SPACE)) + 1e-6),
+    "weighed": lambda x: x / (x.std(**SPACE) * torch.tensor([2.0, 1, 1, 1]).view(4, 1, 1) + 1e-6),
+    "summed by name": lambda x: x / (torch.einsum("nchw,c->nchw", x.std(**SPACE), torch.ones(4)) + 1e-6),
+    "interpolated": lambda x: x / (F.interpolate(x.std(**SPACE), size=x.shape[2:]) + 1e-6),
+    "written into": lambda x: x / _without_zeros(x.std(**SPACE)),
+    "logistic": lambda x: x * torch.exp(-F.logsigmoid((x.var(**SPACE) + 1e-8).log())),
     "stacked and split": lambda x: x / (torch.stack([x.std(**SPACE), x.mean(**SPACE)]).unbind(0)[0] + 1e-6),
 }
 HARMLESS = {
@@ -170,9 +178,18 @@ HARMLESS = {
     "gated by two pools": lambda x: (
         x * torch.sigmoid(torch.cat([x.mean(**SPACE), x.amax(**SPACE)], 1).chunk(2, 1)[1])
     ),
+    "softplus of a deviation": lambda x: x / F.softplus(x.std(**SPACE)),
+    "softmax of pools": lambda x: x * x.mean(**SPACE).softmax(1),
+    "exponential of a maximum": lambda x: x * torch.exp(x.amax(**SPACE)),
+    "share of all channels": lambda x: x / (0.2 + (m := x.mean(**SPACE)) / (m.mean(1, keepdim=True) + 1e-6)),
     "exponential of a mean": lambda x: x * torch.exp(-x.mean(**SPACE).abs()),
     "response": lambda x: x + x * (g := x.norm(**SPACE)) / (g.mean(1, keepdim=True) + 1e-6),
 }
+
+
+def _without_zeros(deviation):
+    deviation[deviation == 0] = 1.0
+    return deviation
 
 
 def _quantile(x, q):
@@ -240,7 +257,7 @@ def test_calibrating_keeps_a_dead_channel_among_others_and_names_it():
 def test_converting_in_stages_refuses_too():
     """With a budget the same sites and channels are named."""
     with pytest.raises(NormfixError, match=r"NF231 norm/.*channels 0, 2 "):
-        normfix.convert(dead(), dark(), budget=1 << 24, tile=24)
+        normfix.convert(dead(), dark(), tile=24, blocks=normfix.Blocks(budget=1 << 24))
 
 
 def test_a_mask_may_hide_all_structure():
@@ -358,13 +375,13 @@ def test_the_reference_shares_nothing_with_the_conversion():
     other = dark(48, 48, seed=5)
     arguments = (done.original, done.model, done.plan, done.caller, other)
     with torch.no_grad():
-        assert values.differing_from_original(*arguments) == []
+        assert values.differing_from_original(*arguments, done.model(other)) == []
         assert float((done.model(other) - net(other)).abs().max()) > 0.1
         name = done.plan.converted[0].target
         module = done.model.get_submodule(name)
         honest = module.forward
         module.forward = lambda *given: honest(*given) * 1.01
-        assert "sd from the formulas'" in values.differing_from_original(*arguments)[0]
+        assert "sd from the formulas'" in values.differing_from_original(*arguments, done.model(other))[0]
 
 
 def test_findings_travel_through_json():

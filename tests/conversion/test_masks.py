@@ -6,7 +6,7 @@ import tifffile
 import torch
 import torch.nn.functional as F
 from masks import mask_of
-from streamed_networks import Anisotropic3d, Shallow
+from streamed_networks import Anisotropic3d, DividesBySize, Shallow
 from torch.testing import assert_close
 
 import normfix
@@ -64,12 +64,12 @@ def _reference(net, images, masks):
 @torch.no_grad()
 @pytest.mark.parametrize("tile", [None, 16])
 def test_masked_statistics_are_those_of_the_positions_that_count(converted, tile):
-    """Over two images of other sizes, in passes and in blocks, the moments are those of plain torch."""
+    """Over two images of other sizes, in one block and in several, the moments are those of plain torch."""
     images = [_image(48, 64, seed=2), 3 * _image(36, 44, seed=3)]
     masks = [mask_of(48, 64), mask_of(36, 44)]
     expected = _reference(converted.original.eval(), images, masks)
     done = normfix.calibrate(converted.model, images, tile, mask=masks)
-    assert done.summary.engine == ("passes" if tile is None else "stages")
+    assert done.summary.engine == "stages"
     assert done.summary.ignored == tuple(int((m != 0).sum()) for m in masks)
     norms = [m for m in done.model.modules() if hasattr(m, "running_mean")]
     assert len(norms) == len(expected) == 2
@@ -99,17 +99,17 @@ def test_what_lies_under_a_mask_is_not_measured(converted):
 @pytest.mark.slow
 @torch.no_grad()
 def test_masks_of_volumes_and_files(tmp_path):
-    """In 3D with other strides per axis, masks from files give in blocks what they give in passes."""
+    """In 3D with other strides per axis, masks from files give in blocks what they give in one."""
     torch.manual_seed(0)
     image = _image(6, 24, 36)
     model = normfix.convert(Anisotropic3d().double(), image).model
     tifffile.imwrite(tmp_path / "mask.tif", mask_of(6, 24, 36), imagej=True, metadata={"axes": "ZYX"})
-    passes, stages = (
+    whole, stages = (
         normfix.calibrate(model, image, tile, mask=tmp_path / "mask.tif") for tile in (None, (4, 8, 12))
     )
     assert stages.summary.engine == "stages"
     for name, value in stages.model.named_buffers():
-        assert_close(value, passes.model.get_buffer(name), **CLOSE)
+        assert_close(value, whole.model.get_buffer(name), **CLOSE)
 
 
 class Gated(torch.nn.Module):
@@ -161,3 +161,15 @@ def test_masks_that_do_not_fit_are_refused(converted, mask, code):
             normfix.calibrate_(converted.model, _image(64, 48), tile, mask=mask)
         assert caught.value.code == code
     assert all(torch.equal(converted.model.get_buffer(name), value) for name, value in before.items())
+
+
+def test_a_network_that_cannot_run_in_stages_takes_no_mask():
+    """Pixels are ignored in stages alone; the reason why there are none is said."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(DividesBySize(), torch.nn.InstanceNorm2d(1)).double()
+    image = _image(32, 48)
+    model = normfix.convert(net, image).model
+    before = model[1].running_mean.clone()
+    with pytest.raises(NormfixError, match=r"NF139 .*in stages alone.*NF324"):
+        normfix.calibrate_(model, 2 * image, 16, mask=mask_of(32, 48))
+    assert torch.equal(model[1].running_mean, before)

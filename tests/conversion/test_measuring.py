@@ -10,6 +10,7 @@ import normfix
 from normfix.conversion.measuring import measure_sites_
 from normfix.conversion.targets import NormTarget
 from normfix.errors import NormfixError
+from normfix.images.sources import TensorImage
 from normfix.layers import FrozenNorm2d
 from normfix.networks.calling import Caller
 
@@ -31,6 +32,10 @@ def _network():
         nn.ReLU(),
         nn.Conv2d(4, 2, 1),
     )
+
+
+def taken(images):
+    return [TensorImage(image) for image in images]
 
 
 def _images(dtype=torch.float32):
@@ -121,7 +126,7 @@ def test_the_residual_sees_a_wrong_statistic():
         targets[0].holder.running_var.mul_(2)
 
     wrong = NormTarget(targets[0].name, targets[0].module, targets[0].holder, dishonest, targets[0].expected)
-    first, second = measure_sites_(net, [wrong, targets[1]], _images(), Caller()).sites
+    first, second = measure_sites_(net, [wrong, targets[1]], taken(_images()), Caller()).sites
     assert first.mean_shift > 1e-2
     assert first.variance_ratio == pytest.approx((0.5, 0.5), abs=1e-3)
     assert second.mean_shift < 1e-6
@@ -143,7 +148,7 @@ def test_spread_tells_images_apart():
     """The spread is the largest distance of an image's mean from the population's, in population sd."""
     net, targets = _frozen()
     images = [torch.randn(1, 1, 32, 32), torch.randn(1, 1, 32, 32) + 5]
-    summary = measure_sites_(net, targets, images, Caller())
+    summary = measure_sites_(net, targets, taken(images), Caller())
     with torch.no_grad():
         values = [net[0](image).double().transpose(0, 1).flatten(1) for image in images]
     together = torch.cat(values, 1)
@@ -155,13 +160,13 @@ def test_spread_tells_images_apart():
 def test_one_image_has_no_spread():
     """A population of one image spreads by 0."""
     net, targets = _frozen()
-    assert all(s.spread == 0 for s in measure_sites_(net, targets, _images()[:1], Caller()).sites)
+    assert all(s.spread == 0 for s in measure_sites_(net, targets, taken(_images()[:1]), Caller()).sites)
 
 
 def test_elements_are_counted_over_all_images():
     """A site's elements are its values per channel on all images."""
     net, targets = _frozen()
-    summary = measure_sites_(net, targets, _images(), Caller())
+    summary = measure_sites_(net, targets, taken(_images()), Caller())
     assert summary.sites[0].elements == sum((h - 2) * (w - 2) for h, w in SIZES)
     assert summary.images == tuple((1, 1, *size) for size in SIZES)
 
@@ -191,7 +196,7 @@ def test_an_error_midway_leaves_everything_as_it_was(count, run_that_fails):
         return output
 
     with pytest.raises(RuntimeError, match="power cut"):
-        measure_sites_(net, targets, _images()[:count], run)
+        measure_sites_(net, targets, taken(_images()[:count]), run)
     assert _hooks(net) == 0
     assert [m.training for m in net] == [True, True, True, False, True]
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
@@ -202,7 +207,7 @@ def test_success_leaves_no_hook_and_the_old_modes():
     net, targets = _frozen()
     net.train()
     net[1].eval()
-    measure_sites_(net, targets, _images(), Caller())
+    measure_sites_(net, targets, taken(_images()), Caller())
     assert _hooks(net) == 0
     assert [m.training for m in net] == [True, False, True, True, True]
 
@@ -269,7 +274,7 @@ def test_a_site_off_the_plan_is_refused(widths):
     )
     before = _state(net)
     with pytest.raises(NormfixError, match="NF301"):
-        measure_sites_(net, [target], [torch.randn(1, 1, 32, w) + 3 for w in widths], Caller())
+        measure_sites_(net, [target], taken([torch.randn(1, 1, 32, w) + 3 for w in widths]), Caller())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
@@ -277,8 +282,8 @@ def test_progress_ends_at_the_number_of_passes():
     """Several images take one pass per site and one to re-measure."""
     heard = []
     net, targets = _frozen()
-    measure_sites_(net, targets, _images(), Caller(), lambda done, total: heard.append((done, total)))
-    assert heard == [(1, 3), (2, 3), (3, 3)]
+    measure_sites_(net, targets, taken(_images()), Caller(), lambda *step: heard.append(step))
+    assert heard == [("calibrate", n, 3) for n in (1, 2, 3)]
 
 
 HUGE = {

@@ -62,7 +62,7 @@ def test_edited_action_is_followed(planned, image):
     model = Deep()
     first, *others = planned.decisions
     edited = replace(planned, decisions=(replace(first, action=Action.KEEP, reason="by hand"), *others))
-    done = normfix.convert(model, image, plan=edited)
+    done = normfix.convert(model, image, to=edited)
     assert [d.site.id for d in done.plan.left_live] == [first.site.id]
     assert done.proof.step("identity").status == "passed"
     assert done.proof.step("used").status == "passed"
@@ -72,7 +72,7 @@ def test_edited_action_is_followed(planned, image):
 def test_means_and_targets_are_decided_anew(planned, image):
     """A plan whose means or targets were spoiled by hand is carried out right all the same."""
     spoiled = tuple(replace(d, means=Means.SWAP, target="conv", position=7) for d in planned.decisions)
-    assert normfix.convert(Deep(), image, plan=replace(planned, decisions=spoiled)).proof.passed
+    assert normfix.convert(Deep(), image, to=replace(planned, decisions=spoiled)).proof.passed
 
 
 @pytest.mark.parametrize("action", [Action.KEEP, Action.REFUSE])
@@ -84,6 +84,19 @@ def test_the_reason_follows_the_action(planned, action):
     decision = replay(edited, sites, model="").decisions[0]
     assert decision.action is Action.KEEP
     assert "reviewed plan" in decision.reason
+
+
+@pytest.mark.parametrize("action", Action)
+@pytest.mark.parametrize("reason", ["by hand", "its statistic becomes a constant? Never."])
+def test_words_decide_nothing(planned, action, reason):
+    """The same action is carried out whatever the reviewer wrote beside it, and the words stay."""
+    sites = [d.site for d in planned.decisions]
+    first, *others = planned.decisions
+    decisions = [
+        replay(replace(planned, decisions=(changed, *others)), sites, model="").decisions[0]
+        for changed in (replace(first, action=action), replace(first, action=action, reason=reason))
+    ]
+    assert replace(decisions[0], reason=reason) == decisions[1]
 
 
 def test_a_plan_is_called_what_its_actions_are(planned):
@@ -109,7 +122,7 @@ def test_impossible_action_is_refused(image):
     planned = normfix.plan(normfix.scan(model, image))
     edited = tuple(replace(d, action=Action.FREEZE) for d in planned.decisions)
     with pytest.raises(normfix.NormfixError, match="NF205 1/0/local_response_norm/0"):
-        normfix.convert(model, image, plan=replace(planned, decisions=edited))
+        normfix.convert(model, image, to=replace(planned, decisions=edited))
 
 
 def test_edited_site_is_refused(planned, image):
@@ -117,10 +130,16 @@ def test_edited_site_is_refused(planned, image):
     first, *others = planned.decisions
     changed = replace(first, site=replace(first.site, anchor="child"))
     with pytest.raises(normfix.NormfixError, match="NF205"):
-        normfix.convert(Deep(), image, plan=replace(planned, decisions=(changed, *others)))
+        normfix.convert(Deep(), image, to=replace(planned, decisions=(changed, *others)))
 
 
 def test_keep_patterns_must_match(planned, image):
     """A pattern that matches nothing is an error that lists the owners, not a silent no-op."""
     with pytest.raises(normfix.NormfixError, match=r"NF204.*child"):
         normfix.plan(normfix.scan(Deep(), image), keep=("decoder.*",))
+
+
+def test_a_plan_leaves_nothing_to_keep(planned, image):
+    """Patterns beside a plan would be ignored, so they are refused."""
+    with pytest.raises(normfix.NormfixError, match=r"NF205 keep=.*says already"):
+        normfix.convert(Deep(), image, planned, keep=("child",))

@@ -2,7 +2,7 @@
 
 import json
 import re
-import tomllib
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,11 @@ from normfix.cli import cli
 from normfix.cli.answers import RECORDS
 from normfix.records.schema import schema_of
 from normfix.records.sites import Scan
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 pytestmark = pytest.mark.slow
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from optional import needs_zarr
 from PIL import Image
 
 from normfix.errors import NormfixError
-from normfix.images.axes import read_image
+from normfix.images.files import open_windows, read_image
 from normfix.images.formats import open_file
 from normfix.storage.opening import open_model
 
@@ -41,6 +42,23 @@ def _png(width: int, height: int, bits: int, kind: int, data: bytes) -> bytes:
     )
 
 
+def _pieces(*pieces: tuple[bytes, bytes], checksum: int = 0) -> bytes:
+    """Return a PNG of chunks, whose checksums are off by a number."""
+    found = b"\x89PNG\r\n\x1a\n"
+    for name, content in pieces:
+        right = zlib.crc32(name + content)
+        found += struct.pack(">I", len(content)) + name + content + struct.pack(">I", right ^ checksum)
+    return found
+
+
+def _head(width: int, height: int, interlaced: int = 0) -> tuple[bytes, bytes]:
+    return b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, interlaced)
+
+
+ROWS, END = (b"IDAT", zlib.compress(bytes(8 * 9))), (b"IEND", b"")
+FEW = (b"IDAT", zlib.compress(bytes(5 * 9)))
+
+
 def _written(image: Image.Image, kind: str, **options) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
@@ -56,6 +74,12 @@ PICTURES = {
         "NF101",
     ),
     "colours of 16 bits": (_png(8, 8, 16, 2, bytes(8 * 49)), "NF101"),
+    "rows that are missing": (_pieces(_head(8, 8), FEW, END), "NF101"),
+    "rows that are missing in a pass": (_pieces(_head(8, 8, 1), FEW, END), "NF101"),
+    "a second, larger header": (_pieces(_head(8, 8), _head(900, 900), ROWS, END), "NF101"),
+    "a second header behind its rows": (_pieces(_head(8, 8), ROWS, _head(8, 8), END), "NF101"),
+    "a wrong checksum": (_pieces(_head(8, 8), ROWS, END, checksum=1), "NF101"),
+    "no end": (_pieces(_head(8, 8), ROWS), "NF101"),
     "many pixels": (_png(13000, 13000, 8, 6, b""), "NF121"),
 }
 
@@ -75,6 +99,24 @@ def test_an_ordinary_png_is_read(tmp_path):
     for name, image in (("grey", GREY), ("colour", GREY.convert("RGB")), ("deep", GREY.convert("I;16"))):
         image.save(tmp_path / f"{name}.png")
         assert np.all(np.asarray(open_file(tmp_path / f"{name}.png").array) == 5)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "I;16"])
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (13, 9)])
+def test_a_png_of_every_kind_is_whole(tmp_path, mode, size):
+    """Negative control: rows of every depth, and of widths that end within a byte, are all found."""
+    Image.new(mode, size).save(tmp_path / "a.png")
+    opened = open_file(tmp_path / "a.png")
+    assert tuple(opened.array.shape[:2]) == size[::-1]
+
+
+def test_an_interlaced_png_is_whole(tmp_path):
+    """Negative control: seven passes of 5 x 3 pixels, some of them empty."""
+    passes = b"".join(
+        bytes(rows * (1 + columns)) for rows, columns in ((1, 1), (1, 1), (1, 1), (1, 3), (2, 2), (1, 5))
+    )
+    (tmp_path / "a.png").write_bytes(_pieces(_head(5, 3, 1), (b"IDAT", zlib.compress(passes)), END))
+    assert open_file(tmp_path / "a.png").array.shape == (3, 5)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".npy", ".tif", ".nii", ".nii.gz"])
@@ -175,6 +217,7 @@ def _zarr(folder: Path, **more) -> Path:
     return folder
 
 
+@needs_zarr
 def test_a_filter_that_makes_texts_of_numbers_is_refused(tmp_path):
     """A text of a million characters for each number is not made; another type of numbers is."""
     settings = {"id": "astype", "encode_dtype": "<f4"}
@@ -185,6 +228,7 @@ def test_a_filter_that_makes_texts_of_numbers_is_refused(tmp_path):
     np.testing.assert_array_equal(open_file(folder).array[:, :], VALUES)
 
 
+@needs_zarr
 def test_folders_of_chunks_that_are_links_in_a_circle_are_refused(tmp_path):
     """They are not looked through without end."""
     folder = _zarr(tmp_path / "a.zarr", shape=[2] * 20, chunks=[1] * 20, dimension_separator="/")
@@ -194,6 +238,7 @@ def test_folders_of_chunks_that_are_links_in_a_circle_are_refused(tmp_path):
         open_file(folder)
 
 
+@needs_zarr
 def test_a_group_of_countless_images_is_refused(tmp_path):
     """They are not opened one by one to be listed."""
     part = {"axes": [{"name": "y"}, {"name": "x"}], "datasets": [{"path": "0"}]}
@@ -217,6 +262,7 @@ def test_countless_extensions_are_not_read(tmp_path):
         open_file(tmp_path / "a.nii.gz")
 
 
+@needs_zarr
 def test_chunks_without_end_are_not_looked_for(tmp_path):
     """An array of a chunk for each of its million pixels, of which none is there, is refused; a few are read."""
     with pytest.raises(NormfixError, match="NF121"):
@@ -225,6 +271,7 @@ def test_chunks_without_end_are_not_looked_for(tmp_path):
     assert (read_image(folder, ndim=2, channels=1) == 7).all()
 
 
+@needs_zarr
 def test_metadata_of_countless_lists_is_refused(tmp_path):
     """Ten bytes of it take a hundred in memory."""
     folder = _zarr(tmp_path / "a.zarr", more=[[0]] * 400_000)
@@ -232,6 +279,7 @@ def test_metadata_of_countless_lists_is_refused(tmp_path):
         open_file(folder)
 
 
+@needs_zarr
 def test_images_of_a_group_are_listed_by_their_metadata(tmp_path, monkeypatch):
     """Their chunks are not looked for, which may lie in one folder under 256 names."""
     part = {"axes": [{"name": "y"}, {"name": "x"}], "datasets": [{"path": "0"}]}
@@ -291,3 +339,118 @@ def test_a_description_of_countless_elements_is_refused(tmp_path):
     tifffile.imwrite(tmp_path / "a.ome.tif", VALUES, description=xml, metadata=None)
     with pytest.raises(NormfixError, match="NF121"):
         open_file(tmp_path / "a.ome.tif")
+
+
+VOLUME = np.random.default_rng(0).random((6, 50, 40), np.float32)
+
+
+def _volume(path: Path, change=lambda data: data, behind: int = 0) -> Path:
+    """Write a .nii.gz, whose bytes are changed."""
+    nibabel = pytest.importorskip("nibabel")
+    nibabel.save(nibabel.Nifti1Image(VOLUME, np.eye(4)), path)
+    data = gzip.decompress(path.read_bytes()) + bytes(behind)
+    path.write_bytes(change(gzip.compress(data)))
+    return path
+
+
+DAMAGED = {
+    "a wrong checksum": ({"change": lambda data: data[:-8] + bytes(4) + data[-4:]}, "CRC"),
+    "a wrong length": ({"change": lambda data: data[:-4] + bytes(4)}, "length"),
+    "an end that is missing": ({"change": lambda data: data[:-8]}, "end-of-stream"),
+    "a hundred megabytes behind its values": ({"behind": 100 << 20}, "far more follows"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_compressed_volume_is_whole_once_its_last_value_is_read(tmp_path, name):
+    """Read whole or in windows, it is refused where its checksum or length does not fit."""
+    options, reason = DAMAGED[name]
+    path = _volume(tmp_path / "a.nii.gz", **options)
+    with pytest.raises(NormfixError, match=f"NF101.*{reason}"):
+        read_image(path, ndim=3, channels=1)
+    with open_windows(path, ndim=3, channels=1) as image, pytest.raises(NormfixError, match=reason):
+        image.read([(39, 40), (0, 50), (0, 6)])
+
+
+def test_windows_of_a_compressed_volume_go_on_from_each_other(tmp_path, monkeypatch):
+    """One after the other they are unpacked once; an earlier one starts again and has the same values."""
+    starts = []
+    rewind = gzip._GzipReader._rewind
+    monkeypatch.setattr(gzip._GzipReader, "_rewind", lambda self: (starts.append(1), rewind(self))[1])
+    with open_windows(_volume(tmp_path / "a.nii.gz"), ndim=3, channels=1) as image:
+        starts.clear()
+        found = [image.read([(z, z + 1), (0, 50), (0, 6)]) for z in range(40)]
+        assert not starts
+        np.testing.assert_array_equal(np.concatenate(found, 1)[0], VOLUME.T)
+        np.testing.assert_array_equal(image.read([(0, 1), (0, 50), (0, 6)]), found[0])
+        assert starts
+
+
+def _stack(path: Path, pages: int, said: int, named: bool) -> Path:
+    """Write an OME-TIFF of so many pages that says it has others."""
+    data = (
+        "".join(f'<TiffData IFD="{z}" FirstZ="{z}" PlaneCount="1"/>' for z in range(said))
+        if named
+        else "<TiffData/>"
+    )
+    xml = (
+        '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0">'
+        '<Pixels ID="P:0" DimensionOrder="XYZCT" Type="float" SizeX="8" SizeY="8" SizeC="1" SizeT="1" '
+        f'SizeZ="{said}">{data}</Pixels></Image></OME>'
+    )
+    tifffile.imwrite(
+        path, np.stack([VALUES] * pages), description=xml, metadata=None, photometric="minisblack"
+    )
+    return path
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_planes_that_are_missing_are_not_read_as_zeros(tmp_path, named):
+    """A stack of which pages were lost is refused, whether its description names each or none; a whole one is read."""
+    with pytest.raises(NormfixError, match=r"NF101.*2 of the 5 pages"):
+        open_file(_stack(tmp_path / "a.ome.tif", 3, 5, named))
+    found = read_image(_stack(tmp_path / "b.ome.tif", 5, 5, named), ndim=3, channels=1)
+    np.testing.assert_array_equal(found[0], [VALUES] * 5)
+
+
+def _sparse(path: Path, absent: set[int], compression: str | None = None) -> Path:
+    """Write a TIFF of 16 tiles, some of which are not stored, as GDAL writes them."""
+    data = np.arange(1, 64 * 64 + 1, dtype=np.float32).reshape(64, 64)
+    tifffile.imwrite(path, data, tile=(16, 16), compression=compression, metadata=None)
+    with tifffile.TiffFile(path, mode="r+b") as file:
+        for code in (324, 325):
+            tag = file.pages[0].tags[code]
+            tag.overwrite([0 if n in absent else value for n, value in enumerate(tag.value)])
+    return path
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_tiles_that_are_not_stored_are_told(tmp_path, compression):
+    """Whole and by window they are the same zeros, and their number is said."""
+    path, told = _sparse(tmp_path / "a.tif", {3, 7}, compression), []
+    whole = read_image(path, ndim=2, channels=1, tell=told.append)
+    with open_windows(path, ndim=2, channels=1) as image:
+        np.testing.assert_array_equal(image.read([(0, 64), (0, 64)]), whole)
+        assert image.notes
+    assert "2 of 16 tiles" in told[0]
+    assert (whole == 0).sum() == 2 * 16 * 16
+
+
+def test_a_page_of_which_nothing_is_stored_is_no_image(tmp_path):
+    """It is refused rather than read as zeros."""
+    with pytest.raises(NormfixError, match=r"NF101.*none of its pixels"):
+        open_file(_sparse(tmp_path / "a.tif", set(range(16))))
+
+
+def test_a_whole_page_has_no_notes(tmp_path):
+    """Negative control: pages and strips that are stored are not counted as missing."""
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        np.ones((5, 64, 64), np.float32),
+        rowsperstrip=16,
+        compression="zlib",
+        photometric="minisblack",
+    )
+    opened = open_file(tmp_path / "a.tif")
+    assert opened.notes == ()
+    opened.close()

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from normfix.errors import NormfixError
-from normfix.images.axes import read_image, require_new_image, to_tensor, write_image
+from normfix.images.axes import require_new_image, to_tensor, write_image
+from normfix.images.files import read_image
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 60000, (24, 20), dtype=np.uint16)

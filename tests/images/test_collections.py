@@ -1,15 +1,18 @@
 """Images are found in order, read as often as needed, and refused by name where they do not fit."""
 
 import re
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from normfix.errors import NormfixError
-from normfix.images import collections
-from normfix.images.axes import read_image
-from normfix.images.collections import ImageFiles, Items, find_images
+from normfix.images.collections import ImageFiles, Images, find_images
+from normfix.images.files import open_windows
+from normfix.images.sources import whole
+from normfix.images.windows import ScaledImage, windowed
 
 FLOAT = np.random.default_rng(0).normal(3, 2, (2, 24, 20)).astype(np.float32)
 CPU = torch.device("cpu")
@@ -60,22 +63,25 @@ def test_a_pattern_without_images_is_refused(tmp_path, monkeypatch, pattern):
     assert code_of(find_images, [pattern]) == "NF101"
 
 
-def test_one_file_is_decoded_once_and_several_once_per_pass(tmp_path, monkeypatch):
+OPEN = partial(open_windows, ndim=2, channels=2)
+
+
+def test_one_file_is_decoded_once_and_several_once_per_pass(tmp_path):
     """However often a single image is asked for, its file is opened once; of several only the last is kept."""
     decoded = []
-    monkeypatch.setattr(
-        collections,
-        "read_image",
-        lambda path, **options: (decoded.append(path.name), read_image(path, **options))[1],
-    )
+
+    def opened(path):
+        decoded.append(path.name)
+        return OPEN(path)
+
     for name in ("a.npy", "b.npy"):
         np.save(tmp_path / name, FLOAT)
-    one = ImageFiles([tmp_path / "a.npy"], 2, 2, None)
+    one = ImageFiles([tmp_path / "a.npy"], opened, None)
     for _ in range(3):
         list(one)
     assert decoded == ["a.npy"]
     decoded.clear()
-    two = ImageFiles([tmp_path / "a.npy", tmp_path / "b.npy"], 2, 2, None)
+    two = ImageFiles([tmp_path / "a.npy", tmp_path / "b.npy"], opened, None)
     assert [len(list(two)) for _ in range(2)] == [2, 2]
     assert decoded == ["a.npy", "b.npy", "a.npy", "b.npy"]
 
@@ -84,14 +90,14 @@ def test_image_files_can_be_read_twice(tmp_path):
     """Files are read again in each pass, to the same tensors."""
     path = tmp_path / "a.npy"
     np.save(path, FLOAT)
-    files = ImageFiles([path], 2, 2, None)
+    files = ImageFiles([path], OPEN, None)
     assert torch.equal(*(next(iter(files)) for _ in range(2)))
 
 
 def test_items_come_in_the_dtype_of_the_network():
     """Images are given in the network's dtype."""
-    (item,) = Items.of(torch.zeros(1, 1, 4, 4), CPU, torch.float64)
-    assert item.dtype == torch.float64
+    (image,) = Images.of(torch.zeros(1, 1, 4, 4), CPU, torch.float64)
+    assert whole(image).dtype == torch.float64
 
 
 @pytest.mark.parametrize(
@@ -101,7 +107,7 @@ def test_items_come_in_the_dtype_of_the_network():
 )
 def test_images_that_cannot_be_read_twice_are_refused(images):
     """Emptiness, what cannot be iterated and what can be only once are NF103."""
-    assert code_of(Items.of, images, CPU, torch.float32) == "NF103"
+    assert code_of(Images.of, images, CPU, torch.float32) == "NF103"
 
 
 @pytest.mark.parametrize(
@@ -112,18 +118,43 @@ def test_images_that_cannot_be_read_twice_are_refused(images):
 )
 def test_an_item_that_is_no_image_is_refused(image):
     """Only floating tensors (N, C, *space) with pixels are images; all else is NF106."""
-    assert code_of(list, Items.of([image], CPU, torch.float32)) == "NF106"
+    assert code_of(list, Images.of([image], CPU, torch.float32)) == "NF106"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
 def test_an_item_that_is_not_finite_in_the_networks_dtype_is_refused(value):
     """NaN, infinity, and a double that float32 cannot hold are NF104."""
     image = torch.full((1, 1, 4, 4), value, dtype=torch.float64)
-    assert code_of(list, Items.of([image], CPU, torch.float32)) == "NF104"
+    assert code_of(list, Images.of([image], CPU, torch.float32)) == "NF104"
 
 
 def test_the_message_counts_the_images():
     """Among several, the message says which image is bad."""
     images = [torch.zeros(1, 1, 4, 4), torch.full((1, 1, 4, 4), float("nan"))]
     with pytest.raises(NormfixError, match=re.escape("image 1")):
-        list(Items.of(images, CPU, torch.float32))
+        list(Images.of(images, CPU, torch.float32))
+
+
+def test_tensors_and_images_read_by_window_are_taken_together():
+    """Each is an image of its extents; one that is read by window makes all be read so."""
+    tensor, window = torch.rand(1, 1, 4, 6), ScaledImage(windowed(FLOAT[:1], "CYX", ndim=2, channels=1))
+    images = Images.of([tensor, window], CPU, torch.float32)
+    assert [image.shape for image in images] == [(1, 1, 4, 6), (1, 1, 24, 20)]
+    assert images.by_window
+    assert not Images.of([tensor], CPU, torch.float32).by_window
+    wider = replace(images, padding=lambda size: [-n % 5 for n in size])
+    assert [tuple(whole(image).shape) for image in wider] == [(1, 1, 5, 10), (1, 1, 25, 20)]
+
+
+def test_what_has_no_length_is_counted_once():
+    """A dataset without a length is gone through once to count it, however often its length is asked for."""
+
+    class Dataset:
+        passes = 0
+
+        def __iter__(self):
+            Dataset.passes += 1
+            yield from [torch.zeros(1, 1, 4, 4)] * 2
+
+    images = Images.of(Dataset(), CPU, torch.float32)
+    assert (len(images), len(images), Dataset.passes) == (2, 2, 1)

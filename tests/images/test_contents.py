@@ -3,13 +3,14 @@
 import gzip
 import os
 import shutil
+from functools import partial
 
 import nibabel
 import numpy as np
 import pytest
 import tifffile
 import torch
-import zarr
+from optional import zarr
 from streamed_networks import Tangled
 
 import normfix
@@ -88,10 +89,10 @@ class Bench:
         self.before = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.measured(normfix.open_image(ARRAY, self.model))
 
-    def measured(self, image, **options):
+    def measured(self, image, store=None, **options):
         """Calibrate in stages; return the statistics."""
         self.model.load_state_dict(self.before)
-        normfix.calibrate_(self.model, image, tile=16, **options)
+        normfix.calibrate_(self.model, image, blocks=normfix.Blocks(tile=16, store=store), **options)
         return {name: value.clone() for name, value in self.model.named_buffers()}
 
 
@@ -260,7 +261,7 @@ def test_passes_over_a_file_see_the_same_values(tmp_path):
     path = tmp_path / "a.npy"
     _write(path, ARRAY)
     _write(tmp_path / "b.npy", OTHER)
-    files = ImageFiles([path, tmp_path / "b.npy"], 2, 1, Scaling())
+    files = ImageFiles([path, tmp_path / "b.npy"], partial(open_windows, ndim=2, channels=1), Scaling())
     first, _ = files
     _touch(path)
     second, _ = files

@@ -17,6 +17,7 @@ from normfix.cli.showing import require_reports, write_reports
 from normfix.errors import NormfixError
 from normfix.images.axes import write_image
 from normfix.images.drafts import TakenError, UnwritableError, drafting, naming, sweep
+from normfix.images.files import read_image
 from normfix.images.locks import lock
 from normfix.records.encoding import Record
 from normfix.storage.folder import appearing
@@ -126,7 +127,7 @@ def test_an_image_that_appears_meanwhile_stays(tmp_path, monkeypatch, suffix):
     monkeypatch.setattr(axes, "create", slow)
     with pytest.raises(TakenError, match=r"NF114 .*in the meantime.*What this run made is .*p-2"):
         write_image(target, mine)
-    one, two = (axes.read_image(tmp_path / f"{name}{suffix}", ndim=2, channels=1) for name in ("p", "p-2"))
+    one, two = (read_image(tmp_path / f"{name}{suffix}", ndim=2, channels=1) for name in ("p", "p-2"))
     assert (float(one.max()), float(two.min())) == (0, 1)
 
 

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-import zarr
+from optional import zarr
 
 import normfix
 from normfix.demo.data import nuclei_image
 from normfix.errors import NormfixError
-from normfix.images.axes import read_image, write_image
-from normfix.images.files import open_windows
+from normfix.images.axes import write_image
+from normfix.images.files import open_windows, read_image
 from normfix.images.formats import open_file
 from normfix.images.formats.opened import Choice
 from normfix.images.formats.placement import Placement
@@ -494,7 +494,7 @@ def test_a_strip_that_unpacks_to_more_than_it_holds_is_refused(tmp_path):
 
 def test_a_small_file_is_not_unpacked_to_a_large_image(tmp_path, monkeypatch):
     """A .nii.gz of 60 kB with 60 MB is refused whole and read by window; a tenth of it is read whole too."""
-    monkeypatch.setattr("normfix.images.axes._LARGE", 10 << 20)
+    monkeypatch.setattr("normfix.images.files._LARGE", 10 << 20)
     for name, depth in (("a.nii.gz", 60), ("b.nii.gz", 6)):
         _nifti(tmp_path / name, [1024, 1024, depth], bytes(depth << 20), code=2, bits=8)
     with pytest.raises(NormfixError, match=r"NF121.*--tile"):

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from optional import zarr
 
 from normfix.errors import NormfixError
 from normfix.images.files import open_windows
-from normfix.images.scaling import scaled
-from normfix.images.spread import percentiles, scaling_numbers
+from normfix.images.scaling import scaled, scaling_numbers
+from normfix.images.spread import Spread
 from normfix.images.windows import ScaledImage, Unread, windowed
 from normfix.images.writing import OutputFile
 from normfix.records.saved import Scaling
@@ -119,9 +119,9 @@ def test_scaling_is_that_of_the_whole_image(kind, dtype):
     window = windowed(array, ndim=2, channels=2, axes="CYX")
     if kind == "unit" and np.dtype(dtype).kind == "f":
         with pytest.raises(NormfixError, match="NF107"):
-            scaling_numbers(window, scaling)
+            scaling_numbers(Spread(window), scaling)
         return
-    offset, divisor = scaling_numbers(window, scaling)
+    offset, divisor = scaling_numbers(Spread(window), scaling)
     wide = torch.float64 if dtype == np.float64 else torch.float32
     image = ScaledImage(window, offset=offset, divisor=divisor, dtype=wide)
     expected = torch.from_numpy(scaled(array, scaling))[None, :, 5:31, 7:50]
@@ -142,7 +142,7 @@ def test_percentiles_are_numpys(array, q):
     """Streamed percentiles are numpy's, to the rounding of one interpolation, for every dtype."""
     if array.dtype.kind == "f":
         array = np.nan_to_num(array, nan=0, posinf=1e30, neginf=-1e30).clip(-1e30, 1e30)
-    found = percentiles(windowed(array, ndim=2, channels=1), [q])[0]
+    found = Spread(windowed(array, ndim=2, channels=1)).percentiles([q])[0]
     expected = float(np.percentile(array.astype(np.float64), q))
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-9)
 

@@ -9,14 +9,15 @@ import resource
 import time
 import zlib
 
-import numcodecs
 import numpy as np
 import pytest
-import zarr
+from optional import NO_ZARR
 
 from normfix.errors import NormfixError
-from normfix.images.axes import read_image
-from normfix.images.files import open_windows
+from normfix.images.files import open_windows, read_image
+
+numcodecs = pytest.importorskip("numcodecs", reason=NO_ZARR)
+zarr = pytest.importorskip("zarr", reason=NO_ZARR)
 
 RNG = np.random.default_rng(0)
 LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -240,6 +241,17 @@ def test_an_image_names_no_array_outside_of_it(tmp_path, place):
     datasets = [{"path": place.format(str(tmp_path).lstrip("/"))}]
     (group / ".zattrs").write_text(json.dumps({"multiscales": [{"axes": ["y", "x"], "datasets": datasets}]}))
     _refused(group)
+
+
+@pytest.mark.parametrize(("version", "name"), [(2, ".zarray"), (3, "zarr.json")])
+def test_metadata_that_says_two_things_is_refused(tmp_path, version, name):
+    """Two shapes in one object, of which programs take different ones; one shape is read."""
+    path = tmp_path / "a.zarr"
+    zarr.create_array(str(path), data=np.ones((8, 8), np.float32), zarr_format=version)
+    assert _window(path).shape == (1, 8, 8)
+    text = (path / name).read_text()
+    (path / name).write_text(text.rstrip()[:-1] + ', "shape": [4, 8]}')
+    _refused(path, "NF101")
 
 
 def test_consolidated_metadata_is_not_what_is_read(tmp_path):

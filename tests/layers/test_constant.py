@@ -79,7 +79,7 @@ class LinearAttention(Nasty):
 def test_a_product_over_space_larger_than_the_map_is_frozen():
     """What no longer varies over space is a statistic however large: linear attention is converted and proved."""
     torch.manual_seed(0)
-    done = normfix.convert(LinearAttention(), IMAGE, example=IMAGE[..., :64, :64])
+    done = normfix.convert(LinearAttention(), IMAGE)
     assert done.proof.passed
     assert [d.site.id for d in done.plan.converted] == ["(root)/0/matmul/0"]
 
@@ -328,10 +328,10 @@ def test_a_reviewed_plan_is_replayed():
     torch.manual_seed(0)
     model = HandNorm()
     plan = normfix.Plan.from_json(normfix.plan(normfix.scan(model, IMAGE)).to_json())
-    assert normfix.convert(model, IMAGE, plan=plan).proof.passed
+    assert normfix.convert(model, IMAGE, to=plan).proof.passed
     first, second = plan.decisions
     edited = replace(plan, decisions=(replace(first, action=Action.KEEP), second))
-    done = normfix.convert(model, IMAGE, plan=edited)
+    done = normfix.convert(model, IMAGE, to=edited)
     assert [d.site.id for d in done.plan.left_live] == [first.site.id]
     assert done.proof.step("identity").status == "passed"
     assert done.proof.step("tiles").status == "failed"

@@ -116,7 +116,7 @@ def test_a_plan_is_replayed_on_a_program(converted):
     """A reviewed plan of a program goes through JSON and is carried out."""
     program = raised(converted("squeeze-excite")[1])
     plan = Plan.from_json(normfix.plan(normfix.scan(program, IMAGE)).to_json())
-    done = normfix.convert(program, IMAGE, plan=plan)
+    done = normfix.convert(program, IMAGE, to=plan)
     assert [d.site.id for d in done.plan.converted] == ["2/0/mean/0"]
     assert done.proof.passed
 

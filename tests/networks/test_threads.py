@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
+from optional import needs_newer_torch
 from torch import nn
 
 import normfix
@@ -181,6 +182,7 @@ def test_conversions_at_once_are_those_one_by_one(image):
         torch.backends.cudnn.benchmark = False
 
 
+@needs_newer_torch("a scan moves the random numbers of all threads")
 def test_another_threads_random_numbers_are_its_own(image):
     """What another thread draws while a network that draws is scanned, is what it would have drawn."""
 
@@ -216,6 +218,68 @@ def test_random_numbers_of_a_network_are_the_same_in_every_call(image):
     before = torch.get_rng_state()
     assert not normfix.scan(model, image).tile_invariant
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Drawing(nn.Sequential):
+    """Draws in every call, to no effect."""
+
+    def forward(self, x):
+        return super().forward(x) + torch.rand_like(x[:, :1]) * 0
+
+
+USES = {
+    "calibrate": normfix.calibrate,
+    "calibrate in stages": lambda model, x: normfix.calibrate(model, x, tile=32),
+    "predict": lambda model, x: normfix.predict(model, x, 32),
+    "own statistics": lambda model, x: normfix.predict(model, x, 32, statistics="per-image"),
+    "check": lambda model, x: normfix.check(model, x, tile=32),
+    "prove": normfix.prove,
+    "diagnose": lambda model, x: normfix.diagnose(model, x, tile=32),
+    "fold": normfix.fold,
+}
+
+
+@pytest.fixture(scope="module")
+def drawing():
+    x = torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    return normfix.convert(Drawing(conv(1, 2), nn.InstanceNorm2d(2)).eval(), x), x
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_converted_network_that_draws_leaves_the_generator_alone(drawing, use):
+    """What was found when it was scanned is known whenever it is used: it draws from no generator of torch's."""
+    done, x = drawing
+    assert done.scan.draws
+    before = torch.get_rng_state()
+    USES[use](done.model, x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_saved_network_that_draws_leaves_the_generator_alone(drawing, tmp_path):
+    """Saving and loading, as a folder with its program or as a program, draw from no generator of torch's."""
+    done, x = drawing
+    before = torch.get_rng_state()
+    normfix.save(done, tmp_path / "folder")
+    model = normfix.load(tmp_path / "folder", model=done.original)
+    normfix.predict(model, x, 32)
+    normfix.predict(normfix.load(tmp_path / "folder"), x, 32)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_batch_norms_of_a_network_that_draws_are_measured_without_the_generator():
+    """A network that normfix did not convert is watched before it is measured."""
+    model = Drawing(conv(1, 2), nn.BatchNorm2d(2)).eval()
+    before = torch.get_rng_state()
+    normfix.calibrate(model, torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(0)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_network_that_draws_is_not_cut_into_blocks(drawing):
+    """A block draws other numbers than the whole image, so stages give way to passes, and say why."""
+    done, x = drawing
+    summary = normfix.calibrate(done.model, x, tile=32).summary
+    assert summary.engine == "passes"
+    assert "draws random numbers" in summary.reason
 
 
 def test_exactness_ends_with_the_last_that_asks_for_it():

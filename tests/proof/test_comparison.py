@@ -290,3 +290,11 @@ def test_geometry_survives_the_record():
     """A scan's geometry in text is the geometry that was measured."""
     found = normfix.scan(Patchify(), torch.randn(1, 1, 128, 128))
     assert geometry_of(found) == _geometry(Patchify())
+
+
+def test_an_image_that_is_read_by_window_is_checked_as_a_tensor_is():
+    """What holds the pixels makes no difference to the verdict."""
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)).eval()
+    image = torch.rand(1, 1, 96, 80, generator=torch.Generator().manual_seed(0))
+    opened = normfix.open_image(image[0, 0].numpy(), net)
+    assert normfix.check(net, opened, tile=32) == normfix.check(net, image, tile=32)

@@ -166,7 +166,7 @@ def test_the_residual_is_of_the_population_of_all_images(tuned):
     """It passes on both images, whole or by window in stages, and fails on either alone."""
     assert normfix.prove(tuned, images()).passed
     windows = [normfix.open_image(image[0].numpy(), tuned, axes="CYX") for image in images()]
-    assert normfix.prove(tuned, windows, blocks=32).passed
+    assert normfix.prove(tuned, windows, blocks=normfix.Blocks(tile=32)).passed
     for image in images():
         assert normfix.prove(tuned, image).step("residual").status == "failed"
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import types
-from enum import StrEnum
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from normfix.records import sites
+from normfix.records.choices import StrEnum
 from normfix.records.encoding import SCHEMA, Record
 from normfix.records.plans import matches
 from normfix.records.verdicts import Proof, ProofStep, Verdict

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -211,6 +212,34 @@ def test_junit_of_what_passed_and_of_what_is_open():
     cases = [ET.fromstring(text_of(".xml", v)).find(".//testcase") for v in (passed, opened)]
     assert len(cases[0]) == 0
     assert cases[1][0].tag == "error"
+
+
+def test_junit_tells_two_checks_apart():
+    """By network, image and tile: a CI service shows one test per name."""
+    image = torch.rand(1, 1, 96, 96)
+    verdicts = [normfix.check(plain_unet(), image, 32), normfix.check(plain_unet(), image, 16)]
+    cases = [ET.fromstring(text_of(".xml", verdict)).find(".//testcase") for verdict in verdicts]
+    assert [case.get("name") for case in cases] == [
+        f"tile-invariant[1x1x96x96, tile {n}x{n}]" for n in (32, 16)
+    ]
+    assert cases[0].get("classname") == f"normfix.{type(plain_unet()).__name__}"
+
+
+def test_an_assertion_on_a_result_means_that_it_passed(found, verdict):
+    """`assert normfix.check(...)` is what people write first; inconclusive is no pass either."""
+    opened = normfix.check(plain_unet(), torch.rand(1, 1, 48, 48), 64)
+    assert normfix.check(plain_unet(), torch.rand(1, 1, 96, 96), 32)
+    for failing in (verdict, opened, found):
+        assert not failing
+
+
+def test_an_assertion_on_a_proof_means_that_it_passed():
+    """A proof in which one step failed or none passed is false."""
+    proof = normfix.convert(LiveInstance(), torch.rand(1, 1, 96, 96)).proof
+    assert proof
+    steps = (replace(proof.steps[0], status="failed"), *proof.steps[1:])
+    assert not replace(proof, steps=steps)
+    assert not replace(proof, steps=())
 
 
 def test_markdown_has_the_verdict_and_tables(found):

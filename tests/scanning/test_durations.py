@@ -1,12 +1,15 @@
 """What takes long is announced before it starts, in seconds told from one forward pass; what does not is not."""
 
+import logging
+import re
+
 import pytest
 import torch
 from factories import tiny_unet
 from torch import nn
 
 import normfix
-from normfix.cli.showing import note_duration
+from normfix.cli.showing import telling
 from normfix.networks.calling import Caller
 from normfix.scanning import durations
 from normfix.scanning.durations import Durations
@@ -14,41 +17,53 @@ from normfix.tiling.grid import Geometry
 
 
 @pytest.fixture
+def told():
+    """Listen to what stages will take; return what is said."""
+    logger, lines, handler = logging.getLogger("normfix"), [], logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+@pytest.fixture
 def everything(monkeypatch):
-    """Announce whatever it takes."""
+    """Tell whatever it takes."""
     monkeypatch.setattr(durations, "_NOTABLE", 0.0)
 
 
-def test_a_scan_announces_itself(everything):
+def test_a_scan_announces_itself(everything, told):
     """The seconds are those of passes, so more than one pass takes."""
-    announced = []
-    normfix.scan(tiny_unet().eval(), announce=lambda *what: announced.append(what))
-    ((stage, seconds),) = announced
-    assert stage == "scan"
-    assert seconds > 0
+    normfix.scan(tiny_unet().eval())
+    (line,) = told
+    assert re.fullmatch(r"scan: about [1-9]\d* (seconds|minutes)", line)
 
 
-def test_a_conversion_announces_its_stages_in_order(everything):
+def test_a_conversion_announces_its_stages_in_order(everything, told):
     """Scan, calibration and proof, each before it starts."""
     seen = []
-    normfix.convert(
-        tiny_unet().eval(),
-        torch.rand(1, 1, 64, 64),
-        announce=lambda stage, seconds: seen.append(("about", stage)),
-        progress=lambda stage, done, total: seen.append(("at", stage)) if not done else None,
-    )
-    assert [what for what in seen if what[0] == "about"] == [
-        ("about", s) for s in ("scan", "calibrate", "prove")
-    ]
-    assert seen.index(("about", "scan")) < seen.index(("at", "scan"))
-    assert seen.index(("about", "prove")) < seen.index(("at", "prove"))
+
+    def progress(stage, done, total):
+        if not done:
+            seen.append((stage, [line.partition(":")[0] for line in told]))
+
+    normfix.convert(tiny_unet().eval(), torch.rand(1, 1, 64, 64), progress=progress)
+    assert seen == [("scan", ["scan"]), ("prove", ["scan", "calibrate", "prove"])]
 
 
-def test_what_is_quick_is_not_announced():
+def test_what_is_quick_is_not_announced(told):
     """A small network says nothing."""
-    announced = []
-    normfix.scan(tiny_unet().eval(), announce=lambda *what: announced.append(what))
-    assert announced == []
+    normfix.scan(tiny_unet().eval())
+    assert told == []
+
+
+def test_nobody_who_does_not_listen_pays_for_it(everything, monkeypatch):
+    """Without a listener no pass is timed."""
+    monkeypatch.delattr(Durations, "of")
+    assert normfix.scan(tiny_unet().eval()).sites
 
 
 def test_one_image_is_two_passes_and_several_are_one_per_site():
@@ -79,8 +94,10 @@ def test_timing_a_pass_leaves_the_mode():
     torch.testing.assert_close(network[1].running_mean, before, rtol=0, atol=0)
 
 
-def test_a_duration_is_a_line_on_stderr(capsys):
-    """The command line says what will take minutes, beside the result."""
-    note_duration("scan", 150.0)
+def test_a_duration_is_a_line_on_stderr(everything, capsys):
+    """The command line says what will take minutes, beside the result, and stops listening afterwards."""
+    with telling():
+        durations.tell_notable("scan", lambda: 150.0)
+    durations.tell_notable("scan", lambda: 150.0)
     out, err = capsys.readouterr()
     assert (out, err) == ("", "scan: about 2 minutes\n")

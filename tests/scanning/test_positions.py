@@ -121,3 +121,37 @@ def test_a_shift_without_a_mask_stays_a_finding():
     scan = normfix.scan(net.eval(), torch.randn(1, 1, 64, 64))
     assert not scan.tile_invariant
     assert "NF244" in {finding.code for finding in scan.findings}
+
+
+class _FixedBatch(nn.Module):
+    """A median of neighbours of one image, which fixes the batch: a convolution then asks for the size of its map."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 1, 1)
+
+    def forward(self, x):
+        y = F.unfold(self.conv(x), 3, padding=1).view(1, 3, 9, *x.shape[2:])
+        return self.head(y.median(dim=2).values)
+
+
+class _FixedRow(nn.Module):
+    """The same along a line, by sorting."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv1d(1, 3, 3, padding=1), nn.Conv1d(3, 1, 1)
+
+    def forward(self, x):
+        y = F.pad(self.conv(x), (2, 2)).unfold(2, 5, 1).reshape(1, 3, x.shape[2], 5)
+        return self.head(y.quantile(0.5, dim=3))
+
+
+@pytest.mark.parametrize(("net", "size"), [(_FixedBatch, (64, 96)), (_FixedRow, (512,))])
+def test_the_size_at_which_torch_takes_another_kernel_is_no_branch(net, size):
+    """A convolution asks how large its map is to choose a kernel: scan and check agree that tiles equal the whole."""
+    image = torch.randn(1, 1, *size, generator=torch.Generator().manual_seed(0))
+    scan = normfix.scan(net().eval(), image)
+    assert not [f for f in scan.findings if f.code == "NF244"]
+    assert scan.tile_invariant
+    assert normfix.check(net().eval(), image, tile=32).passed

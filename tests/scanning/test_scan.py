@@ -137,16 +137,18 @@ class _Pixels:
         self.total = 0
 
     def __call__(self, model, x):
+        if torch.compiler.is_exporting():  # which computes no pixel
+            return model(x)
         self.total += x.shape[2:].numel() * x.shape[0] * (2 if x.dtype == torch.float64 else 1)
         return model(x)
 
 
-def test_a_scan_costs_about_ten_forward_passes():
+def test_a_scan_costs_about_seven_forward_passes():
     """In pixels of the example, float64 counted double, with the dye's second run on top."""
     count, net = _Pixels(), nn.Sequential(nn.InstanceNorm2d(1), plain_unet()).eval()
     found = normfix.scan(net, torch.randn(1, 1, 256, 256), forward_fn=count)
     assert found.halo is not None
-    assert count.total / 256**2 < 10
+    assert count.total / 256**2 < 8
 
 
 def test_labels_are_a_finding():

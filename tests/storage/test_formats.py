@@ -11,12 +11,14 @@ import pytest
 import torch
 from nnunet import DATASET, PLANS, nnunet_folder, scrambled
 from payloads import Payload
+from safetensors.torch import save_file
 
 import normfix
 from normfix.errors import NormfixError
 from normfix.storage.opening import open_model
 from normfix.storage.opening.candidates import candidates
 from normfix.storage.opening.pickles import read_torch
+from normfix.storage.opening.pretrained import folder_weights
 from normfix.storage.opening.request import Request
 
 ARCH = "factories:tiny_unet"
@@ -385,8 +387,8 @@ def test_an_nnunet_model_is_converted_saved_and_reloaded(tmp_path):
     """An nnU-Net of InstanceNorms is frozen, saved, and reloads from the folder alone."""
     nnunet_folder(tmp_path)
     opened = open_model(str(tmp_path))
-    done = normfix.convert(opened.model, IMAGE, source=opened.source)
-    normfix.save(done, tmp_path / "fixed")
+    done = normfix.convert(opened.model, IMAGE)
+    normfix.save(done, tmp_path / "fixed", opened.source)
     assert_same(normfix.load(tmp_path / "fixed"), done.model)
 
 
@@ -429,6 +431,7 @@ def lightning_checkpoint(tmp_path, average=False):
     module = Lit(width=6)
     callbacks = []
     if average:
+        pytest.importorskip("lightning", minversion="2.6", reason="Lightning averages weights from 2.6 on")
         from lightning.pytorch.callbacks import EMAWeightAveraging
 
         callbacks = [EMAWeightAveraging(decay=0.5)]
@@ -582,3 +585,18 @@ def test_a_torch_archive_that_says_lightning_later_is_no_lightning(tmp_path):
     torch.save({"w": torch.ones(1)}, tmp_path / "w.pt")
     assert zipfile.is_zipfile(tmp_path / "w.pt")
     assert not lightning.recognises(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_a_weight_in_two_files_of_a_folder_is_refused(tmp_path, ending):
+    """Programs disagree about which of them counts; where each holds its own, both are read."""
+    stem = "model" if ending == "safetensors" else "pytorch_model"
+    write = save_file if ending == "safetensors" else torch.save
+    for number, names in enumerate(("ab", "c")):
+        write({name: torch.ones(1) for name in names}, tmp_path / f"{number}.{ending}")
+    index = {"weight_map": {"a": f"0.{ending}", "c": f"1.{ending}"}}
+    (tmp_path / f"{stem}.{ending}.index.json").write_text(json.dumps(index))
+    assert folder_weights(tmp_path, Request()).keys() == set("abc")
+    write({name: torch.zeros(1) for name in "bc"}, tmp_path / f"1.{ending}")
+    with pytest.raises(NormfixError, match=r"NF101.*holds b as well"):
+        folder_weights(tmp_path, Request())

@@ -33,7 +33,7 @@ def fixed(tmp_path_factory):
     """Save a converted network."""
     folder = tmp_path_factory.mktemp("fixed") / "out"
     source = normfix.Source(kind="factory", spec=ARCH)
-    normfix.save(normfix.convert(tiny_unet(), IMAGE, source=source), folder)
+    normfix.save(normfix.convert(tiny_unet(), IMAGE), folder, source)
     return folder
 
 

@@ -435,3 +435,36 @@ def test_a_network_pickled_with_another_version_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "moved_since", types.ModuleType("moved_since"))
     error = refusal(open_model, str(tmp_path / "whole.pt"), trust_pickle=True)
     assert (error.code, "as they were" in error.message) == ("NF111", True)
+
+
+@pytest.mark.parametrize("given", [tiny_unet, TinyUNet, lambda: tiny_unet(), tiny_unet(), ARCH])
+def test_an_architecture_is_named_by_what_the_caller_has(tmp_path, given):
+    """A function, a class, a lambda, the network itself or a name: the same network."""
+    model = trained()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    assert_same(normfix.load(tmp_path / "weights.pth", arch=given).eval(), model.eval())
+
+
+def test_a_given_network_is_filled_and_left_alone(tmp_path):
+    """`model=` counts for weights too, and the caller's network keeps its own."""
+    model, mine = trained(), tiny_unet()
+    before = {name: tensor.clone() for name, tensor in mine.state_dict().items()}
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    assert_same(normfix.load(tmp_path / "weights.pth", model=mine).eval(), model.eval())
+    for name, tensor in mine.state_dict().items():
+        torch.testing.assert_close(tensor, before[name], rtol=0, atol=0)
+
+
+def test_a_given_network_must_fit(tmp_path):
+    """Weights of another shape are refused, not left out."""
+    torch.save(tiny_unet(width=8).state_dict(), tmp_path / "weights.pth")
+    assert refusal(normfix.load, tmp_path / "weights.pth", model=tiny_unet()).code == "NF105"
+
+
+def test_a_saved_folder_may_name_factories_of_trusted_modules_only(tmp_path):
+    """A module that the caller trusts, not one whose name begins alike."""
+    done = normfix.convert(tiny_unet(), torch.rand(1, 1, 32, 32), source=Source(kind="factory", spec=ARCH))
+    normfix.save(done, tmp_path / "fixed")
+    assert refusal(normfix.load, tmp_path / "fixed").code == "NF113"
+    assert refusal(normfix.load, tmp_path / "fixed", trust=["factor"]).code == "NF113"
+    assert_same(normfix.load(tmp_path / "fixed", trust=["factories"]), done.model.eval())

@@ -26,8 +26,8 @@ def used(model: nn.Module) -> nn.Module:
 def returned(folder):
     """Convert what a folder holds and save it portably; return the conversion."""
     opened = open_model(str(folder))
-    done = normfix.convert(opened.model, source=opened.source)
-    normfix.save(done, folder.parent / "back", portable=True, partial=True)
+    done = normfix.convert(opened.model)
+    normfix.save(done, folder.parent / "back", opened.source, portable=True, partial=True)
     return done
 
 
@@ -61,8 +61,8 @@ def test_timm_loads_what_was_given_back(tmp_path):
     args = {"in_chans": 1, "num_classes": 3}
     save_for_hf(model, str(tmp_path / "timm"), model_args=args, safe_serialization=True)
     opened = open_model(str(tmp_path / "timm"))
-    done = normfix.convert(opened.model, source=opened.source)
-    normfix.save(done, tmp_path / "back", portable=True, partial=True)
+    done = normfix.convert(opened.model)
+    normfix.save(done, tmp_path / "back", opened.source, portable=True, partial=True)
     again = timm.create_model(f"local-dir:{tmp_path / 'back'}", pretrained=True)
     assert_same(again, done.model)
 
@@ -75,8 +75,8 @@ def test_transformers_loads_what_was_given_back(tmp_path):
     )
     used(transformers.ResNetModel(config)).save_pretrained(tmp_path / "hf")
     opened = open_model(str(tmp_path / "hf"))
-    done = normfix.convert(opened.model, source=opened.source, output="last_hidden_state")
-    normfix.save(done, tmp_path / "back", portable=True, partial=True)
+    done = normfix.convert(opened.model, output="last_hidden_state")
+    normfix.save(done, tmp_path / "back", opened.source, portable=True, partial=True)
     again, info = transformers.ResNetModel.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not any(info.values())
     assert_same(again, done.model)
@@ -97,8 +97,8 @@ def test_diffusers_loads_what_was_given_back(tmp_path):
     model = used(diffusers.AutoencoderDC(in_channels=1, latent_channels=2, attention_head_dim=4, **settings))
     model.save_pretrained(tmp_path / "vae")
     opened = open_model(str(tmp_path / "vae"))
-    done = normfix.convert(opened.model, IMAGE, source=opened.source, output="sample")
-    normfix.save(done, tmp_path / "back", portable=True, partial=True)
+    done = normfix.convert(opened.model, IMAGE, output="sample")
+    normfix.save(done, tmp_path / "back", opened.source, portable=True, partial=True)
     again, info = diffusers.AutoencoderDC.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not any(info.values())
     assert done.plan.converted
@@ -115,9 +115,9 @@ def test_a_group_norm_network_of_diffusers_is_refused(tmp_path):
     )
     model.save_pretrained(tmp_path / "vae")
     opened = open_model(str(tmp_path / "vae"))
-    done = normfix.convert(opened.model, IMAGE, source=opened.source, output="sample")
+    done = normfix.convert(opened.model, IMAGE, output="sample")
     with pytest.raises(NormfixError, match="NF411"):
-        normfix.save(done, tmp_path / "back", portable=True, partial=True)
+        normfix.save(done, tmp_path / "back", opened.source, portable=True, partial=True)
     assert not (tmp_path / "back").exists()
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from archive_attacks import members, zipped
 from factories import tiny_unet
+from optional import needs_programs
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -28,6 +29,8 @@ from normfix.storage.opening import open_model
 from normfix.storage.opening.formats.exported import read_program
 from normfix.storage.opening.request import Request
 from normfix.storage.programs import export_program, open_program
+
+pytestmark = needs_programs
 
 IMAGE = torch.rand(1, 1, 96, 80, generator=torch.Generator().manual_seed(0))
 OTHERS = [torch.randn(2, 1, 64, 96), torch.randn(1, 1, 32, 128)]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import stat
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import hostile
 import pytest
 import torch
 from factories import ExtraState, Gained, Tied, batched, tiny_unet
+from optional import needs_programs
 from safetensors.torch import load_file, save_file
 
 import normfix
@@ -64,6 +66,7 @@ def assert_same(actual, expected, image=OTHER):
         torch.testing.assert_close(actual(image), expected(image), rtol=0, atol=0)
 
 
+@needs_programs
 def test_the_folder_holds_its_files(folder):
     """Weights, normfix.json, a model card, and of an object's network a program; nothing else."""
     assert {path.name for path in folder.iterdir()} == FILES | {"program.pt2"}
@@ -73,7 +76,7 @@ def test_the_folder_holds_its_files(folder):
 def test_a_folder_from_a_factory_holds_no_program(tmp_path):
     """Where the source can be called again, no program is written."""
     source = normfix.Source(kind="factory", spec="factories:batched")
-    normfix.save(normfix.convert(batched(), source=source), tmp_path / "fixed")
+    normfix.save(normfix.convert(batched()), tmp_path / "fixed", source)
     assert {path.name for path in (tmp_path / "fixed").iterdir()} == FILES
 
 
@@ -93,6 +96,34 @@ def test_the_program_needs_no_source(folder, done):
         torch.testing.assert_close(load_file(folder / "y.safetensors")["y"], done.model(OTHER))
 
 
+class CountsPixels(torch.nn.Module):
+    """Knows the number of pixels, for which a program is written at one size and said to take all."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(1, 2, 3, padding=1), torch.nn.InstanceNorm2d(2)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) * math.log(x.shape[2] * x.shape[3])
+
+
+class CountsRoots(CountsPixels):
+    """Knows it by its root."""
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) / math.sqrt(x.shape[2] * x.shape[3] + 1)
+
+
+@pytest.mark.parametrize("network", [CountsPixels, CountsRoots])
+def test_a_network_whose_program_runs_on_one_size_alone_is_saved_without_program(network, tmp_path):
+    """The folder is whole without it; no bare error of a guard in the program comes through."""
+    done = normfix.convert(network().eval(), IMAGE)
+    normfix.save(done, tmp_path / "fixed", partial=True)
+    assert not (tmp_path / "fixed" / PROGRAM).exists()
+    again = normfix.load(tmp_path / "fixed", model=network())
+    assert torch.equal(again(OTHER), done.model(OTHER))
+
+
 def test_a_network_that_cannot_be_exported_is_saved_without_program(tmp_path, monkeypatch):
     """If torch.export fails, the folder is written without a program, and loads."""
 
@@ -108,8 +139,8 @@ def test_a_network_that_cannot_be_exported_is_saved_without_program(tmp_path, mo
 
 def test_a_batch_norm_network_goes_back_into_its_own_class(tmp_path):
     """Portable: a state dict with the original names, which the original class loads strictly with equal output."""
-    done = normfix.convert(batched(), OTHER, source=normfix.Source(kind="factory", spec="factories:batched"))
-    normfix.save(done, tmp_path / "out", portable=True)
+    done = normfix.convert(batched(), OTHER)
+    normfix.save(done, tmp_path / "out", "factories:batched", portable=True)
     fresh = batched()
     fresh.load_state_dict(torch.load(tmp_path / "out" / "state_dict.pt", weights_only=True), strict=True)
     assert_same(fresh.eval(), done.model)
@@ -126,8 +157,8 @@ def test_an_instance_norm_network_does_not_go_back(done, tmp_path):
 def test_the_card_names_the_base_and_the_proof(tmp_path):
     """The model card has tags, the base model and every step of the proof."""
     source = normfix.Source(kind="factory", spec=ARCH, origin="hf-hub:org/net@abc")
-    done = normfix.convert(tiny_unet(), IMAGE, source=source)
-    normfix.save(done, tmp_path / "fixed")
+    done = normfix.convert(tiny_unet(), IMAGE)
+    normfix.save(done, tmp_path / "fixed", source)
     card = (tmp_path / "fixed" / "README.md").read_text()
     assert "base_model: org/net\n" in card
     assert "- tile-invariant" in card
@@ -181,7 +212,7 @@ def test_plan_and_scaling_travel(folder, done):
 def test_a_folder_saved_from_a_factory_loads_in_a_fresh_process(tmp_path):
     """With a known factory, the folder is proved in a new Python, and names the factory."""
     source = normfix.Source(kind="factory", spec=ARCH)
-    normfix.save(normfix.convert(tiny_unet(), IMAGE, source=source), tmp_path / "fixed")
+    normfix.save(normfix.convert(tiny_unet(), IMAGE), tmp_path / "fixed", source)
     assert refusal(normfix.load, tmp_path / "fixed").code == "NF113"
 
 
@@ -219,7 +250,7 @@ def test_integer_buffers_survive(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_network_keeps_its_dtype(tmp_path, dtype):
     """A network converted in another dtype than its factory's loads in it, with equal output."""
-    done = normfix.convert(tiny_unet(), IMAGE, dtype=dtype)
+    done = normfix.convert(tiny_unet().to(dtype), IMAGE)
     normfix.save(done, tmp_path / "fixed", partial=True)
     loaded = normfix.load(tmp_path / "fixed", arch=ARCH)
     assert {p.dtype for p in loaded.parameters()} == {dtype}
@@ -228,7 +259,7 @@ def test_a_network_keeps_its_dtype(tmp_path, dtype):
 
 def test_buffers_that_are_not_saved_take_the_saved_dtype(tmp_path):
     """A float32 factory with a non-persistent buffer loads a bfloat16 folder, with equal output."""
-    done = normfix.convert(Gained(), IMAGE, dtype=torch.bfloat16)
+    done = normfix.convert(Gained().bfloat16(), IMAGE)
     normfix.save(done, tmp_path / "fixed", partial=True)
     torch.manual_seed(5)
     assert_same(normfix.load(tmp_path / "fixed", arch="factories:Gained"), done.model, OTHER.bfloat16())
@@ -337,6 +368,7 @@ def test_another_network_of_the_same_weights_is_refused(folder):
     assert refusal(normfix.load, folder, model=base).code == "NF115"
 
 
+@needs_programs
 def test_a_folder_from_an_object_gives_its_program(folder, done):
     """Without a base, a folder saved from an object gives the same at another size, predicts and says what it is."""
     opened = open_any(folder, Request())
@@ -347,6 +379,7 @@ def test_a_folder_from_an_object_gives_its_program(folder, done):
     torch.testing.assert_close(tiled, normfix.predict(done.model, IMAGE, tile=32))
 
 
+@needs_programs
 def test_a_folder_from_an_object_without_program_needs_the_network(folder):
     """Where neither a factory nor a program is there, load is NF113 and asks for the network."""
     (folder / PROGRAM).unlink()

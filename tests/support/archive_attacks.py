@@ -307,6 +307,39 @@ def structured(which: str, tree):
     return change
 
 
+def given(target: str, name: str, argument: dict, kind: int | None = None):
+    """Return a change of the program's calls of one operation: an argument of this name, kept in its place or added."""
+
+    def change(content):
+        calls = [node for node in content["graph_module"]["graph"]["nodes"] if node["target"] == target]
+        assert calls
+        for call in calls:
+            others = [one for one in call["inputs"] if one["name"] == name]
+            call["inputs"] += [] if others else [{"name": name, "kind": kind}]
+            for one in others or call["inputs"][-1:]:
+                one["arg"] = argument
+        return content
+
+    return change
+
+
+def calling(path: Path, more, change) -> Path:
+    """Write a program that computes more than the others, changed."""
+    content = members(exported(path, more).read_bytes())
+    (name,) = (n for n in content if n.endswith("models/model.json"))
+    content[name] = json.dumps(change(json.loads(content[name]))).encode()
+    path.write_bytes(zipped(content))
+    return path
+
+
+def _spectrum(x):
+    return torch.ops.aten._fft_r2c(x, [3], 0, True).abs().sum()
+
+
+def _normalised(x):
+    return torch.ops.aten._native_batch_norm_legit.no_stats(x, None, None, True, 0.1, 1e-5)[0].sum()
+
+
 def nested(depth: int):
     """Return a structure of tuples in tuples."""
     tree = {"type": None, "context": None, "children_spec": []}
@@ -430,6 +463,24 @@ REFUSED = {
     ),
     "notes of one hash": lambda d: torch_archive(
         d / "w.pt", b"\x80\x02}" + b"".join(b"p%d\n" % (n * BIG) for n in range(1, 40_000)) + b"."
+    ),
+    "a memory format that is a number": lambda d: calling(
+        d / "p.pt2",
+        lambda x: x.clone().sum(),
+        given("torch.ops.aten.clone.default", "memory_format", {"as_int": -1}, 2),
+    ),
+    "an argument that moves into the place of a dtype": lambda d: calling(
+        d / "p.pt2",
+        lambda x: x.sum(1, True).sum(),
+        given("torch.ops.aten.sum.dim_IntList", "dtype", {"as_int": -1}, 1),
+    ),
+    "a norm by statistics that are not there": lambda d: calling(
+        d / "p.pt2",
+        _normalised,
+        given("torch.ops.aten._native_batch_norm_legit.no_stats", "training", {"as_bool": False}),
+    ),
+    "a spectrum along an axis that is not there": lambda d: calling(
+        d / "p.pt2", _spectrum, given("torch.ops.aten._fft_r2c.default", "dim", {"as_ints": [8, -2, -2]})
     ),
     "an archive of tar": lambda d: tar_with_a_pickle_for_a_name(d / "w.pth", d),
 }

@@ -121,7 +121,7 @@ def _frozen(folder: Path) -> Path:
     from normfix.demo.network import nuclei_unet
 
     source = normfix.Source(kind="factory", spec="normfix.demo.network:nuclei_unet")
-    normfix.save(normfix.convert(nuclei_unet(), torch.rand(1, 1, 64, 64), source=source), folder)
+    normfix.save(normfix.convert(nuclei_unet(), torch.rand(1, 1, 64, 64)), folder, source)
     return folder
 
 

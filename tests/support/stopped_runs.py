@@ -17,6 +17,7 @@ import torch
 from streamed_networks import Tangled
 
 import normfix
+from normfix import Blocks
 from normfix.tiling.stages.blocks import Work
 from normfix.tiling.stages.resuming import resumable
 
@@ -30,8 +31,10 @@ def image(seed):
 def work(model, folder, store):
     """Calibrate and predict into a file as one command; return the digest of all that came out."""
     with resumable(store):
-        normfix.calibrate_(model, [image(2), image(3)], tile=16, store=store)
-        normfix.write_prediction(model, image(4), folder / "out.npy", 16, engine="stages", store=store)
+        normfix.calibrate_(model, [image(2), image(3)], tile=16, blocks=Blocks(store=store))
+        normfix.write_prediction(
+            model, image(4), folder / "out.npy", 16, engine="stages", blocks=Blocks(store=store)
+        )
     found = hashlib.sha256((folder / "out.npy").read_bytes())
     for name, value in model.named_buffers():
         found.update(name.encode() + value.numpy().tobytes())

@@ -10,6 +10,7 @@ from distributed import KilledWorker, LocalCluster
 from streamed_networks import Squeezed, Tangled
 
 import normfix
+from normfix import Blocks
 from normfix.errors import NormfixError
 from normfix.tiling.stages.blocks import Work
 from normfix.tiling.stages.dask import Dask, _Workers
@@ -37,7 +38,7 @@ def model():
 
 
 def _calibrated(model, images, **options):
-    normfix.calibrate_(model, images, tile=16, **options)
+    normfix.calibrate_(model, images, blocks=Blocks(tile=16, **options))
     return {name: value.clone() for name, value in model.named_buffers()}
 
 
@@ -57,8 +58,8 @@ def test_a_cluster_gives_the_bits_of_this_process(cluster, model, tmp_path):
         expected = _calibrated(model, [a, b])
         _same(_calibrated(model, [a, b], **there), expected)
         prediction = normfix.predict(model, b, tile=16, engine="stages")
-        assert torch.equal(normfix.predict(model, b, tile=16, **there), prediction)
-        normfix.write_prediction(model, b, tmp_path / "out.npy", 16, **there)
+        assert torch.equal(normfix.predict(model, b, blocks=Blocks(tile=16, **there)), prediction)
+        normfix.write_prediction(model, b, tmp_path / "out.npy", blocks=Blocks(tile=16, **there))
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), prediction[0].numpy())
     assert not list((tmp_path / "store").iterdir())
 
@@ -162,7 +163,7 @@ def test_errors_of_workers_keep_their_code(cluster, model, tmp_path):
         normfix.open_image(tmp_path / "b.npy", model) as b,
         pytest.raises(NormfixError, match=r"NF101|NF331"),
     ):
-        normfix.calibrate_(model, b, tile=16, watch=Remover(), **there)
+        normfix.calibrate_(model, b, blocks=Blocks(tile=16, watch=Remover(), **there))
 
 
 def test_a_block_that_ends_every_worker_is_named():

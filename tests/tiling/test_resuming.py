@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import zarr
+from optional import zarr
 from streamed_networks import Tangled
 from torch.testing import assert_close
 
 import normfix
+from normfix import Blocks
 from normfix.errors import NormfixError
 from normfix.layers.moments import Moments, measure
 from normfix.tiling.stages.blocks import Work
@@ -41,7 +42,7 @@ class Bench:
         """Return the statistics, freshly measured."""
         self.model.load_state_dict(self.before)
         given = _image(2) if image is None else image
-        normfix.calibrate_(self.model, given, tile=tile, store=store, **options)
+        normfix.calibrate_(self.model, given, blocks=Blocks(tile=tile, store=store, **options))
         return {name: value.clone() for name, value in self.model.named_buffers()}
 
 
@@ -341,13 +342,13 @@ def test_a_chunk_swapped_in_what_is_predicted_is_found(bench, stop, tmp_path, mo
     monkeypatch.setattr(Destination, "copy", stopping)
     with pytest.raises(KeyboardInterrupt):
         normfix.write_prediction(
-            bench.model, _image(), tmp_path / "p.npy", 16, engine="stages", store=tmp_path
+            bench.model, _image(), tmp_path / "p.npy", 16, engine="stages", blocks=Blocks(store=tmp_path)
         )
     monkeypatch.undo()
     _swapped(tmp_path / "normfix-run", None)
     with pytest.raises(NormfixError, match="NF330"):
         normfix.write_prediction(
-            bench.model, _image(), tmp_path / "p.npy", 16, engine="stages", store=tmp_path
+            bench.model, _image(), tmp_path / "p.npy", 16, engine="stages", blocks=Blocks(store=tmp_path)
         )
     assert [p.name for p in tmp_path.iterdir()] == ["normfix-run"]
 
@@ -501,7 +502,8 @@ def test_a_prediction_with_a_store_is_that_without(bench, tmp_path):
     """Through the store, a prediction has the bits that it has without one."""
     plain = normfix.predict(bench.model, _image(4), tile=16, engine="stages")
     assert torch.equal(
-        normfix.predict(bench.model, _image(4), tile=16, engine="stages", store=tmp_path), plain
+        normfix.predict(bench.model, _image(4), tile=16, engine="stages", blocks=Blocks(store=tmp_path)),
+        plain,
     )
     assert_close(
         plain, normfix.predict(bench.model, _image(4), tile=16, engine="tiles"), atol=1e-5, rtol=1e-4

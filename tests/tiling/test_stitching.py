@@ -11,8 +11,8 @@ from networks import TOLERANCE, GrowsByTwo, Identity, Patchify, SuperResolution,
 from torch.testing import assert_close
 
 from normfix.errors import NormfixError
-from normfix.tiling.grid import Geometry, grid
-from normfix.tiling.stitching import cropped, padded, stitch, tile_extents, tiled
+from normfix.tiling.grid import Geometry
+from normfix.tiling.stitching import cropped, padded, tile_extents, tiled
 
 
 def _geometry(stride=1, halo=(0, 0), scale=1, multiple=1, ndim=2):
@@ -90,11 +90,3 @@ def test_a_tile_off_the_grid_is_refused(tile):
     """Tiles that are not positive multiples of the stride on each axis raise NF402."""
     with pytest.raises(NormfixError, match="NF402"):
         tile_extents(tile, _geometry(8))
-
-
-def test_progress_counts_every_window():
-    """The callback hears of each window once, in order."""
-    heard = []
-    tiles = list(grid((8, 8), (4, 4), _geometry()))
-    stitch(Identity(), torch.zeros(1, 1, 8, 8), tiles, lambda done, total: heard.append((done, total)))
-    assert heard == [(1, 4), (2, 4), (3, 4), (4, 4)]

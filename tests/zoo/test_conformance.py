@@ -253,7 +253,7 @@ def test_a_network_that_dies_leaves_a_row():
 
 def test_an_exception_is_a_failure_with_its_place():
     """What a network raises is told with file and line."""
-    row = examine(replace(SMALL, build=lambda: nn.Conv2d(1, 0, 0)))
+    row = examine(replace(SMALL, build=lambda: nn.Conv2d(1, 1, 3, groups=2)))
     assert row["category"] in CATEGORIES
     assert row["category"] == "failed"
     assert "build" in row["cause"]
@@ -338,3 +338,11 @@ def test_nothing_constant_is_left_in_the_weights():
     assert float(model.last.std()) > 0.1
     assert float(model.norm.weight) != 1
     assert float(model.norm.running_mean) != 0
+
+
+def test_a_bound_below_the_dye_is_on_the_page():
+    """The page counts the halos that the graph bounds, and names a network whose dye shows more."""
+    row = {"name": "a", "library": "x", "category": "local", "bound": [[8, 8]], "dye": [[8, 4]]}
+    short = {**row, "name": "b", "bound": [[8, 0]]}
+    assert "halos bounded by the graph: 1 of 1 (100.0 %; target 98 %); 4 pixels above" in page([row], ["a"])
+    assert "below the dye: 1 (target 0) b" in page([row, short], ["a", "b"])

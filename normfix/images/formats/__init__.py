@@ -14,6 +14,7 @@ import numpy as np
 from normfix.errors import NormfixError
 from normfix.images.formats.opened import ArrayLike, Choice, Opened
 from normfix.images.formats.placement import Placement
+from normfix.images.formats.zarr_layout import require_zarr
 
 __all__ = [
     "OUTPUTS",
@@ -28,6 +29,7 @@ __all__ = [
     "open_file",
     "suffix_of",
     "unreadable",
+    "why",
 ]
 
 SUFFIXES = (".tif", ".tiff", ".png", ".npy", ".nii", ".nii.gz")
@@ -81,6 +83,7 @@ def open_file(path: Path, choice: Choice | None = None) -> Opened:
 
                 return open_png(path)
         if is_zarr(path):
+            require_zarr(str(path))
             from normfix.images.formats.ome_zarr import open_zarr
 
             return open_zarr(path, choice)
@@ -93,13 +96,18 @@ def open_file(path: Path, choice: Choice | None = None) -> Opened:
 
 def unreadable(path: Path, error: Exception) -> NormfixError:
     """Return the error (NF101) for a file that a library does not read."""
-    reason = " ".join(str(error).split())[:160]
-    hint = "pip install imagecodecs" if "imagecodecs" in reason else "check that it exists and is whole"
     return NormfixError(
         "NF101",
-        f"cannot read this file as {', '.join(SUFFIXES)} or Zarr: {reason}. Next: {hint}.",
+        f"cannot read this file as {', '.join(SUFFIXES)} or Zarr: {why(error)}.",
         where=str(path),
     )
+
+
+def why(error: Exception) -> str:
+    """Return in one line why a library does not read a file, and what to do next."""
+    reason = " ".join(str(error).split())[:160] or type(error).__name__
+    hint = "pip install imagecodecs" if "imagecodecs" in reason else "check that it exists and is whole"
+    return f"{reason}. Next: {hint}"
 
 
 def create(
@@ -122,6 +130,7 @@ def create(
     """
     match suffix_of(path):
         case ".zarr":
+            require_zarr(str(path))
             from normfix.images.formats.ome_zarr import create as create_zarr
 
             return create_zarr(path, shape, dtype, axes, placement, blocks or shape)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import math
 import shutil
 import struct
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from normfix.errors import NormfixError
-from normfix.images.formats.opened import Opened
+from normfix.images.formats.opened import Opened, nothing
 from normfix.images.formats.placement import Placement, unit_named
 
 __all__ = ["compress", "create", "open_nifti"]
@@ -54,11 +56,60 @@ class _Volume:
         return np.asarray(self._proxy[index]).astype(self.dtype, copy=False)
 
 
+class _Packed(_Volume):
+    """Values of a compressed volume, from a stream that goes on from where the last window ended.
+
+    The checksum stands at the end of the stream, so whoever has read the last value has read to there.
+    """
+
+    def __init__(self, image: Any, stream: gzip.GzipFile) -> None:
+        super().__init__(image)
+        self._stream = stream
+        self._lock = threading.Lock()
+        proxy = image.dataobj
+        self._end = int(proxy.offset) + math.prod(self.shape) * proxy.dtype.itemsize
+
+    def __getitem__(self, index: Any) -> Any:
+        with self._lock:
+            found = super().__getitem__(index)
+            if self._stream.tell() == self._end:
+                self._require_end()
+            return found
+
+    def _require_end(self) -> None:
+        """Read to the end, where the checksum of all that came before is compared.
+
+        Raises:
+            ValueError: if more follows the values than any program writes there; BadGzipFile for a wrong checksum.
+        """
+        for _ in range(_BEHIND):
+            if not self._stream.read(1 << 16):
+                return
+        raise ValueError("far more follows its values than its header says")
+
+
+_BEHIND = 256
+"""Pieces of 64 kB behind the values of a compressed volume; there is nothing in what programs write."""
+
+
 def open_nifti(path: Path) -> Opened:
-    """Open a .nii to be read by window; a .nii.gz too, whose windows are read from the start each time."""
+    """Open a .nii to be read by window; a .nii.gz too, one window after the other from the start."""
     nibabel = _nibabel(path)
     _bound_extensions(path)
     image = nibabel.load(path)
+    if not path.name.lower().endswith(".gz"):
+        return _opened(image, _Volume(image))
+    stream = gzip.open(path)  # noqa: SIM115 - open as long as windows are read
+    try:
+        kind = type(image)
+        image = kind.from_file_map(kind.make_file_map({"image": stream}))
+        return _opened(image, _Packed(image, stream), stream.close)
+    except BaseException:
+        stream.close()
+        raise
+
+
+def _opened(image: Any, volume: _Volume, close: Callable[[], None] = nothing) -> Opened:
     header = image.header
     rank = len(image.shape)
     times = header.get_xyzt_units()[1] in ("sec", "msec", "usec")
@@ -75,7 +126,7 @@ def open_nifti(path: Path) -> Opened:
         channels_last=rank > 3,
         native=_Header(header),
     )
-    return Opened(_Volume(image), axes, placement)
+    return Opened(volume, axes, placement, close)
 
 
 _EXTENSIONS = 1 << 27

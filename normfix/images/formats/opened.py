@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from normfix.errors import NormfixError
 from normfix.images.formats.placement import Placement
 
-__all__ = ["ArrayLike", "ChangedError", "Choice", "Opened", "choose", "letters_of"]
+__all__ = ["ArrayLike", "ChangedError", "Choice", "Opened", "choose", "letters_of", "nothing"]
 
 
 class ArrayLike(Protocol):
@@ -36,7 +36,7 @@ class ChangedError(Exception):
         self.written = written
 
 
-def _nothing() -> None:
+def nothing() -> None:
     """Close what needs no closing."""
 
 
@@ -51,7 +51,7 @@ class Opened:
     array: ArrayLike
     axes: str | None = None
     placement: Placement = field(default_factory=Placement)
-    close: Callable[[], None] = _nothing
+    close: Callable[[], None] = nothing
     part: str = ""
     listing: str = ""
     notes: tuple[str, ...] = ()

@@ -64,27 +64,37 @@ class _Tags:
 
 
 class _Pages:
-    """A level of a series: whole through tifffile, windows of it through its tiles or strips (zarr)."""
+    """A level of a series: whole through tifffile, windows of it through its tiles or strips (zarr).
 
-    def __init__(self, level: Any) -> None:
+    Of a sparse one tifffile would take what follows for what is not stored, so it is read as a window too.
+    """
+
+    def __init__(self, level: Any, *, sparse: bool) -> None:
         self._level = level
+        self._sparse = sparse
         self._windows: Any = None
         self.shape: tuple[int, ...] = tuple(level.shape)
         self.dtype = np.dtype(level.dtype)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         with _complaints("tifffile") as complaints:
-            array = self._level.asarray()
+            array = self[...] if self._sparse else self._level.asarray()
         if complaints:  # such as a page beyond the end of a truncated file, which is left out of the stack
             raise ValueError(complaints[0])
         return np.asarray(array, dtype)
 
     def __getitem__(self, index: Any) -> Any:
         if self._windows is None:
-            import zarr
-
-            self._windows = zarr.open_array(self._level.aszarr(level=0), mode="r")
+            self._windows = self._by_window()
         return self._windows[index]
+
+    def _by_window(self) -> Any:
+        """Return what is sliced: the file, or where zarr is not installed all of it in memory."""
+        try:
+            import zarr
+        except ImportError:
+            return np.asarray(self)
+        return zarr.open_array(self._level.aszarr(level=0), mode="r")
 
 
 def open_tiff(path: Path, choice: Choice) -> Opened:
@@ -120,10 +130,40 @@ def _opened(file: Any, path: Path, choice: Choice) -> Opened:
         )
     level = levels[choice.level]
     _bound(level.keyframe, path)
+    missing, segments = _missing(level, path)
     placement = _placement(file, series[number], number)
     if choice.level:
         placement = placement.of_level(_extents(levels[0]), _extents(level))
-    return Opened(_Pages(level), level.axes, placement, file.close)
+    note = f"{missing:,} of {segments:,} tiles or strips are missing and read as {level.keyframe.nodata}."
+    pages = _Pages(level, sparse=missing > 0)
+    return Opened(pages, level.axes, placement, file.close, notes=(note,) if missing else ())
+
+
+def _missing(level: Any, path: Path) -> tuple[int, int]:
+    """Return how many tiles or strips of a level are not stored, as GDAL leaves out empty ones, and how many it has.
+
+    Raises:
+        NormfixError: NF101 if a page is missing or nothing is stored, which tifffile would read as zeros.
+    """
+    pages = list(level.pages) if level.dataoffset is None else [level.keyframe]
+    absent = sum(page is None for page in pages)
+    if absent:
+        raise NormfixError(
+            "NF101",
+            f"{absent:,} of the {len(pages):,} pages that its description speaks of are not in the file, so they would "
+            "be read as zeros. Fetch it again; if it never had them, write it again without them.",
+            where=str(path),
+        )
+    expected = math.prod(level.keyframe.chunked)
+    stored = sum(
+        sum(
+            place > 0 and size > 0 for place, size in zip(page.dataoffsets, page.databytecounts, strict=False)
+        )
+        for page in pages
+    )
+    if not stored:
+        raise NormfixError("NF101", "none of its pixels are in the file.", where=str(path))
+    return max(0, expected * len(pages) - stored), expected * len(pages)
 
 
 _SECONDS, _BYTES_A_SECOND = 5.0, 8 << 20

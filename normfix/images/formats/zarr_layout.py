@@ -6,6 +6,7 @@ with the metadata that Zarr itself is shown: plain chunks without shards. What i
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -18,8 +19,9 @@ import numpy as np
 
 from normfix.errors import NormfixError
 from normfix.images.formats.codecs import Codec, Unpacking, codec_of, is_filter
+from normfix.records.encoding import once
 
-__all__ = ["Layout", "layout_of", "metadata_of", "require_inside", "within"]
+__all__ = ["Layout", "layout_of", "metadata_of", "require_inside", "require_zarr", "within"]
 
 _JSON = 1 << 24
 """Bytes of metadata that are read."""
@@ -31,6 +33,22 @@ _CHUNK = 1 << 27
 """Bytes that a chunk may always have; a larger one has to be smaller than a few of its array."""
 
 Metadata = dict[str, Any]
+
+
+def require_zarr(where: str) -> None:
+    """Refuse what needs zarr where that is not installed.
+
+    Raises:
+        NormfixError: NF143.
+    """
+    try:
+        importlib.import_module("zarr")
+    except ImportError as error:
+        raise NormfixError(
+            "NF143",
+            'Zarr is read and written with zarr 3: pip install "normfix[stream]" (Python 3.11 or newer).',
+            where=where,
+        ) from error
 
 
 def layout_of(folder: Path, root: Path) -> Layout:
@@ -58,7 +76,7 @@ def metadata_of(folder: Path, root: Path, name: str) -> Metadata | None:
 
     Raises:
         NormfixError: NF121 for one that leads out of the folder or is larger than metadata is; ValueError for what is
-            no object.
+            no object, or names something twice.
     """
     path = folder / name
     if not os.path.lexists(path):
@@ -74,7 +92,7 @@ def metadata_of(folder: Path, root: Path, name: str) -> Metadata | None:
             raise NormfixError(
                 "NF121", "its metadata holds more lists and objects than metadata does.", where=str(path)
             )
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=once)
     except RecursionError as error:
         raise ValueError(f"{name} is nested too deeply") from error
     if not isinstance(found, dict):

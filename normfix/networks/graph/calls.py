@@ -65,6 +65,9 @@ def write_calls_(graph: Graph) -> None:
         function = function_of(node) if node.op == "call_function" else None
         if function is not None and (name_of(node) not in _VALUES or _values_alone_(graph, node)):
             node.target = function
+            if function is torch.norm:
+                # in programs from files, arguments have the names of the operator, linalg_vector_norm
+                node.kwargs = {"p" if name == "ord" else name: v for name, v in node.kwargs.items()}
 
 
 def norm_call(norm: Normalisation) -> tuple[Callable[..., Any], dict[str, Any]] | None:

@@ -23,6 +23,7 @@ from normfix.networks.graph.isolation import silence
 from normfix.networks.graph.replaying import replay, replays
 from normfix.networks.graph.sizes import LongFormulaError, ShortSizes
 from normfix.networks.numerics import exact_arithmetic
+from normfix.networks.releases import values_of
 
 __all__ = [
     "WRAPPED",
@@ -82,22 +83,26 @@ class _Network(nn.Module):
         return self._run(self.get_submodule(WRAPPED), image)
 
 
-def capture(model: nn.Module, run: Run, example: Tensor, *, one_size: bool = False) -> Captured | NotCaptured:
+def capture(
+    model: nn.Module, run: Run, example: Tensor, *, one_size: bool = False, once: bool = False
+) -> Captured | NotCaptured:
     """Capture a network as an exported program before decomposition.
 
     Args:
-        model: not modified; a deep copy in eval mode is captured.
+        model: a copy of it in eval mode is captured, and compared with it; its modes are not changed.
         run: calls the model on one input and returns a tensor (normfix.networks.calling.Caller does).
         example: (N, C, *space) that the network runs on.
         one_size: the network is known to take no other size, so none is left free: proving that costs minutes.
+        once: compare on the example alone, which says nothing of other sizes and batches.
 
     Returns:
         A program that was compared with the network, or the reason why there is none.
     """
     try:
-        network = _Network(copy.deepcopy(model), run).eval()
+        evaluated = not any(module.training for module in model.modules())
+        network = _Network(model if evaluated else copy.deepcopy(model), run).eval()
         with exact_arithmetic():
-            return _captured(network, example[:1].detach(), one_size=one_size)
+            return _captured(network, example[:1].detach(), one_size=one_size, once=once)
     except failures() as error:  # torch.export runs the network's code and may raise anything
         return NotCaptured(_line(error))
 
@@ -178,11 +183,11 @@ def extents(captured: Captured) -> dict[str, tuple[tuple[int, ...], tuple[int, .
     return {name: (_sizes(v), _sizes(v, roots)) for name, v in here.items()}
 
 
-def _captured(network: _Network, example: Tensor, *, one_size: bool) -> Captured | NotCaptured:
+def _captured(network: _Network, example: Tensor, *, one_size: bool, once: bool) -> Captured | NotCaptured:
     program = export(network, example, one_size=one_size)
     free = free_dimensions(program)
     replayed = []
-    for trials in replays(example, free):
+    for trials in replays(example, () if once else free):
         for image in trials:
             agree = replay(program, network, image)
             if agree is False:
@@ -196,7 +201,7 @@ def _captured(network: _Network, example: Tensor, *, one_size: bool) -> Captured
     if not replayed:
         return NotCaptured("the captured program could be compared with the network on no input")
     confirmed = tuple(d for d in free if any(shape[d] != example.shape[d] for shape in replayed))
-    other = None if one_size or _roots(program) else _other(network, example, program)
+    other = None if one_size or once or _roots(program) else _other(network, example, program)
     return Captured(program, confirmed, other, tuple(replayed))
 
 
@@ -258,7 +263,7 @@ def _tensor_nodes(program: ExportedProgram) -> Iterator[tuple[str, Any]]:
 def _roots(program: ExportedProgram) -> dict[Any, int]:
     """Return a value for each symbol in the image's spatial extents: twice what it was captured at."""
     free = [n for n in image_of(program).meta["val"].shape[2:] if _symbols(n)]
-    hints = {symbol: n.node.shape_env.backed_var_to_val[symbol] for n in free for symbol in _symbols(n)}
+    hints = {symbol: values_of(n.node.shape_env)[symbol] for n in free for symbol in _symbols(n)}
     return {symbol: 2 * int(hint) for symbol, hint in hints.items()}
 
 
@@ -273,7 +278,7 @@ def _sizes(value: Any, replaced: dict[Any, int] | None = None) -> tuple[int, ...
         if isinstance(n, int):
             sizes.append(n)
             continue
-        known = {**n.node.shape_env.backed_var_to_val, **(replaced or {})}
+        known = {**values_of(n.node.shape_env), **(replaced or {})}
         resolved = n.node.expr.subs(known)
         sizes.append(int(resolved) if resolved.is_number else 1)  # depends on the values of data
     return tuple(sizes)

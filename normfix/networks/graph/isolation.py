@@ -94,6 +94,9 @@ def _tracing_here(*, backends_off: bool) -> Iterator[None]:
     compiling = getattr(exporter, "_compiling_state_context", None)
     if compiling is not None:
         replaced.append((exporter, compiling.__name__, _only_in(here, _compiling_here, compiling)))
+    else:  # before torch 2.7 the flag is set by what cannot be replaced, so its reader is
+        asked = torch.compiler.is_compiling
+        replaced.append((torch.compiler, "is_compiling", _only_in(here, asked, _nobody_compiles)))
     with ExitStack() as stack:
         for owner, name, value in replaced:
             stack.callback(setattr, owner, name, getattr(owner, name))
@@ -120,6 +123,11 @@ def _compiling_here() -> Iterator[None]:
     finally:
         for flag, value in before.items():
             setattr(torch.compiler, flag, value)
+
+
+def _nobody_compiles() -> bool:
+    """Answer for the threads that do not trace."""
+    return False
 
 
 def _only_in(thread: int, new: Callable[..., Any], old: Callable[..., Any]) -> Callable[..., Any]:

@@ -88,7 +88,8 @@ _LOCAL = frozenset(
         "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d",
         "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa",
         "_upsample_bicubic2d_aa", "linear", "addmm", "mm", "bmm", "matmul", "baddbmm", "einsum", "glu",
-        "prelu", "_prelu_kernel", "embedding", "softmax", "_softmax", "log_softmax", "_log_softmax",
+        "prelu", "_prelu_kernel", "leaky_relu", "ldexp", "embedding",  # pointwise, which torch 2.6 does not say
+        "softmax", "_softmax", "log_softmax", "_log_softmax",
         "logsumexp", "sum", "mean", "amax", "amin", "max", "min", "any", "all", "prod", "var", "std",
         "var_mean", "std_mean", "linalg_vector_norm", "norm", "argmax", "argmin", "cumsum", "cumprod",
         "cummax", "cummin", "logcumsumexp", "sort", "argsort", "topk", "adaptive_avg_pool1d",

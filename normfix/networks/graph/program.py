@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Interpreter
 from torch.fx.node import map_aggregate
+from typing_extensions import Self
 
 from normfix.errors import NormfixError
 

@@ -20,13 +20,22 @@ __all__ = ["replay", "replays", "same"]
 
 
 def replays(example: Tensor, free: Sequence[int]) -> Iterator[list[Tensor]]:
-    """Yield lists of inputs of which one has to be replayed: the example, another batch, another size."""
+    """Yield lists of inputs of which one has to be replayed: the example, another batch of another size.
+
+    Half the size comes first: it costs a quarter.
+    """
     yield [example]
-    if 0 in free:
-        yield [torch.cat([example, example.flip(-1), example * 0.5])]
+    images = []
     if any(dim >= 2 for dim in free):
-        sizes = [[n + step * (d in free) for d, n in enumerate(example.shape)][2:] for step in (32, 64, 128)]
-        yield [resized(example, size) for size in [*sizes, [2 * n for n in example.shape[2:]]]]
+        space = example.shape[2:]
+        sizes = [[n // 64 * 32 if d in free and n >= 64 else n for d, n in enumerate(space, start=2)]]
+        sizes += [[n + step * (d in free) for d, n in enumerate(space, start=2)] for step in (32, 64, 128)]
+        sizes += [[2 * n for n in space]]
+        images = [resized(example, size) for size in sizes if size != list(space)]
+    if 0 in free:
+        images = [torch.cat([x, x.flip(-1), x * 0.5]) for x in (*images, example)]
+    if images:
+        yield images
 
 
 def replay(program: ExportedProgram, network: nn.Module, image: Tensor) -> bool | None:

@@ -23,6 +23,7 @@ from torch.fx import Node
 from normfix.errors import PACKAGE, NormfixError
 from normfix.networks.graph.capture import image_of
 from normfix.networks.graph.operators import name_of, taken_by, viewed_by
+from normfix.networks.releases import values_of
 from normfix.records.sizes import Condition
 from normfix.scanning.graph.formulas import NoText, text_of
 
@@ -119,7 +120,7 @@ class _Reading:
             if node.expr in names:
                 tied.append((names[node.expr], letters[dim]))
             names.setdefault(node.expr, letters[dim])
-        known = environment.backed_var_to_val
+        known = values_of(environment)
         extents = {name: int(known[symbol]) for symbol, name in names.items()}
         return cls(names, extents, tuple(tied), environment)
 

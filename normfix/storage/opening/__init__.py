@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from normfix.errors import NormfixError
+from normfix.networks.naming import is_named
 from normfix.storage.opening.allocation import bounded_by
 from normfix.storage.opening.factories import build
 from normfix.storage.opening.formats import FORMATS, Format
 from normfix.storage.opening.formats.exported import read_program
-from normfix.storage.opening.gate import is_name
 from normfix.storage.opening.hub import HUB, fetched, require_repository
 from normfix.storage.opening.pretrained import folder_weights
 from normfix.storage.opening.request import Loaded, Request, factory, unreadable
@@ -88,7 +88,7 @@ def open_spec(spec: str, request: Request, revision: str | None = None) -> Loade
     path = Path(spec)
     if os.path.exists(path):  # noqa: PTH110 - Path.exists raises where a name is too long to be a file
         return open_path(path, request)
-    if is_name(spec) and path.suffix not in _ENDINGS:
+    if is_named(spec) and path.suffix not in _ENDINGS:
         source = factory(spec, request.arch_args or {})
         return Loaded(build(source), source, _random_weights(spec, request.arch_args or {}))
     raise NormfixError(
@@ -118,7 +118,7 @@ def open_path(path: Path, request: Request) -> Loaded:
 
 def _opened(format_: Format, path: Path, request: Request) -> Loaded:
     """Let a format open it, and give whatever a library raises about what a file says the name of that file."""
-    bound = bounded_by(path) if request.arch is None else nullcontext()
+    bound = bounded_by(path) if request.named is None else nullcontext()
     try:
         with bound:
             return format_.open_network(path, request)

@@ -84,7 +84,7 @@ def inventory(path: Path) -> Inventory:
 @lru_cache(maxsize=1)
 def _inventory(path: str, *_state: int) -> Inventory:
     with zipfile.ZipFile(path) as archive:
-        names = {name.partition("/")[2]: name for name in archive.namelist()}
+        names = {name.partition("/")[2] or name: name for name in archive.namelist()}
         start = b""
         # zipfile unpacks all of what is compressed otherwise at once: two kilobytes of bzip2 hold two gigabytes
         if "data.pkl" in names and archive.getinfo(names["data.pkl"]).compress_type in _UNPACKED_IN_PARTS:

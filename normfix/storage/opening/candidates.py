@@ -59,7 +59,7 @@ def require_named(content: Any, path: Path, request: Request, args: dict[str, An
         NormfixError: NF112 if the caller names none, with candidates; NF101 if there are no weights to fill.
     """
     if request.named is not None:
-        given = request.arch_args is not None or not args
+        given = request.arch_args is not None or not args or request.network is not None
         return request.named if given else factory(str(request.arch), args or {})
     weights = weights_in(content, path, request)
     names = [name for group in weights.values() for name in group]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -19,15 +19,26 @@ from torch import nn
 
 from normfix.errors import NormfixError
 from normfix.images.deadline import within
+from normfix.networks.naming import UnknownNameError, named
 from normfix.records.saved import Source
 from normfix.storage.opening.allocation import PLENTY, Bounded, Sketched, Stored, require_proportion
 from normfix.storage.opening.arguments import blanked, require_inert, require_small
-from normfix.storage.opening.gate import FACTORIES, FORMATS, imported, is_allowed, is_name, library, present
+from normfix.storage.opening.gate import (
+    FACTORIES,
+    FORMATS,
+    imported,
+    is_allowed,
+    is_name,
+    is_trusted,
+    library,
+    present,
+)
 from normfix.storage.opening.guard import watched
 
 __all__ = [
     "FACTORIES",
     "build",
+    "built",
     "classes_named",
     "confined",
     "dumped",
@@ -52,40 +63,37 @@ def build(source: Source, *, blank: bool = False, stored: Stored | None = None) 
             no JSON object; NF113 or NF121 for a file's arguments that reach out or ask for too much.
     """
     args = _arguments(source)
-    factory = _factory(source.spec)
+    factory = _factory(source.spec, named)
     if blank:
         args = blanked(factory, args, defaults=library(source.spec) in FACTORIES)
     if stored is None:
-        return _called(factory, args, source.spec)
+        return built(factory, args, source.spec)
     require_inert(args, source.spec)
     require_small(args, source.spec, tensors=stored.tensors, elements=stored.elements)
     bound = Bounded(4 * stored.elements, source.spec)
     return within(
         2 * stored.seconds,
-        lambda: _within_memory(bound, lambda: _called(factory, args, source.spec)),
+        lambda: _within_memory(bound, lambda: built(factory, args, source.spec)),
         source.spec,
     )
 
 
-def _factory(spec: str) -> Callable[..., Any]:
-    """Import a factory.
+def _factory(spec: str, find: Callable[[str], Any]) -> Callable[..., Any]:
+    """Import a factory: `named` looks where the caller is too, `imported` among what is installed.
 
     Raises:
         NormfixError: NF111.
     """
     try:
         if not spec.startswith("timm:"):
-            found: Callable[..., Any] = imported(spec)
+            found: Callable[..., Any] = find(spec)
             return found
         create = importlib.import_module("timm").create_model
         return _TimmFactory(create, spec.removeprefix("timm:"))
     except NormfixError:
         raise
     except ModuleNotFoundError as error:
-        hint = f"install {error.name}, or name its folder in PYTHONPATH"
-        if error.name == "timm":
-            hint = 'pip install "normfix[timm]"'
-        raise NormfixError("NF111", f"{error}. Next: {hint}.", where=spec) from error
+        raise _uninstalled(error, spec) from error
     except Exception as error:
         raise _failed(spec, error) from error
 
@@ -101,21 +109,34 @@ class _TimmFactory:
         return self._create(self._name, **args)
 
 
-def _called(factory: Callable[..., Any], args: Mapping[str, Any], spec: str) -> nn.Module:
-    """Return the network that a factory builds; NF111 if it fails or gives something else."""
+def built(factory: Callable[..., Any], args: Mapping[str, Any], spec: str = "arch") -> nn.Module:
+    """Return the network that a factory builds.
+
+    Raises:
+        NormfixError: NF111 if it fails or gives something else.
+    """
     try:
         model = factory(**args)
     except NormfixError:
         raise
     except ModuleNotFoundError as error:
-        raise NormfixError(
-            "NF111", f"{error}. Next: install {error.name}, or name its folder in PYTHONPATH.", where=spec
-        ) from error
+        raise _uninstalled(error, spec) from error
     except Exception as error:
         raise _failed(spec, error) from error
     if not isinstance(model, nn.Module):
         raise NormfixError("NF111", f"it returned {type(model).__name__}, not an nn.Module.", where=spec)
     return model
+
+
+def _uninstalled(error: ModuleNotFoundError, spec: str) -> NormfixError:
+    """Return the error for a missing module; only libraries that are known are advised to be installed."""
+    top = (error.name or "").partition(".")[0]
+    hint = "Install what it needs, from where you know it to come."
+    if top == "timm":
+        hint = 'Next: pip install "normfix[timm]".'
+    elif top in FACTORIES:
+        hint = f"Next: pip install {top}."
+    return NormfixError("NF111", f"{error}. {hint}", where=spec)
 
 
 def _failed(spec: str, error: Exception) -> NormfixError:
@@ -131,6 +152,7 @@ def rebuild(
     arch: str | None = None,
     arch_args: Mapping[str, Any] | None = None,
     stored: Stored = PLENTY,
+    trust: Collection[str] = (),
 ) -> nn.Module:
     """Build the architecture a file names, or the one the caller repeats.
 
@@ -139,6 +161,7 @@ def rebuild(
         arch: what the caller names, if anything.
         arch_args: its arguments.
         stored: the weights that will fill it.
+        trust: modules whose factories a file may name.
 
     Raises:
         NormfixError: NF113 if the file names a factory that may not be called unasked, or arguments that reach out;
@@ -155,23 +178,26 @@ def rebuild(
             "to run instead. Give the network: load(folder, model=MyNet()) or load(folder, arch='pkg.mod:factory').",
             where=source.spec,
         )
+    if is_trusted(source.spec, trust):
+        return build(source, blank=True, stored=stored)
     if not is_allowed(source.spec):
         raise NormfixError(
             "NF113",
             "the file names this factory, but only network classes that "
             f"{', '.join(FACTORIES)} define, and builders they list, are called unasked. If you trust it, repeat it: "
-            f"--arch {source.spec} (arch={source.spec!r} in Python).",
+            f"--arch {source.spec} (arch={source.spec!r} in Python), or say so once for the project in its "
+            f'pyproject.toml: [tool.normfix] trust = ["{source.spec.partition(":")[0].removesuffix(".py")}"].',
             where=source.spec[:200],
         )
     args = _arguments(source)
     require_small(args, source.spec, tensors=stored.tensors, elements=stored.elements)
-    factory = _factory(source.spec)
+    factory = _factory(source.spec, imported)
     if FORMATS.fullmatch(source.spec):
         # Imports take seconds of their own, which are not the file's.
         _called_for(source.spec, "prepare", args)
     args = blanked(factory, args, defaults=True)
     require_inert(args, source.spec, sections=FORMATS.fullmatch(source.spec) is not None)
-    return confined(lambda: _called(factory, args, source.spec), stored, source.spec)
+    return confined(lambda: built(factory, args, source.spec), stored, source.spec)
 
 
 def _called_for(spec: str, name: str, args: Mapping[str, Any]) -> None:
@@ -257,12 +283,9 @@ def _dotted(name: str) -> Any:
     parts = name.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         try:
-            found: Any = importlib.import_module(".".join(parts[:cut]))
-            for part in parts[cut:]:
-                found = getattr(found, part)
-        except (ImportError, AttributeError):
+            return named(f"{'.'.join(parts[:cut])}:{'.'.join(parts[cut:])}")
+        except UnknownNameError:
             continue
-        return found
     raise NormfixError("NF111", "it cannot be imported here. Install its package as it was.", where=name)
 
 

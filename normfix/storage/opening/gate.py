@@ -10,14 +10,25 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
 
 from normfix.errors import NormfixError
+from normfix.networks.naming import file_named
 
-__all__ = ["FACTORIES", "FORMATS", "imported", "is_allowed", "is_name", "is_network", "library", "present"]
+__all__ = [
+    "FACTORIES",
+    "FORMATS",
+    "imported",
+    "is_allowed",
+    "is_name",
+    "is_network",
+    "is_trusted",
+    "library",
+    "present",
+]
 
 FACTORIES: Mapping[str, tuple[str, ...]] = {
     "torchvision": ("torchvision.models",),
@@ -75,6 +86,19 @@ def is_allowed(spec: str) -> bool:
             "NF111", f"{type(error).__name__}: {error}. Install {package} as it was.", where=spec
         ) from error
     return is_network(found, package) or _is_builder(found)
+
+
+def is_trusted(spec: str, trust: Collection[str]) -> bool:
+    """Tell whether a factory lies in a module that the caller trusts, or below it.
+
+    >>> is_trusted("nets.unet:UNet", ["nets"]), is_trusted("nets/unet.py:UNet", ["nets.unet"])
+    (True, True)
+    >>> is_trusted("nets_of_others:UNet", ["nets"]), is_trusted("../nets.py:UNet", ["nets"])
+    (False, False)
+    """
+    file = file_named(spec)
+    module = spec.partition(":")[0] if file is None else ".".join(file.with_suffix("").parts)
+    return any(_is_below(module, (place,)) for place in trust)
 
 
 def present(spec: str) -> str:

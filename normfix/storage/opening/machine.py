@@ -97,14 +97,17 @@ class Machine:
     """What a pickle's program came to: `names` it would import, and `crafted` keys that went into tables.
 
     `calls` are the functions that it calls, each with "(...)" where what it is called with is not what torch.save
-    writes; `hashed` counts the leaves of all keys.
+    writes; `data` are the keys of the tensors' data that it refers to, `texts` all texts in it; `hashed` counts the
+    leaves of all keys.
     """
 
-    __slots__ = ("calls", "crafted", "hashed", "memo", "names", "outer", "stack")
+    __slots__ = ("calls", "crafted", "data", "hashed", "memo", "names", "outer", "stack", "texts")
 
     def __init__(self) -> None:
         self.names: set[str] = set()
         self.calls: set[str] = set()
+        self.data: set[str | None] = set()
+        self.texts: set[str | None] = set()
         self.crafted = self.hashed = 0
         self.memo: dict[int, _Value] = {}
         self.stack: list[_Value] = []
@@ -209,6 +212,7 @@ def _extension(machine: Machine, _: object) -> int:
 def _leaf(machine: Machine, arg: Any) -> int:
     """Put a value there that is made of no other."""
     if isinstance(arg, str):
+        machine.texts.add(arg)
         item = _Item(1, arg)
     elif isinstance(arg, int | float):
         item = _NUMBER if _is_distinct(arg) else _CHOSEN
@@ -293,7 +297,7 @@ def _sums(taken: list[_Value]) -> tuple[int, int]:
     return weight, crafted
 
 
-def _tuple(_: Machine, __: object, taken: list[_Value]) -> _Value:
+def _tuple(machine: Machine, _: object, taken: list[_Value]) -> _Value:
     weight, crafted, numbered = 1, 0, False
     for item in taken:
         weight += item.weight
@@ -305,6 +309,7 @@ def _tuple(_: Machine, __: object, taken: list[_Value]) -> _Value:
     if len(taken) > _KEY and taken[0].text == "storage":
         # the reference to a tensor's data, looked up by its key
         crafted += 2 * taken[_KEY].crafted
+        machine.data.add(taken[_KEY].text)
     return _item(weight, numbered, crafted + numbered)
 
 

@@ -12,11 +12,13 @@ allowed and nothing else.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 
-__all__ = ["ARITHMETIC", "BLOCKS", "MESSAGES", "WORDS", "is_allowed", "is_equation"]
+__all__ = ["ARITHMETIC", "BLOCKS", "MESSAGES", "WORDS", "is_allowed", "is_equation", "misplaced"]
 
 
 def _words(text: str) -> frozenset[str]:
@@ -223,3 +225,44 @@ def is_allowed(target: str) -> bool:
     results = getattr(packet, parts[2])._schema.returns
     # TorchScript's functions of texts and lists have the same names and give no tensors
     return parts[1] in _NUMBERS or any("Tensor" in str(result.type) for result in results)
+
+
+_ENUMERATIONS = {"ScalarType": "as_scalar_type", "Layout": "as_layout", "MemoryFormat": "as_memory_format"}
+_POSITIONAL, _BY_NAME = 1, 2
+"""How torch's schema numbers the kinds of arguments."""
+
+
+def misplaced(target: str, inputs: Sequence[Mapping[str, Any]]) -> str:
+    """Return which argument torch would take for a dtype, a layout or a memory format although it is none; "" for none.
+
+    It does not look at the numbers that stand for them, and a wrong one ends the process.
+
+    Args:
+        target: an allowed operation.
+        inputs: its arguments as a program's JSON has them.
+    """
+    parts = _TARGET.fullmatch(target)
+    if parts is None:
+        return ""
+    given = {argument["name"]: argument for argument in inputs}
+    if len(given) != len(inputs):
+        return "one that is given twice"
+    ended = False
+    for argument in getattr(getattr(torch.ops.aten, parts[1]), parts[2])._schema.arguments:
+        named = given.get(argument.name)
+        kind = next((k for k in _ENUMERATIONS if k in str(argument.real_type)), None)
+        if named is not None and kind is not None and not {*named["arg"]} <= {_ENUMERATIONS[kind], "as_none"}:
+            return str(argument.name)
+        placed = named is not None and _is_placed(named.get("kind"), argument)
+        # what follows a gap would move into it
+        if placed and ended:
+            return str(argument.name)
+        ended = ended or not placed
+    return ""
+
+
+def _is_placed(kind: object, argument: Any) -> bool:
+    """Tell whether an argument is given by its place; of old programs, those without a default are."""
+    if kind in (_POSITIONAL, _BY_NAME):
+        return kind == _POSITIONAL
+    return not argument.has_default_value() and not argument.kwarg_only

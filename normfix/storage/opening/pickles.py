@@ -21,6 +21,7 @@ from torch import _weights_only_unpickler
 
 from normfix.errors import NormfixError
 from normfix.images.deadline import within
+from normfix.networks.naming import make_importable
 from normfix.storage.opening import archives
 from normfix.storage.opening.allocation import Bounded, uncounted
 from normfix.storage.opening.factories import classes_named
@@ -89,6 +90,8 @@ def read_torch(path: Path, request: Request) -> Any:
         if not request.trust_pickle:
             raise _untrusted(path, needed)
         request.tell(f"{path}: running a pickle that imports {_listed(needed)}.")
+        for name in needed:
+            make_importable(name)
         try:
             return torch.load(content.file, map_location="cpu", weights_only=False)  # noqa: TID251
         except (AttributeError, ImportError) as error:
@@ -129,16 +132,19 @@ def _inspected(path: Path) -> Iterator[_Content]:
             if "data.pkl" not in archive.names:
                 raise unreadable(path, "it holds no data.pkl, so torch.save did not write it")
             data = archive.read("data.pkl", _LARGEST)
-            names, calls = _followed(path, io.BytesIO(data), 1)
+            (machine,) = _followed(path, io.BytesIO(data), 1)
             order = archive.read("byteorder", 16) if "byteorder" in archive.names else b"little"
             storages = [name for name in archive.names if _STORAGE.fullmatch(name)]
             around = {"data.pkl": data, "byteorder": order, "version": b"3\n"}
-            yield _Content(archive.rewritten(storages, around), names, calls)
+            yield _Content(archive.rewritten(storages, around), machine.names, machine.calls)
         return
     if _is_tar(path):  # torch would unpack what tar says, which nobody looked at
         raise _harmful(str(path), "it is an archive of tar, the format of torch before 0.1.10")
     with path.open("rb") as file:
-        names, calls = _followed(path, file, _LEGACY_PICKLES)
+        machines = _followed(path, file, _LEGACY_PICKLES)
+        _require_listed(path, machines)
+        names = set[str]().union(*(machine.names for machine in machines))
+        calls = set[str]().union(*(machine.calls for machine in machines))
         yield _Content(archives.without_descriptor(file, path.stat().st_size), names, calls)
 
 
@@ -154,22 +160,33 @@ def _is_tar(path: Path) -> bool:
     return True
 
 
-def _followed(path: Path, file: IO[bytes], pickles: int) -> tuple[set[str], set[str]]:
-    """Return what a number of pickles, one behind the other, would import, and what of that they would call."""
-    names: set[str] = set()
-    calls: set[str] = set()
+def _require_listed(path: Path, machines: list[Machine]) -> None:
+    """Refuse a file of the old format whose tensors refer to data that its list of data does not name.
+
+    torch leaves such tensors as the memory happened to be.
+
+    Raises:
+        NormfixError: NF101.
+    """
+    *_, content, listed = machines
+    absent = content.data - listed.texts
+    if absent:
+        raise unreadable(
+            path, f"the values of {len(absent)} of its {len(content.data)} tensors are not in it"
+        )
+
+
+def _followed(path: Path, file: IO[bytes], pickles: int) -> list[Machine]:
+    """Follow a number of pickles, one behind the other."""
     try:
-        for _ in range(pickles):
-            machine = within(
-                _seconds(path), lambda: _inspected_one(file, str(path)), str(path), instead=_INSTEAD
-            )
-            names |= machine.names
-            calls |= machine.calls
+        return [
+            within(_seconds(path), lambda: _inspected_one(file, str(path)), str(path), instead=_INSTEAD)
+            for _ in range(pickles)
+        ]
     except NormfixError:
         raise
     except Exception as error:  # pickletools raises half a dozen kinds
         raise unreadable(path, error) from error
-    return names, calls
 
 
 def _seconds(path: Path) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from normfix.errors import NormfixError
+from normfix.errors import NormfixError, printable
 from normfix.storage.opening.arguments import require_inert
 from normfix.storage.opening.configs import read_json, read_mapping
 from normfix.storage.opening.pickles import read_torch
@@ -93,10 +93,21 @@ def weight_files(folder: Path, stem: str = "model") -> list[Path]:
 
 
 def folder_weights(folder: Path, request: Request, stem: str = "model") -> dict[str, Tensor]:
-    """Return all weights of a folder, running nothing."""
+    """Return all weights of a folder, running nothing.
+
+    Raises:
+        NormfixError: NF101 if two of its files hold one name, NF121 for a name that is no name of a tensor; see
+            `read_weights` and `read_torch`.
+    """
     found: dict[str, Tensor] = {}
     for path in weight_files(folder, stem):
-        found.update(read_weights(path) if path.suffix == ".safetensors" else read_torch(path, request))
+        weights = read_weights(path) if path.suffix == ".safetensors" else read_torch(path, request)
+        twice = next((name for name in weights if name in found), None)
+        if twice is not None:
+            raise unreadable(
+                path, f"another of the folder's files holds {printable(str(twice)[:80])} as well"
+            )
+        found.update(weights)
     if any(len(name) > _LONGEST for name in found):
         raise NormfixError(
             "NF121",

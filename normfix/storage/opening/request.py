@@ -30,7 +30,8 @@ class Request:
     """How the caller wants a file opened.
 
     `weights` picks one of several sets of weights in a file; `allow_classes` are names or "package.*" patterns
-    of classes a pickle may build; `tell` hears what has to be said before something happens.
+    of classes a pickle may build; `tell` hears what has to be said before something happens. `network` is a network
+    to fill, instead of an architecture to build; `trust` are modules whose factories a file may name.
     """
 
     arch: str | None = None
@@ -38,11 +39,16 @@ class Request:
     weights: str | None = None
     trust_pickle: bool = False
     allow_classes: tuple[str, ...] = ()
+    network: nn.Module | None = None
+    trust: tuple[str, ...] = ()
     tell: Callable[[str], None] = field(default=lambda text: None)
 
     @property
     def named(self) -> Source | None:
-        """The architecture the caller names, if any."""
+        """The architecture the caller names or gives, if any."""
+        if self.network is not None:
+            kind = type(self.network)
+            return Source(kind="object", spec=f"{kind.__module__}:{kind.__qualname__}")
         return None if self.arch is None else factory(self.arch, self.arch_args or {})
 
 

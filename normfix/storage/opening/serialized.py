@@ -22,7 +22,15 @@ from torch._export.serde import schema
 from torch._export.serde.union import _Union
 
 from normfix.storage.opening.expressions import guard, size_expression
-from normfix.storage.opening.operations import ARITHMETIC, BLOCKS, MESSAGES, WORDS, is_allowed, is_equation
+from normfix.storage.opening.operations import (
+    ARITHMETIC,
+    BLOCKS,
+    MESSAGES,
+    WORDS,
+    is_allowed,
+    is_equation,
+    misplaced,
+)
 
 __all__ = ["HarmfulProgramError", "parsed", "payloads", "program"]
 
@@ -197,6 +205,8 @@ class _Program:
         node["metadata"] = {key: text for key, text in node["metadata"].items() if key in _KEPT}
         for given in node["inputs"]:
             _require_text(given, node["target"])
+        wrong = misplaced(node["target"], node["inputs"])
+        _require(not wrong, f"the argument {wrong} given to {node['target']} as it cannot be")
         self._target = ""
         if node["target"] in ARITHMETIC:
             bits = self._growth(node["target"], [given["arg"] for given in node["inputs"]])

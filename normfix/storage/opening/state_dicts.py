@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from normfix.errors import NormfixError, printable
+from normfix.networks.copying import copy_of
 from normfix.records.saved import Source
 from normfix.storage.opening.allocation import Stored
 from normfix.storage.opening.factories import build, rebuild
@@ -46,8 +47,10 @@ def filled(content: Any, path: Path, source: Source, request: Request, *, lent: 
     if not found:
         raise _without_weights(path)
     stored = Stored.of((tensor for group in found.values() for tensor in group.values()), path)
-    if request.arch is None:
-        model = rebuild(source, stored=stored)
+    if request.network is not None:
+        model = copy_of(request.network)
+    elif request.arch is None:
+        model = rebuild(source, stored=stored, trust=request.trust)
     else:
         model = build(source, blank=True, stored=stored if lent else None)
     chosen, prefix = _choice(found, request.weights)

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from normfix.errors import NormfixError
+from normfix.storage.opening.soundness import require_sound
 
 __all__ = ["Foreseen", "TooMuchError", "Workload"]
 
@@ -90,6 +91,7 @@ class Workload(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Raises:
         NormfixError: NF144.
+        ValueError: for a call with which an operator would read beyond its tensors.
 
     Example:
         >>> with Workload(1 << 20, "p.pt2"):
@@ -128,6 +130,7 @@ class Workload(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
     def _count(self, func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        require_sound(func, args, kwargs)
         key = _key(func, args, kwargs)
         made = self._foreseen.get(key)
         if made is None:

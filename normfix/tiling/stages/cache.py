@@ -1,11 +1,17 @@
-"""Keep captured programs and their schedules per model, and use them only while they are what the model computes."""
+"""Keep captured programs and their schedules, and use them only while they are what the model computes.
+
+A capture belongs to the networks it was used for and dies with the last of them. Any network that behaves alike finds
+it: a copy, a twin, or the same one with other weights.
+"""
 
 from __future__ import annotations
 
+import itertools
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,13 +19,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from normfix.images.sources import Image
-from normfix.layers.affine import as_in_graphs
 from normfix.networks.behaviour import behaviour_of
-from normfix.networks.calling import Caller, failures
+from normfix.networks.calling import Caller
 from normfix.networks.copying import original_of
-from normfix.networks.numerics import IDENTITY, deviation
+from normfix.networks.examples import EXTENT
 from normfix.records.spans import round_up
-from normfix.tiling.stages.program import Program, Run, captured_program, marked
+from normfix.tiling.stages.program import Program, Run, captured_program, computes, marked
+from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.schedule import Schedule
 from normfix.tiling.stages.scheduling import schedule
 
@@ -28,29 +34,23 @@ __all__ = ["program_of", "schedule_of"]
 
 @dataclass(frozen=True, slots=True)
 class _Capture:
-    """A program and what it was captured for."""
+    """A program, what it was captured for, and a lock that its one user at a time holds."""
 
     key: object
     program: Program
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def still_holds(self, model: nn.Module, run: Run, example: Tensor) -> bool:
         """Tell whether the program, with the model's present weights, computes what the model does at every site."""
         self.program.refresh_(model)
-        try:
-            with as_in_graphs():
-                expected = tree_leaves(run(model, example))
-            actual = tree_leaves(self.program.body(example))
-        except failures():  # it is another network, or one of other sizes: capturing it says what is wrong
-            return False
-        return len(actual) == len(expected) and all(map(_are_same, actual, expected))
+        return computes(self.program.body, model, run, example)
 
 
-def _are_same(a: Tensor, e: Tensor) -> bool:
-    sd = float(e.double().std(correction=0)) or 1.0
-    return a.shape == e.shape and deviation(a, e, sd)[0] <= IDENTITY.get(e.dtype, 0.0)
+_KEPT = 2
+"""Captures per network: cut at its statistics, to measure, and at its layers, to predict."""
 
-
-_CAPTURES: weakref.WeakKeyDictionary[nn.Module, _Capture] = weakref.WeakKeyDictionary()
+_LOCK = threading.Lock()
+_CAPTURES: weakref.WeakKeyDictionary[nn.Module, list[_Capture]] = weakref.WeakKeyDictionary()
 _SCHEDULES: weakref.WeakKeyDictionary[Any, dict[object, Schedule]] = weakref.WeakKeyDictionary()
 
 
@@ -70,21 +70,50 @@ def program_of(
         sites: paths of modules to cut at.
         image: to capture it on.
         stride: of the network.
+
+    Raises:
+        NotInStages: NF324 for a network that draws random numbers, and as captured_program.
     """
+    if caller.draws:
+        where = type(original_of(model)).__name__
+        raise NotInStages(
+            "NF324", "it draws random numbers, and blocks draw others than the whole.", where=where
+        )
     owner = original_of(model)
     ndim = len(image.shape) - 2
-    key = (caller, sites, ndim, behaviour_of(owner))
-    known = _CAPTURES.pop(owner, None)
-    limit = {1: 1024, 2: 256, 3: 64}[ndim]
-    window = [(0, min(n, round_up(limit, m))) for n, m in zip(image.shape[2:], stride, strict=True)]
+    homes = tuple((t.dtype, t.device) for t in (*model.parameters(), *model.buffers()))
+    key = (caller, sites, ndim, homes, behaviour_of(owner))
+    window = [(0, min(n, round_up(EXTENT[ndim], m))) for n, m in zip(image.shape[2:], stride, strict=True)]
     # of this image: what an earlier one did not reach (a bound, a branch) it may
     example = _telling(model, caller, image.read(window)[:1].clone())
-    if known is None or known.key != key or not known.still_holds(model, marked(caller, sites), example):
-        known = _Capture(key, captured_program(model, caller, example, sites))
+    known = _borrowed(owner, key)
     try:
+        if known is not None and not known.still_holds(model, marked(caller, sites), example):
+            _give_back(owner, known, keep=False)
+            known = None
+        if known is None:
+            known = _Capture(key, captured_program(model, caller, example, sites))
+            known.lock.acquire()
         yield known.program
     finally:
-        _CAPTURES[owner] = known
+        if known is not None:
+            _give_back(owner, known)
+
+
+def _borrowed(owner: nn.Module, key: object) -> _Capture | None:
+    """Return a capture of a network that behaves alike and that nobody uses, locked; its own before others'."""
+    with _LOCK:
+        others = itertools.chain.from_iterable(_CAPTURES.values())
+        captures = [*_CAPTURES.get(owner, ()), *others]
+    return next((c for c in captures if c.key == key and c.lock.acquire(blocking=False)), None)
+
+
+def _give_back(owner: nn.Module, used: _Capture, *, keep: bool = True) -> None:
+    """Let others use a capture; its last owner keeps it before the others that it has, or not at all."""
+    with _LOCK:
+        others = [capture for capture in _CAPTURES.get(owner, ()) if capture is not used]
+        _CAPTURES[owner] = [*([used] if keep else []), *others][:_KEPT]
+    used.lock.release()
 
 
 def _telling(model: nn.Module, caller: Caller, example: Tensor) -> Tensor:

@@ -203,7 +203,8 @@ class Chunked:
 
 def sync(path: Path) -> None:
     """Wait until a file is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows writes out only what is open for writing, and opens no folders
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
@@ -242,7 +243,7 @@ def _zarr() -> Any:
         except ImportError as error:
             raise NormfixError(
                 "NF326",
-                'values are kept on disk with zarr: pip install "normfix[stream]".',
+                'values are kept on disk with zarr: pip install "normfix[stream]" (Python 3.11 or newer).',
                 where="store",
             ) from error
     return zarr

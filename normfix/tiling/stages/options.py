@@ -1,52 +1,138 @@
-"""Which engine runs the stages: threads of this process, or the workers of a cluster."""
+"""Blocks: how stages run over blocks of an image, what they may use, and who is told; checked in one place."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from normfix.errors import NormfixError
+from normfix.images.sources import Image
 from normfix.tiling.stages.dask import Dask
 from normfix.tiling.stages.engines import Engine, Local
+from normfix.tiling.stages.journal import Journal
+from normfix.tiling.stages.manifest import describe
+from normfix.tiling.stages.outlook import Watch
+from normfix.tiling.stages.resuming import run_of
+from normfix.tiling.stages.running import Statistic
+from normfix.tiling.stages.schedule import Schedule, largest_block
+from normfix.tiling.stages.store import Store
 
-__all__ = ["engine_of"]
+__all__ = ["Blocks"]
 
 
-def engine_of(
-    engine: str,
-    scheduler: str | None,
-    store: Path | None,
-    workers: int,
-    *,
-    choices: Sequence[str] = ("local", "dask"),
-) -> Engine:
-    """Return an engine by its name.
+_EXTENTS = {1: 1 << 18, 2: 512, 3: 96}
+"""Pixels per axis of a block that nobody stated, per number of axes."""
 
-    Args:
-        engine: one of the choices; "dask" is a cluster, every other this process.
-        scheduler: address of the cluster's scheduler.
-        store: folder for values between stages.
-        workers: threads of this process.
-        choices: names that whoever asks knows.
+_SCRATCH = 3
+"""As many times what is alive in a block on a device its kernels take: their workspaces, float64 copies to measure."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """How a network is run stage by stage over blocks of an image.
+
+    Attributes:
+        tile: extents of blocks in pixels, one number or one per axis; default: 512 in 2D, 96 in 3D.
+        budget: bytes of memory for values between stages; None is no limit.
+        store: folder where values between stages are kept on disk and a run that was stopped is continued from.
+        workers: blocks computed at a time.
+        engine: "dask" computes blocks on a cluster; needs `scheduler` and a `store` that all of it sees.
+        scheduler: address of a dask scheduler.
+        watch: is told what a run will take, and of each block.
 
     Raises:
-        NormfixError: NF410 for another name, NF333 if dask is not installed, NF334 if a cluster is asked for without
-            its address or without a store, or an address is given without asking for one.
+        NormfixError: NF410 for another engine or number of workers, NF402 for a tile that is no number of pixels, NF334
+            if a cluster is asked for without its address or without a store, or an address is given without asking
+            for one.
+
+    Example:
+        >>> import normfix
+        >>> normfix.Blocks(tile=512, budget=1 << 30).engine
+        'local'
     """
-    if engine not in choices:
-        raise NormfixError("NF410", f"give {' or '.join(choices)}.", where=f"engine={engine!r}")
-    if engine != "dask":
-        if scheduler is not None:
+
+    tile: int | Sequence[int] | None = None
+    budget: int | None = None
+    store: Path | None = None
+    workers: int = 1
+    engine: Literal["local", "dask"] = "local"
+    scheduler: str | None = None
+    watch: Watch | None = None
+
+    def __post_init__(self) -> None:
+        if self.engine not in ("local", "dask"):
+            raise NormfixError("NF410", "give local or dask.", where=f"engine={self.engine!r}")
+        if self.workers < 1:
+            raise NormfixError("NF410", "give 1 or more.", where=f"workers={self.workers!r}")
+        if self.tile is not None:
+            self.extents(len(self.tile) if isinstance(self.tile, Sequence) else 1)
+        if self.engine == "local" and self.scheduler is not None:
             raise NormfixError(
-                "NF334", 'a scheduler belongs to engine "dask" (--engine dask).', where=scheduler
+                "NF334", 'a scheduler belongs to engine "dask" (--engine dask).', where=self.scheduler
             )
-        return Local(workers)
-    if scheduler is None or store is None:
-        missing = "the scheduler's address (--scheduler tcp://HOST:8786)" if scheduler is None else "a store"
-        raise NormfixError(
-            "NF334",
-            f"a cluster needs {missing}. Its workers meet in a store that all of them see: --store FOLDER on shared "
-            "storage.",
-            where="engine dask",
-        )
-    return Dask(scheduler)
+        if self.engine == "dask" and (self.scheduler is None or self.store is None):
+            missing = "a store" if self.scheduler else "the scheduler's address (--scheduler tcp://HOST:8786)"
+            raise NormfixError(
+                "NF334",
+                f"a cluster needs {missing}. Its workers meet in a store that all of them see: --store FOLDER on "
+                "shared storage.",
+                where="engine dask",
+            )
+
+    @property
+    def asked(self) -> bool:
+        """Tell whether anything was stated that stages alone have."""
+        stated = (self.tile, self.budget, self.store)
+        return self.engine == "dask" or any(option is not None for option in stated)
+
+    @property
+    def crew(self) -> Engine:
+        """Return who computes the blocks."""
+        return Local(self.workers) if self.scheduler is None else Dask(self.scheduler)
+
+    def sized(self, tile: int | Sequence[int] | None) -> Blocks:
+        """Return them with the extents that a verb was given beside them, if any.
+
+        Raises:
+            NormfixError: NF414 if they have other extents already.
+        """
+        if tile is None:
+            return self
+        if self.tile not in (None, tile):
+            raise NormfixError(
+                "NF414", f"blocks have a size already, {self.tile!r}. State one.", where=f"tile={tile!r}"
+            )
+        return replace(self, tile=tile)
+
+    def extents(self, ndim: int) -> tuple[int, ...]:
+        """Return the block extents per axis.
+
+        Raises:
+            NormfixError: NF402 for what is no number of pixels per axis.
+        """
+        tile = _EXTENTS[ndim] if self.tile is None else self.tile
+        extents = tuple(tile) if isinstance(tile, Sequence) else (tile,) * ndim
+        if len(extents) != ndim or not all(isinstance(n, int) and n > 0 for n in extents):
+            raise NormfixError(
+                "NF402", f"give 1 or {ndim} positive numbers of pixels, not {tile!r}.", where="tile"
+            )
+        return extents
+
+    @contextmanager
+    def run(
+        self, planned: Schedule, images: Sequence[Image], statistics: Sequence[Statistic]
+    ) -> Iterator[tuple[Store, Journal]]:
+        """Give a store and a journal for one run, that of an earlier process if it was the same."""
+        tile = self.extents(len(images[0].shape) - 2)
+        sites = [statistic.site for statistic in statistics]
+        parts = partial(describe, planned, images, tile, sites)
+        at_a_time = self.workers if self.engine == "local" else 1
+        aside = _SCRATCH * largest_block(planned, tile) * at_a_time
+        with run_of(
+            self.store, parts, self.budget, shared=self.crew.shared, device=planned.device, aside=aside
+        ) as given:
+            yield given

@@ -17,8 +17,8 @@ from normfix.networks.numerics import exact_arithmetic
 from normfix.tiling.grid import Geometry
 from normfix.tiling.stages.cache import program_of, schedule_of
 from normfix.tiling.stages.execution import execute
+from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stages.placing import Destination
-from normfix.tiling.stages.resources import Resources
 from normfix.tiling.stages.running import kept_name
 
 __all__ = ["predict_in_stages", "tell_fallback"]
@@ -36,7 +36,7 @@ def predict_in_stages(
     model: nn.Module,
     image: Image,
     caller: Caller,
-    resources: Resources,
+    blocks: Blocks,
     *,
     geometry: Geometry,
     sites: Sequence[str] = (),
@@ -48,7 +48,7 @@ def predict_in_stages(
         model: without live statistics.
         image: of any size; extended to one the network is exact at, and the result cut back.
         caller: calls the model and picks the output.
-        resources: what may be used.
+        blocks: how to run in stages.
         geometry: of the network.
         sites: paths of the layers to cut at; default: before norms, or after convolutions.
         out: where the prediction goes; default: into memory.
@@ -66,19 +66,19 @@ def predict_in_stages(
         whole = image.padded(geometry.padding(image.shape[2:]))
         program = stack.enter_context(program_of(twin, caller, tuple(sites), whole, geometry.stride))
         planned = schedule_of(program, geometry.stride, [whole], measured=(), outputs=True)
-        lasts = resources.store is not None
+        lasts = blocks.store is not None
         place = Destination(program.outputs[0], image, geometry, home_of(model)[0], out)
-        store, journal = stack.enter_context(resources.run(planned, [whole], ()))
+        store, journal = stack.enter_context(blocks.run(planned, [whole], ()))
         execute(
             planned,
             [whole],
-            tile=resources.extents(ndim),
+            tile=blocks.extents(ndim),
             store=store,
             sink=place.wait if lasts else place.take,
             keep=[place.node] if lasts else [],
-            engine=resources.engine,
+            engine=blocks.crew,
             journal=journal,
-            watch=resources.watch,
+            watch=blocks.watch,
         )
         if lasts:
             place.copy(store[kept_name(0, place.node)])

@@ -4,8 +4,9 @@ The network is captured with two extra outputs per site: the site's operand at t
 answer. What reads a site's statistic is found by the tensor, whatever name the graph knows it by: a network may
 register a module twice, and the graph takes one of its names. The answer keeps such a reader in every graph, so a site
 without one is a fault that would leave statistics measured under old constants. What the program works on in place
-is made functional (`run_decompositions({})` decomposes nothing that is kept as it is), so that no operation can
-write into what it reads. Asserts on sizes drop out: nothing that counts depends on them.
+is made functional, by other names where that is enough and else by tracing it again (`run_decompositions({})`
+decomposes nothing that is kept as it is), so that no operation can write into what it reads. Asserts on sizes drop
+out: nothing that counts depends on them.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
 from normfix.errors import NormfixError
-from normfix.networks.calling import Unreached, refusals
+from normfix.layers.affine import as_in_graphs
+from normfix.networks.calling import Unreached, failures, refusals
 from normfix.networks.graph.capture import WRAPPED, NotCaptured, capture
 from normfix.networks.graph.isolation import silence
+from normfix.networks.numerics import IDENTITY, deviation
+from normfix.tiling.stages.functional import make_functional_
 from normfix.tiling.stages.refusals import NotInStages
 
-__all__ = ["Cut", "Program", "Run", "Shapes", "captured_program", "is_tensor_node", "marked"]
+__all__ = ["Cut", "Program", "Run", "Shapes", "captured_program", "computes", "is_tensor_node", "marked"]
 
 Run = Callable[[nn.Module, Tensor], Any]
 Shapes = dict[Node, tuple[int, ...]]
@@ -136,9 +140,28 @@ def captured_program(model: nn.Module, run: Run, example: Tensor, sites: Sequenc
             where=where,
         )
     with silence():
-        body = captured.program.run_decompositions({}).module()
+        body = captured.program.module()
+        if not make_functional_(body.graph) or not computes(body, model, marked(run, sites), example):
+            body = captured.program.run_decompositions({}).module()
     assert isinstance(body, GraphModule)
     return _program(body, sites, _Names(model), where)
+
+
+def computes(body: nn.Module, model: nn.Module, run: Run, example: Tensor) -> bool:
+    """Tell whether a captured body gives all that a run of the model gives for an example."""
+    try:
+        with torch.no_grad(), as_in_graphs():
+            expected = tree_leaves(run(model, example))
+        with torch.no_grad():
+            actual = tree_leaves(body(example))
+    except failures():  # it is another network, or one of other sizes: capturing it says what is wrong
+        return False
+    return len(actual) == len(expected) and all(map(_are_same, actual, expected))
+
+
+def _are_same(a: Tensor, e: Tensor) -> bool:
+    sd = float(e.double().std(correction=0)) or 1.0
+    return a.shape == e.shape and deviation(a, e, sd)[0] <= IDENTITY.get(e.dtype, 0.0)
 
 
 def marked(run: Run, sites: Sequence[str]) -> Run:

@@ -1,4 +1,7 @@
-"""How far a stage reads beyond a block: measured on the stage itself, in cells, and proved by interference.
+"""How far a stage reads beyond a block: bounded by its graph, else measured on it in cells; proved by interference.
+
+The rules that bound a whole network bound a stage: its values are maps over the image, whose pixels are counted from
+the same lattice. Where a rule has no bound the stage is measured.
 
 A stage has several inputs and outputs at several scales. Packed into cells (one cell is the stage's grid, its
 pixels of every value become channels) it is one function of one image at stride 1, and what measures the halo
@@ -9,6 +12,7 @@ the grid, amplified interference in float64 as the proof that the halo is enough
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,14 +26,19 @@ from torch.fx.node import map_aggregate
 
 from normfix.errors import NormfixError
 from normfix.networks.calling import refusals
+from normfix.networks.devices import bytes_of
+from normfix.networks.numerics import EXACT
+from normfix.records.spans import Spans
 from normfix.tiling.halo import DyeLost, halo, interference
+from normfix.tiling.reach.bounds import bound_between
+from normfix.tiling.reach.extents import Unsized
 from normfix.tiling.stages.cutting import Stage
 from normfix.tiling.stages.maps import Map, ProgramMaps
 from normfix.tiling.stages.program import Shapes
 from normfix.tiling.stages.refusals import NotInStages
-from normfix.tiling.stride import EXACT, cutting_grid, smallest_stride
+from normfix.tiling.stride import cutting_grid, smallest_stride
 
-__all__ = ["Reach", "measure_reach"]
+__all__ = ["Reach", "fingerprint", "in_dtype", "measure_reach"]
 
 Function = Callable[[Tensor], Tensor]
 
@@ -50,18 +59,14 @@ def measure_reach(stage: Stage, maps: ProgramMaps, shapes: Shapes, image: Node) 
     """
     single = _Cells(stage, maps, shapes, image, torch.float32)
     double = _Cells(stage, maps, shapes, image, torch.float64)
+    bound = _bounded(stage, image)
     grids, halos = [], []
     for axis, pixels in enumerate(stage.grid):
         cross = _cross_section(single, len(stage.grid))
-        try:
-            found = halo(single, single.example, axis, 1, Fraction(1), cross)
-        except DyeLost:
-            raise _refused(stage, axis, "no dye arrives at its output, so its halo cannot be read") from None
-        except refusals() as error:
-            raise _refused(stage, axis, f"it does not run on strips: {error}") from error
-        if found is None:
-            raise _refused(stage, axis, "its output depends on the whole extent, so no halo is enough")
-        reach = max(0, found[0]), max(0, found[1])
+        if bound is None:
+            reach = _shown(single, stage, axis, cross)
+        else:
+            reach = -(-bound[axis][0] // pixels), -(-bound[axis][1] // pixels)
         cells = _cells_per_block(double, axis, reach, cross)
         if cells is None:
             raise _refused(stage, axis, "blocks of it differ from the whole: it depends on size or position")
@@ -73,6 +78,42 @@ def measure_reach(stage: Stage, maps: ProgramMaps, shapes: Shapes, image: Node) 
         grids.append(cells * pixels)
         halos.append((before * pixels, after * pixels))
     return Reach(tuple(grids), tuple(halos))
+
+
+def fingerprint(stage: Stage, maps: ProgramMaps, shapes: Shapes) -> str:
+    """Return what differs if a stage computes something else, or the same with other weights.
+
+    Statistics are no part of it: a norm by constants reads one position, whatever they are.
+    """
+    ends = [(maps.maps[node], tuple(shapes[node])) for node in (*stage.reads, *stage.gives)]
+    found = hashlib.sha256(repr((stage.run.code, stage.grid, ends)).encode())
+    weights = dict(stage.run.named_parameters(remove_duplicate=False))
+    for name in sorted({str(node.target) for node in stage.run.graph.nodes if node.op == "get_attr"}):
+        if name in weights:
+            found.update(bytes_of(weights[name]))
+    return found.hexdigest()
+
+
+def _bounded(stage: Stage, image: Node) -> Spans | None:
+    """Return the halo in pixels that the stage's graph gives, None where it gives none."""
+    try:
+        bound = bound_between(image, stage.reads, stage.gives)
+    except Unsized:
+        return None
+    return None if bound.obstacles() or bound.wraps else bound.halo(stage.grid)
+
+
+def _shown(f: _Cells, stage: Stage, axis: int, cross: Sequence[int]) -> tuple[int, int]:
+    """Return the halo in cells as the dye shows it."""
+    try:
+        found = halo(f, f.example, axis, 1, Fraction(1), cross)
+    except DyeLost:
+        raise _refused(stage, axis, "no dye arrives at its output, so its halo cannot be read") from None
+    except refusals() as error:
+        raise _refused(stage, axis, f"it does not run on strips: {error}") from error
+    if found is None:
+        raise _refused(stage, axis, "its output depends on the whole extent, so no halo is enough")
+    return max(0, found[0]), max(0, found[1])
 
 
 def _cells_per_block(f: Function, axis: int, reach: tuple[int, int], cross: Sequence[int]) -> int | None:

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,10 +153,12 @@ def _is_left(job: Job, error: BaseException) -> bool:
     whole = sum(f.read_bytes().count(b'"block":') for f in job.folder.glob("*/journal.jsonl"))
     if not job.begun or not whole or isinstance(error, NotInStages):
         return False
-    error.add_note(
+    note = (
         f"{whole} blocks are kept in {job.folder}. The same command goes on from there; delete the folder to give "
         "them up."
     )
+    # add_note of Python 3.11, as 3.10 can do it
+    error.__notes__ = [*getattr(error, "__notes__", ()), note]
     return True
 
 
@@ -169,6 +171,8 @@ def _locked(store: Path) -> Iterator[Path]:
     with _held(folder):
         _sweep(store)
         yield folder
+    if os.name != "posix":
+        _give_up(folder)
 
 
 def _held(folder: Path) -> IO[str]:
@@ -208,10 +212,30 @@ def _remove(folder: Path) -> None:
     done = folder.with_name(f".{folder.name}-done-{os.getpid()}")
     try:
         folder.replace(done)
-    except OSError as error:  # the result is written, so this is no reason to fail
-        _LOG.warning("%s could not be deleted: %s.", folder, error.strerror or error)
+    except OSError as error:
+        if os.name != "posix":
+            _empty(folder)
+        else:  # the result is written, so this is no reason to fail
+            _LOG.warning("%s could not be deleted: %s.", folder, error.strerror or error)
     else:
         shutil.rmtree(done, ignore_errors=True)
+
+
+def _empty(folder: Path) -> None:
+    """Delete what is in a folder that keeps its name: on Windows it cannot lose it while its lock is open."""
+    for manifest in folder.glob("*/manifest.json"):
+        manifest.unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _give_up(folder: Path) -> None:
+    """Delete a folder in which nothing but its lock is left; where another has that open, Windows refuses."""
+    with suppress(OSError):
+        if [path.name for path in folder.iterdir()] == ["lock"]:
+            (folder / "lock").unlink()
+            folder.rmdir()
 
 
 def _sweep(store: Path) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
-__all__ = ["reuse_"]
+__all__ = ["FRESH", "IN_PLACE", "reuse_"]
 
 _aten = torch.ops.aten
-_IN_PLACE = {
+IN_PLACE = {
     _aten.relu.default: _aten.relu_.default,
     _aten.relu6.default: _aten.relu6_.default,
     _aten.leaky_relu.default: _aten.leaky_relu_.default,
@@ -23,7 +23,7 @@ _IN_PLACE = {
     _aten.sigmoid.default: _aten.sigmoid_.default,
     _aten.tanh.default: _aten.tanh_.default,
 }
-_FRESH = frozenset(
+FRESH = frozenset(
     {
         _aten.batch_norm.default,
         _aten.conv1d.default,
@@ -43,9 +43,9 @@ def reuse_(graph: Graph) -> None:
     for node in graph.nodes:
         operand = node.args[0] if node.args else None
         if (
-            node.target in _IN_PLACE
+            node.target in IN_PLACE
             and isinstance(operand, Node)
-            and operand.target in _FRESH
+            and operand.target in FRESH
             and list(operand.users) == [node]
         ):
-            node.target = _IN_PLACE[node.target]
+            node.target = IN_PLACE[node.target]

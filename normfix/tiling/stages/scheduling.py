@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -16,17 +17,16 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from normfix.images.sources import TensorImage
 from normfix.networks.calling import refusals
-from normfix.networks.numerics import exact_arithmetic
+from normfix.networks.numerics import EXACT, exact_arithmetic
 from normfix.records.spans import round_up
-from normfix.tiling.stages.cutting import cut
+from normfix.tiling.stages.cutting import Stage, cut
 from normfix.tiling.stages.execution import execute
-from normfix.tiling.stages.maps import find_maps
-from normfix.tiling.stages.program import Program
-from normfix.tiling.stages.reach import in_dtype, measure_reach
+from normfix.tiling.stages.maps import ProgramMaps, find_maps
+from normfix.tiling.stages.program import Program, Shapes
+from normfix.tiling.stages.reach import Reach, fingerprint, in_dtype, measure_reach
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.schedule import Schedule
 from normfix.tiling.stages.store import Kept, Store
-from normfix.tiling.stride import EXACT
 
 __all__ = ["largest_difference", "schedule"]
 
@@ -56,7 +56,7 @@ def schedule(
     shapes = program.shapes(size)
     stages = cut(program, maps, shapes, cuts=program.cuts, measured=measured, outputs=outputs)
     with exact_arithmetic():
-        reaches = tuple(measure_reach(stage, maps, shapes, program.image) for stage in stages)
+        reaches = tuple(_reach(program, stage, maps, shapes) for stage in stages)
         planned = Schedule(program, maps, tuple(stages), reaches, program.device)
         for axis in range(len(stride)):
             difference = max(
@@ -69,6 +69,18 @@ def schedule(
                     where=f"axis {axis}",
                 )
     return planned
+
+
+_REACHES: WeakKeyDictionary[Any, dict[str, Reach]] = WeakKeyDictionary()
+"""Of the stages of each program, by what they compute: most are the same whether statistics or outputs are wanted."""
+
+
+def _reach(program: Program, stage: Stage, maps: ProgramMaps, shapes: Shapes) -> Reach:
+    """Measure a stage's reach, or recall that of a stage that computes the same with the same weights."""
+    reaches, key = _REACHES.setdefault(program.body, {}), fingerprint(stage, maps, shapes)
+    if key not in reaches:
+        reaches[key] = measure_reach(stage, maps, shapes, program.image)
+    return reaches[key]
 
 
 def largest_difference(planned: Schedule, size: Sequence[int]) -> float:

@@ -21,6 +21,7 @@ import torch
 from torch._export.serde.schema import ScalarType
 
 from normfix.errors import NormfixError
+from normfix.networks.releases import writes_archives
 from normfix.storage.opening import archives
 from normfix.storage.opening.request import Loaded, Request, unreadable
 from normfix.storage.opening.serialized import HarmfulProgramError, parsed, payloads, program
@@ -28,6 +29,7 @@ from normfix.storage.opening.serialized import HarmfulProgramError, parsed, payl
 __all__ = ["open_network", "read_program", "recognises", "require_inert_program"]
 
 _PROGRAM = "models/model.json"
+_BEFORE = "serialized_exported_program.json"
 _WEIGHTS, _CONSTANTS = "data/weights/", "data/constants/"
 _LISTS = {
     _WEIGHTS: "data/weights/model_weights_config.json",
@@ -68,8 +70,8 @@ _BYTES = {
 
 
 def recognises(path: Path) -> bool:
-    """Recognise an archive that says it is one of torch.export's."""
-    return path.is_file() and "archive_format" in archives.inventory(path).names
+    """Recognise an archive that says it is one of torch.export's, also of the layout before torch 2.8."""
+    return path.is_file() and not archives.inventory(path).names.isdisjoint(("archive_format", _BEFORE))
 
 
 def open_network(path: Path, request: Request) -> Loaded:
@@ -96,8 +98,9 @@ def read_program(path: Path, extra: dict[str, str] | None = None) -> torch.expor
 
     Raises:
         NormfixError: NF101 damaged, NF111 it calls an operator of torchvision, which is not installed, NF121 built
-            to harm.
+            to harm, NF420 this torch, or the one that wrote it, is older than 2.8.
     """
+    _require_layout(path)
     logger = logging.getLogger("torch.export")
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # it logs the error that is raised below
@@ -135,10 +138,30 @@ def require_inert_program(path: Path) -> None:
     """Refuse a program in which something would run that is no tensor operation.
 
     Raises:
-        NormfixError: NF101 damaged, NF121 built to harm.
+        NormfixError: NF101 damaged, NF121 built to harm, NF420 as `read_program`.
     """
+    _require_layout(path)
     with archives.Archive(path) as archive:
         _texts(archive, path)
+
+
+def _require_layout(path: Path) -> None:
+    """Refuse programs of the layout before torch 2.8, which holds pickles, and all of them where torch knows no other.
+
+    Raises:
+        NormfixError: NF420.
+    """
+    if not writes_archives():
+        reason = f"exported programs are written and read from torch 2.8 on, and this is {torch.__version__}"
+    elif _BEFORE in archives.inventory(path).names:
+        reason = (
+            "a torch before 2.8 wrote it, in a layout that holds pickles. Export it anew with a newer one"
+        )
+    else:
+        return
+    raise NormfixError(
+        "NF420", f"{reason}. The network that it was exported from opens here.", where=str(path)
+    )
 
 
 def _texts(archive: archives.Archive, path: Path) -> dict[str, bytes]:

@@ -6,7 +6,6 @@ averaged weights in the file (Lightning's WeightAveraging keeps both), `--weight
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 from collections.abc import Collection, Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from normfix.errors import NormfixError, printable
+from normfix.networks.naming import named
 from normfix.storage.opening import archives
 from normfix.storage.opening.candidates import require_named
 from normfix.storage.opening.pickles import read_torch
@@ -72,12 +72,8 @@ def _hyperparameters(content: Mapping[str, Any], request: Request) -> tuple[dict
 
 def _parameters(spec: str) -> set[str]:
     """Return the names of a factory's parameters; none where it cannot be imported, which building reports."""
-    module, _, attribute = spec.partition(":")
     try:
-        found: Any = importlib.import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-        return set(inspect.signature(found).parameters)
+        return set(inspect.signature(named(spec)).parameters)
     except Exception:  # noqa: BLE001 - whatever is wrong with the factory, build says it
         return set()
 

@@ -1,0 +1,227 @@
+"""What the caller names: "pkg.mod:attribute" or "path/to/file.py:attribute", imported as Python itself would.
+
+A name is looked for among what is installed, and then in the working directory, which an installed script does not
+search. Only names that the caller wrote may come here: what a file names is never looked for where the file may lie.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from importlib.machinery import PathFinder
+from itertools import islice
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from normfix.errors import NormfixError, printable
+
+__all__ = ["UnknownNameError", "file_named", "is_named", "make_importable", "name_of", "named"]
+
+_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+_IN_FILE = re.compile(r"(?P<path>.*\.py):(?P<attribute>[A-Za-z_][\w.]*)", re.DOTALL)
+_MOST_FILES, _MOST_CHARACTERS = 200, 200_000
+"""How much of the working directory is looked through for a hint."""
+
+
+class UnknownNameError(NormfixError):
+    """What the caller names cannot be found."""
+
+
+def is_named(text: str) -> bool:
+    """Tell whether a text has the form pkg.mod:attribute or file.py:attribute.
+
+    >>> is_named("torchvision.models:resnet18"), is_named("nets/mine.py:UNet"), is_named("model.pt")
+    (True, True, False)
+    """
+    return _NAME.fullmatch(text) is not None or _IN_FILE.fullmatch(text) is not None
+
+
+def named(name: str) -> Any:
+    """Import what the caller names.
+
+    A module that is installed nowhere and lies in the working directory puts that directory at the end of
+    `sys.path`, a named file its own, so that the modules beside it are found too.
+
+    Args:
+        name: "pkg.mod:attribute" or "path/to/file.py:attribute".
+
+    Raises:
+        UnknownNameError: NF111 if there is no such module, file or attribute, or it imports what is not installed.
+    """
+    file = file_named(name)
+    if file is not None:
+        attribute, module = name.rpartition(":")[2], _module_of(file, name)
+    else:
+        place, _, attribute = name.partition(":")
+        if not attribute:
+            raise UnknownNameError(
+                "NF111", f"it has not the form module:name.{_hint(name)}", where=printable(name[:200])
+            )
+        module = _module(place, name)
+    found: Any = module
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise _without(module, found, part, name)
+        found = getattr(found, part)
+    return found
+
+
+def file_named(name: str) -> Path | None:
+    """Return the file of "path/to/file.py:attribute"; None for another form."""
+    match = _IN_FILE.fullmatch(name)
+    return Path(match["path"]) if match else None
+
+
+def make_importable(module: str) -> None:
+    """Let a module be imported from the working directory, if it lies there and is installed nowhere."""
+    top, here = module.partition(".")[0], str(Path.cwd())
+    if top not in sys.modules and not _is_installed(top) and PathFinder.find_spec(top, [here]):
+        _search(here)
+
+
+def name_of(found: Callable[..., Any]) -> str | None:
+    """Return the name by which any process finds a class or function; None if it has none."""
+    name = f"{getattr(found, '__module__', None)}:{getattr(found, '__qualname__', None)}"
+    if name.startswith("__main__:") or not _NAME.fullmatch(name):
+        return None
+    try:
+        return name if named(name) is found else None
+    except NormfixError:
+        return None
+
+
+def _module(place: str, name: str) -> ModuleType:
+    """Import a module by its dotted name, from here if it is installed nowhere."""
+    make_importable(place)
+    return _imported(place, name)
+
+
+def _is_installed(top: str) -> bool:
+    try:
+        return importlib.util.find_spec(top) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _search(folder: str) -> None:
+    if folder not in sys.path:
+        sys.path.append(folder)
+        importlib.invalidate_caches()
+
+
+def _imported(place: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        missing = error.name or place
+        if f"{place}.".startswith(f"{missing}."):
+            raise UnknownNameError(
+                "NF111",
+                f"there is no module {missing} among what is installed here, nor in {Path.cwd()}.{_hint(name)} "
+                f"Give its file, path/to/file.py:{name.rpartition(':')[2]}, or run where it lies.",
+                where=name[:200],
+            ) from error
+        raise UnknownNameError(
+            "NF111", f"it was found, but imports {missing}, which is not installed here.", where=name[:200]
+        ) from error
+
+
+def _module_of(file: Path, name: str) -> ModuleType:
+    """Import a file as the module that it is: of its package, if it lies in one."""
+    if not file.is_file():
+        raise UnknownNameError(
+            "NF111", f"there is no file {file}.{_hint(name)} Check the path.", where=printable(name[:200])
+        )
+    file = file.resolve()
+    root = file.parent
+    while (root / "__init__.py").is_file():
+        root = root.parent
+    place = ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+    _search(str(root))
+    if all(part.isidentifier() for part in place.split(".")):
+        module = _imported_from(file, place, name)
+        if module is not None:
+            return module
+    return _loaded(file, name)
+
+
+def _imported_from(file: Path, place: str, name: str) -> ModuleType | None:
+    """Import a file under its own name; None if another module has that name."""
+    known = sys.modules.get(place)
+    try:
+        origin = known.__file__ if known else getattr(importlib.util.find_spec(place), "origin", None)
+    except (ImportError, ValueError, AttributeError):
+        origin = None
+    if origin is None or not Path(origin).exists() or not Path(origin).samefile(file):
+        return None
+    return _imported(place, name)
+
+
+def _loaded(file: Path, name: str) -> ModuleType:
+    """Load a file whose name another module has, or which no module can have."""
+    alias = f"_normfix_{re.sub(r'[^0-9A-Za-z_]', '_', str(file))}"
+    if alias in sys.modules:
+        return sys.modules[alias]
+    spec = importlib.util.spec_from_file_location(alias, file)
+    if spec is None or spec.loader is None:
+        raise UnknownNameError("NF111", f"Python cannot import {file}.", where=printable(name[:200]))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[alias] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[alias]
+        if isinstance(error, ModuleNotFoundError):
+            raise UnknownNameError(
+                "NF111", f"it imports {error.name}, which is not installed here.", where=name[:200]
+            ) from error
+        raise
+    return module
+
+
+def _without(module: ModuleType, owner: Any, part: str, name: str) -> UnknownNameError:
+    """Return the error for a module without the attribute, with what it defines of a like name."""
+    own = {
+        key.lower(): key
+        for key, value in vars(owner).items()
+        if not key.startswith("_") and getattr(value, "__module__", None) == module.__name__
+    }
+    near = get_close_matches(part.lower(), own, 1)
+    defined = ", ".join(list(own.values())[:6]) or "nothing that can be called"
+    hint = f"Did you mean {own[near[0]]}?" if near else f"It defines {defined}."
+    return UnknownNameError(
+        "NF111", f"{module.__name__} has no {printable(part)}. {hint}", where=printable(name[:200])
+    )
+
+
+def _hint(name: str) -> str:
+    """Return which files here define what the name ends in, or have a like name."""
+    place, _, attribute = name.rpartition(":")
+    found = list(islice(_definers(attribute), 3))
+    if found:
+        return f" Did you mean {' or '.join(f'{path}:{attribute}' for path in found)}?"
+    stems = {path.stem: path for path in _sources()}
+    near = get_close_matches(Path(place).stem if place.endswith(".py") else place, stems, 1)
+    return f" Did you mean {stems[near[0]]}:{attribute}?" if near else ""
+
+
+def _sources() -> list[Path]:
+    return [Path(path.name) for path in islice(sorted(Path.cwd().glob("*.py")), _MOST_FILES)]
+
+
+def _definers(attribute: str) -> Iterator[Path]:
+    definition = re.compile(
+        rf"^(class|def) {re.escape(attribute)}\b|^{re.escape(attribute)} *=", re.MULTILINE
+    )
+    for path in _sources():
+        try:
+            with path.open(encoding="utf-8", errors="replace") as file:
+                if definition.search(file.read(_MOST_CHARACTERS)):
+                    yield path
+        except OSError:
+            continue

@@ -1,0 +1,118 @@
+"""The two witnesses of a reach, held against each other: the graph's bound and the dye's measurement.
+
+The bound counts what no set of values shows: the side of a comparison that was not taken, a tap further away than any
+strip is long, one off the axes, a weight of zero. The dye counts nothing but what was run. So the bound is the halo
+where there is one, and the dye must lie within it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor, nn
+
+from normfix.networks.calling import Caller, failures
+from normfix.networks.graph.capture import NotCaptured, capture
+from normfix.records.derivations import Reach
+from normfix.records.sites import Finding
+from normfix.records.spans import in_strides
+from normfix.tiling.geometry import Locality
+from normfix.tiling.reach.bounds import Bound, bound_of
+from normfix.tiling.reach.extents import Unsized
+
+__all__ = ["HaloSource", "Witness", "witness_of"]
+
+HaloSource = Literal["graph", "measured"]
+
+_FAR = 2
+"""A bound is far above what was measured where it is more than this many strides, and half as much again, above it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Witness:
+    """What the graph says of a network: a bound, or a note that says why there is none.
+
+    `chosen` tells that its bound is not to be used.
+    """
+
+    found: Bound | None
+    note: str = ""
+    chosen: bool = False
+
+    @property
+    def bound(self) -> Bound | None:
+        """Return the bound that is the halo, None where it is to be measured."""
+        if self.found is None or self.chosen or self.found.obstacles():
+            return None
+        return self.found
+
+    def reach(self, locality: Locality) -> Reach:
+        """Say what both witnesses say."""
+        geometry, found = locality.geometry, self.found
+        measured = Reach(
+            used="graph" if self.bound else "measured",
+            chosen=self.chosen,
+            measured=locality.dye,
+            extent=() if self.bound else locality.extent,
+            note=self.note,
+        )
+        if found is None:
+            return measured
+        obstacles = found.obstacles()
+        stride = found.lattice if geometry is None else geometry.stride
+        return replace(
+            measured,
+            bound=None if obstacles else found.halo(stride),
+            lattice=found.lattice,
+            scale=tuple(map(str, found.scale)),
+            offset=found.offset,
+            obstacles=obstacles,
+            wraps=found.wraps,
+            paths=() if obstacles else found.paths(),
+        )
+
+    def findings(self, locality: Locality) -> tuple[Finding, ...]:
+        """Name the axes along which the bound is far above what was measured."""
+        geometry, dye = locality.geometry, locality.dye
+        if self.bound is None or geometry is None or dye is None:
+            return ()
+        bounds, shown = in_strides(geometry.halo, geometry.stride), in_strides(dye, geometry.stride)
+        pairs = enumerate(zip(bounds, shown, geometry.stride, strict=True))
+        return tuple(
+            Finding(code="NF253", where=f"axis {axis}", message=_far_above(bound, dyed))
+            for axis, (bound, dyed, stride) in pairs
+            if any(b > a + _FAR * stride and 2 * b > 3 * a for a, b in zip(dyed, bound, strict=True))
+        )
+
+
+def witness_of(network: nn.Module, caller: Caller, example: Tensor, source: HaloSource) -> Witness:
+    """Capture a network in which no statistic is live and derive its reach.
+
+    Args:
+        network: not modified.
+        caller: calls it.
+        example: (1, C, *space), small: sizes are left free.
+        source: "measured" keeps the bound from being used.
+    """
+    captured = capture(network, caller, example, once=True)
+    if isinstance(captured, NotCaptured):
+        return Witness(None, captured.reason)
+    chosen = source == "measured"
+    try:
+        return Witness(bound_of(captured.program), chosen=chosen)
+    except Unsized as reason:
+        return Witness(None, str(reason), chosen)
+    except failures() as error:
+        # one witness never takes the other with it
+        return Witness(None, f"deriving failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+
+
+def _far_above(bound: Sequence[int], dyed: Sequence[int]) -> str:
+    return (
+        f"the graph bounds the halo by {bound[0]} before and {bound[1]} after, where the dye shows {dyed[0]} and "
+        f"{dyed[1]} on the strips that were run: a tap further away than these are long or off the axis, a side of a "
+        "comparison that was not taken, or weights that are zero. Tiles read the bound; --halo measured takes the "
+        "other."
+    )

@@ -1,0 +1,122 @@
+"""Public functions can be called without a manual: few parameters, and the same defaults as on the command line."""
+
+import inspect
+
+import click
+import pytest
+
+import normfix
+from normfix.cli import cli
+from normfix.tiling.stages.options import Blocks
+
+MOST = 12
+
+RECORDS = (
+    *("CalibrationSummary", "Decision", "Finding", "Plan", "Proof", "ProofStep", "Scaling", "Scan", "Site"),
+    *("Source", "Tiling", "Verdict"),
+)
+"""What is made by us and read by users: its fields are no arguments."""
+
+
+def _functions(names=normfix.__all__):
+    """Return the public functions, classes and methods of public classes, by name."""
+    found = {}
+    for name in names:
+        thing = getattr(normfix, name)
+        if callable(thing) and name not in RECORDS:
+            found[name] = thing
+        if inspect.isclass(thing):
+            methods = inspect.getmembers(thing, inspect.isroutine)
+            found |= {f"{name}.{key}": method for key, method in methods if not key.startswith("_")}
+    return found
+
+
+def _too_wide(functions):
+    return [name for name, function in functions.items() if len(_parameters(function)) > MOST]
+
+
+def _parameters(function):
+    try:
+        return inspect.signature(function).parameters
+    except ValueError:  # of C
+        return {}
+
+
+def test_no_public_function_takes_more_than_twelve():
+    """Whatever a user calls has at most twelve parameters."""
+    functions = _functions()
+    assert {
+        "convert",
+        "calibrate",
+        "predict",
+        "diagnose",
+        "Blocks",
+        "FineTuning.recalibrate",
+    } <= functions.keys()
+    assert _too_wide(functions) == []
+
+
+def test_thirteen_would_be_noticed():
+    """The count sees what stands behind a name."""
+    source = f"def wide({', '.join('abcdefghijklm')}): pass"
+    names = {}
+    exec(source, names)
+    assert _too_wide({"wide": names["wide"]}) == ["wide"]
+
+
+SHARED = {
+    "scan": (normfix.scan, {}),
+    "plan": (normfix.plan, {}),
+    "convert": (normfix.convert, {}),
+    "calibrate": (normfix.calibrate, {"masks": "mask"}),
+    "predict": (normfix.predict, {}),
+    "check": (normfix.check, {}),
+    "prove": (normfix.prove, {"masks": "mask"}),
+    "diagnose": (normfix.diagnose, {"sites": "per_site"}),
+    "push": (normfix.push, {}),
+}
+"""Commands, the functions they call, and the options that have another name there."""
+
+REQUIRED = {("plan", "to"), ("convert", "to")}
+"""Options that the command line asks for and Python has a default for."""
+
+OTHERWISE = {("prove", "blocks"), ("calibrate", "allow_flat")}
+"""Options that say another thing: the size of blocks; a flag, where Python also knows neither."""
+
+
+def _defaults(command):
+    """Return the pairs of defaults of a command's options, on the command line and in Python."""
+    function, names = SHARED[command]
+    python = {**_parameters(Blocks), **_parameters(function)}
+    for option in cli.commands[command].params:
+        name = names.get(option.name, option.name)
+        if (
+            isinstance(option, click.Option)
+            and name in python
+            and (command, name) not in REQUIRED | OTHERWISE
+        ):
+            yield (
+                name,
+                _plain(option.get_default(click.Context(cli.commands[command]))),
+                _plain(python[name].default),
+            )
+
+
+def _plain(default):
+    """Return None for what says nothing: an option not given, an empty tuple."""
+    unset = default in (None, (), inspect.Parameter.empty) or "UNSET" in repr(default)
+    return None if unset else default
+
+
+@pytest.mark.parametrize("command", sorted(SHARED))
+def test_defaults_are_those_of_the_command_line(command):
+    """An option that a command shares with its function has one default."""
+    pairs = list(_defaults(command))
+    assert [name for name, there, here in pairs if there != here] == []
+
+
+def test_options_that_are_shared_are_compared():
+    """The comparison reaches the options of blocks and of prediction, and would see another default."""
+    compared = {name: (there, here) for name, there, here in _defaults("predict")}
+    assert {"tile", "halo", "engine", "statistics", "budget", "store", "workers"} <= compared.keys()
+    assert compared["workers"] == (1, 1) != (1, 2)

@@ -1,0 +1,109 @@
+"""A network of the user's own works through the installed program, and what it prints can be typed."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from factories import tiny_unet
+
+PROGRAM = Path(sys.executable).with_name("normfix")
+PROJECT = """
+import torch
+from torch import nn
+
+
+class Mine(nn.Sequential):
+    def __init__(self, width=4):
+        layers = nn.Conv2d(1, width, 3, padding=1), nn.InstanceNorm2d(width), nn.ReLU(), nn.Conv2d(width, 1, 1)
+        super().__init__(*layers)
+"""
+pytestmark = pytest.mark.slow
+
+
+def run(*command, code: int = 0) -> subprocess.CompletedProcess:
+    """Run a command in the working directory, as a user would: nothing else is on Python's path."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """Stand in a folder with a network's source, its weights, the whole network pickled, and an image."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets").mkdir()
+    for name in ("my_model.py", "nets/my_unet.py"):
+        (tmp_path / name).write_text(PROJECT)
+    run(
+        sys.executable,
+        "-c",
+        "import sys; sys.path.insert(0, ''); import torch, my_model; torch.manual_seed(0); net = my_model.Mine(); "
+        "torch.save(net.state_dict(), 'weights.pth'); torch.save(net, 'whole.pth')",
+    )
+    torch.export.save(torch.export.export(tiny_unet(), (torch.zeros(1, 1, 64, 64),)), tmp_path / "net.pt2")
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)
+    iio.imwrite("image.png", pixels)
+    return tmp_path
+
+
+SOURCES = {
+    "module": ["my_model:Mine"],
+    "file": ["nets/my_unet.py:Mine"],
+    "weights": ["weights.pth", "--arch", "my_model.py:Mine", "--arch-args", '{"width": 4}'],
+    "pickle": ["whole.pth", "--trust-pickle"],
+    "program": ["net.pt2"],
+    "library": ["normfix.demo.network:nuclei_unet"],
+}
+
+
+@pytest.mark.skipif(not PROGRAM.exists(), reason="normfix is not installed as a program here")
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_convert_wrote_opens_as_it_prints(project, source):
+    """The line of Python and the line of the shell, each in a fresh process."""
+    out = "fixed.pt2" if source == "program" else "fixed"
+    words = ["--scale", "unit", "--to", "frozen", "-o", out]
+    said = run(PROGRAM, "convert", *SOURCES[source], "image.png", *words).stderr
+    python = re.search(r"Load it with (normfix\.load\(.*?\)), or run", said)[1]
+    shell = re.search(r"^  (normfix predict .*)$", said, re.MULTILINE)[1]
+    run(sys.executable, "-c", f"import sys; sys.path.insert(0, ''); import normfix; {python}")
+    run("sh", "-c", shell.replace("normfix", str(PROGRAM), 1).replace("IMAGE", "image.png") + " --tile 32")
+    assert iio.imread("prediction.tif").shape[-2:] == (64, 64)
+
+
+@pytest.mark.skipif(not PROGRAM.exists(), reason="normfix is not installed as a program here")
+def test_a_project_trusts_its_own_module_once_and_a_folder_never_itself(project):
+    """pyproject.toml of the project counts; the same file inside the network's folder does not."""
+    run(PROGRAM, "convert", "my_model:Mine", "image.png", "--scale", "unit", "--to", "frozen", "-o", "fixed")
+    words = ["fixed", "image.png", "--tile", "32"]
+    assert "NF113" in run(PROGRAM, "check", *words, code=2).stderr
+    trusting = project / "pyproject.toml"
+    trusting.write_text('[tool.normfix]\ntrust = ["my_model"]\n')
+    run(PROGRAM, "check", *words)
+    shutil.move(trusting, project / "fixed")
+    inside = subprocess.run(
+        [PROGRAM, "check", "../fixed", "../image.png", "--tile", "32"],
+        cwd=project / "fixed",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert inside.returncode == 2
+    assert "does not count" in inside.stderr
+    assert "NF113" in inside.stderr
+
+
+@pytest.mark.skipif(not PROGRAM.exists(), reason="normfix is not installed as a program here")
+def test_diagnose_opens_the_conversion_of_the_network_that_it_names(project):
+    """`--converted` needs no second naming."""
+    run(PROGRAM, "convert", "my_model:Mine", "image.png", "--scale", "unit", "--to", "frozen", "-o", "fixed")
+    words = ["my_model:Mine", "image.png", "--scale", "unit", "--tile", "32", "--converted", "fixed"]
+    done = run(PROGRAM, "diagnose", *words, code=1)
+    assert "NF" not in done.stderr
