@@ -31,7 +31,8 @@ from networks import (
 )
 from torch import nn
 
-from normfix.tiling.geometry import cross_section, measure_locality
+from normfix.tiling.geometry import cross_section, holds_stride, measure_locality
+from normfix.tiling.grid import Geometry
 
 EXAMPLE = torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(1))
 
@@ -223,3 +224,16 @@ def test_the_cross_section_is_as_thin_as_the_network_allows(make, expected):
     """Strips start at 16 pixels and widen until the network runs."""
     grid = (8, 8) if make is plain_unet else (1, 1)
     assert cross_section(functions(make())[0], EXAMPLE, grid) == expected
+
+
+@pytest.mark.parametrize(("stride", "holds"), [(4, True), (8, True), (1, False), (2, False)])
+def test_a_stride_that_was_measured_before_is_held_against_windows(stride, holds):
+    """What pools by four is cut at multiples of four; at finer places windows differ from the whole."""
+    geometry = Geometry(
+        stride=(stride,) * 2, halo=((4, 4),) * 2, scale=(Fraction(1),) * 2, multiple=(stride,) * 2
+    )
+
+    def coarse(x):
+        return torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(x, 4), size=x.shape[2:])
+
+    assert holds_stride(coarse, EXAMPLE.double(), geometry, (16, 16)) is holds
