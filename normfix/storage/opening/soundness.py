@@ -30,7 +30,8 @@ def require_sound(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, 
     holds = _RULES.get(func._schema.name.partition("::")[2])
     if holds is None:
         return
-    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    names = (argument.name for argument in func._schema.arguments)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
     if not holds(given):
         raise ValueError(f"{func} is called with what it does not take")
 
