@@ -40,7 +40,7 @@ def scan_text(scan: Scan) -> str:
     if scan.stride is not None and scan.halo is not None and scan.exact_sizes is not None:
         lines += [
             f"stride: {_by_axis(scan.stride)}",
-            f"halo once frozen (before/after): {_rounded(scan.halo, scan.stride)}",
+            f"halo once frozen (before/after): {_rounded(scan.halo, scan.stride, _witness(scan))}",
             *(_wrapped(f"halo from: {scan.reach.words}") if scan.reach else ()),
             "exact sizes: " + ", ".join("any" if n == 1 else f"multiples of {n}" for n in scan.exact_sizes),
         ]
@@ -239,6 +239,10 @@ def _rounded(halo: Spans, stride: tuple[int, ...], what: str = "measured") -> st
     """Return a halo rounded up to the stride, which any tool can be given, and what it was where that differs."""
     whole = in_strides(halo, stride)
     return _spans(whole) + ("" if whole == halo else f" ({_spans(halo)} {what})")
+
+
+def _witness(scan: Scan) -> str:
+    return "by the graph" if scan.reach is not None and scan.reach.used == "graph" else "measured"
 
 
 def _spans(halo: Spans) -> str:
