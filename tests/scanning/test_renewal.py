@@ -17,8 +17,8 @@ def converted(case):
 
 
 def test_calibration_renews_the_halo_of_an_open_branch():
-    """The far side of a gate reaches forty pixels; the copy says so, the original keeps what it was converted with."""
-    model = converted(BY_STATISTIC["far where bright"])
+    """The far side of a branch that no graph holds reaches forty pixels: the copy says so, the original as it was."""
+    model = converted(BY_STATISTIC["far if bright"])
     fresh = normfix.calibrate(model, BRIGHT).model
     assert provenance_of(model).scan.halo[1][0] < 40 <= provenance_of(fresh).scan.halo[1][0]
     assert "NF262" in {finding.code for finding in provenance_of(fresh).scan.findings}
