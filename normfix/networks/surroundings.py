@@ -25,7 +25,10 @@ def undisturbed() -> Iterator[None]:
 
     Works as a decorator. Networks that are called inside get the device of before: see `as_given`.
     """
-    given = torch.get_default_device()
+    try:
+        given = torch.get_default_device()
+    except AttributeError:  # torch 2.6, once a default was set and taken back
+        given = torch.empty(0).device
     with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
         if given.type == "cpu":
             yield
