@@ -52,11 +52,12 @@ def image():
 def test_convert_runs_and_copies_little(network, image):
     """To scan, calibrate and prove four layers on a small image: 16 of the runs are tiles, 17 strips of the geometry.
 
-    The copies are the original, the result, one in which all is frozen, that in float64, and one for torch.export.
+    The copies are the original, the result, one in which all is frozen, that in float64, and one for each of two
+    graphs: that of the original tells the sizes it holds for, that of the frozen network its reach.
     """
     assert normfix.convert(network, image).proof.passed
-    assert RUNS.total() <= 53
-    assert COPIES.total() <= 5
+    assert RUNS.total() <= 57
+    assert COPIES.total() <= 6
 
 
 @pytest.mark.parametrize("to", ["frozen", "batchrenorm"])

@@ -28,7 +28,9 @@ def replays(example: Tensor, free: Sequence[int]) -> Iterator[list[Tensor]]:
     images = []
     if any(dim >= 2 for dim in free):
         space = example.shape[2:]
-        sizes = [[n // 64 * 32 if d in free and n >= 64 else n for d, n in enumerate(space, start=2)]]
+        sizes = [[n // 64 * 32 if d in free else n for d, n in enumerate(space, start=2)]]
+        # what is not another extent along every free axis shows nothing of that axis
+        sizes = [size for size in sizes if all(size)]
         sizes += [[n + step * (d in free) for d, n in enumerate(space, start=2)] for step in (32, 64, 128)]
         sizes += [[2 * n for n in space]]
         images = [resized(example, size) for size in sizes if size != list(space)]
