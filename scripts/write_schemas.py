@@ -1,10 +1,11 @@
-"""Write docs/json.md: the JSON Schema of what each command prints with --format json."""
+"""Write the JSON Schemas: docs/json.md, of what each command prints, and those of reports, which are shipped."""
 
 import json
 from pathlib import Path
 
 from normfix.cli.answers import RECORDS
 from normfix.records.schema import schema_of
+from normfix.reporting import schema as reports
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,3 +21,6 @@ sections = [
     for command, kind in RECORDS.items()
 ]
 (ROOT / "docs" / "json.md").write_text(HEAD + "".join(sections), encoding="utf-8")
+for name in reports.SCHEMAS:
+    text = json.dumps(reports.schema_of(name), indent=2) + "\n"
+    (ROOT / "normfix" / "reporting" / "schemas" / f"{name}.schema.json").write_text(text, encoding="utf-8")

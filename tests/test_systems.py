@@ -141,7 +141,7 @@ def test_the_draft_of_a_killed_run_goes_where_nothing_open_can_be_deleted(window
 def test_a_finished_run_gives_its_folder_up_where_nothing_open_can_be_renamed(windows, converted, tmp_path):
     """Values between stages are deleted although the folder's lock is open until the end."""
     pytest.importorskip("zarr", reason="values between stages lie in Zarr, which needs Python 3.11")
-    normfix.calibrate(converted, _image(), tile=16, store=tmp_path)
+    normfix.calibrate(converted, _image(), blocks=normfix.Blocks(tile=16, store=tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -96,6 +96,8 @@ def witness_of(network: nn.Module, caller: Caller, example: Tensor, source: Halo
         example: (1, C, *space), small: sizes are left free.
         source: "measured" keeps the bound from being used.
     """
+    if caller.draws:
+        return Witness(None, "it draws random numbers, which are others on a tile whatever the graph says")
     captured = capture(network, caller, example, once=True)
     if isinstance(captured, NotCaptured):
         return Witness(None, captured.reason)

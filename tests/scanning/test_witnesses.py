@@ -122,3 +122,11 @@ def test_an_operator_without_a_bound_is_named_in_the_words():
     assert found.reach is not None
     assert [o.operator for o in found.reach.obstacles] == ["aten.gather.default"]
     assert "aten.gather.default" in found.reach.words
+
+
+def test_a_network_that_draws_has_no_bound():
+    """What is drawn for a tile is not what is drawn for the whole there, however far the graph reaches."""
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), Function(lambda x: x + 0.01 * torch.randn_like(x)))
+    found = normfix.scan(net.eval(), _noise(64, 96))
+    assert not found.tile_invariant
+    assert (found.reach.used, found.reach.bound) == ("measured", None)

@@ -463,8 +463,8 @@ def test_a_given_network_must_fit(tmp_path):
 
 def test_a_saved_folder_may_name_factories_of_trusted_modules_only(tmp_path):
     """A module that the caller trusts, not one whose name begins alike."""
-    done = normfix.convert(tiny_unet(), torch.rand(1, 1, 32, 32), source=Source(kind="factory", spec=ARCH))
-    normfix.save(done, tmp_path / "fixed")
+    done = normfix.convert(tiny_unet(), torch.rand(1, 1, 32, 32))
+    normfix.save(done, tmp_path / "fixed", source=ARCH)
     assert refusal(normfix.load, tmp_path / "fixed").code == "NF113"
     assert refusal(normfix.load, tmp_path / "fixed", trust=["factor"]).code == "NF113"
     assert_same(normfix.load(tmp_path / "fixed", trust=["factories"]), done.model.eval())
