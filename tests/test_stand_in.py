@@ -25,7 +25,6 @@ STEPS = [
     "scan",
     "convert",
     "calibrate whole",
-    "masks",
     "predict in tiles",
     "check",
     "diagnose",

@@ -61,8 +61,8 @@ class TensorImage:
         return (*self._image.shape[:2], *space)
 
     def padded(self, padding: Sequence[int]) -> TensorImage:
-        """Return the same image extended by so many pixels per axis."""
-        return TensorImage(self._image, padding)
+        """Return the same image extended by so many pixels more per axis."""
+        return TensorImage(self._image, tuple(map(sum, zip(self._padding, padding, strict=True))))
 
     def read(self, window: Sequence[Span]) -> Tensor:
         """Return a window."""

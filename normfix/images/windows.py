@@ -218,14 +218,14 @@ class ScaledImage:
         self.close()
 
     def padded(self, padding: Sequence[int]) -> ScaledImage:
-        """Return the same image extended by so many pixels per axis."""
+        """Return the same image extended by so many pixels more per axis."""
         return ScaledImage(
             self._window,
             offset=self._offset,
             divisor=self._divisor,
             dtype=self._dtype,
             device=self._device,
-            padding=padding,
+            padding=tuple(map(sum, zip(self._padding, padding, strict=True))),
         )
 
     def fingerprint(self) -> str:

@@ -70,8 +70,11 @@ def double_of(model: nn.Module, spare: nn.Module | None = None) -> nn.Module:
     if spare is None or behaviour_of(spare) != behaviour_of(model):
         return copy_of(model).double()
     theirs = dict((*model.named_parameters(), *model.named_buffers()))
+    own = dict((*spare.named_parameters(), *spare.named_buffers()))
+    if any(mine.device != theirs[name].device for name, mine in own.items()):
+        return copy_of(model).double()
     with torch.no_grad():
-        for name, mine in (*spare.named_parameters(), *spare.named_buffers()):
+        for name, mine in own.items():
             mine.copy_(theirs[name])
     for copied, module in zip(spare.modules(), model.modules(), strict=True):
         copied.training = module.training

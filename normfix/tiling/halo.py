@@ -144,7 +144,8 @@ def halo_within(
         DyeLost: the output shows no dye.
         DyeRefused: an operation must not see NaN; its name.
     """
-    shore = round_up(max(bound), grid) + grid
+    # a network that pads nothing has its last output a whole window before the end of the strip
+    shore = round_up(sum(bound), grid) + 2 * grid
     return _reach(f, example, axis, grid, round_up(_FIRST_SEA, grid), shore, scale, cross, felt)
 
 

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from optional import zarr
 
+import normfix
 from normfix.errors import NormfixError
 from normfix.images.files import open_windows
 from normfix.images.scaling import scaled, scaling_numbers
+from normfix.images.sources import TensorImage
 from normfix.images.spread import Spread
 from normfix.images.windows import ScaledImage, Unread, windowed
 from normfix.images.writing import OutputFile
@@ -199,3 +201,14 @@ def test_values_that_are_not_finite_are_refused_when_read():
     with pytest.raises(NormfixError, match=r"NF104 x\.npy"):
         window.read([(0, 8), (0, 8)])
     assert window.read([(4, 8), (0, 8)]).shape == (1, 4, 8)
+
+
+def test_an_extended_image_is_extended_further():
+    """Twice is the sum, in memory and by window: once exact, an image stays what it is."""
+    array = np.arange(30, dtype=np.float32).reshape(5, 6)
+    net = torch.nn.Conv2d(1, 1, 3)
+    for image in (normfix.open_image(array, net), TensorImage(torch.from_numpy(array)[None, None])):
+        twice = image.padded((3, 0)).padded((0, 2))
+        assert twice.shape == (1, 1, 8, 8)
+        assert twice.padded((0, 0)).shape == (1, 1, 8, 8)
+        assert float(twice.read(((7, 8), (7, 8)))) == 29

@@ -42,9 +42,6 @@ def main():
         model = done.model
         with step("calibrate whole"):
             assert normfix.calibrate(model, image).summary.engine == "passes"
-        with step("masks"):
-            mask = torch.rand(64, 96).numpy() > 0.7
-            assert normfix.calibrate(model, image, tile=32, mask=mask).summary.ignored
         for engine in ("tiles",):
             with step(f"predict in {engine}"):
                 parts = normfix.predict(model, image, tile=32, engine=engine)

@@ -144,7 +144,7 @@ def test_what_cannot_be_sent_is_refused(cluster, model, tmp_path):
         normfix.open_image(Unsendable(_image(2)[0, 0].numpy()), model) as image,
         pytest.raises(NormfixError, match=r"NF335.*bound to this process"),
     ):
-        normfix.calibrate_(model, image, tile=16, **there)
+        normfix.calibrate_(model, image, blocks=Blocks(tile=16, **there))
 
 
 def test_errors_of_workers_keep_their_code(cluster, model, tmp_path):
@@ -190,7 +190,7 @@ def test_a_block_that_ends_every_worker_is_named():
 def test_a_cluster_needs_an_address_and_a_store(model, options, message):
     """What is missing is named before anything is computed."""
     with pytest.raises(NormfixError, match=message):
-        normfix.calibrate_(model, _image(2), tile=16, **options)
+        normfix.calibrate_(model, _image(2), blocks=Blocks(tile=16, **options))
 
 
 def test_a_scheduler_that_does_not_answer_is_an_error():

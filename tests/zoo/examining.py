@@ -212,7 +212,6 @@ def _prove_converted(
             given,
             image.double() if double else image,
             to,
-            example=material(entry.shape, entry.name),
             forward_fn=entry.call,
             output=entry.output,
             tile=math.lcm(*(scan.stride or (1,))) * -(-pencil.tile // math.lcm(*(scan.stride or (1,)))),
