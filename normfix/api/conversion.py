@@ -26,6 +26,7 @@ from normfix.networks.graph.program import require_free
 from normfix.networks.numerics import HALF, exact_arithmetic
 from normfix.networks.provenance import attach_
 from normfix.networks.surroundings import undisturbed
+from normfix.proof.check import with_reach
 from normfix.proof.rounding import repeated_in_double
 from normfix.proof.steps import identity, residual, shift, tile_exactness, untouched
 from normfix.proof.subject import Subject
@@ -34,7 +35,7 @@ from normfix.records.plans import Action, Plan
 from normfix.records.progress import Progress, silent
 from normfix.records.saved import Provenance, Scaling, Source
 from normfix.records.sites import Scan, Site
-from normfix.records.verdicts import ImageShift, Proof, ProofStep, Verdict
+from normfix.records.verdicts import ImageShift, Proof, ProofStep
 from normfix.scanning.base import base_of
 from normfix.scanning.durations import Durations, tell_notable
 from normfix.scanning.known import ForwardFn
@@ -48,7 +49,7 @@ from normfix.tiling.stitching import padded
 
 __all__ = ["convert"]
 
-_LOGGER = logging.getLogger("normfix")
+_LOG = logging.getLogger("normfix")
 
 
 @undisturbed()
@@ -170,7 +171,7 @@ def convert(
         Provenance(plan=plan, scan=found, scaling=Scaling(), source=source, output=stated),
     )
     if model.training:
-        _LOGGER.warning("The network was in train mode; it was converted, and is returned, in eval mode.")
+        _LOG.warning("The network was in train mode; it was converted, and is returned, in eval mode.")
     converted.eval()
     calibration = None if summary is None else Calibration(converted, summary)
     return Conversion(converted, plan, found, calibration, proof, caller, base)
@@ -285,7 +286,9 @@ class _Work:
                 double_of(self.converted, self.seen.double),
                 self.seen.scan.sizes,
             )
-            verdict = self._said(subject.verdict(first))
+            verdict = subject.verdict(first)
+            if verdict is not None:
+                verdict = with_reach(verdict, self.seen.scan)
             # in float64 without casts on the way, which tiles are compared with
             run = subject.run if dtype != torch.float64 else partial(self.caller.in_double, self.converted)
             pair = run(first), self.caller.exactly(self.original, first)
@@ -303,11 +306,6 @@ class _Work:
             shifts = self._shifts(first, pair)
         last = untouched(self.original, self.converted, self.plan)
         return Proof(steps=(*steps, last), shifts=shifts, verdict=verdict)
-
-    def _said(self, verdict: Verdict | None) -> Verdict | None:
-        """Return a verdict that says where its halo is from."""
-        reach = self.seen.scan.reach
-        return replace(verdict, reach=reach.words) if verdict is not None and reach is not None else verdict
 
     def _identity(self, image: Tensor, pair: tuple[Tensor, Tensor]) -> ProofStep:
         converted, original = pair

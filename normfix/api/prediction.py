@@ -283,7 +283,7 @@ def _require_inside(scan: Scan, shape: Sequence[int], tile: Sequence[int], geome
     for finding in judgement.outside[:1]:
         raise NormfixError(finding.code, finding.message, where=scan.model)
     for finding in judgement.unproved:
-        _LOG.warning("%s %s: %s", finding.code, finding.where, finding.message)
+        _LOG.warning("%s", finding.line)
 
 
 def _require_one_of(choices: Sequence[str], **option: str) -> None:

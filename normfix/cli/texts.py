@@ -55,7 +55,7 @@ def scan_text(scan: Scan) -> str:
     looks = (f"{look.name} {look.status}" + (f" ({look.note})" if look.note else "") for look in scan.looks)
     lines += _wrapped("looks: " + ", ".join(looks))
     for finding in scan.findings:
-        lines += _wrapped(f"{finding.code} {finding.where}: {finding.message}")
+        lines += _wrapped(finding.line)
     return "\n".join(lines)
 
 
@@ -167,7 +167,7 @@ def calibration_text(summary: CalibrationSummary) -> str:
 
 
 def _findings(summary: CalibrationSummary | None) -> list[str]:
-    return [f"  {f.code} {f.where}: {f.message}" for f in summary.findings] if summary is not None else []
+    return [f"  {f.line}" for f in summary.findings] if summary is not None else []
 
 
 def verdict_text(verdict: Verdict) -> str:
@@ -187,7 +187,7 @@ def verdict_text(verdict: Verdict) -> str:
             lines += _wrapped(f"halo from: {verdict.reach}", indent="  ")
         if any(verdict.padding):
             lines.append(f"  the image was extended by {_by_axis(verdict.padding)} pixels to an exact size")
-    lines += [f"  {f.code} {f.where}: {f.message}" for f in verdict.findings]
+    lines += [f"  {f.line}" for f in verdict.findings]
     return "\n".join(lines)
 
 
@@ -220,7 +220,7 @@ def diagnosis_text(record: DiagnosisRecord) -> str:
         for t in record.train_eval
     ]
     lines += [f"  accuracy, {a.prediction}: Dice {a.dice:.4f}" for a in record.accuracy if a.dice is not None]
-    lines += [f"  {f.code} {f.where}: {f.message}" for f in record.findings]
+    lines += [f"  {f.line}" for f in record.findings]
     return "\n".join(lines)
 
 

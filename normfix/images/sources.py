@@ -41,7 +41,7 @@ class Image(Protocol):
         """Return (N, C, *window) in the dtype and on the device the network computes in."""
 
     def padded(self, padding: Sequence[int]) -> Image:
-        """Return the same image extended at its end by its edge pixels, by so many per axis."""
+        """Return the same image extended at its end by its edge pixels, by so many more per axis."""
 
     def fingerprint(self) -> str:
         """Return what differs if anything that `read` returns does."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from typing import Any
 
 from normfix.errors import NormfixError, printable
 
-__all__ = ["UnknownNameError", "file_named", "is_named", "make_importable", "name_of", "named"]
+__all__ = ["UnknownNameError", "file_named", "is_name", "is_named", "make_importable", "name_of", "named"]
 
 _NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _IN_FILE = re.compile(r"(?P<path>.*\.py):(?P<attribute>[A-Za-z_][\w.]*)", re.DOTALL)
@@ -32,13 +33,22 @@ class UnknownNameError(NormfixError):
     """What the caller names cannot be found."""
 
 
+def is_name(text: str) -> bool:
+    """Tell whether a text has the form pkg.mod:attribute, as timm:NAME has.
+
+    >>> is_name("torchvision.models:resnet18"), is_name("model.pt")
+    (True, False)
+    """
+    return _NAME.fullmatch(text) is not None
+
+
 def is_named(text: str) -> bool:
     """Tell whether a text has the form pkg.mod:attribute or file.py:attribute.
 
     >>> is_named("torchvision.models:resnet18"), is_named("nets/mine.py:UNet"), is_named("model.pt")
     (True, True, False)
     """
-    return _NAME.fullmatch(text) is not None or _IN_FILE.fullmatch(text) is not None
+    return is_name(text) or _IN_FILE.fullmatch(text) is not None
 
 
 def named(name: str) -> Any:
@@ -87,11 +97,11 @@ def make_importable(module: str) -> None:
 def name_of(found: Callable[..., Any]) -> str | None:
     """Return the name by which any process finds a class or function; None if it has none."""
     name = f"{getattr(found, '__module__', None)}:{getattr(found, '__qualname__', None)}"
-    if name.startswith("__main__:") or not _NAME.fullmatch(name):
+    if name.startswith("__main__:"):
         return None
     try:
-        return name if named(name) is found else None
-    except NormfixError:
+        return name if pkgutil.resolve_name(name) is found else None
+    except (ImportError, AttributeError, ValueError):
         return None
 
 
@@ -126,9 +136,7 @@ def _imported(place: str, name: str) -> ModuleType:
                 f"Give its file, path/to/file.py:{name.rpartition(':')[2]}, or run where it lies.",
                 where=name[:200],
             ) from error
-        raise UnknownNameError(
-            "NF111", f"it was found, but imports {missing}, which is not installed here.", where=name[:200]
-        ) from error
+        raise _lacking(name, error) from error
 
 
 def _module_of(file: Path, name: str) -> ModuleType:
@@ -177,11 +185,15 @@ def _loaded(file: Path, name: str) -> ModuleType:
     except BaseException as error:
         del sys.modules[alias]
         if isinstance(error, ModuleNotFoundError):
-            raise UnknownNameError(
-                "NF111", f"it imports {error.name}, which is not installed here.", where=name[:200]
-            ) from error
+            raise _lacking(name, error) from error
         raise
     return module
+
+
+def _lacking(name: str, error: ModuleNotFoundError) -> UnknownNameError:
+    """Return the error for a module that is there, and imports one that is not."""
+    problem = f"it was found, but imports {error.name}, which is not installed here."
+    return UnknownNameError("NF111", problem, where=printable(name[:200]))
 
 
 def _without(module: ModuleType, owner: Any, part: str, name: str) -> UnknownNameError:

@@ -18,6 +18,7 @@ from normfix.networks.numerics import exact_arithmetic, settings
 from normfix.networks.surroundings import undisturbed
 from normfix.proof.comparison import Network, compare, undecided
 from normfix.proof.cropping import check_pipeline
+from normfix.records.sites import Scan
 from normfix.records.sizes import ProvedSizes
 from normfix.records.verdicts import Verdict
 from normfix.reporting.sentences import explanation
@@ -28,7 +29,7 @@ from normfix.tiling.grid import Geometry
 from normfix.tiling.recall import Recalling
 from normfix.tiling.stitching import tile_extents
 
-__all__ = ["assert_tile_invariant", "check", "compare_with"]
+__all__ = ["assert_tile_invariant", "check", "compare_with", "with_reach"]
 
 
 @undisturbed()
@@ -94,7 +95,12 @@ def check(
         live=known.live,
         sizes=known.scan.sizes,
     )
-    return replace(verdict, reach=known.scan.reach.words if known.scan.reach else "")
+    return with_reach(verdict, known.scan)
+
+
+def with_reach(verdict: Verdict, scan: Scan) -> Verdict:
+    """Return a verdict that says where the halo of its scan is from."""
+    return verdict if scan.reach is None else replace(verdict, reach=scan.reach.words)
 
 
 def assert_tile_invariant(

@@ -201,6 +201,11 @@ class Finding(Record):
     where: str
     message: str
 
+    @property
+    def line(self) -> str:
+        """Return it as it is printed."""
+        return f"{self.code} {self.where}: {self.message}"
+
 
 def site_id(owner: str, invocation: int, function: str, index: int) -> str:
     """Name a call in one string, the same for every look at a network.

@@ -33,7 +33,7 @@ def explanation(verdict: Verdict) -> str:
     size = f"up to {verdict.max_sd:.2g} sd from the whole image, where {verdict.threshold:.1g} passes"
     lines = [f"{verdict.status}: {_cause(verdict)}", f"{what}, tiles of {tile}: {size}."]
     others = [f for f in verdict.findings if f.code != "NF401"] if _live(verdict) else verdict.findings[1:]
-    lines += [f"{f.code} {f.where}: {f.message}"[:_WIDTH] for f in others[:_MOST_LINES]]
+    lines += [f.line[:_WIDTH] for f in others[:_MOST_LINES]]
     if len(others) > _MOST_LINES:
         lines.append(f"and {len(others) - _MOST_LINES} more findings")
     return "\n".join(lines)

@@ -90,7 +90,7 @@ def _changed(scan: Scan, found: Scan) -> Scan:
         else f"under the statistics of now no geometry holds, so its tiles do not equal the whole: {reasons}"
     )
     finding = Finding(code="NF262", where="statistics", message=message)
-    _LOG.warning("%s %s: %s", finding.code, finding.where, finding.message)
+    _LOG.warning("%s", finding.line)
     return replace(
         scan,
         stride=found.stride,

@@ -194,7 +194,7 @@ def look(
             exact_sizes=geometry.multiple if geometry else None,
             smallest_tile=locality.smallest_tile,
             halo_rounded=in_strides(geometry.halo, geometry.stride) if geometry else None,
-            reach=seen.witness.reach(locality) if seen.witness else None,
+            reach=seen.bench.witness.reach(locality) if seen.bench else None,
             sizes=proved,
             looks=merged.looks,
             findings=found.findings + seen.findings + locality.findings,
@@ -202,7 +202,7 @@ def look(
         ),
         geometry,
         locality.cross if geometry is not None and geometry.stride == locality.grid else (),
-        seen.double,
+        seen.bench.twin if seen.bench else None,
     )
 
 
@@ -210,7 +210,8 @@ def look(
 class _Measured:
     """Sites, findings and conditions on the size after the doubts among them were put to the measurement.
 
-    `differing` are conditions that should be harmless, and by which tiles differ all the same.
+    `differing` are conditions that should be harmless, and by which tiles differ all the same; `largest` the sizes that
+    the measurement speaks for, which may be less than what the bench was run at.
     """
 
     sites: tuple[Site, ...]
@@ -220,8 +221,7 @@ class _Measured:
     bounds: tuple[Condition, ...]
     differing: tuple[Condition, ...]
     largest: _Largest
-    witness: Witness | None = None
-    double: nn.Module | None = None
+    bench: _Bench | None
 
 
 def _measured(
@@ -249,9 +249,7 @@ def _measured(
         locality = _unmeasured(everything, found, material)
     else:
         locality = bench.measured(found.dilution, doubts, fast=fast)
-    witness = None if bench is None else bench.witness
-    beyond = () if witness is None else witness.findings(locality)
-    double = None if bench is None else bench.twin
+    beyond = () if bench is None else bench.witness.findings(locality)
     # what did not hold on longer strips is believed of the example only
     largest = _Largest(material.dim() - 2)
     broken: tuple[Condition, ...] = ()
@@ -263,7 +261,7 @@ def _measured(
         open_bounds = tuple(bound for bound in doubts.bounds if not bench.crossings(locality).crossed(bound))
         findings = doubts.explained(merged.findings, (*open_bounds, *broken)) + beyond
         sound = not any(site.live for site in trial) and not open_bounds and not broken
-        return _Measured(trial, locality, findings, sound, open_bounds, broken, largest, witness, double)
+        return _Measured(trial, locality, findings, sound, open_bounds, broken, largest, bench)
     everything = decide(merged.sites, model=name, to="frozen")
     if everything.left_live:
         locality = _unmeasured(everything, found, material)
@@ -282,8 +280,7 @@ def _measured(
         bounds,
         broken,
         largest,
-        witness,
-        double,
+        bench,
     )
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from normfix.networks.calling import Caller, evaluating
+from normfix.networks.naming import name_of
 from normfix.networks.numerics import exact_arithmetic
 from normfix.networks.provenance import provenance_of
 from normfix.records.saved import Source
@@ -68,11 +69,4 @@ def answer(folder: str) -> None:
 
 def importable(function: Callable[..., Any] | None) -> str | None:
     """Return the name by which another process finds a function, "" if it has none; None for no function."""
-    if function is None:
-        return None
-    name = f"{getattr(function, '__module__', None)}:{getattr(function, '__qualname__', None)}"
-    try:
-        found = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError):
-        return ""
-    return name if found is function and not name.startswith("__main__:") else ""
+    return None if function is None else name_of(function) or ""

@@ -24,7 +24,10 @@ class Mine(nn.Sequential):
         layers = nn.Conv2d(1, width, 3, padding=1), nn.InstanceNorm2d(width), nn.ReLU(), nn.Conv2d(width, 1, 1)
         super().__init__(*layers)
 """
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PROGRAM.exists(), reason="normfix is not installed as a program here"),
+]
 
 
 def run(*command, code: int = 0) -> subprocess.CompletedProcess:
@@ -64,7 +67,6 @@ SOURCES = {
 }
 
 
-@pytest.mark.skipif(not PROGRAM.exists(), reason="normfix is not installed as a program here")
 @pytest.mark.parametrize("source", SOURCES)
 def test_what_convert_wrote_opens_as_it_prints(project, source):
     """The line of Python and the line of the shell, each in a fresh process."""
@@ -78,7 +80,6 @@ def test_what_convert_wrote_opens_as_it_prints(project, source):
     assert iio.imread("prediction.tif").shape[-2:] == (64, 64)
 
 
-@pytest.mark.skipif(not PROGRAM.exists(), reason="normfix is not installed as a program here")
 def test_a_project_trusts_its_own_module_once_and_a_folder_never_itself(project):
     """pyproject.toml of the project counts; the same file inside the network's folder does not."""
     run(PROGRAM, "convert", "my_model:Mine", "image.png", "--scale", "unit", "--to", "frozen", "-o", "fixed")
@@ -100,7 +101,6 @@ def test_a_project_trusts_its_own_module_once_and_a_folder_never_itself(project)
     assert "NF113" in inside.stderr
 
 
-@pytest.mark.skipif(not PROGRAM.exists(), reason="normfix is not installed as a program here")
 def test_diagnose_opens_the_conversion_of_the_network_that_it_names(project):
     """`--converted` needs no second naming."""
     run(PROGRAM, "convert", "my_model:Mine", "image.png", "--scale", "unit", "--to", "frozen", "-o", "fixed")

@@ -28,7 +28,6 @@ from normfix.storage.opening.gate import (
     FORMATS,
     imported,
     is_allowed,
-    is_name,
     is_trusted,
     library,
     present,
@@ -43,7 +42,6 @@ __all__ = [
     "confined",
     "dumped",
     "is_allowed",
-    "is_name",
     "rebuild",
 ]
 

@@ -16,14 +16,13 @@ from typing import Any
 from torch import nn
 
 from normfix.errors import NormfixError
-from normfix.networks.naming import file_named
+from normfix.networks.naming import file_named, is_name
 
 __all__ = [
     "FACTORIES",
     "FORMATS",
     "imported",
     "is_allowed",
-    "is_name",
     "is_network",
     "is_trusted",
     "library",
@@ -57,8 +56,6 @@ FORMATS = re.compile(r"normfix\.storage\.opening\.formats\.\w+:network")
 
 _FORMER = "normfix.loading.formats."
 """Where folders say that these builders are, which were written before the formats moved."""
-
-_NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
 def is_allowed(spec: str) -> bool:
@@ -110,15 +107,6 @@ def present(spec: str) -> str:
     if spec.startswith(_FORMER):
         return f"normfix.storage.opening.formats.{spec.removeprefix(_FORMER)}"
     return spec
-
-
-def is_name(text: str) -> bool:
-    """Tell whether a text has the form pkg.mod:factory or timm:NAME.
-
-    >>> is_name("torchvision.models:resnet18"), is_name("model.pt")
-    (True, False)
-    """
-    return _NAME.fullmatch(text) is not None
 
 
 def imported(spec: str) -> Any:

@@ -13,7 +13,7 @@ from normfix.errors import NormfixError
 from normfix.records.saved import Source
 from normfix.storage.opening.factories import dumped
 
-__all__ = ["Loaded", "Request", "unreadable"]
+__all__ = ["Loaded", "Request", "factory", "object_source", "unreadable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +47,19 @@ class Request:
     def named(self) -> Source | None:
         """The architecture the caller names or gives, if any."""
         if self.network is not None:
-            kind = type(self.network)
-            return Source(kind="object", spec=f"{kind.__module__}:{kind.__qualname__}")
+            return object_source(self.network)
         return None if self.arch is None else factory(self.arch, self.arch_args or {})
 
 
 def factory(spec: str, args: Mapping[str, Any]) -> Source:
     """Return the source that calls a factory."""
     return Source(kind="factory", spec=spec, args=dumped(args))
+
+
+def object_source(network: nn.Module) -> Source:
+    """Return the source of a network that is there: its class, which loading needs again from the caller."""
+    kind = type(network)
+    return Source(kind="object", spec=f"{kind.__module__}:{kind.__qualname__}")
 
 
 def unreadable(path: Path, error: Exception | str) -> NormfixError:

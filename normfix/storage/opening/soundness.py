@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor
 from torch._ops import OpOverload
 
+from normfix.networks.functions import by_position
+
 __all__ = ["require_sound"]
 
 
@@ -30,9 +32,8 @@ def require_sound(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, 
     holds = _RULES.get(func._schema.name.partition("::")[2])
     if holds is None:
         return
-    names = (argument.name for argument in func._schema.arguments)
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    if not holds(given):
+    names = [argument.name for argument in func._schema.arguments]
+    if not holds({**by_position(names, args), **kwargs}):
         raise ValueError(f"{func} is called with what it does not take")
 
 

@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from normfix.records.saved import Source
 from normfix.storage.opening.candidates import require_named
 from normfix.storage.opening.pickles import is_torch_file, read_torch
-from normfix.storage.opening.request import Loaded, Request
+from normfix.storage.opening.request import Loaded, Request, object_source
 from normfix.storage.opening.state_dicts import filled
 
 __all__ = ["open_network", "recognises"]
@@ -26,9 +25,7 @@ def open_network(path: Path, request: Request) -> Loaded:
     content = read_torch(path, request)
     network = content if isinstance(content, nn.Module) else _network_in(content)
     if network is not None:
-        kind = type(network)
-        plain = Source(kind="object", spec=f"{kind.__module__}:{kind.__qualname__}")
-        return Loaded(network, request.named or plain)
+        return Loaded(network, request.named or object_source(network))
     return filled(content, path, require_named(content, path, request), request)
 
 

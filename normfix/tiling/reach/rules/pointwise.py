@@ -16,77 +16,33 @@ __all__ = ["is_pointwise", "pointwise"]
 
 _UNTAGGED = frozenset(
     {
-        "to",
-        "_to_copy",
-        "clone",
-        "contiguous",
-        "alias",
-        "detach",
-        "detach_",
-        "lift",
-        "lift_fresh",
-        "lift_fresh_copy",
+        *("to", "_to_copy", "clone", "contiguous", "alias", "detach", "detach_", "lift"),
+        *(
+            "lift_fresh",
+            "lift_fresh_copy",
+            "dropout",
+            "feature_dropout",
+            "alpha_dropout",
+            "feature_alpha_dropout",
+            "native_dropout",
+            "data",
+        ),
+        *("cpu", "cuda", "where", "masked_fill", "copy_", "fill", "absolute", "arccos"),
+        *("arccosh", "arcsin", "arcsinh", "arctan", "arctan2", "arctanh", "divide", "multiply"),
+        *("subtract", "true_divide", "floor_divide", "fix", "negative", "greater", "greater_equal", "less"),
+        *("less_equal", "not_equal", "hardswish", "log_sigmoid", "rrelu", "isclose", "isreal", "real"),
+        *("imag", "conj", "_conj", "resolve_conj", "resolve_neg", "complex", "polar", "square"),
+        *("_prelu_kernel", "prelu", "clip", "hardtanh", "relu6", "selu", "celu", "silu"),
+        *("mish", "gelu", "addcmul", "float_power", "logaddexp", "nan_to_num", "operand", "special_expit"),
+        *(
+            "mvlgamma",
+            "isfinite",
+            "isinf",
+            "fake_quantize_per_tensor_affine",
+            "fake_quantize_per_tensor_affine_cachemask",
+            "frexp",
+        ),
     }
-    | {
-        "dropout",
-        "feature_dropout",
-        "alpha_dropout",
-        "feature_alpha_dropout",
-        "native_dropout",
-        "data",
-        "cpu",
-        "cuda",
-    }
-    | {
-        "where",
-        "masked_fill",
-        "copy_",
-        "fill",
-        "absolute",
-        "arccos",
-        "arccosh",
-        "arcsin",
-        "arcsinh",
-        "arctan",
-    }
-    | {
-        "arctan2",
-        "arctanh",
-        "divide",
-        "multiply",
-        "subtract",
-        "true_divide",
-        "floor_divide",
-        "fix",
-        "negative",
-    }
-    | {
-        "greater",
-        "greater_equal",
-        "less",
-        "less_equal",
-        "not_equal",
-        "hardswish",
-        "log_sigmoid",
-        "rrelu",
-        "isclose",
-    }
-    | {"isreal", "real", "imag", "conj", "_conj", "resolve_conj", "resolve_neg", "complex", "polar", "square"}
-    | {
-        "_prelu_kernel",
-        "prelu",
-        "clip",
-        "hardtanh",
-        "relu6",
-        "selu",
-        "celu",
-        "silu",
-        "mish",
-        "gelu",
-        "addcmul",
-    }
-    | {"float_power", "logaddexp", "nan_to_num", "operand", "special_expit", "mvlgamma", "isfinite", "isinf"}
-    | {"fake_quantize_per_tensor_affine", "fake_quantize_per_tensor_affine_cachemask", "frexp"}
 )
 _OF_SHAPE_ALONE = frozenset({"type_as", "expand_as", "view_as"})
 
