@@ -34,8 +34,8 @@ class Reach(Record):
     """Two witnesses of how far an output reaches: the graph's bound and the dye's measurement.
 
     `used` names the one that the halo of the scan is; "measured" where there is no graph, where an operator is not
-    bounded, or where it was chosen, which `chosen` says. `bound` and `measured` are (before, after) per axis in pixels
-    for tiles that start on the stride grid; a bound is None where it is infinite along some axis, with `obstacles` that
+    bounded or reads the opposite border, or where it was chosen, which `chosen` says. `bound` and `measured` are
+    (before, after) per axis in pixels for tiles that start on the stride grid; a bound is None where it is infinite along some axis, with `obstacles` that
     say why. `lattice` are the pixels per axis at which sizes and places were followed, `scale` and `offset` say that
     the output has scale n + offset pixels. `wraps` read the opposite border, which is measured, not bounded. `paths`
     holds for each axis the widest way before and after a tile. `extent` is how far measuring looked, in pixels per
@@ -66,4 +66,6 @@ class Reach(Record):
         if self.obstacles:
             first = self.obstacles[0]
             return f"{looked}: {first.operator} in {first.where} has no bound, {first.why}"
+        if self.wraps:
+            return f"{looked}: {self.wraps[0].operator} in {self.wraps[0].where} reads the opposite border"
         return f"{looked}: no graph ({self.note})" if self.note else looked

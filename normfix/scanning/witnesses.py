@@ -44,9 +44,7 @@ class Witness:
     @property
     def bound(self) -> Bound | None:
         """Return the bound that is the halo, None where it is to be measured."""
-        if self.found is None or self.chosen or self.found.obstacles():
-            return None
-        return self.found
+        return self.found if self.found is not None and self.found.is_whole and not self.chosen else None
 
     def reach(self, locality: Locality) -> Reach:
         """Say what both witnesses say."""

@@ -61,6 +61,11 @@ class Bound:
         causes = {r.boundless.node: r.boundless.why for r in every if r.boundless is not None}
         return tuple(_obstacle(node, why) for node, why in causes.items())
 
+    @property
+    def is_whole(self) -> bool:
+        """Tell whether it holds for all that is read: nothing is unbounded, and nothing comes from the other border."""
+        return not self.derived.wraps and not self.obstacles()
+
     def halo(self, stride: Sequence[int]) -> Spans:
         """Return what a tile reads (before, after) if tiles start at multiples of a stride.
 

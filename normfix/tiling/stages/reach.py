@@ -100,7 +100,7 @@ def _bounded(stage: Stage, image: Node) -> Spans | None:
         bound = bound_between(image, stage.reads, stage.gives)
     except Unsized:
         return None
-    return None if bound.obstacles() or bound.wraps else bound.halo(stage.grid)
+    return bound.halo(stage.grid) if bound.is_whole else None
 
 
 def _shown(f: _Cells, stage: Stage, axis: int, cross: Sequence[int]) -> tuple[int, int]:
