@@ -35,11 +35,11 @@ class Reach(Record):
 
     `used` names the one that the halo of the scan is; "measured" where there is no graph, where an operator is not
     bounded or reads the opposite border, or where it was chosen, which `chosen` says. `bound` and `measured` are
-    (before, after) per axis in pixels for tiles that start on the stride grid; a bound is None where it is infinite along some axis, with `obstacles` that
-    say why. `lattice` are the pixels per axis at which sizes and places were followed, `scale` and `offset` say that
-    the output has scale n + offset pixels. `wraps` read the opposite border, which is measured, not bounded. `paths`
-    holds for each axis the widest way before and after a tile. `extent` is how far measuring looked, in pixels per
-    axis. `note` says why there is no graph.
+    (before, after) per axis in pixels for tiles that start on the stride grid; a bound is None where it is infinite
+    along some axis, with `obstacles` that say why. `lattice` are the pixels per axis at which sizes and places were
+    followed, `scale` and `offset` say that the output has scale n + offset pixels. `wraps` read the opposite
+    border, which is measured, not bounded. `paths` holds for each axis the widest way before and after a tile.
+    `extent` is how far measuring looked, in pixels per axis. `note` says why there is no graph.
     """
 
     used: Literal["graph", "measured"]
