@@ -36,7 +36,7 @@ class Doubts:
     sites: frozenset[str]
     operations: Sequence[str]
     placed: tuple[Finding, ...]
-    bounds: tuple[Condition, ...]
+    bounds: tuple[Condition, ...] = ()
     causes: tuple[Finding, ...] = ()
     swallowed: bool = False
     compared: bool = False

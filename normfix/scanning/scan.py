@@ -26,7 +26,7 @@ from normfix.scanning.crossings import Crossings
 from normfix.scanning.doubts import Doubts
 from normfix.scanning.durations import Durations, tell_notable
 from normfix.scanning.graph.bounds import AXES, SizeLook
-from normfix.scanning.graph.look import GraphLook, graph_look, size_look
+from normfix.scanning.graph.look import GraphLook, graph_look, size_look, sizes_of
 from normfix.scanning.merging import Merged, merge
 from normfix.scanning.positions import Positions
 from normfix.scanning.sightings import Dyed, confirmed, dye_look
@@ -147,29 +147,23 @@ def look(
             lambda seen: not seen.recorded or seen.id in found.reaching,
             guessed=found.other is None,
         )
-        sizes = _sizes(probe, caller, material, found, graph_seen, fast=fast)
         doubts = Doubts(
             sites=frozenset(s.id for s in merged.sites if s.live and s.refusal) & dyed.doubtful,
             operations=dyed.unknown,
             placed=positions.findings(two_sizes=found.other is not None),
-            bounds=sizes.conditions,
             causes=positions.causes(two_sizes=found.other is not None),
             swallowed=dyed.swallowed,
             compared=dyed.compared,
             wraps=positions.may_wrap(),
         )
-        seen = _measured(
-            probe,
-            name,
-            doubts,
-            merged,
-            found,
-            material,
-            caller,
-            tried=sizes,
-            fast=fast,
-            halo=halo,
-        )
+        # as if every doubt were unfounded
+        trial = decide(doubts.settled(merged.sites), model=name, to="frozen")
+        bench = None
+        if not trial.left_live and found.dense:
+            bench = _bench(probe, trial, found, caller, material, halo)
+        sizes = _sizes(probe, caller, material, found, graph_seen, bench, fast=fast)
+        doubts = replace(doubts, bounds=sizes.conditions)
+        seen = _measured(trial, bench, doubts, merged, found, material, tried=sizes, fast=fast)
         run = seen.largest
         proved = ProvedSizes(
             axes=AXES[material.dim()],
@@ -225,28 +219,20 @@ class _Measured:
 
 
 def _measured(
-    probe: nn.Module,
-    name: str,
+    trial: Plan,
+    bench: _Bench | None,
     doubts: Doubts,
     merged: Merged,
     found: Survey,
     material: Tensor,
-    caller: Caller,
     *,
     tried: SizeLook,
     fast: bool,
-    halo: HaloSource,
 ) -> _Measured:
     """Measure the geometry as if every doubt were unfounded, and settle those that the measurement shows to be."""
-    trial = doubts.settled(merged.sites)
-    everything = decide(trial, model=name, to="frozen")
-    bench = (
-        None
-        if everything.left_live or not found.dense
-        else _bench(probe, everything, found, caller, material, halo)
-    )
+    sites = doubts.settled(merged.sites)
     if bench is None:
-        locality = _unmeasured(everything, found, material)
+        locality = _unmeasured(trial, found, material)
     else:
         locality = bench.measured(found.dilution, doubts, fast=fast)
     beyond = () if bench is None else bench.witness.findings(locality)
@@ -260,9 +246,9 @@ def _measured(
     if locality.steady and bench is not None:
         open_bounds = tuple(bound for bound in doubts.bounds if not bench.crossings(locality).crossed(bound))
         findings = doubts.explained(merged.findings, (*open_bounds, *broken)) + beyond
-        sound = not any(site.live for site in trial) and not open_bounds and not broken
-        return _Measured(trial, locality, findings, sound, open_bounds, broken, largest, bench)
-    everything = decide(merged.sites, model=name, to="frozen")
+        sound = not any(site.live for site in sites) and not open_bounds and not broken
+        return _Measured(sites, locality, findings, sound, open_bounds, broken, largest, bench)
+    everything = decide(merged.sites, model=trial.model, to="frozen")
     if everything.left_live:
         locality = _unmeasured(everything, found, material)
     doubts = replace(doubts, bounds=(*doubts.bounds, *broken))
@@ -298,15 +284,18 @@ def _sizes(
     example: Tensor,
     found: Survey,
     graph: GraphLook | Looked,
+    bench: _Bench | None,
     *,
     fast: bool,
 ) -> SizeLook:
-    """Return what the graph says of sizes, whether it was looked at for more or not."""
+    """Return what a graph says of sizes: of the network where it was looked at for more, else of the frozen one."""
     if isinstance(graph, GraphLook):
         return graph.sizes
     if fast:
         return SizeLook(conditions=(), unknown=(_FAST,))
-    return size_look(probe, caller, example, one_size=found.other is None)
+    if bench is not None and bench.witness.program is not None:
+        return sizes_of(bench.witness.program)
+    return size_look(bench.network if bench else probe, caller, example, one_size=found.other is None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,9 +359,10 @@ class _Largest:
 class _Bench:
     """A network in which all that can be is frozen, in two precisions, and the material of its strips.
 
-    `largest` notes the sizes that it is run at.
+    `network` is the one in float32, `largest` notes the sizes that it is run at.
     """
 
+    network: nn.Module
     single: Callable[[Tensor], Tensor]
     double: Callable[[Tensor], Tensor]
     twin: nn.Module
@@ -417,10 +407,11 @@ def _bench(
     double = copy_of(frozen).double()
     largest = _Largest(example.dim() - 2)
     return _Bench(
+        frozen,
         lambda x: caller(frozen, largest.noted(x)),
         lambda x: caller.in_double(double, largest.noted(x)),
         double,
         example,
-        witness_of(frozen, caller, small, halo),
+        witness_of(frozen, caller, example, halo),
         largest,
     )

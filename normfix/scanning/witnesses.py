@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from normfix.networks.calling import Caller, failures
 from normfix.networks.graph.capture import NotCaptured, capture
@@ -34,12 +35,13 @@ _FAR = 2
 class Witness:
     """What the graph says of a network: a bound, or a note that says why there is none.
 
-    `chosen` tells that its bound is not to be used.
+    `chosen` tells that its bound is not to be used, `program` is the graph, where it equals the network.
     """
 
     found: Bound | None
     note: str = ""
     chosen: bool = False
+    program: ExportedProgram | None = None
 
     @property
     def bound(self) -> Bound | None:
@@ -91,7 +93,7 @@ def witness_of(network: nn.Module, caller: Caller, example: Tensor, source: Halo
     Args:
         network: not modified.
         caller: calls it.
-        example: (1, C, *space), small: sizes are left free.
+        example: (1, C, *space); sizes are left free.
         source: "measured" keeps the bound from being used.
     """
     if caller.draws:
@@ -99,14 +101,15 @@ def witness_of(network: nn.Module, caller: Caller, example: Tensor, source: Halo
     captured = capture(network, caller, example, once=True)
     if isinstance(captured, NotCaptured):
         return Witness(None, captured.reason)
-    chosen = source == "measured"
+    unbounded = Witness(None, chosen=source == "measured", program=captured.program)
     try:
-        return Witness(bound_of(captured.program), chosen=chosen)
+        return replace(unbounded, found=bound_of(captured.program))
     except Unsized as reason:
-        return Witness(None, str(reason), chosen)
+        return replace(unbounded, note=str(reason))
     except failures() as error:
         # one witness never takes the other with it
-        return Witness(None, f"deriving failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        failed = f"deriving failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return replace(unbounded, note=failed)
 
 
 def _far_above(bound: Sequence[int], dyed: Sequence[int]) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from normfix.networks.calling import failures
 from normfix.networks.graph.capture import Captured, NotCaptured, capture, exported
@@ -20,7 +21,7 @@ from normfix.records.sites import Finding, Looked, Site
 from normfix.scanning.graph.bounds import SizeLook, read_sizes
 from normfix.scanning.graph.sites import NodeReading, NodeSite, read_sites
 
-__all__ = ["GraphLook", "graph_look", "size_look"]
+__all__ = ["GraphLook", "graph_look", "size_look", "sizes_of"]
 
 _ALIASES = {
     "linalg_vector_norm": "norm",
@@ -97,8 +98,11 @@ def size_look(
 ) -> SizeLook:
     """Read what a network's graph says of sizes, and nothing else; arguments as for `graph_look`."""
     program = exported(model, run, example, one_size=one_size)
-    if isinstance(program, NotCaptured):
-        return _NO_GRAPH
+    return _NO_GRAPH if isinstance(program, NotCaptured) else sizes_of(program)
+
+
+def sizes_of(program: ExportedProgram) -> SizeLook:
+    """Read what a captured graph says of sizes; where that fails, that there is none."""
     try:
         return read_sizes(program)
     except failures():
