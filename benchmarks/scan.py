@@ -23,6 +23,7 @@ import normfix
 from normfix.demo.network import nuclei_unet
 from normfix.networks.calling import Caller
 from normfix.networks.examples import default_example
+from normfix.networks.intake import Intake
 
 
 class Work(TorchDispatchMode):
@@ -128,7 +129,7 @@ def main(names: list[str]) -> None:
         make, output = NETWORKS[name]
         torch.manual_seed(0)
         model = make().eval()
-        example = default_example(model, Caller())
+        example = default_example(model, Intake(model, Caller(output=output)))
         with torch.no_grad():
             work, seconds, _ = measured(lambda m=model, x=example: m(x))
         total, spent, scan = measured(lambda m=model, o=output: normfix.scan(m, output=o))

@@ -209,9 +209,9 @@ CODES: dict[str, str] = {
     "message, in pixels: H, W (D, H, W; L) are extents, N is the number of images. Conditions that only repeat with "
     "the size (padding to multiples) are none of these. Take the branch out, or scan and convert with an image, and "
     "use a tile, for which the condition is the same.",
-    "NF261": "The image is of a size that was not proved: no captured graph tells how the network treats sizes, and it "
-    "is larger than what was run; or it lies beyond a branch on the size, on both sides of which tiles equalled the "
-    "whole where they were tried. normfix check compares tiles with the whole at this very size.",
+    "NF261": "The image is of a size that was not proved: no captured graph tells how the network treats sizes, and "
+    "it is larger than what was compared; or it lies beyond a branch on the size, on both sides of which tiles "
+    "equalled the whole where they were tried. normfix check compares tiles with the whole at this very size.",
     "NF262": "What the network does is switched by a statistic: a branch that was shut when it was converted is open "
     "under the statistics of now, or the other way round. Its stride and halo were measured anew; where none hold, "
     "tiles do not equal the whole image any more and it is not predicted in tiles. normfix calibrate and --statistics "

@@ -342,7 +342,7 @@ def _unmeasured(everything: Plan, found: Survey, example: Tensor) -> Locality:
 
 
 class _Largest:
-    """The largest sizes that a network was run at: extents by axis, and pixels."""
+    """The largest sizes at which tiles were compared with the whole: extents by axis, and pixels."""
 
     def __init__(self, axes: int) -> None:
         self.extents = (0,) * axes
@@ -359,7 +359,7 @@ class _Largest:
 class _Bench:
     """A network in which all that can be is frozen, in two precisions, and the material of its strips.
 
-    `network` is the one in float32, `largest` notes the sizes that it is run at.
+    `network` is the one in float32, `largest` notes the sizes that the other is run at, to be compared.
     """
 
     network: nn.Module
@@ -408,7 +408,7 @@ def _bench(
     largest = _Largest(example.dim() - 2)
     return _Bench(
         frozen,
-        lambda x: caller(frozen, largest.noted(x)),
+        lambda x: caller(frozen, x),  # the dye alone, which compares nothing
         lambda x: caller.in_double(double, largest.noted(x)),
         double,
         example,

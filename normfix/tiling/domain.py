@@ -4,7 +4,7 @@ The rule, for `check` and `predict` alike:
 
     a condition of the captured graph fails for the image or for a window    outside: NF260, refused
     the same, but tiles were found to equal the whole on both sides of it    said: NF261
-    no graph tells the sizes, and the image is larger than what was run      said: NF261
+    no graph tells the sizes, and the image is larger than what was compared said: NF261
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def judge_size(
     ]
     if sizes.exceeded(whole):
         larger = (
-            f"{_named(whole, extents)} is larger than what was run, {_by(sizes.extents)} along the axes and "
+            f"{_named(whole, extents)} is larger than what was compared, {_by(sizes.extents)} along the axes and "
             f"{sizes.pixels} pixels at a time, and no graph says that larger images are treated alike: "
             f"{sizes.unknown[0].rstrip('.')}."
         )

@@ -51,7 +51,9 @@ def project(tmp_path, monkeypatch):
         "import sys; sys.path.insert(0, ''); import torch, my_model; torch.manual_seed(0); net = my_model.Mine(); "
         "torch.save(net.state_dict(), 'weights.pth'); torch.save(net, 'whole.pth')",
     )
-    torch.export.save(torch.export.export(tiny_unet(), (torch.zeros(1, 1, 64, 64),)), tmp_path / "net.pt2")
+    free = dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)
+    program = torch.export.export(tiny_unet(), (torch.zeros(2, 1, 64, 64),), dynamic_shapes=(free,))
+    torch.export.save(program, tmp_path / "net.pt2")
     pixels = np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)
     iio.imwrite("image.png", pixels)
     return tmp_path

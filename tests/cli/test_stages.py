@@ -4,7 +4,6 @@ import json
 import shutil
 import sys
 
-import click
 import numpy as np
 import pytest
 import tifffile
@@ -160,10 +159,15 @@ def test_a_run_that_was_killed_after_naming_its_output_is_done(folder, monkeypat
     assert not (folder / "normfix-run").exists()
 
 
-def test_options_of_stages_need_stages(folder):
-    """calibrate without --tile runs no stages, so options of theirs are refused and not ignored."""
-    with pytest.raises(click.UsageError, match="--tile"):
-        _run("calibrate", folder / "fixed", folder / "image.tif", "-o", folder / "x", "--budget", 1)
+def test_options_of_stages_mean_stages(folder):
+    """calibrate without --tile runs stages where an option of theirs is given: none is ignored."""
+
+    def engine(*options, out):
+        words = ("calibrate", folder / "fixed", folder / "image.tif", "-o", folder / out, "--format", "json")
+        return json.loads(_run(*words, *options).stdout)["engine"]
+
+    assert engine("--budget", 64, out="budgeted") == "stages"
+    assert engine(out="plain") == "passes"
 
 
 _STEPS = [Step(stage=1, stages=9, done=n, blocks=40, left=None if n == 1 else 200.0) for n in (1, 2, 3)]

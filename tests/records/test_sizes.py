@@ -94,7 +94,7 @@ def test_a_condition_without_value_does_not_hold(text):
 
 
 def test_only_what_was_run_counts_where_no_graph_tells():
-    """Longer along one axis or more pixels in all exceed what was run; with a graph nothing does."""
+    """Longer along one axis or more pixels in all exceed what was compared; with a graph nothing does."""
     run = sizes(unknown=("there is no graph of it",))
     assert not run.exceeded((32, 128))
     assert run.exceeded((32, 129))

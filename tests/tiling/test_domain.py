@@ -57,7 +57,7 @@ def test_the_padded_image_counts():
     ids=["crossed", "no graph"],
 )
 def test_what_was_not_proved_is_said(known):
-    """Beyond a branch that was crossed, or beyond what was run without a graph, a finding says so and no more."""
+    """Beyond a branch that was crossed, or beyond what was compared without a graph, a finding says so and no more."""
     verdict = judged(known, (64, 320))
     assert verdict.outside == ()
     assert codes(verdict.unproved) == ["NF261"]
