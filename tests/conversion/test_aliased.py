@@ -130,7 +130,9 @@ def test_a_site_without_a_reader_is_an_error(blind, monkeypatch):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     names = {"nothing": frozenset(), "something else": frozenset({"network.head.weight"})}[blind]
     monkeypatch.setattr(programs._Names, "of", lambda self, site: names)
-    monkeypatch.setattr(kept, "_CAPTURES", WeakKeyDictionary())  # what other tests captured had its readers found
+    monkeypatch.setattr(
+        kept, "_CAPTURES", WeakKeyDictionary()
+    )  # what other tests captured had its readers found
     for measure in (normfix.calibrate_, _predicted):
         with pytest.raises(NormfixError, match=r"NF340 \w+.*statistic of this site"):
             measure(model, OTHER, tile=16)
