@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from networks import Blocks, Extractor, Resized, UNet, ValidUNet, max_pool, nearest, strided
+from optional import needs_zarr
 from torch import nn
 
 import normfix
@@ -197,7 +198,7 @@ def test_a_prediction_that_is_not_finite_is_an_error(converted, image, engine):
 
 
 @pytest.mark.parametrize("engine", ["tiles", "stages"])
-@pytest.mark.parametrize("suffix", [".npy", ".zarr"])
+@pytest.mark.parametrize("suffix", [".npy", pytest.param(".zarr", marks=needs_zarr)])
 def test_a_file_is_not_written_with_values_that_are_not_finite(converted, tmp_path, engine, suffix):
     """Of such a prediction nothing has the output's name, unless it is allowed."""
     out, huge = tmp_path / f"p{suffix}", _huge()

@@ -26,8 +26,6 @@ def texts(conditions):
         ("one size", ["W != 1024"]),
         ("wide", ["W <= 4*H"]),
         ("elements", ["H*N*W <= 30000"]),
-        ("first 200 columns", ["W - 200 <= 0"]),
-        ("at most 256", ["H <= 256", "W <= 256"]),
     ],
 )
 def test_a_branch_is_a_condition_in_words(name, expected):
@@ -36,6 +34,20 @@ def test_a_branch_is_a_condition_in_words(name, expected):
     assert texts(found.conditions) == expected
     assert found.unknown == ()
     assert all(condition.line.startswith("support/branching.py:") for condition in found.conditions)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected", "earlier"),
+    [
+        ("first 200 columns", ["W - 200 <= 0"], ["W < 200"]),
+        ("at most 256", ["H <= 256", "W <= 256"], ["H < 256", "W < 256"]),
+    ],
+)
+def test_a_size_that_is_cut_is_a_condition(name, expected, earlier):
+    """Releases that keep no formula for a minimum ask which side is taken, within torch itself for a slice."""
+    found = look(BY_SIZE[name].way)
+    assert texts(found.conditions) in (expected, earlier)
+    assert found.unknown == ()
 
 
 def test_extents_that_were_taken_for_one_are_a_condition():

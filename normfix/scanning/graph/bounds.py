@@ -33,6 +33,8 @@ AXES = {3: "L", 4: "HW", 5: "DHW"}
 """Names of the spatial axes, by the image's rank."""
 
 _TORCH = str(Path(torch.__file__).parent)
+_MEANT = frozenset({"slice_forward"})
+"""Functions of torch's whose questions are about what is computed: where a slice ends, in releases that ask for it."""
 _EVEN = frozenset(
     {"full", "zeros", "ones", "empty", "new_full", "new_zeros", "new_ones", "new_empty", "rand", "randn"}
 )
@@ -125,13 +127,14 @@ class _Reading:
         return cls(names, extents, tuple(tied), environment)
 
     def asked(self) -> Iterator[tuple[Any, str]]:
-        """Yield the guards that are not torch's own, with the line that asks."""
+        """Yield the guards that are about what is computed, with the line that asks where it is not torch's own."""
         for guard in self.environment.guards:
             frame = getattr(getattr(guard, "sloc", None), "framework_loc", None)
             file = str(getattr(frame, "filename", ""))
             if file.startswith(_TORCH):
-                continue
-            if not file.startswith(str(PACKAGE)):
+                if getattr(frame, "name", "") in _MEANT:
+                    yield guard.expr, ""
+            elif not file.startswith(str(PACKAGE)):
                 yield guard.expr, f"{'/'.join(Path(file).parts[-2:])}:{frame.lineno}" if frame else ""
             elif type(guard.expr).__name__ == "Equality":
                 # torch's own as well, asked from where we call it; an argument that must be a number is built in
