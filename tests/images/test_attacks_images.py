@@ -8,6 +8,7 @@ import json
 import lzma
 import os
 import struct
+import sys
 import zlib
 from pathlib import Path
 
@@ -424,6 +425,7 @@ def _sparse(path: Path, absent: set[int], compression: str | None = None) -> Pat
     return path
 
 
+@needs_zarr
 @pytest.mark.parametrize("compression", [None, "zlib"])
 def test_tiles_that_are_not_stored_are_told(tmp_path, compression):
     """Whole and by window they are the same zeros, and their number is said."""
@@ -434,6 +436,13 @@ def test_tiles_that_are_not_stored_are_told(tmp_path, compression):
         assert image.notes
     assert "2 of 16 tiles" in told[0]
     assert (whole == 0).sum() == 2 * 16 * 16
+
+
+def test_without_zarr_a_sparse_page_is_refused_with_what_to_install(tmp_path, monkeypatch):
+    """It is read with zarr alone, and that is what the error names."""
+    monkeypatch.setitem(sys.modules, "zarr", None)
+    with pytest.raises(NormfixError, match=r"NF143 .*2 of 16 tiles .*normfix\[stream\]"):
+        open_file(_sparse(tmp_path / "a.tif", {3, 7}))
 
 
 def test_a_page_of_which_nothing_is_stored_is_no_image(tmp_path):

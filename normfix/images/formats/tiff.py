@@ -21,6 +21,7 @@ from normfix.errors import NormfixError
 from normfix.images.deadline import within
 from normfix.images.formats.opened import Choice, Opened, choose, letters_of
 from normfix.images.formats.placement import UNITS, Placement, unit_named
+from normfix.images.formats.zarr_layout import require_zarr
 
 __all__ = ["create", "open_tiff"]
 
@@ -131,6 +132,10 @@ def _opened(file: Any, path: Path, choice: Choice) -> Opened:
     level = levels[choice.level]
     _bound(level.keyframe, path)
     missing, segments = _missing(level, path)
+    if missing:
+        require_zarr(
+            str(path), f"{missing:,} of {segments:,} tiles or strips are missing, and the others are read"
+        )
     placement = _placement(file, series[number], number)
     if choice.level:
         placement = placement.of_level(_extents(levels[0]), _extents(level))

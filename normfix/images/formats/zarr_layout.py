@@ -35,8 +35,12 @@ _CHUNK = 1 << 27
 Metadata = dict[str, Any]
 
 
-def require_zarr(where: str) -> None:
+def require_zarr(where: str, what: str = "Zarr is read and written") -> None:
     """Refuse what needs zarr where that is not installed.
+
+    Args:
+        where: named in the error.
+        what: needs it, the beginning of a sentence.
 
     Raises:
         NormfixError: NF143.
@@ -46,7 +50,7 @@ def require_zarr(where: str) -> None:
     except ImportError as error:
         raise NormfixError(
             "NF143",
-            'Zarr is read and written with zarr 3: pip install "normfix[stream]" (Python 3.11 or newer).',
+            f'{what} with zarr 3: pip install "normfix[stream]" (Python 3.11 or newer).',
             where=where,
         ) from error
 
