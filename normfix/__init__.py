@@ -27,6 +27,7 @@ _HOMES = {
         "FrozenNorm3d",
         "RenormSchedule",
     ),
+    "normfix.images.given": ("read_images",),
     "normfix.images.opening": ("open_image",),
     "normfix.tiling.stages.options": ("Blocks",),
     "normfix.tiling.stages.outlook": ("Outlook", "Step"),
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from normfix.diagnosis.network import Diagnosis as Diagnosis
     from normfix.diagnosis.network import diagnose as diagnose
     from normfix.errors import NormfixError as NormfixError
+    from normfix.images.given import read_images as read_images
     from normfix.images.opening import open_image as open_image
     from normfix.layers import BatchRenorm1d as BatchRenorm1d
     from normfix.layers import BatchRenorm2d as BatchRenorm2d

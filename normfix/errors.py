@@ -308,6 +308,8 @@ CODES: dict[str, str] = {
     "NF502": "Only a network that normfix converted carries the plan a saved folder needs, one plan that starts "
     "at the original network, and only what its state_dict holds as tensors can be written.",
     "NF503": "What was written did not load back as the same network, so it was removed.",
+    "NF530": "One image is taken at a time here, and a folder, a pattern or a list of several was given. Call it for "
+    "each of them; normfix convert, calibrate, predict and check take several on the command line.",
     # 6xx: diagnosing
     "NF601": "Even with every known global operation held constant, no halo or stride could be measured, so "
     "there is no right tiling to compare with. Diagnose it as a pipeline, by a function predict(image).",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Literal
@@ -18,8 +18,9 @@ from normfix.conversion.results import Calibration, Conversion
 from normfix.conversion.rewriting import rewrite, rewrite_
 from normfix.conversion.targets import site_target
 from normfix.errors import NormfixError
-from normfix.images.collections import Images
-from normfix.images.sources import Image, middle_of, whole
+from normfix.images.collections import ImageFiles, Images
+from normfix.images.given import GivenImages, images_of
+from normfix.images.sources import middle_of, whole
 from normfix.networks.calling import Caller, buffers_kept, evaluating, home_of
 from normfix.networks.copying import double_of
 from normfix.networks.graph.program import require_free
@@ -55,7 +56,7 @@ _LOG = logging.getLogger("normfix")
 @undisturbed()
 def convert(
     model: nn.Module,
-    images: Tensor | Iterable[Tensor] | Image | Sequence[Image] | None = None,
+    images: GivenImages | None = None,
     to: Literal["frozen", "batchrenorm"] | Plan = "frozen",
     *,
     keep: Sequence[str] = (),
@@ -73,7 +74,9 @@ def convert(
     Args:
         model: not modified.
         images: re-iterable of (N, C, *space) tensors, one tensor, or images that are read by window
-            (normfix.open_image); may be left out if every norm has running statistics to carry over.
+            (normfix.open_image). Also arrays, files, folders and patterns: these hold pixel values, floating as the
+            network takes them; normfix.read_images states how others are scaled, and what is stated travels with the
+            result. May be left out if every norm has running statistics to carry over.
         to: "frozen" (constants), "batchrenorm" (constants in eval, trainable at small batches), or a reviewed plan to
             replay.
         keep: shell-style patterns of owner paths to leave alone; a plan says that itself.
@@ -114,7 +117,7 @@ def convert(
     caller = Caller(forward_fn, output)
     home = home_of(model)
     blocks = blocks or Blocks()
-    taken = None if images is None else Images.of(images, *home)
+    taken = None if images is None else images_of(images, model, caller=caller)
     in_stages = taken is not None and (blocks.asked or taken.by_window)
     first = None
     if taken is not None:
@@ -168,13 +171,18 @@ def convert(
     stated = None if output is None else str(output)
     attach_(
         converted,
-        Provenance(plan=plan, scan=found, scaling=Scaling(), source=source, output=stated),
+        Provenance(plan=plan, scan=found, scaling=_stated(images), source=source, output=stated),
     )
     if model.training:
         _LOG.warning("The network was in train mode; it was converted, and is returned, in eval mode.")
     converted.eval()
     calibration = None if summary is None else Calibration(converted, summary)
     return Conversion(converted, plan, found, calibration, proof, caller, base)
+
+
+def _stated(images: GivenImages | None) -> Scaling:
+    """Return the scaling that images say they have; of tensors nothing is known."""
+    return (isinstance(images, ImageFiles) and images.scaling) or Scaling()
 
 
 def _proved(scan: Scan, proof: Proof, size: Sequence[int]) -> Scan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from normfix.api.recalibration import calibrate_
 from normfix.errors import NormfixError
+from normfix.images.given import GivenImages
 from normfix.layers import BatchRenorm, RenormSchedule
 from normfix.layers.schedule import after_steps
 from normfix.records.measurements import CalibrationSummary
@@ -75,7 +76,7 @@ class FineTuning:
 
     def recalibrate(
         self,
-        images: Tensor | Iterable[Tensor],
+        images: GivenImages,
         *,
         forward_fn: Callable[[nn.Module, Tensor], Any] | None = None,
         allow_flat: bool | None = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 from normfix.conversion.measurement import measure_
 from normfix.conversion.targets import site_target
 from normfix.errors import NormfixError
-from normfix.images.collections import Images
+from normfix.images.given import Given, images_of, opened
 from normfix.images.sources import Image, TensorImage, middle_of, whole
 from normfix.images.writing import OutputFile
-from normfix.networks.calling import home_of
+from normfix.networks.calling import Caller
 from normfix.networks.copying import copy_of, twin_of
 from normfix.networks.numerics import exact_arithmetic, require_finite
 from normfix.networks.provenance import provenance_of
@@ -48,7 +49,7 @@ _PAYS = 1 << 24
 @undisturbed()
 def predict(
     model: nn.Module,
-    image: Tensor | Image,
+    image: Given,
     tile: int | Sequence[int] | None = None,
     *,
     halo: int | Literal["auto"] = "auto",
@@ -67,9 +68,9 @@ def predict(
 
     Args:
         model: without live statistics; not modified.
-        image: (N, C, *space), any size, or one that is read by window (normfix.open_image). Where
-            the network is not exact at that size, the image is extended by its edge pixels to the next exact
-            size and the result cut back.
+        image: (N, C, *space), any size, or one that is read by window (normfix.open_image), as files are; arrays and
+            files hold pixel values, see normfix.convert. Where the network is not exact at that size, the image is
+            extended by its edge pixels to the next exact size and the result cut back.
         tile: pixels per axis, multiples of the stride; default: 256.
         halo: pixels of context on every side of tiles; "auto" is what the network needs. A number asks for tiles.
         engine: "auto" takes stages where tiles would compute over 16 million pixels of halo and the network can
@@ -90,19 +91,20 @@ def predict(
             enough or an engine, NF32x where stages are asked for and not possible, NF326 to NF336 of the store and the
             cluster, NF148 and NF149 for statistics and predictions that are not finite, and codes of the image.
     """
-    job = _Prediction.of(
-        model,
-        image,
-        tile,
-        halo=halo,
-        engine=engine,
-        statistics=statistics,
-        blocks=blocks,
-        forward_fn=forward_fn,
-        output=output,
-    )
-    with resumable(job.blocks.store):
-        result = job.run()
+    with opened(image, model) as source:
+        job = _Prediction.of(
+            model,
+            source,
+            tile,
+            halo=halo,
+            engine=engine,
+            statistics=statistics,
+            blocks=blocks,
+            forward_fn=forward_fn,
+            output=output,
+        )
+        with resumable(job.blocks.store):
+            result = job.run()
     assert result is not None
     if not allow_nonfinite:
         require_finite(result, job.known.scan.model)
@@ -112,8 +114,8 @@ def predict(
 @undisturbed()
 def write_prediction(
     model: nn.Module,
-    image: Tensor | Image,
-    out: Path,
+    image: Given,
+    out: Path | str,
     tile: int | Sequence[int] | None = None,
     *,
     allow_nonfinite: bool = False,
@@ -136,9 +138,13 @@ def write_prediction(
     Raises:
         NormfixError: NF114 for a file that cannot be written, and codes of `predict`.
     """
-    job = _Prediction.of(model, image, tile, **options)
-    with resumable(job.blocks.store), OutputFile(out, allow_nonfinite=allow_nonfinite) as file:
-        placement = getattr(image, "placement", None)
+    out = Path(out)
+    with ExitStack() as stack:
+        source = stack.enter_context(opened(image, model))
+        job = _Prediction.of(model, source, tile, **options)
+        stack.enter_context(resumable(job.blocks.store))
+        file = stack.enter_context(OutputFile(out, allow_nonfinite=allow_nonfinite))
+        placement = getattr(source, "placement", None)
         if placement is not None:
             file.place(placement.scaled(job.geometry.scale))
         result = job.run(file)
@@ -164,7 +170,7 @@ class _Prediction:
     def of(
         cls,
         model: nn.Module,
-        image: Tensor | Image,
+        given: Tensor | Image,
         tile: int | Sequence[int] | None,
         *,
         halo: int | Literal["auto"] = "auto",
@@ -177,7 +183,9 @@ class _Prediction:
         _require_one_of(("auto", "stages", "tiles"), engine=engine)
         _require_one_of(("stored", "per-image"), statistics=statistics)
         blocks = (blocks or Blocks()).sized(tile)
-        known = known_of(model, image, forward_fn, output)
+        caller = Caller.of(provenance_of(model), forward_fn, output)
+        taken = images_of(given, model, caller=caller)
+        known = known_of(model, taken, forward_fn, output)
         exact = geometry_of(known.scan)
         geometry = with_halo(exact, halo)
         if geometry is None or exact is None or known.live:
@@ -186,7 +194,7 @@ class _Prediction:
             ]
             raise _not_tiled(known.scan, reasons)
         _require_enough(geometry, exact)
-        (image,) = Images.of(image, *home_of(model), like=known.scan.example)
+        image = images_of(taken, model, like=known.scan.example).only()
         blocks = replace(blocks, tile=tile_extents(blocks.tile or _TILE, geometry))
         if blocks.engine == "dask":
             engine = "stages"
@@ -251,7 +259,7 @@ class _Prediction:
         model, caller = copy_of(self.model), self.known.caller
         targets = [site_target(model, d, express=False) for d in provenance.plan.converted if d.measured]
         if targets:
-            image = Images.of(self.image, *home_of(model))
+            image = images_of(self.image, model)
             measure_(model, targets, image, caller, self.blocks, geometry=self.geometry)
         scan = renewed(model, provenance, middle_of(self.image), caller)
         exact = geometry_of(scan)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,9 @@ from normfix.conversion.results import Calibration
 from normfix.conversion.sampling import Sample
 from normfix.conversion.targets import NormTarget, Target, planned_targets
 from normfix.errors import NormfixError
-from normfix.images.collections import Images
-from normfix.images.sources import Image
+from normfix.images.given import GivenImages, images_of
 from normfix.layers.moments import Moments
-from normfix.networks.calling import Caller, home_of
+from normfix.networks.calling import Caller
 from normfix.networks.copying import copy_of, twin_of
 from normfix.networks.provenance import provenance_of
 from normfix.networks.surroundings import undisturbed
@@ -42,7 +41,7 @@ __all__ = ["calibrate", "calibrate_"]
 @undisturbed()
 def calibrate(
     model: nn.Module,
-    images: Tensor | Iterable[Tensor] | Image | Sequence[Image],
+    images: GivenImages,
     tile: int | Sequence[int] | None = None,
     *,
     mask: Mask | Sequence[Mask] | None = None,
@@ -59,7 +58,7 @@ def calibrate(
     Args:
         model: converted by normfix, or any network with batch norms on running statistics; not modified.
         images: re-iterable of (N, C, *space) tensors, one tensor, or images that are read by window
-            (normfix.open_image) and measured in stages.
+            (normfix.open_image) and measured in stages; also arrays and files, see normfix.convert.
         tile: extents of blocks in pixels; given, the network runs once, stage by stage over such blocks, and what
             it needs between stages fits a budget. The statistics are those of whole images either way; a
             network that cannot run in stages takes passes over whole images, and the summary says why.
@@ -103,7 +102,7 @@ def calibrate(
 @undisturbed()
 def calibrate_(
     model: nn.Module,
-    images: Tensor | Iterable[Tensor] | Image | Sequence[Image],
+    images: GivenImages,
     tile: int | Sequence[int] | None = None,
     **options: Any,
 ) -> CalibrationSummary:
@@ -140,7 +139,7 @@ class _Measured:
 
 def _measured(
     original: nn.Module,
-    images: Tensor | Iterable[Tensor] | Image | Sequence[Image],
+    images: GivenImages,
     tile: int | Sequence[int] | None,
     *,
     mask: Mask | Sequence[Mask] | None = None,
@@ -156,8 +155,8 @@ def _measured(
     blocks = (blocks or Blocks()).sized(tile)
     model = twin_of(original)
     known = provenance_of(model)
-    taken = Images.of(images, *home_of(model), like=known.scan.example if known else None)
     caller = Caller.of(known, forward_fn, output)
+    taken = images_of(images, model, like=known.scan.example if known else None, caller=caller)
     geometry = geometry_of(known.scan) if known is not None else None
     targets: Sequence[Target]
     if known is not None:

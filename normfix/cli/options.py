@@ -219,6 +219,7 @@ class Arguments:
 
     def scaling(self, model: nn.Module | None = None) -> Scaling | None:
         """Return the stated scaling, else the one that travels with the model, else None."""
+        from normfix.images.opening import scaling_of
         from normfix.images.scaling import parse_scaling
         from normfix.networks.provenance import provenance_of
 
@@ -234,17 +235,7 @@ class Arguments:
             if known is not None and not self.override_scale:
                 _require_same(stated, known.scaling)
             return stated
-        if known is not None and known.scaling.kind == "preprocess":
-            name = known.scaling.function
-            raise NormfixError(
-                "NF113",
-                "the images of this network are prepared by a function that its folder names, and a file does "
-                f"not decide what runs here. If you trust it, repeat it: --preprocess {name}.",
-                where=name,
-            )
-        if known is None or known.scaling.kind == "none":  # unscaled tensors say nothing of integer files
-            return None
-        return known.scaling
+        return None if model is None else scaling_of(model)
 
     def images(self, patterns: tuple[str, ...], model: nn.Module) -> ImageFiles:
         """Return the images that files, folders and globs name."""

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from normfix.diagnosis.accuracy import Labels
 from normfix.diagnosis.examination import Examination
 from normfix.diagnosis.pipeline import PipelineDiagnosis, diagnose_pipeline
 from normfix.diagnosis.setting import bench_of, prepare
-from normfix.images.collections import Images
+from normfix.images.given import Given, images_of
 from normfix.images.sources import whole
-from normfix.networks.calling import Caller, home_of
+from normfix.networks.calling import Caller
 from normfix.networks.numerics import exact_arithmetic
 from normfix.networks.provenance import provenance_of
 from normfix.networks.surroundings import undisturbed
@@ -83,7 +83,7 @@ class Diagnosis:
 
 @overload
 def diagnose(
-    model: nn.Module, image: Tensor, tile: int | Sequence[int] = 256, **options: Any
+    model: nn.Module, image: Given, tile: int | Sequence[int] = 256, **options: Any
 ) -> Diagnosis: ...
 @overload
 def diagnose(
@@ -119,7 +119,7 @@ def diagnose(
 
 def diagnose_network(
     model: nn.Module,
-    image: Tensor,
+    image: Given,
     tile: int | Sequence[int] = 256,
     *,
     halo: int | Literal["auto"] = "auto",
@@ -139,7 +139,7 @@ def diagnose_network(
 
     Args:
         model: in the mode it is used in (train mode is a cause of its own); not modified.
-        image: (1, C, *space).
+        image: (1, C, *space); also an array or a file, see normfix.convert.
         tile: pixels per axis.
         halo: pixels of context on every side; "auto" is what the network needs.
         tiling: how the user's pipeline cuts, where it differs from normfix's own way; instead of tile and halo.
@@ -160,7 +160,7 @@ def diagnose_network(
     """
     known = provenance_of(model)
     caller = Caller.of(known, forward_fn, output)
-    item = whole(*Images.of(image, *home_of(model)))
+    item = whole(images_of(image, model, caller=caller).only())
     progress("scan", 0, 1)
     with exact_arithmetic():
         setting = prepare(model, item[:1], tiling, tile=tile, halo=halo, kind=kind, caller=caller)

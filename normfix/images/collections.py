@@ -25,7 +25,7 @@ from normfix.images.sources import Image, TensorImage, middle_of, whole
 from normfix.images.windows import Unread
 from normfix.records.saved import Scaling
 
-__all__ = ["ImageFiles", "Images", "find_images"]
+__all__ = ["ImageFiles", "Images", "find_images", "is_by_window"]
 
 
 Padding = Callable[[Sequence[int]], Sequence[int]]
@@ -36,15 +36,17 @@ Padding = Callable[[Sequence[int]], Sequence[int]]
 class Images:
     """Re-iterable images for a network: tensors, each checked, on one device and in one dtype, or read by window.
 
-    `like` is a shape whose channels and axes tensors have; `padding` extends each image.
+    `like` is a shape whose channels and axes tensors have; `padding` extends each image; `read` makes tensors of what
+    is none, given its number.
     """
 
-    images: Iterable[Tensor | Image]
+    images: Iterable[Any]
     device: torch.device
     dtype: torch.dtype
     count: int
     like: tuple[int, ...] | None = None
     padding: Padding | None = None
+    read: Callable[[int, object], object] = lambda number, given: given
 
     def __iter__(self) -> Iterator[Image]:
         """Yield the images; a tensor is loaded when its turn comes.
@@ -53,7 +55,7 @@ class Images:
             NormfixError: NF104 for NaN or infinity, NF106 for what is no image (N, C, *space).
         """
         for number, given in enumerate(self.images):
-            image = given if _is_image(given) else self._taken(given, f"image {number}")
+            image = given if is_by_window(given) else self._taken(self.read(number, given), f"image {number}")
             yield image if self.padding is None else image.padded(self.padding(image.shape[2:]))
 
     def __len__(self) -> int:
@@ -62,11 +64,25 @@ class Images:
     @property
     def by_window(self) -> bool:
         """Tell whether one of them is read by window: as a rule it does not fit."""
-        return isinstance(self.images, Sequence) and any(map(_is_image, self.images))
+        return isinstance(self.images, Sequence) and any(map(is_by_window, self.images))
 
     def excerpt(self) -> Tensor:
         """Return what whole forward passes are made on: the first image, of one read by window its middle."""
         return (middle_of if self.by_window else whole)(next(iter(self)))
+
+    def only(self) -> Image:
+        """Return the image where one is taken.
+
+        Raises:
+            NormfixError: NF530 if there are several.
+        """
+        if self.count != 1:
+            raise NormfixError(
+                "NF530",
+                f"one image is taken here, and these are {self.count}. Give them one by one.",
+                where="image",
+            )
+        return next(iter(self))
 
     def _taken(self, given: object, where: str) -> TensorImage:
         checked = _checked(given, where, self.dtype)
@@ -77,10 +93,11 @@ class Images:
     @classmethod
     def of(
         cls,
-        images: Tensor | Image | Iterable[Tensor | Image],
+        images: Tensor | Image | Iterable[Any],
         device: torch.device,
         dtype: torch.dtype,
         like: tuple[int, ...] | None = None,
+        read: Callable[[int, object], object] = lambda number, given: given,
     ) -> Images:
         """Take one image or a re-iterable of them.
 
@@ -88,7 +105,7 @@ class Images:
             NormfixError: NF103 for a generator, which could be read only once, for an empty collection and for
                 what cannot be iterated.
         """
-        given: Any = [images] if isinstance(images, Tensor) or _is_image(images) else images
+        given: Any = [images] if isinstance(images, Tensor) or is_by_window(images) else images
         try:
             iterator = iter(given)
         except TypeError as error:
@@ -109,10 +126,10 @@ class Images:
             raise NormfixError(
                 "NF103", "no image was given, and statistics need at least one.", where="images"
             )
-        return cls(given, device, dtype, count, like)
+        return cls(given, device, dtype, count, like, read=read)
 
 
-def _is_image(given: object) -> TypeGuard[Image]:
+def is_by_window(given: object) -> TypeGuard[Image]:
     """Tell whether it is read by window."""
     return not isinstance(given, Tensor) and hasattr(given, "read") and hasattr(given, "padded")
 
@@ -143,10 +160,14 @@ class ImageFiles:
                 `read_image`.
         """
         for number, path in enumerate(self.paths):
-            if number not in self._last:
-                self._last.clear()  # before the next is there, too
-                self._last[number] = self._read(number, path)
-            yield self._last[number]
+            yield self.read(number, path)
+
+    def read(self, number: int, path: Path) -> Tensor:
+        """Return the image of that number; raises as iterating does."""
+        if number not in self._last:
+            self._last.clear()  # before the next is there, too
+            self._last[number] = self._read(number, path)
+        return self._last[number]
 
     def _read(self, number: int, path: Path) -> Tensor:
         with self.open(path) as window:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from pathlib import Path
 
 from torch import nn
 
+from normfix.errors import NormfixError
 from normfix.images.files import open_windows
 from normfix.images.formats.opened import ArrayLike
 from normfix.images.scaling import scaling_numbers
@@ -16,11 +18,11 @@ from normfix.networks.intake import Intake
 from normfix.networks.provenance import provenance_of
 from normfix.records.saved import Scaling
 
-__all__ = ["open_image"]
+__all__ = ["open_image", "scaling_of"]
 
 
 def open_image(
-    image: Path | str | ArrayLike,
+    image: PathLike[str] | str | ArrayLike,
     model: nn.Module,
     *,
     axes: str | None = None,
@@ -48,16 +50,34 @@ def open_image(
         (1, 1, 300, 200)
     """
     intake = Intake(model)
-    known = provenance_of(model)
-    if isinstance(image, str | Path):
+    if isinstance(image, str | PathLike):
         window = open_windows(
             Path(image), ndim=intake.ndim, channels=intake, axes=axes, level=level, series=series
         )
     else:
         window = windowed(image, ndim=intake.ndim, channels=intake, axes=axes)
-    stated = scaling if scaling is not None else known.scaling if known is not None else None
-    if scaling is None and stated is not None and stated.kind == "none":
-        stated = None  # a network converted unscaled says nothing about integers
+    stated = scaling if scaling is not None else scaling_of(model)
     offset, divisor = scaling_numbers(Spread(window), stated)
     device, dtype = home_of(model)
     return ScaledImage(window, offset=offset, divisor=divisor, dtype=dtype, device=device)
+
+
+def scaling_of(model: nn.Module) -> Scaling | None:
+    """Return how the images of a model were scaled when it was converted; None where that is not known.
+
+    Raises:
+        NormfixError: NF113 if a function prepared them: a file does not decide what runs.
+    """
+    known = provenance_of(model)
+    if known is None or known.scaling.kind == "none":  # unscaled tensors say nothing of integers
+        return None
+    if known.scaling.kind == "preprocess":
+        name = known.scaling.function
+        raise NormfixError(
+            "NF113",
+            "the images of this network are prepared by a function that its folder names, and a file does "
+            f"not decide what runs here. If you trust it, repeat it: --preprocess {name}; in Python call it and give "
+            "a tensor.",
+            where=name,
+        )
+    return known.scaling

@@ -74,7 +74,8 @@ def scaling_numbers(values: Distribution, scaling: Scaling | None) -> tuple[floa
         raise NormfixError(
             "NF107",
             f"the image is {dtype}, and what the network takes is not known. State it: --scale unit, "
-            "zscore, percentile:1,99.8, MEAN,STD or none, as it was trained with.",
+            "zscore, percentile:1,99.8, MEAN,STD or none, as it was trained with (in Python scaling= of "
+            "normfix.read_images).",
             where=where,
         )
     scaling = scaling or Scaling()

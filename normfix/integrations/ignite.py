@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from ignite.engine import Engine, Events
-from torch import Tensor, optim
+from torch import optim
 from torch.utils.hooks import RemovableHandle
 
 from normfix.api.finetuning import FineTuning
+from normfix.images.given import GivenImages
 
 __all__ = ["FineTuningHandler"]
 
@@ -29,7 +29,7 @@ class FineTuningHandler:
     def __init__(
         self,
         run: FineTuning,
-        images: Tensor | Iterable[Tensor] | None = None,
+        images: GivenImages | None = None,
         *,
         allow_flat: bool | None = None,
     ) -> None:

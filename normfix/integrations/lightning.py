@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import pytorch_lightning as pl
-from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from normfix.api.finetuning import FineTuning
+from normfix.images.given import GivenImages
 
 __all__ = ["FineTuningCallback"]
 
@@ -29,7 +28,7 @@ class FineTuningCallback(pl.Callback):
     def __init__(
         self,
         run: FineTuning,
-        images: Tensor | Iterable[Tensor] | None = None,
+        images: GivenImages | None = None,
         *,
         allow_flat: bool | None = None,
     ) -> None:

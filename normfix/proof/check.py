@@ -10,11 +10,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from normfix.errors import NormfixError
-from normfix.images.collections import Images
+from normfix.images.given import images_of
 from normfix.images.sources import whole
 from normfix.networks.calling import Caller, home_of
 from normfix.networks.copying import double_of, twin_of
 from normfix.networks.numerics import exact_arithmetic, settings
+from normfix.networks.provenance import provenance_of
 from normfix.networks.surroundings import undisturbed
 from normfix.proof.comparison import Network, compare, undecided
 from normfix.proof.cropping import check_pipeline
@@ -50,7 +51,8 @@ def check(
     Args:
         model: any network, not modified; or a pipeline, a function predict(image) -> array. A pipeline has no
             whole-image reference: it is compared with itself on crops (normfix.proof.cropping).
-        image: (N, C, *space), larger than a window on at least one axis; for a pipeline what it takes.
+        image: (N, C, *space), larger than a window on at least one axis; also an array or a file, see
+            normfix.convert; for a pipeline what it takes.
         tile: pixels per axis, multiples of the stride.
         halo: pixels of context on every side; "auto" is what the network needs once nothing is live.
         threshold: largest difference, in sd, that still passes with a warning; default 100 times the
@@ -78,12 +80,13 @@ def check(
         )
     if not isinstance(model, nn.Module) and callable(model):
         return check_pipeline(model, image, tile, stride=stride, margin=margin, threshold=threshold)
-    known = known_of(model, image, forward_fn, output)
+    taken = images_of(image, model, caller=Caller.of(provenance_of(model), forward_fn, output))
+    known = known_of(model, taken, forward_fn, output)
     exact = geometry_of(known.scan)
     geometry = with_halo(exact, halo)
     if geometry is None or exact is None:
         return undecided(known.scan)
-    (item,) = Images.of(image, *home_of(model), like=known.scan.example)
+    item = images_of(taken, model, like=known.scan.example).only()
     verdict = compare_with(
         twin_of(model),
         known.caller,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from normfix.conversion.measurement import measure_
 from normfix.conversion.targets import HoldsConstants, LayerGone, planned_targets
 from normfix.errors import NormfixError
 from normfix.images.collections import Images
-from normfix.images.sources import Image
+from normfix.images.given import GivenImages, images_of
 from normfix.networks.calling import Unreached, home_of
 from normfix.networks.copying import twin_of
 from normfix.networks.graph.program import require_free
@@ -47,7 +47,7 @@ _FORMS = (reloaded, frozen, folded, stock, portable, exported)
 @undisturbed()
 def prove(
     model: nn.Module,
-    images: Tensor | Iterable[Tensor] | Image | Sequence[Image],
+    images: GivenImages,
     tile: int | None = None,
     *,
     blocks: Blocks | None = None,
@@ -66,8 +66,9 @@ def prove(
     Args:
         model: converted by normfix; not modified.
         images: those it was calibrated on: re-iterable of (N, C, *space) tensors, one tensor, or images that are
-            read by window (normfix.open_image). Statistics are re-measured over all of each; what needs whole forward
-            passes is proved on the first, or on the middle of it where it is read by window.
+            read by window (normfix.open_image); also arrays and files, see normfix.convert. Statistics are re-measured
+            over all of each; what needs whole forward passes is proved on the first, or on the middle of it where it is
+            read by window.
         tile: size of the tiles to compare; default: a quarter of the image, at most 256.
         blocks: how images read by window are measured in stages.
         mask: as it was calibrated with; see normfix.calibrate.
@@ -104,7 +105,7 @@ def prove(
             where=type(model).__name__,
         )
     model = twin_of(model)
-    taken = Images.of(images, *home_of(model), like=provenance.scan.example)
+    taken = images_of(images, model, like=provenance.scan.example)
     image = taken.excerpt()[:1]
     known = known_of(model, image, forward_fn, output)
     geometry = geometry_of(known.scan)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from normfix.errors import NormfixError
 from normfix.images.collections import Images
-from normfix.images.sources import Image
+from normfix.images.given import GivenImages, images_of
 from normfix.networks.behaviour import behaviour_of, digest_of_tensor, state_of
-from normfix.networks.calling import Caller, home_of
+from normfix.networks.calling import Caller
 from normfix.networks.copying import original_of
 from normfix.networks.graph.program import require_free
 from normfix.networks.intake import is_lazy
@@ -39,7 +39,7 @@ class Known:
 
 
 def known_of(
-    model: nn.Module, image: Tensor | Image, forward_fn: ForwardFn | None, output: str | int | None
+    model: nn.Module, image: GivenImages | Images, forward_fn: ForwardFn | None, output: str | int | None
 ) -> Known:
     """Take what travels with the model, or scan it where that is of other modules or of another output."""
     require_free(model)
@@ -49,7 +49,7 @@ def known_of(
         layers = tuple(d.target for d in known.plan.converted)
         return Known(Caller.of(known, forward_fn), known.scan, left, layers)
     caller = Caller.of(known, forward_fn, output)
-    return _scanned(model, Images.of(image, *home_of(model)).excerpt(), caller)
+    return _scanned(model, images_of(image, model, caller=caller).excerpt(), caller)
 
 
 _LAST: WeakKeyDictionary[nn.Module, tuple[object, Known]] = WeakKeyDictionary()

@@ -13,6 +13,8 @@ from normfix.conversion.measuring import freeze_sites_
 from normfix.conversion.planning import decide
 from normfix.conversion.rewriting import rewrite_
 from normfix.conversion.targets import site_target
+from normfix.images.given import Given, images_of
+from normfix.images.sources import middle_of
 from normfix.networks.calling import Caller, class_of, refusals
 from normfix.networks.copying import copy_of
 from normfix.networks.numerics import exact_arithmetic
@@ -58,7 +60,7 @@ class Scanned:
 @undisturbed()
 def scan(
     model: nn.Module,
-    example: Tensor | None = None,
+    example: Given | None = None,
     *,
     forward_fn: Callable[[nn.Module, Tensor], Any] | None = None,
     output: str | int | None = None,
@@ -70,7 +72,8 @@ def scan(
 
     Args:
         model: not modified.
-        example: (N, C, *space); default: noise of a shape that the network runs on.
+        example: (N, C, *space); default: noise of a shape that the network runs on. Of an array, a file or an image
+            read by window its middle is taken.
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
         as_trained: treat batch and instance norms as in train mode, where they are live.
@@ -90,6 +93,8 @@ def scan(
         (['1/0/instance_norm/0'], ((1, 1), (1, 1)), False)
     """
     caller = Caller(forward_fn, output)
+    if example is not None and not isinstance(example, Tensor):
+        example = middle_of(images_of(example, model, caller=caller).only())
     base = base_of(model, None, caller, example=example, as_trained=as_trained)
     if not fast:
         timed = (base.network, base.example, base.caller)
