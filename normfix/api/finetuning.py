@@ -81,7 +81,7 @@ class FineTuning:
         forward_fn: Callable[[nn.Module, Tensor], Any] | None = None,
         allow_flat: bool | None = None,
     ) -> CalibrationSummary:
-        """Measure the statistics anew on whole images under the weights of now; normfix.calibrate_ has more options."""
+        """Measure the statistics anew on whole images under the weights of now; `normfix.calibrate_` has more."""
         return calibrate_(self.model, images, forward_fn=forward_fn, allow_flat=allow_flat)
 
     def state_dict(self) -> dict[str, Any]:

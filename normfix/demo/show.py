@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from normfix.conversion.results import Conversion
     from normfix.records.verdicts import Verdict
 
-__all__ = ["SCALING", "TILE", "DemoResult", "run_demo"]
+__all__ = ["SCALING", "TILE", "DemoResult", "Maps", "demo_image", "predictions", "run_demo"]
 
 SCALING = Scaling(kind="percentile", values=(1.0, 99.8))
 """How the demo network's training images were scaled, and therefore every image it is given."""
 
-TILE = 256
+TILE = 128
 _FACTORY = "normfix.demo.network:nuclei_unet"
 
 
@@ -40,7 +40,7 @@ class DemoResult:
 
 
 @dataclass(frozen=True, slots=True)
-class _Maps:
+class Maps:
     """Predictions of the demo image, (H, W) each."""
 
     whole: NDArray[np.float32]
@@ -64,7 +64,7 @@ def run_demo(out: str, progress: Progress = silent) -> DemoResult:
     from normfix.storage.folder import appearing
     from normfix.storage.saving import save
 
-    image, pixels = _image()
+    image, pixels = demo_image()
     network = nuclei_unet()
     with appearing(Path(out)) as draft:
         progress("tile the original", 0, 1)
@@ -78,7 +78,7 @@ def run_demo(out: str, progress: Progress = silent) -> DemoResult:
         for to, conversion in done.items():
             if conversion.proof.passed:
                 save(conversion, draft / to, source, scaling=SCALING)
-        maps = _predictions(network, done["frozen"], image)
+        maps = predictions(network, done["frozen"], image)
         _write_pictures(draft, pixels, maps, before.sd)
         _write_page(draft, done, before)
     passed = all(conversion.proof.passed for conversion in done.values())
@@ -89,7 +89,7 @@ def _named(progress: Progress, to: str) -> Progress:
     return lambda stage, done, total: progress(f"{to}: {stage}", done, total)
 
 
-def _image() -> tuple[Tensor, NDArray[np.uint8]]:
+def demo_image() -> tuple[Tensor, NDArray[np.uint8]]:
     """Return the scaled image (1, 1, H, W) and its pixels (H, W)."""
     from normfix.demo.data import nuclei_image
     from normfix.images.axes import to_tensor
@@ -102,7 +102,8 @@ def _image() -> tuple[Tensor, NDArray[np.uint8]]:
     return to_tensor(scaled(pixels[None], SCALING, "the demo image")), pixels
 
 
-def _predictions(network: Any, done: Conversion, image: Tensor) -> _Maps:
+def predictions(network: Any, done: Conversion, image: Tensor) -> Maps:
+    """Predict the demo image (1, 1, H, W) whole, and in tiles before and after conversion."""
     import torch
 
     from normfix.api.prediction import predict
@@ -114,10 +115,10 @@ def _predictions(network: Any, done: Conversion, image: Tensor) -> _Maps:
     with torch.no_grad():
         whole, seams = network(image), tiled(network, image, TILE, geometry)
     repaired = predict(done.model, image, TILE)
-    return _Maps(*(m[0, 0].numpy() for m in (whole, seams, repaired)))
+    return Maps(*(m[0, 0].numpy() for m in (whole, seams, repaired)))
 
 
-def _write_pictures(folder: Path, pixels: NDArray[np.uint8], maps: _Maps, sd: float) -> None:
+def _write_pictures(folder: Path, pixels: NDArray[np.uint8], maps: Maps, sd: float) -> None:
     from normfix.reporting.pictures import closeups, difference, overview
 
     pictures = {

@@ -17,6 +17,10 @@ __all__ = ["closeups", "difference", "overview"]
 Map = NDArray[Any]
 _GRID = "#35c5e0"
 _TITLE, _SMALL = 15, 11
+_MASK, _UNDECIDED = 0.5, 0.1
+"""Probability from which a pixel is of the mask; how near to 0 or 1 one is decided."""
+_EVERY = 32
+"""Pixels from one window that is tried as a close-up to the next."""
 
 
 def overview(pixels: Map, tiled: Map, repaired: Map, tile: int) -> bytes:
@@ -30,18 +34,24 @@ def overview(pixels: Map, tiled: Map, repaired: Map, tile: int) -> bytes:
     return _png(figure)
 
 
-def closeups(pixels: Map, whole: Map, tiled: Map, repaired: Map, tile: int, extent: int = 288) -> bytes:
-    """Draw the two places where tile borders cut deepest into the prediction, one a row; all (H, W)."""
-    windows = _seams(tiled - whole, tile, extent)
+def closeups(
+    pixels: Map, whole: Map, tiled: Map, repaired: Map, tile: int, *, extent: int = 256, count: int = 2
+) -> bytes:
+    """Draw places where tile borders cut through what the whole image has in one piece, one a row; all (H, W).
+
+    Titles tell how the masks of the tiled predictions overlap with that of the whole image (Dice).
+    """
+    windows = _cuts(whole, tiled, tile, extent, count)
     figure, axes = _panels(4, (extent, extent), rows=len(windows))
     for row, (rows, columns) in enumerate(windows):
         here = axes[4 * row : 4 * row + 4]
+        expected = whole[rows, columns]
         _image(here[0], pixels[rows, columns], "image")
-        _probability(here[1], whole[rows, columns], "original, whole image")
-        _probability(here[2], tiled[rows, columns], "original, tiled")
-        _probability(here[3], repaired[rows, columns], "converted, tiled")
-        for axis in here[2:]:
-            _draw_grid(axis, whole[rows, columns].shape, tile, (rows.start, columns.start))
+        _probability(here[1], expected, "original, whole image")
+        for axis, values, name in ((here[2], tiled, "original"), (here[3], repaired, "converted")):
+            shown = values[rows, columns]
+            _probability(axis, shown, f"{name}, tiled: Dice {_dice(shown, expected):.3f}")
+            _draw_grid(axis, shown.shape, tile, (rows.start, columns.start))
     return _png(figure)
 
 
@@ -52,7 +62,9 @@ def difference(whole: Map, tiled: Map, repaired: Map, sd: float, tile: int) -> b
     shown = None
     for axis, values, name in ((axes[0], before, "original"), (axes[1], after, "converted")):
         shown = axis.imshow(values, cmap="magma", vmin=0, vmax=max(float(before.max()), 1e-12))
-        axis.set_title(f"{name}: |tiled - whole| up to {values.max():.2g} sd", fontsize=_SMALL)
+        axis.set_title(
+            f"{name}, tiled: up to {values.max():.2g} sd from the original's whole image", fontsize=_SMALL
+        )
         _draw_grid(axis, whole.shape, tile)
     assert shown is not None
     bar = figure.colorbar(shown, ax=list(axes), shrink=0.8)
@@ -90,27 +102,46 @@ def _draw_grid(axis: Axes, shape: Sequence[int], tile: int, start: tuple[int, in
             draw(cut - 0.5, color=_GRID, linewidth=0.6, linestyle=(0, (4, 4)))
 
 
-def _seams(error: Map, tile: int, extent: int, count: int = 2) -> list[tuple[slice, slice]]:
-    """Return the windows along tile borders across which the error jumps most, best first, apart."""
-    height, width = error.shape
-    jumps = np.zeros(error.shape)
-    for cut in range(tile, height, tile):
-        jumps[cut] += np.abs(error[cut] - error[cut - 1])
-    for cut in range(tile, width, tile):
-        jumps[:, cut] += np.abs(error[:, cut] - error[:, cut - 1])
+def _cuts(whole: Map, tiled: Map, tile: int, extent: int, count: int) -> list[tuple[slice, slice]]:
+    """Return the windows in which borders cut most, best first, apart.
+
+    A cut is a step of the tiled prediction along a border, within what the whole image has in one piece. Where the
+    whole image is undecided, neither is known to be right: of the windows that half which is least so is looked at.
+    """
+    height, width = whole.shape
+    steps, undecided = _steps(whole, tiled, tile), (whole > _UNDECIDED) & (whole < 1 - _UNDECIDED)
     starts = [
         (r, c)
-        for r in range(0, max(1, height - extent + 1), 32)
-        for c in range(0, max(1, width - extent + 1), 32)
+        for r in range(0, max(1, height - extent + 1), _EVERY)
+        for c in range(0, max(1, width - extent + 1), _EVERY)
     ]
     windows = [(slice(r, min(height, r + extent)), slice(c, min(width, c + extent))) for r, c in starts]
+    doubts = [float(undecided[window].mean()) for window in windows]
+    clear = [window for window, doubt in zip(windows, doubts, strict=True) if doubt <= np.median(doubts)]
     chosen: list[tuple[slice, slice]] = []
-    for window in sorted(windows, key=lambda w: -float(jumps[w].sum())):
+    for window in sorted(clear, key=lambda w: -float(steps[w].sum())):
         if all(_apart(window, other, extent) for other in chosen):
             chosen.append(window)
         if len(chosen) == count:
             break
     return chosen
+
+
+def _steps(whole: Map, tiled: Map, tile: int) -> Map:
+    """Return by how much more the tiled prediction changes across borders, where the whole image has a mask there."""
+    steps = np.zeros(whole.shape)
+    for axis in (0, 1):
+        w, t, found = (np.moveaxis(values, axis, 0) for values in (whole, tiled, steps))
+        for cut in range(tile, len(w), tile):
+            more = np.abs(t[cut] - t[cut - 1]) - np.abs(w[cut] - w[cut - 1])
+            found[cut] += np.where(np.minimum(w[cut], w[cut - 1]) > _MASK, more, 0).clip(0)
+    return steps
+
+
+def _dice(a: Map, b: Map) -> float:
+    a, b = a > _MASK, b > _MASK
+    both = int(a.sum() + b.sum())
+    return 2 * int((a & b).sum()) / both if both else 1.0
 
 
 def _apart(a: tuple[slice, slice], b: tuple[slice, slice], extent: int) -> bool:

@@ -28,9 +28,9 @@ def test_proves_both(demo):
     """Original tiles fail, both conversions pass, and the text says so."""
     result, _ = demo
     assert result.passed
-    assert re.search(r"original, tiles of 256: failed", result.text)
-    assert re.search(r"frozen, tiles of 256: passed", result.text)
-    assert re.search(r"batchrenorm, tiles of 256: passed", result.text)
+    assert re.search(r"original, tiles of 128: failed", result.text)
+    assert re.search(r"frozen, tiles of 128: passed", result.text)
+    assert re.search(r"batchrenorm, tiles of 128: passed", result.text)
 
 
 def test_folder(demo):
