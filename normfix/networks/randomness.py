@@ -45,7 +45,7 @@ class OwnRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         device = _device(args, given)
         if device.type == "meta":
             return func(*args, **given)
-        drawing = _dropout if func is torch.ops.aten.native_dropout.default else _with_generator(func)
+        drawing = _with_generator(func) or _WITHOUT_GENERATOR.get(func)
         if drawing is None:  # attention and recurrent layers, which draw for their dropout alone
             self.drawn |= _drops(func, args, given)
             return func(*args, **given)
@@ -79,6 +79,19 @@ def _with_generator(func: Any) -> Callable[..., Any] | None:
     return None
 
 
+def _uniform_like(x: Tensor, *, generator: Generator, **home: Any) -> Tensor:
+    return torch.empty_like(x, **home).uniform_(generator=generator)
+
+
+def _normal_like(x: Tensor, *, generator: Generator, **home: Any) -> Tensor:
+    return torch.empty_like(x, **home).normal_(generator=generator)
+
+
+def _integers_like(x: Tensor, *bounds: int, generator: Generator, **home: Any) -> Tensor:
+    low, high = (0, *bounds)[-2:]
+    return torch.empty_like(x, **home).random_(low, high, generator=generator)
+
+
 def _drops(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     names = [argument.name for argument in func._schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -91,3 +104,13 @@ def _dropout(x: Tensor, p: float, train: bool | None, *, generator: Generator) -
         return x.clone(), torch.ones_like(x, dtype=torch.bool)
     kept = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p, generator=generator)
     return x * kept * (1 / (1 - p) if p < 1 else 0.0), kept
+
+
+_WITHOUT_GENERATOR: Mapping[Any, Callable[..., Any]] = {
+    torch.ops.aten.native_dropout.default: _dropout,
+    # these take one in later releases
+    torch.ops.aten.rand_like.default: _uniform_like,
+    torch.ops.aten.randn_like.default: _normal_like,
+    torch.ops.aten.randint_like.default: _integers_like,
+    torch.ops.aten.randint_like.low_dtype: _integers_like,
+}

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.nn.functional as F
-from optional import needs_newer_torch
+from optional import needs_newer_torch, needs_programs
 from torch import nn
 
 import normfix
@@ -255,6 +255,7 @@ def test_a_converted_network_that_draws_leaves_the_generator_alone(drawing, use)
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@needs_programs
 def test_a_saved_network_that_draws_leaves_the_generator_alone(drawing, tmp_path):
     """Saving and loading, as a folder with its program or as a program, draw from no generator of torch's."""
     done, x = drawing

@@ -312,7 +312,8 @@ def test_scale_and_offset_are_those_of_the_output():
 def test_every_rule_is_a_function_of_one_call():
     """The table holds functions by the name of an operator that torch has."""
     assert all(callable(rule) for rule in RULES.values())
-    assert [name for name in RULES if not hasattr(torch.ops.aten, name)] == []
+    # what a release is too old for
+    assert {name for name in RULES if not hasattr(torch.ops.aten, name)} <= {"_fused_rms_norm"}
 
 
 _PARTS = {

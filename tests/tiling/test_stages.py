@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from networks import TOLERANCE, ResizesToSkip
+from optional import needs_newer_torch
 from streamed_networks import (
     Anisotropic3d,
     ChannelsLast,
@@ -28,6 +29,7 @@ from normfix.errors import NormfixError
 from normfix.images.sources import TensorImage
 from normfix.layers.moments import measure, merge
 from normfix.networks.calling import Caller
+from normfix.networks.graph.raising import unlifted
 from normfix.scanning.sites import survey
 from normfix.tiling.stages.engines import Local
 from normfix.tiling.stages.execution import execute
@@ -264,6 +266,7 @@ def test_beyond_the_budget_a_folder_is_needed(unet):
         unet.streamed(tile=32, budget=1000)
 
 
+@needs_newer_torch("graphs hold more nodes between two norms")
 def test_the_map_before_a_norm_is_stored_and_read_again_for_the_skip(unet):
     """Each stage leaves one map; skips cost no further one, and halos are those of one convolution."""
     assert all(len(stage.stores) <= 1 for stage in unet.measured.stages)
@@ -367,7 +370,7 @@ def test_an_activation_writes_only_over_what_nothing_else_reads():
     """The image, what dropout hands through in eval and a value with a second reader stay as they are."""
     net, x = WritesOver().eval(), torch.randn(1, 2, 8, 8)
     before, expected = x.clone(), net(x)
-    body = torch.export.export(net, (x,)).module(check_guards=False)
+    body = unlifted(torch.export.export(net, (x,)))
     reuse_(body.graph)
     body.recompile()
     assert [n.target for n in body.graph.nodes].count(torch.ops.aten.relu_.default) == 1
