@@ -13,6 +13,7 @@ import hostile
 import pytest
 import torch
 from hostile import CORPUS, MARK
+from optional import needs_programs
 
 from normfix.errors import NormfixError
 from normfix.storage.opening import open_model
@@ -58,6 +59,7 @@ PLANTED = {
 }
 
 
+@needs_programs
 @pytest.mark.parametrize("name", PLANTED)
 @pytest.mark.filterwarnings("ignore")
 def test_the_program_runs_when_torch_opens_it(tmp_path, name):

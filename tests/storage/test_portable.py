@@ -54,7 +54,9 @@ def test_smp_loads_what_was_given_back(tmp_path):
 
 def test_timm_loads_what_was_given_back(tmp_path):
     """timm.create_model('local-dir:...') gives the converted network's output."""
-    timm = pytest.importorskip("timm")
+    timm = pytest.importorskip(
+        "timm", minversion="1.0.20"
+    )  # earlier ones take safetensors in a folder for a pickle
     from timm.models import save_for_hf
 
     model = used(timm.create_model("test_resnet", in_chans=1, num_classes=3))
