@@ -17,8 +17,8 @@ CODES: dict[str, str] = {
     # 1xx: what was given
     "NF101": "A model or image file is missing, truncated, or not of a kind normfix reads. Models: pickled "
     "modules and state dicts (.pt, .pth), .safetensors, folders normfix saved, timm:NAME, "
-    "pkg.module:factory. Images: TIFF, PNG, npy. Nothing was changed; give another path or fetch the "
-    "file again.",
+    "pkg.module:factory. Images: TIFF, PNG, JPEG, npy, NIfTI, Zarr. Nothing was changed; give another path or "
+    "fetch the file again.",
     "NF102": "A pickle is a program: loading it runs whatever it says. normfix first reads files in a mode "
     "that runs nothing; this one needs classes, which the message lists. If you trust its origin, "
     "repeat the command with --trust-pickle, or allow its classes one by one with --allow-class. Safer: save "

@@ -1,4 +1,4 @@
-"""Open image files to be read by window, or whole: nothing of them is read whole unasked but PNG."""
+"""Open image files to be read by window, or whole: nothing of them is read whole unasked but PNG and JPEG."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def open_windows(
     """Open an image file or folder to be read by window.
 
     Args:
-        path: .npy, .tif or .tiff (tiled and pyramidal too), .zarr (an array, or OME-Zarr), .nii, .png (read whole).
+        path: .npy, .tif or .tiff (tiled and pyramidal too), .zarr (an array, or OME-Zarr), .nii; .png and .jpg are
+            read whole.
         ndim: number of spatial axes the network takes.
         channels: how many channels the network takes, or what knows it.
         axes: one letter per array axis; default: what the file says, or what the shape leaves no doubt about.
