@@ -52,7 +52,7 @@ def predict(
     image: Given,
     tile: int | Sequence[int] | None = None,
     *,
-    halo: int | Literal["auto"] = "auto",
+    halo: int | Sequence[int] | Literal["auto"] = "auto",
     engine: Literal["auto", "stages", "tiles"] = "auto",
     statistics: Literal["stored", "per-image"] = "stored",
     blocks: Blocks | None = None,
@@ -72,7 +72,8 @@ def predict(
             files hold pixel values, see normfix.convert. Where the network is not exact at that size, the image is
             extended by its edge pixels to the next exact size and the result cut back.
         tile: pixels per axis, multiples of the stride; default: 256.
-        halo: pixels of context on every side of tiles; "auto" is what the network needs. A number asks for tiles.
+        halo: pixels of context on every side of tiles; "auto" is what the network needs. One or one per axis ask for
+            tiles.
         engine: "auto" takes stages where tiles would compute over 16 million pixels of halo and the network can
             be captured, on images of as many that are read by window, with a budget or store, and on a cluster.
         statistics: "per-image" normalises the image by its own statistics, measured over all of it before it is
@@ -173,7 +174,7 @@ class _Prediction:
         given: Tensor | Image,
         tile: int | Sequence[int] | None,
         *,
-        halo: int | Literal["auto"] = "auto",
+        halo: int | Sequence[int] | Literal["auto"] = "auto",
         engine: str = "auto",
         statistics: str = "stored",
         blocks: Blocks | None = None,
@@ -313,5 +314,5 @@ def _require_enough(geometry: Geometry, exact: Geometry) -> None:
             "NF410",
             f"the network needs (before, after) {exact.halo}, so tiles would differ from the whole image. "
             "Use 'auto'.",
-            where=f"halo={geometry.halo[0][0]}",
+            where="halo=" + ",".join(str(before) for before, _ in geometry.halo),
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from normfix.cli.extents import Extents
 from normfix.cli.options import Arguments, halo_option, image_options, model_options
 from normfix.cli.outputs import is_saved, output, tell
 from normfix.cli.showing import note, require_report, show, steps, telling, write_report
@@ -56,7 +57,9 @@ __all__ = ["convert_command"]
 @halo_option
 @image_options
 @click.option(
-    "--tile", type=click.IntRange(1), help="Size of the blocks to measure in, and of the tiles to prove with."
+    "--tile",
+    type=Extents(1),
+    help="Size of the blocks to measure in, and of the tiles to prove with; one number, or one per axis.",
 )
 @engine_option
 @stage_options
@@ -83,7 +86,7 @@ def convert_command(
     halo: Any,
     report: str | None,
     format_: str,
-    tile: int | None,
+    tile: int | tuple[int, ...] | None,
     engine: Literal["local", "dask"],
     **options: Any,
 ) -> int:

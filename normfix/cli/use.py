@@ -11,6 +11,7 @@ from typing import Any, Literal
 import click
 
 from normfix.cli.answers import Predicted
+from normfix.cli.extents import Extents, Halo, HaloExtents
 from normfix.cli.options import Arguments, image_options, model_options, override_option
 from normfix.cli.outputs import is_image, is_saved, output, tell
 from normfix.cli.showing import (
@@ -26,22 +27,6 @@ from normfix.cli.texts import calibration_text, verdict_text
 from normfix.records.progress import Progress, silent
 
 __all__ = ["calibrate_command", "check_command", "predict_command"]
-
-
-class Halo(click.ParamType):  # type: ignore[type-arg]
-    """A number of pixels, or auto."""
-
-    name = "auto|N"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | Literal["auto"]:
-        """Parse, or fail with the reason."""
-        if value == "auto":
-            return "auto"
-        if not str(value).isdecimal():
-            self.fail("give 'auto' or a number of pixels", param, ctx)
-        return int(value)
 
 
 class Threshold(click.ParamType):  # type: ignore[type-arg]
@@ -60,11 +45,12 @@ class Threshold(click.ParamType):  # type: ignore[type-arg]
         return threshold
 
 
-_TILE = click.option(
-    "--tile", type=int, default=256, show_default=True, help="Tile size in pixels, on every axis."
-)
 _HALO = click.option(
-    "--halo", type=Halo(), default="auto", show_default=True, help="Context on every side, in pixels."
+    "--halo",
+    type=Halo(),
+    default="auto",
+    show_default=True,
+    help="Context on every side, in pixels; one number, or one per axis.",
 )
 
 
@@ -74,7 +60,9 @@ _HALO = click.option(
 @click.option("-o", "--out", required=True, help="Folder to write, never over anything.")
 @image_options
 @click.option(
-    "--tile", type=click.IntRange(1), help="Read images by window and run in stages over blocks of this size."
+    "--tile",
+    type=Extents(1),
+    help="Read images by window and run in stages over blocks of this size, one number or one per axis.",
 )
 @click.option(
     "--mask",
@@ -101,7 +89,7 @@ def calibrate_command(
     images: tuple[str, ...],
     out: str,
     format_: str,
-    tile: int | None,
+    tile: int | tuple[int, ...] | None,
     masks: tuple[str, ...],
     sample: float | None,
     seed: int,
@@ -166,7 +154,9 @@ def calibrate_command(
     required=True,
     help="File to write, .npy, .tif, .nii, .nii.gz or .zarr, never over anything.",
 )
-@click.option("--tile", type=int, help="Tile size in pixels, on every axis. Default: 256.")
+@click.option(
+    "--tile", type=Extents(), help="Tile size in pixels; one number, or one per axis. Default: 256."
+)
 @_HALO
 @click.option(
     "--engine",
@@ -195,8 +185,8 @@ def calibrate_command(
 def predict_command(
     image: str,
     out: str,
-    tile: int | None,
-    halo: int | Literal["auto"],
+    tile: int | tuple[int, ...] | None,
+    halo: HaloExtents,
     engine: str,
     statistics: Literal["stored", "per-image"],
     allow_nonfinite: bool,
@@ -242,7 +232,13 @@ def predict_command(
 @click.command("check")
 @model_options
 @click.argument("image")
-@_TILE
+@click.option(
+    "--tile",
+    type=Extents(),
+    default=256,
+    show_default=True,
+    help="Tile size in pixels; one number, or one per axis, such as 32,128,128.",
+)
 @_HALO
 @click.option(
     "--threshold",
@@ -255,8 +251,8 @@ def predict_command(
 @format_option
 def check_command(
     image: str,
-    tile: int,
-    halo: int | Literal["auto"],
+    tile: int | tuple[int, ...],
+    halo: HaloExtents,
     threshold: float | None,
     reports: tuple[str, ...],
     format_: str,

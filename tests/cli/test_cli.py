@@ -18,6 +18,7 @@ from factories import tiny_unet
 
 import normfix
 from normfix.cli import cli, main
+from normfix.cli.extents import Extents
 from normfix.cli.options import ArgumentsJson
 from normfix.errors import CODES
 from normfix.images.files import open_windows, read_image
@@ -475,6 +476,9 @@ def test_a_plan_of_another_network_is_refused(run, image, tmp_path):
         ["check", ARCH, "i.tif", "--halo", "-1"],
         ["check", ARCH, "i.tif", "--halo", "²"],
         ["check", ARCH, "i.tif", "--tile", "big"],
+        ["check", ARCH, "i.tif", "--tile", "32,"],
+        ["check", ARCH, "i.tif", "--halo", "8,-1"],
+        ["convert", ARCH, "i.tif", "-o", "out", "--to", "frozen", "--tile", "64,0"],
         ["check", ARCH, "i.tif", "--report", "r.txt"],
         ["scan", ARCH, "--input", "64"],
         ["scan", ARCH, "--input", "1x1x0x64"],
@@ -508,6 +512,38 @@ def test_an_output_is_refused_before_anything_is_computed(run, tmp_path, out):
     (tmp_path / "old.tif").write_text("mine")
     assert_refused(run("predict", tmp_path / "no.pt", tmp_path / "no.tif", "-o", tmp_path / out), "NF114")
     assert (tmp_path / "old.tif").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["calibrate", "predict", "check"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("convert", "prove", "diagnose")],
+)
+def test_tile_and_halo_are_taken_per_axis(run, fixed, image, tmp_path, command):
+    """Every command with --tile or --halo takes one number for each axis."""
+    options = {parameter.name for parameter in cli.commands[command].params}
+    words = (
+        [*("convert", ARCH, "--to", "frozen")] if command == "convert" else [command, fixed, "--arch", ARCH]
+    )
+    words += ["-o", tmp_path / "out.npy"] if command == "predict" else []
+    words += ["-o", tmp_path / "out"] if command in ("convert", "calibrate") else []
+    words += ["--scale", "zscore", "--tile", "32,16"]
+    words += ["--halo", "32,48"] if command in ("check", "predict", "diagnose") else []
+    done = run(*words, image)
+    assert "tile" in options
+    assert done.code == 0, done.err
+
+
+def test_tiles_per_axis_are_those_that_are_checked(run, fixed, image):
+    """The record states the tile of each axis, also where pyproject.toml gives it as a list."""
+    done = run("check", fixed, image, "--arch", ARCH, "--tile", "32,16", "--format", "json")
+    assert Verdict.loads(done.out).tile == (32, 16)
+    assert Extents().convert([32, 16], None, None) == (32, 16)
+
+
+def test_tiles_for_three_axes_are_refused_for_two(run, fixed, image):
+    """One number too many is NF402."""
+    assert_refused(run("check", fixed, image, "--arch", ARCH, "--tile", "32,16,8"), "NF402")
 
 
 def test_predicting_with_a_live_network_is_refused(run, image, tmp_path):
