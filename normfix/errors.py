@@ -310,6 +310,9 @@ CODES: dict[str, str] = {
     "NF503": "What was written did not load back as the same network, so it was removed.",
     "NF530": "One image is taken at a time here, and a folder, a pattern or a list of several was given. Call it for "
     "each of them; normfix convert, calibrate, predict and check take several on the command line.",
+    "NF531": "Predictions of several images go to a folder (-o with a name that has no ending), each named after its "
+    "image. Two images of one name would have one prediction, and one in the images' own folder would have the name of its "
+    "image: nothing is written over anything.",
     # 6xx: diagnosing
     "NF601": "Even with every known global operation held constant, no halo or stride could be measured, so "
     "there is no right tiling to compare with. Diagnose it as a pipeline, by a function predict(image).",

@@ -36,7 +36,7 @@ from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.resuming import resumable
 from normfix.tiling.stitching import tile_extents, tiled
 
-__all__ = ["predict", "write_prediction"]
+__all__ = ["NotTiledError", "predict", "write_prediction"]
 
 _LOG = logging.getLogger("normfix")
 _TILE = 256
@@ -273,8 +273,12 @@ class _Prediction:
         return replace(self, model=model, known=replace(self.known, scan=scan), geometry=exact, blocks=blocks)
 
 
-def _not_tiled(scan: Scan, reasons: Sequence[str]) -> NormfixError:
-    return NormfixError(
+class NotTiledError(NormfixError):
+    """Tiles of a network do not give its prediction of the whole image, whatever the image."""
+
+
+def _not_tiled(scan: Scan, reasons: Sequence[str]) -> NotTiledError:
+    return NotTiledError(
         "NF409",
         "tiles of this network do not give its prediction of the whole image: "
         f"{'; '.join(reasons)}. Convert it first.",

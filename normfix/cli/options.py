@@ -21,9 +21,10 @@ from normfix.records.saved import Scaling
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from normfix.images.collections import ImageFiles
+    from normfix.images.opening import Opener
     from normfix.images.sources import Image
     from normfix.images.windows import ScaledImage
     from normfix.storage.opening.request import Loaded
@@ -254,27 +255,21 @@ class Arguments:
         )
         return ImageFiles(find_images(patterns), opens, self.scaling(model), tell=note)
 
-    def image(self, path: str, model: nn.Module) -> Tensor:
-        """Return one image, (1, C, *space)."""
-        found = list(self.images((path,), model))
-        if len(found) != 1:
-            raise click.UsageError(f"{path} names {len(found)} images; give one")
-        return found[0]
+    def opener(self, model: nn.Module) -> Opener:
+        """Return what opens one image after another, to be read by window."""
+        from normfix.images.opening import Opener
+
+        return Opener(
+            model, axes=self.axes, level=self.level, series=self.series, scaling=self.scaling(model)
+        )
 
     def windows(self, patterns: tuple[str, ...], model: nn.Module) -> list[ScaledImage]:
         """Return the images that files, folders and globs name, to be read by window until the command ends."""
         from normfix.images.collections import find_images
-        from normfix.images.opening import open_image
 
         paths = find_images(patterns)
-        scaling = self.scaling(model)
-        context = click.get_current_context()
-        opened = [
-            context.with_resource(
-                open_image(p, model, axes=self.axes, level=self.level, series=self.series, scaling=scaling)
-            )
-            for p in paths
-        ]
+        opener, context = self.opener(model), click.get_current_context()
+        opened = [context.with_resource(opener.open(path)) for path in paths]
         _tell(opened)
         return opened
 

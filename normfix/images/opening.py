@@ -12,13 +12,13 @@ from normfix.images.files import open_windows
 from normfix.images.formats.opened import ArrayLike
 from normfix.images.scaling import scaling_numbers
 from normfix.images.spread import Spread
-from normfix.images.windows import ScaledImage, windowed
+from normfix.images.windows import ScaledImage, Unread, windowed
 from normfix.networks.calling import home_of
 from normfix.networks.intake import Intake
 from normfix.networks.provenance import provenance_of
 from normfix.records.saved import Scaling
 
-__all__ = ["open_image", "scaling_of"]
+__all__ = ["Opener", "open_image", "scaling_of"]
 
 
 def open_image(
@@ -49,17 +49,7 @@ def open_image(
         >>> normfix.open_image(numpy.zeros((300, 200), "float32"), net).shape
         (1, 1, 300, 200)
     """
-    intake = Intake(model)
-    if isinstance(image, str | PathLike):
-        window = open_windows(
-            Path(image), ndim=intake.ndim, channels=intake, axes=axes, level=level, series=series
-        )
-    else:
-        window = windowed(image, ndim=intake.ndim, channels=intake, axes=axes)
-    stated = scaling if scaling is not None else scaling_of(model)
-    offset, divisor = scaling_numbers(Spread(window), stated)
-    device, dtype = home_of(model)
-    return ScaledImage(window, offset=offset, divisor=divisor, dtype=dtype, device=device)
+    return Opener(model, axes=axes, level=level, series=series, scaling=scaling).open(image)
 
 
 def scaling_of(model: nn.Module) -> Scaling | None:
@@ -81,3 +71,39 @@ def scaling_of(model: nn.Module) -> Scaling | None:
             where=name,
         )
     return known.scaling
+
+
+class Opener:
+    """Opens one image after another for a model, of which it is learned once what it takes; see `open_image`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        axes: str | None = None,
+        level: int = 0,
+        series: str | None = None,
+        scaling: Scaling | None = None,
+    ) -> None:
+        self._intake = Intake(model)
+        self._axes, self._level, self._series = axes, level, series
+        self._scaling = scaling if scaling is not None else scaling_of(model)
+        self._device, self._dtype = home_of(model)
+
+    def open(self, image: PathLike[str] | str | ArrayLike) -> ScaledImage:
+        """Open an image to be read by window, scaled over all of it."""
+        window = self._window(image)
+        try:
+            offset, divisor = scaling_numbers(Spread(window), self._scaling)
+        except BaseException:
+            window.close()
+            raise
+        return ScaledImage(window, offset=offset, divisor=divisor, dtype=self._dtype, device=self._device)
+
+    def _window(self, image: PathLike[str] | str | ArrayLike) -> Unread:
+        ndim, axes = self._intake.ndim, self._axes
+        if not isinstance(image, str | PathLike):
+            return windowed(image, ndim=ndim, channels=self._intake, axes=axes)
+        return open_windows(
+            Path(image), ndim=ndim, channels=self._intake, axes=axes, level=self._level, series=self._series
+        )

@@ -85,7 +85,7 @@ def with_halo(geometry: Geometry | None, halo: object) -> Geometry | None:
     if halo == "auto":
         return geometry
     ndim = None if geometry is None else len(geometry.stride)
-    pixels = tuple(halo) if isinstance(halo, list | tuple) else (halo,) * (ndim or 1)
+    pixels: tuple[Any, ...] = tuple(halo) if isinstance(halo, list | tuple) else (halo,) * (ndim or 1)
     if not all(type(n) is int and n >= 0 for n in pixels) or (ndim and len(pixels) != ndim) or not pixels:
         raise NormfixError(
             "NF410", "give 'auto', a number of pixels, 0 or more, or one per axis.", where=f"halo={halo!r}"

@@ -559,13 +559,6 @@ def test_calibrating_a_live_network_is_refused(run, image, tmp_path):
     assert_refused(run("calibrate", ARCH, image, *words), "NF302")
 
 
-def test_two_images_for_one_are_refused(run, fixed, image):
-    """`check` takes one image, not a folder of two."""
-    tifffile.imwrite(image.parent / "second.tif", PIXELS)
-    done = run("check", fixed, image.parent, "--arch", ARCH)
-    assert (done.code, "names 2 images" in done.err) == (2, True)
-
-
 def test_a_folder_does_not_decide_what_runs(run, fixed, image):
     """A folder with a factory of the user's own is NF113 until --arch repeats it."""
     assert_refused(run("check", fixed, image, "--tile", 32), "NF113")
