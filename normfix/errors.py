@@ -311,8 +311,12 @@ CODES: dict[str, str] = {
     "NF530": "One image is taken at a time here, and a folder, a pattern or a list of several was given. Call it for "
     "each of them; normfix convert, calibrate, predict and check take several on the command line.",
     "NF531": "Predictions of several images go to a folder (-o with a name that has no ending), each named after its "
-    "image. Two images of one name would have one prediction, and one in the images' own folder would have the name of its "
-    "image: nothing is written over anything.",
+    "image. Two images of one name would have one prediction, and one in the images' own folder would have the name "
+    "of its image: nothing is written over anything.",
+    "NF532": "--channels 0,2 takes channels of a file by their numbers from 0, in this order, as the network shall get "
+    "them. The axis of channels must be known, from the file or by --axes, and have them.",
+    "NF533": "--slices Z or T runs a network of two axes over a stack, each plane by itself (T: also one of three). "
+    "The axis must be known, from the file or by --axes, and be none that the network takes.",
     # 6xx: diagnosing
     "NF601": "Even with every known global operation held constant, no halo or stride could be measured, so "
     "there is no right tiling to compare with. Diagnose it as a pipeline, by a function predict(image).",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from normfix.conversion.targets import site_target
 from normfix.errors import NormfixError
 from normfix.images.given import Given, images_of, opened
 from normfix.images.sources import Image, TensorImage, middle_of, whole
+from normfix.images.windows import ScaledImage
 from normfix.images.writing import OutputFile
 from normfix.networks.calling import Caller
 from normfix.networks.copying import copy_of, twin_of
@@ -36,7 +38,7 @@ from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.resuming import resumable
 from normfix.tiling.stitching import tile_extents, tiled
 
-__all__ = ["NotTiledError", "predict", "write_prediction"]
+__all__ = ["NotTiledError", "predict", "write_prediction", "write_stack"]
 
 _LOG = logging.getLogger("normfix")
 _TILE = 256
@@ -148,10 +150,45 @@ def write_prediction(
         placement = getattr(source, "placement", None)
         if placement is not None:
             file.place(placement.scaled(job.geometry.scale))
-        result = job.run(file)
-        if result is not None:
-            file.create(result.shape[1:], result.dtype, result.shape[2:])
-            file.write(tuple(slice(0, n) for n in result.shape), result)
+        job.write(file)
+    return file.written
+
+
+@undisturbed()
+def write_stack(
+    model: nn.Module,
+    planes: Iterable[ScaledImage],
+    out: Path,
+    stack: tuple[str, int],
+    tile: int | Sequence[int] | None = None,
+    *,
+    allow_nonfinite: bool = False,
+    **options: Any,
+) -> tuple[tuple[int, ...], str]:
+    """Predict the planes of a stack, each by itself, into one new file. See `write_prediction`.
+
+    Args:
+        model: as for `predict`.
+        planes: of one shape, each used before the next is asked for.
+        out: as for `write_prediction`.
+        stack: letter of the axis, Z or T, and how many planes there are.
+        tile: as for `predict`.
+        allow_nonfinite: as for `predict`.
+        **options: as for `predict`.
+
+    Returns:
+        Shape (planes, C, *space) and dtype of what was written.
+
+    Raises:
+        NormfixError: codes of `write_prediction`.
+    """
+    with OutputFile(out, allow_nonfinite=allow_nonfinite, stack=stack) as file:
+        for number, plane in enumerate(planes):
+            job = _Prediction.of(model, plane, tile, **options)
+            file.plane = number
+            file.place(plane.placement.scaled((*[Fraction(1)] * (stack[0] == "Z"), *job.geometry.scale)))
+            with resumable(job.blocks.store):
+                job.write(file)
     return file.written
 
 
@@ -232,6 +269,13 @@ class _Prediction:
         twin = twin_of(model)
         with exact_arithmetic():
             return tiled(lambda x: caller(twin, x), whole(self.image), tile, geometry)
+
+    def write(self, file: OutputFile) -> None:
+        """Predict into a file."""
+        result = self.run(file)
+        if result is not None:
+            file.create(result.shape[1:], result.dtype, result.shape[2:])
+            file.write(tuple(slice(0, n) for n in result.shape), result)
 
     def _pays(self, tile: Sequence[int]) -> bool:
         """Tell whether stages were meant, or whether tiles would compute much more than the image or read it whole."""

@@ -93,7 +93,7 @@ def diagnose_command(
     pipeline = {name: options.pop(name) for name in ("last", "context", "scale_tiles", "train")}
     arguments = Arguments.take(options)
     opened = arguments.open()
-    files = list(arguments.images(images, opened.model))
+    files = [plane[None] for image in arguments.images(images, opened.model) for plane in image.unbind(0)]
     if len(files) > 1 and (labels or reports):
         raise click.UsageError("--labels and --report are of one image; give one")
     worst = 0

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from normfix.images.collections import ImageFiles
     from normfix.images.opening import Opener
     from normfix.images.sources import Image
+    from normfix.images.views import Part
     from normfix.images.windows import ScaledImage
     from normfix.storage.opening.request import Loaded
 
@@ -56,6 +57,21 @@ class ArgumentsJson(click.ParamType):  # type: ignore[type-arg]
         if not isinstance(parsed, dict):
             self.fail("give an object such as '{\"in_channels\": 1}'", param, ctx)
         return cast(Mapping[str, Any], parsed)
+
+
+class Channels(click.ParamType):  # type: ignore[type-arg]
+    """Numbers of channels, from 0."""
+
+    name = "n[,n...]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Parse, or fail with the reason."""
+        numbers = value if isinstance(value, list | tuple) else str(value).split(",")
+        if not numbers or not all(str(number).isdecimal() for number in numbers):
+            self.fail("give numbers of channels from 0, such as 0,2", param, ctx)
+        return tuple(int(number) for number in numbers)
 
 
 halo_option = click.option(
@@ -131,6 +147,17 @@ def image_options(command: Command) -> Command:
         click.option(
             "--scale", help="none, unit, zscore, percentile:LOW,HIGH or MEAN,STD, over the whole image."
         ),
+        click.option(
+            "--channels",
+            type=Channels(),
+            help="Numbers of the channels to take, from 0, in the network's order. Example: 0,2.",
+        ),
+        click.option(
+            "--slices",
+            type=click.Choice(["Z", "T"]),
+            help="Axis of a stack whose planes are images of their own, each scaled and predicted by itself; for "
+            "networks that do not take that axis.",
+        ),
         click.option("--series", help="Name or number of the image, where a file holds several."),
         click.option(
             "--axes", help="One letter per axis of the image: C channels; Z, Y, X space. Example: YXC."
@@ -166,6 +193,8 @@ class Arguments:
     scale: str | None = None
     preprocess: str | None = None
     series: str | None = None
+    channels: tuple[int, ...] | None = None
+    slices: str | None = None
     level: int = 0
     override_scale: bool = True
 
@@ -253,15 +282,26 @@ class Arguments:
             level=self.level,
             series=self.series,
         )
-        return ImageFiles(find_images(patterns), opens, self.scaling(model), tell=note)
+        return ImageFiles(find_images(patterns), opens, self.scaling(model), tell=note, part=self.part())
 
     def opener(self, model: nn.Module) -> Opener:
         """Return what opens one image after another, to be read by window."""
         from normfix.images.opening import Opener
 
         return Opener(
-            model, axes=self.axes, level=self.level, series=self.series, scaling=self.scaling(model)
+            model,
+            axes=self.axes,
+            level=self.level,
+            series=self.series,
+            scaling=self.scaling(model),
+            part=self.part(),
         )
+
+    def part(self) -> Part:
+        """Return what of each file is meant."""
+        from normfix.images.views import Part
+
+        return Part(self.channels or (), self.slices or "")
 
     def windows(self, patterns: tuple[str, ...], model: nn.Module) -> list[ScaledImage]:
         """Return the images that files, folders and globs name, to be read by window until the command ends."""
@@ -270,6 +310,12 @@ class Arguments:
         paths = find_images(patterns)
         opener, context = self.opener(model), click.get_current_context()
         opened = [context.with_resource(opener.open(path)) for path in paths]
+        if self.slices:
+            opened = [
+                context.with_resource(opener.open(path, plane))
+                for path, first in zip(paths, opened, strict=True)
+                for plane in range(first.planes)
+            ]
         _tell(opened)
         return opened
 

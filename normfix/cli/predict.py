@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from normfix.images.drafts import Naming
     from normfix.images.opening import Opener
+    from normfix.images.windows import ScaledImage
 
 __all__ = ["predict_command"]
 
@@ -92,14 +93,14 @@ def predict_command(
     """Predict IMAGES tile by tile with a converted MODEL, exactly as the whole images would be predicted.
 
     Images are files, folders and patterns. With -o FOLDER each prediction is named after its image; one image that
-    fails does not hinder the others, is named at the end, and the command exits 2.
+    fails does not hinder the others, is named at the end, and the command exits 2. With --slices the planes of a
+    stack are predicted each by itself, and the prediction is a stack.
 
     With --engine stages and --store the same command goes on where it was stopped.
 
     \b
     Example:
       normfix predict fixed nuclei.tif -o prediction.tif
-      normfix predict fixed images/ -o predictions
     """
     blocks = blocks_of(options, "dask" if engine == "dask" else "local")
     arguments = Arguments.take(options)
@@ -179,23 +180,33 @@ class _Run:
     opener: Opener
     settings: dict[str, Any]
     format: str
+    slices: str | None
 
     @classmethod
     def of(cls, arguments: Arguments, settings: dict[str, Any], format_: str) -> _Run:
         model = arguments.open().model
-        return cls(model, arguments.opener(model), settings, format_)
+        return cls(model, arguments.opener(model), settings, format_, arguments.slices)
 
     def predict(self, path: Path, place: Naming) -> None:
         """Write the prediction of an image, and show its record."""
-        from normfix.api.prediction import write_prediction
+        from normfix.api.prediction import write_prediction, write_stack
 
         with self.opener.open(path) as image, watching() as watch:
             for text in image.notes:
                 note(text)
             settings = {**self.settings, "blocks": replace(self.settings["blocks"], watch=watch)}
-            shape, dtype = write_prediction(self.model, image, place.path, **settings)
+            if self.slices is None:
+                shape, dtype = write_prediction(self.model, image, place.path, **settings)
+            else:
+                planes, stack = self._planes(path, image.planes), (self.slices, image.planes)
+                shape, dtype = write_stack(self.model, planes, place.path, stack, **settings)
         record = Predicted(path=str(place.target), shape=shape, dtype=dtype)
         show(record, f"{place.target}: {'x'.join(map(str, shape))}, {dtype}", self.format)
+
+    def _planes(self, path: Path, count: int) -> Iterator[ScaledImage]:
+        for plane in range(count):
+            with self.opener.open(path, plane) as image:
+                yield image
 
 
 def _is_folder(out: Path) -> bool:

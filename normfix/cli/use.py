@@ -183,7 +183,6 @@ def check_command(
     \b
     Example:
       normfix check fixed nuclei.tif --tile 256 --report check.md --report check.xml
-      normfix check fixed images/ --tile 128
     """
     from normfix.proof.check import check
 

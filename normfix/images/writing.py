@@ -28,10 +28,13 @@ class OutputFile:
     """A new file (C, *space) that blocks (1, C, *block) are written to; a context manager.
 
     Leaving the context without an error gives the file its name, with an error removes the draft. Blocks with NaN or
-    infinite values are refused (NF149) unless they are allowed.
+    infinite values are refused (NF149) unless they are allowed. With a stack, the letter and extent of one axis more,
+    blocks go to `plane` of it, each of which may be created anew.
     """
 
-    def __init__(self, path: Path, *, allow_nonfinite: bool = True) -> None:
+    def __init__(
+        self, path: Path, *, allow_nonfinite: bool = True, stack: tuple[str, int] | None = None
+    ) -> None:
         self._path, self._allow_nonfinite = path, allow_nonfinite
         self._making = drafting(path)
         self._draft = path
@@ -41,6 +44,8 @@ class OutputFile:
         self._space: tuple[int, ...] = ()
         self.written: tuple[tuple[int, ...], str] = (), ""  # shape and dtype
         self._placement = Placement()
+        self._stack = stack
+        self.plane = 0
         require_new_image(path)
 
     def place(self, placement: Placement) -> None:
@@ -54,14 +59,22 @@ class OutputFile:
             NormfixError: NF114 if it cannot be written.
         """
         numpy_dtype = np.dtype(str(dtype).removeprefix("torch.").replace("bfloat16", "float32"))
+        if self._array is not None:  # planes of a stack have one shape
+            return
         self._space = tuple(shape[1:])
         self.written = tuple(shape), str(numpy_dtype)
         room, axes = laid_out(np.broadcast_to(np.zeros(1), tuple(shape)), self._placement, keep=self._keeps)
-        self._axes = axes
+        extents = dict(zip(axes, room.shape, strict=True))
         edges = dict(zip("ZYX"[-len(blocks) :], blocks, strict=True), C=shape[0])
+        if self._stack is not None:
+            letter, planes = self._stack
+            axes, extents[letter], edges[letter] = self._stacked(axes, letter), planes, 1
+            self.written = (planes, *shape), str(numpy_dtype)
+        self._axes = axes
+        sizes = [extents[a] for a in axes]
         try:
             self._array = create(
-                self._draft, room.shape, numpy_dtype, axes, self._placement, [edges[a] for a in axes]
+                self._draft, sizes, numpy_dtype, axes, self._placement, [edges[a] for a in axes]
             )
             reserve(self._draft)
         except OSError as error:
@@ -77,12 +90,21 @@ class OutputFile:
         if not self._allow_nonfinite:
             require_finite(block, str(self._path))
         block = block.float() if block.dtype == torch.bfloat16 else block
-        array, axes = laid_out(block.cpu().numpy(), self._placement, keep="C" in self._axes)
-        known = dict(zip("ZYX"[-len(spans) :], spans, strict=True), C=slice(None))
+        array, _ = laid_out(block.cpu().numpy(), self._placement, keep="C" in self._axes)
+        known: dict[str, slice | int] = dict(zip("ZYX"[-len(spans) :], spans, strict=True))
+        known["C"] = slice(None)
+        if self._stack is not None:
+            known[self._stack[0]] = self.plane
         try:
-            self._array[tuple(known[a] for a in axes)] = array
+            self._array[tuple(known[a] for a in self._axes)] = array
         except OSError as error:
             raise cannot_write(self._path, error) from error
+
+    def _stacked(self, axes: str, letter: str) -> str:
+        """Return the axes with that of the stack: T and Z first as Fiji has them, in OME-Zarr Z behind channels."""
+        if letter == "Z" and axes.startswith("C") and suffix_of(self._path) == ".zarr":
+            return f"C{letter}{axes[1:]}"
+        return letter + axes
 
     def read(self, index: tuple[slice, ...]) -> Tensor:
         """Refuse: outputs are only written."""
