@@ -317,6 +317,11 @@ CODES: dict[str, str] = {
     "them. The axis of channels must be known, from the file or by --axes, and have them.",
     "NF533": "--slices Z or T runs a network of two axes over a stack, each plane by itself (T: also one of three). "
     "The axis must be known, from the file or by --axes, and be none that the network takes.",
+    "NF534": "What a prediction is written as: raw (the network's numbers), classes (the number of the largest of "
+    "several channels), probabilities, or mask (255 where the probability is above the threshold, 0.5 unless stated). "
+    "Some make no sense for what the network gives.",
+    "NF535": "Probabilities lie from 0 to 1, and of the logits of an image some do not. What the network gives is what "
+    "was not said: a network that ends in a softmax or sigmoid needs --logits none, another one must not have it.",
     # 6xx: diagnosing
     "NF601": "Even with every known global operation held constant, no halo or stride could be measured, so "
     "there is no right tiling to compare with. Diagnose it as a pipeline, by a function predict(image).",

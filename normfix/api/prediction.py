@@ -17,6 +17,7 @@ from normfix.conversion.measurement import measure_
 from normfix.conversion.targets import site_target
 from normfix.errors import NormfixError
 from normfix.images.given import Given, images_of, opened
+from normfix.images.rendering import Logits, Rendering
 from normfix.images.sources import Image, TensorImage, middle_of, whole
 from normfix.images.windows import ScaledImage
 from normfix.images.writing import OutputFile
@@ -61,6 +62,8 @@ def predict(
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
     allow_nonfinite: bool = False,
+    as_: str = "raw",
+    logits: Logits | None = None,
 ) -> Tensor:
     """Predict one image in parts, exactly as the whole image would be predicted.
 
@@ -84,16 +87,23 @@ def predict(
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
         allow_nonfinite: take NaN and infinite values in the prediction for what the network means.
+        as_: "raw"; "classes", the number of the largest of several channels; "probabilities"; "mask", 255 where the
+            probability is above 0.5, or "mask:0.3".
+        logits: what makes probabilities of the output: "softmax" of several channels and "sigmoid" of one unless
+            stated; "none" if it is probabilities already.
 
     Returns:
-        (N, C', *out) in the model's dtype, on its device.
+        (N, C', *out) in the model's dtype, on its device; classes and masks are uint8 (over 256 classes uint16),
+        probabilities float32.
 
     Raises:
         NormfixError: NF409 if the network has live statistics or no halo is enough, NF402 for a tile that is
             off the stride grid, NF260 for an image at whose size the network is another, NF410 for a halo that is not
             enough or an engine, NF32x where stages are asked for and not possible, NF326 to NF336 of the store and the
-            cluster, NF148 and NF149 for statistics and predictions that are not finite, and codes of the image.
+            cluster, NF148 and NF149 for statistics and predictions that are not finite, NF534 and NF535 for what the
+            output does not mean, and codes of the image.
     """
+    rendering = Rendering.parse(as_, logits)
     with opened(image, model) as source:
         job = _Prediction.of(
             model,
@@ -111,7 +121,9 @@ def predict(
     assert result is not None
     if not allow_nonfinite:
         require_finite(result, job.known.scan.model)
-    return result
+    rendering.channels(result.shape[1])
+    rendering.require_logits(float(result.min()), float(result.max()))
+    return rendering.of(result)
 
 
 @undisturbed()
@@ -122,6 +134,8 @@ def write_prediction(
     tile: int | Sequence[int] | None = None,
     *,
     allow_nonfinite: bool = False,
+    as_: str = "raw",
+    logits: Logits | None = None,
     **options: Any,
 ) -> tuple[tuple[int, ...], str]:
     """Predict one image into a new file, block by block; in stages where the network can. See `predict`.
@@ -133,6 +147,8 @@ def write_prediction(
             of pixels, their place and the order of channels are those of the image, as far as the format holds them.
         tile: as for `predict`.
         allow_nonfinite: as for `predict`.
+        as_: as for `predict`. A TIFF of what is not raw is a hyperstack of ImageJ, where that holds it.
+        logits: as for `predict`.
         **options: as for `predict`.
 
     Returns:
@@ -146,7 +162,8 @@ def write_prediction(
         source = stack.enter_context(opened(image, model))
         job = _Prediction.of(model, source, tile, **options)
         stack.enter_context(resumable(job.blocks.store))
-        file = stack.enter_context(OutputFile(out, allow_nonfinite=allow_nonfinite))
+        rendering = Rendering.parse(as_, logits)
+        file = stack.enter_context(OutputFile(out, allow_nonfinite=allow_nonfinite, rendering=rendering))
         placement = getattr(source, "placement", None)
         if placement is not None:
             file.place(placement.scaled(job.geometry.scale))
@@ -163,6 +180,8 @@ def write_stack(
     tile: int | Sequence[int] | None = None,
     *,
     allow_nonfinite: bool = False,
+    as_: str = "raw",
+    logits: Logits | None = None,
     **options: Any,
 ) -> tuple[tuple[int, ...], str]:
     """Predict the planes of a stack, each by itself, into one new file. See `write_prediction`.
@@ -174,6 +193,8 @@ def write_stack(
         stack: letter of the axis, Z or T, and how many planes there are.
         tile: as for `predict`.
         allow_nonfinite: as for `predict`.
+        as_: as for `write_prediction`.
+        logits: as for `predict`.
         **options: as for `predict`.
 
     Returns:
@@ -182,7 +203,8 @@ def write_stack(
     Raises:
         NormfixError: codes of `write_prediction`.
     """
-    with OutputFile(out, allow_nonfinite=allow_nonfinite, stack=stack) as file:
+    rendering = Rendering.parse(as_, logits)
+    with OutputFile(out, allow_nonfinite=allow_nonfinite, stack=stack, rendering=rendering) as file:
         for number, plane in enumerate(planes):
             job = _Prediction.of(model, plane, tile, **options)
             file.plane = number

@@ -74,6 +74,21 @@ _ENDINGS = [".tif", ".npy", ".zarr", ".nii", ".nii.gz"]
     is_flag=True,
     help="Write NaN and infinite values that the network gives, instead of refusing them.",
 )
+@click.option(
+    "--as",
+    "as_",
+    default="raw",
+    show_default=True,
+    metavar="raw|classes|probabilities|mask[:P]",
+    help="classes: number of the largest of several channels, uint8. mask: 255 where the probability is above P "
+    "(0.5), uint8. A TIFF of these opens in Fiji as a hyperstack.",
+)
+@click.option(
+    "--logits",
+    type=click.Choice(["softmax", "sigmoid", "none"]),
+    help="What makes probabilities of the output. Default: softmax of several channels, sigmoid of one; none: it is "
+    "probabilities already.",
+)
 @stage_options
 @image_options
 @override_option
@@ -87,6 +102,8 @@ def predict_command(
     engine: str,
     statistics: Literal["stored", "per-image"],
     allow_nonfinite: bool,
+    as_: str,
+    logits: str | None,
     format_: str,
     **options: Any,
 ) -> int:
@@ -102,6 +119,8 @@ def predict_command(
     Example:
       normfix predict fixed nuclei.tif -o prediction.tif
     """
+    from normfix.images.rendering import Rendering
+
     blocks = blocks_of(options, "dask" if engine == "dask" else "local")
     arguments = Arguments.take(options)
     settings = {
@@ -112,7 +131,10 @@ def predict_command(
         "blocks": blocks,
         "output": arguments.output,
         "allow_nonfinite": allow_nonfinite,
+        "as_": as_,
+        "logits": logits,
     }
+    Rendering.parse(as_, logits)
     if _is_folder(Path(out)):
         return _predict_each(arguments, images, Path(out), ending, settings, format_)
     return _predict_one(arguments, images, out, settings, format_)

@@ -6,7 +6,9 @@ file of that name is whole.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,10 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from normfix.errors import NormfixError
 from normfix.images.axes import KEEPING, laid_out, require_new_image
 from normfix.images.drafts import cannot_write, drafting, reserve
 from normfix.images.formats import create, finish, suffix_of
 from normfix.images.formats.placement import Placement
+from normfix.images.rendering import Rendering
 from normfix.networks.numerics import require_finite
 
 __all__ = ["OutputFile"]
@@ -29,11 +33,16 @@ class OutputFile:
 
     Leaving the context without an error gives the file its name, with an error removes the draft. Blocks with NaN or
     infinite values are refused (NF149) unless they are allowed. With a stack, the letter and extent of one axis more,
-    blocks go to `plane` of it, each of which may be created anew.
+    blocks go to `plane` of it, each of which may be created anew. What is written of the values is a Rendering.
     """
 
     def __init__(
-        self, path: Path, *, allow_nonfinite: bool = True, stack: tuple[str, int] | None = None
+        self,
+        path: Path,
+        *,
+        allow_nonfinite: bool = True,
+        stack: tuple[str, int] | None = None,
+        rendering: Rendering | None = None,
     ) -> None:
         self._path, self._allow_nonfinite = path, allow_nonfinite
         self._making = drafting(path)
@@ -45,19 +54,24 @@ class OutputFile:
         self.written: tuple[tuple[int, ...], str] = (), ""  # shape and dtype
         self._placement = Placement()
         self._stack = stack
+        self._rendering = rendering or Rendering()
+        self._range = math.inf, -math.inf
         self.plane = 0
         require_new_image(path)
 
     def place(self, placement: Placement) -> None:
         """Say where the pixels will lie, before `create`; the file holds what its format can."""
-        self._placement = placement
+        plain = self._rendering.kind == "raw"
+        self._placement = placement if plain else replace(placement, channels_last=False, channels=())
 
     def create(self, shape: Sequence[int], dtype: torch.dtype, blocks: Sequence[int]) -> None:
         """Make room for (C, *space), to be written in blocks of these extents per axis of space.
 
         Raises:
-            NormfixError: NF114 if it cannot be written.
+            NormfixError: NF114 if it cannot be written, NF534 if so many channels do not mean what it is written as.
         """
+        channels, dtype = self._rendering.channels(shape[0]), self._rendering.dtype(shape[0], dtype)
+        shape = (channels, *shape[1:])
         numpy_dtype = np.dtype(str(dtype).removeprefix("torch.").replace("bfloat16", "float32"))
         if self._array is not None:  # planes of a stack have one shape
             return
@@ -74,7 +88,13 @@ class OutputFile:
         sizes = [extents[a] for a in axes]
         try:
             self._array = create(
-                self._draft, sizes, numpy_dtype, axes, self._placement, [edges[a] for a in axes]
+                self._draft,
+                sizes,
+                numpy_dtype,
+                axes,
+                self._placement,
+                [edges[a] for a in axes],
+                imagej=self._rendering.kind != "raw",
             )
             reserve(self._draft)
         except OSError as error:
@@ -89,6 +109,8 @@ class OutputFile:
         block = value[0][(slice(None), *(slice(0, s.stop - s.start) for s in spans))]
         if not self._allow_nonfinite:
             require_finite(block, str(self._path))
+        self._range = min(self._range[0], float(block.min())), max(self._range[1], float(block.max()))
+        block = self._rendering.of(block[None])[0]
         block = block.float() if block.dtype == torch.bfloat16 else block
         array, _ = laid_out(block.cpu().numpy(), self._placement, keep="C" in self._axes)
         known: dict[str, slice | int] = dict(zip("ZYX"[-len(spans) :], spans, strict=True))
@@ -118,6 +140,13 @@ class OutputFile:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         array, self._array = self._array, None
+        if kind is None:
+            try:
+                self._rendering.require_logits(*self._range)
+            except NormfixError as error:
+                del array
+                self._making.__exit__(type(error), error, error.__traceback__)
+                raise
         try:
             if kind is None and isinstance(array, np.memmap):
                 array.flush()  # also of a view

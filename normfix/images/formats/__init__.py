@@ -121,6 +121,8 @@ def create(
     axes: str,
     placement: Placement,
     blocks: Sequence[int] | None = None,
+    *,
+    imagej: bool = False,
 ) -> Any:
     """Make a file that takes windows of an array by assignment; `finish` makes it what its ending says.
 
@@ -131,6 +133,7 @@ def create(
         axes: a letter per axis.
         placement: of the pixels; each format holds what it can.
         blocks: extents of the windows that will be written, per axis of the array.
+        imagej: of a TIFF, write what Fiji opens as a hyperstack by itself, where its format holds the array.
     """
     match suffix_of(path):
         case ".zarr":
@@ -146,7 +149,7 @@ def create(
             return create_nifti(path, shape, dtype, axes, placement)
     from normfix.images.formats.tiff import create as create_tiff
 
-    return create_tiff(path, shape, dtype, axes, placement)
+    return create_tiff(path, shape, dtype, axes, placement, imagej=imagej)
 
 
 def finish(path: Path) -> None:
