@@ -87,11 +87,12 @@ def diagnose_command(
     Example:
       normfix diagnose normfix.demo.network:nuclei_unet nuclei.png --scale percentile:1,99.8 --report seams.html
     """
-    from normfix.diagnosis.network import diagnose
-
     require_reports(reports)
     pipeline = {name: options.pop(name) for name in ("last", "context", "scale_tiles", "train")}
     arguments = Arguments.take(options)
+
+    from normfix.diagnosis.network import diagnose
+
     opened = arguments.open()
     files = [plane[None] for image in arguments.images(images, opened.model) for plane in image.unbind(0)]
     if len(files) > 1 and (labels or reports):

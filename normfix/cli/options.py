@@ -18,6 +18,7 @@ from normfix.cli.settings import SETTINGS
 from normfix.cli.showing import Command, note
 from normfix.errors import NormfixError
 from normfix.records.saved import Scaling
+from normfix.records.scalings import parse_scaling
 
 if TYPE_CHECKING:
     import torch
@@ -200,8 +201,13 @@ class Arguments:
 
     @classmethod
     def take(cls, options: dict[str, Any]) -> Arguments:
-        """Take the shared options out of a command's keyword arguments."""
-        return cls(**{name: options.pop(name) for name in cls.__slots__ if name in options})
+        """Take the shared options out of a command's keyword arguments, and look at them before torch is imported."""
+        arguments = cls(**{name: options.pop(name) for name in cls.__slots__ if name in options})
+        if arguments.scale is not None and arguments.preprocess is not None:
+            raise click.UsageError("give --scale or --preprocess, not both")
+        if arguments.scale is not None:
+            parse_scaling(arguments.scale)
+        return arguments
 
     def open(self) -> Loaded:
         """Open the network and put it where it shall compute; notes go to stderr."""
@@ -250,11 +256,8 @@ class Arguments:
     def scaling(self, model: nn.Module | None = None) -> Scaling | None:
         """Return the stated scaling, else the one that travels with the model, else None."""
         from normfix.images.opening import scaling_of
-        from normfix.images.scaling import parse_scaling
         from normfix.networks.provenance import provenance_of
 
-        if self.scale is not None and self.preprocess is not None:
-            raise click.UsageError("give --scale or --preprocess, not both")
         known = None if model is None else provenance_of(model)
         stated = None
         if self.preprocess is not None:

@@ -15,7 +15,7 @@ from normfix.cli.failures import each
 from normfix.cli.options import Arguments, image_options, model_options, override_option
 from normfix.cli.outputs import is_image, output, tell
 from normfix.cli.showing import format_option, note, show
-from normfix.cli.stages import blocks_of, stage_options, watching
+from normfix.cli.stages import blocks_of, stage_options, working
 from normfix.errors import NormfixError
 
 if TYPE_CHECKING:
@@ -119,10 +119,11 @@ def predict_command(
     Example:
       normfix predict fixed nuclei.tif -o prediction.tif
     """
+    arguments = Arguments.take(options)
+
     from normfix.images.rendering import Rendering
 
     blocks = blocks_of(options, "dask" if engine == "dask" else "local")
-    arguments = Arguments.take(options)
     settings = {
         "tile": tile,
         "halo": halo,
@@ -213,7 +214,7 @@ class _Run:
         """Write the prediction of an image, and show its record."""
         from normfix.api.prediction import write_prediction, write_stack
 
-        with self.opener.open(path) as image, watching() as watch:
+        with self.opener.open(path) as image, working(path) as watch:
             for text in image.notes:
                 note(text)
             settings = {**self.settings, "blocks": replace(self.settings["blocks"], watch=watch)}

@@ -66,11 +66,12 @@ def prove_command(
     Example:
       normfix prove tuned nuclei.tif --report proof.html
     """
+    require_reports(reports)
+    arguments = Arguments.take(options)
+
     from normfix.proof.prove import prove
     from normfix.tiling.stages.options import Blocks
 
-    require_reports(reports)
-    arguments = Arguments.take(options)
     opened = arguments.open()
     given: Any = arguments.images(images, opened.model)
     if blocks is not None:

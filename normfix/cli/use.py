@@ -107,6 +107,8 @@ def calibrate_command(
     Example:
       normfix calibrate fixed other-images/ -o refitted
     """
+    arguments = Arguments.take(options)
+
     from normfix.api.recalibration import calibrate
     from normfix.networks.provenance import attach_, provenance_of
     from normfix.storage.instructions import commands
@@ -114,7 +116,6 @@ def calibrate_command(
     from normfix.tiling.stages.resuming import resumable
 
     blocks = blocks_of(options, engine).sized(tile)
-    arguments = Arguments.take(options)
     with ExitStack() as stack:
         place = stack.enter_context(output(out, is_saved))
         opened = arguments.open()
@@ -141,7 +142,9 @@ def calibrate_command(
         known, stated = provenance_of(done.model), arguments.scaling()
         if known is not None and stated is not None:  # the new statistics are of images scaled this way
             attach_(done.model, replace(known, scaling=stated))
+        progress("save", 0, 1)
         save(done, place.path)
+        progress("save", 1, 1)
     show(done.summary, calibration_text(done.summary), format_)
     tell(place, f" {commands(Path(out), opened.source)}")
 
@@ -184,10 +187,11 @@ def check_command(
     Example:
       normfix check fixed nuclei.tif --tile 256 --report check.md --report check.xml
     """
-    from normfix.proof.check import check
-
     require_reports(reports)
     arguments = Arguments.take(options)
+
+    from normfix.proof.check import check
+
     opened = arguments.open()
     files = arguments.images(images, opened.model)
     if len(files) > 1 and reports:
@@ -195,14 +199,16 @@ def check_command(
     passed: list[bool] = []
 
     def work(number: int, path: Path) -> None:
-        verdict = check(
-            opened.model,
-            files.read(number, path),
-            tile,
-            halo=halo,
-            threshold=threshold,
-            output=arguments.output,
-        )
+        with steps() as progress:
+            progress(f"check {path.name}", 0, 1)
+            verdict = check(
+                opened.model,
+                files.read(number, path),
+                tile,
+                halo=halo,
+                threshold=threshold,
+                output=arguments.output,
+            )
         known = (("model", arguments.model), ("file", str(path)))
         verdict = replace(verdict, settings=(*known, *verdict.settings))
         try:

@@ -375,8 +375,8 @@ def create(
     import tifffile
 
     tags = placement.native if isinstance(placement.native, _Tags) else None
-    size = math.prod(shape) * dtype.itemsize
-    if imagej and not (tags and tags.geo) and dtype.name in _IMAGEJ and size < _IMAGEJ_BYTES:
+    stored = math.prod(shape) * dtype.itemsize
+    if imagej and not (tags and tags.geo) and dtype.name in _IMAGEJ and stored < _IMAGEJ_BYTES:
         return tifffile.memmap(
             path,
             shape=tuple(shape),
