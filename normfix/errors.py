@@ -17,8 +17,8 @@ CODES: dict[str, str] = {
     # 1xx: what was given
     "NF101": "A model or image file is missing, truncated, or not of a kind normfix reads. Models: pickled "
     "modules and state dicts (.pt, .pth), .safetensors, folders normfix saved, timm:NAME, "
-    "pkg.module:factory. Images: TIFF, PNG, npy. Nothing was changed; give another path or fetch the "
-    "file again.",
+    "pkg.module:factory. Images: TIFF, PNG, JPEG, npy, NIfTI, Zarr. Nothing was changed; give another path or "
+    "fetch the file again.",
     "NF102": "A pickle is a program: loading it runs whatever it says. normfix first reads files in a mode "
     "that runs nothing; this one needs classes, which the message lists. If you trust its origin, "
     "repeat the command with --trust-pickle, or allow its classes one by one with --allow-class. Safer: save "
@@ -310,6 +310,18 @@ CODES: dict[str, str] = {
     "NF503": "What was written did not load back as the same network, so it was removed.",
     "NF530": "One image is taken at a time here, and a folder, a pattern or a list of several was given. Call it for "
     "each of them; normfix convert, calibrate, predict and check take several on the command line.",
+    "NF531": "Predictions of several images go to a folder (-o with a name that has no ending), each named after its "
+    "image. Two images of one name would have one prediction, and one in the images' own folder would have the name "
+    "of its image: nothing is written over anything.",
+    "NF532": "--channels 0,2 takes channels of a file by their numbers from 0, in this order, as the network shall get "
+    "them. The axis of channels must be known, from the file or by --axes, and have them.",
+    "NF533": "--slices Z or T runs a network of two axes over a stack, each plane by itself (T: also one of three). "
+    "The axis must be known, from the file or by --axes, and be none that the network takes.",
+    "NF534": "What a prediction is written as: raw (the network's numbers), classes (the number of the largest of "
+    "several channels), probabilities, or mask (255 where the probability is above the threshold, 0.5 unless stated). "
+    "Some make no sense for what the network gives.",
+    "NF535": "Probabilities lie from 0 to 1, and of the logits of an image some do not. What the network gives is what "
+    "was not said: a network that ends in a softmax or sigmoid needs --logits none, another one must not have it.",
     # 6xx: diagnosing
     "NF601": "Even with every known global operation held constant, no halo or stride could be measured, so "
     "there is no right tiling to compare with. Diagnose it as a pipeline, by a function predict(image).",

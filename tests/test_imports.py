@@ -25,10 +25,18 @@ def modules_after(statement: str) -> set[str]:
         "import normfix.cli; sys.argv = ['normfix', '--help']; normfix.cli.main()",
         "import normfix.cli; sys.argv = ['normfix', 'convert', '--help']; normfix.cli.main()",
         "import normfix.cli; sys.argv = ['normfix', 'explain', 'NF203']; normfix.cli.main()",
+        "import normfix.cli; sys.argv = ['normfix', 'convert', 'm.pt', 'i.tif', '-o', 'o']; normfix.cli.main()",
+        "import normfix.cli; sys.argv = 'normfix convert m i.tif --to frozen -o o --scale minmax'.split(); "
+        "normfix.cli.main()",
+        "import normfix.cli; sys.argv = 'normfix check m.pt i.tif --scale percentile:9'.split(); normfix.cli.main()",
+        "import normfix.cli; sys.argv = 'normfix check m.pt i.tif --report r.txt'.split(); normfix.cli.main()",
+        "import normfix.cli; sys.argv = 'normfix predict m i.tif -o p.tif --scale unit --preprocess a:b'.split(); "
+        "normfix.cli.main()",
+        "import normfix.cli; sys.argv = 'normfix predict m i.tif -o p.tif --tile 8,x'.split(); normfix.cli.main()",
     ],
 )
 def test_torch_is_not_imported(statement):
-    """Import, help and explanations need neither torch nor numpy."""
+    """Import, help, explanations and usage errors need neither torch nor numpy."""
     assert not modules_after(statement) & {"torch", "numpy", "matplotlib"}
 
 

@@ -46,7 +46,7 @@ from normfix.scanning.witnesses import HaloSource
 from normfix.tiling.grid import Geometry
 from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stages.resuming import resumable
-from normfix.tiling.stitching import padded
+from normfix.tiling.stitching import padded, tile_extents
 
 __all__ = ["convert"]
 
@@ -65,7 +65,7 @@ def convert(
     as_trained: bool = False,
     allow_flat: bool = False,
     halo: HaloSource = "graph",
-    tile: int | None = None,
+    tile: int | Sequence[int] | None = None,
     blocks: Blocks | None = None,
     progress: Progress = silent,
 ) -> Conversion:
@@ -87,7 +87,7 @@ def convert(
             calibration. Without, it is refused.
         halo: "graph" takes the bound that the network's graph gives, where it gives one; "measured" takes what the dye
             shows, which the verdict says.
-        tile: size of the tiles to prove with; default: a quarter of the image, at most 256.
+        tile: size of the tiles to prove with, one number or one per axis; default: a quarter of the image, at most 256.
         blocks: how to measure in stages. With a size, a budget, a store or a cluster, or for images read by window,
             statistics are measured in stages over all of every image, in blocks of `tile` if they state no size, and
             then re-measured in other blocks; what needs whole forward passes is proved on the middle of the first
@@ -136,6 +136,8 @@ def convert(
     if taken is not None:
         padding = None if seen.geometry is None else seen.geometry.padding
         taken = replace(taken, like=tuple(example.shape), padding=padding)
+    if tile is not None and seen.geometry is not None:
+        tile = tile_extents(tile, seen.geometry)
     converted = rewrite_(ready.copy(), plan)
     runs = [example if first is None else first] if in_stages or taken is None else taken
     sizes = cache(lambda: [tuple(image.shape[2:]) for image in runs])
@@ -160,7 +162,7 @@ def convert(
         example=example.to(*home),
         caller=caller,
         summary=summary,
-        tile=tile,
+        tile=tile if tile is None or isinstance(tile, int) else tuple(tile),
     )
     tell_notable("prove", lambda: durations().proof(sizes(), seen.geometry, tile))
     progress("prove", 0, 1)
@@ -270,7 +272,7 @@ class _Work:
     example: Tensor
     caller: Caller
     summary: CalibrationSummary | None
-    tile: int | None
+    tile: int | tuple[int, ...] | None
 
     def prove(self) -> Proof:
         with (

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,9 @@ from normfix.conversion.measurement import measure_
 from normfix.conversion.targets import site_target
 from normfix.errors import NormfixError
 from normfix.images.given import Given, images_of, opened
+from normfix.images.rendering import Logits, Rendering
 from normfix.images.sources import Image, TensorImage, middle_of, whole
+from normfix.images.windows import ScaledImage
 from normfix.images.writing import OutputFile
 from normfix.networks.calling import Caller
 from normfix.networks.copying import copy_of, twin_of
@@ -36,7 +39,7 @@ from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.resuming import resumable
 from normfix.tiling.stitching import tile_extents, tiled
 
-__all__ = ["predict", "write_prediction"]
+__all__ = ["NotTiledError", "predict", "write_prediction", "write_stack"]
 
 _LOG = logging.getLogger("normfix")
 _TILE = 256
@@ -52,13 +55,15 @@ def predict(
     image: Given,
     tile: int | Sequence[int] | None = None,
     *,
-    halo: int | Literal["auto"] = "auto",
+    halo: int | Sequence[int] | Literal["auto"] = "auto",
     engine: Literal["auto", "stages", "tiles"] = "auto",
     statistics: Literal["stored", "per-image"] = "stored",
     blocks: Blocks | None = None,
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
     allow_nonfinite: bool = False,
+    as_: str = "raw",
+    logits: Logits | None = None,
 ) -> Tensor:
     """Predict one image in parts, exactly as the whole image would be predicted.
 
@@ -72,7 +77,8 @@ def predict(
             files hold pixel values, see normfix.convert. Where the network is not exact at that size, the image is
             extended by its edge pixels to the next exact size and the result cut back.
         tile: pixels per axis, multiples of the stride; default: 256.
-        halo: pixels of context on every side of tiles; "auto" is what the network needs. A number asks for tiles.
+        halo: pixels of context on every side of tiles; "auto" is what the network needs. One or one per axis ask for
+            tiles.
         engine: "auto" takes stages where tiles would compute over 16 million pixels of halo and the network can
             be captured, on images of as many that are read by window, with a budget or store, and on a cluster.
         statistics: "per-image" normalises the image by its own statistics, measured over all of it before it is
@@ -81,16 +87,23 @@ def predict(
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
         allow_nonfinite: take NaN and infinite values in the prediction for what the network means.
+        as_: "raw"; "classes", the number of the largest of several channels; "probabilities"; "mask", 255 where the
+            probability is above 0.5, or "mask:0.3".
+        logits: what makes probabilities of the output: "softmax" of several channels and "sigmoid" of one unless
+            stated; "none" if it is probabilities already.
 
     Returns:
-        (N, C', *out) in the model's dtype, on its device.
+        (N, C', *out) in the model's dtype, on its device; classes and masks are uint8 (over 256 classes uint16),
+        probabilities float32.
 
     Raises:
         NormfixError: NF409 if the network has live statistics or no halo is enough, NF402 for a tile that is
             off the stride grid, NF260 for an image at whose size the network is another, NF410 for a halo that is not
             enough or an engine, NF32x where stages are asked for and not possible, NF326 to NF336 of the store and the
-            cluster, NF148 and NF149 for statistics and predictions that are not finite, and codes of the image.
+            cluster, NF148 and NF149 for statistics and predictions that are not finite, NF534 and NF535 for what the
+            output does not mean, and codes of the image.
     """
+    rendering = Rendering.parse(as_, logits)
     with opened(image, model) as source:
         job = _Prediction.of(
             model,
@@ -108,7 +121,9 @@ def predict(
     assert result is not None
     if not allow_nonfinite:
         require_finite(result, job.known.scan.model)
-    return result
+    rendering.channels(result.shape[1])
+    rendering.require_logits(float(result.min()), float(result.max()))
+    return rendering.of(result)
 
 
 @undisturbed()
@@ -119,6 +134,8 @@ def write_prediction(
     tile: int | Sequence[int] | None = None,
     *,
     allow_nonfinite: bool = False,
+    as_: str = "raw",
+    logits: Logits | None = None,
     **options: Any,
 ) -> tuple[tuple[int, ...], str]:
     """Predict one image into a new file, block by block; in stages where the network can. See `predict`.
@@ -130,6 +147,8 @@ def write_prediction(
             of pixels, their place and the order of channels are those of the image, as far as the format holds them.
         tile: as for `predict`.
         allow_nonfinite: as for `predict`.
+        as_: as for `predict`. A TIFF of what is not raw is a hyperstack of ImageJ, where that holds it.
+        logits: as for `predict`.
         **options: as for `predict`.
 
     Returns:
@@ -143,14 +162,55 @@ def write_prediction(
         source = stack.enter_context(opened(image, model))
         job = _Prediction.of(model, source, tile, **options)
         stack.enter_context(resumable(job.blocks.store))
-        file = stack.enter_context(OutputFile(out, allow_nonfinite=allow_nonfinite))
+        rendering = Rendering.parse(as_, logits)
+        file = stack.enter_context(OutputFile(out, allow_nonfinite=allow_nonfinite, rendering=rendering))
         placement = getattr(source, "placement", None)
         if placement is not None:
             file.place(placement.scaled(job.geometry.scale))
-        result = job.run(file)
-        if result is not None:
-            file.create(result.shape[1:], result.dtype, result.shape[2:])
-            file.write(tuple(slice(0, n) for n in result.shape), result)
+        job.write(file)
+    return file.written
+
+
+@undisturbed()
+def write_stack(
+    model: nn.Module,
+    planes: Iterable[ScaledImage],
+    out: Path,
+    stack: tuple[str, int],
+    tile: int | Sequence[int] | None = None,
+    *,
+    allow_nonfinite: bool = False,
+    as_: str = "raw",
+    logits: Logits | None = None,
+    **options: Any,
+) -> tuple[tuple[int, ...], str]:
+    """Predict the planes of a stack, each by itself, into one new file. See `write_prediction`.
+
+    Args:
+        model: as for `predict`.
+        planes: of one shape, each used before the next is asked for.
+        out: as for `write_prediction`.
+        stack: letter of the axis, Z or T, and how many planes there are.
+        tile: as for `predict`.
+        allow_nonfinite: as for `predict`.
+        as_: as for `write_prediction`.
+        logits: as for `predict`.
+        **options: as for `predict`.
+
+    Returns:
+        Shape (planes, C, *space) and dtype of what was written.
+
+    Raises:
+        NormfixError: codes of `write_prediction`.
+    """
+    rendering = Rendering.parse(as_, logits)
+    with OutputFile(out, allow_nonfinite=allow_nonfinite, stack=stack, rendering=rendering) as file:
+        for number, plane in enumerate(planes):
+            job = _Prediction.of(model, plane, tile, **options)
+            file.plane = number
+            file.place(plane.placement.scaled((*[Fraction(1)] * (stack[0] == "Z"), *job.geometry.scale)))
+            with resumable(job.blocks.store):
+                job.write(file)
     return file.written
 
 
@@ -173,7 +233,7 @@ class _Prediction:
         given: Tensor | Image,
         tile: int | Sequence[int] | None,
         *,
-        halo: int | Literal["auto"] = "auto",
+        halo: int | Sequence[int] | Literal["auto"] = "auto",
         engine: str = "auto",
         statistics: str = "stored",
         blocks: Blocks | None = None,
@@ -232,6 +292,13 @@ class _Prediction:
         with exact_arithmetic():
             return tiled(lambda x: caller(twin, x), whole(self.image), tile, geometry)
 
+    def write(self, file: OutputFile) -> None:
+        """Predict into a file."""
+        result = self.run(file)
+        if result is not None:
+            file.create(result.shape[1:], result.dtype, result.shape[2:])
+            file.write(tuple(slice(0, n) for n in result.shape), result)
+
     def _pays(self, tile: Sequence[int]) -> bool:
         """Tell whether stages were meant, or whether tiles would compute much more than the image or read it whole."""
         if self.blocks.budget is not None or self.blocks.store is not None:
@@ -272,8 +339,12 @@ class _Prediction:
         return replace(self, model=model, known=replace(self.known, scan=scan), geometry=exact, blocks=blocks)
 
 
-def _not_tiled(scan: Scan, reasons: Sequence[str]) -> NormfixError:
-    return NormfixError(
+class NotTiledError(NormfixError):
+    """Tiles of a network do not give its prediction of the whole image, whatever the image."""
+
+
+def _not_tiled(scan: Scan, reasons: Sequence[str]) -> NotTiledError:
+    return NotTiledError(
         "NF409",
         "tiles of this network do not give its prediction of the whole image: "
         f"{'; '.join(reasons)}. Convert it first.",
@@ -313,5 +384,5 @@ def _require_enough(geometry: Geometry, exact: Geometry) -> None:
             "NF410",
             f"the network needs (before, after) {exact.halo}, so tiles would differ from the whole image. "
             "Use 'auto'.",
-            where=f"halo={geometry.halo[0][0]}",
+            where="halo=" + ",".join(str(before) for before, _ in geometry.halo),
         )

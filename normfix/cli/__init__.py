@@ -17,11 +17,13 @@ from normfix.cli.convert import convert_command
 from normfix.cli.demo import demo_command
 from normfix.cli.diagnose import diagnose_command
 from normfix.cli.explain import explain_command
+from normfix.cli.failures import text_of_error
+from normfix.cli.predict import predict_command
 from normfix.cli.prove import prove_command
 from normfix.cli.push import push_command
 from normfix.cli.scan import plan_command, scan_command
 from normfix.cli.settings import SETTINGS, Settings, read_settings
-from normfix.cli.use import calibrate_command, check_command, predict_command
+from normfix.cli.use import calibrate_command, check_command
 from normfix.errors import NormfixError
 
 __all__ = ["cli", "main"]
@@ -92,40 +94,21 @@ def main() -> None:
     try:
         code = cli.main(standalone_mode=False)
     except NormfixError as error:
-        _complain(" ".join([str(error), *_notes(error)]), debug=debug)
+        _complain(text_of_error(error), debug=debug)
         code = 2
     except click.ClickException as error:
         error.show()
         code = error.exit_code
     except (click.exceptions.Abort, KeyboardInterrupt) as stop:
-        _complain(" ".join(["Stopped; nothing was written.", *_notes(stop)]))
+        _complain(" ".join(["Stopped; nothing was written.", *getattr(stop, "__notes__", ())]))
         code = 130
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except Exception as error:  # noqa: BLE001 - the boundary
-        _complain(" ".join([str(_unforeseen(error)), *_notes(error)]), debug=debug)
+        _complain(text_of_error(error), debug=debug)
         code = 2
     sys.exit(code or 0)
-
-
-def _unforeseen(error: Exception) -> NormfixError:
-    """Return the error for what the system refused, or normfix did wrong, where nobody expected it."""
-    shows = "`normfix --debug COMMAND ...` shows where"
-    if isinstance(error, OSError) and error.errno is not None:
-        return NormfixError(
-            "NF337",
-            f"the system refused: {' '.join((error.strerror or str(error)).split())[:300]}. No output is half "
-            f"written. Make room or give permission there and repeat the command; {shows}.",
-            where="" if error.filename is None else str(error.filename),
-        )
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return NormfixError("NF901", f"{reason}. Nothing was written; {shows}.")
-
-
-def _notes(error: BaseException) -> list[str]:
-    """Return what was noted on an error or on what it stands for, such as how to go on."""
-    return [note for one in (error, error.__cause__) for note in getattr(one, "__notes__", ())]
 
 
 def _complain(text: str, *, debug: bool = False) -> None:

@@ -18,7 +18,7 @@ __all__ = ["RECORDS", "Explained", "Predicted", "Pushed", "Shown"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predicted(Record):
-    """A prediction that was written: its file, its shape (C, *space) and its type."""
+    """A prediction that was written: its file, its shape (C, *space), of a stack (planes, C, *space), and its type."""
 
     path: str
     shape: tuple[int, ...]

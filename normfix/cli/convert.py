@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from normfix.cli.extents import Extents
 from normfix.cli.options import Arguments, halo_option, image_options, model_options
 from normfix.cli.outputs import is_saved, output, tell
 from normfix.cli.showing import note, require_report, show, steps, telling, write_report
@@ -56,7 +57,9 @@ __all__ = ["convert_command"]
 @halo_option
 @image_options
 @click.option(
-    "--tile", type=click.IntRange(1), help="Size of the blocks to measure in, and of the tiles to prove with."
+    "--tile",
+    type=Extents(1),
+    help="Size of the blocks to measure in, and of the tiles to prove with; one number, or one per axis.",
 )
 @engine_option
 @stage_options
@@ -83,7 +86,7 @@ def convert_command(
     halo: Any,
     report: str | None,
     format_: str,
-    tile: int | None,
+    tile: int | tuple[int, ...] | None,
     engine: Literal["local", "dask"],
     **options: Any,
 ) -> int:
@@ -98,22 +101,23 @@ def convert_command(
     Example:
       normfix convert normfix.demo.network:nuclei_unet nuclei.tif --scale percentile:1,99.8 --to frozen -o fixed
     """
-    from normfix.api.conversion import convert
-    from normfix.storage.instructions import commands
-    from normfix.storage.programs import SUFFIX, require_program_name
-    from normfix.storage.saving import require_unconverted, save
-    from normfix.tiling.stages.resuming import resumable
-
     if (to is None) == (plan_file is None):
         raise click.UsageError("give either --to frozen|batchrenorm or --plan FILE")
     if plan_file is not None and keep:
         raise click.UsageError("--keep belongs to --to; a plan already says what to keep")
-    if format_ == "pt2" and Path(out).suffix != SUFFIX:
+    if format_ == "pt2" and Path(out).suffix != ".pt2":
         raise NormfixError("NF227", "--format pt2 writes one file: give -o FILE.pt2.", where=out)
     require_report(report)
     plan = _read_plan(plan_file)
-    blocks = blocks_of(options, engine)
     arguments = Arguments.take(options)
+
+    from normfix.api.conversion import convert
+    from normfix.storage.instructions import commands
+    from normfix.storage.programs import require_program_name
+    from normfix.storage.saving import require_unconverted, save
+    from normfix.tiling.stages.resuming import resumable
+
+    blocks = blocks_of(options, engine)
     with ExitStack() as stack:
         place = stack.enter_context(output(out, is_saved))
         opened = arguments.open()
@@ -151,7 +155,9 @@ def convert_command(
             why = "live sites were refused" if proof.partial else "the proof did not pass"
             note(f"Nothing was written to {out}, because {why}.")
             return 1
+        progress("save", 0, 1)
         save(done, place.path, opened.source, scaling=scaling, partial=partial, portable=portable)
+        progress("save", 1, 1)
     tell(place, " Load it with its own library." if portable else f" {commands(Path(out), opened.source)}")
     return 0 if sound else 1
 

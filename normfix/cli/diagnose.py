@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from normfix.cli.extents import Extents, Halo, HaloExtents, per_axis
 from normfix.cli.options import Arguments, image_options, model_options
 from normfix.cli.showing import (
     format_option,
@@ -18,7 +19,6 @@ from normfix.cli.showing import (
     write_reports,
 )
 from normfix.cli.texts import cost_text, diagnosis_text
-from normfix.cli.use import Halo
 from normfix.errors import NormfixError
 
 if TYPE_CHECKING:
@@ -32,9 +32,19 @@ _KINDS = ["probability", "logits", "softmax", "scores", "labels", "regression"]
 @click.command("diagnose")
 @model_options
 @click.argument("images", nargs=-1, required=True)
-@click.option("--tile", type=int, default=256, show_default=True, help="Tile size in pixels, on every axis.")
 @click.option(
-    "--halo", type=Halo(), default="auto", show_default=True, help="Context your pipeline reads, in pixels."
+    "--tile",
+    type=Extents(),
+    default=256,
+    show_default=True,
+    help="Tile size in pixels; one number, or one per axis.",
+)
+@click.option(
+    "--halo",
+    type=Halo(),
+    default="auto",
+    show_default=True,
+    help="Context your pipeline reads, in pixels; one number, or one per axis.",
 )
 @click.option(
     "--last", type=click.Choice(["grid", "pushed back"]), default="grid", help="Where the last window starts."
@@ -57,8 +67,8 @@ _KINDS = ["probability", "logits", "softmax", "scores", "labels", "regression"]
 @format_option
 def diagnose_command(
     images: tuple[str, ...],
-    tile: int,
-    halo: int | Literal["auto"],
+    tile: int | tuple[int, ...],
+    halo: HaloExtents,
     kind: Any,
     labels: str | None,
     metric: str | None,
@@ -77,13 +87,14 @@ def diagnose_command(
     Example:
       normfix diagnose normfix.demo.network:nuclei_unet nuclei.png --scale percentile:1,99.8 --report seams.html
     """
-    from normfix.diagnosis.network import diagnose
-
     require_reports(reports)
     pipeline = {name: options.pop(name) for name in ("last", "context", "scale_tiles", "train")}
     arguments = Arguments.take(options)
+
+    from normfix.diagnosis.network import diagnose
+
     opened = arguments.open()
-    files = list(arguments.images(images, opened.model))
+    files = [plane[None] for image in arguments.images(images, opened.model) for plane in image.unbind(0)]
     if len(files) > 1 and (labels or reports):
         raise click.UsageError("--labels and --report are of one image; give one")
     worst = 0
@@ -111,15 +122,15 @@ def diagnose_command(
     return worst
 
 
-def _tiling(image: Any, tile: int, halo: int | Literal["auto"], pipeline: dict[str, Any]) -> Tiling:
+def _tiling(image: Any, tile: int | tuple[int, ...], halo: HaloExtents, pipeline: dict[str, Any]) -> Tiling:
     """Return the tiling that the options describe; an empty halo is what the network needs."""
     from normfix.images.scaling import parse_scaling
     from normfix.records.diagnoses import Tiling
 
     ndim, scaling = image.dim() - 2, pipeline["scale_tiles"]
     return Tiling(
-        tile=(tile,) * ndim,
-        halo=() if halo == "auto" else ((halo, halo),) * ndim,
+        tile=per_axis(tile, ndim),
+        halo=() if halo == "auto" else tuple((n, n) for n in per_axis(halo, ndim)),
         last=pipeline["last"],
         context=pipeline["context"],
         scaling=None if scaling is None else parse_scaling(scaling),

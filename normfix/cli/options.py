@@ -18,13 +18,16 @@ from normfix.cli.settings import SETTINGS
 from normfix.cli.showing import Command, note
 from normfix.errors import NormfixError
 from normfix.records.saved import Scaling
+from normfix.records.scalings import parse_scaling
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from normfix.images.collections import ImageFiles
+    from normfix.images.opening import Opener
     from normfix.images.sources import Image
+    from normfix.images.views import Part
     from normfix.images.windows import ScaledImage
     from normfix.storage.opening.request import Loaded
 
@@ -55,6 +58,21 @@ class ArgumentsJson(click.ParamType):  # type: ignore[type-arg]
         if not isinstance(parsed, dict):
             self.fail("give an object such as '{\"in_channels\": 1}'", param, ctx)
         return cast(Mapping[str, Any], parsed)
+
+
+class Channels(click.ParamType):  # type: ignore[type-arg]
+    """Numbers of channels, from 0."""
+
+    name = "n[,n...]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Parse, or fail with the reason."""
+        numbers = value if isinstance(value, list | tuple) else str(value).split(",")
+        if not numbers or not all(str(number).isdecimal() for number in numbers):
+            self.fail("give numbers of channels from 0, such as 0,2", param, ctx)
+        return tuple(int(number) for number in numbers)
 
 
 halo_option = click.option(
@@ -130,6 +148,17 @@ def image_options(command: Command) -> Command:
         click.option(
             "--scale", help="none, unit, zscore, percentile:LOW,HIGH or MEAN,STD, over the whole image."
         ),
+        click.option(
+            "--channels",
+            type=Channels(),
+            help="Numbers of the channels to take, from 0, in the network's order. Example: 0,2.",
+        ),
+        click.option(
+            "--slices",
+            type=click.Choice(["Z", "T"]),
+            help="Axis of a stack whose planes are images of their own, each scaled and predicted by itself; for "
+            "networks that do not take that axis.",
+        ),
         click.option("--series", help="Name or number of the image, where a file holds several."),
         click.option(
             "--axes", help="One letter per axis of the image: C channels; Z, Y, X space. Example: YXC."
@@ -165,13 +194,20 @@ class Arguments:
     scale: str | None = None
     preprocess: str | None = None
     series: str | None = None
+    channels: tuple[int, ...] | None = None
+    slices: str | None = None
     level: int = 0
     override_scale: bool = True
 
     @classmethod
     def take(cls, options: dict[str, Any]) -> Arguments:
-        """Take the shared options out of a command's keyword arguments."""
-        return cls(**{name: options.pop(name) for name in cls.__slots__ if name in options})
+        """Take the shared options out of a command's keyword arguments, and look at them before torch is imported."""
+        arguments = cls(**{name: options.pop(name) for name in cls.__slots__ if name in options})
+        if arguments.scale is not None and arguments.preprocess is not None:
+            raise click.UsageError("give --scale or --preprocess, not both")
+        if arguments.scale is not None:
+            parse_scaling(arguments.scale)
+        return arguments
 
     def open(self) -> Loaded:
         """Open the network and put it where it shall compute; notes go to stderr."""
@@ -220,11 +256,8 @@ class Arguments:
     def scaling(self, model: nn.Module | None = None) -> Scaling | None:
         """Return the stated scaling, else the one that travels with the model, else None."""
         from normfix.images.opening import scaling_of
-        from normfix.images.scaling import parse_scaling
         from normfix.networks.provenance import provenance_of
 
-        if self.scale is not None and self.preprocess is not None:
-            raise click.UsageError("give --scale or --preprocess, not both")
         known = None if model is None else provenance_of(model)
         stated = None
         if self.preprocess is not None:
@@ -252,29 +285,40 @@ class Arguments:
             level=self.level,
             series=self.series,
         )
-        return ImageFiles(find_images(patterns), opens, self.scaling(model), tell=note)
+        return ImageFiles(find_images(patterns), opens, self.scaling(model), tell=note, part=self.part())
 
-    def image(self, path: str, model: nn.Module) -> Tensor:
-        """Return one image, (1, C, *space)."""
-        found = list(self.images((path,), model))
-        if len(found) != 1:
-            raise click.UsageError(f"{path} names {len(found)} images; give one")
-        return found[0]
+    def opener(self, model: nn.Module) -> Opener:
+        """Return what opens one image after another, to be read by window."""
+        from normfix.images.opening import Opener
+
+        return Opener(
+            model,
+            axes=self.axes,
+            level=self.level,
+            series=self.series,
+            scaling=self.scaling(model),
+            part=self.part(),
+        )
+
+    def part(self) -> Part:
+        """Return what of each file is meant."""
+        from normfix.images.views import Part
+
+        return Part(self.channels or (), self.slices or "")
 
     def windows(self, patterns: tuple[str, ...], model: nn.Module) -> list[ScaledImage]:
         """Return the images that files, folders and globs name, to be read by window until the command ends."""
         from normfix.images.collections import find_images
-        from normfix.images.opening import open_image
 
         paths = find_images(patterns)
-        scaling = self.scaling(model)
-        context = click.get_current_context()
-        opened = [
-            context.with_resource(
-                open_image(p, model, axes=self.axes, level=self.level, series=self.series, scaling=scaling)
-            )
-            for p in paths
-        ]
+        opener, context = self.opener(model), click.get_current_context()
+        opened = [context.with_resource(opener.open(path)) for path in paths]
+        if self.slices:
+            opened = [
+                context.with_resource(opener.open(path, plane))
+                for path, first in zip(paths, opened, strict=True)
+                for plane in range(first.planes)
+            ]
         _tell(opened)
         return opened
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from normfix.cli.extents import Extents
 from normfix.cli.options import Arguments, image_options, model_options, override_option
 from normfix.cli.showing import (
     format_option,
@@ -26,13 +27,14 @@ __all__ = ["prove_command"]
 @click.argument("images", nargs=-1, required=True)
 @click.option(
     "--tile",
-    type=click.IntRange(1),
-    help="Tile size to compare with. Default: a quarter of the image, at most 256.",
+    type=Extents(1),
+    help="Tile size to compare with, one number or one per axis. Default: a quarter of the image, at most 256.",
 )
 @click.option(
     "--blocks",
-    type=click.IntRange(1),
-    help="Read images by window and re-measure in stages over blocks of this size; for images larger than memory.",
+    type=Extents(1),
+    help="Read images by window and re-measure in stages over blocks of this size, one number or one per axis; for "
+    "images larger than memory.",
 )
 @click.option(
     "--mask",
@@ -47,8 +49,8 @@ __all__ = ["prove_command"]
 @format_option
 def prove_command(
     images: tuple[str, ...],
-    tile: int | None,
-    blocks: int | None,
+    tile: int | tuple[int, ...] | None,
+    blocks: int | tuple[int, ...] | None,
     masks: tuple[str, ...],
     reports: tuple[str, ...],
     format_: str,
@@ -64,11 +66,12 @@ def prove_command(
     Example:
       normfix prove tuned nuclei.tif --report proof.html
     """
+    require_reports(reports)
+    arguments = Arguments.take(options)
+
     from normfix.proof.prove import prove
     from normfix.tiling.stages.options import Blocks
 
-    require_reports(reports)
-    arguments = Arguments.take(options)
     opened = arguments.open()
     given: Any = arguments.images(images, opened.model)
     if blocks is not None:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -15,8 +15,12 @@ from normfix.images.drafts import cannot_write, drafting, require_unnamed, sweep
 from normfix.records.encoding import Record
 from normfix.records.progress import Progress
 
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
+
 __all__ = [
     "Command",
+    "bars",
     "format_option",
     "note",
     "report_option",
@@ -42,7 +46,8 @@ def format_option(command: Command) -> Command:
 
 def note(text: str) -> None:
     """Say something beside the result, on stderr."""
-    click.echo(text, err=True)
+    with _above_bars():
+        click.echo(text, err=True)
 
 
 class _Notes(logging.Handler):
@@ -71,7 +76,8 @@ def telling() -> Iterator[None]:
 def show(record: Record, text: str, format_: str) -> None:
     """Put the result on stdout: the record as JSON, or its text."""
     stdout = click.get_current_context().obj  # None, which is stdout, where nothing was redirected
-    click.echo(record.dumps() if format_ == "json" else text, file=stdout, nl=format_ != "json")
+    with _above_bars():
+        click.echo(record.dumps() if format_ == "json" else text, file=stdout, nl=format_ != "json")
 
 
 def report_option(command: Command) -> Command:
@@ -150,17 +156,59 @@ def write_report(path: str | None, record: Record) -> None:
 
 @contextmanager
 def steps() -> Iterator[Progress]:
-    """Give a progress callback (stage, done, total): a bar on a terminal, nothing elsewhere."""
+    """Give a progress callback (stage, done, total): a bar on a terminal, nothing elsewhere.
+
+    What has one step moves by itself until it is done, and its time is counted.
+    """
     from rich.console import Console
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
     console = Console(stderr=True)
-    with Bars(console=console, transient=True, disable=not console.is_terminal) as progress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with bars(Bars(*columns, console=console, transient=True, disable=not console.is_terminal)) as progress:
         tasks: dict[str, Any] = {}
 
         def report(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total)
-            progress.update(tasks[stage], completed=done, total=total)
+                tasks[stage] = progress.add_task(stage, total=None)
+            known = total if done or total > 1 else None  # a bar without a total moves
+            progress.update(tasks[stage], completed=done, total=known)
 
         yield report
+
+
+_LIVE: list[Any] = []
+"""Bars that are drawn now; a terminal has one place for them."""
+
+
+@contextmanager
+def bars(progress: Bars) -> Iterator[Bars]:
+    """Draw bars, below whatever is shown and noted meanwhile."""
+    with progress:
+        _LIVE.append(progress)
+        try:
+            yield progress
+        finally:
+            _LIVE.remove(progress)
+
+
+@contextmanager
+def _above_bars() -> Iterator[None]:
+    """Take bars off the terminal while something is printed: they would be drawn over it, or erase it."""
+    drawn = [(progress, [task.id for task in progress.tasks if task.visible]) for progress in _LIVE]
+    for progress, tasks in reversed(drawn):
+        _let_see(progress, tasks, visible=False)  # one that starts again erases as many lines as it had
+        progress.stop()
+    try:
+        yield
+    finally:
+        for progress, tasks in drawn:
+            progress.start()
+            _let_see(progress, tasks, visible=True)
+
+
+def _let_see(progress: Bars, tasks: Sequence[Any], *, visible: bool) -> None:
+    for task in tasks:
+        progress.update(task, visible=visible)
+    progress.refresh()

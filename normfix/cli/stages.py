@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from normfix.cli.showing import Command, note
+from normfix.cli.showing import Command, bars, note
 from normfix.reporting.sentences import duration_text
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from normfix.tiling.stages.options import Blocks
     from normfix.tiling.stages.outlook import Outlook, Step
 
-__all__ = ["blocks_of", "engine_option", "stage_options", "watching"]
+__all__ = ["blocks_of", "engine_option", "stage_options", "watching", "working"]
 
 
 _EVERY = 30.0
@@ -84,16 +84,26 @@ def watching() -> Iterator[Bar | Lines]:
         yield Lines()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
     columns = (
+        SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[left]}"),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with bars(Progress(*columns, console=Console(stderr=True), transient=True)) as progress:
         yield Bar(progress)
+
+
+@contextmanager
+def working(path: Path) -> Iterator[Bar | Lines]:
+    """Give a watch for an image, whose bar moves also where no blocks are counted."""
+    with watching() as watch:
+        if isinstance(watch, Bar):
+            watch.wait(path.name)
+        yield watch
 
 
 class Lines:
@@ -127,10 +137,15 @@ class Bar:
         self._progress = progress
         self._task: Any = None
 
+    def wait(self, what: str) -> None:
+        """Move for what nobody counts, until blocks are."""
+        self._task = self._progress.add_task(what, total=None, left="")
+
     def begin(self, outlook: Outlook) -> None:
         """Say what it will take."""
         note(outlook_text(outlook))
-        self._task = self._progress.add_task("", total=None, left="")
+        if self._task is None:
+            self.wait("")
 
     def block(self, step: Step) -> None:
         """Move the bar."""

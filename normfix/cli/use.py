@@ -1,4 +1,4 @@
-"""normfix calibrate, predict and check."""
+"""normfix calibrate and check."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any, Literal
 
 import click
 
-from normfix.cli.answers import Predicted
+from normfix.cli.extents import Extents, Halo, HaloExtents
+from normfix.cli.failures import each
 from normfix.cli.options import Arguments, image_options, model_options, override_option
-from normfix.cli.outputs import is_image, is_saved, output, tell
+from normfix.cli.outputs import is_saved, output, tell
 from normfix.cli.showing import (
     format_option,
+    note,
     report_option,
     require_reports,
     show,
@@ -25,23 +27,7 @@ from normfix.cli.stages import blocks_of, engine_option, stage_options, watching
 from normfix.cli.texts import calibration_text, verdict_text
 from normfix.records.progress import Progress, silent
 
-__all__ = ["calibrate_command", "check_command", "predict_command"]
-
-
-class Halo(click.ParamType):  # type: ignore[type-arg]
-    """A number of pixels, or auto."""
-
-    name = "auto|N"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | Literal["auto"]:
-        """Parse, or fail with the reason."""
-        if value == "auto":
-            return "auto"
-        if not str(value).isdecimal():
-            self.fail("give 'auto' or a number of pixels", param, ctx)
-        return int(value)
+__all__ = ["calibrate_command", "check_command"]
 
 
 class Threshold(click.ParamType):  # type: ignore[type-arg]
@@ -60,11 +46,12 @@ class Threshold(click.ParamType):  # type: ignore[type-arg]
         return threshold
 
 
-_TILE = click.option(
-    "--tile", type=int, default=256, show_default=True, help="Tile size in pixels, on every axis."
-)
 _HALO = click.option(
-    "--halo", type=Halo(), default="auto", show_default=True, help="Context on every side, in pixels."
+    "--halo",
+    type=Halo(),
+    default="auto",
+    show_default=True,
+    help="Context on every side, in pixels; one number, or one per axis.",
 )
 
 
@@ -74,7 +61,9 @@ _HALO = click.option(
 @click.option("-o", "--out", required=True, help="Folder to write, never over anything.")
 @image_options
 @click.option(
-    "--tile", type=click.IntRange(1), help="Read images by window and run in stages over blocks of this size."
+    "--tile",
+    type=Extents(1),
+    help="Read images by window and run in stages over blocks of this size, one number or one per axis.",
 )
 @click.option(
     "--mask",
@@ -101,7 +90,7 @@ def calibrate_command(
     images: tuple[str, ...],
     out: str,
     format_: str,
-    tile: int | None,
+    tile: int | tuple[int, ...] | None,
     masks: tuple[str, ...],
     sample: float | None,
     seed: int,
@@ -118,6 +107,8 @@ def calibrate_command(
     Example:
       normfix calibrate fixed other-images/ -o refitted
     """
+    arguments = Arguments.take(options)
+
     from normfix.api.recalibration import calibrate
     from normfix.networks.provenance import attach_, provenance_of
     from normfix.storage.instructions import commands
@@ -125,7 +116,6 @@ def calibrate_command(
     from normfix.tiling.stages.resuming import resumable
 
     blocks = blocks_of(options, engine).sized(tile)
-    arguments = Arguments.take(options)
     with ExitStack() as stack:
         place = stack.enter_context(output(out, is_saved))
         opened = arguments.open()
@@ -152,97 +142,23 @@ def calibrate_command(
         known, stated = provenance_of(done.model), arguments.scaling()
         if known is not None and stated is not None:  # the new statistics are of images scaled this way
             attach_(done.model, replace(known, scaling=stated))
+        progress("save", 0, 1)
         save(done, place.path)
+        progress("save", 1, 1)
     show(done.summary, calibration_text(done.summary), format_)
     tell(place, f" {commands(Path(out), opened.source)}")
 
 
-@click.command("predict")
-@model_options
-@click.argument("image")
-@click.option(
-    "-o",
-    "--out",
-    required=True,
-    help="File to write, .npy, .tif, .nii, .nii.gz or .zarr, never over anything.",
-)
-@click.option("--tile", type=int, help="Tile size in pixels, on every axis. Default: 256.")
-@_HALO
-@click.option(
-    "--engine",
-    type=click.Choice(["auto", "tiles", "stages", "dask"]),
-    default="auto",
-    show_default=True,
-    help="stages: run once, stage by stage over blocks, for images larger than memory. auto: stages where they pay. "
-    "dask: stages on the cluster at --scheduler; needs a --store that all of it sees.",
-)
-@click.option(
-    "--statistics",
-    type=click.Choice(["stored", "per-image"]),
-    default="stored",
-    show_default=True,
-    help="per-image: normalise the image by its own statistics, measured over all of it.",
-)
-@click.option(
-    "--allow-nonfinite",
-    is_flag=True,
-    help="Write NaN and infinite values that the network gives, instead of refusing them.",
-)
-@stage_options
-@image_options
-@override_option
-@format_option
-def predict_command(
-    image: str,
-    out: str,
-    tile: int | None,
-    halo: int | Literal["auto"],
-    engine: str,
-    statistics: Literal["stored", "per-image"],
-    allow_nonfinite: bool,
-    format_: str,
-    **options: Any,
-) -> None:
-    """Predict IMAGE tile by tile with a converted MODEL, exactly as the whole image would be predicted.
-
-    With --engine stages and --store the same command goes on where it was stopped.
-
-    \b
-    Example:
-      normfix predict fixed nuclei.tif -o prediction.tif
-    """
-    from normfix.api.prediction import write_prediction
-    from normfix.images.axes import require_image_name
-
-    blocks = blocks_of(options, "dask" if engine == "dask" else "local")
-    arguments = Arguments.take(options)
-    require_image_name(Path(out))
-    with output(out, is_image) as place, watching() as watch:
-        opened = arguments.open()
-        windows = arguments.windows((image,), opened.model)
-        if len(windows) != 1:
-            raise click.UsageError(f"{image} names {len(windows)} images; give one")
-        shape, dtype = write_prediction(
-            opened.model,
-            windows[0],
-            place.path,
-            tile,
-            halo=halo,
-            engine="stages" if engine == "dask" else engine,
-            statistics=statistics,
-            blocks=replace(blocks, watch=watch),
-            output=arguments.output,
-            allow_nonfinite=allow_nonfinite,
-        )
-    record = Predicted(path=out, shape=shape, dtype=dtype)
-    show(record, f"{out}: {'x'.join(map(str, shape))}, {dtype}", format_)
-    tell(place)
-
-
 @click.command("check")
 @model_options
-@click.argument("image")
-@_TILE
+@click.argument("images", nargs=-1, required=True)
+@click.option(
+    "--tile",
+    type=Extents(),
+    default=256,
+    show_default=True,
+    help="Tile size in pixels; one number, or one per axis, such as 32,128,128.",
+)
 @_HALO
 @click.option(
     "--threshold",
@@ -254,38 +170,60 @@ def predict_command(
 @report_option
 @format_option
 def check_command(
-    image: str,
-    tile: int,
-    halo: int | Literal["auto"],
+    images: tuple[str, ...],
+    tile: int | tuple[int, ...],
+    halo: HaloExtents,
     threshold: float | None,
     reports: tuple[str, ...],
     format_: str,
     **options: Any,
 ) -> int:
-    """Compare stitched tiles of MODEL with its prediction of the whole IMAGE.
+    """Compare stitched tiles of MODEL with its prediction of each whole image of IMAGES: files, folders, patterns.
 
-    Exits 0 if they agree to rounding, 1 if they do not or nothing could be compared.
+    Exits 0 if they agree to rounding on every image, 1 if they do not or nothing could be compared, 2 if an image could
+    not be read, which does not hinder the others.
 
     \b
     Example:
       normfix check fixed nuclei.tif --tile 256 --report check.md --report check.xml
     """
-    from normfix.proof.check import check
-
     require_reports(reports)
     arguments = Arguments.take(options)
+
+    from normfix.proof.check import check
+
     opened = arguments.open()
-    verdict = check(
-        opened.model,
-        arguments.image(image, opened.model),
-        tile,
-        halo=halo,
-        threshold=threshold,
-        output=arguments.output,
-    )
-    verdict = replace(verdict, settings=(("model", arguments.model), ("file", image), *verdict.settings))
-    try:
-        write_reports(reports, verdict)
-    finally:
-        show(verdict, verdict_text(verdict), format_)
-    return 0 if verdict.passed else 1
+    files = arguments.images(images, opened.model)
+    if len(files) > 1 and reports:
+        raise click.UsageError("--report is of one image; give one")
+    passed: list[bool] = []
+
+    def work(number: int, path: Path) -> None:
+        with steps() as progress:
+            progress(f"check {path.name}", 0, 1)
+            verdict = check(
+                opened.model,
+                files.read(number, path),
+                tile,
+                halo=halo,
+                threshold=threshold,
+                output=arguments.output,
+            )
+        known = (("model", arguments.model), ("file", str(path)))
+        verdict = replace(verdict, settings=(*known, *verdict.settings))
+        try:
+            write_reports(reports, verdict)
+        finally:
+            name = f"{path}: " if len(files) > 1 else ""
+            show(verdict, f"{name}{verdict_text(verdict)}", format_)
+        passed.append(verdict.passed)
+
+    if len(files) == 1:
+        work(0, files.paths[0])
+        return 0 if all(passed) else 1
+    failed = each(files.paths, work)
+    note(f"{sum(passed)} of {len(files)} images passed.")
+    if failed:
+        note(f"Not checked: {', '.join(map(str, failed))}.")
+        return 2
+    return 0 if all(passed) else 1

@@ -122,7 +122,7 @@ def diagnose_network(
     image: Given,
     tile: int | Sequence[int] = 256,
     *,
-    halo: int | Literal["auto"] = "auto",
+    halo: int | Sequence[int] | Literal["auto"] = "auto",
     tiling: Tiling | None = None,
     kind: Kind | None = None,
     labels: Any = None,
@@ -141,7 +141,7 @@ def diagnose_network(
         model: in the mode it is used in (train mode is a cause of its own); not modified.
         image: (1, C, *space); also an array or a file, see normfix.convert.
         tile: pixels per axis.
-        halo: pixels of context on every side; "auto" is what the network needs.
+        halo: pixels of context on every side; "auto" is what the network needs; one number, or one per axis.
         tiling: how the user's pipeline cuts, where it differs from normfix's own way; instead of tile and halo.
         kind: what the output means; default: recognised from its values.
         labels: true classes or masks of the image's space, for accuracy.

@@ -62,7 +62,7 @@ def prepare(
     tiling: Tiling | None,
     *,
     tile: int | Sequence[int],
-    halo: int | Literal["auto"],
+    halo: int | Sequence[int] | Literal["auto"],
     kind: Kind | None,
     caller: Caller,
 ) -> Setting:
@@ -181,7 +181,7 @@ def _wider(geometry: Geometry, extra: Sequence[int]) -> Geometry:
 def _completed(
     tiling: Tiling | None,
     tile: int | Sequence[int],
-    halo: int | Literal["auto"],
+    halo: int | Sequence[int] | Literal["auto"],
     geometry: Geometry,
     ndim: int,
     training: bool,
@@ -191,7 +191,8 @@ def _completed(
     exact = tuple((round_up(b, s), round_up(a, s)) for (b, a), s in pairs)
     if tiling is None:
         extents = (tile,) * ndim if isinstance(tile, int) else tuple(tile)
-        own = exact if halo == "auto" else ((halo, halo),) * ndim
+        sides = (halo,) * ndim if isinstance(halo, int) else halo
+        own = exact if isinstance(sides, str) else tuple((n, n) for n in sides)
         tiling = Tiling(tile=extents, halo=own, train=training)
     elif not tiling.halo:
         tiling = replace(tiling, halo=exact)

@@ -153,7 +153,7 @@ def named_axes(
         raise NormfixError(
             "NF106",
             f"the network takes {ndim} spatial axes, the image has {len(space)} ({named}, {shape}). "
-            "Give --axes if they are named wrongly, or cut the image.",
+            "Give --axes if they are named wrongly, or --slices Z or T to run over the planes of a stack.",
             where=where,
         )
     ordered = tuple(shape[named.index(letter)] for letter in "CZYX" if letter in named)
@@ -163,7 +163,7 @@ def named_axes(
     if problem := _refusal(ordered, channels):
         raise NormfixError(
             "NF106",
-            f"{problem} ({named}). Give --axes if they are named wrongly, or select channels first.",
+            f"{problem} ({named}). Give --axes if they are named wrongly, or choose channels with --channels.",
             where=where,
         )
     return named

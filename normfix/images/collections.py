@@ -22,6 +22,7 @@ from normfix.images.files import read_all
 from normfix.images.formats import SUFFIXES, is_zarr, suffix_of
 from normfix.images.scaling import not_finite, overflown, scaled
 from normfix.images.sources import Image, TensorImage, middle_of, whole
+from normfix.images.views import Part
 from normfix.images.windows import Unread
 from normfix.records.saved import Scaling
 
@@ -139,14 +140,16 @@ class ImageFiles:
     """Image files as a re-iterable of (1, C, *space) tensors, each read and scaled when its turn comes.
 
     `open` opens one (normfix.images.files.open_windows). The last is kept, and not to be written to. A file that is
-    read again must hold the same values again. `tell` is told once what a user should know of one.
+    read again must hold the same values again. `tell` is told once what a user should know of one. `part` is what of
+    each is meant; the planes of a stack are N of (N, C, *space), each scaled by itself.
     """
 
     paths: Sequence[Path]
-    open: Callable[[Path], Unread]
+    open: Callable[..., Unread]
     scaling: Scaling | None
     tell: Callable[[str], None] = lambda text: None
-    _contents: dict[int, Contents | None] = field(default_factory=dict)
+    part: Part = field(default_factory=Part)
+    _contents: dict[tuple[int, int], Contents | None] = field(default_factory=dict)
     _last: dict[int, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -170,15 +173,22 @@ class ImageFiles:
         return self._last[number]
 
     def _read(self, number: int, path: Path) -> Tensor:
-        with self.open(path) as window:
-            if number in self._contents:
-                window = replace(window, contents=self._contents[number])
-            else:
+        first, planes = self._plane(number, path, 0)
+        others = (self._plane(number, path, plane)[0] for plane in range(1, planes))
+        return first if planes == 1 else torch.cat([first, *others])
+
+    def _plane(self, number: int, path: Path, plane: int) -> tuple[Tensor, int]:
+        """Read a plane, or all that there is; return how many planes there are too."""
+        key, where = (number, plane), f"{path}, plane {plane}" if self.part.slices else str(path)
+        with self.open(path, part=replace(self.part, plane=plane)) as window:
+            if key in self._contents:
+                window = replace(window, contents=self._contents[key])
+            elif not plane:
                 for text in window.notes:
                     self.tell(f"{path}: {text}")
             array = read_all(window, path)
-            self._contents[number] = window.contents
-        return to_tensor(scaled(array, self.scaling, str(path)))
+            self._contents[key] = window.contents
+        return to_tensor(scaled(array, self.scaling, where)), window.planes
 
 
 def find_images(patterns: Sequence[str]) -> list[Path]:

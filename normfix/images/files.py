@@ -1,4 +1,4 @@
-"""Open image files to be read by window, or whole: nothing of them is read whole unasked but PNG."""
+"""Open image files to be read by window, or whole: nothing of them is read whole unasked but PNG and JPEG."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from normfix.images.contents import Contents
 from normfix.images.formats import open_file, unreadable
 from normfix.images.formats.opened import ArrayLike, Choice
 from normfix.images.origins import Origin
+from normfix.images.views import Part, part_of
 from normfix.images.windows import Unread, windowed
 
 __all__ = ["open_windows", "read_all", "read_image"]
@@ -43,20 +44,23 @@ def open_windows(
     axes: str | None = None,
     level: int = 0,
     series: str | None = None,
+    part: Part | None = None,
 ) -> Unread:
     """Open an image file or folder to be read by window.
 
     Args:
-        path: .npy, .tif or .tiff (tiled and pyramidal too), .zarr (an array, or OME-Zarr), .nii, .png (read whole).
+        path: .npy, .tif or .tiff (tiled and pyramidal too), .zarr (an array, or OME-Zarr), .nii; .png and .jpg are
+            read whole.
         ndim: number of spatial axes the network takes.
         channels: how many channels the network takes, or what knows it.
         axes: one letter per array axis; default: what the file says, or what the shape leaves no doubt about.
         level: of a pyramid, 0 is the finest.
         series: name or number of the image, where a file holds several.
+        part: which channels, and which plane of a stack; default: all of it. The placement is then that of the stack.
 
     Raises:
         NormfixError: NF101 if it cannot be opened, NF106 if its axes or dtype do not fit the network, NF141 if it
-            holds several images.
+            holds several images, NF532 and NF533 for a part that it has not.
     """
     try:
         origin = Origin.of(path)  # before it is read, so that no change goes unseen
@@ -66,7 +70,11 @@ def open_windows(
     if path.is_dir():
         origin = Origin.of(path, opened.part, opened.listing)
     try:
-        window = windowed(opened.array, opened.axes, ndim=ndim, channels=channels, axes=axes, where=str(path))
+        array, said, planes = opened.array, opened.axes, 1
+        if part is not None:
+            array, said, planes = part_of(array, axes or said, part, ndim=ndim, where=str(path))
+        named = said if axes and part is not None else axes
+        window = windowed(array, said, ndim=ndim, channels=channels, axes=named, where=str(path))
     except NormfixError:
         opened.close()
         raise
@@ -78,8 +86,10 @@ def open_windows(
         axes=axes if axes or opened.axes else window.named,
         level=level,
         series=series,
+        part=part,
     )
-    placement = opened.placed(window.named)
+    stacked = part is not None and part.slices == "Z"
+    placement = opened.placed(f"Z{window.named}" if stacked else window.named)
     return replace(
         window,
         close=opened.close,
@@ -87,6 +97,7 @@ def open_windows(
         reopen=reopen,
         placement=placement,
         notes=opened.notes,
+        planes=planes,
     )
 
 

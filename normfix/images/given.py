@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, Literal, TypeAlias, TypeGuard
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from normfix.images.formats.opened import ArrayLike
 from normfix.images.opening import open_image, scaling_of
 from normfix.images.scaling import parse_scaling, scaled
 from normfix.images.sources import Image
+from normfix.images.views import Part
 from normfix.images.windows import windowed
 from normfix.networks.calling import Caller, home_of
 from normfix.networks.intake import Intake
@@ -73,6 +74,8 @@ def read_images(
     level: int = 0,
     series: str | None = None,
     scaling: Scaling | str | None = None,
+    channels: Sequence[int] = (),
+    slices: Literal["", "Z", "T"] = "",
 ) -> ImageFiles:
     """Return the images of files, folders and patterns, scaled for a model, each read whole when its turn comes.
 
@@ -84,13 +87,15 @@ def read_images(
         series: name or number of the image, where a file holds several.
         scaling: such as "unit", "zscore" or "percentile:1,99.8"; default: what travels with the model. `convert` lets
             it travel with the result.
+        channels: numbers of those to take, in this order; default: all.
+        slices: axis of a stack whose planes are images of their own, N of (N, C, *space), each scaled by itself.
 
     Returns:
         A re-iterable of tensors (1, C, *space), which everything takes that takes images.
 
     Raises:
         NormfixError: NF101 for a name of nothing, NF107 for a scaling that is none; iterating raises the codes of
-            reading and scaling.
+            reading and scaling, NF532 and NF533 for channels and planes that a file has not.
 
     Example:
         >>> import normfix, numpy, torch
@@ -103,7 +108,8 @@ def read_images(
     stated = parse_scaling(scaling) if isinstance(scaling, str) else scaling
     intake = Intake(model)
     opens = partial(open_windows, ndim=intake.ndim, channels=intake, axes=axes, level=level, series=series)
-    return ImageFiles(find_images([str(name) for name in names]), opens, stated or scaling_of(model))
+    paths, part = find_images([str(name) for name in names]), Part(tuple(channels), slices)
+    return ImageFiles(paths, opens, stated or scaling_of(model), part=part)
 
 
 @contextmanager

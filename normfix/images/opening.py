@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -12,13 +14,14 @@ from normfix.images.files import open_windows
 from normfix.images.formats.opened import ArrayLike
 from normfix.images.scaling import scaling_numbers
 from normfix.images.spread import Spread
-from normfix.images.windows import ScaledImage, windowed
+from normfix.images.views import Part, part_of
+from normfix.images.windows import ScaledImage, Unread, windowed
 from normfix.networks.calling import home_of
 from normfix.networks.intake import Intake
 from normfix.networks.provenance import provenance_of
 from normfix.records.saved import Scaling
 
-__all__ = ["open_image", "scaling_of"]
+__all__ = ["Opener", "open_image", "scaling_of"]
 
 
 def open_image(
@@ -29,6 +32,7 @@ def open_image(
     level: int = 0,
     series: str | None = None,
     scaling: Scaling | None = None,
+    channels: Sequence[int] = (),
 ) -> ScaledImage:
     """Open an image to be read by window, scaled over all of it, for a model.
 
@@ -39,9 +43,10 @@ def open_image(
         level: of a pyramid, 0 is the finest.
         series: name or number of the image, where a file holds several.
         scaling: default: what travels with the model.
+        channels: numbers of those to take, in this order; default: all.
 
     Raises:
-        NormfixError: NF101, NF104, NF106 and NF107 of the image.
+        NormfixError: NF101, NF104, NF106 and NF107 of the image, NF532 for channels that it has not.
 
     Example:
         >>> import normfix, numpy, torch
@@ -49,17 +54,8 @@ def open_image(
         >>> normfix.open_image(numpy.zeros((300, 200), "float32"), net).shape
         (1, 1, 300, 200)
     """
-    intake = Intake(model)
-    if isinstance(image, str | PathLike):
-        window = open_windows(
-            Path(image), ndim=intake.ndim, channels=intake, axes=axes, level=level, series=series
-        )
-    else:
-        window = windowed(image, ndim=intake.ndim, channels=intake, axes=axes)
-    stated = scaling if scaling is not None else scaling_of(model)
-    offset, divisor = scaling_numbers(Spread(window), stated)
-    device, dtype = home_of(model)
-    return ScaledImage(window, offset=offset, divisor=divisor, dtype=dtype, device=device)
+    part = Part(channels=tuple(channels))
+    return Opener(model, axes=axes, level=level, series=series, scaling=scaling, part=part).open(image)
 
 
 def scaling_of(model: nn.Module) -> Scaling | None:
@@ -81,3 +77,49 @@ def scaling_of(model: nn.Module) -> Scaling | None:
             where=name,
         )
     return known.scaling
+
+
+class Opener:
+    """Opens one image after another for a model, of which it is learned once what it takes; see `open_image`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        axes: str | None = None,
+        level: int = 0,
+        series: str | None = None,
+        scaling: Scaling | None = None,
+        part: Part | None = None,
+    ) -> None:
+        self._intake = Intake(model)
+        self._axes, self._level, self._series = axes, level, series
+        self._part = part or Part()
+        self._scaling = scaling if scaling is not None else scaling_of(model)
+        self._device, self._dtype = home_of(model)
+
+    def open(self, image: PathLike[str] | str | ArrayLike, plane: int = 0) -> ScaledImage:
+        """Open an image, or a plane of a stack, to be read by window, scaled over all of it."""
+        window = self._window(image, plane)
+        try:
+            offset, divisor = scaling_numbers(Spread(window), self._scaling)
+        except BaseException:
+            window.close()
+            raise
+        return ScaledImage(window, offset=offset, divisor=divisor, dtype=self._dtype, device=self._device)
+
+    def _window(self, image: PathLike[str] | str | ArrayLike, plane: int) -> Unread:
+        ndim, axes, part = self._intake.ndim, self._axes, replace(self._part, plane=plane)
+        if not isinstance(image, str | PathLike):
+            array, said, planes = part_of(image, axes, part, ndim=ndim, where="image")
+            window = windowed(array, ndim=ndim, channels=self._intake, axes=said)
+            return replace(window, planes=planes)
+        return open_windows(
+            Path(image),
+            ndim=ndim,
+            channels=self._intake,
+            axes=axes,
+            level=self._level,
+            series=self._series,
+            part=part,
+        )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from normfix.errors import NormfixError
 from normfix.networks.calling import failures
 from normfix.networks.naming import named
 from normfix.records.saved import Scaling
+from normfix.records.scalings import parse_scaling, two_of
 
 __all__ = ["Distribution", "not_finite", "overflown", "parse_scaling", "scaled", "scaling_numbers"]
 
@@ -93,10 +94,10 @@ def scaling_numbers(values: Distribution, scaling: Scaling | None) -> tuple[floa
             _positive(extent, where)  # the deviation of a constant can round to more than 0
             return mean, _positive(sd, where)
         case "percentile":
-            low, high = values.percentiles(_two(scaling))
+            low, high = values.percentiles(two_of(scaling))
             return low, _positive(high - low, where)
         case "fixed":
-            return _two(scaling)
+            return two_of(scaling)
         case "preprocess":
             raise NormfixError(
                 "NF107",
@@ -125,30 +126,6 @@ def scaled(array: Array, scaling: Scaling | None, where: str = "image") -> Array
     if not np.isfinite(kept).all():
         raise overflown(where, str(kept.dtype))
     return kept
-
-
-def parse_scaling(text: str) -> Scaling:
-    """Read `none`, `unit`, `zscore`, `percentile:LOW,HIGH` or `MEAN,STD`.
-
-    Raises:
-        NormfixError: NF107 for anything else.
-    """
-    if text in ("none", "unit", "zscore"):
-        return Scaling(kind=cast(Literal["none", "unit", "zscore"], text))
-    kind, numbers = (
-        ("percentile", text.removeprefix("percentile:"))
-        if text.startswith("percentile:")
-        else ("fixed", text)
-    )
-    try:
-        low, high = (float(n) for n in numbers.split(","))
-    except ValueError as error:
-        raise NormfixError(
-            "NF107", "give none, unit, zscore, percentile:LOW,HIGH or MEAN,STD.", where=f"--scale {text}"
-        ) from error
-    scaling = Scaling(kind=cast(Literal["percentile", "fixed"], kind), values=(low, high))
-    _two(scaling)
-    return scaling
 
 
 def not_finite(where: str) -> NormfixError:
@@ -180,21 +157,6 @@ def _positive(spread: float, where: str) -> float:
             where=where,
         )
     return spread
-
-
-def _two(scaling: Scaling) -> tuple[float, float]:
-    """Return the two numbers of a percentile or fixed scaling."""
-    low, high = scaling.values if len(scaling.values) == 2 else (math.nan, math.nan)
-    sane = (
-        0 <= low < high <= 100 if scaling.kind == "percentile" else math.isfinite(low) and 0 < high < math.inf
-    )
-    if not sane:
-        raise NormfixError(
-            "NF107",
-            "percentiles run from 0 to 100, low before high; a mean is finite and a deviation positive.",
-            where=f"--scale {scaling.kind} {','.join(map(str, scaling.values))}",
-        )
-    return low, high
 
 
 def _preprocessed(array: Array, name: str, where: str) -> Array:

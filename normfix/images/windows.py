@@ -39,7 +39,7 @@ class Unread:
     `fixed` are axes of extent 1 that are no space and no channels. `close` lets a file go; leaving the context
     does so too. `contents` is what was read of the file so far, which `reopen` opens again where it changed or this
     window is sent to another process; `placement` what the file says of where its pixels lie; `notes` what a user
-    should know of it.
+    should know of it; `planes` how many there are along the axis that it is cut along.
     """
 
     array: ArrayLike
@@ -51,6 +51,7 @@ class Unread:
     reopen: Callable[[], Unread] | None = None
     placement: Placement = field(default_factory=Placement)
     notes: tuple[str, ...] = ()
+    planes: int = 1
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.reopen is not None:
@@ -200,6 +201,11 @@ class ScaledImage:
     def notes(self) -> tuple[str, ...]:
         """Return what a user should know of the file, such as chunks that are missing."""
         return tuple(f"{self._window.where}: {text}" for text in self._window.notes)
+
+    @property
+    def planes(self) -> int:
+        """Return how many planes there are along the axis that the file is cut along."""
+        return self._window.planes
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -39,7 +39,7 @@ def check(
     image: Any,
     tile: int | Sequence[int] = 256,
     *,
-    halo: int | Literal["auto"] = "auto",
+    halo: int | Sequence[int] | Literal["auto"] = "auto",
     threshold: float | None = None,
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
@@ -54,7 +54,8 @@ def check(
         image: (N, C, *space), larger than a window on at least one axis; also an array or a file, see
             normfix.convert; for a pipeline what it takes.
         tile: pixels per axis, multiples of the stride.
-        halo: pixels of context on every side; "auto" is what the network needs once nothing is live.
+        halo: pixels of context on every side; "auto" is what the network needs once nothing is live; one number,
+            or one per axis.
         threshold: largest difference, in sd, that still passes with a warning; default 100 times the
             measured noise floor.
         forward_fn: `forward_fn(model, image)` for another calling convention.

@@ -48,7 +48,7 @@ _FORMS = (reloaded, frozen, folded, stock, portable, exported)
 def prove(
     model: nn.Module,
     images: GivenImages,
-    tile: int | None = None,
+    tile: int | Sequence[int] | None = None,
     *,
     blocks: Blocks | None = None,
     mask: Mask | Sequence[Mask] | None = None,
@@ -69,7 +69,7 @@ def prove(
             read by window (normfix.open_image); also arrays and files, see normfix.convert. Statistics are re-measured
             over all of each; what needs whole forward passes is proved on the first, or on the middle of it where it is
             read by window.
-        tile: size of the tiles to compare; default: a quarter of the image, at most 256.
+        tile: size of the tiles to compare, one number or one per axis; default: a quarter of the image, at most 256.
         blocks: how images read by window are measured in stages.
         mask: as it was calibrated with; see normfix.calibrate.
         source: "pkg.mod:factory" or "timm:NAME" that builds the network, if it does not know it: a fresh process has
@@ -117,7 +117,7 @@ def prove(
         plan=provenance.plan,
         geometry=None if surplus else geometry,
         extents=known.scan.example[2:],
-        tile=tile,
+        tile=tuple(tile) if isinstance(tile, Sequence) else tile,
         sizes=known.scan.sizes,
     )
     travels = replace(

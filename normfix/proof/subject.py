@@ -50,7 +50,7 @@ class Subject:
     plan: Plan
     geometry: Geometry | None
     extents: tuple[int, ...]
-    tile: int | None = None
+    tile: int | tuple[int, ...] | None = None
     original: nn.Module | None = None
     cross: tuple[int, ...] = ()
     double: nn.Module | None = None

@@ -72,12 +72,14 @@ class Durations:
         passes = _FREEZE if len(sizes) == 1 else sites / 2 + 1
         return passes * sum(map(self._pass, sizes)) if sites else 0.0
 
-    def proof(self, sizes: Sequence[Sequence[int]], geometry: Geometry | None, tile: int | None) -> float:
+    def proof(
+        self, sizes: Sequence[Sequence[int]], geometry: Geometry | None, tile: int | Sequence[int] | None
+    ) -> float:
         """Return the seconds of a proof on the first image, and of one comparison on each other."""
         first, *others = sizes
         overlap = 1.0
         if geometry is not None:
-            sides = (tile,) * len(first) if tile else geometry.quarter(first)
+            sides = (tile,) * len(first) if isinstance(tile, int) else tile or geometry.quarter(first)
             for n, side, halo in zip(first, sides, geometry.halo, strict=True):
                 overlap *= min(n, side + sum(halo)) / min(n, side)
         compared = (_COMPARE + _TILES * overlap) * self._pass(first) + _AROUND * self.seconds

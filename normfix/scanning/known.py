@@ -77,13 +77,17 @@ def _as_index(output: str | None) -> int | None:
 
 
 def with_halo(geometry: Geometry | None, halo: object) -> Geometry | None:
-    """Return the geometry with a halo of the caller's on every side.
+    """Return the geometry with a halo of the caller's on every side, one for all axes or one for each.
 
     Raises:
-        NormfixError: NF410 for what is neither "auto" nor a number of pixels.
+        NormfixError: NF410 for what is neither "auto" nor a number of pixels, or one per axis.
     """
     if halo == "auto":
         return geometry
-    if not isinstance(halo, int) or isinstance(halo, bool) or halo < 0:
-        raise NormfixError("NF410", "give 'auto' or a number of pixels, 0 or more.", where=f"halo={halo!r}")
-    return geometry and replace(geometry, halo=((halo, halo),) * len(geometry.stride))
+    ndim = None if geometry is None else len(geometry.stride)
+    pixels: tuple[Any, ...] = tuple(halo) if isinstance(halo, list | tuple) else (halo,) * (ndim or 1)
+    if not all(type(n) is int and n >= 0 for n in pixels) or (ndim and len(pixels) != ndim) or not pixels:
+        raise NormfixError(
+            "NF410", "give 'auto', a number of pixels, 0 or more, or one per axis.", where=f"halo={halo!r}"
+        )
+    return geometry and replace(geometry, halo=tuple((n, n) for n in pixels))

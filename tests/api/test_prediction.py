@@ -89,11 +89,39 @@ def test_less_halo_than_needed_is_refused(converted, image):
     assert normfix.predict(converted, image, tile=32, halo=16).shape == (1, 2, 96, 128)
 
 
-@pytest.mark.parametrize("halo", [-1, 1.5, None, "x", (3, 3), True])
+@pytest.mark.parametrize("halo", [-1, 1.5, None, "x", (3, 3, 3), (), (3, -1), (3, "a"), True])
 def test_impossible_halo(converted, image, halo):
-    """A halo that is no number of pixels is refused with a code."""
+    """A halo that is no number of pixels, nor one per axis, is refused with a code."""
     with pytest.raises(normfix.NormfixError, match="NF410"):
         normfix.check(converted, image, tile=32, halo=halo)
+
+
+def test_a_halo_may_be_said_per_axis(network, image):
+    """Axes of different reach take different halos, and less than one of them needs is not enough."""
+    network[2] = nn.Conv2d(8, 2, (3, 9), padding=(1, 4))
+    model = normfix.convert(network, image).model
+    assert normfix.check(model, image, tile=(32, 16), halo=(2, 5)).passed
+    assert normfix.check(model, image, tile=32, halo=(5, 2)).status == "failed"
+    whole = normfix.predict(model, image, tile=(16, 32), halo=(2, 5))
+    torch.testing.assert_close(whole, model(image))
+    with pytest.raises(normfix.NormfixError, match="NF410 halo=5,2"):
+        normfix.predict(model, image, halo=(5, 2))
+
+
+@pytest.mark.parametrize("prove", [False, True], ids=["convert", "prove"])
+def test_tiles_to_prove_with_may_be_said_per_axis(network, image, prove, monkeypatch):
+    """The verdict is of the tiles that were asked for, and another number of axes is NF402."""
+    monkeypatch.setattr("normfix.proof.prove._FORMS", ())
+    model = normfix.convert(network, image).model
+
+    def verdict(tile):
+        return (
+            normfix.prove(model, image, tile) if prove else normfix.convert(network, image, tile=tile).proof
+        ).verdict
+
+    assert verdict((32, 16)).tile == (32, 16)
+    with pytest.raises(normfix.NormfixError, match="NF402"):
+        verdict((32, 16, 8))
 
 
 @pytest.mark.parametrize("tile", [0, -4, 1.5, "a", None, (32,), (32, 1.5)])

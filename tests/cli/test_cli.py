@@ -18,6 +18,7 @@ from factories import tiny_unet
 
 import normfix
 from normfix.cli import cli, main
+from normfix.cli.extents import Extents
 from normfix.cli.options import ArgumentsJson
 from normfix.errors import CODES
 from normfix.images.files import open_windows, read_image
@@ -475,6 +476,9 @@ def test_a_plan_of_another_network_is_refused(run, image, tmp_path):
         ["check", ARCH, "i.tif", "--halo", "-1"],
         ["check", ARCH, "i.tif", "--halo", "²"],
         ["check", ARCH, "i.tif", "--tile", "big"],
+        ["check", ARCH, "i.tif", "--tile", "32,"],
+        ["check", ARCH, "i.tif", "--halo", "8,-1"],
+        ["convert", ARCH, "i.tif", "-o", "out", "--to", "frozen", "--tile", "64,0"],
         ["check", ARCH, "i.tif", "--report", "r.txt"],
         ["scan", ARCH, "--input", "64"],
         ["scan", ARCH, "--input", "1x1x0x64"],
@@ -510,6 +514,38 @@ def test_an_output_is_refused_before_anything_is_computed(run, tmp_path, out):
     assert (tmp_path / "old.tif").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["calibrate", "predict", "check"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("convert", "prove", "diagnose")],
+)
+def test_tile_and_halo_are_taken_per_axis(run, fixed, image, tmp_path, command):
+    """Every command with --tile or --halo takes one number for each axis."""
+    options = {parameter.name for parameter in cli.commands[command].params}
+    words = (
+        [*("convert", ARCH, "--to", "frozen")] if command == "convert" else [command, fixed, "--arch", ARCH]
+    )
+    words += ["-o", tmp_path / "out.npy"] if command == "predict" else []
+    words += ["-o", tmp_path / "out"] if command in ("convert", "calibrate") else []
+    words += ["--scale", "zscore", "--tile", "32,16"]
+    words += ["--halo", "32,48"] if command in ("check", "predict", "diagnose") else []
+    done = run(*words, image)
+    assert "tile" in options
+    assert done.code == 0, done.err
+
+
+def test_tiles_per_axis_are_those_that_are_checked(run, fixed, image):
+    """The record states the tile of each axis, also where pyproject.toml gives it as a list."""
+    done = run("check", fixed, image, "--arch", ARCH, "--tile", "32,16", "--format", "json")
+    assert Verdict.loads(done.out).tile == (32, 16)
+    assert Extents().convert([32, 16], None, None) == (32, 16)
+
+
+def test_tiles_for_three_axes_are_refused_for_two(run, fixed, image):
+    """One number too many is NF402."""
+    assert_refused(run("check", fixed, image, "--arch", ARCH, "--tile", "32,16,8"), "NF402")
+
+
 def test_predicting_with_a_live_network_is_refused(run, image, tmp_path):
     """Tiles of a live network do not give its prediction: NF409, no file."""
     words = ("--scale", "zscore", "--tile", 32, "-o", tmp_path / "p.tif")
@@ -521,13 +557,6 @@ def test_calibrating_a_live_network_is_refused(run, image, tmp_path):
     """A network with live statistics has nothing to calibrate yet: NF302."""
     words = ("--scale", "zscore", "-o", tmp_path / "out")
     assert_refused(run("calibrate", ARCH, image, *words), "NF302")
-
-
-def test_two_images_for_one_are_refused(run, fixed, image):
-    """`check` takes one image, not a folder of two."""
-    tifffile.imwrite(image.parent / "second.tif", PIXELS)
-    done = run("check", fixed, image.parent, "--arch", ARCH)
-    assert (done.code, "names 2 images" in done.err) == (2, True)
 
 
 def test_a_folder_does_not_decide_what_runs(run, fixed, image):

@@ -70,9 +70,9 @@ def test_one_file_is_decoded_once_and_several_once_per_pass(tmp_path):
     """However often a single image is asked for, its file is opened once; of several only the last is kept."""
     decoded = []
 
-    def opened(path):
+    def opened(path, **options):
         decoded.append(path.name)
-        return OPEN(path)
+        return OPEN(path, **options)
 
     for name in ("a.npy", "b.npy"):
         np.save(tmp_path / name, FLOAT)

@@ -32,7 +32,7 @@ __all__ = [
     "why",
 ]
 
-SUFFIXES = (".tif", ".tiff", ".png", ".npy", ".nii", ".nii.gz")
+SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".npy", ".nii", ".nii.gz")
 """Endings of the files that are read as images; folders in Zarr are too."""
 
 OUTPUTS = (".npy", ".tif", ".tiff", ".zarr", ".nii", ".nii.gz")
@@ -54,7 +54,7 @@ def open_file(path: Path, choice: Choice | None = None) -> Opened:
     """Open an image file or folder; what of it is read is up to the caller.
 
     Args:
-        path: .tif, .png, .npy, .nii, .nii.gz or a folder in Zarr.
+        path: .tif, .png, .jpg, .npy, .nii, .nii.gz or a folder in Zarr.
         choice: which series and level, where a file has several.
 
     Raises:
@@ -82,6 +82,10 @@ def open_file(path: Path, choice: Choice | None = None) -> Opened:
                 from normfix.images.formats.png import open_png
 
                 return open_png(path)
+            case ".jpg" | ".jpeg":
+                from normfix.images.formats.jpeg import open_jpeg
+
+                return open_jpeg(path)
         if is_zarr(path):
             require_zarr(str(path))
             from normfix.images.formats.ome_zarr import open_zarr
@@ -117,6 +121,8 @@ def create(
     axes: str,
     placement: Placement,
     blocks: Sequence[int] | None = None,
+    *,
+    imagej: bool = False,
 ) -> Any:
     """Make a file that takes windows of an array by assignment; `finish` makes it what its ending says.
 
@@ -127,6 +133,7 @@ def create(
         axes: a letter per axis.
         placement: of the pixels; each format holds what it can.
         blocks: extents of the windows that will be written, per axis of the array.
+        imagej: of a TIFF, write what Fiji opens as a hyperstack by itself, where its format holds the array.
     """
     match suffix_of(path):
         case ".zarr":
@@ -142,7 +149,7 @@ def create(
             return create_nifti(path, shape, dtype, axes, placement)
     from normfix.images.formats.tiff import create as create_tiff
 
-    return create_tiff(path, shape, dtype, axes, placement)
+    return create_tiff(path, shape, dtype, axes, placement, imagej=imagej)
 
 
 def finish(path: Path) -> None:

@@ -208,6 +208,12 @@ def create(path: Path, shape: Sequence[int], dtype: np.dtype[Any], axes: str, pl
     )
     stored = [axes.index(letter) for letter in "XYZC" if letter in axes]
     extents = [shape[i] for i in stored]
+    if "T" in axes:
+        raise NormfixError(
+            "NF142",
+            "a stack along T has no place in NIfTI. Give a name ending in .tif or .zarr.",
+            where=str(path),
+        )
     if "C" in axes and len(extents) < 4:
         raise NormfixError(
             "NF142",

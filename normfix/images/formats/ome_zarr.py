@@ -130,7 +130,7 @@ def create(
 
     described: list[dict[str, str]] = []
     for letter in axes:
-        axis = {"name": letter.lower(), "type": "space" if letter in spaces else "channel"}
+        axis = {"name": letter.lower(), "type": {"C": "channel", "T": "time"}.get(letter, "space")}
         if letter in spaces and placement.unit and placement.spacing:
             axis["unit"] = placement.unit
         described.append(axis)

@@ -358,7 +358,15 @@ def _runs_within(data: bytes, most: int) -> bool:
     return total <= most
 
 
-def create(path: Path, shape: Sequence[int], dtype: np.dtype[Any], axes: str, placement: Placement) -> Any:
+def create(
+    path: Path,
+    shape: Sequence[int],
+    dtype: np.dtype[Any],
+    axes: str,
+    placement: Placement,
+    *,
+    imagej: bool = False,
+) -> Any:
     """Make a TIFF to be written by window: OME where size or channels are known, GeoTIFF as it came.
 
     Args:
@@ -367,10 +375,21 @@ def create(path: Path, shape: Sequence[int], dtype: np.dtype[Any], axes: str, pl
         dtype: of the array.
         axes: a letter per axis of the array.
         placement: of the pixels.
+        imagej: a hyperstack of ImageJ instead, where that holds the array.
     """
     import tifffile
 
     tags = placement.native if isinstance(placement.native, _Tags) else None
+    stored = math.prod(shape) * dtype.itemsize
+    if imagej and not (tags and tags.geo) and dtype.name in _IMAGEJ and stored < _IMAGEJ_BYTES:
+        return tifffile.memmap(
+            path,
+            shape=tuple(shape),
+            dtype=dtype,
+            imagej=True,
+            photometric="minisblack",
+            **_imagej(axes, placement),
+        )
     options = {} if tags is None else tags.options()
     described: dict[str, Any] = {"axes": axes}
     sizes = placement.spacing if placement.unit in UNITS and not (tags and tags.geo) else ()
@@ -394,6 +413,22 @@ def create(path: Path, shape: Sequence[int], dtype: np.dtype[Any], axes: str, pl
         metadata=described,
         **options,
     )
+
+
+_IMAGEJ, _IMAGEJ_BYTES = ("uint8", "uint16", "float32"), (1 << 32) - (1 << 20)
+"""Types of pixels, and bytes, that ImageJ's own TIFF holds."""
+
+
+def _imagej(axes: str, placement: Placement) -> dict[str, Any]:
+    """Return axes, and size of pixels where it is known, as ImageJ has them."""
+    described: dict[str, Any] = {"axes": axes}
+    sizes = dict(zip("XYZ", reversed(placement.spacing), strict=False))
+    if placement.unit not in UNITS or "X" not in sizes:
+        return {"metadata": described}
+    described["unit"] = placement.unit.replace("micrometer", "um")
+    if "Z" in sizes:
+        described["spacing"] = sizes["Z"]
+    return {"metadata": described, "resolution": (1 / sizes["X"], 1 / sizes["Y"])}
 
 
 def _extents(level: Any) -> list[int]:

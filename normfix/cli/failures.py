@@ -1,0 +1,52 @@
+"""Errors as text: what was foreseen says itself what to do, the rest says whose fault it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from normfix.cli.showing import note
+from normfix.errors import NormfixError
+
+__all__ = ["each", "text_of_error"]
+
+
+def text_of_error(error: BaseException) -> str:
+    """Return an error in one paragraph, with what was noted on it, such as how to go on."""
+    said = error if isinstance(error, NormfixError) else _unforeseen(error)
+    noted = [text for one in (error, error.__cause__) for text in getattr(one, "__notes__", ())]
+    return " ".join([str(said), *noted])
+
+
+def each(
+    paths: Iterable[Path], work: Callable[[int, Path], object], hopeless: tuple[type[Exception], ...] = ()
+) -> list[Path]:
+    """Do the work for each image, say on stderr for which it failed, and return these.
+
+    Errors of classes that are hopeless are of the network, so no other image fares better: they end it.
+    """
+    failed = []
+    for number, path in enumerate(paths):
+        try:
+            work(number, path)
+        except hopeless:
+            raise
+        except Exception as error:  # noqa: BLE001 - the boundary of one image
+            text = text_of_error(error)
+            note(text if str(path) in text else f"{path}: {text}")
+            failed.append(path)
+    return failed
+
+
+def _unforeseen(error: BaseException) -> NormfixError:
+    """Return the error for what the system refused, or normfix did wrong, where nobody expected it."""
+    shows = "`normfix --debug COMMAND ...` shows where"
+    if isinstance(error, OSError) and error.errno is not None:
+        return NormfixError(
+            "NF337",
+            f"the system refused: {' '.join((error.strerror or str(error)).split())[:300]}. No output is half "
+            f"written. Make room or give permission there and repeat the command; {shows}.",
+            where="" if error.filename is None else str(error.filename),
+        )
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return NormfixError("NF901", f"{reason}. Nothing was written; {shows}.")

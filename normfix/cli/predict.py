@@ -1,0 +1,283 @@
+"""normfix predict: one image to a file, or several to a folder, each whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from normfix.cli.answers import Predicted
+from normfix.cli.extents import Extents, Halo, HaloExtents
+from normfix.cli.failures import each
+from normfix.cli.options import Arguments, image_options, model_options, override_option
+from normfix.cli.outputs import is_image, output, tell
+from normfix.cli.showing import format_option, note, show
+from normfix.cli.stages import blocks_of, stage_options, working
+from normfix.errors import NormfixError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from normfix.images.drafts import Naming
+    from normfix.images.opening import Opener
+    from normfix.images.windows import ScaledImage
+
+__all__ = ["predict_command"]
+
+_ENDINGS = [".tif", ".npy", ".zarr", ".nii", ".nii.gz"]
+
+
+@click.command("predict")
+@model_options
+@click.argument("images", nargs=-1, required=True)
+@click.option(
+    "-o",
+    "--out",
+    required=True,
+    help="File to write, .npy, .tif, .nii, .nii.gz or .zarr; for several images a folder. Never over anything.",
+)
+@click.option(
+    "--ending",
+    type=click.Choice(_ENDINGS),
+    help="Of the files in a folder. Default: that of the image, .tif for PNG and JPEG.",
+)
+@click.option(
+    "--tile", type=Extents(), help="Tile size in pixels; one number, or one per axis. Default: 256."
+)
+@click.option(
+    "--halo",
+    type=Halo(),
+    default="auto",
+    show_default=True,
+    help="Context on every side, in pixels; one number, or one per axis.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "tiles", "stages", "dask"]),
+    default="auto",
+    show_default=True,
+    help="stages: run once, stage by stage over blocks, for images larger than memory. auto: stages where they pay. "
+    "dask: stages on the cluster at --scheduler; needs a --store that all of it sees.",
+)
+@click.option(
+    "--statistics",
+    type=click.Choice(["stored", "per-image"]),
+    default="stored",
+    show_default=True,
+    help="per-image: normalise the image by its own statistics, measured over all of it.",
+)
+@click.option(
+    "--allow-nonfinite",
+    is_flag=True,
+    help="Write NaN and infinite values that the network gives, instead of refusing them.",
+)
+@click.option(
+    "--as",
+    "as_",
+    default="raw",
+    show_default=True,
+    metavar="raw|classes|probabilities|mask[:P]",
+    help="classes: number of the largest of several channels, uint8. mask: 255 where the probability is above P "
+    "(0.5), uint8. A TIFF of these opens in Fiji as a hyperstack.",
+)
+@click.option(
+    "--logits",
+    type=click.Choice(["softmax", "sigmoid", "none"]),
+    help="What makes probabilities of the output. Default: softmax of several channels, sigmoid of one; none: it is "
+    "probabilities already.",
+)
+@stage_options
+@image_options
+@override_option
+@format_option
+def predict_command(
+    images: tuple[str, ...],
+    out: str,
+    ending: str | None,
+    tile: int | tuple[int, ...] | None,
+    halo: HaloExtents,
+    engine: str,
+    statistics: Literal["stored", "per-image"],
+    allow_nonfinite: bool,
+    as_: str,
+    logits: str | None,
+    format_: str,
+    **options: Any,
+) -> int:
+    """Predict IMAGES tile by tile with a converted MODEL, exactly as the whole images would be predicted.
+
+    Images are files, folders and patterns. With -o FOLDER each prediction is named after its image; one image that
+    fails does not hinder the others, is named at the end, and the command exits 2. With --slices the planes of a
+    stack are predicted each by itself, and the prediction is a stack.
+
+    With --engine stages and --store the same command goes on where it was stopped.
+
+    \b
+    Example:
+      normfix predict fixed nuclei.tif -o prediction.tif
+    """
+    arguments = Arguments.take(options)
+
+    from normfix.images.rendering import Rendering
+
+    blocks = blocks_of(options, "dask" if engine == "dask" else "local")
+    settings = {
+        "tile": tile,
+        "halo": halo,
+        "engine": "stages" if engine == "dask" else engine,
+        "statistics": statistics,
+        "blocks": blocks,
+        "output": arguments.output,
+        "allow_nonfinite": allow_nonfinite,
+        "as_": as_,
+        "logits": logits,
+    }
+    Rendering.parse(as_, logits)
+    if _is_folder(Path(out)):
+        return _predict_each(arguments, images, Path(out), ending, settings, format_)
+    return _predict_one(arguments, images, out, settings, format_)
+
+
+def _predict_one(
+    arguments: Arguments, images: Sequence[str], out: str, settings: dict[str, Any], format_: str
+) -> int:
+    from normfix.images.axes import require_image_name
+    from normfix.images.collections import find_images
+
+    require_image_name(Path(out))
+    with output(out, is_image) as place:
+        paths = find_images(images)
+        if len(paths) != 1:
+            raise NormfixError(
+                "NF531",
+                f"{len(paths)} images go to a folder: give -o a name without an ending.",
+                where=out,
+            )
+        run = _Run.of(arguments, settings, format_)
+        run.predict(paths[0], place)
+    tell(place)
+    return 0
+
+
+def _predict_each(
+    arguments: Arguments,
+    images: Sequence[str],
+    folder: Path,
+    ending: str | None,
+    settings: dict[str, Any],
+    format_: str,
+) -> int:
+    from normfix.api.prediction import NotTiledError
+    from normfix.images.collections import find_images
+
+    _require_folder(folder)
+    paths = list(dict.fromkeys(find_images(images)))
+    targets = _targets(paths, folder, ending)
+    run = _Run.of(arguments, settings, format_)
+    fresh = not folder.exists()
+    folder.mkdir(exist_ok=True)
+
+    def work(number: int, path: Path) -> None:
+        with output(str(targets[number]), is_image) as place:
+            run.predict(path, place)
+
+    try:
+        failed = each(paths, work, hopeless=(NotTiledError,))
+    finally:
+        if fresh and not any(folder.iterdir()):
+            folder.rmdir()
+    note(f"{len(paths) - len(failed)} of {len(paths)} images predicted, to {folder}.")
+    if failed:
+        note(f"Failed: {', '.join(map(str, failed))}.")
+    return 2 if failed else 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Predicts one image after another with one network."""
+
+    model: nn.Module
+    opener: Opener
+    settings: dict[str, Any]
+    format: str
+    slices: str | None
+
+    @classmethod
+    def of(cls, arguments: Arguments, settings: dict[str, Any], format_: str) -> _Run:
+        model = arguments.open().model
+        return cls(model, arguments.opener(model), settings, format_, arguments.slices)
+
+    def predict(self, path: Path, place: Naming) -> None:
+        """Write the prediction of an image, and show its record."""
+        from normfix.api.prediction import write_prediction, write_stack
+
+        with self.opener.open(path) as image, working(path) as watch:
+            for text in image.notes:
+                note(text)
+            settings = {**self.settings, "blocks": replace(self.settings["blocks"], watch=watch)}
+            if self.slices is None:
+                shape, dtype = write_prediction(self.model, image, place.path, **settings)
+            else:
+                planes, stack = self._planes(path, image.planes), (self.slices, image.planes)
+                shape, dtype = write_stack(self.model, planes, place.path, stack, **settings)
+        record = Predicted(path=str(place.target), shape=shape, dtype=dtype)
+        show(record, f"{place.target}: {'x'.join(map(str, shape))}, {dtype}", self.format)
+
+    def _planes(self, path: Path, count: int) -> Iterator[ScaledImage]:
+        for plane in range(count):
+            with self.opener.open(path, plane) as image:
+                yield image
+
+
+def _is_folder(out: Path) -> bool:
+    """Tell whether -o means a folder of predictions, and not one that is a prediction itself (Zarr)."""
+    return not out.suffix or (out.is_dir() and out.suffix.lower() != ".zarr")
+
+
+def _require_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be made, before anything is computed for it.
+
+    Raises:
+        NormfixError: NF114.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NormfixError("NF114", "it exists and is no folder. Name another one.", where=str(folder))
+    if not folder.parent.is_dir():
+        raise NormfixError("NF114", f"there is no folder {folder.parent} to make it in.", where=str(folder))
+
+
+def _targets(paths: Sequence[Path], folder: Path, ending: str | None) -> list[Path]:
+    """Return where each prediction goes.
+
+    Raises:
+        NormfixError: NF531 if two go to one file, or one to its own image.
+    """
+    taken: dict[Path, Path] = {}
+    for path in paths:
+        target = folder / _named(path, ending)
+        if target in taken or (target.exists() and any(target.samefile(p) for p in paths)):
+            other = taken.get(target, target)
+            raise NormfixError(
+                "NF531",
+                f"the prediction of {path} would be written over {other if other == target else f'that of {other}'}. "
+                "Name another folder, or give them in several commands.",
+                where=str(target),
+            )
+        taken[target] = path
+    return list(taken)
+
+
+def _named(path: Path, ending: str | None) -> str:
+    """Return the name of an image's prediction.
+
+    >>> _named(Path("cells/a.PNG"), None), _named(Path("t1.nii.gz"), None), _named(Path("b.npy"), ".tif")
+    ('a.tif', 't1.nii.gz', 'b.tif')
+    """
+    from normfix.images.formats import OUTPUTS, suffix_of
+
+    own = suffix_of(path)
+    stem = path.name[: len(path.name) - len(own)]
+    return stem + (ending or (own if own in OUTPUTS else ".tif"))

@@ -1,0 +1,197 @@
+"""Several images with one start of the program: each whole or not at all, and one that fails loses no other."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+import normfix
+from normfix.cli import main
+
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 4000, (96, 80), dtype=np.uint16)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call the command line in this process; return code, stdout and stderr."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["normfix", *map(str, words)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return caught.value.code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def fixed(tmp_path_factory):
+    """A saved folder of a converted network, whose images are scaled by their range."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.InstanceNorm2d(4), torch.nn.Conv2d(4, 2, 1)
+    )
+    folder = tmp_path_factory.mktemp("saved")
+    np.save(folder / "image.npy", PIXELS)
+    done = normfix.convert(net, normfix.read_images(folder / "image.npy", net, scaling="unit"))
+    normfix.save(done, folder / "fixed")
+    return folder / "fixed"
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder of three images, in three formats and sizes."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    tifffile.imwrite(folder / "a.tif", PIXELS)
+    np.save(folder / "b.npy", PIXELS[:64])
+    tifffile.imwrite(folder / "c.tiff", PIXELS[:, :48])
+    return folder
+
+
+def names(folder):
+    """Return what lies in a folder, hidden files too."""
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_folder_is_predicted_into_a_folder(run, fixed, images, tmp_path):
+    """Each prediction has its image's name, and is what predicting that image alone gives."""
+    code, _out, err = run("predict", fixed, images, "--tile", 32, "-o", tmp_path / "out")
+    assert (code, names(tmp_path / "out")) == (0, {"a.tif", "b.npy", "c.tiff"})
+    assert run("predict", fixed, images / "b.npy", "--tile", 32, "-o", tmp_path / "one.npy")[0] == 0
+    assert (tmp_path / "one.npy").read_bytes() == (tmp_path / "out/b.npy").read_bytes()
+    assert tifffile.imread(tmp_path / "out/c.tiff").shape == (2, 96, 48)
+    assert "3 of 3 images predicted" in err
+
+
+def test_patterns_and_files_are_predicted_together(run, fixed, images, tmp_path):
+    """What is named twice is predicted once, and the ending may be chosen."""
+    words = (images / "*.tif*", images / "a.tif", "--ending", ".npy", "-o", tmp_path / "out")
+    code, out, _ = run("predict", fixed, *words, "--tile", 32, "--format", "json")
+    assert (code, names(tmp_path / "out")) == (0, {"a.npy", "c.npy"})
+    decoder, found = json.JSONDecoder(), []
+    while out.strip():
+        record, end = decoder.raw_decode(out.lstrip())
+        found, out = [*found, record["shape"]], out.lstrip()[end:]
+    assert found == [[2, 96, 80], [2, 96, 48]]
+
+
+@pytest.mark.parametrize("name", ["a.tif", "b.npy", "c.tiff"], ids=["first", "middle", "last"])
+def test_a_damaged_image_does_not_lose_the_others(run, fixed, images, tmp_path, name):
+    """The others are predicted, nothing of the damaged one is written, it is named, and the exit code is 2."""
+    (images / name).write_bytes((images / name).read_bytes()[:200])
+    code, _, err = run("predict", fixed, images, "--tile", 32, "-o", tmp_path / "out")
+    assert (code, names(tmp_path / "out")) == (2, {"a.tif", "b.npy", "c.tiff"} - {name})
+    assert f"Failed: {images / name}." in err
+    assert "2 of 3" in err
+    assert sum(line.startswith("NF") for line in err.splitlines()) == 1
+
+
+def test_an_error_that_nobody_foresaw_does_not_lose_the_others(run, fixed, images, tmp_path, monkeypatch):
+    """Also what is no error of normfix is said of its image."""
+    from normfix.images.opening import Opener
+
+    plain = Opener.open
+
+    def failing(self, image):
+        if str(image).endswith("b.npy"):
+            raise ZeroDivisionError("planted")
+        return plain(self, image)
+
+    monkeypatch.setattr(Opener, "open", failing)
+    code, _, err = run("predict", fixed, images, "--tile", 32, "-o", tmp_path / "out")
+    assert (code, names(tmp_path / "out")) == (2, {"a.tif", "c.tiff"})
+    assert f"{images / 'b.npy'}: NF901 ZeroDivisionError: planted" in err
+
+
+def test_where_all_fail_no_folder_is_left(run, fixed, images, tmp_path):
+    """A folder that was made for predictions is not left empty."""
+    for path in images.iterdir():
+        path.write_bytes(b"")
+    assert run("predict", fixed, images, "-o", tmp_path / "out")[0] == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_predicting_again_writes_over_nothing(run, fixed, images, tmp_path):
+    """The same command finds its own files; another file of the name is left as it is, and fails that image alone."""
+    words = ("predict", fixed, images, "--tile", 32, "-o", tmp_path / "out")
+    run(*words)
+    (tmp_path / "out/a.tif").write_text("mine")
+    before = (tmp_path / "out/b.npy").stat()
+    code, _, err = run(*words)
+    assert code == 2
+    assert (tmp_path / "out/a.tif").read_text() == "mine"
+    assert (tmp_path / "out/b.npy").stat().st_mtime_ns == before.st_mtime_ns
+    assert "NF114" in err
+
+
+REFUSED = {
+    "two of one name": (("images/a.tif", "other/a.tif", "-o", "out"), "NF531"),
+    "one name in two formats": (("images", "other/b.png.npy", "other/b.npy", "-o", "out"), "NF531"),
+    "into their own folder": (("images", "-o", "images"), "NF531"),
+    "several to a file": (("images", "-o", "out.tif"), "NF531"),
+    "a folder in no folder": (("images", "-o", "no/out"), "NF114"),
+    "a file for a folder": (("images", "-o", "plain"), "NF114"),
+    "no image": (("empty", "-o", "out"), "NF101"),
+    "an ending that is not written": (("images", "-o", "out.jpg"), "NF114"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_be_written_over_is_refused_first(run, fixed, images, tmp_path, monkeypatch, name):
+    """Names that cannot be are refused before the model is opened, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "empty").mkdir()
+    for other in ("a.tif", "b.npy", "b.png.npy"):
+        (tmp_path / "other" / other).write_bytes((images / other.replace("png.", "")).read_bytes())
+    (tmp_path / "plain").write_text("mine")
+    before = names(tmp_path), names(images)
+    words, code = REFUSED[name]
+    done = run("predict", "no-such-model.pt", *words)
+    assert (done[0], done[2].split()[0]) == (2, code)
+    assert (names(tmp_path), names(images)) == before
+
+
+def test_a_network_that_is_live_is_refused_once(run, images, tmp_path):
+    """What is wrong with the network is not said for every image."""
+    code, _, err = run("predict", "factories:tiny_unet", images, "--scale", "unit", "-o", tmp_path / "out")
+    assert (code, err.count("NF409")) == (2, 1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_checked(run, fixed, images):
+    """Each verdict follows its image's name, and all must pass."""
+    code, out, err = run("check", fixed, images, "--tile", 16)
+    assert code == 0
+    assert [line for line in out.splitlines() if line.startswith(str(images))] == [
+        f"{images / name}: passed" for name in ("a.tif", "b.npy", "c.tiff")
+    ]
+    assert "3 of 3 images passed" in err
+
+
+def test_one_image_that_fails_its_check_is_enough(run, images):
+    """A live network passes on no image larger than its windows: exit 1."""
+    code, _out, err = run(
+        "check", "factories:tiny_unet", images / "*.tif", images / "b.npy", "--scale", "unit", "--tile", 32
+    )
+    assert code == 1
+    assert "0 of 2 images passed" in err
+
+
+def test_a_damaged_image_is_no_passed_check(run, fixed, images):
+    """The others are checked, the damaged one is named, and the exit code is 2."""
+    (images / "b.npy").write_bytes(b"")
+    code, out, err = run("check", fixed, images, "--tile", 16)
+    assert (code, out.count(": passed")) == (2, 2)
+    assert f"Not checked: {images / 'b.npy'}." in err
+
+
+def test_a_report_is_of_one_image(run, fixed, images):
+    """Several images have no common report."""
+    code, _, err = run("check", fixed, images, "--report", "r.md")
+    assert (code, "one image" in err) == (2, True)
