@@ -308,21 +308,22 @@ CODES: dict[str, str] = {
     "NF502": "Only a network that normfix converted carries the plan a saved folder needs, one plan that starts "
     "at the original network, and only what its state_dict holds as tensors can be written.",
     "NF503": "What was written did not load back as the same network, so it was removed.",
-    "NF520": "A file of a saved folder is not the one that was saved: a checksum in normfix.json differs. Fetch it again "
-    "from where it came from, or convert the network again.",
-    "NF521": "The certificate names every tensor that the program holds by its SHA-256. One of them has other values now, "
-    "so what is said of the network, its statistics above all, is said of another. Fetch or convert it again.",
-    "NF522": "The program in a saved folder is not the network whose weights lie beside it: its tensors have other names, "
-    "types, shapes or values, or it gives another output for the seeded probe. Fetch or convert it again.",
-    "NF523": "Derived again from the program, the reach, lattice, scale, sites or assumptions are others than the certificate "
-    "says: certificate, plan or program was changed, or another version of normfix derived it. Convert the network again.",
-    "NF524": "The stride, halo, scale or exact sizes that tiles are cut by do not follow from the program: tiles would differ "
-    "from the whole without a sign. Convert the network again.",
-    "NF525": "The conditions on the image's size are not those of the program: predict and check would not refuse images for "
-    "which the network is another. Convert the network again.",
+    "NF520": "A file of a saved folder is not the one that was saved: a checksum in normfix.json differs. Fetch it "
+    "again from where it came from, or convert the network again.",
+    "NF521": "The certificate names every tensor that the program holds by its SHA-256. One of them has other values "
+    "now, so what is said of the network, its statistics above all, is said of another. Fetch or convert it again.",
+    "NF522": "The program in a saved folder is not the network whose weights lie beside it: its tensors have other "
+    "names, types, shapes or values, or it gives another output for the seeded probe. Fetch or convert it again.",
+    "NF523": "Derived again from the program, the reach, lattice, scale, sites or assumptions are others than the "
+    "certificate says: certificate, plan or program was changed, or another version of normfix derived it. Convert the "
+    "network again.",
+    "NF524": "The stride, halo, scale or exact sizes that tiles are cut by do not follow from the program: tiles would "
+    "differ from the whole without a sign. Convert the network again.",
+    "NF525": "The conditions on the image's size are not those of the program: predict and check would not refuse "
+    "images for which the network is another. Convert the network again.",
     "NF526": "Nothing was decided, which is no pass. A folder of a version before certificates, or of a network that "
-    "torch.export does not take, holds nothing to derive from; a halo that no graph bounds was measured. `normfix prove "
-    "FOLDER IMAGES` measures and compares on images instead.",
+    "torch.export does not take, holds nothing to derive from; a halo that no graph bounds was measured. `normfix "
+    "prove FOLDER IMAGES` measures and compares on images instead.",
     # 6xx: diagnosing
     "NF601": "Even with every known global operation held constant, no halo or stride could be measured, so "
     "there is no right tiling to compare with. Diagnose it as a pipeline, by a function predict(image).",

@@ -1,4 +1,4 @@
-"""verify: the geometry of a saved folder derived again from its program alone, without its network's source or an image.
+"""verify: the geometry of a saved folder derived again from its program, without its network's source or an image.
 
     statement     normfix.json is what was sealed
     constants     every tensor that the program holds is the one that the certificate names
@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from normfix.errors import NormfixError
 from normfix.networks.calling import Caller, refusals
 from normfix.networks.graph.raising import raised, unlifted
 from normfix.networks.numerics import exact_arithmetic
@@ -33,10 +32,10 @@ from normfix.records.certificates import Certificate, Verification
 from normfix.records.encoding import parsed, read_text
 from normfix.records.saved import Saved
 from normfix.records.sites import Finding
-from normfix.records.spans import in_strides
+from normfix.records.spans import Spans, in_strides
 from normfix.records.verdicts import ProofStep
 from normfix.storage.certificate import ForeignProgramError, certificate_of, read_graph
-from normfix.storage.folder import MANIFEST, WEIGHTS, digest_of, seeded_input, with_aliases
+from normfix.storage.folder import GRAPH, MANIFEST, PROGRAM, WEIGHTS, digest_of, seeded_input, with_aliases
 from normfix.storage.opening import read_weights
 from normfix.storage.opening.workload import TooMuchError, Workload
 from normfix.storage.probe import ProbeError, require_probe
@@ -144,16 +143,18 @@ class _Opened:
         """Yield the steps by name, as far as they can be taken."""
         yield "statement", self._statement()
         certificate = self.saved.certificate
-        if certificate is None:
-            yield "derivation", _open("a version of before saved it, without a certificate: convert the network again")
-            return
+        if certificate is None or (why := self._without_program(certificate)):
+            old = "a version of before saved it, without a certificate. Convert the network again to have one"
+            yield "derivation", _open(old if certificate is None else why)
+        else:
+            yield from self._derived(certificate)
+
+    def _without_program(self, certificate: Certificate) -> str:
+        """Return why there is nothing to derive from, "" where there is."""
         if not certificate.program:
-            yield "derivation", _open(f"it holds no program: {certificate.reason}")
-            return
-        if not (self.folder / certificate.program).is_file():
-            yield "derivation", _open(f"{certificate.program} is missing: fetch or save the folder again")
-            return
-        yield from self._derived(certificate)
+            return f"it holds no program: {certificate.reason}"
+        there = certificate.program in (GRAPH, PROGRAM) and (self.folder / certificate.program).is_file()
+        return "" if there else f"{certificate.program[:80]} is missing: fetch or save the folder again"
 
     def _statement(self) -> _Answer:
         """Hold every file against the checksums in normfix.json, and that against its own."""
@@ -165,7 +166,7 @@ class _Opened:
         paths = {name: self.folder / name for name in files}
         changed += [n for n, path in paths.items() if path.is_file() and digest_of(path) != files[n]]
         if changed:
-            return _failed(f"{', '.join(changed)} changed since the folder was saved: fetch or convert it again")
+            return _failed(f"{', '.join(changed)} changed since it was saved: fetch or convert it again")
         return _PASSED if self.saved.statement else _open("a version of before saved it, without a checksum")
 
     def _derived(self, certificate: Certificate) -> Iterator[tuple[str, _Answer]]:
@@ -190,7 +191,7 @@ class _Opened:
         """Run the program on the seeded probe."""
         probe, where = self.saved.probe, str(self.folder)
         if probe is None:
-            return _open("no output is stored for a probe (the example is too large), so the program was not compared")
+            return _open("no output is stored for a probe, so the program was compared with nothing")
         try:
             with self._bounded(math.prod(probe.shape)):
                 require_probe(unlifted(program), Caller.of(self.saved.provenance), probe, where)
@@ -215,13 +216,12 @@ class _Opened:
         if scan.halo_rounded is not None and scan.halo_rounded != in_strides(geometry.halo, geometry.stride):
             return _failed(f"{scan.halo_rounded} is not the halo {scan.halo} in whole strides")
         reach = scan.reach
-        if reach is None or not found.whole:
-            return _open(f"the program does not bound its halo, which was measured ({reach.words if reach else ''})")
-        assert found.bound is not None
+        if reach is None or found.bound is None or found.wraps:
+            return _open("the program does not bound the halo, which was measured")
         if reach.used == "graph" and geometry.halo != found.bound:
             return _failed(f"the halo is said to be {geometry.halo}, and the program's is {found.bound}")
-        if any(mine < wide for own, of in zip(geometry.halo, found.bound, strict=True) for mine, wide in zip(own, of, strict=True)):
-            return _open(f"the halo {geometry.halo} was measured, as was asked for, and the program bounds it by {found.bound}")
+        if not _within(found.bound, geometry.halo):
+            return _open(f"the halo {geometry.halo} was measured, and the program bounds it by {found.bound}")
         return _PASSED
 
     def _computed(self, program: ExportedProgram) -> _Answer:
@@ -258,15 +258,25 @@ def _disagreement(f: Callable[[Tensor], Tensor], example: Tensor, geometry: Geom
         whole = multiple % stride == 0
         scale, halo = geometry.scale[axis], geometry.halo[axis]
         if not whole and exact_multiple(f, example, axis, stride, scale, halo, cross) != 1:
-            return f"sizes that are multiples of {multiple} are said to be exact along axis {axis}, and are not"
+            return (
+                f"sizes that are multiples of {multiple} are said to be exact along axis {axis}, and are not"
+            )
     return ""
+
+
+def _within(inner: Spans, outer: Spans) -> bool:
+    """Tell whether a halo holds another."""
+    pairs = [pair for axis in zip(inner, outer, strict=True) for pair in zip(*axis, strict=True)]
+    return all(mine <= other for mine, other in pairs)
 
 
 def _same_constants(stated: Certificate, again: Certificate) -> _Answer:
     mine, theirs = ({c.name: c for c in made.constants} for made in (stated, again))
     changed = sorted(name for name in mine | theirs if mine.get(name) != theirs.get(name))
     if changed:
-        return _failed(f"{len(changed)} of its tensors are other ones than the certificate names, such as {changed[0]}")
+        return _failed(
+            f"{len(changed)} of its tensors are other ones than the certificate names, such as {changed[0]}"
+        )
     return _PASSED
 
 
@@ -291,8 +301,12 @@ def _same_derivations(stated: Certificate, again: Certificate) -> _Answer:
         return _failed("what the certificate assumes is not what the scan says")
     counting = again.counting
     if counting is None or not counting.whole:
-        why = counting and (counting.note or ", ".join(o.operator for o in (*counting.obstacles, *counting.wraps)))
-        return _open(f"nothing bounds the output that tiles are made of: {why or 'it is none of the program'}")
+        why = counting and (
+            counting.note or ", ".join(o.operator for o in (*counting.obstacles, *counting.wraps))
+        )
+        return _open(
+            f"nothing bounds the output that tiles are made of: {why or 'it is none of the program'}"
+        )
     return _PASSED
 
 
@@ -303,9 +317,11 @@ def _differing(mine: dict[str, object], theirs: dict[str, object]) -> str:
 
 def _same_guards(stated: Certificate, again: Certificate) -> _Answer:
     """Compare the conditions; one that excludes images without being stated was known of, or taken out."""
-    if different := [guard for guard in (*stated.guards, *again.guards) if (guard in stated.guards) != (guard in again.guards)]:
-        first = different[-1]
-        return _failed(f"{first.text} ({first.role}) is in one of certificate and program with scan only")
+    if stated.guards != again.guards:
+        one = set(stated.guards) ^ set(again.guards)
+        first = next((guard for guard in (*again.guards, *stated.guards) if guard in one), None)
+        what = "their order" if first is None else f"{first.text} ({first.role})"
+        return _failed(f"the program and the scan differ from the certificate in {what}")
     if unstated := [guard.text for guard in again.guards if guard.role == "open"]:
         return _open(f"the program holds where {', '.join(unstated)}, and the scan does not state that")
     return _PASSED

@@ -69,10 +69,10 @@ class Derivation(Record):
 class Guard(Record):
     """One condition on the image's extents under which the program is the network, and what it is held for.
 
-    "condition" and "crossed" are those that `Scan.sizes` states, "implied" excludes no image that those do not; "built" is a number computed from the size, for which
-    it states that not all is known; "repeats" asks the same again at every multiple; "single" only excludes maps of
-    one pixel, and "harmless" no image at all; "open" is one that `Scan.sizes` does not state although it excludes
-    images.
+    "condition" and "crossed" are those that `Scan.sizes` states, and "implied" excludes no image that those do not;
+    "built" is a number computed from the size, for which it states that not all is known; "repeats" asks the same again
+    at every multiple; "single" only excludes maps of one pixel, and "harmless" no image at all; "open" is one that
+    `Scan.sizes` does not state although it excludes images.
     """
 
     text: str

@@ -62,12 +62,16 @@ class Provenance(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConversionRecord(Record):
-    """A conversion without its model: what `--format json` prints."""
+    """A conversion without its model: what `--format json` prints.
+
+    `certificate` is there once it was saved as a folder: in a report.
+    """
 
     plan: Plan
     scan: Scan
     calibration: CalibrationSummary | None
     proof: Proof
+    certificate: Certificate | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,9 +94,9 @@ class Saved(Record):
     """The content of normfix.json.
 
     `aliases` are pairs (name, stored name) of tensors that share storage; `sha256` is of model.safetensors, or of the
-    tensors of a .pt2; `program` is of program.pt2 where the folder has one. `certificate` is what `normfix verify` derives
-    anew. `statement` is of all of that and of all below, so plan, geometry, scaling and proof belong to these weights;
-    files of before have neither.
+    tensors of a .pt2; `program` is of program.pt2 where the folder has one. `certificate` is what `normfix verify`
+    derives anew. `statement` is of all of that and of all below, so plan, geometry, scaling and proof belong to these
+    weights; files of before have neither.
     """
 
     schema: int

@@ -1,8 +1,8 @@
 """The certificate of a saved network: a graph beside its weights, and what is derived of both.
 
-A folder that holds no program gets `graph.pt2`, what torch.export.save writes with one zero in place of each tensor that
-model.safetensors holds: it is small, and belongs to no other weights. Writing and verifying derive the certificate by
-the same function, of what is read back through the gate that every program goes through.
+A folder that holds no program gets `graph.pt2`: what torch.export.save writes, with one zero in place of each tensor
+that model.safetensors holds, so it is small and says nothing of the weights. Writing and verifying derive the
+certificate by the same function, of what is read back through the gate that every program goes through.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from normfix.records.plans import Plan
 from normfix.records.saved import Provenance
 from normfix.records.sites import Scan
 from normfix.scanning.graph.guards import guards_of
-from normfix.storage.folder import GRAPH, PROGRAM, digest_of
+from normfix.storage.folder import PROGRAM, digest_of
 from normfix.storage.opening import read_program
 from normfix.tiling.reach.bounds import bound_of
 from normfix.tiling.reach.calls import tensor_of
@@ -88,7 +88,9 @@ def read_graph(path: Path, weights: Mapping[str, Tensor]) -> ExportedProgram:
     return program
 
 
-def certified(folder: Path, program: str, provenance: Provenance, weights: Mapping[str, Tensor]) -> Certificate:
+def certified(
+    folder: Path, program: str, provenance: Provenance, weights: Mapping[str, Tensor]
+) -> Certificate:
     """Return the certificate of a folder, from the program that was written there.
 
     Args:
@@ -165,7 +167,9 @@ def _derivations(program: ExportedProgram, provenance: Provenance) -> tuple[Deri
     tensors = [node for node in returned if tensor_of(node) is not None]
     counts = _counting(program, provenance)
     stride = provenance.scan.stride
-    return tuple(_derived(program, number, stride, counts=node is counts) for number, node in enumerate(tensors))
+    return tuple(
+        _derived(program, number, stride, counts=node is counts) for number, node in enumerate(tensors)
+    )
 
 
 def _counting(program: ExportedProgram, provenance: Provenance) -> Node | None:
@@ -213,7 +217,9 @@ def _assumed(scan: Scan) -> tuple[str, ...]:
     assumed = ["the network runs in eval mode"]
     if scan.reach is not None and scan.reach.used == "measured":
         assumed.append(f"the halo is {scan.reach.words}")
-    assumed += [f"the {look.name} look {look.status}: {look.note}" for look in scan.looks if look.status != "done"]
+    assumed += [
+        f"the {look.name} look {look.status}: {look.note}" for look in scan.looks if look.status != "done"
+    ]
     if scan.sizes is not None and scan.sizes.unknown:
         assumed += [f"sizes: {reason}" for reason in scan.sizes.unknown]
     return tuple(assumed)

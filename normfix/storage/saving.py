@@ -254,9 +254,7 @@ def _exported(model: nn.Module, caller: Caller, provenance: Provenance) -> _Expo
     run = None if caller.forward_fn is None else caller
     shape = (1, *provenance.scan.example[1:])
     device, dtype = home_of(model)
-    return _Exported(
-        export_program(model, run, seeded_input(shape, SEED, dtype).to(device)), model, run
-    )
+    return _Exported(export_program(model, run, seeded_input(shape, SEED, dtype).to(device)), model, run)
 
 
 def _parts(

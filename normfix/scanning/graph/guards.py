@@ -1,7 +1,7 @@
 """The guards that a stored program keeps, as conditions, and what each of them is held for.
 
-torch.export stores guards as text, `L['image'].size()[2] // 2 != 1`, without the line that asked. So a guard is judged by
-what it says alone: it must be stated among the sizes that a scan speaks for, or exclude no image that counts.
+torch.export stores guards as text, `L['image'].size()[2] // 2 != 1`, without the line that asked. So a guard is judged
+by what it says alone: it must be stated among the sizes that a scan speaks for, or exclude no image that counts.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def guards_of(
     letters = ("N", "C", *AXES[rank])
     images = tuple(_images(letters[2:], smallest or (1,) * (rank - 2)))
     texts = dict.fromkeys(text for guard in _stored(program) for text in _conditions(guard, letters))
-    texts.update(dict.fromkeys((*_limits(program, letters), *(c.text for c in read_sizes(program).conditions))))
+    texts.update(
+        dict.fromkeys((*_limits(program, letters), *(c.text for c in read_sizes(program).conditions)))
+    )
     roles = {text: _role(text, sizes, images) for text in texts}
     said = {_shape_of(text) for text in texts}
     stated = [(c.text, "condition") for c in sizes.conditions] + [(c.text, "crossed") for c in sizes.crossed]
@@ -81,7 +83,7 @@ def _judged(condition: Condition, sizes: ProvedSizes, images: Sequence[Mapping[s
     """Return what a guard is that no scan states, by what it says alone."""
     tree = ast.parse(condition.text, mode="eval").body
     numbers = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)]
-    if any(abs(n) >= _KERNELS for n in numbers):
+    if any(isinstance(n, int) and abs(n) >= _KERNELS for n in numbers):
         return "harmless"
     if condition.repeats(images[0]):
         return "repeats"
@@ -120,7 +122,7 @@ class _Letters(ast.NodeTransformer):
     def __init__(self, letters: Sequence[str]) -> None:
         self._letters = letters
 
-    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:  # noqa: N802 - ast's name
+    def visit_Subscript(self, node: ast.Subscript) -> ast.AST:
         match node:
             case ast.Subscript(
                 value=ast.Call(func=ast.Attribute(attr="size")), slice=ast.Constant(value=int() as dim)
@@ -128,7 +130,7 @@ class _Letters(ast.NodeTransformer):
                 return ast.Name(self._letters[dim])
         return node
 
-    def visit_Call(self, node: ast.Call) -> ast.AST:  # noqa: N802 - ast's name
+    def visit_Call(self, node: ast.Call) -> ast.AST:
         given = [self.visit(argument) for argument in node.args]
         if not isinstance(node.func, ast.Attribute):
             return ast.Call(node.func, given, [])
