@@ -28,13 +28,13 @@ from normfix.records.plans import Plan
 from normfix.records.saved import Provenance
 from normfix.records.sites import Scan
 from normfix.scanning.graph.guards import guards_of
-from normfix.storage.folder import PROGRAM, digest_of
+from normfix.storage.folder import PROGRAM
 from normfix.storage.opening import read_program
 from normfix.tiling.reach.bounds import bound_of
 from normfix.tiling.reach.calls import tensor_of
 from normfix.tiling.reach.extents import Unsized
 
-__all__ = ["ForeignProgramError", "certificate_of", "certified", "read_graph", "write_graph"]
+__all__ = ["ForeignProgramError", "certificate_of", "read_graph", "write_graph"]
 
 
 class ForeignProgramError(NormfixError):
@@ -86,21 +86,6 @@ def read_graph(path: Path, weights: Mapping[str, Tensor]) -> ExportedProgram:
             raise _foreign(path, f"{name} has other values")
         state[name] = _like(own, tensor)
     return program
-
-
-def certified(
-    folder: Path, program: str, provenance: Provenance, weights: Mapping[str, Tensor]
-) -> Certificate:
-    """Return the certificate of a folder, from the program that was written there.
-
-    Args:
-        folder: holds the program.
-        program: its file's name.
-        provenance: with the scan and the plan that it is held against.
-        weights: by all their names.
-    """
-    path = folder / program
-    return certificate_of(read_graph(path, weights), program, digest_of(path), provenance)
 
 
 def certificate_of(program: ExportedProgram, name: str, sha256: str, provenance: Provenance) -> Certificate:

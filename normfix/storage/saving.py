@@ -17,17 +17,18 @@ from normfix.errors import NormfixError
 from normfix.images.drafts import UnwritableError
 from normfix.networks.calling import Caller, home_of
 from normfix.networks.copying import copy_of, twin_of
+from normfix.networks.graph.raising import unlifted
 from normfix.networks.numerics import IDENTITY
 from normfix.networks.provenance import provenance_of
 from normfix.networks.surroundings import undisturbed
 from normfix.records.certificates import Certificate
 from normfix.records.encoding import SCHEMA
 from normfix.records.measurements import CalibrationSummary
-from normfix.records.saved import Provenance, Saved, Scaling, Source
+from normfix.records.saved import Probe, Provenance, Saved, Scaling, Source
 from normfix.records.sites import Scan
 from normfix.records.verdicts import Proof
-from normfix.storage.certificate import certified, write_graph
-from normfix.storage.folder import GRAPH, PROGRAM, WEIGHTS, appearing, seeded_input, write_folder
+from normfix.storage.certificate import certificate_of, read_graph, write_graph
+from normfix.storage.folder import GRAPH, PROGRAM, WEIGHTS, appearing, digest_of, seeded_input, write_folder
 from normfix.storage.fresh import run_fresh
 from normfix.storage.loading import load
 from normfix.storage.opening import open_path
@@ -35,7 +36,7 @@ from normfix.storage.opening.factories import dumped, rebuild
 from normfix.storage.opening.request import Request
 from normfix.storage.opening.tensors import read_weights
 from normfix.storage.portable import require_returnable, returned, write_original
-from normfix.storage.probe import SEED, probe_of, probed
+from normfix.storage.probe import SEED, probe_of, probed, require_probe
 from normfix.storage.programs import export_program, require_program_name, write_beside, write_program
 
 __all__ = ["require_unconverted", "save", "save_program", "sourced", "write_draft"]
@@ -130,12 +131,14 @@ def write_draft(
             raise
         except NormfixError:  # the folder is whole without it
             pass
-    certificate = _certificate(draft, model, caller, provenance)
     probe = probe_of(model, caller, provenance)
+    certificate = _certificate(draft, model, caller, provenance, probe)
     write_folder(draft, model, provenance, proof, calibration, probe, certificate)
 
 
-def _certificate(draft: Path, model: nn.Module, caller: Caller, provenance: Provenance) -> Certificate:
+def _certificate(
+    draft: Path, model: nn.Module, caller: Caller, provenance: Provenance, probe: Probe | None
+) -> Certificate:
     """Derive the certificate of what is in a folder, to which a graph is added where it holds no program."""
     if reason := _underivable(caller, provenance.scan):
         return Certificate(program="", reason=reason)
@@ -143,8 +146,12 @@ def _certificate(draft: Path, model: nn.Module, caller: Caller, provenance: Prov
     try:
         if name == GRAPH:
             write_graph(draft / GRAPH, _exported(model, caller, provenance).program)
-        weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-        return certified(draft, name, provenance, weights)
+        state = model.state_dict()
+        weights = {name: state[name].detach().cpu() for name in state if isinstance(state[name], Tensor)}
+        program = read_graph(draft / name, weights)
+        if probe is not None:
+            require_probe(unlifted(program), caller, probe, name)
+        return certificate_of(program, name, digest_of(draft / name), provenance)
     except UnwritableError:
         raise
     except NormfixError as error:  # the folder is whole without it, and says why

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from normfix.records.saved import Provenance, Saved, statement_of
-from normfix.storage.certificate import certified
+from normfix.storage.certificate import certificate_of, read_graph
 from normfix.storage.folder import GRAPH, MANIFEST, WEIGHTS, digest_of, with_aliases
 
 __all__ = [
@@ -72,7 +72,8 @@ def derived_anew(folder: Path) -> Callable[[Data], None]:
         saved = Saved.read(data, MANIFEST)
         weights = with_aliases(load_file(folder / WEIGHTS), saved)
         known = Provenance.from_json(data["provenance"])
-        data["certificate"] = certified(folder, GRAPH, known, weights).to_json()
+        program = read_graph(folder / GRAPH, weights)
+        data["certificate"] = certificate_of(program, GRAPH, digest_of(folder / GRAPH), known).to_json()
 
     return change
 
