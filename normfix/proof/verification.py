@@ -254,10 +254,10 @@ def _disagreement(f: Callable[[Tensor], Tensor], example: Tensor, geometry: Geom
         return f"windows cut at the stride {geometry.stride} do not give what the whole gives"
     if not is_isolated(f, example, geometry, cross):
         return f"pixels beyond the halo {geometry.halo} change a tile"
+    whole = in_strides(geometry.halo, geometry.stride)
     for axis, (stride, multiple) in enumerate(zip(geometry.stride, geometry.multiple, strict=True)):
-        whole = multiple % stride == 0
-        scale, halo = geometry.scale[axis], geometry.halo[axis]
-        if not whole and exact_multiple(f, example, axis, stride, scale, halo, cross) != 1:
+        scale = geometry.scale[axis]
+        if multiple % stride and exact_multiple(f, example, axis, stride, scale, whole[axis], cross) != 1:
             return (
                 f"sizes that are multiples of {multiple} are said to be exact along axis {axis}, and are not"
             )

@@ -101,6 +101,31 @@ def test_every_output_is_derived(tmp_path):
     assert normfix.verify(tmp_path / "fixed").passed
 
 
+STRIDED = {
+    "sizes that are any": (
+        nn.Conv2d(1, 2, 3, 2, 1),
+        nn.InstanceNorm2d(2),
+        nn.Conv2d(2, 2, 3),
+        nn.Upsample(scale_factor=2),
+    ),
+    "one axis, offset": (
+        nn.Conv1d(1, 2, 3, 2, 1),
+        nn.GroupNorm(1, 2),
+        nn.ReLU(),
+        nn.Conv1d(2, 2, 3, 1, 3, 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STRIDED)
+def test_other_geometries_pass(name, tmp_path):
+    """Sizes that the stride does not divide, outputs of another scale and images of one axis pass as well."""
+    network = nn.Sequential(*STRIDED[name])
+    image = IMAGE if isinstance(network[0], nn.Conv2d) else IMAGE[:, :, 0].repeat(1, 1, 2)
+    normfix.save(normfix.convert(network.eval(), image, to="batchrenorm"), tmp_path / "fixed")
+    assert outcome(normfix.verify(tmp_path / "fixed")) == ("passed", set())
+
+
 def scan_of(data):
     """Return the scan in a manifest."""
     return data["provenance"]["scan"]
