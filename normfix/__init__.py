@@ -17,6 +17,7 @@ _HOMES = {
     "normfix.records.measurements": ("CalibrationSummary",),
     "normfix.records.verdicts": ("Proof", "ProofStep", "Verdict"),
     "normfix.records.saved": ("Scaling", "Source"),
+    "normfix.records.certificates": ("Certificate", "Verification"),
     "normfix.records.diagnoses": ("Tiling",),
     "normfix.layers": (
         "BatchRenorm1d",
@@ -39,6 +40,7 @@ _HOMES = {
     "normfix.storage.hub": ("push",),
     "normfix.proof.check": ("assert_tile_invariant", "check"),
     "normfix.proof.prove": ("prove",),
+    "normfix.proof.verification": ("verify",),
     "normfix.api.conversion": ("convert",),
     "normfix.api.recalibration": ("calibrate", "calibrate_"),
     "normfix.api.prediction": ("predict", "write_prediction"),
@@ -76,6 +78,9 @@ if TYPE_CHECKING:
     from normfix.proof.check import assert_tile_invariant as assert_tile_invariant
     from normfix.proof.check import check as check
     from normfix.proof.prove import prove as prove
+    from normfix.proof.verification import verify as verify
+    from normfix.records.certificates import Certificate as Certificate
+    from normfix.records.certificates import Verification as Verification
     from normfix.records.diagnoses import Tiling as Tiling
     from normfix.records.measurements import CalibrationSummary as CalibrationSummary
     from normfix.records.plans import Action as Action

@@ -308,6 +308,22 @@ CODES: dict[str, str] = {
     "NF502": "Only a network that normfix converted carries the plan a saved folder needs, one plan that starts "
     "at the original network, and only what its state_dict holds as tensors can be written.",
     "NF503": "What was written did not load back as the same network, so it was removed.",
+    "NF520": "A file of a saved folder is not the one that was saved: a checksum in normfix.json differs. Fetch it "
+    "again from where it came from, or convert the network again.",
+    "NF521": "The certificate names every tensor that the program holds by its SHA-256. One of them has other values "
+    "now, so what is said of the network, its statistics above all, is said of another. Fetch or convert it again.",
+    "NF522": "The program in a saved folder is not the network whose weights lie beside it: its tensors have other "
+    "names, types, shapes or values, or it gives another output for the seeded probe. Fetch or convert it again.",
+    "NF523": "Derived again from the program, the reach, lattice, scale, sites or assumptions are others than the "
+    "certificate says: certificate, plan or program was changed, or another version of normfix derived it. Convert the "
+    "network again.",
+    "NF524": "The stride, halo, scale or exact sizes that tiles are cut by do not follow from the program: tiles would "
+    "differ from the whole without a sign. Convert the network again.",
+    "NF525": "The conditions on the image's size are not those of the program: predict and check would not refuse "
+    "images for which the network is another. Convert the network again.",
+    "NF526": "Nothing was decided, which is no pass. A folder of a version before certificates, or of a network that "
+    "torch.export does not take, holds nothing to derive from; a halo that no graph bounds was measured. `normfix "
+    "prove FOLDER IMAGES` measures and compares on images instead.",
     "NF530": "One image is taken at a time here, and a folder, a pattern or a list of several was given. Call it for "
     "each of them; normfix convert, calibrate, predict and check take several on the command line.",
     "NF531": "Predictions of several images go to a folder (-o with a name that has no ending), each named after its "

@@ -24,6 +24,7 @@ from normfix.cli.push import push_command
 from normfix.cli.scan import plan_command, scan_command
 from normfix.cli.settings import SETTINGS, Settings, read_settings
 from normfix.cli.use import calibrate_command, check_command
+from normfix.cli.verify import verify_command
 from normfix.errors import NormfixError
 
 __all__ = ["cli", "main"]
@@ -80,6 +81,7 @@ for command in (
     predict_command,
     check_command,
     prove_command,
+    verify_command,
     push_command,
     diagnose_command,
     demo_command,

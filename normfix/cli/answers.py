@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from normfix.records.certificates import Verification
 from normfix.records.diagnoses import DiagnosisRecord
 from normfix.records.encoding import Record
 from normfix.records.measurements import CalibrationSummary
@@ -57,6 +58,7 @@ RECORDS: Mapping[str, type[Record]] = {
     "calibrate": CalibrationSummary,
     "check": Verdict,
     "prove": Proof,
+    "verify": Verification,
     "predict": Predicted,
     "push": Pushed,
     "explain": Explained,

@@ -19,6 +19,7 @@ from normfix.errors import NormfixError
 from normfix.records.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from normfix.records.certificates import Certificate
     from normfix.records.plans import Plan
 
 __all__ = ["convert_command"]
@@ -147,8 +148,10 @@ def convert_command(
             blocks=blocks,
             progress=progress,
         )
-        stack.callback(write_report, report, done.record)  # also when it is not saved
-        show(done.record, conversion_text(done.record), format_)
+        record = done.record
+        # also when it is not saved
+        stack.callback(lambda: write_report(report, record))
+        stack.callback(lambda: show(record, conversion_text(record), format_))
         proof = done.proof
         sound = proof.passed or (proof.partial and not strict)
         if not (sound or partial):
@@ -157,9 +160,17 @@ def convert_command(
             return 1
         progress("save", 0, 1)
         save(done, place.path, opened.source, scaling=scaling, partial=partial, portable=portable)
+        record = replace(record, certificate=_certificate(place.path))
         progress("save", 1, 1)
     tell(place, " Load it with its own library." if portable else f" {commands(Path(out), opened.source)}")
     return 0 if sound else 1
+
+
+def _certificate(saved: Path) -> Certificate | None:
+    """Return the certificate of what was saved, if that is a folder of normfix's."""
+    from normfix.storage.folder import MANIFEST, read_manifest
+
+    return read_manifest(saved).certificate if (saved / MANIFEST).is_file() else None
 
 
 def _read_plan(path: str | None) -> Plan | None:

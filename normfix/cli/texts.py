@@ -6,6 +6,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Sequence
 
+from normfix.records.certificates import Verification
 from normfix.records.diagnoses import Cost, DiagnosisRecord, Mismatch
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.saved import ConversionRecord
@@ -22,6 +23,7 @@ __all__ = [
     "proof_text",
     "scan_text",
     "verdict_text",
+    "verification_text",
 ]
 
 
@@ -124,6 +126,16 @@ def conversion_text(record: ConversionRecord) -> str:
 def proof_text(proof: Proof) -> str:
     """Return the outcome and how each step came out."""
     return "\n".join([proof.status, *map(_step_line, proof.steps)])
+
+
+def verification_text(verification: Verification) -> str:
+    """Return the outcome, how each step came out, what is wrong and what was assumed."""
+    lines = [verification.status, *(f"  {step.name}: {step.status}" for step in verification.steps)]
+    for finding in verification.findings:
+        lines += _wrapped(finding.line, indent="  ")
+    for assumed in verification.assumed:
+        lines += _wrapped(f"assumed: {assumed}", indent="  ")
+    return "\n".join(lines)
 
 
 def _step_line(step: ProofStep) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from normfix.errors import NormfixError
+from normfix.records.certificates import Certificate
 from normfix.records.encoding import Record
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.plans import Plan
@@ -61,12 +62,16 @@ class Provenance(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConversionRecord(Record):
-    """A conversion without its model: what `--format json` prints."""
+    """A conversion without its model: what `--format json` prints.
+
+    `certificate` is there once it was saved as a folder: in a report.
+    """
 
     plan: Plan
     scan: Scan
     calibration: CalibrationSummary | None
     proof: Proof
+    certificate: Certificate | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,8 +94,9 @@ class Saved(Record):
     """The content of normfix.json.
 
     `aliases` are pairs (name, stored name) of tensors that share storage; `sha256` is of model.safetensors, or of the
-    tensors of a .pt2; `program` is of program.pt2 where the folder has one. `statement` is of all of that and of all
-    below, so plan, geometry, scaling and proof belong to these weights; files of before have none.
+    tensors of a .pt2; `program` is of program.pt2 where the folder has one. `certificate` is what `normfix verify`
+    derives anew. `statement` is of all of that and of all below, so plan, geometry, scaling and proof belong to these
+    weights; files of before have neither.
     """
 
     schema: int
@@ -101,6 +107,7 @@ class Saved(Record):
     calibration: CalibrationSummary | None
     proof: Proof | None
     probe: Probe | None
+    certificate: Certificate | None = None
     statement: str = ""
 
     def sealed(self) -> Saved:
@@ -114,10 +121,8 @@ class Saved(Record):
         Raises:
             NormfixError: NF108 as from_json, NF115 if the statement was edited.
         """
-        if isinstance(data, Mapping):
-            data = {"statement": "", **data}
-        saved = cls.from_json(data, where)
-        if saved.statement and saved.statement != statement_of(data):
+        saved = cls.read(data, where)
+        if saved.edited(data):
             raise NormfixError(
                 "NF115",
                 "it is not what was saved with these weights: its plan, stride, halo, scaling or proof was edited, and "
@@ -126,6 +131,21 @@ class Saved(Record):
                 where=where,
             )
         return saved
+
+    @classmethod
+    def read(cls, data: object, where: str) -> Saved:
+        """Build it from parsed JSON, also of a version before there were checksums and certificates.
+
+        Raises:
+            NormfixError: NF108 as from_json.
+        """
+        if isinstance(data, Mapping):
+            data = {"statement": "", "certificate": None, **data}
+        return cls.from_json(data, where)
+
+    def edited(self, data: Any) -> bool:
+        """Tell whether the JSON that it was read from is another than was sealed."""
+        return bool(self.statement) and self.statement != statement_of(data)
 
     def doubt(self, where: str) -> tuple[str, ...]:
         """Return what to say of a file that has no checksum of its statement."""

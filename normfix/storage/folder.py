@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from normfix.errors import NormfixError
 from normfix.images.drafts import UnwritableError, cannot_write, drafting, require_unnamed, sweep
+from normfix.records.certificates import Certificate
 from normfix.records.encoding import SCHEMA, parsed, read_text
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.saved import Probe, Provenance, Saved
@@ -29,21 +30,26 @@ from normfix.records.verdicts import Proof
 from normfix.storage.instructions import arguments_of
 
 __all__ = [
+    "GRAPH",
     "MANIFEST",
     "PROGRAM",
     "WEIGHTS",
     "appearing",
+    "digest_of",
     "load_weights_",
     "program_beside",
     "read_manifest",
     "require_absent",
     "seeded_input",
+    "with_aliases",
     "write_folder",
 ]
 
 MANIFEST, WEIGHTS, CARD = "normfix.json", "model.safetensors", "README.md"
 PROGRAM = "program.pt2"
 """Beside the weights where the folder cannot say how to build the network."""
+GRAPH = "graph.pt2"
+"""Elsewhere: the same without the weights, which `normfix verify` derives the reach from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +102,15 @@ def write_folder(
     proof: Proof | None,
     calibration: CalibrationSummary | None,
     probe: Probe | None,
+    certificate: Certificate | None = None,
 ) -> None:
-    """Write the three files of a saved model into an existing folder.
+    """Write weights, manifest and card of a saved model into an existing folder; a program is there already.
 
     Raises:
         NormfixError: NF114 if the disk is full or fails.
     """
     try:
-        _write(folder, model, provenance, proof, calibration, probe)
+        _write(folder, model, provenance, proof, calibration, probe, certificate)
     except (OSError, SafetensorError) as error:
         raise UnwritableError("NF114", f"cannot write there: {error}.", where=folder.name) from error
 
@@ -115,6 +122,7 @@ def _write(
     proof: Proof | None,
     calibration: CalibrationSummary | None,
     probe: Probe | None,
+    certificate: Certificate | None,
 ) -> None:
     stored = _stored(model)
     save_file(stored.tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -123,11 +131,12 @@ def _write(
         schema=SCHEMA,
         provenance=provenance,
         aliases=stored.aliases,
-        sha256=_sha256(folder / WEIGHTS),
-        program=_sha256(program) if program.exists() else "",
+        sha256=digest_of(folder / WEIGHTS),
+        program=digest_of(program) if program.exists() else "",
         calibration=calibration,
         proof=proof,
         probe=probe,
+        certificate=certificate,
     ).sealed()
     (folder / MANIFEST).write_text(saved.dumps(), encoding="utf-8")
     (folder / CARD).write_text(_card(saved), encoding="utf-8")
@@ -181,7 +190,7 @@ def program_beside(folder: Path, saved: Saved) -> Path | None:
 
 
 def _require_unchanged(path: Path, sha256: str) -> None:
-    if _sha256(path) != sha256:
+    if digest_of(path) != sha256:
         raise NormfixError(
             "NF115",
             "it is not the file that was saved: the checksum in normfix.json differs. Fetch or convert the "
@@ -196,10 +205,7 @@ def load_weights_(model: nn.Module, weights: Mapping[str, Tensor], saved: Saved,
     Raises:
         NormfixError: NF105 if names or shapes differ: another base network.
     """
-    full = dict(weights)
-    for alias, name in saved.aliases:
-        if name in full:
-            full[alias] = full[name]
+    full = with_aliases(weights, saved)
     _match_dtypes_(model, full)
     try:
         model.load_state_dict(full, strict=True)
@@ -210,6 +216,12 @@ def load_weights_(model: nn.Module, weights: Mapping[str, Tensor], saved: Saved,
             f"the saved weights do not fit this network: {reason}. It is not the one that was converted.",
             where=where,
         ) from error
+
+
+def with_aliases(weights: Mapping[str, Tensor], saved: Saved) -> dict[str, Tensor]:
+    """Return saved weights under all their names."""
+    others = {alias: weights[name] for alias, name in saved.aliases if name in weights}
+    return {**weights, **others}
 
 
 def _match_dtypes_(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -254,7 +266,8 @@ def _stored(model: nn.Module) -> _Stored:
     return _Stored(tensors, tuple(aliases))
 
 
-def _sha256(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from normfix.errors import NormfixError
-from normfix.storage.folder import MANIFEST, PROGRAM, WEIGHTS, read_manifest
+from normfix.storage.folder import GRAPH, MANIFEST, PROGRAM, WEIGHTS, read_manifest
 
 __all__ = ["push"]
 
@@ -43,7 +43,7 @@ def push(folder: str | Path, name: str, *, private: bool = False, partial: bool 
         done = api.upload_folder(
             repo_id=name,
             folder_path=folder,
-            allow_patterns=[MANIFEST, WEIGHTS, "README.md", PROGRAM],
+            allow_patterns=[MANIFEST, WEIGHTS, "README.md", PROGRAM, GRAPH],
             commit_message=f"normfix: {saved.provenance.plan.model.rpartition('.')[2]}, {saved.provenance.plan.to}",
         )
     except Exception as error:  # its own kinds, and those of whatever carries the requests

@@ -14,12 +14,16 @@ from normfix.networks.numerics import IDENTITY, exact_arithmetic
 from normfix.records.saved import Probe, Provenance
 from normfix.storage.folder import seeded_input
 
-__all__ = ["SEED", "probe_of", "probed", "require_probe"]
+__all__ = ["SEED", "ProbeError", "probe_of", "probed", "require_probe"]
 
 SEED = 0
 _SAMPLES = 64
 _LARGEST_PROBE = 1 << 21
 """Values of a probe: 128 pixels cubed; a file must not ask for more."""
+
+
+class ProbeError(NormfixError):
+    """A network that does not give the output stored for its probe (NF115)."""
 
 
 def probe_of(model: nn.Module, caller: Caller, provenance: Provenance) -> Probe | None:
@@ -45,7 +49,8 @@ def require_probe(model: nn.Module, caller: Caller, probe: Probe, where: str) ->
     """Refuse a network that does not repeat what is stored for it.
 
     Raises:
-        NormfixError: NF115 if it gives another output, NF121 if the probe would not fit.
+        ProbeError: NF115 if it gives another output.
+        NormfixError: NF121 if the probe would not fit.
     """
     if math.prod(probe.shape) > _LARGEST_PROBE:
         raise NormfixError("NF121", f"its probe has the shape {probe.shape}. It is not made.", where=where)
@@ -56,7 +61,7 @@ def require_probe(model: nn.Module, caller: Caller, probe: Probe, where: str) ->
         abs(a - b) <= IDENTITY[dtype] * scale for a, b in zip(_samples(output), probe.values, strict=True)
     )
     if not same:
-        raise NormfixError(
+        raise ProbeError(
             "NF115",
             "the network does not give the output stored with it for the probe input, so it is another base "
             "network or another version of its code. Rebuild it with the version it was converted with.",

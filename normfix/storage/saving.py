@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from normfix.conversion.results import Calibration, Conversion
 from normfix.errors import NormfixError
 from normfix.images.drafts import UnwritableError
 from normfix.networks.calling import Caller, home_of
 from normfix.networks.copying import copy_of, twin_of
+from normfix.networks.graph.raising import unlifted
 from normfix.networks.numerics import IDENTITY
 from normfix.networks.provenance import provenance_of
 from normfix.networks.surroundings import undisturbed
+from normfix.records.certificates import Certificate
 from normfix.records.encoding import SCHEMA
 from normfix.records.measurements import CalibrationSummary
-from normfix.records.saved import Provenance, Saved, Scaling, Source
+from normfix.records.saved import Probe, Provenance, Saved, Scaling, Source
+from normfix.records.sites import Scan
 from normfix.records.verdicts import Proof
-from normfix.storage.folder import PROGRAM, WEIGHTS, appearing, seeded_input, write_folder
+from normfix.storage.certificate import certificate_of, read_graph, write_graph
+from normfix.storage.folder import GRAPH, PROGRAM, WEIGHTS, appearing, digest_of, seeded_input, write_folder
 from normfix.storage.fresh import run_fresh
 from normfix.storage.loading import load
 from normfix.storage.opening import open_path
@@ -31,7 +36,7 @@ from normfix.storage.opening.factories import dumped, rebuild
 from normfix.storage.opening.request import Request
 from normfix.storage.opening.tensors import read_weights
 from normfix.storage.portable import require_returnable, returned, write_original
-from normfix.storage.probe import SEED, probe_of, probed
+from normfix.storage.probe import SEED, probe_of, probed, require_probe
 from normfix.storage.programs import export_program, require_program_name, write_beside, write_program
 
 __all__ = ["require_unconverted", "save", "save_program", "sourced", "write_draft"]
@@ -126,7 +131,43 @@ def write_draft(
             raise
         except NormfixError:  # the folder is whole without it
             pass
-    write_folder(draft, model, provenance, proof, calibration, probe_of(model, caller, provenance))
+    probe = probe_of(model, caller, provenance)
+    certificate = _certificate(draft, model, caller, provenance, probe)
+    write_folder(draft, model, provenance, proof, calibration, probe, certificate)
+
+
+def _certificate(
+    draft: Path, model: nn.Module, caller: Caller, provenance: Provenance, probe: Probe | None
+) -> Certificate:
+    """Derive the certificate of what is in a folder, to which a graph is added where it holds no program."""
+    if reason := _underivable(caller, provenance.scan):
+        return Certificate(program="", reason=reason)
+    name = PROGRAM if (draft / PROGRAM).exists() else GRAPH
+    try:
+        if name == GRAPH:
+            write_graph(draft / GRAPH, _exported(model, caller, provenance).program)
+        state = model.state_dict()
+        weights = {name: state[name].detach().cpu() for name in state if isinstance(state[name], Tensor)}
+        program = read_graph(draft / name, weights)
+        if probe is not None:
+            require_probe(unlifted(program), caller, probe, name)
+        return certificate_of(program, name, digest_of(draft / name), provenance)
+    except UnwritableError:
+        raise
+    except NormfixError as error:  # the folder is whole without it, and says why
+        (draft / GRAPH).unlink(missing_ok=True)
+        return Certificate(program="", reason=str(error))
+
+
+def _underivable(caller: Caller, scan: Scan) -> str:
+    """Return why nothing can be derived of a network from a program alone, "" where it can be tried."""
+    if caller.forward_fn is not None:
+        return "it is called by a forward_fn, which no folder holds"
+    if scan.draws:
+        return "it draws random numbers, which are others on a tile whatever the graph says"
+    if scan.reach is None:
+        return "no geometry was found for it, so there is none to derive"
+    return "" if scan.reach.lattice else scan.reach.note
 
 
 def _save_portable(
@@ -187,15 +228,10 @@ def save_program(
     write: Callable[..., None] = write_program,
 ) -> None:
     """Write a network as a program of one image, which returns all that the network returns."""
-    model = twin_of(model)
-    if home_of(model)[0].type != "cpu":
-        model = copy_of(model).cpu()  # a program of the CPU runs everywhere, and can be moved
-    run = None if caller.forward_fn is None else caller
+    exported = _exported(model, caller, provenance)
+    model, run = exported.model, exported.run
     if run is not None:  # the program returns what counts already
         provenance = replace(provenance, output=None)
-    shape = (1, *provenance.scan.example[1:])
-    device, dtype = home_of(model)
-    program = export_program(model, run, seeded_input(shape, SEED, dtype).to(device))
     saved = Saved(
         schema=SCHEMA,
         provenance=provenance,
@@ -205,7 +241,27 @@ def save_program(
         proof=proof,
         probe=probe_of(model, caller, provenance),
     )
-    write(path, program, model, run or caller.everything, saved)
+    write(path, exported.program, model, run or caller.everything, saved)
+
+
+@dataclass(frozen=True, slots=True)
+class _Exported:
+    """A program, the network on the CPU that it was exported from, and how that is called unless with the image."""
+
+    program: ExportedProgram
+    model: nn.Module
+    run: Caller | None
+
+
+def _exported(model: nn.Module, caller: Caller, provenance: Provenance) -> _Exported:
+    """Export a converted network on the CPU."""
+    model = twin_of(model)
+    if home_of(model)[0].type != "cpu":
+        model = copy_of(model).cpu()  # a program of the CPU runs everywhere, and can be moved
+    run = None if caller.forward_fn is None else caller
+    shape = (1, *provenance.scan.example[1:])
+    device, dtype = home_of(model)
+    return _Exported(export_program(model, run, seeded_input(shape, SEED, dtype).to(device)), model, run)
 
 
 def _parts(

@@ -120,7 +120,7 @@ def examples() -> list[str]:
 
 def test_converting_works_in_a_fresh_process(fixed):
     """`normfix convert` on a TIFF exits 0 and leaves the three files."""
-    assert names(fixed) == {"model.safetensors", "normfix.json", "README.md"}
+    assert names(fixed) == {"model.safetensors", "normfix.json", "README.md", "graph.pt2"}
 
 
 def test_the_saved_folder_states_its_scaling(fixed):
@@ -218,7 +218,7 @@ def test_calibrate_prints_its_record(run, fixed, image, tmp_path):
     """`calibrate --format json` is a CalibrationSummary, and the folder loads."""
     done = run("calibrate", fixed, image, "--arch", ARCH, "-o", tmp_path / "re", "--format", "json")
     assert (done.code, len(CalibrationSummary.from_json(json.loads(done.out)).sites)) == (0, 2)
-    assert names(tmp_path / "re") == {"model.safetensors", "normfix.json", "README.md"}
+    assert names(tmp_path / "re") == {"model.safetensors", "normfix.json", "README.md", "graph.pt2"}
 
 
 @pytest.mark.slow

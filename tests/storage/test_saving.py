@@ -302,9 +302,9 @@ def test_changed_weights_with_a_changed_checksum_are_noticed(folder):
     weights = load_file(folder / WEIGHTS)
     weights["head.bias"] += 1
     save_file(weights, folder / WEIGHTS)
-    from normfix.storage.folder import _sha256
+    from normfix.storage.folder import digest_of
 
-    edited(folder, lambda data: data.update(sha256=_sha256(folder / WEIGHTS)))
+    edited(folder, lambda data: data.update(sha256=digest_of(folder / WEIGHTS)))
     assert refusal(normfix.load, folder, arch=ARCH).code == "NF115"
 
 

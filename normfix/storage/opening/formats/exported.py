@@ -89,12 +89,15 @@ def open_network(path: Path, request: Request) -> Loaded:
     )
 
 
-def read_program(path: Path, extra: dict[str, str] | None = None) -> torch.export.ExportedProgram:
+def read_program(
+    path: Path, extra: dict[str, str] | None = None, *, most: int = 0
+) -> torch.export.ExportedProgram:
     """Open a program that torch.export.save wrote; nothing in it runs, and sample inputs are left out.
 
     Args:
         path: of the file.
         extra: names of extra files inside, filled with their text.
+        most: bytes that its tensors may have beyond what is stored of them, where others take their place.
 
     Raises:
         NormfixError: NF101 damaged, NF111 it calls an operator of torchvision, which is not installed, NF121 built
@@ -106,7 +109,7 @@ def read_program(path: Path, extra: dict[str, str] | None = None) -> torch.expor
     logger.setLevel(logging.CRITICAL)  # it logs the error that is raised below
     try:
         with archives.Archive(path) as archive:
-            texts = _texts(archive, path)
+            texts = _texts(archive, path, most)
             for name in extra or {}:
                 if f"extra/{name}" in archive.names:
                     (extra or {})[name] = archive.read(f"extra/{name}", _LARGEST).decode()
@@ -164,7 +167,7 @@ def _require_layout(path: Path) -> None:
     )
 
 
-def _texts(archive: archives.Archive, path: Path) -> dict[str, bytes]:
+def _texts(archive: archives.Archive, path: Path, most: int = 0) -> dict[str, bytes]:
     """Return the members that torch shall read as text, written anew, with sample inputs that are none.
 
     Raises:
@@ -178,7 +181,7 @@ def _texts(archive: archives.Archive, path: Path) -> dict[str, bytes]:
         texts = {_PROGRAM: program(read[_PROGRAM])}
         for folder, name in _LISTS.items():
             texts[name] = payloads(read[name])
-            _require_stored(archive, folder, texts[name]["config"])
+            _require_stored(archive, folder, texts[name]["config"], most)
         made = {name: json.dumps(content).encode() for name, content in texts.items()}
     except HarmfulProgramError as error:
         raise _harmful(path, str(error)) from error
@@ -202,7 +205,7 @@ def _is_known(name: str) -> bool:
     return name in known or bool(_TENSORS.fullmatch(name) or _LEFT_OUT.fullmatch(name))
 
 
-def _require_stored(archive: archives.Archive, folder: str, config: dict[str, Any]) -> None:
+def _require_stored(archive: archives.Archive, folder: str, config: dict[str, Any], most: int) -> None:
     """Refuse tensors that reach beyond what is stored of them, or are far more than that."""
     claimed = stored = 0
     for path_name in {meta["path_name"] for meta in config.values()}:
@@ -220,7 +223,7 @@ def _require_stored(archive: archives.Archive, folder: str, config: dict[str, An
         if count and (last * width > size or size % width):
             raise HarmfulProgramError(f"it holds {name[:80]!r}, a tensor larger than its data")
         claimed += count * width
-    if claimed > _LEAST + _SHARED * stored:
+    if claimed > _LEAST + most + _SHARED * stored:
         raise HarmfulProgramError(f"it holds tensors of {claimed} bytes, of which {stored} are stored")
 
 
