@@ -310,13 +310,13 @@ CODES: dict[str, str] = {
     "NF503": "What was written did not load back as the same network, so it was removed.",
     "NF550": "Giving back puts constants into BatchNorms of the network's own library. That needs a converted network "
     "without live statistics, none of whose frozen statistics is anything but a norm, and what builds it.",
-    "NF551": "The library was asked for the same network with BatchNorms, by its factory's arguments, and builds none that "
-    "could hold the constants. Name the argument with --switch NAME=VALUE, or use the normfix folder or a program.",
-    "NF552": "The library's network, filled with the constants, is not the converted one: its output or its tiles differ. "
+    "NF551": "The library was asked for the same network with BatchNorms, by its factory's arguments, and builds none "
+    "that could hold the constants. Name the argument with --switch NAME=VALUE, or use the folder or a program.",
+    "NF552": "The library's network, filled with the constants, is not the converted one: its output or tiles differ. "
     "Nothing was written.",
-    "NF553": "The original is not what was converted, is of no format that is given back, or is needed and was not given.",
-    "NF554": "In a process without normfix, the library did not load what was written, or gave another output, so it was "
-    "removed.",
+    "NF553": "The original is not what was converted, is of no format that is given back, or is needed and missing.",
+    "NF554": "In a process without normfix, the library did not load what was written, or gave another output, so it "
+    "was removed.",
     # 6xx: diagnosing
     "NF601": "Even with every known global operation held constant, no halo or stride could be measured, so "
     "there is no right tiling to compare with. Diagnose it as a pipeline, by a function predict(image).",

@@ -17,6 +17,7 @@ from normfix.cli.convert import convert_command
 from normfix.cli.demo import demo_command
 from normfix.cli.diagnose import diagnose_command
 from normfix.cli.explain import explain_command
+from normfix.cli.give_back import give_back_command
 from normfix.cli.prove import prove_command
 from normfix.cli.push import push_command
 from normfix.cli.scan import plan_command, scan_command
@@ -78,6 +79,7 @@ for command in (
     predict_command,
     check_command,
     prove_command,
+    give_back_command,
     push_command,
     diagnose_command,
     demo_command,

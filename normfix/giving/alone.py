@@ -60,7 +60,9 @@ def alone_sd(folder: Path, loader: str, caller: Caller, image: Tensor, wanted: T
     apart = deviation(actual, wanted, float(wanted.double().std()))[0]
     bound = max(IDENTITY[wanted.dtype], IDENTITY[torch.float32])  # which libraries build their networks in
     if apart > bound:
-        raise _refused(f"its own library gives an output that differs by {apart:.1g} sd, more than {bound:.0e}")
+        raise _refused(
+            f"its own library gives an output that differs by {apart:.1g} sd, more than {bound:.0e}"
+        )
     return apart
 
 

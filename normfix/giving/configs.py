@@ -13,7 +13,7 @@ from typing import Any
 
 from normfix.storage.opening.configs import read_mapping
 
-__all__ = ["set_in"]
+__all__ = ["laid_out", "set_in"]
 
 
 def set_in(path: Path, section: str, new: Mapping[str, Any]) -> None:
@@ -21,10 +21,13 @@ def set_in(path: Path, section: str, new: Mapping[str, Any]) -> None:
     wanted = read_mapping(path)
     wanted[section] = {**wanted[section], **new}
     text = path.read_text(encoding="utf-8")
-    path.write_text(_json(text, wanted) if path.suffix == ".json" else _yaml(text, section, new, wanted), "utf-8")
+    path.write_text(
+        laid_out(text, wanted) if path.suffix == ".json" else _yaml(text, section, new, wanted), "utf-8"
+    )
 
 
-def _json(text: str, wanted: Mapping[str, Any]) -> str:
+def laid_out(text: str, wanted: Mapping[str, Any]) -> str:
+    """Return JSON indented as a text is."""
     indent = re.search(r"^([ \t]+)\S", text, re.MULTILINE)
     return json.dumps(wanted, indent=indent[1] if indent else 4, ensure_ascii=False) + "\n"
 
@@ -49,7 +52,13 @@ def _yaml(text: str, section: str, new: Mapping[str, Any], wanted: Mapping[str, 
 
 def _lines(text: str, section: str, name: str, value: Any) -> Iterator[str]:
     """Return the text with one line changed, or one put in behind the section's head, each way that there is."""
-    written = json.dumps(value)
+    # as people write it, where that means the same
+    plain = (
+        isinstance(value, str)
+        and value.isalpha()
+        and value.lower() not in ("true", "false", "yes", "no", "null")
+    )
+    written = str(value) if plain else json.dumps(value)
     for line in re.finditer(rf"^(\s+{re.escape(name)}\s*:\s*)([^#\n]*?)(\s*(?:#.*)?)$", text, re.MULTILINE):
         yield f"{text[: line.start()]}{line[1]}{written}{line[3]}{text[line.end() :]}"
     for head in re.finditer(rf"^{re.escape(section)}\s*:[^\n]*\n([ \t]+)", text, re.MULTILINE):

@@ -1,4 +1,4 @@
-"""give_back: find the library's own network, prove it to be the converted one, write it, and let the library read it."""
+"""give_back: find the library's own network, prove it, write it, and let the library alone read it back."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from normfix.conversion.results import Calibration, Conversion
 from normfix.giving.alone import alone_sd
 from normfix.giving.card import card_of
-from normfix.giving.formats import LIBRARIES, Library
+from normfix.giving.formats import LIBRARIES
 from normfix.giving.gift import Gift
 from normfix.giving.matching import Match, built, matched
 from normfix.giving.refusals import NotGiven, Unequal
@@ -29,10 +29,10 @@ from normfix.records.returns import GivenBack
 from normfix.records.saved import Provenance, Scaling, Source
 from normfix.records.verdicts import Verdict
 from normfix.storage.folder import appearing, require_absent, seeded_input
+from normfix.storage.opening import open_path
 from normfix.storage.opening.factories import dumped
 from normfix.storage.opening.pickles import read_torch
 from normfix.storage.opening.request import Request
-from normfix.storage.opening import open_path
 from normfix.storage.probe import SEED
 from normfix.tiling.geometry import geometry_of
 
@@ -143,7 +143,9 @@ def _known(model: nn.Module, scaling: Scaling | None) -> Provenance:
     if live := known.plan.left_live:
         sites = ", ".join(f"{d.site.id} ({d.reason})" for d in live[:3])
         raise NotGiven(
-            "NF550", f"{len(live)} sites stay live in it, and its own tool would compute them per tile: {sites}.", where=name
+            "NF550",
+            f"{len(live)} sites stay live in it, and its own tool would compute them per tile: {sites}.",
+            where=name,
         )
     statistics = [d.site.id for d in known.plan.converted if d.site.statistic is not None]
     if statistics:
@@ -160,7 +162,9 @@ def _known(model: nn.Module, scaling: Scaling | None) -> Provenance:
             where=name,
         )
     if geometry_of(known.scan) is None:
-        raise NotGiven("NF550", "it has no halo and stride, so tiles of it cannot be shown to be exact.", where=name)
+        raise NotGiven(
+            "NF550", "it has no halo and stride, so tiles of it cannot be shown to be exact.", where=name
+        )
     return known if scaling is None else replace(known, scaling=scaling)
 
 
@@ -264,8 +268,8 @@ class _Work:
         if apart > IDENTITY[self.dtype]:
             raise Unequal(
                 "NF552",
-                f"in {str(self.dtype).removeprefix('torch.')} the library's network differs by {apart:.1g} sd. Nothing was "
-                "written.",
+                f"in {str(self.dtype).removeprefix('torch.')} the library's network differs by {apart:.1g} sd. Nothing "
+                "was written.",
                 where=type(network).__name__,
             )
         return network, apart
@@ -278,7 +282,12 @@ class _Work:
         """
         scan = self.known.scan
         subject = Subject(
-            network, self.caller, self.known.plan, geometry_of(scan), tuple(scan.example[2:]), sizes=scan.sizes
+            network,
+            self.caller,
+            self.known.plan,
+            geometry_of(scan),
+            tuple(scan.example[2:]),
+            sizes=scan.sizes,
         )
         with exact_arithmetic():
             verdict = subject.verdict(self.image(self.dtype))
@@ -287,7 +296,8 @@ class _Work:
             reasons = "; ".join(finding.line for finding in verdict.findings) if verdict else ""
             raise Unequal(
                 "NF552",
-                f"tiles of the library's network do not equal its whole image ({status} {reasons}). Nothing was written.",
+                f"tiles of the library's network do not equal its whole image ({status} {reasons}). Nothing was "
+                "written.",
                 where=type(network).__name__,
             )
         return verdict

@@ -47,7 +47,9 @@ def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, An
     return {name: value for name, value in after.items() if name not in before or before[name] != value}
 
 
-def config_changes(file: str, place: str, before: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
+def config_changes(
+    file: str, place: str, before: Mapping[str, Any], new: Mapping[str, Any]
+) -> Iterator[Change]:
     """Return the changes of a configuration's values."""
     for name, value in new.items():
         was = json.dumps(before[name]) if name in before else ""

@@ -36,7 +36,11 @@ class Match:
 
 
 def matched(
-    converted: nn.Module, caller: Caller, image: Tensor, source: Source, candidates: Iterable[Mapping[str, Any]]
+    converted: nn.Module,
+    caller: Caller,
+    image: Tensor,
+    source: Source,
+    candidates: Iterable[Mapping[str, Any]],
 ) -> Match:
     """Return the first arguments that build the converted network.
 
@@ -57,7 +61,9 @@ def matched(
         wanted = caller.in_double(double, image)
         spread = float(wanted.std())
         if not spread > 0:
-            raise Unequal("NF552", "the converted network's output is constant on noise, so equality shows nothing.")
+            raise Unequal(
+                "NF552", "the converted network's output is constant on noise, so equality shows nothing."
+            )
         for number, args in enumerate(candidates):
             if number == _MOST:
                 break
@@ -83,7 +89,9 @@ def built(source: Source, args: Mapping[str, Any]) -> nn.Module:
 
 
 def _unequal(apart: float, args: Mapping[str, Any]) -> Unequal:
-    return Unequal("NF552", f"built with {dumped(args)[:200]}, it holds the constants and differs by {apart:.1g} sd.")
+    return Unequal(
+        "NF552", f"built with {dumped(args)[:200]}, it holds the constants and differs by {apart:.1g} sd."
+    )
 
 
 def _refusal(source: Source, unlike: list[NormfixError]) -> NormfixError:
@@ -96,7 +104,9 @@ def _refusal(source: Source, unlike: list[NormfixError]) -> NormfixError:
                     f"{error.message} {len(unlike)} ways to call it were tried. {_WAYS_ON}",
                     where=source.spec,
                 )
-    tried = f"{len(unlike)} were tried, and none builds ({unlike[0]})" if unlike else "none has norm in its name"
+    tried = (
+        f"{len(unlike)} were tried, and none builds ({unlike[0]})" if unlike else "none has norm in its name"
+    )
     return Unfit(
         "NF551",
         f"it has no argument that switches its norms to BatchNorm: {tried}. {_WAYS_ON}",

@@ -1,8 +1,8 @@
 """With which arguments a factory builds its network with BatchNorms: found by its signature, not in a list of classes.
 
-An argument counts if its name holds "norm", also within an argument that is a mapping. Where its value, given or by
-default, names an instance or group norm, the word is changed in the style that it is written in: "instance" becomes
-"batch", "GroupNorm" "BatchNorm", "gn" "bn". Whether what such arguments build is the same network, the proof says.
+Where the value of an argument, given or by default and also within a mapping, names an instance or group norm, the word
+is changed in the style that it is written in: "instance" becomes "batch", "GroupNorm" "BatchNorm", "gn" "bn". Where the
+name alone says norm, the usual words are tried. Whether what is built is the same network, the proof says.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def switched(factory: Callable[..., Any], args: Mapping[str, Any]) -> Iterator[d
     places = dict(_places({**_defaults(factory), **args}))
     spoken = {place: forms for place, value in places.items() if (forms := _forms(value))}
     tried = {_key(args)}
-    for choice in (*_together(spoken), *_alone(spoken), *_guesses(set(places) - set(spoken))):
+    silent = {place for place in places if place not in spoken and _is_norm(place[-1])}
+    for choice in (*_together(spoken), *_alone(spoken), *_guesses(silent)):
         new = _with(args, choice)
         if _key(new) not in tried:
             tried.add(_key(new))
@@ -62,13 +63,13 @@ def _in_case(word: str, like: str) -> str:
 
 
 def _defaults(factory: Callable[..., Any]) -> dict[str, Any]:
-    """Return the defaults of a factory's arguments that may choose a norm and are plain values."""
+    """Return the defaults of a factory's arguments."""
     try:
         parameters = inspect.signature(factory).parameters.values()
     except (TypeError, ValueError):  # a class without a signature
         return {}
-    named = [p for p in parameters if _is_norm(p.name) and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    return {p.name: None if p.default is p.empty else p.default for p in named}
+    named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    return {p.name: p.default for p in named if p.default is not p.empty}
 
 
 def _is_norm(name: str) -> bool:
@@ -79,7 +80,7 @@ def _places(args: Mapping[str, Any], inside: Place = ()) -> Iterator[tuple[Place
     for name, value in args.items():
         if isinstance(value, Mapping):
             yield from _places(value, (*inside, str(name)))
-        elif _is_norm(str(name)) and isinstance(value, str | list | tuple | bool | None):
+        elif isinstance(value, str | list | tuple | bool | None):
             yield (*inside, str(name)), value
 
 

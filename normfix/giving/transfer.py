@@ -143,7 +143,9 @@ def _composed(
 
 def _carry_(library: nn.Module, converted: nn.Module, own: _Calls, theirs: _Calls) -> dict[str, Tensor]:
     """Carry over all that is no norm's; return what there was no place for."""
-    renamed = dict(zip(own.others, theirs.others, strict=False)) if len(own.others) == len(theirs.others) else {}
+    renamed = (
+        dict(zip(own.others, theirs.others, strict=False)) if len(own.others) == len(theirs.others) else {}
+    )
     norms, layers = {c.module for c in own.norms}, {c.module for c in theirs.norms}
     given = dict(_state(converted, layers))
     used = {tensor.data_ptr() for c in theirs.norms for tensor in (c.weight, c.bias) if tensor is not None}

@@ -1,4 +1,4 @@
-"""What was given back: the files of another tool, in what they differ from the original's, and what was shown of them."""
+"""What was given back: in what its files differ from the original's, and what was shown of them."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from normfix.giving.formats import monai_bundle, plain, unet3d
+from normfix.giving.formats import monai_bundle, nnunet, plain, unet3d
 from normfix.giving.gift import Gift
 from normfix.records.returns import Change
 from normfix.records.saved import Source
@@ -47,5 +47,5 @@ class Library(Protocol):
         ...
 
 
-LIBRARIES: tuple[Library, ...] = (monai_bundle, unet3d, plain)
+LIBRARIES: tuple[Library, ...] = (nnunet, monai_bundle, unet3d, plain)
 """The libraries, most particular first."""

@@ -76,7 +76,7 @@ def write(draft: Path, gift: Gift) -> tuple[Change, ...]:
 def advice(scan: Scan) -> str:
     """Say what MONAI's inferer does with windows."""
     return (
-        "`python -m monai.bundle run --config_file configs/inference.json` runs it unchanged. MONAI's SlidingWindowInferer "
+        "`python -m monai.bundle run --config_file configs/inference.json` runs it unchanged. SlidingWindowInferer "
         "averages overlapping windows and crops nothing, so pixels nearer to a window's border than the halo are "
         "mixed with what lacks context; no `overlap` makes that vanish. Make `roi_size` a multiple of the stride, as "
         "large as memory takes; with a `roi_size` of the whole image the result is exact. Without MONAI's blending, "

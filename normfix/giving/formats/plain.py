@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from normfix.giving.gift import Gift, changed, config_changes
+from normfix.giving.gift import Gift, changed, config_changes, key_changes
 from normfix.giving.switches import switched
 from normfix.networks.naming import named
 from normfix.records.returns import Change
 from normfix.records.saved import Source
 from normfix.records.sites import Scan
+from normfix.storage.opening.arguments import blanked
 from normfix.storage.opening.gate import imported, is_allowed
 
 __all__ = ["LOADER", "NAME", "advice", "candidates", "recognises", "weights", "write"]
@@ -58,7 +59,7 @@ def candidates(source: Source) -> Iterator[Mapping[str, Any]]:
     args = json.loads(source.args)
     if source.spec.startswith("timm:"):
         return switched(dict, args)
-    return switched((imported if is_allowed(source.spec) else named)(source.spec), args)
+    return switched(_factory(source.spec), args)
 
 
 def write(draft: Path, gift: Gift) -> tuple[Change, ...]:
@@ -67,11 +68,12 @@ def write(draft: Path, gift: Gift) -> tuple[Change, ...]:
     dtypes = {str(tensor.dtype) for tensor in gift.state.values() if tensor.is_floating_point()}
     told = {
         "factory": gift.source.spec,
-        "arguments": gift.args,
+        "arguments": _without_fetching(gift),
         "dtype": dtypes.pop().removeprefix("torch.") if len(dtypes) == 1 else "float32",
     }
     (draft / ARGUMENTS).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    return tuple(config_changes(ARGUMENTS, "", gift.before, changed(gift.before, gift.args)))
+    new = config_changes(ARGUMENTS, "", gift.before, changed(gift.before, gift.args))
+    return (*new, *key_changes(WEIGHTS, gift.names_before, gift.state))
 
 
 def advice(scan: Scan) -> str:
@@ -80,3 +82,14 @@ def advice(scan: Scan) -> str:
         "Build the network with the arguments of `arguments.json`, fill it with `model.pth`, strictly, and call "
         "`eval()`. Read each tile with the halo, start on multiples of the stride, and crop the halo away."
     )
+
+
+def _factory(spec: str) -> Callable[..., Any]:
+    found: Callable[..., Any] = (imported if is_allowed(spec) else named)(spec)
+    return found
+
+
+def _without_fetching(gift: Gift) -> dict[str, Any]:
+    """Return the arguments with which the factory fetches no weights, since these are there."""
+    spec = gift.source.spec
+    return blanked(dict if spec.startswith("timm:") else _factory(spec), gift.args, defaults=True)
