@@ -8,26 +8,11 @@ import torch
 from torch import nn
 
 import normfix
-from normfix.giving import alone
 from normfix.giving.formats import plain
 from normfix.giving.refusals import NotAlone, NotGiven, Unequal, Unfit
 
 IMAGE = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
 OTHER = torch.rand(1, 1, 96, 64, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(autouse=True)
-def in_this_process(request, monkeypatch):
-    """Run what a fresh process runs here, but in tests of that process, which are slow."""
-    if "slow" in request.keywords:
-        return
-
-    def here(script, *words):
-        body = script.replace('sys.modules["normfix"] = None', "").replace("sys.argv[1:]", repr(words))
-        exec(compile(body, "script", "exec"), {})
-        return ""
-
-    monkeypatch.setattr(alone, "run_fresh", here)
 
 
 def converted(factory, dtype=torch.float32, to="frozen", **args):
