@@ -292,7 +292,7 @@ CODES: dict[str, str] = {
     "at least the halo that was measured, since with less the result is not the whole image's.",
     "NF411": "A portable result is the original class with new statistics, which is exact only where every "
     "converted site was a BatchNorm with running statistics. Other norms have no place for constants: their class "
-    "would load the file and stay live. Save the normfix folder, which normfix.load rebuilds.",
+    "would load the file and stay live. normfix give-back asks the library for BatchNorms; else save the folder.",
     "NF412": "The original class, filled with the converted network's state, does not give the converted network's "
     "output, so nothing portable was written. Save the normfix folder instead.",
     "NF413": "Pushing goes through huggingface_hub: the folder must be one that normfix saved, its proof must have "

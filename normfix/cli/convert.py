@@ -18,7 +18,9 @@ from normfix.errors import NormfixError
 from normfix.records.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from normfix.conversion.results import Conversion
     from normfix.records.plans import Plan
+    from normfix.records.saved import Scaling, Source
 
 __all__ = ["convert_command"]
 
@@ -47,6 +49,11 @@ __all__ = ["convert_command"]
     "--portable",
     is_flag=True,
     help="Write the original class as its own library does; only where every norm was a BatchNorm.",
+)
+@click.option(
+    "--give-back",
+    metavar="FOLDER",
+    help="Write it for its own tool as well, as normfix give-back does, with MODEL as the original.",
 )
 @click.option(
     "--allow-flat",
@@ -79,6 +86,7 @@ def convert_command(
     strict: bool,
     partial: bool,
     portable: bool,
+    give_back: str | None,
     allow_flat: bool,
     halo: Any,
     report: str | None,
@@ -99,6 +107,7 @@ def convert_command(
       normfix convert normfix.demo.network:nuclei_unet nuclei.tif --scale percentile:1,99.8 --to frozen -o fixed
     """
     from normfix.api.conversion import convert
+    from normfix.storage.folder import require_absent
     from normfix.storage.instructions import commands
     from normfix.storage.programs import SUFFIX, require_program_name
     from normfix.storage.saving import require_unconverted, save
@@ -111,6 +120,8 @@ def convert_command(
     if format_ == "pt2" and Path(out).suffix != SUFFIX:
         raise NormfixError("NF227", "--format pt2 writes one file: give -o FILE.pt2.", where=out)
     require_report(report)
+    if give_back is not None:
+        require_absent(Path(give_back))
     plan = _read_plan(plan_file)
     blocks = blocks_of(options, engine)
     arguments = Arguments.take(options)
@@ -153,7 +164,27 @@ def convert_command(
             return 1
         save(done, place.path, opened.source, scaling=scaling, partial=partial, portable=portable)
     tell(place, " Load it with its own library." if portable else f" {commands(Path(out), opened.source)}")
+    if give_back is not None:
+        _give_back(done, give_back, arguments, opened.source, scaling)
     return 0 if sound else 1
+
+
+def _give_back(
+    done: Conversion, folder: str, arguments: Arguments, source: Source, scaling: Scaling | None
+) -> None:
+    """Write it for its own tool; MODEL is the original where its format is one that is given back."""
+    from normfix.giving.folder import give_back, is_original
+
+    give_back(
+        done,
+        folder,
+        source if source.kind == "factory" else None,
+        original=arguments.model if is_original(arguments.model) else None,
+        scaling=scaling,
+        allow_classes=arguments.allow_classes,
+        trust_pickle=arguments.trust_pickle,
+    )
+    note(f"Wrote {folder} for its own tool. Its README.md says what that must be told.")
 
 
 def _read_plan(path: str | None) -> Plan | None:

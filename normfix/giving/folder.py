@@ -36,7 +36,7 @@ from normfix.storage.opening.request import Request
 from normfix.storage.probe import SEED
 from normfix.tiling.geometry import geometry_of
 
-__all__ = ["give_back"]
+__all__ = ["give_back", "is_original"]
 
 
 @undisturbed()
@@ -122,6 +122,11 @@ def give_back(
         readme = "README.md" if not (draft / "README.md").exists() else "README-normfix.md"
         (draft / readme).write_text(card_of(record, known, library), encoding="utf-8")
     return record
+
+
+def is_original(path: str | Path) -> bool:
+    """Tell whether something is of a format that is given back as a whole."""
+    return any(library.recognises(Path(path)) for library in LIBRARIES)
 
 
 def _known(model: nn.Module, scaling: Scaling | None) -> Provenance:

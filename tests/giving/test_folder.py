@@ -94,10 +94,10 @@ def test_a_variance_below_the_other_eps_moves_into_the_weight(tmp_path):
 @pytest.mark.parametrize(
     ("factory", "kind", "says"),
     [
-        (switchable.Twice, Unfit, "normalises twice with one BatchNorm"),
-        (switchable.Another, Unequal, "holds the constants and differs"),
+        (switchable.Twice, Unfit, "NF551.*normalises twice with one BatchNorm"),
+        (switchable.Another, Unequal, "NF552.*holds the constants and differs"),
         (switchable.Numbered, Unfit, "no argument that switches"),
-        (switchable.Pooled, NotGiven, "no norm"),
+        (switchable.Pooled, NotGiven, "NF550.*no norm"),
     ],
 )
 def test_what_no_library_holds_is_refused_and_nothing_is_left(tmp_path, factory, kind, says):
@@ -182,7 +182,7 @@ def test_a_missing_weight_is_caught_in_the_fresh_process(tmp_path, monkeypatch):
         return changes
 
     monkeypatch.setattr(plain, "write", spoiled)
-    with pytest.raises(NotAlone, match="does not load"):
+    with pytest.raises(NotAlone, match=r"NF554.*does not load"):
         normfix.give_back(converted(switchable.generator), tmp_path / "back", "switchable:generator")
 
 
