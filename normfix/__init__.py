@@ -18,6 +18,7 @@ _HOMES = {
     "normfix.records.verdicts": ("Proof", "ProofStep", "Verdict"),
     "normfix.records.saved": ("Scaling", "Source"),
     "normfix.records.certificates": ("Certificate", "Verification"),
+    "normfix.records.returns": ("GivenBack",),
     "normfix.records.diagnoses": ("Tiling",),
     "normfix.layers": (
         "BatchRenorm1d",
@@ -38,6 +39,7 @@ _HOMES = {
     "normfix.storage.saving": ("save",),
     "normfix.storage.loading": ("load",),
     "normfix.storage.hub": ("push",),
+    "normfix.giving.folder": ("give_back",),
     "normfix.proof.check": ("assert_tile_invariant", "check"),
     "normfix.proof.prove": ("prove",),
     "normfix.proof.verification": ("verify",),
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
     from normfix.diagnosis.network import Diagnosis as Diagnosis
     from normfix.diagnosis.network import diagnose as diagnose
     from normfix.errors import NormfixError as NormfixError
+    from normfix.giving.folder import give_back as give_back
     from normfix.images.given import read_images as read_images
     from normfix.images.opening import open_image as open_image
     from normfix.layers import BatchRenorm1d as BatchRenorm1d
@@ -86,6 +89,7 @@ if TYPE_CHECKING:
     from normfix.records.plans import Action as Action
     from normfix.records.plans import Decision as Decision
     from normfix.records.plans import Plan as Plan
+    from normfix.records.returns import GivenBack as GivenBack
     from normfix.records.saved import Scaling as Scaling
     from normfix.records.saved import Source as Source
     from normfix.records.sites import Family as Family

@@ -292,7 +292,7 @@ CODES: dict[str, str] = {
     "at least the halo that was measured, since with less the result is not the whole image's.",
     "NF411": "A portable result is the original class with new statistics, which is exact only where every "
     "converted site was a BatchNorm with running statistics. Other norms have no place for constants: their class "
-    "would load the file and stay live. Save the normfix folder, which normfix.load rebuilds.",
+    "would load the file and stay live. normfix give-back asks the library for BatchNorms; else save the folder.",
     "NF412": "The original class, filled with the converted network's state, does not give the converted network's "
     "output, so nothing portable was written. Save the normfix folder instead.",
     "NF413": "Pushing goes through huggingface_hub: the folder must be one that normfix saved, its proof must have "
@@ -338,6 +338,15 @@ CODES: dict[str, str] = {
     "Some make no sense for what the network gives.",
     "NF535": "Probabilities lie from 0 to 1, and of the logits of an image some do not. What the network gives is what "
     "was not said: a network that ends in a softmax or sigmoid needs --logits none, another one must not have it.",
+    "NF550": "Giving back puts constants into BatchNorms of the network's own library. That needs a converted network "
+    "without live statistics, none of whose frozen statistics is anything but a norm, and what builds it.",
+    "NF551": "The library was asked for the same network with BatchNorms, by its factory's arguments, and builds none "
+    "that could hold the constants. Name the argument with --switch NAME=VALUE, or use the folder or a program.",
+    "NF552": "The library's network, filled with the constants, is not the converted one: its output or tiles differ. "
+    "Nothing was written.",
+    "NF553": "The original is not what was converted, is of no format that is given back, or is needed and missing.",
+    "NF554": "In a process without normfix, the library did not load what was written, or gave another output, so it "
+    "was removed.",
     # 6xx: diagnosing
     "NF601": "Even with every known global operation held constant, no halo or stride could be measured, so "
     "there is no right tiling to compare with. Diagnose it as a pipeline, by a function predict(image).",

@@ -18,6 +18,7 @@ from normfix.cli.demo import demo_command
 from normfix.cli.diagnose import diagnose_command
 from normfix.cli.explain import explain_command
 from normfix.cli.failures import text_of_error
+from normfix.cli.give_back import give_back_command
 from normfix.cli.predict import predict_command
 from normfix.cli.prove import prove_command
 from normfix.cli.push import push_command
@@ -82,6 +83,7 @@ for command in (
     check_command,
     prove_command,
     verify_command,
+    give_back_command,
     push_command,
     diagnose_command,
     demo_command,

@@ -10,6 +10,7 @@ from normfix.records.diagnoses import DiagnosisRecord
 from normfix.records.encoding import Record
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.plans import Plan
+from normfix.records.returns import GivenBack
 from normfix.records.saved import ConversionRecord
 from normfix.records.sites import Scan
 from normfix.records.verdicts import Proof, Verdict
@@ -60,6 +61,7 @@ RECORDS: Mapping[str, type[Record]] = {
     "prove": Proof,
     "verify": Verification,
     "predict": Predicted,
+    "give-back": GivenBack,
     "push": Pushed,
     "explain": Explained,
     "demo": Shown,

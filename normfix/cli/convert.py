@@ -19,8 +19,10 @@ from normfix.errors import NormfixError
 from normfix.records.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from normfix.conversion.results import Conversion
     from normfix.records.certificates import Certificate
     from normfix.records.plans import Plan
+    from normfix.records.saved import Scaling, Source
 
 __all__ = ["convert_command"]
 
@@ -49,6 +51,11 @@ __all__ = ["convert_command"]
     "--portable",
     is_flag=True,
     help="Write the original class as its own library does; only where every norm was a BatchNorm.",
+)
+@click.option(
+    "--give-back",
+    metavar="FOLDER",
+    help="Write it for its own tool as well, as normfix give-back does, with MODEL as the original.",
 )
 @click.option(
     "--allow-flat",
@@ -83,6 +90,7 @@ def convert_command(
     strict: bool,
     partial: bool,
     portable: bool,
+    give_back: str | None,
     allow_flat: bool,
     halo: Any,
     report: str | None,
@@ -113,11 +121,14 @@ def convert_command(
     arguments = Arguments.take(options)
 
     from normfix.api.conversion import convert
+    from normfix.storage.folder import require_absent
     from normfix.storage.instructions import commands
     from normfix.storage.programs import require_program_name
     from normfix.storage.saving import require_unconverted, save
     from normfix.tiling.stages.resuming import resumable
 
+    if give_back is not None:
+        require_absent(Path(give_back))
     blocks = blocks_of(options, engine)
     with ExitStack() as stack:
         place = stack.enter_context(output(out, is_saved))
@@ -163,6 +174,8 @@ def convert_command(
         record = replace(record, certificate=_certificate(place.path))
         progress("save", 1, 1)
     tell(place, " Load it with its own library." if portable else f" {commands(Path(out), opened.source)}")
+    if give_back is not None:
+        _give_back(done, give_back, arguments, opened.source, scaling)
     return 0 if sound else 1
 
 
@@ -171,6 +184,24 @@ def _certificate(saved: Path) -> Certificate | None:
     from normfix.storage.folder import MANIFEST, read_manifest
 
     return read_manifest(saved).certificate if (saved / MANIFEST).is_file() else None
+
+
+def _give_back(
+    done: Conversion, folder: str, arguments: Arguments, source: Source, scaling: Scaling | None
+) -> None:
+    """Write it for its own tool; MODEL is the original where its format is one that is given back."""
+    from normfix.giving.folder import give_back, is_original
+
+    give_back(
+        done,
+        folder,
+        source if source.kind == "factory" else None,
+        original=arguments.model if is_original(arguments.model) else None,
+        scaling=scaling,
+        allow_classes=arguments.allow_classes,
+        trust_pickle=arguments.trust_pickle,
+    )
+    note(f"Wrote {folder} for its own tool. Its README.md says what that must be told.")
 
 
 def _read_plan(path: str | None) -> Plan | None:

@@ -34,8 +34,8 @@ def require_returnable(plan: Plan) -> None:
         raise NormfixError(
             "NF411",
             f"{len(lost)} converted sites had no running statistics ({names}), so the original class has no place "
-            "for the new ones and would stay live without a word. Save the normfix folder instead (without "
-            "--portable); its program or normfix.load runs anywhere.",
+            "for the new ones and would stay live without a word. Save the normfix folder (without --portable); its "
+            "library's own BatchNorms may hold the constants: normfix give-back.",
             where=plan.model,
         )
 

@@ -18,7 +18,7 @@ from normfix.storage.opening.pickles import read_torch
 from normfix.storage.opening.request import Loaded, Request, factory, unreadable
 from normfix.storage.opening.state_dicts import filled
 
-__all__ = ["open_network", "recognises"]
+__all__ = ["described", "open_network", "recognises", "weights_file"]
 
 _CONFIGS = ("inference.json", "inference.yaml", "train.json", "train.yaml", "evaluate.json")
 _NETWORKS = ("network_def", "network", "net")
@@ -35,11 +35,7 @@ def recognises(path: Path) -> bool:
 
 def open_network(path: Path, request: Request) -> Loaded:
     """Build the network that the configuration describes, or the caller names, and fill it."""
-    weights = next((path / "models" / name for name in _WEIGHTS if (path / "models" / name).is_file()), None)
-    if weights is None:
-        raise unreadable(
-            path / "models", f"the bundle has none of {', '.join(_WEIGHTS)} (a .ts is TorchScript)"
-        )
+    weights = weights_file(path)
     content = read_torch(weights, request)
     source = request.named
     if source is None:
@@ -48,19 +44,44 @@ def open_network(path: Path, request: Request) -> Loaded:
     return filled(content, weights, source, request)
 
 
+def weights_file(path: Path) -> Path:
+    """Return a bundle's file of weights.
+
+    Raises:
+        NormfixError: NF101 if it has none.
+    """
+    for name in _WEIGHTS:
+        if (path / "models" / name).is_file():
+            return path / "models" / name
+    raise unreadable(path / "models", f"the bundle has none of {', '.join(_WEIGHTS)} (a .ts is TorchScript)")
+
+
+def described(path: Path) -> tuple[str, str, dict[str, Any]] | None:
+    """Return what a configuration calls its network, the class, as pkg.module:Class, and its arguments.
+
+    None where it describes none.
+
+    Raises:
+        NormfixError: NF120 if it is more than a class and plain values.
+    """
+    config = read_mapping(path)
+    key = next((key for key in _NETWORKS if isinstance(config.get(key), Mapping)), None)
+    if key is None or "_target_" not in config[key]:
+        return None
+    definition = _Resolved(config, str(path)).plain(config[key])
+    _require_ordinary(definition, str(path))
+    args = {name: value for name, value in definition.items() if name not in _META}
+    module, _, name = str(definition["_target_"]).rpartition(".")
+    return key, f"{module or 'monai.networks.nets'}:{name}", args
+
+
 def _definition(folder: Path) -> tuple[str, dict[str, Any]]:
     """Return the network's class, as pkg.module:Class, and its arguments."""
     for path in (folder / name for name in _CONFIGS if (folder / name).is_file()):
-        config = read_mapping(path)
-        found = next((config[key] for key in _NETWORKS if isinstance(config.get(key), Mapping)), None)
-        if found is None or "_target_" not in found:
+        found = described(path)
+        if found is None:
             continue
-        definition = _Resolved(config, str(path)).plain(found)
-        target = str(definition["_target_"])
-        _require_ordinary(definition, str(path))
-        args = {key: value for key, value in definition.items() if key not in _META}
-        module, _, name = target.rpartition(".")
-        spec = f"{module or 'monai.networks.nets'}:{name}"
+        _, spec, args = found
         if not spec.startswith("monai.networks.") or not is_allowed(spec):
             break
         return spec, args

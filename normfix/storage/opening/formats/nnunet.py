@@ -19,7 +19,7 @@ from normfix.storage.opening.pickles import read_torch
 from normfix.storage.opening.request import Loaded, Request, factory
 from normfix.storage.opening.state_dicts import filled
 
-__all__ = ["network", "open_network", "prepare", "recognises"]
+__all__ = ["checkpoint_of", "folder_of", "network", "open_network", "prepare", "recognises", "resolved"]
 
 _CLASSES = ("PlainConvUNet", "ResidualEncoderUNet", "ResidualUNet")
 _HOME = "dynamic_network_architectures.architectures.unet"
@@ -36,14 +36,14 @@ _LAYERS: Mapping[str, tuple[str, ...]] = {
 
 def recognises(path: Path) -> bool:
     """Recognise a folder with plans.json, or a checkpoint in a fold of such a folder."""
-    return _folder(path) is not None
+    return folder_of(path) is not None
 
 
 def open_network(path: Path, request: Request) -> Loaded:
     """Build the network that the plans describe and fill it with the fold's weights, deep supervision off."""
-    folder = _folder(path)
+    folder = folder_of(path)
     assert folder is not None
-    checkpoint = path if path.is_file() else _checkpoint(folder)
+    checkpoint = checkpoint_of(path)
     content = read_torch(checkpoint, request)
     if request.named is not None:
         return filled(content, checkpoint, request.named, request)
@@ -119,7 +119,7 @@ def _layer(setting: str, name: str | None) -> type[nn.Module] | None:
 
 def _arguments(folder: Path, configuration: str) -> dict[str, Any]:
     plans, dataset = read_mapping(folder / "plans.json"), read_mapping(folder / "dataset.json")
-    chosen = _resolved(plans["configurations"], configuration)
+    chosen = resolved(plans["configurations"], configuration)
     channels = len(dataset["modality"] if "modality" in dataset else dataset["channel_names"])
     labels = _labels(dataset)
     if chosen.get("previous_stage"):  # a cascade gets the coarse segmentation's foreground too
@@ -134,7 +134,7 @@ def _arguments(folder: Path, configuration: str) -> dict[str, Any]:
     }
 
 
-def _resolved(configurations: Mapping[str, Any], name: str) -> dict[str, Any]:
+def resolved(configurations: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return a configuration with what it inherits, each ancestor once."""
     chain = [name]
     while (parent := configurations[chain[-1]].get("inherits_from")) is not None:
@@ -163,12 +163,20 @@ def _regions(dataset: Mapping[str, Any]) -> int:
     return sum(v not in (0, [0]) for v in values.values())
 
 
-def _folder(path: Path) -> Path | None:
+def folder_of(path: Path) -> Path | None:
+    """Return the folder of plans that a path is, or that a fold's checkpoint belongs to."""
     places = [path] if path.is_dir() else [path.parent, path.parent.parent]
     return next((p for p in places if (p / "plans.json").is_file() and (p / "dataset.json").is_file()), None)
 
 
-def _checkpoint(folder: Path) -> Path:
+def checkpoint_of(folder: Path) -> Path:
+    """Return the checkpoint itself, or the only one in a folder.
+
+    Raises:
+        NormfixError: NF119 if the folder holds several, or none.
+    """
+    if folder.is_file():
+        return folder
     finals, others = (sorted(folder.glob(f"fold_*/checkpoint_{name}.pth")) for name in ("final", "*"))
     # opening a pipe waits for ever
     found = [path for path in finals or others if path.is_file()]

@@ -14,7 +14,7 @@ from normfix.storage.opening.pickles import is_torch_file, read_torch
 from normfix.storage.opening.request import Loaded, Request, factory
 from normfix.storage.opening.state_dicts import filled
 
-__all__ = ["network", "open_network", "prepare", "recognises"]
+__all__ = ["checkpoint_of", "configs_of", "network", "open_network", "prepare", "recognises"]
 
 _CLASSES = ("UNet3D", "ResidualUNet3D", "ResidualUNetSE3D", "UNet2D", "ResidualUNet2D")
 _CHECKPOINTS = ("best_checkpoint.pytorch", "last_checkpoint.pytorch")
@@ -23,18 +23,17 @@ _CHECKPOINTS = ("best_checkpoint.pytorch", "last_checkpoint.pytorch")
 def recognises(path: Path) -> bool:
     """Recognise a *.pytorch file with a config beside or above it, or a folder with both."""
     if path.is_dir():
-        return any((path / name).is_file() for name in _CHECKPOINTS) and bool(_configs(path))
-    return path.suffix == ".pytorch" and bool(_configs(path.parent)) and is_torch_file(path)
+        return any((path / name).is_file() for name in _CHECKPOINTS) and bool(configs_of(path))
+    return path.suffix == ".pytorch" and bool(configs_of(path.parent)) and is_torch_file(path)
 
 
 def open_network(path: Path, request: Request) -> Loaded:
     """Build the network that the config's `model` section describes and fill it with the checkpoint."""
-    if path.is_dir():
-        path = next(path / name for name in _CHECKPOINTS if (path / name).is_file())
+    path = checkpoint_of(path)
     content = read_torch(path, request)
     if request.named is not None:
         return filled(content, path, request.named, request)
-    config = _configs(path.parent)[0]
+    config = configs_of(path.parent)[0]
     model = read_mapping(config).get("model")
     if not isinstance(model, dict) or model.get("name") not in _CLASSES:
         raise NormfixError(
@@ -43,6 +42,13 @@ def open_network(path: Path, request: Request) -> Loaded:
             where=str(config),
         )
     return filled(content, path, factory(f"{__name__}:network", model), request)
+
+
+def checkpoint_of(path: Path) -> Path:
+    """Return the checkpoint of a run: the file itself, or the best in a folder."""
+    if path.is_file():
+        return path
+    return next(path / name for name in _CHECKPOINTS if (path / name).is_file())
 
 
 def network(name: str, **settings: Any) -> nn.Module:
@@ -63,8 +69,9 @@ def _class(name: str) -> Any:
     return getattr(importlib.import_module("pytorch3dunet.unet3d.model"), name)
 
 
-def _configs(folder: Path) -> list[Path]:
+def configs_of(folder: Path) -> list[Path]:
     """Return config files with a section `model`, those beside the checkpoint first."""
-    names = ("config.yml", "config.yaml", "train_config.yml", "train_config.yaml")
+    stems = ("config", "train_config", "config_train")  # the last is panseg's
+    names = [f"{stem}.{ending}" for stem in stems for ending in ("yml", "yaml")]
     places = (folder, folder / "logs", folder.parent)
     return [place / name for place in places for name in names if (place / name).is_file()]

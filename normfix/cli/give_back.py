@@ -1,0 +1,94 @@
+"""normfix give-back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from normfix.cli.options import Arguments, model_options
+from normfix.cli.showing import format_option, note, show
+
+if TYPE_CHECKING:
+    from normfix.records.returns import GivenBack
+
+__all__ = ["give_back_command", "given_back_text", "switch_option", "switches_of"]
+
+switch_option = click.option(
+    "--switch",
+    "switches",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Argument with which the factory builds BatchNorms, such as norm=batch; default: it is found.",
+)
+
+
+@click.command("give-back")
+@model_options
+@click.option("-o", "--out", required=True, help="Folder to write. Never over anything.")
+@click.option(
+    "--original",
+    metavar="PATH",
+    help="What was converted (MONAI bundle, nnU-Net folder, pytorch-3dunet run): it is copied but for what changes.",
+)
+@switch_option
+@format_option
+def give_back_command(
+    out: str, original: str | None, switches: tuple[str, ...], format_: str, **options: Any
+) -> None:
+    """Write the converted MODEL in the format it came from: its own tool runs it, unchanged and without normfix.
+
+    The network's library is asked for the same network with BatchNorms, which hold the constants. Nothing appears
+    unless that library, alone in a fresh process, gives the converted network's output.
+
+    \b
+    Example:
+      normfix give-back fixed -o for-monai --original my_bundle
+    """
+    from normfix.giving.folder import give_back
+
+    arguments = Arguments.take(options)
+    opened = arguments.open()
+    record = give_back(
+        opened.model,
+        out,
+        opened.source if opened.source.kind == "factory" else None,
+        original=original,
+        switch=switches_of(switches),
+        allow_classes=arguments.allow_classes,
+        trust_pickle=arguments.trust_pickle,
+    )
+    show(record, given_back_text(record), format_)
+    note(f"Wrote {out}. Its README.md says what the tool must be told.")
+
+
+def switches_of(words: tuple[str, ...]) -> Mapping[str, Any] | None:
+    """Return arguments of the form NAME=VALUE, a value as JSON or else as text."""
+    if not words:
+        return None
+    found = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise click.UsageError(f"--switch {word}: give NAME=VALUE")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def given_back_text(record: GivenBack) -> str:
+    """Return what was shown, and in what the files differ from the original's."""
+    return "\n".join(
+        [
+            f"{record.format}: {record.folder}",
+            f"  equal to the converted network in float64: {record.double_sd:.1g} sd, in its own dtype: "
+            f"{record.single_sd:.1g} sd",
+            f"  its own library, without normfix: {record.alone_sd:.1g} sd",
+            f"  tiles equal the whole: {record.verdict.status}, {record.verdict.max_sd:.1g} sd",
+            *(f"  {line}" for change in record.changes for line in change.line.splitlines()),
+        ]
+    )

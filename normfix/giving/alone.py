@@ -1,0 +1,70 @@
+"""What was written, opened by its own library in a process where normfix cannot be imported."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from normfix.giving.refusals import NotAlone
+from normfix.networks.calling import Caller
+from normfix.networks.numerics import IDENTITY, deviation
+from normfix.storage.fresh import run_fresh
+
+__all__ = ["alone_sd"]
+
+_HEAD = """
+import sys
+sys.modules["normfix"] = None
+folder, exchange, output, threads = sys.argv[1:]
+import torch
+torch.set_num_threads(int(threads))
+"""
+_TAIL = """
+from safetensors.torch import load_file, save_file
+image = load_file(exchange + "/image.safetensors")["image"]
+with torch.no_grad():
+    result = network.eval().to(image.dtype)(image)
+if output:
+    result = result[int(output) if output.isdigit() and not hasattr(result, "keys") else output]
+save_file({"output": result.contiguous()}, exchange + "/output.safetensors")
+"""
+
+
+def alone_sd(folder: Path, loader: str, caller: Caller, image: Tensor, wanted: Tensor) -> float:
+    """Return how far its own library's output is from what is wanted, in sd of that.
+
+    Args:
+        folder: what was written.
+        loader: Python that makes `network` of `folder`, strictly, with the library alone.
+        caller: says which output counts.
+        image: (1, C, *space) on the CPU.
+        wanted: the converted network's output for it.
+
+    Raises:
+        NotAlone: NF554 if it does not load there or gives something else.
+    """
+    script = f"{_HEAD}{loader}{_TAIL}"
+    with tempfile.TemporaryDirectory(prefix="normfix-") as exchange:
+        save_file({"image": image.contiguous()}, Path(exchange) / "image.safetensors")
+        output = "" if caller.output is None else str(caller.output)
+        reason = run_fresh(script, str(folder), exchange, output, str(torch.get_num_threads()))
+        if reason:
+            raise _refused(f"its own library does not load what was written: {reason}")
+        actual = load_file(Path(exchange) / "output.safetensors")["output"]
+    if actual.shape != wanted.shape:
+        raise _refused(f"its own library gives an output of shape {tuple(actual.shape)}")
+    apart = deviation(actual, wanted, float(wanted.double().std()))[0]
+    bound = max(IDENTITY[wanted.dtype], IDENTITY[torch.float32])  # which libraries build their networks in
+    if apart > bound:
+        raise _refused(
+            f"its own library gives an output that differs by {apart:.1g} sd, more than {bound:.0e}"
+        )
+    return apart
+
+
+def _refused(why: str) -> NotAlone:
+    return NotAlone("NF554", f"{why}. Nothing was kept.")

@@ -1,0 +1,51 @@
+"""One small module per library: what it writes, and how its own tool reads that.
+
+To add a library, write such a module and name it in LIBRARIES: the first that recognises the original writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from normfix.giving.formats import monai_bundle, nnunet, plain, unet3d
+from normfix.giving.gift import Gift
+from normfix.records.returns import Change
+from normfix.records.saved import Source
+from normfix.records.sites import Scan
+
+__all__ = ["LIBRARIES", "Library"]
+
+
+class Library(Protocol):
+    """What each module of this package offers."""
+
+    NAME: str
+    """The format, as its users call it."""
+    LOADER: str
+    """Python that makes `network` of `folder`, strictly, by the library alone."""
+
+    def recognises(self, original: Path | None) -> bool:
+        """Tell whether this library wrote the original; a state dict has none."""
+        ...
+
+    def weights(self, original: Path) -> Path:
+        """Return the original's file of weights."""
+        ...
+
+    def candidates(self, source: Source) -> Iterator[Mapping[str, Any]]:
+        """Return arguments with which the library may build the network with BatchNorms, the likeliest first."""
+        ...
+
+    def write(self, draft: Path, gift: Gift) -> tuple[Change, ...]:
+        """Write its files into an empty folder; return in what they differ from the original's."""
+        ...
+
+    def advice(self, scan: Scan) -> str:
+        """Return how its tool is told halo and step, in Markdown."""
+        ...
+
+
+LIBRARIES: tuple[Library, ...] = (nnunet, monai_bundle, unet3d, plain)
+"""The libraries, most particular first."""

@@ -1,0 +1,52 @@
+"""What was given back: in what its files differ from the original's, and what was shown of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from normfix.records.encoding import Record
+from normfix.records.verdicts import Verdict
+
+__all__ = ["Change", "GivenBack"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change(Record):
+    """One thing in which a written file differs from the original's.
+
+    `kind` "config" is a value of a configuration, before and after as JSON; "added" and "removed" are names in the
+    weights; "left out" is a file that was not copied, with the reason in `after`.
+    """
+
+    file: str
+    kind: Literal["config", "added", "removed", "left out"]
+    name: str
+    before: str = ""
+    after: str = ""
+
+    @property
+    def line(self) -> str:
+        """Return it as a diff has it."""
+        if self.kind == "config":
+            was = f"- {self.file}: {self.name} = {self.before}\n" if self.before else ""
+            return f"{was}+ {self.file}: {self.name} = {self.after}"
+        sign = "+" if self.kind == "added" else "-"
+        return f"{sign} {self.file}: {self.name}" + (f" ({self.after})" if self.after else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenBack(Record):
+    """A network in the format of its own tool, and how far it is from the converted one, in sd of its output.
+
+    `double_sd` is in float64, `single_sd` in the network's own dtype, `alone_sd` what its own library gave in a process
+    without normfix, all on one seeded input; `verdict` compares its tiles with the whole.
+    """
+
+    folder: str
+    format: str
+    changes: tuple[Change, ...]
+    double_sd: float
+    single_sd: float
+    alone_sd: float
+    verdict: Verdict

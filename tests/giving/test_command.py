@@ -1,0 +1,75 @@
+"""normfix give-back and convert --give-back write what give_back writes, and say so."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import tifffile
+from originals import bundle
+
+from normfix.cli import main
+from normfix.records.returns import GivenBack
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries' own
+
+PIXELS = np.random.default_rng(0).random((64, 64), dtype=np.float32)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Call the command line in an empty folder; return its exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    tifffile.imwrite("image.tif", PIXELS)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["normfix", *map(str, words)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return (caught.value.code, *capsys.readouterr())
+
+    return call
+
+
+CONVERT = ("convert", "bundle", "image.tif", "--scale", "zscore", "--to", "frozen", "-o", "fixed")
+
+
+def test_a_converted_folder_is_given_back(run, tmp_path):
+    """The record on stdout is that of the folder written, and its README states the scaling."""
+    bundle(tmp_path / "bundle")
+    assert run(*CONVERT)[0] == 0
+    code, out, _ = run("give-back", "fixed", "-o", "back", "--original", "bundle", "--format", "json")
+    record = GivenBack.loads(out)
+    assert (code, record.format, record.folder) == (0, "MONAI bundle", "back")
+    assert "zscore" in (tmp_path / "back" / "README.md").read_text()
+    assert (
+        json.loads((tmp_path / "back/configs/inference.json").read_text())["network_def"]["norm"] == "batch"
+    )
+
+
+def test_convert_gives_back_in_one_step(run, tmp_path):
+    """With --give-back, MODEL is the original."""
+    bundle(tmp_path / "bundle")
+    code, _, err = run(*CONVERT, "--give-back", "back")
+    assert code == 0, err
+    assert (tmp_path / "fixed" / "normfix.json").exists()
+    assert (tmp_path / "back" / "models" / "model.pt").exists()
+
+
+def test_a_folder_that_exists_is_refused_before_anything_is_computed(run, tmp_path):
+    """Where the folder to give back to exists, nothing is converted: NF114."""
+    bundle(tmp_path / "bundle")
+    (tmp_path / "back").mkdir()
+    code, _, err = run(*CONVERT, "--give-back", "back")
+    assert (code, err.startswith("NF114")) == (2, True)
+    assert not (tmp_path / "fixed").exists()
+
+
+def test_a_switch_without_a_value_is_refused(run, tmp_path):
+    """--switch takes NAME=VALUE."""
+    bundle(tmp_path / "bundle")
+    assert run(*CONVERT)[0] == 0
+    code, _, err = run("give-back", "fixed", "-o", "back", "--switch", "norm")
+    assert code == 2
+    assert "NAME=VALUE" in err
+    assert run("give-back", "fixed", "-o", "back", "--switch", 'norm=["batch", {"affine": false}]')[0] == 0
