@@ -193,7 +193,11 @@ def program_beside(folder: Path, saved: Saved) -> Path | None:
 
 
 def _require_unchanged(path: Path, sha256: str) -> None:
-    if _sha256(path) != sha256:
+    try:
+        found = _sha256(path)
+    except OSError as error:
+        raise NormfixError("NF101", f"cannot read this file: {error.strerror}.", where=str(path)) from error
+    if found != sha256:
         raise NormfixError(
             "NF115",
             "it is not the file that was saved: the checksum in normfix.json differs. Fetch or convert the "
