@@ -11,6 +11,7 @@ from typing import Any, Literal
 from normfix.errors import NormfixError
 from normfix.records.certificates import Certificate
 from normfix.records.encoding import Record
+from normfix.records.extents import inconsistency
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.plans import Plan
 from normfix.records.sites import Scan
@@ -119,7 +120,7 @@ class Saved(Record):
         """Build it from parsed JSON, if that is what was written.
 
         Raises:
-            NormfixError: NF108 as from_json, NF115 if the statement was edited.
+            NormfixError: NF108 as from_json, and if no network has its geometry; NF115 if the statement was edited.
         """
         saved = cls.read(data, where)
         if saved.edited(data):
@@ -128,6 +129,13 @@ class Saved(Record):
                 "it is not what was saved with these weights: its plan, stride, halo, scaling or proof was edited, and "
                 "what normfix computes with it may be wrong without a sign. Fetch it again, or convert the network "
                 "again with the options that you want.",
+                where=where,
+            )
+        problem = inconsistency(saved.provenance.scan)
+        if problem:
+            raise NormfixError(
+                "NF108",
+                f"it says that the network has {problem}, which none has. The file was edited; make it again.",
                 where=where,
             )
         return saved

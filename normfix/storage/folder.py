@@ -41,6 +41,7 @@ __all__ = [
     "read_manifest",
     "require_absent",
     "seeded_input",
+    "unchanging",
     "with_aliases",
     "write_folder",
 ]
@@ -151,7 +152,6 @@ def read_manifest(folder: Path) -> Saved:
     """
     path = folder / MANIFEST
     saved = Saved.opened(parsed(read_text(path), str(path)), str(path))
-    _require_geometry(saved, path)
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise NormfixError("NF101", "the folder has no weights file.", where=str(weights))
@@ -159,21 +159,33 @@ def read_manifest(folder: Path) -> Saved:
     return saved
 
 
-def _require_geometry(saved: Saved, path: Path) -> None:
-    """Refuse a stride or halo that no network has.
+@contextmanager
+def unchanging(folder: Path) -> Iterator[None]:
+    """Refuse weights and program of a folder that become other files between their check and the end of the block.
 
     Raises:
-        NormfixError: NF108.
+        NormfixError: NF115.
     """
-    scan = saved.provenance.scan
-    halo = [side for pair in scan.halo or () for side in pair]
-    if any(step < 1 for step in scan.stride or ()) or any(side < 0 for side in halo):
-        raise NormfixError(
-            "NF108",
-            f"it says that the network has a stride of {scan.stride} and a halo of {scan.halo}. The file was edited; "
-            "make it again.",
-            where=str(path),
-        )
+    paths = (folder / WEIGHTS, folder / PROGRAM)
+    before = [_identity(path) for path in paths]
+    yield
+    for path, identity in zip(paths, before, strict=True):
+        if _identity(path) != identity:
+            raise NormfixError(
+                "NF115",
+                "it changed while it was read, so what was checked is not what was opened. Open it again when nothing "
+                "writes to the folder.",
+                where=str(path),
+            )
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """Return what tells a file from others and from itself once it was written; () where there is none."""
+    try:
+        state = path.stat()
+    except OSError:
+        return ()
+    return (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 
 
 def program_beside(folder: Path, saved: Saved) -> Path | None:
@@ -190,7 +202,11 @@ def program_beside(folder: Path, saved: Saved) -> Path | None:
 
 
 def _require_unchanged(path: Path, sha256: str) -> None:
-    if digest_of(path) != sha256:
+    try:
+        found = digest_of(path)
+    except OSError as error:
+        raise NormfixError("NF101", f"cannot read this file: {error.strerror}.", where=str(path)) from error
+    if found != sha256:
         raise NormfixError(
             "NF115",
             "it is not the file that was saved: the checksum in normfix.json differs. Fetch or convert the "

@@ -24,7 +24,14 @@ from normfix.networks.provenance import attach_
 from normfix.networks.surroundings import undisturbed
 from normfix.records.saved import Saved, Source
 from normfix.scanning.sites import materialise_
-from normfix.storage.folder import MANIFEST, WEIGHTS, load_weights_, program_beside, read_manifest
+from normfix.storage.folder import (
+    MANIFEST,
+    WEIGHTS,
+    load_weights_,
+    program_beside,
+    read_manifest,
+    unchanging,
+)
 from normfix.storage.opening import open_path, open_spec
 from normfix.storage.opening.allocation import Stored, bounded_by
 from normfix.storage.opening.factories import built, rebuild
@@ -125,6 +132,11 @@ def open_any(spec: str | Path, request: Request, *, revision: str | None = None)
 
 
 def _open_saved(folder: Path, request: Request) -> Loaded:
+    with unchanging(folder):
+        return _opened(folder, request)
+
+
+def _opened(folder: Path, request: Request) -> Loaded:
     saved = read_manifest(folder)
     source, model = saved.provenance.source, request.network
     if request.named is None and source.kind == "object":

@@ -605,3 +605,56 @@ def test_a_folder_of_before_opens_with_a_note(folder):
     edited(folder, lambda data: data.pop("statement"), sealed=False)
     (note,) = open_any(folder, Request(arch=ARCH)).notes
     assert "no checksum of its plan" in note
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("exact_sizes", [2**31, 2**31]),
+        ("exact_sizes", [0, 0]),
+        ("stride", [1, 1, 1]),
+        ("stride", [-2, 1]),
+        ("halo", [[3, 3]]),
+        ("halo", [[3, -3], [3, 3]]),
+        ("halo_rounded", []),
+        ("scale", ["1"]),
+        ("scale", ["1e999999999", "1"]),
+        ("scale", ["1/0", "1"]),
+        ("smallest_tile", [5]),
+        ("example", [1, 1, 64]),
+    ],
+)
+def test_a_geometry_that_no_network_has_is_refused(folder, name, value):
+    """One number for each axis, and none that divides by zero or fills the memory: else NF108, whoever sealed it."""
+    edited(folder, lambda data: data["provenance"]["scan"].update({name: value}))
+    assert refusal(normfix.load, folder).code == "NF108"
+
+
+@pytest.mark.parametrize("changes", [{"axes": "H"}, {"extents": [64]}, {"extents": [64, -1]}])
+def test_sizes_that_are_not_of_its_axes_are_refused(folder, changes):
+    """The sizes that a scan speaks for are one for each axis."""
+    edited(folder, lambda data: data["provenance"]["scan"]["sizes"].update(changes))
+    assert refusal(normfix.load, folder).code == "NF108"
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, PROGRAM])
+@pytest.mark.parametrize("swap", ["replaced", "linked", "written"])
+def test_a_folder_that_changes_while_it_is_read_is_refused(folder, tmp_path, monkeypatch, name, swap):
+    """Between the checksum and the reading, another file in the place of the first, or other bytes in it: NF115."""
+    from normfix.storage import folder as rooms
+
+    checked, path = rooms._require_unchanged, folder / name
+
+    def then_swapped(asked, digest):
+        checked(asked, digest)
+        if asked.name == name:
+            copied = tmp_path / "copy"
+            copied.write_bytes(path.read_bytes())
+            {
+                "replaced": lambda: copied.replace(path),
+                "linked": lambda: (path.unlink(), path.symlink_to(copied)),
+                "written": lambda: path.write_bytes(copied.read_bytes()),
+            }[swap]()
+
+    monkeypatch.setattr(rooms, "_require_unchanged", then_swapped)
+    assert refusal(normfix.load, folder).code == "NF115"

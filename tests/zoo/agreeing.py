@@ -2,12 +2,15 @@
 
 The network is converted on one image and measured anew on another, of another size: in passes, in stages over blocks,
 and by `predict` as the image's own statistics. All three must give what the original gives of the whole image; that
-they agree with each other would prove nothing.
+they agree with each other would prove nothing. Trained batch norms that were converted beside the live ones keep their
+statistics in `predict`, which gives what the original gave, but `calibrate` means to measure them anew: there the
+original is the one whose batch norms take the image's statistics, which torch computes in train mode.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,7 +42,9 @@ def agreement(entry: Entry, *, tile: int | None = None) -> dict[str, Any]:
     grow = [n // 2 + (-(n // 2)) % m for n, m in zip(entry.shape[2:], scan.exact_sizes, strict=True)]
     size = (*entry.shape[:2], *(n + g for n, g in zip(entry.shape[2:], grow, strict=True)))
     image = (material(size, entry.name + " anew").double() * 0.5 + 1).contiguous()
+    trained = {d.site.owner for d in done.plan.converted if not d.measured}
     original, casts = _output(entry, model, image)
+    anew, _ = _output(entry, model, image, anew=trained)
     tile = tile or min(entry.shape[2:])
     keywords: dict[str, Any] = {"forward_fn": entry.call, "output": entry.output}
     passes = normfix.calibrate(done.model, image, **keywords)
@@ -49,18 +54,26 @@ def agreement(entry: Entry, *, tile: int | None = None) -> dict[str, Any]:
         done.model, image, -(-tile // unit) * unit, statistics="per-image", engine="tiles", **keywords
     )
     return {
-        "passes": distance(_output(entry, passes.model, image)[0], original),
-        "stages": distance(_output(entry, stages.model, image)[0], original),
+        "passes": distance(_output(entry, passes.model, image)[0], anew),
+        "stages": distance(_output(entry, stages.model, image)[0], anew),
         "per-image": distance(own, original),
         "engine": stages.summary.engine,
         "reason": stages.summary.reason,
         "limit": 1e-4 if casts else AGREED,
+        "trained": len(trained),
     }
 
 
-def _output(entry: Entry, model: nn.Module, image: Tensor) -> tuple[Tensor, int]:
-    """Return the output that counts, and how many casts to float32 were on the way (and were not made)."""
+def _output(
+    entry: Entry, model: nn.Module, image: Tensor, *, anew: Collection[str] = ()
+) -> tuple[Tensor, int]:
+    """Return the output that counts, and how many casts to float32 were on the way (and were not made).
+
+    The batch norms named in `anew` take the image's statistics.
+    """
     network = copy.deepcopy(model).eval()
+    for name in anew:
+        network.get_submodule(name).training = True
     with in_float64() as mode:
         result = network(image.clone()) if entry.call is None else entry.call(network, image.clone())
     if entry.output is not None:

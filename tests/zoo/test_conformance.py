@@ -12,6 +12,7 @@ from torch import nn
 
 import normfix
 
+from . import agreeing
 from .agreeing import agreement
 from .catalogue import ENTRIES, by_name
 from .entry import Entry
@@ -115,6 +116,29 @@ def test_a_stale_statistic_disagrees(monkeypatch):
 
     monkeypatch.setattr(normfix, "calibrate", stale)
     assert agreement(two)["stages"] > 1e-6
+
+
+def _trained():
+    """Return a live norm beside a batch norm whose running statistics are far from those of any image here."""
+    network = nn.Sequential(_Live(), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 3))
+    network[2].running_mean.fill_(5.0)
+    network[2].running_var.fill_(9.0)
+    return network
+
+
+@pytest.mark.slow
+def test_a_trained_batch_norm_is_measured_anew_with_the_rest():
+    """Calibrating gives what the original gives with this norm in train mode; per image it keeps its statistics."""
+    found = _agree(replace(SMALL, build=_trained))
+    assert found["trained"] == 1
+
+
+@pytest.mark.slow
+def test_a_trained_batch_norm_that_kept_its_statistics_disagrees(monkeypatch):
+    """Control: held against the original in eval mode, the same measurements are far off."""
+    output = agreeing._output
+    monkeypatch.setattr(agreeing, "_output", lambda *args, anew=(): output(*args))
+    assert agreement(replace(SMALL, build=_trained))["passes"] > 1e-3
 
 
 def test_the_zoo_is_large_and_its_names_are_unique():

@@ -20,6 +20,7 @@ from torch import nn
 from normfix.errors import NormfixError
 from normfix.images.deadline import within
 from normfix.networks.naming import UnknownNameError, named
+from normfix.networks.quiet_imports import import_compiler
 from normfix.records.saved import Source
 from normfix.storage.opening.allocation import PLENTY, Bounded, Sketched, Stored, require_proportion
 from normfix.storage.opening.arguments import blanked, require_inert, require_small
@@ -231,6 +232,8 @@ def confined(
         _sketch(sketch or make, stored, where)
         return _within_memory(Bounded(4 * stored.elements, where), make)
 
+    # What counting needs of torch writes to a temporary folder; that is not the file's doing.
+    import_compiler()
     with watched(where):
         return within(stored.seconds, both, where, growth=stored.room)
 
@@ -241,7 +244,9 @@ def _sketch(make: Callable[[], nn.Module], stored: Stored, where: str) -> None:
         model = _within_memory(Sketched(4 * stored.elements, where), make)
     except NormfixError as error:
         # Such a constructor fails here, and only here.
-        if isinstance(error.__cause__, Exception) and not isinstance(error.__cause__, NormfixError):
+        if isinstance(error.__cause__, Exception) and not isinstance(
+            error.__cause__, (NormfixError, MemoryError)
+        ):
             return
         raise
     require_proportion(model, stored, where)
