@@ -13,8 +13,8 @@ HEAD = """# JSON of the commands
 
 `--format json` prints one record on stdout, the same that the Python function returns (`.to_json()`). Nothing else is
 printed there; notes and progress go to stderr. `check`, `predict` and `diagnose` of several images print one record
-after another. Plans and saved folders carry a `schema` number; a newer one than this
-normfix knows is refused (NF108). The schemas are JSON Schema, written by scripts/write_schemas.py from the records.
+after another. Plans and saved folders carry a `schema` number; a newer one than this normfix knows is refused (NF108).
+The schemas are JSON Schema, written by scripts/write_schemas.py from the records.
 """
 
 sections = [

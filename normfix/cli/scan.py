@@ -30,20 +30,21 @@ _FAST = click.option("--fast", is_flag=True, help="Skip the dye's confirmation; 
 @_AS_TRAINED
 @_FAST
 @halo_option
+@click.option("-v", "--verbose", is_flag=True, help="Name every site, and how it was seen.")
 @format_option
 def scan_command(
-    input_: str | None, as_trained: bool, fast: bool, halo: Any, format_: str, **options: Any
+    input_: str | None, as_trained: bool, fast: bool, halo: Any, verbose: bool, format_: str, **options: Any
 ) -> None:
     """Find every statistic of the tile in MODEL, and its stride and halo once they are frozen.
 
-    Exits 0 though live sites exist.
+    Says first whether the network is tile-invariant, and what to do. Exits 0 though live sites exist.
 
     \b
     Example:
       normfix scan normfix.demo.network:nuclei_unet
     """
     found = _scan(Arguments.take(options), input_, as_trained, fast=fast, halo=halo)
-    show(found, scan_text(found), format_)
+    show(found, scan_text(found, verbose=verbose), format_)
 
 
 @click.command("plan")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from normfix.cli.columns import fitted
 from normfix.errors import NormfixError
 from normfix.images.drafts import cannot_write, drafting, require_unnamed, sweep
 from normfix.records.encoding import Record
@@ -77,7 +78,8 @@ def show(record: Record, text: str, format_: str) -> None:
     """Put the result on stdout: the record as JSON, or its text."""
     stdout = click.get_current_context().obj  # None, which is stdout, where nothing was redirected
     with _above_bars():
-        click.echo(record.dumps() if format_ == "json" else text, file=stdout, nl=format_ != "json")
+        said = record.dumps() if format_ == "json" else fitted(text)
+        click.echo(said, file=stdout, nl=format_ != "json")
 
 
 def report_option(command: Command) -> Command:

@@ -6,6 +6,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Sequence
 
+from normfix.cli.columns import columns
 from normfix.records.certificates import Verification
 from normfix.records.diagnoses import Cost, DiagnosisRecord, Mismatch
 from normfix.records.measurements import CalibrationSummary
@@ -27,14 +28,15 @@ __all__ = [
 ]
 
 
-def scan_text(scan: Scan) -> str:
-    """Return the answer, then the sites, those of one kind together, how the looks went and the findings."""
+def scan_text(scan: Scan, *, verbose: bool = True) -> str:
+    """Return the answer in a line, the numbers, the sites and how the looks went if verbose, and the findings."""
     shape = "x".join(map(str, scan.example))
     kinds = Counter(site.family for site in scan.live)
     counted = ", ".join(f"{n} {family}" for family, n in kinds.items())
     lines = [
-        f"{scan.model}, scanned at {shape}",
+        *_wrapped(f"{_answer(scan)}"),
         "",
+        f"{scan.model}, scanned at {shape}",
         f"live sites: {len(scan.live)}" + (f" ({counted})" if counted else ""),
         f"dense output: {'yes' if scan.dense else 'no'}",
         f"tile-invariant: {'yes' if scan.tile_invariant else 'no'}",
@@ -51,6 +53,9 @@ def scan_text(scan: Scan) -> str:
         lines += [line for limit in _limits(scan) for line in _wrapped(limit)]
     else:
         lines.append("stride, halo and exact sizes: none; the findings say why")
+    if not verbose:
+        hint = [f"{len(scan.sites)} sites in all; -v names them."] if scan.sites else []
+        return "\n".join([*lines, *hint, *(line for f in scan.findings for line in _wrapped(f.line))])
     lines += [""] * bool(scan.sites)
     lines += _site_lines(scan.sites)
     lines += [""] * bool(scan.sites)
@@ -59,6 +64,24 @@ def scan_text(scan: Scan) -> str:
     for finding in scan.findings:
         lines += _wrapped(finding.line)
     return "\n".join(lines)
+
+
+def _answer(scan: Scan) -> str:
+    """Return in a sentence whether tiles matter, and what to do."""
+    if scan.tile_invariant:
+        return "Tile-invariant: nothing in this network is computed from the tile."
+    if not scan.live:
+        return (
+            "Not tile-invariant, though no statistic is computed from the tile: the findings below say why."
+        )
+    kinds = Counter(site.family for site in scan.live)
+    counted = ", ".join(f"{n} {family}" for family, n in kinds.items())
+    what = "1 statistic is" if len(scan.live) == 1 else f"{len(scan.live)} statistics are"
+    stuck = sum(not site.convertible for site in scan.live)
+    todo = "normfix convert freezes them at the values of whole images."
+    if stuck:
+        todo = f"No constant can replace {stuck} of them; normfix convert freezes the others."
+    return f"Not tile-invariant: {what} computed from the tile ({counted}). {todo}"
 
 
 def _limits(scan: Scan) -> list[str]:
@@ -97,7 +120,7 @@ def _facts(site: Site) -> str:
 def _wrapped(text: str, indent: str = "") -> list[str]:
     return textwrap.wrap(
         text,
-        100,
+        columns(),
         initial_indent=indent,
         subsequent_indent=indent or "    ",
         break_long_words=False,

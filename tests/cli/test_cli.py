@@ -140,6 +140,14 @@ def test_scan_prints_text(run):
     """`scan` says in words that the network is not tile-invariant, and exits 0 though it is not."""
     done = run("scan", ARCH)
     assert (done.code, "tile-invariant: no" in done.out) == (0, True)
+    assert done.out.startswith("Not tile-invariant: 2 statistics are computed from the tile")
+
+
+def test_scan_names_sites_where_that_is_asked(run):
+    """Without -v the answer and the numbers alone are printed."""
+    short, long = (run("scan", ARCH, *words).out for words in ((), ("-v",)))
+    assert ("instance_norm/0" in short, "instance_norm/0" in long) == (False, True)
+    assert len(short.splitlines()) < len(long.splitlines())
 
 
 def test_plan_prints_its_record(run):

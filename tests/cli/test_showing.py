@@ -90,3 +90,19 @@ def test_a_bar_moves_within_a_step():
             time.sleep(1.5)
     """
     assert len(set(re.findall(r"[^\x1b\r\n]*prove[^\r\n]*", typed(script)))) > 3
+
+
+@pytest.mark.parametrize("width", [60, 132])
+def test_text_fits_the_terminal(width):
+    """Results are wrapped to its columns, indented, and words that are longer stay whole."""
+    script = f"""
+        import os
+        os.environ["COLUMNS"] = "{width}"
+        from normfix.cli.columns import columns, fitted
+        assert columns() == {width}
+        print(fitted("  " + "word " * 60 + "\\n" + "x" * 200))
+    """
+    lines = typed(script).splitlines()
+    assert all(len(line) <= width for line in lines[:-1])
+    assert len(lines[-1]) == 200
+    assert [line.startswith(" " * 4) for line in lines[:2]] == [False, True]
