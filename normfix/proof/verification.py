@@ -185,7 +185,7 @@ class _Opened:
         yield "derivation", _same_derivations(certificate, again)
         yield "guards", _same_guards(certificate, again)
         yield "geometry", self._followed(again)
-        yield "numbers", self._computed(program)
+        yield "numbers", self._computed(program, again)
 
     def _probed(self, program: ExportedProgram) -> _Answer:
         """Run the program on the seeded probe."""
@@ -224,8 +224,8 @@ class _Opened:
             return _open(f"the halo {geometry.halo} was measured, and the program bounds it by {found.bound}")
         return _PASSED
 
-    def _computed(self, program: ExportedProgram) -> _Answer:
-        """Cut windows out of noise in float64."""
+    def _computed(self, program: ExportedProgram, again: Certificate) -> _Answer:
+        """Cut windows out of noise in float64; at sizes too that the program takes with any remainder."""
         provenance = self.saved.provenance
         geometry, caller = geometry_of(provenance.scan), Caller.of(provenance)
         if geometry is None:
@@ -234,7 +234,12 @@ class _Opened:
             network = raised(program).double()
             example = seeded_input((1, *provenance.scan.example[1:]), _NOISE, torch.float64)
             with self._bounded(example.numel()), exact_arithmetic():
-                wrong = _disagreement(lambda x: caller.in_double(network, x), example, geometry)
+                wrong = _disagreement(
+                    lambda x: caller.in_double(network, x),
+                    example,
+                    geometry,
+                    any_size=not any(guard.role == "repeats" for guard in again.guards),
+                )
         except TooMuchError as error:
             return _open(str(error))
         except refusals() as error:
@@ -247,7 +252,9 @@ class _Opened:
         return Workload(stored, str(self.folder), values, generous=True)
 
 
-def _disagreement(f: Callable[[Tensor], Tensor], example: Tensor, geometry: Geometry) -> str:
+def _disagreement(
+    f: Callable[[Tensor], Tensor], example: Tensor, geometry: Geometry, *, any_size: bool
+) -> str:
     """Return what is wrong with a geometry, as the numbers show it; "" if nothing is."""
     cross = thinnest(f, example, geometry)
     if not holds_stride(f, example, geometry, cross):
@@ -255,7 +262,8 @@ def _disagreement(f: Callable[[Tensor], Tensor], example: Tensor, geometry: Geom
     if not is_isolated(f, example, geometry, cross):
         return f"pixels beyond the halo {geometry.halo} change a tile"
     whole = in_strides(geometry.halo, geometry.stride)
-    for axis, (stride, multiple) in enumerate(zip(geometry.stride, geometry.multiple, strict=True)):
+    pairs = zip(geometry.stride, geometry.multiple, strict=True) if any_size else ()
+    for axis, (stride, multiple) in enumerate(pairs):
         scale = geometry.scale[axis]
         if multiple % stride and exact_multiple(f, example, axis, stride, scale, whole[axis], cross) != 1:
             return (

@@ -100,14 +100,15 @@ def certificate_of(program: ExportedProgram, name: str, sha256: str, provenance:
     scan = provenance.scan
     constants = tuple(_constants(program))
     read = _read_names(program)
+    guards = () if scan.sizes is None else guards_of(program, scan.sizes, scan.smallest_tile)
     return Certificate(
         program=name,
         sha256=sha256,
         constants=constants,
         sites=tuple(_sites(provenance.plan, read)),
         derivations=_derivations(program, provenance),
-        guards=() if scan.sizes is None else guards_of(program, scan.sizes, scan.smallest_tile),
-        assumed=_assumed(scan),
+        guards=guards,
+        assumed=_assumed(scan, repeats=any(guard.role == "repeats" for guard in guards)),
     )
 
 
@@ -197,7 +198,7 @@ def _derived(
         return Derivation(output=output, counts=counts, note=reason_)
 
 
-def _assumed(scan: Scan) -> tuple[str, ...]:
+def _assumed(scan: Scan, *, repeats: bool) -> tuple[str, ...]:
     """Return what was assumed, or only measured, that no program tells."""
     assumed = ["the network runs in eval mode"]
     if scan.reach is not None and scan.reach.used == "measured":
@@ -205,6 +206,9 @@ def _assumed(scan: Scan) -> tuple[str, ...]:
     assumed += [
         f"the {look.name} look {look.status}: {look.note}" for look in scan.looks if look.status != "done"
     ]
+    if repeats:
+        sizes = f"that exact sizes are multiples of {scan.exact_sizes} was run"
+        assumed.append(f"{sizes}: the program holds for the multiples in its guards alone")
     if scan.sizes is not None and scan.sizes.unknown:
         assumed += [f"sizes: {reason}" for reason in scan.sizes.unknown]
     return tuple(assumed)
