@@ -34,7 +34,7 @@ from normfix.scanning.positions import Positions
 from normfix.scanning.sightings import Dyed, confirmed, dye_look
 from normfix.scanning.sites import Survey, survey
 from normfix.scanning.witnesses import HaloSource, Witness, witness_of
-from normfix.tiling.geometry import Locality, measure_locality, not_dense
+from normfix.tiling.geometry import BoundExceededError, Locality, measure_locality, not_dense
 from normfix.tiling.grid import Geometry
 
 __all__ = ["Scanned", "look", "plan", "scan"]
@@ -239,7 +239,14 @@ def _measured(
     if bench is None:
         locality = _unmeasured(trial, found, material)
     else:
-        locality = bench.measured(found.dilution, doubts, fast=fast)
+        try:
+            locality = bench.measured(found.dilution, doubts, fast=fast)
+        except BoundExceededError:
+            if not doubts.bounds:
+                raise
+            # strips are of other sizes, for which the network is not that of the graph
+            bench = replace(bench, witness=bench.witness.of_other_sizes())
+            locality = bench.measured(found.dilution, doubts, fast=fast)
     beyond = () if bench is None else bench.witness.findings(locality)
     # what did not hold on longer strips is believed of the example only
     largest = _Largest(material.dim() - 2)

@@ -48,6 +48,14 @@ class Witness:
         """Return the bound that is the halo, None where it is to be measured."""
         return self.found if self.found is not None and self.found.is_whole and not self.chosen else None
 
+    def of_other_sizes(self) -> Witness:
+        """Return it without its bound, which strips of other sizes were seen to exceed."""
+        return replace(
+            self,
+            found=None,
+            note="the network branches on the image's size, and reaches further at other sizes than its graph does",
+        )
+
     def reach(self, locality: Locality) -> Reach:
         """Say what both witnesses say."""
         geometry, found = locality.geometry, self.found
