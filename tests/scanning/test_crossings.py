@@ -86,7 +86,7 @@ def test_check_does_not_pass_where_another_network_runs(case):
 
 @pytest.mark.parametrize("name", ["either", pytest.param("nested", marks=pytest.mark.slow)])
 def test_more_reach_at_other_sizes_is_said_as_a_size(name):
-    """Strips on the other side of a branch may reach beyond the graph's bound: no rule is blamed, and sizes are stated."""
+    """Strips on the other side of a branch may reach beyond the bound: no rule is blamed, and sizes are stated."""
     done = converted(BY_SIZE[name])
     assert done is not None
     assert "NF244" in {finding.code for finding in done.scan.findings}
