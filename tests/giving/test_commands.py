@@ -150,6 +150,9 @@ def test_predict3dunet(tmp_path):
     assert np.abs(before.reshape(wanted.shape) - wanted)[cut].max() > 0.1 * sd
 
 
+HALF = 0.02
+"""As near, in sd, as probabilities come that were added up in half precision."""
+
 PLANS = {
     "image_reader_writer": "NaturalImage2DIO",
     "transpose_forward": [0, 1, 2],
@@ -171,6 +174,15 @@ RESAMPLING = {
     }
     for what in ("data", "seg", "probabilities")
 }
+
+
+def sharpen(path: Path) -> None:
+    """Give a checkpoint's network probabilities that differ by more than half precision rounds."""
+    content = torch.load(path, weights_only=False)
+    for name, tensor in content["network_weights"].items():
+        if "seg_layers" in name:
+            tensor.mul_(30)
+    torch.save(content, path)
 
 
 def nnunet_predict(folder: Path, patch, cwd: Path) -> np.ndarray:
@@ -201,13 +213,14 @@ def test_nnunet_predict(tmp_path):
     scaled = pixels.float()
     scaled = ((scaled - scaled.mean()) / scaled.std(correction=0))[None, None]
     nnunet_folder(tmp_path / "model")
+    sharpen(tmp_path / "model" / "fold_0" / "checkpoint_final.pth")
     record, network = given_back(tmp_path / "model", tmp_path / "back", scaled, allow_classes=("numpy.*",))
     probabilities = torch.nn.Sequential(network, torch.nn.Softmax(1))
     original, halves, whole = (
         apart(nnunet_predict(tmp_path / name, patch, tmp_path), probabilities, scaled)
         for name, patch in (("model", [96, 64]), ("back", [96, 64]), ("back", [192, 64]))
     )
-    assert off_the_cut(original, record) > 0.01
     # the command adds windows up in half precision
-    assert off_the_cut(halves, record) < 5e-3
-    assert whole.max() < 5e-3
+    assert whole.max() < HALF
+    assert off_the_cut(halves, record) < HALF
+    assert off_the_cut(original, record) > 3 * HALF
