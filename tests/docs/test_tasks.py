@@ -65,7 +65,9 @@ def test_every_command_has_a_schema():
 def test_the_schema_is_that_of_the_record(command):
     """The schema on the page is the one the annotations give: rewrite it with scripts/write_schemas.py."""
     found = dict(
-        re.findall(r"^## normfix (\w+)\n.*?^```json\n(.*?)^```$", page("json.md"), re.MULTILINE | re.DOTALL)
+        re.findall(
+            r"^## normfix ([\w-]+)\n.*?^```json\n(.*?)^```$", page("json.md"), re.MULTILINE | re.DOTALL
+        )
     )
     assert json.loads(found[command]) == schema_of(RECORDS[command])
 

@@ -1,5 +1,6 @@
 """A network is given back as its own library's, with BatchNorms, or refused by name; nothing half is left."""
 
+import copy
 import json
 
 import pytest
@@ -15,8 +16,19 @@ IMAGE = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
 OTHER = torch.rand(1, 1, 96, 64, generator=torch.Generator().manual_seed(1))
 
 
+CONVERTED = {}
+
+
 def converted(factory, dtype=torch.float32, to="frozen", **args):
-    """Convert a network of a factory, in which no weight is one that its factory gives to all."""
+    """Return the one conversion of a factory's network, in which no weight is one that its factory gives to all."""
+    key = (factory, dtype, to, repr(args))
+    if key not in CONVERTED:
+        CONVERTED[key] = conversion(factory, dtype, to, **args)
+    return CONVERTED[key]
+
+
+def conversion(factory, dtype, to, **args):
+    """Convert a network of a factory."""
     torch.manual_seed(0)
     network = factory(**args).to(dtype).eval()
     with torch.no_grad():
@@ -126,10 +138,9 @@ def test_what_stays_live_is_refused(tmp_path):
 
 def test_batchrenorm_in_train_mode_is_refused(tmp_path):
     """BatchRenorm that trains follows the batch; what it will be is not known."""
-    done = converted(switchable.generator, to="batchrenorm")
-    done.model.train()
+    model = copy.deepcopy(converted(switchable.generator, to="batchrenorm").model).train()
     with pytest.raises(NotGiven, match="train mode"):
-        normfix.give_back(done, tmp_path / "back", "switchable:generator")
+        normfix.give_back(model, tmp_path / "back", "switchable:generator")
 
 
 def test_what_normfix_did_not_convert_is_refused(tmp_path):
