@@ -3,9 +3,11 @@
 import hashlib
 import json
 import math
+import shutil
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import hostile
 import pytest
@@ -607,6 +609,20 @@ def test_a_folder_of_before_opens_with_a_note(folder):
     assert "no checksum of its plan" in note
 
 
+@pytest.fixture(scope="module")
+def saved_once(done, tmp_path_factory):
+    """Save a folder for tests that each change a copy."""
+    folder = tmp_path_factory.mktemp("once") / "fixed"
+    normfix.save(done, folder)
+    return folder
+
+
+@pytest.fixture
+def copied(saved_once, tmp_path):
+    """Copy the saved folder."""
+    return Path(shutil.copytree(saved_once, tmp_path / "fixed"))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -624,37 +640,37 @@ def test_a_folder_of_before_opens_with_a_note(folder):
         ("example", [1, 1, 64]),
     ],
 )
-def test_a_geometry_that_no_network_has_is_refused(folder, name, value):
+def test_a_geometry_that_no_network_has_is_refused(copied, name, value):
     """One number for each axis, and none that divides by zero or fills the memory: else NF108, whoever sealed it."""
-    edited(folder, lambda data: data["provenance"]["scan"].update({name: value}))
-    assert refusal(normfix.load, folder).code == "NF108"
+    edited(copied, lambda data: data["provenance"]["scan"].update({name: value}))
+    assert refusal(normfix.load, copied).code == "NF108"
 
 
 @pytest.mark.parametrize("changes", [{"axes": "H"}, {"extents": [64]}, {"extents": [64, -1]}])
-def test_sizes_that_are_not_of_its_axes_are_refused(folder, changes):
+def test_sizes_that_are_not_of_its_axes_are_refused(copied, changes):
     """The sizes that a scan speaks for are one for each axis."""
-    edited(folder, lambda data: data["provenance"]["scan"]["sizes"].update(changes))
-    assert refusal(normfix.load, folder).code == "NF108"
+    edited(copied, lambda data: data["provenance"]["scan"]["sizes"].update(changes))
+    assert refusal(normfix.load, copied).code == "NF108"
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, PROGRAM])
 @pytest.mark.parametrize("swap", ["replaced", "linked", "written"])
-def test_a_folder_that_changes_while_it_is_read_is_refused(folder, tmp_path, monkeypatch, name, swap):
+def test_a_folder_that_changes_while_it_is_read_is_refused(copied, tmp_path, monkeypatch, name, swap):
     """Between the checksum and the reading, another file in the place of the first, or other bytes in it: NF115."""
     from normfix.storage import folder as rooms
 
-    checked, path = rooms._require_unchanged, folder / name
+    checked, path = rooms._require_unchanged, copied / name
 
     def then_swapped(asked, digest):
         checked(asked, digest)
         if asked.name == name:
-            copied = tmp_path / "copy"
-            copied.write_bytes(path.read_bytes())
+            other = tmp_path / "other"
+            other.write_bytes(path.read_bytes())
             {
-                "replaced": lambda: copied.replace(path),
-                "linked": lambda: (path.unlink(), path.symlink_to(copied)),
-                "written": lambda: path.write_bytes(copied.read_bytes()),
+                "replaced": lambda: other.replace(path),
+                "linked": lambda: (path.unlink(), path.symlink_to(other)),
+                "written": lambda: path.write_bytes(other.read_bytes()),
             }[swap]()
 
     monkeypatch.setattr(rooms, "_require_unchanged", then_swapped)
-    assert refusal(normfix.load, folder).code == "NF115"
+    assert refusal(normfix.load, copied).code == "NF115"

@@ -172,7 +172,7 @@ _STANDARD = _words(
     "multiprocessing concurrent contextvars contextlib graphlib heapq hmac getpass glob fnmatch email html http "
     "ctypes array stringprep unicodedata argparse asyncio cProfile pstats profile doctest pdb bdb cmd "
     "configparser shutil warnings datetime calendar locale gettext netrc ipaddress socket ssl select selectors "
-    "signal subprocess threading time tomllib"
+    "signal subprocess threading time tomllib resource"
 )
 """Of the standard library, what torch and others import late, and not what only an attack wants (xmlrpc, smtplib)."""
 _STARTS = (

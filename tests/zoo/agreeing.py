@@ -4,7 +4,7 @@ The network is converted on one image and measured anew on another, of another s
 and by `predict` as the image's own statistics. All three must give what the original gives of the whole image; that
 they agree with each other would prove nothing. Trained batch norms that were converted beside the live ones keep their
 statistics in `predict`, which gives what the original gave, but `calibrate` means to measure them anew: there the
-original is the one whose batch norms take the image's statistics, which torch computes in train mode.
+original is the one whose batch norms take the statistics of what comes in.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _output(
     """
     network = copy.deepcopy(model).eval()
     for name in anew:
-        network.get_submodule(name).training = True
+        network.get_submodule(name).register_forward_pre_hook(_measured_anew)
     with in_float64() as mode:
         result = network(image.clone()) if entry.call is None else entry.call(network, image.clone())
     if entry.output is not None:
@@ -83,3 +83,9 @@ def _output(
         ]
     assert isinstance(result, Tensor)
     return result, mode.casts
+
+
+def _measured_anew(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    values = inputs[0].transpose(0, 1).flatten(1)
+    norm.running_mean.copy_(values.mean(1))
+    norm.running_var.copy_(values.var(1, correction=0))

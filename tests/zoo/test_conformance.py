@@ -128,7 +128,7 @@ def _trained():
 
 @pytest.mark.slow
 def test_a_trained_batch_norm_is_measured_anew_with_the_rest():
-    """Calibrating gives what the original gives with this norm in train mode; per image it keeps its statistics."""
+    """Calibrating gives what the original gives with this norm measured on the image; `predict` leaves it alone."""
     found = _agree(replace(SMALL, build=_trained))
     assert found["trained"] == 1
 
