@@ -42,6 +42,9 @@ __all__ = ["Reach", "fingerprint", "in_dtype", "measure_reach"]
 
 Function = Callable[[Tensor], Tensor]
 
+_MULTIPLES = (1, 2, 4, 8, 16)
+"""Numbers of cells that a stage is tried to be cut at, until it runs on strips of such lengths."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reach:
@@ -120,8 +123,13 @@ def _cells_per_block(f: Function, axis: int, reach: tuple[int, int], cross: Sequ
     """Return the smallest number of cells at which blocks may be cut."""
     example = f.example  # type: ignore[attr-defined]
     one = Fraction(1)
-    stride = smallest_stride(f, example, axis, 1, one, reach, cross)
-    return None if stride is None else cutting_grid(f, example, axis, stride, one, reach, cross)
+    for known in _MULTIPLES:
+        try:
+            stride = smallest_stride(f, example, axis, known, one, reach, cross)
+            return None if stride is None else cutting_grid(f, example, axis, stride, one, reach, cross)
+        except refusals():  # it takes multiples alone, as what shrinks a map and grows it again does
+            continue
+    return None
 
 
 def _cross_section(f: Function, ndim: int) -> tuple[int, ...]:
