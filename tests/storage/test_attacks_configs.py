@@ -1,7 +1,6 @@
 """Configs of every format: what they name is not opened, fetched, imported or run, and small ones stay cheap."""
 
 import contextlib
-import itertools
 import json
 import socket
 import sys
@@ -20,7 +19,7 @@ from normfix.images.deadline import within
 from normfix.records.saved import Source
 from normfix.storage.opening.allocation import Bounded, Sketched, Stored, require_proportion
 from normfix.storage.opening.arguments import blanked, require_inert, require_small
-from normfix.storage.opening.factories import built, confined, rebuild
+from normfix.storage.opening.factories import confined, rebuild
 from normfix.storage.opening.gate import is_allowed
 from normfix.storage.opening.guard import watched
 
@@ -323,35 +322,6 @@ def test_a_loop_that_makes_nothing_is_stopped():
     with pytest.raises(NormfixError, match="NF121"):
         within(0.2, _endless, "config.json")
     assert time.thread_time() - started < 2
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the system holds a process to its memory on Linux only")
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: list(itertools.product(range(16_000), repeat=2)),
-        lambda: sorted(range(1 << 28)),
-        lambda: [0] * (1 << 30),
-    ],
-)
-def test_one_call_that_fills_the_memory_is_stopped(make):
-    """What no watching thread can interrupt is NF121 as soon as it has grown too far, also as a network's failure."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    started = time.thread_time()
-    with pytest.raises(NormfixError, match="NF121"):
-        within(60, make, "config.json", growth=64 << 20)
-    with pytest.raises(NormfixError, match="NF121"):
-        within(60, lambda: built(make, {}), "config.json", growth=64 << 20)
-    assert time.thread_time() - started < 3
-    assert resource.getrlimit(resource.RLIMIT_DATA) == before
-
-
-def test_memory_below_the_bound_is_granted():
-    """Negative control: what fits is made, and without a bound a MemoryError stays what it is."""
-    assert len(within(5, lambda: [0] * (1 << 20), "config.json", growth=64 << 20)) == 1 << 20
-    with pytest.raises(MemoryError):
-        within(5, lambda: [0] * (1 << 60), "config.json")
 
 
 def test_what_is_in_time_is_not_disturbed():

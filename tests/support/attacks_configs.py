@@ -268,15 +268,6 @@ CORPUS = {
     ),
     "transformers wide": lambda d: hub_folder(d, {**RESNET, "embedding_size": BIG}),
     "transformers deep": lambda d: hub_folder(d, {**RESNET, "depths": [BIG, 1]}),
-    "transformers of all pairs of places": lambda d: hub_folder(
-        d,
-        {
-            "architectures": ["LevitModel"],
-            "model_type": "levit",
-            "transformers_version": "5",
-            "image_size": BIG,
-        },
-    ),
     "diffusers wide": lambda d: hub_folder(d, {**_UNET, "block_out_channels": [65536]}),
     "diffusers large": lambda d: hub_folder(
         d,
@@ -294,7 +285,6 @@ CORPUS = {
     "timm windows": lambda d: hub_folder(
         d, _timm("swin_tiny_patch4_window7_224", img_size=65536, window_size=16384, embed_dim=8)
     ),
-    "diffusers deep": lambda d: hub_folder(d, {**_UNET, "layers_per_block": BIG}),
     "smp wide": lambda d: hub_folder(d, {**_SMP, "decoder_channels": [BIG] * 5}),
     "nnunet count": lambda d: plans_folder(d, n_conv_per_stage=2**31 - 1),
     "nnunet kernels": lambda d: plans_folder(d, kernel_sizes=[[BIG, BIG]] * 2),
