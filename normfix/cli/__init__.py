@@ -17,7 +17,7 @@ from normfix.cli.convert import convert_command
 from normfix.cli.demo import demo_command
 from normfix.cli.diagnose import diagnose_command
 from normfix.cli.explain import explain_command
-from normfix.cli.failures import text_of_error
+from normfix.cli.failures import notes_of, text_of_error
 from normfix.cli.give_back import give_back_command
 from normfix.cli.predict import predict_command
 from normfix.cli.prove import prove_command
@@ -104,7 +104,7 @@ def main() -> None:
         error.show()
         code = error.exit_code
     except (click.exceptions.Abort, KeyboardInterrupt) as stop:
-        _complain(" ".join(["Stopped; nothing was written.", *getattr(stop, "__notes__", ())]))
+        _complain(" ".join(["Stopped; nothing was written.", *notes_of(stop)]))
         code = 130
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

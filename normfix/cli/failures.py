@@ -8,14 +8,18 @@ from pathlib import Path
 from normfix.cli.showing import note
 from normfix.errors import NormfixError
 
-__all__ = ["each", "text_of_error"]
+__all__ = ["each", "notes_of", "text_of_error"]
 
 
 def text_of_error(error: BaseException) -> str:
     """Return an error in one paragraph, with what was noted on it, such as how to go on."""
     said = error if isinstance(error, NormfixError) else _unforeseen(error)
-    noted = [text for one in (error, error.__cause__) for text in getattr(one, "__notes__", ())]
-    return " ".join([str(said), *noted])
+    return " ".join([str(said), *notes_of(error)])
+
+
+def notes_of(error: BaseException) -> list[str]:
+    """Return what was noted on an error, or on the one that click made another of, such as how to go on."""
+    return [text for one in (error, error.__cause__) for text in getattr(one, "__notes__", ())]
 
 
 def each(
