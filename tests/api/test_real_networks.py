@@ -66,7 +66,7 @@ NETWORKS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["frozen", "batchrenorm"])
+@pytest.mark.parametrize("to", ["frozen", pytest.param("batchrenorm", marks=pytest.mark.zoo)])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_converts_and_proves(name, to, nuclei, tmp_path):
     """The network is converted, equals the original on the image to 1e-4 sd, and its tiles equal the whole."""

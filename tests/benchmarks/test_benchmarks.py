@@ -36,6 +36,7 @@ def test_a_benchmark_runs_to_its_end(name, tmp_path):
     assert re.search(pattern, printed), printed
 
 
+@pytest.mark.zoo
 def test_growth_is_plotted(tmp_path):
     """The benchmark of growth starts a process per size and draws them."""
     words = ["growth", "--sizes", "64", "96", "--tile", "48", "--width", "4", "--plot", "growth.png"]
@@ -43,6 +44,7 @@ def test_growth_is_plotted(tmp_path):
     assert (tmp_path / "growth.png").stat().st_size > 1000
 
 
+@pytest.mark.zoo
 def test_what_is_diagnosed_is_confirmed_without_normfix(tmp_path):
     """The network that needs no download is diagnosed, and the numbers are found again by other means."""
     run(BENCHMARKS / "real_networks.py", tmp_path, "found.json", "demo", cwd=tmp_path)

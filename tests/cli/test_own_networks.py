@@ -69,7 +69,9 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    "source", [pytest.param(s, marks=pytest.mark.zoo if s in ("module", "library") else ()) for s in SOURCES]
+)
 def test_what_convert_wrote_opens_as_it_prints(project, source):
     """The line of Python and the line of the shell, each in a fresh process."""
     out = "fixed.pt2" if source == "program" else "fixed"
