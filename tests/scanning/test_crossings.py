@@ -18,13 +18,13 @@ QUICK = {
     "windows",
     "padded if odd",
 }
-"""One case of each mechanism; the others take longer than they tell."""
+"""One case of each mechanism; the others are left to the zoo."""
 
 
 def cases(*groups):
     named = {f"{number}: {name}": case for number, group in enumerate(groups) for name, case in group.items()}
     return [
-        pytest.param(case, id=name, marks=() if name.partition(": ")[2] in QUICK else pytest.mark.slow)
+        pytest.param(case, id=name, marks=() if name.partition(": ")[2] in QUICK else pytest.mark.zoo)
         for name, case in named.items()
     ]
 
