@@ -1,7 +1,10 @@
 """One thread, fixed seeds: numbers in tests repeat. What a release is too old for is skipped and says so."""
 
+import sys
+
 import pytest
 import torch
+from commands import Run
 from optional import skipping
 
 torch.set_num_threads(1)
@@ -10,6 +13,20 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call the command line in this process; gives (code, out, err)."""
+    from normfix.cli import main
+
+    def call(*words) -> Run:
+        monkeypatch.setattr(sys, "argv", ["normfix", *map(str, words)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return Run(caught.value.code, *capsys.readouterr())
+
+    return call
 
 
 @pytest.hookimpl(wrapper=True)

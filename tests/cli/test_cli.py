@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from commands import Run, on_terminal
 from factories import tiny_unet
 
 import normfix
-from normfix.cli import cli, main
+from normfix.cli import cli
 from normfix.cli.extents import Extents
 from normfix.cli.options import ArgumentsJson
 from normfix.errors import CODES
@@ -33,27 +34,6 @@ ARCH = "factories:tiny_unet"
 FILES = {"model.safetensors", "normfix.json", "README.md"} | ({"graph.pt2"} if writes_archives() else set())
 PIXELS = np.random.default_rng(0).integers(0, 4000, (96, 80), dtype=np.uint16)
 COMMANDS = sorted(cli.commands)
-
-
-class Run:
-    """What one call of the command line gave."""
-
-    def __init__(self, code, out, err):
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Call the command line in this process."""
-
-    def call(*words) -> Run:
-        monkeypatch.setattr(sys, "argv", ["normfix", *map(str, words)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = capsys.readouterr()
-        return Run(caught.value.code, out, err)
-
-    return call
 
 
 @pytest.fixture
@@ -716,32 +696,14 @@ def test_no_colour_and_no_animation_off_a_terminal(run, fixed, image, tmp_path):
 @pytest.mark.slow
 def test_no_color_is_respected_on_a_terminal(tmp_path, image):
     """With NO_COLOR, a terminal gets no colours; without it, the bar has them (negative control)."""
-    import pty
 
     def coloured(**environment) -> bool:
-        parent, child = pty.openpty()
         env = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR")} | environment
         out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
         words = ["convert", ARCH, str(image), "--scale", "zscore", "--to", "frozen", "-o", str(out)]
-        process = subprocess.Popen(
-            [sys.executable, "-c", "import normfix.cli; normfix.cli.main()", *words],
-            stdout=subprocess.DEVNULL,
-            stderr=child,
-            env={**env, "TERM": "xterm-256color", "PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)},
-        )
-        os.close(child)
-        seen = b""
-        while True:
-            try:
-                data = os.read(parent, 65536)
-            except OSError:
-                break
-            if not data:
-                break
-            seen += data
-        assert process.wait() == 0
-        os.close(parent)
-        return re.search(rb"\x1b\[[0-9;]*3[0-9][0-9;]*m", seen) is not None
+        command = [sys.executable, "-c", "import normfix.cli; normfix.cli.main()", *words]
+        env |= {"PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)}
+        return re.search(rb"\x1b\[[0-9;]*3[0-9][0-9;]*m", on_terminal(command, env, "stderr")) is not None
 
     assert coloured()
     assert not coloured(NO_COLOR="1")

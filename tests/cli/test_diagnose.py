@@ -1,31 +1,16 @@
 """normfix diagnose and the reports of check on the command line."""
 
 import json
-import sys
 import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
 import tifffile
 
-from normfix.cli import main
 from normfix.records.diagnoses import DiagnosisRecord
 from normfix.records.verdicts import Verdict
 
 ARCH = "factories:tiny_unet"
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Call the command line in this process; gives (code, stdout, stderr)."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["normfix", *map(str, words)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return caught.value.code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture

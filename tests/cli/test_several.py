@@ -1,7 +1,6 @@
 """Several images with one start of the program: each whole or not at all, and one that fails loses no other."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -9,23 +8,9 @@ import tifffile
 import torch
 
 import normfix
-from normfix.cli import main
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 4000, (96, 80), dtype=np.uint16)
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Call the command line in this process; return code, stdout and stderr."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["normfix", *map(str, words)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return caught.value.code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture(scope="module")

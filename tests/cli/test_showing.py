@@ -2,38 +2,21 @@
 
 import os
 import re
-import subprocess
 import sys
 import textwrap
 
 import pytest
+from commands import on_terminal
 
-pty = pytest.importorskip("pty")
+pytest.importorskip("pty")
 pytestmark = pytest.mark.slow
 
 
 def typed(script: str) -> str:
     """Run a script on a terminal of 80 columns and return all that it wrote there."""
-    parent, child = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        stdout=child,
-        stderr=child,
-        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "40", "NO_COLOR": "1"},
-    )
-    os.close(child)
-    seen = b""
-    while True:
-        try:
-            data = os.read(parent, 65536)
-        except OSError:
-            break
-        if not data:
-            break
-        seen += data
-    assert process.wait() == 0
-    os.close(parent)
-    return seen.decode()
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    environment = {**os.environ, "COLUMNS": "80", "LINES": "40", "NO_COLOR": "1"}
+    return on_terminal(command, environment, "stdout", "stderr").decode()
 
 
 def screen(text: str) -> list[str]:

@@ -1,14 +1,12 @@
 """normfix give-back and convert --give-back write what give_back writes, and say so."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import tifffile
 from originals import bundle
 
-from normfix.cli import main
 from normfix.records.returns import GivenBack
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries' own
@@ -16,19 +14,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries' own
 PIXELS = np.random.default_rng(0).random((64, 64), dtype=np.float32)
 
 
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Call the command line in an empty folder; return its exit code, stdout and stderr."""
+@pytest.fixture(autouse=True)
+def _folder(monkeypatch, tmp_path):
+    """Stand in a folder with an image."""
     monkeypatch.chdir(tmp_path)
     tifffile.imwrite("image.tif", PIXELS)
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["normfix", *map(str, words)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return (caught.value.code, *capsys.readouterr())
-
-    return call
 
 
 CONVERT = ("convert", "bundle", "image.tif", "--scale", "zscore", "--to", "frozen", "-o", "fixed")

@@ -1,7 +1,6 @@
 """Channels are taken in the order that is asked for, planes of a stack are images; contradictions are refused."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ import torch
 from optional import zarr
 
 import normfix
-from normfix.cli import main
 from normfix.errors import NormfixError
 from normfix.images.files import open_windows
 from normfix.images.formats import open_file
@@ -18,19 +16,6 @@ from normfix.images.views import Part
 
 RNG = np.random.default_rng(0)
 STACK = RNG.integers(0, 4000, (5, 3, 40, 48), dtype=np.uint16)  # (Z, C, Y, X)
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Call the command line in this process; return code, stdout and stderr."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["normfix", *map(str, words)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return caught.value.code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import sys
 import xml.etree.ElementTree as ET
 
 import factories
@@ -12,7 +11,6 @@ import torch
 from torch import nn
 
 import normfix
-from normfix.cli import main
 from normfix.conversion import lowering
 from normfix.errors import NormfixError
 from normfix.layers import BatchRenorm2d, FrozenNorm2d
@@ -106,27 +104,19 @@ def nudged(model, by=1e-6):
     return model
 
 
-def run(monkeypatch, capsys, *words):
-    """Call the command line; return its exit code and what it printed."""
-    monkeypatch.setattr(sys, "argv", ["normfix", *map(str, words)])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    return caught.value.code, capsys.readouterr().out
-
-
 # --- the whole proof ---
 
 
 @pytest.mark.slow
-def test_a_saved_fine_tuned_network_proves_itself(bench, tmp_path, monkeypatch, capsys):
+def test_a_saved_fine_tuned_network_proves_itself(bench, tmp_path, run):
     """From a folder and image files, one command makes every step, and the report lists them all."""
     folder = tmp_path / "tuned"
     folder.mkdir()
     write_draft(folder, bench.model, bench.caller, bench.provenance)
     for number, image in enumerate(images()):
         np.save(tmp_path / f"{number}.npy", image[0, 0].numpy())
-    code, out = run(
-        monkeypatch, capsys, "prove", folder, tmp_path / "0.npy", tmp_path / "1.npy",
+    code, out, _ = run(
+        "prove", folder, tmp_path / "0.npy", tmp_path / "1.npy",
         *("--arch", "factories:tiny_unet", "--tile", 16, "--format", "json"),
         *("--report", tmp_path / "proof.html", "--report", tmp_path / "proof.json"),
     )  # fmt: skip
@@ -141,7 +131,7 @@ def test_a_saved_fine_tuned_network_proves_itself(bench, tmp_path, monkeypatch, 
 
 
 @pytest.mark.usefixtures("no_forms")
-def test_statistics_of_training_are_no_proof(trained, tmp_path, monkeypatch, capsys):
+def test_statistics_of_training_are_no_proof(trained, tmp_path, run):
     """Fine-tuned and not calibrated: the residual fails, exits 1 and names the next step."""
     folder = tmp_path / "trained"
     folder.mkdir()
@@ -149,7 +139,7 @@ def test_statistics_of_training_are_no_proof(trained, tmp_path, monkeypatch, cap
     write_draft(folder, bench.model, bench.caller, bench.provenance)
     np.save(tmp_path / "0.npy", images()[0][0, 0].numpy())
     words = ("prove", folder, tmp_path / "0.npy", "--arch", "factories:tiny_unet")
-    code, out = run(monkeypatch, capsys, *words)
+    code, out, _ = run(*words)
     assert code == 1
     assert out.startswith("failed\n  residual: failed ")
     assert "NF249" in out
