@@ -68,18 +68,7 @@ class Witness:
         )
         if found is None:
             return measured
-        obstacles = found.obstacles()
-        stride = found.lattice if geometry is None else geometry.stride
-        return replace(
-            measured,
-            bound=None if obstacles else found.halo(stride),
-            lattice=found.lattice,
-            scale=tuple(map(str, found.scale)),
-            offset=found.offset,
-            obstacles=obstacles,
-            wraps=found.wraps,
-            paths=() if obstacles else found.paths(),
-        )
+        return replace(measured, **found.stated(found.lattice if geometry is None else geometry.stride))
 
     def findings(self, locality: Locality) -> tuple[Finding, ...]:
         """Name the axes along which the bound is far above what was measured."""

@@ -178,19 +178,7 @@ def _derived(
     try:
         bound = bound_of(program, output)
         steps = bound.lattice if stride is None else stride
-        obstacles = bound.obstacles()
-        return Derivation(
-            output=output,
-            counts=counts,
-            stride=steps,
-            bound=None if obstacles else bound.halo(steps),
-            lattice=bound.lattice,
-            scale=tuple(map(str, bound.scale)),
-            offset=bound.offset,
-            obstacles=obstacles,
-            wraps=bound.wraps,
-            paths=() if obstacles else bound.paths(),
-        )
+        return Derivation(output=output, counts=counts, stride=steps, **bound.stated(steps))
     except Unsized as reason:
         return Derivation(output=output, counts=counts, note=str(reason))
     except failures() as error:

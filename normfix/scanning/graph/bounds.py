@@ -8,8 +8,7 @@ of fixed length leave no guard: their sizes are minima and maxima, and which arg
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
@@ -27,7 +26,7 @@ from normfix.networks.releases import values_of
 from normfix.records.sizes import Condition
 from normfix.scanning.graph.formulas import NoText, text_of
 
-__all__ = ["AXES", "SizeLook", "read_sizes"]
+__all__ = ["AXES", "KERNELS", "SizeLook", "read_sizes", "varied"]
 
 AXES = {3: "L", 4: "HW", 5: "DHW"}
 """Names of the spatial axes, by the image's rank."""
@@ -40,7 +39,7 @@ _EVEN = frozenset(
 )
 _EXTENTS = (8, 12, 16, 24, 40, 64, 100, 160, 250, 400, 640, 1000, 1600, 2500, 4000, 10_000, 100_000, 1 << 20)
 """Extents at which a condition is asked whether any image breaks it."""
-_KERNELS = 1 << 31
+KERNELS = 1 << 31
 """Elements from which on kernels count with longer integers: what asks for as many is about them."""
 
 
@@ -166,7 +165,7 @@ class _Reading:
             return _Kind.LATTICE
         if type(formula).__name__ == "Equality" and any(side.is_number for side in formula.args):
             return _Kind.BUILT
-        if any(abs(int(number)) >= _KERNELS - 1 for number in formula.atoms() if number.is_Integer):
+        if any(abs(int(number)) >= KERNELS - 1 for number in formula.atoms() if number.is_Integer):
             return _Kind.TRIVIAL
         broken = _differs(condition) or _is_broken(condition, extents)
         return _Kind.BRANCH if broken else _Kind.TRIVIAL
@@ -177,11 +176,18 @@ def _differs(condition: Condition) -> bool:
     return " != " in condition.text
 
 
+def varied(names: Collection[str]) -> Iterator[dict[str, int]]:
+    """Yield extents of images that are long or short along one axis, along all, or along all but one."""
+    for n in _EXTENTS:
+        yield dict.fromkeys(names, n)
+        for name in names:
+            yield {name: n}
+            yield {**dict.fromkeys(names, n), name: _EXTENTS[0]}
+
+
 def _is_broken(condition: Condition, extents: Mapping[str, int]) -> bool:
     """Tell whether an image breaks it that is larger along one axis, along all, or along all but one."""
-    sizes = [{**extents, name: n} for name, n in itertools.product(extents, _EXTENTS)]
-    sizes += [dict.fromkeys(extents, n) for n in _EXTENTS]
-    sizes += [{**dict.fromkeys(extents, n), name: 8} for name, n in itertools.product(extents, _EXTENTS)]
+    sizes = [{**extents, **size} for size in varied(extents)]
     return any(condition.excludes({**size, **{k: 1 for k in size if k == "N"}}) for size in sizes)
 
 

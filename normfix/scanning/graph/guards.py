@@ -7,7 +7,6 @@ by what it says alone: it must be stated among the sizes that a scan speaks for,
 from __future__ import annotations
 
 import ast
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,15 +16,11 @@ from normfix.errors import NormfixError
 from normfix.networks.graph.capture import image_of
 from normfix.records.certificates import Guard
 from normfix.records.sizes import Condition, ProvedSizes
-from normfix.scanning.graph.bounds import AXES, read_sizes
+from normfix.scanning.graph.bounds import AXES, KERNELS, read_sizes, varied
 
 __all__ = ["guards_of"]
 
-_EXTENTS = (8, 12, 16, 24, 40, 64, 100, 160, 250, 400, 640, 1000, 1600, 2500, 4000, 10_000, 100_000, 1 << 20)
-"""Extents at which a guard is asked whether any image breaks it."""
 _MIDDLE = 64
-_KERNELS = (1 << 31) - 1
-"""From here on a number is about the integers that kernels count with."""
 _FUNCTIONS = {"sym_max": "max", "sym_min": "min", "sym_float": "", "sym_int": "", "trunc": "trunc"}
 """What torch's functions of sizes are called in conditions; "" does nothing to a size."""
 
@@ -83,7 +78,7 @@ def _judged(condition: Condition, sizes: ProvedSizes, images: Sequence[Mapping[s
     """Return what a guard is that no scan states, by what it says alone."""
     tree = ast.parse(condition.text, mode="eval").body
     numbers = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)]
-    if any(isinstance(n, int) and abs(n) >= _KERNELS for n in numbers):
+    if any(isinstance(n, int) and abs(n) >= KERNELS - 1 for n in numbers):
         return "harmless"
     if condition.repeats(images[0]):
         return "repeats"
@@ -102,10 +97,7 @@ def _judged(condition: Condition, sizes: ProvedSizes, images: Sequence[Mapping[s
 def _images(letters: Sequence[str], smallest: Sequence[int]) -> Iterator[dict[str, int]]:
     """Yield extents of images: those in the middle, then long or short along one axis, all, or all but one."""
     least = dict(zip(letters, smallest, strict=True))
-    sizes: list[dict[str, int]] = [{}]
-    for n, name in itertools.product(_EXTENTS, letters):
-        sizes += [{name: n}, dict.fromkeys(letters, n), {**dict.fromkeys(letters, n), name: _EXTENTS[0]}]
-    for size in sizes:
+    for size in ({}, *varied(letters)):
         yield {"N": 1, "C": 1} | {name: max(size.get(name, _MIDDLE), most) for name, most in least.items()}
 
 

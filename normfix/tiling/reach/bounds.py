@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,6 +85,19 @@ class Bound:
         )
         spans = [self._spans(start) for start in starts]
         return tuple((max(b for b, _ in axis), max(a for _, a in axis)) for axis in zip(*spans, strict=True))
+
+    def stated(self, stride: Sequence[int]) -> dict[str, Any]:
+        """Return what records state of it, by their fields, for tiles that start at multiples of a stride."""
+        obstacles = self.obstacles()
+        return {
+            "bound": None if obstacles else self.halo(stride),
+            "lattice": self.lattice,
+            "scale": tuple(map(str, self.scale)),
+            "offset": self.offset,
+            "obstacles": obstacles,
+            "wraps": self.wraps,
+            "paths": () if obstacles else self.paths(),
+        }
 
     def along(self, axis: int, stride: int) -> tuple[int, int]:
         """Return the halo along one axis for tiles on a stride there."""
