@@ -181,9 +181,9 @@ def convert_command(
 
 def _certificate(saved: Path) -> Certificate | None:
     """Return the certificate of what was saved, if that is a folder of normfix's."""
-    from normfix.storage.folder import MANIFEST, read_manifest
+    from normfix.storage.folder import MANIFEST, manifest_of
 
-    return read_manifest(saved).certificate if (saved / MANIFEST).is_file() else None
+    return manifest_of(saved).certificate if (saved / MANIFEST).is_file() else None
 
 
 def _give_back(
@@ -195,7 +195,7 @@ def _give_back(
     give_back(
         done,
         folder,
-        source if source.kind == "factory" else None,
+        source,
         original=arguments.model if is_original(arguments.model) else None,
         scaling=scaling,
         allow_classes=arguments.allow_classes,

@@ -14,15 +14,7 @@ from normfix.cli.showing import format_option, note, show
 if TYPE_CHECKING:
     from normfix.records.returns import GivenBack
 
-__all__ = ["give_back_command", "given_back_text", "switch_option", "switches_of"]
-
-switch_option = click.option(
-    "--switch",
-    "switches",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="Argument with which the factory builds BatchNorms, such as norm=batch; default: it is found.",
-)
+__all__ = ["give_back_command"]
 
 
 @click.command("give-back")
@@ -33,7 +25,13 @@ switch_option = click.option(
     metavar="PATH",
     help="What was converted (MONAI bundle, nnU-Net folder, pytorch-3dunet run): it is copied but for what changes.",
 )
-@switch_option
+@click.option(
+    "--switch",
+    "switches",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Argument with which the factory builds BatchNorms, such as norm=batch; default: it is found.",
+)
 @format_option
 def give_back_command(
     out: str, original: str | None, switches: tuple[str, ...], format_: str, **options: Any
@@ -54,17 +52,17 @@ def give_back_command(
     record = give_back(
         opened.model,
         out,
-        opened.source if opened.source.kind == "factory" else None,
+        opened.source,
         original=original,
-        switch=switches_of(switches),
+        switch=_switches(switches),
         allow_classes=arguments.allow_classes,
         trust_pickle=arguments.trust_pickle,
     )
-    show(record, given_back_text(record), format_)
+    show(record, _text(record), format_)
     note(f"Wrote {out}. Its README.md says what the tool must be told.")
 
 
-def switches_of(words: tuple[str, ...]) -> Mapping[str, Any] | None:
+def _switches(words: tuple[str, ...]) -> Mapping[str, Any] | None:
     """Return arguments of the form NAME=VALUE, a value as JSON or else as text."""
     if not words:
         return None
@@ -80,7 +78,7 @@ def switches_of(words: tuple[str, ...]) -> Mapping[str, Any] | None:
     return found
 
 
-def given_back_text(record: GivenBack) -> str:
+def _text(record: GivenBack) -> str:
     """Return what was shown, and in what the files differ from the original's."""
     return "\n".join(
         [

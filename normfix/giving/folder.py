@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from normfix.conversion.results import Calibration, Conversion
 from normfix.giving.alone import alone_sd
 from normfix.giving.card import card_of
-from normfix.giving.formats import LIBRARIES
+from normfix.giving.formats import LIBRARIES, Library
 from normfix.giving.gift import Gift
 from normfix.giving.matching import Match, built, matched
 from normfix.giving.refusals import NotGiven, Unequal
@@ -61,7 +61,7 @@ def give_back(
     Args:
         converted: a conversion, a calibration, or a network that `load` opened; not modified.
         folder: must not exist.
-        source: "pkg.mod:factory" or "timm:NAME", if the network does not know it.
+        source: "pkg.mod:factory" or "timm:NAME", or what `load` found, if the network does not know it.
         args: keyword arguments that the factory was called with, JSON-ready.
         original: the MONAI bundle or pytorch-3dunet run that was converted, which is copied but for what must change.
             Without it, a state dict and the arguments of its factory are written.
@@ -93,7 +93,7 @@ def give_back(
     work = _Work(twin_of(model).cpu(), known, Caller.of(known))
     origin = _Origin.of(None if original is None else Path(original), request)
     named = _source(known.source, source, args, origin)
-    library = next(library for library in LIBRARIES if library.recognises(origin.path))
+    library = origin.library
     candidates = library.candidates(named) if switch is None else [{**json.loads(named.args), **switch}]
     match = matched(work.model, work.caller, work.image(torch.float64), named, candidates)
     network, single = work.proved(match)
@@ -126,7 +126,11 @@ def give_back(
 
 def is_original(path: str | Path) -> bool:
     """Tell whether something is of a format that is given back as a whole."""
-    return any(library.recognises(Path(path)) for library in LIBRARIES)
+    return _library_of(Path(path)) is not None
+
+
+def _library_of(original: Path | None) -> Library | None:
+    return next((library for library in LIBRARIES if library.recognises(original)), None)
 
 
 def _known(model: nn.Module, scaling: Scaling | None) -> Provenance:
@@ -175,8 +179,9 @@ def _known(model: nn.Module, scaling: Scaling | None) -> Provenance:
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
-    """The original on disk: its folder or file, what builds it, and what its file of weights holds."""
+    """The original on disk: whose it is, its folder or file, what builds it, and what its file of weights holds."""
 
+    library: Library
     path: Path | None = None
     source: Source | None = None
     content: Any = None
@@ -188,12 +193,12 @@ class _Origin:
         Raises:
             NotGiven: NF553 for a format that is not given back.
         """
-        if path is None:
-            return cls()
-        for library in LIBRARIES:
-            if library.recognises(path):
-                content = read_torch(library.weights(path), request)
-                return cls(path, open_path(path, request).source, content)
+        library = _library_of(path)
+        if library is not None:
+            if path is None:
+                return cls(library)
+            content = read_torch(library.weights(path), request)
+            return cls(library, path, open_path(path, request).source, content)
         names = ", ".join(library.NAME for library in LIBRARIES if not library.recognises(None))
         raise NotGiven(
             "NF553",
@@ -213,7 +218,7 @@ def _source(
     """
     if isinstance(source, str):
         source = Source(kind="factory", spec=source, args=dumped(args or {}))
-    stated = source or (known if known.kind == "factory" else None)
+    stated = next((one for one in (source, known) if one is not None and one.kind == "factory"), None)
     if origin.source is not None:
         if stated is not None and (stated.spec, stated.args) != (origin.source.spec, origin.source.args):
             raise NotGiven(

@@ -14,7 +14,7 @@ from torch import Tensor
 from normfix.records.returns import Change
 from normfix.records.saved import Source
 
-__all__ = ["Gift", "changed", "config_changes", "copied", "key_changes"]
+__all__ = ["Gift", "changed", "config_changes", "copied", "key_changes", "other_weights"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,3 +79,8 @@ def copied(original: Path, draft: Path, leave: Callable[[Path], str]) -> list[Ch
             (draft / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, draft / name)
     return left
+
+
+def other_weights(checkpoint: Path, reason: str) -> Callable[[Path], str]:
+    """Return what leaves out, for a reason, the files of weights beside a checkpoint; see `copied`."""
+    return lambda path: reason if path.suffix == checkpoint.suffix and path != checkpoint else ""

@@ -18,9 +18,9 @@ from normfix.records.saved import Source
 from normfix.storage.opening.factories import build, dumped, rebuild
 from normfix.storage.opening.gate import is_allowed, present
 
-__all__ = ["SAME", "Match", "built", "matched"]
+__all__ = ["Match", "built", "matched"]
 
-SAME = 1e-9
+_SAME = 1e-9
 """The largest difference in float64, in sd, at which two networks are the same; eps and biases move into constants."""
 _MOST = 40
 """Ways to call a factory that are tried."""
@@ -76,7 +76,7 @@ def matched(
                 continue
             if actual.shape == wanted.shape:
                 apart = deviation(actual, wanted, spread)[0]
-                if apart <= SAME:
+                if apart <= _SAME:
                     return Match(args, library, apart)
                 unlike.append(_unequal(apart, args))
     raise _refusal(source, unlike)

@@ -1,4 +1,4 @@
-"""Pages: Jinja2 with autoescaping, pictures embedded, nothing fetched from anywhere."""
+"""Pages: Jinja2 with autoescaping, pictures embedded, nothing fetched from anywhere; and Markdown, which is not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from normfix.records.spans import in_strides
 
-__all__ = ["render"]
+__all__ = ["markdown", "render"]
 
 
 def render(template: str, *, pictures: Mapping[str, bytes], **values: Any) -> str:
@@ -28,3 +28,15 @@ def render(template: str, *, pictures: Mapping[str, bytes], **values: Any) -> st
         name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in pictures.items()
     }
     return environment.get_template(template).render(pictures=embedded, **values)
+
+
+def markdown(package: str, template: str, **values: Any) -> str:
+    """Render a template of Markdown that lies in a package; nothing in it is escaped."""
+    environment = Environment(
+        loader=PackageLoader(package),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(**values)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jinja2 import Environment, PackageLoader
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from normfix.records.encoding import SCHEMA, parsed, read_text
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.saved import Probe, Provenance, Saved
 from normfix.records.verdicts import Proof
+from normfix.reporting.page import markdown
 from normfix.storage.instructions import arguments_of
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "appearing",
     "digest_of",
     "load_weights_",
+    "manifest_of",
     "program_beside",
     "read_manifest",
     "require_absent",
@@ -150,13 +151,22 @@ def read_manifest(folder: Path) -> Saved:
     Raises:
         NormfixError: NF101 unreadable, NF108 malformed or of another schema, NF115 it or the weights changed.
     """
-    path = folder / MANIFEST
-    saved = Saved.opened(parsed(read_text(path), str(path)), str(path))
+    saved = manifest_of(folder)
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise NormfixError("NF101", "the folder has no weights file.", where=str(weights))
     _require_unchanged(weights, saved.sha256)
     return saved
+
+
+def manifest_of(folder: Path) -> Saved:
+    """Read normfix.json alone, which says nothing of the files beside it.
+
+    Raises:
+        NormfixError: NF101 and NF108 for a damaged one, NF115 if it was edited.
+    """
+    path = folder / MANIFEST
+    return Saved.opened(parsed(read_text(path), str(path)), str(path))
 
 
 @contextmanager
@@ -296,14 +306,7 @@ def _card(saved: Saved) -> str:
     base = source.origin.removeprefix("hf-hub:").partition("@")[0]
     if not base and source.spec.startswith("timm:") and "." in source.spec:
         base = f"timm/{source.spec.removeprefix('timm:')}"
-    environment = Environment(
-        loader=PackageLoader("normfix.storage"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=False,
-        keep_trailing_newline=True,
-    )  # Markdown, not HTML
-    return environment.get_template("card.md").render(saved=saved, base=base, arguments=arguments_of(source))
+    return markdown("normfix.storage", "card.md", saved=saved, base=base, arguments=arguments_of(source))
 
 
 def seeded_input(probe_shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:

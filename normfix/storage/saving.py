@@ -147,7 +147,7 @@ def _certificate(
         if name == GRAPH:
             write_graph(draft / GRAPH, _exported(model, caller, provenance).program)
         state = model.state_dict()
-        weights = {name: state[name].detach().cpu() for name in state if isinstance(state[name], Tensor)}
+        weights = {key: value.detach().cpu() for key, value in state.items() if isinstance(value, Tensor)}
         program = read_graph(draft / name, weights)
         if probe is not None:
             require_probe(unlifted(program), caller, probe, name)

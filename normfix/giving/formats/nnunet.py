@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from normfix.giving.configs import laid_out
-from normfix.giving.gift import Gift, copied, key_changes
+from normfix.giving.gift import Gift, changed, config_changes, copied, key_changes, other_weights
 from normfix.giving.switches import switched
 from normfix.records.returns import Change
 from normfix.records.saved import Source
@@ -55,7 +55,8 @@ def write(draft: Path, gift: Gift) -> tuple[Change, ...]:
     assert gift.original is not None
     folder, checkpoint = folder_of(gift.original), checkpoint_of(gift.original)
     assert folder is not None
-    changes = copied(folder, draft, lambda path: _left_out(path, checkpoint))
+    reason = "it holds another network, which has constants of its own: convert and give it back by itself"
+    changes = copied(folder, draft, other_weights(checkpoint, reason))
     configuration = str(gift.checkpoint["init_args"]["configuration"])
     settings = gift.args["settings"]
     path = draft / "plans.json"
@@ -83,26 +84,11 @@ def advice(scan: Scan) -> str:
     )
 
 
-def _left_out(path: Path, checkpoint: Path) -> str:
-    if path.suffix != ".pth" or path == checkpoint:
-        return ""
-    return "it holds another network, which has constants of its own: convert and give it back by itself"
-
-
-def _switched_(plans: dict[str, Any], configuration: str, settings: Mapping[str, Any]) -> list[Change]:
+def _switched_(plans: dict[str, Any], configuration: str, settings: Mapping[str, Any]) -> Iterator[Change]:
     """Write the settings into the configuration itself, whichever it inherits from, in place."""
     own = plans["configurations"][configuration]
     design = copy.deepcopy(resolved(plans["configurations"], configuration)["architecture"])
     before = design["arch_kwargs"]
     own["architecture"] = {**design, "arch_kwargs": {**before, **settings}}
-    return [
-        Change(
-            file="plans.json",
-            kind="config",
-            name=f"configurations.{configuration}.architecture.arch_kwargs.{name}",
-            before=json.dumps(before.get(name)),
-            after=json.dumps(value),
-        )
-        for name, value in settings.items()
-        if before.get(name) != value
-    ]
+    place = f"configurations.{configuration}.architecture.arch_kwargs."
+    return config_changes("plans.json", place, before, changed(before, settings))

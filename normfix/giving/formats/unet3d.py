@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from normfix.giving.configs import set_in
-from normfix.giving.gift import Gift, changed, config_changes, copied, key_changes
+from normfix.giving.gift import Gift, changed, config_changes, copied, key_changes, other_weights
 from normfix.records.returns import Change
 from normfix.records.saved import Source
 from normfix.records.sites import Scan
@@ -58,7 +58,8 @@ def write(draft: Path, gift: Gift) -> tuple[Change, ...]:
     assert gift.original is not None
     checkpoint = checkpoint_of(gift.original)
     folder, config = checkpoint.parent, configs_of(checkpoint.parent)[0]
-    changes = copied(folder, draft, lambda path: _left_out(path, checkpoint))
+    left_out = other_weights(checkpoint, "it holds other weights, of the original network")
+    changes = copied(folder, draft, left_out)
     if not config.is_relative_to(folder):
         (draft / config.name).write_bytes(config.read_bytes())
     target = draft / (config.relative_to(folder) if config.is_relative_to(folder) else config.name)
@@ -84,9 +85,3 @@ def advice(scan: Scan) -> str:
         "the image's own border it is another, because predict3dunet mirrors the image there, where the network pads "
         "zeros."
     )
-
-
-def _left_out(path: Path, checkpoint: Path) -> str:
-    if path.suffix != ".pytorch" or path == checkpoint:
-        return ""
-    return "it holds other weights, of the original network"
