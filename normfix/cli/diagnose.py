@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normfix.cli.extents import Extents, Halo, HaloExtents, per_axis
+from normfix.cli.extents import Extents, HaloExtents, context_option, per_axis
 from normfix.cli.options import Arguments, image_options, model_options
 from normfix.cli.showing import (
     format_option,
@@ -20,6 +20,7 @@ from normfix.cli.showing import (
 )
 from normfix.cli.texts import cost_text, diagnosis_text
 from normfix.errors import NormfixError
+from normfix.records.scalings import parse_scaling
 
 if TYPE_CHECKING:
     from normfix.records.diagnoses import Tiling
@@ -39,13 +40,7 @@ _KINDS = ["probability", "logits", "softmax", "scores", "labels", "regression"]
     show_default=True,
     help="Tile size in pixels; one number, or one per axis.",
 )
-@click.option(
-    "--halo",
-    type=Halo(),
-    default="auto",
-    show_default=True,
-    help="Context your pipeline reads, in pixels; one number, or one per axis.",
-)
+@context_option("Context your pipeline reads")
 @click.option(
     "--last", type=click.Choice(["grid", "pushed back"]), default="grid", help="Where the last window starts."
 )
@@ -124,7 +119,6 @@ def diagnose_command(
 
 def _tiling(image: Any, tile: int | tuple[int, ...], halo: HaloExtents, pipeline: dict[str, Any]) -> Tiling:
     """Return the tiling that the options describe; an empty halo is what the network needs."""
-    from normfix.images.scaling import parse_scaling
     from normfix.records.diagnoses import Tiling
 
     ndim, scaling = image.dim() - 2, pipeline["scale_tiles"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import click
 
-__all__ = ["Extents", "Halo", "HaloExtents", "per_axis"]
+__all__ = ["Extents", "Halo", "HaloExtents", "context_option", "per_axis"]
 
 HaloExtents: TypeAlias = int | tuple[int, ...] | Literal["auto"]
 
@@ -49,6 +49,17 @@ class Halo(Extents):
     ) -> Any:  # an extent, or "auto"
         """Parse, or fail with the reason."""
         return value if value == "auto" else super().convert(value, param, ctx)
+
+
+def context_option(what: str = "Context on every side") -> Callable[[Any], Any]:
+    """Return the option --halo."""
+    return click.option(
+        "--halo",
+        type=Halo(),
+        default="auto",
+        show_default=True,
+        help=f"{what}, in pixels; one number, or one per axis.",
+    )
 
 
 def per_axis(extents: int | Sequence[int], ndim: int) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -272,20 +272,18 @@ class Arguments:
 
     def images(self, patterns: tuple[str, ...], model: nn.Module) -> ImageFiles:
         """Return the images that files, folders and globs name."""
-        from normfix.images.collections import ImageFiles, find_images
-        from normfix.images.files import open_windows
-        from normfix.networks.intake import Intake
+        from normfix.images.given import files_of
 
-        intake = Intake(model)
-        opens = partial(
-            open_windows,
-            ndim=intake.ndim,
-            channels=intake,
+        return files_of(
+            patterns,
+            model,
             axes=self.axes,
             level=self.level,
             series=self.series,
+            scaling=self.scaling(model),
+            part=self.part(),
+            tell=note,
         )
-        return ImageFiles(find_images(patterns), opens, self.scaling(model), tell=note, part=self.part())
 
     def opener(self, model: nn.Module) -> Opener:
         """Return what opens one image after another, to be read by window."""
@@ -312,13 +310,10 @@ class Arguments:
 
         paths = find_images(patterns)
         opener, context = self.opener(model), click.get_current_context()
-        opened = [context.with_resource(opener.open(path)) for path in paths]
-        if self.slices:
-            opened = [
-                context.with_resource(opener.open(path, plane))
-                for path, first in zip(paths, opened, strict=True)
-                for plane in range(first.planes)
-            ]
+        opened: list[ScaledImage] = []
+        for path in paths:
+            opened.append(first := context.with_resource(opener.open(path)))
+            opened += [context.with_resource(opener.open(path, plane)) for plane in range(1, first.planes)]
         _tell(opened)
         return opened
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from normfix.cli.answers import Predicted
-from normfix.cli.extents import Extents, Halo, HaloExtents
+from normfix.cli.extents import Extents, HaloExtents, context_option
 from normfix.cli.failures import each
 from normfix.cli.options import Arguments, image_options, model_options, override_option
 from normfix.cli.outputs import is_image, output, tell
@@ -47,13 +47,7 @@ _ENDINGS = [".tif", ".npy", ".zarr", ".nii", ".nii.gz"]
 @click.option(
     "--tile", type=Extents(), help="Tile size in pixels; one number, or one per axis. Default: 256."
 )
-@click.option(
-    "--halo",
-    type=Halo(),
-    default="auto",
-    show_default=True,
-    help="Context on every side, in pixels; one number, or one per axis.",
-)
+@context_option()
 @click.option(
     "--engine",
     type=click.Choice(["auto", "tiles", "stages", "dask"]),
@@ -221,13 +215,14 @@ class _Run:
             if self.slices is None:
                 shape, dtype = write_prediction(self.model, image, place.path, **settings)
             else:
-                planes, stack = self._planes(path, image.planes), (self.slices, image.planes)
+                planes, stack = self._planes(path, image), (self.slices, image.planes)
                 shape, dtype = write_stack(self.model, planes, place.path, stack, **settings)
         record = Predicted(path=str(place.target), shape=shape, dtype=dtype)
         show(record, f"{place.target}: {'x'.join(map(str, shape))}, {dtype}", self.format)
 
-    def _planes(self, path: Path, count: int) -> Iterator[ScaledImage]:
-        for plane in range(count):
+    def _planes(self, path: Path, first: ScaledImage) -> Iterator[ScaledImage]:
+        yield first
+        for plane in range(1, first.planes):
             with self.opener.open(path, plane) as image:
                 yield image
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import click
 
-from normfix.cli.extents import Extents, Halo, HaloExtents
+from normfix.cli.extents import Extents, HaloExtents, context_option
 from normfix.cli.failures import each
 from normfix.cli.options import Arguments, image_options, model_options, override_option
 from normfix.cli.outputs import is_saved, output, tell
@@ -44,15 +44,6 @@ class Threshold(click.ParamType):  # type: ignore[type-arg]
         if not 0 <= threshold < math.inf:
             self.fail("give a finite number of sd, 0 or more", param, ctx)
         return threshold
-
-
-_HALO = click.option(
-    "--halo",
-    type=Halo(),
-    default="auto",
-    show_default=True,
-    help="Context on every side, in pixels; one number, or one per axis.",
-)
 
 
 @click.command("calibrate")
@@ -159,7 +150,7 @@ def calibrate_command(
     show_default=True,
     help="Tile size in pixels; one number, or one per axis, such as 32,128,128.",
 )
-@_HALO
+@context_option()
 @click.option(
     "--threshold",
     type=Threshold(),

@@ -6,7 +6,7 @@ names, or that the network leaves no doubt about, and they are scaled as its ima
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -23,15 +23,16 @@ from normfix.images.collections import ImageFiles, Images, find_images, is_by_wi
 from normfix.images.files import open_windows
 from normfix.images.formats.opened import ArrayLike
 from normfix.images.opening import open_image, scaling_of
-from normfix.images.scaling import parse_scaling, scaled
+from normfix.images.scaling import scaled
 from normfix.images.sources import Image
 from normfix.images.views import Part
 from normfix.images.windows import windowed
 from normfix.networks.calling import Caller, home_of
 from normfix.networks.intake import Intake
 from normfix.records.saved import Scaling
+from normfix.records.scalings import parse_scaling
 
-__all__ = ["Given", "GivenImages", "images_of", "opened", "read_images"]
+__all__ = ["Given", "GivenImages", "files_of", "images_of", "opened", "read_images"]
 
 Given: TypeAlias = Tensor | Image | ArrayLike | str | PathLike[str]
 """One image; a name may be that of a folder or a pattern, which are several."""
@@ -106,10 +107,32 @@ def read_images(
     """
     names = [images] if isinstance(images, str | PathLike) else images
     stated = parse_scaling(scaling) if isinstance(scaling, str) else scaling
+    return files_of(
+        [str(name) for name in names],
+        model,
+        axes=axes,
+        level=level,
+        series=series,
+        scaling=stated or scaling_of(model),
+        part=Part(tuple(channels), slices),
+    )
+
+
+def files_of(
+    names: Sequence[str],
+    model: nn.Module,
+    *,
+    axes: str | None,
+    level: int,
+    series: str | None,
+    scaling: Scaling | None,
+    part: Part,
+    tell: Callable[[str], None] = lambda text: None,
+) -> ImageFiles:
+    """Return the images of files, folders and patterns; see `read_images`. `tell` is told what to say."""
     intake = Intake(model)
     opens = partial(open_windows, ndim=intake.ndim, channels=intake, axes=axes, level=level, series=series)
-    paths, part = find_images([str(name) for name in names]), Part(tuple(channels), slices)
-    return ImageFiles(paths, opens, stated or scaling_of(model), part=part)
+    return ImageFiles(find_images(names), opens, scaling, tell=tell, part=part)
 
 
 @contextmanager

@@ -19,9 +19,9 @@ from normfix.errors import NormfixError
 from normfix.networks.calling import failures
 from normfix.networks.naming import named
 from normfix.records.saved import Scaling
-from normfix.records.scalings import parse_scaling, two_of
+from normfix.records.scalings import two_of
 
-__all__ = ["Distribution", "not_finite", "overflown", "parse_scaling", "scaled", "scaling_numbers"]
+__all__ = ["Distribution", "not_finite", "overflown", "scaled", "scaling_numbers"]
 
 Array = NDArray[Any]
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from normfix.errors import NormfixError
-from normfix.images.scaling import parse_scaling, scaled
+from normfix.images.scaling import scaled
 from normfix.records.saved import Scaling
+from normfix.records.scalings import parse_scaling
 
 RNG = np.random.default_rng(0)
 STACK = RNG.integers(0, 60000, (5, 24, 20), dtype=np.uint16)
