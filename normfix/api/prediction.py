@@ -122,7 +122,8 @@ def predict(
     if not allow_nonfinite:
         require_finite(result, job.known.scan.model)
     rendering.channels(result.shape[1])
-    rendering.require_logits(float(result.min()), float(result.max()))
+    if rendering.is_of_probabilities:
+        rendering.require_logits(float(result.min()), float(result.max()))
     return rendering.of(result)
 
 

@@ -69,6 +69,11 @@ class Rendering:
             )
         return cls(cast(Kind, kind), cast("Logits | None", logits), threshold)
 
+    @property
+    def is_of_probabilities(self) -> bool:
+        """Tell whether probabilities are made, so that the range of what they are made of says whether it fits."""
+        return self.kind in ("probabilities", "mask")
+
     def channels(self, count: int) -> int:
         """Return how many channels there will be of so many.
 
@@ -124,7 +129,7 @@ class Rendering:
         Raises:
             NormfixError: NF535.
         """
-        if self.kind not in ("probabilities", "mask"):
+        if not self.is_of_probabilities:
             return
         within = least >= -_ROUNDING and most <= 1 + _ROUNDING
         if within and self.logits != "none":

@@ -109,7 +109,8 @@ class OutputFile:
         block = value[0][(slice(None), *(slice(0, s.stop - s.start) for s in spans))]
         if not self._allow_nonfinite:
             require_finite(block, str(self._path))
-        self._range = min(self._range[0], float(block.min())), max(self._range[1], float(block.max()))
+        if self._rendering.is_of_probabilities:
+            self._range = min(self._range[0], float(block.min())), max(self._range[1], float(block.max()))
         block = self._rendering.of(block[None])[0]
         block = block.float() if block.dtype == torch.bfloat16 else block
         array, _ = laid_out(block.cpu().numpy(), self._placement, keep="C" in self._axes)
