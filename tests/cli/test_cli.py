@@ -22,7 +22,7 @@ from normfix.cli import cli
 from normfix.cli.extents import Extents
 from normfix.cli.options import ArgumentsJson
 from normfix.errors import CODES
-from normfix.images.files import open_windows, read_image
+from normfix.images.files import read_image
 from normfix.networks.releases import writes_archives
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.plans import Plan
@@ -570,10 +570,8 @@ def test_an_internal_error_is_one_paragraph(run, monkeypatch, debug):
 def test_convert_decodes_its_image_at_most_twice(run, image, tmp_path, monkeypatch):
     """However many steps read the image, its file is opened and decoded once per pass over it, and not to count."""
     decoded = []
-    monkeypatch.setattr(
-        "normfix.images.files.open_windows",
-        lambda path, **options: (decoded.append(path), open_windows(path, **options))[1],
-    )
+    opens = tifffile.TiffFile
+    monkeypatch.setattr(tifffile, "TiffFile", lambda path: (decoded.append(path), opens(path))[1])
     done = run("convert", ARCH, image, "--scale", "unit", "--to", "frozen", "-o", tmp_path / "out")
     assert done.code == 0, done.err
     assert 1 <= len(decoded) <= 2
