@@ -246,7 +246,9 @@ def _sketch(make: Callable[[], nn.Module], stored: Stored, where: str) -> None:
         model = _within_memory(Sketched(4 * stored.elements, where), make)
     except NormfixError as error:
         # Such a constructor fails here, and only here.
-        reads_values = isinstance(error.__cause__, Exception) and not isinstance(error.__cause__, NormfixError)
+        reads_values = isinstance(error.__cause__, Exception) and not isinstance(
+            error.__cause__, NormfixError
+        )
         if reads_values and not lacks_memory(error):
             return
         raise
