@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from normfix.conversion.flatness import all_empty, flat_before, judged
 from normfix.conversion.masks import Mask
@@ -35,7 +36,20 @@ from normfix.tiling.geometry import geometry_of
 from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stitching import padded
 
-__all__ = ["calibrate", "calibrate_"]
+__all__ = ["CalibrateOptions", "calibrate", "calibrate_"]
+
+
+class CalibrateOptions(TypedDict, total=False):
+    """Options of `calibrate`."""
+
+    mask: Mask | Sequence[Mask] | None
+    sample: float | None
+    seed: int
+    allow_flat: bool | None
+    blocks: Blocks | None
+    forward_fn: ForwardFn | None
+    output: str | int | None
+    progress: Progress
 
 
 @undisturbed()
@@ -104,7 +118,7 @@ def calibrate_(
     model: nn.Module,
     images: GivenImages,
     tile: int | Sequence[int] | None = None,
-    **options: Any,
+    **options: Unpack[CalibrateOptions],
 ) -> CalibrationSummary:
     """Measure a network's statistics anew in place, on the same module objects; arguments are those of `calibrate`.
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, overload
 
 from numpy.typing import NDArray
 from torch import nn
+from typing_extensions import Unpack
 
 from normfix.diagnosis.accuracy import Labels
 from normfix.diagnosis.examination import Examination
-from normfix.diagnosis.pipeline import PipelineDiagnosis, diagnose_pipeline
+from normfix.diagnosis.pipeline import PipelineDiagnosis, PipelineOptions, diagnose_pipeline
 from normfix.diagnosis.setting import bench_of, prepare
 from normfix.images.given import Given, images_of
 from normfix.images.sources import whole
@@ -33,9 +34,26 @@ from normfix.records.progress import Progress, silent
 from normfix.reporting.maps import Maps
 from normfix.scanning.known import ForwardFn
 
-__all__ = ["Diagnosis", "Maps", "diagnose", "diagnose_network"]
+__all__ = ["DiagnoseOptions", "Diagnosis", "Maps", "diagnose", "diagnose_network"]
 
 Metric = Callable[[NDArray[Any], NDArray[Any]], float]
+
+
+class DiagnoseOptions(TypedDict, total=False):
+    """Options of `diagnose_network`."""
+
+    halo: int | Sequence[int] | Literal["auto"]
+    tiling: Tiling | None
+    kind: Kind | None
+    labels: Any
+    metric: Metric | None
+    converted: nn.Module | None
+    batches: Sequence[int]
+    per_site: bool
+    forward_fn: ForwardFn | None
+    output: str | int | None
+    announce: Callable[[Cost], None]
+    progress: Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +101,14 @@ class Diagnosis:
 
 @overload
 def diagnose(
-    model: nn.Module, image: Given, tile: int | Sequence[int] = 256, **options: Any
+    model: nn.Module, image: Given, tile: int | Sequence[int] = 256, **options: Unpack[DiagnoseOptions]
 ) -> Diagnosis: ...
 @overload
 def diagnose(
-    model: Callable[..., Any], image: Any, tile: int | Sequence[int] = 256, **options: Any
+    model: Callable[..., Any],
+    image: Any,
+    tile: int | Sequence[int] = 256,
+    **options: Unpack[PipelineOptions],
 ) -> PipelineDiagnosis: ...
 @undisturbed()
 def diagnose(

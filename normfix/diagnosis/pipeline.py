@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import nn
 
@@ -19,7 +19,17 @@ from normfix.scanning.scan import scan
 from normfix.tiling.geometry import geometry_of
 from normfix.tiling.grid import Geometry
 
-__all__ = ["PipelineDiagnosis", "diagnose_pipeline"]
+__all__ = ["PipelineDiagnosis", "PipelineOptions", "diagnose_pipeline"]
+
+
+class PipelineOptions(TypedDict, total=False):
+    """Options of `diagnose_pipeline`."""
+
+    network: nn.Module | None
+    stride: int | None
+    margin: int | None
+    output: str | int | None
+
 
 Pipeline = Callable[..., Any]
 
