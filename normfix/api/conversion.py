@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -48,9 +48,23 @@ from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stages.resuming import resumable
 from normfix.tiling.stitching import padded, tile_extents
 
-__all__ = ["convert"]
+__all__ = ["ConvertOptions", "convert"]
 
 _LOG = logging.getLogger("normfix")
+
+
+class ConvertOptions(TypedDict, total=False):
+    """Options of `convert`."""
+
+    keep: Sequence[str]
+    forward_fn: ForwardFn | None
+    output: str | int | None
+    as_trained: bool
+    allow_flat: bool
+    halo: HaloSource
+    tile: int | Sequence[int] | None
+    blocks: Blocks | None
+    progress: Progress
 
 
 @undisturbed()

@@ -1,12 +1,14 @@
 """Public functions can be called without a manual: few parameters, and the same defaults as on the command line."""
 
 import inspect
-from typing import get_type_hints
+from typing import get_origin, get_type_hints
 
 import click
 import pytest
+from typing_extensions import Unpack, is_typeddict
 
 import normfix
+from normfix.api.conversion import ConvertOptions
 from normfix.api.prediction import PredictOptions
 from normfix.api.recalibration import CalibrateOptions
 from normfix.cli import cli
@@ -133,6 +135,7 @@ RENDERED = {"allow_nonfinite", "as_", "logits"}
 
 OPTIONS = {
     "predict": (PredictOptions, normfix.predict, RENDERED),
+    "convert": (ConvertOptions, normfix.convert, set()),
     "calibrate": (CalibrateOptions, normfix.calibrate, set()),
     "check": (CheckOptions, normfix.check, set()),
     "diagnose": (DiagnoseOptions, diagnose_network, set()),
@@ -162,8 +165,6 @@ def test_options_of_another_function_would_be_noticed():
 
 def test_no_public_function_takes_whatever_it_is_given():
     """Each `**options` is typed: an editor knows the names, and a type checker refuses others."""
-    from typing_extensions import Unpack, get_origin, is_typeddict
-
     open_ = [
         name
         for name, function in _functions().items()
