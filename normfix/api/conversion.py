@@ -33,7 +33,7 @@ from normfix.proof.steps import identity, residual, shift, tile_exactness, untou
 from normfix.proof.subject import Subject
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.plans import Action, Plan
-from normfix.records.progress import Progress, silent
+from normfix.records.progress import Progress, logged, silent
 from normfix.records.saved import Provenance, Scaling, Source
 from normfix.records.sites import Scan, Site
 from normfix.records.verdicts import ImageShift, Proof, ProofStep
@@ -81,7 +81,7 @@ def convert(
     halo: HaloSource = "graph",
     tile: int | Sequence[int] | None = None,
     blocks: Blocks | None = None,
-    progress: Progress = silent,
+    progress: Progress = logged,
 ) -> Conversion:
     """Convert a network's live statistics to constants measured on whole images, and prove the result.
 
@@ -106,7 +106,7 @@ def convert(
             statistics are measured in stages over all of every image, in blocks of `tile` if they state no size, and
             then re-measured in other blocks; what needs whole forward passes is proved on the middle of the first
             image.
-        progress: called with (stage, done, total).
+        progress: called with (stage, done, total); default: logged as normfix.progress, at level INFO.
 
     Returns:
         The conversion, its network in eval mode; `.proof.passed` tells whether it may be relied on, `.proof.partial`

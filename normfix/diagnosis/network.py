@@ -30,8 +30,9 @@ from normfix.records.diagnoses import (
     Tiling,
     TrainEval,
 )
-from normfix.records.progress import Progress, silent
+from normfix.records.progress import Progress, logged
 from normfix.reporting.maps import Maps
+from normfix.reporting.sentences import headline
 from normfix.scanning.known import ForwardFn
 
 __all__ = ["DiagnoseOptions", "Diagnosis", "Maps", "diagnose", "diagnose_network"]
@@ -56,7 +57,7 @@ class DiagnoseOptions(TypedDict, total=False):
     progress: Progress
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Diagnosis:
     """A diagnosis and the maps behind it."""
 
@@ -91,6 +92,9 @@ class Diagnosis:
     def receptive_field(self) -> ReceptiveField | None:
         """Return how far an output can look, and does."""
         return self.record.receptive_field
+
+    def __repr__(self) -> str:
+        return f"<Diagnosis: {headline(self.record)}>"
 
     def _repr_html_(self) -> str:
         """Show the verdict and the pictures in a notebook."""
@@ -154,7 +158,7 @@ def diagnose_network(
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
     announce: Callable[[Cost], None] = lambda cost: None,
-    progress: Progress = silent,
+    progress: Progress = logged,
 ) -> Diagnosis:
     """Measure how tiles of a network disagree and why.
 
@@ -173,7 +177,7 @@ def diagnose_network(
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
         announce: called once with the cost, before the experiments start.
-        progress: called with (stage, done, total).
+        progress: called with (stage, done, total); default: logged as normfix.progress, at level INFO.
 
     Raises:
         NormfixError: NF601 where no geometry can be measured, NF602 for a tiling that does not fit, NF604 for
