@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from nnunet import nnunet_folder
+from pages import ROOT, blocks
 
 from normfix.errors import NormfixError
 
@@ -110,6 +111,16 @@ def test_files_are_predicted(folder, predictor, tmp_path):
     predictor.predict_from_files_sequential([[str(folder / "cell_0000.tif")]], [str(tmp_path / "cell")])
     expected = whole(predictor, [one.original for one in predictor.done]).argmax(0)
     np.testing.assert_array_equal(iio.imread(tmp_path / "cell.tif"), expected.numpy())
+
+
+def test_the_block_on_the_page_runs(folder, tmp_path, monkeypatch):
+    """What docs/loops.md shows for nnU-Net writes a segmentation of the file."""
+    (tmp_path / "nnunet_model").symlink_to(folder)
+    (tmp_path / "image_0000.tif").write_bytes((folder / "cell_0000.tif").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks(ROOT / "docs" / "loops.md", "py")
+    exec(compile(block, "loops.md", "exec"), {})
+    assert iio.imread(tmp_path / "segmentation.tif").shape == (96, 64)
 
 
 def test_nothing_is_predicted_before_it_is_converted(folder):
