@@ -32,6 +32,8 @@ class ExactPredictor(nnUNetPredictor):  # type: ignore[misc]
         **kwargs: as for nnUNetPredictor; `tile_step_size` and `use_gaussian` mean nothing here.
     """
 
+    network: Any
+
     def __init__(
         self, tile: int | Sequence[int] | None = None, options: PredictOptions | None = None, **kwargs: Any
     ) -> None:
