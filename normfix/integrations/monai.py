@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from monai.data import MetaTensor
-from monai.inferers import Inferer
+from monai.data.meta_tensor import MetaTensor
+from monai.inferers.inferer import Inferer
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -17,7 +17,7 @@ from normfix.errors import NormfixError
 __all__ = ["ExactInferer"]
 
 
-class ExactInferer(Inferer):  # type: ignore[misc]
+class ExactInferer(Inferer):
     """Predict in tiles what the network gives for the whole image: read with halo and in phase, cropped, never blended.
 
     It stands where MONAI's SlidingWindowInferer stood. The network is one that normfix converted, or one without live
@@ -45,12 +45,12 @@ class ExactInferer(Inferer):  # type: ignore[misc]
         super().__init__()
         self.tile, self.device, self.options = tile, device, options
 
-    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         """Predict a batch.
 
         Args:
             inputs: (N, C, *space); a MetaTensor's metadata is the prediction's too.
-            network: as for the class.
+            network: as for the class, a module; a function around one cannot be looked into.
             *args: handed to the network with each tile, so no maps of the image.
             **kwargs: likewise, but `device`, which counts before that of the inferer.
 
@@ -59,19 +59,20 @@ class ExactInferer(Inferer):  # type: ignore[misc]
 
         Raises:
             NormfixError: NF585 for a tensor among the arguments, and codes of normfix.predict: NF409 for a network that
-                was not converted.
+                was not converted, NF118 for what is no module.
         """
         device = kwargs.pop("device", None) or self.device or inputs.device
         options = self.options
         if args or kwargs:
             options = {"forward_fn": _handing_on(args, kwargs), **options}
-        if isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            network = network.module
+        wrapped = isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel)
+        model: Any = network.module if wrapped else network
         images = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
-        predictions = [predict(network, image[None], self.tile, **options).to(device) for image in images]
+        predictions = [predict(model, image[None], self.tile, **options).to(device) for image in images]
         prediction = torch.cat(predictions)
         if isinstance(inputs, MetaTensor):
-            return MetaTensor(prediction).copy_meta_from(inputs, copy_attr=False)  # type: ignore[no-any-return]
+            described: Any = MetaTensor(prediction)
+            prediction = described.copy_meta_from(inputs, copy_attr=False)
         return prediction
 
 

@@ -132,3 +132,9 @@ def test_per_image_statistics_are_those_of_each_image():
 def test_wrappers_of_several_devices_are_looked_through(converted, whole):
     """A network inside DataParallel is the network."""
     assert apart(ExactInferer(tile=32)(images(), nn.DataParallel(converted.model)), whole) < CLOSE
+
+
+def test_a_function_around_a_network_is_refused(converted):
+    """Its statistics cannot be seen, so nothing could be said of its tiles."""
+    with pytest.raises(NormfixError, match="NF118"):
+        ExactInferer(tile=32)(images(), lambda x: converted.model(x))
