@@ -4,9 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import switchable
 import tifffile
+import torch
 from originals import bundle
 
+import normfix
 from normfix.records.returns import GivenBack
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries' own
@@ -63,3 +66,17 @@ def test_a_switch_without_a_value_is_refused(run, tmp_path):
     assert code == 2
     assert "NAME=VALUE" in err
     assert run("give-back", "fixed", "-o", "back", "--switch", 'norm=["batch", {"affine": false}]')[0] == 0
+
+
+@pytest.mark.slow
+def test_giving_back_again_says_that_it_was_done(run, tmp_path):
+    """Repeated, the command exits 0 and writes nothing; where the folder holds something else by then, it is NF114."""
+    done = normfix.convert(switchable.generator(), torch.from_numpy(PIXELS)[None, None])
+    normfix.save(done, "fixed", "switchable:generator")
+    give = ("give-back", "fixed", "-o", "back", "--arch", "switchable:generator")
+    assert run(*give)[0] == 0
+    code, _, err = run(*give)
+    assert (code, "Done before" in err, (tmp_path / "back (1)").exists()) == (0, True, False)
+    (tmp_path / "back" / "arguments.json").write_text("{}")
+    code, _, err = run(*give)
+    assert (code, "NF114" in err) == (2, True)

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import normfix
+from normfix.networks.calling import NotTaken
 
 from .entry import Entry
 from .preparing import material, prepared
@@ -31,7 +32,10 @@ def agreement(entry: Entry, *, tile: int | None = None) -> dict[str, Any]:
     """Return the largest distance from the original per way, `limit`, and `skipped` where nothing is measured."""
     model = prepared(entry).double()
     example = material(entry.shape, entry.name).double()
-    scan = normfix.scan(model, example, forward_fn=entry.call, output=entry.output)
+    try:
+        scan = normfix.scan(model, example, forward_fn=entry.call, output=entry.output)
+    except NotTaken as error:
+        return {"skipped": f"does not run in float64: {error}"}
     if scan.halo is None or scan.exact_sizes is None:
         return {"skipped": "no geometry"}
     if not any(site.live for site in scan.sites):
