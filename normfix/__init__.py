@@ -31,6 +31,7 @@ _HOMES = {
     ),
     "normfix.images.given": ("read_images",),
     "normfix.images.opening": ("open_image",),
+    "normfix.images.parts": ("Windows",),
     "normfix.tiling.stages.options": ("Blocks",),
     "normfix.tiling.stages.outlook": ("Outlook", "Step"),
     "normfix.conversion.results": ("Calibration", "Conversion"),
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from normfix.giving.folder import give_back as give_back
     from normfix.images.given import read_images as read_images
     from normfix.images.opening import open_image as open_image
+    from normfix.images.parts import Windows as Windows
     from normfix.layers import BatchRenorm1d as BatchRenorm1d
     from normfix.layers import BatchRenorm2d as BatchRenorm2d
     from normfix.layers import BatchRenorm3d as BatchRenorm3d

@@ -371,6 +371,10 @@ CODES: dict[str, str] = {
     "them would be that of another place. Channels of the image are cut with it.",
     "NF586": "A predictor of nnU-Net's with exact tiles needs networks without live statistics: convert(cases) makes "
     "them, use(networks) takes those that were made before.",
+    "NF587": "Constants are statistics of whole images (whole), or of windows of the size that the network was trained "
+    "on, pooled by a law: windows:SIZE[:geometric|arithmetic|median|total].",
+    "NF588": "Windows are measured in images in memory, and their laws are laws of norms that keep their statistic: "
+    "not of groups re-expressed as BatchRenorm.",
     # 9xx: normfix itself
     "NF901": "Something failed inside normfix. Nothing was written. Please report it with the traceback that "
     "--debug prints.",

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from normfix.conversion.flatness import all_empty, judged, spread_in_groups
 from normfix.conversion.measurement import measure_
 from normfix.conversion.planning import decide, replay
+from normfix.conversion.pooling import require_poolable
 from normfix.conversion.results import Calibration, Conversion
 from normfix.conversion.rewriting import rewrite, rewrite_
 from normfix.conversion.targets import site_target
 from normfix.errors import NormfixError
 from normfix.images.collections import ImageFiles, Images
 from normfix.images.given import GivenImages, images_of
+from normfix.images.parts import Windows
 from normfix.images.sources import middle_of, whole
 from normfix.networks.calling import Caller, buffers_kept, evaluating, home_of
 from normfix.networks.copying import double_of
@@ -36,6 +38,7 @@ from normfix.records.plans import Action, Plan
 from normfix.records.progress import Progress, logged, silent
 from normfix.records.saved import Provenance, Scaling, Source
 from normfix.records.sites import Scan, Site
+from normfix.records.statistics import WHOLE, Statistics
 from normfix.records.verdicts import ImageShift, Proof, ProofStep
 from normfix.scanning.base import base_of
 from normfix.scanning.durations import Durations, tell_notable
@@ -70,7 +73,7 @@ class ConvertOptions(TypedDict, total=False):
 @undisturbed()
 def convert(
     model: nn.Module,
-    images: GivenImages | None = None,
+    images: GivenImages | Windows | None = None,
     to: Literal["frozen", "batchrenorm"] | Plan = "frozen",
     *,
     keep: Sequence[str] = (),
@@ -90,7 +93,8 @@ def convert(
         images: re-iterable of (N, C, *space) tensors, one tensor, or images that are read by window
             (normfix.open_image). Also arrays, files, folders and patterns: these hold pixel values, floating as the
             network takes them; normfix.read_images states how others are scaled, and what is stated travels with the
-            result. May be left out if every norm has running statistics to carry over.
+            result. normfix.Windows(images, size) measures on windows of them. May be left out if every norm has running
+            statistics to carry over.
         to: "frozen" (constants), "batchrenorm" (constants in eval, trainable at small batches), or a reviewed plan to
             replay.
         keep: shell-style patterns of owner paths to leave alone; a plan says that itself.
@@ -128,6 +132,9 @@ def convert(
         raise NormfixError(
             "NF205", "a plan says already what to keep. Give one of the two.", where=f"keep={keep!r}"
         )
+    statistics = WHOLE
+    if isinstance(images, Windows):
+        statistics, images = images.statistics, images.images
     caller = Caller(forward_fn, output)
     home = home_of(model)
     blocks = blocks or Blocks()
@@ -147,6 +154,7 @@ def convert(
         plan = replay(to, seen.scan.sites, model=seen.scan.model)
     else:
         plan = decide(seen.scan.sites, model=seen.scan.model, to=to, keep=keep)
+    require_poolable(plan, statistics)
     if taken is not None:
         padding = None if seen.geometry is None else seen.geometry.padding
         taken = replace(taken, like=tuple(example.shape), padding=padding)
@@ -161,7 +169,7 @@ def convert(
     if blocks.tile is None and in_stages:
         blocks = blocks.sized(tile)
     with resumable(blocks.store):
-        summary = _calibrate_(converted, plan, taken, caller, blocks, seen.geometry, progress)
+        summary = _calibrate_(converted, plan, taken, caller, blocks, seen.geometry, progress, statistics)
     if summary is not None:
         empty = all_empty(taken or ())
         summary = _judged(converted, plan, summary, caller, example.to(*home), allow_flat, empty)
@@ -187,7 +195,14 @@ def convert(
     stated = None if output is None else str(output)
     attach_(
         converted,
-        Provenance(plan=plan, scan=found, scaling=_stated(images), source=source, output=stated),
+        Provenance(
+            plan=plan,
+            scan=found,
+            scaling=_stated(images),
+            source=source,
+            output=stated,
+            statistics=statistics,
+        ),
     )
     if model.training:
         _LOG.warning("The network was in train mode; it was converted, and is returned, in eval mode.")
@@ -216,6 +231,7 @@ def _calibrate_(
     blocks: Blocks | None = None,
     geometry: Geometry | None = None,
     progress: Progress = silent,
+    statistics: Statistics = WHOLE,
 ) -> CalibrationSummary | None:
     """Measure what no original statistic can be carried over for.
 
@@ -234,7 +250,9 @@ def _calibrate_(
             where=f"{site.owner or '(root)'} ({site.owner_class})",
         )
     targets = [site_target(model, d, express=True) for d in fresh]
-    measured = partial(measure_, model, targets, images, caller, geometry=geometry, progress=progress)
+    measured = partial(
+        measure_, model, targets, images, caller, geometry=geometry, statistics=statistics, progress=progress
+    )
     with buffers_kept(model, but=[d.target for d in fresh]):
         summary = measured(blocks)
     if blocks is None or summary.engine == "passes":  # which re-measure anyway

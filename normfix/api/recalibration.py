@@ -27,6 +27,7 @@ from normfix.records.measurements import CalibrationSummary
 from normfix.records.progress import Progress, logged
 from normfix.records.saved import Provenance
 from normfix.records.sites import Family
+from normfix.records.statistics import WHOLE
 from normfix.scanning.base import base_of
 from normfix.scanning.known import ForwardFn
 from normfix.scanning.renewal import renew_
@@ -198,6 +199,7 @@ def _measured(
         geometry=geometry,
         mask=mask,
         sample=None if sample is None else Sample(sample, seed),
+        statistics=WHOLE if known is None else known.statistics,
         progress=progress,
     )
     first = taken.excerpt()[:1]

@@ -17,6 +17,7 @@ from normfix.cli.stages import blocks_of, engine_option, stage_options, watching
 from normfix.cli.texts import conversion_text
 from normfix.errors import NormfixError
 from normfix.records.progress import Progress, silent
+from normfix.records.statistics import parse_statistics
 
 if TYPE_CHECKING:
     from normfix.conversion.results import Conversion
@@ -62,6 +63,13 @@ __all__ = ["convert_command"]
     is_flag=True,
     help="Keep statistics that are divided by and vanish on every image; they are named in the result.",
 )
+@click.option(
+    "--statistics",
+    default="whole",
+    show_default=True,
+    metavar="WHAT",
+    help="What constants are measured on: whole images, or windows:SIZE[:LAW], of the size the network was trained on.",
+)
 @halo_option
 @image_options
 @click.option(
@@ -92,6 +100,7 @@ def convert_command(
     portable: bool,
     give_back: str | None,
     allow_flat: bool,
+    statistics: str,
     halo: Any,
     report: str | None,
     format_: str,
@@ -117,10 +126,12 @@ def convert_command(
     if format_ == "pt2" and Path(out).suffix != ".pt2":
         raise NormfixError("NF227", "--format pt2 writes one file: give -o FILE.pt2.", where=out)
     require_report(report)
+    measured = parse_statistics(statistics)
     plan = _read_plan(plan_file)
     arguments = Arguments.take(options)
 
     from normfix.api.conversion import convert
+    from normfix.images.parts import Windows
     from normfix.storage.folder import require_absent
     from normfix.storage.instructions import commands
     from normfix.storage.programs import require_program_name
@@ -146,6 +157,8 @@ def convert_command(
             given = arguments.images(images, opened.model) if images else None
             progress = stack.enter_context(steps())
         scaling = arguments.scaling()
+        if measured.kind == "windows" and given is not None:
+            given = Windows(given, measured.size, measured.law)
         done = convert(
             opened.model,
             given,
@@ -163,6 +176,11 @@ def convert_command(
         # also when it is not saved
         stack.callback(lambda: write_report(report, record))
         stack.callback(lambda: show(record, conversion_text(record), format_))
+        if measured.kind == "windows":
+            note(
+                f"Constants are of {measured.words}: tiles agree exactly, and give another prediction than the "
+                "original does for the whole image. Each image's line says how far it moved."
+            )
         proof = done.proof
         sound = proof.passed or (proof.partial and not strict)
         if not (sound or partial):

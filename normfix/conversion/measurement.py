@@ -14,6 +14,7 @@ from torch import nn
 
 from normfix.conversion.masks import Mask, ignored_pixels, masked, require_maskable
 from normfix.conversion.measuring import measure_sites_, remeasure_sites
+from normfix.conversion.pooling import only_in_memory, pooled_targets, windows_of
 from normfix.conversion.sampling import Sample, measure_sampled_
 from normfix.conversion.staged import measure_in_stages_
 from normfix.conversion.targets import Target
@@ -23,6 +24,7 @@ from normfix.images.sources import Image, TensorImage
 from normfix.networks.calling import Caller
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.progress import Progress, silent
+from normfix.records.statistics import WHOLE, Statistics
 from normfix.tiling.grid import Geometry
 from normfix.tiling.stages.masks import Masked
 from normfix.tiling.stages.options import Blocks
@@ -43,6 +45,7 @@ def measure_(
     mask: Mask | Sequence[Mask] | None = None,
     sample: Sample | None = None,
     stored: bool = False,
+    statistics: Statistics = WHOLE,
     progress: Progress = silent,
 ) -> CalibrationSummary:
     """Calibrate the targets in place, and re-measure them under the stored statistics.
@@ -57,15 +60,24 @@ def measure_(
         mask: for each image, what is no part of any statistic.
         sample: measure a random sample of blocks.
         stored: measure the targets under the statistics they have, and change none.
+        statistics: what constants are measured on.
         progress: called with ("calibrate", passes or stages done, passes or stages in all).
 
     Raises:
-        NormfixError: NF137 and NF138 of the masks, NF139 for statistics that have no meaning for a part of the image
-            and networks in which none can be measured, NF140 of the sample, NF301 if a pass does not reach a site,
-            NF320 to NF325 where an image read by window cannot be measured in stages; codes of the images and the
-            store. The old statistics are back in place then, as after any other error.
+        NormfixError: NF588 for windows with blocks, masks or a sample; NF137 and NF138 of the masks, NF139 for
+            statistics that have no meaning for a part of the image and networks in which none can be measured,
+            NF140 of the sample, NF301 if a pass does not reach a site, NF320 to NF325 where an image read by window
+            cannot be measured in stages; codes of the images and the store. The old statistics are back in place
+            then, as after any other error.
     """
     blocks = blocks or Blocks()
+    if statistics.kind == "windows":
+        if blocks.asked or mask is not None or sample is not None:
+            raise only_in_memory(statistics)
+        if geometry is not None:
+            images = replace(images, padding=geometry.padding)
+        windows = [window for image in images for window in windows_of(image, statistics, geometry)]
+        return _in_passes_(model, pooled_targets(targets, statistics.law), windows, caller, stored, progress)
     if not (blocks.asked or images.by_window or mask is not None or sample is not None):
         if geometry is not None:
             images = replace(images, padding=geometry.padding)

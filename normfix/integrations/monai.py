@@ -65,8 +65,9 @@ class ExactInferer(Inferer):
         options = self.options
         if args or kwargs:
             options = {"forward_fn": _handing_on(args, kwargs), **options}
-        wrapped = isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel)
-        model: Any = network.module if wrapped else network
+        model: Any = network
+        if isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = network.module
         images = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
         predictions = [predict(model, image[None], self.tile, **options).to(device) for image in images]
         prediction = torch.cat(predictions)

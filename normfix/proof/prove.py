@@ -29,6 +29,7 @@ from normfix.proof.subject import Subject
 from normfix.records.plans import Plan
 from normfix.records.progress import Progress, logged
 from normfix.records.sites import Scan, Site
+from normfix.records.statistics import Statistics
 from normfix.records.verdicts import Proof, ProofStep, Verdict
 from normfix.scanning.known import ForwardFn, Known, known_of
 from normfix.storage.saving import sourced
@@ -131,7 +132,7 @@ def prove(
         inputs = (first, subject.other(first))
         bench = Form(model, known.caller, travels, inputs, Path(folder), trusted=source is not None)
         owed = (
-            partial(_residual, subject, taken, geometry, mask, blocks),
+            partial(_residual, subject, taken, geometry, mask, blocks, provenance.statistics),
             partial(_tiles, subject, first, verdict, [*surplus, *(f.message for f in known.scan.findings)]),
             partial(subject.used, first, partial(_judged, known.scan, provenance.plan)),
             *(partial(form, bench) for form in _FORMS),
@@ -172,6 +173,7 @@ def _residual(
     geometry: Geometry | None,
     mask: Mask | Sequence[Mask] | None,
     blocks: Blocks | None,
+    statistics: Statistics,
 ) -> ProofStep:
     """Re-measure every converted site, also those whose statistics the original had: weights may have changed."""
     try:
@@ -185,6 +187,7 @@ def _residual(
             geometry=geometry,
             mask=mask,
             stored=True,
+            statistics=statistics,
         )
     except HoldsConstants as error:
         return unmeasured("residual", CONSISTENT, "inconclusive", str(error))

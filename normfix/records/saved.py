@@ -15,6 +15,7 @@ from normfix.records.extents import inconsistency
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.plans import Plan
 from normfix.records.sites import Scan
+from normfix.records.statistics import WHOLE, Statistics
 from normfix.records.verdicts import Proof
 
 __all__ = ["ConversionRecord", "Probe", "Provenance", "Saved", "Scaling", "Source", "statement_of"]
@@ -51,7 +52,8 @@ class Source(Record):
 class Provenance(Record):
     """What travels with a converted model: enough to save, reload, predict with and recalibrate it.
 
-    `output` is the key or index of the output that counts, for networks that return several.
+    `output` is the key or index of the output that counts, for networks that return several. `statistics` says what the
+    constants are measured on.
     """
 
     plan: Plan
@@ -59,6 +61,7 @@ class Provenance(Record):
     scaling: Scaling
     source: Source
     output: str | None
+    statistics: Statistics = WHOLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +152,9 @@ class Saved(Record):
         """
         if isinstance(data, Mapping):
             data = {"statement": "", "certificate": None, **data}
+            provenance = data.get("provenance")
+            if isinstance(provenance, Mapping):
+                data["provenance"] = {"statistics": WHOLE.to_json(), **provenance}
         return cls.from_json(data, where)
 
     def edited(self, data: Any) -> bool:

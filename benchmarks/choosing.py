@@ -1,0 +1,133 @@
+"""Which constants are best: whole images or windows by each law, on the labelled columns the demo network never saw.
+
+    pip install ".[demo]" && pip install --no-deps stardist
+    python benchmarks/choosing.py
+
+Prints a table of Dice per zoom of the image. Statistics are measured on the unlabelled image that is predicted, in
+windows of the 160 pixels that the network was trained on; "measured live" takes every window in the network as it is,
+the others each layer while all before it use their constants.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import tifffile
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import normfix
+from normfix.conversion.measurement import measure_
+from normfix.conversion.measuring import freeze_sites_
+from normfix.conversion.pooling import windows_of
+from normfix.conversion.targets import planned_targets
+from normfix.demo.network import nuclei_unet
+from normfix.images.collections import Images
+from normfix.images.sources import TensorImage, whole
+from normfix.layers import ChannelNorm
+from normfix.networks.calling import Caller
+from normfix.networks.copying import copy_of
+from normfix.records.statistics import WHOLE, parse_statistics
+from normfix.tiling.geometry import geometry_of
+
+ZOOMS = (3.5, 2.0, 1.0)
+LAWS = ("geometric", "median", "arithmetic", "total")
+SIZE = 160
+TILE = 160
+
+
+def labelled() -> tuple[Tensor, Tensor]:
+    """Return stardist's image and its nuclei, columns from 320 on."""
+    spec = importlib.util.find_spec("stardist")  # found, not imported: importing it needs TensorFlow
+    if spec is None or spec.origin is None:
+        raise SystemExit("The image comes with: pip install --no-deps stardist")
+    folder = Path(spec.origin).parent / "data" / "images"
+    image, mask = (tifffile.imread(folder / name)[:, 320:] for name in ("img2d.tif", "mask2d.tif"))
+    pair = (torch.from_numpy(a.astype("float32"))[None, None] for a in (image, mask > 0))
+    return next(pair), next(pair)
+
+
+def zoomed(image: Tensor, labels: Tensor, zoom: float) -> tuple[Tensor, Tensor]:
+    """Return both at a zoom, extents multiples of 8, the image scaled by percentiles over all of it."""
+    size = [int(n * zoom) // 8 * 8 for n in image.shape[2:]]
+    x = F.interpolate(image, size, mode="bilinear", antialias=True)
+    low, high = np.percentile(x.numpy(), (1, 99.8))
+    return (x - float(low)) / float(high - low), F.interpolate(labels, size, mode="nearest")
+
+
+def dice(prediction: Tensor, labels: Tensor) -> float:
+    """Return the overlap of what is above 0.5 with the labels."""
+    found, true = prediction > 0.5, labels > 0.5
+    return float(2 * (found & true).sum() / (found.sum() + true.sum()))
+
+
+def live_tiles(net: nn.Module, x: Tensor) -> Tensor:
+    """Return what tiles side by side give, each normalised by itself."""
+    rows = [torch.cat([net(p) for p in row.split(TILE, 3)], 3) for row in x.split(TILE, 2)]
+    return torch.cat(rows, 2)
+
+
+def layers(net: nn.Module) -> list[ChannelNorm]:
+    """Return the converted norms in order."""
+    return [module for module in net.modules() if isinstance(module, ChannelNorm)]
+
+
+def freeze_live_(net: nn.Module, x: Tensor, law: str) -> None:
+    """Give norms the law of what windows have in the network as it is: each frozen at its own values, one by one."""
+    found = []
+    statistics = parse_statistics(f"windows:{SIZE}:{law}")
+    for window in windows_of(TensorImage(x), statistics, GEOMETRY):
+        freeze_sites_(net, planned_targets(net, PLAN), whole(window), Caller())
+        found.append([(n.running_mean.double().clone(), n.running_var.double().clone()) for n in layers(net)])
+    for norm, own in zip(layers(net), zip(*found, strict=True), strict=True):
+        means, variances = (torch.stack(values) for values in zip(*own, strict=True))
+        norm.running_mean.copy_(means.mean(0))
+        norm.running_var.copy_((variances + norm.eps).log().mean(0).exp() - norm.eps)
+
+
+DONE = normfix.convert(nuclei_unet(), torch.rand(1, 1, 96, 96, generator=torch.Generator().manual_seed(0)))
+PLAN, GEOMETRY = DONE.plan, geometry_of(DONE.scan)
+
+
+def frozen(x: Tensor, name: str) -> nn.Module:
+    """Return the network with constants of an image, by what is written on the command line."""
+    net = copy_of(DONE.model)
+    statistics = WHOLE if name == "whole" else parse_statistics(name)
+    images = Images.of(x, x.device, x.dtype)
+    measure_(net, planned_targets(net, PLAN), images, Caller(), geometry=GEOMETRY, statistics=statistics)
+    return net
+
+
+def measured_live(x: Tensor) -> nn.Module:
+    """Return the network with the geometric law of windows that are measured in the network as it is."""
+    net = copy_of(DONE.model)
+    freeze_live_(net, x, "geometric")
+    return net
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measure and print, row by row."""
+    image, labels = labelled()
+    original = nuclei_unet()
+    rows: dict[str, Callable[[Tensor], Tensor]] = {
+        "live, whole image": original,
+        "live, tiles of 160": lambda x: live_tiles(original, x),
+        f"windows:{SIZE}:geometric, measured live": lambda x: measured_live(x)(x),
+        "whole": lambda x: frozen(x, "whole")(x),
+    }
+    for law in LAWS:
+        rows[f"windows:{SIZE}:{law}"] = lambda x, law=law: frozen(x, f"windows:{SIZE}:{law}")(x)  # type: ignore[misc]
+    print("| zoom | constants | Dice |\n| --- | --- | --- |")
+    for zoom in ZOOMS:
+        x, true = zoomed(image, labels, zoom)
+        for name, predict in rows.items():
+            print(f"| {zoom:g} | {name} | {dice(predict(x), true):.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
