@@ -16,7 +16,9 @@ from normfix.cli.showing import note, require_report, show, steps, telling, writ
 from normfix.cli.stages import blocks_of, engine_option, stage_options, watching
 from normfix.cli.texts import conversion_text
 from normfix.errors import NormfixError
+from normfix.images.drafts import require_unnamed, sweep
 from normfix.records.progress import Progress, silent
+from normfix.tiling.stages.cluster import require_cluster
 
 if TYPE_CHECKING:
     from normfix.conversion.results import Conversion
@@ -118,20 +120,21 @@ def convert_command(
         raise NormfixError("NF227", "--format pt2 writes one file: give -o FILE.pt2.", where=out)
     require_report(report)
     plan = _read_plan(plan_file)
-    arguments = Arguments.take(options)
-
-    from normfix.api.conversion import convert
-    from normfix.storage.folder import require_absent
-    from normfix.storage.instructions import commands
-    from normfix.storage.programs import require_program_name
-    from normfix.storage.saving import require_unconverted, save
-    from normfix.tiling.stages.resuming import resumable
-
+    arguments = Arguments.take(options, images)
+    require_cluster(engine, options["scheduler"], options["store"])
     if give_back is not None:
-        require_absent(Path(give_back))
-    blocks = blocks_of(options, engine)
+        sweep(Path(give_back).parent)
+        require_unnamed(Path(give_back))
     with ExitStack() as stack:
         place = stack.enter_context(output(out, is_saved))
+
+        from normfix.api.conversion import convert
+        from normfix.storage.instructions import commands
+        from normfix.storage.programs import require_program_name
+        from normfix.storage.saving import require_unconverted, save
+        from normfix.tiling.stages.resuming import resumable
+
+        blocks = blocks_of(options, engine)
         opened = arguments.open()
         require_unconverted(opened.model)
         require_program_name(out, opened.model)

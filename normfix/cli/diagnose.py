@@ -21,6 +21,7 @@ from normfix.cli.showing import (
 from normfix.cli.texts import cost_text, diagnosis_text
 from normfix.errors import NormfixError
 from normfix.records.scalings import parse_scaling
+from normfix.storage.spec import require_spec
 
 if TYPE_CHECKING:
     from normfix.records.diagnoses import Tiling
@@ -84,7 +85,12 @@ def diagnose_command(
     """
     require_reports(reports)
     pipeline = {name: options.pop(name) for name in ("last", "context", "scale_tiles", "train")}
-    arguments = Arguments.take(options)
+    arguments = Arguments.take(options, [*images, *filter(None, [labels])])
+    if converted is not None:
+        require_spec(converted)
+    if pipeline["scale_tiles"] is not None:
+        parse_scaling(pipeline["scale_tiles"])
+    judge = None if metric is None else _function(metric)
 
     from normfix.diagnosis.network import diagnose
 
@@ -102,7 +108,7 @@ def diagnose_command(
                 tiling=_tiling(image, tile, halo, pipeline),
                 kind=kind,
                 labels=None if labels is None else _read(labels, image.dim() - 2),
-                metric=None if metric is None else _function(metric),
+                metric=judge,
                 converted=None if converted is None else arguments.open_converted(converted),
                 per_site=sites,
                 output=arguments.output,

@@ -67,7 +67,7 @@ def prove_command(
       normfix prove tuned nuclei.tif --report proof.html
     """
     require_reports(reports)
-    arguments = Arguments.take(options)
+    arguments = Arguments.take(options, [*images, *masks])
 
     from normfix.proof.prove import prove
     from normfix.tiling.stages.options import Blocks

@@ -26,6 +26,7 @@ from normfix.cli.showing import (
 from normfix.cli.stages import blocks_of, engine_option, stage_options, watching
 from normfix.cli.texts import calibration_text, verdict_text
 from normfix.records.progress import Progress, silent
+from normfix.tiling.stages.cluster import require_cluster
 
 __all__ = ["calibrate_command", "check_command"]
 
@@ -98,17 +99,18 @@ def calibrate_command(
     Example:
       normfix calibrate fixed other-images/ -o refitted
     """
-    arguments = Arguments.take(options)
-
-    from normfix.api.recalibration import calibrate
-    from normfix.networks.provenance import attach_, provenance_of
-    from normfix.storage.instructions import commands
-    from normfix.storage.saving import save
-    from normfix.tiling.stages.resuming import resumable
-
-    blocks = blocks_of(options, engine).sized(tile)
+    arguments = Arguments.take(options, [*images, *masks])
+    require_cluster(engine, options["scheduler"], options["store"])
     with ExitStack() as stack:
         place = stack.enter_context(output(out, is_saved))
+
+        from normfix.api.recalibration import calibrate
+        from normfix.networks.provenance import attach_, provenance_of
+        from normfix.storage.instructions import commands
+        from normfix.storage.saving import save
+        from normfix.tiling.stages.resuming import resumable
+
+        blocks = blocks_of(options, engine).sized(tile)
         opened = arguments.open()
         stack.enter_context(resumable(blocks.store))  # until it is saved
         given: Any
@@ -179,7 +181,7 @@ def check_command(
       normfix check fixed nuclei.tif --tile 256 --report check.md --report check.xml
     """
     require_reports(reports)
-    arguments = Arguments.take(options)
+    arguments = Arguments.take(options, images)
 
     from normfix.proof.check import check
 

@@ -498,8 +498,9 @@ def test_a_tile_off_the_grid_is_refused(run, fixed, image, tile):
 
 @pytest.mark.parametrize("out", ["old.tif", "p.png", "no/p.tif"])
 def test_an_output_is_refused_before_anything_is_computed(run, tmp_path, out):
-    """`predict` looks at -o before it opens the model, which is missing here."""
-    (tmp_path / "old.tif").write_text("mine")
+    """`predict` looks at -o before it opens the model, which is none here."""
+    for name in ("old.tif", "no.pt", "no.tif"):
+        (tmp_path / name).write_text("mine")
     assert_refused(run("predict", tmp_path / "no.pt", tmp_path / "no.tif", "-o", tmp_path / out), "NF114")
     assert (tmp_path / "old.tif").read_text() == "mine"
 

@@ -128,7 +128,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_would_be_written_over_is_refused_first(run, fixed, images, tmp_path, monkeypatch, name):
-    """Names that cannot be are refused before the model is opened, and nothing is written."""
+    """Names that cannot be are refused before the model (no model at all) is opened, and nothing is written."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "empty").mkdir()
@@ -137,7 +137,7 @@ def test_what_would_be_written_over_is_refused_first(run, fixed, images, tmp_pat
     (tmp_path / "plain").write_text("mine")
     before = names(tmp_path), names(images)
     words, code = REFUSED[name]
-    done = run("predict", "no-such-model.pt", *words)
+    done = run("predict", images / "c.tiff", *words)
     assert (done[0], done[2].split()[0]) == (2, code)
     assert (names(tmp_path), names(images)) == before
 
