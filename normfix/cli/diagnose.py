@@ -37,9 +37,8 @@ _KINDS = ["probability", "logits", "softmax", "scores", "labels", "regression"]
 @click.option(
     "--tile",
     type=Extents(),
-    default=256,
-    show_default=True,
-    help="Tile size in pixels; one number, or one per axis.",
+    help="Tile size in pixels; one number, or one per axis. Default: 256, and smaller where it would not divide the "
+    "image.",
 )
 @context_option("Context your pipeline reads")
 @click.option(
@@ -63,7 +62,7 @@ _KINDS = ["probability", "logits", "softmax", "scores", "labels", "regression"]
 @format_option
 def diagnose_command(
     images: tuple[str, ...],
-    tile: int | tuple[int, ...],
+    tile: int | tuple[int, ...] | None,
     halo: HaloExtents,
     kind: Any,
     labels: str | None,
@@ -123,13 +122,15 @@ def diagnose_command(
     return worst
 
 
-def _tiling(image: Any, tile: int | tuple[int, ...], halo: HaloExtents, pipeline: dict[str, Any]) -> Tiling:
-    """Return the tiling that the options describe; an empty halo is what the network needs."""
+def _tiling(
+    image: Any, tile: int | tuple[int, ...] | None, halo: HaloExtents, pipeline: dict[str, Any]
+) -> Tiling:
+    """Return the tiling that the options describe; an empty tile or halo is what suits image and network."""
     from normfix.records.diagnoses import Tiling
 
     ndim, scaling = image.dim() - 2, pipeline["scale_tiles"]
     return Tiling(
-        tile=per_axis(tile, ndim),
+        tile=() if tile is None else per_axis(tile, ndim),
         halo=() if halo == "auto" else tuple((n, n) for n in per_axis(halo, ndim)),
         last=pipeline["last"],
         context=pipeline["context"],

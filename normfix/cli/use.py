@@ -105,7 +105,7 @@ def calibrate_command(
         place = stack.enter_context(output(out, is_saved))
 
         from normfix.api.recalibration import calibrate
-        from normfix.networks.provenance import attach_, provenance_of
+        from normfix.networks.provenance import rescale_
         from normfix.storage.instructions import commands
         from normfix.storage.saving import save
         from normfix.tiling.stages.resuming import resumable
@@ -132,9 +132,9 @@ def calibrate_command(
             output=arguments.output,
             progress=progress,
         )
-        known, stated = provenance_of(done.model), arguments.scaling()
-        if known is not None and stated is not None:  # the new statistics are of images scaled this way
-            attach_(done.model, replace(known, scaling=stated))
+        stated = arguments.scaling()
+        if stated is not None:  # the new statistics are of images scaled this way, also by window
+            rescale_(done.model, stated)
         progress("save", 0, 1)
         save(done, place.path)
         progress("save", 1, 1)
@@ -148,9 +148,8 @@ def calibrate_command(
 @click.option(
     "--tile",
     type=Extents(),
-    default=256,
-    show_default=True,
-    help="Tile size in pixels; one number, or one per axis, such as 32,128,128.",
+    help="Tile size in pixels; one number, or one per axis, such as 32,128,128. Default: 256, and smaller where it "
+    "would not divide the image; the output says which.",
 )
 @context_option()
 @click.option(
@@ -164,7 +163,7 @@ def calibrate_command(
 @format_option
 def check_command(
     images: tuple[str, ...],
-    tile: int | tuple[int, ...],
+    tile: int | tuple[int, ...] | None,
     halo: HaloExtents,
     threshold: float | None,
     reports: tuple[str, ...],

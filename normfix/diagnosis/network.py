@@ -83,15 +83,15 @@ class Diagnosis:
 
 @overload
 def diagnose(
-    model: nn.Module, image: Given, tile: int | Sequence[int] = 256, **options: Any
+    model: nn.Module, image: Given, tile: int | Sequence[int] | None = None, **options: Any
 ) -> Diagnosis: ...
 @overload
 def diagnose(
-    model: Callable[..., Any], image: Any, tile: int | Sequence[int] = 256, **options: Any
+    model: Callable[..., Any], image: Any, tile: int | Sequence[int] | None = None, **options: Any
 ) -> PipelineDiagnosis: ...
 @undisturbed()
 def diagnose(
-    model: Any, image: Any, tile: int | Sequence[int] = 256, **options: Any
+    model: Any, image: Any, tile: int | Sequence[int] | None = None, **options: Any
 ) -> Diagnosis | PipelineDiagnosis:
     """Measure how tiles disagree and why, of a network or of a whole pipeline.
 
@@ -99,7 +99,7 @@ def diagnose(
         model: an nn.Module (options: those of `diagnose_network`), or a pipeline, `predict(image)` or, with
             `network=`, `predict(image, network)` (options: those of `diagnose_pipeline`).
         image: (1, C, *space); for a pipeline what it takes.
-        tile: pixels per axis.
+        tile: pixels per axis; default: at most 256, and smaller where windows would cover the image.
         **options: see there.
 
     Raises:
@@ -114,13 +114,13 @@ def diagnose(
     """
     if isinstance(model, nn.Module):
         return diagnose_network(model, image, tile, **options)
-    return diagnose_pipeline(model, image, tile, **options)
+    return diagnose_pipeline(model, image, tile or 256, **options)
 
 
 def diagnose_network(
     model: nn.Module,
     image: Given,
-    tile: int | Sequence[int] = 256,
+    tile: int | Sequence[int] | None = None,
     *,
     halo: int | Sequence[int] | Literal["auto"] = "auto",
     tiling: Tiling | None = None,
@@ -140,7 +140,7 @@ def diagnose_network(
     Args:
         model: in the mode it is used in (train mode is a cause of its own); not modified.
         image: (1, C, *space); also an array or a file, see normfix.convert.
-        tile: pixels per axis.
+        tile: pixels per axis; default: at most 256, and smaller where windows would cover the image.
         halo: pixels of context on every side; "auto" is what the network needs; one number, or one per axis.
         tiling: how the user's pipeline cuts, where it differs from normfix's own way; instead of tile and halo.
         kind: what the output means; default: recognised from its values.
@@ -171,4 +171,4 @@ def diagnose_network(
         work = Examination(setting, bench_of(setting, progress), truth, tuple(batches), per_site, progress)
         cost = work.cost()
         announce(cost)
-        return Diagnosis(*work.measured(cost, converted, tile))
+        return Diagnosis(*work.measured(cost, converted, setting.tiling.tile if tile is None else tile))

@@ -28,16 +28,19 @@ from normfix.tiling.domain import judge_size
 from normfix.tiling.geometry import geometry_of, thinnest
 from normfix.tiling.grid import Geometry
 from normfix.tiling.recall import Recalling
-from normfix.tiling.stitching import tile_extents
+from normfix.tiling.stitching import dividing, tile_extents
 
 __all__ = ["assert_tile_invariant", "check", "compare_with", "with_reach"]
+
+_TILE = 256
+"""Pixels of a pipeline's tiles per axis, where nobody stated them."""
 
 
 @undisturbed()
 def check(
     model: nn.Module | Callable[..., Any],
     image: Any,
-    tile: int | Sequence[int] = 256,
+    tile: int | Sequence[int] | None = None,
     *,
     halo: int | Sequence[int] | Literal["auto"] = "auto",
     threshold: float | None = None,
@@ -53,7 +56,8 @@ def check(
             whole-image reference: it is compared with itself on crops (normfix.proof.cropping).
         image: (N, C, *space), larger than a window on at least one axis; also an array or a file, see
             normfix.convert; for a pipeline what it takes.
-        tile: pixels per axis, multiples of the stride.
+        tile: pixels per axis, multiples of the stride; default: at most 256, and smaller where windows would cover
+            the image. The verdict's settings say so.
         halo: pixels of context on every side; "auto" is what the network needs once nothing is live; one number,
             or one per axis.
         threshold: largest difference, in sd, that still passes with a warning; default 100 times the
@@ -80,25 +84,28 @@ def check(
             "NF410", "a threshold is a number of sd, 0 or more.", where=f"threshold={threshold}"
         )
     if not isinstance(model, nn.Module) and callable(model):
-        return check_pipeline(model, image, tile, stride=stride, margin=margin, threshold=threshold)
+        return check_pipeline(model, image, tile or _TILE, stride=stride, margin=margin, threshold=threshold)
     taken = images_of(image, model, caller=Caller.of(provenance_of(model), forward_fn, output))
     known = known_of(model, taken, forward_fn, output)
     exact = geometry_of(known.scan)
     geometry = with_halo(exact, halo)
     if geometry is None or exact is None:
         return undecided(known.scan)
-    item = images_of(taken, model, like=known.scan.example).only()
+    item = whole(images_of(taken, model, like=known.scan.example).only())
+    extents = dividing(item, geometry) if tile is None else tile
     verdict = compare_with(
         twin_of(model),
         known.caller,
-        whole(item),
+        item,
         geometry,
-        tile=tile,
+        tile=extents,
         threshold=threshold,
         exact_halo=exact.halo,
         live=known.live,
         sizes=known.scan.sizes,
     )
+    if tile is None:
+        verdict = replace(verdict, settings=(*verdict.settings, ("tile", "chosen to divide the image")))
     return with_reach(verdict, known.scan)
 
 
@@ -108,7 +115,10 @@ def with_reach(verdict: Verdict, scan: Scan) -> Verdict:
 
 
 def assert_tile_invariant(
-    model: nn.Module | Callable[..., Any], image: Any, tile: int | Sequence[int] = 256, **options: Any
+    model: nn.Module | Callable[..., Any],
+    image: Any,
+    tile: int | Sequence[int] | None = None,
+    **options: Any,
 ) -> Verdict:
     """Raise AssertionError unless `check` passes; an inconclusive check does not.
 

@@ -41,6 +41,19 @@ class Geometry:
         pairs = zip(size, self.stride, strict=True)
         return tuple(max(stride, min(256, n // 4) // stride * stride) for n, stride in pairs)
 
+    def dividing(self, size: Sequence[int], most: int = 256) -> tuple[int, ...]:
+        """Return a tile that divides an image: of at most so many pixels, and smaller where windows would cover it.
+
+        Where the halo leaves no such tile on an axis, it is half the image.
+
+        Example:
+            >>> g = Geometry(stride=(4,) * 2, halo=((6, 6),) * 2, scale=(Fraction(1),) * 2, multiple=(4,) * 2)
+            >>> g.dividing((1024, 64)), g.dividing((24, 12))
+            ((256, 32), (12, 4))
+        """
+        axes = zip(size, self.stride, self.halo, strict=True)
+        return tuple(_dividing(n, stride, round_up(after, stride), most) for n, stride, (_, after) in axes)
+
 
 @dataclass(frozen=True, slots=True)
 class Tile:
@@ -92,6 +105,12 @@ def window_sizes(size: Sequence[int], tile: Sequence[int], geometry: Geometry) -
     """
     reads = ([read for read, _, _ in spans] for spans in _spans_by_axis(size, tile, geometry))
     yield from itertools.product(*({read.stop - read.start for read in axis} for axis in reads))
+
+
+def _dividing(n: int, stride: int, after: int, most: int) -> int:
+    """Return the largest of three tiles whose first window ends before an axis of n pixels does."""
+    tiles = [max(stride, extent // stride * stride) for extent in (min(most, n), n // 2, n // 4)]
+    return next((tile for tile in tiles if tile + after < n), tiles[1])
 
 
 def _spans_by_axis(
