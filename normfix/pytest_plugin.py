@@ -16,6 +16,7 @@ import pytest
 
 if TYPE_CHECKING:
     from normfix.records.verdicts import Verdict
+    from normfix.reporting.maps import Maps
 
 __all__ = ["tile_invariant"]
 
@@ -56,10 +57,11 @@ def tile_invariant(request: pytest.FixtureRequest) -> Callable[..., Verdict]:
             options.setdefault("tile", tile)
         if threshold is not None:
             options.setdefault("threshold", threshold)
-        verdict = check(model, image, *args, **options)
+        views: list[Maps] = []
+        verdict = check(model, image, *args, **{"viewer": views.append if folder else None, **options})
         if not verdict.passed:
             if folder:
-                _write(Path(folder), request.node.nodeid, verdict)
+                _write(Path(folder), request.node.nodeid, verdict, *views[:1])
             raise AssertionError(explanation(verdict))
         return verdict
 
@@ -78,9 +80,9 @@ def _number(config: pytest.Config, name: str, kind: Callable[[str], Any]) -> Any
         raise pytest.UsageError(f"normfix_{name} = {given}: give a number") from error
 
 
-def _write(folder: Path, test: str, verdict: Verdict) -> None:
+def _write(folder: Path, test: str, verdict: Verdict, maps: Maps | None = None) -> None:
     from normfix.reporting.report import text_of
 
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"\W+", "-", test).strip("-")
-    (folder / f"{name}.html").write_text(text_of(".html", verdict), encoding="utf-8")
+    (folder / f"{name}.html").write_text(text_of(".html", verdict, maps), encoding="utf-8")

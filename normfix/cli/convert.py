@@ -12,7 +12,7 @@ import click
 from normfix.cli.extents import Extents
 from normfix.cli.options import Arguments, halo_option, image_options, model_options
 from normfix.cli.outputs import is_saved, output, tell
-from normfix.cli.showing import note, require_report, show, steps, telling, write_report
+from normfix.cli.showing import note, require_report, show, steps, telling, verbose_option, write_report
 from normfix.cli.stages import blocks_of, engine_option, stage_options, watching
 from normfix.cli.texts import conversion_text
 from normfix.errors import NormfixError
@@ -73,6 +73,7 @@ __all__ = ["convert_command"]
 )
 @engine_option
 @stage_options
+@verbose_option
 @click.option("--report", help="Write the record to this .json file, also when the proof fails.")
 @click.option(
     "--format",
@@ -96,6 +97,7 @@ def convert_command(
     allow_flat: bool,
     halo: Any,
     report: str | None,
+    verbose: bool,
     format_: str,
     tile: int | tuple[int, ...] | None,
     engine: Literal["local", "dask"],
@@ -165,7 +167,7 @@ def convert_command(
         record = done.record
         # also when it is not saved
         stack.callback(lambda: write_report(report, record))
-        stack.callback(lambda: show(record, conversion_text(record), format_))
+        stack.callback(lambda: show(record, conversion_text(record, verbose=verbose), format_))
         proof = done.proof
         sound = proof.passed or (proof.partial and not strict)
         if not (sound or partial):

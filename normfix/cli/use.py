@@ -6,7 +6,7 @@ import math
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -21,12 +21,18 @@ from normfix.cli.showing import (
     require_reports,
     show,
     steps,
+    verbose_option,
     write_reports,
 )
+from normfix.cli.reports import known_of, reports_of, wants_pictures
 from normfix.cli.stages import blocks_of, engine_option, stage_options, watching
 from normfix.cli.texts import calibration_text, verdict_text
 from normfix.records.progress import Progress, silent
 from normfix.tiling.stages.cluster import require_cluster
+
+if TYPE_CHECKING:
+    from normfix.images.collections import ImageFiles
+    from normfix.reporting.maps import Maps
 
 __all__ = ["calibrate_command", "check_command"]
 
@@ -160,6 +166,7 @@ def calibrate_command(
 @image_options
 @override_option
 @report_option
+@verbose_option
 @format_option
 def check_command(
     images: tuple[str, ...],
@@ -167,6 +174,7 @@ def check_command(
     halo: HaloExtents,
     threshold: float | None,
     reports: tuple[str, ...],
+    verbose: bool,
     format_: str,
     **options: Any,
 ) -> int:
@@ -186,13 +194,13 @@ def check_command(
 
     opened = arguments.open()
     files = arguments.images(images, opened.model)
-    if len(files) > 1 and reports:
-        raise click.UsageError("--report is of one image; give one")
+    names = reports_of(reports, files.paths)
     passed: list[bool] = []
 
     def work(number: int, path: Path) -> None:
         with steps() as progress:
             progress(f"check {path.name}", 0, 1)
+            views: list[Maps] = []
             verdict = check(
                 opened.model,
                 files.read(number, path),
@@ -200,14 +208,14 @@ def check_command(
                 halo=halo,
                 threshold=threshold,
                 output=arguments.output,
+                viewer=views.append if wants_pictures(reports) else None,
             )
-        known = (("model", arguments.model), ("file", str(path)))
-        verdict = replace(verdict, settings=(*known, *verdict.settings))
+        verdict = replace(verdict, settings=(*known_of(path), *verdict.settings))
         try:
-            write_reports(reports, verdict)
+            write_reports(names[number], verdict, _in_its_colours(views, files, number, path))
         finally:
             name = f"{path}: " if len(files) > 1 else ""
-            show(verdict, f"{name}{verdict_text(verdict)}", format_)
+            show(verdict, f"{name}{verdict_text(verdict, verbose=verbose)}", format_)
         passed.append(verdict.passed)
 
     if len(files) == 1:
@@ -219,3 +227,15 @@ def check_command(
         note(f"Not checked: {', '.join(map(str, failed))}.")
         return 2
     return 0 if all(passed) else 1
+
+
+def _in_its_colours(views: list[Maps], files: ImageFiles, number: int, path: Path) -> Maps | None:
+    """Return what a report draws, with the image as it is in its file; None where nothing was compared."""
+    if not views:
+        return None
+    import numpy as np
+
+    pixels = files.unscaled().read(number, path)[0].float().numpy()
+    # the network may have been given it extended to an exact size
+    more = [(0, n - m) for n, m in zip(views[0].image.shape, pixels.shape, strict=True)]
+    return replace(views[0], image=np.pad(pixels, more, mode="edge"))

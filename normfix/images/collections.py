@@ -163,6 +163,10 @@ class ImageFiles:
         for number, path in enumerate(self.paths):
             yield self.read(number, path)
 
+    def unscaled(self) -> ImageFiles:
+        """Return the same images as they are in their files, for pictures of them."""
+        return replace(self, scaling=Scaling(), tell=lambda text: None, _contents={}, _last={})
+
     def read(self, number: int, path: Path) -> Tensor:
         """Return the image of that number; raises as iterating does."""
         if number not in self._last:

@@ -19,6 +19,7 @@ from normfix.networks.provenance import provenance_of
 from normfix.networks.surroundings import undisturbed
 from normfix.proof.comparison import Network, compare, undecided
 from normfix.proof.cropping import check_pipeline
+from normfix.proof.views import Viewer, viewed
 from normfix.records.sites import Scan
 from normfix.records.sizes import ProvedSizes
 from normfix.records.verdicts import Verdict
@@ -48,6 +49,7 @@ def check(
     output: str | int | None = None,
     stride: int = 32,
     margin: int | None = None,
+    viewer: Viewer | None = None,
 ) -> Verdict:
     """Compare stitched tiles with the whole image, in sd of the whole-image output.
 
@@ -66,6 +68,7 @@ def check(
         output: key or index of the output that counts.
         stride: of a pipeline's network; crops are multiples of it.
         margin: of a pipeline, pixels from a crop's cut that do not count; at least its network's halo.
+        viewer: is given the arrays that a report draws: image, whole, stitched, difference.
 
     Returns:
         The verdict: passed, failed or inconclusive, with findings.
@@ -84,7 +87,7 @@ def check(
             "NF410", "a threshold is a number of sd, 0 or more.", where=f"threshold={threshold}"
         )
     if not isinstance(model, nn.Module) and callable(model):
-        return check_pipeline(model, image, tile or _TILE, stride=stride, margin=margin, threshold=threshold)
+        return check_pipeline(model, image, tile or _TILE, stride=stride, margin=margin, threshold=threshold, viewer=viewer)
     taken = images_of(image, model, caller=Caller.of(provenance_of(model), forward_fn, output))
     known = known_of(model, taken, forward_fn, output)
     exact = geometry_of(known.scan)
@@ -103,6 +106,7 @@ def check(
         exact_halo=exact.halo,
         live=known.live,
         sizes=known.scan.sizes,
+        viewer=viewer,
     )
     if tile is None:
         verdict = replace(verdict, settings=(*verdict.settings, ("tile", "chosen to divide the image")))
@@ -150,6 +154,7 @@ def compare_with(
     cross: Sequence[int] = (),
     double: nn.Module | None = None,
     sizes: ProvedSizes | None = None,
+    viewer: Viewer | None = None,
 ) -> Verdict:
     """Run `comparison.compare` on a model and a copy of it in float64.
 
@@ -166,10 +171,16 @@ def compare_with(
         cross: extents of the thinnest strip that it runs on; default: they are tried.
         double: a copy of it in float64; default: one is made.
         sizes: that the geometry is said of; the verdict says where these are outside.
+        viewer: is given what is compared.
     """
     double = double_of(model) if double is None else double
     device, dtype = home_of(model)
     tested = Recalling(partial(caller, model)) if run is None else run
+
+    def look(*parts: Any) -> None:
+        if viewer is not None:
+            viewer(viewed(*parts))
+
     network = Network(tested, partial(caller.in_double, double), dtype)
     with exact_arithmetic():
         return compare(
@@ -189,4 +200,5 @@ def compare_with(
             judgement=judge_size(
                 sizes, image.shape[2:], tile_extents(tile, geometry), geometry, image.shape[0]
             ),
+            look=look,
         )

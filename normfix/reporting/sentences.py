@@ -7,6 +7,7 @@ from collections import Counter
 from normfix.records.diagnoses import DiagnosisRecord, PipelineRecord
 from normfix.records.encoding import Record
 from normfix.records.verdicts import Proof, Verdict
+from normfix.reporting.causes import name_of
 
 __all__ = ["duration_text", "explanation", "headline"]
 
@@ -52,11 +53,11 @@ def _cause(verdict: Verdict) -> str:
     kinds = Counter(site.split("/")[-2] if site.count("/") > 1 else site for site in live)
     counted = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(4))
     named = dict(verdict.settings)
-    model, image = named.get("model", "MODEL"), named.get("file", "IMAGE")
+    fix = named.get("fix", "normfix convert MODEL IMAGE --to frozen -o FIXED")
     one = len(live) == 1
     return (
         f"{len(live)} statistic{'' if one else 's'} {'is' if one else 'are'} computed from the tile ({counted}; "
-        f"first {live[0]}). Freeze {'it' if one else 'them'}: normfix convert {model} {image} --to frozen -o FIXED."
+        f"first {live[0]}). Freeze {'it' if one else 'them'}: {fix}"
     )
 
 
@@ -67,7 +68,7 @@ def _diagnosis(record: DiagnosisRecord) -> str:
     if record.status == "passed":
         largest = "" if whole is None else f", which differ by {whole.max_sd:.1g} sd at most: rounding"
         return f"Tiles agree with the whole image{largest}."
-    names = [c.cause for c in record.culprits]
+    names = [name_of(c.cause) for c in record.culprits]
     causes = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
     size = "" if whole is None else f" by {whole.mean_sd:.2g} sd on average and up to {whole.max_sd:.2g} sd"
     return f"Tiles disagree with the whole image{size}. The cause{'s' * (len(names) > 1)}: {causes}."
@@ -90,7 +91,7 @@ def _pipeline(record: PipelineRecord) -> str:
         return _verdict(record.verdict)
     return (
         "The pipeline's result depends on where its tiles fall: "
-        + ", ".join(c.cause for c in record.culprits)
+        + ", ".join(name_of(c.cause) for c in record.culprits)
         + "."
     )
 

@@ -9,14 +9,14 @@ tile of a few pixels reads further back, since a network may not run on a window
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from types import EllipsisType
 
 from normfix.records.spans import Spans, round_up
 
-__all__ = ["Geometry", "Tile", "at", "grid", "window_sizes"]
+__all__ = ["Geometry", "Tile", "at", "cuts_of", "grid", "window_sizes"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +75,12 @@ class Tile:
 def at(spans: Sequence[slice]) -> tuple[EllipsisType | slice, ...]:
     """Return the index that applies one slice per spatial axis to a tensor (N, C, *space)."""
     return (..., *spans)
+
+
+def cuts_of(tiles: Iterable[Tile]) -> tuple[tuple[int, ...], ...]:
+    """Return per axis where, in the output, a new tile starts."""
+    starts = zip(*([span.start for span in tile.write] for tile in tiles), strict=True)
+    return tuple(tuple(sorted({start for start in axis if start > 0})) for axis in starts)
 
 
 def grid(size: Sequence[int], tile: Sequence[int], geometry: Geometry) -> Iterator[Tile]:
