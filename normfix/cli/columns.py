@@ -34,7 +34,11 @@ def fitted(text: str) -> str:
     if not _on_terminal():
         return text
     lines = "\n".join(part for line in text.splitlines() for part in _parts(line, columns()))
-    return lines if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" else _OUTCOME.sub(_painted, lines)
+    return (
+        lines
+        if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        else _OUTCOME.sub(_painted, lines)
+    )
 
 
 def _painted(match: re.Match[str]) -> str:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from normfix.cli.extents import Extents, HaloExtents, context_option, per_axis
+from normfix.cli.failures import each
 from normfix.cli.options import Arguments, image_options, model_options
+from normfix.cli.reports import known_of, reports_of, wants_pictures
 from normfix.cli.showing import (
     format_option,
     note,
@@ -23,8 +25,6 @@ from normfix.cli.showing import (
     write_reports,
 )
 from normfix.cli.texts import cost_text, diagnosis_text
-from normfix.cli.failures import each
-from normfix.cli.reports import known_of, reports_of, wants_pictures
 from normfix.errors import NormfixError
 from normfix.records.scalings import parse_scaling
 from normfix.storage.spec import require_spec

@@ -10,6 +10,7 @@ import click
 
 from normfix.cli.extents import Extents
 from normfix.cli.options import Arguments, image_options, model_options, override_option
+from normfix.cli.reports import known_of
 from normfix.cli.showing import (
     format_option,
     note,
@@ -20,7 +21,6 @@ from normfix.cli.showing import (
     verbose_option,
     write_reports,
 )
-from normfix.cli.reports import known_of
 from normfix.cli.texts import proof_text
 
 __all__ = ["prove_command"]

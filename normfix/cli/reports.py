@@ -1,4 +1,4 @@
-"""What reports are told of a command: its words, the network and image by name, and the command that mends what is found.
+"""What reports are told of a command: its words, network and image by name, and the command that mends what is found.
 
 Of several images each has a report of its own, named after it.
 """
@@ -23,7 +23,7 @@ _OWN = {"last", "context", "scale_tiles", "train", "kind", "labels", "metric", "
 
 
 def known_of(path: Path) -> tuple[tuple[str, str], ...]:
-    """Return as settings of a record which network and image it is of, its command, and the one that freezes statistics."""
+    """Return as settings of a record what it is of, the command it is from, and the one that freezes statistics."""
     context = click.get_current_context()
     model = str(context.params["model"])
     freezing = ["normfix", "convert", model, str(path), *_words(context, _OTHERS | _OWN | {"model"})]

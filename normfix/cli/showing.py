@@ -50,9 +50,9 @@ def format_option(command: Command) -> Command:
 
 def verbose_option(command: Command) -> Command:
     """Add --verbose."""
-    return click.option("-v", "--verbose", is_flag=True, help="Say all that was measured, not the answer alone.")(
-        command
-    )
+    return click.option(
+        "-v", "--verbose", is_flag=True, help="Say all that was measured, not the answer alone."
+    )(command)
 
 
 def note(text: str) -> None:

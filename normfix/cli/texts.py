@@ -236,8 +236,8 @@ def _answer_of(verdict: Verdict) -> str:
     halo = in_strides(verdict.halo, verdict.stride)
     chosen = ", chosen to divide the image," if "tile" in dict(verdict.settings) else ""
     return (
-        f"passed: tile-invariant. Tiles of {_by_axis(verdict.tile)}{chosen} with a halo of {halo_words(halo)} are within "
-        f"{verdict.max_sd:.2g} sd of the whole image."
+        f"passed: tile-invariant. Tiles of {_by_axis(verdict.tile)}{chosen} with a halo of {halo_words(halo)} are "
+        f"within {verdict.max_sd:.2g} sd of the whole image."
     )
 
 

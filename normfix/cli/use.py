@@ -14,6 +14,7 @@ from normfix.cli.extents import Extents, HaloExtents, context_option
 from normfix.cli.failures import each
 from normfix.cli.options import Arguments, image_options, model_options, override_option
 from normfix.cli.outputs import is_saved, output, tell
+from normfix.cli.reports import known_of, reports_of, wants_pictures
 from normfix.cli.showing import (
     format_option,
     note,
@@ -24,7 +25,6 @@ from normfix.cli.showing import (
     verbose_option,
     write_reports,
 )
-from normfix.cli.reports import known_of, reports_of, wants_pictures
 from normfix.cli.stages import blocks_of, engine_option, stage_options, watching
 from normfix.cli.texts import calibration_text, verdict_text
 from normfix.records.progress import Progress, silent

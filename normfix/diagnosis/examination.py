@@ -301,7 +301,9 @@ def _maps(
 ) -> Maps:
     parts = (setting.scale(setting.image), seen.whole, seen.stitched, fixed.stitched, difference)
     image_, whole, stitched, repaired, apart = (p[0].float().cpu().numpy() for p in parts)
-    return Maps(image_, whole, stitched, repaired, apart, slope.numpy().astype(np.float32), cuts, setting.kind)
+    return Maps(
+        image_, whole, stitched, repaired, apart, slope.numpy().astype(np.float32), cuts, setting.kind
+    )
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -218,7 +218,9 @@ def culprits(bench: Experiments) -> tuple[Culprit, ...]:
                 )
             )
     if not unfixable and nothing.mismatch.max_sd > NAMED:
-        found.append(_culprit(UNKNOWN, frozenset(), as_is.mismatch, nothing.mismatch, None, _REMEDIES[UNKNOWN]))
+        found.append(
+            _culprit(UNKNOWN, frozenset(), as_is.mismatch, nothing.mismatch, None, _REMEDIES[UNKNOWN])
+        )
     return tuple(sorted(found, key=lambda c: -c.introduced))
 
 

@@ -87,7 +87,9 @@ def check(
             "NF410", "a threshold is a number of sd, 0 or more.", where=f"threshold={threshold}"
         )
     if not isinstance(model, nn.Module) and callable(model):
-        return check_pipeline(model, image, tile or _TILE, stride=stride, margin=margin, threshold=threshold, viewer=viewer)
+        return check_pipeline(
+            model, image, tile or _TILE, stride=stride, margin=margin, threshold=threshold, viewer=viewer
+        )
     taken = images_of(image, model, caller=Caller.of(provenance_of(model), forward_fn, output))
     known = known_of(model, taken, forward_fn, output)
     exact = geometry_of(known.scan)

@@ -102,9 +102,7 @@ def disagreement(
     )
 
 
-def put_back(
-    predict: Predicts, image: Any, space: int, whole: Tensor, crop: Crop
-) -> tuple[Tensor, int]:
+def put_back(predict: Predicts, image: Any, space: int, whole: Tensor, crop: Crop) -> tuple[Tensor, int]:
     """Return the whole prediction with that of a crop in its place, and where the crop was cut."""
     start, here = _of_crop(predict, image, space, whole, crop)
     back, length = whole.clone(), here.shape[crop.axis + 2]
@@ -112,9 +110,7 @@ def put_back(
     return back, length if crop.at_end else start
 
 
-def _of_crop(
-    predict: Predicts, image: Any, space: int, whole: Tensor, crop: Crop
-) -> tuple[int, Tensor]:
+def _of_crop(predict: Predicts, image: Any, space: int, whole: Tensor, crop: Crop) -> tuple[int, Tensor]:
     """Return where a crop starts, and its prediction."""
     n, dim = whole.shape[crop.axis + 2], image.ndim - space + crop.axis
     start, length = (0 if crop.at_end else crop.pixels), n - crop.pixels

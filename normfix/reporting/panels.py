@@ -30,7 +30,15 @@ _LINE = 255
 """The number of the grid's colour in a table; those below are of values."""
 
 _CLASSES = (
-    *((40, 44, 52), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167)),
+    *(
+        (40, 44, 52),
+        (230, 159, 0),
+        (86, 180, 233),
+        (0, 158, 115),
+        (240, 228, 66),
+        (213, 94, 0),
+        (204, 121, 167),
+    ),
     *((0, 114, 178), (170, 170, 170), (148, 103, 60), (160, 220, 120), (120, 94, 240)),
 )
 """Background, then the colours of Okabe and Ito (2008), which most colour-blind people tell apart, and some more."""
@@ -48,7 +56,9 @@ class Drawing:
     alt: str
 
 
-def numbers(values: Map, low: float, high: float, scale: Scale, cuts: Cuts = ((), ()), *, peaks: bool = False) -> bytes:
+def numbers(
+    values: Map, low: float, high: float, scale: Scale, cuts: Cuts = ((), ()), *, peaks: bool = False
+) -> bytes:
     """Draw values (rows, columns) from low to high; of peaks the largest stay where pixels are merged."""
     fitted = _fitted(values, np.max if peaks else np.mean)
     places = np.clip((fitted.astype(np.float64) - low) / max(high - low, 1e-30), 0, 1)
@@ -66,7 +76,7 @@ def grey(pixels: Map, cuts: Cuts = ((), ())) -> bytes:
 def classes(found: Map, cuts: Cuts = ((), ())) -> bytes:
     """Draw class numbers (rows, columns), each in its colour."""
     fitted = _fitted(found.astype(np.int64) % (_LINE - 1), _first)
-    table = [colour_of_class(number) for number in range(_LINE)]
+    table = [*(colour_of_class(number) for number in range(_LINE)), GRID]
     return _indexed(_ruled(_enlarged(fitted.astype(np.uint8)), found.shape, cuts), table)
 
 
@@ -127,7 +137,9 @@ def _fitted(values: Map, merge: Any) -> Map:
     if step == 1:
         return values
     rows, columns = (-(-n // step) for n in values.shape)
-    padded = np.pad(values, ((0, rows * step - values.shape[0]), (0, columns * step - values.shape[1])), mode="edge")
+    padded = np.pad(
+        values, ((0, rows * step - values.shape[0]), (0, columns * step - values.shape[1])), mode="edge"
+    )
     blocks = padded.reshape(rows, step, columns, step)
     return np.asarray(merge(blocks, axis=(1, 3)))
 

@@ -64,7 +64,7 @@ def worst_plane(difference: Map, cuts: Sequence[Sequence[int]]) -> Plane:
 
 
 def worst_seam(
-    whole: Map, stitched: Map, cuts: tuple[Sequence[int], Sequence[int]], extent: int
+    whole: Map, stitched: Map, cuts: tuple[Sequence[int], Sequence[int]], extents: tuple[int, int]
 ) -> Window | None:
     """Return the window in which stitched tiles step most across a cut where the whole image does not.
 
@@ -72,14 +72,13 @@ def worst_seam(
         whole: (C, rows, columns).
         stitched: the same from tiles.
         cuts: rows and columns in which new tiles start.
-        extent: of the window, in pixels.
+        extents: of the window, in pixels, at most those of the prediction.
 
     Returns:
         None where nothing is cut.
     """
     best, found = -1.0, None
     size = whole.shape[1:]
-    extents = [min(extent, n) for n in size]
     for axis, places in enumerate(cuts):
         along = 1 - axis
         for cut in places:
@@ -88,7 +87,10 @@ def worst_seam(
             for start in range(0, size[along] - extents[along] + 1, max(1, extents[along] // 4)):
                 step = float(steps[start : start + extents[along]].mean())
                 if step > best:
-                    corner = {along: start, axis: min(max(0, cut - extents[axis] // 2), size[axis] - extents[axis])}
+                    corner = {
+                        along: start,
+                        axis: min(max(0, cut - extents[axis] // 2), size[axis] - extents[axis]),
+                    }
                     best, found = step, corner
     if found is None:
         return None

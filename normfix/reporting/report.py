@@ -64,7 +64,9 @@ def _markdown(record: Record) -> str:
     environment.filters |= {"cause": name_of, "cell": _cell}
     names = {"DiagnosisRecord": "diagnosis.md", "PipelineRecord": "pipeline.md", "Proof": "proof.md"}
     name = names.get(type(record).__name__, "verdict.md")
-    return environment.get_template(name).render(record=record, headline=headline(record), about=about(record))
+    return environment.get_template(name).render(
+        record=record, headline=headline(record), about=about(record)
+    )
 
 
 def _cell(value: object) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normfix.reporting.maps import Maps
-from normfix.reporting.panels import Cuts, Drawing, Scale, classes, colour_of_class, grey, numbers, rgb, strip
+from normfix.reporting.panels import Cuts, Drawing, classes, colour_of_class, grey, numbers, rgb, strip
 from normfix.reporting.planes import Plane, Window, worst_plane, worst_seam
 
 __all__ = ["Bar", "Key", "Scene", "scenes"]
@@ -28,6 +28,8 @@ _CHANNELS = 6
 
 _MOST_CLASSES = 24
 """Class numbers that are named; more are objects of their own, such as instances."""
+
+_PROBABILITIES = ("probability", "softmax")
 
 _ALL: Window = (slice(None), slice(None))
 
@@ -61,19 +63,30 @@ class Scene:
     keys: tuple[Key, ...]
     changed: float | None
 
+    @property
+    def columns(self) -> int:
+        """Return how many drawings are beside each other, of the longest row."""
+        return max(map(len, self.rows))
+
 
 def scenes(maps: Maps) -> tuple[Scene | None, Scene]:
     """Return a close-up of the worst seam, None where nothing is cut, and a view of everything."""
     plane = worst_plane(maps.difference, maps.cuts)
     shown = _Shown.of(maps, plane)
     words = plane.words(maps.whole.shape[1:])
-    window = worst_seam(shown.whole, shown.stitched, shown.cuts, _CLOSE)
+    window = worst_seam(shown.whole, shown.stitched, shown.cuts, _close(shown.whole.shape[1:]))
     everything = shown.scene(_ALL, words or "All of the image")
     if window is None:
         return None, everything
     rows, columns = window
     where = f"Rows {rows.start} to {rows.stop}, columns {columns.start} to {columns.stop} of the prediction"
     return shown.scene(window, f"{where}{f', {words}' if words else ''}"), everything
+
+
+def _close(size: Sequence[int]) -> tuple[int, int]:
+    """Return the extents of a close-up: not much more than half the image, or nobody would come closer."""
+    rows, columns = (min(n, _CLOSE, max(24, n * 5 // 8)) for n in size)
+    return rows, columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,22 +121,21 @@ class _Shown:
         """Return what lies in a window of the output, and in the same part of the image."""
         size, rows, columns = self.whole.shape[1:], *self.cuts
         spans = [s.indices(n)[:2] for s, n in zip(window, size, strict=True)]
-        image = self.image[
-            :,
-            *(
-                slice(a * m // n, max(a * m // n + 1, -(-b * m // n)))
-                for (a, b), n, m in zip(spans, size, self.image.shape[1:], strict=True)
-            ),
-        ]
+        there = tuple(
+            slice(a * m // n, max(a * m // n + 1, -(-b * m // n)))
+            for (a, b), n, m in zip(spans, size, self.image.shape[1:], strict=True)
+        )
         near = tuple(
             [place - a for place in places if a < place < b]
             for (a, b), places in zip(spans, (rows, columns), strict=True)
         )
-        whole, stitched, difference = (m[:, *window] for m in (self.whole, self.stitched, self.difference))
-        fixed = None if self.fixed is None else self.fixed[:, *window]
+        whole, stitched, difference = (
+            m[(..., *window)] for m in (self.whole, self.stitched, self.difference)
+        )
+        fixed = None if self.fixed is None else self.fixed[(..., *window)]
         return replace(
             self,
-            image=image,
+            image=self.image[(..., *there)],
             whole=whole,
             stitched=stitched,
             fixed=fixed,
@@ -140,27 +152,32 @@ class _Shown:
         if self.fixed is not None:
             yield "tiles, causes fixed", self.fixed, self.cuts
 
-    def _apart(self, all_: _Shown, channel: int | None = None) -> Drawing:
+    def _apart(self, channel: int | None = None) -> Drawing:
         chosen = self.difference.max(0) if channel is None else self.difference[channel]
-        most = float(all_.difference.max())
-        png = numbers(chosen, 0, most, "magma", self.cuts, peaks=True)
+        png = numbers(chosen, 0, self._strong(), "magma", self.cuts, peaks=True)
         alt = f"Where tiles differ from the whole image: by up to {chosen.max():.2g} sd here."
         return Drawing("difference of tiles from the whole", png, alt)
+
+    def _strong(self) -> float:
+        """Return the difference that is drawn brightest: single pixels may have more."""
+        return float(np.percentile(self.difference.max(0), 99.8))
 
     def _classes(self, all_: _Shown) -> Any:
         drawn = list(self._images())
         for name, values, cuts in self._predictions():
             drawn.append(Drawing(name, classes(_numbered(values), cuts), f"Classes predicted from: {name}."))
-        drawn.append(self._apart(all_))
+        drawn.append(self._apart())
         found = _numbered(all_.whole)
         present, counts = np.unique(found, return_counts=True)
         keys: tuple[Key, ...] = ()
         if len(present) <= _MOST_CLASSES:
             count = len(all_.whole) if len(all_.whole) > 1 else int(present.max()) + 1
             shares = dict(zip(present.tolist(), (counts / found.size).tolist(), strict=True))
-            keys = tuple(Key(f"class {n}", _css(n), shares.get(n, 0.0)) for n in range(min(count, _MOST_CLASSES)))
+            keys = tuple(
+                Key(f"class {n}", _css(n), shares.get(n, 0.0)) for n in range(min(count, _MOST_CLASSES))
+            )
         changed = float((_numbered(self.whole) != _numbered(self.stitched)).mean())
-        return (tuple(drawn),), (_bar_of_difference(all_),), keys, changed
+        return (tuple(drawn),), (self._bar(),), keys, changed
 
     def _numbers(self, all_: _Shown) -> Any:
         rows, count = [], len(self.whole)
@@ -171,11 +188,18 @@ class _Shown:
             for name, values, cuts in self._predictions():
                 png = numbers(values[channel], low, high, "viridis", cuts)
                 drawn.append(Drawing(f"{name}{named}", png, f"Predicted from: {name}{named}."))
-            rows.append((*drawn, self._apart(all_, channel)))
-        low, high = _range(all_.whole[0], self.kind)
-        what = {"probability": "probability", "softmax": "probability"}.get(self.kind, "prediction")
-        bars = (Bar(what, f"{low:.2g}", f"{high:.2g}", strip("viridis")),) if count == 1 else ()
-        return tuple(rows), (*bars, _bar_of_difference(all_)), (), self._changed()
+            rows.append((*drawn, self._apart(channel)))
+        low, high = (f"{value:.2g}" for value in _range(all_.whole[0], self.kind))
+        if self.kind in _PROBABILITIES:
+            values = Bar("probability", low, high, strip("viridis"))
+        elif count == 1:
+            values = Bar("prediction", low, high, strip("viridis"))
+        else:
+            values = Bar("prediction, each channel in its own range", "low", "high", strip("viridis"))
+        return tuple(rows), (values, self._bar()), (), self._changed()
+
+    def _bar(self) -> Bar:
+        return Bar("difference in sd", "0", f"{self._strong():.2g} and more", strip("magma"))
 
     def _changed(self) -> float | None:
         """Return the share of pixels that a threshold tells otherwise, where outputs have one."""
@@ -190,7 +214,7 @@ class _Shown:
             return
         for channel, pixels in enumerate(self.image[:_CHANNELS]):
             named = f", channel {channel} of {len(self.image)}" if len(self.image) > 1 else ""
-            yield Drawing(f"image{named}", grey(pixels), f"The image{named}.")
+            yield Drawing(f"image{named}", grey(pixels), f"The image that is predicted{named}.")
 
 
 def _numbered(values: Map) -> Map:
@@ -198,15 +222,10 @@ def _numbered(values: Map) -> Map:
 
 
 def _range(values: Map, kind: str) -> tuple[float, float]:
-    if kind in ("probability", "softmax"):
+    if kind in _PROBABILITIES:
         return 0.0, 1.0
     low, high = np.percentile(values, (0.5, 99.5))
     return float(low), float(high)
-
-
-def _bar_of_difference(all_: _Shown) -> Bar:
-    scale: Scale = "magma"
-    return Bar("difference in sd", "0", f"{float(all_.difference.max()):.2g}", strip(scale))
 
 
 def _css(number: int) -> str:

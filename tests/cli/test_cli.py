@@ -381,7 +381,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[str, list]]:
         "keep of nothing": ("NF204", [ARCH, *image, "--keep", "nothing.*", *frozen]),
         "device": ("NF116", [ARCH, *image, "--device", "warp:0", *frozen]),
         "output exists": ("NF114", [ARCH, *image, "--to", "frozen", "-o", folder / "taken"]),
-        "report nowhere": ("NF114", [ARCH, *image, *frozen, "--report", folder / "no" / "r.json"]),
+        "report nowhere": ("NF114", [ARCH, *image, *frozen, "--report", folder / "image.tif" / "r.json"]),
         "no plan file": ("NF101", [ARCH, *image, "--plan", folder / "no.json", *out]),
         "bad plan file": ("NF101", [ARCH, *image, "--plan", folder / "bad.json", *out]),
         "plan of nothing": ("NF108", [ARCH, *image, "--plan", folder / "list.json", *out]),
