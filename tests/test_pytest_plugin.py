@@ -96,7 +96,7 @@ def test_a_failure_is_said_in_ten_lines_cause_first(pytester):
     lines = pytester.runpytest_inprocess("-p", "no:randomly").outlines
     said = [line.removeprefix("E").strip() for line in lines if line.startswith("E")]
     assert len(said) <= 10
-    assert "1 statistic is computed from the tile (1 instance_norm" in said[0]
+    assert "1 statistic is computed from the tile (1 InstanceNorm" in said[0]
     assert "normfix convert" in said[0]
     assert "Sequential on an image of 1x1x96x96, tiles of 32x32" in said[1]
 

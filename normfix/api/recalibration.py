@@ -120,7 +120,7 @@ def calibrate_(
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """What was measured in a twin of a network, how that was called, a part of the first image, the scaling of files."""
+    """What was measured in a twin of a network, its call, a part of the first image, and the scaling of files."""
 
     twin: nn.Module
     summary: CalibrationSummary

@@ -56,7 +56,7 @@ def _course(profile: Profile, noise: float, halo: int, ink: str, before: str, af
         return stream.getvalue()
 
 
-def _inks(ink: str) -> dict[str, str]:
+def _inks(ink: str) -> Any:
     names = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
     return dict.fromkeys(names, ink)
 

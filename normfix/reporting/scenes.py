@@ -104,9 +104,16 @@ class _Shown:
 
     @classmethod
     def of(cls, maps: Maps, plane: Plane) -> _Shown:
-        fixed = None if maps.fixed is None else plane.of(maps.fixed)
-        parts = (plane.of(m) for m in (maps.image, maps.whole, maps.stitched))
-        return cls(*parts, fixed, plane.of(maps.difference), plane.cuts(maps.cuts), maps.kind, maps.names)
+        return cls(
+            plane.of(maps.image),
+            plane.of(maps.whole),
+            plane.of(maps.stitched),
+            None if maps.fixed is None else plane.of(maps.fixed),
+            plane.of(maps.difference),
+            plane.cuts(maps.cuts),
+            maps.kind,
+            maps.names,
+        )
 
     def scene(self, window: Window, caption: str) -> Scene:
         """Return the drawings of a window of the output."""
@@ -121,7 +128,7 @@ class _Shown:
         """Return what lies in a window of the output, and in the same part of the image."""
         size, rows, columns = self.whole.shape[1:], *self.cuts
         spans = [s.indices(n)[:2] for s, n in zip(window, size, strict=True)]
-        there = tuple(
+        there: Any = tuple(
             slice(a * m // n, max(a * m // n + 1, -(-b * m // n)))
             for (a, b), n, m in zip(spans, size, self.image.shape[1:], strict=True)
         )
@@ -129,17 +136,14 @@ class _Shown:
             [place - a for place in places if a < place < b]
             for (a, b), places in zip(spans, (rows, columns), strict=True)
         )
-        whole, stitched, difference = (
-            m[(..., *window)] for m in (self.whole, self.stitched, self.difference)
-        )
-        fixed = None if self.fixed is None else self.fixed[(..., *window)]
+        inside: Any = (..., *window)
         return replace(
             self,
             image=self.image[(..., *there)],
-            whole=whole,
-            stitched=stitched,
-            fixed=fixed,
-            difference=difference,
+            whole=self.whole[inside],
+            stitched=self.stitched[inside],
+            fixed=None if self.fixed is None else self.fixed[inside],
+            difference=self.difference[inside],
             cuts=(near[0], near[1]),
         )
 
@@ -189,14 +193,16 @@ class _Shown:
                 png = numbers(values[channel], low, high, "viridis", cuts)
                 drawn.append(Drawing(f"{name}{named}", png, f"Predicted from: {name}{named}."))
             rows.append((*drawn, self._apart(channel)))
-        low, high = (f"{value:.2g}" for value in _range(all_.whole[0], self.kind))
+        return tuple(rows), (all_._scale(), self._bar()), (), self._changed()
+
+    def _scale(self) -> Bar:
+        """Return the scale of predictions."""
+        low, high = (f"{value:.2g}" for value in _range(self.whole[0], self.kind))
         if self.kind in _PROBABILITIES:
-            values = Bar("probability", low, high, strip("viridis"))
-        elif count == 1:
-            values = Bar("prediction", low, high, strip("viridis"))
-        else:
-            values = Bar("prediction, each channel in its own range", "low", "high", strip("viridis"))
-        return tuple(rows), (values, self._bar()), (), self._changed()
+            return Bar("probability", low, high, strip("viridis"))
+        if len(self.whole) == 1:
+            return Bar("prediction", low, high, strip("viridis"))
+        return Bar("prediction, each channel in its own range", "low", "high", strip("viridis"))
 
     def _bar(self) -> Bar:
         return Bar("difference in sd", "0", f"{self._strong():.2g} and more", strip("magma"))
@@ -218,7 +224,7 @@ class _Shown:
 
 
 def _numbered(values: Map) -> Map:
-    return values.argmax(0) if len(values) > 1 else values[0].astype(np.int64)
+    return np.asarray(values.argmax(0) if len(values) > 1 else values[0].astype(np.int64))
 
 
 def _range(values: Map, kind: str) -> tuple[float, float]:

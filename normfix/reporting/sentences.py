@@ -32,7 +32,7 @@ def explanation(verdict: Verdict) -> str:
     what = f"{named.get('network', 'The pipeline')} on an image of {named.get('image', 'one size')}"
     tile = "x".join(map(str, verdict.tile)) or "no size"
     size = f"up to {verdict.max_sd:.2g} sd from the whole image, where {verdict.threshold:.1g} passes"
-    lines = [f"{verdict.status}: {_cause(verdict)}", f"{what}, tiles of {tile}: {size}."]
+    lines = [f"{verdict.status}: {_cause(verdict)}{_fix(verdict)}", f"{what}, tiles of {tile}: {size}."]
     others = [f for f in verdict.findings if f.code != "NF401"] if _live(verdict) else verdict.findings[1:]
     lines += [f.line[:_WIDTH] for f in others[:_MOST_LINES]]
     if len(others) > _MOST_LINES:
@@ -44,21 +44,39 @@ def _live(verdict: Verdict) -> list[str]:
     return [f.where for f in verdict.findings if f.code == "NF401"]
 
 
+def _kind(site: str) -> str:
+    """Return what a site is, by the function in its name, as people call it.
+
+    >>> _kind("encoder.1/0/instance_norm/0"), _kind("pool/0/mean/0")
+    ('InstanceNorm', 'mean')
+    """
+    function = site.split("/")[-2] if site.count("/") > 1 else site
+    return (
+        "".join(part.capitalize() for part in function.split("_")) if function.endswith("_norm") else function
+    )
+
+
 def _cause(verdict: Verdict) -> str:
     """Say what makes tiles differ and what to do about it; live statistics before what follows from them."""
     live = _live(verdict)
     if not live:
         first = verdict.findings[:1]
         return first[0].message if first else "tiles differ from the whole image."
-    kinds = Counter(site.split("/")[-2] if site.count("/") > 1 else site for site in live)
+    kinds = Counter(map(_kind, live))
     counted = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(4))
-    named = dict(verdict.settings)
-    fix = named.get("fix", "normfix convert MODEL IMAGE --to frozen -o FIXED")
     one = len(live) == 1
     return (
         f"{len(live)} statistic{'' if one else 's'} {'is' if one else 'are'} computed from the tile ({counted}; "
-        f"first {live[0]}). Freeze {'it' if one else 'them'}: {fix}"
+        f"first {live[0]})."
     )
+
+
+def _fix(verdict: Verdict) -> str:
+    """Say what takes the cause away, where it is a live statistic."""
+    if not _live(verdict):
+        return ""
+    fix = dict(verdict.settings).get("fix", "normfix convert MODEL IMAGE --to frozen -o FIXED")
+    return f" To freeze {'it' if len(_live(verdict)) == 1 else 'them'}: {fix}"
 
 
 def _diagnosis(record: DiagnosisRecord) -> str:
