@@ -32,7 +32,10 @@ def explanation(verdict: Verdict) -> str:
     what = f"{named.get('network', 'The pipeline')} on an image of {named.get('image', 'one size')}"
     tile = "x".join(map(str, verdict.tile)) or "no size"
     size = f"up to {verdict.max_sd:.2g} sd from the whole image, where {verdict.threshold:.1g} passes"
-    lines = [f"{verdict.status}: {_cause(verdict)}{_fix(verdict)}", f"{what}, tiles of {tile}: {size}."]
+    first = f"{_cause(verdict)}{_fix(verdict)}"
+    if verdict.findings and not _live(verdict):
+        first = verdict.findings[0].line
+    lines = [f"{verdict.status}: {first}", f"{what}, tiles of {tile}: {size}."]
     others = [f for f in verdict.findings if f.code != "NF401"] if _live(verdict) else verdict.findings[1:]
     lines += [f.line[:_WIDTH] for f in others[:_MOST_LINES]]
     if len(others) > _MOST_LINES:
