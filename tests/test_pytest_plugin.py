@@ -31,13 +31,13 @@ def test_passes_local_network(tile_invariant, local):
 def test_fails_live_network(tile_invariant, local):
     """A live InstanceNorm fails with its site named."""
     local[1] = nn.InstanceNorm2d(4)
-    with pytest.raises(AssertionError, match=r"failed.*1 instance_norm; first 1/0/instance_norm/0"):
+    with pytest.raises(AssertionError, match=r"failed.*1 InstanceNorm; first 1/0/instance_norm/0"):
         tile_invariant(local, torch.rand(1, 1, 96, 96), tile=32)
 
 
 def test_fails_inconclusive_check(tile_invariant, local):
     """Windows that cover the image prove nothing, which is not a pass."""
-    with pytest.raises(AssertionError, match=r"inconclusive: every window .* covers"):
+    with pytest.raises(AssertionError, match=r"inconclusive: NF407 tile: every window .* covers"):
         tile_invariant(local, torch.rand(1, 1, 96, 96), tile=128)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 from numpy.typing import NDArray
 from torch import nn
@@ -13,6 +13,7 @@ from normfix.diagnosis.accuracy import Labels
 from normfix.diagnosis.examination import Examination
 from normfix.diagnosis.pipeline import PipelineDiagnosis, diagnose_pipeline
 from normfix.diagnosis.setting import bench_of, prepare
+from normfix.errors import NormfixError
 from normfix.images.given import Given, images_of
 from normfix.images.sources import whole
 from normfix.networks.calling import Caller
@@ -155,9 +156,11 @@ def diagnose_network(
         progress: called with (stage, done, total).
 
     Raises:
-        NormfixError: NF601 where no geometry can be measured, NF602 for a tiling that does not fit, NF604 for
+        NormfixError: NF580 for another kind, NF601 where no geometry can be measured, NF602 for a tiling that does not fit, NF604 for
             labels that do not, and codes of `scan` and of the image.
     """
+    if kind not in (None, *get_args(Kind)):
+        raise NormfixError("NF580", f"give {', '.join(get_args(Kind))}.", where=f"kind={kind!r}")
     known = provenance_of(model)
     caller = Caller.of(known, forward_fn, output)
     item = whole(images_of(image, model, caller=caller).only())
