@@ -156,7 +156,8 @@ def diagnose_network(
         progress: called with (stage, done, total).
 
     Raises:
-        NormfixError: NF580 for another kind, NF601 where no geometry can be measured, NF602 for a tiling that does not fit, NF604 for
+        NormfixError: NF580 for another kind, NF601 where no geometry can be measured,
+            NF602 for a tiling that does not fit, NF604 for
             labels that do not, and codes of `scan` and of the image.
     """
     if kind not in (None, *get_args(Kind)):
