@@ -8,13 +8,15 @@ normfix_threshold, are its defaults; what a test passes itself counts more.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from typing_extensions import Unpack
 
 if TYPE_CHECKING:
+    from normfix.proof.check import CheckOptions
     from normfix.records.verdicts import Verdict
     from normfix.reporting.maps import Maps
 
@@ -47,18 +49,20 @@ def tile_invariant(request: pytest.FixtureRequest) -> Callable[..., Verdict]:
     from normfix.reporting.sentences import explanation
 
     config = request.config
-    tile = _number(config, "tile", int)
+    usual = _number(config, "tile", int)
     threshold = _number(config, "threshold", float)
     folder = config.getoption("--normfix-report")
 
-    def fixture(model: Any, image: Any, *args: Any, **options: Any) -> Verdict:
+    def fixture(
+        model: Any, image: Any, tile: int | Sequence[int] | None = usual, **options: Unpack[CheckOptions]
+    ) -> Verdict:
         __tracebackhide__ = True
-        if tile is not None and not args:
-            options.setdefault("tile", tile)
         if threshold is not None:
             options.setdefault("threshold", threshold)
         views: list[Maps] = []
-        verdict = check(model, image, *args, **{"viewer": views.append if folder else None, **options})
+        if folder:
+            options.setdefault("viewer", views.append)
+        verdict = check(model, image, tile, **options)
         if not verdict.passed:
             if folder:
                 _write(Path(folder), request.node.nodeid, verdict, *views[:1])
