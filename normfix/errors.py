@@ -348,6 +348,8 @@ CODES: dict[str, str] = {
     "NF554": "In a process without normfix, the library did not load what was written, or gave another output, so it "
     "was removed.",
     # 6xx: diagnosing
+    "NF580": "What an output means is probability, logits, softmax, scores, labels or regression; another word would "
+    "be read as numbers, without Dice and without classes.",
     "NF601": "Even with every known global operation held constant, no halo or stride could be measured, so "
     "there is no right tiling to compare with. Diagnose it as a pipeline, by a function predict(image).",
     "NF602": "A tiling says, for each spatial axis, how many pixels a tile has and how many pixels before and after "

@@ -18,6 +18,7 @@ from typing_extensions import Unpack
 if TYPE_CHECKING:
     from normfix.proof.check import CheckOptions
     from normfix.records.verdicts import Verdict
+    from normfix.reporting.maps import Maps
 
 __all__ = ["tile_invariant"]
 
@@ -48,21 +49,23 @@ def tile_invariant(request: pytest.FixtureRequest) -> Callable[..., Verdict]:
     from normfix.reporting.sentences import explanation
 
     config = request.config
-    stated = _number(config, "tile", int)
-    usual = 256 if stated is None else stated
+    usual = _number(config, "tile", int)
     threshold = _number(config, "threshold", float)
     folder = config.getoption("--normfix-report")
 
     def fixture(
-        model: Any, image: Any, tile: int | Sequence[int] = usual, **options: Unpack[CheckOptions]
+        model: Any, image: Any, tile: int | Sequence[int] | None = usual, **options: Unpack[CheckOptions]
     ) -> Verdict:
         __tracebackhide__ = True
         if threshold is not None:
             options.setdefault("threshold", threshold)
+        views: list[Maps] = []
+        if folder:
+            options.setdefault("viewer", views.append)
         verdict = check(model, image, tile, **options)
         if not verdict.passed:
             if folder:
-                _write(Path(folder), request.node.nodeid, verdict)
+                _write(Path(folder), request.node.nodeid, verdict, *views[:1])
             raise AssertionError(explanation(verdict))
         return verdict
 
@@ -81,9 +84,9 @@ def _number(config: pytest.Config, name: str, kind: Callable[[str], Any]) -> Any
         raise pytest.UsageError(f"normfix_{name} = {given}: give a number") from error
 
 
-def _write(folder: Path, test: str, verdict: Verdict) -> None:
+def _write(folder: Path, test: str, verdict: Verdict, maps: Maps | None = None) -> None:
     from normfix.reporting.report import text_of
 
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"\W+", "-", test).strip("-")
-    (folder / f"{name}.html").write_text(text_of(".html", verdict), encoding="utf-8")
+    (folder / f"{name}.html").write_text(text_of(".html", verdict, maps), encoding="utf-8")

@@ -31,13 +31,13 @@ def test_passes_local_network(tile_invariant, local):
 def test_fails_live_network(tile_invariant, local):
     """A live InstanceNorm fails with its site named."""
     local[1] = nn.InstanceNorm2d(4)
-    with pytest.raises(AssertionError, match=r"failed.*1 instance_norm; first 1/0/instance_norm/0"):
+    with pytest.raises(AssertionError, match=r"failed.*1 InstanceNorm; first 1/0/instance_norm/0"):
         tile_invariant(local, torch.rand(1, 1, 96, 96), tile=32)
 
 
 def test_fails_inconclusive_check(tile_invariant, local):
     """Windows that cover the image prove nothing, which is not a pass."""
-    with pytest.raises(AssertionError, match=r"inconclusive: every window .* covers"):
+    with pytest.raises(AssertionError, match=r"inconclusive: NF407 tile: every window .* covers"):
         tile_invariant(local, torch.rand(1, 1, 96, 96), tile=128)
 
 
@@ -96,7 +96,7 @@ def test_a_failure_is_said_in_ten_lines_cause_first(pytester):
     lines = pytester.runpytest_inprocess("-p", "no:randomly").outlines
     said = [line.removeprefix("E").strip() for line in lines if line.startswith("E")]
     assert len(said) <= 10
-    assert "1 statistic is computed from the tile (1 instance_norm" in said[0]
+    assert "1 statistic is computed from the tile (1 InstanceNorm" in said[0]
     assert "normfix convert" in said[0]
     assert "Sequential on an image of 1x1x96x96, tiles of 32x32" in said[1]
 

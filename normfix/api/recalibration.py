@@ -17,15 +17,16 @@ from normfix.conversion.results import Calibration
 from normfix.conversion.sampling import Sample
 from normfix.conversion.targets import NormTarget, Target, planned_targets
 from normfix.errors import NormfixError
+from normfix.images.collections import ImageFiles
 from normfix.images.given import GivenImages, images_of
 from normfix.layers.moments import Moments
 from normfix.networks.calling import Caller
 from normfix.networks.copying import copy_of, twin_of
-from normfix.networks.provenance import provenance_of
+from normfix.networks.provenance import provenance_of, rescale_
 from normfix.networks.surroundings import undisturbed
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.progress import Progress, logged
-from normfix.records.saved import Provenance
+from normfix.records.saved import Provenance, Scaling
 from normfix.records.sites import Family
 from normfix.records.statistics import WHOLE
 from normfix.scanning.base import base_of
@@ -73,7 +74,8 @@ def calibrate(
     Args:
         model: converted by normfix, or any network with batch norms on running statistics; not modified.
         images: re-iterable of (N, C, *space) tensors, one tensor, or images that are read by window
-            (normfix.open_image) and measured in stages; also arrays and files, see normfix.convert.
+            (normfix.open_image) and measured in stages; also arrays and files, see normfix.convert. A scaling that
+            normfix.read_images was given travels with the result from then on.
         tile: extents of blocks in pixels; given, the network runs once, stage by stage over such blocks, and what
             it needs between stages fits a budget. The statistics are those of whole images either way; a
             network that cannot run in stages takes passes over whole images, and the summary says why.
@@ -134,13 +136,14 @@ def calibrate_(
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """What was measured in a twin of a network, how it was called, and a part of the first image."""
+    """What was measured in a twin of a network, its call, a part of the first image, and the scaling of files."""
 
     twin: nn.Module
     summary: CalibrationSummary
     targets: Sequence[Target]
     caller: Caller
     image: Tensor
+    scaling: Scaling | None
 
     def take_over_(self, model: nn.Module) -> None:
         """Write the statistics into a network's own layers, and what depends on them into what travels with it."""
@@ -150,6 +153,8 @@ class _Measured:
                 own = dict(model.get_submodule(places[id(target.module)]).named_buffers())
                 for name, value in target.module.named_buffers():
                     own[name].copy_(value)
+        if self.scaling is not None:
+            rescale_(model, self.scaling)
         renew_(model, self.image, self.caller)
 
 
@@ -214,7 +219,8 @@ def _measured(
         known=trained,
         empty=all_empty(taken),
     )
-    return _Measured(model, judgement, targets, caller, first)
+    scaling = images.scaling if isinstance(images, ImageFiles) else None
+    return _Measured(model, judgement, targets, caller, first, scaling)
 
 
 def _is_trained(known: Provenance | None, site: str) -> bool:

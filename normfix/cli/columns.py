@@ -1,12 +1,19 @@
-"""Text in the columns of the terminal that it is shown on."""
+"""Text in the columns and colours of the terminal that it is shown on."""
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import sys
 import textwrap
 
 __all__ = ["columns", "fitted"]
+
+_COLOURS = {"passed": 32, "failed": 31, "refused": 31, "inconclusive": 33}
+"""Of outcomes, by their numbers among those that terminals have: green, red and yellow."""
+
+_OUTCOME = re.compile(rf"(?m)(^|: )({'|'.join(_COLOURS)})\b|^(Tile-invariant|Not tile-invariant)\b")
 
 _FILE = 100
 """Columns where there is no terminal."""
@@ -20,10 +27,29 @@ def columns() -> int:
 
 
 def fitted(text: str) -> str:
-    """Return a text whose lines fit the terminal, further ones indented more; for a file, the text as it is."""
+    """Return a text whose lines fit the terminal, further ones indented more, outcomes coloured unless NO_COLOR is set.
+
+    For a file it is the text as it is.
+    """
     if not _on_terminal():
         return text
-    return "\n".join(part for line in text.splitlines() for part in _parts(line, columns()))
+    lines = "\n".join(part for line in text.splitlines() for part in _parts(line, columns()))
+    return (
+        lines
+        if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+        else _OUTCOME.sub(_painted, lines)
+    )
+
+
+def _painted(match: re.Match[str]) -> str:
+    """Return an outcome in its colour.
+
+    >>> _OUTCOME.sub(_painted, "tiles: failed")
+    'tiles: \\x1b[1;31mfailed\\x1b[0m'
+    """
+    before, outcome, answer = match.groups(default="")
+    colour = _COLOURS.get(outcome, 33 if answer.startswith("Not") else 32)
+    return f"{before}\x1b[1;{colour}m{outcome or answer}\x1b[0m"
 
 
 def _parts(line: str, width: int) -> list[str]:

@@ -12,12 +12,14 @@ import click
 from normfix.cli.extents import Extents
 from normfix.cli.options import Arguments, halo_option, image_options, model_options
 from normfix.cli.outputs import is_given, is_saved, output, tell
-from normfix.cli.showing import note, require_report, show, steps, telling, write_report
+from normfix.cli.showing import note, require_report, show, steps, telling, verbose_option, write_report
 from normfix.cli.stages import blocks_of, engine_option, stage_options, watching
 from normfix.cli.texts import conversion_text
 from normfix.errors import NormfixError
+from normfix.images.drafts import require_unnamed, sweep
 from normfix.records.progress import Progress, silent
 from normfix.records.statistics import parse_statistics
+from normfix.tiling.stages.cluster import require_cluster
 
 if TYPE_CHECKING:
     from normfix.conversion.results import Conversion
@@ -79,6 +81,7 @@ __all__ = ["convert_command"]
 )
 @engine_option
 @stage_options
+@verbose_option
 @click.option("--report", help="Write the record to this .json file, also when the proof fails.")
 @click.option(
     "--format",
@@ -103,6 +106,7 @@ def convert_command(
     statistics: str,
     halo: Any,
     report: str | None,
+    verbose: bool,
     format_: str,
     tile: int | tuple[int, ...] | None,
     engine: Literal["local", "dask"],
@@ -128,21 +132,22 @@ def convert_command(
     require_report(report)
     measured = parse_statistics(statistics)
     plan = _read_plan(plan_file)
-    arguments = Arguments.take(options)
-
-    from normfix.api.conversion import convert
-    from normfix.images.parts import Windows
-    from normfix.storage.folder import require_absent
-    from normfix.storage.instructions import commands
-    from normfix.storage.programs import require_program_name
-    from normfix.storage.saving import require_unconverted, save
-    from normfix.tiling.stages.resuming import resumable
-
+    arguments = Arguments.take(options, images)
+    require_cluster(engine, options["scheduler"], options["store"])
     if give_back is not None and not is_given(Path(give_back)):
-        require_absent(Path(give_back))
-    blocks = blocks_of(options, engine)
+        sweep(Path(give_back).parent)
+        require_unnamed(Path(give_back))
     with ExitStack() as stack:
         place = stack.enter_context(output(out, is_saved))
+
+        from normfix.api.conversion import convert
+        from normfix.images.parts import Windows
+        from normfix.storage.instructions import commands
+        from normfix.storage.programs import require_program_name
+        from normfix.storage.saving import require_unconverted, save
+        from normfix.tiling.stages.resuming import resumable
+
+        blocks = blocks_of(options, engine)
         opened = arguments.open()
         require_unconverted(opened.model)
         require_program_name(out, opened.model)
@@ -175,7 +180,7 @@ def convert_command(
         record = done.record
         # also when it is not saved
         stack.callback(lambda: write_report(report, record))
-        stack.callback(lambda: show(record, conversion_text(record), format_))
+        stack.callback(lambda: show(record, conversion_text(record, verbose=verbose), format_))
         if measured.kind == "windows":
             note(
                 f"Constants are of {measured.words}: tiles agree exactly, and give another prediction than the "

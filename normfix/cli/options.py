@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -19,6 +19,7 @@ from normfix.cli.showing import Command, note
 from normfix.errors import NormfixError
 from normfix.records.saved import Scaling
 from normfix.records.scalings import parse_scaling
+from normfix.storage.spec import require_spec
 
 if TYPE_CHECKING:
     import torch
@@ -200,13 +201,21 @@ class Arguments:
     override_scale: bool = True
 
     @classmethod
-    def take(cls, options: dict[str, Any]) -> Arguments:
-        """Take the shared options out of a command's keyword arguments, and look at them before torch is imported."""
+    def take(cls, options: dict[str, Any], images: Iterable[str] = ()) -> Arguments:
+        """Take the shared options out of a command's keyword arguments, and look at them before torch is imported.
+
+        Names of images that the command takes are looked up as well.
+        """
+        from normfix.images.names import find_images
+
         arguments = cls(**{name: options.pop(name) for name in cls.__slots__ if name in options})
         if arguments.scale is not None and arguments.preprocess is not None:
             raise click.UsageError("give --scale or --preprocess, not both")
         if arguments.scale is not None:
             parse_scaling(arguments.scale)
+        for spec in filter(None, (arguments.model, arguments.arch)):
+            require_spec(spec)
+        find_images([*images])
         return arguments
 
     def open(self) -> Loaded:
@@ -306,7 +315,7 @@ class Arguments:
 
     def windows(self, patterns: tuple[str, ...], model: nn.Module) -> list[ScaledImage]:
         """Return the images that files, folders and globs name, to be read by window until the command ends."""
-        from normfix.images.collections import find_images
+        from normfix.images.names import find_images
 
         paths = find_images(patterns)
         opener, context = self.opener(model), click.get_current_context()
@@ -320,7 +329,7 @@ class Arguments:
     def masks(self, patterns: tuple[str, ...], model: nn.Module) -> list[Image]:
         """Return the masks that files, folders and globs name; of the images' axes, channels apart."""
         from normfix.conversion.masks import open_mask
-        from normfix.images.collections import find_images
+        from normfix.images.names import find_images
         from normfix.networks.intake import Intake
 
         paths = find_images(patterns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +17,8 @@ from normfix.cli.outputs import is_image, output, tell
 from normfix.cli.showing import format_option, note, show
 from normfix.cli.stages import blocks_of, stage_options, working
 from normfix.errors import NormfixError
+from normfix.images.rendering import Rendering
+from normfix.tiling.stages.cluster import require_cluster
 
 if TYPE_CHECKING:
     from torch import nn
@@ -113,64 +115,52 @@ def predict_command(
     Example:
       normfix predict fixed nuclei.tif -o prediction.tif
     """
-    arguments = Arguments.take(options)
-
-    from normfix.images.rendering import Rendering
-
-    blocks = blocks_of(options, "dask" if engine == "dask" else "local")
-    settings = {
-        "tile": tile,
-        "halo": halo,
-        "engine": "stages" if engine == "dask" else engine,
-        "statistics": statistics,
-        "blocks": blocks,
-        "output": arguments.output,
-        "allow_nonfinite": allow_nonfinite,
-        "as_": as_,
-        "logits": logits,
-    }
+    arguments = Arguments.take(options, images)
     Rendering.parse(as_, logits)
+    require_cluster("dask" if engine == "dask" else "local", options["scheduler"], options["store"])
+
+    def opened() -> _Run:
+        settings = {
+            "tile": tile,
+            "halo": halo,
+            "engine": "stages" if engine == "dask" else engine,
+            "statistics": statistics,
+            "blocks": blocks_of(options, "dask" if engine == "dask" else "local"),
+            "output": arguments.output,
+            "allow_nonfinite": allow_nonfinite,
+            "as_": as_,
+            "logits": logits,
+        }
+        return _Run.of(arguments, settings, format_)
+
+    from normfix.images.names import find_images
+
+    paths = find_images(images)
     if _is_folder(Path(out)):
-        return _predict_each(arguments, images, Path(out), ending, settings, format_)
-    return _predict_one(arguments, images, out, settings, format_)
+        return _predict_each(opened, list(dict.fromkeys(paths)), Path(out), ending)
+    return _predict_one(opened, paths, out)
 
 
-def _predict_one(
-    arguments: Arguments, images: Sequence[str], out: str, settings: dict[str, Any], format_: str
-) -> int:
-    from normfix.images.axes import require_image_name
-    from normfix.images.collections import find_images
+def _predict_one(opened: Callable[[], _Run], paths: Sequence[Path], out: str) -> int:
+    from normfix.images.names import require_image_name
 
     require_image_name(Path(out))
+    if len(paths) != 1:
+        reason = f"{len(paths)} images go to a folder: give -o a name without an ending."
+        raise NormfixError("NF531", reason, where=out)
     with output(out, is_image) as place:
-        paths = find_images(images)
-        if len(paths) != 1:
-            raise NormfixError(
-                "NF531",
-                f"{len(paths)} images go to a folder: give -o a name without an ending.",
-                where=out,
-            )
-        run = _Run.of(arguments, settings, format_)
-        run.predict(paths[0], place)
+        opened().predict(paths[0], place)
     tell(place)
     return 0
 
 
-def _predict_each(
-    arguments: Arguments,
-    images: Sequence[str],
-    folder: Path,
-    ending: str | None,
-    settings: dict[str, Any],
-    format_: str,
-) -> int:
-    from normfix.api.prediction import NotTiledError
-    from normfix.images.collections import find_images
-
+def _predict_each(opened: Callable[[], _Run], paths: Sequence[Path], folder: Path, ending: str | None) -> int:
     _require_folder(folder)
-    paths = list(dict.fromkeys(find_images(images)))
     targets = _targets(paths, folder, ending)
-    run = _Run.of(arguments, settings, format_)
+    run = opened()
+
+    from normfix.api.prediction import NotTiledError
+
     fresh = not folder.exists()
     folder.mkdir(exist_ok=True)
 

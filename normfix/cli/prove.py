@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
 
 from normfix.cli.extents import Extents
 from normfix.cli.options import Arguments, image_options, model_options, override_option
+from normfix.cli.reports import known_of
 from normfix.cli.showing import (
     format_option,
     note,
@@ -15,6 +18,7 @@ from normfix.cli.showing import (
     require_reports,
     show,
     steps,
+    verbose_option,
     write_reports,
 )
 from normfix.cli.texts import proof_text
@@ -46,6 +50,7 @@ __all__ = ["prove_command"]
 @image_options
 @override_option
 @report_option
+@verbose_option
 @format_option
 def prove_command(
     images: tuple[str, ...],
@@ -53,6 +58,7 @@ def prove_command(
     blocks: int | tuple[int, ...] | None,
     masks: tuple[str, ...],
     reports: tuple[str, ...],
+    verbose: bool,
     format_: str,
     **options: Any,
 ) -> int:
@@ -67,7 +73,7 @@ def prove_command(
       normfix prove tuned nuclei.tif --report proof.html
     """
     require_reports(reports)
-    arguments = Arguments.take(options)
+    arguments = Arguments.take(options, [*images, *masks])
 
     from normfix.proof.prove import prove
     from normfix.tiling.stages.options import Blocks
@@ -88,10 +94,13 @@ def prove_command(
             output=arguments.output,
             progress=progress,
         )
+    if proof.verdict is not None:
+        known = known_of(Path(", ".join(images)))
+        proof = replace(proof, verdict=replace(proof.verdict, settings=(*known, *proof.verdict.settings)))
     try:
         write_reports(reports, proof)
     finally:
-        show(proof, proof_text(proof), format_)
+        show(proof, proof_text(proof, verbose=verbose), format_)
     if proof.partial:
         note("Not proved tile-invariant: sites that no constant can replace stay live.")
     return 0 if proof.passed else 1

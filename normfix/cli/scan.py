@@ -65,23 +65,26 @@ def plan_command(
     Example:
       normfix plan normfix.demo.network:nuclei_unet --to frozen > plan.json
     """
+    found = _scan(Arguments.take(options), input_, as_trained)
+
     from normfix.scanning.scan import plan
 
-    decided = plan(_scan(Arguments.take(options), input_, as_trained), to=to, keep=keep)
+    decided = plan(found, to=to, keep=keep)
     show(decided, "", format_)  # a plan is JSON always: it is there to be edited
 
 
 def _scan(
     arguments: Arguments, input_: str | None, as_trained: bool, *, fast: bool = False, halo: Any = "graph"
 ) -> Scan:
+    shape = None if input_ is None else _shape(input_)
+
     import torch
 
     from normfix.networks.calling import OutOfMemory
     from normfix.scanning.scan import scan
 
     example = None
-    if input_ is not None:
-        shape = _shape(input_)
+    if shape is not None:
         try:
             example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         except RuntimeError as error:

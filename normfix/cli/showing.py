@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +32,7 @@ __all__ = [
     "show",
     "steps",
     "telling",
+    "verbose_option",
     "write_report",
     "write_reports",
 ]
@@ -42,6 +45,13 @@ def format_option(command: Command) -> Command:
     choice = click.Choice(["text", "json"])
     return click.option(
         "--format", "format_", type=choice, default="text", show_default=True, help="What stdout carries."
+    )(command)
+
+
+def verbose_option(command: Command) -> Command:
+    """Add --verbose."""
+    return click.option(
+        "-v", "--verbose", is_flag=True, help="Say all that was measured, not the answer alone."
     )(command)
 
 
@@ -120,6 +130,10 @@ def _write(target: Path, text: str) -> None:
     if _holds(target, data):
         note(f"{target} is this report already.")
         return
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(target, error) from error
     with drafting(target) as draft:
         try:
             draft.write_bytes(data)
@@ -127,9 +141,13 @@ def _write(target: Path, text: str) -> None:
             raise cannot_write(target, error) from error
 
 
+_DATE = re.compile(rb"\d{4}-\d\d-\d\d")
+
+
 def _holds(target: Path, data: bytes) -> bool:
+    """Tell whether a report is there already, whenever it was written."""
     try:
-        return target.is_file() and target.read_bytes() == data
+        return target.is_file() and _DATE.sub(b"", target.read_bytes()) == _DATE.sub(b"", data)
     except OSError:
         return False
 
@@ -144,8 +162,11 @@ def require_report(path: str | None) -> None:
 
 
 def _require_folder(path: str) -> None:
+    folder = next(parent for parent in Path(path).parents if os.path.lexists(parent))
+    if not folder.is_dir():
+        raise NormfixError("NF114", f"{folder} is no folder to write the report to.", where=path)
     if not Path(path).parent.is_dir():
-        raise NormfixError("NF114", "there is no such folder to write the report to.", where=path)
+        return  # it is made once there is something to write
     sweep(Path(path).parent)
     if not Path(path).is_file():  # one that is there may be of the same command
         require_unnamed(Path(path))

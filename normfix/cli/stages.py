@@ -13,6 +13,7 @@ import click
 
 from normfix.cli.showing import Command, bars, note
 from normfix.reporting.sentences import duration_text
+from normfix.tiling.stages.cluster import require_cluster
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -67,6 +68,8 @@ def engine_option(command: Command) -> Command:
 
 def blocks_of(options: dict[str, Any], engine: Literal["local", "dask"]) -> Blocks:
     """Take the options of stages out of a command's keyword arguments."""
+    require_cluster(engine, options["scheduler"], options["store"])
+
     from normfix.tiling.stages.options import Blocks
 
     budget = options.pop("budget")

@@ -14,7 +14,9 @@ from normfix.records.saved import ConversionRecord
 from normfix.records.sites import Scan, Site
 from normfix.records.spans import Spans, in_strides
 from normfix.records.verdicts import Proof, ProofStep, Verdict
-from normfix.reporting.sentences import duration_text
+from normfix.reporting.about import about, halo_words
+from normfix.reporting.causes import name_of
+from normfix.reporting.sentences import duration_text, explanation, headline
 
 __all__ = [
     "calibration_text",
@@ -128,27 +130,43 @@ def _wrapped(text: str, indent: str = "") -> list[str]:
     )
 
 
-def conversion_text(record: ConversionRecord) -> str:
-    """Return what was converted and how each step of the proof came out."""
-    plan = record.plan
-    lines = [f"{plan.model} to {plan.to}: {len(plan.converted)} of {len(plan.decisions)} sites converted"]
-    if record.proof.partial:
+def conversion_text(record: ConversionRecord, *, verbose: bool = False) -> str:
+    """Return the answer first: what was converted and whether tiles equal the whole; each step if verbose."""
+    proof, scan = record.proof, record.scan
+    lines = [_outcome(record)]
+    if proof.partial:
         lines += _partly(record)
-    lines += [_step_line(step) for step in record.proof.steps]
-    lines += [
-        f"  image {s.image}: prediction moved by {s.mean_sd:.2g} sd on average, {s.max_sd:.2g} at most"
-        for s in record.proof.shifts
-    ]
-    scan = record.scan
+    lines += _steps(proof, verbose=verbose)
+    if verbose or len(proof.shifts) > 1:
+        lines += [
+            f"  image {s.image}: prediction moved by {s.mean_sd:.2g} sd on average, {s.max_sd:.2g} at most"
+            for s in proof.shifts
+        ]
     if scan.stride is not None and scan.halo is not None:
         lines.append(f"  tiles: stride {_by_axis(scan.stride)}, halo {_rounded(scan.halo, scan.stride)}")
         lines += [f"  {limit}" for limit in _limits(scan)]
     return "\n".join([*lines, *_findings(record.calibration)])
 
 
-def proof_text(proof: Proof) -> str:
-    """Return the outcome and how each step came out."""
-    return "\n".join([proof.status, *map(_step_line, proof.steps)])
+def _outcome(record: ConversionRecord) -> str:
+    plan, proof = record.plan, record.proof
+    done = f"{plan.model} to {plan.to}: {len(plan.converted)} of {len(plan.decisions)} sites converted"
+    if proof.passed:
+        apart = "" if proof.verdict is None else f" within {proof.verdict.max_sd:.2g} sd"
+        return f"passed: {done}; tiles of the result equal its whole image{apart}."
+    if proof.partial:
+        return f"{done}."
+    return f"{proof.status}: {done}, and not all was proved."
+
+
+def proof_text(proof: Proof, *, verbose: bool = False) -> str:
+    """Return the outcome first, then the steps that did not pass, or all if verbose."""
+    return "\n".join([f"{proof.status}: {headline(proof)}", *_steps(proof, verbose=verbose)])
+
+
+def _steps(proof: Proof, *, verbose: bool) -> list[str]:
+    """Return how each step came out; of those that passed nothing unless verbose."""
+    return [_step_line(step) for step in proof.steps if verbose or step.status != "passed"]
 
 
 def verification_text(verification: Verification) -> str:
@@ -205,25 +223,40 @@ def _findings(summary: CalibrationSummary | None) -> list[str]:
     return [f"  {f.line}" for f in summary.findings] if summary is not None else []
 
 
-def verdict_text(verdict: Verdict) -> str:
-    """Return the verdict first, then the numbers behind it."""
-    lines: list[str] = [verdict.status]
-    if verdict.tile:
-        lines += [
-            f"  largest difference {verdict.max_sd:.2g} sd, mean {verdict.mean_sd:.2g} sd",
-            f"  noise floor n {verdict.noise:.2g} sd: up to {verdict.tolerance:.2g} (4 n, at most 1e-3) passes, up to "
-            f"{verdict.threshold:.2g} warns, above it fails once float64 confirms",
-            f"  tile {_by_axis(verdict.tile)}, halo {_rounded(verdict.halo, verdict.stride, 'given')}, "
-            f"stride {_by_axis(verdict.stride)}, "
-            f"{verdict.windows} windows",
-            "  beyond the halo, amplified: " + ", ".join(f"{c:.1g}" for c in verdict.interference),
-        ]
-        if verdict.reach:
-            lines += _wrapped(f"halo from: {verdict.reach}", indent="  ")
-        if any(verdict.padding):
-            lines.append(f"  the image was extended by {_by_axis(verdict.padding)} pixels to an exact size")
+def verdict_text(verdict: Verdict, *, verbose: bool = False) -> str:
+    """Return the answer first: whether tiles matter, why, and what to do; the numbers behind it if verbose."""
+    if not verdict.passed and not verbose:
+        return explanation(verdict)
+    lines = [_answer_of(verdict)] if verdict.passed else explanation(verdict).splitlines()[:2]
     lines += [f"  {f.line}" for f in verdict.findings]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(_numbers(verdict) if verbose else ())])
+
+
+def _answer_of(verdict: Verdict) -> str:
+    halo = in_strides(verdict.halo, verdict.stride)
+    chosen = ", chosen to divide the image," if "tile" in dict(verdict.settings) else ""
+    return (
+        f"passed: tile-invariant. Tiles of {_by_axis(verdict.tile)}{chosen} with a halo of {halo_words(halo)} are "
+        f"within {verdict.max_sd:.2g} sd of the whole image."
+    )
+
+
+def _numbers(verdict: Verdict) -> list[str]:
+    if not verdict.tile:
+        return []
+    lines = [
+        f"  largest difference {verdict.max_sd:.2g} sd, mean {verdict.mean_sd:.2g} sd",
+        f"  noise floor n {verdict.noise:.2g} sd: up to {verdict.tolerance:.2g} (4 n, at most 1e-3) passes, up to "
+        f"{verdict.threshold:.2g} warns, above it fails once float64 confirms",
+        f"  tile {_by_axis(verdict.tile)}, halo {_rounded(verdict.halo, verdict.stride, 'given')}, "
+        f"stride {_by_axis(verdict.stride)}, {verdict.windows} windows",
+        "  beyond the halo, amplified: " + ", ".join(f"{c:.1g}" for c in verdict.interference),
+    ]
+    if verdict.reach:
+        lines += _wrapped(f"halo from: {verdict.reach}", indent="  ")
+    if any(verdict.padding):
+        lines.append(f"  the image was extended by {_by_axis(verdict.padding)} pixels to an exact size")
+    return lines
 
 
 def cost_text(cost: Cost) -> str:
@@ -232,31 +265,35 @@ def cost_text(cost: Cost) -> str:
     return f"{runs}: about {duration_text(cost.seconds)}."
 
 
-def diagnosis_text(record: DiagnosisRecord) -> str:
-    """Return the sentence that comes first, the causes and the indicators."""
-    from normfix.reporting.sentences import headline
-
-    lines = [record.status, f"  {headline(record)}"]
+def diagnosis_text(record: DiagnosisRecord, *, verbose: bool = False) -> str:
+    """Return the answer first, then each cause with its remedy, and accuracy; the indicators if verbose."""
+    lines = [f"{record.status}: {headline(record)}"]
     for culprit in record.culprits:
-        removed = "cannot be tried" if culprit.removed is None else f"{culprit.removed:.2g}"
-        lines.append(
-            f"  {culprit.cause}: introduces {culprit.introduced:.2g} sd alone; fixing it alone removes {removed}; "
-            f"{culprit.remedy}"
-        )
+        lines.append(f"  {name_of(culprit.cause)}: {culprit.remedy}")
+        if verbose:
+            removed = "cannot be tried" if culprit.removed is None else f"{culprit.removed:.2g}"
+            alone = f"introduces {culprit.introduced:.2g} sd alone; fixing it alone removes {removed}"
+            lines.append(f"    {alone}")
+    ready = about(record).ready if "fix" in dict(record.settings) else ""
+    lines += [f"  Ready to run: {ready}"] if ready else []
+    lines += [f"  accuracy, {a.prediction}: Dice {a.dice:.4f}" for a in record.accuracy if a.dice is not None]
+    lines += [f"  {f.line}" for f in record.findings]
+    return "\n".join([*lines, *(_indicators(record) if verbose else ())])
+
+
+def _indicators(record: DiagnosisRecord) -> list[str]:
     compared = record.tile_mismatch
-    lines += [
+    return [
+        f"  tiles of {_by_axis(record.tiling.tile)}, halo {halo_words(record.tiling.halo)}",
         _mismatch("tile against tile, all of the overlap", compared.overlap),
         _mismatch("tile against tile, beyond the halo", compared.beyond_halo),
         _mismatch("stitched against the whole", compared.whole),
         _mismatch("the same, causes fixed", record.after),
+        *(
+            f"  train/eval disparity, {t.composition}: mean {t.mismatch.mean_sd:.2g} sd"
+            for t in record.train_eval
+        ),
     ]
-    lines += [
-        f"  train/eval disparity, {t.composition}: mean {t.mismatch.mean_sd:.2g} sd"
-        for t in record.train_eval
-    ]
-    lines += [f"  accuracy, {a.prediction}: Dice {a.dice:.4f}" for a in record.accuracy if a.dice is not None]
-    lines += [f"  {f.line}" for f in record.findings]
-    return "\n".join(lines)
 
 
 def _mismatch(name: str, found: Mismatch | None) -> str:

@@ -6,7 +6,7 @@ import math
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -14,6 +14,7 @@ from normfix.cli.extents import Extents, HaloExtents, context_option
 from normfix.cli.failures import each
 from normfix.cli.options import Arguments, image_options, model_options, override_option
 from normfix.cli.outputs import is_saved, output, tell
+from normfix.cli.reports import known_of, reports_of, wants_pictures
 from normfix.cli.showing import (
     format_option,
     note,
@@ -21,11 +22,17 @@ from normfix.cli.showing import (
     require_reports,
     show,
     steps,
+    verbose_option,
     write_reports,
 )
 from normfix.cli.stages import blocks_of, engine_option, stage_options, watching
 from normfix.cli.texts import calibration_text, verdict_text
 from normfix.records.progress import Progress, silent
+from normfix.tiling.stages.cluster import require_cluster
+
+if TYPE_CHECKING:
+    from normfix.images.collections import ImageFiles
+    from normfix.reporting.maps import Maps
 
 __all__ = ["calibrate_command", "check_command"]
 
@@ -98,17 +105,18 @@ def calibrate_command(
     Example:
       normfix calibrate fixed other-images/ -o refitted
     """
-    arguments = Arguments.take(options)
-
-    from normfix.api.recalibration import calibrate
-    from normfix.networks.provenance import attach_, provenance_of
-    from normfix.storage.instructions import commands
-    from normfix.storage.saving import save
-    from normfix.tiling.stages.resuming import resumable
-
-    blocks = blocks_of(options, engine).sized(tile)
+    arguments = Arguments.take(options, [*images, *masks])
+    require_cluster(engine, options["scheduler"], options["store"])
     with ExitStack() as stack:
         place = stack.enter_context(output(out, is_saved))
+
+        from normfix.api.recalibration import calibrate
+        from normfix.networks.provenance import rescale_
+        from normfix.storage.instructions import commands
+        from normfix.storage.saving import save
+        from normfix.tiling.stages.resuming import resumable
+
+        blocks = blocks_of(options, engine).sized(tile)
         opened = arguments.open()
         stack.enter_context(resumable(blocks.store))  # until it is saved
         given: Any
@@ -130,9 +138,9 @@ def calibrate_command(
             output=arguments.output,
             progress=progress,
         )
-        known, stated = provenance_of(done.model), arguments.scaling()
-        if known is not None and stated is not None:  # the new statistics are of images scaled this way
-            attach_(done.model, replace(known, scaling=stated))
+        stated = arguments.scaling()
+        if stated is not None:  # the new statistics are of images scaled this way, also by window
+            rescale_(done.model, stated)
         progress("save", 0, 1)
         save(done, place.path)
         progress("save", 1, 1)
@@ -146,9 +154,8 @@ def calibrate_command(
 @click.option(
     "--tile",
     type=Extents(),
-    default=256,
-    show_default=True,
-    help="Tile size in pixels; one number, or one per axis, such as 32,128,128.",
+    help="Tile size in pixels; one number, or one per axis, such as 32,128,128. Default: 256, and smaller where it "
+    "would not divide the image; the output says which.",
 )
 @context_option()
 @click.option(
@@ -159,13 +166,15 @@ def calibrate_command(
 @image_options
 @override_option
 @report_option
+@verbose_option
 @format_option
 def check_command(
     images: tuple[str, ...],
-    tile: int | tuple[int, ...],
+    tile: int | tuple[int, ...] | None,
     halo: HaloExtents,
     threshold: float | None,
     reports: tuple[str, ...],
+    verbose: bool,
     format_: str,
     **options: Any,
 ) -> int:
@@ -179,19 +188,19 @@ def check_command(
       normfix check fixed nuclei.tif --tile 256 --report check.md --report check.xml
     """
     require_reports(reports)
-    arguments = Arguments.take(options)
+    arguments = Arguments.take(options, images)
 
     from normfix.proof.check import check
 
     opened = arguments.open()
     files = arguments.images(images, opened.model)
-    if len(files) > 1 and reports:
-        raise click.UsageError("--report is of one image; give one")
+    names = reports_of(reports, files.paths)
     passed: list[bool] = []
 
     def work(number: int, path: Path) -> None:
         with steps() as progress:
             progress(f"check {path.name}", 0, 1)
+            views: list[Maps] = []
             verdict = check(
                 opened.model,
                 files.read(number, path),
@@ -199,14 +208,14 @@ def check_command(
                 halo=halo,
                 threshold=threshold,
                 output=arguments.output,
+                viewer=views.append if wants_pictures(reports) else None,
             )
-        known = (("model", arguments.model), ("file", str(path)))
-        verdict = replace(verdict, settings=(*known, *verdict.settings))
+        verdict = replace(verdict, settings=(*known_of(path), *verdict.settings))
         try:
-            write_reports(reports, verdict)
+            write_reports(names[number], verdict, _in_its_colours(views, files, number, path))
         finally:
             name = f"{path}: " if len(files) > 1 else ""
-            show(verdict, f"{name}{verdict_text(verdict)}", format_)
+            show(verdict, f"{name}{verdict_text(verdict, verbose=verbose)}", format_)
         passed.append(verdict.passed)
 
     if len(files) == 1:
@@ -218,3 +227,15 @@ def check_command(
         note(f"Not checked: {', '.join(map(str, failed))}.")
         return 2
     return 0 if all(passed) else 1
+
+
+def _in_its_colours(views: list[Maps], files: ImageFiles, number: int, path: Path) -> Maps | None:
+    """Return what a report draws, with the image as it is in its file; None where nothing was compared."""
+    if not views:
+        return None
+    import numpy as np
+
+    pixels = files.unscaled().read(number, path)[0].float().numpy()
+    # the network may have been given it extended to an exact size
+    more = [(0, n - m) for n, m in zip(views[0].image.shape, pixels.shape, strict=True)]
+    return replace(views[0], image=np.pad(pixels, more, mode="edge"))

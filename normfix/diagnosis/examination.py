@@ -121,7 +121,7 @@ class Examination:
             findings=setting.findings + _findings(seen, any(cuts), pairs, setting.geometry),
             settings=(*settings(*home_of(setting.model)), ("experiments", "float64")),
         )
-        return record_, _maps(setting.scale(setting.image), seen, fixed, difference, slope, cuts)
+        return record_, _maps(setting, seen, fixed, difference, slope, cuts)
 
     def _present(self) -> frozenset[str]:
         return self.bench.everything()
@@ -292,16 +292,18 @@ def _findings(seen: _Seen, cut: bool, pairs: Overlaps, geometry: Geometry) -> tu
 
 
 def _maps(
-    image: Tensor,
+    setting: Setting,
     seen: _Seen,
     fixed: Trial,
     difference: Tensor,
     slope: Tensor,
     cuts: tuple[tuple[int, ...], ...],
 ) -> Maps:
-    parts = (image, seen.whole, seen.stitched, fixed.stitched, difference)
+    parts = (setting.scale(setting.image), seen.whole, seen.stitched, fixed.stitched, difference)
     image_, whole, stitched, repaired, apart = (p[0].float().cpu().numpy() for p in parts)
-    return Maps(image_, whole, stitched, repaired, apart, slope.numpy().astype(np.float32), cuts)
+    return Maps(
+        image_, whole, stitched, repaired, apart, slope.numpy().astype(np.float32), cuts, setting.kind
+    )
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -25,6 +25,7 @@ from normfix.proof.indicators import compare, spread_of
 from normfix.records.diagnoses import Culprit, Kind, Mismatch, Tiling
 from normfix.records.progress import Progress, silent
 from normfix.records.sites import Site
+from normfix.records.spans import in_strides
 from normfix.tiling.grid import Geometry
 from normfix.tiling.stitching import cropped, padded
 
@@ -36,7 +37,6 @@ NAMED = 1e-9
 UNKNOWN = "unknown"
 
 _REMEDIES = {
-    "halo": "read tiles with at least the exact halo, and crop it",
     "phase": "start tiles and windows on multiples of the stride",
     "last tile": "start the last tile on the grid as well",
     "border padding": "end windows where the image ends; the network pads there as it does for the whole image",
@@ -48,7 +48,7 @@ _REMEDIES = {
     "other": "none without retraining: it orders or transforms the whole extent",
     UNKNOWN: "not found; compare the layers' outputs of a tile and of the whole image",
 }
-_FREEZE = "freeze its statistic: normfix convert"
+_FREEZE = "freeze its statistic at the value of the whole image: normfix convert"
 
 Run = Callable[[nn.Module, Tensor], Tensor]
 Scale = Callable[[Tensor], Tensor]
@@ -214,11 +214,22 @@ def culprits(bench: Experiments) -> tuple[Culprit, ...]:
                     as_is.mismatch,
                     alone.mismatch,
                     without.mismatch if without is not None else None,
+                    _remedy(name, bench.geometry),
                 )
             )
     if not unfixable and nothing.mismatch.max_sd > NAMED:
-        found.append(_culprit(UNKNOWN, frozenset(), as_is.mismatch, nothing.mismatch, None))
+        found.append(
+            _culprit(UNKNOWN, frozenset(), as_is.mismatch, nothing.mismatch, None, _REMEDIES[UNKNOWN])
+        )
     return tuple(sorted(found, key=lambda c: -c.introduced))
+
+
+def _remedy(name: str, geometry: Geometry) -> str:
+    """Return what to do about a cause, in the numbers of the network."""
+    if name != "halo":
+        return _REMEDIES.get(name, _FREEZE)
+    need = ", ".join(f"{before}/{after}" for before, after in in_strides(geometry.halo, geometry.stride))
+    return f"read tiles with at least {need} pixels of context before and after them, per axis, and crop it"
 
 
 def _largest_change(a: Trial, b: Trial) -> float:
@@ -228,7 +239,7 @@ def _largest_change(a: Trial, b: Trial) -> float:
 
 
 def _culprit(
-    name: str, sites: frozenset[str], as_is: Mismatch, alone: Mismatch, without: Mismatch | None
+    name: str, sites: frozenset[str], as_is: Mismatch, alone: Mismatch, without: Mismatch | None, remedy: str
 ) -> Culprit:
     dice = (
         None if as_is.dice is None or without is None or without.dice is None else as_is.dice - without.dice
@@ -241,5 +252,5 @@ def _culprit(
         removed=None if without is None else as_is.mean_sd - without.mean_sd,
         introduced_dice=alone.dice,
         removed_dice=dice,
-        remedy=_REMEDIES.get(name, _FREEZE),
+        remedy=remedy,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, overload
+from typing import Any, Literal, TypedDict, get_args, overload
 
 from numpy.typing import NDArray
 from torch import nn
@@ -14,6 +14,7 @@ from normfix.diagnosis.accuracy import Labels
 from normfix.diagnosis.examination import Examination
 from normfix.diagnosis.pipeline import PipelineDiagnosis, PipelineOptions, diagnose_pipeline
 from normfix.diagnosis.setting import bench_of, prepare
+from normfix.errors import NormfixError
 from normfix.images.given import Given, images_of
 from normfix.images.sources import whole
 from normfix.networks.calling import Caller
@@ -105,18 +106,21 @@ class Diagnosis:
 
 @overload
 def diagnose(
-    model: nn.Module, image: Given, tile: int | Sequence[int] = 256, **options: Unpack[DiagnoseOptions]
+    model: nn.Module,
+    image: Given,
+    tile: int | Sequence[int] | None = None,
+    **options: Unpack[DiagnoseOptions],
 ) -> Diagnosis: ...
 @overload
 def diagnose(
     model: Callable[..., Any],
     image: Any,
-    tile: int | Sequence[int] = 256,
+    tile: int | Sequence[int] | None = None,
     **options: Unpack[PipelineOptions],
 ) -> PipelineDiagnosis: ...
 @undisturbed()
 def diagnose(
-    model: Any, image: Any, tile: int | Sequence[int] = 256, **options: Any
+    model: Any, image: Any, tile: int | Sequence[int] | None = None, **options: Any
 ) -> Diagnosis | PipelineDiagnosis:
     """Measure how tiles disagree and why, of a network or of a whole pipeline.
 
@@ -124,7 +128,7 @@ def diagnose(
         model: an nn.Module (options: those of `diagnose_network`), or a pipeline, `predict(image)` or, with
             `network=`, `predict(image, network)` (options: those of `diagnose_pipeline`).
         image: (1, C, *space); for a pipeline what it takes.
-        tile: pixels per axis.
+        tile: pixels per axis; default: at most 256, and smaller where windows would cover the image.
         **options: see there.
 
     Raises:
@@ -139,13 +143,13 @@ def diagnose(
     """
     if isinstance(model, nn.Module):
         return diagnose_network(model, image, tile, **options)
-    return diagnose_pipeline(model, image, tile, **options)
+    return diagnose_pipeline(model, image, tile or 256, **options)
 
 
 def diagnose_network(
     model: nn.Module,
     image: Given,
-    tile: int | Sequence[int] = 256,
+    tile: int | Sequence[int] | None = None,
     *,
     halo: int | Sequence[int] | Literal["auto"] = "auto",
     tiling: Tiling | None = None,
@@ -165,7 +169,7 @@ def diagnose_network(
     Args:
         model: in the mode it is used in (train mode is a cause of its own); not modified.
         image: (1, C, *space); also an array or a file, see normfix.convert.
-        tile: pixels per axis.
+        tile: pixels per axis; default: at most 256, and smaller where windows would cover the image.
         halo: pixels of context on every side; "auto" is what the network needs; one number, or one per axis.
         tiling: how the user's pipeline cuts, where it differs from normfix's own way; instead of tile and halo.
         kind: what the output means; default: recognised from its values.
@@ -180,9 +184,12 @@ def diagnose_network(
         progress: called with (stage, done, total); default: logged as normfix.progress, at level INFO.
 
     Raises:
-        NormfixError: NF601 where no geometry can be measured, NF602 for a tiling that does not fit, NF604 for
+        NormfixError: NF580 for another kind, NF601 where no geometry can be measured,
+            NF602 for a tiling that does not fit, NF604 for
             labels that do not, and codes of `scan` and of the image.
     """
+    if kind not in (None, *get_args(Kind)):
+        raise NormfixError("NF580", f"give {', '.join(get_args(Kind))}.", where=f"kind={kind!r}")
     known = provenance_of(model)
     caller = Caller.of(known, forward_fn, output)
     item = whole(images_of(image, model, caller=caller).only())
@@ -196,4 +203,4 @@ def diagnose_network(
         work = Examination(setting, bench_of(setting, progress), truth, tuple(batches), per_site, progress)
         cost = work.cost()
         announce(cost)
-        return Diagnosis(*work.measured(cost, converted, tile))
+        return Diagnosis(*work.measured(cost, converted, setting.tiling.tile if tile is None else tile))

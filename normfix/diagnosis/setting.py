@@ -29,6 +29,7 @@ from normfix.scanning.scan import look
 from normfix.scanning.sites import survey
 from normfix.tiling.geometry import Locality, measure_locality
 from normfix.tiling.grid import Geometry
+from normfix.tiling.stitching import dividing
 
 __all__ = ["Setting", "bench_of", "prepare"]
 
@@ -61,7 +62,7 @@ def prepare(
     image: Tensor,
     tiling: Tiling | None,
     *,
-    tile: int | Sequence[int],
+    tile: int | Sequence[int] | None,
     halo: int | Sequence[int] | Literal["auto"],
     kind: Kind | None,
     caller: Caller,
@@ -85,7 +86,7 @@ def prepare(
         for mode, net in ((False, evaluated), (True, trained))
     }
     geometry = seen.geometry or _geometry(evaluated, example, caller, live[False])
-    tiling = _completed(tiling, tile, halo, geometry, image.ndim - 2, bool(training))
+    tiling = _completed(tiling, tile, halo, geometry, image, bool(training))
     tiling, findings = _runs(evaluated, image, tiling, geometry, caller)
     with evaluating(evaluated), torch.no_grad():
         middle = caller(evaluated, example.to(*home_of(evaluated)))
@@ -180,22 +181,22 @@ def _wider(geometry: Geometry, extra: Sequence[int]) -> Geometry:
 
 def _completed(
     tiling: Tiling | None,
-    tile: int | Sequence[int],
+    tile: int | Sequence[int] | None,
     halo: int | Sequence[int] | Literal["auto"],
     geometry: Geometry,
-    ndim: int,
+    image: Tensor,
     training: bool,
 ) -> Tiling:
     """Return the user's tiling, or normfix's own with the tile and halo given."""
+    ndim, own_tile = image.ndim - 2, dividing(image, geometry)
     pairs = zip(geometry.halo, geometry.stride, strict=True)
     exact = tuple((round_up(b, s), round_up(a, s)) for (b, a), s in pairs)
     if tiling is None:
-        extents = (tile,) * ndim if isinstance(tile, int) else tuple(tile)
+        extents = (tile,) * ndim if isinstance(tile, int) else tuple(own_tile if tile is None else tile)
         sides = (halo,) * ndim if isinstance(halo, int) else halo
         own = exact if isinstance(sides, str) else tuple((n, n) for n in sides)
         tiling = Tiling(tile=extents, halo=own, train=training)
-    elif not tiling.halo:
-        tiling = replace(tiling, halo=exact)
+    tiling = replace(tiling, tile=tiling.tile or own_tile, halo=tiling.halo or exact)
     if not len(tiling.tile) == len(tiling.halo) == ndim or min(tiling.tile) < 1:
         raise NormfixError(
             "NF602",

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from normfix.errors import NormfixError
 from normfix.images.drafts import cannot_write, drafting, require_unnamed, reserve, sweep
-from normfix.images.formats import OUTPUTS, create, finish, suffix_of
+from normfix.images.formats import create, finish, suffix_of
 from normfix.images.formats.placement import Placement
+from normfix.images.names import require_image_name
 
 __all__ = [
     "KEEPING",
@@ -29,7 +30,6 @@ __all__ = [
     "digest_of_array",
     "laid_out",
     "named_axes",
-    "require_image_name",
     "require_new_image",
     "settled_axes",
     "to_tensor",
@@ -219,22 +219,6 @@ def require_new_image(path: Path) -> None:
     require_image_name(path)
     sweep(path.parent)
     require_unnamed(path)
-
-
-def require_image_name(path: Path) -> None:
-    """Refuse what no image can be written to.
-
-    Raises:
-        NormfixError: NF114 for another kind of file, or a folder that does not exist.
-    """
-    if suffix_of(path) not in OUTPUTS:
-        raise NormfixError(
-            "NF114",
-            "give a new name ending in .npy, .tif, .zarr, .nii or .nii.gz; nothing is overwritten.",
-            where=str(path),
-        )
-    if not path.parent.is_dir():
-        raise NormfixError("NF114", f"there is no folder {path.parent} to write it to.", where=str(path))
 
 
 def _guess(shape: tuple[int, ...], ndim: int, channels: Channels, where: str) -> str:

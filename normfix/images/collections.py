@@ -6,7 +6,6 @@ at a time, and the one that was read last is kept: a single image is decoded onc
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,14 +18,13 @@ from normfix.errors import NormfixError
 from normfix.images.axes import to_tensor
 from normfix.images.contents import Contents
 from normfix.images.files import read_all
-from normfix.images.formats import SUFFIXES, is_zarr, suffix_of
 from normfix.images.scaling import not_finite, overflown, scaled
 from normfix.images.sources import Image, TensorImage, middle_of, whole
 from normfix.images.views import Part
 from normfix.images.windows import Unread
 from normfix.records.saved import Scaling
 
-__all__ = ["ImageFiles", "Images", "find_images", "is_by_window"]
+__all__ = ["ImageFiles", "Images", "is_by_window"]
 
 
 Padding = Callable[[Sequence[int]], Sequence[int]]
@@ -165,6 +163,10 @@ class ImageFiles:
         for number, path in enumerate(self.paths):
             yield self.read(number, path)
 
+    def unscaled(self) -> ImageFiles:
+        """Return the same images as they are in their files, for pictures of them."""
+        return replace(self, scaling=Scaling(), tell=lambda text: None, _contents={}, _last={})
+
     def read(self, number: int, path: Path) -> Tensor:
         """Return the image of that number; raises as iterating does."""
         if number not in self._last:
@@ -189,37 +191,6 @@ class ImageFiles:
             array = read_all(window, path)
             self._contents[key] = window.contents
         return to_tensor(scaled(array, self.scaling, where)), window.planes
-
-
-def find_images(patterns: Sequence[str]) -> list[Path]:
-    """Return the image files that files, folders and globs name, sorted within each.
-
-    Raises:
-        NormfixError: NF101 if one of them names nothing.
-    """
-    found: list[Path] = []
-    for pattern in patterns:
-        try:
-            matched = _matched(pattern)
-        except OSError:  # no file can have such a name
-            matched = []
-        if not matched:
-            raise NormfixError(
-                "NF101",
-                f"there is no such image file, and no {', '.join(SUFFIXES)} file in it.",
-                where=pattern,
-            )
-        found += matched
-    return found
-
-
-def _matched(pattern: str) -> list[Path]:
-    path = Path(pattern)
-    if path.is_dir() and not is_zarr(path):
-        return sorted(p for p in path.iterdir() if suffix_of(p) in SUFFIXES)
-    if path.exists():
-        return [path]
-    return sorted(Path(p) for p in glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute globs
 
 
 def _require_like(image: Tensor, like: tuple[int, ...], where: str) -> None:

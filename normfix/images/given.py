@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from normfix.images.axes import Channels, to_tensor
-from normfix.images.collections import ImageFiles, Images, find_images, is_by_window
+from normfix.images.collections import ImageFiles, Images, is_by_window
 from normfix.images.files import open_windows
 from normfix.images.formats.opened import ArrayLike
+from normfix.images.names import find_images
 from normfix.images.opening import open_image, scaling_of
 from normfix.images.scaling import scaled
 from normfix.images.sources import Image

@@ -7,12 +7,13 @@ Whether numbers are logits is asked of all of them: probabilities lie from 0 to 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 from normfix.errors import NormfixError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = ["Logits", "Rendering"]
 
@@ -98,6 +99,8 @@ class Rendering:
 
     def dtype(self, count: int, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype that a network's output of so many channels will have."""
+        import torch
+
         match self.kind:
             case "classes":
                 return torch.uint8 if count <= 256 else torch.uint16
@@ -121,7 +124,7 @@ class Rendering:
             probabilities = probabilities.sigmoid()
         if self.kind == "probabilities":
             return probabilities
-        return (probabilities > self.threshold).to(torch.uint8) * _ON
+        return (probabilities > self.threshold).to(self.dtype(count, values.dtype)) * _ON
 
     def require_logits(self, least: float, most: float) -> None:
         """Refuse a prediction whose range says that it is probabilities where logits are meant, or the reverse.

@@ -21,7 +21,16 @@ from typing import Any
 
 from normfix.errors import NormfixError, printable
 
-__all__ = ["UnknownNameError", "file_named", "is_name", "is_named", "make_importable", "name_of", "named"]
+__all__ = [
+    "UnknownNameError",
+    "file_named",
+    "is_name",
+    "is_named",
+    "make_importable",
+    "name_of",
+    "named",
+    "require_findable",
+]
 
 _NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _IN_FILE = re.compile(r"(?P<path>.*\.py):(?P<attribute>[A-Za-z_][\w.]*)", re.DOTALL)
@@ -79,6 +88,22 @@ def named(name: str) -> Any:
             raise _without(module, found, part, name)
         found = getattr(found, part)
     return found
+
+
+def require_findable(name: str) -> None:
+    """Refuse what the caller names where there is no such module or file, without importing what there is.
+
+    Raises:
+        UnknownNameError: NF111.
+    """
+    file, top = file_named(name), name.partition(":")[0].partition(".")[0]
+    found = (
+        file.is_file()
+        if file is not None
+        else _is_installed(top) or PathFinder.find_spec(top, [str(Path.cwd())])
+    )
+    if not found:
+        named(name)
 
 
 def file_named(name: str) -> Path | None:

@@ -7,12 +7,13 @@ instance, `provenance_of` still returns it but `is_current` says that its geomet
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 from torch import nn
 
-from normfix.records.saved import Provenance
+from normfix.records.saved import Provenance, Scaling
 
-__all__ = ["SAID", "attach_", "is_current", "provenance_of"]
+__all__ = ["SAID", "attach_", "is_current", "provenance_of", "rescale_"]
 
 SAID = _NAME, _STRUCTURE = "_normfix_provenance", "_normfix_structure"
 """Attributes that say something of a network and compute nothing."""
@@ -33,6 +34,13 @@ def provenance_of(model: nn.Module) -> Provenance | None:
     """Return what travels with the model, or None if normfix did not convert it."""
     found = getattr(model, "__dict__", {}).get(_NAME)
     return found if isinstance(found, Provenance) else None
+
+
+def rescale_(model: nn.Module, scaling: Scaling) -> None:
+    """Say in place that the statistics of a converted network are those of images that are scaled so."""
+    known = provenance_of(model)
+    if known is not None:
+        model.__dict__[_NAME] = replace(known, scaling=scaling)
 
 
 def _structure(model: nn.Module) -> str:

@@ -20,6 +20,7 @@ from normfix.networks.provenance import provenance_of
 from normfix.networks.surroundings import undisturbed
 from normfix.proof.comparison import Network, compare, undecided
 from normfix.proof.cropping import check_pipeline
+from normfix.proof.views import Viewer, viewed
 from normfix.records.sites import Scan
 from normfix.records.sizes import ProvedSizes
 from normfix.records.verdicts import Verdict
@@ -29,7 +30,7 @@ from normfix.tiling.domain import judge_size
 from normfix.tiling.geometry import geometry_of, thinnest
 from normfix.tiling.grid import Geometry
 from normfix.tiling.recall import Recalling
-from normfix.tiling.stitching import tile_extents
+from normfix.tiling.stitching import dividing, tile_extents
 
 __all__ = ["CheckOptions", "assert_tile_invariant", "check", "compare_with", "with_reach"]
 
@@ -43,13 +44,18 @@ class CheckOptions(TypedDict, total=False):
     output: str | int | None
     stride: int
     margin: int | None
+    viewer: Viewer | None
+
+
+_TILE = 256
+"""Pixels of a pipeline's tiles per axis, where nobody stated them."""
 
 
 @undisturbed()
 def check(
     model: nn.Module | Callable[..., Any],
     image: Any,
-    tile: int | Sequence[int] = 256,
+    tile: int | Sequence[int] | None = None,
     *,
     halo: int | Sequence[int] | Literal["auto"] = "auto",
     threshold: float | None = None,
@@ -57,6 +63,7 @@ def check(
     output: str | int | None = None,
     stride: int = 32,
     margin: int | None = None,
+    viewer: Viewer | None = None,
 ) -> Verdict:
     """Compare stitched tiles with the whole image, in sd of the whole-image output.
 
@@ -65,7 +72,8 @@ def check(
             whole-image reference: it is compared with itself on crops (normfix.proof.cropping).
         image: (N, C, *space), larger than a window on at least one axis; also an array or a file, see
             normfix.convert; for a pipeline what it takes.
-        tile: pixels per axis, multiples of the stride.
+        tile: pixels per axis, multiples of the stride; default: at most 256, and smaller where windows would cover
+            the image. The verdict's settings say so.
         halo: pixels of context on every side; "auto" is what the network needs once nothing is live; one number,
             or one per axis.
         threshold: largest difference, in sd, that still passes with a warning; default 100 times the
@@ -74,6 +82,7 @@ def check(
         output: key or index of the output that counts.
         stride: of a pipeline's network; crops are multiples of it.
         margin: of a pipeline, pixels from a crop's cut that do not count; at least its network's halo.
+        viewer: is given the arrays that a report draws: image, whole, stitched, difference.
 
     Returns:
         The verdict: passed, failed or inconclusive, with findings.
@@ -92,25 +101,31 @@ def check(
             "NF410", "a threshold is a number of sd, 0 or more.", where=f"threshold={threshold}"
         )
     if not isinstance(model, nn.Module) and callable(model):
-        return check_pipeline(model, image, tile, stride=stride, margin=margin, threshold=threshold)
+        return check_pipeline(
+            model, image, tile or _TILE, stride=stride, margin=margin, threshold=threshold, viewer=viewer
+        )
     taken = images_of(image, model, caller=Caller.of(provenance_of(model), forward_fn, output))
     known = known_of(model, taken, forward_fn, output)
     exact = geometry_of(known.scan)
     geometry = with_halo(exact, halo)
     if geometry is None or exact is None:
         return undecided(known.scan)
-    item = images_of(taken, model, like=known.scan.example).only()
+    item = whole(images_of(taken, model, like=known.scan.example).only())
+    extents = dividing(item, geometry) if tile is None else tile
     verdict = compare_with(
         twin_of(model),
         known.caller,
-        whole(item),
+        item,
         geometry,
-        tile=tile,
+        tile=extents,
         threshold=threshold,
         exact_halo=exact.halo,
         live=known.live,
         sizes=known.scan.sizes,
+        viewer=viewer,
     )
+    if tile is None:
+        verdict = replace(verdict, settings=(*verdict.settings, ("tile", "chosen to divide the image")))
     return with_reach(verdict, known.scan)
 
 
@@ -122,7 +137,7 @@ def with_reach(verdict: Verdict, scan: Scan) -> Verdict:
 def assert_tile_invariant(
     model: nn.Module | Callable[..., Any],
     image: Any,
-    tile: int | Sequence[int] = 256,
+    tile: int | Sequence[int] | None = None,
     **options: Unpack[CheckOptions],
 ) -> Verdict:
     """Raise AssertionError unless `check` passes; an inconclusive check does not.
@@ -155,6 +170,7 @@ def compare_with(
     cross: Sequence[int] = (),
     double: nn.Module | None = None,
     sizes: ProvedSizes | None = None,
+    viewer: Viewer | None = None,
 ) -> Verdict:
     """Run `comparison.compare` on a model and a copy of it in float64.
 
@@ -171,10 +187,16 @@ def compare_with(
         cross: extents of the thinnest strip that it runs on; default: they are tried.
         double: a copy of it in float64; default: one is made.
         sizes: that the geometry is said of; the verdict says where these are outside.
+        viewer: is given what is compared.
     """
     double = double_of(model) if double is None else double
     device, dtype = home_of(model)
     tested = Recalling(partial(caller, model)) if run is None else run
+
+    def look(*parts: Any) -> None:
+        if viewer is not None:
+            viewer(viewed(*parts))
+
     network = Network(tested, partial(caller.in_double, double), dtype)
     with exact_arithmetic():
         return compare(
@@ -194,4 +216,5 @@ def compare_with(
             judgement=judge_size(
                 sizes, image.shape[2:], tile_extents(tile, geometry), geometry, image.shape[0]
             ),
+            look=look,
         )

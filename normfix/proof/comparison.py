@@ -19,11 +19,11 @@ from normfix.records.sites import Finding, Scan
 from normfix.records.spans import in_strides, round_up
 from normfix.records.verdicts import Verdict
 from normfix.tiling.domain import SizeVerdict
-from normfix.tiling.grid import Geometry, Tile, at, grid
+from normfix.tiling.grid import Geometry, Tile, at, cuts_of, grid
 from normfix.tiling.halo import interference
 from normfix.tiling.stitching import padded, stitch, tile_extents
 
-__all__ = ["EXCUSED", "ISOLATED", "Network", "compare", "undecided"]
+__all__ = ["EXCUSED", "ISOLATED", "Cuts", "Look", "Network", "compare", "undecided"]
 
 ISOLATED = 1e-11
 """Largest relative change of a tile under amplified interference in float64 that counts as none.
@@ -38,6 +38,11 @@ In half precision, or where activations are far from zero, the noise floor itsel
 """
 
 Function = Callable[[Tensor], Tensor]
+
+Cuts = tuple[tuple[int, ...], ...]
+
+Look = Callable[[Tensor, Tensor, Tensor, Cuts], None]
+"""Is shown an image, its prediction whole and stitched, and where tiles begin in it, per axis."""
 
 
 _INSIDE = SizeVerdict()
@@ -64,6 +69,7 @@ def compare(
     live: Sequence[str] = (),
     settings: tuple[tuple[str, str], ...] = (),
     judgement: SizeVerdict = _INSIDE,
+    look: Look = lambda image, whole, stitched, cuts: None,
 ) -> Verdict:
     """Compare tiles with the whole image.
 
@@ -79,6 +85,7 @@ def compare(
         live: names of live sites, as the probable cause of a failure.
         settings: recorded in the verdict.
         judgement: of the image's size. Where the network is another at this size, agreement decides nothing.
+        look: is shown what is compared.
 
     Raises:
         NormfixError: NF402 if the tile is not on the stride grid.
@@ -88,6 +95,7 @@ def compare(
     tiles = list(grid(whole_image.shape[2:], extents, geometry))
     whole = network.tested(whole_image)
     stitched = stitch(network.tested, whole_image, tiles)
+    look(whole_image, whole, stitched, cuts_of(tiles))
     spread = float(whole.double().std().nan_to_num(0, 0, 0))
     findings: list[Finding] = []
     if spread > 0:

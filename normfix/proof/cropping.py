@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from normfix.errors import NormfixError
 from normfix.networks.numerics import IDENTITY, exact_arithmetic, settings
 from normfix.proof.comparison import EXCUSED
-from normfix.proof.crops import Difference, crops, disagreement, predicted
+from normfix.proof.crops import Crop, Difference, crops, disagreement, predicted, put_back
 from normfix.proof.indicators import differences, recognise, spread_of
+from normfix.proof.views import Viewer, viewed
 from normfix.records.sites import Finding
 from normfix.records.verdicts import Verdict
+from normfix.reporting.maps import Maps
 
 __all__ = ["check_pipeline", "space_of"]
 
@@ -29,6 +33,7 @@ def check_pipeline(
     stride: int = 32,
     margin: int | None = None,
     threshold: float | None = None,
+    viewer: Viewer | None = None,
 ) -> Verdict:
     """Compare predict(image) with predict(crops of image), away from the cuts.
 
@@ -40,6 +45,7 @@ def check_pipeline(
         margin: pixels from a cut that do not count; default: a quarter of the smallest axis, at most 64. It must
             be at least the network's halo, else a correct pipeline differs too.
         threshold: largest difference in sd that passes; default 1e-3.
+        viewer: is given the whole prediction and that of the worst crop, put back into it.
 
     Raises:
         NormfixError: NF605 if the function fails, answers other extents, or another time something else.
@@ -65,7 +71,19 @@ def check_pipeline(
             disagreement(predict, image, space, whole, crop, cut)
             for crop in crops(size, extents, stride, cut)
         ]
+        worst = max(found, key=lambda d: d.max_sd, default=None)
+        if viewer is not None and worst is not None:
+            viewer(_view(predict, image, space, whole, worst.crop))
     return _verdict(found, sd, noise, threshold, extents, stride, cut, space)
+
+
+def _view(predict: Pipeline, image: Any, space: int, whole: Tensor, crop: Crop) -> Maps:
+    """Return the arrays of a crop that was predicted by itself, put back into the whole prediction."""
+    pixels = torch.as_tensor(np.asarray(image)).reshape(1, -1, *whole.shape[2:])
+    back, border = put_back(predict, image, space, whole, crop)
+    cuts = tuple((border,) if axis == crop.axis else () for axis in range(space))
+    view = viewed(pixels, whole, back, cuts)
+    return replace(view, names=("image predicted whole", "a crop predicted by itself, put back"))
 
 
 def space_of(image: Any) -> int:

@@ -23,7 +23,7 @@ from normfix.errors import NormfixError
 from normfix.networks.calling import failures
 from normfix.proof.indicators import compare, differences, recognise, spread_of
 
-__all__ = ["Crop", "Difference", "Predicts", "crops", "disagreement", "predicted"]
+__all__ = ["Crop", "Difference", "Predicts", "crops", "disagreement", "predicted", "put_back"]
 
 Predicts = Callable[[Any], Any]
 
@@ -87,10 +87,8 @@ def disagreement(
     predict: Predicts, image: Any, space: int, whole: Tensor, crop: Crop, margin: int
 ) -> Difference:
     """Compare the prediction of a crop with that of the image, away from the cut."""
-    n, dim = whole.shape[crop.axis + 2], image.ndim - space + crop.axis
-    start, length = (0 if crop.at_end else crop.pixels), n - crop.pixels
-    part = image[tuple(slice(start, start + length) if d == dim else slice(None) for d in range(image.ndim))]
-    here = predicted(predict, part, space)
+    start, here = _of_crop(predict, image, space, whole, crop)
+    length = here.shape[crop.axis + 2]
     kind = recognise(whole)
     sd = spread_of(whole, kind)
     skip = 0 if crop.at_end else margin
@@ -102,6 +100,22 @@ def disagreement(
     return Difference(
         crop, float(found.max()), float(found.mean()), same.dice if same else None, found.numel()
     )
+
+
+def put_back(predict: Predicts, image: Any, space: int, whole: Tensor, crop: Crop) -> tuple[Tensor, int]:
+    """Return the whole prediction with that of a crop in its place, and where the crop was cut."""
+    start, here = _of_crop(predict, image, space, whole, crop)
+    back, length = whole.clone(), here.shape[crop.axis + 2]
+    back.narrow(crop.axis + 2, start, length).copy_(here)
+    return back, length if crop.at_end else start
+
+
+def _of_crop(predict: Predicts, image: Any, space: int, whole: Tensor, crop: Crop) -> tuple[int, Tensor]:
+    """Return where a crop starts, and its prediction."""
+    n, dim = whole.shape[crop.axis + 2], image.ndim - space + crop.axis
+    start, length = (0 if crop.at_end else crop.pixels), n - crop.pixels
+    part = image[tuple(slice(start, start + length) if d == dim else slice(None) for d in range(image.ndim))]
+    return start, predicted(predict, part, space)
 
 
 def _tensor(answer: Any) -> Tensor:

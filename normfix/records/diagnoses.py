@@ -43,7 +43,7 @@ class Tiling(Record):
     """How a user's pipeline cuts an image; the default is what normfix itself does.
 
     `halo` holds (before, after) pixels of context that each tile of `tile` pixels is read with; empty means what
-    the network needs. `last` tells
+    the network needs, and an empty `tile` one that divides the image. `last` tells
     where the last window of an axis starts: on the grid, or pushed back so that it is a full one. `context`
     tells what lies beyond: the image up to its border, mirrored pixels beyond the image's border, or the tile's
     own pixels mirrored. `scaling` is applied to every window by itself, `train` leaves the network in train

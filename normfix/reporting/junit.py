@@ -11,6 +11,8 @@ import xml.etree.ElementTree as ET
 from normfix.records.diagnoses import DiagnosisRecord, PipelineRecord
 from normfix.records.encoding import Record
 from normfix.records.verdicts import Proof, Verdict
+from normfix.reporting.about import about
+from normfix.reporting.causes import name_of
 from normfix.reporting.sentences import headline
 
 __all__ = ["junit"]
@@ -23,17 +25,19 @@ _TAGS = {"failed": "failure", "refused": "failure", "inconclusive": "error", "in
 def junit(record: Record) -> str:
     """Return a <testsuites> document with the verdict and one case per named cause, or per step of a proof."""
     suite = ET.Element("testsuite", name="normfix")
-    place = _place(record)
+    place, compared = _place(record), _compared(record)
     cases = (
-        [(step.name, step.status, f"{step.claim}: {step.note}") for step in record.steps]
+        [(step.name + compared, step.status, f"{step.claim}: {step.note}") for step in record.steps]
         if isinstance(record, Proof)
-        else [(f"tile-invariant{_compared(record)}", _status(record), headline(record))]
+        else [(f"tile-invariant{compared}", _status(record), headline(record))]
     )
     for culprit in record.culprits if isinstance(record, DiagnosisRecord | PipelineRecord) else ():
         evidence = (
             getattr(culprit, "evidence", "") or f"introduces {getattr(culprit, 'introduced', 0):.2g} sd"
         )
-        cases.append((f"cause: {culprit.cause}", "failed", f"{evidence}. {culprit.remedy}"))
+        cases.append(
+            (f"cause: {name_of(culprit.cause)}{compared}", "failed", f"{evidence}. {culprit.remedy}")
+        )
     for name, outcome, message in cases:
         case = ET.SubElement(suite, "testcase", classname=place, name=_clean(name))
         if outcome != "passed":
@@ -50,18 +54,14 @@ def junit(record: Record) -> str:
 
 def _place(record: Record) -> str:
     """Return what tells the cases of one network from those of another."""
-    named = dict(getattr(record, "settings", ()))
-    return _clean(".".join(["normfix", *filter(None, [named.get("model") or named.get("network")])]))
+    return _clean(f"normfix.{about(record).model}")
 
 
 def _compared(record: Record) -> str:
-    """Return what tells two checks of one network apart: image and tile."""
-    if not isinstance(record, Verdict):
-        return ""
-    named = dict(record.settings)
-    image = named.get("file") or named.get("image")
-    tile = "x".join(map(str, record.tile))
-    return f"[{', '.join(filter(None, [image, f'tile {tile}' if tile else '']))}]"
+    """Return what tells two results of one network apart: image and tile."""
+    facts = dict(about(record).facts)
+    tiles = facts.get("tiles", "").replace(" × ", "x")
+    return f"[{', '.join(filter(None, [facts['image'], f'tile {tiles}' if tiles else '']))}]"
 
 
 def _status(record: Record) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from normfix.records.spans import in_strides
+from normfix.reporting.causes import name_of, reason_of
 
 __all__ = ["markdown", "render"]
 
@@ -22,12 +23,15 @@ def render(template: str, *, pictures: Mapping[str, bytes], **values: Any) -> st
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["in_strides"] = in_strides
+    environment.filters |= {"cause": name_of, "in_strides": in_strides, "reason": reason_of, "uri": _uri}
     environment.filters["sd"] = lambda value: "–" if value is None else f"{value:.2g}"
-    embedded = {
-        name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in pictures.items()
-    }
+    embedded = {name: _uri(png) for name, png in pictures.items()}
     return environment.get_template(template).render(pictures=embedded, **values)
+
+
+def _uri(png: bytes) -> str:
+    """Return a picture as an address that holds it."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def markdown(package: str, template: str, **values: Any) -> str:

@@ -6,12 +6,15 @@ All say the same: the verdict first, then the numbers behind it. A page is one f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from normfix.records.diagnoses import DiagnosisRecord, PipelineRecord
 from normfix.records.encoding import Record
 from normfix.records.verdicts import Proof, Verdict
+from normfix.reporting.about import about
+from normfix.reporting.causes import name_of
 from normfix.reporting.junit import junit
 from normfix.reporting.maps import Maps
 from normfix.reporting.page import render
@@ -35,18 +38,18 @@ def text_of(
 
 def fragment(record: DiagnosisRecord, maps: Maps) -> str:
     """Return the verdict and the pictures for a notebook cell."""
-    return render("fragment.html", pictures=_pictures(record, maps), record=record, headline=headline(record))
+    return render("fragment.html", pictures={}, record=record, headline=headline(record), views=_views(maps))
 
 
 def _page(record: Record, maps: Maps | None) -> str:
+    shared: dict[str, Any] = {"headline": headline(record), "about": about(record), "views": _views(maps)}
     if isinstance(record, DiagnosisRecord):
-        pictures = _pictures(record, maps) if maps is not None else {}
-        return render("diagnosis.html", pictures=pictures, record=record, headline=headline(record))
+        return render("diagnosis.html", pictures={}, record=record, **shared, **_charts(record, maps))
     if isinstance(record, Proof):
-        return render("proof.html", pictures={}, proof=record, headline=headline(record))
+        return render("proof.html", pictures={}, proof=record, **shared)
     verdict = record.verdict if isinstance(record, PipelineRecord) else record
     pipeline = record if isinstance(record, PipelineRecord) else None
-    return render("verdict.html", pictures={}, verdict=verdict, pipeline=pipeline, headline=headline(record))
+    return render("verdict.html", pictures={}, verdict=verdict, pipeline=pipeline, **shared)
 
 
 def _markdown(record: Record) -> str:
@@ -58,10 +61,12 @@ def _markdown(record: Record) -> str:
         lstrip_blocks=True,
     )
     environment.filters["sd"] = lambda value: "" if value is None else f"{value:.2g}"
-    environment.filters["cell"] = _cell
+    environment.filters |= {"cause": name_of, "cell": _cell}
     names = {"DiagnosisRecord": "diagnosis.md", "PipelineRecord": "pipeline.md", "Proof": "proof.md"}
     name = names.get(type(record).__name__, "verdict.md")
-    return environment.get_template(name).render(record=record, headline=headline(record))
+    return environment.get_template(name).render(
+        record=record, headline=headline(record), about=about(record)
+    )
 
 
 def _cell(value: object) -> str:
@@ -72,18 +77,24 @@ def _cell(value: object) -> str:
     return text
 
 
-def _pictures(record: DiagnosisRecord, maps: Maps) -> dict[str, bytes]:
-    from normfix.reporting.drawing import bars, course, field_picture, seams, sides
+def _views(maps: Maps | None) -> dict[str, Any] | None:
+    if maps is None:
+        return None
+    from normfix.reporting.scenes import scenes
 
-    drawn = {
-        "seams": seams(maps.image, maps.difference, maps.cuts),
-        "sides": sides(maps.whole, maps.stitched, maps.fixed, maps.cuts),
-    }
-    if record.profile is not None:
+    close, everything = scenes(maps)
+    return {"close": close, "everything": everything}
+
+
+def _charts(record: DiagnosisRecord, maps: Maps | None) -> dict[str, Any]:
+    """Return the charts of a diagnosis, and how wide the bars of its causes are in percent."""
+    from normfix.reporting.drawing import course, field_picture
+
+    drawn: dict[str, Any] = {"course": None, "field": None}
+    if maps is not None and record.profile is not None:
         halo = max(max(pair) for pair in record.exact_halo)
         drawn["course"] = course(record.profile, record.noise, halo)
-    if record.culprits:
-        drawn["bars"] = bars(record.culprits)
-    if record.receptive_field is not None:
+    if maps is not None and maps.gradient is not None and record.receptive_field is not None:
         drawn["field"] = field_picture(maps.gradient, record.receptive_field)
-    return drawn
+    most = max([c.introduced for c in record.culprits], default=0) or 1
+    return {**drawn, "width": lambda value: f"{40 * min(max(value or 0, 0) / most, 1):.1f}"}

@@ -7,6 +7,7 @@ from collections import Counter
 from normfix.records.diagnoses import DiagnosisRecord, PipelineRecord
 from normfix.records.encoding import Record
 from normfix.records.verdicts import Proof, Verdict
+from normfix.reporting.causes import name_of
 
 __all__ = ["duration_text", "explanation", "headline"]
 
@@ -31,7 +32,10 @@ def explanation(verdict: Verdict) -> str:
     what = f"{named.get('network', 'The pipeline')} on an image of {named.get('image', 'one size')}"
     tile = "x".join(map(str, verdict.tile)) or "no size"
     size = f"up to {verdict.max_sd:.2g} sd from the whole image, where {verdict.threshold:.1g} passes"
-    lines = [f"{verdict.status}: {_cause(verdict)}", f"{what}, tiles of {tile}: {size}."]
+    first = f"{_cause(verdict)}{_fix(verdict)}"
+    if verdict.findings and not _live(verdict):
+        first = verdict.findings[0].line
+    lines = [f"{verdict.status}: {first}", f"{what}, tiles of {tile}: {size}."]
     others = [f for f in verdict.findings if f.code != "NF401"] if _live(verdict) else verdict.findings[1:]
     lines += [f.line[:_WIDTH] for f in others[:_MOST_LINES]]
     if len(others) > _MOST_LINES:
@@ -43,21 +47,39 @@ def _live(verdict: Verdict) -> list[str]:
     return [f.where for f in verdict.findings if f.code == "NF401"]
 
 
+def _kind(site: str) -> str:
+    """Return what a site is, by the function in its name, as people call it.
+
+    >>> _kind("encoder.1/0/instance_norm/0"), _kind("pool/0/mean/0")
+    ('InstanceNorm', 'mean')
+    """
+    function = site.split("/")[-2] if site.count("/") > 1 else site
+    return (
+        "".join(part.capitalize() for part in function.split("_")) if function.endswith("_norm") else function
+    )
+
+
 def _cause(verdict: Verdict) -> str:
     """Say what makes tiles differ and what to do about it; live statistics before what follows from them."""
     live = _live(verdict)
     if not live:
         first = verdict.findings[:1]
         return first[0].message if first else "tiles differ from the whole image."
-    kinds = Counter(site.split("/")[-2] if site.count("/") > 1 else site for site in live)
+    kinds = Counter(map(_kind, live))
     counted = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(4))
-    named = dict(verdict.settings)
-    model, image = named.get("model", "MODEL"), named.get("file", "IMAGE")
     one = len(live) == 1
     return (
         f"{len(live)} statistic{'' if one else 's'} {'is' if one else 'are'} computed from the tile ({counted}; "
-        f"first {live[0]}). Freeze {'it' if one else 'them'}: normfix convert {model} {image} --to frozen -o FIXED."
+        f"first {live[0]})."
     )
+
+
+def _fix(verdict: Verdict) -> str:
+    """Say what takes the cause away, where it is a live statistic."""
+    if not _live(verdict):
+        return ""
+    fix = dict(verdict.settings).get("fix", "normfix convert MODEL IMAGE --to frozen -o FIXED")
+    return f" To freeze {'it' if len(_live(verdict)) == 1 else 'them'}: {fix}"
 
 
 def _diagnosis(record: DiagnosisRecord) -> str:
@@ -67,7 +89,7 @@ def _diagnosis(record: DiagnosisRecord) -> str:
     if record.status == "passed":
         largest = "" if whole is None else f", which differ by {whole.max_sd:.1g} sd at most: rounding"
         return f"Tiles agree with the whole image{largest}."
-    names = [c.cause for c in record.culprits]
+    names = [name_of(c.cause) for c in record.culprits]
     causes = names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
     size = "" if whole is None else f" by {whole.mean_sd:.2g} sd on average and up to {whole.max_sd:.2g} sd"
     return f"Tiles disagree with the whole image{size}. The cause{'s' * (len(names) > 1)}: {causes}."
@@ -90,7 +112,7 @@ def _pipeline(record: PipelineRecord) -> str:
         return _verdict(record.verdict)
     return (
         "The pipeline's result depends on where its tiles fall: "
-        + ", ".join(c.cause for c in record.culprits)
+        + ", ".join(name_of(c.cause) for c in record.culprits)
         + "."
     )
 

@@ -37,12 +37,13 @@ from normfix.storage.opening.allocation import Stored, bounded_by
 from normfix.storage.opening.factories import built, dumped, rebuild
 from normfix.storage.opening.formats.exported import read_program
 from normfix.storage.opening.gate import FACTORIES, library, vouched
-from normfix.storage.opening.hub import HUB, fetched, require_repository
+from normfix.storage.opening.hub import fetched, require_repository
 from normfix.storage.opening.request import Loaded, Request
 from normfix.storage.opening.tensors import read_weights
 from normfix.storage.opening.workload import Workload
 from normfix.storage.probe import require_probe
 from normfix.storage.programs import SUFFIX, open_program
+from normfix.storage.spec import HUB
 
 __all__ = ["Architecture", "load", "open_any"]
 

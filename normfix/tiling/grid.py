@@ -9,14 +9,14 @@ tile of a few pixels reads further back, since a network may not run on a window
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from types import EllipsisType
 
 from normfix.records.spans import Spans, round_up
 
-__all__ = ["Geometry", "Tile", "at", "grid", "window_sizes"]
+__all__ = ["Geometry", "Tile", "at", "cuts_of", "grid", "window_sizes"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +41,19 @@ class Geometry:
         pairs = zip(size, self.stride, strict=True)
         return tuple(max(stride, min(256, n // 4) // stride * stride) for n, stride in pairs)
 
+    def dividing(self, size: Sequence[int], most: int = 256) -> tuple[int, ...]:
+        """Return a tile that divides an image: of at most so many pixels, and smaller where windows would cover it.
+
+        Where the halo leaves no such tile on an axis, it is half the image.
+
+        Example:
+            >>> g = Geometry(stride=(4,) * 2, halo=((6, 6),) * 2, scale=(Fraction(1),) * 2, multiple=(4,) * 2)
+            >>> g.dividing((1024, 64)), g.dividing((24, 12))
+            ((256, 32), (12, 4))
+        """
+        axes = zip(size, self.stride, self.halo, strict=True)
+        return tuple(_dividing(n, stride, round_up(after, stride), most) for n, stride, (_, after) in axes)
+
 
 @dataclass(frozen=True, slots=True)
 class Tile:
@@ -62,6 +75,12 @@ class Tile:
 def at(spans: Sequence[slice]) -> tuple[EllipsisType | slice, ...]:
     """Return the index that applies one slice per spatial axis to a tensor (N, C, *space)."""
     return (..., *spans)
+
+
+def cuts_of(tiles: Iterable[Tile]) -> tuple[tuple[int, ...], ...]:
+    """Return per axis where, in the output, a new tile starts."""
+    starts = zip(*([span.start for span in tile.write] for tile in tiles), strict=True)
+    return tuple(tuple(sorted({start for start in axis if start > 0})) for axis in starts)
 
 
 def grid(size: Sequence[int], tile: Sequence[int], geometry: Geometry) -> Iterator[Tile]:
@@ -92,6 +111,12 @@ def window_sizes(size: Sequence[int], tile: Sequence[int], geometry: Geometry) -
     """
     reads = ([read for read, _, _ in spans] for spans in _spans_by_axis(size, tile, geometry))
     yield from itertools.product(*({read.stop - read.start for read in axis} for axis in reads))
+
+
+def _dividing(n: int, stride: int, after: int, most: int) -> int:
+    """Return the largest of three tiles whose first window ends before an axis of n pixels does."""
+    tiles = [max(stride, extent // stride * stride) for extent in (min(most, n), n // 2, n // 4)]
+    return next((tile for tile in tiles if tile + after < n), tiles[1])
 
 
 def _spans_by_axis(

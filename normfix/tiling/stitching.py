@@ -14,7 +14,7 @@ from normfix.errors import NormfixError
 from normfix.records.progress import LOGGER
 from normfix.tiling.grid import Geometry, Tile, at, grid
 
-__all__ = ["cropped", "padded", "stitch", "tile_extents", "tiled"]
+__all__ = ["cropped", "dividing", "padded", "stitch", "tile_extents", "tiled"]
 
 Function = Callable[[Tensor], Tensor]
 
@@ -65,6 +65,12 @@ def cropped(output: Tensor, size: Sequence[int], scale: Sequence[Fraction]) -> T
     """Cut the output of a padded image back to the part that belongs to the image of `size`."""
     extents = (-int(-(n * s) // 1) for n, s in zip(size, scale, strict=True))
     return output[at([slice(0, n) for n in extents])]
+
+
+def dividing(image: Tensor, geometry: Geometry) -> tuple[int, ...]:
+    """Return tiles that divide an image (N, C, *space); see `Geometry.dividing`."""
+    size = image.shape[2:]
+    return geometry.dividing([n + more for n, more in zip(size, geometry.padding(size), strict=True)])
 
 
 def tile_extents(tile: int | Sequence[int], geometry: Geometry) -> tuple[int, ...]:

@@ -160,7 +160,9 @@ def test_check_of_a_converted_network_passes(run, fixed, image):
 def test_check_of_a_live_network_fails(run, image):
     """`check` on a live network exits 1 and names the live sites."""
     done = run("check", ARCH, image, "--scale", "zscore", "--tile", 32)
-    assert (done.code, done.out.startswith("failed"), "NF401" in done.out) == (1, True, True)
+    assert done.code == 1
+    assert done.out.startswith("failed: 2 statistics are computed from the tile (")
+    assert f"normfix convert {ARCH} {image} --scale zscore --to frozen" in done.out
 
 
 @pytest.mark.parametrize("command", ["check", "predict", "prove"])
@@ -381,7 +383,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[str, list]]:
         "keep of nothing": ("NF204", [ARCH, *image, "--keep", "nothing.*", *frozen]),
         "device": ("NF116", [ARCH, *image, "--device", "warp:0", *frozen]),
         "output exists": ("NF114", [ARCH, *image, "--to", "frozen", "-o", folder / "taken"]),
-        "report nowhere": ("NF114", [ARCH, *image, *frozen, "--report", folder / "no" / "r.json"]),
+        "report nowhere": ("NF114", [ARCH, *image, *frozen, "--report", folder / "image.tif" / "r.json"]),
         "no plan file": ("NF101", [ARCH, *image, "--plan", folder / "no.json", *out]),
         "bad plan file": ("NF101", [ARCH, *image, "--plan", folder / "bad.json", *out]),
         "plan of nothing": ("NF108", [ARCH, *image, "--plan", folder / "list.json", *out]),
@@ -498,8 +500,9 @@ def test_a_tile_off_the_grid_is_refused(run, fixed, image, tile):
 
 @pytest.mark.parametrize("out", ["old.tif", "p.png", "no/p.tif"])
 def test_an_output_is_refused_before_anything_is_computed(run, tmp_path, out):
-    """`predict` looks at -o before it opens the model, which is missing here."""
-    (tmp_path / "old.tif").write_text("mine")
+    """`predict` looks at -o before it opens the model, which is none here."""
+    for name in ("old.tif", "no.pt", "no.tif"):
+        (tmp_path / name).write_text("mine")
     assert_refused(run("predict", tmp_path / "no.pt", tmp_path / "no.tif", "-o", tmp_path / out), "NF114")
     assert (tmp_path / "old.tif").read_text() == "mine"
 

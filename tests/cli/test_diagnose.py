@@ -65,7 +65,7 @@ def test_check_is_a_gate_with_reports(run, image, tmp_path, words, code):
     """What is no pass exits 1, writes what CI reads, and prints the rule."""
     summary, cases, data = (tmp_path / f"check.{ending}" for ending in ("md", "xml", "json"))
     flags = ("--report", summary, "--report", cases, "--report", data)
-    found, out, _ = run("check", ARCH, image, "--scale", "zscore", *words, *flags)
+    found, out, _ = run("check", ARCH, image, "--scale", "zscore", *words, *flags, "-v")
     assert found == code
     assert "4 n, at most 1e-3" in out
     verdict = Verdict.from_json(json.loads(data.read_text()))
@@ -77,17 +77,20 @@ def test_check_is_a_gate_with_reports(run, image, tmp_path, words, code):
 
 @pytest.mark.parametrize("command", ["check", "diagnose"])
 def test_a_report_that_cannot_be_is_refused_first(run, image, tmp_path, command):
-    """An unknown ending or a missing folder exits 2 before the network is opened."""
-    for name, code in (("report.pdf", "NF610"), ("no/report.md", "NF114")):
+    """An unknown ending or a file in place of the folder exits 2 before the network is opened."""
+    for name, code in (("report.pdf", "NF610"), ("image.tif/report.md", "NF114")):
         found, out, err = run(command, "no.module:factory", image, "--report", tmp_path / name)
         assert (found, out) == (2, "")
         assert code in err
 
 
 def test_several_images_have_one_code(run, image, tmp_path):
-    """The worst image decides; labels and reports belong to one."""
+    """The worst image decides; labels belong to one, and each has a report of its own."""
     words = ("diagnose", ARCH, image, image, "--scale", "zscore", "--tile", 32)
-    code, out, _ = run(*words)
+    code, out, _ = run(*words, "-v", "--report", tmp_path / "r.md")
     assert code == 1
     assert out.count("tile against tile, beyond the halo") == 2
-    assert run(*words, "--report", tmp_path / "r.html")[0] == 2
+    told = [(tmp_path / name).read_text() for name in ("r-image.md", "r-image-2.md")]
+    ready = f"normfix convert {ARCH} {image} --scale zscore --to frozen -o fixed"
+    assert all(ready in text for text in (*told, out))
+    assert run(*words, "--labels", image)[0] == 2

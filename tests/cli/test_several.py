@@ -128,7 +128,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_would_be_written_over_is_refused_first(run, fixed, images, tmp_path, monkeypatch, name):
-    """Names that cannot be are refused before the model is opened, and nothing is written."""
+    """Names that cannot be are refused before the model (no model at all) is opened, and nothing is written."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "empty").mkdir()
@@ -137,7 +137,7 @@ def test_what_would_be_written_over_is_refused_first(run, fixed, images, tmp_pat
     (tmp_path / "plain").write_text("mine")
     before = names(tmp_path), names(images)
     words, code = REFUSED[name]
-    done = run("predict", "no-such-model.pt", *words)
+    done = run("predict", images / "c.tiff", *words)
     assert (done[0], done[2].split()[0]) == (2, code)
     assert (names(tmp_path), names(images)) == before
 
@@ -153,9 +153,8 @@ def test_a_folder_is_checked(run, fixed, images):
     """Each verdict follows its image's name, and all must pass."""
     code, out, err = run("check", fixed, images, "--tile", 16)
     assert code == 0
-    assert [line for line in out.splitlines() if line.startswith(str(images))] == [
-        f"{images / name}: passed" for name in ("a.tif", "b.npy", "c.tiff")
-    ]
+    for line, name in zip(out.splitlines(), ("a.tif", "b.npy", "c.tiff"), strict=True):
+        assert line.startswith(f"{images / name}: passed: tile-invariant.")
     assert "3 of 3 images passed" in err
 
 
@@ -176,7 +175,16 @@ def test_a_damaged_image_is_no_passed_check(run, fixed, images):
     assert f"Not checked: {images / 'b.npy'}." in err
 
 
-def test_a_report_is_of_one_image(run, fixed, images):
-    """Several images have no common report."""
-    code, _, err = run("check", fixed, images, "--report", "r.md")
-    assert (code, "one image" in err) == (2, True)
+def test_each_image_has_a_report_of_its_own(run, fixed, images, tmp_path):
+    """Named after it, in a folder that is made; pages have the picture."""
+    flags = [word for ending in ("html", "xml") for word in ("--report", tmp_path / "new" / f"r.{ending}")]
+    assert run("check", fixed, images, "--tile", 16, *flags)[0] == 0
+    assert names(tmp_path / "new") == {f"r-{name}.{ending}" for name in "abc" for ending in ("html", "xml")}
+    page = (tmp_path / "new/r-c.html").read_text(encoding="utf-8")
+    assert str(images / "c.tiff") in page
+    assert "image" in page
+    assert page.count("<img") > 5
+    cases = {
+        (tmp_path / f"new/r-{name}.xml").read_text().split('testcase classname="')[1][:400] for name in "abc"
+    }
+    assert len(cases) == 3

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import normfix
 from normfix.diagnosis.accuracy import Labels
 from normfix.errors import NormfixError
 
@@ -31,3 +32,9 @@ def test_labels_that_fit_the_output_judge_it(labels, kind, channels):
     score = torch.stack([n == CLASSES for n in range(3)]).float()[None] * 2 - 1
     score = score if channels == 3 else (CLASSES > 0)[None, None].float() * 2 - 1
     assert truth.row("perfect", score).dice == 1
+
+
+def test_a_kind_that_is_none_is_refused():
+    """A slip would be read as numbers without a Dice."""
+    with pytest.raises(NormfixError, match="NF580"):
+        normfix.diagnose(torch.nn.Conv2d(1, 1, 3), torch.rand(1, 1, 32, 32), 16, kind="loggits")

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from normfix.errors import NormfixError
-from normfix.images.collections import ImageFiles, Images, find_images
+from normfix.images.collections import ImageFiles, Images
 from normfix.images.files import open_windows
+from normfix.images.names import find_images
 from normfix.images.sources import whole
 from normfix.images.windows import ScaledImage, windowed
 

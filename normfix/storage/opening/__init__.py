@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from normfix.errors import NormfixError
-from normfix.networks.naming import is_named
 from normfix.storage.opening.allocation import bounded_by
 from normfix.storage.opening.factories import build
 from normfix.storage.opening.formats import FORMATS, Format
 from normfix.storage.opening.formats.exported import read_program
-from normfix.storage.opening.hub import HUB, fetched, require_repository
+from normfix.storage.opening.hub import fetched, require_repository
 from normfix.storage.opening.pretrained import folder_weights
 from normfix.storage.opening.request import Loaded, Request, factory, unreadable
 from normfix.storage.opening.state_dicts import filled
 from normfix.storage.opening.tensors import read_weights
+from normfix.storage.spec import ENDINGS, HUB, is_factory, require_spec
 
 __all__ = [
     "HUB",
@@ -38,8 +38,6 @@ __all__ = [
     "read_weights",
     "require_repository",
 ]
-
-_ENDINGS = (".pt", ".pth", ".ckpt", ".safetensors", ".pytorch", ".pt2", ".bin")
 
 
 def open_model(
@@ -88,14 +86,10 @@ def open_spec(spec: str, request: Request, revision: str | None = None) -> Loade
     path = Path(spec)
     if os.path.exists(path):  # noqa: PTH110 - Path.exists raises where a name is too long to be a file
         return open_path(path, request)
-    if is_named(spec) and path.suffix not in _ENDINGS:
-        source = factory(spec, request.arch_args or {})
-        return Loaded(build(source), source, _random_weights(spec, request.arch_args or {}))
-    raise NormfixError(
-        "NF101",
-        "no such file, and no name of the form timm:NAME, hf-hub:ORG/NAME or pkg.module:factory.",
-        where=spec[:200],
-    )
+    if not is_factory(spec):
+        require_spec(spec)
+    source = factory(spec, request.arch_args or {})
+    return Loaded(build(source), source, _random_weights(spec, request.arch_args or {}))
 
 
 def open_path(path: Path, request: Request) -> Loaded:
@@ -136,7 +130,7 @@ def _open_folder(path: Path, request: Request) -> Loaded:
     """Fill the network the caller names from a folder of weights; else say what the folder holds."""
     if request.named is not None:
         return filled(folder_weights(path, request), path, request.named, request)
-    holds = sorted(p.name for p in path.iterdir() if p.suffix in _ENDINGS)
+    holds = sorted(p.name for p in path.iterdir() if p.suffix in ENDINGS)
     inside = f"Weights in it: {', '.join(holds[:6])}; give one of them" if holds else "Give a file"
     raise NormfixError(
         "NF101",

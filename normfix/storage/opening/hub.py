@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 from normfix.errors import NormfixError
+from normfix.storage.spec import HUB
 
-__all__ = ["HUB", "fetched", "require_repository"]
+__all__ = ["fetched", "require_repository"]
 
-HUB = "hf-hub:"
 _NAME = re.compile(r"hf-hub:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _WANTED = (
     *("*.json", "*.yml", "*.yaml", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pytorch", "*.pt2"),

@@ -11,6 +11,7 @@ from typing import Literal
 
 from normfix.errors import NormfixError
 from normfix.images.sources import Image
+from normfix.tiling.stages.cluster import require_cluster
 from normfix.tiling.stages.dask import Dask
 from normfix.tiling.stages.engines import Engine, Local
 from normfix.tiling.stages.journal import Journal
@@ -64,24 +65,11 @@ class Blocks:
     watch: Watch | None = None
 
     def __post_init__(self) -> None:
-        if self.engine not in ("local", "dask"):
-            raise NormfixError("NF410", "give local or dask.", where=f"engine={self.engine!r}")
+        require_cluster(self.engine, self.scheduler, self.store)
         if self.workers < 1:
             raise NormfixError("NF410", "give 1 or more.", where=f"workers={self.workers!r}")
         if self.tile is not None:
             self.extents(len(self.tile) if isinstance(self.tile, Sequence) else 1)
-        if self.engine == "local" and self.scheduler is not None:
-            raise NormfixError(
-                "NF334", 'a scheduler belongs to engine "dask" (--engine dask).', where=self.scheduler
-            )
-        if self.engine == "dask" and (self.scheduler is None or self.store is None):
-            missing = "a store" if self.scheduler else "the scheduler's address (--scheduler tcp://HOST:8786)"
-            raise NormfixError(
-                "NF334",
-                f"a cluster needs {missing}. Its workers meet in a store that all of them see: --store FOLDER on "
-                "shared storage.",
-                where="engine dask",
-            )
 
     @property
     def asked(self) -> bool:

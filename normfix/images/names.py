@@ -1,0 +1,72 @@
+"""Names of images: which files a name means, and what an image can be written to; told without torch."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
+
+from normfix.errors import NormfixError
+from normfix.images.formats import OUTPUTS, SUFFIXES, is_zarr, suffix_of
+
+__all__ = ["find_images", "require_image_name"]
+
+_MOST = 1000
+"""Names of a folder that are looked through for a hint."""
+
+
+def find_images(patterns: Sequence[str]) -> list[Path]:
+    """Return the image files that files, folders and globs name, sorted within each.
+
+    Raises:
+        NormfixError: NF101 if one of them names nothing.
+    """
+    found: list[Path] = []
+    for pattern in patterns:
+        try:
+            matched = _matched(pattern)
+        except OSError:  # no file can have such a name
+            matched = []
+        if not matched:
+            raise NormfixError("NF101", _nothing(pattern), where=pattern)
+        found += matched
+    return found
+
+
+def require_image_name(path: Path) -> None:
+    """Refuse what no image can be written to.
+
+    Raises:
+        NormfixError: NF114 for another kind of file, or a folder that does not exist.
+    """
+    if suffix_of(path) not in OUTPUTS:
+        raise NormfixError(
+            "NF114",
+            "give a new name ending in .npy, .tif, .zarr, .nii or .nii.gz; nothing is overwritten.",
+            where=str(path),
+        )
+    if not path.parent.is_dir():
+        raise NormfixError("NF114", f"there is no folder {path.parent} to write it to.", where=str(path))
+
+
+def _matched(pattern: str) -> list[Path]:
+    path = Path(pattern)
+    if path.is_dir() and not is_zarr(path):
+        return sorted(p for p in path.iterdir() if suffix_of(p) in SUFFIXES)
+    if path.exists():
+        return [path]
+    return sorted(Path(p) for p in glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute globs
+
+
+def _nothing(pattern: str) -> str:
+    """Say that a name means no image, and which name it may be a slip of."""
+    path = Path(pattern)
+    try:
+        if path.is_dir():
+            return f"the folder holds no image: no {', '.join(SUFFIXES)} file."
+        near = get_close_matches(path.name, (p.name for p in islice(path.parent.iterdir(), _MOST)), 1)
+    except OSError:
+        near = []
+    return f"there is no such image file.{f' Did you mean {path.with_name(near[0])}?' if near else ''}"

@@ -1,0 +1,77 @@
+"""Wrong usage is said at once: before torch is imported, which alone takes seconds."""
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import sys
+from normfix.cli import main
+for words in {cases}:
+    sys.argv = ["normfix", *words]
+    try:
+        main()
+    except SystemExit as stop:
+        print(stop.code, "torch" in sys.modules, *words)
+"""
+
+IMAGE, MODEL = "image.npy", "normfix.demo.network:nuclei_unet"
+
+WRONG = [
+    ["scan", "no.pth"],
+    ["scan", "nowhere:Net"],
+    ["scan", "nowhere.py:Net"],
+    ["scan", "weights.pth", "--arch", "nowhere:Net"],
+    ["scan", MODEL, "--input", "64"],
+    ["plan", "no.pth", "--to", "frozen"],
+    ["convert", MODEL, "no.png", "--to", "frozen", "-o", "out"],
+    ["convert", MODEL, IMAGE, "--to", "frozen", "-o", "taken"],
+    ["convert", MODEL, IMAGE, "--to", "frozen", "-o", "out", "--give-back", "taken"],
+    ["convert", MODEL, IMAGE, "--to", "frozen", "-o", "out", "--engine", "dask"],
+    ["convert", MODEL, IMAGE, "--to", "frozen", "-o", "out", "--scale", "minmax"],
+    ["calibrate", MODEL, "no.png", "-o", "out"],
+    ["calibrate", MODEL, IMAGE, "-o", "out", "--mask", "no.png"],
+    ["calibrate", MODEL, IMAGE, "-o", "taken"],
+    ["check", MODEL, "no.png"],
+    ["check", MODEL, "taken"],
+    ["check", MODEL, IMAGE, "--report", "check.pdf"],
+    ["prove", MODEL, "no.png"],
+    ["diagnose", MODEL, "no.png"],
+    ["diagnose", MODEL, IMAGE, "--labels", "no.png"],
+    ["diagnose", MODEL, IMAGE, "--metric", "nowhere:dice"],
+    ["diagnose", MODEL, IMAGE, "--converted", "no"],
+    ["diagnose", MODEL, IMAGE, "--scale-tiles", "minmax"],
+    ["predict", MODEL, "no.png", "-o", "p.tif"],
+    ["predict", MODEL, IMAGE, "-o", "p.png"],
+    ["predict", MODEL, IMAGE, IMAGE, "-o", "p.tif"],
+    ["predict", MODEL, IMAGE, "other/image.npy", "-o", "out"],
+    ["predict", MODEL, IMAGE, "-o", "p.tif", "--as", "colours"],
+    ["predict", MODEL, IMAGE, "-o", "p.tif", "--scheduler", "tcp://here:1"],
+    ["predict", MODEL, IMAGE, "-o", "taken.tif"],
+]
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """What each wrong call gave, in a process of its own: its code, whether torch was there, its words."""
+    folder = tmp_path_factory.mktemp("here")
+    (folder / "taken").mkdir()
+    (folder / "other").mkdir()
+    for name in (IMAGE, "other/image.npy", "weights.pth", "taken.tif"):
+        (folder / name).write_bytes(b"never read")
+    script = SCRIPT.format(cases=[*WRONG, ["scan", MODEL, "--output", "no"]])
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, timeout=120, check=True
+    )
+    return done.stdout.splitlines()
+
+
+def test_wrong_usage_exits_2_without_torch(answers):
+    """A slip in a name, an option or an output is told before torch is imported."""
+    assert answers[:-1] == [" ".join(["2 False", *words]) for words in WRONG]
+
+
+def test_torch_would_be_seen(answers):
+    """Negative control: what only the network's output can tell imports torch."""
+    assert answers[-1].startswith("2 True")
