@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from normfix.records.sites import Scan
 from normfix.storage.opening.formats.monai_bundle import described, weights_file
 from normfix.storage.opening.formats.monai_bundle import recognises as is_bundle
 
-__all__ = ["LOADER", "NAME", "advice", "candidates", "recognises", "weights", "write"]
+__all__ = ["DESCRIBES", "LOADER", "NAME", "advice", "candidates", "place", "recognises", "weights", "write"]
 
 NAME = "MONAI bundle"
+DESCRIBES = True
 
 LOADER = """
 import os
@@ -36,9 +37,7 @@ for name in ("inference.json", "inference.yaml", "train.json", "train.yaml", "ev
     if key is not None:
         break
 network = parser.get_parsed_content(key)
-models = os.path.join(folder, "models")
-name = next(n for n in ("model.pt", "model.pth", "model_final.pt") if n in os.listdir(models))
-state = torch.load(os.path.join(models, name), weights_only=True)
+state = torch.load(os.path.join(folder, file), weights_only=True)
 network.load_state_dict(state, strict=True)
 """
 
@@ -48,9 +47,15 @@ def recognises(original: Path | None) -> bool:
     return original is not None and is_bundle(original)
 
 
-def weights(original: Path) -> Path:
+def weights(original: Path) -> tuple[Path, ...]:
     """Return the file of weights."""
-    return weights_file(original)
+    return (weights_file(original),)
+
+
+def place(weights: Path | None) -> str:
+    """Return the name of the file of weights in a bundle."""
+    assert weights is not None
+    return f"models/{weights.name}"
 
 
 def candidates(source: Source) -> Iterator[Mapping[str, Any]]:
@@ -58,8 +63,9 @@ def candidates(source: Source) -> Iterator[Mapping[str, Any]]:
     return plain.candidates(source)
 
 
-def write(draft: Path, gift: Gift) -> tuple[Change, ...]:
+def write(draft: Path, gifts: Sequence[Gift]) -> tuple[Change, ...]:
     """Copy the bundle, switch the norm in each configuration of this network, and swap the weights."""
+    (gift,) = gifts
     assert gift.original is not None
     changes = copied(gift.original, draft, _left_out)
     new = changed(gift.before, gift.args)
@@ -68,9 +74,8 @@ def write(draft: Path, gift: Gift) -> tuple[Change, ...]:
         if key is not None:
             set_in(path, key, new)
             changes += config_changes(f"configs/{path.name}", f"{key}#", gift.before, new)
-    file = draft / weights_file(gift.original).relative_to(gift.original)
-    torch.save(dict(gift.state), file)
-    return (*changes, *key_changes(f"models/{file.name}", gift.names_before, gift.state))
+    torch.save(dict(gift.state), draft / gift.file)
+    return (*changes, *key_changes(gift.file, gift.names_before, gift.state))
 
 
 def advice(scan: Scan) -> str:
