@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from normfix.giving.formats import LIBRARIES, Library, plain
-from normfix.giving.refusals import NotGiven
+from normfix.giving.refusals import NotGiven, without_switch
 from normfix.records.saved import Source
 from normfix.storage.opening import open_path
 from normfix.storage.opening.factories import dumped
+from normfix.storage.opening.formats import diffusers_folder
 from normfix.storage.opening.pickles import read_torch
 from normfix.storage.opening.request import Request
 from normfix.storage.opening.state_dicts import entries
@@ -40,6 +41,7 @@ class Stock:
 
         Raises:
             NotGiven: NF550 if nobody names one, NF553 if the original has another.
+            Unfit: NF551 if its library is known to have no argument for the norm.
         """
         if isinstance(source, str):
             source = Source(kind="factory", spec=source, args=dumped(args or {}))
@@ -60,6 +62,9 @@ class Stock:
                 "with --arch-args (source= and args= in Python), or give the folder it came from: --original.",
                 where=known.spec,
             )
+        refusal = without_switch(stated.spec)
+        if refusal is not None:
+            raise refusal
         if stated.spec.startswith("normfix."):
             raise NotGiven(
                 "NF553",
@@ -89,6 +94,8 @@ class Original:
             return cls(plain)
         library = _library_of(path)
         if library is None:
+            if diffusers_folder.recognises(path) and (refusal := without_switch("diffusers")):
+                raise refusal
             names = ", ".join(library.NAME for library in LIBRARIES if not library.recognises(None))
             raise NotGiven(
                 "NF553",

@@ -9,7 +9,7 @@ from nnunet import nnunet_folder
 from originals import bundle, unet3d_run
 
 import normfix
-from normfix.giving.refusals import NotGiven
+from normfix.giving.refusals import NotGiven, Unfit
 from normfix.storage.opening.formats.nnunet import resolved
 
 IMAGE = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -88,6 +88,14 @@ def test_every_order_of_pytorch_3dunet_comes_back(tmp_path, order):
     content = torch.load(tmp_path / "back" / "best_checkpoint.pytorch", weights_only=True)
     assert content["num_epochs"] == 3
     assert not (tmp_path / "back" / "last_checkpoint.pytorch").exists()
+
+
+def test_a_model_of_panseg_comes_back(tmp_path):
+    """Its folder has the configuration under panseg's name, which is kept."""
+    unet3d_run(tmp_path / "run")
+    (tmp_path / "run" / "config.yml").rename(tmp_path / "run" / "config_train.yml")
+    returned(tmp_path / "run", tmp_path / "back")
+    assert "layer_order: bcr" in (tmp_path / "back" / "config_train.yml").read_text()
 
 
 def test_an_nnunet_folder_comes_back_under_all_names(tmp_path):
@@ -230,6 +238,17 @@ def test_an_original_of_no_known_format_is_refused(tmp_path):
     done = normfix.convert(normfix.load(tmp_path / "bundle"), IMAGE)
     with pytest.raises(NotGiven, match=r"NF553.*MONAI bundle"):
         normfix.give_back(done, tmp_path / "back", original=tmp_path / "empty")
+
+
+def test_a_folder_of_diffusers_is_refused_by_name(tmp_path):
+    """diffusers has no argument for the norm, and the refusal says so, with and without its folder."""
+    bundle(tmp_path / "bundle")
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text('{"_diffusers_version": "0.33.0"}')
+    done = normfix.convert(normfix.load(tmp_path / "bundle"), IMAGE)
+    for given in ({"original": tmp_path / "vae"}, {"source": "diffusers:AutoencoderKL"}):
+        with pytest.raises(Unfit, match=r"NF551.*diffusers builds GroupNorm into"):
+            normfix.give_back(done, tmp_path / "back", **given)
 
 
 def test_a_saved_folder_knows_its_source(tmp_path):

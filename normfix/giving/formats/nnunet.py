@@ -82,12 +82,14 @@ def write(draft: Path, gifts: Sequence[Gift]) -> tuple[Change, ...]:
 
 def advice(scan: Scan) -> str:
     """Say what nnU-Net's predictor does with windows."""
+    assert scan.stride is not None
     return (
-        "`nnUNetv2_predict_from_modelfolder -m THIS_FOLDER -f FOLD` runs it unchanged, and normalises images as "
+        "`nnUNetv2_predict_from_modelfolder -m THIS_FOLDER -f FOLDS` runs it unchanged, and normalises images as "
         "before. nnU-Net blends overlapping windows and crops nothing, so pixels nearer to a window's border than "
-        "the halo are mixed with what lacks context: no `-step_size` makes that vanish. A larger `patch_size` in "
-        "plans.json does, which no longer changes the statistics: make it a multiple of the stride and as large as "
-        "memory takes; with one of the whole image the result is exact."
+        "the halo are mixed with what lacks context: no `-step_size` makes that vanish, also none of 1. A larger "
+        "`patch_size` in plans.json makes it less, which no longer changes the statistics: make it a multiple of "
+        f"{', '.join(map(str, scan.stride))} and as large as memory takes; with one of the whole image the result is "
+        "exact, to the half precision that nnU-Net adds up in."
     )
 
 
