@@ -158,6 +158,12 @@ def _spot(gift: Gift) -> Spot:
 
 
 def _agrees(held: Mapping[str, Tensor], prefix: str, state: Mapping[str, Tensor]) -> bool:
-    """Tell whether all weights of more than one axis are the same."""
-    shared = [(held[prefix + name], tensor) for name, tensor in state.items() if tensor.dim() > 1]
-    return all(one.shape == other.shape and torch.equal(one.to(other), other) for one, other in shared)
+    """Tell whether all weights of more than one axis that have the same name are the same."""
+    shared = [
+        (held[prefix + name], tensor)
+        for name, tensor in state.items()
+        if tensor.dim() > 1 and prefix + name in held
+    ]
+    return bool(shared) and all(
+        one.shape == other.shape and torch.equal(one.to(other), other) for one, other in shared
+    )

@@ -20,6 +20,7 @@ from normfix.giving.switches import switched
 from normfix.records.returns import Change
 from normfix.records.saved import Source
 from normfix.records.sites import Scan
+from normfix.records.spans import round_up
 from normfix.storage.opening.configs import read_mapping
 from normfix.storage.opening.formats.nnunet import checkpoints_of, folder_of, resolved
 from normfix.storage.opening.formats.nnunet import recognises as is_model
@@ -83,13 +84,15 @@ def write(draft: Path, gifts: Sequence[Gift]) -> tuple[Change, ...]:
 def advice(scan: Scan) -> str:
     """Say what nnU-Net's predictor does with windows."""
     assert scan.stride is not None
+    assert scan.halo_rounded is not None
+    large = [round_up(4 * max(pair), step) for pair, step in zip(scan.halo_rounded, scan.stride, strict=True)]
     return (
         "`nnUNetv2_predict_from_modelfolder -m THIS_FOLDER -f FOLDS` runs it unchanged, and normalises images as "
         "before. nnU-Net blends overlapping windows and crops nothing, so pixels nearer to a window's border than "
-        "the halo are mixed with what lacks context: no `-step_size` makes that vanish, also none of 1. A larger "
-        "`patch_size` in plans.json makes it less, which no longer changes the statistics: make it a multiple of "
-        f"{', '.join(map(str, scan.stride))} and as large as memory takes; with one of the whole image the result is "
-        "exact, to the half precision that nnU-Net adds up in."
+        "the halo are mixed with what lacks context. Leave `-step_size` at 0.5: there each of them is in the middle of "
+        "another window, and the border counts little; at 1 it counts in full. And make `patch_size` in plans.json at "
+        f"least four halos, {large}, in multiples of {list(scan.stride)}, which no longer changes the statistics: then "
+        "what is left is about the half precision that nnU-Net adds up in. One of the whole image is exact to that."
     )
 
 
