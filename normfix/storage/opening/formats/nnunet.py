@@ -33,7 +33,8 @@ __all__ = [
 _CLASSES = ("PlainConvUNet", "ResidualEncoderUNet", "ResidualUNet")
 _HOME = "dynamic_network_architectures.architectures.unet"
 _STANDARD = "nnUNetTrainer"
-_ANCESTORS = 32
+_MOST = 32
+"""The most configurations that one inherits from, and the most stages of one of old."""
 _LAYERS: Mapping[str, tuple[str, ...]] = {
     "conv_op": ("conv",),
     "norm_op": ("batchnorm", "instancenorm", "normalization"),
@@ -149,6 +150,8 @@ def _of_old(chosen: Mapping[str, Any]) -> dict[str, Any]:
     if dimensions not in (2, 3):
         raise ValueError(f"patch_size has {dimensions} axes")
     name, stages = str(chosen["UNet_class_name"]), len(chosen["n_conv_per_stage_encoder"])
+    if stages > _MOST:
+        raise ValueError(f"it has more than {_MOST} stages")
     depth = "n_conv_per_stage" if name == "PlainConvUNet" else "n_blocks_per_stage"
     base, most = int(chosen["UNet_base_num_features"]), int(chosen["unet_max_num_features"])
     settings = {
@@ -174,8 +177,8 @@ def resolved(configurations: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return a configuration with what it inherits, each ancestor once."""
     chain = [name]
     while (parent := configurations[chain[-1]].get("inherits_from")) is not None:
-        if parent in chain or len(chain) > _ANCESTORS:
-            raise ValueError(f"configuration {parent} inherits from itself, or from more than {_ANCESTORS}")
+        if parent in chain or len(chain) > _MOST:
+            raise ValueError(f"configuration {parent} inherits from itself, or from more than {_MOST}")
         chain.append(parent)
     merged: dict[str, Any] = {}
     for ancestor in reversed(chain):
