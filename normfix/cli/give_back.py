@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from normfix.cli.options import Arguments, model_options
-from normfix.cli.showing import format_option, note, show
+from normfix.cli.outputs import is_given, output, tell
+from normfix.cli.showing import format_option, show
 
 if TYPE_CHECKING:
     from normfix.records.returns import GivenBack
@@ -60,18 +61,20 @@ def give_back_command(
     from normfix.giving.folder import give_back
 
     arguments = Arguments.take(options)
-    opened = [replace(arguments, model=model).open() for model in (arguments.model, *others)]
-    record = give_back(
-        [one.model for one in opened],
-        out,
-        opened[0].source if not others else None,
-        original=original,
-        switch=_switches(switches),
-        allow_classes=arguments.allow_classes,
-        trust_pickle=arguments.trust_pickle,
-    )
+    with output(out, is_given) as place:
+        opened = [replace(arguments, model=model).open() for model in (arguments.model, *others)]
+        record = give_back(
+            [one.model for one in opened],
+            place.path,
+            None if others else opened[0].source,
+            original=original,
+            switch=_switches(switches),
+            allow_classes=arguments.allow_classes,
+            trust_pickle=arguments.trust_pickle,
+        )
+    record = replace(record, folder=out)
     show(record, _text(record), format_)
-    note(f"Wrote {out}. Its README.md says what the tool must be told.")
+    tell(place, " Its README.md says what the tool must be told.")
 
 
 def _switches(words: tuple[str, ...]) -> Mapping[str, Any] | None:

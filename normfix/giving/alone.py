@@ -38,7 +38,7 @@ def alone_sd(folder: Path, file: str, loader: str, caller: Caller, image: Tensor
     """Return how far its own library's output is from what is wanted, in sd of that.
 
     Args:
-        folder: what was written.
+        folder: what was written, in a draft's folder, where nothing that is left by a kill stays.
         file: name of the network's file of weights in it.
         loader: Python that makes `network` of `folder` and `file`, strictly, with the library alone.
         caller: says which output counts.
@@ -49,7 +49,7 @@ def alone_sd(folder: Path, file: str, loader: str, caller: Caller, image: Tensor
         NotAlone: NF554 if it does not load there or gives something else.
     """
     script = f"{_HEAD}{loader}{_TAIL}"
-    with tempfile.TemporaryDirectory(prefix="normfix-") as exchange:
+    with tempfile.TemporaryDirectory(prefix="normfix-", dir=folder.parent) as exchange:
         save_file({"image": image.contiguous()}, Path(exchange) / "image.safetensors")
         output = "" if caller.output is None else str(caller.output)
         reason = run_fresh(script, str(folder), file, exchange, output, str(torch.get_num_threads()))

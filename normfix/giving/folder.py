@@ -17,7 +17,8 @@ from normfix.giving.bench import Work
 from normfix.giving.card import card_of
 from normfix.giving.gift import Gift
 from normfix.giving.matching import built, matched
-from normfix.giving.originals import Original, Stock
+from normfix.giving.originals import Original, Stock, require_allowed
+from normfix.networks.graph.program import ProgramNetwork
 from normfix.networks.surroundings import undisturbed
 from normfix.records.returns import GivenBack
 from normfix.records.saved import Scaling, Source
@@ -88,6 +89,9 @@ def give_back(
     builders = [
         stock.builder(work.known.source, source, args) for work, stock in zip(works, stocks, strict=True)
     ]
+    for work, builder in zip(works, builders, strict=True):
+        if isinstance(work.model, ProgramNetwork) and not isinstance(source, str):
+            require_allowed(builder)
     offers = [_offer(*one, whole, switch=switch) for one in zip(works, stocks, builders, strict=True)]
     library = whole.library
     with appearing(target) as draft:

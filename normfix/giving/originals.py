@@ -16,12 +16,13 @@ from normfix.records.saved import Source
 from normfix.storage.opening import open_path
 from normfix.storage.opening.factories import dumped
 from normfix.storage.opening.formats import diffusers_folder
+from normfix.storage.opening.gate import FACTORIES, is_allowed, library, present
 from normfix.storage.opening.pickles import read_torch
 from normfix.storage.opening.request import Request
 from normfix.storage.opening.state_dicts import entries
 from normfix.storage.opening.tensors import read_weights
 
-__all__ = ["Original", "Stock", "is_original"]
+__all__ = ["Original", "Stock", "is_original", "require_allowed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,27 +93,27 @@ class Original:
         """
         if path is None:
             return cls(plain)
-        library = _library_of(path)
-        if library is None:
+        format_ = _library_of(path)
+        if format_ is None:
             if diffusers_folder.recognises(path) and (refusal := without_switch("diffusers")):
                 raise refusal
-            names = ", ".join(library.NAME for library in LIBRARIES if not library.recognises(None))
+            names = ", ".join(one.NAME for one in LIBRARIES if not one.recognises(None))
             raise NotGiven(
                 "NF553",
                 f"it is none of what is given back as a whole ({names}). Leave it out: a state dict and the arguments "
                 "of its factory are written.",
                 where=str(path),
             )
-        files = library.weights(path)
+        files = format_.weights(path)
         stocks = [
-            Stock(file, _content(file, request), _source(library, path if len(files) == 1 else file, request))
+            Stock(file, _content(file, request), _source(format_, path if len(files) == 1 else file, request))
             for file in files
         ]
         if not all(
             isinstance(stock.content, Mapping) for stock in stocks
         ):  # a network that was pickled whole
             return cls(plain)
-        return cls(library, path, tuple(stocks))
+        return cls(format_, path, tuple(stocks))
 
     def stocks_of(self, models: Sequence[nn.Module]) -> list[Stock]:
         """Return which of its networks each converted one was made of: the only one, or what has its weights.
@@ -147,16 +148,31 @@ def is_original(path: str | Path) -> bool:
     return _library_of(Path(path)) is not None
 
 
+def require_allowed(source: Source) -> None:
+    """Refuse to call what only a program's file names, of a library: nothing was built to open it.
+
+    Raises:
+        NotGiven: NF550.
+    """
+    if library(source.spec) in FACTORIES and not is_allowed(present(source.spec)):
+        raise NotGiven(
+            "NF550",
+            "the program says that this builds its network, and a file may not name it. If it is right, say so "
+            "yourself: source= and args= in Python.",
+            where=source.spec,
+        )
+
+
 def _library_of(original: Path) -> Library | None:
-    return next((library for library in LIBRARIES if library.recognises(original)), None)
+    return next((one for one in LIBRARIES if one.recognises(original)), None)
 
 
 def _content(file: Path, request: Request) -> Any:
     return read_weights(file) if file.suffix == ".safetensors" else read_torch(file, request)
 
 
-def _source(library: Library, path: Path, request: Request) -> Source | None:
-    return open_path(path, request).source if library.DESCRIBES else None
+def _source(format_: Library, path: Path, request: Request) -> Source | None:
+    return open_path(path, request).source if format_.DESCRIBES else None
 
 
 def _same(weights: Mapping[str, Tensor], model: nn.Module) -> bool:
