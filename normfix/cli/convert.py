@@ -213,7 +213,8 @@ def _give_back(
     done: Conversion, folder: str, arguments: Arguments, source: Source, scaling: Scaling | None
 ) -> None:
     """Write it for its own tool; MODEL is the original where its format is one that is given back."""
-    from normfix.giving.folder import give_back, is_original
+    from normfix.giving.folder import give_back
+    from normfix.giving.originals import is_original
 
     with output(folder, is_given) as place:
         give_back(

@@ -21,11 +21,13 @@ __all__ = ["give_back_command"]
 
 @click.command("give-back")
 @model_options
+@click.argument("others", nargs=-1)
 @click.option("-o", "--out", required=True, help="Folder to write. Never over anything.")
 @click.option(
     "--original",
     metavar="PATH",
-    help="What was converted (MONAI bundle, nnU-Net folder, pytorch-3dunet run): it is copied but for what changes.",
+    help="What was converted (MONAI bundle, nnU-Net folder or checkpoint, pytorch-3dunet run, torch-em, Lightning or "
+    "other checkpoint): it is copied but for what changes.",
 )
 @click.option(
     "--switch",
@@ -36,26 +38,35 @@ __all__ = ["give_back_command"]
 )
 @format_option
 def give_back_command(
-    out: str, original: str | None, switches: tuple[str, ...], format_: str, **options: Any
+    others: tuple[str, ...],
+    out: str,
+    original: str | None,
+    switches: tuple[str, ...],
+    format_: str,
+    **options: Any,
 ) -> None:
     """Write the converted MODEL in the format it came from: its own tool runs it, unchanged and without normfix.
 
     The network's library is asked for the same network with BatchNorms, which hold the constants. Nothing appears
     unless that library, alone in a fresh process, gives the converted network's output.
 
+    OTHERS are the conversions of further networks of the original: the folds of an nnU-Net folder, each converted from
+    its own checkpoint.
+
     \b
     Example:
       normfix give-back fixed -o for-monai --original my_bundle
+      normfix give-back fixed_0 fixed_1 -o MODEL_FIXED --original MODEL_FOLDER
     """
     from normfix.giving.folder import give_back
 
     arguments = Arguments.take(options)
     with output(out, is_given) as place:
-        opened = arguments.open()
+        opened = [replace(arguments, model=model).open() for model in (arguments.model, *others)]
         record = give_back(
-            opened.model,
+            [one.model for one in opened],
             place.path,
-            opened.source,
+            None if others else opened[0].source,
             original=original,
             switch=_switches(switches),
             allow_classes=arguments.allow_classes,

@@ -19,7 +19,7 @@ __all__ = ["alone_sd"]
 _HEAD = """
 import sys
 sys.modules["normfix"] = None
-folder, exchange, output, threads = sys.argv[1:]
+folder, file, exchange, output, threads = sys.argv[1:]
 import torch
 torch.set_num_threads(int(threads))
 """
@@ -34,12 +34,13 @@ save_file({"output": result.contiguous()}, exchange + "/output.safetensors")
 """
 
 
-def alone_sd(folder: Path, loader: str, caller: Caller, image: Tensor, wanted: Tensor) -> float:
+def alone_sd(folder: Path, file: str, loader: str, caller: Caller, image: Tensor, wanted: Tensor) -> float:
     """Return how far its own library's output is from what is wanted, in sd of that.
 
     Args:
         folder: what was written, in a draft's folder, where nothing that is left by a kill stays.
-        loader: Python that makes `network` of `folder`, strictly, with the library alone.
+        file: name of the network's file of weights in it.
+        loader: Python that makes `network` of `folder` and `file`, strictly, with the library alone.
         caller: says which output counts.
         image: (1, C, *space) on the CPU.
         wanted: the converted network's output for it.
@@ -51,7 +52,7 @@ def alone_sd(folder: Path, loader: str, caller: Caller, image: Tensor, wanted: T
     with tempfile.TemporaryDirectory(prefix="normfix-", dir=folder.parent) as exchange:
         save_file({"image": image.contiguous()}, Path(exchange) / "image.safetensors")
         output = "" if caller.output is None else str(caller.output)
-        reason = run_fresh(script, str(folder), exchange, output, str(torch.get_num_threads()))
+        reason = run_fresh(script, str(folder), file, exchange, output, str(torch.get_num_threads()))
         if reason:
             raise _refused(f"its own library does not load what was written: {reason}")
         actual = load_file(Path(exchange) / "output.safetensors")["output"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +13,27 @@ from torch import Tensor, nn
 
 from normfix.conversion.results import Calibration, Conversion
 from normfix.giving.alone import alone_sd
+from normfix.giving.bench import Work
 from normfix.giving.card import card_of
-from normfix.giving.formats import LIBRARIES, Library
 from normfix.giving.gift import Gift
-from normfix.giving.matching import Match, built, matched
-from normfix.giving.refusals import NotGiven, Unequal
-from normfix.layers import BatchRenorm
-from normfix.networks.calling import Caller, home_of
-from normfix.networks.copying import copy_of, twin_of
+from normfix.giving.matching import built, matched
+from normfix.giving.originals import Original, Stock, require_allowed
 from normfix.networks.graph.program import ProgramNetwork
-from normfix.networks.numerics import IDENTITY, deviation, exact_arithmetic
-from normfix.networks.provenance import is_current, provenance_of
 from normfix.networks.surroundings import undisturbed
-from normfix.proof.subject import Subject
 from normfix.records.returns import GivenBack
-from normfix.records.saved import Provenance, Scaling, Source
+from normfix.records.saved import Scaling, Source
 from normfix.records.verdicts import Verdict
-from normfix.storage.folder import appearing, require_absent, seeded_input
-from normfix.storage.opening import open_path
-from normfix.storage.opening.factories import dumped
-from normfix.storage.opening.gate import FACTORIES, is_allowed, library, present
-from normfix.storage.opening.pickles import read_torch
+from normfix.storage.folder import appearing, require_absent
 from normfix.storage.opening.request import Request
-from normfix.storage.probe import SEED
-from normfix.tiling.geometry import geometry_of
 
-__all__ = ["give_back", "is_original"]
+__all__ = ["give_back"]
+
+Converted = Conversion | Calibration | nn.Module
 
 
 @undisturbed()
 def give_back(
-    converted: Conversion | Calibration | nn.Module,
+    converted: Converted | Sequence[Converted],
     folder: str | Path,
     source: str | Source | None = None,
     args: Mapping[str, Any] | None = None,
@@ -61,12 +51,14 @@ def give_back(
     library alone read what was written and gave the same.
 
     Args:
-        converted: a conversion, a calibration, or a network that `load` opened; not modified.
+        converted: a conversion, a calibration, or a network that `load` opened; not modified. Several where the
+            original holds several, as the folds of an nnU-Net folder: which is which, its weights say.
         folder: must not exist.
         source: "pkg.mod:factory" or "timm:NAME", or what `load` found, if the network does not know it.
         args: keyword arguments that the factory was called with, JSON-ready.
-        original: the MONAI bundle or pytorch-3dunet run that was converted, which is copied but for what must change.
-            Without it, a state dict and the arguments of its factory are written.
+        original: what was converted (MONAI bundle, nnU-Net folder or checkpoint, pytorch-3dunet run, file of weights),
+            which is copied but for what must change. Without it, a state dict and the arguments of its factory are
+            written.
         switch: arguments with which the factory builds BatchNorms, such as {"norm": "batch"}; default: they are found.
         scaling: how the images were scaled, for the README; default: as the network knows.
         allow_classes: classes that the original's checkpoint may hold, by name or as "package.*".
@@ -89,247 +81,75 @@ def give_back(
     """
     target = Path(folder)
     require_absent(target)
-    model = converted if isinstance(converted, nn.Module) else converted.model
-    known = _known(model, scaling)
+    several = list(converted) if isinstance(converted, Sequence) else [converted]
+    works = [Work.of(one if isinstance(one, nn.Module) else one.model, scaling) for one in several]
     request = Request(trust_pickle=trust_pickle, allow_classes=tuple(allow_classes))
-    work = _Work(twin_of(model).cpu(), known, Caller.of(known))
-    origin = _Origin.of(None if original is None else Path(original), request)
-    named = _source(known.source, source, args, origin)
-    if isinstance(model, ProgramNetwork) and not isinstance(source, str):
-        _require_allowed(named)
-    library = origin.library
-    candidates = library.candidates(named) if switch is None else [{**json.loads(named.args), **switch}]
-    match = matched(work.model, work.caller, work.image(torch.float64), named, candidates)
-    network, single = work.proved(match)
-    verdict = work.tiles(network)
-    gift = Gift(
-        source=named,
-        args=match.args,
-        state=_state(network),
-        names_before=tuple(built(named, json.loads(named.args)).state_dict()),
-        original=origin.path,
-        checkpoint=origin.content,
-    )
+    whole = Original.of(None if original is None else Path(original), request)
+    stocks = whole.stocks_of([work.model for work in works])
+    builders = [
+        stock.builder(work.known.source, source, args) for work, stock in zip(works, stocks, strict=True)
+    ]
+    for work, builder in zip(works, builders, strict=True):
+        if isinstance(work.model, ProgramNetwork) and not isinstance(source, str):
+            require_allowed(builder)
+    offers = [_offer(*one, whole, switch=switch) for one in zip(works, stocks, builders, strict=True)]
+    library = whole.library
     with appearing(target) as draft:
-        changes = library.write(draft, gift)
-        image = work.image(work.dtype)
-        alone = alone_sd(draft, library.LOADER, work.caller, image, work.output(work.model))
+        changes = library.write(draft, [offer.gift for offer in offers])
+        alone = [offer.alone(draft, library.LOADER) for offer in offers]
         record = GivenBack(
             folder=str(target),
             format=library.NAME,
             changes=changes,
-            double_sd=match.double_sd,
-            single_sd=single,
-            alone_sd=alone,
-            verdict=verdict,
+            double_sd=max(offer.double_sd for offer in offers),
+            single_sd=max(offer.single_sd for offer in offers),
+            alone_sd=max(alone),
+            verdict=max((offer.verdict for offer in offers), key=lambda verdict: verdict.max_sd),
         )
         readme = "README.md" if not (draft / "README.md").exists() else "README-normfix.md"
-        (draft / readme).write_text(card_of(record, known, library), encoding="utf-8")
+        (draft / readme).write_text(card_of(record, works[0].known, library), encoding="utf-8")
     return record
 
 
-def is_original(path: str | Path) -> bool:
-    """Tell whether something is of a format that is given back as a whole."""
-    return _library_of(Path(path)) is not None
-
-
-def _library_of(original: Path | None) -> Library | None:
-    return next((library for library in LIBRARIES if library.recognises(original)), None)
-
-
-def _known(model: nn.Module, scaling: Scaling | None) -> Provenance:
-    """Return what travels with the network, if it is one that BatchNorms can hold.
-
-    Raises:
-        NotGiven: NF550.
-    """
-    known = provenance_of(model)
-    name = type(model).__name__
-    if known is None:
-        raise NotGiven("NF550", "normfix did not convert it. Give what convert returned.", where=name)
-    if not is_current(model):
-        raise NotGiven(
-            "NF550",
-            "its modules are not those it was converted with, so its halo no longer counts. Convert it as it is now.",
-            where=name,
-        )
-    if live := known.plan.left_live:
-        sites = ", ".join(f"{d.site.id} ({d.reason})" for d in live[:3])
-        raise NotGiven(
-            "NF550",
-            f"{len(live)} sites stay live in it, and its own tool would compute them per tile: {sites}.",
-            where=name,
-        )
-    statistics = [d.site.id for d in known.plan.converted if d.site.statistic is not None]
-    if statistics:
-        raise NotGiven(
-            "NF550",
-            f"it has frozen statistics that are no norm ({', '.join(statistics[:3])}), for which a library has no "
-            "switch. Use the folder through normfix.load, or convert -o FILE.pt2, which runs without normfix.",
-            where=name,
-        )
-    if any(isinstance(module, BatchRenorm) and module.training for module in model.modules()):
-        raise NotGiven(
-            "NF550",
-            "its BatchRenorm layers are in train mode, where they follow the batch. Call eval() first.",
-            where=name,
-        )
-    if geometry_of(known.scan) is None:
-        raise NotGiven(
-            "NF550", "it has no halo and stride, so tiles of it cannot be shown to be exact.", where=name
-        )
-    return known if scaling is None else replace(known, scaling=scaling)
-
-
 @dataclass(frozen=True, slots=True)
-class _Origin:
-    """The original on disk: whose it is, its folder or file, what builds it, and what its file of weights holds."""
+class _Offer:
+    """One network that the library builds, what was shown of it before it is written, and the converted one."""
 
-    library: Library
-    path: Path | None = None
-    source: Source | None = None
-    content: Any = None
+    work: Work
+    gift: Gift
+    double_sd: float
+    single_sd: float
+    verdict: Verdict
 
-    @classmethod
-    def of(cls, path: Path | None, request: Request) -> _Origin:
-        """Open an original.
-
-        Raises:
-            NotGiven: NF553 for a format that is not given back.
-        """
-        library = _library_of(path)
-        if library is not None:
-            if path is None:
-                return cls(library)
-            content = read_torch(library.weights(path), request)
-            return cls(library, path, open_path(path, request).source, content)
-        names = ", ".join(library.NAME for library in LIBRARIES if not library.recognises(None))
-        raise NotGiven(
-            "NF553",
-            f"it is none of what is given back as a whole ({names}). Leave it out: a state dict and the arguments of "
-            "its factory are written.",
-            where=str(path),
-        )
-
-
-def _source(
-    known: Source, source: str | Source | None, args: Mapping[str, Any] | None, origin: _Origin
-) -> Source:
-    """Return the factory that builds the network.
-
-    Raises:
-        NotGiven: NF550 if nobody names one, NF553 if the original has another.
-    """
-    if isinstance(source, str):
-        source = Source(kind="factory", spec=source, args=dumped(args or {}))
-    stated = next((one for one in (source, known) if one is not None and one.kind == "factory"), None)
-    if origin.source is not None:
-        if stated is not None and (stated.spec, stated.args) != (origin.source.spec, origin.source.args):
-            raise NotGiven(
-                "NF553",
-                f"the network was converted from {stated.spec} with {stated.args[:200]}, and this holds "
-                f"{origin.source.spec} with {origin.source.args[:200]}. Give the original that was converted.",
-                where=str(origin.path),
-            )
-        return origin.source
-    if stated is None:
-        raise NotGiven(
-            "NF550",
-            "it does not say what builds it, so no library can be asked to. Name it: --arch pkg.module:factory with "
-            "--arch-args (source= and args= in Python), or give the folder it came from: --original.",
-            where=known.spec,
-        )
-    if stated.spec.startswith("normfix."):
-        raise NotGiven(
-            "NF553",
-            "what builds it is a folder of its own library, so the files to write are that folder's. Give it: "
-            "--original (original= in Python).",
-            where=stated.spec,
-        )
-    return stated
-
-
-def _require_allowed(source: Source) -> None:
-    """Refuse to call what only a program's file names, of a library: nothing was built to open it.
-
-    Raises:
-        NotGiven: NF550.
-    """
-    if library(source.spec) in FACTORIES and not is_allowed(present(source.spec)):
-        raise NotGiven(
-            "NF550",
-            "the program says that this builds its network, and a file may not name it. If it is right, say so "
-            "yourself: source= and args= in Python.",
-            where=source.spec,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """A converted network on the bench, on the CPU and in eval mode."""
-
-    model: nn.Module
-    known: Provenance
-    caller: Caller
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return home_of(self.model)[1]
-
-    def image(self, dtype: torch.dtype) -> Tensor:
-        """Return the seeded input, which is none that anything was measured on."""
-        return seeded_input((1, *self.known.scan.example[1:]), SEED, dtype)
-
-    def output(self, network: nn.Module) -> Tensor:
-        """Return a network's output for it."""
-        with exact_arithmetic():
-            return self.caller.exactly(network, self.image(self.dtype))
-
-    def proved(self, match: Match) -> tuple[nn.Module, float]:
-        """Return the library's network in the converted one's dtype, and how far its output is.
+    def alone(self, draft: Path, loader: str) -> float:
+        """Return how far the library alone is, reading what was written, in sd.
 
         Raises:
-            Unequal: NF552 if it is another.
+            NotAlone: NF554.
         """
-        network = copy_of(match.network).to(self.dtype).eval()
-        wanted = self.output(self.model)
-        apart = deviation(self.output(network), wanted, float(wanted.double().std()))[0]
-        if apart > IDENTITY[self.dtype]:
-            raise Unequal(
-                "NF552",
-                f"in {str(self.dtype).removeprefix('torch.')} the library's network differs by {apart:.1g} sd. Nothing "
-                "was written.",
-                where=type(network).__name__,
-            )
-        return network, apart
+        work = self.work
+        image = work.image(work.dtype)
+        return alone_sd(draft, self.gift.file, loader, work.caller, image, work.output(work.model))
 
-    def tiles(self, network: nn.Module) -> Verdict:
-        """Compare the library's network's tiles with its whole, with the converted one's halo and stride.
 
-        Raises:
-            Unequal: NF552 if they differ, or if nothing was compared.
-        """
-        scan = self.known.scan
-        subject = Subject(
-            network,
-            self.caller,
-            self.known.plan,
-            geometry_of(scan),
-            tuple(scan.example[2:]),
-            sizes=scan.sizes,
-        )
-        with exact_arithmetic():
-            verdict = subject.verdict(self.image(self.dtype))
-        if verdict is None or not verdict.passed:
-            status = "nothing was compared" if verdict is None else verdict.status
-            reasons = "; ".join(finding.line for finding in verdict.findings) if verdict else ""
-            raise Unequal(
-                "NF552",
-                f"tiles of the library's network do not equal its whole image ({status} {reasons}). Nothing was "
-                "written.",
-                where=type(network).__name__,
-            )
-        return verdict
+def _offer(
+    work: Work, stock: Stock, source: Source, whole: Original, *, switch: Mapping[str, Any] | None
+) -> _Offer:
+    """Find the arguments that build the library's network, and prove it."""
+    args = json.loads(source.args)
+    candidates = whole.library.candidates(source) if switch is None else [{**args, **switch}]
+    match = matched(work.model, work.caller, work.image(torch.float64), source, candidates)
+    network, single = work.proved(match)
+    gift = Gift(
+        source=source,
+        args=match.args,
+        state=_state(network),
+        names_before=tuple(built(source, args).state_dict()),
+        original=whole.path,
+        file=whole.library.place(stock.path),
+        checkpoint=stock.content,
+    )
+    return _Offer(work, gift, match.double_sd, single, work.tiles(network))
 
 
 def _state(network: nn.Module) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,16 @@ __all__ = ["Gift", "changed", "config_changes", "copied", "key_changes", "other_
 class Gift:
     """A network to write: its architecture with the new arguments, its weights, and the original that it came from.
 
-    `names_before` are those of the original's weights. `checkpoint` is what the original's file of weights holds, where
-    there is one: a library's module puts `state` in the weights' place and leaves the rest.
+    `names_before` are those of the original's weights. `file` is the name of its file of weights in what is written.
+    `checkpoint` is what the original's file holds, where there is one: a library's module puts `state` in the weights'
+    place and leaves the rest.
     """
 
     source: Source
     args: Mapping[str, Any]
     state: Mapping[str, Tensor]
     names_before: tuple[str, ...]
+    file: str
     original: Path | None = None
     checkpoint: Any = None
 
@@ -81,6 +83,7 @@ def copied(original: Path, draft: Path, leave: Callable[[Path], str]) -> list[Ch
     return left
 
 
-def other_weights(checkpoint: Path, reason: str) -> Callable[[Path], str]:
-    """Return what leaves out, for a reason, the files of weights beside a checkpoint; see `copied`."""
-    return lambda path: reason if path.suffix == checkpoint.suffix and path != checkpoint else ""
+def other_weights(files: Collection[Path], reason: str) -> Callable[[Path], str]:
+    """Return what leaves out, for a reason, the files of weights but these; see `copied`."""
+    endings = {file.suffix for file in files}
+    return lambda path: reason if path.suffix in endings and path not in files else ""

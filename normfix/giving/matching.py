@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from normfix.errors import NormfixError
-from normfix.giving.refusals import Unequal, Unfit
+from normfix.giving.refusals import WAYS_ON, Unequal, Unfit
 from normfix.giving.transfer import fill_
 from normfix.networks.calling import Caller
 from normfix.networks.copying import double_of
@@ -24,6 +24,7 @@ _SAME = 1e-9
 """The largest difference in float64, in sd, at which two networks are the same; eps and biases move into constants."""
 _MOST = 40
 """Ways to call a factory that are tried."""
+_SWITCH = "If you know the argument, name it: --switch NAME=VALUE."
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ def _refusal(source: Source, unlike: list[NormfixError]) -> NormfixError:
             if isinstance(error, kind):
                 return kind(
                     error.code,
-                    f"{error.message} {len(unlike)} ways to call it were tried. {_WAYS_ON}",
+                    f"{error.message} {len(unlike)} ways to call it were tried. {_SWITCH} {WAYS_ON}",
                     where=source.spec,
                 )
     tried = (
@@ -109,12 +110,6 @@ def _refusal(source: Source, unlike: list[NormfixError]) -> NormfixError:
     )
     return Unfit(
         "NF551",
-        f"it has no argument that switches its norms to BatchNorm: {tried}. {_WAYS_ON}",
+        f"it has no argument that switches its norms to BatchNorm: {tried}. {_SWITCH} {WAYS_ON}",
         where=source.spec,
     )
-
-
-_WAYS_ON = (
-    "If you know the argument, name it: --switch NAME=VALUE. Else use the folder through normfix.load, or write a "
-    "program with normfix convert -o FILE.pt2, which runs without normfix."
-)

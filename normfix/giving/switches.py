@@ -2,7 +2,8 @@
 
 Where the value of an argument, given or by default and also within a mapping, names an instance or group norm, the word
 is changed in the style that it is written in: "instance" becomes "batch", "GroupNorm" "BatchNorm", "gn" "bn". Where the
-name alone says norm, the usual words are tried. Whether what is built is the same network, the proof says.
+name alone says norm, or no name does and the factory takes others, the usual words are tried. Whether what is built
+is the same network, the proof says.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ def switched(factory: Callable[..., Any], args: Mapping[str, Any]) -> Iterator[d
     spoken = {place: forms for place, value in places.items() if (forms := _forms(value))}
     tried = {_key(args)}
     silent = {place for place in places if place not in spoken and _is_norm(place[-1])}
+    if not spoken and not silent and _takes_more(factory):
+        silent = {("norm",)}
     for choice in (*_together(spoken), *_alone(spoken), *_guesses(silent)):
         new = _with(args, choice)
         if _key(new) not in tried:
@@ -70,6 +73,15 @@ def _defaults(factory: Callable[..., Any]) -> dict[str, Any]:
         return {}
     named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     return {p.name: p.default for p in named if p.default is not p.empty}
+
+
+def _takes_more(factory: Callable[..., Any]) -> bool:
+    """Tell whether a factory hands on arguments that its signature does not name, as torch-em's UNet2d does."""
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return factory is not dict and any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _is_norm(name: str) -> bool:

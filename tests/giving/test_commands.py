@@ -152,40 +152,111 @@ def test_predict3dunet(tmp_path):
 
 HALF = 0.05
 """As near, in sd, as probabilities come that were weighted and added up in half precision, also in corners."""
+FOLDS = (0, 1)
+WINDOW, WHOLE = [96, 64], [192, 64]
 
 
-def nnunet_predict(folder: Path, patch, image) -> np.ndarray:
+class Ensemble(torch.nn.Module):
+    """Gives the probabilities of several networks' mean, as nnU-Net makes them of folds."""
+
+    def __init__(self, networks):
+        super().__init__()
+        self.networks = torch.nn.ModuleList(networks)
+
+    def forward(self, image):
+        return sum(network(image) for network in self.networks).div(len(self.networks)).softmax(1)
+
+
+@pytest.fixture(scope="module")
+def folds(tmp_path_factory):
+    """Convert two folds of an nnU-Net folder and give them back; return both folders, the record, the original."""
+    pytest.importorskip("nnunetv2", reason="nnU-Net is not installed")
+    root = tmp_path_factory.mktemp("nnunet")
+    (root / "model").mkdir()
+    nnunet_folder(root / "model", FOLDS)
+    paths = [root / "model" / f"fold_{fold}" / "checkpoint_final.pth" for fold in FOLDS]
+    networks = [normfix.load(path, allow_classes=("numpy.*",)).eval() for path in paths]
+    done = [normfix.convert(network, SCALED) for network in networks]
+    given = {"original": root / "model", "allow_classes": ("numpy.*",)}
+    return root, normfix.give_back(done, root / "back", **given), Ensemble(networks)
+
+
+SCALED = (IMAGE - IMAGE.mean()) / IMAGE.std()
+
+
+def set_window(folder: Path, patch) -> None:
+    """Set the size of nnU-Net's windows."""
+    plans = json.loads((folder / "plans.json").read_text())
+    plans["configurations"]["2d"]["patch_size"] = patch
+    (folder / "plans.json").write_text(json.dumps(plans))
+
+
+def nnunet_command(root: Path, name: str, patch) -> np.ndarray:
+    """Call nnUNetv2_predict_from_modelfolder on a folder of one image, with all folds; return probabilities."""
+    import tifffile
+
+    set_window(root / name, patch)
+    images, out = root / "images", root / f"{name}-{patch[0]}"
+    images.mkdir(exist_ok=True)
+    tifffile.imwrite(images / "a_0000.tif", IMAGE[0, 0].numpy())
+    entry = "from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder as p; p()"
+    words = ["-c", entry, "-i", images, "-o", out, "-m", root / name, "-f", *FOLDS, "-step_size", "1"]
+    words += ["--disable_tta", "--save_probabilities", "-device", "cpu", "-npp", "1", "-nps", "1"]
+    command(*words, cwd=root, **dict.fromkeys(("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"), "."))
+    return np.load(out / "a.npz")["probabilities"]
+
+
+def test_nnunet_command(folds):
+    """The original's windows disagree; given back they differ at their border alone, and not with one window."""
+    root, record, ensemble = folds
+    original, halves, whole = (
+        apart(nnunet_command(root, name, patch), ensemble, SCALED)
+        for name, patch in (("model", WINDOW), ("back", WINDOW), ("back", WHOLE))
+    )
+    assert off_the_cut(original, record) > 1
+    assert off_the_cut(halves, record) < HALF < halves.max()
+    assert whole.max() < HALF
+
+
+def nnunet_predict(folder: Path, patch, step: float) -> np.ndarray:
     """Let nnU-Net's predictor open a folder and predict an image with windows of a size; return probabilities."""
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-    plans = json.loads((folder / "plans.json").read_text())
-    plans["configurations"]["2d"]["patch_size"] = patch
-    (folder / "plans.json").write_text(json.dumps({**plans, "image_reader_writer": "NaturalImage2DIO"}))
+    set_window(folder, patch)
     predictor = nnUNetPredictor(
-        tile_step_size=1.0,
+        tile_step_size=step,
         use_mirroring=False,
         perform_everything_on_device=False,
         device=torch.device("cpu"),
         allow_tqdm=False,
     )
-    predictor.initialize_from_trained_model_folder(str(folder), ("0",), "checkpoint_final.pth")
-    # (1, c, y, x) -> (c, 1, y, x)
-    logits = predictor.predict_sliding_window_return_logits(image[0][:, None])
-    return logits.float().softmax(0).numpy()
-
-
-def test_nnunet_predictor(tmp_path):
-    """The original's windows disagree; given back they differ at their border alone, and not with one window."""
-    pytest.importorskip("nnunetv2")
-    (tmp_path / "model").mkdir()
-    nnunet_folder(tmp_path / "model")
-    scaled = (IMAGE - IMAGE.mean()) / IMAGE.std()
-    record, network = given_back(tmp_path / "model", tmp_path / "back", scaled, allow_classes=("numpy.*",))
-    probabilities = torch.nn.Sequential(network, torch.nn.Softmax(1))
-    original, halves, whole = (
-        apart(nnunet_predict(tmp_path / name, patch, scaled), probabilities, scaled)
-        for name, patch in (("model", [96, 64]), ("back", [96, 64]), ("back", [192, 64]))
+    predictor.initialize_from_trained_model_folder(
+        str(folder), tuple(map(str, FOLDS)), "checkpoint_final.pth"
     )
-    assert whole.max() < HALF
-    assert off_the_cut(halves, record) < HALF
-    assert off_the_cut(original, record) > 1
+    # (1, c, y, x) -> (c, 1, y, x)
+    return predictor.predict_logits_from_preprocessed_data(SCALED[0][:, None]).float().softmax(0).numpy()
+
+
+@pytest.mark.parametrize("step", [0.5, 1.0])
+def test_what_nnunet_shows_depends_on_its_windows(folds, step):
+    """One window of the whole image shows no seam of the original; one larger than the image is of another image.
+
+    nnU-Net fills up with zeros what is smaller than a window, and an instance norm counts these.
+    """
+    root, record, ensemble = folds
+    shown = {
+        (name, size): apart(nnunet_predict(root / name, [size, 64], step), ensemble, SCALED)
+        for name in ("model", "back")
+        for size in (96, 192, 256)
+    }
+    (_, after), _ = record.verdict.halo_rounded
+    assert shown["model", 96].max() > 1
+    # four halos and more
+    if step == 0.5:
+        assert shown["back", 96].max() < HALF
+    assert shown["model", 192].max() < HALF
+    assert shown["model", 256].max() > 1
+    # the zeros stand where the network's own padding has zeros of a later layer
+    inside = shown["back", 256][:, after:-after]
+    assert inside.max() < HALF
+    assert shown["back", 192].max() < HALF

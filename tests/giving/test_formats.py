@@ -9,7 +9,8 @@ from nnunet import nnunet_folder
 from originals import bundle, unet3d_run
 
 import normfix
-from normfix.giving.refusals import NotGiven
+from normfix.giving.refusals import NotGiven, Unfit
+from normfix.storage.opening.formats.nnunet import resolved
 
 IMAGE = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -89,6 +90,14 @@ def test_every_order_of_pytorch_3dunet_comes_back(tmp_path, order):
     assert not (tmp_path / "back" / "last_checkpoint.pytorch").exists()
 
 
+def test_a_model_of_panseg_comes_back(tmp_path):
+    """Its folder has the configuration under panseg's name, which is kept."""
+    unet3d_run(tmp_path / "run")
+    (tmp_path / "run" / "config.yml").rename(tmp_path / "run" / "config_train.yml")
+    returned(tmp_path / "run", tmp_path / "back")
+    assert "layer_order: bcr" in (tmp_path / "back" / "config_train.yml").read_text()
+
+
 def test_an_nnunet_folder_comes_back_under_all_names(tmp_path):
     """The plans name BatchNorm, and constants stand under every name that the checkpoint has for a norm."""
     pytest.importorskip("nnunetv2")
@@ -109,16 +118,106 @@ def test_an_nnunet_folder_comes_back_under_all_names(tmp_path):
     assert content["trainer_name"] == "nnUNetTrainer"
 
 
-def test_a_configuration_that_inherits_gets_the_norm_itself(tmp_path):
-    """Where the architecture is its parent's, the parent keeps its own."""
+FOLDS = (0, 1, "all")
+
+
+@pytest.fixture(scope="module")
+def converted_folds(tmp_path_factory):
+    """Return a folder of three folds, and the conversion of each."""
+    pytest.importorskip("nnunetv2", reason="nnU-Net is not installed")
+    model = tmp_path_factory.mktemp("folds") / "model"
+    model.mkdir()
+    nnunet_folder(model, FOLDS)
+    done = {}
+    for fold in FOLDS:
+        network = normfix.load(model / f"fold_{fold}/checkpoint_final.pth", allow_classes=("numpy.*",))
+        done[fold] = normfix.convert(network, IMAGE)
+    return model, done
+
+
+def test_all_folds_of_an_nnunet_folder_come_back(tmp_path, converted_folds):
+    """In whichever order they are given, each fold's file has its own weights and constants."""
+    model, done = converted_folds
+    given = [done["all"].model, done[0], done[1]]
+    record = normfix.give_back(given, tmp_path / "back", original=model, allow_classes=("numpy.*",))
+    assert names(tmp_path / "back") == names(model) | {"README.md"}
+    for fold in FOLDS:
+        path = tmp_path / "back" / f"fold_{fold}" / "checkpoint_final.pth"
+        weights = torch.load(path, weights_only=True)["network_weights"]
+        for name, tensor in done[fold].model.state_dict().items():
+            assert torch.equal(weights[name], tensor)
+    plans = [change.name for change in record.changes if change.file == "plans.json"]
+    own, heirs = ".2d.architecture.arch_kwargs.norm_op", ".2d_bs8.architecture"
+    assert plans == [f"configurations{own}", f"configurations{heirs}"]
+    assert record.alone_sd < 1e-4
+
+
+def test_a_fold_that_was_not_converted_is_left_out(tmp_path, converted_folds):
+    """A fold's checkpoint stays only if its own constants are there, and the change says why it is gone."""
+    model, done = converted_folds
+    record = normfix.give_back([done[1]], tmp_path / "back", original=model, allow_classes=("numpy.*",))
+    left = {c.file: c.after for c in record.changes if c.kind == "left out"}
+    assert set(left) == {"fold_0/checkpoint_final.pth", "fold_all/checkpoint_final.pth"}
+    assert "convert it too" in left["fold_0/checkpoint_final.pth"]
+
+
+def test_a_network_of_another_folder_has_no_fold(tmp_path, converted_folds):
+    """A conversion that has the weights of no fold is NF553, and so is one that is given twice."""
+    model, done = converted_folds
+    other = tmp_path / "other"
+    other.mkdir()
+    nnunet_folder(other, (4,))
+    done_other = normfix.convert(normfix.load(other, allow_classes=("numpy.*",)), IMAGE)
+    for given in ([done[0], done_other], [done[0], done[0]]):
+        with pytest.raises(NotGiven, match=r"NF553.*network 2 of 2"):
+            normfix.give_back(given, tmp_path / "back", original=model, allow_classes=("numpy.*",))
+    assert not (tmp_path / "back").exists()
+
+
+def test_several_networks_need_an_original(tmp_path, converted_folds):
+    """Without an original there is no folder that several go into."""
+    _, done = converted_folds
+    with pytest.raises(NotGiven, match="give --original"):
+        normfix.give_back([done[0], done[1]], tmp_path / "back")
+
+
+def test_old_plans_of_nnunet_stay_and_the_trainer_is_that_with_batch_norms(tmp_path):
+    """Plans from before 2.4 name no norm: they are copied, and nnUNetTrainerBN builds the network."""
+    pytest.importorskip("nnunetv2", reason="nnU-Net is not installed")
+    (tmp_path / "model").mkdir()
+    nnunet_folder(tmp_path / "model", old=True)
+    record = returned(tmp_path / "model", tmp_path / "back", allow_classes=("numpy.*",))
+    plans = [(tmp_path / side / "plans.json").read_bytes() for side in ("model", "back")]
+    assert plans[0] == plans[1]
+    (change,) = [change for change in record.changes if change.kind == "config"]
+    assert change.line.splitlines() == [
+        '- fold_0/checkpoint_final.pth: trainer_name = "nnUNetTrainer"',
+        '+ fold_0/checkpoint_final.pth: trainer_name = "nnUNetTrainerBN"',
+    ]
+
+
+def test_configurations_keep_their_own_norm(tmp_path):
+    """The configuration gets the norm itself; what it inherits from and what inherits from it keep theirs."""
     from normfix.giving.formats.nnunet import _switched_
 
-    parent = {"architecture": {"arch_kwargs": {"norm_op": "a.InstanceNorm3d", "n_stages": 2}}}
-    plans = {"configurations": {"full": parent, "large": {"inherits_from": "full", "batch_size": 4}}}
-    _switched_(plans, "large", {"norm_op": "a.BatchNorm3d", "n_stages": 2})
-    made = plans["configurations"]
-    assert made["full"]["architecture"]["arch_kwargs"]["norm_op"] == "a.InstanceNorm3d"
-    assert made["large"]["architecture"]["arch_kwargs"] == {"norm_op": "a.BatchNorm3d", "n_stages": 2}
+    def norm(name):
+        return resolved(made, name)["architecture"]["arch_kwargs"]["norm_op"]
+
+    full = {"architecture": {"arch_kwargs": {"norm_op": "a.InstanceNorm3d", "n_stages": 2}}}
+    made = {
+        "2d": {"architecture": {"arch_kwargs": {"norm_op": "a.InstanceNorm2d"}}},
+        "full": full,
+        "large": {"inherits_from": "full", "batch_size": 4},
+        "larger": {"inherits_from": "large", "batch_size": 8},
+    }
+    _switched_(made, "large", {"norm_op": "a.BatchNorm3d", "n_stages": 2})
+    assert {name: norm(name) for name in made} == {
+        "2d": "a.InstanceNorm2d",
+        "full": "a.InstanceNorm3d",
+        "large": "a.BatchNorm3d",
+        "larger": "a.InstanceNorm3d",
+    }
+    assert made["larger"]["inherits_from"] == "large"
 
 
 def test_another_original_is_refused(tmp_path):
@@ -139,6 +238,17 @@ def test_an_original_of_no_known_format_is_refused(tmp_path):
     done = normfix.convert(normfix.load(tmp_path / "bundle"), IMAGE)
     with pytest.raises(NotGiven, match=r"NF553.*MONAI bundle"):
         normfix.give_back(done, tmp_path / "back", original=tmp_path / "empty")
+
+
+def test_a_folder_of_diffusers_is_refused_by_name(tmp_path):
+    """diffusers has no argument for the norm, and the refusal says so, with and without its folder."""
+    bundle(tmp_path / "bundle")
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text('{"_diffusers_version": "0.33.0"}')
+    done = normfix.convert(normfix.load(tmp_path / "bundle"), IMAGE)
+    for given in ({"original": tmp_path / "vae"}, {"source": "diffusers:AutoencoderKL"}):
+        with pytest.raises(Unfit, match=r"NF551.*diffusers builds GroupNorm into"):
+            normfix.give_back(done, tmp_path / "back", **given)
 
 
 def test_a_saved_folder_knows_its_source(tmp_path):

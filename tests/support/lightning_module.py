@@ -2,6 +2,7 @@
 
 from factories import tiny_unet
 from lightning.pytorch import LightningModule
+from switchable import generator
 from torch import nn, optim
 
 
@@ -22,3 +23,16 @@ class Lit(LightningModule):
 
     def configure_optimizers(self):
         return optim.SGD(self.parameters(), lr=self.hparams.lr)
+
+
+class Switchable(LightningModule):
+    """A network whose norm is one of the hyperparameters."""
+
+    def __init__(self, channels=4, norm="instance", lr=0.1):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = generator(channels, norm)
+        self.loss = nn.Linear(2, 2)
+
+    def forward(self, image):
+        return self.net(image)

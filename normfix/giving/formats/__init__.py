@@ -5,11 +5,11 @@ To add a library, write such a module and name it in LIBRARIES: the first that r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from normfix.giving.formats import monai_bundle, nnunet, plain, unet3d
+from normfix.giving.formats import checkpoint, monai_bundle, nnunet, plain, torch_em, unet3d
 from normfix.giving.gift import Gift
 from normfix.records.returns import Change
 from normfix.records.saved import Source
@@ -23,23 +23,32 @@ class Library(Protocol):
 
     NAME: str
     """The format, as its users call it."""
+    DESCRIBES: bool
+    """Whether its files say what builds the network; else the caller does."""
     LOADER: str
-    """Python that makes `network` of `folder`, strictly, by the library alone."""
+    """Python that makes `network` of `folder` and the name `file` of its weights, strictly, by the library alone."""
 
     def recognises(self, original: Path | None) -> bool:
         """Tell whether this library wrote the original; a state dict has none."""
         ...
 
-    def weights(self, original: Path) -> Path:
-        """Return the original's file of weights."""
+    def weights(self, original: Path) -> tuple[Path, ...]:
+        """Return the original's files of weights, one a network."""
+        ...
+
+    def place(self, weights: Path | None) -> str:
+        """Return the name that a network's file of weights has in what is written."""
         ...
 
     def candidates(self, source: Source) -> Iterator[Mapping[str, Any]]:
         """Return arguments with which the library may build the network with BatchNorms, the likeliest first."""
         ...
 
-    def write(self, draft: Path, gift: Gift) -> tuple[Change, ...]:
-        """Write its files into an empty folder; return in what they differ from the original's."""
+    def write(self, draft: Path, gifts: Sequence[Gift]) -> tuple[Change, ...]:
+        """Write its files into an empty folder; return in what they differ from the original's.
+
+        `gifts` are several only where an original has several files of weights.
+        """
         ...
 
     def advice(self, scan: Scan) -> str:
@@ -47,5 +56,5 @@ class Library(Protocol):
         ...
 
 
-LIBRARIES: tuple[Library, ...] = (nnunet, monai_bundle, unet3d, plain)
+LIBRARIES: tuple[Library, ...] = (nnunet, monai_bundle, unet3d, torch_em, checkpoint, plain)
 """The libraries, most particular first."""

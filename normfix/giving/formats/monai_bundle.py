@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from normfix.records.sites import Scan
 from normfix.storage.opening.formats.monai_bundle import described, weights_file
 from normfix.storage.opening.formats.monai_bundle import recognises as is_bundle
 
-__all__ = ["LOADER", "NAME", "advice", "candidates", "recognises", "weights", "write"]
+__all__ = ["DESCRIBES", "LOADER", "NAME", "advice", "candidates", "place", "recognises", "weights", "write"]
 
 NAME = "MONAI bundle"
+DESCRIBES = True
 
 LOADER = """
 import json, os, yaml
@@ -38,8 +39,8 @@ for name in ("inference.json", "inference.yaml", "train.json", "train.yaml", "ev
     path = os.path.join(folder, "configs", name)
     if not os.path.isfile(path):
         continue
-    with open(path, encoding="utf-8") as file:
-        config = json.load(file) if name.endswith("json") else yaml.safe_load(file)
+    with open(path, encoding="utf-8") as text:
+        config = json.load(text) if name.endswith("json") else yaml.safe_load(text)
     key = next((k for k in ("network_def", "network", "net") if isinstance(config.get(k), dict)), None)
     if key is not None and "_target_" in config[key]:
         break
@@ -48,9 +49,7 @@ if not is_plain({k: v for k, v in definition.items() if k != "_target_"}):
     raise ValueError("its network is more than a class and plain values")
 values = {k: v for k, v in config.items() if is_plain(v) and "#" not in k and "::" not in k}
 network = ConfigParser({key: definition, **values}).get_parsed_content(key)
-models = os.path.join(folder, "models")
-name = next(n for n in ("model.pt", "model.pth", "model_final.pt") if n in os.listdir(models))
-state = torch.load(os.path.join(models, name), weights_only=True)
+state = torch.load(os.path.join(folder, file), weights_only=True)
 network.load_state_dict(state, strict=True)
 """
 """Of the configuration, MONAI gets the network and plain values: its parser runs every import that it meets."""
@@ -61,9 +60,15 @@ def recognises(original: Path | None) -> bool:
     return original is not None and is_bundle(original)
 
 
-def weights(original: Path) -> Path:
+def weights(original: Path) -> tuple[Path, ...]:
     """Return the file of weights."""
-    return weights_file(original)
+    return (weights_file(original),)
+
+
+def place(weights: Path | None) -> str:
+    """Return the name of the file of weights in a bundle."""
+    assert weights is not None
+    return f"models/{weights.name}"
 
 
 def candidates(source: Source) -> Iterator[Mapping[str, Any]]:
@@ -71,8 +76,9 @@ def candidates(source: Source) -> Iterator[Mapping[str, Any]]:
     return plain.candidates(source)
 
 
-def write(draft: Path, gift: Gift) -> tuple[Change, ...]:
+def write(draft: Path, gifts: Sequence[Gift]) -> tuple[Change, ...]:
     """Copy the bundle, switch the norm in each configuration of this network, and swap the weights."""
+    (gift,) = gifts
     assert gift.original is not None
     changes = copied(gift.original, draft, _left_out)
     new = changed(gift.before, gift.args)
@@ -81,9 +87,8 @@ def write(draft: Path, gift: Gift) -> tuple[Change, ...]:
         if key is not None:
             set_in(path, key, new)
             changes += config_changes(f"configs/{path.name}", f"{key}#", gift.before, new)
-    file = draft / weights_file(gift.original).relative_to(gift.original)
-    torch.save(dict(gift.state), file)
-    return (*changes, *key_changes(f"models/{file.name}", gift.names_before, gift.state))
+    torch.save(dict(gift.state), draft / gift.file)
+    return (*changes, *key_changes(gift.file, gift.names_before, gift.state))
 
 
 def advice(scan: Scan) -> str:

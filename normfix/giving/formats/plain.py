@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,29 @@ from normfix.records.sites import Scan
 from normfix.storage.opening.arguments import blanked
 from normfix.storage.opening.gate import imported, is_allowed
 
-__all__ = ["LOADER", "NAME", "advice", "candidates", "recognises", "weights", "write"]
+__all__ = [
+    "BUILDER",
+    "DESCRIBES",
+    "LOADER",
+    "NAME",
+    "advice",
+    "candidates",
+    "place",
+    "recognises",
+    "told",
+    "weights",
+    "write",
+]
 
 NAME = "state dict"
 WEIGHTS, ARGUMENTS = "model.pth", "arguments.json"
 
-LOADER = """
+DESCRIBES = False
+
+BUILDER = """
 import importlib, json, os
-with open(os.path.join(folder, "arguments.json"), encoding="utf-8") as file:
-    told = json.load(file)
+with open(os.path.join(folder, "arguments.json"), encoding="utf-8") as arguments:
+    told = json.load(arguments)
 module, _, name = told["factory"].rpartition(":")
 if module == "timm":
     import timm
@@ -39,8 +53,11 @@ else:
     for part in name.split("."):
         factory = getattr(factory, part)
     network = factory(**told["arguments"])
-state = torch.load(os.path.join(folder, "model.pth"), weights_only=True)
-network.to(getattr(torch, told["dtype"])).load_state_dict(state, strict=True)
+network.to(getattr(torch, told["dtype"]))
+"""
+"""Python that makes `network` of what `told` writes."""
+LOADER = f"""{BUILDER}
+network.load_state_dict(torch.load(os.path.join(folder, file), weights_only=True), strict=True)
 """
 
 
@@ -49,9 +66,14 @@ def recognises(original: Path | None) -> bool:
     return original is None
 
 
-def weights(original: Path) -> Path:
+def weights(original: Path) -> tuple[Path, ...]:
     """Return the file itself."""
-    return original
+    return (original,)
+
+
+def place(weights: Path | None) -> str:
+    """Return the name that weights have which have none."""
+    return WEIGHTS
 
 
 def candidates(source: Source) -> Iterator[Mapping[str, Any]]:
@@ -62,18 +84,24 @@ def candidates(source: Source) -> Iterator[Mapping[str, Any]]:
     return switched(_factory(source.spec), args)
 
 
-def write(draft: Path, gift: Gift) -> tuple[Change, ...]:
+def write(draft: Path, gifts: Sequence[Gift]) -> tuple[Change, ...]:
     """Write model.pth and arguments.json."""
+    (gift,) = gifts
     torch.save(dict(gift.state), draft / WEIGHTS)
+    return (*told(draft, gift), *key_changes(WEIGHTS, gift.names_before, gift.state))
+
+
+def told(draft: Path, gift: Gift, **more: Any) -> Iterator[Change]:
+    """Write arguments.json, which says what builds the network; return what in it is new."""
     dtypes = {str(tensor.dtype) for tensor in gift.state.values() if tensor.is_floating_point()}
-    told = {
+    content = {
         "factory": gift.source.spec,
         "arguments": _without_fetching(gift),
         "dtype": dtypes.pop().removeprefix("torch.") if len(dtypes) == 1 else "float32",
+        **more,
     }
-    (draft / ARGUMENTS).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    new = config_changes(ARGUMENTS, "", gift.before, changed(gift.before, gift.args))
-    return (*new, *key_changes(WEIGHTS, gift.names_before, gift.state))
+    (draft / ARGUMENTS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return config_changes(ARGUMENTS, "", gift.before, changed(gift.before, gift.args))
 
 
 def advice(scan: Scan) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,22 @@ from normfix.records.sites import Scan
 from normfix.storage.opening.formats.unet3d import checkpoint_of, configs_of
 from normfix.storage.opening.formats.unet3d import recognises as is_run
 
-__all__ = ["LOADER", "NAME", "advice", "candidates", "recognises", "weights", "write"]
+__all__ = ["DESCRIBES", "LOADER", "NAME", "advice", "candidates", "place", "recognises", "weights", "write"]
 
 NAME = "pytorch-3dunet run"
+DESCRIBES = True
 _ORDER, _DEFAULT = "layer_order", "gcr"
 
 LOADER = """
-import glob, os, yaml
+import os, yaml
 from pytorch3dunet.unet3d.model import get_model
 from pytorch3dunet.unet3d.utils import load_checkpoint
-(path,) = glob.glob(os.path.join(folder, "*.pytorch"))
 names = [f"{s}.{e}" for s in ("config", "train_config", "config_train") for e in ("yml", "yaml")]
 places = [os.path.join(folder, "logs", name) for name in names]
 config = next(p for p in [*(os.path.join(folder, n) for n in names), *places] if os.path.isfile(p))
-with open(config, encoding="utf-8") as file:
-    network = get_model(yaml.safe_load(file)["model"])
-load_checkpoint(path, network)
+with open(config, encoding="utf-8") as settings:
+    network = get_model(yaml.safe_load(settings)["model"])
+load_checkpoint(os.path.join(folder, file), network)
 """
 
 
@@ -42,9 +42,15 @@ def recognises(original: Path | None) -> bool:
     return original is not None and is_run(original)
 
 
-def weights(original: Path) -> Path:
+def weights(original: Path) -> tuple[Path, ...]:
     """Return the checkpoint."""
-    return checkpoint_of(original)
+    return (checkpoint_of(original),)
+
+
+def place(weights: Path | None) -> str:
+    """Return the name of the checkpoint."""
+    assert weights is not None
+    return weights.name
 
 
 def candidates(source: Source) -> Iterator[Mapping[str, Any]]:
@@ -53,12 +59,13 @@ def candidates(source: Source) -> Iterator[Mapping[str, Any]]:
     yield {**args, _ORDER: re.sub("[gi]", "b", args.get(_ORDER, _DEFAULT))}
 
 
-def write(draft: Path, gift: Gift) -> tuple[Change, ...]:
+def write(draft: Path, gifts: Sequence[Gift]) -> tuple[Change, ...]:
     """Copy the run, switch the order of layers in its configuration, and swap the weights."""
+    (gift,) = gifts
     assert gift.original is not None
     checkpoint = checkpoint_of(gift.original)
     folder, config = checkpoint.parent, configs_of(checkpoint.parent)[0]
-    left_out = other_weights(checkpoint, "it holds other weights, of the original network")
+    left_out = other_weights([checkpoint], "it holds other weights, of the original network")
     changes = copied(folder, draft, left_out)
     if not config.is_relative_to(folder):
         (draft / config.name).write_bytes(config.read_bytes())
@@ -66,8 +73,8 @@ def write(draft: Path, gift: Gift) -> tuple[Change, ...]:
     new = changed(gift.before, gift.args)
     set_in(target, "model", new)
     changes += config_changes(str(target.relative_to(draft)), "model.", gift.before, new)
-    torch.save({**gift.checkpoint, "model_state_dict": dict(gift.state)}, draft / checkpoint.name)
-    return (*changes, *key_changes(checkpoint.name, gift.names_before, gift.state))
+    torch.save({**gift.checkpoint, "model_state_dict": dict(gift.state)}, draft / gift.file)
+    return (*changes, *key_changes(gift.file, gift.names_before, gift.state))
 
 
 def advice(scan: Scan) -> str:

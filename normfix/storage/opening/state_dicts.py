@@ -19,7 +19,7 @@ from normfix.storage.opening.allocation import Stored
 from normfix.storage.opening.factories import build, rebuild
 from normfix.storage.opening.request import Loaded, Request
 
-__all__ = ["entries", "fill_", "filled", "weights_in"]
+__all__ = ["entries", "fill_", "filled", "prefixes", "weights_in"]
 
 Weights = Mapping[str, Tensor]
 
@@ -124,12 +124,12 @@ def fill_(model: nn.Module, weights: Weights, path: Path, prefix: str | None = N
     """
     own = model.state_dict().keys()
     weights = _uncompiled(weights, own)
-    prefixes = _prefixes(weights, own)
+    fitting = prefixes(weights, own)
     if prefix is not None:  # below it there may be a wrapper's prefix
-        prefixes = [p for p in prefixes if p.startswith(prefix)] or [prefix]
-    if len(prefixes) > 1:
-        raise _several(prefixes, path, "prefixes")
-    cut = prefixes[0] if prefixes else _common(weights, own)
+        fitting = [p for p in fitting if p.startswith(prefix)] or [prefix]
+    if len(fitting) > 1:
+        raise _several(fitting, path, "prefixes")
+    cut = fitting[0] if fitting else _common(weights, own)
     inside = {key.removeprefix(cut): value for key, value in weights.items() if key.startswith(cut)}
     _require_real(model, inside, path)
     try:
@@ -173,7 +173,7 @@ def _uncompiled(weights: Weights, own: Any) -> Weights:
     return {key.replace(_COMPILED, ""): value for key, value in weights.items()}
 
 
-def _prefixes(weights: Weights, own: Any) -> list[str]:
+def prefixes(weights: Weights, own: Any) -> list[str]:
     """Return what may stand before the network's own names: "", "module.", "model.net.", ..."""
     needed = [key for key in own if not key.endswith("num_batches_tracked")]  # files of old lack these
     if not needed:
@@ -199,7 +199,7 @@ def _fits(weights: Weights, model: nn.Module) -> bool:
     plain = _uncompiled(weights, own)
     return any(
         all(plain[p + key].shape == tensor.shape for key, tensor in own.items() if p + key in plain)
-        for p in _prefixes(plain, own.keys())
+        for p in prefixes(plain, own.keys())
     )
 
 

@@ -19,13 +19,23 @@ from normfix.storage.opening.pickles import read_torch
 from normfix.storage.opening.request import Loaded, Request, factory
 from normfix.storage.opening.state_dicts import filled
 
-__all__ = ["checkpoint_of", "folder_of", "network", "open_network", "prepare", "recognises", "resolved"]
+__all__ = [
+    "checkpoint_of",
+    "checkpoints_of",
+    "folder_of",
+    "network",
+    "open_network",
+    "prepare",
+    "recognises",
+    "resolved",
+]
 
 _CLASSES = ("PlainConvUNet", "ResidualEncoderUNet", "ResidualUNet")
 _HOME = "dynamic_network_architectures.architectures.unet"
 _PACKAGE = "dynamic_network_architectures."
 _STANDARD = "nnUNetTrainer"
-_ANCESTORS = 32
+_MOST = 32
+"""The most configurations that one inherits from, and the most stages of one of old."""
 _LAYERS: Mapping[str, tuple[str, ...]] = {
     "conv_op": ("conv",),
     "norm_op": ("batchnorm", "instancenorm", "normalization"),
@@ -54,8 +64,8 @@ def open_network(path: Path, request: Request) -> Loaded:
     except (KeyError, TypeError, ValueError) as error:
         raise NormfixError(
             "NF120",
-            f"its plans lack what builds the network ({type(error).__name__}: {error}). Plans from before "
-            "nnU-Net 2.4 are rewritten by nnUNetv2_plan_experiment; or name the network with --arch.",
+            f"its plans lack what builds the network ({type(error).__name__}: {error}). "
+            "nnUNetv2_plan_experiment writes them anew; or name the network with --arch.",
             where=str(folder / "plans.json"),
         ) from error
     loaded = filled(
@@ -126,7 +136,7 @@ def _arguments(folder: Path, configuration: str) -> dict[str, Any]:
     labels = _labels(dataset)
     if chosen.get("previous_stage"):  # a cascade gets the coarse segmentation's foreground too
         channels += len(labels) - 1
-    design = chosen["architecture"]
+    design = chosen["architecture"] if "architecture" in chosen else _of_old(chosen)
     return {
         "name": str(design["network_class_name"]),
         "inputs": channels,
@@ -136,12 +146,41 @@ def _arguments(folder: Path, configuration: str) -> dict[str, Any]:
     }
 
 
+def _of_old(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the architecture that nnU-Net makes of plans from before version 2.4, as its plans_handler.py does."""
+    dimensions = len(chosen["patch_size"])
+    if dimensions not in (2, 3):
+        raise ValueError(f"patch_size has {dimensions} axes")
+    name, stages = str(chosen["UNet_class_name"]), len(chosen["n_conv_per_stage_encoder"])
+    if stages > _MOST:
+        raise ValueError(f"it has more than {_MOST} stages")
+    depth = "n_conv_per_stage" if name == "PlainConvUNet" else "n_blocks_per_stage"
+    base, most = int(chosen["UNet_base_num_features"]), int(chosen["unet_max_num_features"])
+    settings = {
+        "n_stages": stages,
+        "features_per_stage": [min(base * 2**stage, most) for stage in range(stages)],
+        "conv_op": f"torch.nn.modules.conv.Conv{dimensions}d",
+        "kernel_sizes": chosen["conv_kernel_sizes"],
+        "strides": chosen["pool_op_kernel_sizes"],
+        depth: chosen["n_conv_per_stage_encoder"],
+        "n_conv_per_stage_decoder": chosen["n_conv_per_stage_decoder"],
+        "conv_bias": True,
+        "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dimensions}d",
+        "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+        "dropout_op": None,
+        "dropout_op_kwargs": None,
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    }
+    return {"network_class_name": name, "arch_kwargs": settings, "_kw_requires_import": list(_LAYERS)}
+
+
 def resolved(configurations: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return a configuration with what it inherits, each ancestor once."""
     chain = [name]
     while (parent := configurations[chain[-1]].get("inherits_from")) is not None:
-        if parent in chain or len(chain) > _ANCESTORS:
-            raise ValueError(f"configuration {parent} inherits from itself, or from more than {_ANCESTORS}")
+        if parent in chain or len(chain) > _MOST:
+            raise ValueError(f"configuration {parent} inherits from itself, or from more than {_MOST}")
         chain.append(parent)
     merged: dict[str, Any] = {}
     for ancestor in reversed(chain):
@@ -171,17 +210,21 @@ def folder_of(path: Path) -> Path | None:
     return next((p for p in places if (p / "plans.json").is_file() and (p / "dataset.json").is_file()), None)
 
 
+def checkpoints_of(folder: Path, name: str = "*") -> tuple[Path, ...]:
+    """Return the checkpoint itself, or those of all folds in a folder."""
+    if folder.is_file():
+        return (folder,)
+    # opening a pipe waits for ever
+    return tuple(path for path in sorted(folder.glob(f"fold_*/checkpoint_{name}.pth")) if path.is_file())
+
+
 def checkpoint_of(folder: Path) -> Path:
     """Return the checkpoint itself, or the only one in a folder.
 
     Raises:
         NormfixError: NF119 if the folder holds several, or none.
     """
-    if folder.is_file():
-        return folder
-    finals, others = (sorted(folder.glob(f"fold_*/checkpoint_{name}.pth")) for name in ("final", "*"))
-    # opening a pipe waits for ever
-    found = [path for path in finals or others if path.is_file()]
+    found = checkpoints_of(folder, "final") or checkpoints_of(folder)
     if len(found) != 1:
         names = ", ".join(str(p.relative_to(folder)) for p in found) or "none"
         raise NormfixError(

@@ -1,0 +1,169 @@
+"""A file of weights of any library: a state dict, or a checkpoint that holds one (Lightning, CycleGAN, any trainer).
+
+The file keeps its name and whatever else it holds. The weights are swapped where they stand, under the prefix that they
+have there, and arguments that the file remembers are switched: Lightning's `hyper_parameters`. Beside it,
+`arguments.json` says what builds the network.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from normfix.giving.formats import plain
+from normfix.giving.gift import Gift, changed, config_changes, key_changes
+from normfix.giving.refusals import NotGiven
+from normfix.records.returns import Change
+from normfix.records.saved import Source
+from normfix.records.sites import Scan
+from normfix.storage.opening.formats import lightning, safetensors_file, torch_file
+from normfix.storage.opening.state_dicts import entries, prefixes
+
+__all__ = [
+    "DESCRIBES",
+    "LOADER",
+    "NAME",
+    "advice",
+    "candidates",
+    "place",
+    "recognises",
+    "swapped",
+    "weights",
+    "write",
+]
+
+NAME = "checkpoint"
+DESCRIBES = False
+_REMEMBERED = "hyper_parameters"
+
+LOADER = f"""{plain.BUILDER}
+path = os.path.join(folder, file)
+if path.endswith(".safetensors"):
+    from safetensors.torch import load_file
+    state = load_file(path)
+else:
+    state = torch.load(path, map_location="cpu", weights_only=False)
+for key in told["place"]:
+    state = state[key]
+state = {{k.removeprefix(told["prefix"]): v for k, v in state.items() if k.startswith(told["prefix"])}}
+network.load_state_dict(state, strict=True)
+"""
+
+
+def recognises(original: Path | None) -> bool:
+    """Recognise a file that torch.save, Lightning or safetensors wrote."""
+    kinds = (lightning, safetensors_file, torch_file)
+    return original is not None and any(kind.recognises(original) for kind in kinds)
+
+
+def weights(original: Path) -> tuple[Path, ...]:
+    """Return the file itself."""
+    return (original,)
+
+
+def place(weights: Path | None) -> str:
+    """Return its name."""
+    assert weights is not None
+    return weights.name
+
+
+def candidates(source: Source) -> Iterator[Mapping[str, Any]]:
+    """Return the factory's arguments with its norms switched, by its signature."""
+    return plain.candidates(source)
+
+
+def write(draft: Path, gifts: Sequence[Gift]) -> tuple[Change, ...]:
+    """Write the file with the weights swapped, and arguments.json."""
+    (gift,) = gifts
+    spot = _spot(gift)
+    content = swapped(gift, spot)
+    new, changes = changed(gift.before, gift.args), list[Change]()
+    remembered = content.get(_REMEMBERED)
+    if isinstance(remembered, Mapping):
+        known = {name: value for name, value in new.items() if name in remembered}
+        content[_REMEMBERED] = {**remembered, **known}
+        changes += config_changes(gift.file, f"{_REMEMBERED}.", remembered, known)
+    if gift.file.endswith(".safetensors"):
+        save_file(content, draft / gift.file)
+    else:
+        torch.save(content, draft / gift.file)
+    changes += plain.told(draft, gift, place=spot.place, prefix=spot.prefix)
+    return (
+        *changes,
+        *key_changes(gift.file, *(map(spot.prefix.__add__, n) for n in (gift.names_before, gift.state))),
+    )
+
+
+def advice(scan: Scan) -> str:
+    """Say how the file is used."""
+    return (
+        "Build the network with the arguments of `arguments.json` (for pytorch-CycleGAN-and-pix2pix that is "
+        "`--norm batch`), fill it with the weights of the file as you did with the original's, strictly, and call "
+        "`eval()`. Read each tile with the halo, start on multiples of the stride, and crop the halo away."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """Where the weights stand in a file: keys into nested mappings, and what stands before their names there."""
+
+    place: tuple[str, ...]
+    prefix: str
+
+
+def swapped(gift: Gift, spot: Spot) -> dict[str, Any]:
+    """Return what the file holds with the network's weights in the place of the original's."""
+    content: dict[str, Any] = copy.copy(dict(gift.checkpoint))
+    holder = content
+    for key in spot.place[:-1]:
+        holder[key] = dict(holder[key])
+        holder = holder[key]
+    old = holder[spot.place[-1]] if spot.place else content
+    gone = {spot.prefix + name for name in gift.names_before}
+    new = {name: tensor for name, tensor in old.items() if name not in gone}
+    new |= {spot.prefix + name: tensor for name, tensor in gift.state.items()}
+    if not spot.place:
+        return new
+    holder[spot.place[-1]] = new
+    return content
+
+
+def _spot(gift: Gift) -> Spot:
+    """Return where the weights stand that were converted; else where the only ones that fit stand.
+
+    Raises:
+        NotGiven: NF553 if none fit, or several and none are those.
+    """
+    fitting = {
+        Spot(tuple(name.split(".")) if name else (), prefix): held
+        for name, held in entries(gift.checkpoint).items()
+        for prefix in prefixes(held, gift.names_before)
+    }
+    same = [spot for spot, held in fitting.items() if _agrees(held, spot.prefix, gift.state)]
+    if same or len(fitting) == 1:
+        return [*same, *fitting][0]
+    raise NotGiven(
+        "NF553",
+        f"of what it holds, {len(fitting)} sets of weights fit the network and none are those that were converted, so "
+        "which to swap is not certain. Give the file that was converted.",
+        where=gift.file,
+    )
+
+
+def _agrees(held: Mapping[str, Tensor], prefix: str, state: Mapping[str, Tensor]) -> bool:
+    """Tell whether all weights of more than one axis that have the same name are the same."""
+    shared = [
+        (held[prefix + name], tensor)
+        for name, tensor in state.items()
+        if tensor.dim() > 1 and prefix + name in held
+    ]
+    return bool(shared) and all(
+        one.shape == other.shape and torch.equal(one.to(other), other) for one, other in shared
+    )
