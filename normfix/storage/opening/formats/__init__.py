@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from normfix.storage.opening.formats import (
+    bioimageio,
     diffusers_folder,
     exported,
     lightning,
@@ -42,6 +43,7 @@ class Format(Protocol):
 
 
 FORMATS: tuple[Format, ...] = (
+    bioimageio,
     nnunet,
     unet3d,
     monai_bundle,
