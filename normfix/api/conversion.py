@@ -6,8 +6,10 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +27,7 @@ from normfix.networks.calling import Caller, buffers_kept, evaluating, home_of
 from normfix.networks.copying import double_of
 from normfix.networks.graph.program import require_free
 from normfix.networks.numerics import HALF, exact_arithmetic
-from normfix.networks.provenance import attach_
+from normfix.networks.provenance import attach_, declared_scaling
 from normfix.networks.surroundings import undisturbed
 from normfix.proof.check import with_reach
 from normfix.proof.rounding import repeated_in_double
@@ -173,7 +175,7 @@ def convert(
     stated = None if output is None else str(output)
     attach_(
         converted,
-        Provenance(plan=plan, scan=found, scaling=_stated(images), source=source, output=stated),
+        Provenance(plan=plan, scan=found, scaling=_stated(images, model), source=source, output=stated),
     )
     if model.training:
         _LOG.warning("The network was in train mode; it was converted, and is returned, in eval mode.")
@@ -182,9 +184,13 @@ def convert(
     return Conversion(converted, plan, found, calibration, proof, caller, base)
 
 
-def _stated(images: GivenImages | None) -> Scaling:
-    """Return the scaling that images say they have; of tensors nothing is known."""
-    return (isinstance(images, ImageFiles) and images.scaling) or Scaling()
+def _stated(images: GivenImages | None, model: nn.Module) -> Scaling:
+    """Return the scaling that images say they have, or that the network's file gives pixels; of tensors none."""
+    if isinstance(images, ImageFiles):
+        return images.scaling or Scaling()
+    first = next(iter(images), None) if isinstance(images, list | tuple) else images
+    pixels = isinstance(first, str | Path | np.ndarray)
+    return (pixels and declared_scaling(model)) or Scaling()
 
 
 def _proved(scan: Scan, proof: Proof, size: Sequence[int]) -> Scan:

@@ -24,7 +24,7 @@ from normfix.cli.showing import (
     write_reports,
 )
 from normfix.cli.stages import blocks_of, engine_option, stage_options, watching
-from normfix.cli.texts import calibration_text, verdict_text
+from normfix.cli.texts import calibration_text, halo_curve_text, verdict_text
 from normfix.records.progress import Progress, silent
 
 __all__ = ["calibrate_command", "check_command"]
@@ -156,6 +156,16 @@ def calibrate_command(
     type=Threshold(),
     help="Largest difference in sd that still passes. Default: 100 noise floors, at most 1e-3.",
 )
+@click.option(
+    "--halo-curve",
+    is_flag=True,
+    help="Instead, measure the error for halos from 0 to the exact one, and what each costs.",
+)
+@click.option(
+    "--tolerance",
+    type=Threshold(),
+    help="With --halo-curve: name the smallest halo within this many sd; exits 1 if there is none.",
+)
 @image_options
 @override_option
 @report_option
@@ -165,6 +175,8 @@ def check_command(
     tile: int | tuple[int, ...],
     halo: HaloExtents,
     threshold: float | None,
+    halo_curve: bool,
+    tolerance: float | None,
     reports: tuple[str, ...],
     format_: str,
     **options: Any,
@@ -179,7 +191,11 @@ def check_command(
       normfix check fixed nuclei.tif --tile 256 --report check.md --report check.xml
     """
     require_reports(reports)
+    if tolerance is not None and not halo_curve:
+        raise click.UsageError("--tolerance belongs to --halo-curve")
     arguments = Arguments.take(options)
+    if halo_curve:
+        return _halo_curve(arguments, images, tile, tolerance, format_)
 
     from normfix.proof.check import check
 
@@ -218,3 +234,26 @@ def check_command(
         note(f"Not checked: {', '.join(map(str, failed))}.")
         return 2
     return 0 if all(passed) else 1
+
+
+def _halo_curve(
+    arguments: Arguments,
+    images: tuple[str, ...],
+    tile: int | tuple[int, ...],
+    tolerance: float | None,
+    format_: str,
+) -> int:
+    """Show the error against the halo on one image."""
+    from normfix.proof.halo_curve import halo_curve
+
+    opened = arguments.open()
+    files = arguments.images(images, opened.model)
+    if len(files) > 1:
+        raise click.UsageError("--halo-curve is of one image; give one")
+    with steps() as progress:
+        image = files.read(0, files.paths[0])
+        curve = halo_curve(
+            opened.model, image, tile, tolerance=tolerance, output=arguments.output, progress=progress
+        )
+    show(curve, halo_curve_text(curve), format_)
+    return 0 if curve.met else 1

@@ -175,6 +175,7 @@ def _onnx(network: nn.Module, example: Tensor, manifest: str) -> _Written:
     written = torch.onnx.export(
         program, dynamo=True, verbose=False, input_names=["image"], output_names=["output"]
     )
+    assert written is not None  # it is None only where a file is named
     proto = written.model_proto
     entry = proto.metadata_props.add()
     entry.key, entry.value = MANIFEST, manifest
@@ -189,7 +190,7 @@ def _torchscript(network: nn.Module, example: Tensor, manifest: str) -> _Written
 
     A trace has no signature, so whether a dimension is free is tried: the trace and the network on another extent.
     """
-    traced = torch.jit.trace(network, example, check_trace=False)
+    traced = torch.jit.trace(network, example, check_trace=False)  # type: ignore[no-untyped-call]
     whole = io.BytesIO()
     torch.jit.save(traced, whole, _extra_files={MANIFEST: manifest.encode()})
     free = tuple(d for d in range(example.dim()) if d != 1 and _runs(network, _grown(example, (d,))))

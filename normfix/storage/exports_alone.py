@@ -16,6 +16,7 @@ if __name__ == "__main__":
         sys.modules[name] = None  # type: ignore[assignment]
 
     import json
+    from typing import Any
 
     import numpy as np
 
@@ -35,7 +36,7 @@ if __name__ == "__main__":
         import torch
 
         torch.set_num_threads(int(threads))
-        network = torch.jit.load(path)
+        network = torch.jit.load(path)  # type: ignore[no-untyped-call]
 
         def run(image: np.ndarray) -> np.ndarray:
             """Run the file in TorchScript."""
@@ -49,7 +50,7 @@ if __name__ == "__main__":
         largest = float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max())
         return largest if largest == largest else float("inf")
 
-    def at(spans: np.ndarray) -> tuple[object, ...]:
+    def at(spans: np.ndarray) -> Any:
         """Return the index of spans, one per axis of space."""
         return (..., *(slice(int(a), int(b)) for a, b in spans))
 

@@ -174,6 +174,15 @@ def test_a_missing_runtime_is_named_before_anything_is_computed(tmp_path, monkey
     assert "normfix[onnx]" in info.value.message
 
 
+def test_onnx_is_no_model(tmp_path):
+    """A .onnx file is refused by name (NF596), whatever it holds."""
+    (tmp_path / "net.onnx").write_bytes(b"\x08\x08")
+    with pytest.raises(NormfixError) as info:
+        normfix.load(tmp_path / "net.onnx")
+    assert info.value.code == "NF596"
+    assert ".onnx" in info.value.message
+
+
 def test_bfloat16_is_refused_by_name(tmp_path):
     """A network in bfloat16 is NF590: these runtimes take no such image."""
     net = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2)).eval().bfloat16()

@@ -19,12 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normfix.errors import NormfixError
-from normfix.storage.opening.archives import CHUNK, Archive, inventory
+from normfix.storage.opening.archives import CHUNK, Archive, inventory, start_of
 from normfix.storage.opening.request import unreadable
 
 __all__ = ["PackageError", "array_of", "described_in", "inside", "require_digest", "sha256_of", "unpacked"]
 
 _DESCRIPTIONS = ("rdf.yaml", "bioimageio.yaml", "rdf.yml", "bioimageio.yml")
+_NPY = b"\x93NUMPY"
 _ADDRESS = re.compile(r"[A-Za-z][\w+.-]+:")
 
 
@@ -127,11 +128,13 @@ def array_of(path: Path) -> NDArray[Any]:
     Raises:
         PackageError: NF592.
     """
+    if start_of(path, len(_NPY)) != _NPY:
+        raise PackageError("this test tensor is no .npy file.", str(path))
     try:
         array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise PackageError(f"cannot read this test tensor: {reason}.", str(path)) from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+    if array.dtype.kind not in "biuf":
         raise PackageError("this test tensor is no array of real numbers (.npy).", str(path))
     return array

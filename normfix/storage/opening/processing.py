@@ -33,13 +33,13 @@ def processed(array: Array, tensor: TensorOf) -> Array:
     Raises:
         UnknownStepError: for a step that is not known.
     """
-    result: Array = array.astype(np.float64)
+    result: Any = array.astype(np.float64)
     for step in tensor.steps:
         result = _applied(result, step, tensor.axes)
-    return result
+    return np.asarray(result)
 
 
-def _applied(x: Array, step: Step, axes: str) -> Array:
+def _applied(x: Any, step: Step, axes: str) -> Any:
     kwargs = step.kwargs
     over = tuple(axes.index(a) for a in step.axes if a in axes) if step.axes is not None else None
     if step.name in _KEPT:
