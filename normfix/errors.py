@@ -362,8 +362,8 @@ CODES: dict[str, str] = {
     "inputs, to 1e-3 of the output. It did not, so it is another network, or has other weights, and is not used.",
     "NF595": "The error against the halo is measured between no halo and the exact one, on an image that is larger "
     "than a window. This network has no exact halo (see normfix scan), or every window was the whole image.",
-    "NF596": "An ONNX file holds a graph of ONNX operators and no modules of PyTorch to look into and convert. Give what it "
-    "was exported from; the fixed network is written as ONNX again (convert -o FIXED.onnx).",
+    "NF596": "An ONNX file holds a graph of ONNX operators and no modules of PyTorch to look into and convert. Give "
+    "what it was exported from; the fixed network is written as ONNX again (convert -o FIXED.onnx).",
     # 6xx: diagnosing
     "NF601": "Even with every known global operation held constant, no halo or stride could be measured, so "
     "there is no right tiling to compare with. Diagnose it as a pipeline, by a function predict(image).",

@@ -67,6 +67,12 @@ def test_preprocessing_is_the_scaling_of_images(tmp_path):
     assert float((torch.as_tensor(found) - expected).abs().max() / expected.std()) < 1e-4
 
 
+def test_a_test_of_many_pixels_is_no_harm(tmp_path):
+    """What the network makes of a large test image is many times its weights, and is no reason to refuse it."""
+    folder = package(tmp_path / "model", side=1024)
+    assert open_any(folder / "rdf.yaml", Request()).source.kind == "factory"
+
+
 @pytest.mark.parametrize(
     ("change", "code"),
     [

@@ -41,7 +41,7 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def package(folder: Path, version: str = "0.5", *, own: bool = False, seed: int = 0) -> Path:
+def package(folder: Path, version: str = "0.5", *, own: bool = False, seed: int = 0, side: int = 64) -> Path:
     """Write a package into a new folder and return it."""
     folder.mkdir()
     torch.manual_seed(seed)
@@ -55,7 +55,7 @@ def package(folder: Path, version: str = "0.5", *, own: bool = False, seed: int 
     else:
         network = UNet(**KWARGS)
     torch.save(network.state_dict(), folder / "weights.pt")
-    image = np.random.default_rng(0).random((1, 1, 64, 64), dtype=np.float32) * 50 + 100
+    image = np.random.default_rng(0).random((1, 1, side, side), dtype=np.float32) * 50 + 100
     scaled = (image - image.mean()) / (image.std() + 1e-6)
     with torch.no_grad():
         output = torch.sigmoid(network.eval()(torch.from_numpy(scaled))).numpy()

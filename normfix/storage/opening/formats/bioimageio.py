@@ -25,6 +25,7 @@ from normfix.networks.calling import evaluating, failures
 from normfix.networks.numerics import exact_arithmetic
 from normfix.networks.provenance import declare_scaling_
 from normfix.records.saved import Source
+from normfix.storage.opening.allocation import uncounted
 from normfix.storage.opening.configs import read_mapping
 from normfix.storage.opening.descriptions import ArchitectureOf, Description, TensorOf, described
 from normfix.storage.opening.factories import built
@@ -42,6 +43,7 @@ from normfix.storage.opening.pickles import read_torch
 from normfix.storage.opening.processing import UnknownStepError, processed, scaling_of_steps
 from normfix.storage.opening.request import Loaded, Request, factory, object_source
 from normfix.storage.opening.state_dicts import filled
+from normfix.storage.opening.workload import Workload
 
 __all__ = ["open_network", "recognises"]
 
@@ -208,8 +210,10 @@ def _built_by(content: bytes, digest: str, name: str, stated: ArchitectureOf) ->
 class _Tests:
     """The tests of a package: what its network must give, read before anything is built."""
 
-    def __init__(self, given: np.ndarray, wanted: list[np.ndarray], description: Description) -> None:
-        self._given, self._wanted, self._description = given, wanted, description
+    def __init__(
+        self, given: np.ndarray, wanted: list[np.ndarray], description: Description, size: int
+    ) -> None:
+        self._given, self._wanted, self._description, self._size = given, wanted, description, size
         self.channels = given.shape[1]
 
     @classmethod
@@ -225,7 +229,8 @@ class _Tests:
                     f"it has {array.ndim} axes and should have {tensor.axes[:20]!r}.", str(path)
                 )
             arrays.append(array)
-        return cls(arrays[0], arrays[1:], description)
+        size = inside(folder, description.weights.name, "the file of weights").stat().st_size
+        return cls(arrays[0], arrays[1:], description, size)
 
     def error(self, model: nn.Module, where: str) -> float:
         """Return how far the network is from the test outputs, in sd.
@@ -236,7 +241,8 @@ class _Tests:
         try:
             given = processed(self._given, self._description.inputs[0])
             like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(1))
-            with evaluating(model), exact_arithmetic():
+            work = Workload(self._size, where, given.size, generous=True)
+            with evaluating(model), exact_arithmetic(), uncounted(), work:
                 results = _flat(model(torch.from_numpy(given).to(like)))
             pairs = zip(self._description.outputs, self._wanted, results, strict=True)
             return max(self._compared(tensor, wanted, result, where) for tensor, wanted, result in pairs)
