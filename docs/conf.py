@@ -5,6 +5,7 @@ alternative, mkdocs-material, is in maintenance.
 """
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ myst_heading_anchors = 4
 html_theme = "furo"
 html_title = f"normfix {release}"
 autodoc_member_order = "bysource"
+autodoc_mock_imports = [
+    name for name in ("ignite", "monai", "nnunetv2", "pytorch_lightning") if find_spec(name) is None
+]
 autodoc_typehints = "description"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_numpy_docstring = False

@@ -384,6 +384,10 @@ CODES: dict[str, str] = {
     "tiling whose windows lie off the stride grid leaves pixels that no window predicts. Tiles and halos that are "
     "multiples of the stride work.",
     "NF610": "A report's ending decides its kind: .html, .json, .md or .xml.",
+    "NF585": "An inferer hands the network's other arguments to every tile as they are, so a map of the image among "
+    "them would be that of another place. Channels of the image are cut with it.",
+    "NF586": "A predictor of nnU-Net's with exact tiles needs networks without live statistics: convert(cases) makes "
+    "them, use(networks) takes those that were made before.",
     # 9xx: normfix itself
     "NF901": "Something failed inside normfix. Nothing was written. Please report it with the traceback that "
     "--debug prints.",

@@ -8,13 +8,15 @@ normfix_threshold, are its defaults; what a test passes itself counts more.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from typing_extensions import Unpack
 
 if TYPE_CHECKING:
+    from normfix.proof.check import CheckOptions
     from normfix.records.verdicts import Verdict
 
 __all__ = ["tile_invariant"]
@@ -46,17 +48,18 @@ def tile_invariant(request: pytest.FixtureRequest) -> Callable[..., Verdict]:
     from normfix.reporting.sentences import explanation
 
     config = request.config
-    tile = _number(config, "tile", int)
+    stated = _number(config, "tile", int)
+    usual = 256 if stated is None else stated
     threshold = _number(config, "threshold", float)
     folder = config.getoption("--normfix-report")
 
-    def fixture(model: Any, image: Any, *args: Any, **options: Any) -> Verdict:
+    def fixture(
+        model: Any, image: Any, tile: int | Sequence[int] = usual, **options: Unpack[CheckOptions]
+    ) -> Verdict:
         __tracebackhide__ = True
-        if tile is not None and not args:
-            options.setdefault("tile", tile)
         if threshold is not None:
             options.setdefault("threshold", threshold)
-        verdict = check(model, image, *args, **options)
+        verdict = check(model, image, tile, **options)
         if not verdict.passed:
             if folder:
                 _write(Path(folder), request.node.nodeid, verdict)

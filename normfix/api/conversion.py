@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from normfix.proof.steps import identity, residual, shift, tile_exactness, untou
 from normfix.proof.subject import Subject
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.plans import Action, Plan
-from normfix.records.progress import Progress, silent
+from normfix.records.progress import Progress, logged, silent
 from normfix.records.saved import Provenance, Scaling, Source
 from normfix.records.sites import Scan, Site
 from normfix.records.verdicts import ImageShift, Proof, ProofStep
@@ -50,9 +50,23 @@ from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stages.resuming import resumable
 from normfix.tiling.stitching import padded, tile_extents
 
-__all__ = ["convert"]
+__all__ = ["ConvertOptions", "convert"]
 
 _LOG = logging.getLogger("normfix")
+
+
+class ConvertOptions(TypedDict, total=False):
+    """Options of `convert`."""
+
+    keep: Sequence[str]
+    forward_fn: ForwardFn | None
+    output: str | int | None
+    as_trained: bool
+    allow_flat: bool
+    halo: HaloSource
+    tile: int | Sequence[int] | None
+    blocks: Blocks | None
+    progress: Progress
 
 
 @undisturbed()
@@ -69,7 +83,7 @@ def convert(
     halo: HaloSource = "graph",
     tile: int | Sequence[int] | None = None,
     blocks: Blocks | None = None,
-    progress: Progress = silent,
+    progress: Progress = logged,
 ) -> Conversion:
     """Convert a network's live statistics to constants measured on whole images, and prove the result.
 
@@ -94,7 +108,7 @@ def convert(
             statistics are measured in stages over all of every image, in blocks of `tile` if they state no size, and
             then re-measured in other blocks; what needs whole forward passes is proved on the middle of the first
             image.
-        progress: called with (stage, done, total).
+        progress: called with (stage, done, total); default: logged as normfix.progress, at level INFO.
 
     Returns:
         The conversion, its network in eval mode; `.proof.passed` tells whether it may be relied on, `.proof.partial`

@@ -15,6 +15,7 @@ from normfix.images.given import GivenImages
 from normfix.layers import BatchRenorm, RenormSchedule
 from normfix.layers.schedule import after_steps
 from normfix.records.measurements import CalibrationSummary
+from normfix.records.tables import counted
 
 __all__ = ["FineTuning", "prepare_finetune"]
 
@@ -46,6 +47,10 @@ class FineTuning:
         self._following: RemovableHandle | None = None
         self._layers = [module for module in model.modules() if isinstance(module, BatchRenorm)]
         self._hold()
+
+    def __repr__(self) -> str:
+        steps, layers = counted(self.steps, "step"), counted(len(self._layers), "BatchRenorm layer")
+        return f"<FineTuning: {type(self.model).__name__}, {layers}; {steps} so far, held from step {self.hold_at}>"
 
     @property
     def groups(self) -> list[dict[str, Any]]:

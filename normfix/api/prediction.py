@@ -9,9 +9,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from normfix.conversion.measurement import measure_
 from normfix.conversion.targets import site_target
@@ -39,7 +40,7 @@ from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.resuming import resumable
 from normfix.tiling.stitching import tile_extents, tiled
 
-__all__ = ["NotTiledError", "predict", "write_prediction", "write_stack"]
+__all__ = ["NotTiledError", "PredictOptions", "predict", "write_prediction", "write_stack"]
 
 _LOG = logging.getLogger("normfix")
 _TILE = 256
@@ -47,6 +48,17 @@ _TILE = 256
 
 _PAYS = 1 << 24
 """Pixels of halo, or of an image to be read whole, from which stages are worth capturing the network for."""
+
+
+class PredictOptions(TypedDict, total=False):
+    """Options of `predict` that say how an image is predicted, and not what becomes of the result."""
+
+    halo: int | Sequence[int] | Literal["auto"]
+    engine: Literal["auto", "stages", "tiles"]
+    statistics: Literal["stored", "per-image"]
+    blocks: Blocks | None
+    forward_fn: ForwardFn | None
+    output: str | int | None
 
 
 @undisturbed()
@@ -137,7 +149,7 @@ def write_prediction(
     allow_nonfinite: bool = False,
     as_: str = "raw",
     logits: Logits | None = None,
-    **options: Any,
+    **options: Unpack[PredictOptions],
 ) -> tuple[tuple[int, ...], str]:
     """Predict one image into a new file, block by block; in stages where the network can. See `predict`.
 
@@ -183,7 +195,7 @@ def write_stack(
     allow_nonfinite: bool = False,
     as_: str = "raw",
     logits: Logits | None = None,
-    **options: Any,
+    **options: Unpack[PredictOptions],
 ) -> tuple[tuple[int, ...], str]:
     """Predict the planes of a stack, each by itself, into one new file. See `write_prediction`.
 
@@ -235,8 +247,8 @@ class _Prediction:
         tile: int | Sequence[int] | None,
         *,
         halo: int | Sequence[int] | Literal["auto"] = "auto",
-        engine: str = "auto",
-        statistics: str = "stored",
+        engine: Literal["auto", "stages", "tiles"] = "auto",
+        statistics: Literal["stored", "per-image"] = "stored",
         blocks: Blocks | None = None,
         forward_fn: ForwardFn | None = None,
         output: str | int | None = None,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from normfix.conversion.flatness import all_empty, flat_before, judged
 from normfix.conversion.masks import Mask
@@ -23,7 +24,7 @@ from normfix.networks.copying import copy_of, twin_of
 from normfix.networks.provenance import provenance_of
 from normfix.networks.surroundings import undisturbed
 from normfix.records.measurements import CalibrationSummary
-from normfix.records.progress import Progress, silent
+from normfix.records.progress import Progress, logged
 from normfix.records.saved import Provenance
 from normfix.records.sites import Family
 from normfix.scanning.base import base_of
@@ -35,7 +36,20 @@ from normfix.tiling.geometry import geometry_of
 from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stitching import padded
 
-__all__ = ["calibrate", "calibrate_"]
+__all__ = ["CalibrateOptions", "calibrate", "calibrate_"]
+
+
+class CalibrateOptions(TypedDict, total=False):
+    """Options of `calibrate`."""
+
+    mask: Mask | Sequence[Mask] | None
+    sample: float | None
+    seed: int
+    allow_flat: bool | None
+    blocks: Blocks | None
+    forward_fn: ForwardFn | None
+    output: str | int | None
+    progress: Progress
 
 
 @undisturbed()
@@ -51,7 +65,7 @@ def calibrate(
     blocks: Blocks | None = None,
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
-    progress: Progress = silent,
+    progress: Progress = logged,
 ) -> Calibration:
     """Return a copy of a network whose statistics are measured anew on whole images.
 
@@ -74,7 +88,8 @@ def calibrate(
         blocks: how to run in stages, in place of `tile` or beside it; see normfix.Blocks.
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
-        progress: called with ("calibrate", passes or stages done, passes or stages in all).
+        progress: called with ("calibrate", passes or stages done, passes or stages in all); default: logged as
+            normfix.progress, at level INFO.
 
     Raises:
         NormfixError: NF302 if the network has live statistics, or none at all; NF301 and codes of the images; NF326
@@ -104,7 +119,7 @@ def calibrate_(
     model: nn.Module,
     images: GivenImages,
     tile: int | Sequence[int] | None = None,
-    **options: Any,
+    **options: Unpack[CalibrateOptions],
 ) -> CalibrationSummary:
     """Measure a network's statistics anew in place, on the same module objects; arguments are those of `calibrate`.
 
@@ -149,7 +164,7 @@ def _measured(
     blocks: Blocks | None = None,
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
-    progress: Progress = silent,
+    progress: Progress = logged,
 ) -> _Measured:
     """Measure in a twin, so that the capture of the network itself is kept."""
     blocks = (blocks or Blocks()).sized(tile)

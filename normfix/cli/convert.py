@@ -11,7 +11,7 @@ import click
 
 from normfix.cli.extents import Extents
 from normfix.cli.options import Arguments, halo_option, image_options, model_options
-from normfix.cli.outputs import is_saved, output, tell
+from normfix.cli.outputs import is_given, is_saved, output, tell
 from normfix.cli.showing import note, require_report, show, steps, telling, write_report
 from normfix.cli.stages import blocks_of, engine_option, stage_options, watching
 from normfix.cli.texts import conversion_text
@@ -129,7 +129,7 @@ def convert_command(
     from normfix.storage.saving import require_unconverted, save
     from normfix.tiling.stages.resuming import resumable
 
-    if give_back is not None:
+    if give_back is not None and not is_given(Path(give_back)):
         require_absent(Path(give_back))
     blocks = blocks_of(options, engine)
     with ExitStack() as stack:
@@ -202,16 +202,17 @@ def _give_back(
     """Write it for its own tool; MODEL is the original where its format is one that is given back."""
     from normfix.giving.folder import give_back, is_original
 
-    give_back(
-        done,
-        folder,
-        source,
-        original=arguments.model if is_original(arguments.model) else None,
-        scaling=scaling,
-        allow_classes=arguments.allow_classes,
-        trust_pickle=arguments.trust_pickle,
-    )
-    note(f"Wrote {folder} for its own tool. Its README.md says what that must be told.")
+    with output(folder, is_given) as place:
+        give_back(
+            done,
+            place.path,
+            source,
+            original=arguments.model if is_original(arguments.model) else None,
+            scaling=scaling,
+            allow_classes=arguments.allow_classes,
+            trust_pickle=arguments.trust_pickle,
+        )
+    tell(place, " It is for the network's own tool; its README.md says what that must be told.")
 
 
 def _read_plan(path: str | None) -> Plan | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from normfix.cli.options import Arguments, model_options
-from normfix.cli.showing import format_option, note, show
+from normfix.cli.outputs import is_given, output, tell
+from normfix.cli.showing import format_option, show
 
 if TYPE_CHECKING:
     from normfix.records.returns import GivenBack
@@ -48,18 +50,20 @@ def give_back_command(
     from normfix.giving.folder import give_back
 
     arguments = Arguments.take(options)
-    opened = arguments.open()
-    record = give_back(
-        opened.model,
-        out,
-        opened.source,
-        original=original,
-        switch=_switches(switches),
-        allow_classes=arguments.allow_classes,
-        trust_pickle=arguments.trust_pickle,
-    )
+    with output(out, is_given) as place:
+        opened = arguments.open()
+        record = give_back(
+            opened.model,
+            place.path,
+            opened.source,
+            original=original,
+            switch=_switches(switches),
+            allow_classes=arguments.allow_classes,
+            trust_pickle=arguments.trust_pickle,
+        )
+    record = replace(record, folder=out)
     show(record, _text(record), format_)
-    note(f"Wrote {out}. Its README.md says what the tool must be told.")
+    tell(place, " Its README.md says what the tool must be told.")
 
 
 def _switches(words: tuple[str, ...]) -> Mapping[str, Any] | None:

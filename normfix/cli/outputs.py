@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from normfix.cli.showing import note
 from normfix.errors import NormfixError
 from normfix.images.drafts import Naming, naming, require_unnamed, sweep
 
-__all__ = ["is_image", "is_saved", "output", "tell"]
+__all__ = ["is_given", "is_image", "is_saved", "output", "tell"]
 
 _FILES = ("normfix.json", "state_dict.pt", "config.json")
 """One of them is in every folder that normfix saves, or lets a library save."""
@@ -50,6 +50,15 @@ def is_saved(path: Path) -> bool:
     if path.is_dir():
         return any((path / name).is_file() for name in _FILES)
     return path.suffix == ".pt2" and zipfile.is_zipfile(path)
+
+
+def is_given(path: Path) -> bool:
+    """Tell whether something may be a folder that was given back: one with normfix's card in it."""
+    for name in ("README.md", "README-normfix.md"):
+        with suppress(OSError), (path / name).open(encoding="utf-8", errors="replace") as file:
+            if file.readline().rstrip().endswith("with constant statistics"):
+                return not path.is_symlink()
+    return False
 
 
 def is_image(path: Path) -> bool:

@@ -14,7 +14,7 @@ from normfix.cli.columns import fitted
 from normfix.errors import NormfixError
 from normfix.images.drafts import cannot_write, drafting, require_unnamed, sweep
 from normfix.records.encoding import Record
-from normfix.records.progress import Progress
+from normfix.records.progress import LOGGER, Progress
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -55,7 +55,8 @@ class _Notes(logging.Handler):
     """Says what is logged on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        note(record.getMessage())
+        if record.name != LOGGER:  # bars tell that
+            note(record.getMessage())
 
 
 @contextmanager

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, overload
 
 from numpy.typing import NDArray
 from torch import nn
+from typing_extensions import Unpack
 
 from normfix.diagnosis.accuracy import Labels
 from normfix.diagnosis.examination import Examination
-from normfix.diagnosis.pipeline import PipelineDiagnosis, diagnose_pipeline
+from normfix.diagnosis.pipeline import PipelineDiagnosis, PipelineOptions, diagnose_pipeline
 from normfix.diagnosis.setting import bench_of, prepare
 from normfix.images.given import Given, images_of
 from normfix.images.sources import whole
@@ -29,16 +30,34 @@ from normfix.records.diagnoses import (
     Tiling,
     TrainEval,
 )
-from normfix.records.progress import Progress, silent
+from normfix.records.progress import Progress, logged
 from normfix.reporting.maps import Maps
+from normfix.reporting.sentences import headline
 from normfix.scanning.known import ForwardFn
 
-__all__ = ["Diagnosis", "Maps", "diagnose", "diagnose_network"]
+__all__ = ["DiagnoseOptions", "Diagnosis", "Maps", "diagnose", "diagnose_network"]
 
 Metric = Callable[[NDArray[Any], NDArray[Any]], float]
 
 
-@dataclass(frozen=True, slots=True)
+class DiagnoseOptions(TypedDict, total=False):
+    """Options of `diagnose_network`."""
+
+    halo: int | Sequence[int] | Literal["auto"]
+    tiling: Tiling | None
+    kind: Kind | None
+    labels: Any
+    metric: Metric | None
+    converted: nn.Module | None
+    batches: Sequence[int]
+    per_site: bool
+    forward_fn: ForwardFn | None
+    output: str | int | None
+    announce: Callable[[Cost], None]
+    progress: Progress
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class Diagnosis:
     """A diagnosis and the maps behind it."""
 
@@ -74,6 +93,9 @@ class Diagnosis:
         """Return how far an output can look, and does."""
         return self.record.receptive_field
 
+    def __repr__(self) -> str:
+        return f"<Diagnosis: {headline(self.record)}>"
+
     def _repr_html_(self) -> str:
         """Show the verdict and the pictures in a notebook."""
         from normfix.reporting.report import fragment
@@ -83,11 +105,14 @@ class Diagnosis:
 
 @overload
 def diagnose(
-    model: nn.Module, image: Given, tile: int | Sequence[int] = 256, **options: Any
+    model: nn.Module, image: Given, tile: int | Sequence[int] = 256, **options: Unpack[DiagnoseOptions]
 ) -> Diagnosis: ...
 @overload
 def diagnose(
-    model: Callable[..., Any], image: Any, tile: int | Sequence[int] = 256, **options: Any
+    model: Callable[..., Any],
+    image: Any,
+    tile: int | Sequence[int] = 256,
+    **options: Unpack[PipelineOptions],
 ) -> PipelineDiagnosis: ...
 @undisturbed()
 def diagnose(
@@ -133,7 +158,7 @@ def diagnose_network(
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
     announce: Callable[[Cost], None] = lambda cost: None,
-    progress: Progress = silent,
+    progress: Progress = logged,
 ) -> Diagnosis:
     """Measure how tiles of a network disagree and why.
 
@@ -152,7 +177,7 @@ def diagnose_network(
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
         announce: called once with the cost, before the experiments start.
-        progress: called with (stage, done, total).
+        progress: called with (stage, done, total); default: logged as normfix.progress, at level INFO.
 
     Raises:
         NormfixError: NF601 where no geometry can be measured, NF602 for a tiling that does not fit, NF604 for

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import nn
 
@@ -14,18 +14,30 @@ from normfix.proof.cropping import check_pipeline, space_of
 from normfix.records.diagnoses import Observation, PipelineRecord
 from normfix.records.sites import Finding, Scan
 from normfix.records.spans import round_up
+from normfix.records.tables import Shown, Table
 from normfix.records.verdicts import Verdict
+from normfix.reporting.sentences import headline
 from normfix.scanning.scan import scan
 from normfix.tiling.geometry import geometry_of
 from normfix.tiling.grid import Geometry
 
-__all__ = ["PipelineDiagnosis", "diagnose_pipeline"]
+__all__ = ["PipelineDiagnosis", "PipelineOptions", "diagnose_pipeline"]
+
+
+class PipelineOptions(TypedDict, total=False):
+    """Options of `diagnose_pipeline`."""
+
+    network: nn.Module | None
+    stride: int | None
+    margin: int | None
+    output: str | int | None
+
 
 Pipeline = Callable[..., Any]
 
 
-@dataclass(frozen=True, slots=True)
-class PipelineDiagnosis:
+@dataclass(frozen=True, slots=True, repr=False)
+class PipelineDiagnosis(Shown):
     """A pipeline's diagnosis; `.record` is the plain data."""
 
     record: PipelineRecord
@@ -43,6 +55,16 @@ class PipelineDiagnosis:
     def culprits(self) -> tuple[Observation, ...]:
         """Return the causes that were seen."""
         return self.record.culprits
+
+    @property
+    def headline(self) -> str:
+        """Return what was seen, in a sentence."""
+        return headline(self.record)
+
+    def table(self) -> Table:
+        """Return the causes."""
+        rows = [(c.cause, c.evidence, c.remedy) for c in self.culprits]
+        return Table(("cause", "evidence", "remedy"), rows)
 
 
 def diagnose_pipeline(

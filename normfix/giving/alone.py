@@ -38,7 +38,7 @@ def alone_sd(folder: Path, loader: str, caller: Caller, image: Tensor, wanted: T
     """Return how far its own library's output is from what is wanted, in sd of that.
 
     Args:
-        folder: what was written.
+        folder: what was written, in a draft's folder, where nothing that is left by a kill stays.
         loader: Python that makes `network` of `folder`, strictly, with the library alone.
         caller: says which output counts.
         image: (1, C, *space) on the CPU.
@@ -48,7 +48,7 @@ def alone_sd(folder: Path, loader: str, caller: Caller, image: Tensor, wanted: T
         NotAlone: NF554 if it does not load there or gives something else.
     """
     script = f"{_HEAD}{loader}{_TAIL}"
-    with tempfile.TemporaryDirectory(prefix="normfix-") as exchange:
+    with tempfile.TemporaryDirectory(prefix="normfix-", dir=folder.parent) as exchange:
         save_file({"image": image.contiguous()}, Path(exchange) / "image.safetensors")
         output = "" if caller.output is None else str(caller.output)
         reason = run_fresh(script, str(folder), exchange, output, str(torch.get_num_threads()))

@@ -21,6 +21,7 @@ from normfix.giving.refusals import NotGiven, Unequal
 from normfix.layers import BatchRenorm
 from normfix.networks.calling import Caller, home_of
 from normfix.networks.copying import copy_of, twin_of
+from normfix.networks.graph.program import ProgramNetwork
 from normfix.networks.numerics import IDENTITY, deviation, exact_arithmetic
 from normfix.networks.provenance import is_current, provenance_of
 from normfix.networks.surroundings import undisturbed
@@ -31,6 +32,7 @@ from normfix.records.verdicts import Verdict
 from normfix.storage.folder import appearing, require_absent, seeded_input
 from normfix.storage.opening import open_path
 from normfix.storage.opening.factories import dumped
+from normfix.storage.opening.gate import FACTORIES, is_allowed, library, present
 from normfix.storage.opening.pickles import read_torch
 from normfix.storage.opening.request import Request
 from normfix.storage.probe import SEED
@@ -93,6 +95,8 @@ def give_back(
     work = _Work(twin_of(model).cpu(), known, Caller.of(known))
     origin = _Origin.of(None if original is None else Path(original), request)
     named = _source(known.source, source, args, origin)
+    if isinstance(model, ProgramNetwork) and not isinstance(source, str):
+        _require_allowed(named)
     library = origin.library
     candidates = library.candidates(named) if switch is None else [{**json.loads(named.args), **switch}]
     match = matched(work.model, work.caller, work.image(torch.float64), named, candidates)
@@ -243,6 +247,21 @@ def _source(
             where=stated.spec,
         )
     return stated
+
+
+def _require_allowed(source: Source) -> None:
+    """Refuse to call what only a program's file names, of a library: nothing was built to open it.
+
+    Raises:
+        NotGiven: NF550.
+    """
+    if library(source.spec) in FACTORIES and not is_allowed(present(source.spec)):
+        raise NotGiven(
+            "NF550",
+            "the program says that this builds its network, and a file may not name it. If it is right, say so "
+            "yourself: source= and args= in Python.",
+            where=source.spec,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,27 +2,25 @@
 
 A loop in plain Python makes no tensors that could be counted, so a watching thread looks at the processor time of
 the thread that works, and raises in it once the time is up. What a library catches is raised again. Only whole
-bytecodes are interrupted: the numbers in a config are bounded before (`arguments`), so that no single one is long.
+bytecodes are interrupted: the numbers in a config are bounded before (`arguments`), so that no single one is long
+without taking memory, which the system refuses it (`headroom`).
 """
 
 from __future__ import annotations
 
 import ctypes
-import mmap
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 from normfix.errors import NormfixError
+from normfix.images.headroom import Headroom, lacks_memory
 
 __all__ = ["within"]
 
 T = TypeVar("T")
 
-_OWN_THREADS = 2
-"""The one that works and the one that watches."""
 _EVERY, _AGAIN = 0.05, 0.5
 """Seconds between two looks, and between two exceptions: long enough to leave the block after the first."""
 
@@ -39,8 +37,8 @@ def within(
 
     Args:
         seconds: of processor time; of elapsed time where the system does not count a thread's.
-        growth: bytes by which the process may grow meanwhile. Only looked at on Linux and while no other thread of
-            Python's runs, whose memory it might be.
+        growth: bytes by which the process may grow meanwhile. Only held to on Linux and while no other thread
+            computes, whose memory it might be.
         function: must leave nothing half done behind that matters when it is interrupted anywhere.
         where: named in the error.
         instead: what to do next, for the error.
@@ -52,22 +50,33 @@ def within(
         >>> within(5, lambda: sum(range(1000)), "config.json")
         499500
     """
-    watch = _Watch(seconds, growth)
+    clock = _clock_of(threading.get_ident())
+    headroom = Headroom(growth, clock)
+    watch = _Watch(seconds, clock, headroom)
     try:
-        watch.start()
-        try:
-            return function()
-        finally:
-            watch.stop()
+        with headroom.taken():
+            watch.start()
+            try:
+                return function()
+            finally:
+                watch.stop()
     except _Late:
         # The exception may have come before stop had done its work.
         watch.stop()
-        raise NormfixError(
-            "NF121",
-            "what it asks for takes far more time or memory than a file of this size is worth (a depth or count in it "
-            f"is too large). It is not opened; {instead}.",
-            where=where,
-        ) from None
+        raise _out_of_proportion(where, instead) from None
+    except (MemoryError, NormfixError) as error:
+        if growth is None or not lacks_memory(error):
+            raise
+        raise _out_of_proportion(where, instead) from error
+
+
+def _out_of_proportion(where: str, instead: str) -> NormfixError:
+    return NormfixError(
+        "NF121",
+        "what it asks for takes far more time or memory than a file of this size is worth (a depth or count in it "
+        f"is too large). It is not opened; {instead}.",
+        where=where,
+    )
 
 
 class _Late(BaseException):
@@ -75,11 +84,11 @@ class _Late(BaseException):
 
 
 class _Watch:
-    def __init__(self, seconds: float, growth: int | None) -> None:
+    def __init__(self, seconds: float, clock: Callable[[], float], headroom: Headroom) -> None:
         self._thread = threading.get_ident()
-        self._clock = _clock_of(self._thread)
-        self._until = self._clock() + seconds
-        self._most = None if growth is None else _resident() + growth
+        self._clock = clock
+        self._until = clock() + seconds
+        self._headroom = headroom
         self._lock = threading.Lock()
         self._over = threading.Event()
 
@@ -96,21 +105,9 @@ class _Watch:
         pause = _EVERY
         while not self._over.wait(pause):
             with self._lock:
-                if (self._clock() > self._until or self._is_large()) and not self._over.is_set():
+                if not self._over.is_set() and (self._clock() > self._until or self._headroom.is_exceeded()):
                     _raise_in(self._thread, _Late)
                     pause = _AGAIN
-
-    def _is_large(self) -> bool:
-        alone = threading.active_count() <= _OWN_THREADS
-        return self._most is not None and alone and _resident() > self._most
-
-
-def _resident() -> int:
-    """Return the bytes that the process takes, 0 where they cannot be told."""
-    try:
-        return int(Path("/proc/self/statm").read_bytes().split()[1]) * mmap.PAGESIZE
-    except OSError:
-        return 0
 
 
 def _clock_of(thread: int) -> Callable[[], float]:

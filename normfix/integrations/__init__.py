@@ -1,1 +1,1 @@
-"""Adapters for training frameworks; each module imports its framework."""
+"""Adapters for frameworks that train and predict; each module imports its framework."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from normfix.errors import NormfixError
 from normfix.images.given import images_of
@@ -30,7 +31,18 @@ from normfix.tiling.grid import Geometry
 from normfix.tiling.recall import Recalling
 from normfix.tiling.stitching import tile_extents
 
-__all__ = ["assert_tile_invariant", "check", "compare_with", "with_reach"]
+__all__ = ["CheckOptions", "assert_tile_invariant", "check", "compare_with", "with_reach"]
+
+
+class CheckOptions(TypedDict, total=False):
+    """Options of `check`."""
+
+    halo: int | Sequence[int] | Literal["auto"]
+    threshold: float | None
+    forward_fn: ForwardFn | None
+    output: str | int | None
+    stride: int
+    margin: int | None
 
 
 @undisturbed()
@@ -108,7 +120,10 @@ def with_reach(verdict: Verdict, scan: Scan) -> Verdict:
 
 
 def assert_tile_invariant(
-    model: nn.Module | Callable[..., Any], image: Any, tile: int | Sequence[int] = 256, **options: Any
+    model: nn.Module | Callable[..., Any],
+    image: Any,
+    tile: int | Sequence[int] = 256,
+    **options: Unpack[CheckOptions],
 ) -> Verdict:
     """Raise AssertionError unless `check` passes; an inconclusive check does not.
 

@@ -27,7 +27,7 @@ from normfix.proof.forms import Form, exported, folded, frozen, portable, reload
 from normfix.proof.steps import CONSISTENT, residual, tile_exactness, unmeasured
 from normfix.proof.subject import Subject
 from normfix.records.plans import Plan
-from normfix.records.progress import Progress, silent
+from normfix.records.progress import Progress, logged
 from normfix.records.sites import Scan, Site
 from normfix.records.verdicts import Proof, ProofStep, Verdict
 from normfix.scanning.known import ForwardFn, Known, known_of
@@ -56,7 +56,7 @@ def prove(
     args: Mapping[str, Any] | None = None,
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
-    progress: Progress = silent,
+    progress: Progress = logged,
 ) -> Proof:
     """Prove a converted network that was fine-tuned or calibrated anew, without its original.
 

@@ -9,6 +9,7 @@ from normfix.records.derivations import Obstacle, PathStep
 from normfix.records.encoding import Record
 from normfix.records.sites import Finding
 from normfix.records.spans import Spans
+from normfix.records.tables import Shown, Table, counted, number
 from normfix.records.verdicts import ProofStep
 
 __all__ = ["Certificate", "CertifiedSite", "Constant", "Derivation", "Guard", "Verification"]
@@ -79,8 +80,8 @@ class Guard(Record):
     role: Literal["condition", "crossed", "implied", "built", "repeats", "single", "harmless", "open"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Certificate(Record):
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Certificate(Shown, Record):
     """The derivation of a saved network's reach, for each output of its program.
 
     `program` is the file that holds the graph, `sha256` of it; without one, `reason` says why. `assumed` is what the
@@ -101,9 +102,17 @@ class Certificate(Record):
         """Return the derivation of the output that tiles are made of."""
         return next((found for found in self.derivations if found.counts), None)
 
+    @property
+    def headline(self) -> str:
+        """Return the program, and how much of it is stated."""
+        if self.reason:
+            return f"no program: {self.reason}"
+        sizes = [(self.constants, "constant"), (self.sites, "site"), (self.guards, "condition")]
+        return f"{self.program}: " + ", ".join(counted(len(part), what) for part, what in sizes)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verification(Record):
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Verification(Shown, Record):
     """A certificate derived again: each step, and a finding for each that did not pass."""
 
     steps: tuple[ProofStep, ...]
@@ -126,3 +135,14 @@ class Verification(Record):
     def __bool__(self) -> bool:
         """Be true for a pass only."""
         return self.passed
+
+    @property
+    def headline(self) -> str:
+        """Return the status and how many steps."""
+        findings = [counted(len(self.findings), "finding")] * bool(self.findings)
+        return "; ".join([f"{self.status}, {counted(len(self.steps), 'step')}", *findings])
+
+    def table(self) -> Table:
+        """Return the steps."""
+        rows = [(s.name, s.status, number(s.value), number(s.bound), s.note) for s in self.steps]
+        return Table(("step", "status", "value", "bound", "note"), rows)

@@ -7,6 +7,7 @@ from typing import Literal
 
 from normfix.records.encoding import Record
 from normfix.records.sites import Finding
+from normfix.records.tables import Shown, Table, counted, number
 
 __all__ = ["CalibrationSummary", "Sampled", "SiteStatistics"]
 
@@ -58,8 +59,8 @@ class Sampled(Record):
         return self.blocks == self.of
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CalibrationSummary(Record):
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class CalibrationSummary(Shown, Record):
     """What was measured on which images.
 
     `engine` tells how: stage by stage over blocks, or in passes over whole images; `reason` why not in stages,
@@ -75,3 +76,26 @@ class CalibrationSummary(Record):
     ignored: tuple[int, ...] = ()
     sample: Sampled | None = None
     findings: tuple[Finding, ...] = ()
+
+    @property
+    def headline(self) -> str:
+        """Return how many sites and images, and the largest residual and spread."""
+        parts = [
+            f"{counted(len(self.sites), 'site')} on {counted(len(self.images), 'image')}, by {self.engine}"
+        ]
+        if self.sites:
+            residual, spread = (
+                max(getattr(s, name) for s in self.sites) for name in ("mean_shift", "spread")
+            )
+            parts.append(f"largest residual {number(residual)} sd, spread between images {number(spread)} sd")
+        if self.sample is not None and not self.sample.exact:
+            parts.append(f"estimates from {self.sample.blocks} of {self.sample.of} blocks")
+        return "; ".join([*parts, *([counted(len(self.findings), "finding")] * bool(self.findings))])
+
+    def table(self) -> Table:
+        """Return the sites."""
+        rows = [
+            (s.site, str(s.elements), number(s.spread), number(s.mean_shift), str(len(s.flat) or ""))
+            for s in self.sites
+        ]
+        return Table(("site", "elements", "spread", "residual", "flat channels"), rows)

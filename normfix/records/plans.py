@@ -9,6 +9,7 @@ from typing import Literal
 from normfix.records.choices import StrEnum
 from normfix.records.encoding import SCHEMA, Record
 from normfix.records.sites import Site
+from normfix.records.tables import Shown, Table, counted
 
 __all__ = ["Action", "Decision", "Means", "Plan", "matches"]
 
@@ -30,8 +31,8 @@ class Means(StrEnum):
     NONE = "none"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision(Record):
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Decision(Shown, Record):
     """What happens to one site, why, and how.
 
     An intercepted site is call number `position` of its function among the `visible` ones that are still
@@ -58,9 +59,18 @@ class Decision(Record):
         carries = self.site.layer is not None and self.site.layer.carries
         return self.converts and not carries
 
+    @property
+    def headline(self) -> str:
+        """Return what happens to the site."""
+        return (
+            f"{self.site.id}: {self.action} ({self.reason})"
+            if self.reason
+            else f"{self.site.id}: {self.action}"
+        )
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan(Record):
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Plan(Shown, Record):
     """The reviewable decisions for one network."""
 
     to: Literal["frozen", "batchrenorm"]
@@ -77,6 +87,18 @@ class Plan(Record):
     def left_live(self) -> tuple[Decision, ...]:
         """Return the decisions that leave a live statistic in the network."""
         return tuple(d for d in self.decisions if d.site.live and not d.converts)
+
+    @property
+    def headline(self) -> str:
+        """Return how many sites are converted, and how many stay live."""
+        converted = f"{len(self.converted)} of {counted(len(self.decisions), 'site')} converted"
+        left = f", {len(self.left_live)} left live" if self.left_live else ""
+        return f"{self.model} to {self.to}: {converted}{left}"
+
+    def table(self) -> Table:
+        """Return the decisions."""
+        rows = [(d.site.id, str(d.action), str(d.means), d.reason) for d in self.decisions]
+        return Table(("site", "action", "means", "reason"), rows)
 
 
 def matches(path: str, patterns: tuple[str, ...]) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from normfix.records.encoding import Record
+from normfix.records.tables import Shown, Table, counted, number
 from normfix.records.verdicts import Verdict
 
 __all__ = ["Change", "GivenBack"]
@@ -35,8 +36,8 @@ class Change(Record):
         return f"{sign} {self.file}: {self.name}" + (f" ({self.after})" if self.after else "")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GivenBack(Record):
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class GivenBack(Shown, Record):
     """A network in the format of its own tool, and how far it is from the converted one, in sd of its output.
 
     `double_sd` is in float64, `single_sd` in the network's own dtype, `alone_sd` what its own library gave in a process
@@ -50,3 +51,15 @@ class GivenBack(Record):
     single_sd: float
     alone_sd: float
     verdict: Verdict
+
+    @property
+    def headline(self) -> str:
+        """Return what was written, and how far its own library is from the converted network."""
+        changes = counted(len(self.changes), "change")
+        alone = f"its own library gives it within {number(self.alone_sd)} sd"
+        return f"{self.format} in {self.folder}: {changes}; {alone}; {self.verdict.headline}"
+
+    def table(self) -> Table:
+        """Return the changes."""
+        rows = [(c.file, c.kind, c.name, c.before, c.after) for c in self.changes]
+        return Table(("file", "kind", "name", "before", "after"), rows)

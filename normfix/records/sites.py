@@ -6,6 +6,7 @@ The records an API call returns and those `--format json` prints are the same ob
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,8 @@ from normfix.records.choices import StrEnum
 from normfix.records.derivations import Reach
 from normfix.records.encoding import Record
 from normfix.records.sizes import ProvedSizes
-from normfix.records.spans import Spans
+from normfix.records.spans import Spans, in_strides
+from normfix.records.tables import Shown, Table, by_axis, counted
 
 __all__ = [
     "Family",
@@ -42,8 +44,8 @@ class Family(StrEnum):
     OTHER = "other"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Site(Record):
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Site(Shown, Record):
     """One normalising or reducing call over space (or batch), as seen in one forward pass.
 
     `owner` is the path of the innermost module, `invocation` which call of that module in the root forward,
@@ -83,6 +85,11 @@ class Site(Record):
     def convertible(self) -> bool:
         """Tell whether normfix has a rule that converts it."""
         return (self.layer is not None or self.statistic is not None) and not self.refusal
+
+    @property
+    def headline(self) -> str:
+        """Return what it is, where, and whether it is live."""
+        return f"{self.id} ({self.owner_class}), {self.family}, {'live' if self.live else 'not live'}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,8 +162,8 @@ class Looked(Record):
     note: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scan(Record):
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Scan(Shown, Record):
     """Sites of a network and the geometry its output has once they are frozen.
 
     `stride`, `halo`, `scale` and `exact_sizes` run over the spatial axes. `halo` holds (before, after) in
@@ -191,6 +198,29 @@ class Scan(Record):
     def live(self) -> tuple[Site, ...]:
         """Return the sites whose statistic is computed from the current input."""
         return tuple(site for site in self.sites if site.live)
+
+    @property
+    def headline(self) -> str:
+        """Return whether tiles matter, how many statistics are live, and the geometry."""
+        kinds = Counter(str(site.family) for site in self.live)
+        live = ", ".join(f"{n} {family}" for family, n in kinds.items())
+        parts = [
+            f"{self.model} at {by_axis(self.example)}",
+            f"{'' if self.tile_invariant else 'not '}tile-invariant",
+            counted(len(self.live), "live site") + (f" ({live})" if live else ""),
+        ]
+        if self.stride is not None and self.halo is not None:
+            halo = ", ".join(f"{before}/{after}" for before, after in in_strides(self.halo, self.stride))
+            parts.append(f"stride {by_axis(self.stride)}, halo {halo}")
+        return "; ".join([*parts, *([counted(len(self.findings), "finding")] * bool(self.findings))])
+
+    def table(self) -> Table:
+        """Return the sites."""
+        rows = [
+            (site.id, str(site.family), "live" if site.live else "", site.reduces, site.refusal)
+            for site in self.sites
+        ]
+        return Table(("site", "family", "live", "reduces", "refused because"), rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

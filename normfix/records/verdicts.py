@@ -8,6 +8,7 @@ from typing import Literal
 from normfix.records.encoding import Record
 from normfix.records.sites import Finding
 from normfix.records.spans import Spans
+from normfix.records.tables import Shown, Table, by_axis, counted, number
 
 __all__ = ["ImageShift", "Proof", "ProofStep", "Verdict"]
 
@@ -21,8 +22,8 @@ class ImageShift(Record):
     max_sd: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict(Record):
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Verdict(Shown, Record):
     """The outcome of comparing stitched tiles with the whole image.
 
     Differences are in sd of the whole-image output over the axes in `axes` (those that at least one window
@@ -69,9 +70,23 @@ class Verdict(Record):
         """Tell whether nothing could be decided; this is not a pass."""
         return self.status == "inconclusive"
 
+    @property
+    def headline(self) -> str:
+        """Return the status, the largest difference and what was compared."""
+        if not self.tile or self.inconclusive:
+            return "; ".join([self.status, *(f.message for f in self.findings[:1])])
+        far = "within" if self.passed else "up to"
+        compared = f"tiles of {by_axis(self.tile)} are {far} {number(self.max_sd)} sd from the whole image"
+        parts = [self.status, f"{compared} (threshold {number(self.threshold)})"]
+        return "; ".join([*parts, *([counted(len(self.findings), "finding")] * bool(self.findings))])
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProofStep(Record):
+    def table(self) -> Table:
+        """Return the findings."""
+        return Table(("code", "where", "what"), [(f.code, f.where, f.message) for f in self.findings])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class ProofStep(Shown, Record):
     """One claim about a conversion, the number that supports it and the bound it was held against.
 
     "refused" is the status of a claim that is not made, because sites that no constant can replace stay live;
@@ -86,9 +101,16 @@ class ProofStep(Record):
     bound: float | None
     note: str = ""
 
+    @property
+    def headline(self) -> str:
+        """Return the status, and the number with its bound."""
+        held = "" if self.value is None else f", {number(self.value)}"
+        bound = "" if self.bound is None else f" (bound {number(self.bound)})"
+        return f"{self.name} {self.status}{held}{bound}"
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Proof(Record):
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Proof(Shown, Record):
     """All steps that a conversion, or a network that was trained or measured since, had to pass."""
 
     steps: tuple[ProofStep, ...]
@@ -116,6 +138,17 @@ class Proof(Record):
             return "passed"
         wrong = any(step.status in ("failed", "refused") for step in self.steps)
         return "failed" if wrong else "inconclusive"
+
+    @property
+    def headline(self) -> str:
+        """Return the status and the steps that are no pass, if any."""
+        open_ = [step.headline for step in self.steps if step.status != "passed"]
+        return "; ".join([f"{self.status}, {counted(len(self.steps), 'step')}", *open_])
+
+    def table(self) -> Table:
+        """Return the steps."""
+        rows = [(s.name, s.status, number(s.value), number(s.bound), s.note) for s in self.steps]
+        return Table(("step", "status", "value", "bound", "note"), rows)
 
     def step(self, name: str) -> ProofStep:
         """Return the step of that name.

@@ -9,11 +9,18 @@ import sys
 __all__ = ["run_fresh"]
 
 
+_NOT_HERE = "import sys; sys.path[:] = filter(None, sys.path)\n"
+"""Python puts the working directory first for a command."""
+
+
 def run_fresh(script: str, *words: str) -> str:
-    """Run a script in a fresh process that finds modules where this one does; return '' or why it failed."""
+    """Run a script in a fresh process that finds modules where this one does; return '' or why it failed.
+
+    That is not the working directory, where files of others may lie, unless this process looks there too.
+    """
     paths = os.pathsep.join(p or "." for p in sys.path)
     result = subprocess.run(
-        [sys.executable, "-c", script, *words],
+        [sys.executable, "-c", f"{_NOT_HERE}{script}", *words],
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,

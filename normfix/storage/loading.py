@@ -34,8 +34,9 @@ from normfix.storage.folder import (
 )
 from normfix.storage.opening import open_path, open_spec
 from normfix.storage.opening.allocation import Stored, bounded_by
-from normfix.storage.opening.factories import built, rebuild
+from normfix.storage.opening.factories import built, dumped, rebuild
 from normfix.storage.opening.formats.exported import read_program
+from normfix.storage.opening.gate import FACTORIES, library, vouched
 from normfix.storage.opening.hub import HUB, fetched, require_repository
 from normfix.storage.opening.request import Loaded, Request
 from normfix.storage.opening.tensors import read_weights
@@ -122,7 +123,7 @@ def open_any(spec: str | Path, request: Request, *, revision: str | None = None)
     """Open as `load` does, with source and notes."""
     require_repository(str(spec), revision)
     if Path(spec).suffix == SUFFIX and os.path.isfile(spec):  # noqa: PTH113 - Path raises where a name is too long
-        return _open_program(Path(spec))
+        return _open_program(Path(spec), request)
     if not str(spec).startswith(HUB):
         if os.path.isfile(Path(spec) / MANIFEST):  # noqa: PTH113
             return _open_saved(Path(spec), request)
@@ -148,14 +149,28 @@ def _opened(folder: Path, request: Request) -> Loaded:
             return _open_beside(program, saved)
     notes = saved.doubt(str(folder / MANIFEST))
     weights = read_weights(folder / WEIGHTS)
+    named = _named(source, request)
+    saved = replace(saved, provenance=replace(saved.provenance, source=named))
     if model is not None:
-        return Loaded(_restored(folder, saved, copy_of(model), weights), source, notes)
+        return Loaded(_restored(folder, saved, copy_of(model), weights), named, notes)
     stored = Stored.of(weights.values())
     with bounded_by(folder) if request.arch is None else nullcontext():
         base = rebuild(
             source, arch=request.arch, arch_args=request.arch_args, stored=stored, trust=request.trust
         )
-    return Loaded(_restored(folder, saved, base, weights), source, notes)
+    return Loaded(_restored(folder, saved, base, weights), named, notes)
+
+
+def _named(source: Source, request: Request) -> Source:
+    """Return what builds the network, as the caller says it, if at all.
+
+    What only the file says, and nothing was built by, would be called when the network is saved again or given back.
+    """
+    if request.arch is not None:
+        repeated = request.arch_args is None and request.arch == source.spec
+        args = source.args if repeated else dumped(request.arch_args or {})
+        return replace(source, kind="factory", spec=request.arch, args=args)
+    return source if request.network is None else vouched(source, request.trust)
 
 
 def _open_beside(path: Path, saved: Saved) -> Loaded:
@@ -178,18 +193,21 @@ def _unproved(program: ProgramNetwork) -> tuple[str, ...]:
     return (program.unproved,) if program.unproved else ()
 
 
-def _open_program(path: Path) -> Loaded:
+def _open_program(path: Path, request: Request) -> Loaded:
     """Open a .pt2 file; one that normfix wrote brings plan, geometry and scaling with it."""
     model, saved = open_program(path, read_program)
     source = Source(kind="object", spec="torch.export:ExportedProgram")
     if saved is None:
         return Loaded(model, source, _unproved(model))
-    known = saved.provenance
+    named = _named(saved.provenance.source, request)
+    if request.arch is None and library(named.spec) not in FACTORIES:
+        named = vouched(named, request.trust)
+    known = replace(saved.provenance, source=named)
     attach_(model, known)
     if saved.probe is not None and not model.unproved:
         with Workload(path.stat().st_size, str(path), math.prod(saved.probe.shape)):
             require_probe(model, Caller.of(known), saved.probe, str(path))
-    return Loaded(model, known.source, (*_unproved(model), *saved.doubt(str(path))))
+    return Loaded(model, named, (*_unproved(model), *saved.doubt(str(path))))
 
 
 def _restored(folder: Path, saved: Saved, base: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:

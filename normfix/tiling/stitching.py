@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
@@ -10,11 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normfix.errors import NormfixError
+from normfix.records.progress import LOGGER
 from normfix.tiling.grid import Geometry, Tile, at, grid
 
 __all__ = ["cropped", "padded", "stitch", "tile_extents", "tiled"]
 
 Function = Callable[[Tensor], Tensor]
+
+_LOG = logging.getLogger(LOGGER)
 
 
 def stitch(
@@ -33,7 +37,8 @@ def stitch(
         (N, C', *out), on the image's device.
     """
     whole: Tensor | None = None
-    for tile in reversed(tiles):
+    for number, tile in enumerate(reversed(tiles), 1):
+        _LOG.debug("tile %d of %d", number, len(tiles))
         window = f(image[at(tile.read)])
         if whole is None:  # the last window ends where the output ends, also if its tile keeps nothing of it
             ends = zip(tile.write, tile.keep, window.shape[2:], strict=True)

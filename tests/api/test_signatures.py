@@ -1,12 +1,20 @@
 """Public functions can be called without a manual: few parameters, and the same defaults as on the command line."""
 
 import inspect
+from typing import get_origin, get_type_hints
 
 import click
 import pytest
+from typing_extensions import Unpack, is_typeddict
 
 import normfix
+from normfix.api.conversion import ConvertOptions
+from normfix.api.prediction import PredictOptions
+from normfix.api.recalibration import CalibrateOptions
 from normfix.cli import cli
+from normfix.diagnosis.network import DiagnoseOptions, diagnose_network
+from normfix.diagnosis.pipeline import PipelineOptions, diagnose_pipeline
+from normfix.proof.check import CheckOptions
 from normfix.tiling.stages.options import Blocks
 
 MOST = 12
@@ -120,3 +128,57 @@ def test_options_that_are_shared_are_compared():
     compared = {name: (there, here) for name, there, here in _defaults("predict")}
     assert {"tile", "halo", "engine", "statistics", "budget", "store", "workers"} <= compared.keys()
     assert compared["workers"] == (1, 1) != (1, 2)
+
+
+RENDERED = {"allow_nonfinite", "as_", "logits"}
+"""What becomes of a prediction, which functions that write one take by name."""
+
+OPTIONS = {
+    "predict": (PredictOptions, normfix.predict, RENDERED),
+    "convert": (ConvertOptions, normfix.convert, set()),
+    "calibrate": (CalibrateOptions, normfix.calibrate, set()),
+    "check": (CheckOptions, normfix.check, set()),
+    "diagnose": (DiagnoseOptions, diagnose_network, set()),
+    "diagnose a pipeline": (PipelineOptions, diagnose_pipeline, set()),
+}
+"""Typed options, the function whose they are, and those of it that are left out."""
+
+
+def _unlike(options, function, left_out=frozenset()):
+    """Return the names of keyword arguments whose types the typed options do not state as the function does."""
+    hints, typed = get_type_hints(function), get_type_hints(options)
+    keywords = {name for name, p in _parameters(function).items() if p.kind is p.KEYWORD_ONLY} - left_out
+    return sorted(name for name in keywords | typed.keys() if hints.get(name) != typed.get(name))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_typed_options_are_those_of_the_function(name):
+    """Whoever hands options on hands on those that there are, with their types."""
+    assert _unlike(*OPTIONS[name]) == []
+
+
+def test_options_of_another_function_would_be_noticed():
+    """Control: what one of two functions has and the other has not is named."""
+    assert _unlike(CheckOptions, normfix.predict) != []
+    assert "threshold" in _unlike(CheckOptions, normfix.predict)
+
+
+def test_no_public_function_takes_whatever_it_is_given():
+    """Each `**options` is typed: an editor knows the names, and a type checker refuses others."""
+    open_ = [
+        name
+        for name, function in _functions().items()
+        for parameter, hint in _hints(function).items()
+        if _parameters(function)[parameter].kind is inspect.Parameter.VAR_KEYWORD
+        and not (get_origin(hint) is Unpack and is_typeddict(hint.__args__[0]))
+    ]
+    assert open_ == ["diagnose"]  # whose two overloads type it
+
+
+def _hints(function):
+    """Return the hints of parameters, of what has any."""
+    try:
+        hints = get_type_hints(function)
+    except (NameError, TypeError):
+        return {}
+    return {name: hint for name, hint in hints.items() if name in _parameters(function)}

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import zipfile
 
+import originals
 import pytest
 import switchable
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 import normfix
 from normfix.giving.formats import plain
 from normfix.giving.refusals import NotAlone, NotGiven, Unequal, Unfit
+from normfix.records.saved import statement_of
 
 IMAGE = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
 OTHER = torch.rand(1, 1, 96, 64, generator=torch.Generator().manual_seed(1))
@@ -231,3 +234,93 @@ def test_the_callers_network_is_not_modified(tmp_path):
     given(done, tmp_path / "back", switchable.generator)
     assert not done.model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in done.model.state_dict().items())
+
+
+@pytest.fixture
+def planted(tmp_path, monkeypatch):
+    """Put a module where this process looks, and stand beside another: whatever imports one leaves a mark."""
+    for folder in (tmp_path / "here", tmp_path / "path"):
+        folder.mkdir()
+        mark = tmp_path / f"ran-{folder.name}"
+        text = f"open({str(mark)!r}, 'w').close()\ndef net(norm='instance'): raise SystemExit\n"
+        for name in ("planted", "safetensors" if folder.name == "here" else "planted"):
+            (folder / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path / "path")
+    monkeypatch.chdir(tmp_path / "here")
+    return lambda: [path.name for path in tmp_path.glob("ran-*")]
+
+
+def test_the_fresh_process_does_not_import_from_the_working_directory(tmp_path, planted):
+    """A safetensors.py in the folder that one stands in is not run."""
+    given(converted(switchable.generator), tmp_path / "back", switchable.generator)
+    assert not planted()
+
+
+def test_a_bundle_given_back_runs_none_of_its_expressions(tmp_path, planted):
+    """MONAI's parser would run every import in a configuration, and what stands under a name within the network."""
+    network = originals.bundle(tmp_path / "bundle")
+    path = tmp_path / "bundle" / "configs" / "inference.json"
+    config = {"imports": ["$import planted"], "network_def#norm": "$__import__('planted').norm"}
+    path.write_text(json.dumps(config | json.loads(path.read_text()) | {"imports": ["$import planted"]}))
+    assert network is not None
+    done = normfix.convert(normfix.load(tmp_path / "bundle"), IMAGE)
+    normfix.give_back(done, tmp_path / "back", original=tmp_path / "bundle")
+    assert not planted()
+
+
+def test_a_module_that_is_planted_leaves_its_mark(planted):
+    """Control: what these tests look for is seen when the module is imported."""
+    __import__("planted")
+    assert planted() == ["ran-path"]
+
+
+def _claiming(path, spec, args):
+    """Write a converted program whose file names another factory, with its checksum put right."""
+    normfix.save(converted(switchable.generator), path)
+    with zipfile.ZipFile(path) as archive:
+        members = {info: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for info, data in members.items():
+            if info.filename.endswith("normfix.json"):
+                manifest = json.loads(data)
+                manifest["provenance"]["source"] |= {
+                    "kind": "factory",
+                    "spec": spec,
+                    "args": json.dumps(args),
+                }
+                data = json.dumps(manifest | {"statement": statement_of(manifest)}).encode()
+            archive.writestr(info, data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("spec", "args"),
+    [
+        ("planted:net", {"norm": "instance"}),
+        ("monai.networks.utils:save_state", {"src": {}, "path": "ran-state"}),
+    ],
+)
+def test_a_factory_that_only_a_program_names_is_not_called(tmp_path, planted, spec, args):
+    """Nothing was built to open it, so giving it back does not call, or import, what its file names: NF550."""
+    network = normfix.load(_claiming(tmp_path / "p.pt2", spec, args))
+    with pytest.raises(NotGiven, match="NF550"):
+        normfix.give_back(network, tmp_path / "back")
+    assert not planted()
+    assert not list(tmp_path.rglob("ran-state"))
+
+
+@pytest.mark.parametrize("way", ["model", "arch"])
+def test_a_factory_that_only_a_folder_names_is_not_called_to_read_it_back(tmp_path, planted, way):
+    """Opened with the caller's own network, a folder is saved again without calling what it names."""
+    normfix.save(converted(switchable.generator), tmp_path / "saved")
+    path = tmp_path / "saved" / "normfix.json"
+    manifest = json.loads(path.read_text())
+    manifest["provenance"]["source"] |= {"kind": "factory", "spec": "planted:net"}
+    path.write_text(json.dumps(manifest | {"statement": statement_of(manifest)}))
+    own = {"model": {"model": switchable.generator()}, "arch": {"arch": "switchable:generator"}}
+    normfix.save(normfix.load(tmp_path / "saved", **own[way]), tmp_path / "again")
+    assert not planted()
+    source = json.loads((tmp_path / "again" / "normfix.json").read_text())["provenance"]["source"]
+    assert (source["kind"], source["spec"]) == (
+        ("object", "planted:net") if way == "model" else ("factory", "switchable:generator")
+    )

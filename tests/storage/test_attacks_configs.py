@@ -1,12 +1,15 @@
 """Configs of every format: what they name is not opened, fetched, imported or run, and small ones stay cheap."""
 
 import contextlib
+import itertools
 import json
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from attacks import Job, audited
@@ -22,6 +25,9 @@ from normfix.storage.opening.arguments import blanked, require_inert, require_sm
 from normfix.storage.opening.factories import confined, rebuild
 from normfix.storage.opening.gate import is_allowed
 from normfix.storage.opening.guard import watched
+
+if sys.platform == "linux":
+    import resource
 
 SECONDS, MEBIBYTES = 10, 1024
 """Of the processor and of memory, for what is no larger than a few kilobytes."""
@@ -331,6 +337,56 @@ def test_what_is_in_time_is_not_disturbed():
     with pytest.raises(KeyError):
         within(5, lambda: {}["x"], "config.json")
     time.sleep(0.2)
+
+
+LONG_CALLS = {
+    "pairs": lambda: list(itertools.product(range(12_500), repeat=2)),
+    "repeated": lambda: [0] * 4_000_000_000,
+    "array": lambda: np.ones((40_000, 40_000)),
+}
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system refuses no memory")
+
+
+def _confined(call):
+    """Build a layer beside one long call, as a constructor makes a table of its own."""
+    return confined(lambda: (call(), nn.Conv2d(1, 1, 1))[1], Stored(tensors=2, elements=2), "config.json")
+
+
+@on_linux
+@pytest.mark.parametrize("name", LONG_CALLS)
+@pytest.mark.parametrize("waiting", [False, True])
+def test_one_long_call_is_refused_its_memory(name, waiting):
+    """What no other thread can interrupt ends within a gibibyte, and a thread that waits changes nothing."""
+    over = threading.Event()
+    if waiting:
+        threading.Thread(target=over.wait, daemon=True).start()
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    try:
+        with pytest.raises(NormfixError, match="NF121") as caught:
+            _confined(LONG_CALLS[name])
+    finally:
+        over.set()
+    assert isinstance(caught.value.__cause__, MemoryError)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+@on_linux
+def test_a_thread_that_computes_keeps_its_memory():
+    """Control: while another thread works, it is refused nothing, and nor is the one that builds."""
+    over = threading.Event()
+
+    def work():
+        while not over.is_set():
+            sum(range(1000))
+
+    threading.Thread(target=work, daemon=True).start()
+    limits = []
+    try:
+        _confined(lambda: limits.append(resource.getrlimit(resource.RLIMIT_DATA)))
+    finally:
+        over.set()
+    assert limits
+    assert set(limits) == {resource.getrlimit(resource.RLIMIT_DATA)}
 
 
 def test_a_sketch_takes_no_memory_and_has_the_shapes():

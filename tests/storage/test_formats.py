@@ -398,6 +398,7 @@ def test_an_nnunet_model_is_converted_saved_and_reloaded(tmp_path):
     [
         {"network_class_name": "os.system"},
         {"network_class_name": "pathlib.Path"},
+        {"network_class_name": "planted.PlainConvUNet"},
         {"arch_kwargs": {"conv_op": "os.system"}, "_kw_requires_import": ["conv_op"]},
         {"arch_kwargs": {"conv_op": "torch.nn.modules.module.torch"}, "_kw_requires_import": ["conv_op"]},
     ],

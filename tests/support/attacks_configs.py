@@ -129,6 +129,10 @@ def _timm(name: str = "test_resnet", **args: Any) -> dict[str, Any]:
     return {"architecture": name, "num_features": 1, "model_args": {"num_classes": 2, **args}}
 
 
+_LEVIT = {**RESNET, "architectures": ["LevitModel"], "model_type": "levit", "hidden_sizes": [16, 16, 16]}
+_LEVIT |= {"num_attention_heads": [1, 1, 1], "depths": [1, 1, 1], "key_dim": [8, 8, 8]}
+_LEVIT |= {"mlp_ratio": [2, 2, 2], "attention_ratio": [2, 2, 2]}
+
 _VIT = {
     "in_channels": 1,
     "patch_size": [1, 1],
@@ -281,6 +285,11 @@ CORPUS = {
             "patch_size": 1,
             "in_channels": 1,
         },
+    ),
+    "transformers list of all places": lambda d: hub_folder(d, {**_LEVIT, "image_size": 200_000}),
+    "bundle of powers of two": lambda d: bundle(
+        d,
+        {"_target_": "monai.networks.nets.dints.TopologyInstance", "num_blocks": 1, "num_depths": BIG},
     ),
     "timm windows": lambda d: hub_folder(
         d, _timm("swin_tiny_patch4_window7_224", img_size=65536, window_size=16384, embed_dim=8)

@@ -47,8 +47,8 @@ def agreement(entry: Entry, *, tile: int | None = None) -> dict[str, Any]:
     anew, _ = _output(entry, model, image, anew=trained)
     tile = tile or min(entry.shape[2:])
     keywords: dict[str, Any] = {"forward_fn": entry.call, "output": entry.output}
-    passes = normfix.calibrate(done.model, image, **keywords)
-    stages = normfix.calibrate(done.model, image, tile=tile, **keywords)
+    passes = normfix.calibrate(done.model, image, allow_flat=True, **keywords)
+    stages = normfix.calibrate(done.model, image, tile=tile, allow_flat=True, **keywords)
     unit = max(scan.stride or (1,))
     own = normfix.predict(
         done.model, image, -(-tile // unit) * unit, statistics="per-image", engine="tiles", **keywords

@@ -24,23 +24,36 @@ __all__ = ["LOADER", "NAME", "advice", "candidates", "recognises", "weights", "w
 NAME = "MONAI bundle"
 
 LOADER = """
-import os
+import json, os, yaml
 from monai.bundle import ConfigParser
+
+def is_plain(value):
+    if isinstance(value, dict):
+        return "_target_" not in value and all(is_plain(inner) for pair in value.items() for inner in pair)
+    if isinstance(value, list):
+        return all(map(is_plain, value))
+    return not (isinstance(value, str) and value.startswith(("$", "%")))
+
 for name in ("inference.json", "inference.yaml", "train.json", "train.yaml", "evaluate.json"):
     path = os.path.join(folder, "configs", name)
     if not os.path.isfile(path):
         continue
-    parser = ConfigParser()
-    parser.read_config(path)
-    key = next((k for k in ("network_def", "network", "net") if k in parser), None)
-    if key is not None:
+    with open(path, encoding="utf-8") as file:
+        config = json.load(file) if name.endswith("json") else yaml.safe_load(file)
+    key = next((k for k in ("network_def", "network", "net") if isinstance(config.get(k), dict)), None)
+    if key is not None and "_target_" in config[key]:
         break
-network = parser.get_parsed_content(key)
+definition = config.pop(key)
+if not is_plain({k: v for k, v in definition.items() if k != "_target_"}):
+    raise ValueError("its network is more than a class and plain values")
+values = {k: v for k, v in config.items() if is_plain(v) and "#" not in k and "::" not in k}
+network = ConfigParser({key: definition, **values}).get_parsed_content(key)
 models = os.path.join(folder, "models")
 name = next(n for n in ("model.pt", "model.pth", "model_final.pt") if n in os.listdir(models))
 state = torch.load(os.path.join(models, name), weights_only=True)
 network.load_state_dict(state, strict=True)
 """
+"""Of the configuration, MONAI gets the network and plain values: its parser runs every import that it meets."""
 
 
 def recognises(original: Path | None) -> bool:

@@ -19,6 +19,7 @@ from torch import nn
 
 from normfix.errors import NormfixError
 from normfix.images.deadline import within
+from normfix.images.headroom import lacks_memory
 from normfix.networks.naming import UnknownNameError, named
 from normfix.networks.quiet_imports import import_compiler
 from normfix.records.saved import Source
@@ -74,6 +75,7 @@ def build(source: Source, *, blank: bool = False, stored: Stored | None = None) 
         2 * stored.seconds,
         lambda: _within_memory(bound, lambda: built(factory, args, source.spec)),
         source.spec,
+        growth=stored.room,
     )
 
 
@@ -244,7 +246,10 @@ def _sketch(make: Callable[[], nn.Module], stored: Stored, where: str) -> None:
         model = _within_memory(Sketched(4 * stored.elements, where), make)
     except NormfixError as error:
         # Such a constructor fails here, and only here.
-        if isinstance(error.__cause__, Exception) and not isinstance(error.__cause__, NormfixError):
+        reads_values = isinstance(error.__cause__, Exception) and not isinstance(
+            error.__cause__, NormfixError
+        )
+        if reads_values and not lacks_memory(error):
             return
         raise
     require_proportion(model, stored, where)

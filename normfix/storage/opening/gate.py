@@ -11,22 +11,26 @@ import inspect
 import re
 import sys
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from normfix.errors import NormfixError
 from normfix.networks.naming import file_named, is_name
+from normfix.records.saved import Source
 
 __all__ = [
     "FACTORIES",
     "FORMATS",
+    "MissingLibraryError",
     "imported",
     "is_allowed",
     "is_network",
     "is_trusted",
     "library",
     "present",
+    "vouched",
 ]
 
 FACTORIES: Mapping[str, tuple[str, ...]] = {
@@ -81,10 +85,28 @@ def is_allowed(spec: str) -> bool:
             return False
         found = imported(spec)
     except Exception as error:
-        raise NormfixError(
+        raise MissingLibraryError(
             "NF111", f"{type(error).__name__}: {error}. Install {package} as it was.", where=spec
         ) from error
     return is_network(found, package) or _is_builder(found)
+
+
+class MissingLibraryError(NormfixError):
+    """The package of a factory that a file names cannot be imported."""
+
+
+def vouched(source: Source, trust: Collection[str]) -> Source:
+    """Return what a file says of where its network is from, where the caller gave the network itself.
+
+    A factory that the file may not name is nobody's then: saving or giving the network back would call it.
+    """
+    try:
+        allowed = is_allowed(present(source.spec))
+    except MissingLibraryError:
+        allowed = False
+    if source.kind == "object" or allowed or is_trusted(source.spec, trust):
+        return source
+    return replace(source, kind="object", args="{}")
 
 
 def is_trusted(spec: str, trust: Collection[str]) -> bool:

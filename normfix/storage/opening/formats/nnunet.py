@@ -23,6 +23,7 @@ __all__ = ["checkpoint_of", "folder_of", "network", "open_network", "prepare", "
 
 _CLASSES = ("PlainConvUNet", "ResidualEncoderUNet", "ResidualUNet")
 _HOME = "dynamic_network_architectures.architectures.unet"
+_PACKAGE = "dynamic_network_architectures."
 _STANDARD = "nnUNetTrainer"
 _ANCESTORS = 32
 _LAYERS: Mapping[str, tuple[str, ...]] = {
@@ -100,8 +101,9 @@ def prepare(name: str, **settings: Any) -> None:
 
 
 def _class(name: str) -> Any:
-    short = name.rpartition(".")[2]
-    if short not in _CLASSES:
+    home, _, short = name.rpartition(".")
+    # nnU-Net imports the module that is named, and so would the tool that a network is given back to
+    if short not in _CLASSES or (home and not f"{home}.".startswith(_PACKAGE)):
         raise ValueError(f"{name} is none of nnU-Net's architectures {', '.join(_CLASSES)}")
     return getattr(importlib.import_module(_HOME), short)
 
