@@ -18,6 +18,8 @@ _HOMES = {
     "normfix.records.verdicts": ("Proof", "ProofStep", "Verdict"),
     "normfix.records.saved": ("Scaling", "Source"),
     "normfix.records.certificates": ("Certificate", "Verification"),
+    "normfix.records.exports": ("Export",),
+    "normfix.records.halo_curves": ("HaloCurve", "HaloPoint"),
     "normfix.records.returns": ("GivenBack",),
     "normfix.records.diagnoses": ("Tiling",),
     "normfix.layers": (
@@ -42,6 +44,7 @@ _HOMES = {
     "normfix.storage.hub": ("push",),
     "normfix.giving.folder": ("give_back",),
     "normfix.proof.check": ("assert_tile_invariant", "check"),
+    "normfix.proof.halo_curve": ("halo_curve",),
     "normfix.proof.prove": ("prove",),
     "normfix.proof.verification": ("verify",),
     "normfix.api.conversion": ("convert",),
@@ -82,11 +85,15 @@ if TYPE_CHECKING:
     from normfix.layers import RenormSchedule as RenormSchedule
     from normfix.proof.check import assert_tile_invariant as assert_tile_invariant
     from normfix.proof.check import check as check
+    from normfix.proof.halo_curve import halo_curve as halo_curve
     from normfix.proof.prove import prove as prove
     from normfix.proof.verification import verify as verify
     from normfix.records.certificates import Certificate as Certificate
     from normfix.records.certificates import Verification as Verification
     from normfix.records.diagnoses import Tiling as Tiling
+    from normfix.records.exports import Export as Export
+    from normfix.records.halo_curves import HaloCurve as HaloCurve
+    from normfix.records.halo_curves import HaloPoint as HaloPoint
     from normfix.records.measurements import CalibrationSummary as CalibrationSummary
     from normfix.records.plans import Action as Action
     from normfix.records.plans import Decision as Decision

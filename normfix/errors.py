@@ -347,6 +347,23 @@ CODES: dict[str, str] = {
     "NF553": "The original is not what was converted, is of no format that is given back, or is needed and missing.",
     "NF554": "In a process without normfix, the library did not load what was written, or gave another output, so it "
     "was removed.",
+    "NF590": "ONNX (.onnx) and TorchScript (.ts) are written by torch's own exporters and run once in a fresh process: "
+    "for ONNX that needs onnx, onnxscript and onnxruntime (pip install 'normfix[onnx]'), and operators that the "
+    "exporter knows. A program (-o FILE.pt2) or a folder holds what they do not.",
+    "NF591": "The form that was written, run by its own runtime in a fresh process, does not give the converted "
+    "network's output to rounding, or its tiles are not its whole, so it was removed. TorchScript is traced: what a "
+    "network computes of its sizes in Python is tied to the size it was traced at; ONNX keeps sizes free.",
+    "NF592": "A bioimage.io package (folder, .zip or rdf.yaml, format 0.4 or 0.5) is refused where it is not what its "
+    "description says: a file that is missing, lies outside, is only an address, or has another sha256 than stated, a "
+    "description of another kind, more than one input. Nothing is fetched, and nothing was built. Fetch it again.",
+    "NF593": "A bioimage.io package names the code that builds its network. Networks of torch-em, pytorch-3dunet and "
+    "MONAI are built by the installed library; any other file of code runs only if --allow-code names its sha256.",
+    "NF594": "A network that was built for a bioimage.io package must give the package's test outputs for its test "
+    "inputs, to 1e-3 of the output. It did not, so it is another network, or has other weights, and is not used.",
+    "NF595": "The error against the halo is measured between no halo and the exact one, on an image that is larger "
+    "than a window. This network has no exact halo (see normfix scan), or every window was the whole image.",
+    "NF596": "An ONNX file holds a graph of ONNX operators and no modules of PyTorch to look into and convert. Give "
+    "what it was exported from; the fixed network is written as ONNX again (convert -o FIXED.onnx).",
     # 6xx: diagnosing
     "NF580": "What an output means is probability, logits, softmax, scores, labels or regression; another word would "
     "be read as numbers, without Dice and without classes.",

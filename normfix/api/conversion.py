@@ -6,8 +6,10 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Literal, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +29,7 @@ from normfix.networks.calling import Caller, buffers_kept, evaluating, home_of
 from normfix.networks.copying import double_of
 from normfix.networks.graph.program import require_free
 from normfix.networks.numerics import HALF, exact_arithmetic
-from normfix.networks.provenance import attach_
+from normfix.networks.provenance import attach_, declared_scaling
 from normfix.networks.surroundings import undisturbed
 from normfix.proof.check import with_reach
 from normfix.proof.rounding import repeated_in_double
@@ -198,7 +200,7 @@ def convert(
         Provenance(
             plan=plan,
             scan=found,
-            scaling=_stated(images),
+            scaling=_stated(images, model),
             source=source,
             output=stated,
             statistics=statistics,
@@ -211,9 +213,13 @@ def convert(
     return Conversion(converted, plan, found, calibration, proof, caller, base)
 
 
-def _stated(images: GivenImages | None) -> Scaling:
-    """Return the scaling that images say they have; of tensors nothing is known."""
-    return (isinstance(images, ImageFiles) and images.scaling) or Scaling()
+def _stated(images: GivenImages | None, model: nn.Module) -> Scaling:
+    """Return the scaling that images say they have, or that the network's file gives pixels; of tensors none."""
+    if isinstance(images, ImageFiles):
+        return images.scaling or Scaling()
+    first = next(iter(images), None) if isinstance(images, list | tuple) else images
+    pixels = isinstance(first, str | Path | np.ndarray)
+    return (pixels and declared_scaling(model)) or Scaling()
 
 
 def _proved(scan: Scan, proof: Proof, size: Sequence[int]) -> Scan:

@@ -35,7 +35,7 @@ __all__ = ["convert_command"]
 @click.argument("images", nargs=-1)
 @click.option("--to", type=click.Choice(["frozen", "batchrenorm"]), help="What norms become.")
 @click.option(
-    "-o", "--out", required=True, help="Folder to write, or a program: FILE.pt2. Never over anything."
+    "-o", "--out", required=True, help="Folder, program FILE.pt2, FILE.onnx or FILE.ts. Never over anything."
 )
 @click.option("--plan", "plan_file", help="Replay this reviewed plan instead of --to and --keep.")
 @click.option("--keep", multiple=True, help="Pattern of module paths to leave alone; may be repeated.")
@@ -117,7 +117,8 @@ def convert_command(
     With --budget, --store or --engine dask images are read by window, also .zarr, and may be larger than memory.
 
     The result is a folder, or with -o FILE.pt2 an exported program that needs neither normfix nor the network's
-    source. MODEL may be such a program itself. Exits 1 and writes nothing if a proof fails or is inconclusive.
+    source; FILE.onnx and FILE.ts are for ONNX runtimes and TorchScript. MODEL may be a .pt2 itself.
+    Exits 1 and writes nothing if a proof fails or is inconclusive.
 
     \b
     Example:
@@ -142,6 +143,7 @@ def convert_command(
 
         from normfix.api.conversion import convert
         from normfix.images.parts import Windows
+        from normfix.storage.exports import is_export_name, require_exporter
         from normfix.storage.instructions import commands
         from normfix.storage.programs import require_program_name
         from normfix.storage.saving import require_unconverted, save
@@ -150,7 +152,11 @@ def convert_command(
         blocks = blocks_of(options, engine)
         opened = arguments.open()
         require_unconverted(opened.model)
-        require_program_name(out, opened.model)
+        exports = is_export_name(out)
+        if exports:
+            require_exporter(out)
+        else:
+            require_program_name(out, opened.model)
         stack.enter_context(resumable(blocks.store))  # until it is saved
         stack.enter_context(telling())
         given: Any
@@ -193,10 +199,14 @@ def convert_command(
             note(f"Nothing was written to {out}, because {why}.")
             return 1
         progress("save", 0, 1)
-        save(done, place.path, opened.source, scaling=scaling, partial=partial, portable=portable)
+        export = save(done, place.path, opened.source, scaling=scaling, partial=partial, portable=portable)
         record = replace(record, certificate=_certificate(place.path))
         progress("save", 1, 1)
-    tell(place, " Load it with its own library." if portable else f" {commands(Path(out), opened.source)}")
+    if export is not None:
+        use = export.words
+    else:
+        use = "Load it with its own library." if portable else commands(Path(out), opened.source)
+    tell(place, f" {use}")
     if give_back is not None:
         _give_back(done, give_back, arguments, opened.source, scaling)
     return 0 if sound else 1

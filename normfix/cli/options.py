@@ -112,6 +112,12 @@ def model_options(command: Command) -> Command:
             help="Class, or PACKAGE.*, that a pickle may build; may be repeated.",
         ),
         click.option(
+            "--allow-code",
+            multiple=True,
+            metavar="SHA256",
+            help="Run the architecture file of a bioimage.io package that has this checksum.",
+        ),
+        click.option(
             "--trust",
             multiple=True,
             metavar="MODULE",
@@ -185,6 +191,7 @@ class Arguments:
     arch_args: Mapping[str, Any] | None
     trust_pickle: bool
     allow_classes: tuple[str, ...]
+    allow_code: tuple[str, ...]
     trust: tuple[str, ...]
     weights: str | None
     revision: str | None
@@ -229,6 +236,7 @@ class Arguments:
             weights=self.weights,
             trust_pickle=self.trust_pickle,
             allow_classes=self.allow_classes,
+            allow_code=tuple(map(str.lower, self.allow_code)),
             trust=self._trusted(),
             tell=note,
         )

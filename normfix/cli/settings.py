@@ -26,7 +26,7 @@ SETTINGS = "normfix.settings"
 """Where the context of a command keeps them."""
 
 NEVER = (
-    *("trust_pickle", "allow_classes", "arch", "arch_args", "preprocess", "metric"),
+    *("trust_pickle", "allow_classes", "allow_code", "arch", "arch_args", "preprocess", "metric"),
     *("out", "partial", "revision", "converted", "labels", "reports", "store", "scheduler"),
 )
 """Options that no file sets."""

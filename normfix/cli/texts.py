@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from normfix.cli.columns import columns
 from normfix.records.certificates import Verification
 from normfix.records.diagnoses import Cost, DiagnosisRecord, Mismatch
+from normfix.records.halo_curves import HaloCurve
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.saved import ConversionRecord
 from normfix.records.sites import Scan, Site
@@ -257,6 +258,37 @@ def _numbers(verdict: Verdict) -> list[str]:
     if any(verdict.padding):
         lines.append(f"  the image was extended by {_by_axis(verdict.padding)} pixels to an exact size")
     return lines
+
+
+def halo_curve_text(curve: HaloCurve) -> str:
+    """Return the halo that was asked for first, then one line for each that was measured."""
+    lines = []
+    if curve.tolerance is not None:
+        found = curve.smallest
+        within = f"within {curve.tolerance:g} sd"
+        if found is None:
+            lines.append(f"no halo is {within}")
+        else:
+            lines.append(f"{within}: halo {_by_side(found.halo)}, {found.cost:.2f} pixels computed for each")
+    lines.append(
+        f"tiles of {_by_axis(curve.tile)}, exact halo {_by_side(curve.exact)} (before/after per axis)"
+    )
+    if curve.live:
+        lines.append(
+            f"{len(curve.live)} sites are computed from the tile, which no halo helps: convert first"
+        )
+    for point in curve.points:
+        alone = "" if point.axis is None else f"  axis {point.axis} alone"
+        covered = "" if point.compared else "  (every window is the image: says nothing)"
+        lines.append(
+            f"  {_by_side(point.halo):>24}  largest {point.max_sd:.1e} sd, mean {point.mean_sd:.1e}, "
+            f"{point.cost:.2f} pixels{alone}{covered}"
+        )
+    return "\n".join(lines)
+
+
+def _by_side(halo: Spans) -> str:
+    return ", ".join(f"{before}/{after}" for before, after in halo)
 
 
 def cost_text(cost: Cost) -> str:

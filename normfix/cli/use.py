@@ -26,7 +26,7 @@ from normfix.cli.showing import (
     write_reports,
 )
 from normfix.cli.stages import blocks_of, engine_option, stage_options, watching
-from normfix.cli.texts import calibration_text, verdict_text
+from normfix.cli.texts import calibration_text, halo_curve_text, verdict_text
 from normfix.records.progress import Progress, silent
 from normfix.tiling.stages.cluster import require_cluster
 
@@ -163,6 +163,16 @@ def calibrate_command(
     type=Threshold(),
     help="Largest difference in sd that still passes. Default: 100 noise floors, at most 1e-3.",
 )
+@click.option(
+    "--halo-curve",
+    is_flag=True,
+    help="Instead, measure the error for halos from 0 to the exact one, and what each costs.",
+)
+@click.option(
+    "--tolerance",
+    type=Threshold(),
+    help="With --halo-curve: name the smallest halo within this many sd; exits 1 if there is none.",
+)
 @image_options
 @override_option
 @report_option
@@ -173,6 +183,8 @@ def check_command(
     tile: int | tuple[int, ...] | None,
     halo: HaloExtents,
     threshold: float | None,
+    halo_curve: bool,
+    tolerance: float | None,
     reports: tuple[str, ...],
     verbose: bool,
     format_: str,
@@ -188,7 +200,11 @@ def check_command(
       normfix check fixed nuclei.tif --tile 256 --report check.md --report check.xml
     """
     require_reports(reports)
+    if tolerance is not None and not halo_curve:
+        raise click.UsageError("--tolerance belongs to --halo-curve")
     arguments = Arguments.take(options, images)
+    if halo_curve:
+        return _halo_curve(arguments, images, tile, tolerance, format_)
 
     from normfix.proof.check import check
 
@@ -239,3 +255,26 @@ def _in_its_colours(views: list[Maps], files: ImageFiles, number: int, path: Pat
     # the network may have been given it extended to an exact size
     more = [(0, n - m) for n, m in zip(views[0].image.shape, pixels.shape, strict=True)]
     return replace(views[0], image=np.pad(pixels, more, mode="edge"))
+
+
+def _halo_curve(
+    arguments: Arguments,
+    images: tuple[str, ...],
+    tile: int | tuple[int, ...] | None,
+    tolerance: float | None,
+    format_: str,
+) -> int:
+    """Show the error against the halo on one image."""
+    from normfix.proof.halo_curve import halo_curve
+
+    opened = arguments.open()
+    files = arguments.images(images, opened.model)
+    if len(files) > 1:
+        raise click.UsageError("--halo-curve is of one image; give one")
+    with steps() as progress:
+        image = files.read(0, files.paths[0])
+        curve = halo_curve(
+            opened.model, image, tile, tolerance=tolerance, output=arguments.output, progress=progress
+        )
+    show(curve, halo_curve_text(curve), format_)
+    return 0 if curve.met else 1

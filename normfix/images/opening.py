@@ -18,7 +18,7 @@ from normfix.images.views import Part, part_of
 from normfix.images.windows import ScaledImage, Unread, windowed
 from normfix.networks.calling import home_of
 from normfix.networks.intake import Intake
-from normfix.networks.provenance import provenance_of
+from normfix.networks.provenance import declared_scaling, provenance_of
 from normfix.records.saved import Scaling
 
 __all__ = ["Opener", "open_image", "scaling_of"]
@@ -59,13 +59,15 @@ def open_image(
 
 
 def scaling_of(model: nn.Module) -> Scaling | None:
-    """Return how the images of a model were scaled when it was converted; None where that is not known.
+    """Return how a model's images were scaled when it was converted, or its file says; None where that is not known.
 
     Raises:
         NormfixError: NF113 if a function prepared them: a file does not decide what runs.
     """
     known = provenance_of(model)
-    if known is None or known.scaling.kind == "none":  # unscaled tensors say nothing of integers
+    if known is None:
+        return declared_scaling(model)
+    if known.scaling.kind == "none":  # unscaled tensors say nothing of integers
         return None
     if known.scaling.kind == "preprocess":
         name = known.scaling.function

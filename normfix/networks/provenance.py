@@ -13,9 +13,17 @@ from torch import nn
 
 from normfix.records.saved import Provenance, Scaling
 
-__all__ = ["SAID", "attach_", "is_current", "provenance_of", "rescale_"]
+__all__ = [
+    "SAID",
+    "attach_",
+    "declare_scaling_",
+    "declared_scaling",
+    "is_current",
+    "provenance_of",
+    "rescale_",
+]
 
-SAID = _NAME, _STRUCTURE = "_normfix_provenance", "_normfix_structure"
+SAID = _NAME, _STRUCTURE, _SCALING = "_normfix_provenance", "_normfix_structure", "_normfix_scaling"
 """Attributes that say something of a network and compute nothing."""
 
 
@@ -41,6 +49,17 @@ def rescale_(model: nn.Module, scaling: Scaling) -> None:
     known = provenance_of(model)
     if known is not None:
         model.__dict__[_NAME] = replace(known, scaling=scaling)
+
+
+def declare_scaling_(model: nn.Module, scaling: Scaling) -> None:
+    """Attach, in place, how the file that a network came from scales its images."""
+    model.__dict__[_SCALING] = scaling
+
+
+def declared_scaling(model: nn.Module) -> Scaling | None:
+    """Return how the file that a network came from scales its images; None where none says it."""
+    found = getattr(model, "__dict__", {}).get(_SCALING)
+    return found if isinstance(found, Scaling) else None
 
 
 def _structure(model: nn.Module) -> str:

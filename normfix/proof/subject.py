@@ -18,7 +18,6 @@ from normfix.proof.values import differing_from_original, differing_layers
 from normfix.records.plans import Plan
 from normfix.records.sites import Site
 from normfix.records.sizes import ProvedSizes
-from normfix.records.spans import round_up
 from normfix.records.verdicts import ProofStep, Verdict
 from normfix.scanning.sites import survey
 from normfix.tiling.geometry import thinnest
@@ -26,6 +25,7 @@ from normfix.tiling.grid import Geometry
 from normfix.tiling.halo import strip
 from normfix.tiling.recall import Recalling
 from normfix.tiling.stitching import tiled
+from normfix.tiling.strips import longer_than_windows
 
 __all__ = ["Subject"]
 
@@ -77,7 +77,7 @@ class Subject:
         uncut = sorted(set(range(len(geometry.stride))) - set(verdict.axes))
         thin = (self.cross or thinnest(self.run, image, geometry)) if uncut else ()
         for axis in uncut:
-            long, tile = _longer_than_windows(image, geometry, axis, thin)
+            long, tile = longer_than_windows(image, geometry, axis, thin)
             verdicts.append(self._compared(long, geometry, tile))
         return next((v for v in verdicts if not v.passed), verdicts[0])
 
@@ -150,17 +150,3 @@ class Subject:
                     raise
             assert isinstance(tile, tuple)
             tile = tuple(2 * t for t in tile)
-
-
-def _longer_than_windows(
-    image: Tensor, geometry: Geometry, axis: int, thin: Sequence[int]
-) -> tuple[Tensor, tuple[int, ...]]:
-    """Return a strip made from the image that no window covers along the axis, and its tile; elsewhere it stays thin.
-
-    Tiles grow with the halo: small ones would compute it over and over.
-    """
-    halo, stride = sum(geometry.halo[axis]), geometry.stride[axis]
-    tile, size = [round_up(n, s) for n, s in zip(thin, geometry.stride, strict=True)], [*thin]
-    tile[axis] = round_up(max(_UNIT, halo // 2), stride)
-    size[axis] = round_up(halo, stride) + 4 * tile[axis]
-    return strip(image, size), tuple(tile)

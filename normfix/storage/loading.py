@@ -61,6 +61,7 @@ def load(
     trust: Sequence[str] = (),
     trust_pickle: bool = False,
     allow_classes: Sequence[str] = (),
+    allow_code: Sequence[str] = (),
     weights: str | None = None,
     revision: str | None = None,
     device: torch.device | str | None = None,
@@ -82,6 +83,7 @@ def load(
         trust: modules whose factories a file may name, such as ["my_project"].
         trust_pickle: run a pickle.
         allow_classes: classes that a pickle may build, by name or as "package.*".
+        allow_code: sha256 of architecture files, of bioimage.io packages, that may run.
         weights: which of several sets of weights in the file, such as "ema".
         revision: branch, tag or commit of a repository.
         device: where the network is put; "auto" is the GPU that is there, else the CPU.
@@ -99,6 +101,7 @@ def load(
         weights=weights,
         trust_pickle=trust_pickle,
         allow_classes=tuple(allow_classes),
+        allow_code=tuple(allow_code),
     )
     place = chosen(device)
     opened = open_any(spec, request, revision=revision).model

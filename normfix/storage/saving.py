@@ -23,11 +23,13 @@ from normfix.networks.provenance import provenance_of
 from normfix.networks.surroundings import undisturbed
 from normfix.records.certificates import Certificate
 from normfix.records.encoding import SCHEMA
+from normfix.records.exports import Export
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.saved import Probe, Provenance, Saved, Scaling, Source
 from normfix.records.sites import Scan
 from normfix.records.verdicts import Proof
 from normfix.storage.certificate import certificate_of, read_graph, write_graph
+from normfix.storage.exports import is_export_name, write_export
 from normfix.storage.folder import GRAPH, PROGRAM, WEIGHTS, appearing, digest_of, seeded_input, write_folder
 from normfix.storage.fresh import run_fresh
 from normfix.storage.loading import load
@@ -52,8 +54,8 @@ def save(
     scaling: Scaling | None = None,
     partial: bool = False,
     portable: bool = False,
-) -> None:
-    """Write a conversion, or a converted network that was trained further, as a folder, or as a program (.pt2).
+) -> Export | None:
+    """Write a conversion, or a converted network that was trained further: a folder, a program (.pt2), .onnx or .ts.
 
     The folder is read back before it appears under its name: in a fresh process where the source can be
     called there, else on a copy of the original network.
@@ -61,7 +63,7 @@ def save(
     Args:
         done: a conversion, a calibration, or a network that carries its plan.
         folder: must not exist. A name ending in .pt2 becomes an exported program, one file that needs neither
-            normfix nor the network's source.
+            normfix nor the network's source; in .onnx or .ts a form for ONNX runtimes or TorchScript.
         source: "pkg.mod:factory" or "timm:NAME", if the network does not know it, or where else its architecture comes
             from.
         args: keyword arguments of the factory, JSON-ready.
@@ -70,10 +72,13 @@ def save(
         portable: write the original class with new statistics as its own library writes it (a save_pretrained
             folder, timm's files, or a state dict with the original names), where that is exact.
 
+    Returns:
+        Of an .onnx or .ts file what it is and how it was compared; None of folders and programs.
+
     Raises:
         NormfixError: NF114 if the folder exists or cannot be written, NF501 if the proof did not pass, NF502 if
             the network carries no plan or was converted before, NF503 if reading it back gives another result;
-            NF225 and NF226 for programs.
+            NF225 and NF226 for programs, NF590 and NF591 for other forms.
     """
     model, proof, caller, original, calibration = _parts(done)
     provenance = provenance_of(model)
@@ -95,13 +100,16 @@ def save(
         require_unconverted(original)
     if portable:
         _save_portable(Path(folder), model, provenance, caller, original)
-        return
+        return None
+    if is_export_name(folder):
+        return write_export(Path(folder), model, caller, provenance, proof, calibration)
     if require_program_name(str(folder), model):
         save_program(Path(folder), model, caller, provenance, proof, calibration)
-        return
+        return None
     with appearing(Path(folder)) as draft:
         write_draft(draft, model, caller, provenance, proof, calibration)
         _read_back(draft, provenance.source, model, original)
+    return None
 
 
 def sourced(

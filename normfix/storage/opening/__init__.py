@@ -20,6 +20,7 @@ from normfix.storage.opening.factories import build
 from normfix.storage.opening.formats import FORMATS, Format
 from normfix.storage.opening.formats.exported import read_program
 from normfix.storage.opening.hub import fetched, require_repository
+from normfix.storage.opening.packages import described_in
 from normfix.storage.opening.pretrained import folder_weights
 from normfix.storage.opening.request import Loaded, Request, factory, unreadable
 from normfix.storage.opening.state_dicts import filled
@@ -97,6 +98,8 @@ def open_path(path: Path, request: Request) -> Loaded:
     if path.exists() and not path.is_file() and not path.is_dir():
         # Opening a pipe waits for ever, and reading a device never ends.
         raise unreadable(path, "it is a pipe, a device or the like, and no file")
+    if described_in(path) == path.name:  # a description means the folder that it describes
+        path = path.parent
     for format_ in FORMATS:
         if format_.recognises(path):
             return _opened(format_, path, request)

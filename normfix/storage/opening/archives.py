@@ -98,6 +98,7 @@ class Archive:
 
     Args:
         path: of the file.
+        flat: it has no top folder, and names are taken whole.
 
     Raises:
         NormfixError: NF101 damaged, NF121 of a layout that programs read differently, or that unpacks to far more
@@ -113,7 +114,7 @@ class Archive:
         True
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, flat: bool = False) -> None:
         self._path = path
         try:
             self._file = path.open("rb")
@@ -121,7 +122,7 @@ class Archive:
             raise unreadable(path, error) from error
         try:
             with self._refusing():
-                self._members = directory(self._file, path.stat().st_size)
+                self._members = directory(self._file, path.stat().st_size, flat=flat)
                 self._check()
         except BaseException:
             self._file.close()
@@ -154,6 +155,11 @@ class Archive:
             raise _harmful(self._path, f"its {name[:80]} is longer than {largest >> 20} MB")
         with self._refusing():
             return b"".join(self._content(member))
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """Yield a member's content in parts; raises as `read`, but for its length, which the directory bounds."""
+        with self._refusing():
+            yield from self._content(self._members[name])
 
     def rewritten(self, names: list[str], replaced: Mapping[str, bytes]) -> IO[bytes]:
         """Return a new archive of the named members and of these contents, for torch to read.

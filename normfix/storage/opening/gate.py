@@ -43,6 +43,8 @@ FACTORIES: Mapping[str, tuple[str, ...]] = {
     ),
     "transformers": ("transformers.models",),
     "diffusers": ("diffusers.models",),
+    "pytorch3dunet": ("pytorch3dunet.unet3d.model",),
+    "torch_em": ("torch_em.model",),
     "normfix": ("normfix.demo.network",),
 }
 """Packages whose network classes a file may name, and the modules below which these are defined."""

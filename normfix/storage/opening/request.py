@@ -31,7 +31,8 @@ class Request:
 
     `weights` picks one of several sets of weights in a file; `allow_classes` are names or "package.*" patterns
     of classes a pickle may build; `tell` hears what has to be said before something happens. `network` is a network
-    to fill, instead of an architecture to build; `trust` are modules whose factories a file may name.
+    to fill, instead of an architecture to build; `trust` are modules whose factories a file may name, `allow_code`
+    the sha256 of files of code that may run.
     """
 
     arch: str | None = None
@@ -40,6 +41,7 @@ class Request:
     trust_pickle: bool = False
     allow_classes: tuple[str, ...] = ()
     network: nn.Module | None = None
+    allow_code: tuple[str, ...] = ()
     trust: tuple[str, ...] = ()
     tell: Callable[[str], None] = field(default=lambda text: None)
 

@@ -55,8 +55,14 @@ class Member:
     compressed: bool
 
 
-def directory(file: IO[bytes], length: int) -> dict[str, Member]:
-    """Return the members by their names below the top folder; every byte of the file belongs to one of its parts."""
+def directory(file: IO[bytes], length: int, *, flat: bool = False) -> dict[str, Member]:
+    """Return the members by their names below the top folder; every byte of the file belongs to one of its parts.
+
+    Args:
+        file: of the archive.
+        length: of the file.
+        flat: there is no top folder.
+    """
     start, size, count = _end(file, length)
     file.seek(start)
     data = file.read(size)
@@ -76,13 +82,13 @@ def directory(file: IO[bytes], length: int) -> dict[str, Member]:
         if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise HarmfulError("the archive is compressed in a way that torch does not read")
         unpacked, packed, offset = _wide(extra, [unpacked, packed, offset])
-        member = Member(_name(raw), 0, packed, unpacked, crc, method == zipfile.ZIP_DEFLATED)
+        member = Member(_name(raw, flat=flat), 0, packed, unpacked, crc, method == zipfile.ZIP_DEFLATED)
         if not member.compressed and packed != unpacked:
             raise HarmfulError(f"the sizes of {member.name[:80]} disagree")
         found.append((offset, raw, member, flags))
     if len(found) != count:
         raise HarmfulError("the archive says that it has another number of members than it has")
-    return _placed(file, sorted(found, key=lambda entry: entry[0]), start, length)
+    return _placed(file, sorted(found, key=lambda entry: entry[0]), start, length, flat=flat)
 
 
 def _end(file: IO[bytes], length: int) -> tuple[int, int, int]:
@@ -118,12 +124,11 @@ def _end(file: IO[bytes], length: int) -> tuple[int, int, int]:
     return start, size, count
 
 
-def _name(raw: bytes) -> str:
+def _name(raw: bytes, *, flat: bool) -> str:
     """Return a member's name, which must mean the same place everywhere."""
     name = raw.decode()
-    top, _, below = name.removesuffix("/").partition(
-        "/"
-    )  # the top folder has the name that the file once had
+    # the top folder has the name that the file once had
+    top, _, below = ("flat", "", name.removesuffix("/")) if flat else name.removesuffix("/").partition("/")
     if not name or len(name) > _LONGEST_NAME or not below.isprintable():
         raise HarmfulError("a member of the archive has a name that no file has")
     parts = below.split("/") if below else []
@@ -133,7 +138,12 @@ def _name(raw: bytes) -> str:
 
 
 def _placed(
-    file: IO[bytes], entries: list[tuple[int, bytes, Member, int]], end: int, length: int
+    file: IO[bytes],
+    entries: list[tuple[int, bytes, Member, int]],
+    end: int,
+    length: int,
+    *,
+    flat: bool,
 ) -> dict[str, Member]:
     """Compare each entry with the header before its data; from the first byte to the directory there are no gaps."""
     total = sum(member.size for _, _, member, _ in entries)
@@ -150,7 +160,7 @@ def _placed(
         start = _after_header(file, offset, raw, member, flags)
         place = following
         _require_end(file, start + member.packed, following, member, described=bool(flags & _DESCRIBED))
-        top, _, name = member.name.partition("/")
+        top, _, name = ("", "", member.name) if flat else member.name.partition("/")
         tops.add(top)
         plain = unicodedata.normalize("NFKC", member.name).casefold().removesuffix("/")
         if plain in taken:

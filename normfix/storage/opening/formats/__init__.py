@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Protocol
 
 from normfix.storage.opening.formats import (
+    bioimageio,
     diffusers_folder,
     exported,
     lightning,
     monai_bundle,
     nnunet,
+    onnx,
     safetensors_file,
     smp_folder,
     timm_folder,
@@ -42,6 +44,7 @@ class Format(Protocol):
 
 
 FORMATS: tuple[Format, ...] = (
+    bioimageio,
     nnunet,
     unet3d,
     monai_bundle,
@@ -51,6 +54,7 @@ FORMATS: tuple[Format, ...] = (
     transformers_folder,
     safetensors_file,
     torchscript,
+    onnx,
     exported,
     lightning,
     torch_file,

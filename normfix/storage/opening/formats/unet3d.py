@@ -14,9 +14,9 @@ from normfix.storage.opening.pickles import is_torch_file, read_torch
 from normfix.storage.opening.request import Loaded, Request, factory
 from normfix.storage.opening.state_dicts import filled
 
-__all__ = ["checkpoint_of", "configs_of", "network", "open_network", "prepare", "recognises"]
+__all__ = ["CLASSES", "checkpoint_of", "configs_of", "network", "open_network", "prepare", "recognises"]
 
-_CLASSES = ("UNet3D", "ResidualUNet3D", "ResidualUNetSE3D", "UNet2D", "ResidualUNet2D")
+CLASSES = ("UNet3D", "ResidualUNet3D", "ResidualUNetSE3D", "UNet2D", "ResidualUNet2D")
 _CHECKPOINTS = ("best_checkpoint.pytorch", "last_checkpoint.pytorch")
 
 
@@ -35,10 +35,10 @@ def open_network(path: Path, request: Request) -> Loaded:
         return filled(content, path, request.named, request)
     config = configs_of(path.parent)[0]
     model = read_mapping(config).get("model")
-    if not isinstance(model, dict) or model.get("name") not in _CLASSES:
+    if not isinstance(model, dict) or model.get("name") not in CLASSES:
         raise NormfixError(
             "NF120",
-            f"its section model names none of {', '.join(_CLASSES)}. Name the network with --arch.",
+            f"its section model names none of {', '.join(CLASSES)}. Name the network with --arch.",
             where=str(config),
         )
     return filled(content, path, factory(f"{__name__}:network", model), request)
@@ -64,8 +64,8 @@ def prepare(name: str, **settings: Any) -> None:
 
 
 def _class(name: str) -> Any:
-    if name not in _CLASSES:
-        raise ValueError(f"{name} is none of {', '.join(_CLASSES)}")
+    if name not in CLASSES:
+        raise ValueError(f"{name} is none of {', '.join(CLASSES)}")
     return getattr(importlib.import_module("pytorch3dunet.unet3d.model"), name)
 
 
