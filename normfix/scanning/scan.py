@@ -167,7 +167,8 @@ def look(
         if not trial.left_live and found.dense:
             bench = _bench(probe, trial, found, caller, material, halo)
         sizes = _sizes(probe, caller, material, found, graph_seen, bench, fast=fast)
-        doubts = replace(doubts, bounds=sizes.conditions)
+        stretches = bench.witness.stretches if bench else ()
+        doubts = replace(doubts, bounds=sizes.conditions, placed=doubts.placed + stretches)
         seen = _measured(trial, bench, doubts, merged, found, material, tried=sizes, fast=fast)
         run = seen.largest
         proved = ProvedSizes(
@@ -287,7 +288,9 @@ def _graph(
 ) -> GraphLook | Looked:
     if skipped:
         return Looked(name="graph", status="skipped", note=skipped)
-    return graph_look(probe, caller, example, found.sites, one_size=found.other is None)
+    return graph_look(
+        probe, caller, example, found.sites, one_size=found.other is None, expected=found.result
+    )
 
 
 def _sizes(

@@ -208,6 +208,7 @@ def _measured(
     both_ends: bool,
     bound: Bound | None = None,
 ) -> Locality:
+    coarsest = tuple(dilution)
     if bound is not None:
         dilution = tuple(map(math.lcm, dilution, bound.lattice))
     known, refusal = cross_section(single, example, dilution), ""
@@ -219,7 +220,9 @@ def _measured(
         if cross is None:
             continue
         try:
-            return _along_axes(single, double, example, grid, cross, felt, both_ends=both_ends, bound=bound)
+            return _along_axes(
+                single, double, example, grid, cross, felt, coarsest, both_ends=both_ends, bound=bound
+            )
         except BoundExceededError:
             raise
         except refusals() as error:
@@ -277,6 +280,7 @@ def _along_axes(
     dilution: Sequence[int],
     cross: tuple[int, ...],
     felt: Felt | None,
+    coarsest: Sequence[int],
     *,
     both_ends: bool,
     bound: Bound | None = None,
@@ -302,7 +306,7 @@ def _along_axes(
         fine = math.lcm(grid, scale.denominator)
         grid = coarser.get((fine, scale), fine)
         exact = Recalling(double)
-        line = _Line(single, exact, example, axis, scale, cross, felt, bound)
+        line = _Line(single, exact, example, axis, scale, cross, felt, coarsest[axis], bound)
         try:
             reach = line.reach(grid, expected)
             like = (None, None) if reach is None else seen.get((grid, scale, reach), (None, None))
@@ -365,7 +369,8 @@ def _along_axes(
 class _Line:
     """One axis of a network, on strips along it.
 
-    `double` may recall what it gave; `single` may not, as it is watched while it runs.
+    `double` may recall what it gave; `single` may not, as it is watched while it runs. `coarsest` is how much coarser
+    than the image its coarsest map is.
     """
 
     single: Function
@@ -375,6 +380,7 @@ class _Line:
     scale: Fraction
     cross: tuple[int, ...]
     felt: Felt | None
+    coarsest: int
     bound: Bound | None = None
 
     def reach(self, grid: int, expected: tuple[int, int] | None = None) -> tuple[int, int] | None:
@@ -386,7 +392,13 @@ class _Line:
             )
         bound = self.bound.along(self.axis, grid)
         within = partial(
-            halo_within, axis=self.axis, grid=grid, scale=self.scale, bound=bound, cross=self.cross
+            halo_within,
+            axis=self.axis,
+            grid=grid,
+            scale=self.scale,
+            bound=bound,
+            cross=self.cross,
+            lost=max(0, math.ceil(-self.bound.offset[self.axis] / self.scale)),
         )
         reach = within(self.single, self.example, felt=self.felt)
         if self.felt is None and (
@@ -431,9 +443,11 @@ class _Line:
         It divides the grid, or is that of a lattice which the network pads its input to. There the halo is known but
         for a step of the lattice, which is added to what is not compared.
         """
-        if like and self._common(like, self.around(grid, reach), settled=True):
+        # a graph whose extents are lines on the grid of the coarsest map has no finer one, and hides no coarser one
+        settled = self.bound is not None and self.bound.lattice[self.axis] == grid == self.coarsest
+        if like and self._common(like, self.around(grid, reach), settled=True, short=settled):
             return like
-        unit = self._common(grid, self.around(grid, reach))
+        unit = self._common(grid, self.around(grid, reach), settled=settled, short=settled)
         if unit is not None:
             return unit
         for lattice in lattices(grid):
@@ -477,7 +491,13 @@ class _Line:
         return cutting_grid(self.double, example, self.axis, unit, self.scale, around, self.cross) == unit
 
     def _common(
-        self, hint: int, around: tuple[int, int], *, settled: bool = False, refuted: int = 0
+        self,
+        hint: int,
+        around: tuple[int, int],
+        *,
+        settled: bool = False,
+        refuted: int = 0,
+        short: bool = False,
     ) -> int | None:
         example = self.example.double()
         return common_unit(
@@ -490,6 +510,7 @@ class _Line:
             self.cross,
             settled=settled,
             refuted=refuted,
+            short=short,
         )
 
 
