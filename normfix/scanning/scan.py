@@ -243,7 +243,7 @@ def _measured(
         try:
             locality = bench.measured(found.dilution, doubts, fast=fast)
         except BoundExceededError:
-            if not doubts.bounds:
+            if not (doubts.bounds or tried.built or tried.lattice):
                 raise
             # strips are of other sizes, for which the network is not that of the graph
             bench = replace(bench, witness=bench.witness.of_other_sizes())

@@ -61,7 +61,8 @@ class Locality:
 
     `steady` tells that all of dependence's measurements hold the geometry, `blind` that NaN may have missed something,
     `foreign` that an operator must not see it, `grid` and `cross` on which strips it was measured. `dye` is the halo
-    as the dye shows it, which lies within that of the geometry, `extent` how far along each axis it looked.
+    as the dye shows it, which lies within that of the geometry, None where something swallows it and the graph bounds the
+    halo; `extent` how far along each axis it looked.
     """
 
     geometry: Geometry | None
@@ -286,7 +287,7 @@ def _along_axes(
     bound: Bound | None = None,
 ) -> Locality:
     strides, halos, scales, multiples, least = [], [], [], [], []
-    dyes: list[tuple[int, int]] = []
+    dyes: list[tuple[int, int] | None] = []
     expected: tuple[int, int] | None = None
     seen: dict[tuple[int, Fraction, tuple[int, int]], tuple[int, int]] = {}  # of axes alike: stride, multiple
     coarser: dict[tuple[int, Fraction], int] = {}  # grids that turned out too fine, and what they became
@@ -307,14 +308,21 @@ def _along_axes(
         grid = coarser.get((fine, scale), fine)
         exact = Recalling(double)
         line = _Line(single, exact, example, axis, scale, cross, felt, coarsest[axis], bound)
+        swallowed = False
         try:
-            reach = line.reach(grid, expected)
+            try:
+                reach = line.reach(grid, expected)
+            except (DyeLost, DyeRefused):
+                if bound is None:
+                    raise
+                # nothing to hold against the bound, which needs no values
+                reach, swallowed = bound.along(axis, grid), True
             like = (None, None) if reach is None else seen.get((grid, scale, reach), (None, None))
             unit = None if reach is None else line.unit(grid, reach, like[0])
             if reach is not None and unit is not None and grid % unit:
                 # the dye's edges lay on no lattice of the network's: once more, on it
                 grid = coarser[fine, scale] = math.lcm(grid, unit)
-                reach = line.reach(grid)
+                reach = bound.along(axis, grid) if bound and swallowed else line.reach(grid)
                 unit = None if reach is None else line.unit(grid, reach, unit)
         except DyeLost:
             return _none(
@@ -345,7 +353,7 @@ def _along_axes(
         expected = reach
         around = line.around(grid, reach)
         reach = max(0, reach[0]), max(0, reach[1])  # a tile reads at least itself
-        dyes.append(reach)
+        dyes.append(None if swallowed else reach)
         if bound is not None:
             reach = line.required(unit, reach)
         multiple = exact_multiple(
@@ -360,7 +368,8 @@ def _along_axes(
     geometry = Geometry(
         stride=tuple(strides), halo=tuple(halos), scale=tuple(scales), multiple=tuple(multiples)
     )
-    dye = tuple(dyes) if bound is not None else geometry.halo
+    seen_by_dye = tuple(d for d in dyes if d is not None)
+    dye = geometry.halo if bound is None else seen_by_dye if len(seen_by_dye) == len(dyes) else None
     looked = tuple(max(_ALONG, min(n, 8 * _ALONG)) for n in example.shape[2:])
     return Locality(geometry, (), tuple(least), grid=tuple(dilution), cross=cross, dye=dye, extent=looked)
 
