@@ -347,8 +347,8 @@ CODES: dict[str, str] = {
     "NF553": "The original is not what was converted, is of no format that is given back, or is needed and missing.",
     "NF554": "In a process without normfix, the library did not load what was written, or gave another output, so it "
     "was removed.",
-    "NF575": "A network that branches or loops by torch.cond, while_loop, map or scan: torch compiles these whole, so no "
-    "statistic in them is seen or converted. Write the branch as torch.where or a plain `if`, the loop as a `for`.",
+    "NF575": "A network that branches or loops by torch.cond, while_loop, map or scan: torch compiles these whole, so "
+    "no statistic in them is seen or converted. Write the branch as torch.where or a plain `if`, the loop as a `for`.",
     # 6xx: diagnosing
     "NF601": "Even with every known global operation held constant, no halo or stride could be measured, so "
     "there is no right tiling to compare with. Diagnose it as a pipeline, by a function predict(image).",

@@ -135,7 +135,9 @@ def prove(
         bench = Form(model, known.caller, travels, inputs, Path(folder), trusted=source is not None)
         owed = (
             partial(_residual, subject, taken, geometry, mask, blocks),
-            partial(_tiles, subject, first, verdict, [*surplus, *(f.message for f in known.scan.findings)], stale),
+            partial(
+                _tiles, subject, first, verdict, [*surplus, *(f.message for f in known.scan.findings)], stale
+            ),
             partial(subject.used, first, partial(_judged, known.scan, provenance.plan)),
             *(partial(form, bench) for form in _FORMS),
         )
@@ -146,7 +148,7 @@ def prove(
 
 
 def _outdated(model: nn.Module, known: Provenance, image: Tensor, caller: Caller) -> str:
-    """Say how the geometry that travels with the network is not the one it has under the statistics and weights of now."""
+    """Say how the geometry that travels with the network is not the one of its statistics and weights of now."""
     if not is_current(model):  # it was scanned anew
         return ""
     now = renewed(model, known, image, caller)

@@ -50,15 +50,15 @@ class Witness:
 
     @property
     def stretches(self) -> tuple[Finding, ...]:
-        """Return what the graph resizes by a factor that is another at every size: no strip may be long enough to show it."""
+        """Return what the graph resizes by a factor that follows the size, which strips may be too short to show."""
         found = () if self.found is None else self.found.stretches
         return tuple(
             Finding(
                 code="NF244",
                 where=stretch.where,
-                message=f"{stretch.operator} resizes by a factor that is another at every size of the image, so what it "
-                "weighs depends on the place in the whole extent. Resize by a constant factor, or to the extent of a map "
-                "that has the image's ratio.",
+                message=f"{stretch.operator} resizes by a factor that is another at every size of the image, so what "
+                "it weighs depends on the place in the whole extent. Resize by a constant factor, or to the extent of "
+                "a map that has the image's ratio.",
             )
             for stretch in found
         )

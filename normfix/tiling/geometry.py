@@ -61,8 +61,8 @@ class Locality:
 
     `steady` tells that all of dependence's measurements hold the geometry, `blind` that NaN may have missed something,
     `foreign` that an operator must not see it, `grid` and `cross` on which strips it was measured. `dye` is the halo
-    as the dye shows it, which lies within that of the geometry, None where something swallows it and the graph bounds the
-    halo; `extent` how far along each axis it looked.
+    as the dye shows it, which lies within that of the geometry, None where something swallows it and the graph bounds
+    the halo; `extent` how far along each axis it looked.
     """
 
     geometry: Geometry | None

@@ -36,6 +36,8 @@ def test_a_geometry_that_holds_passes(models):
 def test_a_wider_geometry_covers_a_narrower_one(models):
     """Tiles may read more than they need, start on coarser lattices, and not the other way round."""
     geometry = normfix.tiling.geometry.geometry_of(provenance_of(models[0]).scan)
-    wider = replace(geometry, halo=tuple((b + 4, a) for b, a in geometry.halo), stride=(8, 8), multiple=(8, 8))
+    wider = replace(
+        geometry, halo=tuple((b + 4, a) for b, a in geometry.halo), stride=(8, 8), multiple=(8, 8)
+    )
     assert wider.covers(geometry)
     assert not geometry.covers(wider)

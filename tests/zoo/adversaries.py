@@ -1,7 +1,7 @@
 """Small networks that try to reach further than a scan says, in families that differ in how they reach.
 
-Each is judged by an arithmetic of its own (torch alone): whole images in float64 against tiles at the stride and halo that
-are claimed, on images that the scan has not seen, of other sizes and contents. What is refused claims nothing.
+Each is judged by an arithmetic of its own (torch alone): whole images in float64 against tiles at the stride and halo
+that are claimed, on images that the scan has not seen, of other sizes and contents. What is refused claims nothing.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def _columns(x: Tensor, k: int, d: int) -> Tensor:
 
 
 def _folded(x: Tensor, k: int, s: int) -> Tensor:
-    return F.fold(torch.tanh(F.unfold(x, k, stride=s, padding=k // 2)), x.shape[2:], k, stride=s, padding=k // 2)
+    return F.fold(
+        torch.tanh(F.unfold(x, k, stride=s, padding=k // 2)), x.shape[2:], k, stride=s, padding=k // 2
+    )
 
 
 def _filled(x: Tensor, radius: int, times: int) -> Tensor:
@@ -131,7 +133,9 @@ def _warped(x: Tensor, offset: Callable[[Tensor], Tensor]) -> Tensor:
     rows = (torch.arange(h).to(x) * 2 + 1) / h - 1
     columns = (torch.arange(w).to(x) * 2 + 1) / w - 1
     moved = offset(x[:, :1]) * 2 / w
-    grid = torch.stack([columns.expand(h, w)[None] + moved[:, 0], rows[:, None].expand(h, w)[None] + 0 * moved[:, 0]], -1)
+    grid = torch.stack(
+        [columns.expand(h, w)[None] + moved[:, 0], rows[:, None].expand(h, w)[None] + 0 * moved[:, 0]], -1
+    )
     return F.grid_sample(x, grid, align_corners=False)
 
 
@@ -220,20 +224,33 @@ class _Sliced(nn.Module):
         return F.conv2d(x, kernel, padding=d, dilation=d)
 
 
-def _families() -> Iterator[tuple[str, Build]]:  # noqa: C901, PLR0912, PLR0915 - a list
+def _families() -> Iterator[tuple[str, Build]]:
     of, raw = Computed, Raw
     for d in (2, 5, 9, 17, 33):
-        yield f"dilated {d}", lambda d=d: _Holding(nn.Conv2d(3, 3, 3, padding=d, dilation=d), lambda m, x: m(x))
+        yield (
+            f"dilated {d}",
+            lambda d=d: _Holding(nn.Conv2d(3, 3, 3, padding=d, dilation=d), lambda m, x: m(x)),
+        )
     for k, s, p in ((3, 2, 1), (4, 2, 1), (5, 3, 2), (7, 4, 3), (2, 2, 0), (3, 3, 0), (5, 2, 0)):
         yield f"strided {k} {s} {p}", lambda a=(k, s, p): _strided(*a)
     for mode, k in itertools.product(("reflect", "replicate", "circular"), (3, 7)):
         yield (
             f"padded {mode} {k}",
-            lambda m=mode, k=k: _Holding(nn.Conv2d(3, 3, k, padding=k // 2, padding_mode=m), lambda m, x: m(x)),
+            lambda m=mode, k=k: _Holding(
+                nn.Conv2d(3, 3, k, padding=k // 2, padding_mode=m), lambda m, x: m(x)
+            ),
         )
     for mode in ("reflect", "circular"):
         yield f"strided, padded {mode}", lambda m=mode: _strided(4, 2, 1, m)
-    for k, s, p, e in ((2, 2, 0, 0), (3, 2, 1, 1), (4, 2, 1, 0), (5, 3, 1, 0), (6, 4, 1, 0), (4, 4, 0, 0), (3, 2, 0, 1)):
+    for k, s, p, e in (
+        (2, 2, 0, 0),
+        (3, 2, 1, 1),
+        (4, 2, 1, 0),
+        (5, 3, 1, 0),
+        (6, 4, 1, 0),
+        (4, 4, 0, 0),
+        (3, 2, 0, 1),
+    ):
         yield f"transposed {k} {s} {p} {e}", lambda a=(k, s, p, e): _transposed(*a)
     for ceil, k, s in ((False, 3, 2), (True, 3, 2), (True, 2, 2), (True, 5, 3), (False, 4, 4)):
         for pool in (F.max_pool2d, F.avg_pool2d):
@@ -254,8 +271,9 @@ def _families() -> Iterator[tuple[str, Build]]:  # noqa: C901, PLR0912, PLR0915 
     yield "flipped", lambda: of(lambda x: x + x.flip(2))
     yield "turned", lambda: of(lambda x: x + x.rot90(2, (2, 3)))
     yield "transposed axes", lambda: of(lambda x: x + x.transpose(2, 3) if x.shape[2] == x.shape[3] else x)
-    yield "mirrored test-time augmentation", lambda: _Holding(
-        nn.Conv2d(3, 3, 3, padding=1), lambda m, x: m(x) + m(x.flip(3)).flip(3)
+    yield (
+        "mirrored test-time augmentation",
+        lambda: _Holding(nn.Conv2d(3, 3, 3, padding=1), lambda m, x: m(x) + m(x.flip(3)).flip(3)),
     )
     for n in (3, 130):
         yield f"index {n} further", lambda n=n: of(lambda x: _at(x, lambda i, w: (i + n).clamp(max=w - 1)))
@@ -283,12 +301,19 @@ def _families() -> Iterator[tuple[str, Build]]:  # noqa: C901, PLR0912, PLR0915 
     for mode in ("nearest", "nearest-exact", "bilinear", "bicubic", "area"):
         for factor in (2.0, 3.0, 1.5):
             up = "nearest" if mode == "area" else mode
-            yield f"resized {mode} {factor}", lambda m=mode, f=factor, u=up: of(lambda x: _down_up(x, f, m, u))
+            yield (
+                f"resized {mode} {factor}",
+                lambda m=mode, f=factor, u=up: of(lambda x: _down_up(x, f, m, u)),
+            )
     yield "aligned corners", lambda: of(lambda x: _down_up(x, 2, "nearest", "bilinear", True))
-    yield "antialiased", lambda: of(
-        lambda x: F.interpolate(
-            F.interpolate(x, (x.shape[2] // 2, x.shape[3] // 2), mode="bilinear", antialias=True), scale_factor=2.0
-        )
+    yield (
+        "antialiased",
+        lambda: of(
+            lambda x: F.interpolate(
+                F.interpolate(x, (x.shape[2] // 2, x.shape[3] // 2), mode="bilinear", antialias=True),
+                scale_factor=2.0,
+            )
+        ),
     )
     yield "resized to 32", lambda: of(lambda x: F.interpolate(F.interpolate(x, (32, 32)), x.shape[2:]))
     for radius, times in ((2, 1), (2, 5), (9, 2)):
@@ -300,8 +325,9 @@ def _families() -> Iterator[tuple[str, Build]]:  # noqa: C901, PLR0912, PLR0915 
     yield "far maximum", lambda: raw(lambda x: torch.maximum(x, _shifted(x, 90, 0) - 5))
     yield "far threshold", lambda: raw(lambda x: x + F.threshold(_shifted(x, 0, -64), 7.0, 0.0))
     yield "argmax over channels", lambda: of(lambda x: x * (F.avg_pool2d(x, 9, 1, 4).argmax(1, True) == 1))
-    yield "median of windows", lambda: of(
-        lambda x: F.unfold(x, 3, padding=1).view(1, 3, 9, *x.shape[2:]).median(2)[0]
+    yield (
+        "median of windows",
+        lambda: of(lambda x: F.unfold(x, 3, padding=1).view(1, 3, 9, *x.shape[2:]).median(2)[0]),
     )
     yield "erosion to zero", lambda: raw(lambda x: x * (F.avg_pool2d((x > 5).to(x), 31, 1, 15) > 0))
     for name in ("cumsum", "cummax", "logcumsumexp", "cumprod"):
@@ -318,21 +344,35 @@ def _families() -> Iterator[tuple[str, Build]]:  # noqa: C901, PLR0912, PLR0915 
     yield "branch on a rest", lambda: of(lambda x: x + far(x) if x.shape[3] % 96 == 32 else x)
     yield "branch on the longer side", lambda: of(lambda x: x + far(x) if max(x.shape[2:]) >= 512 else x)
     yield "branch on a length", lambda: of(lambda x: x + far(x) if len(x[0, 0, 0]) > 400 else x)
-    yield "at most 384", lambda: of(lambda x: x + x[..., : min(384, x.shape[3])].mean(3, keepdim=True) * 0 + x)
+    yield (
+        "at most 384",
+        lambda: of(lambda x: x + x[..., : min(384, x.shape[3])].mean(3, keepdim=True) * 0 + x),
+    )
     yield "slice of 256", lambda: of(lambda x: x + F.pad(x[..., :256], (0, max(0, x.shape[3] - 256))))
     yield "dilation by width", lambda: raw(lambda x: _Sliced()(x))
-    yield "kernel by width", lambda: raw(lambda x: F.avg_pool2d(x, 2 * (x.shape[3] // 128) + 1, 1, x.shape[3] // 128))
+    yield (
+        "kernel by width",
+        lambda: raw(lambda x: F.avg_pool2d(x, 2 * (x.shape[3] // 128) + 1, 1, x.shape[3] // 128)),
+    )
     yield "padded by width", lambda: raw(lambda x: _shifted(x, 0, x.shape[3] // 8))
-    yield "half the image", lambda: of(lambda x: torch.cat([x[..., x.shape[3] // 2 :], x[..., : x.shape[3] // 2]], 3))
+    yield (
+        "half the image",
+        lambda: of(lambda x: torch.cat([x[..., x.shape[3] // 2 :], x[..., : x.shape[3] // 2]], 3)),
+    )
     for down, right in ((0, 5), (40, 0), (40, 40), (0, 300), (-120, 120), (260, -260)):
         yield f"beside itself {down} {right}", lambda d=down, r=right: of(lambda x: x + _shifted(x, d, r))
     for size in (4, 7, 8):
         yield f"windows {size}", lambda n=size: of(lambda x: _windows(x, n, _attention))
         yield (
             f"shifted windows {size}",
-            lambda n=size: of(lambda x: _windows(x.roll((-2, -2), (2, 3)), n, _attention).roll((2, 2), (2, 3))),
+            lambda n=size: of(
+                lambda x: _windows(x.roll((-2, -2), (2, 3)), n, _attention).roll((2, 2), (2, 3))
+            ),
         )
-        yield f"windows mixed {size}", lambda n=size: of(lambda x: _windows(x, n, lambda t: t + t.mean(1, True)))
+        yield (
+            f"windows mixed {size}",
+            lambda n=size: of(lambda x: _windows(x, n, lambda t: t + t.mean(1, True))),
+        )
     yield "attention", lambda: of(_global_attention)
     yield "attention in rows", lambda: of(_rows_attention)
     for depth in (1, 3, 6):
@@ -342,7 +382,10 @@ def _families() -> Iterator[tuple[str, Build]]:  # noqa: C901, PLR0912, PLR0915 
     yield "less its mean", lambda: of(lambda x: x - x.mean((2, 3), True))
     yield "less the mean of rows", lambda: of(lambda x: x - x.mean(3, True))
     yield "by its maximum", lambda: of(lambda x: x / x.abs().amax((2, 3), True).clamp(min=1e-3))
-    yield "by its quantile", lambda: of(lambda x: x / x.flatten(2).quantile(0.9, 2)[..., None, None].clamp(min=0.1))
+    yield (
+        "by its quantile",
+        lambda: of(lambda x: x / x.flatten(2).quantile(0.9, 2)[..., None, None].clamp(min=0.1)),
+    )
     yield "position", lambda: of(lambda x: x + torch.linspace(0, 1, x.shape[3]).to(x))
     yield "position beyond 256", lambda: of(lambda x: x * (torch.arange(x.shape[3]) < 256).to(x))
     yield "periodic", lambda: of(lambda x: x * (torch.arange(x.shape[3]) % 8 < 4).to(x))
@@ -351,7 +394,10 @@ def _families() -> Iterator[tuple[str, Build]]:  # noqa: C901, PLR0912, PLR0915 
     yield "corner gates", lambda: raw(lambda x: torch.where(x[:, :, :1, :1] > 2, -x, x))
     yield "mean gates", lambda: raw(lambda x: torch.where(x.mean() > 1, _shifted(x, 0, 60), x))
     yield "maximum decides", lambda: raw(lambda x: x / 2 if float(x.max()) > 20 else x)
-    yield "centre picked", lambda: raw(lambda x: x * x[:, :, x.shape[2] // 2, x.shape[3] // 2][..., None, None])
+    yield (
+        "centre picked",
+        lambda: raw(lambda x: x * x[:, :, x.shape[2] // 2, x.shape[3] // 2][..., None, None]),
+    )
     yield "as many as are bright", lambda: raw(lambda x: x + (x > 30).sum().to(x))
     for rate, stride in ((12, 8), (72, 8), (40, 4)):
         yield f"sparse {rate} at {stride}", lambda r=rate, s=stride: _aspp(r, s)
@@ -362,7 +408,10 @@ def _families() -> Iterator[tuple[str, Build]]:  # noqa: C901, PLR0912, PLR0915 
     yield "fourier", lambda: of(lambda x: torch.fft.irfft2(torch.fft.rfft2(x).tanh(), s=x.shape[2:]).to(x))
     yield "rounded", lambda: of(lambda x: (F.avg_pool2d(x, 7, 1, 3) * 8).round() / 8)
     yield "whole numbers", lambda: of(lambda x: (F.max_pool2d(x, 7, 1, 3) * 8).int().to(x))
-    yield "fake quantised", lambda: of(lambda x: torch.fake_quantize_per_tensor_affine(x.float(), 0.1, 0, -9, 9).to(x))
+    yield (
+        "fake quantised",
+        lambda: of(lambda x: torch.fake_quantize_per_tensor_affine(x.float(), 0.1, 0, -9, 9).to(x)),
+    )
     for times in (1, 12):
         yield f"diffused {times}", lambda t=times: of(lambda x: _diffused(x, t))
     yield "until it is small", lambda: raw(lambda x: _diffused(x, int(x.abs().max() > 10) * 6 + 1))
@@ -374,9 +423,15 @@ def _families() -> Iterator[tuple[str, Build]]:  # noqa: C901, PLR0912, PLR0915 
     yield "outer product of profiles", lambda: of(lambda x: x + x.mean(2, True) * x.mean(3, True))
     yield "running mean", lambda: of(lambda x: F.avg_pool2d(x, (1, 65), 1, (0, 32)))
     yield "squeeze and excite", lambda: of(lambda x: x * torch.sigmoid(F.adaptive_avg_pool2d(x, 1)))
-    yield "pyramid of pools", lambda: of(lambda x: x + F.interpolate(F.adaptive_avg_pool2d(x, 4), x.shape[2:]))
-    yield "pooled in proportion", lambda: of(
-        lambda x: F.interpolate(F.adaptive_max_pool2d(x, (x.shape[2] // 8, x.shape[3] // 8)), x.shape[2:])
+    yield (
+        "pyramid of pools",
+        lambda: of(lambda x: x + F.interpolate(F.adaptive_avg_pool2d(x, 4), x.shape[2:])),
+    )
+    yield (
+        "pooled in proportion",
+        lambda: of(
+            lambda x: F.interpolate(F.adaptive_max_pool2d(x, (x.shape[2] // 8, x.shape[3] // 8)), x.shape[2:])
+        ),
     )
 
 
@@ -485,7 +540,9 @@ def _excluded(scan: Scan, size: tuple[int, ...]) -> bool:
     return sizes.exceeded(size) or any(sizes.broken(extent) for extent in extents)
 
 
-def _windows_of(scan: Scan, size: Sequence[int]) -> Iterator[tuple[list[tuple[int, int]], list[tuple[int, int]]]]:
+def _windows_of(
+    scan: Scan, size: Sequence[int]
+) -> Iterator[tuple[list[tuple[int, int]], list[tuple[int, int]]]]:
     """Yield (window, tile), each as (start, stop) per axis: the halo in whole strides, cut at the borders."""
     assert scan.halo is not None
     assert scan.stride is not None

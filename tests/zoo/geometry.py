@@ -2,13 +2,14 @@
 
     bound >= measured >= brute force        on every side of every axis, in whole strides
 
-Brute force is the zoo's own: on a strip as thin as the example, in float64, the derivative of one step of tiles by every
-pixel, and, from the bound inwards, one changed column after the other where the derivative is zero (a comparison, a
+Brute force is the zoo's own: on a strip as thin as the example, in float64, the derivative of one step of tiles by
+every pixel, and, from the bound inwards, one changed column after the other where the derivative is zero (a comparison, a
 pool that chose another pixel, a dead ReLU).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import traceback
@@ -30,7 +31,7 @@ from normfix.tiling.geometry import BoundExceededError
 from .entry import Entry
 from .preparing import material, prepared
 
-__all__ = ["GEOMETRIES", "brute_force", "examine_geometry", "reach_of_tiles"]
+__all__ = ["GEOMETRIES", "against", "brute_force", "examine_geometry", "reach_of_tiles"]
 
 GEOMETRIES = {
     "bounded": "the graph bounds the halo, and both witnesses lie within",
@@ -83,16 +84,16 @@ def _examine(entry: Entry, row: dict[str, Any], report: Callable[[dict[str, Any]
     row["step"] = "brute force"
     report(row)
     row["brute"] = brute_force(lambda x: base.caller.in_double(double, x), entry, scan)
-    against = _against(row)
+    outside = against(row)
     bounded = scan.reach.used == "graph"
-    row["category"] = "broken" if against else "bounded" if bounded else "unbounded"
-    row["cause"] = against or ("" if bounded else scan.reach.words)
+    row["category"] = "broken" if outside else "bounded" if bounded else "unbounded"
+    row["cause"] = outside or ("" if bounded else scan.reach.words)
 
 
-def _against(row: dict[str, Any]) -> str:
+def against(row: dict[str, Any]) -> str:
     """Say which witness lies outside the one above it, in whole strides; a bound holds to the pixel."""
     order = [(name, row[name]) for name in ("bound", "measured", "brute") if row[name] is not None]
-    for (upper, more), (lower, less) in zip(order, order[1:], strict=False):
+    for (upper, more), (lower, less) in itertools.pairwise(order):
         if _outside(in_strides(less, row["stride"]), in_strides(more, row["stride"])):
             return f"{lower} {less} exceeds {upper} {more}"
     if row["bound"] is not None and _outside(row["brute"], row["bound"]):
@@ -115,9 +116,7 @@ def brute_force(f: Callable[[Tensor], Tensor], entry: Entry, scan: Scan) -> Span
     lattice = (scan.reach.lattice if scan.reach else ()) or scan.stride
     spans = []
     for axis in range(entry.ndim):
-        step = [
-            math.lcm(*numbers) for numbers in zip(scan.stride, scan.exact_sizes, lattice, strict=True)
-        ]
+        step = [math.lcm(*numbers) for numbers in zip(scan.stride, scan.exact_sizes, lattice, strict=True)]
         size = [-(-n // s) * s for n, s in zip(entry.shape[2:], step, strict=True)]
         before, after = (-(-n // step[axis]) * step[axis] for n in scan.halo[axis])
         size[axis] = before + after + 3 * step[axis]

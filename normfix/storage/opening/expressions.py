@@ -21,7 +21,8 @@ _NODES_OF_GUARDS = (*_NODES, ast.Subscript, ast.Attribute)
 # fmt: off
 _CALLS = frozenset((  # functions on sizes that torch.export writes
     "Max", "Min", "Mod", "PythonMod", "FloorDiv", "CleanDiv", "CeilDiv", "TruncToInt", "FloorToInt",
-    "CeilToInt", "ModularIndexing", "IntTrueDiv", "FloatTrueDiv", "ToFloat", "RoundToInt", "Where", "PowByNatural", "FloatPow",
+    "CeilToInt", "ModularIndexing", "IntTrueDiv", "FloatTrueDiv", "ToFloat", "RoundToInt", "Where",
+    "PowByNatural", "FloatPow",
     "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not", "Piecewise", "floor", "ceiling", "Float",
     "Identity", "size", "max", "min", "len", "Symbol", "Integer", "Rational", "Add", "Mul", "Pow",
     "sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite", "trunc",
@@ -159,7 +160,7 @@ def _is_harmless(node: ast.AST) -> bool:
 
 
 def _is_small(power: ast.expr) -> bool:
-    """Tell whether an exponent is a small number: n, 0.5, p / q, Integer(n), Rational(p, q) or Float('0.5', precision=53)."""
+    """Tell whether an exponent is a small number: n, 0.5, p / q, Integer(n), Rational(p, q) or Float('0.5')."""
     match power:
         case ast.Call(func=ast.Name(id="Rational"), args=[above, below], keywords=[]):
             return _is_small_number(above, int) and _is_small_number(below, int)

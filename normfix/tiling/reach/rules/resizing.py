@@ -77,8 +77,8 @@ def _rule(
 def is_stretched(call: Call) -> bool:
     """Tell whether a map is resized, or pooled in proportion, by a factor that is another at every size of the image.
 
-    Of a map of n / 2 + 1 positions, n are made by a factor that is not 2 at any n: what is weighed depends on the place in
-    the whole extent, by up to the positions that are too many.
+    Of a map of n / 2 + 1 positions, n are made by a factor that is not 2 at any n: what is weighed depends on the
+    place in the whole extent, by up to the positions that are too many.
     """
     if call.name not in RESIZING and not call.name.removeprefix("_").startswith("adaptive_"):
         return False

@@ -228,6 +228,12 @@ _VIEWS = (
     "reshape_as",
 )
 
+
+def _broadcast(call: Call) -> list[Reading]:
+    """Read number `item` of several tensors, over the extents of all."""
+    return [aligned(call, call.get("tensors")[call.item])]
+
+
 SHAPES: dict[str, Rule] = {
     **dict.fromkeys(_VIEWS, _view),
     "permute": _permuted(lambda call, rank: call.get("dims")),
@@ -238,4 +244,5 @@ SHAPES: dict[str, Rule] = {
     "movedim": _permuted(_moved),
     "moveaxis": _permuted(_moved),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
+    "broadcast_tensors": _broadcast,
 }
