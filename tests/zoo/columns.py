@@ -78,7 +78,7 @@ def _section(rows: Mapping[str, Row], asked: set[str]) -> str:
         "",
         "Made by `python -m tests.zoo --geometry geometry.jsonl --page docs/zoo.md`, a run of its own: of each network "
         "that is called converted or local here, with all that is live frozen, the halo that the graph bounds, the one "
-        "that the dye shows, and brute force (tests/zoo/geometry.py): on a strip as thin as the example, in float64, the "
+        "that the dye shows, and brute force (tests/zoo/geometry.py): on a strip as thin as the example, the "
         "derivative of tiles by every pixel, and columns of pixels that are changed one by one. The columns bound, "
         "measured and brute force of the table below are from it, in pixels (before+after where they differ); the "
         "others are not. The bound is that of a tile that starts on the grid, the dye shows whichever pixel ends the "

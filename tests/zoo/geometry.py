@@ -3,8 +3,8 @@
     bound >= measured >= brute force        on every side of every axis, in whole strides
 
 Brute force is the zoo's own: on a strip as thin as the example, in float64, the derivative of one step of tiles by
-every pixel, and, from the bound inwards, one changed column after the other where the derivative is zero (a comparison, a
-pool that chose another pixel, a dead ReLU).
+every pixel, and, from the bound inwards, one changed column after the other where the derivative is zero (a
+comparison, a pool that chose another pixel, a dead ReLU).
 """
 
 from __future__ import annotations
