@@ -92,7 +92,7 @@ class Growth:
         self._two = two
         # the calls of one image of the size at which there were two
         same = other is not None and two is not None and other.example.shape[2:] == two.example.shape[2:]
-        self._alone = other.calls if same and other is not None else calls
+        self._alone = calls if other is None or not same else other.calls
         self._unit = self._log_ratio(tuple(example.shape), tuple(other.example.shape)) if other else 1.0
 
     @property

@@ -322,7 +322,7 @@ def _along_axes(
             if reach is not None and unit is not None and grid % unit:
                 # the dye's edges lay on no lattice of the network's: once more, on it
                 grid = coarser[fine, scale] = math.lcm(grid, unit)
-                reach = bound.along(axis, grid) if bound and swallowed else line.reach(grid)
+                reach = line.reach(grid) if bound is None or not swallowed else bound.along(axis, grid)
                 unit = None if reach is None else line.unit(grid, reach, unit)
         except DyeLost:
             return _none(
@@ -368,10 +368,15 @@ def _along_axes(
     geometry = Geometry(
         stride=tuple(strides), halo=tuple(halos), scale=tuple(scales), multiple=tuple(multiples)
     )
-    seen_by_dye = tuple(d for d in dyes if d is not None)
-    dye = geometry.halo if bound is None else seen_by_dye if len(seen_by_dye) == len(dyes) else None
+    dye = _shown(dyes) if bound is not None else geometry.halo
     looked = tuple(max(_ALONG, min(n, 8 * _ALONG)) for n in example.shape[2:])
     return Locality(geometry, (), tuple(least), grid=tuple(dilution), cross=cross, dye=dye, extent=looked)
+
+
+def _shown(dyes: Sequence[tuple[int, int] | None]) -> Spans | None:
+    """Return what the dye shows, None where something swallows it along an axis."""
+    shown = tuple(dye for dye in dyes if dye is not None)
+    return shown if len(shown) == len(dyes) else None
 
 
 @dataclass(frozen=True, slots=True)
