@@ -179,7 +179,7 @@ def _is_whole(power: ast.expr) -> bool:
     return _is_small_number(power, int)
 
 
-def _is_small_number(tree: ast.expr, kind: type) -> bool:
+def _is_small_number(tree: ast.expr, kind: type[int] | type[float]) -> bool:
     try:
         value = ast.literal_eval(tree)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
