@@ -151,9 +151,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     ),
     "stacked": (lambda: Function(lambda x: torch.stack([x, F.avg_pool2d(x, 3, 1, 1)], 2).sum(2)), 1),
     "broadcast": (
-        lambda: Function(
-            lambda x: torch.broadcast_tensors(x[:, :1, :1, :1] * 0, F.avg_pool2d(x, 5, 1, 2))[1]
-        ),
+        lambda: Function(lambda x: torch.broadcast_tensors(x, F.avg_pool2d(x, 5, 1, 2))[1]),
         1,
     ),
     "chunks": (lambda: Function(lambda x: sum(torch.cat([x, F.avg_pool2d(x, 5, 1, 2)], 1).chunk(2, 1))), 1),

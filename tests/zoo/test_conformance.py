@@ -371,6 +371,7 @@ PAGE = page(
     ["a", "b", "c"],
 )
 ROW = {
+    "name": "a",
     "category": "bounded",
     "stride": [4],
     "bound": [[8, 6]],
