@@ -347,6 +347,8 @@ CODES: dict[str, str] = {
     "NF553": "The original is not what was converted, is of no format that is given back, or is needed and missing.",
     "NF554": "In a process without normfix, the library did not load what was written, or gave another output, so it "
     "was removed.",
+    "NF575": "A network that branches or loops by torch.cond, while_loop, map or scan: torch compiles these whole, so "
+    "no statistic in them is seen or converted. Write the branch as torch.where or a plain `if`, the loop as a `for`.",
     "NF590": "ONNX (.onnx) and TorchScript (.ts) are written by torch's own exporters and run once in a fresh process: "
     "for ONNX that needs onnx, onnxscript and onnxruntime (pip install 'normfix[onnx]'), and operators that the "
     "exporter knows. A program (-o FILE.pt2) or a folder holds what they do not.",

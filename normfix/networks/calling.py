@@ -26,6 +26,7 @@ from normfix.records.saved import Provenance
 __all__ = [
     "REFUSALS",
     "Caller",
+    "ControlFlow",
     "NotTaken",
     "OutOfMemory",
     "buffers_kept",
@@ -46,6 +47,10 @@ REFUSALS = (NormfixError, RuntimeError, ValueError, AssertionError)
 
 class NotTaken(NormfixError):  # noqa: N818 - what happened, not what went wrong
     """A network does not run on an input."""
+
+
+class ControlFlow(NotTaken):
+    """A network branches or loops by torch.cond or the like, of which only one side can be watched (NF575)."""
 
 
 class Unreached(NormfixError):  # noqa: N818 - what happened, as its siblings are named
@@ -156,6 +161,14 @@ class Caller:
                 where=type(model).__name__,
             ) from error
         except failures() as error:
+            if _is_control_flow(error):
+                raise ControlFlow(
+                    "NF575",
+                    f"it calls an operator of control flow{_layer(model, error)} (torch.cond, while_loop, map, scan), "
+                    "which torch compiles whole and in which no call can be watched or converted. Write a branch by "
+                    "values as torch.where, one by settings as a plain `if`, and a loop as a plain `for`.",
+                    where=type(model).__name__,
+                ) from error
             raise NotTaken(
                 "NF109",
                 f"the network does not run on an input of shape {_shape(image)}{_layer(model, error)}: "
@@ -216,6 +229,13 @@ class Caller:
             f"the network returned {choices}, and output={self.output!r} names no tensor in it. "
             "Choose one with --output KEY or --output INDEX (output= in Python).",
         )
+
+
+def _is_control_flow(error: BaseException) -> bool:
+    """Tell whether an operator of control flow was to be compiled and could not be, as none can while it is watched."""
+    dynamo = sys.modules.get("torch._dynamo.exc")
+    kind = getattr(dynamo, "UncapturedHigherOrderOpError", None)
+    return kind is not None and isinstance(error, kind)
 
 
 def _further_inputs(model: nn.Module) -> list[inspect.Parameter]:

@@ -17,21 +17,23 @@ from normfix.conversion.targets import HoldsConstants, LayerGone, planned_target
 from normfix.errors import NormfixError
 from normfix.images.collections import Images
 from normfix.images.given import GivenImages, images_of
-from normfix.networks.calling import Unreached, home_of
+from normfix.networks.calling import Caller, Unreached, home_of
 from normfix.networks.copying import twin_of
 from normfix.networks.graph.program import require_free
 from normfix.networks.numerics import exact_arithmetic
-from normfix.networks.provenance import provenance_of
+from normfix.networks.provenance import is_current, provenance_of
 from normfix.networks.surroundings import undisturbed
 from normfix.proof.forms import Form, exported, folded, frozen, portable, reloaded, stock
 from normfix.proof.steps import CONSISTENT, residual, tile_exactness, unmeasured
 from normfix.proof.subject import Subject
 from normfix.records.plans import Plan
 from normfix.records.progress import Progress, logged
+from normfix.records.saved import Provenance
 from normfix.records.sites import Scan, Site
 from normfix.records.statistics import Statistics
 from normfix.records.verdicts import Proof, ProofStep, Verdict
 from normfix.scanning.known import ForwardFn, Known, known_of
+from normfix.scanning.renewal import renewed
 from normfix.storage.saving import sourced
 from normfix.tiling.geometry import geometry_of
 from normfix.tiling.grid import Geometry
@@ -109,6 +111,7 @@ def prove(
     taken = images_of(images, model, like=provenance.scan.example)
     image = taken.excerpt()[:1]
     known = known_of(model, image, forward_fn, output)
+    stale = _outdated(model, provenance, image, known.caller)
     geometry = geometry_of(known.scan)
     first = image if geometry is None else padded(image, geometry)
     surplus = _unplanned(known, provenance.plan)
@@ -133,7 +136,9 @@ def prove(
         bench = Form(model, known.caller, travels, inputs, Path(folder), trusted=source is not None)
         owed = (
             partial(_residual, subject, taken, geometry, mask, blocks, provenance.statistics),
-            partial(_tiles, subject, first, verdict, [*surplus, *(f.message for f in known.scan.findings)]),
+            partial(
+                _tiles, subject, first, verdict, [*surplus, *(f.message for f in known.scan.findings)], stale
+            ),
             partial(subject.used, first, partial(_judged, known.scan, provenance.plan)),
             *(partial(form, bench) for form in _FORMS),
         )
@@ -141,6 +146,17 @@ def prove(
             steps.append(step())
             progress("prove", len(steps), len(owed))
     return Proof(steps=tuple(steps), shifts=(), verdict=verdict)
+
+
+def _outdated(model: nn.Module, known: Provenance, image: Tensor, caller: Caller) -> str:
+    """Say how the geometry that travels with the network is not the one of its statistics and weights of now."""
+    if not is_current(model):  # it was scanned anew
+        return ""
+    now = renewed(model, known, image, caller)
+    mine, theirs = geometry_of(known.scan), geometry_of(now)
+    if now is known.scan or (mine is not None and theirs is not None and mine.covers(theirs)):
+        return ""
+    return next(f"{f.code}: {f.message}" for f in now.findings if f.code == "NF262")
 
 
 def _unplanned(known: Known, plan: Plan) -> list[str]:
@@ -203,8 +219,15 @@ def _residual(
     return replace(step, note=note)
 
 
-def _tiles(subject: Subject, image: Tensor, verdict: Verdict | None, reasons: Sequence[str]) -> ProofStep:
+def _tiles(
+    subject: Subject, image: Tensor, verdict: Verdict | None, reasons: Sequence[str], stale: str
+) -> ProofStep:
+    """Compare tiles with the whole; a geometry that does not hold any more fails, whatever this image shows."""
     mismatch = None
     if subject.plan.left_live:
         mismatch = subject.mismatch(image, subject.caller(subject.model, image))
-    return tile_exactness(verdict, subject.plan, reasons, mismatch)
+    step = tile_exactness(verdict, subject.plan, reasons, mismatch)
+    if not stale:
+        return step
+    note = f"{stale} Next: normfix calibrate, which measures the geometry anew"
+    return replace(step, status="failed", note="; ".join(filter(None, (step.note, note))))

@@ -59,7 +59,7 @@ def look_again(
 
 
 def look_at_two(model: nn.Module, run: Run, example: Tensor, functions: Sequence[str]) -> Pass | None:
-    """Run on the example twice over; None if the network does not take it with the same calls."""
+    """Run on an example twice over; None if the network does not take it with the same calls."""
     return _look(model, run, torch.cat([example, example]), functions)
 
 
@@ -90,6 +90,9 @@ class Growth:
         self._calls = calls
         self._other = other
         self._two = two
+        # the calls of one image of the size at which there were two
+        same = other is not None and two is not None and other.example.shape[2:] == two.example.shape[2:]
+        self._alone = calls if other is None or not same else other.calls
         self._unit = self._log_ratio(tuple(example.shape), tuple(other.example.shape)) if other else 1.0
 
     @property
@@ -111,7 +114,7 @@ class Growth:
         """
         if self._two is None:
             return None
-        one, two = self._calls[position], self._two.calls[position]
+        one, two = self._alone[position], self._two.calls[position]
         return (
             _differing(_operand_shape(one), _operand_shape(two)),
             _differing(one.outputs[0], two.outputs[0]) if one.outputs else frozenset(),

@@ -167,7 +167,8 @@ def look(
         if not trial.left_live and found.dense:
             bench = _bench(probe, trial, found, caller, material, halo)
         sizes = _sizes(probe, caller, material, found, graph_seen, bench, fast=fast)
-        doubts = replace(doubts, bounds=sizes.conditions)
+        stretches = bench.witness.stretches if bench else ()
+        doubts = replace(doubts, bounds=sizes.conditions, placed=doubts.placed + stretches)
         seen = _measured(trial, bench, doubts, merged, found, material, tried=sizes, fast=fast)
         run = seen.largest
         proved = ProvedSizes(
@@ -242,7 +243,7 @@ def _measured(
         try:
             locality = bench.measured(found.dilution, doubts, fast=fast)
         except BoundExceededError:
-            if not doubts.bounds:
+            if not (doubts.bounds or tried.built or tried.lattice):
                 raise
             # strips are of other sizes, for which the network is not that of the graph
             bench = replace(bench, witness=bench.witness.of_other_sizes())
@@ -287,7 +288,9 @@ def _graph(
 ) -> GraphLook | Looked:
     if skipped:
         return Looked(name="graph", status="skipped", note=skipped)
-    return graph_look(probe, caller, example, found.sites, one_size=found.other is None)
+    return graph_look(
+        probe, caller, example, found.sites, one_size=found.other is None, expected=found.result
+    )
 
 
 def _sizes(

@@ -98,7 +98,8 @@ def survey(
     calls, invocations, output = census(model, run, example, follow=follow)
     functions = [c.function for c in calls]
     other = look_again(model, run, example, functions, follow, exact)
-    two = look_at_two(model, run, example, functions) if stacked else None
+    smaller = other.example if other is not None and other.example.numel() < example.numel() else example
+    two = look_at_two(model, run, smaller, functions) if stacked else None
     growth = Growth(example, calls, other, two)
     modules = dict(model.named_modules())
     found = _Sites(calls, growth, modules, invocations)

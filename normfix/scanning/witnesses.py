@@ -48,6 +48,21 @@ class Witness:
         """Return the bound that is the halo, None where it is to be measured."""
         return self.found if self.found is not None and self.found.is_whole and not self.chosen else None
 
+    @property
+    def stretches(self) -> tuple[Finding, ...]:
+        """Return what the graph resizes by a factor that follows the size, which strips may be too short to show."""
+        found = () if self.found is None else self.found.stretches
+        return tuple(
+            Finding(
+                code="NF244",
+                where=stretch.where,
+                message=f"{stretch.operator} resizes by a factor that is another at every size of the image, so what "
+                "it weighs depends on the place in the whole extent. Resize by a constant factor, or to the extent of "
+                "a map that has the image's ratio.",
+            )
+            for stretch in found
+        )
+
     def of_other_sizes(self) -> Witness:
         """Return it without its bound, which strips of other sizes were seen to exceed."""
         return replace(

@@ -61,7 +61,8 @@ class Locality:
 
     `steady` tells that all of dependence's measurements hold the geometry, `blind` that NaN may have missed something,
     `foreign` that an operator must not see it, `grid` and `cross` on which strips it was measured. `dye` is the halo
-    as the dye shows it, which lies within that of the geometry, `extent` how far along each axis it looked.
+    as the dye shows it, which lies within that of the geometry, None where something swallows it and the graph bounds
+    the halo; `extent` how far along each axis it looked.
     """
 
     geometry: Geometry | None
@@ -208,6 +209,7 @@ def _measured(
     both_ends: bool,
     bound: Bound | None = None,
 ) -> Locality:
+    coarsest = tuple(dilution)
     if bound is not None:
         dilution = tuple(map(math.lcm, dilution, bound.lattice))
     known, refusal = cross_section(single, example, dilution), ""
@@ -219,7 +221,9 @@ def _measured(
         if cross is None:
             continue
         try:
-            return _along_axes(single, double, example, grid, cross, felt, both_ends=both_ends, bound=bound)
+            return _along_axes(
+                single, double, example, grid, cross, felt, coarsest, both_ends=both_ends, bound=bound
+            )
         except BoundExceededError:
             raise
         except refusals() as error:
@@ -277,12 +281,13 @@ def _along_axes(
     dilution: Sequence[int],
     cross: tuple[int, ...],
     felt: Felt | None,
+    coarsest: Sequence[int],
     *,
     both_ends: bool,
     bound: Bound | None = None,
 ) -> Locality:
     strides, halos, scales, multiples, least = [], [], [], [], []
-    dyes: list[tuple[int, int]] = []
+    dyes: list[tuple[int, int] | None] = []
     expected: tuple[int, int] | None = None
     seen: dict[tuple[int, Fraction, tuple[int, int]], tuple[int, int]] = {}  # of axes alike: stride, multiple
     coarser: dict[tuple[int, Fraction], int] = {}  # grids that turned out too fine, and what they became
@@ -302,15 +307,22 @@ def _along_axes(
         fine = math.lcm(grid, scale.denominator)
         grid = coarser.get((fine, scale), fine)
         exact = Recalling(double)
-        line = _Line(single, exact, example, axis, scale, cross, felt, bound)
+        line = _Line(single, exact, example, axis, scale, cross, felt, coarsest[axis], bound)
+        swallowed = False
         try:
-            reach = line.reach(grid, expected)
+            try:
+                reach = line.reach(grid, expected)
+            except (DyeLost, DyeRefused):
+                if bound is None:
+                    raise
+                # nothing to hold against the bound, which needs no values
+                reach, swallowed = bound.along(axis, grid), True
             like = (None, None) if reach is None else seen.get((grid, scale, reach), (None, None))
             unit = None if reach is None else line.unit(grid, reach, like[0])
             if reach is not None and unit is not None and grid % unit:
                 # the dye's edges lay on no lattice of the network's: once more, on it
                 grid = coarser[fine, scale] = math.lcm(grid, unit)
-                reach = line.reach(grid)
+                reach = line.reach(grid) if bound is None or not swallowed else bound.along(axis, grid)
                 unit = None if reach is None else line.unit(grid, reach, unit)
         except DyeLost:
             return _none(
@@ -341,7 +353,7 @@ def _along_axes(
         expected = reach
         around = line.around(grid, reach)
         reach = max(0, reach[0]), max(0, reach[1])  # a tile reads at least itself
-        dyes.append(reach)
+        dyes.append(None if swallowed else reach)
         if bound is not None:
             reach = line.required(unit, reach)
         multiple = exact_multiple(
@@ -356,16 +368,23 @@ def _along_axes(
     geometry = Geometry(
         stride=tuple(strides), halo=tuple(halos), scale=tuple(scales), multiple=tuple(multiples)
     )
-    dye = tuple(dyes) if bound is not None else geometry.halo
+    dye = _shown(dyes) if bound is not None else geometry.halo
     looked = tuple(max(_ALONG, min(n, 8 * _ALONG)) for n in example.shape[2:])
     return Locality(geometry, (), tuple(least), grid=tuple(dilution), cross=cross, dye=dye, extent=looked)
+
+
+def _shown(dyes: Sequence[tuple[int, int] | None]) -> Spans | None:
+    """Return what the dye shows, None where something swallows it along an axis."""
+    shown = tuple(dye for dye in dyes if dye is not None)
+    return shown if len(shown) == len(dyes) else None
 
 
 @dataclass(frozen=True, slots=True)
 class _Line:
     """One axis of a network, on strips along it.
 
-    `double` may recall what it gave; `single` may not, as it is watched while it runs.
+    `double` may recall what it gave; `single` may not, as it is watched while it runs. `coarsest` is how much coarser
+    than the image its coarsest map is.
     """
 
     single: Function
@@ -375,6 +394,7 @@ class _Line:
     scale: Fraction
     cross: tuple[int, ...]
     felt: Felt | None
+    coarsest: int
     bound: Bound | None = None
 
     def reach(self, grid: int, expected: tuple[int, int] | None = None) -> tuple[int, int] | None:
@@ -386,7 +406,13 @@ class _Line:
             )
         bound = self.bound.along(self.axis, grid)
         within = partial(
-            halo_within, axis=self.axis, grid=grid, scale=self.scale, bound=bound, cross=self.cross
+            halo_within,
+            axis=self.axis,
+            grid=grid,
+            scale=self.scale,
+            bound=bound,
+            cross=self.cross,
+            lost=max(0, math.ceil(-self.bound.offset[self.axis] / self.scale)),
         )
         reach = within(self.single, self.example, felt=self.felt)
         if self.felt is None and (
@@ -431,9 +457,11 @@ class _Line:
         It divides the grid, or is that of a lattice which the network pads its input to. There the halo is known but
         for a step of the lattice, which is added to what is not compared.
         """
-        if like and self._common(like, self.around(grid, reach), settled=True):
+        # a graph whose extents are lines on the grid of the coarsest map has no finer one, and hides no coarser one
+        settled = self.bound is not None and self.bound.lattice[self.axis] == grid == self.coarsest
+        if like and self._common(like, self.around(grid, reach), settled=True, short=settled):
             return like
-        unit = self._common(grid, self.around(grid, reach))
+        unit = self._common(grid, self.around(grid, reach), settled=settled, short=settled)
         if unit is not None:
             return unit
         for lattice in lattices(grid):
@@ -477,7 +505,13 @@ class _Line:
         return cutting_grid(self.double, example, self.axis, unit, self.scale, around, self.cross) == unit
 
     def _common(
-        self, hint: int, around: tuple[int, int], *, settled: bool = False, refuted: int = 0
+        self,
+        hint: int,
+        around: tuple[int, int],
+        *,
+        settled: bool = False,
+        refuted: int = 0,
+        short: bool = False,
     ) -> int | None:
         example = self.example.double()
         return common_unit(
@@ -490,6 +524,7 @@ class _Line:
             self.cross,
             settled=settled,
             refuted=refuted,
+            short=short,
         )
 
 

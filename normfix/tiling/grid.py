@@ -36,6 +36,15 @@ class Geometry:
         """Return how many pixels to add at the end of each axis to reach an exact size."""
         return tuple(round_up(n, m) - n for n, m in zip(size, self.multiple, strict=True))
 
+    def covers(self, other: Geometry) -> bool:
+        """Tell whether tiles of this geometry are right for a network that has the other."""
+        whole = (
+            all(a % b == 0 for a, b in zip(mine, theirs, strict=True))
+            for mine, theirs in ((self.stride, other.stride), (self.multiple, other.multiple))
+        )
+        sides = zip(itertools.chain(*self.halo), itertools.chain(*other.halo), strict=True)
+        return self.scale == other.scale and all(whole) and all(a >= b for a, b in sides)
+
     def quarter(self, size: Sequence[int]) -> tuple[int, ...]:
         """Return a tile that leaves several windows per axis: a quarter of the size, at most 256 pixels."""
         pairs = zip(size, self.stride, strict=True)

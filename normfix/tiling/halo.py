@@ -41,6 +41,8 @@ __all__ = [
 
 AMPLIFICATION = 1e12
 _FIRST_SEA, _LARGEST_SEA, _LARGEST_SHORE = 256, 8192, 4096
+_SEA, _SHORE = 64, 128
+"""Sea, and clean shore at least, in pixels, where a bound is known: the dye only confirms it."""
 _LARGEST_FELT = 1024
 """Sea and shore, in pixels, at which what may well be global is given up."""
 
@@ -124,6 +126,7 @@ def halo_within(
     bound: tuple[int, int],
     cross: Sequence[int],
     felt: Felt | None = None,
+    lost: int = 0,
 ) -> tuple[int, int] | None:
     """Measure a halo that a bound is known for, in one forward pass.
 
@@ -136,6 +139,7 @@ def halo_within(
         bound: (before, after) that no output can exceed.
         cross: as for `halo`.
         felt: as for `halo`.
+        lost: pixels by which the output ends before the strip does, where borders are not padded.
 
     Returns:
         (before, after); None if the dye reaches further than the bound.
@@ -144,9 +148,9 @@ def halo_within(
         DyeLost: the output shows no dye.
         DyeRefused: an operation must not see NaN; its name.
     """
-    # a network that pads nothing has its last output a whole window before the end of the strip
-    shore = round_up(sum(bound), grid) + 2 * grid
-    return _reach(f, example, axis, grid, round_up(_FIRST_SEA, grid), shore, scale, cross, felt)
+    # a tap further away than the bound lies in the sea, however narrow, for some output of a shore as wide as it is far
+    shore = round_up(max(*bound, _SHORE) + lost, grid) + 2 * grid
+    return _reach(f, example, axis, grid, round_up(_SEA, grid), shore, scale, cross, felt)
 
 
 def interference(

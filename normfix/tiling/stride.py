@@ -27,6 +27,7 @@ __all__ = [
     "is_equivariant",
     "lattices",
     "output_scale",
+    "remainders",
     "smallest_stride",
     "smallest_tile",
 ]
@@ -213,14 +214,16 @@ def common_unit(
     *,
     settled: bool = False,
     refuted: int = 0,
+    short: bool = False,
 ) -> int | None:
     """Return what smallest_stride and cutting_grid agree on where windows may be cut at every `hint`, else None.
 
     One strip is compared with several windows: one that starts a unit further on and is shorter by that unit, and
     some of the same length at every smaller shift that could be the stride. With `settled`, the hint is
     the answer of a like axis, and nothing smaller is tried; nor are divisors of `refuted`, a hint that was none.
+    `short` takes a strip as long as the comparison needs, where it is known that no coarser unit hides.
     """
-    unit, length, x = hint, *_common_strip(example, axis, hint, scale, reach, cross)
+    unit, length, x = hint, *_common_strip(example, axis, hint, scale, reach, cross, short=short)
     if _window_agrees(f, x, axis, length, (unit, length), scale, reach) is False:
         return None
     for prime in [] if settled else _primes(hint):
@@ -238,10 +241,21 @@ def common_unit(
 
 
 def _common_strip(
-    example: Tensor, axis: int, hint: int, scale: Fraction, reach: tuple[int, int], cross: Sequence[int]
+    example: Tensor,
+    axis: int,
+    hint: int,
+    scale: Fraction,
+    reach: tuple[int, int],
+    cross: Sequence[int],
+    *,
+    short: bool,
 ) -> tuple[int, Tensor]:
     """Return the extent of the windows that common_unit compares, and a strip that is a unit longer."""
-    length = _common_length(max(sum(reach) + _margin(scale), cross[axis]) + hint, hint)
+    if short:
+        # both windows end where the strip does
+        length = round_up(max(reach[0] + _margin(scale), cross[axis]) + hint, hint)
+    else:
+        length = _common_length(max(sum(reach) + _margin(scale), cross[axis]) + hint, hint)
     size = [*cross]
     size[axis] = length + hint
     return length, strip(example, size) + texture(example, size)
@@ -352,8 +366,12 @@ def exact_multiple(
         return difference(rest, f) <= EXACT
 
     length = stride + round_up(sum(reach) + _margin(scale), stride)
-    rests = sorted({1, stride // 2, stride - 1} - {0})
-    return 1 if stride == 1 or all(map(is_exact, rests)) else stride
+    return 1 if all(map(is_exact, remainders(stride))) else stride
+
+
+def remainders(stride: int) -> tuple[int, ...]:
+    """Return the remainders of extents at which it is tried whether sizes that a stride does not divide are exact."""
+    return tuple(sorted({1, stride // 2, stride - 1} - {0, stride}))
 
 
 def _ends(

@@ -60,6 +60,12 @@ def test_convert_runs_and_copies_little(network, image):
     assert COPIES.total() <= 5
 
 
+def test_scan_runs_little(network, image):
+    """What the census gave is not computed again for the graph; with a graph one strip is dyed per axis."""
+    assert normfix.scan(network, image).reach.used == "graph"
+    assert RUNS.total() <= 24
+
+
 @pytest.mark.parametrize("to", ["frozen", "batchrenorm"])
 def test_a_float64_copy_is_the_network_it_is_of(network, image, to):
     """A network that takes the state of another over computes in float64 what the other does; no other is taken."""

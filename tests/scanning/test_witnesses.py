@@ -130,3 +130,62 @@ def test_a_network_that_draws_has_no_bound():
     found = normfix.scan(net.eval(), _noise(64, 96))
     assert not found.tile_invariant
     assert (found.reach.used, found.reach.bound) == ("measured", None)
+
+
+class Stretched(nn.Module):
+    """Brought back to the image's extent from a pool that has, with `ceil_mode`, a cell more than half of it."""
+
+    def __init__(self, *, ceil_mode):
+        super().__init__()
+        self.conv, self.ceil_mode = nn.Conv2d(1, 2, 3, padding=1), ceil_mode
+
+    def forward(self, x):
+        small = F.max_pool2d(self.conv(x), 3, 2, 1, ceil_mode=self.ceil_mode)
+        return F.interpolate(small, size=x.shape[2:])
+
+
+def test_a_resize_that_follows_the_size_is_named():
+    """What it weighs depends on the place in the whole extent, whatever windows of a strip happen to show."""
+    scan = normfix.scan(Stretched(ceil_mode=True).eval(), torch.rand(1, 1, 96, 128))
+    assert not scan.tile_invariant
+    assert any(f.code == "NF244" and "another at every size" in f.message for f in scan.findings)
+
+
+def test_a_resize_by_a_constant_factor_is_local():
+    """Control: half of the extent, brought back."""
+    assert normfix.scan(Stretched(ceil_mode=False).eval(), torch.rand(1, 1, 96, 128)).tile_invariant
+
+
+class Chosen(nn.Module):
+    """The number of the largest channel, which no dye passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 5, padding=2)
+
+    def forward(self, x):
+        return self.conv(x).argmax(1, keepdim=True)
+
+
+def test_a_bound_stands_where_the_dye_is_swallowed():
+    """The graph needs no values: the halo is its bound, and nothing is said to be measured."""
+    scan = normfix.scan(Chosen().eval(), torch.rand(1, 1, 64, 64))
+    assert scan.halo == ((2, 2), (2, 2))
+    assert scan.reach.measured is None
+    assert "NF216" not in {finding.code for finding in scan.findings}
+
+
+class Conditional(nn.Module):
+    """Branches by an operator of control flow."""
+
+    def forward(self, x):
+        return torch.cond(x.mean() > 0, lambda v: v + 1, lambda v: v * 2, (x,))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_control_flow_of_torch_is_named():
+    """Torch compiles such an operator whole, which fails while it is watched: not another shape is asked for."""
+    with pytest.raises(normfix.NormfixError) as caught:
+        normfix.scan(Conditional(), torch.rand(1, 1, 64, 64))
+    assert caught.value.code == "NF575"

@@ -161,6 +161,8 @@ def test_json_that_readers_differ_about_is_refused(text):
         "Symbol('s77', positive=True, integer=True)",
         "Add(Mul(Integer(2), FloorDiv(Symbol('s1', integer=True), Integer(2))), Integer(-1))",
         "Max(Integer(1), Symbol('u0', integer=True))",
+        "Pow(Mul(Symbol('s1', integer=True), Symbol('s2', integer=True)), Rational(1, 2))",
+        "FloatPow(ToFloat(Symbol('s1', integer=True)), Float('0.5', precision=53))",
     ],
 )
 def test_arithmetic_on_sizes_is_kept(text):
@@ -178,6 +180,10 @@ def test_arithmetic_on_sizes_is_kept(text):
         "[x for x in (1,)]",
         "Pow(Symbol('s1'), Symbol('s2'))",
         "2 ** 2 ** 9",
+        "Pow(Symbol('s1'), Float('9e9', precision=53))",
+        # sympy would factor it
+        "Pow(Add(Pow(Pow(Integer(4611686018427387847), Integer(8)), Integer(8)), Integer(1)), Rational(1, 2))",
+        "(Integer(4611686018427387847) * Integer(4611686018427387847)) ** 0.5",
         "Float('1', 99999999)",
         "f'{1}'",
         "1 if 1 else 2",
@@ -193,6 +199,9 @@ def test_what_is_no_arithmetic_is_refused(text):
 def test_guards_are_written_anew():
     """A guard keeps its meaning and loses comments and spaces, in which other text could hide."""
     assert guard("L['x'].size()[2]   >= 2 # )") == "L['x'].size()[2] >= 2"
+    root = "torch.sym_float(L['x'].size()[3] * L['x'].size()[2]) ** 0.5 <= 1000.0"
+    assert guard(root) == root
+    assert guard(root.replace("0.5", "90.5")) is None
     assert guard("L['x'].__class__") is None
     assert guard("torch.load('x')") is None
 

@@ -150,6 +150,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {
         1,
     ),
     "stacked": (lambda: Function(lambda x: torch.stack([x, F.avg_pool2d(x, 3, 1, 1)], 2).sum(2)), 1),
+    "broadcast": (
+        lambda: Function(lambda x: torch.broadcast_tensors(x, F.avg_pool2d(x, 5, 1, 2))[1]),
+        1,
+    ),
     "chunks": (lambda: Function(lambda x: sum(torch.cat([x, F.avg_pool2d(x, 5, 1, 2)], 1).chunk(2, 1))), 1),
     "channel softmax": (
         lambda: Function(lambda x: torch.cat([x, F.avg_pool2d(x, 3, 1, 1)], 1).softmax(1)),

@@ -1,4 +1,8 @@
-"""Run the zoo and write its page: `python -m tests.zoo --results results.jsonl`, from the root; resumable."""
+"""Run the zoo and write its page, from the root; resumable.
+
+python -m tests.zoo --results results.jsonl --page docs/zoo.md      every network, scanned, converted and proved: hours
+python -m tests.zoo --geometry geometry.jsonl --page docs/zoo.md    geometry alone, put into the page that is there
+"""
 
 from __future__ import annotations
 
@@ -9,41 +13,70 @@ from pathlib import Path
 import click
 
 from .catalogue import ENTRIES
-from .running import done_before, missing, run_all
+from .columns import local_names, with_geometry
+from .examining import examine
+from .geometry import examine_geometry
+from .running import MEMORY, done_before, missing, run_all
 from .table import page
+
+PAGE = Path("docs/zoo.md")
 
 
 @click.command()
-@click.option("--results", type=click.Path(path_type=Path), required=True, help="JSON lines, appended to.")
+@click.option("--results", type=click.Path(path_type=Path), help="JSON lines, appended to.")
+@click.option(
+    "--geometry",
+    type=click.Path(path_type=Path),
+    help="JSON lines of a run that looks at the geometry alone, of networks that docs/zoo.md calls converted or local.",
+)
 @click.option("--only", default="*", help="Shell-style pattern of names.")
 @click.option("--jobs", default=1, show_default=True, help="Processes at a time.")
 @click.option("--limit", default=180, show_default=True, help="Seconds of processor time per network.")
+@click.option("--memory", default=MEMORY, show_default=True, help="GiB per process.")
 @click.option("--again", default="", help="Outcomes, with commas: networks that ended so run again.")
 @click.option("--page", "target", type=click.Path(path_type=Path), help="Write the table here: docs/zoo.md.")
-def main(results: Path, only: str, jobs: int, limit: int, again: str, target: Path | None) -> None:
-    rows = done_before(results)
+def main(
+    results: Path | None,
+    geometry: Path | None,
+    only: str,
+    jobs: int,
+    limit: int,
+    memory: int,
+    again: str,
+    target: Path | None,
+) -> None:
+    if (results is None) is (geometry is None):
+        raise click.UsageError("Give either --results or --geometry.")
+    lines = results or geometry
+    assert lines is not None
+    rows = done_before(lines)
     absent = sorted({entry.library for entry in ENTRIES if missing(entry)})
     for library in absent:
         click.echo(f"skipped: {library} is not installed", err=True)
+    asked = {entry.name for entry in ENTRIES} if results else local_names(PAGE.read_text(encoding="utf-8"))
     due = [
         entry
         for entry in ENTRIES
-        if entry.library not in absent
+        if entry.name in asked
+        and entry.library not in absent
         and fnmatch(entry.name, only)
         and (entry.name not in rows or rows[entry.name]["category"] in again.split(","))
     ]
+    examination = examine if results else examine_geometry
 
     def work(part: int) -> None:
-        for row in run_all(due[part::jobs], results, limit):
+        for row in run_all(due[part::jobs], lines, limit, memory=memory, examination=examination):
             cause = str(row.get("cause", ""))[:200]
             click.echo(f"{row['name']}: {row['category']}, {row['seconds']} s. {cause}", err=True)
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(work, range(jobs)))
-    if target is not None:
-        known = {entry.name for entry in ENTRIES}
-        rows = done_before(results)
-        target.write_text(page([row for name, row in rows.items() if name in known], known), encoding="utf-8")
+    if target is None:
+        return
+    known = {entry.name for entry in ENTRIES}
+    rows = {name: row for name, row in done_before(lines).items() if name in known}
+    text = page(rows.values(), known) if results else with_geometry(target.read_text(encoding="utf-8"), rows)
+    target.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 import normfix
 from normfix.records.plans import Plan
 from normfix.records.sites import Scan
-from normfix.records.spans import in_strides
 
 from .entry import Entry
 from .preparing import material, prepared, seed_of
@@ -125,23 +124,9 @@ def _describe(row: dict[str, Any], scan: Scan) -> None:
         "uncalled": len(scan.uncalled),
         "stride": scan.stride,
         "halo": scan.halo,
-        **_witnesses(scan),
         "exact_sizes": scan.exact_sizes,
         "findings": sorted({f.code for f in scan.findings}),
     }
-
-
-def _witnesses(scan: Scan) -> dict[str, Any]:
-    """Say what the graph bounds and what the dye shows, both in whole strides, and what has no bound."""
-    reach = scan.reach
-    if reach is None or scan.stride is None:
-        return {}
-    rounded = {
-        name: None if spans is None else in_strides(spans, scan.stride)
-        for name, spans in (("bound", reach.bound), ("dye", reach.measured))
-    }
-    against = [f"{o.operator} in {o.where}: {o.why}" for o in reach.obstacles] or [reach.note]
-    return {**rounded, "unbounded": "" if reach.bound else against[0]}
 
 
 def _left(plan: Plan) -> list[str]:

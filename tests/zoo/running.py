@@ -24,14 +24,24 @@ from .examining import examine
 
 __all__ = ["apart", "done_before", "missing", "run_all"]
 
-MEMORY = 8 << 30
+MEMORY = 8
+
+Examination = Callable[[Entry, Callable[[dict[str, Any]], None]], dict[str, Any]]
+"""Gets an entry and what is told before each long step; returns a row."""
 
 
-def apart(entry: Entry, limit: int = 180, patience: int = 5) -> dict[str, Any]:
+def apart(
+    entry: Entry,
+    limit: int = 180,
+    patience: int = 5,
+    *,
+    memory: int = MEMORY,
+    examination: Examination = examine,
+) -> dict[str, Any]:
     """Examine one network in a process of its own; what hangs or eats the machine ends there.
 
     `limit` is in seconds of processor time, so that a busy machine changes no outcome; by the clock it may take
-    `patience` times as long.
+    `patience` times as long. `memory` is in GiB.
     """
     torch.set_num_threads(1)  # before the fork: threads do not survive it
     with warnings.catch_warnings():
@@ -40,7 +50,7 @@ def apart(entry: Entry, limit: int = 180, patience: int = 5) -> dict[str, Any]:
         import_module(entry.library)  # once, for all children
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(entry, theirs, limit), daemon=True)
+    child = context.Process(target=_child, args=(entry, theirs, limit, memory, examination), daemon=True)
     start = time.perf_counter()
     child.start()
     theirs.close()
@@ -68,10 +78,17 @@ def missing(entry: Entry) -> bool:
     return find_spec(entry.library) is None
 
 
-def run_all(entries: Iterable[Entry], results: Path, limit: int) -> Iterator[dict[str, Any]]:
+def run_all(
+    entries: Iterable[Entry],
+    results: Path,
+    limit: int,
+    *,
+    memory: int = MEMORY,
+    examination: Examination = examine,
+) -> Iterator[dict[str, Any]]:
     """Examine what has no row yet, appending a row to the file after each."""
     for entry in entries:
-        row = apart(entry, limit)
+        row = apart(entry, limit, memory=memory, examination=examination)
         with results.open("a") as file:
             file.write(json.dumps(row) + "\n")
         yield row
@@ -108,8 +125,8 @@ def _place(frame: FrameType | None) -> str:
     return " < ".join(found[:4])
 
 
-def _child(entry: Entry, pipe: Connection, limit: int) -> None:
-    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+def _child(entry: Entry, pipe: Connection, limit: int, memory: int, examination: Examination) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (memory << 30, memory << 30))
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 60))
     send: Callable[[dict[str, Any]], None] = pipe.send
     seen: dict[str, Any] = {}
@@ -125,5 +142,5 @@ def _child(entry: Entry, pipe: Connection, limit: int) -> None:
     signal.signal(signal.SIGXCPU, over)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        row = examine(entry, report)
+        row = examination(entry, report)
         send(row | {"seconds": round(time.process_time(), 1)})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from statistics import median
 from typing import Any
 
 from .examining import CATEGORIES
@@ -70,7 +69,6 @@ def _targets(rows: list[Row]) -> str:
             f"- all live sites convertible and the output local: {len(able)} networks; converted and proved: {proved} "
             f"({share}; target 98 %)",
             _seen_by_the_dye(rows),
-            _bounded(rows),
             f"- a global dependence that no site of the plan explains: {len(missed)} (target 0) {', '.join(missed)}",
             f"- passed by the package, refuted by the zoo: {len(wrong)} (target 0) {', '.join(wrong)}",
             "",
@@ -87,29 +85,6 @@ def _seen_by_the_dye(rows: list[Row]) -> str:
         f"- sites that the dye sees and the plan misses: {len(lost)} of {sites} live sites in {len(looked)} networks "
         f"(target 0; {len(rows) - len(looked)} without a dye look) {', '.join(lost)}"
     )
-
-
-def _bounded(rows: list[Row]) -> str:
-    """Count networks whose halo the graph bounds, and how far above the dye the bound is, in whole strides."""
-    known = [row for row in rows if "bound" in row]
-    bounded = [row for row in known if row["bound"]]
-    above = [_above(row["bound"], row["dye"]) for row in bounded if row["dye"]]
-    short = [row["name"] for row, more in zip(bounded, above, strict=False) if more < 0]
-    share = f"{100 * len(bounded) / len(known):.1f} %" if known else "none"
-    worst = (
-        f"{median(above):g} pixels above the dye in the median, {max(above)} at worst" if above else "none"
-    )
-    return (
-        f"- halos bounded by the graph: {len(bounded)} of {len(known)} ({share}; target 98 %); {worst}; below the dye: "
-        f"{len(short)} (target 0) {', '.join(short)}"
-    )
-
-
-def _above(bound: Sequence[Sequence[int]], dye: Sequence[Sequence[int]]) -> int:
-    """Return the largest difference of a side, the least where one is negative."""
-    pairs = zip(bound, dye, strict=True)
-    more = [b - d for spans, shown in pairs for b, d in zip(spans, shown, strict=True)]
-    return min(more) if min(more) < 0 else max(more)
 
 
 def _problems(rows: list[Row]) -> str:
@@ -134,12 +109,12 @@ def _slow(rows: list[Row]) -> str:
 
 def _table(rows: list[Row]) -> str:
     lines = ["## Table", "", "Sites are counted by family; `3/5 instance` means that 3 of 5 are live.", ""]
-    lines += ["| network | sites | looks | halo | dye | stride | result | note |", "| --- " * 8 + "|"]
+    lines += ["| network | sites | looks | halo | stride | result | note |", "| --- " * 7 + "|"]
     for row in rows:
-        halo, dye = (_spans(row.get(key)) for key in ("halo", "dye"))
+        halo = _spans(row.get("halo"))
         stride = _axes(map(str, row.get("stride") or ()))
         note = row.get("cause") or _measured(row)
-        cells = (row["name"], _sites(row), _looks(row), halo, dye, stride, row["category"], _cell(note))
+        cells = (row["name"], _sites(row), _looks(row), halo, stride, row["category"], _cell(note))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 

@@ -15,8 +15,10 @@ import normfix
 from . import agreeing
 from .agreeing import agreement
 from .catalogue import ENTRIES, by_name
+from .columns import local_names, with_geometry
 from .entry import Entry
 from .examining import CATEGORIES, GOOD, examine
+from .geometry import against, examine_geometry, reach_of_tiles
 from .preparing import prepared
 from .running import apart, missing
 from .table import page
@@ -364,9 +366,58 @@ def test_nothing_constant_is_left_in_the_weights():
     assert float(model.norm.running_mean) != 0
 
 
-def test_a_bound_below_the_dye_is_on_the_page():
-    """The page counts the halos that the graph bounds, and names a network whose dye shows more."""
-    row = {"name": "a", "library": "x", "category": "local", "bound": [[8, 8]], "dye": [[8, 4]]}
-    short = {**row, "name": "b", "bound": [[8, 0]]}
-    assert "halos bounded by the graph: 1 of 1 (100.0 %; target 98 %); 4 pixels above" in page([row], ["a"])
-    assert "below the dye: 1 (target 0) b" in page([row, short], ["a", "b"])
+PAGE = page(
+    [{"name": name, "library": "x", "category": "local", "halo": [[4, 4]]} for name in ("a", "b", "c")],
+    ["a", "b", "c"],
+)
+ROW = {
+    "name": "a",
+    "category": "bounded",
+    "stride": [4],
+    "bound": [[8, 6]],
+    "measured": [[8, 8]],
+    "brute": [[6, 6]],
+    "cause": "",
+}
+
+
+def test_a_run_of_the_geometry_is_put_into_a_page():
+    """Its columns stand beside the halo, a second time in their own place; what has no row is counted and empty."""
+    text = with_geometry(PAGE, {"a": ROW, "b": {**ROW, "category": "broken", "cause": "brute exceeds bound"}})
+    assert "| a |  |  | 4 | 8+6 | 8 | 6 |  | local |" in text
+    assert "| c |  |  | 4 |  |  |  |  | local |" in text
+    assert "| not run | 1 |" in text
+    assert "fails for 1 (target 0) b" in text
+    assert "2 pixels more in the median, 2 at worst; ratio 1.17" in text
+    assert with_geometry(text, {"a": ROW, "b": ROW}).count("## Geometry") == 1
+    assert local_names(text) == {"a", "b", "c"}
+
+
+def _strided():
+    return nn.Sequential(nn.Conv2d(1, 4, 4, 2, 1), nn.ReLU(), nn.Upsample(scale_factor=2, mode="bilinear"))
+
+
+@pytest.mark.slow
+def test_geometry_alone_is_held_against_brute_force():
+    """A strided network's bound is what its derivative shows, and its dye lies between them in whole strides."""
+    row = examine_geometry(replace(SMALL, build=_strided))
+    assert row["category"] == "bounded", row
+    assert row["bound"] == row["brute"]
+
+
+def test_a_bound_that_is_too_small_is_broken():
+    """Control: a pixel less than brute force shows is a fault, and so is a dye that shows less in whole strides."""
+    row = {"stride": (4,), "bound": ((8, 8),), "measured": ((8, 8),), "brute": ((8, 8),)}
+    assert not against(row)
+    assert against({**row, "bound": ((7, 8),)})
+    assert against({**row, "measured": ((8, 4),)})
+
+
+def test_brute_force_sees_what_no_derivative_shows():
+    """A far pixel that only a comparison looks at is found by changing it."""
+    x = torch.rand(1, 1, 24, dtype=torch.float64)
+
+    def gated(x):
+        return x * (torch.nn.functional.pad(x, (5, 0))[..., :-5] > 100)
+
+    assert reach_of_tiles(gated, x, 0, 8, 1, 1, Fraction(1), (5, 5)) == (5, 0)

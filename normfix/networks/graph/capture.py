@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from normfix.networks.calling import failures, resized
 from normfix.networks.graph.isolation import silence
-from normfix.networks.graph.replaying import replay, replays
+from normfix.networks.graph.replaying import once_replayed, replay, replays
 from normfix.networks.graph.sizes import LongFormulaError, ShortSizes
 from normfix.networks.numerics import exact_arithmetic
 from normfix.networks.releases import values_of
@@ -84,7 +84,13 @@ class _Network(nn.Module):
 
 
 def capture(
-    model: nn.Module, run: Run, example: Tensor, *, one_size: bool = False, once: bool = False
+    model: nn.Module,
+    run: Run,
+    example: Tensor,
+    *,
+    one_size: bool = False,
+    once: bool = False,
+    expected: Tensor | None = None,
 ) -> Captured | NotCaptured:
     """Capture a network as an exported program before decomposition.
 
@@ -93,7 +99,9 @@ def capture(
         run: calls the model on one input and returns a tensor (normfix.networks.calling.Caller does).
         example: (N, C, *space) that the network runs on.
         one_size: the network is known to take no other size, so none is left free: proving that costs minutes.
-        once: compare on the example alone, which says nothing of other sizes and batches.
+        once: compare on one image alone, of half the example's extents where the program takes it, which says nothing
+            of batches.
+        expected: what the network gave for the example, where it ran on it before.
 
     Returns:
         A program that was compared with the network, or the reason why there is none.
@@ -102,7 +110,7 @@ def capture(
         evaluated = not any(module.training for module in model.modules())
         network = _Network(model if evaluated else copy.deepcopy(model), run).eval()
         with exact_arithmetic():
-            return _captured(network, example[:1].detach(), one_size=one_size, once=once)
+            return _captured(network, example[:1].detach(), one_size=one_size, once=once, expected=expected)
     except failures() as error:  # torch.export runs the network's code and may raise anything
         return NotCaptured(_line(error))
 
@@ -183,13 +191,15 @@ def extents(captured: Captured) -> dict[str, tuple[tuple[int, ...], tuple[int, .
     return {name: (_sizes(v), _sizes(v, roots)) for name, v in here.items()}
 
 
-def _captured(network: _Network, example: Tensor, *, one_size: bool, once: bool) -> Captured | NotCaptured:
+def _captured(
+    network: _Network, example: Tensor, *, one_size: bool, once: bool, expected: Tensor | None
+) -> Captured | NotCaptured:
     program = export(network, example, one_size=one_size)
     free = free_dimensions(program)
     replayed = []
-    for trials in replays(example, () if once else free):
+    for trials in [once_replayed(example, free)] if once else replays(example, free):
         for image in trials:
-            agree = replay(program, network, image)
+            agree = replay(program, network, image, expected if image is example else None)
             if agree is False:
                 shape = "x".join(map(str, image.shape))
                 return NotCaptured(

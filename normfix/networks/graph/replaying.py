@@ -16,7 +16,7 @@ from normfix.networks.graph.isolation import silence
 from normfix.networks.numerics import IDENTITY, deviation
 from normfix.networks.randomness import OwnRandomness
 
-__all__ = ["replay", "replays", "same"]
+__all__ = ["once_replayed", "replay", "replays", "same"]
 
 
 def replays(example: Tensor, free: Sequence[int]) -> Iterator[list[Tensor]]:
@@ -35,17 +35,30 @@ def replays(example: Tensor, free: Sequence[int]) -> Iterator[list[Tensor]]:
         sizes += [[2 * n for n in space]]
         images = [resized(example, size) for size in sizes if size != list(space)]
     if 0 in free:
-        images = [torch.cat([x, x.flip(-1), x * 0.5]) for x in (*images, example)]
+        # captured of two, replayed on one already
+        images = [torch.cat([x, x.flip(-1)]) for x in (*images, example)]
     if images:
         yield images
 
 
-def replay(program: ExportedProgram, network: nn.Module, image: Tensor) -> bool | None:
-    """Tell whether program and network agree; None where one of them does not take the input."""
+def once_replayed(example: Tensor, free: Sequence[int]) -> list[Tensor]:
+    """Return inputs of which one has to be replayed: half the example, where that is taken, else the example."""
+    space = example.shape[2:]
+    smaller = [n // 64 * 32 if d in free else n for d, n in enumerate(space, start=2)]
+    return [resized(example, smaller), example] if all(smaller) and smaller != list(space) else [example]
+
+
+def replay(
+    program: ExportedProgram, network: nn.Module, image: Tensor, expected: Tensor | None = None
+) -> bool | None:
+    """Tell whether program and network agree; None where one of them does not take the input.
+
+    `expected` is what the network gave for the image, where it ran on it before.
+    """
     body = program.module()
     with silence(), as_in_graphs():
         try:
-            expected = network(image.clone())
+            expected = network(image.clone()) if expected is None else expected
             # a network that draws must not move the caller's generator from here either
             with OwnRandomness():
                 actual = body(image.clone())

@@ -65,6 +65,7 @@ def graph_look(
     sites: Sequence[Site],
     *,
     one_size: bool = False,
+    expected: Tensor | None = None,
 ) -> GraphLook:
     """Capture a network and hold its graph against the sites the census found.
 
@@ -74,8 +75,9 @@ def graph_look(
         example: (N, C, *space), the one the census ran on.
         sites: of the census, in the order of the calls.
         one_size: as for `capture`.
+        expected: as for `capture`.
     """
-    captured = capture(model, run, example, one_size=one_size)
+    captured = capture(model, run, example, one_size=one_size, expected=expected)
     if isinstance(captured, NotCaptured):
         finding = Finding(
             code="NF221", where="graph", message=f"{captured.reason}. The other looks carry on."

@@ -21,14 +21,16 @@ _NODES_OF_GUARDS = (*_NODES, ast.Subscript, ast.Attribute)
 # fmt: off
 _CALLS = frozenset((  # functions on sizes that torch.export writes
     "Max", "Min", "Mod", "PythonMod", "FloorDiv", "CleanDiv", "CeilDiv", "TruncToInt", "FloorToInt",
-    "CeilToInt", "ModularIndexing", "IntTrueDiv", "FloatTrueDiv", "ToFloat", "RoundToInt", "Where", "PowByNatural",
+    "CeilToInt", "ModularIndexing", "IntTrueDiv", "FloatTrueDiv", "ToFloat", "RoundToInt", "Where",
+    "PowByNatural", "FloatPow",
     "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not", "Piecewise", "floor", "ceiling", "Float",
     "Identity", "size", "max", "min", "len", "Symbol", "Integer", "Rational", "Add", "Mul", "Pow",
     "sym_max", "sym_min", "sym_int", "sym_float", "sym_not", "sym_ite", "trunc",
     "Equality", "Unequality", "LessThan", "StrictLessThan", "GreaterThan", "StrictGreaterThan",
 ))
 # fmt: on
-_POWERS_OF = frozenset({"Pow", "PowByNatural"})
+_POWERS_OF = frozenset({"Pow", "PowByNatural", "FloatPow"})
+_LARGEST_POWER = 8
 _SLOW = frozenset({"Max", "Min", "Mod", "PythonMod", "ModularIndexing", "Piecewise", "Where"})
 """What sympy simplifies in a time that grows fast with their number."""
 _NAMES = re.compile(r"[a-z]{1,4}\d{1,6}|L|torch|math|True|False|oo|int_oo|inf|nan|args", re.ASCII)
@@ -91,12 +93,25 @@ def _is_symbolic(node: ast.AST) -> bool:
     match node:
         case ast.Constant(value=str(text)):
             return bool(_SYMBOL.fullmatch(text))
+        case ast.BinOp(left=base, op=ast.Pow(), right=power):
+            return _is_whole(power) or not _holds_numbers(base)
+        case ast.Call(func=ast.Name(id=name), args=[base, power]) if name in _POWERS_OF:
+            return _is_whole(power) or not _holds_numbers(base)
         case ast.Call(func=ast.Name()):
             return True
         case ast.Call():
             return False
         case _:
             return True
+
+
+def _holds_numbers(tree: ast.AST) -> bool:
+    """Tell whether an expression is of more than symbols: sympy factors a number to take its root, however long."""
+    numbers = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return any(not isinstance(number, bool | str) for number in numbers) or any(
+        isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Float"
+        for node in ast.walk(tree)
+    )
 
 
 def _is_of_inputs(node: ast.AST) -> bool:
@@ -145,11 +160,28 @@ def _is_harmless(node: ast.AST) -> bool:
 
 
 def _is_small(power: ast.expr) -> bool:
-    """Tell whether an exponent, n or Integer(n), is a small number."""
-    if isinstance(power, ast.Call) and len(power.args) == 1:
+    """Tell whether an exponent is a small number: n, 0.5, p / q, Integer(n), Rational(p, q) or Float('0.5')."""
+    match power:
+        case ast.Call(func=ast.Name(id="Rational"), args=[above, below], keywords=[]):
+            return _is_small_number(above, int) and _is_small_number(below, int)
+        case ast.BinOp(left=above, op=ast.Div(), right=below):
+            return _is_small_number(above, int) and _is_small_number(below, int)
+        case ast.Call(func=ast.Name(id="Float"), args=[ast.Constant(value=str(text))]):
+            return bool(_SYMBOL.fullmatch(text)) and text[0].isdigit() and abs(float(text)) <= _LARGEST_POWER
+        case _:
+            return _is_whole(power) or _is_small_number(power, float)
+
+
+def _is_whole(power: ast.expr) -> bool:
+    """Tell whether an exponent, n or Integer(n), is a small whole number."""
+    if isinstance(power, ast.Call) and len(power.args) == 1 and not power.keywords:
         power = power.args[0]
+    return _is_small_number(power, int)
+
+
+def _is_small_number(tree: ast.expr, kind: type[int] | type[float]) -> bool:
     try:
-        value = ast.literal_eval(power)
+        value = ast.literal_eval(tree)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return False
-    return isinstance(value, int) and abs(value) <= 8
+    return isinstance(value, kind) and abs(value) <= _LARGEST_POWER

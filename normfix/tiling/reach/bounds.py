@@ -55,6 +55,12 @@ class Bound:
         """Return what reads the opposite border."""
         return tuple(_obstacle(node, "it reads the opposite border") for node in self.derived.wraps)
 
+    @property
+    def stretches(self) -> tuple[Obstacle, ...]:
+        """Return what resizes by a factor that is another at every size of the image."""
+        why = "it resizes by a factor that is another at every size of the image"
+        return tuple(_obstacle(node, why) for node in self.derived.stretches)
+
     def obstacles(self) -> tuple[Obstacle, ...]:
         """Return what makes the reach unbounded; nothing where it is bounded."""
         found = self._reached([0] * len(self.lattice))

@@ -24,6 +24,7 @@ from normfix.tiling.reach.frames import Frame, Layout, Opaque, Space, frame_of
 from normfix.tiling.reach.links import Reading, whole
 from normfix.tiling.reach.needs import Boundless, Interval, Need, Span, united
 from normfix.tiling.reach.rules import rule_of
+from normfix.tiling.reach.rules.resizing import is_stretched
 
 __all__ = ["Derived", "Reached", "Step", "Trail", "between", "derive"]
 
@@ -65,7 +66,8 @@ class Reached:
 class Derived:
     """A graph read once; `reached` asks it for tiles.
 
-    `wraps` are nodes that read the opposite border, `flips` those that turn the image around.
+    `wraps` are nodes that read the opposite border, `flips` those that turn the image around, `stretches` those that
+    resize by a factor that follows the image's size.
     """
 
     sizes: Sizes
@@ -74,6 +76,7 @@ class Derived:
     order: tuple[Node, ...]
     wraps: tuple[Node, ...]
     flips: tuple[Node, ...]
+    stretches: tuple[Node, ...]
 
     def scale(self, result: Node) -> tuple[Fraction, ...] | None:
         """Return positions of a value per pixel of the image along each axis, None if it is no map."""
@@ -239,7 +242,15 @@ def derive(nodes: Sequence[Node], sources: Collection[Node], sizes: Sizes) -> De
         if call.name == "roll" or _is_circular(call):
             wraps.append(node)
     flips = tuple(node for node in order if call_of(node, sizes).name == "flip")
-    return Derived(sizes, layouts, readings, tuple(order), tuple(wraps), flips)
+    stretches = tuple(node for node in order if _is_stretched(call_of(node, sizes)))
+    return Derived(sizes, layouts, readings, tuple(order), tuple(wraps), flips, stretches)
+
+
+def _is_stretched(call: Call) -> bool:
+    try:
+        return is_stretched(call)
+    except Unsized:  # extents that no rule knows are unbounded, which is said
+        return False
 
 
 def _read(call: Call, layouts: Mapping[Node, Layout]) -> list[Reading]:

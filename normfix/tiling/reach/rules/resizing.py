@@ -22,7 +22,7 @@ from normfix.tiling.reach.needs import Interval, Reads
 from normfix.tiling.reach.rules.rule import Rule
 from normfix.tiling.reach.rules.windows import proportional
 
-__all__ = ["RESIZING"]
+__all__ = ["RESIZING", "is_stretched"]
 
 _HALF = Fraction(1, 2)
 
@@ -72,6 +72,24 @@ def _rule(
         return reads
 
     return rule
+
+
+def is_stretched(call: Call) -> bool:
+    """Tell whether a map is resized, or pooled in proportion, by a factor that is another at every size of the image.
+
+    Of a map of n / 2 + 1 positions, n are made by a factor that is not 2 at any n: what is weighed depends on the
+    place in the whole extent, by up to the positions that are too many.
+    """
+    if call.name not in RESIZING and not call.name.removeprefix("_").startswith("adaptive_"):
+        return False
+    if call.get("align_corners", False):
+        return False
+    pairs = enumerate(zip(call.shape, call.extents(call.first()), strict=True))
+    return any(
+        any(proportional(call, given, taken)[1]) and _scale(call, dim) is None
+        for dim, (given, taken) in pairs
+        if not call.sizes.is_constant(given)
+    )
 
 
 def _scale(call: Call, dim: int) -> Fraction | None:

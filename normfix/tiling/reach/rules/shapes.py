@@ -17,7 +17,7 @@ from torch.fx import Node
 from normfix.tiling.reach.calls import Call
 from normfix.tiling.reach.extents import Sizes, Vector
 from normfix.tiling.reach.frames import Factor, Frame, Layout, Opaque, Rest, Space, joined
-from normfix.tiling.reach.links import Along, ByDimension, Reading, whole
+from normfix.tiling.reach.links import NOTHING, Along, ByDimension, Reading, whole
 from normfix.tiling.reach.needs import Boundless, Interval, Need, Span, united
 from normfix.tiling.reach.rules.rule import Rule, aligned
 
@@ -228,6 +228,17 @@ _VIEWS = (
     "reshape_as",
 )
 
+
+def _broadcast(call: Call) -> list[Reading]:
+    """Read number `item` of several tensors, over the extents of all; of the others, none of their values."""
+    tensors = call.get("tensors")
+    others = (node for node in tensors if node is not tensors[call.item])
+    return [
+        aligned(call, tensors[call.item]),
+        *(ByDimension(node, (NOTHING,) * len(call.extents(node))) for node in others),
+    ]
+
+
 SHAPES: dict[str, Rule] = {
     **dict.fromkeys(_VIEWS, _view),
     "permute": _permuted(lambda call, rank: call.get("dims")),
@@ -238,4 +249,5 @@ SHAPES: dict[str, Rule] = {
     "movedim": _permuted(_moved),
     "moveaxis": _permuted(_moved),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
+    "broadcast_tensors": _broadcast,
 }
