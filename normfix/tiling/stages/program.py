@@ -51,13 +51,17 @@ class Program:
     """A functional graph of a network.
 
     `body` holds the graph and, under `network.*`, the network's state; stages share it. `image` is the
-    placeholder, `outputs` the tensors the network returns, in the order of their leaves.
+    placeholder, `outputs` the tensors the network returns, in the order of their leaves. `whole` are values that are
+    read of the whole image, wherever the block is; `flat` tells which dimensions (first, last) of a site's operand are
+    one dimension of tokens to the network.
     """
 
     body: GraphModule
     image: Node
     outputs: tuple[Node, ...]
     cuts: tuple[Cut, ...]
+    whole: frozenset[Node] = frozenset()
+    flat: dict[str, tuple[int, int]] = field(default_factory=dict)
     known: dict[tuple[int, ...], Shapes] = field(default_factory=dict, compare=False, repr=False)
     """Shapes by the size of the image: finding them takes as long as a pass."""
 

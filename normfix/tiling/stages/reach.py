@@ -88,7 +88,7 @@ def fingerprint(stage: Stage, maps: ProgramMaps, shapes: Shapes) -> str:
 
     Statistics are no part of it: a norm by constants reads one position, whatever they are.
     """
-    ends = [(maps.maps[node], tuple(shapes[node])) for node in (*stage.reads, *stage.gives)]
+    ends = [(maps.maps[node], tuple(shapes[node])) for node in (*stage.reads, *stage.whole, *stage.gives)]
     found = hashlib.sha256(repr((stage.run.code, stage.grid, ends)).encode())
     weights = dict(stage.run.named_parameters(remove_duplicate=False))
     for name in sorted({str(node.target) for node in stage.run.graph.nodes if node.op == "get_attr"}):
@@ -100,7 +100,7 @@ def fingerprint(stage: Stage, maps: ProgramMaps, shapes: Shapes) -> str:
 def _bounded(stage: Stage, image: Node) -> Spans | None:
     """Return the halo in pixels that the stage's graph gives, None where it gives none."""
     try:
-        bound = bound_between(image, stage.reads, stage.gives)
+        bound = bound_between(image, (*stage.reads, *stage.whole), stage.gives)
     except Unsized:
         return None
     return bound.halo(stage.grid) if bound.is_whole else None
@@ -163,6 +163,7 @@ class _Cells:
         self._run = in_dtype(stage.run, dtype)
         channels = sum(p.channels for p in self._reads)
         generator = torch.Generator().manual_seed(0)
+        self._whole = [torch.randn(shapes[n], generator=generator).to(dtype) for n in stage.whole]
         self.example = torch.randn(1, channels, *(32,) * self._ndim, generator=generator, dtype=torch.float64)
         self.example = self.example.to(dtype)
 
@@ -171,7 +172,7 @@ class _Cells:
         parts = torch.split(cells, [p.channels for p in self._reads], dim=1)
         values = [p.unpack(part) for p, part in zip(self._reads, parts, strict=True)]
         with torch.no_grad():
-            results = self._run(*values, *(self._extent(n, extents) for n, _, _ in self._sizes))
+            results = self._run(*values, *self._whole, *(self._extent(n, extents) for n, _, _ in self._sizes))
         return torch.cat([p.pack(r, extents) for p, r in zip(self._gives, results, strict=True)], 1)
 
     def _extent(self, node: Node, cells: Sequence[int]) -> int:
@@ -181,7 +182,7 @@ class _Cells:
         if dim in found.dims:
             axis = found.dims.index(dim)
             return int(cells[axis] * self.stage.grid[axis] * found.scale[axis])
-        return 1 if dim == 0 else shape[dim]
+        return shape[dim]
 
 
 class _Packing:
@@ -190,7 +191,7 @@ class _Packing:
     def __init__(self, found: Map, shape: Sequence[int], grid: Sequence[int]) -> None:
         self._pixels = tuple(int(g * s) for g, s in zip(grid, found.scale, strict=True))
         others = [d for d in range(len(shape)) if d not in found.dims]
-        self._rest = tuple(1 if d == 0 else shape[d] for d in others)  # a batch of one
+        self._rest = tuple(shape[d] for d in others)
         self._order = (*others, *found.dims)
         self.channels = math.prod(self._rest) * math.prod(self._pixels)
 
