@@ -30,7 +30,7 @@ from normfix.networks.numerics import exact_arithmetic, require_finite
 from normfix.networks.provenance import attach_, provenance_of
 from normfix.networks.surroundings import undisturbed
 from normfix.records.saved import Provenance, Scaling, Source
-from normfix.records.sites import Scan
+from normfix.records.sites import Family, Scan
 from normfix.records.spans import round_up
 from normfix.scanning.base import base_of
 from normfix.scanning.known import ForwardFn, Known, known_of, with_halo
@@ -262,9 +262,10 @@ class _Prediction:
             model = _held(model, taken.excerpt(), caller)
         known = known_of(model, taken, forward_fn, output)
         exact = geometry_of(known.scan)
-        attention = {site.id for site in known.scan.sites if site.family == "attention"}
-        live = [site for site in known.live if site not in attention]
-        attends = len(live) < len(known.live)
+        sites = {site.id: site for site in known.scan.sites}
+        attends = any(sites[name].family is Family.ATTENTION for name in known.live)
+        # what stages cannot do either they name themselves
+        live = [name for name in known.live if not (attends and sites[name].refusal)]
         geometry = with_halo(exact, halo)
         if live or (geometry is None and not attends):
             reasons = [f"{site} is live" for site in live[:3]] or [f.message for f in known.scan.findings]

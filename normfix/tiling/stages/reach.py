@@ -28,9 +28,9 @@ from normfix.errors import NormfixError
 from normfix.networks.calling import refusals
 from normfix.networks.devices import bytes_of
 from normfix.networks.numerics import EXACT
-from normfix.records.spans import Spans
+from normfix.records.derivations import Obstacle
 from normfix.tiling.halo import DyeLost, halo, interference
-from normfix.tiling.reach.bounds import bound_between
+from normfix.tiling.reach.bounds import Bound, bound_between
 from normfix.tiling.reach.extents import Unsized
 from normfix.tiling.stages.cutting import Stage
 from normfix.tiling.stages.maps import Map, ProgramMaps
@@ -62,12 +62,13 @@ def measure_reach(stage: Stage, maps: ProgramMaps, shapes: Shapes, image: Node) 
     """
     single = _Cells(stage, maps, shapes, image, torch.float32)
     double = _Cells(stage, maps, shapes, image, torch.float64)
-    bound = _bounded(stage, image)
+    known = _bound_of(stage, image)
+    bound = known.halo(stage.grid) if known is not None and known.is_whole else None
     grids, halos = [], []
     for axis, pixels in enumerate(stage.grid):
         cross = _cross_section(single, len(stage.grid))
         if bound is None:
-            reach = _shown(single, stage, axis, cross)
+            reach = _shown(single, stage, axis, cross, () if known is None else known.obstacles())
         else:
             reach = -(-bound[axis][0] // pixels), -(-bound[axis][1] // pixels)
         cells = _cells_per_block(double, axis, reach, cross)
@@ -97,17 +98,18 @@ def fingerprint(stage: Stage, maps: ProgramMaps, shapes: Shapes) -> str:
     return found.hexdigest()
 
 
-def _bounded(stage: Stage, image: Node) -> Spans | None:
-    """Return the halo in pixels that the stage's graph gives, None where it gives none."""
+def _bound_of(stage: Stage, image: Node) -> Bound | None:
+    """Return what the stage's graph gives of its reach, None where it gives nothing."""
     try:
-        bound = bound_between(image, (*stage.reads, *stage.whole), stage.gives)
+        return bound_between(image, (*stage.reads, *stage.whole), stage.gives)
     except Unsized:
         return None
-    return bound.halo(stage.grid) if bound.is_whole else None
 
 
-def _shown(f: _Cells, stage: Stage, axis: int, cross: Sequence[int]) -> tuple[int, int]:
-    """Return the halo in cells as the dye shows it."""
+def _shown(
+    f: _Cells, stage: Stage, axis: int, cross: Sequence[int], obstacles: Sequence[Obstacle]
+) -> tuple[int, int]:
+    """Return the halo in cells as the dye shows it; obstacles are what the graph has against a bound."""
     try:
         found = halo(f, f.example, axis, 1, Fraction(1), cross)
     except DyeLost:
@@ -115,7 +117,8 @@ def _shown(f: _Cells, stage: Stage, axis: int, cross: Sequence[int]) -> tuple[in
     except refusals() as error:
         raise _refused(stage, axis, f"it does not run on strips: {error}") from error
     if found is None:
-        raise _refused(stage, axis, "its output depends on the whole extent, so no halo is enough")
+        causes = "".join(f" ({o.operator} in {o.where}: {o.why})" for o in obstacles[:1])
+        raise _refused(stage, axis, f"its output depends on the whole extent, so no halo is enough{causes}")
     return max(0, found[0]), max(0, found[1])
 
 

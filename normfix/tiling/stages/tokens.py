@@ -22,7 +22,7 @@ from normfix.tiling.stages.store import Kept
 
 __all__ = ["ATTEND", "Tokens", "attend", "attend_to_stored"]
 
-_SCORES = 1 << 24
+_SCORES = 1 << 23
 """Products of a query and a key at a time, all heads together."""
 
 
@@ -109,9 +109,11 @@ class _Merged:
             keys.split(self.keys_at_a_time, -2), values.split(self.keys_at_a_time, -2), strict=True
         ):
             scores = self._query @ k.to(self._query.dtype).transpose(-1, -2) * self._scale
-            log = scores.logsumexp(-1, keepdim=True)
-            part = torch.exp(scores - log) @ v.to(self._query.dtype)
-            self._merge(part.double(), log.double())
+            largest = scores.amax(-1, keepdim=True)
+            weights = torch.exp(scores - largest)
+            total = weights.sum(-1, keepdim=True).double()
+            part = weights @ v.to(self._query.dtype)
+            self._merge(part.double() / total, largest.double() + total.log())
 
     def result(self) -> Tensor:
         """Return (..., L, V)."""
