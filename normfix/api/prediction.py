@@ -361,12 +361,7 @@ class _Prediction:
             NormfixError: NF409 if no geometry holds under them.
         """
         provenance = provenance_of(self.model)
-        if provenance is None:
-            raise NormfixError(
-                "NF302",
-                "only a converted network can take an image's own statistics.",
-                where=self.known.scan.model,
-            )
+        assert provenance is not None
         model, caller = copy_of(self.model), self.known.caller
         targets = [site_target(model, d, express=False) for d in provenance.plan.converted if d.measured]
         if targets:

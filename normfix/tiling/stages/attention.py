@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import SymInt, Tensor
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
@@ -313,8 +313,9 @@ def _rank(node: Node) -> int:
     return value.dim() if isinstance(value, Tensor) else 0
 
 
-def _shape(node: Node) -> Sequence[int]:
-    return node.meta["val"].shape  # type: ignore[no-any-return]
+def _shape(node: Node) -> Sequence[Any]:
+    """Return a value's extents, those that follow the image's as symbols."""
+    return tuple(node.meta["val"].shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,7 +385,7 @@ def _ordered(value: _Labelled, wanted: tuple[str, ...]) -> Node:
 
 def _spread(tokens: Node, dim: int, extents: Sequence[Node]) -> Node:
     """Return a value with the extents of space in place of a dimension of tokens."""
-    shape = [_extent(tokens, d) if isinstance(n, SymInt) else n for d, n in enumerate(_shape(tokens))]
+    shape = [n if isinstance(n, int) else _extent(tokens, d) for d, n in enumerate(_shape(tokens))]
     dim %= len(shape)
     return _call(tokens.graph, _aten.reshape.default, tokens, [*shape[:dim], *extents, *shape[dim + 1 :]])
 

@@ -105,9 +105,8 @@ class _Merged:
 
     def add(self, keys: Tensor, values: Tensor) -> None:
         """Take a block of keys (..., n, E) and their values (..., n, V)."""
-        for k, v in zip(
-            keys.split(self.keys_at_a_time, -2), values.split(self.keys_at_a_time, -2), strict=True
-        ):
+        most = self.keys_at_a_time
+        for k, v in zip(torch.split(keys, most, -2), torch.split(values, most, -2), strict=True):
             scores = self._query @ k.to(self._query.dtype).transpose(-1, -2) * self._scale
             largest = scores.amax(-1, keepdim=True)
             weights = torch.exp(scores - largest)
