@@ -114,7 +114,9 @@ def _captured(model: nn.Module, caller: Caller, example: Tensor, sites: tuple[st
     """
     program = captured_program(model, caller, example, sites)
     barred = with_attention(program, example.shape)
-    if barred is not program and not computes(barred.body, model, marked(caller, sites), example):
+    if barred is not program and not computes(
+        barred.body, model, marked(caller, sites), example, guarded=False
+    ):
         raise NotInStages(
             "NF320",
             "its attention is not what it was taken for.",
