@@ -11,10 +11,13 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Literal, TypedDict
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from normfix.conversion.measurement import measure_
+from normfix.conversion.planning import decide
+from normfix.conversion.rewriting import rewrite_
 from normfix.conversion.targets import site_target
 from normfix.errors import NormfixError
 from normfix.images.given import Given, images_of, opened
@@ -22,15 +25,18 @@ from normfix.images.rendering import Logits, Rendering
 from normfix.images.sources import Image, TensorImage, middle_of, whole
 from normfix.images.windows import ScaledImage
 from normfix.images.writing import OutputFile
-from normfix.networks.calling import Caller
+from normfix.networks.calling import Caller, home_of
 from normfix.networks.copying import copy_of, twin_of
 from normfix.networks.numerics import exact_arithmetic, require_finite
-from normfix.networks.provenance import provenance_of
+from normfix.networks.provenance import attach_, provenance_of
 from normfix.networks.surroundings import undisturbed
-from normfix.records.sites import Scan
+from normfix.records.saved import Provenance, Scaling, Source
+from normfix.records.sites import Family, Scan
 from normfix.records.spans import round_up
+from normfix.scanning.base import base_of
 from normfix.scanning.known import ForwardFn, Known, known_of, with_halo
 from normfix.scanning.renewal import renewed
+from normfix.scanning.scan import look
 from normfix.tiling.domain import judge_size
 from normfix.tiling.geometry import geometry_of
 from normfix.tiling.grid import Geometry
@@ -45,6 +51,9 @@ __all__ = ["NotTiledError", "PredictOptions", "predict", "write_prediction", "wr
 _LOG = logging.getLogger("normfix")
 _TILE = 256
 """Pixels per axis of a tile that nobody stated."""
+
+_FINEST = 32
+"""Pixels for one position of an output, at most."""
 
 _PAYS = 1 << 24
 """Pixels of halo, or of an image to be read whole, from which stages are worth capturing the network for."""
@@ -84,7 +93,7 @@ def predict(
     keeps the maps in between: nearly no work is done twice, which pays on large images and deep networks.
 
     Args:
-        model: without live statistics; not modified.
+        model: without live statistics, or any with statistics="per-image"; not modified.
         image: (N, C, *space), any size, or one that is read by window (normfix.open_image), as files are; arrays and
             files hold pixel values, see normfix.convert. Where the network is not exact at that size, the image is
             extended by its edge pixels to the next exact size and the result cut back.
@@ -94,7 +103,9 @@ def predict(
         engine: "auto" takes stages where tiles would compute over 16 million pixels of halo and the network can
             be captured, on images of as many that are read by window, with a budget or store, and on a cluster.
         statistics: "per-image" normalises the image by its own statistics, measured over all of it before it is
-            predicted, as the network did before it was converted to frozen statistics.
+            predicted, as the network did before it was converted to frozen statistics. With it a network that was not
+            converted gives what it gives for the whole image, and attention over all positions is kept: its keys and
+            values are those of the whole image then. Such a network runs in stages, at the sizes that it takes.
         blocks: how to run in stages; blocks are of `tile` if they state no size.
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
@@ -179,7 +190,7 @@ def write_prediction(
         file = stack.enter_context(OutputFile(out, allow_nonfinite=allow_nonfinite, rendering=rendering))
         placement = getattr(source, "placement", None)
         if placement is not None:
-            file.place(placement.scaled(job.geometry.scale))
+            file.place(placement.scaled(job.scale))
         job.write(file)
     return file.written
 
@@ -221,7 +232,7 @@ def write_stack(
         for number, plane in enumerate(planes):
             job = _Prediction.of(model, plane, tile, **options)
             file.plane = number
-            file.place(plane.placement.scaled((*[Fraction(1)] * (stack[0] == "Z"), *job.geometry.scale)))
+            file.place(plane.placement.scaled((*[Fraction(1)] * (stack[0] == "Z"), *job.scale)))
             with resumable(job.blocks.store):
                 job.write(file)
     return file.written
@@ -234,7 +245,8 @@ class _Prediction:
     model: nn.Module
     image: Image
     known: Known
-    geometry: Geometry
+    geometry: Geometry | None
+    """None where attention over all positions leaves none."""
     blocks: Blocks
     engine: str
     statistics: str
@@ -258,16 +270,34 @@ class _Prediction:
         blocks = (blocks or Blocks()).sized(tile)
         caller = Caller.of(provenance_of(model), forward_fn, output)
         taken = images_of(given, model, caller=caller)
+        if statistics == "per-image" and provenance_of(model) is None:
+            model = _held(model, taken.excerpt(), caller)
         known = known_of(model, taken, forward_fn, output)
         exact = geometry_of(known.scan)
+        sites = {site.id: site for site in known.scan.sites}
+        attends = any(sites[name].family is Family.ATTENTION for name in known.live)
+        # what stages cannot do either they name themselves
+        live = [name for name in known.live if not (attends and sites[name].refusal)]
         geometry = with_halo(exact, halo)
-        if geometry is None or exact is None or known.live:
-            reasons = [f"{site} is live" for site in known.live[:3]] or [
-                f.message for f in known.scan.findings
-            ]
+        if live or (geometry is None and not attends):
+            reasons = [f"{site} is live" for site in live[:3]] or [f.message for f in known.scan.findings]
             raise _not_tiled(known.scan, reasons)
-        _require_enough(geometry, exact)
         image = images_of(taken, model, like=known.scan.example).only()
+        if attends:
+            if halo != "auto" or engine == "tiles":
+                raise NormfixError(
+                    "NF410",
+                    "it attends to all positions, so no tile is enough: stages alone keep the keys of the whole "
+                    "image. Leave halo and engine out.",
+                    where=f"engine={engine}, halo={halo}",
+                )
+            ndim = len(image.shape) - 2
+            blocks = replace(blocks, tile=_TILE if blocks.tile is None else blocks.extents(ndim))
+            _require_inside(known.scan, image.shape, image.shape[2:], _free(ndim))
+            return cls(model, image, known, None, blocks, "stages", statistics)
+        assert geometry is not None
+        assert exact is not None
+        _require_enough(geometry, exact)
         blocks = replace(blocks, tile=tile_extents(blocks.tile or _TILE, geometry))
         if blocks.engine == "dask":
             engine = "stages"
@@ -285,7 +315,7 @@ class _Prediction:
         if self.statistics == "per-image":
             return replace(self._fitted(), statistics="stored").run(out)
         model, caller, geometry = self.model, self.known.caller, self.geometry
-        tile = self.blocks.extents(len(geometry.stride))
+        tile = self.blocks.extents(len(self.image.shape) - 2)
         if self.engine == "stages" or (self.engine == "auto" and self._pays(tile)):
             try:
                 return predict_in_stages(
@@ -301,9 +331,21 @@ class _Prediction:
                 if self.engine == "stages":
                     raise
                 tell_fallback("the image is read whole and predicted in tiles", error)
+        assert geometry is not None
         twin = twin_of(model)
         with exact_arithmetic():
             return tiled(lambda x: caller(twin, x), whole(self.image), tile, geometry)
+
+    @property
+    def scale(self) -> tuple[Fraction, ...]:
+        """Return output positions per pixel, per axis."""
+        if self.geometry is not None:
+            return self.geometry.scale
+        example = middle_of(self.image).to(*home_of(self.model))
+        with torch.no_grad():
+            given = self.known.caller(twin_of(self.model), example)
+        pairs = zip(given.shape[2:], example.shape[2:], strict=True)
+        return tuple(Fraction(after, before).limit_denominator(_FINEST) for after, before in pairs)
 
     def write(self, file: OutputFile) -> None:
         """Predict into a file."""
@@ -317,6 +359,7 @@ class _Prediction:
         if self.blocks.budget is not None or self.blocks.store is not None:
             return True
         size = self.image.shape[2:]
+        assert self.geometry is not None
         tiles = math.prod(-(-n // t) for n, t in zip(size, tile, strict=True))
         window = (min(n, t + sum(h)) for n, t, h in zip(size, tile, self.geometry.halo, strict=True))
         surplus = tiles * math.prod(window) - math.prod(size)
@@ -330,12 +373,7 @@ class _Prediction:
             NormfixError: NF409 if no geometry holds under them.
         """
         provenance = provenance_of(self.model)
-        if provenance is None:
-            raise NormfixError(
-                "NF302",
-                "only a converted network can take an image's own statistics.",
-                where=self.known.scan.model,
-            )
+        assert provenance is not None
         model, caller = copy_of(self.model), self.known.caller
         targets = [site_target(model, d, express=False) for d in provenance.plan.converted if d.measured]
         if targets:
@@ -350,6 +388,24 @@ class _Prediction:
         blocks = replace(self.blocks, tile=tile_extents(self.blocks.tile or _TILE, exact))
         _require_inside(scan, self.image.shape, blocks.extents(len(exact.stride)), exact)
         return replace(self, model=model, known=replace(self.known, scan=scan), geometry=exact, blocks=blocks)
+
+
+def _held(model: nn.Module, image: Tensor, caller: Caller) -> nn.Module:
+    """Return a copy of a network that was not converted, with frozen layers whose statistics are yet to be measured."""
+    base = base_of(model, image, caller)
+    scan = look(base.copy(), base.example, base.caller).scan
+    plan = decide(scan.sites, model=scan.model, to="frozen")
+    held = rewrite_(base.copy(), plan).eval()
+    stated = None if caller.output is None else str(caller.output)
+    source = Source(kind="object", spec=f"{type(model).__module__}:{type(model).__qualname__}")
+    attach_(held, Provenance(plan=plan, scan=scan, scaling=Scaling(), source=source, output=stated))
+    return held
+
+
+def _free(ndim: int) -> Geometry:
+    """Return the geometry of an image that is taken as it is."""
+    ones = (1,) * ndim
+    return Geometry(stride=ones, halo=((0, 0),) * ndim, scale=(Fraction(1),) * ndim, multiple=ones)
 
 
 class NotTiledError(NormfixError):

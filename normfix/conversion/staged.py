@@ -16,7 +16,7 @@ from normfix.networks.calling import Caller, evaluating
 from normfix.networks.numerics import exact_arithmetic
 from normfix.records.measurements import CalibrationSummary, SiteStatistics
 from normfix.records.progress import Progress, silent
-from normfix.tiling.stages.cache import program_of, schedule_of
+from normfix.tiling.stages.cache import program_of, schedule_of, usual_stride
 from normfix.tiling.stages.execution import execute
 from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stages.outlook import Outlook, Step
@@ -69,7 +69,7 @@ def measure_in_stages_(
     with ExitStack() as stack:
         for context in (evaluating(model), exact_arithmetic(), restoring_on_error(targets)):
             stack.enter_context(context)
-        stride = stride or (32,) * ndim
+        stride = stride or usual_stride(ndim)
         program = stack.enter_context(program_of(model, caller, tuple(paths.values()), images[0], stride))
         planned = schedule_of(program, stride, images, measured=tuple(paths.values()), outputs=False)
         measured = [statistic(target) for target in targets]

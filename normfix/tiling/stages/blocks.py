@@ -23,6 +23,7 @@ from normfix.tiling.stages.maps import Map
 from normfix.tiling.stages.masks import counted, selected
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.store import Kept
+from normfix.tiling.stages.tokens import Tokens
 
 __all__ = ["Block", "Given", "ImageWork", "Read", "Told", "Work"]
 
@@ -114,10 +115,11 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class ImageWork:
-    """What a stage reads, is told and gives of one image of `size` pixels; which of them to ignore."""
+    """What a stage reads of one image of `size` pixels, is told and gives; which of them to ignore."""
 
     size: tuple[int, ...]
     reads: tuple[Read, ...]
+    whole: tuple[Tokens, ...]
     told: tuple[Told, ...]
     gives: tuple[Given, ...]
     mask: Image | None = None
@@ -153,7 +155,7 @@ class Work:
         values = [read.window(block, part.size, self.device) for read in part.reads]
         told = [one.extent(block, part.size) for one in part.told]
         with torch.no_grad():
-            results = self.run(*values, *told)
+            results = self.run(*values, *part.whole, *told)
         del values
         kept = [
             given.interior(result, block, part.size, self.stage)

@@ -24,12 +24,18 @@ from normfix.networks.calling import Caller
 from normfix.networks.copying import original_of
 from normfix.networks.examples import EXTENT
 from normfix.records.spans import round_up
+from normfix.tiling.stages.attention import with_attention
 from normfix.tiling.stages.program import Program, Run, captured_program, computes, marked
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.schedule import Schedule
 from normfix.tiling.stages.scheduling import schedule
 
-__all__ = ["program_of", "schedule_of"]
+__all__ = ["program_of", "schedule_of", "usual_stride"]
+
+
+def usual_stride(ndim: int) -> tuple[int, ...]:
+    """Return what is taken for the stride of a network whose stride is not known: a multiple of most networks'."""
+    return (32,) * ndim
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +98,31 @@ def program_of(
             _give_back(owner, known, keep=False)
             known = None
         if known is None:
-            known = _Capture(key, captured_program(model, caller, example, sites))
+            known = _Capture(key, _captured(model, caller, example, sites))
             known.lock.acquire()
         yield known.program
     finally:
         if known is not None:
             _give_back(owner, known)
+
+
+def _captured(model: nn.Module, caller: Caller, example: Tensor, sites: tuple[str, ...]) -> Program:
+    """Capture a network and make its attention a barrier.
+
+    Raises:
+        NotInStages: NF320 if it does not compute the same then, and codes of captured_program.
+    """
+    program = captured_program(model, caller, example, sites)
+    barred = with_attention(program, example.shape)
+    if barred is not program and not computes(
+        barred.body, model, marked(caller, sites), example, guarded=False
+    ):
+        raise NotInStages(
+            "NF320",
+            "its attention is not what it was taken for.",
+            where=type(original_of(model)).__name__,
+        )
+    return barred
 
 
 def _borrowed(owner: nn.Module, key: object) -> _Capture | None:

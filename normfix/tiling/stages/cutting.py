@@ -22,15 +22,17 @@ from normfix.tiling.stages.maps import ProgramMaps
 from normfix.tiling.stages.program import Cut, Program, Shapes, is_tensor_node
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.reuse import reuse_
+from normfix.tiling.stages.tokens import ATTEND, attend_to_stored
 
 __all__ = ["Stage", "cut", "extent_of"]
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stage: `run(*values, *sizes)` returns the values of `gives`.
+    """One stage: `run(*values, *whole, *sizes)` returns the values of `gives`.
 
-    `reads` are stored values or the image, `sizes` nodes that stand for an extent of another value. `stores`
+    `reads` are stored values or the image, `whole` stored values that every block reads whole, `sizes` nodes that stand
+    for an extent of another value. `stores`
     and `measures` are among `gives`; `measures` names the site of each. `grid` is in pixels per axis;
     `weight` the bytes alive at once per pixel of the image.
     """
@@ -38,6 +40,7 @@ class Stage:
     number: int
     run: GraphModule
     reads: tuple[Node, ...]
+    whole: tuple[Node, ...]
     sizes: tuple[Node, ...]
     gives: tuple[Node, ...]
     stores: tuple[Node, ...]
@@ -143,7 +146,11 @@ def _stored(
                 if parent in seen or parent not in maps.moving or parent is program.image:
                     continue
                 seen.add(parent)
-                if levels[parent] < level and not leaves.is_recomputed(parent):
+                # tokens have no place to be stored at, and are computed again
+                is_stored = (
+                    levels[parent] < level and parent in maps.maps and not leaves.is_recomputed(parent)
+                )
+                if is_stored or parent in program.whole:
                     _require_map(parent, maps)
                     stored.add(parent)
                 else:
@@ -215,7 +222,9 @@ def _stage(
     measures: tuple[tuple[str, Node], ...],
     returns: tuple[Node, ...],
 ) -> Stage:
-    inside, reads, sizes = _inside(gives, available, maps)
+    inside, read, sizes = _inside(gives, available, maps)
+    reads = tuple(n for n in read if n not in program.whole)
+    whole = tuple(n for n in read if n in program.whole)
     for node in inside:
         if node in maps.moving and is_tensor_node(node) and not any(maps.scales[node]):
             raise NotInStages(
@@ -224,10 +233,12 @@ def _stage(
                 where=node.name,
             )
     graph = Graph()
-    copies: dict[Node, Node] = {n: graph.placeholder(n.name) for n in (*reads, *sizes)}
+    copies: dict[Node, Node] = {n: graph.placeholder(n.name) for n in (*reads, *whole, *sizes)}
     order = [n for n in program.body.graph.nodes if n in inside]
     for node in order:
-        copies[node] = graph.node_copy(node, lambda n: copies[n])
+        copies[node] = copy = graph.node_copy(node, lambda n: copies[n])
+        if copy.target is ATTEND:
+            copy.target = attend_to_stored
     graph.output(tuple(copies[n] for n in gives))
     reuse_(graph)
     if program.device.type != "cpu":
@@ -239,6 +250,7 @@ def _stage(
         number=number,
         run=GraphModule(program.body, graph),
         reads=reads,
+        whole=whole,
         sizes=sizes,
         gives=gives,
         stores=stores,

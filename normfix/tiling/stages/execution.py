@@ -16,7 +16,6 @@ from normfix.images.sources import Image
 from normfix.tiling.stages.cutting import Stage
 from normfix.tiling.stages.engines import Engine, Local
 from normfix.tiling.stages.journal import Journal, Unwritten
-from normfix.tiling.stages.maps import ProgramMaps
 from normfix.tiling.stages.outlook import Clock, Watch
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.running import Run, Sink, Statistic
@@ -61,7 +60,7 @@ def execute(
             store, NF329 if the journal is of other statistics, and codes of the images and the engine.
     """
     for stage in schedule.stages:
-        _require_whole(stage, schedule.maps, statistics)
+        _require_whole(stage, schedule, statistics)
     run = Run(
         schedule,
         images,
@@ -85,12 +84,14 @@ def _unwatched(stage: int, done: int, blocks: int) -> None:
     """Tell nobody."""
 
 
-def _require_whole(stage: Stage, maps: ProgramMaps, statistics: Sequence[Statistic]) -> None:
+def _require_whole(stage: Stage, schedule: Schedule, statistics: Sequence[Statistic]) -> None:
     """Refuse statistics that a block alone does not contribute to: of rows, say, or without a law."""
     dims = {statistic.site: statistic.dims for statistic in statistics}
     for site, node in stage.measures:
-        over = dims.get(site, maps.maps[node].dims)
-        if over is None or not set(maps.maps[node].dims) <= set(over):
+        flat = schedule.program.flat.get(site)
+        moving = set(schedule.maps.maps[node].dims) if flat is None else {flat[0]}
+        over = dims.get(site, tuple(moving))
+        if over is None or not moving <= set(over):
             raise NotInStages(
                 "NF323", "its statistic cannot be put together from blocks of the image.", where=site
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -11,7 +12,6 @@ from torch.fx import Node
 
 from normfix.images.sources import Image
 from normfix.images.writing import OutputFile
-from normfix.tiling.grid import Geometry
 from normfix.tiling.stages.store import Kept
 from normfix.tiling.stitching import cropped
 
@@ -22,10 +22,15 @@ class Destination:
     """Where a prediction goes: to a file, or into memory; in the end, where it lasts in the store until then."""
 
     def __init__(
-        self, node: Node, image: Image, geometry: Geometry, device: torch.device, out: OutputFile | None
+        self,
+        node: Node,
+        image: Image,
+        scale: tuple[Fraction, ...],
+        device: torch.device,
+        out: OutputFile | None,
     ) -> None:
         self.node, self._device, self._out = node, device, out
-        self._space, self._scale = image.shape[2:], geometry.scale
+        self._space, self._scale = image.shape[2:], scale
         self._array: Tensor | None = None
         self._layout: tuple[tuple[int, ...], torch.dtype, tuple[int, ...]] | None = None
 

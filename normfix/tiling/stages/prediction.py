@@ -15,7 +15,7 @@ from normfix.networks.calling import Caller, home_of
 from normfix.networks.copying import twin_of
 from normfix.networks.numerics import exact_arithmetic
 from normfix.tiling.grid import Geometry
-from normfix.tiling.stages.cache import program_of, schedule_of
+from normfix.tiling.stages.cache import program_of, schedule_of, usual_stride
 from normfix.tiling.stages.execution import execute
 from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stages.placing import Destination
@@ -38,7 +38,7 @@ def predict_in_stages(
     caller: Caller,
     blocks: Blocks,
     *,
-    geometry: Geometry,
+    geometry: Geometry | None,
     sites: Sequence[str] = (),
     out: OutputFile | None = None,
 ) -> Tensor | None:
@@ -49,7 +49,7 @@ def predict_in_stages(
         image: of any size; extended to one the network is exact at, and the result cut back.
         caller: calls the model and picks the output.
         blocks: how to run in stages.
-        geometry: of the network.
+        geometry: of the network; None where it has none, so that the image is taken as it is.
         sites: paths of the layers to cut at; default: before norms, or after convolutions.
         out: where the prediction goes; default: into memory.
 
@@ -63,11 +63,13 @@ def predict_in_stages(
     twin = twin_of(model)
     with ExitStack() as stack:
         stack.enter_context(exact_arithmetic())
-        whole = image.padded(geometry.padding(image.shape[2:]))
-        program = stack.enter_context(program_of(twin, caller, tuple(sites), whole, geometry.stride))
-        planned = schedule_of(program, geometry.stride, [whole], measured=(), outputs=True)
+        whole = image.padded((0,) * ndim if geometry is None else geometry.padding(image.shape[2:]))
+        stride = geometry.stride if geometry is not None else usual_stride(ndim)
+        program = stack.enter_context(program_of(twin, caller, tuple(sites), whole, stride))
+        planned = schedule_of(program, stride, [whole], measured=(), outputs=True)
         lasts = blocks.store is not None
-        place = Destination(program.outputs[0], image, geometry, home_of(model)[0], out)
+        result = program.outputs[0]
+        place = Destination(result, image, planned.maps.maps[result].scale, home_of(model)[0], out)
         store, journal = stack.enter_context(blocks.run(planned, [whole], ()))
         execute(
             planned,

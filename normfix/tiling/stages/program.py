@@ -51,13 +51,17 @@ class Program:
     """A functional graph of a network.
 
     `body` holds the graph and, under `network.*`, the network's state; stages share it. `image` is the
-    placeholder, `outputs` the tensors the network returns, in the order of their leaves.
+    placeholder, `outputs` the tensors the network returns, in the order of their leaves. `whole` are values that are
+    read of the whole image, wherever the block is; `flat` tells which dimensions (first, last) of a site's operand are
+    one dimension of tokens to the network.
     """
 
     body: GraphModule
     image: Node
     outputs: tuple[Node, ...]
     cuts: tuple[Cut, ...]
+    whole: frozenset[Node] = frozenset()
+    flat: dict[str, tuple[int, int]] = field(default_factory=dict)
     known: dict[tuple[int, ...], Shapes] = field(default_factory=dict, compare=False, repr=False)
     """Shapes by the size of the image: finding them takes as long as a pass."""
 
@@ -140,20 +144,28 @@ def captured_program(model: nn.Module, run: Run, example: Tensor, sites: Sequenc
             where=where,
         )
     with silence():
-        body = captured.program.module()
+        body: Any = captured.program.module()
         if not make_functional_(body.graph) or not computes(body, model, marked(run, sites), example):
             body = captured.program.run_decompositions({}).module()
     assert isinstance(body, GraphModule)
     return _program(body, sites, _Names(model), where)
 
 
-def computes(body: nn.Module, model: nn.Module, run: Run, example: Tensor) -> bool:
-    """Tell whether a captured body gives all that a run of the model gives for an example."""
+def computes(body: GraphModule, model: nn.Module, run: Run, example: Tensor, *, guarded: bool = True) -> bool:
+    """Tell whether a captured body gives all that a run of the model gives for an example.
+
+    Args:
+        body: of a program.
+        model: that was captured.
+        run: calls it.
+        example: (N, C, *space).
+        guarded: hold the body to the sizes that it was captured for, too.
+    """
     try:
         with torch.no_grad(), as_in_graphs():
             expected = tree_leaves(run(model, example))
         with torch.no_grad():
-            actual = tree_leaves(body(example))
+            actual = tree_leaves(body(example) if guarded else _Unguarded(body).run(example))
     except failures():  # it is another network, or one of other sizes: capturing it says what is wrong
         return False
     return len(actual) == len(expected) and all(map(_are_same, actual, expected))
@@ -370,7 +382,14 @@ def is_tensor_node(node: Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor)
 
 
-class _Recorder(Interpreter):
+class _Unguarded(Interpreter):
+    """Runs a graph without its asserts on sizes."""
+
+    def run_node(self, n: Node) -> Any:
+        return None if n.op == "call_module" else super().run_node(n)
+
+
+class _Recorder(_Unguarded):
     """Runs a graph and keeps the shapes of its tensors."""
 
     def __init__(self, body: GraphModule) -> None:
@@ -378,8 +397,6 @@ class _Recorder(Interpreter):
         self.found: Shapes = {}
 
     def run_node(self, n: Node) -> Any:
-        if n.op == "call_module":  # asserts on sizes
-            return None
         result = super().run_node(n)
         if isinstance(result, Tensor):
             self.found[n] = tuple(int(e) for e in result.shape)

@@ -28,9 +28,9 @@ from normfix.errors import NormfixError
 from normfix.networks.calling import refusals
 from normfix.networks.devices import bytes_of
 from normfix.networks.numerics import EXACT
-from normfix.records.spans import Spans
+from normfix.records.derivations import Obstacle
 from normfix.tiling.halo import DyeLost, halo, interference
-from normfix.tiling.reach.bounds import bound_between
+from normfix.tiling.reach.bounds import Bound, bound_between
 from normfix.tiling.reach.extents import Unsized
 from normfix.tiling.stages.cutting import Stage
 from normfix.tiling.stages.maps import Map, ProgramMaps
@@ -62,12 +62,13 @@ def measure_reach(stage: Stage, maps: ProgramMaps, shapes: Shapes, image: Node) 
     """
     single = _Cells(stage, maps, shapes, image, torch.float32)
     double = _Cells(stage, maps, shapes, image, torch.float64)
-    bound = _bounded(stage, image)
+    known = _bound_of(stage, image)
+    bound = known.halo(stage.grid) if known is not None and known.is_whole else None
     grids, halos = [], []
     for axis, pixels in enumerate(stage.grid):
         cross = _cross_section(single, len(stage.grid))
         if bound is None:
-            reach = _shown(single, stage, axis, cross)
+            reach = _shown(single, stage, axis, cross, () if known is None else known.obstacles())
         else:
             reach = -(-bound[axis][0] // pixels), -(-bound[axis][1] // pixels)
         cells = _cells_per_block(double, axis, reach, cross)
@@ -88,7 +89,7 @@ def fingerprint(stage: Stage, maps: ProgramMaps, shapes: Shapes) -> str:
 
     Statistics are no part of it: a norm by constants reads one position, whatever they are.
     """
-    ends = [(maps.maps[node], tuple(shapes[node])) for node in (*stage.reads, *stage.gives)]
+    ends = [(maps.maps[node], tuple(shapes[node])) for node in (*stage.reads, *stage.whole, *stage.gives)]
     found = hashlib.sha256(repr((stage.run.code, stage.grid, ends)).encode())
     weights = dict(stage.run.named_parameters(remove_duplicate=False))
     for name in sorted({str(node.target) for node in stage.run.graph.nodes if node.op == "get_attr"}):
@@ -97,17 +98,18 @@ def fingerprint(stage: Stage, maps: ProgramMaps, shapes: Shapes) -> str:
     return found.hexdigest()
 
 
-def _bounded(stage: Stage, image: Node) -> Spans | None:
-    """Return the halo in pixels that the stage's graph gives, None where it gives none."""
+def _bound_of(stage: Stage, image: Node) -> Bound | None:
+    """Return what the stage's graph gives of its reach, None where it gives nothing."""
     try:
-        bound = bound_between(image, stage.reads, stage.gives)
+        return bound_between(image, (*stage.reads, *stage.whole), stage.gives)
     except Unsized:
         return None
-    return bound.halo(stage.grid) if bound.is_whole else None
 
 
-def _shown(f: _Cells, stage: Stage, axis: int, cross: Sequence[int]) -> tuple[int, int]:
-    """Return the halo in cells as the dye shows it."""
+def _shown(
+    f: _Cells, stage: Stage, axis: int, cross: Sequence[int], obstacles: Sequence[Obstacle]
+) -> tuple[int, int]:
+    """Return the halo in cells as the dye shows it; obstacles are what the graph has against a bound."""
     try:
         found = halo(f, f.example, axis, 1, Fraction(1), cross)
     except DyeLost:
@@ -115,7 +117,8 @@ def _shown(f: _Cells, stage: Stage, axis: int, cross: Sequence[int]) -> tuple[in
     except refusals() as error:
         raise _refused(stage, axis, f"it does not run on strips: {error}") from error
     if found is None:
-        raise _refused(stage, axis, "its output depends on the whole extent, so no halo is enough")
+        causes = "".join(f" ({o.operator} in {o.where}: {o.why})" for o in obstacles[:1])
+        raise _refused(stage, axis, f"its output depends on the whole extent, so no halo is enough{causes}")
     return max(0, found[0]), max(0, found[1])
 
 
@@ -163,6 +166,7 @@ class _Cells:
         self._run = in_dtype(stage.run, dtype)
         channels = sum(p.channels for p in self._reads)
         generator = torch.Generator().manual_seed(0)
+        self._whole = [torch.randn(shapes[n], generator=generator).to(dtype) for n in stage.whole]
         self.example = torch.randn(1, channels, *(32,) * self._ndim, generator=generator, dtype=torch.float64)
         self.example = self.example.to(dtype)
 
@@ -171,7 +175,7 @@ class _Cells:
         parts = torch.split(cells, [p.channels for p in self._reads], dim=1)
         values = [p.unpack(part) for p, part in zip(self._reads, parts, strict=True)]
         with torch.no_grad():
-            results = self._run(*values, *(self._extent(n, extents) for n, _, _ in self._sizes))
+            results = self._run(*values, *self._whole, *(self._extent(n, extents) for n, _, _ in self._sizes))
         return torch.cat([p.pack(r, extents) for p, r in zip(self._gives, results, strict=True)], 1)
 
     def _extent(self, node: Node, cells: Sequence[int]) -> int:
@@ -181,7 +185,7 @@ class _Cells:
         if dim in found.dims:
             axis = found.dims.index(dim)
             return int(cells[axis] * self.stage.grid[axis] * found.scale[axis])
-        return 1 if dim == 0 else shape[dim]
+        return shape[dim]
 
 
 class _Packing:
@@ -190,7 +194,7 @@ class _Packing:
     def __init__(self, found: Map, shape: Sequence[int], grid: Sequence[int]) -> None:
         self._pixels = tuple(int(g * s) for g, s in zip(grid, found.scale, strict=True))
         others = [d for d in range(len(shape)) if d not in found.dims]
-        self._rest = tuple(1 if d == 0 else shape[d] for d in others)  # a batch of one
+        self._rest = tuple(shape[d] for d in others)
         self._order = (*others, *found.dims)
         self.channels = math.prod(self._rest) * math.prod(self._pixels)
 

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from normfix.tiling.stages.masks import mask_of
 from normfix.tiling.stages.program import Program, Shapes
 from normfix.tiling.stages.schedule import Schedule, block_extents
 from normfix.tiling.stages.store import Kept, Store
+from normfix.tiling.stages.tokens import Tokens
 
 __all__ = ["Run", "Sink", "Statistic", "kept_name"]
 
@@ -160,12 +162,17 @@ class Run:
     def _work(self, stage: Stage) -> Work:
         """Return a stage as work on blocks, with room for what it computes."""
         measures = {
-            site: (stage.gives.index(node), self.statistics[site].measure)
+            site: (stage.gives.index(node), self._measure(site))
             for site, node in stage.measures
             if site in self.statistics
         }
         parts = tuple(self._part(stage, image) for image in range(len(self.images)))
         return Work(stage.number, stage.run, parts, measures, tuple(self.blocks(stage)), self.schedule.device)
+
+    def _measure(self, site: str) -> Callable[[Tensor], Any]:
+        """Return what measures a site's operand, as the network has it."""
+        measure, flat = self.statistics[site].measure, self.schedule.program.flat.get(site)
+        return measure if flat is None else partial(_of_tokens, measure, *flat)
 
     def _part(self, stage: Stage, image: int) -> ImageWork:
         shapes, maps = self.shapes[image], self.schedule.maps.maps
@@ -175,10 +182,17 @@ class Run:
             else Read(self.store[_name(image, node)], maps[node], shapes[node])
             for node in stage.reads
         )
+        whole = (self._tokens(image, node) for node in stage.whole)
         told = (Told(maps[of], shapes[of], dim) for of, dim in map(extent_of, stage.sizes))
         gives = (Given(n.name, maps[n], shapes[n], self._places(stage, image, n)) for n in stage.gives)
         source = self.images[image]
-        return ImageWork(source.shape[2:], tuple(reads), tuple(told), tuple(gives), mask_of(source))
+        return ImageWork(
+            source.shape[2:], tuple(reads), tuple(whole), tuple(told), tuple(gives), mask_of(source)
+        )
+
+    def _tokens(self, image: int, node: Node) -> Tokens:
+        space = len(self.schedule.maps.maps[node].dims)
+        return Tokens(self.store[_name(image, node)], self.shapes[image][node], space, self.schedule.device)
 
     def _places(self, stage: Stage, image: int, node: Node) -> tuple[Kept, ...]:
         """Return where a value goes that a stage computes."""
@@ -219,6 +233,10 @@ class Run:
                         where=name,
                     )
         self.earlier = {}
+
+
+def _of_tokens(measure: Callable[[Tensor], Any], first: int, last: int, operand: Tensor) -> Any:
+    return measure(operand.flatten(first, last))
 
 
 def _digest(program: Program) -> str:

@@ -31,8 +31,8 @@ class Schedule:
 
     def done_after(self, stage: Stage) -> list[Node]:
         """Return the stored values that no stage after this one reads."""
-        last = {node: later.number for later in self.stages for node in later.reads}
-        held = dict.fromkeys((*stage.reads, *stage.stores))
+        last = {node: later.number for later in self.stages for node in (*later.reads, *later.whole)}
+        held = dict.fromkeys((*stage.reads, *stage.whole, *stage.stores))
         return [n for n in held if n is not self.program.image and last.get(n, -1) <= stage.number]
 
 

@@ -93,6 +93,16 @@ def _attention(call: Call) -> list[Reading]:
     return readings
 
 
+def _stored_attention(call: Call) -> list[Reading]:
+    """Attention to keys and values that are held of the whole image, as a statistic is."""
+    query, rank = call.tensor("query"), len(call.shape)
+    constants = [call.tensor(name) for name in ("keys", "values")]
+    return [
+        ByDimension(query, (*(Along(d) for d in range(rank - 1)), WHOLE)),
+        *(ByDimension(x, (NOTHING,) * len(call.extents(x))) for x in constants),
+    ]
+
+
 def _along(call: Call) -> list[Reading]:
     """Softmax, sorting, cumulation: each position reads all of one dimension."""
     x = call.first()
@@ -219,6 +229,7 @@ MIXING: dict[str, Rule] = {
     **dict.fromkeys(("matmul", "bmm", "mm", "mv", "dot", "addmm", "baddbmm"), _matmul),
     "einsum": _einsum,
     "scaled_dot_product_attention": _attention,
+    "attend": _stored_attention,
     **dict.fromkeys((*_ALONG, *_ALONG_TOO), _along),
     **dict.fromkeys((*_REDUCTIONS, *_REDUCTIONS_TOO, *_OTHERS), _reduction),
     "cosine_similarity": _of_two,

@@ -1,0 +1,407 @@
+"""Attention over all positions in a captured program: found however it is written, and made a barrier.
+
+Queries, keys and values are tokens: positions of the image in one dimension. Keys and values get their space back and
+are kept of the whole image; the queries of a block then attend to all of them. What is found is
+
+    scaled_dot_product_attention(q, k, v)
+    softmax(s (q k^T)) v        products by matmul, bmm, baddbmm or einsum, either factor first, either one transposed
+
+without mask, bias and dropout. Attention over windows, channels or a fixed number of tokens is none of it: its keys do
+not grow with the image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_aggregate
+from torch.utils._pytree import tree_leaves
+
+from normfix.networks.calling import refusals
+from normfix.tiling.stages.maps import ProgramMaps, find_maps
+from normfix.tiling.stages.program import Cut, Program, Shapes, is_tensor_node
+from normfix.tiling.stages.tokens import ATTEND
+
+__all__ = ["with_attention"]
+
+_aten = torch.ops.aten
+
+
+def with_attention(program: Program, example: Sequence[int]) -> Program:
+    """Return a program that attends to stored keys and values where it attends to all positions.
+
+    Sites whose operands are tokens get their space back as well, so that blocks of them can be measured.
+
+    Args:
+        program: its graph is changed in place where there are tokens.
+        example: a size (N, C, *space) that it takes.
+
+    Returns:
+        The program with the new barriers; itself where there are none.
+    """
+    found = list(_attentions(program.body))
+    maps = _maps(program, example) if found or program.cuts else None
+    if maps is None:
+        return program
+    shapes = program.shapes(example)
+    cuts, flat = _spread_sites(program, maps, shapes)
+    whole: list[Node] = []
+    for attention in found:
+        space = _space_of(*_tokens(attention.key), maps, shapes)
+        if space is None or _space_of(*_tokens(attention.value), maps, shapes) is None:
+            continue
+        barrier = _barred_(attention, space)
+        stored = [node for node in barrier.args[1:3] if isinstance(node, Node)]
+        whole += stored
+        cuts += [Cut(node.name, node, frozenset({barrier})) for node in stored]
+    if not whole and not flat:
+        return program
+    for node in program.body.graph.nodes:  # kernels of attention lay out what they give each in its own way
+        if node.target is _aten.view.default:
+            node.target = _aten.reshape.default
+    program.body.graph.lint()
+    program.body.recompile()
+    return replace(program, cuts=tuple(cuts), whole=frozenset(whole), flat=flat, known={})
+
+
+def _maps(program: Program, example: Sequence[int]) -> ProgramMaps | None:
+    """Return the program's maps, by a growth that it takes; None if it takes none."""
+    for step in (64, 32, 16, 8, 4, 2, 1):
+        try:
+            return find_maps(program, example, [step] * (len(example) - 2))
+        except refusals():
+            continue
+    return None
+
+
+def _spread_sites(
+    program: Program, maps: ProgramMaps, shapes: Shapes
+) -> tuple[list[Cut], dict[str, tuple[int, int]]]:
+    """Return the cuts with operands over space, and where that is of those that are tokens to the network."""
+    cuts, flat = [], {}
+    for cut in program.cuts:
+        operand = cut.operand
+        spaces = (
+            [(d, _space_of(operand, d, maps, shapes)) for d in range(len(shapes[operand]))]
+            if operand in maps.scales and operand not in maps.maps
+            else []
+        )
+        known = [(d, space) for d, space in spaces if space is not None]
+        if len(known) == 1:
+            ((dim, space),) = known
+            with program.body.graph.inserting_before(operand.next):
+                extents = [_extent(space.map, d) for d in space.dims]
+                operand = _spread(operand, dim, extents)
+            flat[cut.site] = dim, dim + len(extents) - 1
+            cut = replace(cut, operand=operand)
+        cuts.append(cut)
+    return cuts, flat
+
+
+class _Labelled(NamedTuple):
+    """A value and a name for each of its dimensions."""
+
+    node: Node
+    labels: tuple[str, ...]
+
+
+class _Product(NamedTuple):
+    """Two values whose product is summed over the one name that only they have, times a number."""
+
+    left: _Labelled
+    right: _Labelled
+    result: tuple[str, ...]
+    scale: float
+
+
+class _Attention(NamedTuple):
+    """softmax(scale query key^T) value: (*batch, L, E), (*batch, K, E) and (*batch, K, V), by the names of dimensions.
+
+    `result` names the dimensions of what it gives.
+    """
+
+    query: _Labelled
+    key: _Labelled
+    value: _Labelled
+    result: _Labelled
+    batch: tuple[str, ...]
+    scale: float
+
+
+_QUERIES, _KEYS, _FEATURES, _VALUES = "queries", "keys", "features", "values"
+
+
+def _attentions(body: GraphModule) -> Iterator[_Attention]:
+    for node in body.graph.nodes:
+        if node.target is _aten.scaled_dot_product_attention.default:
+            found = _fused(node)
+        elif node.target in (_aten.softmax.int, _aten._softmax.default):
+            found = _written_out(node)
+        else:
+            continue
+        if found is not None:
+            yield found
+
+
+def _fused(node: Node) -> _Attention | None:
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    unsupported = ("attn_mask", "dropout_p", "is_causal", "enable_gqa")
+    query, key, value = (given[name] for name in names[:3])
+    ranks = {_rank(x) for x in (query, key, value)}
+    if any(given.get(name) for name in unsupported) or len(ranks) > 1:
+        return None
+    batch = tuple(f"batch{d}" for d in range(ranks.pop() - 2))
+    scale = given.get("scale")
+    return _Attention(
+        query=_Labelled(query, (*batch, _QUERIES, _FEATURES)),
+        key=_Labelled(key, (*batch, _KEYS, _FEATURES)),
+        value=_Labelled(value, (*batch, _KEYS, _VALUES)),
+        result=_Labelled(node, (*batch, _QUERIES, _VALUES)),
+        batch=batch,
+        scale=1 / math.sqrt(_shape(query)[-1]) if scale is None else float(scale),
+    )
+
+
+def _written_out(softmax: Node) -> _Attention | None:
+    """Return the attention around a softmax, None where there is none."""
+    first = _scores_of(softmax)
+    if first is None:
+        return None
+    keys = first.result[int(softmax.args[1])]  # type: ignore[arg-type]
+    key, query = (first.left, first.right) if keys in first.left.labels else (first.right, first.left)
+    weights = _followed(_Labelled(softmax, first.result))
+    second = None if weights is None else _product_of(*weights.node.users)
+    if weights is None or second is None or second.scale != 1 or keys in query.labels:
+        return None
+    sides = {second.left.node: second.left, second.right.node: second.right}
+    mine = sides.pop(weights.node, None)
+    if mine is None or len(sides) != 1:
+        return None
+    names = dict(zip(mine.labels, weights.labels, strict=True))
+    ((value, labels),) = sides.values()
+    features = [label for label in labels if label not in names]
+    if len(features) != 1:
+        return None
+    names[features[0]] = _VALUES
+    queries = [label for label in query.labels if label in first.result and label not in key.labels]
+    batch = tuple(label for label in first.result if label not in (keys, *queries))
+    result = tuple(names[label] for label in second.result)
+    features = [label for label in query.labels if label not in first.result]
+    if len(queries) != 1 or keys in result or sorted(result) != sorted((*batch, *queries, _VALUES)):
+        return None
+    renamed = {keys: _KEYS, queries[0]: _QUERIES, features[0]: _FEATURES}
+    return _Attention(
+        query=_renamed(query, renamed),
+        key=_renamed(key, renamed),
+        value=_renamed(_Labelled(value, tuple(names[label] for label in labels)), renamed),
+        result=_renamed(_Labelled(next(iter(weights.node.users)), result), renamed),
+        batch=batch,
+        scale=first.scale,
+    )
+
+
+def _renamed(value: _Labelled, names: dict[str, str]) -> _Labelled:
+    return _Labelled(value.node, tuple(names.get(label, label) for label in value.labels))
+
+
+def _scores_of(softmax: Node) -> _Product | None:
+    """Return the product that a softmax is taken of, with the numbers that it is multiplied by on the way."""
+    node, factor = softmax.args[0], 1.0
+    while isinstance(node, Node):
+        product = _product_of(node)
+        if product is not None:
+            return product._replace(scale=product.scale * factor)
+        number = node.args[1] if len(node.args) > 1 else None
+        if node.target in (_aten.mul.Tensor, _aten.mul.Scalar) and isinstance(number, int | float):
+            factor *= number
+        elif node.target in (_aten.div.Tensor, _aten.div.Scalar) and isinstance(number, int | float):
+            factor /= number
+        elif not _keeps(node):
+            return None
+        node = node.args[0]
+    return None
+
+
+def _keeps(node: Node) -> bool:
+    """Tell whether a node gives its operand as it is, or in another dtype."""
+    if node.target in (_aten.dropout.default, _aten.feature_dropout.default):
+        return node.args[2] is False
+    return node.target in (
+        _aten.clone.default,
+        _aten.alias.default,
+        _aten.contiguous.default,
+        _aten.detach.default,
+        _aten.to.dtype,
+        _aten._to_copy.default,
+        _aten.type_as.default,
+    )
+
+
+def _followed(weights: _Labelled) -> _Labelled | None:
+    """Follow weights to the one product that uses them, through what only puts their dimensions in another order."""
+    while len(weights.node.users) == 1:
+        (user,) = weights.node.users
+        if _product_of(user) is not None:
+            return weights
+        order = range(len(weights.labels)) if _keeps(user) else _order_of(user)
+        if order is None:
+            return None
+        weights = _Labelled(user, tuple(weights.labels[d] for d in order))
+    return None
+
+
+def _order_of(node: Node) -> Sequence[int] | None:
+    """Return the order in which a node puts dimensions, None if it does something else."""
+    order = list(range(_rank(node)))
+    if node.target is _aten.permute.default:
+        return [order[int(d)] for d in node.args[1]]  # type: ignore[union-attr, arg-type]
+    if node.target is _aten.transpose.int:
+        a, b = (int(d) for d in node.args[1:3])  # type: ignore[arg-type]
+    elif node.target in (_aten.mT.default, _aten.t.default) and len(order) > 1:
+        a, b = -2, -1
+    else:
+        return None
+    order[a], order[b] = order[b], order[a]
+    return order
+
+
+def _product_of(node: Node) -> _Product | None:
+    """Return a node as a product of two values with one dimension summed, None if it is none."""
+    if node.target is _aten.einsum.default:
+        return _einsum(node)
+    if node.target in (_aten.matmul.default, _aten.bmm.default, _aten.mm.default):
+        left, right, scale = *node.args[:2], 1.0
+    elif node.target is _aten.baddbmm.default and node.kwargs.get("beta", 1) == 0:
+        left, right, scale = *node.args[1:3], float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
+    else:
+        return None
+    rank = _rank(node)
+    if not (isinstance(left, Node) and isinstance(right, Node)) or rank < 2:
+        return None
+    if _rank(left) != rank or _rank(right) != rank:
+        return None
+    batch = tuple(f"batch{d}" for d in range(rank - 2))
+    return _Product(
+        _Labelled(left, (*batch, "rows", "summed")),
+        _Labelled(right, (*batch, "summed", "columns")),
+        (*batch, "rows", "columns"),
+        scale,
+    )
+
+
+def _einsum(node: Node) -> _Product | None:
+    operands = node.args[1]
+    inputs, arrow, result = str(node.args[0]).replace(" ", "").partition("->")
+    if not arrow or "." in inputs or not isinstance(operands, list | tuple) or len(operands) != 2:
+        return None
+    a, b = inputs.split(",")
+    summed = set(a + b) - set(result)
+    every = [len(set(labels)) == len(labels) for labels in (a, b, result)]
+    if len(summed) != 1 or not summed <= set(a) & set(b) or not all(every):
+        return None
+    left, right = operands
+    return _Product(_Labelled(left, tuple(a)), _Labelled(right, tuple(b)), tuple(result), 1.0)  # type: ignore[arg-type]
+
+
+def _rank(node: Node) -> int:
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, Tensor) else 0
+
+
+def _shape(node: Node) -> Sequence[Any]:
+    """Return a value's extents, those that follow the image's as symbols."""
+    return tuple(node.meta["val"].shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Space:
+    """The map whose positions are the tokens of a value, and its dimensions over space in the order of the tokens."""
+
+    map: Node
+    dims: tuple[int, ...]
+
+
+def _tokens(value: _Labelled) -> tuple[Node, int]:
+    """Return keys or values, and the dimension of their tokens."""
+    return value.node, value.labels.index(_KEYS)
+
+
+def _space_of(node: Node, dim: int, maps: ProgramMaps, shapes: Shapes) -> _Space | None:
+    """Return what tokens are the positions of: the nearest map with as many, at every size."""
+    pending, seen = [node], {node}
+    for candidate in pending:
+        found = maps.maps.get(candidate)
+        if found is not None and is_tensor_node(candidate):
+            extents = [shapes[candidate][d] for d in found.dims]
+            pairs = zip(found.scale, extents, strict=True)
+            grows = tuple((scale * math.prod(extents) / extent,) for scale, extent in pairs)
+            if shapes[node][dim] == math.prod(extents) and maps.scales[node] == grows:
+                return _Space(candidate, tuple(sorted(found.dims)))
+        fresh = [n for n in candidate.all_input_nodes if n in maps.moving and n not in seen]
+        seen.update(fresh)
+        pending += fresh
+    return None
+
+
+def _barred_(attention: _Attention, space: _Space) -> Node:
+    """Put the attention to stored keys and values in place of one; return it."""
+    result = attention.result.node
+    graph = result.graph
+    with graph.inserting_before(result):
+        extents = [_extent(space.map, dim) for dim in space.dims]
+        query = _ordered(attention.query, (*attention.batch, _QUERIES, _FEATURES))
+        key, value = (
+            _spread(_ordered(tokens, (*attention.batch, _KEYS, last)), -2, extents)
+            for tokens, last in ((attention.key, _FEATURES), (attention.value, _VALUES))
+        )
+        barrier = _call(graph, ATTEND, query, key, value, attention.scale, len(extents))
+        given = _Labelled(barrier, (*attention.batch, _QUERIES, _VALUES))
+        result.replace_all_uses_with(_ordered(given, attention.result.labels))
+    _prune_(result)
+    return barrier
+
+
+def _prune_(node: Node) -> None:
+    """Erase a node that nothing uses, and what it alone used."""
+    if not node.users:
+        before = node.all_input_nodes
+        node.graph.erase_node(node)
+        for parent in before:
+            _prune_(parent)
+
+
+def _ordered(value: _Labelled, wanted: tuple[str, ...]) -> Node:
+    """Return a value with its dimensions in another order."""
+    if value.labels == wanted:
+        return value.node
+    order = [value.labels.index(label) for label in wanted]
+    return _call(value.node.graph, _aten.permute.default, value.node, order)
+
+
+def _spread(tokens: Node, dim: int, extents: Sequence[Node]) -> Node:
+    """Return a value with the extents of space in place of a dimension of tokens."""
+    shape = [n if isinstance(n, int) else _extent(tokens, d) for d, n in enumerate(_shape(tokens))]
+    dim %= len(shape)
+    return _call(tokens.graph, _aten.reshape.default, tokens, [*shape[:dim], *extents, *shape[dim + 1 :]])
+
+
+def _extent(value: Node, dim: int) -> Node:
+    return _call(value.graph, _aten.sym_size.int, value, dim)
+
+
+def _call(graph: Graph, target: Any, *args: Any) -> Node:
+    """Return a new call, with what it stands for."""
+    node = graph.call_function(target, args)
+    values = map_aggregate(args, lambda a: a.meta["val"] if isinstance(a, Node) else a)
+    tensor = next(v for v in tree_leaves(values) if isinstance(v, FakeTensor))
+    with tensor.fake_mode:
+        node.meta["val"] = target(*values)
+    return node

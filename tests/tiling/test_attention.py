@@ -1,0 +1,210 @@
+"""Attention over all positions in blocks: its keys and values are those of the whole image."""
+
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attentive import FORMS, Attends
+from torch import nn
+
+import normfix
+from normfix.errors import NormfixError
+from normfix.networks.calling import Caller
+from normfix.tiling.stages import tokens
+from normfix.tiling.stages.attention import with_attention
+from normfix.tiling.stages.program import captured_program
+from normfix.tiling.stages.refusals import NotInStages
+from normfix.tiling.stages.store import Store
+from normfix.tiling.stages.tokens import ATTEND, Tokens, attend_to_stored
+
+GENERATOR = torch.Generator().manual_seed(0)
+IMAGE = torch.randn(1, 1, 48, 60, generator=GENERATOR, dtype=torch.float64) + torch.linspace(
+    0, 3, 60, dtype=torch.float64
+)
+
+
+def of(form="fused", **options):
+    return Attends(form, **options).double().eval()
+
+
+@cache
+def program(form, **options):
+    """A program with its barriers."""
+    net = of(form, norm=False, **options)
+    return with_attention(captured_program(net, Caller(), IMAGE, []), IMAGE.shape)
+
+
+def barriers(found):
+    return [n for n in found.body.graph.nodes if n.target is ATTEND]
+
+
+def exact(q, k, v, scale):
+    """Attention in float64, row by row, by nothing that the package uses."""
+    rows = []
+    for row in q.double().unbind(-2):
+        products = (row.unsqueeze(-2) * k.double()).sum(-1) * scale
+        weights = (products - products.amax(-1, keepdim=True)).exp()
+        rows.append((weights.unsqueeze(-1) * v.double()).sum(-2) / weights.sum(-1, keepdim=True))
+    return torch.stack(rows, -2)
+
+
+def stored(value):
+    """A value (..., h, w, E) as the store has it."""
+    kept = Store().create("x", value.shape, value.dtype, value.shape)
+    kept.write(tuple(slice(0, n) for n in value.shape), value)
+    return Tokens(kept, tuple(value.shape), 2, torch.device("cpu"))
+
+
+def operands(dtype, spread=3.0):
+    q = torch.randn(2, 3, 50, 5, generator=GENERATOR) * spread
+    k = torch.randn(2, 3, 7, 9, 5, generator=GENERATOR) * spread
+    v = torch.randn(2, 3, 7, 9, 4, generator=GENERATOR)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+@pytest.mark.parametrize("most", [1, 1000, 1 << 23])
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [(torch.float64, 1e-13), (torch.float32, 2e-7), (torch.bfloat16, 4e-3)]
+)
+def test_blocks_of_keys_merge_to_attention(monkeypatch, dtype, rounding, most):
+    """However few keys are taken at a time, the attention is as close to exact as torch's own of all of them."""
+    monkeypatch.setattr(tokens, "_SCORES", most)
+    q, k, v = operands(dtype)
+    given = attend_to_stored(q, stored(k), stored(v), 0.4, 2)
+    flat = k.flatten(2, 3), v.flatten(2, 3)
+    expected = exact(q, *flat, 0.4)
+    theirs = float((F.scaled_dot_product_attention(q, *flat, scale=0.4) - expected).abs().max())
+    assert given.dtype == dtype
+    assert float((given - expected).abs().max()) < 2 * theirs + rounding
+
+
+def test_large_products_do_not_overflow():
+    """Scores whose exponentials are no floats merge like others."""
+    q, k, v = operands(torch.float32, spread=40.0)
+    given = attend_to_stored(q, stored(k), stored(v), 1.0, 2)
+    assert float((given - exact(q, k.flatten(2, 3), v.flatten(2, 3), 1.0)).abs().max()) < 1e-5
+
+
+_QUICK = ("fused", "matmul", "keys in rows", "einsum, turned")
+
+
+@pytest.mark.parametrize(
+    "form", [form if form in _QUICK else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
+)
+def test_every_form_is_found(form):
+    """The program attends to stored keys, and computes what the network does."""
+    found = program(form)
+    assert len(barriers(found)) == 1
+    assert len(found.whole) == 2
+    with torch.no_grad():
+        given, expected = found.body(IMAGE)[0], of(form, norm=False)(IMAGE)
+    assert float((given - expected).abs().max() / expected.std()) < (1e-6 if "before" in form else 1e-12)
+
+
+def _masked(q, k, v):
+    mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def _biased(q, k, v):
+    return (q @ k.transpose(-1, -2) + torch.arange(k.shape[-2]) * 0.1).softmax(-1) @ v
+
+
+def _over_channels(q, k, v):
+    return v @ (k.transpose(-1, -2) @ q).softmax(-1)
+
+
+@pytest.mark.parametrize("form", [_masked, _biased, _over_channels])
+def test_what_is_no_plain_attention_is_left(form):
+    """A mask, a bias by position and attention over channels are not taken for attention to all positions."""
+    assert not barriers(program(form))
+
+
+class Windowed(nn.Module):
+    """Attention within windows of 4 x 4: as many keys at every size."""
+
+    def forward(self, x):
+        n, c, h, w = x.shape
+        y = x.view(n, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, c)
+        y = F.scaled_dot_product_attention(y, y, y)
+        return y.view(n, h // 4, w // 4, 4, 4, c).permute(0, 5, 1, 3, 2, 4).reshape(n, c, h, w)
+
+
+def test_attention_in_windows_is_no_barrier():
+    """Its keys do not grow with the image."""
+    found = with_attention(captured_program(Windowed(), Caller(), IMAGE, []), IMAGE.shape)
+    assert not barriers(found)
+    assert not found.whole
+
+
+def predicted(net, image=IMAGE, **options):
+    return normfix.predict(net, image, tile=16, statistics="per-image", **options)
+
+
+def whole(net, image=IMAGE):
+    with torch.no_grad():
+        return net(image)
+
+
+@pytest.fixture(scope="module")
+def net():
+    return of("fused", reduced=2)
+
+
+def test_an_unconverted_network_gives_its_whole_image_output(net):
+    """Norms over tokens, attention to reduced keys: equal to the untiled forward pass, its tiles are not."""
+    given, expected = predicted(net), whole(net)
+    assert float((given - expected).abs().max() / expected.std()) < 1e-9
+    tiles = torch.cat([whole(net, part) for part in IMAGE.split(20, 3)], 3)
+    assert float((tiles - expected).abs().max() / expected.std()) > 0.1
+
+
+def test_another_image_of_another_size_is_exact_too(net):
+    """Keys and statistics are those of the image that is predicted, also where no usual stride divides its size."""
+    image = 2 * IMAGE[..., 6:, 6:]
+    expected = whole(net, image)
+    assert float((predicted(net, image) - expected).abs().max() / expected.std()) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    ["a lost block", "an unscaled merge", "keys of another image"],
+)
+def test_planted_mistakes_are_caught(monkeypatch, mistake):
+    """The proof of the plan, or the network's own output, finds what attention would get wrong."""
+    if mistake == "a lost block":
+        bands = Tokens.bands
+        monkeypatch.setattr(Tokens, "bands", lambda self, most: list(bands(self, 40))[:-1])
+    elif mistake == "an unscaled merge":
+        monkeypatch.setattr(tokens, "_SCORES", 2000)
+        monkeypatch.setattr(torch, "logaddexp", lambda a, b: a)
+    else:
+        read = Tokens.bands
+        monkeypatch.setattr(Tokens, "bands", lambda self, most: (k.flip(-2) * 1.1 for k in read(self, most)))
+    with pytest.raises(NotInStages) as caught:
+        predicted(of("matmul"))
+    assert caught.value.code in ("NF320", "NF325")
+
+
+def test_a_mask_is_refused_by_name():
+    """What is not supported is named with its module, not computed."""
+    with pytest.raises(NormfixError) as caught:
+        predicted(of(_masked))
+    assert caught.value.code in ("NF324", "NF409")
+    assert "attention" in str(caught.value)
+
+
+def test_no_tile_is_enough_for_attention(net):
+    """Tiles and a halo are refused: stages alone have the keys of the whole image."""
+    for options in ({"engine": "tiles"}, {"halo": 8}):
+        with pytest.raises(NormfixError) as caught:
+            predicted(net, **options)
+        assert caught.value.code == "NF410"
+
+
+def test_live_norms_are_refused_with_stored_statistics(net):
+    """Only an image's own statistics make an unconverted network's output."""
+    with pytest.raises(NormfixError) as caught:
+        normfix.predict(net, IMAGE, tile=16)
+    assert caught.value.code == "NF409"
