@@ -63,8 +63,8 @@ _ENDINGS = [".tif", ".npy", ".zarr", ".nii", ".nii.gz"]
     type=click.Choice(["stored", "per-image"]),
     default="stored",
     show_default=True,
-    help="per-image: normalise the image by its own statistics, measured over all of it. So an unconverted network gives "
-    "its output of the whole image, attention over all positions included.",
+    help="per-image: normalise the image by its own statistics, measured over all of it. So an unconverted network "
+    "gives its output of the whole image, attention over all positions included.",
 )
 @click.option(
     "--allow-nonfinite",

@@ -30,7 +30,7 @@ from normfix.scanning.known import ForwardFn, known_of
 from normfix.tiling.geometry import geometry_of
 from normfix.tiling.grid import Geometry, grid
 from normfix.tiling.recall import Recalling
-from normfix.tiling.stitching import padded, stitch, tile_extents
+from normfix.tiling.stitching import dividing, padded, stitch, tile_extents
 
 __all__ = ["halo_curve"]
 

@@ -71,5 +71,7 @@ class Attends(nn.Module):
             layer(t).unflatten(2, (2, 4)).transpose(1, 2)
             for layer, t in ((self.q, tokens), (self.k, keys), (self.v, keys))
         )
-        seen = self.attention(q, k, v).transpose(1, 2).reshape(n, h * w, c).transpose(1, 2).reshape(n, c, h, w)
+        seen = (
+            self.attention(q, k, v).transpose(1, 2).reshape(n, h * w, c).transpose(1, 2).reshape(n, c, h, w)
+        )
         return self.last(self.up(y + seen).relu())
