@@ -51,12 +51,11 @@ def give_back_command(
     unless that library, alone in a fresh process, gives the converted network's output.
 
     OTHERS are the conversions of further networks of the original: the folds of an nnU-Net folder, each converted from
-    its own checkpoint.
+    its own checkpoint (normfix give-back fixed_0 fixed_1 -o FIXED --original MODEL_FOLDER).
 
     \b
     Example:
       normfix give-back fixed -o for-monai --original my_bundle
-      normfix give-back fixed_0 fixed_1 -o MODEL_FIXED --original MODEL_FOLDER
     """
     from normfix.giving.folder import give_back
 

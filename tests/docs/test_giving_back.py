@@ -14,7 +14,7 @@ import tifffile
 import torch
 from cyclegan import define_G
 from nnunet import nnunet_folder, scrambled
-from originals import bundle, unet3d_run
+from originals import bundle, torch_em_run, unet3d_run
 from pages import ROOT, shown
 
 from normfix.cli import cli
@@ -65,11 +65,10 @@ def unet3d() -> list[str]:
 def torch_em() -> list[str]:
     """Make a trainer's folder."""
     models = pytest.importorskip("torch_em.model", reason="torch-em is not installed")
-    from test_torch_em import checkpoint
 
     args = {"in_channels": 1, "out_channels": 1, "initial_features": 4, "depth": 2}
     Path("unet.json").write_text(json.dumps(args))
-    checkpoint(Path("run"), scrambled(models.UNet2d(**args)))
+    torch_em_run(Path("run"), scrambled(models.UNet2d(**args)))
     return ["run_fixed/best.pt"]
 
 

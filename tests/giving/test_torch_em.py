@@ -3,29 +3,11 @@
 import pytest
 import torch
 from nnunet import scrambled
+from originals import torch_em_run
 
 import normfix
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries' own
-
-
-def checkpoint(folder, network):
-    """Write best.pt and latest.pt as torch-em's DefaultTrainer.save_checkpoint does."""
-    folder.mkdir()
-    content = {
-        "iteration": 4,
-        "epoch": 2,
-        "best_epoch": 2,
-        "best_metric": 0.5,
-        "current_metric": 0.5,
-        "model_state": network.state_dict(),
-        "optimizer_state": torch.optim.Adam(network.parameters()).state_dict(),
-        "init": {"model_class": "torch_em.model.unet.UNet2d", "model_kwargs": {"in_channels": 1}},
-        "train_time": 1.0,
-        "timestamp": "27-11-2026",
-    }
-    for name in ("best.pt", "latest.pt"):
-        torch.save(content, folder / name)
 
 
 def returned(tmp_path, kind, image, **args):
@@ -33,7 +15,7 @@ def returned(tmp_path, kind, image, **args):
     models = pytest.importorskip("torch_em.model", reason="torch-em is not installed")
     torch.manual_seed(0)
     network = scrambled(getattr(models, kind)(**args))
-    checkpoint(tmp_path / "run", network)
+    torch_em_run(tmp_path / "run", network)
     source = f"torch_em.model:{kind}"
     loaded = normfix.load(tmp_path / "run" / "best.pt", arch=source, args=args)
     done = normfix.convert(loaded, image)

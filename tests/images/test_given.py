@@ -59,6 +59,7 @@ USES = {
     "convert": lambda m, x, _: state(normfix.convert(network(), x).model),
     "diagnose": lambda m, x, _: normfix.diagnose(network(), x, tile=16, batches=(1,)).tile_mismatch,
     "FineTuning.recalibrate": recalibrated,
+    "halo_curve": lambda m, x, _: normfix.halo_curve(m, x, tile=16).to_json(),
     "predict": lambda m, x, _: normfix.predict(m, x, tile=16).numpy().tobytes(),
     "prove": lambda m, x, _: [(s.name, s.status, s.value) for s in normfix.prove(m, x, 16).steps],
     "scan": lambda m, x, _: normfix.scan(network(), x, fast=True).to_json(),

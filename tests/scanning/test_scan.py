@@ -154,9 +154,13 @@ def test_a_scan_costs_about_seven_forward_passes():
     assert count.total / 256**2 < 8
 
 
-def test_labels_are_a_finding():
-    """A network that answers with labels swallows the dye, and the scan says where its halo is lost."""
-    assert "NF216" in [finding.code for finding in _scan(SwallowsDye()).findings]
+def test_labels_have_the_halo_of_their_graph():
+    """A network that answers with labels swallows the dye: its graph bounds the halo; measured, it is a finding."""
+    found = _scan(SwallowsDye())
+    assert (found.halo, found.reach.measured) == (((2, 2), (2, 2)), None)
+    measured = _scan(SwallowsDye(), halo="measured")
+    assert measured.halo is None
+    assert "NF216" in [finding.code for finding in measured.findings]
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -115,3 +115,22 @@ def unet3d_run(folder, order="gcr"):
     torch.save(content, folder / "best_checkpoint.pytorch")
     torch.save(content, folder / "last_checkpoint.pytorch")
     return network
+
+
+def torch_em_run(folder, network):
+    """Write best.pt and latest.pt as torch-em's DefaultTrainer.save_checkpoint does."""
+    folder.mkdir()
+    content = {
+        "iteration": 4,
+        "epoch": 2,
+        "best_epoch": 2,
+        "best_metric": 0.5,
+        "current_metric": 0.5,
+        "model_state": network.state_dict(),
+        "optimizer_state": torch.optim.Adam(network.parameters()).state_dict(),
+        "init": {"model_class": "torch_em.model.unet.UNet2d", "model_kwargs": {"in_channels": 1}},
+        "train_time": 1.0,
+        "timestamp": "27-11-2026",
+    }
+    for name in ("best.pt", "latest.pt"):
+        torch.save(content, folder / name)
