@@ -28,7 +28,7 @@ def test_json_is_the_record_and_the_cost_is_said_first(run, image):
     record = DiagnosisRecord.from_json(json.loads(out))
     assert code == 1
     assert [c.cause for c in record.culprits] == ["instance"]
-    assert err.startswith(f"{record.cost.windows} windows in {record.cost.experiments} experiments")
+    assert err.lstrip().startswith(f"{record.cost.windows} windows in {record.cost.experiments} experiments")
 
 
 def test_a_pipelines_own_faults_are_options(run, image):

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from optional import needs_programs
 
 import normfix
 
+pytestmark = needs_programs  # the folder holds no network that can be built without one
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 4000, (96, 80), dtype=np.uint16)
 

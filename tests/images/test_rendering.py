@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from optional import needs_programs
 from torch import nn
 
 import normfix
@@ -154,6 +155,7 @@ def test_a_tiff_is_a_hyperstack_of_imagej(three, tmp_path, as_):
         )
 
 
+@needs_programs
 def test_a_stack_of_masks_is_a_hyperstack_with_its_spacing(one, tmp_path, monkeypatch, capsys):
     """Planes along Z are slices in Fiji, with the size of their pixels, from the command line."""
     planes = np.concatenate([IMAGE[0].numpy() + n for n in range(4)])
