@@ -19,7 +19,6 @@ from normfix.records.spans import round_up
 from normfix.scanning.graph.bounds import AXES, SizeLook
 from normfix.tiling.dependence import agrees, far
 from normfix.tiling.grid import Geometry
-from normfix.tiling.stride import remainders
 
 __all__ = ["Crossings"]
 
@@ -48,36 +47,9 @@ class Crossings:
 
     def differing(self, sizes: SizeLook) -> tuple[Condition, ...]:
         """Return the conditions that should make no difference to tiles and do: they count wherever they fail."""
-        wrong = [condition for condition in sizes.lattice if not self._repeats_harmlessly(condition, sizes)]
+        wrong = [condition for condition in sizes.lattice if not self.harmless(condition)]
         wrong += [condition for condition in sizes.built if not self.harmless(condition, afar=True)]
         return tuple(replace(condition, strict=True) for condition in wrong)
-
-    def _repeats_harmlessly(self, condition: Condition, sizes: SizeLook) -> bool:
-        """Tell whether tiles equal the whole where a condition of the lattice fails, alone where it can fail alone.
-
-        Sizes at which the exact multiple was measured are not tried again.
-        """
-        others = [other for other in sizes.lattice if other is not condition]
-        names, failing = AXES[self.example.dim()], []
-        for axis in self._axes:
-            if names[axis] not in condition.text:
-                continue
-            lengths = [s for s in self._lengths(axis, axis) if not condition.holds(self._named(s))]
-            alone = (s for s in lengths if all(other.holds(self._named(s)) for other in others))
-            size = next(alone, next(iter(lengths), None))
-            if size is not None and not self._is_measured(condition, axis, size):
-                failing.append((axis, size))
-        return self._agree(failing)
-
-    def _is_measured(self, condition: Condition, axis: int, size: Size) -> bool:
-        """Tell whether an extent has a remainder that was measured, and the condition asks for no more than that."""
-        stride = self.geometry.stride[axis]
-        rest = size[axis] % stride
-        if rest not in remainders(stride):
-            return False
-        alike = range(rest + stride, rest + stride + _PERIOD, stride)
-        strips = ((*size[:axis], extent, *size[axis + 1 :]) for extent in alike)
-        return not any(condition.holds(self._named(strip)) for strip in strips)
 
     def harmless(self, condition: Condition, *, afar: bool = False) -> bool:
         """Tell whether tiles equal the whole whether a condition holds or fails that should make no difference.
@@ -85,7 +57,7 @@ class Crossings:
         Sizes are tried that an image may have once it is padded to an exact one.
 
         Args:
-            condition: of a number that was built in, or any other.
+            condition: of a lattice, or of a number that was built in.
             afar: try the longest strips as well: for what does not repeat.
         """
         shortest: dict[tuple[int, int, bool], Size] = {}

@@ -27,7 +27,6 @@ __all__ = [
     "is_equivariant",
     "lattices",
     "output_scale",
-    "remainders",
     "smallest_stride",
     "smallest_tile",
 ]
@@ -366,10 +365,10 @@ def exact_multiple(
         return difference(rest, f) <= EXACT
 
     length = stride + round_up(sum(reach) + _margin(scale), stride)
-    return 1 if all(map(is_exact, remainders(stride))) else stride
+    return 1 if all(map(is_exact, _remainders(stride))) else stride
 
 
-def remainders(stride: int) -> tuple[int, ...]:
+def _remainders(stride: int) -> tuple[int, ...]:
     """Return the remainders of extents at which it is tried whether sizes that a stride does not divide are exact."""
     return tuple(sorted({1, stride // 2, stride - 1} - {0, stride}))
 
