@@ -262,7 +262,7 @@ def _named(path: Path, ending: str | None) -> str:
     >>> _named(Path("cells/a.PNG"), None), _named(Path("t1.nii.gz"), None), _named(Path("b.npy"), ".tif")
     ('a.tif', 't1.nii.gz', 'b.tif')
     """
-    from normfix.images.formats import OUTPUTS, suffix_of
+    from normfix.images.endings import OUTPUTS, suffix_of
 
     own = suffix_of(path)
     stem = path.name[: len(path.name) - len(own)]

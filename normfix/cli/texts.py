@@ -162,7 +162,9 @@ def _outcome(record: ConversionRecord) -> str:
 
 def proof_text(proof: Proof, *, verbose: bool = False) -> str:
     """Return the outcome first, then the steps that did not pass, or all if verbose."""
-    return "\n".join([f"{proof.status}: {headline(proof)}", *_steps(proof, verbose=verbose)])
+    return "\n".join(
+        [f"{proof.status}: {headline(proof).partition(': ')[2]}", *_steps(proof, verbose=verbose)]
+    )
 
 
 def _steps(proof: Proof, *, verbose: bool) -> list[str]:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from normfix.errors import NormfixError
 from normfix.images.drafts import cannot_write, drafting, require_unnamed, reserve, sweep
-from normfix.images.formats import create, finish, suffix_of
+from normfix.images.endings import suffix_of
+from normfix.images.formats import create, finish
 from normfix.images.formats.placement import Placement
 from normfix.images.names import require_image_name
 

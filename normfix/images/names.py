@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from normfix.errors import NormfixError
-from normfix.images.formats import OUTPUTS, SUFFIXES, is_zarr, suffix_of
+from normfix.images.endings import OUTPUTS, SUFFIXES, is_zarr, suffix_of
 
 __all__ = ["find_images", "require_image_name"]
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from normfix.errors import NormfixError
 from normfix.images.axes import KEEPING, laid_out, require_new_image
 from normfix.images.drafts import cannot_write, drafting, reserve
-from normfix.images.formats import create, finish, suffix_of
+from normfix.images.endings import suffix_of
+from normfix.images.formats import create, finish
 from normfix.images.formats.placement import Placement
 from normfix.images.rendering import Rendering
 from normfix.networks.numerics import require_finite

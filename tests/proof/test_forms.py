@@ -138,10 +138,10 @@ def test_statistics_of_training_are_no_proof(trained, tmp_path, run):
     bench = bench_of(copy.deepcopy(trained), tmp_path, "factories:tiny_unet")
     write_draft(folder, bench.model, bench.caller, bench.provenance)
     np.save(tmp_path / "0.npy", images()[0][0, 0].numpy())
-    words = ("prove", folder, tmp_path / "0.npy", "--arch", "factories:tiny_unet")
+    words = ("prove", folder, tmp_path / "0.npy", "--arch", "factories:tiny_unet", "-v")
     code, out, _ = run(*words)
     assert code == 1
-    assert out.startswith("failed\n  residual: failed ")
+    assert out.startswith("failed: residual failed (")
     assert "NF249" in out
     assert "normfix calibrate" in out
     assert "  tiles: passed" in out  # constants are constants, whatever their values

@@ -12,42 +12,22 @@ from typing import Any
 import numpy as np
 
 from normfix.errors import NormfixError
+from normfix.images.endings import SUFFIXES, is_zarr, suffix_of
 from normfix.images.formats.opened import ArrayLike, Choice, Opened
 from normfix.images.formats.placement import Placement
 from normfix.images.formats.zarr_layout import require_zarr
 
 __all__ = [
-    "OUTPUTS",
-    "SUFFIXES",
     "ArrayLike",
     "Choice",
     "Opened",
     "Placement",
     "create",
     "finish",
-    "is_zarr",
     "open_file",
-    "suffix_of",
     "unreadable",
     "why",
 ]
-
-SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".npy", ".nii", ".nii.gz")
-"""Endings of the files that are read as images; folders in Zarr are too."""
-
-OUTPUTS = (".npy", ".tif", ".tiff", ".zarr", ".nii", ".nii.gz")
-"""Endings of the files that are written."""
-
-
-def suffix_of(path: Path) -> str:
-    """Return the ending that tells the format, in small letters."""
-    name = path.name.lower()
-    return ".nii.gz" if name.endswith(".nii.gz") else path.suffix.lower()
-
-
-def is_zarr(path: Path) -> bool:
-    """Tell whether a folder is a Zarr array or group."""
-    return any((path / name).exists() for name in ("zarr.json", ".zgroup", ".zarray"))
 
 
 def open_file(path: Path, choice: Choice | None = None) -> Opened:

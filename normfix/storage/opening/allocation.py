@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _get_current_dispatch_mode,
+    _pop_mode,
     _pop_mode_temporarily,
 )
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -27,7 +28,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from normfix.errors import NormfixError
 from normfix.networks.quiet_imports import import_compiler
 
-__all__ = ["PLENTY", "Bounded", "Sketched", "Stored", "bounded_by", "require_proportion", "uncounted"]
+__all__ = [
+    "PLENTY",
+    "Bounded",
+    "Sketched",
+    "Stored",
+    "bounded_by",
+    "require_proportion",
+    "torch_restored",
+    "uncounted",
+]
 
 _LEAST, _GROWTH = 256 << 20, 8
 """Initialisation and tables that are not saved take more than the weights; a file of fewer is tiny."""
@@ -112,6 +122,21 @@ def uncounted() -> Iterator[None]:
     counted = isinstance(_get_current_dispatch_mode(), Bounded)
     with _pop_mode_temporarily() if counted else nullcontext():
         yield
+
+
+@contextmanager
+def torch_restored() -> Iterator[None]:
+    """Leave torch's modes as they were, also where an exception from outside came while one of them was being left."""
+    modes, functions = torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack()
+    graded = torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        while torch._C._len_torch_dispatch_stack() > modes:
+            _pop_mode()
+        while torch._C._len_torch_function_stack() > functions:
+            torch.overrides._pop_mode()
+        torch.set_grad_enabled(graded)
 
 
 def require_proportion(model: nn.Module, stored: Stored, where: str) -> None:

@@ -23,7 +23,14 @@ from normfix.images.headroom import lacks_memory
 from normfix.networks.naming import UnknownNameError, named
 from normfix.networks.quiet_imports import import_compiler
 from normfix.records.saved import Source
-from normfix.storage.opening.allocation import PLENTY, Bounded, Sketched, Stored, require_proportion
+from normfix.storage.opening.allocation import (
+    PLENTY,
+    Bounded,
+    Sketched,
+    Stored,
+    require_proportion,
+    torch_restored,
+)
 from normfix.storage.opening.arguments import blanked, require_inert, require_small
 from normfix.storage.opening.gate import (
     FACTORIES,
@@ -71,12 +78,13 @@ def build(source: Source, *, blank: bool = False, stored: Stored | None = None) 
     require_inert(args, source.spec)
     require_small(args, source.spec, tensors=stored.tensors, elements=stored.elements)
     bound = Bounded(4 * stored.elements, source.spec)
-    return within(
-        2 * stored.seconds,
-        lambda: _within_memory(bound, lambda: built(factory, args, source.spec)),
-        source.spec,
-        growth=stored.room,
-    )
+    with torch_restored():
+        return within(
+            2 * stored.seconds,
+            lambda: _within_memory(bound, lambda: built(factory, args, source.spec)),
+            source.spec,
+            growth=stored.room,
+        )
 
 
 def _factory(spec: str, find: Callable[[str], Any]) -> Callable[..., Any]:
@@ -236,7 +244,7 @@ def confined(
 
     # What counting needs of torch writes to a temporary folder; that is not the file's doing.
     import_compiler()
-    with watched(where):
+    with watched(where), torch_restored():
         return within(stored.seconds, both, where, growth=stored.room)
 
 
