@@ -2,14 +2,16 @@
 
     pip install ".[demo]" && pip install --no-deps stardist
     python benchmarks/choosing.py
+    python benchmarks/choosing.py --image IMAGE.tif --labels LABELS.tif --zooms 1
 
 Prints a table of Dice per zoom of the image. Statistics are measured on the unlabelled image that is predicted, in
-windows of the 160 pixels that the network was trained on; "measured live" takes every window in the network as it is,
-the others each layer while all before it use their constants.
+windows of the 160 pixels that the network was trained on (--size); "measured live" takes every window in the network as
+it is, the others each layer while all before it use their constants.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -34,10 +36,14 @@ from normfix.networks.copying import copy_of
 from normfix.records.statistics import WHOLE, parse_statistics
 from normfix.tiling.geometry import geometry_of
 
-ZOOMS = (3.5, 2.0, 1.0)
 LAWS = ("geometric", "median", "arithmetic", "total")
-SIZE = 160
-TILE = 160
+
+
+def read(image: str, labels: str) -> tuple[Tensor, Tensor]:
+    """Return an image of one channel and its labels, as float32 (1, 1, H, W); labels are 0 or 1."""
+    pair = (tifffile.imread(image), tifffile.imread(labels) > 0)
+    found = (torch.from_numpy(a.astype("float32"))[None, None] for a in pair)
+    return next(found), next(found)
 
 
 def labelled() -> tuple[Tensor, Tensor]:
@@ -46,9 +52,8 @@ def labelled() -> tuple[Tensor, Tensor]:
     if spec is None or spec.origin is None:
         raise SystemExit("The image comes with: pip install --no-deps stardist")
     folder = Path(spec.origin).parent / "data" / "images"
-    image, mask = (tifffile.imread(folder / name)[:, 320:] for name in ("img2d.tif", "mask2d.tif"))
-    pair = (torch.from_numpy(a.astype("float32"))[None, None] for a in (image, mask > 0))
-    return next(pair), next(pair)
+    image, labels = read(str(folder / "img2d.tif"), str(folder / "mask2d.tif"))
+    return image[..., 320:], labels[..., 320:]
 
 
 def zoomed(image: Tensor, labels: Tensor, zoom: float) -> tuple[Tensor, Tensor]:
@@ -65,9 +70,9 @@ def dice(prediction: Tensor, labels: Tensor) -> float:
     return float(2 * (found & true).sum() / (found.sum() + true.sum()))
 
 
-def live_tiles(net: nn.Module, x: Tensor) -> Tensor:
+def live_tiles(net: nn.Module, x: Tensor, size: int) -> Tensor:
     """Return what tiles side by side give, each normalised by itself."""
-    rows = [torch.cat([net(p) for p in row.split(TILE, 3)], 3) for row in x.split(TILE, 2)]
+    rows = [torch.cat([net(p) for p in row.split(size, 3)], 3) for row in x.split(size, 2)]
     return torch.cat(rows, 2)
 
 
@@ -76,10 +81,10 @@ def layers(net: nn.Module) -> list[ChannelNorm]:
     return [module for module in net.modules() if isinstance(module, ChannelNorm)]
 
 
-def freeze_live_(net: nn.Module, x: Tensor, law: str) -> None:
-    """Give norms the law of what windows have in the network as it is: each frozen at its own values, one by one."""
+def freeze_live_(net: nn.Module, x: Tensor, size: int) -> None:
+    """Give norms the geometric law of what windows have in the network as it is: each frozen at its own values."""
     found = []
-    statistics = parse_statistics(f"windows:{SIZE}:{law}")
+    statistics = parse_statistics(f"windows:{size}:geometric")
     for window in windows_of(TensorImage(x), statistics, GEOMETRY):
         freeze_sites_(net, planned_targets(net, PLAN), whole(window), Caller())
         found.append([(n.running_mean.double().clone(), n.running_var.double().clone()) for n in layers(net)])
@@ -102,28 +107,36 @@ def frozen(x: Tensor, name: str) -> nn.Module:
     return net
 
 
-def measured_live(x: Tensor) -> nn.Module:
+def measured_live(x: Tensor, size: int) -> nn.Module:
     """Return the network with the geometric law of windows that are measured in the network as it is."""
     net = copy_of(DONE.model)
-    freeze_live_(net, x, "geometric")
+    freeze_live_(net, x, size)
     return net
 
 
 @torch.no_grad()
 def main() -> None:
     """Measure and print, row by row."""
-    image, labels = labelled()
-    original = nuclei_unet()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--image")
+    parser.add_argument("--labels")
+    parser.add_argument("--zooms", type=float, nargs="+", default=[3.5, 2.0, 1.0])
+    parser.add_argument("--size", type=int, default=160, help="of windows and tiles, in pixels")
+    given = parser.parse_args()
+    image, labels = labelled() if given.image is None else read(given.image, given.labels)
+    original, size = nuclei_unet(), given.size
     rows: dict[str, Callable[[Tensor], Tensor]] = {
         "live, whole image": original,
-        "live, tiles of 160": lambda x: live_tiles(original, x),
-        f"windows:{SIZE}:geometric, measured live": lambda x: measured_live(x)(x),
+        f"live, tiles of {size}": lambda x: live_tiles(original, x, size),
+        f"windows:{size}:geometric, measured live": lambda x: measured_live(x, size)(x),
         "whole": lambda x: frozen(x, "whole")(x),
     }
     for law in LAWS:
-        rows[f"windows:{SIZE}:{law}"] = lambda x, law=law: frozen(x, f"windows:{SIZE}:{law}")(x)  # type: ignore[misc]
+        rows[f"windows:{size}:{law}"] = lambda x, law=law: frozen(x, f"windows:{size}:{law}")(x)  # type: ignore[misc]
     print("| zoom | constants | Dice |\n| --- | --- | --- |")
-    for zoom in ZOOMS:
+    for zoom in given.zooms:
         x, true = zoomed(image, labels, zoom)
         for name, predict in rows.items():
             print(f"| {zoom:g} | {name} | {dice(predict(x), true):.3f} |", flush=True)

@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
 
 pytestmark = pytest.mark.slow
 
@@ -36,6 +38,18 @@ def test_a_benchmark_runs_to_its_end(name, tmp_path):
     assert re.search(pattern, printed), printed
 
 
+def test_constants_are_compared_on_labels(tmp_path):
+    """The benchmark of constants takes an image and labels of one's own, and has a row for each kind."""
+    rows, columns = np.mgrid[:96, :112]
+    labels = ((rows - 40) ** 2 + (columns - 50) ** 2 < 400).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "labels.tif", labels)
+    noise = np.random.default_rng(0).random(labels.shape)
+    tifffile.imwrite(tmp_path / "image.tif", (labels * 0.8 + noise * 0.2).astype(np.float32))
+    words = ["--image", "image.tif", "--labels", "labels.tif", "--zooms", "1", "--size", "48"]
+    printed = run(BENCHMARKS / "choosing.py", *words, cwd=tmp_path)
+    assert len(re.findall(r"^\| 1 \| .+ \| [01]\.\d{3} \|$", printed, re.MULTILINE)) == 8
+
+
 @pytest.mark.zoo
 def test_growth_is_plotted(tmp_path):
     """The benchmark of growth starts a process per size and draws them."""
@@ -64,4 +78,4 @@ def test_every_benchmark_is_run_here_or_by_its_own_test():
     """A new file in benchmarks/ needs a run of its own."""
     files = {path.stem for path in BENCHMARKS.glob("*.py")}
     # the last two have tests/benchmarks/test_tradeoffs.py, and a GPU to themselves
-    assert files == {*RUNS, "confirm_real", "real_networks", "tradeoffs", "gpu"}
+    assert files == {*RUNS, "choosing", "confirm_real", "real_networks", "tradeoffs", "gpu"}
