@@ -84,14 +84,18 @@ def test_check_does_not_pass_where_another_network_runs(case):
         assert not (wrong and verdict.passed and not verdict.findings)
 
 
-@pytest.mark.parametrize("name", ["either", pytest.param("nested", marks=pytest.mark.slow)])
-def test_more_reach_at_other_sizes_is_said_as_a_size(name):
+@pytest.mark.parametrize(
+    ("name", "used"),
+    [("either", "measured"), pytest.param("nested", "graph", marks=pytest.mark.slow)],
+)
+def test_more_reach_at_other_sizes_is_said_as_a_size(name, used):
     """Strips on the other side of a branch may reach beyond the bound: no rule is blamed, and sizes are stated."""
     done = converted(BY_SIZE[name])
     assert done is not None
     assert "NF244" in {finding.code for finding in done.scan.findings}
     assert done.scan.sizes.conditions
-    assert done.scan.reach.used == "measured"
+    # strips are as short as confirming the bound allows, and may stay on one side
+    assert done.scan.reach.used == used
 
 
 @pytest.mark.parametrize("case", cases(LOCAL))

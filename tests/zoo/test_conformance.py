@@ -1,6 +1,7 @@
 """Real architectures fare as the package says, judged by arithmetic of the zoo's own; and the zoo can say no."""
 
 import os
+import re
 import time
 from collections import Counter
 from dataclasses import replace
@@ -265,7 +266,7 @@ def test_what_runs_out_of_time_says_where():
     """A timeout names the function of the package at work, and what a pass costs; a network that ends does not."""
     row = apart(replace(SMALL, build=_Slow), limit=2, patience=60)
     assert row["category"] == "timeout", row
-    assert row["cause"].startswith("during scan, in _isnan of tiling/halo.py < _reach of tiling/halo.py")
+    assert re.match(r"during scan, in \w+ of tiling/\w+\.py < \w+ of tiling/", row["cause"])
     assert "a pass of the example takes" in row["cause"]
     assert "place" not in apart(SMALL)
 
