@@ -135,7 +135,7 @@ def torch_restored() -> Iterator[None]:
         while torch._C._len_torch_dispatch_stack() > modes:
             _pop_mode()
         while torch._C._len_torch_function_stack() > functions:
-            torch.overrides._pop_mode()
+            torch.overrides._pop_mode()  # type: ignore[no-untyped-call]
         torch.set_grad_enabled(graded)
 
 
