@@ -47,7 +47,8 @@ def with_attention(program: Program, example: Sequence[int]) -> Program:
         The program with the new barriers; itself where there are none.
     """
     found = list(_attentions(program.body))
-    maps = _maps(program, example) if found or program.cuts else None
+    ndim = len(example) - 2
+    maps = _maps(program, example) if found or any(_is_flat(c.operand, ndim) for c in program.cuts) else None
     if maps is None:
         return program
     shapes = program.shapes(example)
@@ -69,6 +70,11 @@ def with_attention(program: Program, example: Sequence[int]) -> Program:
     program.body.graph.lint()
     program.body.recompile()
     return replace(program, cuts=tuple(cuts), whole=frozenset(whole), flat=flat, known={})
+
+
+def _is_flat(value: Node, ndim: int) -> bool:
+    """Tell whether fewer dimensions than space has follow the image's extents; the first may be the batch."""
+    return sum(not isinstance(extent, int) for extent in _shape(value)[1:]) < ndim
 
 
 def _maps(program: Program, example: Sequence[int]) -> ProgramMaps | None:
