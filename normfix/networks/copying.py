@@ -12,9 +12,9 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from normfix.errors import NormfixError
 from normfix.networks.behaviour import behaviour_of
-from normfix.networks.calling import failures, require_network
+from normfix.networks.calling import failures, home_of, require_network
 
-__all__ = ["as_trained_copy", "copy_of", "double_of", "original_of", "twin_of"]
+__all__ = ["as_trained_copy", "copy_of", "cpu_twin_of", "double_of", "original_of", "twin_of"]
 
 
 _TRIALS = 5
@@ -57,6 +57,12 @@ def twin_of(model: nn.Module) -> nn.Module:
         twin = _copied(model, {**shared, **_uncopyable(model, shared)})
     _ORIGINALS[twin] = weakref.ref(model)
     return twin.eval()
+
+
+def cpu_twin_of(model: nn.Module) -> nn.Module:
+    """Return a twin on the CPU; of a model on another device that is a copy, parameters too."""
+    twin = twin_of(model)
+    return twin if home_of(twin)[0].type == "cpu" else copy_of(twin).cpu()
 
 
 def double_of(model: nn.Module, spare: nn.Module | None = None) -> nn.Module:

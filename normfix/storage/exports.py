@@ -26,18 +26,17 @@ from torch import Tensor, nn
 from normfix.errors import NormfixError
 from normfix.images.drafts import cannot_write, drafting, require_unnamed
 from normfix.networks.calling import Caller, evaluating, failures, home_of, refusals
-from normfix.networks.copying import copy_of, double_of, twin_of
-from normfix.networks.graph.capture import export, free_dimensions
+from normfix.networks.copying import cpu_twin_of, double_of
+from normfix.networks.graph.capture import AsFunction, export, free_dimensions
 from normfix.networks.graph.isolation import silence
 from normfix.networks.numerics import exact_arithmetic
-from normfix.records.encoding import SCHEMA
 from normfix.records.exports import Export
 from normfix.records.measurements import CalibrationSummary
-from normfix.records.saved import Provenance, Saved
+from normfix.records.saved import Provenance
 from normfix.records.sites import Scan
 from normfix.records.verdicts import Proof
 from normfix.storage.folder import MANIFEST, seeded_input
-from normfix.storage.probe import SEED, probe_of
+from normfix.storage.probe import SEED, saved_inside
 from normfix.tiling.geometry import geometry_of, thinnest
 from normfix.tiling.grid import Tile, grid
 from normfix.tiling.strips import longer_than_windows
@@ -108,26 +107,16 @@ def write_export(
     """
     require_unnamed(path)
     require_exporter(path)
-    model = twin_of(model)
-    if home_of(model)[0].type != "cpu":
-        model = copy_of(model).cpu()
+    model = cpu_twin_of(model)
     dtype = home_of(model)[1]
     if dtype == torch.bfloat16:
         raise NotExported(
             "NF590", "it computes in bfloat16, which these runtimes take no image in. Convert it with --dtype float32.",
             where=str(path),
         )  # fmt: skip
-    saved = Saved(
-        schema=SCHEMA,
-        provenance=provenance,
-        aliases=(),
-        sha256="",
-        calibration=calibration,
-        proof=proof,
-        probe=probe_of(model, caller, provenance),
-    )
+    saved = saved_inside(model, caller, provenance, proof, calibration)
     example = seeded_input((1, *provenance.scan.example[1:]), SEED, dtype)
-    network = _OneOutput(model, caller)
+    network = AsFunction(model, caller)
     write = _onnx if path.suffix == ".onnx" else _torchscript
     with evaluating(network), exact_arithmetic():
         try:
@@ -152,18 +141,6 @@ def write_export(
             return replace(_judged(path, versions, free, cases, differences, note), sizes=sizes)
     except OSError as error:
         raise cannot_write(path, error) from error
-
-
-class _OneOutput(nn.Module):
-    """A network, called in its own way, as a function of one image that returns what counts."""
-
-    def __init__(self, network: nn.Module, caller: Caller) -> None:
-        super().__init__()
-        self.network = network
-        self._caller = caller
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self._caller(self.network, image)
 
 
 _Written = tuple[bytes, tuple[tuple[str, str], ...], tuple[int, ...]]
@@ -258,7 +235,7 @@ def _cases(
     double = double_of(model)
     case = partial(_case, partial(caller, model), partial(caller.in_double, double))
     images = [example, *([_grown(example, free)] if free else [])]
-    cases = [case(image) for image in images if image is example or _runs(_OneOutput(model, caller), image)]
+    cases = [case(image) for image in images if image is example or _runs(AsFunction(model, caller), image)]
     geometry = geometry_of(provenance.scan)
     space = tuple(range(2, example.dim()))
     note = ""

@@ -11,10 +11,13 @@ from normfix.errors import NormfixError
 from normfix.networks.calling import Caller, home_of
 from normfix.networks.copying import twin_of
 from normfix.networks.numerics import IDENTITY, exact_arithmetic
-from normfix.records.saved import Probe, Provenance
+from normfix.records.encoding import SCHEMA
+from normfix.records.measurements import CalibrationSummary
+from normfix.records.saved import Probe, Provenance, Saved
+from normfix.records.verdicts import Proof
 from normfix.storage.folder import seeded_input
 
-__all__ = ["SEED", "ProbeError", "probe_of", "probed", "require_probe"]
+__all__ = ["SEED", "ProbeError", "probe_of", "probed", "require_probe", "saved_inside"]
 
 SEED = 0
 _SAMPLES = 64
@@ -42,6 +45,25 @@ def probe_of(model: nn.Module, caller: Caller, provenance: Provenance) -> Probe 
         output=tuple(output.shape),
         sd=float(output.double().std()),
         values=_samples(output),
+    )
+
+
+def saved_inside(
+    model: nn.Module,
+    caller: Caller,
+    provenance: Provenance,
+    proof: Proof | None,
+    calibration: CalibrationSummary | None,
+) -> Saved:
+    """Return what travels inside a file that holds its network itself, without weights of its own beside it."""
+    return Saved(
+        schema=SCHEMA,
+        provenance=provenance,
+        aliases=(),
+        sha256="",
+        calibration=calibration,
+        proof=proof,
+        probe=probe_of(model, caller, provenance),
     )
 
 

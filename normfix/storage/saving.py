@@ -16,16 +16,15 @@ from normfix.conversion.results import Calibration, Conversion
 from normfix.errors import NormfixError
 from normfix.images.drafts import UnwritableError
 from normfix.networks.calling import Caller, home_of
-from normfix.networks.copying import copy_of, twin_of
+from normfix.networks.copying import copy_of, cpu_twin_of
 from normfix.networks.graph.raising import unlifted
 from normfix.networks.numerics import IDENTITY
 from normfix.networks.provenance import provenance_of
 from normfix.networks.surroundings import undisturbed
 from normfix.records.certificates import Certificate
-from normfix.records.encoding import SCHEMA
 from normfix.records.exports import Export
 from normfix.records.measurements import CalibrationSummary
-from normfix.records.saved import Probe, Provenance, Saved, Scaling, Source
+from normfix.records.saved import Probe, Provenance, Scaling, Source
 from normfix.records.sites import Scan
 from normfix.records.verdicts import Proof
 from normfix.storage.certificate import certificate_of, read_graph, write_graph
@@ -38,7 +37,7 @@ from normfix.storage.opening.factories import dumped, rebuild
 from normfix.storage.opening.request import Request
 from normfix.storage.opening.tensors import read_weights
 from normfix.storage.portable import require_returnable, returned, write_original
-from normfix.storage.probe import SEED, probe_of, probed, require_probe
+from normfix.storage.probe import SEED, probe_of, probed, require_probe, saved_inside
 from normfix.storage.programs import export_program, require_program_name, write_beside, write_program
 
 __all__ = ["require_unconverted", "save", "save_program", "sourced", "write_draft"]
@@ -240,15 +239,7 @@ def save_program(
     model, run = exported.model, exported.run
     if run is not None:  # the program returns what counts already
         provenance = replace(provenance, output=None)
-    saved = Saved(
-        schema=SCHEMA,
-        provenance=provenance,
-        aliases=(),
-        sha256="",
-        calibration=calibration,
-        proof=proof,
-        probe=probe_of(model, caller, provenance),
-    )
+    saved = saved_inside(model, caller, provenance, proof, calibration)
     write(path, exported.program, model, run or caller.everything, saved)
 
 
@@ -263,9 +254,7 @@ class _Exported:
 
 def _exported(model: nn.Module, caller: Caller, provenance: Provenance) -> _Exported:
     """Export a converted network on the CPU."""
-    model = twin_of(model)
-    if home_of(model)[0].type != "cpu":
-        model = copy_of(model).cpu()  # a program of the CPU runs everywhere, and can be moved
+    model = cpu_twin_of(model)  # a program of the CPU runs everywhere, and can be moved
     run = None if caller.forward_fn is None else caller
     shape = (1, *provenance.scan.example[1:])
     device, dtype = home_of(model)

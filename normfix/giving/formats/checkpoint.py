@@ -8,7 +8,7 @@ have there, and arguments that the file remembers are switched: Lightning's `hyp
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from normfix.giving.formats import plain
+from normfix.giving.formats.plain import candidates, weights
 from normfix.giving.gift import Gift, changed, config_changes, key_changes
 from normfix.giving.refusals import NotGiven
 from normfix.records.returns import Change
-from normfix.records.saved import Source
 from normfix.records.sites import Scan
 from normfix.storage.opening.formats import lightning, safetensors_file, torch_file
 from normfix.storage.opening.state_dicts import entries, prefixes
@@ -63,20 +63,10 @@ def recognises(original: Path | None) -> bool:
     return original is not None and any(kind.recognises(original) for kind in kinds)
 
 
-def weights(original: Path) -> tuple[Path, ...]:
-    """Return the file itself."""
-    return (original,)
-
-
 def place(weights: Path | None) -> str:
     """Return its name."""
     assert weights is not None
     return weights.name
-
-
-def candidates(source: Source) -> Iterator[Mapping[str, Any]]:
-    """Return the factory's arguments with its norms switched, by its signature."""
-    return plain.candidates(source)
 
 
 def write(draft: Path, gifts: Sequence[Gift]) -> tuple[Change, ...]:

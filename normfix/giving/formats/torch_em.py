@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from normfix.giving.formats import checkpoint, plain
+from normfix.giving.formats.checkpoint import place
+from normfix.giving.formats.plain import candidates
 from normfix.giving.gift import Gift, changed, config_changes, copied, key_changes, other_weights
 from normfix.records.returns import Change
-from normfix.records.saved import Source
 from normfix.records.sites import Scan
 from normfix.storage.opening import archives
 
@@ -44,17 +44,6 @@ def weights(original: Path) -> tuple[Path, ...]:
     file = original if original.is_file() else _best(original)
     assert file is not None
     return (file,)
-
-
-def place(weights: Path | None) -> str:
-    """Return its name."""
-    assert weights is not None
-    return weights.name
-
-
-def candidates(source: Source) -> Iterator[Mapping[str, Any]]:
-    """Return the arguments of the network's class with its norms switched."""
-    return plain.candidates(source)
 
 
 def write(draft: Path, gifts: Sequence[Gift]) -> tuple[Change, ...]:

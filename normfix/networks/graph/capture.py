@@ -27,6 +27,7 @@ from normfix.networks.releases import values_of
 
 __all__ = [
     "WRAPPED",
+    "AsFunction",
     "Captured",
     "NotCaptured",
     "capture",
@@ -71,7 +72,7 @@ class NotCaptured:
     reason: str
 
 
-class _Network(nn.Module):
+class AsFunction(nn.Module):
     """The network as a function of one image that returns what counts, however it wants to be called."""
 
     def __init__(self, network: nn.Module, run: Run) -> None:
@@ -80,6 +81,7 @@ class _Network(nn.Module):
         self._run = run
 
     def forward(self, image: Tensor) -> Any:
+        """Return what counts."""
         return self._run(self.get_submodule(WRAPPED), image)
 
 
@@ -108,7 +110,7 @@ def capture(
     """
     try:
         evaluated = not any(module.training for module in model.modules())
-        network = _Network(model if evaluated else copy.deepcopy(model), run).eval()
+        network = AsFunction(model if evaluated else copy.deepcopy(model), run).eval()
         with exact_arithmetic():
             return _captured(network, example[:1].detach(), one_size=one_size, once=once, expected=expected)
     except failures() as error:  # torch.export runs the network's code and may raise anything
@@ -124,7 +126,7 @@ def exported(
     """
     try:
         with exact_arithmetic():
-            return export(_Network(model, run).eval(), example[:1].detach(), one_size=one_size)
+            return export(AsFunction(model, run).eval(), example[:1].detach(), one_size=one_size)
     except failures() as error:
         return NotCaptured(_line(error))
 
@@ -192,7 +194,7 @@ def extents(captured: Captured) -> dict[str, tuple[tuple[int, ...], tuple[int, .
 
 
 def _captured(
-    network: _Network, example: Tensor, *, one_size: bool, once: bool, expected: Tensor | None
+    network: AsFunction, example: Tensor, *, one_size: bool, once: bool, expected: Tensor | None
 ) -> Captured | NotCaptured:
     program = export(network, example, one_size=one_size)
     free = free_dimensions(program)

@@ -31,7 +31,17 @@ from normfix.networks.numerics import IDENTITY, deviation
 from normfix.tiling.stages.functional import make_functional_
 from normfix.tiling.stages.refusals import NotInStages
 
-__all__ = ["Cut", "Program", "Run", "Shapes", "captured_program", "computes", "is_tensor_node", "marked"]
+__all__ = [
+    "Cut",
+    "Program",
+    "Run",
+    "Shapes",
+    "Unguarded",
+    "captured_program",
+    "computes",
+    "is_tensor_node",
+    "marked",
+]
 
 Run = Callable[[nn.Module, Tensor], Any]
 Shapes = dict[Node, tuple[int, ...]]
@@ -165,7 +175,7 @@ def computes(body: GraphModule, model: nn.Module, run: Run, example: Tensor, *, 
         with torch.no_grad(), as_in_graphs():
             expected = tree_leaves(run(model, example))
         with torch.no_grad():
-            actual = tree_leaves(body(example) if guarded else _Unguarded(body).run(example))
+            actual = tree_leaves(body(example) if guarded else Unguarded(body).run(example))
     except failures():  # it is another network, or one of other sizes: capturing it says what is wrong
         return False
     return len(actual) == len(expected) and all(map(_are_same, actual, expected))
@@ -382,14 +392,15 @@ def is_tensor_node(node: Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor)
 
 
-class _Unguarded(Interpreter):
+class Unguarded(Interpreter):
     """Runs a graph without its asserts on sizes."""
 
     def run_node(self, n: Node) -> Any:
+        """Run a node; an assert gives nothing."""
         return None if n.op == "call_module" else super().run_node(n)
 
 
-class _Recorder(_Unguarded):
+class _Recorder(Unguarded):
     """Runs a graph and keeps the shapes of its tensors."""
 
     def __init__(self, body: GraphModule) -> None:
