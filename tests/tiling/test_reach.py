@@ -83,6 +83,12 @@ def _coded(x: Tensor) -> Tensor:
     return x + (pixels + (near - pixels).detach()).permute(0, 3, 1, 2)
 
 
+def _causal(x: Tensor) -> Tensor:
+    """The first column stands in for those before it, and the last for one behind, as in causal video decoders."""
+    row = torch.cat([x[:, :, :, :1].repeat(1, 1, 1, 2), x, x[..., -1:].expand(-1, -1, -1, 1)], 3)
+    return F.conv2d(row, torch.ones(1, 1, 3, 4).to(x), padding=(1, 0))
+
+
 def _levels(x: Tensor) -> Tensor:
     """Tokens of two maps in one row, as of a detector, and each map taken out of it again."""
     coarse = F.avg_pool2d(x, 2)
@@ -176,6 +182,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {
         lambda: Function(lambda x: x * torch.ones(1, 1, 1, 1).to(x).expand_as(F.avg_pool2d(x, 9, 1, 4))),
         1,
     ),
+    "repeated borders": (lambda: Function(_causal), 1),
     "codes": (lambda: Function(_coded), 1),
     "levels in a row": (lambda: Function(_levels), 2),
     "chunks": (lambda: Function(lambda x: sum(torch.cat([x, F.avg_pool2d(x, 5, 1, 2)], 1).chunk(2, 1))), 1),
@@ -304,6 +311,15 @@ def test_a_part_across_what_was_joined_is_not_taken_for_one_of_its_maps():
 
     assert bound_for(Function(lambda x: x + cut(x, 8, 1)), (1, 1, 32, 48)).obstacles()
     assert not bound_for(Function(lambda x: x + cut(x, 0, 1)), (1, 1, 32, 48)).obstacles()
+
+
+def test_a_border_that_is_put_elsewhere_is_a_place():
+    """Control: the first column behind the map, or the second one in front of it, stands for no border."""
+    for x_of in (
+        lambda x: torch.cat([x, x[..., :1]], 3)[..., 1:],
+        lambda x: torch.cat([x[..., 1:2], x], 3)[..., :-1],
+    ):
+        assert bound_for(Function(x_of), (1, 1, 32, 48)).obstacles()
 
 
 UNSIZED: dict[str, Callable[[Tensor], Tensor]] = {

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from normfix.networks.calling import Caller
 from normfix.records.sites import Scan
@@ -31,7 +32,7 @@ from normfix.tiling.geometry import BoundExceededError
 from .entry import Entry
 from .preparing import material, prepared
 
-__all__ = ["GEOMETRIES", "against", "brute_force", "examine_geometry", "reach_of_tiles"]
+__all__ = ["GEOMETRIES", "against", "attends", "brute_force", "examine_geometry", "reach_of_tiles"]
 
 GEOMETRIES = {
     "bounded": "the graph bounds the halo, and both witnesses lie within",
@@ -70,6 +71,7 @@ def _examine(entry: Entry, row: dict[str, Any], report: Callable[[dict[str, Any]
     model = prepared(entry)
     row["step"] = "scan"
     report(row)
+    row["attends"] = attends(model, entry)
     caller = Caller(entry.call, entry.output)
     start = time.process_time()
     base = base_of(model, None, caller, example=material(entry.shape, entry.name))
@@ -88,6 +90,30 @@ def _examine(entry: Entry, row: dict[str, Any], report: Callable[[dict[str, Any]
     bounded = scan.reach.used == "graph"
     row["category"] = "broken" if outside else "bounded" if bounded else "unbounded"
     row["cause"] = outside or ("" if bounded else scan.reach.words)
+
+
+def attends(model: nn.Module, entry: Entry) -> bool:
+    """Tell whether positions attend to positions anywhere in a network, be it inside windows."""
+    x, watch = material(entry.shape, entry.name), _Attention()
+    with torch.no_grad(), watch:
+        entry.call(model, x) if entry.call else model(x)
+    return watch.seen
+
+
+class _Attention(TorchFunctionMode):
+    """Sees attention: torch's own, or a softmax along the last dimension, where the products with all keys lie."""
+
+    seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in ("scaled_dot_product_attention", "multi_head_attention_forward"):
+            self.seen = True
+        if name == "softmax":
+            dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+            self.seen |= dim in (-1, args[0].dim() - 1)
+        return func(*args, **kwargs)
 
 
 def against(row: dict[str, Any]) -> str:

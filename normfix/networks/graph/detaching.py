@@ -1,7 +1,7 @@
 """Trace what a network reads as `x.data`.
 
-torch.export does not see that attribute being read: what it gives is a tensor that nobody traced, and ends as a constant
-without values. `x.detach()` has the same values and is an operator.
+torch.export does not see that attribute being read: what it gives is a tensor that nobody traced, and ends as a
+constant without values. `x.detach()` has the same values and is an operator.
 """
 
 from __future__ import annotations

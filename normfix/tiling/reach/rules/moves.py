@@ -140,13 +140,48 @@ def _cat(call: Call) -> list[Reading]:
     tensors = call.get("tensors")
     dim = call.dim(call.get("dim", 0), len(call.shape))
     start, readings = call.sizes(0), []
-    for tensor in tensors:
+    for place, tensor in enumerate(tensors):
         extents = call.extents(tensor)
         if len(extents) != len(call.shape):  # torch lets an empty one pass
             continue
-        readings.append(kept(call, tensor, {dim: _by(call, dim, tuple(-n for n in start))}))
+        if _repeats_border(call, tensor, dim, [*tensors[place + 1 : place + 2]], front=True) or (
+            _repeats_border(call, tensor, dim, [*tensors[:place]][-1:], front=False)
+        ):
+            readings.append(Unread(tensor))  # as of a pad that replicates: the map beside it is read for it
+        else:
+            readings.append(kept(call, tensor, {dim: _by(call, dim, tuple(-n for n in start))}))
         start = _sum(start, extents[dim])
     return readings
+
+
+def _repeats_border(call: Call, part: Node, dim: int, beside: Sequence[Node], *, front: bool) -> bool:
+    """Tell whether a part holds nothing but repetitions of the first, or last, position of the map beside it."""
+    sizes = call.sizes
+    cut = call_of(_source(call, part, ("repeat", "expand")), sizes)
+    if cut.name != "slice" or cut.shape[dim] != sizes.ones:
+        return False
+    whole = _source(call, cut.tensor("self"))
+    if whole not in {_source(call, node) for node in beside}:
+        return False
+    extents = call.extents(whole)
+    alike = {d for d, pair in enumerate(zip(call.extents(part), extents, strict=True)) if len({*pair}) == 1}
+    first = _from_front(sizes(cut.get("start", 0)), extents[dim])
+    there = sizes(0) if front else tuple(n - 1 for n in extents[dim])
+    return (
+        cut.dim(cut.get("dim", 0), len(extents)) == dim
+        and first == there
+        and alike | {dim} == {*range(len(extents))}
+    )
+
+
+def _source(call: Call, node: Node, repeating: Sequence[str] = ()) -> Node:
+    """Return what a node is a copy of, or repeats: copies, and slices that take everything, change nothing."""
+    while True:
+        step = call_of(node, call.sizes)
+        same = step.name == "slice" and step.shape == call.extents(step.tensor("self"))
+        if not same and step.name not in ("clone", "contiguous", *repeating):
+            return node
+        node = step.tensor("self")
 
 
 def _stack(call: Call) -> list[Reading]:
