@@ -71,7 +71,7 @@ def _section(rows: Mapping[str, Row], asked: set[str]) -> str:
     table = [f"| {name} | {counts[name]} | {meaning} |" for name, meaning in GEOMETRIES.items()]
     known = [row for row in ran.values() if row["category"] in ("bounded", "unbounded", "broken")]
     bounded = [row for row in known if row["bound"]]
-    share = f"{100 * len(bounded) / len(known):.1f} %" if known else "none"
+    convolutional = [row for row in known if not row.get("attends")]
     outside = [name for name, row in ran.items() if row["category"] == "broken"]
     lines = [
         "## Geometry",
@@ -89,7 +89,11 @@ def _section(rows: Mapping[str, Row], asked: set[str]) -> str:
         *table,
         f"| not run | {len(asked) - len(ran)} | converted or local, without a row of this run: their cells are empty |",
         "",
-        f"- halos bounded by the graph: {len(bounded)} of {len(known)} ({share}; target 98 %)",
+        f"- halos of convolutional networks bounded by the graph: {_share(convolutional)} (target 98 %). Convolutional "
+        "is what attends nowhere: in a forward pass nothing calls torch's attention, nor a softmax along a last "
+        "dimension (windows, linear attention, global context).",
+        f"- halos of networks in which positions attend, by statistics that are frozen or inside windows: "
+        f"{_share([row for row in known if row.get('attends')])} bounded; all together {_share(known)}",
         f"- bound >= measured >= brute force, in whole strides, and bound >= brute force to the pixel: fails for "
         f"{len(outside)} (target 0) {', '.join(outside)}",
         *_excess(bounded),
@@ -106,6 +110,11 @@ def _section(rows: Mapping[str, Row], asked: set[str]) -> str:
         "",
     ]
     return _BEGIN + "\n".join(lines) + _END
+
+
+def _share(rows: Sequence[Row]) -> str:
+    bounded = sum(row["bound"] is not None for row in rows)
+    return f"{bounded} of {len(rows)} ({100 * bounded / len(rows):.1f} %)" if rows else "none"
 
 
 def _excess(bounded: Sequence[Row]) -> Iterator[str]:

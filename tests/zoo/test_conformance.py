@@ -19,7 +19,7 @@ from .catalogue import ENTRIES, by_name
 from .columns import local_names, with_geometry
 from .entry import Entry
 from .examining import CATEGORIES, GOOD, examine
-from .geometry import against, examine_geometry, reach_of_tiles
+from .geometry import against, attends, examine_geometry, reach_of_tiles
 from .preparing import prepared
 from .running import apart, missing
 from .table import page
@@ -384,7 +384,9 @@ ROW = {
 
 def test_a_run_of_the_geometry_is_put_into_a_page():
     """Its columns stand beside the halo, a second time in their own place; what has no row is counted and empty."""
-    text = with_geometry(PAGE, {"a": ROW, "b": {**ROW, "category": "broken", "cause": "brute exceeds bound"}})
+    broken = {**ROW, "category": "broken", "cause": "brute exceeds bound", "attends": True}
+    text = with_geometry(PAGE, {"a": ROW, "b": broken})
+    assert "convolutional networks bounded by the graph: 1 of 1 (100.0 %)" in text
     assert "| a |  |  | 4 | 8+6 | 8 | 6 |  | local |" in text
     assert "| c |  |  | 4 |  |  |  |  | local |" in text
     assert "| not run | 1 |" in text
@@ -412,6 +414,19 @@ def test_a_bound_that_is_too_small_is_broken():
     assert not against(row)
     assert against({**row, "bound": ((7, 8),)})
     assert against({**row, "measured": ((8, 4),)})
+
+
+@pytest.mark.parametrize(
+    ("call", "attends_"),
+    [
+        (lambda x: nn.functional.scaled_dot_product_attention(x, x, x), True),
+        (lambda x: x.softmax(-1), True),
+        (lambda x: x.softmax(1), False),
+    ],
+)
+def test_attention_is_seen_in_a_forward_pass(call, attends_):
+    """Torch's own, and a softmax along the last dimension; one over channels is none."""
+    assert attends(nn.Identity(), replace(SMALL, call=lambda net, x: call(x))) is attends_
 
 
 def test_brute_force_sees_what_no_derivative_shows():
