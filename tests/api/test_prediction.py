@@ -24,6 +24,24 @@ class Two(nn.Module):
         return self.near(x), self.far(x)
 
 
+class Stacks(nn.Module):
+    """Normalises parts of an image that it stacks as a batch: halves of the channels, or planes of a volume."""
+
+    def __init__(self, planes):
+        super().__init__()
+        convolution = nn.Conv3d if planes else nn.Conv2d
+        self.planes, self.conv = planes, convolution(1, 4, 3, padding=1)
+        self.norm, self.head = nn.InstanceNorm2d(4 if planes else 2), convolution(4, 1, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x))
+        if self.planes:
+            y = self.norm(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+        else:
+            y = self.norm(x.reshape(-1, 2, *x.shape[2:])).reshape(x.shape)
+        return self.head(y)
+
+
 @pytest.fixture
 def network():
     return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.InstanceNorm2d(8), nn.Conv2d(8, 2, 3, padding=1))
@@ -64,6 +82,14 @@ def test_a_kept_live_norm_is_refused(network, image):
     done = normfix.convert(network, image, keep="1")
     with pytest.raises(normfix.NormfixError, match=r"NF409.*1/0/instance_norm/0 is live"):
         normfix.predict(done.model, image)
+
+
+@pytest.mark.parametrize("planes", [False, True])
+def test_an_unconverted_network_that_constants_do_not_reproduce_is_refused(planes):
+    """Its own statistics are no excuse: what convert would not prove is not predicted either."""
+    volume = torch.randn(1, 1, *(8, 24, 24) if planes else (40, 48))
+    with pytest.raises(normfix.NormfixError, match=r"NF409.* another output for that image|NF409.*is live"):
+        normfix.predict(Stacks(planes).eval(), volume, tile=16, statistics="per-image")
 
 
 def test_another_output_has_its_own_geometry(image):
