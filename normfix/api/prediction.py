@@ -106,10 +106,11 @@ def predict(
             tiles.
         engine: "auto" takes stages where tiles would compute over 16 million pixels of halo and the network can
             be captured, on images of as many that are read by window, with a budget or store, and on a cluster.
-        statistics: "per-image" normalises the image by its own statistics, measured over all of it before it is
-            predicted, as the network did before it was converted to frozen statistics. With it a network that was not
-            converted gives what it gives for the whole image, and attention over all positions is kept: its keys and
-            values are those of the whole image then. Such a network runs in stages, at the sizes that it takes.
+        statistics: "per-image" normalises the image (each of a batch) by its own statistics, measured over all of it
+            before it is predicted, as the network did before it was converted to frozen statistics. With it a network
+            that was not converted gives what it gives for the whole image, and attention over all positions is kept:
+            its keys and values are those of the whole image then. Such a network runs in stages, at the sizes that it
+            takes.
         blocks: how to run in stages; blocks are of `tile` if they state no size.
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
@@ -317,6 +318,9 @@ class _Prediction:
     def run(self, out: OutputFile | None = None) -> Tensor | None:
         """Predict by one engine; the result, or None if it went to `out`."""
         if self.statistics == "per-image":
+            if self.image.shape[0] > 1:  # a batch shares nothing
+                each = [replace(self, image=TensorImage(x)).run() for x in whole(self.image).split(1)]
+                return torch.cat([y for y in each if y is not None])
             return replace(self._fitted(), statistics="stored").run(out)
         model, caller, geometry = self.model, self.known.caller, self.geometry
         tile = self.blocks.extents(len(self.image.shape) - 2)

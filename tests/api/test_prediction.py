@@ -9,6 +9,7 @@ from optional import needs_zarr
 from torch import nn
 
 import normfix
+from normfix.networks.provenance import is_current
 
 
 class Two(nn.Module):
@@ -67,6 +68,42 @@ def test_a_new_head_is_measured_anew(converted, image):
     """A head of larger reach put on a converted network gets the halo it needs."""
     converted[2] = nn.Conv2d(8, 2, 3, padding=12, dilation=12)
     assert largest(converted, image) < 1e-5
+
+
+class Rated(nn.Module):
+    """Reads the dilation of its head from an attribute that nothing prints, and counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.InstanceNorm2d(4)
+        self.weight, self.rate, self.calls = nn.Parameter(torch.randn(1, 4, 3, 3)), 1, 0
+
+    def forward(self, x):
+        self.calls += 1
+        x = self.norm(self.conv(x))
+        return nn.functional.conv2d(x, self.weight, padding=self.rate, dilation=self.rate)
+
+
+def test_a_changed_attribute_or_hook_is_measured_anew(image):
+    """What changes the reach alone gets the halo it needs; what each call changes is no change."""
+    model = normfix.convert(Rated().eval(), image).model
+    model(image)
+    assert is_current(model)
+    model.rate = 9
+    assert largest(model, image) < 1e-5
+    model.rate = 1
+    assert is_current(model)
+    model.conv.register_forward_hook(lambda _, args, y: nn.functional.avg_pool2d(y, 15, 1, 7))
+    assert largest(model, image) < 1e-5
+
+
+def test_each_of_a_batch_has_its_own_statistics(network, image):
+    """Statistics per image share nothing, as the norms of the original did not."""
+    images = torch.cat([image, 3 * image**4 - 1])
+    with torch.no_grad():
+        expected = network.eval()(images)
+    given = normfix.predict(network, images, tile=64, statistics="per-image")
+    assert (given - expected).abs().max() < 1e-4 * expected.std()
 
 
 def test_a_new_live_norm_is_noticed(converted, image):
