@@ -26,8 +26,8 @@ __all__ = ["give_back_command"]
 @click.option(
     "--original",
     metavar="PATH",
-    help="What was converted (bioimage.io package, MONAI bundle, nnU-Net folder or checkpoint, pytorch-3dunet run, torch-em, Lightning or "
-    "other checkpoint): it is copied but for what changes.",
+    help="What was converted (bioimage.io package, MONAI bundle, nnU-Net folder or checkpoint, pytorch-3dunet run, "
+    "torch-em, Lightning or other checkpoint): it is copied but for what changes.",
 )
 @click.option(
     "--switch",

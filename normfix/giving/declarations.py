@@ -37,9 +37,12 @@ class AxisSize:
 
 
 class Declarations(Protocol):
-    """What is set in a description of either version; `content` is its plain values, changed in place."""
+    """What is set in a description of either version, whose plain values are changed in place."""
 
-    content: Content
+    @property
+    def content(self) -> Content:
+        """Return its plain values."""
+        ...
 
     def least(self) -> tuple[int, ...]:
         """Return the sizes of the input's axes of space that are declared as the smallest, or as the only ones."""
@@ -83,7 +86,7 @@ class _Words04:
 
     def set_sizes(self, axes: str, sizes: Sequence[AxisSize]) -> None:
         (given,), (wanted,) = self.content["inputs"], self.content["outputs"]
-        place = {letter: size for letter, size in zip(axes[2:], sizes, strict=True)}
+        place = dict(zip(axes[2:], sizes, strict=True))
         shape = given["shape"]
         channels = shape["min"][1] if isinstance(shape, Mapping) else shape[1]
         first = [1, channels]
@@ -103,7 +106,7 @@ class _Words04:
         over = axes[1:]
         values = scaling.values
         if scaling.kind == "fixed":
-            kwargs = {"mode": "fixed", "axes": over, "mean": [values[0]], "std": [values[1]]}
+            kwargs: Content = {"mode": "fixed", "axes": over, "mean": [values[0]], "std": [values[1]]}
             steps.append({"name": "zero_mean_unit_variance", "kwargs": kwargs})
         elif scaling.kind == "zscore":
             steps.append({"name": "zero_mean_unit_variance", "kwargs": {"mode": "per_sample", "axes": over}})
@@ -158,7 +161,7 @@ class _Words05:
         over = [axis["id"] if axis["type"] == "space" else axis["type"] for axis in given["axes"][1:]]
         values = scaling.values
         if scaling.kind == "fixed":
-            kwargs = {"mean": values[0], "std": values[1]}
+            kwargs: Content = {"mean": values[0], "std": values[1]}
             steps.append({"id": "fixed_zero_mean_unit_variance", "kwargs": kwargs})
         elif scaling.kind == "zscore":
             steps.append({"id": "zero_mean_unit_variance", "kwargs": {"axes": over}})

@@ -59,8 +59,8 @@ def give_back(
         source: "pkg.mod:factory" or "timm:NAME", or what `load` found, if the network does not know it.
         args: keyword arguments that the factory was called with, JSON-ready.
         original: what was converted (bioimage.io package, MONAI bundle, nnU-Net folder or checkpoint, pytorch-3dunet
-            run, file of weights), which is copied but for what must change. Without it, a state dict and the arguments of its factory are
-            written.
+            run, file of weights), which is copied but for what must change. Without it, a state dict and the arguments
+            of its factory are written.
         switch: arguments with which the factory builds BatchNorms, such as {"norm": "batch"}; default: they are found.
         scaling: how the images were scaled, for the README; default: as the network knows.
         allow_classes: classes that the original's checkpoint may hold, by name or as "package.*".

@@ -11,7 +11,6 @@ import copy
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 
 from normfix.errors import NormfixError
 from normfix.giving.architectures import architecture_of
-from normfix.giving.declarations import AxisSize, declarations_of
+from normfix.giving.declarations import AxisSize, Declarations, declarations_of
 from normfix.giving.formats import plain, unet3d
 from normfix.giving.gift import Gift, config_changes, copied, key_changes
 from normfix.giving.refusals import NotGiven
@@ -116,7 +115,7 @@ def write(draft: Path, gifts: Sequence[Gift]) -> tuple[Change, ...]:
     content = copy.deepcopy(before)
     leave = _old_files(before, description, gift)
     changes = copied(folder, draft, lambda path: leave.get(path.relative_to(folder).as_posix(), ""))
-    entry = _write_weights(draft, content, gift, description)
+    entry = _write_weights(draft, content, gift)
     declared = declarations_of(content)
     sizes = _sizes(gift.known.scan, declared.least())
     declared.set_architecture(entry, _architecture(gift, description, draft))
@@ -138,9 +137,9 @@ def advice(scan: Scan) -> str:
     """Say what the tools of bioimage.io do with blocks."""
     return (
         "bioimageio.core, ilastik and deepImageJ run the package unchanged and tile by the halo and sizes that its "
-        "description declares. What is left to a tool is scaling: where it z-scores each block by itself (ilastik does), "
-        "blocks differ again by that. Convert with the numbers of the whole image, `--scale MEAN,SD`: they become "
-        "the package's preprocessing."
+        "description declares. What is left to a tool is scaling: where it z-scores each block by itself (ilastik "
+        "does), blocks differ again by that. Convert with the numbers of the whole image, `--scale MEAN,SD`: they "
+        "become the package's preprocessing."
     )
 
 
@@ -156,8 +155,8 @@ def _require_one_output(description: Description, where: str) -> None:
     if len(description.outputs) > 1:
         raise NotGiven(
             "NF597",
-            f"it has {len(description.outputs)} outputs, and the halo of one was measured. Write it for another runtime: "
-            "convert -o FILE.ts, or use the folder through normfix.load.",
+            f"it has {len(description.outputs)} outputs, and the halo of one was measured. Write it for another "
+            "runtime: convert -o FILE.ts, or use the folder through normfix.load.",
             where=where,
         )
     axes = description.outputs[0].axes
@@ -174,14 +173,17 @@ def _old_files(content: Mapping[str, Any], description: Description, gift: Gift)
     """Return files of the original that are not copied, and why."""
     new = "it holds the original network, and is written anew"
     names = dict.fromkeys(
-        (str(entry["source"]) for entry in content["weights"].values() if entry), "it holds the original network"
+        (str(entry["source"]) for entry in content["weights"].values() if entry),
+        "it holds the original network",
     )
     names[description.weights.name] = new
     code = description.architecture.file
     if code is not None and not _is_own(gift):
         names[code.name] = "the installed library's class takes its place"
     samples = [output.get("sample_tensor") for output in content["outputs"]]
-    named = [s["source"] if isinstance(s, Mapping) else s for s in (*samples, *content.get("sample_outputs", ()))]
+    named = [
+        s["source"] if isinstance(s, Mapping) else s for s in (*samples, *content.get("sample_outputs", ()))
+    ]
     names |= {str(name): "it is the original network's output" for name in named if name}
     return names
 
@@ -190,9 +192,7 @@ def _is_own(gift: Gift) -> bool:
     return gift.source.spec.startswith("normfix_package_")
 
 
-def _write_weights(
-    draft: Path, content: dict[str, Any], gift: Gift, description: Description
-) -> dict[str, Any]:
+def _write_weights(draft: Path, content: dict[str, Any], gift: Gift) -> dict[str, Any]:
     """Write the state dict; return its entry."""
     torch.save(dict(gift.state), draft / gift.file)
     entry: dict[str, Any] = content["weights"]["pytorch_state_dict"]
@@ -234,7 +234,7 @@ def _sizes(scan: Scan, least: Sequence[int]) -> tuple[AxisSize, ...]:
     return tuple(sizes)
 
 
-def _set_scaling(declared: Any, scaling: Scaling, description: Description, where: str) -> None:
+def _set_scaling(declared: Declarations, scaling: Scaling, description: Description, where: str) -> None:
     """Declare the scaling that the constants belong to, where the package's own is another."""
     said = scaling_of_steps(description.inputs[0], 1)
     if scaling == said or (said is None and scaling.kind in ("none", "preprocess")):
@@ -242,15 +242,15 @@ def _set_scaling(declared: Any, scaling: Scaling, description: Description, wher
     if scaling.kind not in ("none", "fixed", "zscore", "percentile"):
         raise NotGiven(
             "NF597",
-            f"its constants belong to images scaled by {scaling.kind}, for which a description has no step. Convert with "
-            "--scale MEAN,STD, or without --scale, as the package says.",
+            f"its constants belong to images scaled by {scaling.kind}, for which a description has no step. Convert "
+            "with --scale MEAN,STD, or without --scale, as the package says.",
             where=where,
         )
     declared.set_scaling(description.inputs[0].axes, scaling)
 
 
 def _write_tests(
-    draft: Path, declared: Any, gift: Gift, before: Description, sizes: Sequence[AxisSize]
+    draft: Path, declared: Declarations, gift: Gift, before: Description, sizes: Sequence[AxisSize]
 ) -> None:
     """Write what the network is given and gives in tests: the original's image, extended to a size that it takes."""
     (given,), (wanted,) = before.inputs, before.outputs
@@ -304,7 +304,9 @@ def _write_forms(draft: Path, content: dict[str, Any], gift: Gift) -> list[Chang
             entries[kind] = _form(draft, kind, name, gift)
         except NormfixError as error:
             reason = f"{error.code} {error.message}"
-            left.append(Change(file=described_in(draft), kind="left out", name=f"weights.{kind}", after=reason))
+            left.append(
+                Change(file=described_in(draft), kind="left out", name=f"weights.{kind}", after=reason)
+            )
     return left
 
 
@@ -337,9 +339,7 @@ def _set_identity(content: dict[str, Any]) -> None:
     content["name"] = f"{str(content['name'])[:100]} (constant statistics)"
 
 
-def _write_documentation(
-    draft: Path, content: dict[str, Any], gift: Gift, sizes: Sequence[AxisSize]
-) -> None:
+def _write_documentation(draft: Path, content: dict[str, Any], gift: Gift, sizes: Sequence[AxisSize]) -> None:
     """Add what was changed to the package's documentation."""
     name = content.get("documentation")
     if not isinstance(name, str) or not name.endswith(".md") or not (draft / name).is_file():
@@ -371,12 +371,18 @@ def _differences(file: str, before: Any, after: Any, place: str = "") -> Iterato
                 yield from config_changes(file, f"{place}." if place else "", {}, {name: _plain(after[name])})
             else:
                 yield from _differences(file, before[name], after[name], inner)
-    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after) and _nested(before):
+    elif (
+        isinstance(before, list) and isinstance(after, list) and len(before) == len(after) and _nested(before)
+    ):
         for number, pair in enumerate(zip(before, after, strict=True)):
             yield from _differences(file, *pair, f"{place}.{number}")
     elif before != after:
         yield Change(
-            file=file, kind="config", name=place, before=json.dumps(_plain(before)), after=json.dumps(_plain(after))
+            file=file,
+            kind="config",
+            name=place,
+            before=json.dumps(_plain(before)),
+            after=json.dumps(_plain(after)),
         )
 
 
