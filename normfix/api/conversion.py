@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from normfix.conversion.flatness import all_empty, judged, spread_in_groups
 from normfix.conversion.measurement import measure_
 from normfix.conversion.planning import decide, replay
-from normfix.conversion.pooling import require_poolable
+from normfix.conversion.pooling import blended_targets, require_poolable
 from normfix.conversion.results import Calibration, Conversion
 from normfix.conversion.rewriting import rewrite, rewrite_
 from normfix.conversion.targets import site_target
 from normfix.errors import NormfixError
 from normfix.images.collections import ImageFiles, Images
 from normfix.images.given import GivenImages, images_of
-from normfix.images.parts import Windows
+from normfix.images.parts import Measured, Windows
 from normfix.images.sources import middle_of, whole
 from normfix.networks.calling import Caller, buffers_kept, evaluating, home_of
 from normfix.networks.copying import double_of
@@ -53,7 +53,7 @@ from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stages.resuming import resumable
 from normfix.tiling.stitching import padded, tile_extents
 
-__all__ = ["ConvertOptions", "convert"]
+__all__ = ["ConvertOptions", "convert", "stored_statistics"]
 
 _LOG = logging.getLogger("normfix")
 
@@ -75,7 +75,7 @@ class ConvertOptions(TypedDict, total=False):
 @undisturbed()
 def convert(
     model: nn.Module,
-    images: GivenImages | Windows | None = None,
+    images: GivenImages | Windows | Measured | None = None,
     to: Literal["frozen", "batchrenorm"] | Plan = "frozen",
     *,
     keep: Sequence[str] = (),
@@ -95,8 +95,8 @@ def convert(
         images: re-iterable of (N, C, *space) tensors, one tensor, or images that are read by window
             (normfix.open_image). Also arrays, files, folders and patterns: these hold pixel values, floating as the
             network takes them; normfix.read_images states how others are scaled, and what is stated travels with the
-            result. normfix.Windows(images, size) measures on windows of them. May be left out if every norm has running
-            statistics to carry over.
+            result. normfix.Windows(images, size) measures on windows of them, normfix.Measured(images, "images:median")
+            and the like as --statistics does. May be left out if every norm has running statistics to carry over.
         to: "frozen" (constants), "batchrenorm" (constants in eval, trainable at small batches), or a reviewed plan to
             replay.
         keep: shell-style patterns of owner paths to leave alone; a plan says that itself.
@@ -135,7 +135,7 @@ def convert(
             "NF205", "a plan says already what to keep. Give one of the two.", where=f"keep={keep!r}"
         )
     statistics = WHOLE
-    if isinstance(images, Windows):
+    if isinstance(images, Windows | Measured):
         statistics, images = images.statistics, images.images
     caller = Caller(forward_fn, output)
     home = home_of(model)
@@ -157,6 +157,14 @@ def convert(
     else:
         plan = decide(seen.scan.sites, model=seen.scan.model, to=to, keep=keep)
     require_poolable(plan, statistics)
+    stored = stored_statistics(model, plan)
+    if statistics.kind == "blend" and not stored:
+        raise NormfixError(
+            "NF559",
+            "none of the norms that are measured has stored statistics, so there is nothing to blend with. Take whole "
+            "or windows:SIZE; for batch norms that are used in train mode add --as-trained.",
+            where=f"statistics={statistics.words}",
+        )
     if taken is not None:
         padding = None if seen.geometry is None else seen.geometry.padding
         taken = replace(taken, like=tuple(example.shape), padding=padding)
@@ -171,7 +179,9 @@ def convert(
     if blocks.tile is None and in_stages:
         blocks = blocks.sized(tile)
     with resumable(blocks.store):
-        summary = _calibrate_(converted, plan, taken, caller, blocks, seen.geometry, progress, statistics)
+        summary = _calibrate_(
+            converted, plan, taken, caller, blocks, seen.geometry, progress, statistics, stored
+        )
     if summary is not None:
         empty = all_empty(taken or ())
         summary = _judged(converted, plan, summary, caller, example.to(*home), allow_flat, empty)
@@ -186,6 +196,7 @@ def convert(
         example=example.to(*home),
         caller=caller,
         summary=summary,
+        statistics=statistics,
         tile=tile if tile is None or isinstance(tile, int) else tuple(tile),
     )
     tell_notable("prove", lambda: durations().proof(sizes(), seen.geometry, tile))
@@ -213,6 +224,18 @@ def convert(
     return Conversion(converted, plan, found, calibration, proof, caller, base)
 
 
+def stored_statistics(model: nn.Module, plan: Plan) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the running mean and variance that norms have which a plan measures anew, by site."""
+    modules = dict(model.named_modules())
+    found = {}
+    for decision in plan.converted:
+        owner = modules.get(decision.site.owner)
+        mean, var = (getattr(owner, name, None) for name in ("running_mean", "running_var"))
+        if decision.measured and isinstance(mean, Tensor) and isinstance(var, Tensor):
+            found[decision.site.id] = (mean.detach().clone(), var.detach().clone())
+    return found
+
+
 def _stated(images: GivenImages | None, model: nn.Module) -> Scaling:
     """Return the scaling that images say they have, or that the network's file gives pixels; of tensors none."""
     if isinstance(images, ImageFiles):
@@ -238,6 +261,7 @@ def _calibrate_(
     geometry: Geometry | None = None,
     progress: Progress = silent,
     statistics: Statistics = WHOLE,
+    stored: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> CalibrationSummary | None:
     """Measure what no original statistic can be carried over for.
 
@@ -256,6 +280,8 @@ def _calibrate_(
             where=f"{site.owner or '(root)'} ({site.owner_class})",
         )
     targets = [site_target(model, d, express=True) for d in fresh]
+    if statistics.kind == "blend":
+        targets = blended_targets(targets, stored or {}, statistics.weight)
     measured = partial(
         measure_, model, targets, images, caller, geometry=geometry, statistics=statistics, progress=progress
     )
@@ -310,6 +336,7 @@ class _Work:
     example: Tensor
     caller: Caller
     summary: CalibrationSummary | None
+    statistics: Statistics
     tile: int | tuple[int, ...] | None
 
     def prove(self) -> Proof:
@@ -357,7 +384,8 @@ class _Work:
 
     def _identity(self, image: Tensor, pair: tuple[Tensor, Tensor]) -> ProofStep:
         converted, original = pair
-        if self.summary is not None and self.summary.images != (tuple(image.shape),):
+        own = self.statistics.kind in ("whole", "per-image")
+        if self.summary is not None and not (own and self.summary.images == (tuple(image.shape),)):
             converted = self.caller.exactly(self._calibrated(self.original, image).eval(), image)
         step = identity(converted, original)
         if step.status not in ("passed", "failed") or original.dtype == torch.float64:

@@ -154,7 +154,9 @@ class Saved(Record):
             data = {"statement": "", "certificate": None, **data}
             provenance = data.get("provenance")
             if isinstance(provenance, Mapping):
-                data["provenance"] = {"statistics": WHOLE.to_json(), **provenance}
+                before = provenance.get("statistics", {})
+                known = {**WHOLE.to_json(), **before} if isinstance(before, Mapping) else before
+                data["provenance"] = {**provenance, "statistics": known}
         return cls.from_json(data, where)
 
     def edited(self, data: Any) -> bool:
