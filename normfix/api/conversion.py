@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from normfix.conversion.distillation import Distillation, held_out_loss
 from normfix.conversion.flatness import all_empty, judged, spread_in_groups
 from normfix.conversion.measurement import measure_
 from normfix.conversion.planning import decide, replay
-from normfix.conversion.pooling import blended_targets, require_poolable
+from normfix.conversion.pooling import blended_targets, require_poolable, windows_of
 from normfix.conversion.results import Calibration, Conversion
 from normfix.conversion.rewriting import rewrite, rewrite_
 from normfix.conversion.targets import site_target
@@ -24,7 +25,7 @@ from normfix.errors import NormfixError
 from normfix.images.collections import ImageFiles, Images
 from normfix.images.given import GivenImages, images_of
 from normfix.images.parts import Measured, Windows
-from normfix.images.sources import middle_of, whole
+from normfix.images.sources import Image, middle_of, whole
 from normfix.networks.calling import Caller, buffers_kept, evaluating, home_of
 from normfix.networks.copying import double_of
 from normfix.networks.graph.program import require_free
@@ -32,9 +33,11 @@ from normfix.networks.numerics import HALF, exact_arithmetic
 from normfix.networks.provenance import attach_, declared_scaling
 from normfix.networks.surroundings import undisturbed
 from normfix.proof.check import with_reach
+from normfix.proof.indicators import recognise
 from normfix.proof.rounding import repeated_in_double
-from normfix.proof.steps import identity, residual, shift, tile_exactness, untouched
+from normfix.proof.steps import distilled, identity, residual, shift, tile_exactness, untouched
 from normfix.proof.subject import Subject
+from normfix.records.diagnoses import Kind
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.plans import Action, Plan
 from normfix.records.progress import Progress, logged, silent
@@ -179,9 +182,21 @@ def convert(
     if blocks.tile is None and in_stages:
         blocks = blocks.sized(tile)
     with resumable(blocks.store):
-        summary = _calibrate_(
-            converted, plan, taken, caller, blocks, seen.geometry, progress, statistics, stored
+        start = _start_of(statistics)
+        summary = _calibrate_(converted, plan, taken, caller, blocks, seen.geometry, progress, start, stored)
+    held_out: list[Tensor] = []
+    kind: Kind = "regression"
+    if statistics.kind == "distilled" and summary is not None and taken is not None:
+        kind = _kind_of(partial(caller.exactly, base), first[:1], seen.geometry)
+        distillation = Distillation(
+            converted,
+            [site_target(converted, d, express=False) for d in plan.converted if d.measured],
+            partial(caller.exactly, base),
+            partial(caller.exactly, converted),
+            kind,
         )
+        fitted, held_out = distillation.fit_(_windows_of(taken, statistics, seen.geometry), progress)
+        summary = replace(summary, distilled=fitted)
     if summary is not None:
         empty = all_empty(taken or ())
         summary = _judged(converted, plan, summary, caller, example.to(*home), allow_flat, empty)
@@ -197,6 +212,8 @@ def convert(
         caller=caller,
         summary=summary,
         statistics=statistics,
+        held_out=held_out,
+        kind=kind,
         tile=tile if tile is None or isinstance(tile, int) else tuple(tile),
     )
     tell_notable("prove", lambda: durations().proof(sizes(), seen.geometry, tile))
@@ -222,6 +239,23 @@ def convert(
     converted.eval()
     calibration = None if summary is None else Calibration(converted, summary)
     return Conversion(converted, plan, found, calibration, proof, caller, base)
+
+
+def _start_of(statistics: Statistics) -> Statistics:
+    """Return what is measured: for constants that are fitted those they begin with."""
+    if statistics.kind != "distilled":
+        return statistics
+    return replace(statistics, kind="windows", law="geometric")
+
+
+def _kind_of(run: Callable[[Tensor], Tensor], image: Tensor, geometry: Geometry | None) -> Kind:
+    with torch.no_grad():
+        return recognise(run(image if geometry is None else padded(image, geometry)))
+
+
+def _windows_of(images: Images, statistics: Statistics, geometry: Geometry | None) -> list[Image]:
+    fitting = images if geometry is None else replace(images, padding=geometry.padding)
+    return [window for image in fitting for window in windows_of(image, statistics.size, geometry)]
 
 
 def stored_statistics(model: nn.Module, plan: Plan) -> dict[str, tuple[Tensor, Tensor]]:
@@ -337,6 +371,8 @@ class _Work:
     caller: Caller
     summary: CalibrationSummary | None
     statistics: Statistics
+    held_out: list[Tensor]
+    kind: Kind
     tile: int | tuple[int, ...] | None
 
     def prove(self) -> Proof:
@@ -369,7 +405,7 @@ class _Work:
             pair = run(first), self.caller.exactly(self.original, first)
             steps = (
                 self._identity(first, pair),
-                residual(self.summary, dtype),
+                self._measured(dtype),
                 tile_exactness(
                     verdict,
                     self.plan,
@@ -381,6 +417,13 @@ class _Work:
             shifts = self._shifts(first, pair)
         last = untouched(self.original, self.converted, self.plan)
         return Proof(steps=(*steps, last), shifts=shifts, verdict=verdict)
+
+    def _measured(self, dtype: torch.dtype) -> ProofStep:
+        """Prove that constants are those of their law."""
+        if self.summary is None or self.summary.distilled is None:
+            return residual(self.summary, dtype)
+        runs = partial(self.caller.exactly, self.original), partial(self.caller.exactly, self.converted)
+        return distilled(self.summary, held_out_loss(*runs, self.kind, self.held_out))
 
     def _identity(self, image: Tensor, pair: tuple[Tensor, Tensor]) -> ProofStep:
         converted, original = pair

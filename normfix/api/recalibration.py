@@ -182,6 +182,13 @@ def _measured(
     targets: Sequence[Target]
     if known is not None:
         targets = planned_targets(model, known.plan)
+        if known.statistics.needs_original:
+            raise NormfixError(
+                "NF559",
+                f"its constants are {known.statistics.words}, which takes the original. Convert that anew on these "
+                "images.",
+                where=type(model).__name__,
+            )
         if not targets:
             raise NormfixError(
                 "NF302",

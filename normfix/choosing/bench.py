@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from normfix.api.conversion import stored_statistics
 from normfix.choosing.references import blended_windows, side_by_side
+from normfix.conversion.distillation import Distillation
 from normfix.conversion.measuring import settle_sites_
 from normfix.conversion.planning import decide
 from normfix.conversion.pooling import blended_targets, parts_of, pooled_targets
@@ -118,6 +119,18 @@ class Bench:
         if statistics.kind == "blend":
             targets = blended_targets(targets, self.stored, statistics.weight)
         settle_sites_(self.converted, targets, self._parts(statistics, images), self.caller.exactly)
+
+    def distil_(self, size: tuple[int, ...], images: Sequence[Tensor]) -> None:
+        """Give the converted network constants that are fitted to the original in windows of images."""
+        self.settle_(Statistics(kind="windows", size=size, law="geometric"), images)
+        fit = Distillation(
+            self.converted,
+            self._targets(self.converted, self.plan, express=False),
+            self.run_original,
+            lambda x: self.caller.exactly(self.converted, x),
+            self.kind,
+        )
+        fit.fit_(self._parts(Statistics(kind="windows", size=size), images))
 
     def recalibrated(self, images: Sequence[Tensor]) -> nn.Module:
         """Return a BatchRenorm network, converted on the first image and calibrated on all."""

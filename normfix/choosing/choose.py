@@ -78,6 +78,7 @@ def choose(
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
     as_trained: bool = False,
+    distilled: bool = False,
     progress: Progress = logged,
 ) -> Choice:
     """Compare the constants that a network could be frozen at, on images that they were not measured on.
@@ -99,6 +100,8 @@ def choose(
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
         as_trained: as for `convert`; stored statistics are then tried as well, in a blend with those of the images.
+        distilled: try constants that are fitted to the original in windows as well, up to 400 steps of gradient
+            descent for each part that is held out.
         progress: called with (stage, done, total).
 
     Returns:
@@ -126,6 +129,12 @@ def choose(
             "predictions are then compared with the original's in such windows.",
             where="choose",
         )
+    if distilled and window is None:
+        raise NormfixError(
+            "NF556",
+            "constants are distilled in windows of the training size: give window (--window).",
+            where="choose",
+        )
     progress("scan", 0, 1)
     bench = Bench.of(model, samples[0].pixels, caller, keep=keep, as_trained=as_trained)
     progress("scan", 1, 1)
@@ -135,7 +144,7 @@ def choose(
         bench.understand(kind, samples[0])
         judge = Judge(bench, extents, metric, labels is not None)
         comparison = _Comparison(bench, judge, folds, progress)
-        candidates = comparison.candidates(ways_of(bench, judge, samples, extents))
+        candidates = comparison.candidates(ways_of(bench, judge, samples, extents, distilled=distilled))
         references = comparison.references(candidates[0])
         places = comparison.places(candidates)
     found = recommend(candidates)

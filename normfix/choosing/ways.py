@@ -14,7 +14,7 @@ from normfix.choosing.samples import Fold, tensors_of
 from normfix.records.candidates import mean_of
 from normfix.records.statistics import Law, Statistics
 
-__all__ = ["Blend", "Constants", "PerImage", "Prediction", "Renorm", "Way", "ways_of"]
+__all__ = ["Blend", "Constants", "Fitted", "PerImage", "Prediction", "Renorm", "Way", "ways_of"]
 
 _LAWS: tuple[Law, ...] = ("geometric", "arithmetic", "median", "total")
 _WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -77,6 +77,23 @@ class Constants(Way):
     def predictions(self, fold: Fold) -> Iterator[Prediction]:
         """See Way."""
         self.bench.settle_(self.of, tensors_of(fold.measured))
+        yield from self._predicted(fold.judged)
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted(Way):
+    """Distilled from the original in windows of the measured images."""
+
+    size: tuple[int, ...]
+
+    @property
+    def statistics(self) -> Statistics:
+        """Return them."""
+        return Statistics(kind="distilled", size=self.size)
+
+    def predictions(self, fold: Fold) -> Iterator[Prediction]:
+        """See Way."""
+        self.bench.distil_(self.size, tensors_of(fold.measured))
         yield from self._predicted(fold.judged)
 
 
@@ -173,13 +190,22 @@ class Renorm(Way):
             yield Prediction(sample, network, self.bench.predicted(network, sample.pixels))
 
 
-def ways_of(bench: Bench, judge: Judge, samples: Sequence[Sample], window: tuple[int, ...]) -> list[Way]:
+def ways_of(
+    bench: Bench,
+    judge: Judge,
+    samples: Sequence[Sample],
+    window: tuple[int, ...],
+    *,
+    distilled: bool = False,
+) -> list[Way]:
     """Return the candidates of a network: windows where their size is known, a blend where anything is stored."""
     found: list[Way] = [Constants(bench, Statistics())]
     if len(samples) >= _SEVERAL:
         found.append(Constants(bench, Statistics(kind="images", law="geometric")))
     if window:
         found += [Constants(bench, Statistics(kind="windows", size=window, law=law)) for law in _LAWS]
+        if distilled:
+            found.append(Fitted(bench, window))
     found.append(PerImage(bench))
     if bench.stored:
         found.append(Blend(bench, judge, tuple(samples), []))

@@ -54,6 +54,11 @@ _ENDINGS = (".html", ".json", ".md")
 @click.option("--kind", type=click.Choice(KINDS), help="What the output means. Default: told by its values.")
 @click.option("--keep", multiple=True, help="Pattern of module paths to leave alone; may be repeated.")
 @click.option("--as-trained", is_flag=True, help="The network is used in train mode: its norms are live.")
+@click.option(
+    "--distilled",
+    is_flag=True,
+    help="Try constants fitted to MODEL in windows as well; several times as long.",
+)
 @image_options
 @verbose_option
 @click.option(
@@ -72,6 +77,7 @@ def choose_command(
     kind: Any,
     keep: tuple[str, ...],
     as_trained: bool,
+    distilled: bool,
     verbose: bool,
     reports: tuple[str, ...],
     format_: str,
@@ -90,6 +96,8 @@ def choose_command(
     require_reports(reports)
     if any(Path(report).suffix.lower() not in _ENDINGS for report in reports):
         raise click.UsageError(f"--report: a choice has reports that end in {', '.join(_ENDINGS)}")
+    if distilled and window is None:
+        raise click.UsageError("--distilled needs --window, the size of the windows in training")
     if not labels and window is None:
         raise click.UsageError("give --labels, or --window with the size of the windows in training")
     arguments = Arguments.take(options, [*images, *labels])
@@ -107,6 +115,7 @@ def choose_command(
             keep=keep,
             output=arguments.output,
             as_trained=as_trained,
+            distilled=distilled,
             progress=progress,
         )
     record = replace(found.record, fix=converting(found.statistics.words, found.record.best.to))

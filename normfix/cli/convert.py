@@ -74,7 +74,7 @@ __all__ = ["convert_command"]
     show_default=True,
     metavar="WHAT",
     help="What constants are measured on: whole images, windows:SIZE[:LAW], of the size the network was trained on, "
-    "images[:LAW], per-image, blend:WEIGHT, or choose[:SIZE], which compares them as normfix choose does.",
+    "images[:LAW], per-image, blend:WEIGHT, distilled:SIZE (fitted to MODEL in such windows), or choose[:SIZE], which compares them as normfix choose does.",
 )
 @click.option(
     "--labels", multiple=True, metavar="FILE", help="With --statistics choose: true classes or masks."

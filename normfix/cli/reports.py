@@ -38,7 +38,7 @@ def known_of(path: Path) -> tuple[tuple[str, str], ...]:
 def converting(statistics: str, to: str = "frozen") -> str:
     """Return the command that converts with the statistics that were chosen, with the options of the command of now."""
     context = click.get_current_context()
-    options = _words(context, _OTHERS | _OWN | {"model", "images", "window", "statistics"})
+    options = _words(context, _OTHERS | _OWN | {"model", "images", "window", "statistics", "distilled"})
     images = [str(image) for image in context.params["images"]]
     start = ["normfix", "convert", str(context.params["model"])]
     if to == "frozen":

@@ -152,6 +152,9 @@ class Saved(Record):
         """
         if isinstance(data, Mapping):
             data = {"statement": "", "certificate": None, **data}
+            calibration = data.get("calibration")
+            if isinstance(calibration, Mapping):
+                data["calibration"] = {"distilled": None, **calibration}
             provenance = data.get("provenance")
             if isinstance(provenance, Mapping):
                 before = provenance.get("statistics", {})

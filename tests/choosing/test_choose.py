@@ -190,6 +190,14 @@ def test_groups_as_batchrenorm_are_a_candidate_of_their_own():
     assert "recalibrat" in rows["batchrenorm"].note or "calibrate" in rows["batchrenorm"].note
 
 
+def test_distilled_constants_are_a_candidate_where_they_are_asked_for(images):
+    """Fitted on one half and judged on the other, they agree with the original's own windows better than whole's."""
+    record = normfix.choose(network(), images[0][0], window=16, distilled=True).record
+    rows = {c.name: c for c in record.candidates}
+    assert rows["distilled:16"].mean > rows["whole"].mean
+    assert rows["distilled:16"].seams < 1e-4
+
+
 def test_the_network_is_not_changed(images):
     """Neither weights, mode nor random numbers of the caller move."""
     net = network().train()
