@@ -408,6 +408,9 @@ CODES: dict[str, str] = {
     "of which are held out. That needs two windows or more, an output with a gradient, and a network it passes.",
     "NF559": "A blend takes a share of the statistics that the original has stored, and distilled constants are fitted "
     "to the original. Neither can be measured anew in the converted network alone, nor where nothing is stored.",
+    "NF589": "Calibration images are unlike each other, or unlike what the network has stored of its training, by the "
+    "median channel of a norm: over 8 times stronger or weaker, or 6 sd off. Mostly one is scaled otherwise. Said, not "
+    "refused.",
     # 9xx: normfix itself
     "NF901": "Something failed inside normfix. Nothing was written. Please report it with the traceback that "
     "--debug prints.",

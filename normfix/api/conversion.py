@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from normfix.conversion.conformity import unlike
 from normfix.conversion.distillation import Distillation, held_out_loss
 from normfix.conversion.flatness import all_empty, judged, spread_in_groups
 from normfix.conversion.measurement import measure_
@@ -42,7 +44,7 @@ from normfix.records.measurements import CalibrationSummary
 from normfix.records.plans import Action, Plan
 from normfix.records.progress import Progress, logged, silent
 from normfix.records.saved import Provenance, Scaling, Source
-from normfix.records.sites import Scan, Site
+from normfix.records.sites import Finding, Scan, Site
 from normfix.records.statistics import WHOLE, Statistics
 from normfix.records.verdicts import ImageShift, Proof, ProofStep
 from normfix.scanning.base import base_of
@@ -187,6 +189,7 @@ def convert(
     held_out: list[Tensor] = []
     kind: Kind = "regression"
     if statistics.kind == "distilled" and summary is not None and taken is not None:
+        assert first is not None
         kind = _kind_of(partial(caller.exactly, base), first[:1], seen.geometry)
         distillation = Distillation(
             converted,
@@ -200,6 +203,12 @@ def convert(
     if summary is not None:
         empty = all_empty(taken or ())
         summary = _judged(converted, plan, summary, caller, example.to(*home), allow_flat, empty)
+    if taken is not None:
+        found = _unlike(converted, plan, taken, caller, seen.geometry)
+        if summary is not None:
+            summary = replace(summary, findings=(*summary.findings, *found))
+        for finding in found:
+            _LOG.warning(finding.line)
     first = example.to(*home) if first is None else first[:1]
     work = _Work(
         original=base,
@@ -220,14 +229,14 @@ def convert(
     progress("prove", 0, 1)
     proof = work.prove()
     progress("prove", 1, 1)
-    found = _proved(seen.scan, proof, work.first.shape[2:])
-    source = Source(kind="object", spec=f"{found.model.rpartition('.')[0]}:{type(model).__qualname__}")
+    scan = _proved(seen.scan, proof, work.first.shape[2:])
+    source = Source(kind="object", spec=f"{scan.model.rpartition('.')[0]}:{type(model).__qualname__}")
     stated = None if output is None else str(output)
     attach_(
         converted,
         Provenance(
             plan=plan,
-            scan=found,
+            scan=scan,
             scaling=_stated(images, model),
             source=source,
             output=stated,
@@ -238,7 +247,7 @@ def convert(
         _LOG.warning("The network was in train mode; it was converted, and is returned, in eval mode.")
     converted.eval()
     calibration = None if summary is None else Calibration(converted, summary)
-    return Conversion(converted, plan, found, calibration, proof, caller, base)
+    return Conversion(converted, plan, scan, calibration, proof, caller, base)
 
 
 def _start_of(statistics: Statistics) -> Statistics:
@@ -325,6 +334,21 @@ def _calibrate_(
         return summary
     tile = tuple(n - n // 4 for n in blocks.extents(len(summary.images[0]) - 2))
     return measured(replace(blocks, tile=tile), stored=True)
+
+
+def _unlike(
+    model: nn.Module, plan: Plan, images: Images, caller: Caller, geometry: Geometry | None
+) -> tuple[Finding, ...]:
+    """Return which images are unlike each other, or what the network has stored; of those read by window nothing."""
+    if images.by_window:
+        return ()
+    if geometry is not None:
+        images = replace(images, padding=geometry.padding)
+    targets = {
+        measured: [site_target(model, d, express=False) for d in plan.converted if d.measured is measured]
+        for measured in (True, False)
+    }
+    return unlike(model, targets[True], targets[False], list(islice(images, 8)), caller.exactly)
 
 
 def _judged(

@@ -73,8 +73,9 @@ __all__ = ["convert_command"]
     default="whole",
     show_default=True,
     metavar="WHAT",
-    help="What constants are measured on: whole images, windows:SIZE[:LAW], of the size the network was trained on, "
-    "images[:LAW], per-image, blend:WEIGHT, distilled:SIZE (fitted to MODEL in such windows), or choose[:SIZE], which compares them as normfix choose does.",
+    help="What constants are measured on: whole images, windows:SIZE[:LAW] of the size the network was trained on, "
+    "images[:LAW], per-image, blend:WEIGHT; distilled:SIZE fits them to MODEL in such windows, choose[:SIZE] compares "
+    "them as normfix choose does.",
 )
 @click.option(
     "--labels", multiple=True, metavar="FILE", help="With --statistics choose: true classes or masks."

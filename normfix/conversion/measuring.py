@@ -26,7 +26,14 @@ from normfix.networks.numerics import exact_arithmetic
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.progress import Progress, silent
 
-__all__ = ["freeze_sites_", "measure_sites_", "remeasure_sites", "restoring_on_error", "settle_sites_"]
+__all__ = [
+    "freeze_sites_",
+    "measure_sites_",
+    "observed",
+    "remeasure_sites",
+    "restoring_on_error",
+    "settle_sites_",
+]
 
 Run = Callable[[nn.Module, Tensor], Tensor]
 
@@ -114,7 +121,7 @@ def _freeze_as_it_goes(
             target.store(part if isinstance(part, list) else [part])
         calls[target.name] += 1
 
-    with _observed(targets, observe):
+    with observed(targets, observe):
         for image in images:
             run(model, whole(image))
     for target in targets:
@@ -145,7 +152,7 @@ def _parts(model: nn.Module, target: Target, images: Iterable[Image], run: Run) 
         parts.append(part)
         raise _Reached
 
-    with _observed([target], observe):
+    with observed([target], observe):
         for number, image in enumerate(images, start=1):
             with suppress(_Reached):
                 run(model, whole(image))
@@ -164,7 +171,7 @@ def _summary(
         measured[target.name].append(part)
 
     shapes = []
-    with _observed(targets, observe):
+    with observed(targets, observe):
         for image in images:
             run(model, whole(image))
             shapes.append(tuple(image.shape))
@@ -176,7 +183,7 @@ def _summary(
 
 
 @contextmanager
-def _observed(targets: Sequence[Target], observe: Callable[[Target, Any], None]) -> Iterator[None]:
+def observed(targets: Sequence[Target], observe: Callable[[Target, Any], None]) -> Iterator[None]:
     """Call `observe` with what each target measures before its call is answered; nothing stays behind."""
     ends: list[Callable[[], None]] = []
     try:

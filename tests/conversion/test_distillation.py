@@ -79,6 +79,16 @@ def test_it_is_the_same_for_a_seed_and_draws_from_no_ones_generator(done):
     assert all(torch.equal(a, b) for a, b in zip(done.model.buffers(), again.model.buffers(), strict=True))
 
 
+def test_images_of_any_size_are_fitted_in_windows(done):
+    """Measured in stages and read window by window, the held-out windows agree as well."""
+    made = normfix.convert(
+        Handwritten().eval(), normfix.Measured(image(), f"distilled:{SIZE}"), blocks=normfix.Blocks(tile=48)
+    )
+    mine, theirs = made.calibration.summary, done.calibration.summary
+    assert mine.engine == "stages"
+    assert mine.distilled.end == pytest.approx(theirs.distilled.end, rel=0.05)
+
+
 def test_tiles_are_exact_and_the_folder_says_what_it_is(done, tmp_path):
     """Saved, loaded and in tiles it is the same; it cannot be measured anew, which is said."""
     normfix.save(done, tmp_path / "fixed")
