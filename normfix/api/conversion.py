@@ -203,7 +203,7 @@ def convert(
     if summary is not None:
         empty = all_empty(taken or ())
         summary = _judged(converted, plan, summary, caller, example.to(*home), allow_flat, empty)
-    if taken is not None:
+    if taken is not None and not in_stages:
         found = _unlike(converted, plan, taken, caller, seen.geometry)
         if summary is not None:
             summary = replace(summary, findings=(*summary.findings, *found))
@@ -339,8 +339,8 @@ def _calibrate_(
 def _unlike(
     model: nn.Module, plan: Plan, images: Images, caller: Caller, geometry: Geometry | None
 ) -> tuple[Finding, ...]:
-    """Return which images are unlike each other, or what the network has stored; of those read by window nothing."""
-    if images.by_window:
+    """Return which images are unlike each other, or what the network has stored; one image may be without a run."""
+    if len(images) == 1 and all(d.measured for d in plan.converted):
         return ()
     if geometry is not None:
         images = replace(images, padding=geometry.padding)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -56,6 +57,7 @@ class Bench:
     stored: dict[str, tuple[Tensor, Tensor]]
     model: str
     kind: Kind = "probability"
+    assumed: bool = False
     _windows: dict[tuple[str, tuple[int, ...]], Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -178,9 +180,20 @@ class Bench:
         parts = tiled(lambda part: self.caller.exactly(network, part), pixels, tile, self.geometry)
         return deviation(parts, whole, sd)[0]
 
-    def understand(self, kind: Kind | None, sample: Sample) -> None:
-        """Take what the output means, or tell it by the values that the original gives."""
-        self.kind = kind or recognise(self.live(sample.pixels))
+    def understand(self, kind: Kind | None, sample: Sample, *, masks: bool = False) -> None:
+        """Take what the output means, or tell it by the values that the original gives.
+
+        Args:
+            kind: as it was stated.
+            sample: what to tell it by.
+            masks: it is compared with classes or masks, so numbers without bounds are scores, a channel for each class,
+                or logits.
+        """
+        live = self.live(sample.pixels)
+        self.kind = kind or recognise(live)
+        if kind is None and masks and self.kind == "regression":
+            per_class = live.shape[1] > 1 and np.squeeze(sample.labels).ndim == live.dim() - 2
+            self.kind, self.assumed = "scores" if per_class else "logits", True
 
     def _fitted(self, run: Run, pixels: Tensor) -> Tensor:
         """Run on an image of any size, extended to one that the network is exact at."""

@@ -45,10 +45,11 @@ class Choice(Shown):
 
     @property
     def statistics(self) -> Statistics:
-        """Return the recommended statistics."""
-        found = self.record.best.statistics
-        assert found is not None
-        return found
+        """Return the recommended statistics; where that is BatchRenorm, those of the best frozen network."""
+        frozen = [c for c in self.record.candidates if c.to == "frozen"]
+        best = self.record.best if self.record.best in frozen else frozen[0]
+        assert best.statistics is not None
+        return best.statistics
 
     @property
     def given(self) -> Measured:
@@ -140,8 +141,15 @@ def choose(
     progress("scan", 1, 1)
     extents = () if window is None else _extents(window, bench)
     folds = folds_of(samples, bench.geometry)
+    if labels is None and not any(_is_cut(s, extents) for fold in folds for s in fold.judged):
+        raise NormfixError(
+            "NF556",
+            f"windows of {','.join(map(str, extents))} cover every held-out image, so the original's own windows are "
+            "the whole image. Give the size of the windows in training, larger images, or labels.",
+            where="choose",
+        )
     with exact_arithmetic():
-        bench.understand(kind, samples[0])
+        bench.understand(kind, samples[0], masks=labels is not None and metric is None)
         judge = Judge(bench, extents, metric, labels is not None)
         comparison = _Comparison(bench, judge, folds, progress)
         candidates = comparison.candidates(ways_of(bench, judge, samples, extents, distilled=distilled))
@@ -171,6 +179,12 @@ def _extents(window: int | Sequence[int], bench: Bench) -> tuple[int, ...]:
     sizes = (window,) if isinstance(window, int) else tuple(window)
     extents = tile_extents(sizes[0] if len(sizes) == 1 else sizes, bench.geometry)
     return extents[:1] if len(set(extents)) == 1 else extents
+
+
+def _is_cut(sample: Sample, window: Sequence[int]) -> bool:
+    space = sample.pixels.shape[2:]
+    sizes = window if len(window) == len(space) else tuple(window) * len(space)
+    return any(n > size for n, size in zip(space, sizes, strict=True))
 
 
 def _python(best: Candidate) -> str:

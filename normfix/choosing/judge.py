@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -29,7 +30,9 @@ class Judge:
         """Return what scores are called."""
         if not self.labelled:
             return f"agreement with own windows of {','.join(map(str, self.window))}"
-        return "Dice" if self.metric is None else getattr(self.metric, "__name__", "metric")
+        if self.metric is not None:
+            return getattr(self.metric, "__name__", "metric")
+        return f"Dice, output read as {self.bench.kind}" if self.bench.assumed else "Dice"
 
     def score(self, sample: Sample, prediction: Tensor) -> float:
         """Return the accuracy where there are labels, else the agreement.
@@ -47,9 +50,12 @@ class Judge:
             raise NormfixError(
                 "NF557",
                 f"an output of kind {kind} and shape {tuple(prediction.shape)} has no Dice with labels of shape "
-                f"{tuple(sample.labels.shape)}. Give a metric (more is better), or leave labels out and give a window.",
+                f"{tuple(sample.labels.shape)}. Say what the output means (--kind), give a metric (more is better), or "
+                "leave labels out and give a window.",
                 where="labels",
             )
+        if not math.isfinite(found):
+            raise NormfixError("NF557", f"the metric gave {found}, which is no score.", where=sample.name)
         return found
 
     def agreement(self, sample: Sample, prediction: Tensor) -> float:

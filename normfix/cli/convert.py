@@ -297,6 +297,10 @@ class _Choice:
             progress=progress,
         )
         note(found.headline)
+        if found.record.best.to == "batchrenorm":
+            note(
+                f"That takes two commands, which normfix choose prints; this one takes {found.statistics.words}."
+            )
         return found.statistics
 
 

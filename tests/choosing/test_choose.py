@@ -198,6 +198,15 @@ def test_distilled_constants_are_a_candidate_where_they_are_asked_for(images):
     assert rows["distilled:16"].seams < 1e-4
 
 
+def test_logits_are_told_by_labels(images):
+    """Numbers without bounds are read as logits where masks judge them, which is said; as probabilities they score alike."""
+    net, (x, truth) = network(), images[0]
+    found = normfix.choose(net[:-1], x, labels=truth).record
+    assert found.measure == "Dice, output read as logits"
+    expected = normfix.choose(net, x, labels=truth).record
+    assert [c.scores for c in found.candidates] == [c.scores for c in expected.candidates]
+
+
 def test_the_network_is_not_changed(images):
     """Neither weights, mode nor random numbers of the caller move."""
     net = network().train()
@@ -227,8 +236,18 @@ def test_windows_are_blended_as_sliding_windows_are():
         (network(), {"labels": [np.zeros((64, 96))] * 2}, "NF557"),
         (network(), {"labels": np.zeros((64, 96)), "kind": "regression"}, "NF557"),
         (network(), {"labels": np.zeros((64, 90))}, "NF604"),
+        (network(), {"window": 96}, "NF556"),
+        (network(), {"labels": np.zeros((64, 96)), "metric": lambda found, true: float("nan")}, "NF557"),
     ],
-    ids=["nothing live", "nothing to judge by", "too many labels", "no Dice", "labels of another size"],
+    ids=[
+        "nothing live",
+        "nothing to judge by",
+        "too many",
+        "no Dice",
+        "another size",
+        "a window as large",
+        "no number",
+    ],
 )
 def test_what_cannot_be_compared_is_refused(model, options, code):
     """Each has a code that says what to give."""
