@@ -17,7 +17,7 @@ import random
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -57,6 +57,7 @@ class Case:
     network: Callable[[int], nn.Module]
     window: tuple[int, ...]
     seeds: int
+    distilled: bool = True
 
 
 def cases() -> dict[str, Callable[[], Case]]:
@@ -79,9 +80,10 @@ def demo(zoom: float) -> Case:
     labels = F.interpolate(test.labels, size, mode="nearest")
     low, high = np.percentile(images.numpy(), (1, 99.8))
     window = (min(160, size[0] // 4 // 8 * 8),)
-    return _strips(
+    found = _strips(
         (images - float(low)) / float(high - low), labels, 4, lambda seed: nuclei_unet(), window, 1
     )
+    return replace(found, distilled=False)
 
 
 def nuclei(ndim: int, norm: str) -> Case:
@@ -185,7 +187,7 @@ def compared(case: Case, seed: int, kind: str | None) -> dict[str, tuple[float, 
         bench.understand(kind, samples[0])  # type: ignore[arg-type]
         judge = Judge(bench, case.window, None, True)
         comparison = _Comparison(bench, judge, folds_of(samples, bench.geometry), silent)
-        ways = ways_of(bench, judge, samples, case.window, distilled=True)
+        ways = ways_of(bench, judge, samples, case.window, distilled=case.distilled)
         rows = comparison.candidates([*ways, MeasuredLive(bench, case.window)])
         rows += comparison.references(rows[0])
     return {_short(row.name): row.scores for row in rows}

@@ -199,7 +199,7 @@ def test_distilled_constants_are_a_candidate_where_they_are_asked_for(images):
 
 
 def test_logits_are_told_by_labels(images):
-    """Numbers without bounds are read as logits where masks judge them, which is said; as probabilities they score alike."""
+    """Numbers without bounds are read as logits where masks judge them, and said to be; they score as probabilities."""
     net, (x, truth) = network(), images[0]
     found = normfix.choose(net[:-1], x, labels=truth).record
     assert found.measure == "Dice, output read as logits"
