@@ -139,7 +139,8 @@ def _sum(a: Vector, b: Vector) -> Vector:
 def _cat(call: Call) -> list[Reading]:
     tensors = call.get("tensors")
     dim = call.dim(call.get("dim", 0), len(call.shape))
-    start, readings = call.sizes(0), []
+    start = call.sizes(0)
+    readings: list[Reading] = []
     for place, tensor in enumerate(tensors):
         extents = call.extents(tensor)
         if len(extents) != len(call.shape):  # torch lets an empty one pass
