@@ -366,6 +366,8 @@ CODES: dict[str, str] = {
     "than a window. This network has no exact halo (see normfix scan), or every window was the whole image.",
     "NF596": "An ONNX file holds a graph of ONNX operators and no modules of PyTorch to look into and convert. Give "
     "what it was exported from; the fixed network is written as ONNX again (convert -o FIXED.onnx).",
+    "NF597": "A bioimage.io package is written back with one output over the same axes of space as its image, and with "
+    "a scaling that its description has a step for. Use the folder through normfix.load, or -o FILE.ts, FILE.onnx.",
     # 6xx: diagnosing
     "NF580": "What an output means is probability, logits, softmax, scores, labels or regression; another word would "
     "be read as numbers, without Dice and without classes.",

@@ -247,6 +247,7 @@ def _give_back(
             scaling=scaling,
             allow_classes=arguments.allow_classes,
             trust_pickle=arguments.trust_pickle,
+            allow_code=arguments.allow_code,
         )
     tell(place, " It is for the network's own tool; its README.md says what that must be told.")
 

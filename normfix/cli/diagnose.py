@@ -43,7 +43,7 @@ __all__ = ["diagnose_command"]
 @click.argument("images", nargs=-1, required=True)
 @click.option(
     "--tile",
-    type=Extents(),
+    type=Extents(1),
     help="Tile size in pixels; one number, or one per axis. Default: 256, and smaller where it would not divide the "
     "image.",
 )

@@ -52,7 +52,7 @@ def scan_text(scan: Scan, *, verbose: bool = True) -> str:
     """Return the answer in a line, the numbers, the sites and how the looks went if verbose, and the findings."""
     shape = "x".join(map(str, scan.example))
     kinds = Counter(site.family for site in scan.live)
-    counted = ", ".join(f"{n} {family}" for family, n in kinds.items())
+    counted = ", ".join(f"{n} {_kind(family)}" for family, n in kinds.items())
     lines = [
         *_wrapped(f"{_answer(scan)}"),
         "",
@@ -95,13 +95,19 @@ def _answer(scan: Scan) -> str:
             "Not tile-invariant, though no statistic is computed from the tile: the findings below say why."
         )
     kinds = Counter(site.family for site in scan.live)
-    counted = ", ".join(f"{n} {family}" for family, n in kinds.items())
+    counted = ", ".join(f"{n} {_kind(family)}" for family, n in kinds.items())
     what = "1 statistic is" if len(scan.live) == 1 else f"{len(scan.live)} statistics are"
     stuck = sum(not site.convertible for site in scan.live)
     todo = "normfix convert freezes them at the values of whole images."
     if stuck:
         todo = f"No constant can replace {stuck} of them; normfix convert freezes the others."
     return f"Not tile-invariant: {what} computed from the tile ({counted}). {todo}"
+
+
+def _kind(family: str) -> str:
+    """Return what people call a norm, such as InstanceNorm; what is no norm keeps the name of its family."""
+    name = name_of(family)
+    return name if name.endswith("Norm") else family
 
 
 def _limits(scan: Scan) -> list[str]:
