@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from normfix.conversion.targets import Target, apart_targets
 from normfix.images.collections import Images
 from normfix.images.sources import Image, TensorImage, whole
-from normfix.networks.calling import Unreached, evaluating
+from normfix.networks.calling import NotTaken, Unreached, evaluating
 from normfix.networks.numerics import exact_arithmetic
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.progress import Progress, silent
@@ -87,9 +87,11 @@ def settle_sites_(model: nn.Module, targets: Sequence[Target], images: Sequence[
     together = together and sum(map(_size, images)) <= _TOGETHER
     with evaluating(model), exact_arithmetic(), restoring_on_error(targets):
         if apart is not None and together:
-            stack = TensorImage(torch.cat([whole(image) for image in images]))
-            _freeze_as_it_goes(model, apart, [stack], run)
-        elif len(images) == 1:
+            with suppress(NotTaken):  # some networks take one image at a time
+                stack = TensorImage(torch.cat([whole(image) for image in images]))
+                _freeze_as_it_goes(model, apart, [stack], run)
+                return
+        if len(images) == 1:
             _freeze_as_it_goes(model, targets, images, run)
         else:
             _freeze_in_turn(model, targets, images, run)

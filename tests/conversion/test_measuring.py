@@ -7,12 +7,13 @@ from torch import nn
 from torch.testing import assert_close
 
 import normfix
-from normfix.conversion.measuring import measure_sites_
-from normfix.conversion.targets import NormTarget
+from normfix.conversion.measuring import measure_sites_, settle_sites_
+from normfix.conversion.targets import NormTarget, planned_targets
 from normfix.errors import NormfixError
-from normfix.images.sources import TensorImage
+from normfix.images.sources import TensorImage, whole
 from normfix.layers import FrozenNorm2d
 from normfix.networks.calling import Caller
+from normfix.networks.copying import copy_of
 
 SIZES = [(48, 64), (96, 64), (64, 32)]
 EPS = 1e-5
@@ -324,3 +325,37 @@ def test_a_statistic_that_is_no_norm_is_finite_too():
     model = normfix.convert(Brightest(), torch.rand(1, 1, 64, 64)).model
     with pytest.raises(NormfixError, match=r"NF148 .*mean.*not finite in float32"):
         normfix.calibrate(model, [huge, torch.rand(1, 1, 64, 64)])
+
+
+class OneByOne(nn.Module):
+    """Two norms; takes as many images at a time as it is told."""
+
+    def __init__(self, most):
+        super().__init__()
+        torch.manual_seed(0)
+        self.most = most
+        self.first, self.second = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.one, self.two = nn.InstanceNorm2d(4), nn.InstanceNorm2d(4)
+
+    def forward(self, x):
+        assert len(x) <= self.most
+        return self.two(self.second(torch.relu(self.one(self.first(x)))))
+
+
+@pytest.mark.parametrize("most", [1, 8])
+def test_images_that_run_together_have_what_each_has(most):
+    """Settled in one pass, or one by one where a network takes no more, constants are those of measuring in turn."""
+    images = [TensorImage(torch.rand(1, 1, 16, 16, generator=seeded(n)) * (n + 1)) for n in range(3)]
+    done = normfix.convert(OneByOne(8).eval(), whole(images[0]))
+    expected = copy_of(done.model)
+    measure_sites_(expected, planned_targets(expected, done.plan), images, done.caller.exactly)
+    model = copy_of(done.model)
+    model.most = most
+    settle_sites_(model, planned_targets(model, done.plan), images, done.caller.exactly)
+    for mine, theirs in zip(model.buffers(), expected.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def seeded(seed):
+    """Return a generator."""
+    return torch.Generator().manual_seed(seed)
