@@ -321,7 +321,7 @@ class _Prediction:
         """Predict by one engine; the result, or None if it went to `out`."""
         if self.statistics == "per-image":
             if self.image.shape[0] > 1:  # a batch shares nothing
-                each = [replace(self, image=TensorImage(x)).run() for x in whole(self.image).split(1)]
+                each = [replace(self, image=TensorImage(x)).run() for x in torch.split(whole(self.image), 1)]
                 return torch.cat([y for y in each if y is not None])
             return replace(self._fitted(), statistics="stored").run(out)
         model, caller, geometry = self.model, self.known.caller, self.geometry

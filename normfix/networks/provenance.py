@@ -83,8 +83,8 @@ def _attributes(module: nn.Module) -> Iterator[object]:
     yield from (len(vars(module)[name]) for name in _HOOKS)
     kind = type(module)
     if not kind.__module__.startswith(_OWN):
-        counted = {name: value for name, value in vars(module).items() if _is_plain(value)}
-        yield [item for item in counted.items() if item[0] not in _written(kind) and item[0] not in _ALL_HAVE]
+        passing = _ALL_HAVE | _written(kind.__mro__)
+        yield [(name, v) for name, v in vars(module).items() if name not in passing and _is_plain(v)]
 
 
 def _is_plain(value: object) -> bool:
@@ -97,9 +97,9 @@ _ALL_HAVE = frozenset((*vars(nn.Module()), *SAID))
 
 
 @cache
-def _written(kind: type) -> frozenset[str]:
+def _written(kinds: tuple[type, ...]) -> frozenset[str]:
     """Return the attributes that methods write, as those that count calls or keep a size; __init__ is none of them."""
-    functions = [f for c in kind.__mro__ for name, f in vars(c).items() if name != "__init__"]
+    functions = [f for c in kinds for name, f in vars(c).items() if name != "__init__"]
     codes = [f.__code__ for f in functions if isinstance(f, FunctionType)]
     for code in codes:
         codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
