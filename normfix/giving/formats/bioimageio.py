@@ -102,8 +102,9 @@ def place(weights: Path | None) -> str:
 
 def candidates(source: Source) -> Iterator[Mapping[str, Any]]:
     """Return arguments as the network's own library switches them."""
-    own = unet3d if source.spec == f"{unet3d_network.__module__}:network" else plain
-    return own.candidates(source)
+    if source.spec == f"{unet3d_network.__module__}:network":
+        return unet3d.candidates(source)
+    return plain.candidates(source)
 
 
 def write(draft: Path, gifts: Sequence[Gift]) -> tuple[Change, ...]:
@@ -257,7 +258,8 @@ def _write_tests(
     image = np.array(array_of(draft / given.test.name))
     extents = [_extent(n, size) for n, size in zip(image.shape[2:], sizes, strict=True)]
     wide = [(0, 0), (0, 0), *((0, max(0, m - n)) for n, m in zip(image.shape[2:], extents, strict=True))]
-    image = np.pad(image, wide, mode="symmetric")[(..., *(slice(m) for m in extents))]
+    cut: Any = (..., *(slice(m) for m in extents))
+    image = np.pad(image, wide, mode="symmetric")[cut]
     after = described(declared.content, str(draft))
     if after.inputs[0].steps != given.steps and gift.known.scaling.kind == "fixed":
         image = _in_range(image, *gift.known.scaling.values)
