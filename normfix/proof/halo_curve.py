@@ -98,9 +98,9 @@ def halo_curve(
     with exact_arithmetic():
         trial = _Trial(tested, padded(item, geometry), geometry, extents)
         points = []
-        for number, (axis, halo) in enumerate(halos):
+        for number, (axis, spans) in enumerate(halos):
             progress("halo", number, len(halos))
-            points.append(trial.point(axis, halo))
+            points.append(trial.point(axis, spans))
         progress("halo", len(halos), len(halos))
     if not any(point.compared for point in points):
         raise NormfixError(
