@@ -91,7 +91,7 @@ def test_a_failure_leaves_a_report(pytester):
 
 
 def test_a_failure_is_said_in_ten_lines_cause_first(pytester):
-    """What is wrong and what to do, then which network, image and tile."""
+    """What is wrong and what to do, then which network, image and tile; torch's own log is not part of it."""
     write(pytester, norm="InstanceNorm2d", options=", tile=32")
     lines = pytester.runpytest_inprocess("-p", "no:randomly").outlines
     said = [line.removeprefix("E").strip() for line in lines if line.startswith("E")]
@@ -99,6 +99,7 @@ def test_a_failure_is_said_in_ten_lines_cause_first(pytester):
     assert "1 statistic is computed from the tile (1 InstanceNorm" in said[0]
     assert "normfix convert" in said[0]
     assert "Sequential on an image of 1x1x96x96, tiles of 32x32" in said[1]
+    assert not any("torch.__trace" in line for line in lines)
 
 
 def test_a_threshold_that_is_no_number_is_a_usage_error(pytester):

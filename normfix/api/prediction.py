@@ -68,7 +68,7 @@ class PredictOptions(TypedDict, total=False):
 
     halo: int | Sequence[int] | Literal["auto"]
     engine: Literal["auto", "stages", "tiles"]
-    statistics: Literal["stored", "per-image"]
+    statistics: Literal["auto", "stored", "per-image"]
     blocks: Blocks | None
     forward_fn: ForwardFn | None
     output: str | int | None
@@ -82,7 +82,7 @@ def predict(
     *,
     halo: int | Sequence[int] | Literal["auto"] = "auto",
     engine: Literal["auto", "stages", "tiles"] = "auto",
-    statistics: Literal["stored", "per-image"] = "stored",
+    statistics: Literal["auto", "stored", "per-image"] = "auto",
     blocks: Blocks | None = None,
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
@@ -106,11 +106,11 @@ def predict(
             tiles.
         engine: "auto" takes stages where tiles would compute over 16 million pixels of halo and the network can
             be captured, on images of as many that are read by window, with a budget or store, and on a cluster.
-        statistics: "per-image" normalises the image (each of a batch) by its own statistics, measured over all of it
-            before it is predicted, as the network did before it was converted to frozen statistics. With it a network
-            that was not converted gives what it gives for the whole image, and attention over all positions is kept:
-            its keys and values are those of the whole image then. Such a network runs in stages, at the sizes that it
-            takes.
+        statistics: "auto" takes the stored ones, but of a network that was converted with per-image statistics those.
+            "per-image" normalises the image (each of a batch) by its own statistics, measured over all of it before it
+            is predicted, as the network did before it was converted to frozen statistics. With it a network that was
+            not converted gives what it gives for the whole image, and attention over all positions is kept: its keys
+            and values are those of the whole image then. Such a network runs in stages, at the sizes that it takes.
         blocks: how to run in stages; blocks are of `tile` if they state no size.
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
@@ -265,16 +265,18 @@ class _Prediction:
         *,
         halo: int | Sequence[int] | Literal["auto"] = "auto",
         engine: Literal["auto", "stages", "tiles"] = "auto",
-        statistics: Literal["stored", "per-image"] = "stored",
+        statistics: Literal["auto", "stored", "per-image"] = "auto",
         blocks: Blocks | None = None,
         forward_fn: ForwardFn | None = None,
         output: str | int | None = None,
     ) -> _Prediction:
         _require_one_of(("auto", "stages", "tiles"), engine=engine)
-        _require_one_of(("stored", "per-image"), statistics=statistics)
+        _require_one_of(("auto", "stored", "per-image"), statistics=statistics)
         blocks = (blocks or Blocks()).sized(tile)
         caller = Caller.of(provenance_of(model), forward_fn, output)
         taken = images_of(given, model, caller=caller)
+        if statistics == "auto":
+            statistics = _stated(model)
         if statistics == "per-image" and provenance_of(model) is None:
             model = _held(model, taken.excerpt(), caller)
         known = known_of(model, taken, forward_fn, output)
@@ -396,6 +398,12 @@ class _Prediction:
         blocks = replace(self.blocks, tile=tile_extents(self.blocks.tile or _TILE, exact))
         _require_inside(scan, self.image.shape, blocks.extents(len(exact.stride)), exact)
         return replace(self, model=model, known=replace(self.known, scan=scan), geometry=exact, blocks=blocks)
+
+
+def _stated(model: nn.Module) -> Literal["stored", "per-image"]:
+    """Return what a network was converted for."""
+    known = provenance_of(model)
+    return "per-image" if known is not None and known.statistics.kind == "per-image" else "stored"
 
 
 def _held(model: nn.Module, image: Tensor, caller: Caller) -> nn.Module:

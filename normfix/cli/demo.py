@@ -9,6 +9,7 @@ import click
 from normfix.cli.answers import Shown
 from normfix.cli.showing import format_option, show
 from normfix.errors import NormfixError
+from normfix.images.drafts import require_unnamed
 
 __all__ = ["demo_command"]
 
@@ -34,6 +35,7 @@ def demo_command(out: str, image: str | None, format_: str) -> int:
         _write_image(Path(image))
         note(f"Wrote {image}: fluorescent nuclei, 512 x 512, uint8.")
         return 0
+    require_unnamed(Path(out))
     from normfix.demo import run_demo
 
     with steps() as progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from difflib import get_close_matches
 
 import click
 
@@ -23,8 +24,11 @@ def explain_command(code: str, format_: str) -> None:
     Example:
       normfix explain NF203
     """
-    known = CODES.get(code.upper())
+    name = f"NF{code}" if code.isdecimal() else code.upper()
+    known = CODES.get(name)
     if known is None:
-        raise click.UsageError(f"no such code: {code}. Codes are: {', '.join(CODES)}")
-    text = f"{code.upper()}\n\n{textwrap.fill(known, 88)}"
-    show(Explained(code=code.upper(), text=known), text, format_)
+        near = ", ".join(get_close_matches(name, CODES, 3))
+        hint = f"Did you mean {near}?" if near else "A code is NF and three digits, such as NF203."
+        raise click.UsageError(f"no such code: {code}. {hint}")
+    text = f"{name}\n\n{textwrap.fill(known, 88)}"
+    show(Explained(code=name, text=known), text, format_)

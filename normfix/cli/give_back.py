@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +13,9 @@ import click
 from normfix.cli.options import Arguments, model_options
 from normfix.cli.outputs import is_given, output, tell
 from normfix.cli.showing import format_option, show
+from normfix.errors import NormfixError
+from normfix.images.drafts import require_unnamed
+from normfix.storage.spec import require_spec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,13 +74,19 @@ def give_back_command(
     Example:
       normfix give-back fixed -o for-monai --original my_bundle
     """
-    from normfix.giving.folder import give_back
-
     if (halo is None) != (image is None):
         raise click.UsageError(
             "--halo and --image belong together: the error of a halo is measured on an image."
         )
-    arguments = Arguments.take(options)
+    arguments, switch = Arguments.take(options), _switches(switches)
+    for other in others:
+        require_spec(other)
+    if original is not None and not Path(original).exists():
+        raise NormfixError("NF101", "there is no such file or folder.", where=f"--original {original}")
+    if not is_given(Path(out)):
+        require_unnamed(Path(out))
+    from normfix.giving.folder import give_back
+
     with output(out, is_given) as place:
         opened = [replace(arguments, model=model).open() for model in (arguments.model, *others)]
         record = give_back(
@@ -84,7 +94,7 @@ def give_back_command(
             place.path,
             None if others else opened[0].source,
             original=original,
-            switch=_switches(switches),
+            switch=switch,
             allow_classes=arguments.allow_classes,
             trust_pickle=arguments.trust_pickle,
             allow_code=arguments.allow_code,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import wraps
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,9 +19,10 @@ from click.core import ParameterSource
 from normfix.cli.settings import SETTINGS
 from normfix.cli.showing import Command, note
 from normfix.errors import NormfixError
+from normfix.networks.naming import require_findable
 from normfix.records.saved import Scaling
 from normfix.records.scalings import parse_scaling
-from normfix.storage.spec import require_spec
+from normfix.storage.spec import require_no_revision, require_spec
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +79,22 @@ class Channels(click.ParamType):  # type: ignore[type-arg]
         return tuple(int(number) for number in numbers)
 
 
+class Device(click.ParamType):  # type: ignore[type-arg]
+    """A name of a device that torch, or a package torch_NAME beside it, can know."""
+
+    name = "name[:n]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return it, or fail with the reason."""
+        kind = re.fullmatch(r"([a-z]+)(:[0-9]+)?", str(value))
+        if kind is None or (kind[1] not in _DEVICES and find_spec(f"torch_{kind[1]}") is None):
+            self.fail(f"{value!r} is no device. Give auto, cpu, cuda or cuda:1, or xpu", param, ctx)
+        return str(value)
+
+
+_DEVICES = ("auto", "cpu", "cuda", "hip", "hpu", "meta", "mps", "mtia", "privateuseone", "vulkan", "xla", "xpu")
+
+
 halo_option = click.option(
     "--halo",
     type=click.Choice(["graph", "measured"]),
@@ -91,6 +110,7 @@ def model_options(command: Command) -> Command:
     for decorate in (
         click.option(
             "--device",
+            type=Device(),
             default="auto",
             show_default=True,
             help="Where to compute, such as cuda:0 or cpu; auto is the GPU that is there, else the CPU.",
@@ -222,6 +242,10 @@ class Arguments:
             parse_scaling(arguments.scale)
         for spec in filter(None, (arguments.model, arguments.arch)):
             require_spec(spec)
+        require_no_revision(arguments.model, arguments.revision)
+        if arguments.preprocess is not None:
+            require_findable(arguments.preprocess)
+        _require_axes(arguments.axes)
         find_images([*images])
         return arguments
 
@@ -360,6 +384,19 @@ class Arguments:
             raise NormfixError(
                 "NF116", f"cannot compute there: {reason}.", where=f"--device {self.device}"
             ) from error
+
+
+def _require_axes(axes: str | None) -> None:
+    """Refuse letters that cannot name axes, whatever the image.
+
+    Raises:
+        NormfixError: NF106.
+    """
+    letters = (axes or "").upper()
+    if axes is not None and (not letters.isalpha() or len(set(letters)) < len(letters)):
+        raise NormfixError(
+            "NF106", "give each axis one letter of its own, such as YXC or CZYX.", where=f"--axes {axes}"
+        )
 
 
 def _require_same(stated: Scaling, known: Scaling) -> None:

@@ -47,7 +47,7 @@ _ENDINGS = [".tif", ".npy", ".zarr", ".nii", ".nii.gz"]
     help="Of the files in a folder. Default: that of the image, .tif for PNG and JPEG.",
 )
 @click.option(
-    "--tile", type=Extents(), help="Tile size in pixels; one number, or one per axis. Default: 256."
+    "--tile", type=Extents(1), help="Tile size in pixels; one number, or one per axis. Default: 256."
 )
 @context_option()
 @click.option(
@@ -60,11 +60,12 @@ _ENDINGS = [".tif", ".npy", ".zarr", ".nii", ".nii.gz"]
 )
 @click.option(
     "--statistics",
-    type=click.Choice(["stored", "per-image"]),
-    default="stored",
+    type=click.Choice(["auto", "stored", "per-image"]),
+    default="auto",
     show_default=True,
-    help="per-image: normalise the image by its own statistics, measured over all of it. So an unconverted network "
-    "gives its output of the whole image, attention over all positions included.",
+    help="auto: as the network was converted, else stored. per-image: normalise the image by its own statistics, "
+    "measured over all of it. So an unconverted network gives its output of the whole image, attention over all "
+    "positions included.",
 )
 @click.option(
     "--allow-nonfinite",
@@ -97,7 +98,7 @@ def predict_command(
     tile: int | tuple[int, ...] | None,
     halo: HaloExtents,
     engine: str,
-    statistics: Literal["stored", "per-image"],
+    statistics: Literal["auto", "stored", "per-image"],
     allow_nonfinite: bool,
     as_: str,
     logits: str | None,
@@ -139,13 +140,15 @@ def predict_command(
     paths = find_images(images)
     if _is_folder(Path(out)):
         return _predict_each(opened, list(dict.fromkeys(paths)), Path(out), ending)
-    return _predict_one(opened, paths, out)
+    return _predict_one(opened, paths, out, ending)
 
 
-def _predict_one(opened: Callable[[], _Run], paths: Sequence[Path], out: str) -> int:
+def _predict_one(opened: Callable[[], _Run], paths: Sequence[Path], out: str, ending: str | None) -> int:
     from normfix.images.names import require_image_name
 
     require_image_name(Path(out))
+    if ending is not None:
+        raise click.UsageError(f"--ending is of the files in a folder; -o {out} has its own")
     if len(paths) != 1:
         reason = f"{len(paths)} images go to a folder: give -o a name without an ending."
         raise NormfixError("NF531", reason, where=out)

@@ -6,6 +6,7 @@ import click
 
 from normfix.cli.answers import Pushed
 from normfix.cli.showing import format_option, note, show
+from normfix.storage.spec import require_folder
 
 __all__ = ["push_command"]
 
@@ -23,6 +24,7 @@ def push_command(out: str, name: str, private: bool, partial: bool, format_: str
     Example:
       normfix push fixed my-group/nuclei-frozen
     """
+    require_folder(out)
     from normfix.storage.hub import push
 
     address = push(out, name, private=private, partial=partial)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from normfix.cli.columns import columns
+from normfix.records.candidates import ChoiceRecord
 from normfix.records.certificates import Verification
 from normfix.records.diagnoses import Cost, DiagnosisRecord, Mismatch
 from normfix.records.halo_curves import HaloCurve
@@ -21,6 +22,7 @@ from normfix.reporting.sentences import duration_text, explanation, headline
 
 __all__ = [
     "calibration_text",
+    "choice_text",
     "conversion_text",
     "cost_text",
     "diagnosis_text",
@@ -31,11 +33,26 @@ __all__ = [
 ]
 
 
+def choice_text(record: ChoiceRecord, *, verbose: bool = True) -> str:
+    """Return the recommendation, the candidates as a table, with notes if verbose, and what to run."""
+    table = record.table()
+    heads, rows = list(table.heads), [list(row) for row in table.rows]
+    if not verbose:
+        heads, rows = heads[:-1], [row[:-1] for row in rows]
+    heads[2] = heads[2].partition(" with ")[0]  # the headline says with what
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (heads, *rows)
+    ]
+    return "\n".join([*_wrapped(record.headline), "", *lines, "", record.fix])
+
+
 def scan_text(scan: Scan, *, verbose: bool = True) -> str:
     """Return the answer in a line, the numbers, the sites and how the looks went if verbose, and the findings."""
     shape = "x".join(map(str, scan.example))
     kinds = Counter(site.family for site in scan.live)
-    counted = ", ".join(f"{n} {family}" for family, n in kinds.items())
+    counted = ", ".join(f"{n} {_kind(family)}" for family, n in kinds.items())
     lines = [
         *_wrapped(f"{_answer(scan)}"),
         "",
@@ -78,13 +95,19 @@ def _answer(scan: Scan) -> str:
             "Not tile-invariant, though no statistic is computed from the tile: the findings below say why."
         )
     kinds = Counter(site.family for site in scan.live)
-    counted = ", ".join(f"{n} {family}" for family, n in kinds.items())
+    counted = ", ".join(f"{n} {_kind(family)}" for family, n in kinds.items())
     what = "1 statistic is" if len(scan.live) == 1 else f"{len(scan.live)} statistics are"
     stuck = sum(not site.convertible for site in scan.live)
     todo = "normfix convert freezes them at the values of whole images."
     if stuck:
         todo = f"No constant can replace {stuck} of them; normfix convert freezes the others."
     return f"Not tile-invariant: {what} computed from the tile ({counted}). {todo}"
+
+
+def _kind(family: str) -> str:
+    """Return what people call a norm, such as InstanceNorm; what is no norm keeps the name of its family."""
+    name = name_of(family)
+    return name if name.endswith("Norm") else family
 
 
 def _limits(scan: Scan) -> list[str]:

@@ -153,7 +153,7 @@ def calibrate_command(
 @click.argument("images", nargs=-1, required=True)
 @click.option(
     "--tile",
-    type=Extents(),
+    type=Extents(1),
     help="Tile size in pixels; one number, or one per axis, such as 32,128,128. Default: 256, and smaller where it "
     "would not divide the image; the output says which.",
 )

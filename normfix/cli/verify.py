@@ -6,6 +6,7 @@ import click
 
 from normfix.cli.showing import format_option, show
 from normfix.cli.texts import verification_text
+from normfix.storage.spec import require_folder
 
 __all__ = ["verify_command"]
 
@@ -25,6 +26,7 @@ def verify_command(folder: str, format_: str) -> int:
     Example:
       normfix verify fixed
     """
+    require_folder(folder)
     from normfix.proof.verification import verify
 
     found = verify(folder)

@@ -94,7 +94,7 @@ def require_findable(name: str) -> None:
     """Refuse what the caller names where there is no such module or file, without importing what there is.
 
     Raises:
-        UnknownNameError: NF111.
+        UnknownNameError: NF111, also for what has another form.
     """
     file, top = file_named(name), name.partition(":")[0].partition(".")[0]
     found = (
@@ -102,7 +102,7 @@ def require_findable(name: str) -> None:
         if file is not None
         else _is_installed(top) or PathFinder.find_spec(top, [str(Path.cwd())])
     )
-    if not found:
+    if not is_named(name) or not found:
         named(name)
 
 

@@ -37,13 +37,13 @@ from normfix.storage.opening.allocation import Stored, bounded_by
 from normfix.storage.opening.factories import built, dumped, rebuild
 from normfix.storage.opening.formats.exported import read_program
 from normfix.storage.opening.gate import FACTORIES, library, vouched
-from normfix.storage.opening.hub import fetched, require_repository
+from normfix.storage.opening.hub import fetched
 from normfix.storage.opening.request import Loaded, Request
 from normfix.storage.opening.tensors import read_weights
 from normfix.storage.opening.workload import Workload
 from normfix.storage.probe import require_probe
 from normfix.storage.programs import SUFFIX, open_program
-from normfix.storage.spec import HUB
+from normfix.storage.spec import HUB, require_no_revision
 
 __all__ = ["Architecture", "load", "open_any"]
 
@@ -122,7 +122,7 @@ def _architecture(
 
 def open_any(spec: str | Path, request: Request, *, revision: str | None = None) -> Loaded:
     """Open as `load` does, with source and notes."""
-    require_repository(str(spec), revision)
+    require_no_revision(str(spec), revision)
     if Path(spec).suffix == SUFFIX and os.path.isfile(spec):  # noqa: PTH113 - Path raises where a name is too long
         return _open_program(Path(spec), request)
     if not str(spec).startswith(HUB):

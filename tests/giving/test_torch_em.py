@@ -31,6 +31,7 @@ SMALL = {"in_channels": 1, "out_channels": 1, "initial_features": 4}
     [
         ("UNet2d", {"depth": 2}, (64, 64)),
         ("UNet2d", {"depth": 2, "norm": "GroupNorm"}, (64, 64)),
+        ("UNet3d", {"depth": 1}, (16, 16, 16)),
         ("AnisotropicUNet", {"scale_factors": [[1, 2, 2]]}, (8, 32, 32)),
     ],
 )

@@ -26,6 +26,7 @@ from normfix.networks.quiet_imports import environment_kept, import_compiler
 __all__ = ["silence"]
 
 _LOUD = (
+    "torch.__trace",
     "torch.export",
     "torch._export",
     "torch.fx",

@@ -19,13 +19,13 @@ from normfix.storage.opening.allocation import bounded_by
 from normfix.storage.opening.factories import build
 from normfix.storage.opening.formats import FORMATS, Format
 from normfix.storage.opening.formats.exported import read_program
-from normfix.storage.opening.hub import fetched, require_repository
+from normfix.storage.opening.hub import fetched
 from normfix.storage.opening.packages import described_in
 from normfix.storage.opening.pretrained import folder_weights
 from normfix.storage.opening.request import Loaded, Request, factory, unreadable
 from normfix.storage.opening.state_dicts import filled
 from normfix.storage.opening.tensors import read_weights
-from normfix.storage.spec import ENDINGS, HUB, is_factory, require_spec
+from normfix.storage.spec import ENDINGS, HUB, is_factory, require_no_revision, require_spec
 
 __all__ = [
     "HUB",
@@ -37,7 +37,6 @@ __all__ = [
     "open_spec",
     "read_program",
     "read_weights",
-    "require_repository",
 ]
 
 
@@ -79,7 +78,7 @@ def open_model(
 
 def open_spec(spec: str, request: Request, revision: str | None = None) -> Loaded:
     """Load what a path or name means."""
-    require_repository(spec, revision)
+    require_no_revision(spec, revision)
     if spec.startswith(HUB):
         folder, origin = fetched(spec, revision)
         loaded = open_path(folder, request)
