@@ -18,6 +18,9 @@ from normfix.images.drafts import require_unnamed
 from normfix.storage.spec import require_spec
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from normfix.records.halo_curves import HaloPoint
     from normfix.records.returns import GivenBack
 
 __all__ = ["give_back_command"]
@@ -40,12 +43,22 @@ __all__ = ["give_back_command"]
     metavar="NAME=VALUE",
     help="Argument with which the factory builds BatchNorms, such as norm=batch; default: it is found.",
 )
+@click.option(
+    "--halo",
+    metavar="N[,N...]",
+    help="Declare this shorter halo, in pixels, with its error on --image beside it; bioimage.io packages declare one.",
+)
+@click.option(
+    "--image", metavar="IMAGE", help="Image, larger than a tile, that the error of --halo is measured on."
+)
 @format_option
 def give_back_command(
     others: tuple[str, ...],
     out: str,
     original: str | None,
     switches: tuple[str, ...],
+    halo: str | None,
+    image: str | None,
     format_: str,
     **options: Any,
 ) -> None:
@@ -61,6 +74,10 @@ def give_back_command(
     Example:
       normfix give-back fixed -o for-monai --original my_bundle
     """
+    if (halo is None) != (image is None):
+        raise click.UsageError(
+            "--halo and --image belong together: the error of a halo is measured on an image."
+        )
     arguments, switch = Arguments.take(options), _switches(switches)
     for other in others:
         require_spec(other)
@@ -81,10 +98,26 @@ def give_back_command(
             allow_classes=arguments.allow_classes,
             trust_pickle=arguments.trust_pickle,
             allow_code=arguments.allow_code,
+            shorter=_shorter(opened[0].model, halo, image),
         )
     record = replace(record, folder=out)
     show(record, _text(record), format_)
     tell(place, " Its README.md says what the tool must be told.")
+
+
+def _shorter(model: nn.Module, halo: str | None, image: str | None) -> HaloPoint | None:
+    """Return the halo that is asked for, with what it is off by on the image."""
+    from normfix.images.given import read_images
+    from normfix.proof.halo_curve import halo_curve
+
+    if halo is None or image is None:
+        return None
+    try:
+        pixels = [int(word) for word in halo.split(",")]
+    except ValueError as error:
+        raise click.UsageError(f"--halo {halo}: give pixels, N or N,N,...") from error
+    stated = pixels[0] if len(pixels) == 1 else pixels
+    return halo_curve(model, read_images(image, model), halo=stated).points[0]
 
 
 def _switches(words: tuple[str, ...]) -> Mapping[str, Any] | None:

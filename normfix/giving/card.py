@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from normfix.records.halo_curves import HaloPoint
 from normfix.records.returns import GivenBack
 from normfix.records.saved import Provenance
 from normfix.records.spans import in_strides
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["card_of"]
 
 
-def card_of(record: GivenBack, known: Provenance, library: Library) -> str:
+def card_of(record: GivenBack, known: Provenance, library: Library, shorter: HaloPoint | None = None) -> str:
     """Return the text in Markdown."""
     scan = known.scan
     assert scan.halo is not None
@@ -29,4 +30,5 @@ def card_of(record: GivenBack, known: Provenance, library: Library) -> str:
         halo=in_strides(scan.halo, scan.stride),
         advice=library.advice(scan),
         count=len(known.plan.converted),
+        shorter=shorter,
     )

@@ -21,6 +21,7 @@ from normfix.giving.matching import built, matched
 from normfix.giving.originals import Original, Stock, require_allowed
 from normfix.networks.graph.program import ProgramNetwork
 from normfix.networks.surroundings import undisturbed
+from normfix.records.halo_curves import HaloPoint
 from normfix.records.returns import GivenBack
 from normfix.records.saved import Scaling, Source
 from normfix.storage.folder import appearing, require_absent
@@ -45,6 +46,7 @@ def give_back(
     allow_classes: Iterable[str] = (),
     trust_pickle: bool = False,
     allow_code: Iterable[str] = (),
+    shorter: HaloPoint | None = None,
 ) -> GivenBack:
     """Write a converted network in the format that it came from, for its own tool to run without normfix.
 
@@ -66,6 +68,7 @@ def give_back(
         allow_classes: classes that the original's checkpoint may hold, by name or as "package.*".
         trust_pickle: run the original's pickle.
         allow_code: sha256 of files of code that may run to build a bioimage.io package's network.
+        shorter: a point of `halo_curve`, whose halo is declared in place of the exact one, with its error beside it.
 
     Raises:
         NotGiven: NF550 if it was not converted, or keeps what no BatchNorm holds; NF553 for an original that it was
@@ -98,7 +101,10 @@ def give_back(
         for work, builder in zip(works, builders, strict=True):
             if isinstance(work.model, ProgramNetwork) and not isinstance(source, str):
                 require_allowed(builder)
-        offers = [_offer(*one, whole, switch=switch) for one in zip(works, stocks, builders, strict=True)]
+        offers = [
+            _offer(*one, whole, switch=switch, shorter=shorter)
+            for one in zip(works, stocks, builders, strict=True)
+        ]
         library = whole.library
         with appearing(target) as draft:
             changes = library.write(draft, [offer.gift for offer in offers])
@@ -113,7 +119,7 @@ def give_back(
                 verdict=max((offer.gift.verdict for offer in offers), key=lambda verdict: verdict.max_sd),
             )
             readme = "README.md" if not (draft / "README.md").exists() else "README-normfix.md"
-            (draft / readme).write_text(card_of(record, works[0].known, library), encoding="utf-8")
+            (draft / readme).write_text(card_of(record, works[0].known, library, shorter), encoding="utf-8")
     return record
 
 
@@ -149,7 +155,13 @@ class _Offer:
 
 
 def _offer(
-    work: Work, stock: Stock, source: Source, whole: Original, *, switch: Mapping[str, Any] | None
+    work: Work,
+    stock: Stock,
+    source: Source,
+    whole: Original,
+    *,
+    switch: Mapping[str, Any] | None,
+    shorter: HaloPoint | None,
 ) -> _Offer:
     """Find the arguments that build the library's network, and prove it."""
     args = json.loads(source.args)
@@ -170,6 +182,7 @@ def _offer(
         caller=work.caller,
         known=work.known,
         verdict=verdict,
+        shorter=shorter,
     )
     return _Offer(work, gift, match.double_sd, single)
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from normfix.networks.calling import Caller
+from normfix.records.halo_curves import HaloPoint
 from normfix.records.returns import Change
 from normfix.records.saved import Provenance, Source
 from normfix.records.verdicts import Verdict
@@ -26,7 +27,8 @@ class Gift:
     `names_before` are those of the original's weights. `file` is the name of its file of weights in what is written.
     `checkpoint` is what the original's file holds, where there is one: a library's module puts `state` in the weights'
     place and leaves the rest. `network` is the library's, filled, and `converted` what it was compared with, of which
-    `known` says halo and scaling; `verdict` compares its tiles with the whole.
+    `known` says halo and scaling; `verdict` compares its tiles with the whole, `shorter` is a halo to
+    declare in place of the exact one, and what it costs in accuracy.
     """
 
     source: Source
@@ -41,6 +43,7 @@ class Gift:
     caller: Caller
     known: Provenance
     verdict: Verdict
+    shorter: HaloPoint | None = None
 
     @property
     def before(self) -> dict[str, Any]:

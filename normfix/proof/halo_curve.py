@@ -25,7 +25,7 @@ from normfix.networks.provenance import provenance_of
 from normfix.networks.surroundings import undisturbed
 from normfix.records.halo_curves import HaloCurve, HaloPoint
 from normfix.records.progress import Progress, logged
-from normfix.records.spans import Spans, round_up
+from normfix.records.spans import Spans, in_strides, round_up
 from normfix.scanning.known import ForwardFn, known_of
 from normfix.tiling.geometry import geometry_of
 from normfix.tiling.grid import Geometry, grid
@@ -45,6 +45,7 @@ def halo_curve(
     tile: int | Sequence[int] | None = None,
     *,
     tolerance: float | None = None,
+    halo: int | Sequence[int] | None = None,
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
     progress: Progress = logged,
@@ -56,6 +57,8 @@ def halo_curve(
         image: (N, C, *space), larger than a window on at least one axis; also an array or a file.
         tile: pixels per axis, multiples of the stride; default: one that divides the image, at most 256.
         tolerance: in sd of the whole-image output: the smallest halo within it is named.
+        halo: pixels before and after, one number or one per axis, in place of several: rounded up to the stride, and no
+            longer than the exact one. The first point has it.
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
         progress: called with ("halo", done, total).
@@ -91,13 +94,13 @@ def halo_curve(
     item = whole(images_of(taken, model, like=known.scan.example).only())
     extents = dividing(item, geometry) if tile is None else tile_extents(tile, geometry)
     tested = Recalling(partial(known.caller, twin_of(model)))
-    halos = list(_halos(geometry))
+    halos = list(_halos(geometry) if halo is None else _stated(halo, geometry))
     with exact_arithmetic():
         trial = _Trial(tested, padded(item, geometry), geometry, extents)
         points = []
-        for number, (axis, halo) in enumerate(halos):
+        for number, (axis, spans) in enumerate(halos):
             progress("halo", number, len(halos))
-            points.append(trial.point(axis, halo))
+            points.append(trial.point(axis, spans))
         progress("halo", len(halos), len(halos))
     if not any(point.compared for point in points):
         raise NormfixError(
@@ -145,12 +148,27 @@ class _Trial:
         )
 
 
+def _stated(halo: int | Sequence[int], geometry: Geometry) -> Iterator[tuple[int | None, Spans]]:
+    """Yield a halo of pixels per axis, in strides, and the exact one."""
+    pixels = [halo] * len(geometry.stride) if isinstance(halo, int) else list(halo)
+    if len(pixels) != len(geometry.stride) or min(pixels) < 0:
+        raise NormfixError(
+            "NF410",
+            f"a halo is pixels, one number or one for each of {len(geometry.stride)} axes.",
+            where=f"{halo}",
+        )
+    exact = in_strides(geometry.halo, geometry.stride)
+    steps = [round_up(n, stride) for n, stride in zip(pixels, geometry.stride, strict=True)]
+    yield (
+        None,
+        tuple((min(n, before), min(n, after)) for n, (before, after) in zip(steps, exact, strict=True)),
+    )
+    yield None, exact
+
+
 def _halos(geometry: Geometry) -> Iterator[tuple[int | None, Spans]]:
     """Yield halos from none to the exact one: of each axis alone where these differ, then of all together."""
-    exact = tuple(
-        (round_up(before, stride), round_up(after, stride))
-        for (before, after), stride in zip(geometry.halo, geometry.stride, strict=True)
-    )
+    exact = in_strides(geometry.halo, geometry.stride)
     if len(set(exact)) > 1:
         for axis, stride in enumerate(geometry.stride):
             for part in _parts(max(exact[axis]) // stride)[:-1]:

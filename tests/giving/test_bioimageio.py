@@ -110,6 +110,19 @@ def test_a_test_image_that_is_too_small_is_extended(converted, tmp_path):
     assert normfix.load(tmp_path / "back") is not None
 
 
+def test_a_shorter_halo_is_declared_with_its_error(converted, tmp_path):
+    """The halo that was asked for stands in the description, its measured error in the documentation and the README."""
+    folder, done, _ = converted
+    image = torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    point, exact = normfix.halo_curve(done.model, image, tile=16, halo=1).points
+    assert point.max_sd > 1e-3 > exact.max_sd
+    normfix.give_back(done, tmp_path / "back", original=folder, shorter=point)
+    content = description_of(tmp_path / "back")
+    assert [axis["halo"] for axis in content["outputs"][0]["axes"][2:]] == [2, 2]
+    for name in ("README.md", "README-normfix.md"):
+        assert f"{point.max_sd:.1g} standard deviations" in (tmp_path / "back" / name).read_text()
+
+
 def test_code_of_the_package_is_kept_where_it_knows_a_norm(tmp_path):
     """A network of the package's own code, which was allowed: the file stays, and its argument is switched."""
     original = package(tmp_path / "model", own=True)

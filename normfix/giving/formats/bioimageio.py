@@ -102,8 +102,9 @@ def place(weights: Path | None) -> str:
 
 def candidates(source: Source) -> Iterator[Mapping[str, Any]]:
     """Return arguments as the network's own library switches them."""
-    own = unet3d if source.spec == f"{unet3d_network.__module__}:network" else plain
-    return own.candidates(source)
+    if source.spec == f"{unet3d_network.__module__}:network":
+        return unet3d.candidates(source)
+    return plain.candidates(source)
 
 
 def write(draft: Path, gifts: Sequence[Gift]) -> tuple[Change, ...]:
@@ -117,7 +118,7 @@ def write(draft: Path, gifts: Sequence[Gift]) -> tuple[Change, ...]:
     changes = copied(folder, draft, lambda path: leave.get(path.relative_to(folder).as_posix(), ""))
     entry = _write_weights(draft, content, gift)
     declared = declarations_of(content)
-    sizes = _sizes(gift.known.scan, declared.least())
+    sizes = _sizes(gift, declared.least())
     declared.set_architecture(entry, _architecture(gift, description, draft))
     declared.set_sizes(description.inputs[0].axes, sizes)
     _set_scaling(declared, gift.known.scaling, description, str(folder))
@@ -211,16 +212,18 @@ def _architecture(gift: Gift, description: Description, draft: Path) -> Architec
     return ArchitectureOf(name=stated.name, kwargs=gift.args, file=file)
 
 
-def _sizes(scan: Scan, least: Sequence[int]) -> tuple[AxisSize, ...]:
+def _sizes(gift: Gift, least: Sequence[int]) -> tuple[AxisSize, ...]:
     """Return what each axis of space needs: a halo of whole strides, and blocks with something within it."""
+    scan = gift.known.scan
     assert scan.stride is not None
     assert scan.halo_rounded is not None
     assert scan.scale is not None
     assert scan.exact_sizes is not None
+    halos = scan.halo_rounded if gift.shorter is None else gift.shorter.halo
     runs = scan.smallest_tile or (1,) * len(scan.stride)
     sizes = []
     for stride, multiple, halo, scale, stated, runs_on in zip(
-        scan.stride, scan.exact_sizes, scan.halo_rounded, scan.scale, least, runs, strict=True
+        scan.stride, scan.exact_sizes, halos, scan.scale, least, runs, strict=True
     ):
         step, side = math.lcm(stride, multiple), max(halo)
         sizes.append(
@@ -257,7 +260,8 @@ def _write_tests(
     image = np.array(array_of(draft / given.test.name))
     extents = [_extent(n, size) for n, size in zip(image.shape[2:], sizes, strict=True)]
     wide = [(0, 0), (0, 0), *((0, max(0, m - n)) for n, m in zip(image.shape[2:], extents, strict=True))]
-    image = np.pad(image, wide, mode="symmetric")[(..., *(slice(m) for m in extents))]
+    cut: Any = (..., *(slice(m) for m in extents))
+    image = np.pad(image, wide, mode="symmetric")[cut]
     after = described(declared.content, str(draft))
     if after.inputs[0].steps != given.steps and gift.known.scaling.kind == "fixed":
         image = _in_range(image, *gift.known.scaling.values)
@@ -354,10 +358,22 @@ def _write_documentation(draft: Path, content: dict[str, Any], gift: Gift, sizes
         "## Changes",
         "",
         f"- The norms{of} that computed statistics of each block are BatchNorms with those of a whole image (normfix). "
-        f"Blocks read with the declared halo ({halo} pixels) and cropped by it equal the whole image: "
-        f"{gift.verdict.max_sd:.1g} standard deviations of the output apart. The smallest block is {least} pixels.",
+        f"{_accuracy(gift, halo)} The smallest block is {least} pixels.",
     ]
     path.write_text("\n".join([text, "", *lines, ""]), encoding="utf-8")
+
+
+def _accuracy(gift: Gift, halo: str) -> str:
+    """Say how near to the whole blocks are, read with the halo that is declared."""
+    blocks = f"Blocks read with the declared halo ({halo} pixels) and cropped by it"
+    sd = "standard deviations of the output"
+    if gift.shorter is None:
+        return f"{blocks} equal the whole image: {gift.verdict.max_sd:.1g} {sd} apart."
+    exact = " x ".join(str(max(pair)) for pair in gift.known.scan.halo_rounded or ())
+    return (
+        f"{blocks} are up to {gift.shorter.max_sd:.1g} {sd} from the whole image, {gift.shorter.mean_sd:.1g} on "
+        f"average, on the image that this was measured on; exact is {exact} pixels."
+    )
 
 
 def _differences(file: str, before: Any, after: Any, place: str = "") -> Iterator[Change]:
