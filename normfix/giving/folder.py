@@ -117,6 +117,7 @@ class _Offer:
 
     work: Work
     gift: Gift
+    double: Tensor
     double_sd: float
     single_sd: float
     verdict: Verdict
@@ -129,7 +130,15 @@ class _Offer:
         """
         work = self.work
         image = work.image(work.dtype)
-        return alone_sd(draft, self.gift.file, loader, work.caller, image, work.output(work.model))
+        return alone_sd(
+            draft,
+            self.gift.file,
+            loader,
+            work.caller,
+            image,
+            wanted=work.output(work.model),
+            double=self.double,
+        )
 
 
 def _offer(
@@ -149,7 +158,8 @@ def _offer(
         file=whole.library.place(stock.path),
         checkpoint=stock.content,
     )
-    return _Offer(work, gift, match.double_sd, single, work.tiles(network))
+    verdict = work.tiles(network)
+    return _Offer(work, gift, work.in_double(network), match.double_sd, single, verdict)
 
 
 def _state(network: nn.Module) -> dict[str, Tensor]:
