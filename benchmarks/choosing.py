@@ -2,6 +2,7 @@
 
     pip install ".[demo]" && pip install --no-deps stardist
     python benchmarks/choosing.py
+    python benchmarks/choosing.py --cost
     python benchmarks/choosing.py --image IMAGE.tif --labels LABELS.tif --zooms 1
 
 Prints a table of Dice per zoom of the image. Statistics are measured on the unlabelled image that is predicted, in
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,8 +86,7 @@ def layers(net: nn.Module) -> list[ChannelNorm]:
 def freeze_live_(net: nn.Module, x: Tensor, size: int) -> None:
     """Give norms the geometric law of what windows have in the network as it is: each frozen at its own values."""
     found = []
-    statistics = parse_statistics(f"windows:{size}:geometric")
-    for window in windows_of(TensorImage(x), statistics, GEOMETRY):
+    for window in windows_of(TensorImage(x), (size,), GEOMETRY):
         freeze_sites_(net, planned_targets(net, PLAN), whole(window), Caller())
         found.append([(n.running_mean.double().clone(), n.running_var.double().clone()) for n in layers(net)])
     for norm, own in zip(layers(net), zip(*found, strict=True), strict=True):
@@ -114,7 +115,17 @@ def measured_live(x: Tensor, size: int) -> nn.Module:
     return net
 
 
-@torch.no_grad()
+def cost(size: int) -> None:
+    """Print processor seconds of one conversion and of choosing, and their ratio."""
+    x = torch.rand(1, 1, 2 * size, 3 * size, generator=torch.Generator().manual_seed(0))
+    net, seconds = nuclei_unet(), []
+    for run in (lambda: normfix.convert(net, x), lambda: normfix.choose(net, x, window=size)):
+        start = time.process_time()
+        run()
+        seconds.append(time.process_time() - start)
+    print(f"convert {seconds[0]:.1f} s, choose {seconds[1]:.1f} s, {seconds[1] / seconds[0]:.2f}x")
+
+
 def main() -> None:
     """Measure and print, row by row."""
     parser = argparse.ArgumentParser(
@@ -124,7 +135,17 @@ def main() -> None:
     parser.add_argument("--labels")
     parser.add_argument("--zooms", type=float, nargs="+", default=[3.5, 2.0, 1.0])
     parser.add_argument("--size", type=int, default=160, help="of windows and tiles, in pixels")
+    parser.add_argument("--cost", action="store_true", help="measure the time of choosing instead")
     given = parser.parse_args()
+    if given.cost:
+        cost(given.size)
+        return
+    compare(given)
+
+
+@torch.no_grad()
+def compare(given: argparse.Namespace) -> None:
+    """Print a row for each zoom and kind of constants."""
     image, labels = labelled() if given.image is None else read(given.image, given.labels)
     original, size = nuclei_unet(), given.size
     rows: dict[str, Callable[[Tensor], Tensor]] = {

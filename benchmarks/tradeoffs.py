@@ -31,6 +31,7 @@ from tradeoff.training import RATE, finetune, train
 import normfix
 from normfix.layers import BatchRenorm
 
+SAME = 2e-3  # Dice of a network that is trained again, on another machine
 FEW = 5  # a fine-tuning run takes this share of the steps of a training run
 
 
@@ -75,6 +76,35 @@ def page(results: Path, target: Path) -> None:
     write_page([json.loads(line) for line in results.read_text().splitlines()], target)
 
 
+@main.command()
+@click.option("--results", type=click.Path(path_type=Path, exists=True), required=True)
+@click.option("--only", default="*", help="Shell-style pattern of pieces.")
+@click.option("--norms", default="instance,group", show_default=True, help="Trained networks to convert.")
+def more(results: Path, only: str, norms: str) -> None:
+    """Add what is converted otherwise to pieces that have a line: their network is trained again, to the same Dice."""
+    torch.set_num_threads(1)
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    for line in lines:
+        missing = [n for n in norms.split(",") if f"{n} → windows" not in line["rows"]]
+        if not missing or not fnmatch(line["piece"], only) or not SETTINGS[line["setting"]].dense:
+            continue
+        setting = SETTINGS[line["setting"]]
+        piece = Piece(line["setting"], setting, line["batch"], line["seed"], setting.steps)
+        for norm in missing:
+            line["rows"] = _with(line["rows"], f"{norm} → frozen", piece.otherwise(norm, line["rows"][norm]))
+        results.write_text("".join(json.dumps(one) + "\n" for one in lines))
+        click.echo(line["piece"], err=True)
+
+
+def _with(rows: dict[str, Any], after: str, added: dict[str, Any]) -> dict[str, Any]:
+    """Return rows with others behind one of them."""
+    found = dict[str, Any]()
+    for name, row in rows.items():
+        found[name] = row
+        found |= added if name == after else {}
+    return found
+
+
 class Piece:
     """All variants of one network, batch size and seed; every row says what was measured of one variant."""
 
@@ -106,6 +136,32 @@ class Piece:
                 self._add(f"{norm}, recalibrated", model, taken, adapts=True)
         return self.rows
 
+    def otherwise(self, norm: str, before: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Return rows of the network converted by statistics of windows and by distillation.
+
+        Raises:
+            ClickException: trained again it is another network.
+        """
+        self._seed()
+        model = build(self.name, norm)
+        self._seed()
+        taken = train(model, self.source.train, self.setting.window, self.batch, self.steps)
+        again = measured(lambda _: model, self.source.test, self.setting)["untiled"]
+        if abs(again - before["untiled"]) > SAME:  # type: ignore[operator]
+            raise click.ClickException(f"{self.name}, {norm}: Dice {again}, and it was {before['untiled']}")
+        size = ",".join(map(str, self.setting.window))
+        rows = {}
+        for name, how in (("windows", f"windows:{size}"), ("distilled", f"distilled:{size}")):
+            constants = self._converted(model, "frozen", how)
+            row: dict[str, Any] = {
+                "seconds": taken,
+                **measured(lambda _: constants, self.source.test, self.setting),  # noqa: B023 - called at once
+            }
+            row["disparity"] = disparity(constants, self.source.test, self.setting, self.batch)
+            row["alone"] = self._transferred(lambda _: constants)  # noqa: B023 - called at once
+            rows[f"{norm} → {name}"] = row
+        return rows
+
     def _add(self, name: str, model: nn.Module, seconds: float, *, adapts: bool) -> None:
         """Measure one variant; `adapts` tells whether it has statistics that can be recalibrated."""
         row: dict[str, Any] = {
@@ -135,9 +191,9 @@ class Piece:
         row["fine-tuned"] = self._transferred(partial(_of_image, tuned))
         self.rows[name] = row
 
-    def _converted(self, model: nn.Module, to: Any) -> nn.Module:
+    def _converted(self, model: nn.Module, to: Any, how: str = "whole") -> nn.Module:
         """Convert on the source's training region; a network whose attention stays live is converted in part."""
-        done = normfix.convert(model, self._images(self.source.train), to)
+        done = normfix.convert(model, normfix.Measured(self._images(self.source.train), how), to)
         if not (done.proof.passed or (done.proof.partial and not self.setting.dense)):
             raise click.ClickException(f"{self.name}, {to}: {done.proof}")
         return done.model.eval()

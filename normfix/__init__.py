@@ -33,7 +33,7 @@ _HOMES = {
     ),
     "normfix.images.given": ("read_images",),
     "normfix.images.opening": ("open_image",),
-    "normfix.images.parts": ("Windows",),
+    "normfix.images.parts": ("Measured", "Windows"),
     "normfix.tiling.stages.options": ("Blocks",),
     "normfix.tiling.stages.outlook": ("Outlook", "Step"),
     "normfix.conversion.results": ("Calibration", "Conversion"),
@@ -52,6 +52,7 @@ _HOMES = {
     "normfix.api.prediction": ("predict", "write_prediction"),
     "normfix.api.finetuning": ("FineTuning", "prepare_finetune"),
     "normfix.diagnosis.network": ("Diagnosis", "diagnose"),
+    "normfix.choosing.choose": ("Choice", "choose"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -65,6 +66,8 @@ if TYPE_CHECKING:
     from normfix.api.prediction import write_prediction as write_prediction
     from normfix.api.recalibration import calibrate as calibrate
     from normfix.api.recalibration import calibrate_ as calibrate_
+    from normfix.choosing.choose import Choice as Choice
+    from normfix.choosing.choose import choose as choose
     from normfix.conversion.lowering import fold as fold
     from normfix.conversion.lowering import lower as lower
     from normfix.conversion.results import Calibration as Calibration
@@ -75,6 +78,7 @@ if TYPE_CHECKING:
     from normfix.giving.folder import give_back as give_back
     from normfix.images.given import read_images as read_images
     from normfix.images.opening import open_image as open_image
+    from normfix.images.parts import Measured as Measured
     from normfix.images.parts import Windows as Windows
     from normfix.layers import BatchRenorm1d as BatchRenorm1d
     from normfix.layers import BatchRenorm2d as BatchRenorm2d

@@ -366,6 +366,8 @@ CODES: dict[str, str] = {
     "than a window. This network has no exact halo (see normfix scan), or every window was the whole image.",
     "NF596": "An ONNX file holds a graph of ONNX operators and no modules of PyTorch to look into and convert. Give "
     "what it was exported from; the fixed network is written as ONNX again (convert -o FIXED.onnx).",
+    "NF597": "A bioimage.io package is written back with one output over the same axes of space as its image, and with "
+    "a scaling that its description has a step for. Use the folder through normfix.load, or -o FILE.ts, FILE.onnx.",
     # 6xx: diagnosing
     "NF580": "What an output means is probability, logits, softmax, scores, labels or regression; another word would "
     "be read as numbers, without Dice and without classes.",
@@ -392,10 +394,25 @@ CODES: dict[str, str] = {
     "them would be that of another place. Channels of the image are cut with it.",
     "NF586": "A predictor of nnU-Net's with exact tiles needs networks without live statistics: convert(cases) makes "
     "them, use(networks) takes those that were made before.",
-    "NF587": "Constants are statistics of whole images (whole), or of windows of the size that the network was trained "
-    "on, pooled by a law: windows:SIZE[:geometric|arithmetic|median|total].",
-    "NF588": "Windows are measured in images in memory, and their laws are laws of norms that keep their statistic: "
-    "not of groups re-expressed as BatchRenorm.",
+    "NF587": "Constants are statistics of whole images (whole), of windows of the size that the network was trained "
+    "on, or of each image (images), pooled by a law: windows:SIZE[:geometric|arithmetic|median|total]; a blend with "
+    "stored ones (blend:WEIGHT), of each image when it is predicted (per-image), or fitted (distilled:SIZE).",
+    "NF588": "Windows and images that are pooled by a law have statistics of all of their pixels, without masks and "
+    "samples, and their laws are laws of norms that keep their statistic: not of groups re-expressed as BatchRenorm.",
+    "NF555": "Constants are chosen for norms that are measured on images. This network has none: its norms use the "
+    "statistics that are stored, or it has no norm over space.",
+    "NF556": "normfix choose measures constants on some images and judges them on others, in memory: by labels, or by "
+    "the original's own prediction in windows of its training size (--window). It needs one of the two, an image that "
+    "can be halved or several, and a network whose tiles can be exact.",
+    "NF557": "Accuracy needs labels for each image, of its extents, and an output that has Dice with them: "
+    "probabilities, logits, classes. For any other give a metric, a function of prediction and labels; more is better.",
+    "NF558": "Constants are distilled by gradient descent towards the original in windows of its training size, some "
+    "of which are held out. That needs two windows or more, an output with a gradient, and a network it passes.",
+    "NF559": "A blend takes a share of the statistics that the original has stored, and distilled constants are fitted "
+    "to the original. Neither can be measured anew in the converted network alone, nor where nothing is stored.",
+    "NF589": "Calibration images are unlike each other, or unlike what the network has stored of its training, by the "
+    "median channel of a norm: over 8 times stronger or weaker, or 6 sd off. Mostly one is scaled otherwise. Said, not "
+    "refused.",
     # 9xx: normfix itself
     "NF901": "Something failed inside normfix. Nothing was written. Please report it with the traceback that "
     "--debug prints.",

@@ -44,6 +44,9 @@ def write_page(lines: Sequence[dict[str, Any]], target: Path) -> None:
         _draw(setting, batches, folder / name)
         place = next(i for i, line in enumerate(text) if line.startswith(f"### {setting},"))
         text[place:place] = [f"![{setting}: seams, accuracy, transfer]({target.stem}/{name})", ""]
+    answer = f"{target.stem}/accuracy-and-seams.png"
+    _draw_answer(figures, target.parent / answer)
+    text[:0] = [f"![Dice in tiles against tile mismatch, every norm and conversion a point]({answer})", ""]
     before, _, rest = target.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     target.write_text(f"{before}{BEGIN}\n\n" + "\n".join(text) + f"\n{END}{after}", encoding="utf-8")
@@ -118,6 +121,39 @@ def _draw(setting: str, batches: dict[int, Rows], path: Path) -> None:
     figure.suptitle(setting)
     figure.savefig(path, dpi=90)
     plt.close(figure)
+
+
+def _draw_answer(figures: dict[str, dict[int, Rows]], path: Path) -> None:
+    """Draw accuracy against tile mismatch: every norm and every conversion one point, with the spread over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(
+        1, len(figures), figsize=(5.2 * len(figures), 4.6), layout="constrained", squeeze=False
+    )
+    for panel, (setting, batches) in zip(panels[0], figures.items(), strict=True):
+        batch = 2 if 2 in batches else next(iter(batches))
+        for number, (variant, row) in enumerate(batches[batch].items()):
+            values = [row[column] for column in ("mismatch", "tiled")]
+            (x, y), (dx, dy) = ([f(v) for v in values] for f in (fmean, _deviation))
+            marker = "o" if "→" not in variant else "s"
+            panel.errorbar(
+                x, y, dy, dx, marker, color=f"C{number % 10}",
+                markersize=5, label=variant, markerfacecolor="white" if number >= 10 else None,
+            )  # fmt: skip
+        panel.set(
+            title=f"{setting}, batch {batch}", xlabel="tile mismatch (1 - Dice)", ylabel="Dice in tiles"
+        )
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(frameon=False, fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def _deviation(values: list[float]) -> float:
+    return stdev(values) if values[1:] else 0.0
 
 
 def _marks(

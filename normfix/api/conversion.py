@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -13,18 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from normfix.conversion.conformity import unlike
+from normfix.conversion.distillation import Distillation, held_out_loss
 from normfix.conversion.flatness import all_empty, judged, spread_in_groups
 from normfix.conversion.measurement import measure_
 from normfix.conversion.planning import decide, replay
-from normfix.conversion.pooling import require_poolable
+from normfix.conversion.pooling import blended_targets, require_poolable, windows_of
 from normfix.conversion.results import Calibration, Conversion
 from normfix.conversion.rewriting import rewrite, rewrite_
 from normfix.conversion.targets import site_target
 from normfix.errors import NormfixError
 from normfix.images.collections import ImageFiles, Images
 from normfix.images.given import GivenImages, images_of
-from normfix.images.parts import Windows
-from normfix.images.sources import middle_of, whole
+from normfix.images.parts import Measured, Windows
+from normfix.images.sources import Image, middle_of, whole
 from normfix.networks.calling import Caller, buffers_kept, evaluating, home_of
 from normfix.networks.copying import double_of
 from normfix.networks.graph.program import require_free
@@ -32,14 +35,16 @@ from normfix.networks.numerics import HALF, exact_arithmetic
 from normfix.networks.provenance import attach_, declared_scaling
 from normfix.networks.surroundings import undisturbed
 from normfix.proof.check import with_reach
+from normfix.proof.indicators import recognise
 from normfix.proof.rounding import repeated_in_double
-from normfix.proof.steps import identity, residual, shift, tile_exactness, untouched
+from normfix.proof.steps import distilled, identity, residual, shift, tile_exactness, untouched
 from normfix.proof.subject import Subject
+from normfix.records.diagnoses import Kind
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.plans import Action, Plan
 from normfix.records.progress import Progress, logged, silent
 from normfix.records.saved import Provenance, Scaling, Source
-from normfix.records.sites import Scan, Site
+from normfix.records.sites import Finding, Scan, Site
 from normfix.records.statistics import WHOLE, Statistics
 from normfix.records.verdicts import ImageShift, Proof, ProofStep
 from normfix.scanning.base import base_of
@@ -53,7 +58,7 @@ from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stages.resuming import resumable
 from normfix.tiling.stitching import padded, tile_extents
 
-__all__ = ["ConvertOptions", "convert"]
+__all__ = ["ConvertOptions", "convert", "stored_statistics"]
 
 _LOG = logging.getLogger("normfix")
 
@@ -75,7 +80,7 @@ class ConvertOptions(TypedDict, total=False):
 @undisturbed()
 def convert(
     model: nn.Module,
-    images: GivenImages | Windows | None = None,
+    images: GivenImages | Windows | Measured | None = None,
     to: Literal["frozen", "batchrenorm"] | Plan = "frozen",
     *,
     keep: Sequence[str] = (),
@@ -95,8 +100,8 @@ def convert(
         images: re-iterable of (N, C, *space) tensors, one tensor, or images that are read by window
             (normfix.open_image). Also arrays, files, folders and patterns: these hold pixel values, floating as the
             network takes them; normfix.read_images states how others are scaled, and what is stated travels with the
-            result. normfix.Windows(images, size) measures on windows of them. May be left out if every norm has running
-            statistics to carry over.
+            result. normfix.Windows(images, size) measures on windows of them, normfix.Measured(images, "images:median")
+            and the like as --statistics does. May be left out if every norm has running statistics to carry over.
         to: "frozen" (constants), "batchrenorm" (constants in eval, trainable at small batches), or a reviewed plan to
             replay.
         keep: shell-style patterns of owner paths to leave alone; a plan says that itself.
@@ -135,7 +140,7 @@ def convert(
             "NF205", "a plan says already what to keep. Give one of the two.", where=f"keep={keep!r}"
         )
     statistics = WHOLE
-    if isinstance(images, Windows):
+    if isinstance(images, Windows | Measured):
         statistics, images = images.statistics, images.images
     caller = Caller(forward_fn, output)
     home = home_of(model)
@@ -157,6 +162,14 @@ def convert(
     else:
         plan = decide(seen.scan.sites, model=seen.scan.model, to=to, keep=keep)
     require_poolable(plan, statistics)
+    stored = stored_statistics(model, plan)
+    if statistics.kind == "blend" and not stored:
+        raise NormfixError(
+            "NF559",
+            "none of the norms that are measured has stored statistics, so there is nothing to blend with. Take whole "
+            "or windows:SIZE; for batch norms that are used in train mode add --as-trained.",
+            where=f"statistics={statistics.words}",
+        )
     if taken is not None:
         padding = None if seen.geometry is None else seen.geometry.padding
         taken = replace(taken, like=tuple(example.shape), padding=padding)
@@ -171,10 +184,31 @@ def convert(
     if blocks.tile is None and in_stages:
         blocks = blocks.sized(tile)
     with resumable(blocks.store):
-        summary = _calibrate_(converted, plan, taken, caller, blocks, seen.geometry, progress, statistics)
+        start = _start_of(statistics)
+        summary = _calibrate_(converted, plan, taken, caller, blocks, seen.geometry, progress, start, stored)
+    held_out: list[Tensor] = []
+    kind: Kind = "regression"
+    if statistics.kind == "distilled" and summary is not None and taken is not None:
+        assert first is not None
+        kind = _kind_of(partial(caller.exactly, base), first[:1], seen.geometry)
+        distillation = Distillation(
+            converted,
+            [site_target(converted, d, express=False) for d in plan.converted if d.measured],
+            partial(caller.exactly, base),
+            partial(caller.exactly, converted),
+            kind,
+        )
+        fitted, held_out = distillation.fit_(_windows_of(taken, statistics, seen.geometry), progress)
+        summary = replace(summary, distilled=fitted)
     if summary is not None:
         empty = all_empty(taken or ())
         summary = _judged(converted, plan, summary, caller, example.to(*home), allow_flat, empty)
+    if taken is not None and not in_stages:
+        found = _unlike(converted, plan, taken, caller, seen.geometry)
+        if summary is not None:
+            summary = replace(summary, findings=(*summary.findings, *found))
+        for finding in found:
+            _LOG.warning(finding.line)
     first = example.to(*home) if first is None else first[:1]
     work = _Work(
         original=base,
@@ -186,20 +220,23 @@ def convert(
         example=example.to(*home),
         caller=caller,
         summary=summary,
+        statistics=statistics,
+        held_out=held_out,
+        kind=kind,
         tile=tile if tile is None or isinstance(tile, int) else tuple(tile),
     )
     tell_notable("prove", lambda: durations().proof(sizes(), seen.geometry, tile))
     progress("prove", 0, 1)
     proof = work.prove()
     progress("prove", 1, 1)
-    found = _proved(seen.scan, proof, work.first.shape[2:])
-    source = Source(kind="object", spec=f"{found.model.rpartition('.')[0]}:{type(model).__qualname__}")
+    scan = _proved(seen.scan, proof, work.first.shape[2:])
+    source = Source(kind="object", spec=f"{scan.model.rpartition('.')[0]}:{type(model).__qualname__}")
     stated = None if output is None else str(output)
     attach_(
         converted,
         Provenance(
             plan=plan,
-            scan=found,
+            scan=scan,
             scaling=_stated(images, model),
             source=source,
             output=stated,
@@ -210,7 +247,36 @@ def convert(
         _LOG.warning("The network was in train mode; it was converted, and is returned, in eval mode.")
     converted.eval()
     calibration = None if summary is None else Calibration(converted, summary)
-    return Conversion(converted, plan, found, calibration, proof, caller, base)
+    return Conversion(converted, plan, scan, calibration, proof, caller, base)
+
+
+def _start_of(statistics: Statistics) -> Statistics:
+    """Return what is measured: for constants that are fitted those they begin with."""
+    if statistics.kind != "distilled":
+        return statistics
+    return replace(statistics, kind="windows", law="geometric")
+
+
+def _kind_of(run: Callable[[Tensor], Tensor], image: Tensor, geometry: Geometry | None) -> Kind:
+    with torch.no_grad():
+        return recognise(run(image if geometry is None else padded(image, geometry)))
+
+
+def _windows_of(images: Images, statistics: Statistics, geometry: Geometry | None) -> list[Image]:
+    fitting = images if geometry is None else replace(images, padding=geometry.padding)
+    return [window for image in fitting for window in windows_of(image, statistics.size, geometry)]
+
+
+def stored_statistics(model: nn.Module, plan: Plan) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the running mean and variance that norms have which a plan measures anew, by site."""
+    modules = dict(model.named_modules())
+    found = {}
+    for decision in plan.converted:
+        owner = modules.get(decision.site.owner)
+        mean, var = (getattr(owner, name, None) for name in ("running_mean", "running_var"))
+        if decision.measured and isinstance(mean, Tensor) and isinstance(var, Tensor):
+            found[decision.site.id] = (mean.detach().clone(), var.detach().clone())
+    return found
 
 
 def _stated(images: GivenImages | None, model: nn.Module) -> Scaling:
@@ -238,6 +304,7 @@ def _calibrate_(
     geometry: Geometry | None = None,
     progress: Progress = silent,
     statistics: Statistics = WHOLE,
+    stored: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> CalibrationSummary | None:
     """Measure what no original statistic can be carried over for.
 
@@ -256,6 +323,8 @@ def _calibrate_(
             where=f"{site.owner or '(root)'} ({site.owner_class})",
         )
     targets = [site_target(model, d, express=True) for d in fresh]
+    if statistics.kind == "blend":
+        targets = blended_targets(targets, stored or {}, statistics.weight)
     measured = partial(
         measure_, model, targets, images, caller, geometry=geometry, statistics=statistics, progress=progress
     )
@@ -265,6 +334,21 @@ def _calibrate_(
         return summary
     tile = tuple(n - n // 4 for n in blocks.extents(len(summary.images[0]) - 2))
     return measured(replace(blocks, tile=tile), stored=True)
+
+
+def _unlike(
+    model: nn.Module, plan: Plan, images: Images, caller: Caller, geometry: Geometry | None
+) -> tuple[Finding, ...]:
+    """Return which images are unlike each other, or what the network has stored; one image may be without a run."""
+    if len(images) == 1 and all(d.measured for d in plan.converted):
+        return ()
+    if geometry is not None:
+        images = replace(images, padding=geometry.padding)
+    targets = {
+        measured: [site_target(model, d, express=False) for d in plan.converted if d.measured is measured]
+        for measured in (True, False)
+    }
+    return unlike(model, targets[True], targets[False], list(islice(images, 8)), caller.exactly)
 
 
 def _judged(
@@ -310,6 +394,9 @@ class _Work:
     example: Tensor
     caller: Caller
     summary: CalibrationSummary | None
+    statistics: Statistics
+    held_out: list[Tensor]
+    kind: Kind
     tile: int | tuple[int, ...] | None
 
     def prove(self) -> Proof:
@@ -342,7 +429,7 @@ class _Work:
             pair = run(first), self.caller.exactly(self.original, first)
             steps = (
                 self._identity(first, pair),
-                residual(self.summary, dtype),
+                self._measured(dtype),
                 tile_exactness(
                     verdict,
                     self.plan,
@@ -355,9 +442,17 @@ class _Work:
         last = untouched(self.original, self.converted, self.plan)
         return Proof(steps=(*steps, last), shifts=shifts, verdict=verdict)
 
+    def _measured(self, dtype: torch.dtype) -> ProofStep:
+        """Prove that constants are those of their law."""
+        if self.summary is None or self.summary.distilled is None:
+            return residual(self.summary, dtype)
+        runs = partial(self.caller.exactly, self.original), partial(self.caller.exactly, self.converted)
+        return distilled(self.summary, held_out_loss(*runs, self.kind, self.held_out))
+
     def _identity(self, image: Tensor, pair: tuple[Tensor, Tensor]) -> ProofStep:
         converted, original = pair
-        if self.summary is not None and self.summary.images != (tuple(image.shape),):
+        own = self.statistics.kind in ("whole", "per-image")
+        if self.summary is not None and not (own and self.summary.images == (tuple(image.shape),)):
             converted = self.caller.exactly(self._calibrated(self.original, image).eval(), image)
         step = identity(converted, original)
         if step.status not in ("passed", "failed") or original.dtype == torch.float64:

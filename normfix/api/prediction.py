@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from normfix.conversion.measurement import measure_
+from normfix.conversion.measuring import freeze_sites_
 from normfix.conversion.planning import decide
-from normfix.conversion.rewriting import rewrite_
+from normfix.conversion.rewriting import rewrite, rewrite_
 from normfix.conversion.targets import site_target
 from normfix.errors import NormfixError
 from normfix.images.given import Given, images_of, opened
@@ -25,15 +26,18 @@ from normfix.images.rendering import Logits, Rendering
 from normfix.images.sources import Image, TensorImage, middle_of, whole
 from normfix.images.windows import ScaledImage
 from normfix.images.writing import OutputFile
-from normfix.networks.calling import Caller, home_of
-from normfix.networks.copying import copy_of, twin_of
+from normfix.networks.calling import Caller, home_of, refusals
+from normfix.networks.copying import copy_of, double_of, twin_of
 from normfix.networks.numerics import exact_arithmetic, require_finite
 from normfix.networks.provenance import attach_, provenance_of
 from normfix.networks.surroundings import undisturbed
+from normfix.proof.steps import identity
+from normfix.records.plans import Plan
 from normfix.records.saved import Provenance, Scaling, Source
 from normfix.records.sites import Family, Scan
 from normfix.records.spans import round_up
-from normfix.scanning.base import base_of
+from normfix.records.verdicts import ProofStep
+from normfix.scanning.base import Base, base_of
 from normfix.scanning.known import ForwardFn, Known, known_of, with_halo
 from normfix.scanning.renewal import renewed
 from normfix.scanning.scan import look
@@ -64,7 +68,7 @@ class PredictOptions(TypedDict, total=False):
 
     halo: int | Sequence[int] | Literal["auto"]
     engine: Literal["auto", "stages", "tiles"]
-    statistics: Literal["stored", "per-image"]
+    statistics: Literal["auto", "stored", "per-image"]
     blocks: Blocks | None
     forward_fn: ForwardFn | None
     output: str | int | None
@@ -78,7 +82,7 @@ def predict(
     *,
     halo: int | Sequence[int] | Literal["auto"] = "auto",
     engine: Literal["auto", "stages", "tiles"] = "auto",
-    statistics: Literal["stored", "per-image"] = "stored",
+    statistics: Literal["auto", "stored", "per-image"] = "auto",
     blocks: Blocks | None = None,
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
@@ -102,10 +106,11 @@ def predict(
             tiles.
         engine: "auto" takes stages where tiles would compute over 16 million pixels of halo and the network can
             be captured, on images of as many that are read by window, with a budget or store, and on a cluster.
-        statistics: "per-image" normalises the image by its own statistics, measured over all of it before it is
-            predicted, as the network did before it was converted to frozen statistics. With it a network that was not
-            converted gives what it gives for the whole image, and attention over all positions is kept: its keys and
-            values are those of the whole image then. Such a network runs in stages, at the sizes that it takes.
+        statistics: "auto" takes the stored ones, but of a network that was converted with per-image statistics those.
+            "per-image" normalises the image (each of a batch) by its own statistics, measured over all of it before it
+            is predicted, as the network did before it was converted to frozen statistics. With it a network that was
+            not converted gives what it gives for the whole image, and attention over all positions is kept: its keys
+            and values are those of the whole image then. Such a network runs in stages, at the sizes that it takes.
         blocks: how to run in stages; blocks are of `tile` if they state no size.
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
@@ -260,16 +265,18 @@ class _Prediction:
         *,
         halo: int | Sequence[int] | Literal["auto"] = "auto",
         engine: Literal["auto", "stages", "tiles"] = "auto",
-        statistics: Literal["stored", "per-image"] = "stored",
+        statistics: Literal["auto", "stored", "per-image"] = "auto",
         blocks: Blocks | None = None,
         forward_fn: ForwardFn | None = None,
         output: str | int | None = None,
     ) -> _Prediction:
         _require_one_of(("auto", "stages", "tiles"), engine=engine)
-        _require_one_of(("stored", "per-image"), statistics=statistics)
+        _require_one_of(("auto", "stored", "per-image"), statistics=statistics)
         blocks = (blocks or Blocks()).sized(tile)
         caller = Caller.of(provenance_of(model), forward_fn, output)
         taken = images_of(given, model, caller=caller)
+        if statistics == "auto":
+            statistics = _stated(model)
         if statistics == "per-image" and provenance_of(model) is None:
             model = _held(model, taken.excerpt(), caller)
         known = known_of(model, taken, forward_fn, output)
@@ -313,6 +320,9 @@ class _Prediction:
     def run(self, out: OutputFile | None = None) -> Tensor | None:
         """Predict by one engine; the result, or None if it went to `out`."""
         if self.statistics == "per-image":
+            if self.image.shape[0] > 1:  # a batch shares nothing
+                each = [replace(self, image=TensorImage(x)).run() for x in whole(self.image).split(1)]
+                return torch.cat([y for y in each if y is not None])
             return replace(self._fitted(), statistics="stored").run(out)
         model, caller, geometry = self.model, self.known.caller, self.geometry
         tile = self.blocks.extents(len(self.image.shape) - 2)
@@ -390,16 +400,62 @@ class _Prediction:
         return replace(self, model=model, known=replace(self.known, scan=scan), geometry=exact, blocks=blocks)
 
 
+def _stated(model: nn.Module) -> Literal["stored", "per-image"]:
+    """Return what a network was converted for."""
+    known = provenance_of(model)
+    return "per-image" if known is not None and known.statistics.kind == "per-image" else "stored"
+
+
 def _held(model: nn.Module, image: Tensor, caller: Caller) -> nn.Module:
-    """Return a copy of a network that was not converted, with frozen layers whose statistics are yet to be measured."""
+    """Return a copy of a network that was not converted, with frozen layers whose statistics are yet to be measured.
+
+    Raises:
+        NormfixError: NF409 if it does not compute what the network computes once they are.
+    """
     base = base_of(model, image, caller)
     scan = look(base.copy(), base.example, base.caller).scan
     plan = decide(scan.sites, model=scan.model, to="frozen")
+    _require_identity(base, scan, plan)
     held = rewrite_(base.copy(), plan).eval()
     stated = None if caller.output is None else str(caller.output)
     source = Source(kind="object", spec=f"{type(model).__module__}:{type(model).__qualname__}")
     attach_(held, Provenance(plan=plan, scan=scan, scaling=Scaling(), source=source, output=stated))
     return held
+
+
+def _require_identity(base: Base, scan: Scan, plan: Plan) -> None:
+    """Refuse a network that its frozen layers do not reproduce where they are measured on one image alone.
+
+    It is what `normfix.convert` proves; in float64, where the network computes in it, so that nothing is rounding.
+    """
+
+    def frozen(network: nn.Module, image: Tensor) -> nn.Module:
+        copied = rewrite(network, plan).eval()
+        targets = [site_target(copied, d, express=False) for d in plan.converted if d.measured]
+        freeze_sites_(copied, targets, image, base.caller.exactly)
+        return copied
+
+    def compared(network: nn.Module, image: Tensor) -> ProofStep:
+        outputs = [base.caller.exactly(net, image) for net in (frozen(network, image), network)]
+        ours, own = (y if y.is_floating_point() else y.double() for y in outputs)  # classes
+        return identity(ours, own)
+
+    network = copy_of(base.network).eval()
+    example = base.example[:1].to(*home_of(network))
+    with torch.no_grad(), exact_arithmetic():
+        try:
+            step = compared(double_of(network), example.double())
+        except refusals():
+            step = compared(network, example)
+    if step.status == "failed":
+        distance = step.note or f"{step.value:.2g} sd"
+        raise NotTiledError(
+            "NF409",
+            "with its statistics frozen at those of one image it gives another output for that image "
+            f"({distance}): one of them is of something else than the image, such as parts of it that are stacked as a "
+            "batch. Predict the image whole.",
+            where=scan.model,
+        )
 
 
 def _free(ndim: int) -> Geometry:

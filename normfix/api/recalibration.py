@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from normfix.conversion.conformity import moved, stored_moments
 from normfix.conversion.flatness import all_empty, flat_before, judged
 from normfix.conversion.masks import Mask
 from normfix.conversion.measurement import measure_
@@ -39,6 +41,8 @@ from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stitching import padded
 
 __all__ = ["CalibrateOptions", "calibrate", "calibrate_"]
+
+_LOG = logging.getLogger("normfix")
 
 
 class CalibrateOptions(TypedDict, total=False):
@@ -182,6 +186,13 @@ def _measured(
     targets: Sequence[Target]
     if known is not None:
         targets = planned_targets(model, known.plan)
+        if known.statistics.needs_original:
+            raise NormfixError(
+                "NF559",
+                f"its constants are {known.statistics.words}, which takes the original. Convert that anew on these "
+                "images.",
+                where=type(model).__name__,
+            )
         if not targets:
             raise NormfixError(
                 "NF302",
@@ -194,7 +205,8 @@ def _measured(
         caller = ready.caller
         targets = _batch_norms(model, ready.example, caller)
     # what is flat in the running statistics of a trained network is no news
-    trained = flat_before([t for t in targets if _is_trained(known, t.name)])
+    begun = [t for t in targets if _is_trained(known, t.name)]
+    trained, before = flat_before(begun), stored_moments(begun)
     summary = measure_(
         model,
         targets,
@@ -219,6 +231,10 @@ def _measured(
         known=trained,
         empty=all_empty(taken),
     )
+    unlike = moved(begun, before)
+    for finding in unlike:
+        _LOG.warning(finding.line)
+    judgement = replace(judgement, findings=(*judgement.findings, *unlike))
     scaling = images.scaling if isinstance(images, ImageFiles) else None
     return _Measured(model, judgement, targets, caller, first, scaling)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from normfix import __version__
+from normfix.cli.choose import choose_command
 from normfix.cli.convert import convert_command
 from normfix.cli.demo import demo_command
 from normfix.cli.diagnose import diagnose_command
@@ -86,6 +87,7 @@ for command in (
     give_back_command,
     push_command,
     diagnose_command,
+    choose_command,
     demo_command,
     explain_command,
 ):

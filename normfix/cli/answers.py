@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from normfix.records.candidates import ChoiceRecord
 from normfix.records.certificates import Verification
 from normfix.records.diagnoses import DiagnosisRecord
 from normfix.records.encoding import Record
@@ -66,5 +67,6 @@ RECORDS: Mapping[str, type[Record]] = {
     "explain": Explained,
     "demo": Shown,
     "diagnose": DiagnosisRecord,
+    "choose": ChoiceRecord,
 }
 """The record that each command prints with --format json."""

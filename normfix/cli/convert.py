@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,14 +18,17 @@ from normfix.cli.texts import conversion_text
 from normfix.errors import NormfixError
 from normfix.images.drafts import require_unnamed, sweep
 from normfix.records.progress import Progress, silent
-from normfix.records.statistics import parse_statistics
+from normfix.records.statistics import WHOLE, parse_statistics
 from normfix.tiling.stages.cluster import require_cluster
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from normfix.conversion.results import Conversion
     from normfix.records.certificates import Certificate
     from normfix.records.plans import Plan
     from normfix.records.saved import Scaling, Source
+    from normfix.records.statistics import Statistics
 
 __all__ = ["convert_command"]
 
@@ -70,7 +73,12 @@ __all__ = ["convert_command"]
     default="whole",
     show_default=True,
     metavar="WHAT",
-    help="What constants are measured on: whole images, or windows:SIZE[:LAW], of the size the network was trained on.",
+    help="What constants are measured on: whole images, windows:SIZE[:LAW] of the size the network was trained on, "
+    "images[:LAW], per-image, blend:WEIGHT; distilled:SIZE fits them to MODEL in such windows, choose[:SIZE] compares "
+    "them as normfix choose does.",
+)
+@click.option(
+    "--labels", multiple=True, metavar="FILE", help="With --statistics choose: true classes or masks."
 )
 @halo_option
 @image_options
@@ -104,6 +112,7 @@ def convert_command(
     give_back: str | None,
     allow_flat: bool,
     statistics: str,
+    labels: tuple[str, ...],
     halo: Any,
     report: str | None,
     verbose: bool,
@@ -131,9 +140,10 @@ def convert_command(
     if format_ == "pt2" and Path(out).suffix != ".pt2":
         raise NormfixError("NF227", "--format pt2 writes one file: give -o FILE.pt2.", where=out)
     require_report(report)
-    measured = parse_statistics(statistics)
+    choice = _Choice.of(statistics, labels)
+    measured = WHOLE if choice is not None else parse_statistics(statistics)
     plan = _read_plan(plan_file)
-    arguments = Arguments.take(options, images)
+    arguments = Arguments.take(options, [*images, *labels])
     require_cluster(engine, options["scheduler"], options["store"])
     if give_back is not None and not is_given(Path(give_back)):
         sweep(Path(give_back).parent)
@@ -142,7 +152,7 @@ def convert_command(
         place = stack.enter_context(output(out, is_saved))
 
         from normfix.api.conversion import convert
-        from normfix.images.parts import Windows
+        from normfix.images.parts import Measured
         from normfix.storage.exports import is_export_name, require_exporter
         from normfix.storage.instructions import commands
         from normfix.storage.programs import require_program_name
@@ -168,8 +178,10 @@ def convert_command(
             given = arguments.images(images, opened.model) if images else None
             progress = stack.enter_context(steps())
         scaling = arguments.scaling()
-        if measured.kind == "windows" and given is not None:
-            given = Windows(given, measured.size, measured.law)
+        if choice is not None:
+            measured = choice.made(opened.model, given, arguments, keep, as_trained, progress)
+        if measured != WHOLE and given is not None:
+            given = Measured(given, measured.words)
         done = convert(
             opened.model,
             given,
@@ -187,7 +199,7 @@ def convert_command(
         # also when it is not saved
         stack.callback(lambda: write_report(report, record))
         stack.callback(lambda: show(record, conversion_text(record, verbose=verbose), format_))
-        if measured.kind == "windows":
+        if measured.kind not in ("whole", "per-image"):
             note(
                 f"Constants are of {measured.words}: tiles agree exactly, and give another prediction than the "
                 "original does for the whole image. Each image's line says how far it moved."
@@ -235,8 +247,62 @@ def _give_back(
             scaling=scaling,
             allow_classes=arguments.allow_classes,
             trust_pickle=arguments.trust_pickle,
+            allow_code=arguments.allow_code,
         )
     tell(place, " It is for the network's own tool; its README.md says what that must be told.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """What `--statistics choose` compares: windows of a size, where it is given, by labels, where there are any."""
+
+    window: tuple[int, ...] | None
+    labels: tuple[str, ...]
+
+    @classmethod
+    def of(cls, text: str, labels: tuple[str, ...]) -> _Choice | None:
+        """Return it, or None where something else is measured."""
+        kind, _, size = text.partition(":")
+        if kind != "choose":
+            if labels:
+                raise click.UsageError("--labels belong to --statistics choose")
+            return None
+        if not size and not labels:
+            raise click.UsageError(
+                "--statistics choose: give choose:SIZE, of the windows in training, or --labels"
+            )
+        return cls(parse_statistics(f"windows:{size}").size if size else None, labels)
+
+    def made(
+        self,
+        model: nn.Module,
+        images: Any,
+        arguments: Arguments,
+        keep: tuple[str, ...],
+        as_trained: bool,
+        progress: Progress,
+    ) -> Statistics:
+        """Return the recommended statistics, and say why."""
+        from normfix.cli.choose import chosen
+
+        if images is None:
+            raise click.UsageError("--statistics choose compares constants on IMAGES; give some")
+        found = chosen(
+            model,
+            images,
+            self.labels,
+            window=self.window,
+            keep=keep,
+            output=arguments.output,
+            as_trained=as_trained,
+            progress=progress,
+        )
+        note(found.headline)
+        if found.record.best.to == "batchrenorm":
+            note(
+                f"That takes two commands, which normfix choose prints; this one takes {found.statistics.words}."
+            )
+        return found.statistics
 
 
 def _read_plan(path: str | None) -> Plan | None:

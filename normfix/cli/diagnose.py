@@ -12,6 +12,7 @@ import click
 
 from normfix.cli.extents import Extents, HaloExtents, context_option, per_axis
 from normfix.cli.failures import each
+from normfix.cli.labels import KINDS, metric_named, read_labels
 from normfix.cli.options import Arguments, image_options, model_options
 from normfix.cli.reports import known_of, reports_of, wants_pictures
 from normfix.cli.showing import (
@@ -25,7 +26,6 @@ from normfix.cli.showing import (
     write_reports,
 )
 from normfix.cli.texts import cost_text, diagnosis_text
-from normfix.errors import NormfixError
 from normfix.records.scalings import parse_scaling
 from normfix.storage.spec import require_spec
 
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from normfix.records.diagnoses import DiagnosisRecord, Tiling
 
 __all__ = ["diagnose_command"]
-
-_KINDS = ["probability", "logits", "softmax", "scores", "labels", "regression"]
 
 
 @click.command("diagnose")
@@ -61,7 +59,7 @@ _KINDS = ["probability", "logits", "softmax", "scores", "labels", "regression"]
 )
 @click.option("--scale-tiles", help="Your pipeline scales every tile by itself, such as zscore or unit.")
 @click.option("--train", is_flag=True, help="Your pipeline leaves the network in train mode.")
-@click.option("--kind", type=click.Choice(_KINDS), help="What the output means. Default: told by its values.")
+@click.option("--kind", type=click.Choice(KINDS), help="What the output means. Default: told by its values.")
 @click.option("--labels", help="File with true classes or masks, for accuracy; one image only.")
 @click.option("--metric", help="pkg.mod:function(prediction, labels) beside Dice, with --labels.")
 @click.option("--converted", help="Folder of the converted network, for accuracy.")
@@ -100,14 +98,14 @@ def diagnose_command(
         require_spec(converted)
     if pipeline["scale_tiles"] is not None:
         parse_scaling(pipeline["scale_tiles"])
-    judge = None if metric is None else _function(metric)
+    judge = metric_named(metric)
     opened = arguments.open()
     files = arguments.images(images, opened.model)
     if len(files) > 1 and labels is not None:
         raise click.UsageError("--labels are of one image; give one")
     settings = {
         "kind": kind,
-        "labels": None if labels is None else _read(labels, opened.model),
+        "labels": None if labels is None else read_labels(labels, opened.model),
         "metric": judge,
         "converted": None if converted is None else arguments.open_converted(converted),
         "per_site": sites,
@@ -190,19 +188,3 @@ def _tiling(
         scaling=None if scaling is None else parse_scaling(scaling),
         train=pipeline["train"],
     )
-
-
-def _read(path: str, model: nn.Module) -> Any:
-    from normfix.images.files import read_image
-    from normfix.networks.intake import Intake
-
-    return read_image(Path(path), ndim=Intake(model).ndim, channels=1)[0]
-
-
-def _function(name: str) -> Any:
-    from normfix.networks.naming import named
-
-    try:
-        return named(name)
-    except NormfixError as error:
-        raise click.UsageError(f"--metric {name}: {error.message}") from error

@@ -30,8 +30,8 @@ __all__ = ["give_back_command"]
 @click.option(
     "--original",
     metavar="PATH",
-    help="What was converted (MONAI bundle, nnU-Net folder or checkpoint, pytorch-3dunet run, torch-em, Lightning or "
-    "other checkpoint): it is copied but for what changes.",
+    help="What was converted (bioimage.io package, MONAI bundle, nnU-Net folder or checkpoint, pytorch-3dunet run, "
+    "torch-em, Lightning or other checkpoint): it is copied but for what changes.",
 )
 @click.option(
     "--switch",
@@ -80,6 +80,7 @@ def give_back_command(
             switch=switch,
             allow_classes=arguments.allow_classes,
             trust_pickle=arguments.trust_pickle,
+            allow_code=arguments.allow_code,
         )
     record = replace(record, folder=out)
     show(record, _text(record), format_)

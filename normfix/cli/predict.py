@@ -60,11 +60,12 @@ _ENDINGS = [".tif", ".npy", ".zarr", ".nii", ".nii.gz"]
 )
 @click.option(
     "--statistics",
-    type=click.Choice(["stored", "per-image"]),
-    default="stored",
+    type=click.Choice(["auto", "stored", "per-image"]),
+    default="auto",
     show_default=True,
-    help="per-image: normalise the image by its own statistics, measured over all of it. So an unconverted network "
-    "gives its output of the whole image, attention over all positions included.",
+    help="auto: as the network was converted, else stored. per-image: normalise the image by its own statistics, "
+    "measured over all of it. So an unconverted network gives its output of the whole image, attention over all "
+    "positions included.",
 )
 @click.option(
     "--allow-nonfinite",
@@ -97,7 +98,7 @@ def predict_command(
     tile: int | tuple[int, ...] | None,
     halo: HaloExtents,
     engine: str,
-    statistics: Literal["stored", "per-image"],
+    statistics: Literal["auto", "stored", "per-image"],
     allow_nonfinite: bool,
     as_: str,
     logits: str | None,

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-__all__ = ["known_of", "reports_of", "wants_pictures"]
+__all__ = ["converting", "known_of", "reports_of", "wants_pictures"]
 
 _OTHERS = {"images", "tile", "halo", "threshold", "reports", "format_", "override_scale", "verbose"}
 """Options of check and diagnose that convert has not, or means otherwise."""
@@ -33,6 +33,18 @@ def known_of(path: Path) -> tuple[tuple[str, str], ...]:
         ("command", shlex.join(["normfix", str(context.info_name), *_words(context, {"format_"})])),
         ("fix", f"{shlex.join(freezing)} --to frozen -o fixed"),
     )
+
+
+def converting(statistics: str, to: str = "frozen") -> str:
+    """Return the command that converts with the statistics that were chosen, with the options of the command of now."""
+    context = click.get_current_context()
+    options = _words(context, _OTHERS | _OWN | {"model", "images", "window", "statistics", "distilled"})
+    images = [str(image) for image in context.params["images"]]
+    start = ["normfix", "convert", str(context.params["model"])]
+    if to == "frozen":
+        return shlex.join([*start, *images, *options, "--to", to, "--statistics", statistics, "-o", "fixed"])
+    first = shlex.join([*start, images[0], *options, "--to", to, "-o", "renorm"])
+    return f"{first} && {shlex.join(['normfix', 'calibrate', 'renorm', *images, '-o', 'fixed'])}"
 
 
 def reports_of(reports: Sequence[str], paths: Sequence[Path]) -> list[tuple[str, ...]]:

@@ -33,6 +33,7 @@ __all__ = [
     "steps",
     "telling",
     "verbose_option",
+    "write_choices",
     "write_report",
     "write_reports",
 ]
@@ -123,6 +124,14 @@ def write_reports(paths: Sequence[str], record: Any, maps: Any = None) -> None:
 
     for path in paths:
         _write(Path(path), text_of(Path(path).suffix.lower(), record, maps))
+
+
+def write_choices(paths: Sequence[str], record: Any, places: Any) -> None:
+    """Write each report of a choice; see `write_reports`."""
+    from normfix.reporting.report import choice_text
+
+    for path in paths:
+        _write(Path(path), choice_text(Path(path).suffix.lower(), record, places))
 
 
 def _write(target: Path, text: str) -> None:

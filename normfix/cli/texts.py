@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from normfix.cli.columns import columns
+from normfix.records.candidates import ChoiceRecord
 from normfix.records.certificates import Verification
 from normfix.records.diagnoses import Cost, DiagnosisRecord, Mismatch
 from normfix.records.halo_curves import HaloCurve
@@ -21,6 +22,7 @@ from normfix.reporting.sentences import duration_text, explanation, headline
 
 __all__ = [
     "calibration_text",
+    "choice_text",
     "conversion_text",
     "cost_text",
     "diagnosis_text",
@@ -29,6 +31,21 @@ __all__ = [
     "verdict_text",
     "verification_text",
 ]
+
+
+def choice_text(record: ChoiceRecord, *, verbose: bool = True) -> str:
+    """Return the recommendation, the candidates as a table, with notes if verbose, and what to run."""
+    table = record.table()
+    heads, rows = list(table.heads), [list(row) for row in table.rows]
+    if not verbose:
+        heads, rows = heads[:-1], [row[:-1] for row in rows]
+    heads[2] = heads[2].partition(" with ")[0]  # the headline says with what
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (heads, *rows)
+    ]
+    return "\n".join([*_wrapped(record.headline), "", *lines, "", record.fix])
 
 
 def scan_text(scan: Scan, *, verbose: bool = True) -> str:

@@ -14,13 +14,13 @@ from torch import nn
 
 from normfix.conversion.masks import Mask, ignored_pixels, masked, require_maskable
 from normfix.conversion.measuring import measure_sites_, remeasure_sites
-from normfix.conversion.pooling import only_in_memory, pooled_targets, windows_of
+from normfix.conversion.pooling import parts_of, pooled_targets
 from normfix.conversion.sampling import Sample, measure_sampled_
 from normfix.conversion.staged import measure_in_stages_
 from normfix.conversion.targets import Target
 from normfix.errors import NormfixError
 from normfix.images.collections import Images
-from normfix.images.sources import Image, TensorImage
+from normfix.images.sources import Cut, Image, TensorImage
 from normfix.networks.calling import Caller
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.progress import Progress, silent
@@ -64,20 +64,29 @@ def measure_(
         progress: called with ("calibrate", passes or stages done, passes or stages in all).
 
     Raises:
-        NormfixError: NF588 for windows with blocks, masks or a sample; NF137 and NF138 of the masks, NF139 for
+        NormfixError: NF588 for windows with masks or a sample; NF137 and NF138 of the masks, NF139 for
             statistics that have no meaning for a part of the image and networks in which none can be measured,
             NF140 of the sample, NF301 if a pass does not reach a site, NF320 to NF325 where an image read by window
             cannot be measured in stages; codes of the images and the store. The old statistics are back in place
             then, as after any other error.
     """
     blocks = blocks or Blocks()
-    if statistics.kind == "windows":
-        if blocks.asked or mask is not None or sample is not None:
-            raise only_in_memory(statistics)
+    if statistics.pools or statistics.kind == "windows":
+        if mask is not None or sample is not None:
+            raise NormfixError(
+                "NF588",
+                "parts have statistics of all of their pixels, so no mask and no sample. Give parts of the images.",
+                where=f"statistics={statistics.words}",
+            )
         if geometry is not None:
             images = replace(images, padding=geometry.padding)
-        windows = [window for image in images for window in windows_of(image, statistics, geometry)]
-        return _in_passes_(model, pooled_targets(targets, statistics.law), windows, caller, stored, progress)
+        parts = [part for image in images for part in parts_of(image, statistics, geometry)]
+        targets = pooled_targets(targets, statistics.law)
+        if not (blocks.asked or images.by_window):
+            return _in_passes_(model, targets, parts, caller, stored, progress)
+        return _stages_or_passes_(
+            model, targets, parts, caller, blocks, geometry, stored=stored, progress=progress
+        )
     if not (blocks.asked or images.by_window or mask is not None or sample is not None):
         if geometry is not None:
             images = replace(images, padding=geometry.padding)
@@ -146,7 +155,7 @@ def _require_whole(images: Sequence[Image], error: NormfixError) -> None:
             "mask, or crop the images instead.",
             where=error.where,
         ) from error
-    if not all(isinstance(image, TensorImage) for image in images):
+    if not all(isinstance(image, TensorImage | Cut) for image in images):
         raise NormfixError(
             error.code,
             f"the network cannot run in stages ({error}), and an image that is read by window is not read whole "

@@ -8,6 +8,7 @@ Measuring all sites in one pass with live statistics is not the same thing, howe
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfix.conversion.targets import Target
+from normfix.conversion.targets import Target, apart_targets
 from normfix.images.collections import Images
 from normfix.images.sources import Image, TensorImage, whole
 from normfix.networks.calling import Unreached, evaluating
@@ -25,7 +26,14 @@ from normfix.networks.numerics import exact_arithmetic
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.progress import Progress, silent
 
-__all__ = ["freeze_sites_", "measure_sites_", "remeasure_sites", "restoring_on_error"]
+__all__ = [
+    "freeze_sites_",
+    "measure_sites_",
+    "observed",
+    "remeasure_sites",
+    "restoring_on_error",
+    "settle_sites_",
+]
 
 Run = Callable[[nn.Module, Tensor], Tensor]
 
@@ -57,9 +65,7 @@ def measure_sites_(
             _freeze_as_it_goes(model, targets, images, run)
             progress("calibrate", 1, passes)
         else:
-            for done, target in enumerate(targets, start=1):
-                target.store(_parts(model, target, images, run))
-                progress("calibrate", done, passes)
+            _freeze_in_turn(model, targets, images, run, lambda done: progress("calibrate", done, passes))
         summary = _summary(model, targets, images, run)
         progress("calibrate", passes, passes)
     return summary
@@ -69,6 +75,32 @@ def freeze_sites_(model: nn.Module, targets: Sequence[Target], image: Tensor, ru
     """Freeze the targets at what they measure on one image, in one pass; see measure_sites_."""
     with evaluating(model), exact_arithmetic(), restoring_on_error(targets):
         _freeze_as_it_goes(model, targets, [TensorImage(image)], run)
+
+
+def settle_sites_(model: nn.Module, targets: Sequence[Target], images: Sequence[Image], run: Run) -> None:
+    """Freeze the targets at what they measure on images, and do not re-measure them; see measure_sites_.
+
+    Images of one size go through the network together, in one pass, if that is not too much at a time.
+    """
+    apart = None if len(images) == 1 else apart_targets(targets, len(images))
+    together = {image.shape[0] for image in images} == {1} and len({image.shape for image in images}) == 1
+    together = together and sum(map(_size, images)) <= _TOGETHER
+    with evaluating(model), exact_arithmetic(), restoring_on_error(targets):
+        if apart is not None and together:
+            stack = TensorImage(torch.cat([whole(image) for image in images]))
+            _freeze_as_it_goes(model, apart, [stack], run)
+        elif len(images) == 1:
+            _freeze_as_it_goes(model, targets, images, run)
+        else:
+            _freeze_in_turn(model, targets, images, run)
+
+
+_TOGETHER = 1 << 22
+"""Pixels of images that are run together: as a rule a network keeps a hundred values of each."""
+
+
+def _size(image: Image) -> int:
+    return math.prod((image.shape[0], *image.shape[2:]))
 
 
 def remeasure_sites(
@@ -84,17 +116,29 @@ def _freeze_as_it_goes(
 ) -> None:
     calls = Counter[str]()
 
-    def observe(target: Target, part: object) -> None:
+    def observe(target: Target, part: Any) -> None:
         if target.name not in calls:  # statistics come from one call; a second is a fault found below
-            target.store([part])
+            target.store(part if isinstance(part, list) else [part])
         calls[target.name] += 1
 
-    with _observed(targets, observe):
+    with observed(targets, observe):
         for image in images:
             run(model, whole(image))
     for target in targets:
         if calls[target.name] != 1:
             raise _call_count(target, calls[target.name], 1)
+
+
+def _freeze_in_turn(
+    model: nn.Module,
+    targets: Sequence[Target],
+    images: Iterable[Image],
+    run: Run,
+    done: Callable[[int], None] = lambda number: None,
+) -> None:
+    for number, target in enumerate(targets, start=1):
+        target.store(_parts(model, target, images, run))
+        done(number)
 
 
 class _Reached(BaseException):
@@ -108,7 +152,7 @@ def _parts(model: nn.Module, target: Target, images: Iterable[Image], run: Run) 
         parts.append(part)
         raise _Reached
 
-    with _observed([target], observe):
+    with observed([target], observe):
         for number, image in enumerate(images, start=1):
             with suppress(_Reached):
                 run(model, whole(image))
@@ -127,7 +171,7 @@ def _summary(
         measured[target.name].append(part)
 
     shapes = []
-    with _observed(targets, observe):
+    with observed(targets, observe):
         for image in images:
             run(model, whole(image))
             shapes.append(tuple(image.shape))
@@ -139,7 +183,7 @@ def _summary(
 
 
 @contextmanager
-def _observed(targets: Sequence[Target], observe: Callable[[Target, Any], None]) -> Iterator[None]:
+def observed(targets: Sequence[Target], observe: Callable[[Target, Any], None]) -> Iterator[None]:
     """Call `observe` with what each target measures before its call is answered; nothing stays behind."""
     ends: list[Callable[[], None]] = []
     try:

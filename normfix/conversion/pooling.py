@@ -1,62 +1,72 @@
-r"""Constants from windows: each window has moments of its own, and a law makes one pair of numbers of them.
+r"""Constants from parts: each part has moments of its own, and a law makes one pair of numbers of them.
 
-With mean m_w and variance v_w of k windows w, and the norm's eps:
+Parts are windows of one size, or whole images. With mean m_w and variance v_w of k parts w, and the norm's eps:
 
     arithmetic  m = sum m_w / k,    v = sum v_w / k
     geometric   m = sum m_w / k,    v = (prod (v_w + eps))^(1/k) - eps
     median      the medians of m_w and of v_w
-    total       that of the windows' union (normfix.layers.moments)
+    total       that of the parts' union (normfix.layers.moments)
+    blend       (1 - a) times what the original has stored, and a times that of the union (Singh and Shrivastava,
+                EvalNorm, ICCV 2019, eq. 8)
 
-A norm divides by sqrt(v + eps): the geometric mean makes its logarithm the average of the windows', and a window
+A norm divides by sqrt(v + eps): the geometric mean makes its logarithm the average of the parts', and a part
 without any spread pulls it no further than to eps. As with whole images, a site is measured while all before it use
 their constants.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from normfix.conversion.targets import NormTarget, Target, TargetAround
 from normfix.errors import NormfixError
-from normfix.images.sources import Image, TensorImage, whole
-from normfix.layers.moments import Moments
+from normfix.images.sources import Cut, Image
+from normfix.layers.moments import Moments, merge
 from normfix.records.measurements import SiteStatistics
 from normfix.records.plans import Action, Plan
 from normfix.records.statistics import Law, Statistics
 from normfix.tiling.grid import Geometry
 from normfix.tiling.stitching import tile_extents
 
-__all__ = ["only_in_memory", "pooled_targets", "require_poolable", "windows_of"]
+__all__ = ["blended_targets", "parts_of", "pooled_targets", "require_poolable", "windows_of"]
+
+Stored = Mapping[str, tuple[Tensor, Tensor]]
+"""Mean and variance (c,) that the original has stored, by site."""
 
 
-def windows_of(image: Image, statistics: Statistics, geometry: Geometry | None) -> list[Image]:
-    """Return windows that cover an image in memory, as evenly as they can, each starting on the stride grid.
+def parts_of(image: Image, statistics: Statistics, geometry: Geometry | None) -> list[Image]:
+    """Return what has statistics of its own: the windows of an image, or all of it."""
+    return windows_of(image, statistics.size, geometry) if statistics.kind == "windows" else [image]
+
+
+def windows_of(image: Image, size: Sequence[int], geometry: Geometry | None) -> list[Image]:
+    """Return windows that cover an image as evenly as they can, each starting on the stride grid.
 
     Neighbours overlap by as much as the image is no multiple of the window; one longer than the image is the image.
 
+    Args:
+        image: of any size, in memory or read by window.
+        size: pixels, one number for all axes or one per axis.
+        geometry: of the network, where it is known.
+
     Raises:
-        NormfixError: NF402 for a size that is off the stride grid, NF588 for an image that is read by window.
+        NormfixError: NF402 for a size that is off the stride grid.
     """
-    if not isinstance(image, TensorImage):
-        raise only_in_memory(statistics)
-    pixels = whole(image)
-    space = pixels.shape[2:]
-    sizes = statistics.size if len(statistics.size) == len(space) else statistics.size * len(space)
+    space = image.shape[2:]
+    sizes = tuple(size) if len(size) == len(space) else tuple(size) * len(space)
     strides = (1,) * len(space)
     if geometry is not None:
         strides, sizes = geometry.stride, tile_extents(sizes, geometry)
-    found = [pixels]
-    for axis, (size, stride) in enumerate(zip(sizes, strides, strict=True), start=2):
-        found = [
-            x.narrow(axis, start, min(size, x.shape[axis]))
-            for x in found
-            for start in _starts(x.shape[axis], size, stride)
-        ]
-    return [TensorImage(x) for x in found]
+    starts = [_starts(*axis) for axis in zip(space, sizes, strides, strict=True)]
+    return [
+        Cut(image, [(a, a + min(n, m)) for a, n, m in zip(corner, sizes, space, strict=True)])
+        for corner in product(*starts)
+    ]
 
 
 def _starts(extent: int, size: int, stride: int) -> list[int]:
@@ -66,23 +76,13 @@ def _starts(extent: int, size: int, stride: int) -> list[int]:
     return [round(last * n / max(1, count - 1)) // stride * stride for n in range(count)]
 
 
-def only_in_memory(statistics: Statistics) -> NormfixError:
-    """Return the refusal of windows of what is read by window itself, or of only a part of it."""
-    return NormfixError(
-        "NF588",
-        "windows are measured in images that are in memory, without blocks, masks and samples. Give parts of the "
-        "images as tensors.",
-        where=f"statistics={statistics.words}",
-    )
-
-
 def require_poolable(plan: Plan, statistics: Statistics) -> None:
     """Refuse a law for what has no constants to pool.
 
     Raises:
         NormfixError: NF588 for a GroupNorm that becomes BatchRenorm, whose channels and groups must fit together.
     """
-    if statistics.kind == "whole" or statistics.law == "total":
+    if not (statistics.pools or statistics.needs_original):
         return
     for decision in plan.converted:
         layer = decision.site.layer
@@ -95,6 +95,16 @@ def require_poolable(plan: Plan, statistics: Statistics) -> None:
             )
 
 
+def blended_targets(targets: Sequence[Target], stored: Stored, weight: float) -> list[Target]:
+    """Return targets that store a blend of what was stored and what is measured, where anything was stored."""
+    return [
+        _Blended(target, *stored[target.name], weight)
+        if isinstance(target, NormTarget) and target.name in stored
+        else target
+        for target in targets
+    ]
+
+
 def pooled_targets(targets: Sequence[Target], law: Law) -> list[Target]:
     """Return targets that store what the law makes of the parts; what is no norm keeps the law of its own."""
     if law == "total":
@@ -103,20 +113,28 @@ def pooled_targets(targets: Sequence[Target], law: Law) -> list[Target]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pooled(TargetAround):
-    """A norm whose parts become one by a law."""
-
-    law: Law
+class _Reduced(TargetAround):
+    """A norm whose parts become one by a rule; subclasses say by which."""
 
     def store(self, parts: Sequence[Moments]) -> None:
-        self.target.store([self._pooled(parts)])
+        self.target.store([self._one(parts)])
 
     def compare(self, parts: Sequence[Moments]) -> SiteStatistics:
-        joint = self.target.compare([self._pooled(parts)])
+        joint = self.target.compare([self._one(parts)])
         spread = self.target.compare(parts).spread
         return replace(joint, spread=spread, flat=self.target.flat(parts))
 
-    def _pooled(self, parts: Sequence[Moments]) -> Moments:
+    def _one(self, parts: Sequence[Moments]) -> Moments:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class _Pooled(_Reduced):
+    """By a law of their means and variances."""
+
+    law: Law
+
+    def _one(self, parts: Sequence[Moments]) -> Moments:
         norm = self.target
         assert isinstance(norm, NormTarget)
         own = [norm.expected(part) for part in parts]
@@ -126,6 +144,21 @@ class _Pooled(TargetAround):
         assert isinstance(eps, float)
         mean, variance = _one(self.law, means, variances, eps)
         return Moments(count, mean, variance * count)
+
+
+@dataclass(frozen=True, slots=True)
+class _Blended(_Reduced):
+    """By their union, of which the original's own are a share."""
+
+    mean: Tensor
+    var: Tensor
+    weight: float
+
+    def _one(self, parts: Sequence[Moments]) -> Moments:
+        union, a = merge(*parts), self.weight
+        mean = (1 - a) * self.mean.double().cpu() + a * union.mean
+        var = (1 - a) * self.var.double().cpu() + a * union.var
+        return Moments(union.count, mean, var * union.count)
 
 
 def _one(law: Law, means: Tensor, variances: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,7 @@ __all__ = [
     "StatisticTarget",
     "Target",
     "TargetAround",
+    "apart_targets",
     "planned_targets",
     "site_target",
 ]
@@ -326,6 +327,44 @@ class StatisticTarget:
             return 1.0
         (number,) = [v for v in tree_leaves((args, kwargs)) if type(v) in (int, float)]
         return float(number) if function_of(self.name) == "div" else 1 / float(number)
+
+
+def apart_targets(targets: Sequence[Target], count: int) -> list[Target] | None:
+    """Return targets that report a list, what they measure in each of so many images of a batch by itself.
+
+    None where one runs over the batch as well, so that images together are not what each is alone.
+    """
+    found = [_apart(target, count) for target in targets]
+    return None if None in found else found  # type: ignore[return-value]
+
+
+def _apart(target: Target, count: int) -> Target | None:
+    inner: Target = target
+    while isinstance(inner, TargetAround):
+        inner = inner.target
+    if isinstance(inner, NormTarget):
+        return _EachImage(target, count)
+    batched = isinstance(inner, StatisticTarget) and inner.spec.batch is not None and inner.spec.law != "none"
+    return target if batched else None
+
+
+@dataclass(frozen=True, slots=True)
+class _EachImage(TargetAround):
+    """A norm whose operand is measured image by image."""
+
+    count: int
+
+    def watch(self, report: Callable[[Any], None]) -> Callable[[], None]:
+        """Report the moments of each image of a call's operand."""
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            with torch._C.DisableTorchFunction():  # outer interceptions count calls
+                operand = args[0] if args else kwargs["input"]
+                # (n*u, c, *space) -> n of (u, c, *space)
+                images = operand.unflatten(0, (self.count, -1))
+                report([measure(image) for image in images])
+
+        return self.target.module.register_forward_pre_hook(before, with_kwargs=True).remove
 
 
 def _require_some(count: float, site: str) -> None:

@@ -14,12 +14,17 @@ from normfix.records.progress import Progress, silent
 from normfix.records.saved import Scaling, Source
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from normfix.choosing.choose import Choice
     from normfix.conversion.results import Conversion
+    from normfix.records.candidates import ChoiceRecord
     from normfix.records.verdicts import Verdict
+    from normfix.reporting.panels import Drawing
 
 __all__ = ["SCALING", "TILE", "DemoResult", "Maps", "demo_image", "predictions", "run_demo"]
 
@@ -27,6 +32,13 @@ SCALING = Scaling(kind="percentile", values=(1.0, 99.8))
 """How the demo network's training images were scaled, and therefore every image it is given."""
 
 TILE = 128
+
+WINDOW = 160
+"""Pixels of the windows that the demo network was trained on."""
+
+PART = 320
+"""Pixels on each side of the parts on which constants are compared."""
+
 _FACTORY = "normfix.demo.network:nuclei_unet"
 
 
@@ -59,6 +71,7 @@ def run_demo(out: str, progress: Progress = silent) -> DemoResult:
         NormfixError: NF114 if the folder exists, NF117 if the demo image is not installed.
     """
     from normfix.api.conversion import convert
+    from normfix.choosing.choose import choose
     from normfix.demo.network import nuclei_unet
     from normfix.proof.check import check
     from normfix.storage.folder import appearing
@@ -78,11 +91,17 @@ def run_demo(out: str, progress: Progress = silent) -> DemoResult:
         for to, conversion in done.items():
             if conversion.proof.passed:
                 save(conversion, draft / to, source, scaling=SCALING)
+        choice = choose(network, _parts(image), window=WINDOW, progress=_named(progress, "constants"))
         maps = predictions(network, done["frozen"], image)
         _write_pictures(draft, pixels, maps, before.sd)
-        _write_page(draft, done, before)
+        _write_page(draft, done, before, choice)
     passed = all(conversion.proof.passed for conversion in done.values())
-    return DemoResult(_text(done, before), Path(out) / "index.html", passed)
+    return DemoResult(_text(done, before, choice.headline), Path(out) / "index.html", passed)
+
+
+def _parts(image: Tensor) -> list[Tensor]:
+    """Return what constants are compared on: parts of the image, so that it does not take long."""
+    return [image[..., :PART, start : start + PART].contiguous() for start in (0, PART)]
 
 
 def _named(progress: Progress, to: str) -> Progress:
@@ -130,8 +149,9 @@ def _write_pictures(folder: Path, pixels: NDArray[np.uint8], maps: Maps, sd: flo
         (folder / name).write_bytes(png)
 
 
-def _write_page(folder: Path, done: dict[str, Conversion], before: Verdict) -> None:
+def _write_page(folder: Path, done: dict[str, Conversion], before: Verdict, choice: Choice) -> None:
     from normfix.reporting.page import render
+    from normfix.reporting.places import places
 
     page = render(
         "demo.html",
@@ -139,12 +159,25 @@ def _write_page(folder: Path, done: dict[str, Conversion], before: Verdict) -> N
         scan=done["frozen"].scan,
         conversions={to: conversion.record for to, conversion in done.items()},
         before=before,
+        choice=choice.record,
+        places=[_beside(place.drawings, choice.record) for place in places(choice.places)[:2]],
+        window=WINDOW,
+        part=PART,
         tile=TILE,
     )
     (folder / "index.html").write_text(page, encoding="utf-8")
 
 
-def _text(done: dict[str, Conversion], before: Verdict) -> str:
+def _beside(drawings: Sequence[Drawing], record: ChoiceRecord) -> list[Drawing]:
+    """Return of a place the image, the original's own windows, whole-image constants, and the recommended or next."""
+    others = [c.name for c in record.candidates if c.name not in ("whole", "batchrenorm")]
+    rival = others[0] if record.recommended == "whole" else record.recommended
+    named = {drawing.name: drawing for drawing in drawings}
+    own = next(c.name for c in record.references if "own windows" in c.name)
+    return [named[name] for name in ("image", own, "whole", rival)]
+
+
+def _text(done: dict[str, Conversion], before: Verdict, choice: str) -> str:
     scan = done["frozen"].scan
     assert scan.halo is not None
     assert scan.stride is not None
@@ -153,7 +186,7 @@ def _text(done: dict[str, Conversion], before: Verdict) -> str:
     ]
     lines.append(_line("original", before))
     lines += [_line(to, c.verdict) for to, c in done.items() if c.verdict is not None]
-    return "\n".join(lines)
+    return "\n".join([*lines, f"constants: {choice}"])
 
 
 def _line(name: str, verdict: Verdict) -> str:

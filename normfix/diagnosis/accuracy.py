@@ -51,7 +51,7 @@ class Labels:
             NormfixError: NF604 if the extents differ, or class numbers shall judge several channels that are
                 each a mask of their own.
         """
-        values = torch.as_tensor(np.asarray(given))
+        values = torch.as_tensor(np.require(np.asarray(given), requirements="W"))
         if values.dim() == len(size) + 2 and values.shape[0] == 1:
             values = values[0]
         if tuple(values.shape[-len(size) :]) != tuple(size) or values.dim() not in (len(size), len(size) + 1):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from normfix.networks.graph.program import ProgramNetwork
 from normfix.networks.surroundings import undisturbed
 from normfix.records.returns import GivenBack
 from normfix.records.saved import Scaling, Source
-from normfix.records.verdicts import Verdict
 from normfix.storage.folder import appearing, require_absent
+from normfix.storage.opening.packages import described_in, unpacked
 from normfix.storage.opening.request import Request
 
 __all__ = ["give_back"]
@@ -43,6 +44,7 @@ def give_back(
     scaling: Scaling | None = None,
     allow_classes: Iterable[str] = (),
     trust_pickle: bool = False,
+    allow_code: Iterable[str] = (),
 ) -> GivenBack:
     """Write a converted network in the format that it came from, for its own tool to run without normfix.
 
@@ -56,13 +58,14 @@ def give_back(
         folder: must not exist.
         source: "pkg.mod:factory" or "timm:NAME", or what `load` found, if the network does not know it.
         args: keyword arguments that the factory was called with, JSON-ready.
-        original: what was converted (MONAI bundle, nnU-Net folder or checkpoint, pytorch-3dunet run, file of weights),
-            which is copied but for what must change. Without it, a state dict and the arguments of its factory are
-            written.
+        original: what was converted (bioimage.io package, MONAI bundle, nnU-Net folder or checkpoint, pytorch-3dunet
+            run, file of weights), which is copied but for what must change. Without it, a state dict and the arguments
+            of its factory are written.
         switch: arguments with which the factory builds BatchNorms, such as {"norm": "batch"}; default: they are found.
         scaling: how the images were scaled, for the README; default: as the network knows.
         allow_classes: classes that the original's checkpoint may hold, by name or as "package.*".
         trust_pickle: run the original's pickle.
+        allow_code: sha256 of files of code that may run to build a bioimage.io package's network.
 
     Raises:
         NotGiven: NF550 if it was not converted, or keeps what no BatchNorm holds; NF553 for an original that it was
@@ -83,32 +86,46 @@ def give_back(
     require_absent(target)
     several = list(converted) if isinstance(converted, Sequence) else [converted]
     works = [Work.of(one if isinstance(one, nn.Module) else one.model, scaling) for one in several]
-    request = Request(trust_pickle=trust_pickle, allow_classes=tuple(allow_classes))
-    whole = Original.of(None if original is None else Path(original), request)
-    stocks = whole.stocks_of([work.model for work in works])
-    builders = [
-        stock.builder(work.known.source, source, args) for work, stock in zip(works, stocks, strict=True)
-    ]
-    for work, builder in zip(works, builders, strict=True):
-        if isinstance(work.model, ProgramNetwork) and not isinstance(source, str):
-            require_allowed(builder)
-    offers = [_offer(*one, whole, switch=switch) for one in zip(works, stocks, builders, strict=True)]
-    library = whole.library
-    with appearing(target) as draft:
-        changes = library.write(draft, [offer.gift for offer in offers])
-        alone = [offer.alone(draft, library.LOADER) for offer in offers]
-        record = GivenBack(
-            folder=str(target),
-            format=library.NAME,
-            changes=changes,
-            double_sd=max(offer.double_sd for offer in offers),
-            single_sd=max(offer.single_sd for offer in offers),
-            alone_sd=max(alone),
-            verdict=max((offer.verdict for offer in offers), key=lambda verdict: verdict.max_sd),
-        )
-        readme = "README.md" if not (draft / "README.md").exists() else "README-normfix.md"
-        (draft / readme).write_text(card_of(record, works[0].known, library), encoding="utf-8")
+    request = Request(
+        trust_pickle=trust_pickle, allow_classes=tuple(allow_classes), allow_code=tuple(allow_code)
+    )
+    with _folder_of(original) as place:
+        whole = Original.of(place, request)
+        stocks = whole.stocks_of([work.model for work in works])
+        builders = [
+            stock.builder(work.known.source, source, args) for work, stock in zip(works, stocks, strict=True)
+        ]
+        for work, builder in zip(works, builders, strict=True):
+            if isinstance(work.model, ProgramNetwork) and not isinstance(source, str):
+                require_allowed(builder)
+        offers = [_offer(*one, whole, switch=switch) for one in zip(works, stocks, builders, strict=True)]
+        library = whole.library
+        with appearing(target) as draft:
+            changes = library.write(draft, [offer.gift for offer in offers])
+            alone = [offer.alone(draft, library.LOADER) for offer in offers]
+            record = GivenBack(
+                folder=str(target),
+                format=library.NAME,
+                changes=changes,
+                double_sd=max(offer.double_sd for offer in offers),
+                single_sd=max(offer.single_sd for offer in offers),
+                alone_sd=max(alone),
+                verdict=max((offer.gift.verdict for offer in offers), key=lambda verdict: verdict.max_sd),
+            )
+            readme = "README.md" if not (draft / "README.md").exists() else "README-normfix.md"
+            (draft / readme).write_text(card_of(record, works[0].known, library), encoding="utf-8")
     return record
+
+
+@contextmanager
+def _folder_of(original: str | Path | None) -> Iterator[Path | None]:
+    """Give the place of an original: a package's archive as a folder, as long as it is needed."""
+    path = None if original is None else Path(original)
+    if path is None or path.is_dir() or not described_in(path):
+        yield path
+        return
+    with unpacked(path) as folder:
+        yield folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +137,6 @@ class _Offer:
     double: Tensor
     double_sd: float
     single_sd: float
-    verdict: Verdict
 
     def alone(self, draft: Path, loader: str) -> float:
         """Return how far the library alone is, reading what was written, in sd.
@@ -149,6 +165,7 @@ def _offer(
     candidates = whole.library.candidates(source) if switch is None else [{**args, **switch}]
     match = matched(work.model, work.caller, work.image(torch.float64), source, candidates)
     network, single = work.proved(match)
+    verdict = work.tiles(network)
     gift = Gift(
         source=source,
         args=match.args,
@@ -157,9 +174,13 @@ def _offer(
         original=whole.path,
         file=whole.library.place(stock.path),
         checkpoint=stock.content,
+        network=network,
+        converted=work.model,
+        caller=work.caller,
+        known=work.known,
+        verdict=verdict,
     )
-    verdict = work.tiles(network)
-    return _Offer(work, gift, work.in_double(network), match.double_sd, single, verdict)
+    return _Offer(work, gift, work.in_double(network), match.double_sd, single)
 
 
 def _state(network: nn.Module) -> dict[str, Tensor]:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from normfix.networks.calling import Caller
 from normfix.records.returns import Change
-from normfix.records.saved import Source
+from normfix.records.saved import Provenance, Source
+from normfix.records.verdicts import Verdict
 
 __all__ = ["Gift", "changed", "config_changes", "copied", "key_changes", "other_weights"]
 
@@ -23,7 +25,8 @@ class Gift:
 
     `names_before` are those of the original's weights. `file` is the name of its file of weights in what is written.
     `checkpoint` is what the original's file holds, where there is one: a library's module puts `state` in the weights'
-    place and leaves the rest.
+    place and leaves the rest. `network` is the library's, filled, and `converted` what it was compared with, of which
+    `known` says halo and scaling; `verdict` compares its tiles with the whole.
     """
 
     source: Source
@@ -33,6 +36,11 @@ class Gift:
     file: str
     original: Path | None = None
     checkpoint: Any = None
+    network: nn.Module
+    converted: nn.Module
+    caller: Caller
+    known: Provenance
+    verdict: Verdict
 
     @property
     def before(self) -> dict[str, Any]:

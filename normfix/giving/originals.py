@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from normfix.giving.formats import LIBRARIES, Library, plain
 from normfix.giving.refusals import NotGiven, without_switch
 from normfix.records.saved import Source
-from normfix.storage.opening import open_path
 from normfix.storage.opening.factories import dumped
 from normfix.storage.opening.formats import diffusers_folder
 from normfix.storage.opening.gate import FACTORIES, is_allowed, library, present
@@ -106,7 +105,7 @@ class Original:
             )
         files = format_.weights(path)
         stocks = [
-            Stock(file, _content(file, request), _source(format_, path if len(files) == 1 else file, request))
+            Stock(file, _content(file, request), format_.builder(path if len(files) == 1 else file, request))
             for file in files
         ]
         if not all(
@@ -169,10 +168,6 @@ def _library_of(original: Path) -> Library | None:
 
 def _content(file: Path, request: Request) -> Any:
     return read_weights(file) if file.suffix == ".safetensors" else read_torch(file, request)
-
-
-def _source(format_: Library, path: Path, request: Request) -> Source | None:
-    return open_path(path, request).source if format_.DESCRIBES else None
 
 
 def _same(weights: Mapping[str, Tensor], model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Images whose windows are what statistics are measured on."""
+"""Images with what constants are statistics of, in the place of images alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,37 @@ from dataclasses import dataclass
 from normfix.images.given import GivenImages
 from normfix.records.statistics import Law, Statistics, parse_statistics
 
-__all__ = ["Windows"]
+__all__ = ["Measured", "Windows"]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Images on which `convert` measures constants as is written after --statistics on the command line.
+
+    Attributes:
+        images: as for normfix.convert.
+        how: "whole", "windows:160:median", "images:geometric", "per-image", "blend:0.5", "distilled:160" and the like;
+            docs/choosing.md says what each is and what is proved of it.
+
+    Raises:
+        NormfixError: NF587 for words that say nothing of the kind.
+
+    Example:
+        >>> import normfix, torch
+        >>> normfix.Measured(torch.rand(1, 1, 128, 128), "windows:64").statistics.words
+        'windows:64:geometric'
+    """
+
+    images: GivenImages
+    how: str = "whole"
+
+    def __post_init__(self) -> None:
+        self.statistics  # noqa: B018 - raises what is wrong with it
+
+    @property
+    def statistics(self) -> Statistics:
+        """Return what constants are statistics of."""
+        return parse_statistics(self.how)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +50,7 @@ class Windows:
     the network equal the original on it.
 
     Attributes:
-        images: as for normfix.convert, in memory.
+        images: as for normfix.convert.
         size: pixels, one number for all axes or one per axis, multiples of the stride.
         law: "geometric" (mean of means, geometric mean of variances), "arithmetic", "median", or "total" (all pixels
             of all windows).

@@ -13,6 +13,7 @@ from torch import Tensor
 from normfix.networks.devices import bytes_of
 
 __all__ = [
+    "Cut",
     "Image",
     "Span",
     "TensorImage",
@@ -78,6 +79,31 @@ class TensorImage:
     def fingerprint(self) -> str:
         """Return a digest of the values; see Image."""
         return f"tensor {self._image.dtype} {self.shape} {values_digest(TensorImage(self._image))}"
+
+
+class Cut:
+    """A window of an image, as an image of its own."""
+
+    def __init__(self, image: Image, spans: Sequence[Span]) -> None:
+        self._image, self._spans = image, tuple(spans)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the extents."""
+        return (*self._image.shape[:2], *(stop - start for start, stop in self._spans))
+
+    def padded(self, padding: Sequence[int]) -> Image:
+        """Return the same window, extended by its edge pixels."""
+        return TensorImage(whole(self)).padded(padding) if any(padding) else self
+
+    def read(self, window: Sequence[Span]) -> Tensor:
+        """Return a part of the window."""
+        pairs = zip(window, self._spans, strict=True)
+        return self._image.read([(first + start, first + stop) for (start, stop), (first, _) in pairs])
+
+    def fingerprint(self) -> str:
+        """Return that of the image, and where the window lies in it; see Image."""
+        return f"{self._spans} of {self._image.fingerprint()}"
 
 
 def whole(image: Image) -> Tensor:

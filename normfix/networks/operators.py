@@ -281,8 +281,8 @@ def is_pointwise(op: OpOverload) -> bool:
 
 
 def is_foreign(op: OpOverload) -> bool:
-    """Tell whether the operator is not torch's own: nothing is known of what it does."""
-    return name_of(op).partition("::")[0] not in ("aten", "prims")
+    """Tell whether the operator is neither torch's own nor ours: nothing is known of what it does."""
+    return name_of(op).partition("::")[0] not in ("aten", "prims", "normfix")
 
 
 def is_unpooling(op: OpOverload) -> bool:

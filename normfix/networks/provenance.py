@@ -1,13 +1,18 @@
 """Let plan, geometry, scaling and source travel with a converted model, as one plain attribute of it.
 
 What travels describes the model as it was converted. If its modules were changed since, a new head for
-instance, `provenance_of` still returns it but `is_current` says that its geometry no longer counts.
+instance, or an attribute that its forward reads, `provenance_of` still returns it but `is_current` says that its
+geometry no longer counts.
 """
 
 from __future__ import annotations
 
+import dis
 import hashlib
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
+from types import CodeType, FunctionType
 
 from torch import nn
 
@@ -34,7 +39,7 @@ def attach_(model: nn.Module, provenance: Provenance) -> None:
 
 
 def is_current(model: nn.Module) -> bool:
-    """Tell whether the model has the modules it was converted with; weights may have changed."""
+    """Tell whether the model has the modules, attributes and hooks it was converted with; weights may have changed."""
     return model.__dict__.get(_STRUCTURE) == _structure(model)
 
 
@@ -63,5 +68,41 @@ def declared_scaling(model: nn.Module) -> Scaling | None:
 
 
 def _structure(model: nn.Module) -> str:
-    """Return a digest of what the modules print: names, classes, kernel sizes, strides, dilations, counts."""
-    return hashlib.sha256(repr(model).encode()).hexdigest()
+    """Return a digest of names, classes, what modules print, their plain attributes, and how many hooks they have."""
+    held = [(path, *_attributes(module)) for path, module in model.named_modules()]
+    return hashlib.sha256(repr((repr(model), held)).encode()).hexdigest()
+
+
+_PLAIN = (bool, int, float, str, type(None))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_OWN = "normfix."
+"""Attributes of our layers are schedules of training, which move no geometry."""
+
+
+def _attributes(module: nn.Module) -> Iterator[object]:
+    yield from (len(vars(module)[name]) for name in _HOOKS)
+    kind = type(module)
+    if not kind.__module__.startswith(_OWN):
+        counted = {name: value for name, value in vars(module).items() if _is_plain(value)}
+        yield [item for item in counted.items() if item[0] not in _written(kind) and item[0] not in _ALL_HAVE]
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, _PLAIN)
+
+
+_ALL_HAVE = frozenset((*vars(nn.Module()), *SAID))
+
+
+@cache
+def _written(kind: type) -> frozenset[str]:
+    """Return the attributes that methods write, as those that count calls or keep a size; __init__ is none of them."""
+    functions = [f for c in kind.__mro__ for name, f in vars(c).items() if name != "__init__"]
+    codes = [f.__code__ for f in functions if isinstance(f, FunctionType)]
+    for code in codes:
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return frozenset(
+        i.argval for code in codes for i in dis.get_instructions(code) if i.opname == "STORE_ATTR"
+    )

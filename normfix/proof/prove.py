@@ -24,7 +24,7 @@ from normfix.networks.numerics import exact_arithmetic
 from normfix.networks.provenance import is_current, provenance_of
 from normfix.networks.surroundings import undisturbed
 from normfix.proof.forms import Form, exported, folded, frozen, portable, reloaded, stock
-from normfix.proof.steps import CONSISTENT, residual, tile_exactness, unmeasured
+from normfix.proof.steps import CONSISTENT, FITTED, residual, tile_exactness, unmeasured
 from normfix.proof.subject import Subject
 from normfix.records.plans import Plan
 from normfix.records.progress import Progress, logged
@@ -192,6 +192,8 @@ def _residual(
     statistics: Statistics,
 ) -> ProofStep:
     """Re-measure every converted site, also those whose statistics the original had: weights may have changed."""
+    if statistics.needs_original:
+        return unmeasured("residual", CONSISTENT, "inapplicable", FITTED)
     try:
         targets = planned_targets(subject.model, subject.plan)
         summary = measure_(

@@ -17,7 +17,9 @@ from normfix.records.verdicts import ImageShift, ProofStep, Verdict
 
 __all__ = [
     "CONSISTENT",
+    "FITTED",
     "RESIDUAL",
+    "distilled",
     "identity",
     "residual",
     "same",
@@ -37,6 +39,11 @@ RESIDUAL: dict[torch.dtype, float] = {
 """The largest self-consistency residual: mean shift in sd, and |variance ratio - 1|."""
 
 CONSISTENT = "re-measured under the stored statistics, every site has mean shift 0 and variance ratio 1"
+
+FITTED = (
+    "constants were fitted to the original or blended with what it has stored, so they are no statistic of the "
+    "converted network that could be measured again"
+)
 
 Status = Literal["passed", "failed", "inconclusive", "refused", "inapplicable"]
 
@@ -93,6 +100,23 @@ def residual(summary: CalibrationSummary | None, dtype: torch.dtype) -> ProofSte
     return _step(
         "residual", claim, "passed" if value <= bound else "failed", value, bound, f"largest at {worst.site}"
     )
+
+
+def distilled(summary: CalibrationSummary, again: float) -> ProofStep:
+    """Prove that fitted constants are no worse on held-out windows than those that they were fitted from.
+
+    Args:
+        summary: of the calibration, with what came of the fit.
+        again: the loss of the constants that are stored, measured once more.
+    """
+    assert summary.distilled is not None
+    claim = (
+        "in windows held out from the fit, it agrees with the original no worse than with the first constants"
+    )
+    start = summary.distilled.start
+    note = f"{summary.distilled.held_out} windows held out, {summary.distilled.steps} steps; loss and that of the start"
+    bound = start * (1 + 1e-4) + 1e-9
+    return _step("distilled", claim, "passed" if again <= bound else "failed", again, start, note)
 
 
 def tile_exactness(

@@ -9,7 +9,7 @@ from normfix.records.encoding import Record
 from normfix.records.sites import Finding
 from normfix.records.tables import Shown, Table, counted, number
 
-__all__ = ["CalibrationSummary", "Sampled", "SiteStatistics"]
+__all__ = ["CalibrationSummary", "Distilled", "Sampled", "SiteStatistics"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +59,22 @@ class Sampled(Record):
         return self.blocks == self.of
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distilled(Record):
+    """That constants were fitted to the original in windows: of how many, in how many steps, and how well.
+
+    `start` and `end` are the mean losses (normfix.conversion.distillation) on the windows that were held out, with the
+    constants it began with and with those it ended with; `end` is never above `start`.
+    """
+
+    windows: int
+    held_out: int
+    steps: int
+    start: float
+    end: float
+    seed: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class CalibrationSummary(Shown, Record):
     """What was measured on which images.
@@ -66,7 +82,8 @@ class CalibrationSummary(Shown, Record):
     `engine` tells how: stage by stage over blocks, or in passes over whole images; `reason` why not in stages,
     where they were asked for. `ignored` counts the pixels of each image that its mask left out, empty without
     masks. `sample` is there where not all of the images was measured; spread is between blocks then. `findings` name
-    the sites whose statistic is flat on every image, where that was allowed.
+    the sites whose statistic is flat on every image, where that was allowed. `distilled` is there for constants that
+    were fitted; sites then say how far they are from those of windows.
     """
 
     images: tuple[tuple[int, ...], ...]
@@ -76,6 +93,7 @@ class CalibrationSummary(Shown, Record):
     ignored: tuple[int, ...] = ()
     sample: Sampled | None = None
     findings: tuple[Finding, ...] = ()
+    distilled: Distilled | None = None
 
     @property
     def headline(self) -> str:
@@ -90,6 +108,9 @@ class CalibrationSummary(Shown, Record):
             parts.append(f"largest residual {number(residual)} sd, spread between images {number(spread)} sd")
         if self.sample is not None and not self.sample.exact:
             parts.append(f"estimates from {self.sample.blocks} of {self.sample.of} blocks")
+        if self.distilled is not None:
+            d = self.distilled
+            parts.append(f"distilled in {d.steps} steps: held-out loss {number(d.start)} to {number(d.end)}")
         return "; ".join([*parts, *([counted(len(self.findings), "finding")] * bool(self.findings))])
 
     def table(self) -> Table:

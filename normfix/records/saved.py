@@ -152,9 +152,14 @@ class Saved(Record):
         """
         if isinstance(data, Mapping):
             data = {"statement": "", "certificate": None, **data}
+            calibration = data.get("calibration")
+            if isinstance(calibration, Mapping):
+                data["calibration"] = {"distilled": None, **calibration}
             provenance = data.get("provenance")
             if isinstance(provenance, Mapping):
-                data["provenance"] = {"statistics": WHOLE.to_json(), **provenance}
+                before = provenance.get("statistics", {})
+                known = {**WHOLE.to_json(), **before} if isinstance(before, Mapping) else before
+                data["provenance"] = {**provenance, "statistics": known}
         return cls.from_json(data, where)
 
     def edited(self, data: Any) -> bool:

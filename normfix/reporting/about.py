@@ -8,13 +8,14 @@ from datetime import datetime, timezone
 from typing import Any
 
 from normfix import __version__
+from normfix.records.candidates import ChoiceRecord
 from normfix.records.diagnoses import DiagnosisRecord, PipelineRecord
 from normfix.records.encoding import Record
 from normfix.records.spans import Spans, in_strides
 from normfix.records.verdicts import Proof, Verdict
 from normfix.reporting.causes import FROZEN
 
-__all__ = ["About", "about", "halo_words"]
+__all__ = ["About", "about", "about_choice", "halo_words"]
 
 _TOLD = {"model", "network", "file", "image", "command", "fix"}
 """Settings that have a place of their own."""
@@ -44,6 +45,23 @@ def about(record: Record) -> About:
     rest = tuple((name, value) for name, value in settings if name not in _TOLD)
     ready = named.get("fix", _PYTHON) if _is_curable(record) else ""
     return About(model, tuple(facts), rest, ready)
+
+
+def about_choice(record: ChoiceRecord) -> About:
+    """Return what a choice is about."""
+    images = ", ".join("x".join(map(str, shape[2:])) for shape in record.images[:4])
+    more = f" and {len(record.images) - 4} more" if record.images[4:] else ""
+    facts = (
+        ("network", record.model),
+        ("images", f"{images}{more}"),
+        ("judged by", record.measure),
+        (
+            "held out in turn",
+            f"{len(record.parts)}: {', '.join(record.parts[:4])}{', ...' * bool(record.parts[4:])}",
+        ),
+        ("written", f"{datetime.now(timezone.utc):%Y-%m-%d} by normfix {__version__}"),
+    )
+    return About(record.model, facts, (), record.fix)
 
 
 def halo_words(halo: Spans) -> str:

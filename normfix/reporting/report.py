@@ -10,17 +10,19 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from normfix.records.candidates import ChoiceRecord
 from normfix.records.diagnoses import DiagnosisRecord, PipelineRecord
 from normfix.records.encoding import Record
 from normfix.records.verdicts import Proof, Verdict
-from normfix.reporting.about import about
+from normfix.reporting.about import About, about, about_choice
 from normfix.reporting.causes import name_of
 from normfix.reporting.junit import junit
 from normfix.reporting.maps import Maps
 from normfix.reporting.page import render
+from normfix.reporting.places import Places, places
 from normfix.reporting.sentences import headline
 
-__all__ = ["fragment", "text_of"]
+__all__ = ["choice_text", "fragment", "text_of"]
 
 
 def text_of(
@@ -32,6 +34,24 @@ def text_of(
         ".md": lambda: _markdown(record),
         ".xml": lambda: junit(record),
         ".html": lambda: _page(record, maps),
+    }
+    return makers[ending]()
+
+
+def choice_text(ending: str, record: ChoiceRecord, shown: Places | None = None) -> str:
+    """Return a report of a choice as text: of .html, .json or .md; `shown` adds the pictures to a page."""
+    makers: Mapping[str, Callable[[], str]] = {
+        ".json": record.dumps,
+        ".md": lambda: _markdown_of("choice.md", record, record.headline, about_choice(record)),
+        ".html": lambda: render(
+            "choice.html",
+            pictures={},
+            record=record,
+            headline=record.headline,
+            about=about_choice(record),
+            table=record.table(),
+            places=None if shown is None else places(shown),
+        ),
     }
     return makers[ending]()
 
@@ -53,6 +73,12 @@ def _page(record: Record, maps: Maps | None) -> str:
 
 
 def _markdown(record: Record) -> str:
+    names = {"DiagnosisRecord": "diagnosis.md", "PipelineRecord": "pipeline.md", "Proof": "proof.md"}
+    name = names.get(type(record).__name__, "verdict.md")
+    return _markdown_of(name, record, headline(record), about(record))
+
+
+def _markdown_of(name: str, record: Record, headline: str, about: About) -> str:
     environment = Environment(
         loader=PackageLoader("normfix.reporting"),
         autoescape=False,
@@ -62,11 +88,7 @@ def _markdown(record: Record) -> str:
     )
     environment.filters["sd"] = lambda value: "" if value is None else f"{value:.2g}"
     environment.filters |= {"cause": name_of, "cell": _cell}
-    names = {"DiagnosisRecord": "diagnosis.md", "PipelineRecord": "pipeline.md", "Proof": "proof.md"}
-    name = names.get(type(record).__name__, "verdict.md")
-    return environment.get_template(name).render(
-        record=record, headline=headline(record), about=about(record)
-    )
+    return environment.get_template(name).render(record=record, headline=headline, about=about)
 
 
 def _cell(value: object) -> str:

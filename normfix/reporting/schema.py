@@ -9,13 +9,20 @@ from __future__ import annotations
 from importlib import resources
 from typing import Any
 
+from normfix.records.candidates import ChoiceRecord
 from normfix.records.diagnoses import DiagnosisRecord, PipelineRecord
 from normfix.records.schema import record_schema
 from normfix.records.verdicts import Proof, Verdict
 
 __all__ = ["SCHEMAS", "schema_of", "shipped"]
 
-SCHEMAS = {"verdict": Verdict, "proof": Proof, "diagnosis": DiagnosisRecord, "pipeline": PipelineRecord}
+SCHEMAS = {
+    "verdict": Verdict,
+    "proof": Proof,
+    "diagnosis": DiagnosisRecord,
+    "pipeline": PipelineRecord,
+    "choice": ChoiceRecord,
+}
 
 
 def schema_of(name: str) -> dict[str, Any]:

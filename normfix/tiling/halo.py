@@ -13,6 +13,7 @@ background.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
@@ -43,6 +44,8 @@ AMPLIFICATION = 1e12
 _FIRST_SEA, _LARGEST_SEA, _LARGEST_SHORE = 256, 8192, 4096
 _SEA, _SHORE = 64, 128
 """Sea, and clean shore at least, in pixels, where a bound is known: the dye only confirms it."""
+_GROWN = 2048
+"""Sea, in pixels, up to which a halo must have stopped growing faster and faster."""
 _LARGEST_FELT = 1024
 """Sea and shore, in pixels, at which what may well be global is given up."""
 
@@ -85,7 +88,7 @@ def halo(
 
     Returns:
         (before, after), negative where a tile does not depend on its own edge; None if the dye reaches
-        everywhere: the network is not local along this axis.
+        everywhere, or further on every longer strip: the network is not local along this axis.
 
     Raises:
         DyeLost: the output shows no dye, so nothing can be read from it.
@@ -113,6 +116,8 @@ def halo(
         ):  # the lattice of a coarser unit than the grid: as wide as it is anywhere on it
             return max(before for before, _ in seen), max(after for _, after in seen)
         seen.append(reach)
+        if sea >= _GROWN and _accelerates([sum(reach) for reach in seen]):
+            return None
         sea, smaller, shore = max(2 * sea, least), reach, max(0, *reach) + grid
     return smaller if felt is None else None
 
@@ -243,6 +248,12 @@ def _reach(
         return None
     # rounded outwards to whole input pixels: ceil before, floor after
     return -int(-(Fraction(end) / scale - last) // 1), -int((Fraction(start) / scale - first) // 1)
+
+
+def _accelerates(extents: Sequence[int]) -> bool:
+    """Tell whether extents grow by more and more, as those of a kernel do that follows the length of the strip."""
+    steps = [b - a for a, b in itertools.pairwise(extents)]
+    return len(steps) > 1 and steps[0] > 0 and all(b > a for a, b in itertools.pairwise(steps))
 
 
 def _isnan(f: Function, x: Tensor, axis: int, first: int, extent: int) -> Tensor:

@@ -9,6 +9,7 @@ from optional import needs_zarr
 from torch import nn
 
 import normfix
+from normfix.networks.provenance import is_current
 
 
 class Two(nn.Module):
@@ -22,6 +23,24 @@ class Two(nn.Module):
     def forward(self, x):
         x = self.norm(self.conv(x))
         return self.near(x), self.far(x)
+
+
+class Stacks(nn.Module):
+    """Normalises parts of an image that it stacks as a batch: halves of the channels, or planes of a volume."""
+
+    def __init__(self, planes):
+        super().__init__()
+        convolution = nn.Conv3d if planes else nn.Conv2d
+        self.planes, self.conv = planes, convolution(1, 4, 3, padding=1)
+        self.norm, self.head = nn.InstanceNorm2d(4 if planes else 2), convolution(4, 1, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x))
+        if self.planes:
+            y = self.norm(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+        else:
+            y = self.norm(x.reshape(-1, 2, *x.shape[2:])).reshape(x.shape)
+        return self.head(y)
 
 
 @pytest.fixture
@@ -51,6 +70,42 @@ def test_a_new_head_is_measured_anew(converted, image):
     assert largest(converted, image) < 1e-5
 
 
+class Rated(nn.Module):
+    """Reads the dilation of its head from an attribute that nothing prints, and counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.InstanceNorm2d(4)
+        self.weight, self.rate, self.calls = nn.Parameter(torch.randn(1, 4, 3, 3)), 1, 0
+
+    def forward(self, x):
+        self.calls += 1
+        x = self.norm(self.conv(x))
+        return nn.functional.conv2d(x, self.weight, padding=self.rate, dilation=self.rate)
+
+
+def test_a_changed_attribute_or_hook_is_measured_anew(image):
+    """What changes the reach alone gets the halo it needs; what each call changes is no change."""
+    model = normfix.convert(Rated().eval(), image).model
+    model(image)
+    assert is_current(model)
+    model.rate = 9
+    assert largest(model, image) < 1e-5
+    model.rate = 1
+    assert is_current(model)
+    model.conv.register_forward_hook(lambda _, args, y: nn.functional.avg_pool2d(y, 15, 1, 7))
+    assert largest(model, image) < 1e-5
+
+
+def test_each_of_a_batch_has_its_own_statistics(network, image):
+    """Statistics per image share nothing, as the norms of the original did not."""
+    images = torch.cat([image, 3 * image**4 - 1])
+    with torch.no_grad():
+        expected = network.eval()(images)
+    given = normfix.predict(network, images, tile=64, statistics="per-image")
+    assert (given - expected).abs().max() < 1e-4 * expected.std()
+
+
 def test_a_new_live_norm_is_noticed(converted, image):
     """A live norm put into a converted network is refused by predict and fails check."""
     converted[2] = nn.Sequential(nn.InstanceNorm2d(8), nn.Conv2d(8, 2, 1))
@@ -64,6 +119,14 @@ def test_a_kept_live_norm_is_refused(network, image):
     done = normfix.convert(network, image, keep="1")
     with pytest.raises(normfix.NormfixError, match=r"NF409.*1/0/instance_norm/0 is live"):
         normfix.predict(done.model, image)
+
+
+@pytest.mark.parametrize("planes", [False, True])
+def test_an_unconverted_network_that_constants_do_not_reproduce_is_refused(planes):
+    """Its own statistics are no excuse: what convert would not prove is not predicted either."""
+    volume = torch.randn(1, 1, *(8, 24, 24) if planes else (40, 48))
+    with pytest.raises(normfix.NormfixError, match=r"NF409.* another output for that image|NF409.*is live"):
+        normfix.predict(Stacks(planes).eval(), volume, tile=16, statistics="per-image")
 
 
 def test_another_output_has_its_own_geometry(image):

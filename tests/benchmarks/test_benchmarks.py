@@ -78,4 +78,4 @@ def test_every_benchmark_is_run_here_or_by_its_own_test():
     """A new file in benchmarks/ needs a run of its own."""
     files = {path.stem for path in BENCHMARKS.glob("*.py")}
     # the last two have tests/benchmarks/test_tradeoffs.py, and a GPU to themselves
-    assert files == {*RUNS, "choosing", "confirm_real", "real_networks", "tradeoffs", "gpu"}
+    assert files == {*RUNS, "choosing", "choosing_sets", "confirm_real", "real_networks", "tradeoffs", "gpu"}

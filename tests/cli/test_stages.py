@@ -9,13 +9,13 @@ import pytest
 import tifffile
 import torch
 from click.testing import CliRunner
+from factories import tiny_unet
 from optional import zarr
 from streamed_networks import Tangled
 
 import normfix
 from normfix.cli import cli, main
 from normfix.cli.stages import Bar, Lines, outlook_text
-from normfix.demo.network import nuclei_unet
 from normfix.errors import NormfixError
 from normfix.tiling.stages.journal import Written
 from normfix.tiling.stages.outlook import Outlook, Step
@@ -28,12 +28,17 @@ def folder(tmp_path_factory):
     """A folder with a converted network and an image as TIFF and as Zarr."""
     path = tmp_path_factory.mktemp("cli")
     image = torch.rand(1, 1, 96, 128, generator=torch.Generator().manual_seed(0)) ** 2
-    normfix.save(
-        normfix.convert(nuclei_unet(), image), path / "fixed", source="normfix.demo.network:nuclei_unet"
-    )
+    normfix.save(normfix.convert(tiny_unet(), image), path / "fixed", source="factories:tiny_unet")
+    (path / "pyproject.toml").write_text('[tool.normfix]\ntrust = ["factories"]\n')
     tifffile.imwrite(path / "image.tif", image[0, 0].numpy(), tile=(32, 32))
     zarr.create_array(store=str(path / "image.zarr"), data=image[0, 0].numpy(), chunks=(32, 32))
     return path
+
+
+@pytest.fixture(autouse=True)
+def _project(folder, monkeypatch):
+    """Stand in the folder, which trusts the network's module."""
+    monkeypatch.chdir(folder)
 
 
 def _run(*arguments):
@@ -83,7 +88,9 @@ def test_calibrate_by_window_writes_the_same_statistics(folder):
     """With and without --tile the saved statistics agree to float32's rounding."""
     for name, extra in (("whole", ()), ("blocks", ("--tile", 40))):
         _run("calibrate", folder / "fixed", folder / "image.tif", "-o", folder / name, *extra)
-    whole, blocks = (normfix.load(folder / name).state_dict() for name in ("whole", "blocks"))
+    whole, blocks = (
+        normfix.load(folder / name, model=tiny_unet()).state_dict() for name in ("whole", "blocks")
+    )
     assert whole.keys() == blocks.keys()
     for name, value in whole.items():
         torch.testing.assert_close(blocks[name], value, rtol=1e-5, atol=1e-6)
@@ -147,9 +154,9 @@ def test_a_run_that_was_killed_after_naming_its_output_is_done(folder, monkeypat
     """Stopped between the output's name and the clearing of its store, the same command exits 0 and clears it."""
     words = ("predict", folder / "fixed", folder / "image.tif", "-o", folder / "named.npy", "--tile", 32)
     words = (*words, "--engine", "stages", "--store", folder)
-    monkeypatch.setattr("normfix.tiling.stages.resuming._remove", lambda folder: None)
-    _run(*words)
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr("normfix.tiling.stages.resuming._remove", lambda folder: None)
+        _run(*words)
     assert (folder / "normfix-run").exists()
     computed = []
     compute = Written.note

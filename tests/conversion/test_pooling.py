@@ -135,7 +135,12 @@ def test_it_is_kept_by_saving_and_calibrating(conversions, tmp_path):
     done = conversions["geometric"]
     normfix.save(done, tmp_path / "fixed")
     saved = json.loads((tmp_path / "fixed" / "normfix.json").read_text())
-    assert saved["provenance"]["statistics"] == {"kind": "windows", "size": [SIZE], "law": "geometric"}
+    assert saved["provenance"]["statistics"] == {
+        "kind": "windows",
+        "size": [SIZE],
+        "law": "geometric",
+        "weight": 0.0,
+    }
     loaded = normfix.load(tmp_path / "fixed", model=network())
     torch.testing.assert_close(loaded(image()), done.model(image()), rtol=0, atol=0)
     again = normfix.calibrate(loaded, image(1)).model
@@ -165,14 +170,24 @@ def test_windows_cover_the_image_on_the_grid():
     """Every pixel is in a window, windows have one size and start on the stride, also where they do not divide it."""
     geometry = Geometry(stride=(4, 4), halo=((4, 4), (4, 4)), scale=(1, 1), multiple=(4, 4))
     positions = torch.arange(72 * 100.0).reshape(1, 1, 72, 100)
-    parts = [whole(w) for w in windows_of(TensorImage(positions), parse_statistics("windows:32"), geometry)]
+    parts = [whole(w) for w in windows_of(TensorImage(positions), (32,), geometry)]
     assert {part.shape for part in parts} == {(1, 1, 32, 32)}
     assert torch.cat([part.flatten() for part in parts]).unique().numel() == positions.numel()
     assert all(int(part[0, 0, 0, 0]) // 100 % 4 == 0 == int(part[0, 0, 0, 0]) % 100 % 4 for part in parts)
 
 
 @pytest.mark.parametrize(
-    "text", ["windows", "windows:0", "windows:8:mode", "whole:8", "tiles:8", "windows:8:total:1"]
+    "text",
+    [
+        "windows",
+        "windows:0",
+        "windows:8:mode",
+        "whole:8",
+        "tiles:8",
+        "windows:8:total:1",
+        "blend:2",
+        "distilled",
+    ],
 )
 def test_what_is_no_statistic_is_refused(text):
     """A size or law that is none has a code of its own."""
@@ -180,10 +195,36 @@ def test_what_is_no_statistic_is_refused(text):
         parse_statistics(text)
 
 
-def test_windows_of_images_read_by_block_are_refused():
-    """Stages measure whole images; windows there would be something else without a word."""
+@pytest.mark.parametrize("name", ["geometric", "median"])
+def test_windows_are_measured_in_stages_as_in_passes(conversions, name):
+    """Blocks of windows give the constants of the windows themselves, for images that are read by window."""
+    done = normfix.convert(
+        network(), normfix.Windows(image(), SIZE, name), blocks=normfix.Blocks(tile=16, watch=None)
+    )
+    assert done.calibration.summary.engine == "stages"
+    assert len(done.calibration.summary.images) == 6
+    assert done.proof.step("residual").status == "passed"
+    for mine, expected in zip(done.model.buffers(), conversions[name].model.buffers(), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_masks_leave_windows_out():
+    """A window whose pixels are partly ignored would be another one without a word."""
+    done = normfix.convert(network(), normfix.Windows(image(), SIZE))
     with pytest.raises(NormfixError, match="NF588"):
-        normfix.convert(network(), normfix.Windows(image(), SIZE), blocks=normfix.Blocks(tile=32))
+        normfix.calibrate(done.model, image(), mask=torch.zeros(64, 96))
+
+
+@torch.no_grad()
+def test_whole_images_are_pooled_by_a_law():
+    """images:median holds the medians of each whole image's moments, which is no image's own and not all pixels'."""
+    given = [image(0), 3 * image(1), image(2, (32, 64))]
+    done = normfix.convert(network(), normfix.Measured(given, "images:median"))
+    first = [network().double()[0](x.double()) for x in given]
+    mean, var = law("median", first)
+    torch.testing.assert_close(done.model[1].running_mean.double(), mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(done.model[1].running_var.double(), var, rtol=1e-5, atol=1e-6)
+    assert done.proof.passed
 
 
 def test_an_older_folder_is_of_whole_images(conversions, tmp_path):
@@ -202,3 +243,14 @@ def test_the_command_line_refuses_them_too(run):
     )
     assert result.code == 2
     assert "NF587" in result.err
+
+
+@torch.no_grad()
+def test_per_image_statistics_are_what_a_network_was_converted_for(tmp_path):
+    """Saved and loaded, it predicts another image as the original does, in tiles, unless stored ones are asked for."""
+    normfix.save(normfix.convert(network(), normfix.Measured(image(), "per-image")), tmp_path / "fixed")
+    loaded, other = normfix.load(tmp_path / "fixed", model=network()), 3 * image(1)
+    torch.testing.assert_close(normfix.predict(loaded, other, tile=32), network()(other), rtol=1e-4, atol=1e-4)
+    stored = normfix.predict(loaded, other, tile=32, statistics="stored")
+    torch.testing.assert_close(stored, loaded(other), rtol=1e-4, atol=1e-4)
+    assert (stored - network()(other)).abs().max() > 0.1

@@ -31,6 +31,7 @@ def test_proves_both(demo):
     assert re.search(r"original, tiles of 128: failed", result.text)
     assert re.search(r"frozen, tiles of 128: passed", result.text)
     assert re.search(r"batchrenorm, tiles of 128: passed", result.text)
+    assert re.search(r"constants: take \S+ \(agreement with own windows of 160 0\.\d+\)", result.text)
 
 
 def test_folder(demo):
@@ -58,7 +59,7 @@ def test_page_is_self_contained(demo):
             links.extend(value for key, value in found.items() if key in ("src", "href"))
 
     Reader().feed(text)
-    assert len(images) == 3
+    assert len(images) == 3 + 2 * 4
     assert all(image["alt"] for image in images)
     assert all(link.startswith("data:image/png;base64,") for link in links)
     assert base64.b64decode(links[0].partition(",")[2])[:4] == b"\x89PNG"

@@ -71,6 +71,29 @@ def test_captures_with_free_batch_and_sizes():
     assert captured.replayed == ((1, 1, 32, 48), (2, 1, 64, 80))
 
 
+def test_what_is_made_for_two_images_is_captured_of_one():
+    """A prompt for each image of a batch of two fixes the batch: such a graph is that of no single image."""
+
+    class Prompted(nn.Module):
+        def forward(self, x):
+            prompt = torch.arange(float(x.shape[0])).view(-1, 1, 1, 1) if x.shape[0] == 2 else 0.0
+            return x + prompt
+
+    captured = capture(Prompted().eval(), lambda model, x: model(x), IMAGE)
+    assert isinstance(captured, Captured)
+    assert captured.free == (2, 3)
+
+
+def test_data_is_traced():
+    """What is read as x.data is an operator of the graph, not a constant without values."""
+
+    class Padded(nn.Module):
+        def forward(self, x):
+            return torch.cat([x.data, torch.zeros_like(x)], 1)
+
+    assert isinstance(capture(Padded().eval(), lambda model, x: model(x), IMAGE), Captured)
+
+
 def test_captures_three_axes():
     """A 3D network is captured with all its axes free."""
     captured = capture(tiny_unet(ndim=3), Caller(), torch.randn(1, 1, 8, 16, 16))

@@ -117,11 +117,12 @@ def frozen_folder(folder: Path, spec: str, args: dict[str, Any]) -> Path:
 @cache
 def _frozen(folder: Path) -> Path:
     """Save a converted network."""
-    import normfix
-    from normfix.demo.network import nuclei_unet
+    from factories import tiny_unet
 
-    source = normfix.Source(kind="factory", spec="normfix.demo.network:nuclei_unet")
-    normfix.save(normfix.convert(nuclei_unet(), torch.rand(1, 1, 64, 64)), folder, source)
+    import normfix
+
+    source = normfix.Source(kind="factory", spec="factories:tiny_unet")
+    normfix.save(normfix.convert(tiny_unet(), torch.rand(1, 1, 32, 32)), folder, source)
     return folder
 
 

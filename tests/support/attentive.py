@@ -33,6 +33,9 @@ FORMS: dict[str, Attention] = {
     "fused, scaled": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.3),
     "matmul": lambda q, k, v: (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1) @ v,
     "scaled before": lambda q, k, v: ((q * 0.4) @ k.mT).float().softmax(dim=-1).to(v.dtype) @ v,
+    "of directions": lambda q, k, v: (
+        (F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * 4.0).softmax(-1) @ v
+    ),
     "keys in rows": _softmax_first,
     "baddbmm": _batched,
     "einsum": lambda q, k, v: torch.einsum(

@@ -14,7 +14,7 @@ import yaml
 from monai.networks.nets import UNet
 from torch import nn
 
-__all__ = ["KWARGS", "package", "rewritten", "zipped"]
+__all__ = ["KWARGS", "package", "rewritten", "seashell", "sha256", "volume", "zipped"]
 
 KWARGS = {
     "spatial_dims": 2,
@@ -30,8 +30,9 @@ OWN = """
 from torch import nn
 
 class Own(nn.Sequential):
-    def __init__(self, width):
-        super().__init__(nn.Conv2d(1, width, 3, padding=1), nn.InstanceNorm2d(width), nn.Conv2d(width, 2, 1))
+    def __init__(self, width, norm="InstanceNorm2d"):
+        norm = getattr(nn, norm)(width, affine=norm == "BatchNorm2d")
+        super().__init__(nn.Conv2d(1, width, 3, padding=1), norm, nn.Conv2d(width, 2, 1))
 """
 """Code that no library has."""
 
@@ -158,6 +159,79 @@ def _content_of_0_4(folder: Path, name: str, kwargs: dict[str, Any]) -> dict[str
             }
         },
     }
+
+
+def volume(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """Return a volume whose brightness grows along its last axis, so that blocks have statistics of their own."""
+    values = torch.rand(
+        (1, 1, *(max(2, n // 8) for n in shape)), generator=torch.Generator().manual_seed(seed)
+    )
+    coarse = nn.functional.interpolate(values, size=shape, mode="trilinear").numpy()[0, 0]
+    noise = np.random.default_rng(seed).random(shape)
+    return ((coarse + 0.2 * noise) * np.linspace(0.3, 1.7, shape[-1]) * 1000).astype(np.float32)
+
+
+def seashell(folder: Path, factors: list[list[int]]) -> Path:
+    """Write a package as kind-seashell's: torch-em's AnisotropicUNet, blocks of 16x64x64, halo 2/8/8, z-score."""
+    import torch_em.model
+
+    folder.mkdir()
+    kwargs = {"in_channels": 1, "out_channels": 2, "scale_factors": factors, "initial_features": 2}
+    kwargs["final_activation"] = "Sigmoid"
+    torch.manual_seed(0)
+    network = torch_em.model.AnisotropicUNet(**kwargs).eval()
+    image = volume((16, 64, 64), 0)[None, None]
+    with torch.no_grad():
+        output = network(torch.from_numpy((image - image.mean()) / (image.std() + 1e-6)))
+    torch.save(network.state_dict(), folder / "weights.pt")
+    np.save(folder / "test_input.npy", image)
+    np.save(folder / "test_output.npy", output.numpy())
+    (folder / "README.md").write_text("# Boundaries\n")
+    (folder / "unet.py").write_bytes(Path(torch_em.model.unet.__file__).read_bytes())
+
+    def test(file: str) -> dict[str, str]:
+        return {"source": file, "sha256": sha256(folder / file)}
+
+    def axes(channels: list[str], **space: dict[str, Any]) -> list[dict[str, Any]]:
+        named = [{"type": "space", "id": a, **more} for a, more in space.items()]
+        return [{"type": "batch"}, {"type": "channel", "channel_names": channels}, *named]
+
+    step = np.prod(factors, axis=0).tolist()
+    sizes = {a: {"size": {"min": n, "step": s}} for a, n, s in zip("zyx", (16, 64, 64), step, strict=True)}
+    halos = {
+        a: {"size": {"tensor_id": "image", "axis_id": a}, "halo": h}
+        for a, h in zip("zyx", (2, 8, 8), strict=True)
+    }
+    zscore = {"id": "zero_mean_unit_variance", "kwargs": {"axes": ["channel", "z", "y", "x"]}}
+    architecture = {"callable": "AnisotropicUNet", "kwargs": kwargs, **test("unet.py")}
+    content = {
+        **_common("0.5.3"),
+        "id": "kind-seashell",
+        "inputs": [
+            {
+                "id": "image",
+                "axes": axes(["raw"], **sizes),
+                "preprocessing": [zscore],
+                "test_tensor": test("test_input.npy"),
+            }
+        ],
+        "outputs": [
+            {
+                "id": "masks",
+                "axes": axes(["foreground", "boundary"], **halos),
+                "test_tensor": test("test_output.npy"),
+            }
+        ],
+        "weights": {
+            "pytorch_state_dict": {
+                **test("weights.pt"),
+                "architecture": architecture,
+                "pytorch_version": "2.6",
+            }
+        },
+    }
+    (folder / "rdf.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(content)), sort_keys=False))
+    return folder
 
 
 def rewritten(folder: Path, **changes: Any) -> Path:

@@ -194,3 +194,25 @@ def test_a_reach_that_alternates_with_the_lattice_is_the_widest_of_it():
 
     assert halo(blocks, torch.randn(1, 1, 4, 64), 1, 32, Fraction(1), (4, 4)) == (128, 128)
     assert len(runs) <= 5
+
+
+def test_a_kernel_that_follows_the_extent_has_no_halo():
+    """What reaches further by more and more on longer strips is given up before the strips are the longest."""
+    runs = []
+
+    def following(x):
+        runs.append(x.shape[3])
+        step = x.shape[3] // 12
+        return x + nn.functional.pad(x, (step, 0))[..., : x.shape[3]]
+
+    assert halo(following, torch.randn(1, 1, 4, 64), 1, 1, Fraction(1), (4, 4)) is None
+    assert max(runs) < 4096
+
+
+def test_a_tap_that_short_strips_miss_is_not_taken_for_one():
+    """Control: three reaches, each seen on a longer strip only, are measured to the last."""
+
+    def far(x):
+        return x + sum(nn.functional.pad(x, (n, 0))[..., : x.shape[3]] for n in (5, 300, 520))
+
+    assert halo(far, torch.randn(1, 1, 4, 64), 1, 1, Fraction(1), (4, 4), least=600) == (520, 0)

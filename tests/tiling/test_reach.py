@@ -75,6 +75,24 @@ def _pasted(x: Tensor) -> Tensor:
     return x + y
 
 
+def _coded(x: Tensor) -> Tensor:
+    """Each pixel becomes the code next to it, as in vector quantisation."""
+    codes = torch.linspace(-3, 3, 5).to(x)[:, None]
+    pixels = F.avg_pool2d(x, 3, 1, 1).permute(0, 2, 3, 1).contiguous()
+    near = F.embedding(torch.cdist(pixels.view(-1, 1), codes).argmin(1), codes).view(pixels.shape)
+    return x + (pixels + (near - pixels).detach()).permute(0, 3, 1, 2)
+
+
+def _levels(x: Tensor) -> Tensor:
+    """Tokens of two maps in one row, as of a detector, and each map taken out of it again."""
+    coarse = F.avg_pool2d(x, 2)
+    row = torch.cat([x.flatten(2), F.avg_pool2d(coarse, 3, 1, 1).flatten(2)], 2)
+    pixels = x.shape[2] * x.shape[3]
+    fine, rest = row.split([pixels, row.shape[2] - pixels], 2)
+    assert fine.shape[2] == pixels
+    return fine.reshape(x.shape) + F.interpolate(rest.reshape(coarse.shape), scale_factor=2)
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     # name: (module, lattice)
     "conv": (lambda: nn.Conv2d(1, 2, 3, padding=1), 1),
@@ -154,6 +172,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {
         lambda: Function(lambda x: torch.broadcast_tensors(x, F.avg_pool2d(x, 5, 1, 2))[1]),
         1,
     ),
+    "expanded as another": (
+        lambda: Function(lambda x: x * torch.ones(1, 1, 1, 1).to(x).expand_as(F.avg_pool2d(x, 9, 1, 4))),
+        1,
+    ),
+    "codes": (lambda: Function(_coded), 1),
+    "levels in a row": (lambda: Function(_levels), 2),
     "chunks": (lambda: Function(lambda x: sum(torch.cat([x, F.avg_pool2d(x, 5, 1, 2)], 1).chunk(2, 1))), 1),
     "channel softmax": (
         lambda: Function(lambda x: torch.cat([x, F.avg_pool2d(x, 3, 1, 1)], 1).softmax(1)),
@@ -269,6 +293,17 @@ def test_what_has_no_bound_is_named(name: str):
     obstacles = bound_for(Function(function), (1, 1, 32, 48)).obstacles()
     assert obstacles
     assert any(operator in obstacle.operator for obstacle in obstacles), obstacles
+
+
+def test_a_part_across_what_was_joined_is_not_taken_for_one_of_its_maps():
+    """Control: tokens of two maps that are cut elsewhere, or in steps, have no bound."""
+
+    def cut(x: Tensor, first: int, step: int) -> Tensor:
+        row = torch.cat([x.flatten(2), F.avg_pool2d(x, 2).flatten(2)], 2)
+        return row[:, :, first : first + step * x.shape[2] * x.shape[3] : step].reshape(x.shape)
+
+    assert bound_for(Function(lambda x: x + cut(x, 8, 1)), (1, 1, 32, 48)).obstacles()
+    assert not bound_for(Function(lambda x: x + cut(x, 0, 1)), (1, 1, 32, 48)).obstacles()
 
 
 UNSIZED: dict[str, Callable[[Tensor], Tensor]] = {

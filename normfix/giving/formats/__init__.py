@@ -9,11 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from normfix.giving.formats import checkpoint, monai_bundle, nnunet, plain, torch_em, unet3d
+from normfix.giving.formats import bioimageio, checkpoint, monai_bundle, nnunet, plain, torch_em, unet3d
 from normfix.giving.gift import Gift
 from normfix.records.returns import Change
 from normfix.records.saved import Source
 from normfix.records.sites import Scan
+from normfix.storage.opening.request import Request
 
 __all__ = ["LIBRARIES", "Library"]
 
@@ -23,8 +24,6 @@ class Library(Protocol):
 
     NAME: str
     """The format, as its users call it."""
-    DESCRIBES: bool
-    """Whether its files say what builds the network; else the caller does."""
     LOADER: str
     """Python that makes `network` of `folder` and the name `file` of its weights, strictly, by the library alone."""
 
@@ -34,6 +33,10 @@ class Library(Protocol):
 
     def weights(self, original: Path) -> tuple[Path, ...]:
         """Return the original's files of weights, one a network."""
+        ...
+
+    def builder(self, original: Path, request: Request) -> Source | None:
+        """Return what its files say that builds the network of one file of weights; None where the caller says it."""
         ...
 
     def place(self, weights: Path | None) -> str:
@@ -56,5 +59,13 @@ class Library(Protocol):
         ...
 
 
-LIBRARIES: tuple[Library, ...] = (nnunet, monai_bundle, unet3d, torch_em, checkpoint, plain)
+LIBRARIES: tuple[Library, ...] = (
+    bioimageio,
+    nnunet,
+    monai_bundle,
+    unet3d,
+    torch_em,
+    checkpoint,
+    plain,
+)
 """The libraries, most particular first."""

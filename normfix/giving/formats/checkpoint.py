@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from normfix.giving.formats import plain
-from normfix.giving.formats.plain import candidates, weights
+from normfix.giving.formats.plain import builder, candidates, weights
 from normfix.giving.gift import Gift, changed, config_changes, key_changes
 from normfix.giving.refusals import NotGiven
 from normfix.records.returns import Change
@@ -27,10 +27,10 @@ from normfix.storage.opening.formats import lightning, safetensors_file, torch_f
 from normfix.storage.opening.state_dicts import entries, prefixes
 
 __all__ = [
-    "DESCRIBES",
     "LOADER",
     "NAME",
     "advice",
+    "builder",
     "candidates",
     "place",
     "recognises",
@@ -40,7 +40,6 @@ __all__ = [
 ]
 
 NAME = "checkpoint"
-DESCRIBES = False
 _REMEMBERED = "hyper_parameters"
 
 LOADER = f"""{plain.BUILDER}

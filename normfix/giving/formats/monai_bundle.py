@@ -16,13 +16,14 @@ from normfix.giving.gift import Gift, changed, config_changes, copied, key_chang
 from normfix.records.returns import Change
 from normfix.records.saved import Source
 from normfix.records.sites import Scan
+from normfix.storage.opening import open_path
 from normfix.storage.opening.formats.monai_bundle import described, weights_file
 from normfix.storage.opening.formats.monai_bundle import recognises as is_bundle
+from normfix.storage.opening.request import Request
 
-__all__ = ["DESCRIBES", "LOADER", "NAME", "advice", "candidates", "place", "recognises", "weights", "write"]
+__all__ = ["LOADER", "NAME", "advice", "builder", "candidates", "place", "recognises", "weights", "write"]
 
 NAME = "MONAI bundle"
-DESCRIBES = True
 
 LOADER = """
 import json, os, yaml
@@ -63,6 +64,11 @@ def recognises(original: Path | None) -> bool:
 def weights(original: Path) -> tuple[Path, ...]:
     """Return the file of weights."""
     return (weights_file(original),)
+
+
+def builder(original: Path, request: Request) -> Source | None:
+    """Return what its files say."""
+    return open_path(original, request).source
 
 
 def place(weights: Path | None) -> str:

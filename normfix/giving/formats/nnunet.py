@@ -21,14 +21,15 @@ from normfix.records.returns import Change
 from normfix.records.saved import Source
 from normfix.records.sites import Scan
 from normfix.records.spans import round_up
+from normfix.storage.opening import open_path
 from normfix.storage.opening.configs import read_mapping
 from normfix.storage.opening.formats.nnunet import checkpoints_of, folder_of, resolved
 from normfix.storage.opening.formats.nnunet import recognises as is_model
+from normfix.storage.opening.request import Request
 
-__all__ = ["DESCRIBES", "LOADER", "NAME", "advice", "candidates", "place", "recognises", "weights", "write"]
+__all__ = ["LOADER", "NAME", "advice", "builder", "candidates", "place", "recognises", "weights", "write"]
 
 NAME = "nnU-Net model folder"
-DESCRIBES = True
 _BATCH_TRAINER = "nnUNetTrainerBN"
 
 LOADER = """
@@ -49,6 +50,11 @@ def recognises(original: Path | None) -> bool:
 def weights(original: Path) -> tuple[Path, ...]:
     """Return the checkpoints of all folds, or the one that is named."""
     return checkpoints_of(original)
+
+
+def builder(original: Path, request: Request) -> Source | None:
+    """Return what its files say."""
+    return open_path(original, request).source
 
 
 def place(weights: Path | None) -> str:

@@ -17,13 +17,14 @@ from normfix.records.saved import Source
 from normfix.records.sites import Scan
 from normfix.storage.opening.arguments import blanked
 from normfix.storage.opening.gate import imported, is_allowed
+from normfix.storage.opening.request import Request
 
 __all__ = [
     "BUILDER",
-    "DESCRIBES",
     "LOADER",
     "NAME",
     "advice",
+    "builder",
     "candidates",
     "place",
     "recognises",
@@ -34,8 +35,6 @@ __all__ = [
 
 NAME = "state dict"
 WEIGHTS, ARGUMENTS = "model.pth", "arguments.json"
-
-DESCRIBES = False
 
 BUILDER = """
 import importlib, json, os
@@ -69,6 +68,11 @@ def recognises(original: Path | None) -> bool:
 def weights(original: Path) -> tuple[Path, ...]:
     """Return the file itself."""
     return (original,)
+
+
+def builder(original: Path, request: Request) -> Source | None:
+    """Return nothing: the caller says what builds it."""
+    return None
 
 
 def place(weights: Path | None) -> str:

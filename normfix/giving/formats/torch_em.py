@@ -9,16 +9,15 @@ import torch
 
 from normfix.giving.formats import checkpoint, plain
 from normfix.giving.formats.checkpoint import place
-from normfix.giving.formats.plain import candidates
+from normfix.giving.formats.plain import builder, candidates
 from normfix.giving.gift import Gift, changed, config_changes, copied, key_changes, other_weights
 from normfix.records.returns import Change
 from normfix.records.sites import Scan
 from normfix.storage.opening import archives
 
-__all__ = ["DESCRIBES", "LOADER", "NAME", "advice", "candidates", "place", "recognises", "weights", "write"]
+__all__ = ["LOADER", "NAME", "advice", "builder", "candidates", "place", "recognises", "weights", "write"]
 
 NAME = "torch-em checkpoint"
-DESCRIBES = False
 _NAMES = ("best.pt", "latest.pt")
 _SPOT = checkpoint.Spot(("model_state",), "")
 

@@ -15,13 +15,14 @@ from normfix.giving.gift import Gift, changed, config_changes, copied, key_chang
 from normfix.records.returns import Change
 from normfix.records.saved import Source
 from normfix.records.sites import Scan
+from normfix.storage.opening import open_path
 from normfix.storage.opening.formats.unet3d import checkpoint_of, configs_of
 from normfix.storage.opening.formats.unet3d import recognises as is_run
+from normfix.storage.opening.request import Request
 
-__all__ = ["DESCRIBES", "LOADER", "NAME", "advice", "candidates", "place", "recognises", "weights", "write"]
+__all__ = ["LOADER", "NAME", "advice", "builder", "candidates", "place", "recognises", "weights", "write"]
 
 NAME = "pytorch-3dunet run"
-DESCRIBES = True
 _ORDER, _DEFAULT = "layer_order", "gcr"
 
 LOADER = """
@@ -45,6 +46,11 @@ def recognises(original: Path | None) -> bool:
 def weights(original: Path) -> tuple[Path, ...]:
     """Return the checkpoint."""
     return (checkpoint_of(original),)
+
+
+def builder(original: Path, request: Request) -> Source | None:
+    """Return what its files say."""
+    return open_path(original, request).source
 
 
 def place(weights: Path | None) -> str:

@@ -19,6 +19,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 
 from normfix.networks.calling import failures, resized
+from normfix.networks.graph.detaching import TracedData
 from normfix.networks.graph.isolation import silence
 from normfix.networks.graph.replaying import once_replayed, replay, replays
 from normfix.networks.graph.sizes import LongFormulaError, ShortSizes
@@ -143,19 +144,22 @@ def export(module: nn.Module, example: Tensor, *, one_size: bool = False) -> Exp
         Exception: whatever torch.export raised at the last trial, which frees nothing.
     """
     pair = _pair(example)
-    space = range(2, example.dim())
+    space, fixed = range(2, example.dim()), False
     with_space: list[tuple[Tensor, Sequence[int]]] = [(pair, (0, *space)), (example, space)]
-    for given, free in [] if one_size else with_space:
+    for given, free in [*([] if one_size else with_space), (pair, (0,))]:
+        if fixed and len(free) > 1:
+            continue
         try:
-            return _export(module, given, free)
+            program = _export(module, given, free)
         except LongFormulaError:
-            break
+            fixed = True
+            continue
         except failures():  # the next trial asks for less
             continue
-    try:
-        return _export(module, pair, (0,))
-    except failures():  # the last trial asks for nothing
-        return _export(module, example, ())
+        # a graph of exactly two images, as of a prompt made for each, is that of no single one
+        if given is example or 0 in free_dimensions(program):
+            return program
+    return _export(module, example, ())  # the last trial asks for nothing
 
 
 def free_dimensions(program: ExportedProgram) -> tuple[int, ...]:
@@ -240,7 +244,7 @@ def _traced(
 ) -> ExportedProgram:
     sizes = ShortSizes()
     try:
-        with silence(backends_off=backends_off), torch.no_grad(), sizes:
+        with silence(backends_off=backends_off), torch.no_grad(), sizes, TracedData():
             return torch.export.export(
                 copy.deepcopy(module),
                 (example.clone(),),

@@ -127,7 +127,8 @@ class Derived:
                     continue
                 call = call_of(node, self.sizes)
                 carried = reading.carried(needs[node], self.layouts[node], self.layouts[operand], call)
-                _add(needs, operand, carried, node, trail)
+                if carried is not None:
+                    _add(needs, operand, carried, node, trail)
         return {source: self._axis_by_axis(source, needs.get(source)) for source in sources}
 
     def _axes(self, result: Node) -> list[Space] | None:

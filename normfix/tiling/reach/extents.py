@@ -142,7 +142,7 @@ def lattice_of(shape: Sequence[Any], tensors: Iterable[Tensor]) -> Sizes:
     Raises:
         Unsized: a spatial extent of the image is fixed, or tied to another.
     """
-    symbols = [n.node.expr for n in shape[2:] if not isinstance(n, int)]
+    symbols = [n.node.expr for n in shape[2:] if not isinstance(n, int) and not n.node.expr.is_number]
     if len(set(symbols)) < len(symbols):
         raise Unsized("its graph holds for images of equal extents only")
     extents: list[Any] = [n for tensor in tensors for n in tensor.shape]
@@ -191,7 +191,7 @@ def _finer(sizes: Sizes, shape: Sequence[Any], expr: Any, axis: int) -> Iterator
 
 def _factor(extent: Any) -> int:
     """Return what an extent of the image is a multiple of: 1, or 8 where it was captured as 8 s."""
-    if isinstance(extent, int):
+    if isinstance(extent, int) or extent.node.expr.is_number:
         raise Unsized("its graph holds for one image size only")
     coefficient, _ = extent.node.expr.as_coeff_Mul()
     return int(coefficient)

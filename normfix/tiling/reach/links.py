@@ -30,6 +30,7 @@ __all__ = [
     "Nothing",
     "Reading",
     "Reflected",
+    "Unread",
     "Whole",
     "Window",
     "moved",
@@ -47,8 +48,8 @@ class Reading(Protocol):
     def frames(self, layout: Layout, call: Call) -> Mapping[int, Frame]:
         """Return frames of the result's dimensions that follow from the operand's."""
 
-    def carried(self, need: Need, result: Layout, layout: Layout, call: Call) -> Need:
-        """Return what is needed of the operand for what is needed of the result."""
+    def carried(self, need: Need, result: Layout, layout: Layout, call: Call) -> Need | None:
+        """Return what is needed of the operand for what is needed of the result, None where no value of it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,21 @@ class ByDimension:
             for number, span in _carried(link, frame, need, result, call).items():
                 found[dim, number] = span
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """The reading of an operand that gives its shape alone, or nothing at all."""
+
+    operand: Node
+
+    def frames(self, layout: Layout, call: Call) -> Mapping[int, Frame]:
+        """Return nothing."""
+        return {}
+
+    def carried(self, need: Need, result: Layout, layout: Layout, call: Call) -> Need | None:
+        """Return that no value is needed."""
+        return None
 
 
 def whole(frame: Frame, boundless: Boundless) -> dict[int, Span]:

@@ -29,7 +29,7 @@ from normfix.networks.calling import refusals
 from normfix.networks.devices import bytes_of
 from normfix.networks.numerics import EXACT
 from normfix.records.derivations import Obstacle
-from normfix.tiling.halo import DyeLost, halo, interference
+from normfix.tiling.halo import DyeLost, DyeRefused, halo, interference
 from normfix.tiling.reach.bounds import Bound, bound_between
 from normfix.tiling.reach.extents import Unsized
 from normfix.tiling.stages.cutting import Stage
@@ -114,6 +114,8 @@ def _shown(
         found = halo(f, f.example, axis, 1, Fraction(1), cross)
     except DyeLost:
         raise _refused(stage, axis, "no dye arrives at its output, so its halo cannot be read") from None
+    except DyeRefused as error:
+        raise _refused(stage, axis, f"no dye goes through {error}, so its halo cannot be read") from None
     except refusals() as error:
         raise _refused(stage, axis, f"it does not run on strips: {error}") from error
     if found is None:

@@ -45,7 +45,7 @@ from normfix.storage.opening.request import Loaded, Request, factory, object_sou
 from normfix.storage.opening.state_dicts import filled
 from normfix.storage.opening.workload import Workload
 
-__all__ = ["open_network", "recognises"]
+__all__ = ["allowed_code", "open_network", "recognises"]
 
 _TORCH_EM = ("UNet2d", "UNet3d", "AnisotropicUNet")
 _MONAI = ("AttentionUnet", "BasicUNet", "BasicUNetPlusPlus", "DynUNet", "SegResNet", "UNet", "VNet")
@@ -95,6 +95,19 @@ def open_network(path: Path, request: Request) -> Loaded:
         declare_scaling_(loaded.model, scaling)
     said = _said(description, source, scaling is None, error)
     return Loaded(loaded.model, source, (*loaded.notes, *said))
+
+
+def allowed_code(folder: Path, description: Description) -> Source | None:
+    """Return what builds the network of a package by its own code, once that was allowed and has run."""
+    stated = description.architecture
+    if stated.file is None:
+        return None
+    module = _module_of(sha256_of(inside(folder, stated.file.name, "the architecture file")))
+    return factory(f"{module}:{stated.name}", stated.kwargs) if module in sys.modules else None
+
+
+def _module_of(digest: str) -> str:
+    return f"normfix_package_{digest[:16]}"
 
 
 def _said(description: Description, source: Source, unscaled: bool, error: float) -> Iterator[str]:
@@ -195,7 +208,7 @@ def _unrecognised(stated: ArchitectureOf, code: Path | None, request: Request, w
 
 def _built_by(content: bytes, digest: str, name: str, stated: ArchitectureOf) -> nn.Module:
     """Build the network by the package's own code, which the caller allowed by this checksum."""
-    module = types.ModuleType(f"normfix_package_{digest[:16]}")
+    module = types.ModuleType(_module_of(digest))
     # pickles and torch look classes up by their module
     sys.modules[module.__name__] = module
     try:

@@ -59,6 +59,15 @@ def _batched(call: Call, x: Node, matrix: int, last: list[Link]) -> tuple[Link, 
     return (*links, *last)
 
 
+def _distances(call: Call) -> list[Reading]:
+    """Distances of the rows of one matrix to those of another: (..., m, k) and (..., n, k) give (..., m, n)."""
+    rank = len(call.shape)
+    return [
+        ByDimension(x, _batched(call, x, rank - 2, [Along(rank - 2 + place), WHOLE]))
+        for place, x in enumerate(map(call.tensor, ("x1", "x2")))
+    ]
+
+
 def _einsum(call: Call) -> list[Reading]:
     equation = str(call.get("equation")).replace(" ", "")
     inputs, _, result = equation.partition("->")
@@ -227,6 +236,7 @@ _OTHERS = ("nanmedian", "quantile", "nanquantile", "kthvalue", "mode", "count_no
 MIXING: dict[str, Rule] = {
     "linear": _linear,
     **dict.fromkeys(("matmul", "bmm", "mm", "mv", "dot", "addmm", "baddbmm"), _matmul),
+    **dict.fromkeys(("cdist", "_cdist_forward"), _distances),
     "einsum": _einsum,
     "scaled_dot_product_attention": _attention,
     "attend": _stored_attention,

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from normfix.tiling.reach.calls import Call, tensor_of
+from normfix.tiling.reach.calls import Call, call_of, tensor_of
 from normfix.tiling.reach.extents import Vector
 from normfix.tiling.reach.links import (
     NOTHING,
@@ -22,6 +22,7 @@ from normfix.tiling.reach.links import (
     Mirror,
     Reading,
     Reflected,
+    Unread,
     Whole,
     Window,
 )
@@ -71,7 +72,8 @@ def _slice(call: Call) -> list[Reading]:
     dim = call.dim(call.get("dim", 0), len(extents))
     start = _from_front(call.sizes(call.get("start", 0)), extents[dim])
     step = call.constant(call.get("step", 1))
-    return [kept(call, x, {dim: _cut(call, dim, start, step)})]
+    whole = _joined(call, x, dim, start) if step == 1 else []
+    return whole or [kept(call, x, {dim: _cut(call, dim, start, step)})]
 
 
 def _narrow(call: Call) -> list[Reading]:
@@ -81,7 +83,7 @@ def _narrow(call: Call) -> list[Reading]:
     if isinstance(call.get("start"), Node) and tensor_of(call.get("start")) is not None:
         return []
     start = _from_front(call.sizes(call.get("start", 0)), extents[dim])
-    return [kept(call, x, {dim: _cut(call, dim, start, 1)})]
+    return _joined(call, x, dim, start) or [kept(call, x, {dim: _cut(call, dim, start, 1)})]
 
 
 def _cut(call: Call, dim: int, start: Vector, step: int) -> Link:
@@ -109,8 +111,29 @@ def _part(call: Call) -> list[Reading]:
     parts = call.origin.meta["val"]
     start = call.sizes(0)
     for part in list(parts)[: call.item]:
-        start = tuple(a + b for a, b in zip(start, call.sizes(part.shape[dim]), strict=True))
-    return [kept(call, x, {dim: _cut(call, dim, start, 1)})]
+        start = _sum(start, call.sizes(part.shape[dim]))
+    return _joined(call, x, dim, start) or [kept(call, x, {dim: _cut(call, dim, start, 1)})]
+
+
+def _joined(call: Call, x: Node, dim: int, start: Vector) -> list[Reading]:
+    """Return the reading of what was joined into a tensor and is taken out of it again; nothing for other parts.
+
+    Tokens of several maps in a row lie nowhere; those of one of them lie where they did.
+    """
+    join = call_of(x, call.sizes)
+    if join.name != "cat" or join.dim(join.get("dim", 0), len(call.shape)) != dim:
+        return []
+    first = call.sizes(0)
+    for tensor in join.get("tensors"):
+        extents = call.extents(tensor)
+        if first == start and extents == call.shape:
+            return [kept(call, tensor), Unread(x)]
+        first = _sum(first, extents[dim])
+    return []
+
+
+def _sum(a: Vector, b: Vector) -> Vector:
+    return tuple(m + n for m, n in zip(a, b, strict=True))
 
 
 def _cat(call: Call) -> list[Reading]:
@@ -122,7 +145,7 @@ def _cat(call: Call) -> list[Reading]:
         if len(extents) != len(call.shape):  # torch lets an empty one pass
             continue
         readings.append(kept(call, tensor, {dim: _by(call, dim, tuple(-n for n in start))}))
-        start = tuple(a + b for a, b in zip(start, extents[dim], strict=True))
+        start = _sum(start, extents[dim])
     return readings
 
 
@@ -215,9 +238,7 @@ def _select_scatter(call: Call) -> list[Reading]:
 
 
 def _copy(call: Call) -> list[Reading]:
-    overwritten = call.tensor("self")
-    nothing = ByDimension(overwritten, (NOTHING,) * len(call.extents(overwritten)))
-    return [nothing, aligned(call, call.tensor("src"))]
+    return [Unread(call.tensor("self")), aligned(call, call.tensor("src"))]
 
 
 def _triangle(call: Call) -> list[Reading]:

@@ -9,7 +9,7 @@ import torch
 from torch._ops import OpOverload
 
 from normfix.tiling.reach.calls import Call, tensor_of
-from normfix.tiling.reach.links import NOTHING, ByDimension, Reading
+from normfix.tiling.reach.links import NOTHING, ByDimension, Reading, Unread
 from normfix.tiling.reach.rules.rule import aligned, kept
 
 __all__ = ["is_pointwise", "pointwise"]
@@ -59,8 +59,7 @@ def is_pointwise(call: Call) -> bool:
 def pointwise(call: Call) -> list[Reading]:
     """Read every operand at the place of the result."""
     if call.name == "type_as":
-        other = call.tensor("other")
-        return [kept(call, call.tensor("self")), ByDimension(other, (NOTHING,) * len(call.extents(other)))]
+        return [kept(call, call.tensor("self")), Unread(call.tensor("other"))]
     if call.name == "prelu":
         x, weight = call.first(), call.tensor("weight")
         return [kept(call, x), ByDimension(weight, (NOTHING,) * len(call.extents(weight)))]

@@ -17,7 +17,7 @@ from torch.fx import Node
 from normfix.tiling.reach.calls import Call
 from normfix.tiling.reach.extents import Sizes, Vector
 from normfix.tiling.reach.frames import Factor, Frame, Layout, Opaque, Rest, Space, joined
-from normfix.tiling.reach.links import NOTHING, Along, ByDimension, Reading, whole
+from normfix.tiling.reach.links import Along, ByDimension, Reading, Unread, whole
 from normfix.tiling.reach.needs import Boundless, Interval, Need, Span, united
 from normfix.tiling.reach.rules.rule import Rule, aligned
 
@@ -170,7 +170,7 @@ def _quotient(extent: Vector, part: Vector) -> Vector:
 
 
 def _view(call: Call) -> list[Reading]:
-    return [Regrouping(call.first())]
+    return [Regrouping(call.first()), *_of_shape_alone(call)]
 
 
 def _permuted(order: Callable[[Call, int], Sequence[int]]) -> Rule:
@@ -212,7 +212,13 @@ def _moved(call: Call, rank: int) -> Sequence[int]:
 
 
 def _expand(call: Call) -> list[Reading]:
-    return [aligned(call, call.first())]
+    return [aligned(call, call.first()), *_of_shape_alone(call)]
+
+
+def _of_shape_alone(call: Call) -> list[Reading]:
+    """Read nothing of the tensor that only gives its shape (expand_as, view_as, reshape_as)."""
+    other = call.get("other")
+    return [Unread(other)] if isinstance(other, Node) else []
 
 
 _VIEWS = (
@@ -235,7 +241,7 @@ def _broadcast(call: Call) -> list[Reading]:
     others = (node for node in tensors if node is not tensors[call.item])
     return [
         aligned(call, tensors[call.item]),
-        *(ByDimension(node, (NOTHING,) * len(call.extents(node))) for node in others),
+        *map(Unread, others),
     ]
 
 

@@ -1,0 +1,78 @@
+"""What the original network gives in parts: windows of its training size, blended, and tiles side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from normfix.records.spans import round_up
+from normfix.tiling.grid import Geometry, at
+from normfix.tiling.stitching import tile_extents, tiled
+
+__all__ = ["blended_windows", "side_by_side"]
+
+Run = Callable[[Tensor], Tensor]
+
+
+def blended_windows(run: Run, image: Tensor, size: Sequence[int], geometry: Geometry) -> Tensor:
+    """Predict an image in windows that overlap by half, blended by a Hann window: sliding-window inference.
+
+    Args:
+        run: the original network.
+        image: (1, C, *space), of a size that it is exact at.
+        size: of windows, one number or one per axis, multiples of the stride.
+        geometry: of the network.
+
+    Returns:
+        (1, C', *out).
+    """
+    space = image.shape[2:]
+    sizes = tuple(size) if len(size) == len(space) else tuple(size) * len(space)
+    extents = [min(n, m) for n, m in zip(sizes, space, strict=True)]
+    steps = [round_up(max(1, n // 2), stride) for n, stride in zip(extents, geometry.stride, strict=True)]
+    axes = [_starts(*axis) for axis in zip(space, extents, steps, geometry.stride, strict=True)]
+    total: Tensor | None = None
+    weights = torch.zeros(())
+    for corner in product(*axes):
+        window = run(image[at([slice(a, a + n) for a, n in zip(corner, extents, strict=True)])])
+        if total is None:
+            out = [math.ceil(n * scale) for n, scale in zip(space, geometry.scale, strict=True)]
+            total = window.new_zeros((*window.shape[:2], *out), dtype=torch.float64)
+            weights = torch.zeros_like(total[:1, :1])
+        hann = _hann(window.shape[2:]).to(total)
+        starts = [int(a * scale) for a, scale in zip(corner, geometry.scale, strict=True)]
+        there = at([slice(a, a + n) for a, n in zip(starts, window.shape[2:], strict=True)])
+        total[there] += window.double() * hann
+        weights[there] += hann
+    assert total is not None
+    return (total / weights).to(image.dtype)
+
+
+def side_by_side(run: Run, image: Tensor, size: Sequence[int], geometry: Geometry) -> Tensor:
+    """Predict an image in tiles without context, as windows are put side by side."""
+    apart = Geometry(
+        stride=geometry.stride,
+        halo=tuple((0, 0) for _ in geometry.stride),
+        scale=geometry.scale,
+        multiple=geometry.multiple,
+    )
+    return tiled(run, image, tile_extents(size[0] if len(size) == 1 else tuple(size), apart), apart)
+
+
+def _starts(extent: int, size: int, step: int, stride: int) -> list[int]:
+    """Return where windows start: every step, the last so that it ends with the axis, on the grid."""
+    last = (extent - size) // stride * stride
+    return [*range(0, last, step), last]
+
+
+def _hann(extents: Sequence[int]) -> Tensor:
+    """Return the product over axes of sin^2(pi (i + 1/2) / n), which is nowhere 0."""
+    product_ = torch.ones((), dtype=torch.float64)
+    for n in extents:
+        along = torch.sin(math.pi * (torch.arange(n, dtype=torch.float64) + 0.5) / n).square()
+        product_ = product_[..., None] * along
+    return product_
