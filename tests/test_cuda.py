@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 import normfix
+from normfix.conversion.lowering import fold, lower
 from normfix.layers import BatchRenorm2d, BatchRenorm3d, FrozenNorm2d, FrozenNorm3d
 from normfix.layers.recomputation import RecordedCall
 from normfix.networks.devices import accelerator
@@ -269,8 +270,6 @@ def test_compiled_it_gives_the_same(converted, image):
 
 def test_lowered_and_folded_it_is_the_same_function(converted, image):
     """Stock batch norm and folded convolutions differ by rounding."""
-    from normfix.conversion.lowering import fold, lower
-
     torch.backends.cudnn.allow_tf32 = False
     try:
         with torch.no_grad():
@@ -283,15 +282,18 @@ def test_lowered_and_folded_it_is_the_same_function(converted, image):
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_under_autocast_it_is_as_near_as_the_original(converted, image, dtype):
-    """Under autocast the frozen network is no further from its float32 output than the original from its own."""
+    """Under autocast the frozen network is no further from its float32 output than the original from its own.
+
+    Nor is one of stock batch norms, which is what giving back writes: their precision is another than group norm's.
+    """
     ratios = []
-    for network in (converted.model, small().to(GPU)):
+    for network in (lower(converted.model).model, converted.model, small().to(GPU)):
         with torch.no_grad():
             exact = network.double()(image.to(GPU).double())
             network.float()
             with torch.autocast("cuda", dtype=dtype):
                 ratios.append(deviation(network(image.to(GPU)), exact))
-    assert ratios[0] <= 4 * ratios[1]
+    assert max(ratios[:2]) <= 4 * ratios[2]
 
 
 # Layers

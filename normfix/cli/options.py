@@ -92,7 +92,20 @@ class Device(click.ParamType):  # type: ignore[type-arg]
         return str(value)
 
 
-_DEVICES = ("auto", "cpu", "cuda", "hip", "hpu", "meta", "mps", "mtia", "privateuseone", "vulkan", "xla", "xpu")
+_DEVICES = (
+    "auto",
+    "cpu",
+    "cuda",
+    "hip",
+    "hpu",
+    "meta",
+    "mps",
+    "mtia",
+    "privateuseone",
+    "vulkan",
+    "xla",
+    "xpu",
+)
 
 
 halo_option = click.option(

@@ -56,6 +56,12 @@ class Work:
         with exact_arithmetic():
             return self.caller.exactly(network, self.image(self.dtype))
 
+    def in_double(self, network: nn.Module) -> Tensor:
+        """Return a network's output for it in float64."""
+        with exact_arithmetic():
+            image = self.image(self.dtype).double()
+            return self.caller.exactly(copy_of(network).double().eval(), image)
+
     def proved(self, match: Match) -> tuple[nn.Module, float]:
         """Return the library's network in the converted one's dtype, and how far its output is.
 

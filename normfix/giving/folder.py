@@ -140,6 +140,7 @@ class _Offer:
 
     work: Work
     gift: Gift
+    double: Tensor
     double_sd: float
     single_sd: float
 
@@ -151,7 +152,15 @@ class _Offer:
         """
         work = self.work
         image = work.image(work.dtype)
-        return alone_sd(draft, self.gift.file, loader, work.caller, image, work.output(work.model))
+        return alone_sd(
+            draft,
+            self.gift.file,
+            loader,
+            work.caller,
+            image,
+            wanted=work.output(work.model),
+            double=self.double,
+        )
 
 
 def _offer(
@@ -184,7 +193,7 @@ def _offer(
         verdict=verdict,
         shorter=shorter,
     )
-    return _Offer(work, gift, match.double_sd, single)
+    return _Offer(work, gift, work.in_double(network), match.double_sd, single)
 
 
 def _state(network: nn.Module) -> dict[str, Tensor]:

@@ -9,7 +9,15 @@ from pathlib import Path
 from normfix.errors import NormfixError
 from normfix.networks.naming import is_named, require_findable
 
-__all__ = ["ENDINGS", "HUB", "is_factory", "require_folder", "require_no_revision", "require_repository", "require_spec"]
+__all__ = [
+    "ENDINGS",
+    "HUB",
+    "is_factory",
+    "require_folder",
+    "require_no_revision",
+    "require_repository",
+    "require_spec",
+]
 
 HUB = "hf-hub:"
 

@@ -250,7 +250,9 @@ def test_per_image_statistics_are_what_a_network_was_converted_for(tmp_path):
     """Saved and loaded, it predicts another image as the original does, in tiles, unless stored ones are asked for."""
     normfix.save(normfix.convert(network(), normfix.Measured(image(), "per-image")), tmp_path / "fixed")
     loaded, other = normfix.load(tmp_path / "fixed", model=network()), 3 * image(1)
-    torch.testing.assert_close(normfix.predict(loaded, other, tile=32), network()(other), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        normfix.predict(loaded, other, tile=32), network()(other), rtol=1e-4, atol=1e-4
+    )
     stored = normfix.predict(loaded, other, tile=32, statistics="stored")
     torch.testing.assert_close(stored, loaded(other), rtol=1e-4, atol=1e-4)
     assert (stored - network()(other)).abs().max() > 0.1

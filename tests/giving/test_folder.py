@@ -166,14 +166,15 @@ def test_nothing_is_written_over(tmp_path):
     assert list((tmp_path / "back").iterdir()) == []
 
 
-def test_a_weight_that_was_changed_in_the_file_is_caught(tmp_path, monkeypatch):
-    """Negative control: one changed weight in what was written, and nothing appears."""
+@pytest.mark.parametrize("change", [0.1, 1e-6])
+def test_a_weight_that_was_changed_in_the_file_is_caught(tmp_path, monkeypatch, change):
+    """Negative control: one changed weight in what was written, be it by a rounding, and nothing appears."""
     write = plain.write
 
     def spoiled(draft, gift):
         changes = write(draft, gift)
         state = torch.load(draft / plain.WEIGHTS, weights_only=True)
-        state["0.weight"][0, 0, 0, 0] += 0.1
+        state["0.weight"][0, 0, 0, 0] += change
         torch.save(state, draft / plain.WEIGHTS)
         return changes
 

@@ -112,6 +112,7 @@ def _fold(folder, fold, plans):
     unet = pytest.importorskip("dynamic_network_architectures.architectures.unet")
     settings = dict(PLANS["configurations"]["2d"]["architecture"]["arch_kwargs"])
     settings |= {"conv_op": nn.Conv2d, "norm_op": nn.InstanceNorm2d, "nonlin": nn.LeakyReLU}
+    torch.manual_seed(0)
     model = scrambled(
         unet.PlainConvUNet(1, num_classes=2, deep_supervision=False, **settings),
         7 + (9 if fold == "all" else fold),
