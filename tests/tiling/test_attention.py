@@ -124,6 +124,15 @@ def test_what_is_no_plain_attention_is_left(form):
     assert not barriers(program(form))
 
 
+def _twice(q, k, v):
+    return F.scaled_dot_product_attention(F.scaled_dot_product_attention(q, k, v), k, v)
+
+
+def test_attention_of_what_attention_gave_is_left():
+    """Queries that are another attention's result as it is make no second barrier, and no broken program."""
+    assert len(barriers(program(_twice))) == 1
+
+
 class Windowed(nn.Module):
     """Attention within windows of 4 x 4: as many keys at every size."""
 

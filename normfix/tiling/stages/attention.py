@@ -54,11 +54,15 @@ def with_attention(program: Program, example: Sequence[int]) -> Program:
     shapes = program.shapes(example)
     cuts, flat = _spread_sites(program, maps, shapes)
     whole: list[Node] = []
+    replaced: set[Node] = set()
     for attention in found:
+        if replaced.intersection(x.node for x in (attention.query, attention.key, attention.value)):
+            continue  # of what another attention gave as it is: it stays, and is refused by name
         space = _space_of(*_tokens(attention.key), maps, shapes)
         if space is None or _space_of(*_tokens(attention.value), maps, shapes) is None:
             continue
         barrier = _barred_(attention, space)
+        replaced.add(attention.result.node)
         stored = [node for node in barrier.args[1:3] if isinstance(node, Node)]
         whole += stored
         cuts += [Cut(node.name, node, frozenset({barrier})) for node in stored]
