@@ -7,10 +7,11 @@ does not show (a global variable, memory of foreign libraries).
 
 from __future__ import annotations
 
+import dis
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
-from functools import partial
+from functools import cache, partial
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -18,14 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from normfix.networks.devices import bytes_of
-from normfix.networks.provenance import SAID
 
-__all__ = ["behaviour_of", "digest_of_tensor", "state_of"]
+__all__ = ["SAID", "behaviour_of", "digest_of_tensor", "state_of", "structure_of"]
+
+SAID = ("_normfix_provenance", "_normfix_structure", "_normfix_scaling")
+"""Attributes that say something of a network and compute nothing."""
 
 _ELSEWHERE = frozenset({"_parameters", "_buffers", "_modules", "training", *SAID})
 """What state dicts hold, what differs in a twin, and what is said of a network and computes nothing."""
 
-_VALUES = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format, CodeType)
+_VALUES = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format)
 _DEEPEST = 8
 
 
@@ -55,6 +58,28 @@ def state_of(model: nn.Module) -> object:
     """Return what compares equal as long as the parameters and buffers of a network have the same values."""
     tensors = (*model.named_parameters(), *model.named_buffers())
     return [(name, t.dtype, t.device, digest_of_tensor(t)) for name, t in tensors]
+
+
+def structure_of(model: nn.Module) -> str:
+    """Return a digest that stays as long as `behaviour_of` does, also in copies and pickles and over forward passes.
+
+    So attributes that forward passes write are no part of it, nor are values of floating-point tensors, nor the
+    attributes of our own layers, which are schedules of training; what Python does not show is known by its type.
+    """
+    modules = [*model.named_modules()]
+    picture = _LastingPicture({id(module): path for path, module in modules})
+    kinds = dict.fromkeys(type(module) for _, module in modules)
+    parts = (
+        repr(model),
+        [(path, type(module), picture.attributes(module)) for path, module in modules],
+        [picture.code(kind) for kind in kinds if not kind.__module__.startswith(_LIBRARIES)],
+        [
+            (name, tuple(t.shape))
+            for name, t in model.state_dict(keep_vars=True).items()
+            if isinstance(t, Tensor)
+        ],
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 class _Picture:
@@ -88,6 +113,8 @@ class _Picture:
 
     def _of(self, value: object, above: tuple[int, ...] = ()) -> object:
         """Return the picture of a value; of what holds itself where, of what is nested deeply its identity."""
+        if isinstance(value, CodeType):
+            return self._instructions(value)
         if value is None or isinstance(value, _VALUES):
             return type(value), repr(value) if isinstance(value, float) else value
         if id(value) in above:
@@ -95,9 +122,9 @@ class _Picture:
         if isinstance(value, nn.Module) and id(value) in self._modules:
             return type(value), self._modules[id(value)]
         if len(above) > _DEEPEST or isinstance(value, type | nn.Module | ModuleType):
-            return type(value), id(value)
+            return type(value), self._hidden(value)
         if isinstance(value, Tensor):  # no part of a state dict
-            return self.number(value), value.shape, value.dtype, digest_of_tensor(value)
+            return self._tensor(value)
         parts = [self._of(part, (*above, id(value))) for part in self._parts(value)]
         return type(value), parts
 
@@ -129,9 +156,107 @@ class _Picture:
             return [value.shape, str(value.dtype), value.tobytes()]
         if getattr(getattr(type(value), "__dataclass_params__", None), "frozen", False):
             return [getattr(value, field.name) for field in fields(value)]
-        if _shows_all(value):
+        if self._shows(value):
             return [self.number(value), vars(value)]
-        return [id(value)]
+        return [self._hidden(value)]
+
+    def _tensor(self, value: Tensor) -> object:
+        return self.number(value), value.shape, value.dtype, digest_of_tensor(value)
+
+    def _instructions(self, code: CodeType) -> object:
+        return code
+
+    def _shows(self, value: object) -> bool:
+        return _shows_all(value)
+
+    def _hidden(self, value: object) -> object:
+        """Return what stands for a value that Python does not show."""
+        return id(value)
+
+
+class _LastingPicture(_Picture):
+    """Pictures that read the same in a copy, in another process and after a forward pass."""
+
+    def attributes(self, module: nn.Module) -> object:
+        held = vars(module)
+        hooks = [self._of([*held[name].values()]) for name in ("_forward_hooks", "_forward_pre_hooks")]
+        if type(module).__module__.startswith(_OURS):
+            return hooks, self._of(held.get("forward"))
+        written, changed = _written(type(module))
+        passing = _ALL_HAVE | written
+        stay = (
+            (name, value)
+            for name, value in held.items()
+            if name not in passing and not (name in changed and _is_mutable(value))
+        )
+        return hooks, [(name, self._of(value)) for name, value in stay]
+
+    def _tensor(self, value: Tensor) -> object:
+        exact = not (value.is_floating_point() or value.is_complex() or value.is_meta)
+        return tuple(value.shape), digest_of_tensor(value) if exact else None
+
+    def _instructions(self, code: CodeType) -> object:
+        return code.co_code.hex(), code.co_names, [self._of(constant) for constant in code.co_consts]
+
+    def _shows(self, value: object) -> bool:
+        return hasattr(value, "__dict__")
+
+    def _hidden(self, value: object) -> object:
+        return getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+
+
+_OURS = "normfix."
+_LIBRARIES = (_OURS, "torch.")
+_ALL_HAVE = frozenset((*vars(nn.Module()), *SAID))
+_CHANGING = frozenset(("append", "extend", "insert", "pop", "popitem", "update", "setdefault", "clear"))
+
+
+def _is_mutable(value: object) -> bool:
+    return value is not None and not isinstance(value, (*_VALUES, tuple))
+
+
+@cache
+def _written(kind: type) -> tuple[frozenset[str], frozenset[str]]:
+    """Return attributes that forward and the methods it names write, and those that they may change in place."""
+    own = [c for c in kind.__mro__ if c not in nn.Module.__mro__]
+    stored, changed, seen = set[str](), set[str](), set[str]()
+    left = {"forward"}
+    while left:
+        name = left.pop()
+        seen.add(name)
+        for function in (vars(c).get(name) for c in own):
+            for code in _codes(function):
+                for names, operations, arguments in _lines(code):
+                    stored.update(arguments)
+                    if _CHANGING & names or "STORE_SUBSCR" in operations:
+                        changed.update(names)
+                left.update({*code.co_names} - seen)
+    return frozenset(stored), frozenset(changed)
+
+
+def _lines(code: CodeType) -> Iterator[tuple[set[str], set[str], set[str]]]:
+    """Yield the attributes that each line of code names, its operations, and the attributes that it writes."""
+    starts = dict(dis.findlinestarts(code))
+    names, operations, written = set[str](), set[str](), set[str]()
+    for step in dis.get_instructions(code):
+        if step.offset in starts:
+            yield names, operations, written
+            names, operations, written = set(), set(), set()
+        operations.add(step.opname)
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            names.add(step.argval)
+        elif step.opname == "STORE_ATTR":
+            written.add(step.argval)
+    yield names, operations, written
+
+
+def _codes(function: object) -> Iterator[CodeType]:
+    """Yield the code of a function and of those that it defines."""
+    left = [function.__code__] if isinstance(function, FunctionType) else []
+    while left:
+        code = left.pop()
+        yield code
+        left += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
 
 
 def digest_of_tensor(value: Tensor) -> object:

@@ -282,6 +282,11 @@ class _Sites:
 
     def _recomputed(self, call: Call) -> str:
         """Refuse what no interception sees, and what a checkpoint inside the intercepted forward runs once more."""
+        if not self._once(call):
+            return (
+                "forward_fn runs the whole network more than once, each time with other statistics. Put what it does "
+                "into a module that calls the network, and convert that"
+            )
         anchor = self._anchor(call)
         if call.hooked:
             return "a hook of the network computes it, outside of every forward. Call the hook's function in forward"
@@ -298,9 +303,13 @@ class _Sites:
 
     def _anchor(self, call: Call) -> str:
         """Return the innermost module that ran once and has room for a layer; a container alone has none."""
-        once = [path for path in reversed(call.within) if self._invocations[path] == 1]
+        once = self._once(call) or [""]
         roomy = (p for p in once if not _is_container(self._modules[_holder(call.owner, p, self._modules)]))
         return next(roomy, once[0])
+
+    def _once(self, call: Call) -> list[str]:
+        """Return the modules around a call that ran once, the innermost first."""
+        return [path for path in reversed(call.within) if self._invocations[path] == 1]
 
     def _others(self, position: int, anchor: str) -> tuple[int, int]:
         """Count the calls of the same function inside the anchor that are no sites: before, and in all."""

@@ -1,6 +1,9 @@
 """predict and check on networks that changed, and on arguments that make no sense."""
 
 import copy
+import pickle
+from functools import partial
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -95,6 +98,88 @@ def test_a_changed_attribute_or_hook_is_measured_anew(image):
     assert is_current(model)
     model.conv.register_forward_hook(lambda _, args, y: nn.functional.avg_pool2d(y, 15, 1, 7))
     assert largest(model, image) < 1e-5
+
+
+class Pooled(nn.Module):
+    """Pools as far as objects that no module prints say, and keeps what it computed once."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = (
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.InstanceNorm2d(4),
+            nn.Conv2d(4, 1, 1),
+        )
+        self.settings, self.sizes, self.kept = SimpleNamespace(sizes=[1]), torch.tensor([1]), {}
+        self.pool, self.size = partial(pool, size=1), 1
+
+    def resize(self, size):
+        self.size = size
+
+    def forward(self, x):
+        x = self.kept[x.shape] = self.norm(self.conv(x))
+        x = self.pool(pool(x, self.size))
+        return self.head(pool(x, max(*self.settings.sizes, int(self.sizes[0]))))
+
+
+def pool(x, size):
+    return nn.functional.avg_pool2d(x, size, 1, size // 2)
+
+
+class WideConv2d(nn.Conv2d):
+    """Prints as any convolution, which it is not."""
+
+    def forward(self, x):
+        return pool(super().forward(x), 15)
+
+    def _get_name(self):
+        return "Conv2d"
+
+
+CHANGES = {
+    "number in an object": lambda model: model.settings.sizes.append(15),
+    "tensor beside the state": lambda model: model.sizes.fill_(15),
+    "argument of a partial": lambda model: model.pool.keywords.update(size=15),
+    "method that sets": lambda model: model.resize(15),
+    "method of one object": lambda model: setattr(
+        model.conv, "forward", MethodType(WideConv2d.forward, model.conv)
+    ),
+    "class of a module": lambda model: setattr(model.conv, "__class__", WideConv2d),
+    "shape of a weight": lambda model: setattr(model.conv.weight, "data", torch.ones(4, 1, 5, 5)),
+    "method of our layer": lambda model: setattr(model.norm, "forward", nn.functional.instance_norm),
+}
+
+
+@pytest.fixture(scope="module")
+def pooled():
+    """A converted network that pools, and an image."""
+    image = torch.randn(1, 1, 64, 64)
+    return normfix.convert(Pooled().eval(), image).model, image
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_that_nothing_prints_is_noticed(pooled, change):
+    """Whatever a forward reads makes the geometry that travels out of date."""
+    model = copy.deepcopy(pooled[0])
+    change(model)
+    assert not is_current(model)
+
+
+def test_what_keeps_a_network_the_same_is_no_change(pooled):
+    """Copies, pickles, forward passes and other weights keep the geometry that travels."""
+    model, image = pooled
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    with torch.no_grad():
+        copied.double()(image.double())
+        copied.conv.weight.mul_(2)
+    assert is_current(copied)
+
+
+def test_a_changed_object_is_measured_anew(pooled):
+    """Tiles equal the whole with the halo that an object of the network asks for now."""
+    model = copy.deepcopy(pooled[0])
+    CHANGES["number in an object"](model)
+    assert largest(model, pooled[1]) < 1e-5
 
 
 def test_each_of_a_batch_has_its_own_statistics(network, image):

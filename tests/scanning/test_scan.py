@@ -178,3 +178,13 @@ def test_a_network_of_one_size_is_said_to_be_one():
     net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3, padding=1), torch.nn.LayerNorm((2, 32, 32)))
     found = normfix.scan(net, torch.rand(1, 1, 32, 32)).findings
     assert [(f.code, f.where) for f in found if f.code == "NF201"] == [("NF201", "input size")]
+
+
+def test_a_network_that_forward_fn_runs_twice_is_refused_by_name():
+    """Each run has other statistics, and no module is there that ran once."""
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.InstanceNorm2d(4)).eval()
+    flipped = normfix.scan(
+        net, torch.randn(1, 1, 32, 32), forward_fn=lambda model, x: model(x) + model(x.flip(2)).flip(2)
+    )
+    assert len(flipped.live) == 2
+    assert all("more than once" in site.refusal for site in flipped.live)
