@@ -182,7 +182,8 @@ class _LastingPicture(_Picture):
         hooks = [self._of([*held[name].values()]) for name in ("_forward_hooks", "_forward_pre_hooks")]
         if type(module).__module__.startswith(_OURS):
             return hooks, self._of(held.get("forward"))
-        written, changed = _written(type(module))
+        kind: type = type(module)
+        written, changed = _written(kind)
         passing = _ALL_HAVE | written
         stay = (
             (name, value)

@@ -364,6 +364,14 @@ def test_scale_and_offset_are_those_of_the_output():
     assert (bound.scale, bound.offset) == ((Fraction(2), Fraction(2)), (-4, -4))
 
 
+@pytest.mark.parametrize("shift", [3, -5])
+def test_a_map_that_was_shifted_does_not_end_at_its_tile(shift: int):
+    """What comes after a shift reads positions of the shifted map that only a longer window has."""
+    after = nn.Conv2d(1, 1, 3, padding=1)
+    bound = bound_for(nn.Sequential(nn.ZeroPad2d((0, 0, shift, -shift)), after), (1, 1, 32, 48))
+    assert bound.halo(bound.lattice) == (((shift + 1, 1) if shift > 0 else (1, 1 - shift)), (1, 1))
+
+
 def test_every_rule_is_a_function_of_one_call():
     """The table holds functions by the name of an operator that torch has, or normfix's stages."""
     assert all(callable(rule) for rule in RULES.values())

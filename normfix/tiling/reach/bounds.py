@@ -25,6 +25,7 @@ from normfix.records.spans import Spans
 from normfix.tiling.reach.calls import tensor_of
 from normfix.tiling.reach.derivation import Derived, Reached, Trail, between, derive
 from normfix.tiling.reach.extents import Unsized, lattice_of
+from normfix.tiling.reach.needs import Interval
 
 __all__ = ["Bound", "bound_between", "bound_of"]
 
@@ -63,7 +64,7 @@ class Bound:
 
     def obstacles(self) -> tuple[Obstacle, ...]:
         """Return what makes the reach unbounded; nothing where it is bounded."""
-        found = self._reached([0] * len(self.lattice))
+        found, _ = self._reached([0] * len(self.lattice))
         every = (reached for of_source in found.values() for reached in of_source)
         causes = {r.boundless.node: r.boundless.why for r in every if r.boundless is not None}
         return tuple(_obstacle(node, why) for node, why in causes.items())
@@ -138,13 +139,21 @@ class Bound:
             return -interval[0] / pace
         return (interval[1] + 1) / pace - self.lattice[axis]
 
-    def _reached(self, starts: Sequence[int]) -> dict[Node, list[Reached]]:
+    def _reached(self, starts: Sequence[int]) -> tuple[dict[Node, list[Reached]], list[Interval | None]]:
         return self.derived.reached(self.results, self.sources, starts)
 
     def _spans(self, starts: Sequence[int]) -> list[tuple[int, int]]:
         """Return (before, after) in pixels per axis of a tile of one lattice step."""
-        spans = [(0, 0)] * len(self.lattice)
-        for source, found in self._reached(starts).items():
+        by_source, extent = self._reached(starts)
+        # by what the result itself is shorter than the image, its tiles are too
+        lost = [max(0, int(-offset / scale)) for offset, scale in zip(self.offset, self.scale, strict=True)]
+        spans = [
+            (0, 0)
+            if held is None
+            else (max(0, start - held[0]), max(0, held[1] + 1 - short - start - pixels))
+            for held, start, pixels, short in zip(extent, starts, self.lattice, lost, strict=True)
+        ]
+        for source, found in by_source.items():
             for axis, (reached, start, pixels) in enumerate(zip(found, starts, self.lattice, strict=True)):
                 pace = self.derived.pace(source, axis)
                 if reached.fore is None or pace is None:

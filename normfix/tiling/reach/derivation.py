@@ -22,7 +22,7 @@ from normfix.tiling.reach.calls import Call, call_of, nodes_in, tensor_of
 from normfix.tiling.reach.extents import Sizes, Unsized
 from normfix.tiling.reach.frames import Frame, Layout, Opaque, Space, frame_of
 from normfix.tiling.reach.links import Reading, whole
-from normfix.tiling.reach.needs import Boundless, Interval, Need, Span, united
+from normfix.tiling.reach.needs import Boundless, Interval, Need, Span, hull, united
 from normfix.tiling.reach.rules import rule_of
 from normfix.tiling.reach.rules.resizing import is_stretched
 
@@ -106,8 +106,11 @@ class Derived:
         sources: Collection[Node],
         starts: Sequence[int],
         trail: Trail | None = None,
-    ) -> dict[Node, list[Reached]]:
-        """Return what one lattice step of the image that begins at `starts` needs of each source.
+    ) -> tuple[dict[Node, list[Reached]], list[Interval | None]]:
+        """Return what one lattice step of the image that begins at `starts` needs of each source, and which pixels.
+
+        The pixels, per axis, are those that a window must have for every map in between to have all positions that are
+        needed of it: what was shifted needs others of the image than lie under it, and the map must not end there.
 
         Args:
             results: maps that are computed.
@@ -129,7 +132,23 @@ class Derived:
                 carried = reading.carried(needs[node], self.layouts[node], self.layouts[operand], call)
                 if carried is not None:
                     _add(needs, operand, carried, node, trail)
-        return {source: self._axis_by_axis(source, needs.get(source)) for source in sources}
+        reached = {source: self._axis_by_axis(source, needs.get(source)) for source in sources}
+        return reached, self._extent(needs)
+
+    def _extent(self, needs: Mapping[Node, Need]) -> list[Interval | None]:
+        """Return, per axis, the first and last pixel of a window in which all maps have what is needed of them."""
+        found: list[Interval | None] = [None] * len(self.sizes.lattice)
+        for node, need in needs.items():
+            for (dim, number), span in need.items():
+                factor = self.layouts[node][dim][number]
+                growth = self.sizes.growth(factor.extent) if isinstance(factor, Space) else None
+                if growth is None or span.fore is None:
+                    continue
+                pace = Fraction(growth.step, self.sizes.lattice[growth.axis])
+                first, last = span.fore
+                pixels = int(first / pace // 1), int((last - growth.rest) / pace // 1)
+                found[growth.axis] = hull(found[growth.axis], pixels)
+        return found
 
     def _axes(self, result: Node) -> list[Space] | None:
         """Return the factor of a map along each axis, where each has a dimension of its own."""
