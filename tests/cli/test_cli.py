@@ -694,13 +694,13 @@ def test_no_colour_and_no_animation_off_a_terminal(run, fixed, image, tmp_path):
 
 
 @pytest.mark.slow
-def test_no_color_is_respected_on_a_terminal(tmp_path, image):
+def test_no_color_is_respected_on_a_terminal(tmp_path, fixed, image):
     """With NO_COLOR, a terminal gets no colours; without it, the bar has them (negative control)."""
 
     def coloured(**environment) -> bool:
         env = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR")} | environment
         out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
-        words = ["convert", ARCH, str(image), "--scale", "zscore", "--to", "frozen", "-o", str(out)]
+        words = ["calibrate", str(fixed), str(image), "--arch", ARCH, "-o", str(out)]
         command = [sys.executable, "-c", "import normfix.cli; normfix.cli.main()", *words]
         env |= {"PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)}
         return re.search(rb"\x1b\[[0-9;]*3[0-9][0-9;]*m", on_terminal(command, env, "stderr")) is not None
