@@ -127,7 +127,7 @@ def compare(
             Finding(code="NF401", where=site, message="its statistic is computed from the tile.")
             for site in live
         ]
-    findings += judgement.outside + judgement.unproved
+    findings += judgement.outside + judgement.unproved + judgement.elsewhere
     return Verdict(
         status=_status(
             failed=differs or leaking, compared=bool(axes), varies=spread > 0 and not judgement.outside

@@ -5,6 +5,7 @@ The rule, for `check` and `predict` alike:
     a condition of the captured graph fails for the image or for a window    outside: NF260, refused
     the same, but tiles were found to equal the whole on both sides of it    said: NF261
     no graph tells the sizes, and the image is larger than what was compared said: NF261
+    a condition holds here, and would fail for images of other sizes         said by `check`: NF244
 """
 
 from __future__ import annotations
@@ -21,10 +22,14 @@ __all__ = ["SizeVerdict", "judge_size"]
 
 @dataclass(frozen=True, slots=True)
 class SizeVerdict:
-    """What is to be said of an image's size: why it is outside of what was proved, and what was not proved of it."""
+    """What is to be said of an image's size: why it is outside of what was proved, and what was not proved of it.
+
+    `elsewhere` are sizes at which the network is another, while it is not at this one.
+    """
 
     outside: tuple[Finding, ...] = ()
     unproved: tuple[Finding, ...] = ()
+    elsewhere: tuple[Finding, ...] = ()
 
 
 def judge_size(
@@ -47,6 +52,7 @@ def judge_size(
         return SizeVerdict()
     whole = tuple(n + pad for n, pad in zip(size, geometry.padding(size), strict=True))
     extents = [whole, *sorted(window_sizes(whole, tile, geometry))]
+    broken = _firsts(sizes.broken, extents, batch)
     outside = [
         _finding(
             "NF260",
@@ -54,7 +60,16 @@ def judge_size(
             f"{_named(failing, extents)}. Halo, stride and statistics are those of the network that was scanned. Take "
             "the branch out, or scan and convert with an image, and use a tile, on one side of it.",
         )
-        for condition, failing in _firsts(sizes.broken, extents, batch)
+        for condition, failing in broken
+    ]
+    elsewhere = [
+        _finding(
+            "NF244",
+            f"the network is another where {condition.text} fails{_at(condition)}. Here it holds, and this says "
+            "nothing of images of such sizes.",
+        )
+        for condition in sizes.conditions
+        if condition not in dict(broken)
     ]
     unproved = [
         _finding(
@@ -71,7 +86,7 @@ def judge_size(
             f"{sizes.unknown[0].rstrip('.')}."
         )
         unproved.append(_finding("NF261", larger))
-    return SizeVerdict(tuple(outside), tuple(unproved))
+    return SizeVerdict(tuple(outside), tuple(unproved), tuple(elsewhere))
 
 
 def _firsts(

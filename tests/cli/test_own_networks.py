@@ -30,32 +30,41 @@ pytestmark = [
 ]
 
 
-def run(*command, code: int = 0) -> subprocess.CompletedProcess:
+def run(*command, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess:
     """Run a command in the working directory, as a user would: nothing else is on Python's path."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
     return done
 
 
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    """Stand in a folder with a network's source, its weights, the whole network pickled, and an image."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "nets").mkdir()
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A folder with a network's source, its weights, the whole network pickled, and an image."""
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "nets").mkdir()
     for name in ("my_model.py", "nets/my_unet.py"):
-        (tmp_path / name).write_text(PROJECT)
+        (folder / name).write_text(PROJECT)
     run(
         sys.executable,
         "-c",
         "import sys; sys.path.insert(0, ''); import torch, my_model; torch.manual_seed(0); net = my_model.Mine(); "
         "torch.save(net.state_dict(), 'weights.pth'); torch.save(net, 'whole.pth')",
+        cwd=folder,
     )
     free = dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)
     program = torch.export.export(tiny_unet(), (torch.zeros(2, 1, 64, 64),), dynamic_shapes=(free,))
-    torch.export.save(program, tmp_path / "net.pt2")
+    torch.export.save(program, folder / "net.pt2")
     pixels = np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)
-    iio.imwrite("image.png", pixels)
+    iio.imwrite(folder / "image.png", pixels)
+    return folder
+
+
+@pytest.fixture
+def project(template, tmp_path, monkeypatch):
+    """Stand in such a folder."""
+    shutil.copytree(template, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 

@@ -308,10 +308,18 @@ def test_the_card_names_it(tmp_path):
 def test_the_commands_have_the_switch(tmp_path, monkeypatch, capsys):
     """convert exits 2 with NF231, writes nothing, and with --allow-flat writes and names; calibrate likewise."""
     np.save(tmp_path / "flat.npy", np.full((96, 96), 0.2, dtype=np.float32))
-    model = ["normfix.demo.network:nuclei_unet"]
     flags = ["--scale", "none"]
     out = tmp_path / "out"
-    convert = ["convert", *model, str(tmp_path / "flat.npy"), *flags, "--to", "frozen", "-o", str(out)]
+    convert = [
+        "convert",
+        "factories:tiny_unet",
+        str(tmp_path / "flat.npy"),
+        *flags,
+        "--to",
+        "frozen",
+        "-o",
+        str(out),
+    ]
 
     def run(*arguments):
         monkeypatch.setattr("sys.argv", ["normfix", *arguments])
@@ -325,7 +333,8 @@ def test_the_commands_have_the_switch(tmp_path, monkeypatch, capsys):
     code, text, _ = run(*convert, "--allow-flat", "--partial")
     assert "NF231 " in text
     assert out.exists()
-    again = ["calibrate", str(out), str(tmp_path / "flat.npy"), *flags, "-o", str(tmp_path / "again")]
+    again = ["calibrate", str(out), "--arch", "factories:tiny_unet", str(tmp_path / "flat.npy"), *flags]
+    again += ["-o", str(tmp_path / "again")]
     code, _, error = run(*again)
     assert (code, "NF231" in error) == (2, True)
     code, text, _ = run(*again, "--allow-flat", "--format", "json")

@@ -56,6 +56,7 @@ USES = {
     "calibrate": lambda m, x, _: state(normfix.calibrate(m, x).model),
     "calibrate_": lambda m, x, _: normfix.calibrate_(normfix.calibrate(m, TENSOR).model, x).to_json(),
     "check": lambda m, x, _: normfix.check(m, x, tile=16).to_json(),
+    "choose": lambda m, x, _: normfix.choose(network(), x, window=16).record.to_json(),
     "convert": lambda m, x, _: state(normfix.convert(network(), x).model),
     "diagnose": lambda m, x, _: normfix.diagnose(network(), x, tile=16, batches=(1,)).tile_mismatch,
     "FineTuning.recalibrate": recalibrated,

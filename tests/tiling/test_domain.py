@@ -74,3 +74,13 @@ def test_windows_have_the_sizes_of_the_grids():
     for size, tile in [((64, 320), (64, 64)), ((40, 200), (32, 64))]:
         reads = {tuple(s.stop - s.start for s in t.read) for t in grid(size, tile, GEOMETRY)}
         assert set(window_sizes(size, tile, GEOMETRY)) == reads
+
+
+def test_a_condition_that_holds_here_is_said():
+    """Images of other sizes run another network, and a pass on this one does not speak for them."""
+    verdict = judged(sizes(conditions=["H*W <= 25600"]), (128, 128))
+    (finding,) = verdict.elsewhere
+    assert finding.code == "NF244"
+    assert "H*W <= 25600" in finding.message
+    assert judged(sizes(conditions=["H*W <= 25600"]), (192, 192)).elsewhere == ()
+    assert judged(sizes(crossed=["W <= 300"]), (64, 64)).elsewhere == ()
