@@ -45,6 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def tile_invariant(request: pytest.FixtureRequest) -> Callable[..., Verdict]:
     """Return `normfix.assert_tile_invariant` with the run's defaults; takes what that takes."""
+    from normfix.errors import NormfixError
     from normfix.proof.check import check
     from normfix.reporting.sentences import explanation
 
@@ -62,7 +63,11 @@ def tile_invariant(request: pytest.FixtureRequest) -> Callable[..., Verdict]:
         views: list[Maps] = []
         if folder:
             options.setdefault("viewer", views.append)
-        verdict = check(model, image, tile, **options)
+        try:
+            verdict = check(model, image, tile, **options)
+        except NormfixError as error:
+            # it says what to do; where normfix found out is of no use to a suite
+            raise error.with_traceback(None) from None
         if not verdict.passed:
             if folder:
                 _write(Path(folder), request.node.nodeid, verdict, *views[:1])

@@ -102,6 +102,22 @@ def test_a_failure_is_said_in_ten_lines_cause_first(pytester):
     assert not any("torch.__trace" in line for line in lines)
 
 
+def test_an_image_without_a_scaling_is_said_in_ten_lines(pytester):
+    """What normfix refuses shows the test's own line and what to do, none of normfix's."""
+    pytester.makepyfile("""
+        import numpy as np
+        from torch import nn
+
+        def test_tiles(tile_invariant):
+            tile_invariant(nn.Conv2d(1, 1, 3), np.zeros((1, 1, 64, 64), np.uint16), tile=32)
+    """)
+    lines = pytester.runpytest_inprocess("-p", "no:randomly").outlines
+    shown = lines[lines.index(next(line for line in lines if "= FAILURES =" in line)) + 2 :]
+    shown = shown[: next(n for n, line in enumerate(shown) if "short test summary" in line)]
+    assert len([line for line in shown if line]) <= 10
+    assert any("NF107" in line and "scaling" in line for line in shown)
+
+
 def test_a_threshold_that_is_no_number_is_a_usage_error(pytester):
     """A typing mistake in the ini file stops the test instead of passing it."""
     write(pytester, ini="normfix_threshold = lax")

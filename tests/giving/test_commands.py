@@ -150,8 +150,10 @@ def test_predict3dunet(tmp_path):
     assert np.abs(before.reshape(wanted.shape) - wanted)[cut].max() > 0.1 * sd
 
 
-HALF = 0.1
-"""As near, in sd, as probabilities come that were weighted and added up in half precision, also in corners: 0.06."""
+HALF = 0.02
+"""As near, in sd, as probabilities come that were weighted and added up in half precision, also in corners: 0.015."""
+SEAM = 0.9
+"""Less, in sd, than the windows of the original differ by from its whole: 1.04."""
 FOLDS = (0, 1)
 WINDOW, WHOLE = [96, 64], [192, 64]
 
@@ -219,7 +221,7 @@ def test_nnunet_command(folds):
         apart(nnunet_command(root, name, patch), ensemble, SCALED)
         for name, patch in (("model", WINDOW), ("back", WINDOW), ("back", WHOLE))
     )
-    assert off_the_cut(original, record) > 0.5
+    assert off_the_cut(original, record) > SEAM
     assert off_the_cut(halves, record) < HALF < halves.max()
     assert whole.max() < HALF
     card = (placed(root, "back") / "README.md").read_text()
@@ -259,7 +261,7 @@ def test_what_nnunet_shows_depends_on_its_windows(folds, step):
         for size in (96, 192, 256)
     }
     (_, after), _ = record.verdict.halo_rounded
-    assert shown["model", 96].max() > 0.5
+    assert shown["model", 96].max() > SEAM
     # four halos and more
     if step == 0.5:
         assert shown["back", 96].max() < HALF

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from nnunet import nnunet_folder
-from originals import bundle, unet3d_run
+from nnunet import nnunet_folder, scrambled
+from originals import bundle, torch_em_run, unet3d_run
 
 import normfix
-from normfix.giving.refusals import NotGiven, Unfit
+from normfix.giving.formats import monai_bundle, nnunet, torch_em, unet3d
+from normfix.giving.refusals import NotAlone, NotGiven, Unfit
 from normfix.storage.opening.formats.nnunet import resolved
 
 IMAGE = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -218,6 +219,77 @@ def test_configurations_keep_their_own_norm(tmp_path):
         "larger": "a.InstanceNorm3d",
     }
     assert made["larger"]["inherits_from"] == "large"
+
+
+def torch_em_original(folder: Path) -> dict[str, object]:
+    """Write a trainer's folder; return how its file is opened."""
+    models = pytest.importorskip("torch_em.model", reason="torch-em is not installed")
+    args = {"in_channels": 1, "out_channels": 1, "initial_features": 4, "depth": 2}
+    torch.manual_seed(0)
+    torch_em_run(folder, scrambled(models.UNet2d(**args)))
+    return {"arch": "torch_em.model:UNet2d", "args": args}
+
+
+def nnunet_original(folder: Path) -> dict[str, object]:
+    """Write a folder of one fold; return how it is opened."""
+    pytest.importorskip("nnunetv2", reason="nnU-Net is not installed")
+    folder.mkdir()
+    nnunet_folder(folder)
+    return {"allow_classes": ("numpy.*",)}
+
+
+def monai_original(folder: Path) -> dict[str, object]:
+    """Write a bundle."""
+    bundle(folder)
+    return {}
+
+
+def unet3d_original(folder: Path) -> dict[str, object]:
+    """Write a run."""
+    unet3d_run(folder)
+    return {}
+
+
+def kernels(content) -> list[torch.Tensor]:
+    """Return the convolutions' weights in what a file holds."""
+    if isinstance(content, torch.Tensor):
+        return [content] if content.dim() == 4 and content.is_floating_point() else []
+    return [one for value in content.values() for one in kernels(value)] if isinstance(content, dict) else []
+
+
+@pytest.mark.parametrize(
+    ("library", "original"),
+    [
+        (monai_bundle, monai_original),
+        (unet3d, unet3d_original),
+        (nnunet, nnunet_original),
+        (torch_em, torch_em_original),
+    ],
+    ids=lambda one: getattr(one, "NAME", ""),
+)
+def test_a_weight_that_was_changed_in_the_file_is_caught(tmp_path, monkeypatch, library, original):
+    """Negative control: whichever library reads its own file, one changed weight is seen, and nothing appears."""
+    options = original(tmp_path / "original")
+    path = tmp_path / "original" / "best.pt" if "arch" in options else tmp_path / "original"
+    done = normfix.convert(normfix.load(path, **options), IMAGE)
+    write = library.write
+
+    def spoiled(draft, gifts):
+        changes = write(draft, gifts)
+        file = draft / gifts[0].file
+        content = torch.load(file, weights_only=False)
+        # the first kernel under every name that it has
+        first = kernels(content)[0]
+        for kernel in [one for one in kernels(content) if torch.equal(one, first)]:
+            kernel[(0,) * 4] = first.max() + 0.1
+        torch.save(content, file)
+        return changes
+
+    monkeypatch.setattr(library, "write", spoiled)
+    given = {"source": options.pop("arch", None), "args": options.pop("args", None), **options}
+    with pytest.raises(NotAlone, match=r"NF554.*differs by"):
+        normfix.give_back(done, tmp_path / "back", original=tmp_path / "original", **given)
+    assert not (tmp_path / "back").exists()
 
 
 def test_another_original_is_refused(tmp_path):

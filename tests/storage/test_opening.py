@@ -247,6 +247,13 @@ def test_a_factory_that_does_not_work_is_refused(spec):
     assert refusal(open_model, spec).code == "NF111"
 
 
+def test_a_name_that_timm_has_not_comes_with_those_like_it():
+    """A slip in a name of timm's is answered with the name; one like none with where they are listed."""
+    pytest.importorskip("timm")
+    assert "Did you mean timm:resnet18 or" in refusal(open_model, "timm:resnet188").message
+    assert "timm.list_models()" in refusal(open_model, "timm:qqqqqqqq").message
+
+
 def test_wrong_arguments_of_a_factory_are_refused():
     """An argument that the factory does not take is NF111 and named."""
     error = refusal(open_model, ARCH, arch_args={"chanels": 1})

@@ -13,11 +13,13 @@ import inspect
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
+from difflib import get_close_matches
+from types import ModuleType
 from typing import Any, TypeVar
 
 from torch import nn
 
-from normfix.errors import NormfixError
+from normfix.errors import NormfixError, printable
 from normfix.images.deadline import within
 from normfix.images.headroom import lacks_memory
 from normfix.networks.naming import UnknownNameError, named
@@ -97,14 +99,31 @@ def _factory(spec: str, find: Callable[[str], Any]) -> Callable[..., Any]:
         if not spec.startswith("timm:"):
             found: Callable[..., Any] = find(spec)
             return found
-        create = importlib.import_module("timm").create_model
-        return _TimmFactory(create, spec.removeprefix("timm:"))
+        timm = importlib.import_module("timm")
+        return _TimmFactory(timm.create_model, _registered(timm, spec.removeprefix("timm:")))
     except NormfixError:
         raise
     except ModuleNotFoundError as error:
         raise _uninstalled(error, spec) from error
     except Exception as error:
         raise _failed(spec, error) from error
+
+
+def _registered(timm: ModuleType, name: str) -> str:
+    """Return a name of timm's; one with a scheme, as hf-hub:, is timm's own to understand.
+
+    Raises:
+        UnknownNameError: NF111, with names that are like it.
+    """
+    if ":" in name or timm.is_model(name.partition(".")[0]):
+        return name
+    near = get_close_matches(name, timm.list_models(), 3)
+    hint = (
+        f"Did you mean {' or '.join(f'timm:{one}' for one in near)}?" if near else "See timm.list_models()."
+    )
+    raise UnknownNameError(
+        "NF111", f"timm has no network of this name. {hint}", where=printable(f"timm:{name[:200]}")
+    )
 
 
 class _TimmFactory:
