@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from normfix.networks.quiet_imports import import_compiler
+
 pytest_plugins = ("pytester",)
 
 USES = """
@@ -16,6 +18,12 @@ USES = """
         net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), norm).eval()
         print("tile", tile_invariant(net, torch.rand(1, 1, 96, 96){options}).tile)
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiler():
+    """Import torch's compiler first: pytester forgets modules that its runs import, and torch registers these once."""
+    import_compiler()
 
 
 @pytest.fixture
