@@ -10,6 +10,7 @@ would be invisible on the image the statistics came from.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -124,6 +125,16 @@ def _make_subclass(base: type[nn.Module]) -> type[nn.Module]:
     def reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (base,), self.__dict__.copy()
 
+    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+        copied: nn.Module = base.__deepcopy__(self, memo)  # type: ignore[attr-defined]
+        for name, held in self._modules.items():
+            if name not in copied._modules:
+                copied.add_module(name, copy.deepcopy(held, memo))
+        copied.__dict__[_PLANNED] = self.__dict__[_PLANNED]
+        if type(copied) not in _SUBCLASSES.values():
+            copied.__class__ = _subclass(type(copied))
+        return copied
+
     members = {
         "forward": forward,
         "__reduce_ex__": reduce_ex,
@@ -131,6 +142,8 @@ def _make_subclass(base: type[nn.Module]) -> type[nn.Module]:
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
+    if hasattr(base, "__deepcopy__"):  # torch.fx makes a copy of another class, of what its graph calls alone
+        members["__deepcopy__"] = deepcopy
     return type(base.__name__, (base,), members)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from normfix.errors import NormfixError
-from normfix.networks.behaviour import behaviour_of
+from normfix.networks.behaviour import SAID, behaviour_of
 from normfix.networks.calling import failures, home_of, require_network
 
 __all__ = ["as_trained_copy", "copy_of", "cpu_twin_of", "double_of", "original_of", "twin_of"]
@@ -109,11 +109,15 @@ def _copied(model: nn.Module, shared: Memo) -> nn.Module:
 
 
 def _deep_copy(model: nn.Module, memo: Memo) -> nn.Module:
-    modes = {path: module.training for path, module in model.named_modules()}
+    modules = dict(model.named_modules())
+    modes = {path: module.training for path, module in modules.items()}
     alive = _replace_uninitialised(model, memo), _detach(model, memo)  # no other object may take their ids
     copied = copy.deepcopy(model, memo)
     for path, module in copied.named_modules():
         module.training = modes.get(path, module.training)
+        # a GraphModule's own copy leaves behind what was attached to it
+        said = vars(modules[path]) if path in modules else {}
+        vars(module).update({name: said[name] for name in SAID if name in said})
     del alive
     return copied
 
