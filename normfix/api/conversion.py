@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import islice
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -22,7 +21,7 @@ from normfix.conversion.planning import decide, replay
 from normfix.conversion.pooling import blended_targets, require_poolable, windows_of
 from normfix.conversion.results import Calibration, Conversion
 from normfix.conversion.rewriting import rewrite, rewrite_
-from normfix.conversion.targets import site_target
+from normfix.conversion.targets import measured_targets, site_target
 from normfix.errors import NormfixError
 from normfix.images.collections import ImageFiles, Images
 from normfix.images.given import GivenImages, images_of
@@ -184,8 +183,9 @@ def convert(
     if blocks.tile is None and in_stages:
         blocks = blocks.sized(tile)
     with resumable(blocks.store):
-        start = _start_of(statistics)
-        summary = _calibrate_(converted, plan, taken, caller, blocks, seen.geometry, progress, start, stored)
+        summary = _calibrate_(
+            converted, plan, taken, caller, blocks, seen.geometry, progress, statistics.start, stored
+        )
     held_out: list[Tensor] = []
     kind: Kind = "regression"
     if statistics.kind == "distilled" and summary is not None and taken is not None:
@@ -193,7 +193,7 @@ def convert(
         kind = _kind_of(partial(caller.exactly, base), first[:1], seen.geometry)
         distillation = Distillation(
             converted,
-            [site_target(converted, d, express=False) for d in plan.converted if d.measured],
+            measured_targets(converted, plan),
             partial(caller.exactly, base),
             partial(caller.exactly, converted),
             kind,
@@ -248,13 +248,6 @@ def convert(
     converted.eval()
     calibration = None if summary is None else Calibration(converted, summary)
     return Conversion(converted, plan, scan, calibration, proof, caller, base)
-
-
-def _start_of(statistics: Statistics) -> Statistics:
-    """Return what is measured: for constants that are fitted those they begin with."""
-    if statistics.kind != "distilled":
-        return statistics
-    return replace(statistics, kind="windows", law="geometric")
 
 
 def _kind_of(run: Callable[[Tensor], Tensor], image: Tensor, geometry: Geometry | None) -> Kind:
@@ -322,7 +315,7 @@ def _calibrate_(
             f"image, or --keep '{site.owner or '*'}'.",
             where=f"{site.owner or '(root)'} ({site.owner_class})",
         )
-    targets = [site_target(model, d, express=True) for d in fresh]
+    targets = measured_targets(model, plan, express=True)
     if statistics.kind == "blend":
         targets = blended_targets(targets, stored or {}, statistics.weight)
     measured = partial(
@@ -344,11 +337,8 @@ def _unlike(
         return ()
     if geometry is not None:
         images = replace(images, padding=geometry.padding)
-    targets = {
-        measured: [site_target(model, d, express=False) for d in plan.converted if d.measured is measured]
-        for measured in (True, False)
-    }
-    return unlike(model, targets[True], targets[False], list(islice(images, 8)), caller.exactly)
+    carried = [site_target(model, d, express=False) for d in plan.converted if not d.measured]
+    return unlike(model, measured_targets(model, plan), carried, images, caller.exactly)
 
 
 def _judged(

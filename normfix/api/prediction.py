@@ -19,7 +19,7 @@ from normfix.conversion.measurement import measure_
 from normfix.conversion.measuring import freeze_sites_
 from normfix.conversion.planning import decide
 from normfix.conversion.rewriting import rewrite, rewrite_
-from normfix.conversion.targets import site_target
+from normfix.conversion.targets import measured_targets
 from normfix.errors import NormfixError
 from normfix.images.given import Given, images_of, opened
 from normfix.images.rendering import Logits, Rendering
@@ -385,7 +385,7 @@ class _Prediction:
         provenance = provenance_of(self.model)
         assert provenance is not None
         model, caller = copy_of(self.model), self.known.caller
-        targets = [site_target(model, d, express=False) for d in provenance.plan.converted if d.measured]
+        targets = measured_targets(model, provenance.plan)
         if targets:
             image = images_of(self.image, model)
             measure_(model, targets, image, caller, self.blocks, geometry=self.geometry)
@@ -431,8 +431,7 @@ def _require_identity(base: Base, scan: Scan, plan: Plan) -> None:
 
     def frozen(network: nn.Module, image: Tensor) -> nn.Module:
         copied = rewrite(network, plan).eval()
-        targets = [site_target(copied, d, express=False) for d in plan.converted if d.measured]
-        freeze_sites_(copied, targets, image, base.caller.exactly)
+        freeze_sites_(copied, measured_targets(copied, plan), image, base.caller.exactly)
         return copied
 
     def compared(network: nn.Module, image: Tensor) -> ProofStep:

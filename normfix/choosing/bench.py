@@ -17,7 +17,7 @@ from normfix.conversion.measuring import settle_sites_
 from normfix.conversion.planning import decide
 from normfix.conversion.pooling import blended_targets, parts_of, pooled_targets
 from normfix.conversion.rewriting import rewrite, rewrite_
-from normfix.conversion.targets import Target, site_target
+from normfix.conversion.targets import measured_targets
 from normfix.errors import NormfixError
 from normfix.images.sources import TensorImage
 from normfix.networks.calling import Caller
@@ -25,6 +25,7 @@ from normfix.networks.numerics import deviation
 from normfix.proof.indicators import recognise
 from normfix.records.diagnoses import Kind
 from normfix.records.plans import Plan
+from normfix.records.spans import round_up
 from normfix.records.statistics import Statistics
 from normfix.scanning.base import base_of
 from normfix.scanning.scan import look
@@ -115,24 +116,24 @@ class Bench:
 
     def settle_(self, statistics: Statistics, images: Sequence[Tensor]) -> None:
         """Give the converted network the constants of images."""
-        targets = self._targets(self.converted, self.plan, express=True)
+        targets = measured_targets(self.converted, self.plan, express=True)
         if statistics.pools:
             targets = pooled_targets(targets, statistics.law)
         if statistics.kind == "blend":
             targets = blended_targets(targets, self.stored, statistics.weight)
         settle_sites_(self.converted, targets, self._parts(statistics, images), self.caller.exactly)
 
-    def distil_(self, size: tuple[int, ...], images: Sequence[Tensor]) -> None:
+    def distil_(self, statistics: Statistics, images: Sequence[Tensor]) -> None:
         """Give the converted network constants that are fitted to the original in windows of images."""
-        self.settle_(Statistics(kind="windows", size=size, law="geometric"), images)
+        self.settle_(statistics.start, images)
         fit = Distillation(
             self.converted,
-            self._targets(self.converted, self.plan, express=False),
+            measured_targets(self.converted, self.plan),
             self.run_original,
             lambda x: self.caller.exactly(self.converted, x),
             self.kind,
         )
-        fit.fit_(self._parts(Statistics(kind="windows", size=size), images))
+        fit.fit_(self._parts(statistics.start, images))
 
     def recalibrated(self, images: Sequence[Tensor]) -> nn.Module:
         """Return a BatchRenorm network, converted on the first image and calibrated on all."""
@@ -140,7 +141,7 @@ class Bench:
         network = rewrite(self.original, plan).eval()
         whole = Statistics()
         for express, measured in ((True, images[:1]), (False, images)):
-            targets = self._targets(network, plan, express=express)
+            targets = measured_targets(network, plan, express=express)
             settle_sites_(network, targets, self._parts(whole, measured), self.caller.exactly)
         return network
 
@@ -174,7 +175,7 @@ class Bench:
         axis = space.index(max(space))
         tile = list(space)
         tile[axis] = space[axis] // 2 // strides[axis] * strides[axis]
-        tile = [-(-n // s) * s for n, s in zip(tile, strides, strict=True)]
+        tile = [round_up(n, s) for n, s in zip(tile, strides, strict=True)]
         if not tile[axis]:
             return None
         parts = tiled(lambda part: self.caller.exactly(network, part), pixels, tile, self.geometry)
@@ -204,6 +205,3 @@ class Bench:
     def _parts(self, statistics: Statistics, images: Sequence[Tensor]) -> list[Any]:
         sources = [TensorImage(padded(image, self.geometry)) for image in images]
         return [part for image in sources for part in parts_of(image, statistics, self.geometry)]
-
-    def _targets(self, network: nn.Module, plan: Plan, *, express: bool) -> list[Target]:
-        return [site_target(network, d, express=express) for d in plan.converted if d.measured]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -54,12 +55,7 @@ def blended_windows(run: Run, image: Tensor, size: Sequence[int], geometry: Geom
 
 def side_by_side(run: Run, image: Tensor, size: Sequence[int], geometry: Geometry) -> Tensor:
     """Predict an image in tiles without context, as windows are put side by side."""
-    apart = Geometry(
-        stride=geometry.stride,
-        halo=tuple((0, 0) for _ in geometry.stride),
-        scale=geometry.scale,
-        multiple=geometry.multiple,
-    )
+    apart = replace(geometry, halo=((0, 0),) * len(geometry.stride))
     return tiled(run, image, tile_extents(size[0] if len(size) == 1 else tuple(size), apart), apart)
 
 

@@ -93,7 +93,7 @@ class Fitted(Way):
 
     def predictions(self, fold: Fold) -> Iterator[Prediction]:
         """See Way."""
-        self.bench.distil_(self.size, tensors_of(fold.measured))
+        self.bench.distil_(self.statistics, tensors_of(fold.measured))
         yield from self._predicted(fold.judged)
 
 

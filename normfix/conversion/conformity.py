@@ -9,8 +9,8 @@ single channels of trained networks differ much between ordinary images, the med
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import combinations, islice
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ def unlike(
     model: nn.Module,
     measured: Sequence[Target],
     carried: Sequence[Target],
-    images: Sequence[Image],
+    images: Iterable[Image],
     run: Callable[[nn.Module, Tensor], Tensor],
 ) -> tuple[Finding, ...]:
     """Return what images are unlike, by the first norm at which it is seen.
@@ -61,7 +61,7 @@ def unlike(
 
     norms = [t for t in (*carried, *measured) if isinstance(t, NormTarget)]
     with torch.no_grad(), evaluating(model), observed(norms, observe):
-        for image in images[:_MOST]:
+        for image in islice(images, _MOST):
             run(model, whole(image))
     return (*_against_stored(norms[: len(norms) - len(measured)], parts), *_between(measured, parts))
 

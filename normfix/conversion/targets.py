@@ -451,6 +451,11 @@ class LayerGone(NormfixError):  # noqa: N818 - what happened, not what went wron
     """A converted layer is no longer there."""
 
 
+def measured_targets(model: nn.Module, plan: Plan, *, express: bool = False) -> list[Target]:
+    """Describe the converted sites whose statistics are measured, not carried over; `express` as in site_target."""
+    return [site_target(model, d, express=express) for d in plan.converted if d.measured]
+
+
 def planned_targets(model: nn.Module, plan: Plan) -> list[Target]:
     """Describe the converted sites, all of which must still be there, with their statistics."""
     modules = dict(model.named_modules())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from normfix.errors import NormfixError
@@ -51,6 +51,11 @@ class Statistics(Record):
     def pools(self) -> bool:
         """Tell whether parts have statistics of their own, of which a law makes one."""
         return self.kind in ("windows", "images") and self.law != "total"
+
+    @property
+    def start(self) -> Statistics:
+        """Return what is measured: of constants that are fitted those that they begin with."""
+        return replace(self, kind="windows", law="geometric") if self.kind == "distilled" else self
 
     @property
     def needs_original(self) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from normfix.conversion.measuring import freeze_sites_
 from normfix.conversion.planning import decide
 from normfix.conversion.rewriting import rewrite_
-from normfix.conversion.targets import site_target
+from normfix.conversion.targets import measured_targets
 from normfix.images.given import Given, images_of
 from normfix.images.sources import middle_of
 from normfix.networks.calling import Caller, class_of, refusals
@@ -416,9 +416,8 @@ def _bench(
     halo: HaloSource,
 ) -> _Bench:
     frozen = rewrite_(probe, everything)
-    fresh = [d for d in everything.converted if d.measured]
     small = found.sizes(example)[0]
-    freeze_sites_(frozen, [site_target(frozen, d, express=False) for d in fresh], small, caller)
+    freeze_sites_(frozen, measured_targets(frozen, everything), small, caller)
     double = copy_of(frozen).double()
     largest = _Largest(example.dim() - 2)
     return _Bench(

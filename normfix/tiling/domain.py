@@ -60,7 +60,7 @@ def judge_size(
             f"{_named(failing, extents)}. Halo, stride and statistics are those of the network that was scanned. Take "
             "the branch out, or scan and convert with an image, and use a tile, on one side of it.",
         )
-        for condition, failing in broken
+        for condition, failing in broken.items()
     ]
     elsewhere = [
         _finding(
@@ -69,7 +69,7 @@ def judge_size(
             "nothing of images of such sizes.",
         )
         for condition in sizes.conditions
-        if condition not in dict(broken)
+        if condition not in broken
     ]
     unproved = [
         _finding(
@@ -77,7 +77,7 @@ def judge_size(
             f"the network branches where {condition.text} fails{_at(condition)}, as it does for "
             f"{_named(failing, extents)}; tiles equalled the whole on both sides at the sizes that were tried.",
         )
-        for condition, failing in _firsts(sizes.passed, extents, batch)
+        for condition, failing in _firsts(sizes.passed, extents, batch).items()
     ]
     if sizes.exceeded(whole):
         larger = (
@@ -93,13 +93,13 @@ def _firsts(
     failing: Callable[[Sequence[int], int], tuple[Condition, ...]],
     extents: Sequence[tuple[int, ...]],
     batch: int,
-) -> list[tuple[Condition, tuple[int, ...]]]:
+) -> dict[Condition, tuple[int, ...]]:
     """Return the conditions that fail for any of the extents, each with the first of them."""
     found: dict[Condition, tuple[int, ...]] = {}
     for size in extents:
         for condition in failing(size, batch):
             found.setdefault(condition, size)
-    return list(found.items())
+    return found
 
 
 def _finding(code: str, message: str) -> Finding:

@@ -11,6 +11,7 @@ import copy
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -208,7 +209,7 @@ def _architecture(gift: Gift, description: Description, draft: Path) -> Architec
         return architecture_of(gift.source.spec, gift.args, draft)
     stated = description.architecture
     assert stated.file is not None
-    file = type(stated.file)(name=stated.file.name, sha256=sha256_of(draft / stated.file.name))
+    file = replace(stated.file, sha256=sha256_of(draft / stated.file.name))
     return ArchitectureOf(name=stated.name, kwargs=gift.args, file=file)
 
 
@@ -267,8 +268,9 @@ def _write_tests(
         image = _in_range(image, *gift.known.scaling.values)
     like = next(p for p in gift.network.parameters() if p.is_floating_point())
     with torch.no_grad(), exact_arithmetic():
-        output = gift.network(torch.from_numpy(processed(image, after.inputs[0])).to(like))
-    tensor = output if isinstance(output, torch.Tensor) else next(iter(_values(output)))
+        tensor = gift.caller.exactly(
+            gift.network, torch.from_numpy(processed(image, after.inputs[0])).to(like)
+        )
     files = []
     for file, array in ((given.test, image), (wanted.test, processed(tensor.double().numpy(), wanted))):
         dtype = np.load(draft / file.name, mmap_mode="r").dtype
@@ -289,10 +291,6 @@ def _in_range(image: NDArray[Any], mean: float, sd: float) -> NDArray[Any]:
         limits = np.iinfo(image.dtype)
         moved = np.clip(np.rint(moved), limits.min, limits.max)
     return np.asarray(moved.astype(image.dtype))
-
-
-def _values(output: Any) -> Sequence[Any]:
-    return list(output.values()) if isinstance(output, Mapping) else output
 
 
 def _write_forms(draft: Path, content: dict[str, Any], gift: Gift) -> list[Change]:

@@ -12,14 +12,13 @@ import torch
 from normfix.errors import NormfixError
 from normfix.giving.configs import set_in
 from normfix.giving.formats import plain
+from normfix.giving.formats.described import builder
 from normfix.giving.gift import Gift, changed, config_changes, copied, key_changes
 from normfix.records.returns import Change
 from normfix.records.saved import Source
 from normfix.records.sites import Scan
-from normfix.storage.opening import open_path
 from normfix.storage.opening.formats.monai_bundle import described, weights_file
 from normfix.storage.opening.formats.monai_bundle import recognises as is_bundle
-from normfix.storage.opening.request import Request
 
 __all__ = ["LOADER", "NAME", "advice", "builder", "candidates", "place", "recognises", "weights", "write"]
 
@@ -64,11 +63,6 @@ def recognises(original: Path | None) -> bool:
 def weights(original: Path) -> tuple[Path, ...]:
     """Return the file of weights."""
     return (weights_file(original),)
-
-
-def builder(original: Path, request: Request) -> Source | None:
-    """Return what its files say."""
-    return open_path(original, request).source
 
 
 def place(weights: Path | None) -> str:

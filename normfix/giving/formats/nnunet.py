@@ -15,17 +15,16 @@ from typing import Any
 import torch
 
 from normfix.giving.configs import laid_out
+from normfix.giving.formats.described import builder
 from normfix.giving.gift import Gift, changed, config_changes, copied, key_changes, other_weights
 from normfix.giving.switches import switched
 from normfix.records.returns import Change
 from normfix.records.saved import Source
 from normfix.records.sites import Scan
 from normfix.records.spans import round_up
-from normfix.storage.opening import open_path
 from normfix.storage.opening.configs import read_mapping
 from normfix.storage.opening.formats.nnunet import checkpoints_of, folder_of, resolved
 from normfix.storage.opening.formats.nnunet import recognises as is_model
-from normfix.storage.opening.request import Request
 
 __all__ = ["LOADER", "NAME", "advice", "builder", "candidates", "place", "recognises", "weights", "write"]
 
@@ -50,11 +49,6 @@ def recognises(original: Path | None) -> bool:
 def weights(original: Path) -> tuple[Path, ...]:
     """Return the checkpoints of all folds, or the one that is named."""
     return checkpoints_of(original)
-
-
-def builder(original: Path, request: Request) -> Source | None:
-    """Return what its files say."""
-    return open_path(original, request).source
 
 
 def place(weights: Path | None) -> str:

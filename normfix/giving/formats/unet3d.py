@@ -11,14 +11,13 @@ from typing import Any
 import torch
 
 from normfix.giving.configs import set_in
+from normfix.giving.formats.described import builder
 from normfix.giving.gift import Gift, changed, config_changes, copied, key_changes, other_weights
 from normfix.records.returns import Change
 from normfix.records.saved import Source
 from normfix.records.sites import Scan
-from normfix.storage.opening import open_path
 from normfix.storage.opening.formats.unet3d import checkpoint_of, configs_of
 from normfix.storage.opening.formats.unet3d import recognises as is_run
-from normfix.storage.opening.request import Request
 
 __all__ = ["LOADER", "NAME", "advice", "builder", "candidates", "place", "recognises", "weights", "write"]
 
@@ -46,11 +45,6 @@ def recognises(original: Path | None) -> bool:
 def weights(original: Path) -> tuple[Path, ...]:
     """Return the checkpoint."""
     return (checkpoint_of(original),)
-
-
-def builder(original: Path, request: Request) -> Source | None:
-    """Return what its files say."""
-    return open_path(original, request).source
 
 
 def place(weights: Path | None) -> str:
