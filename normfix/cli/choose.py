@@ -48,7 +48,8 @@ _ENDINGS = (".html", ".json", ".md")
 @click.option(
     "--window",
     type=Extents(1),
-    help="Size of the windows that the network was trained on; one number, or one per axis.",
+    help="Size of the windows that the network was trained on; one number, or one per axis. Default: as MODEL's file "
+    "states it, as plans of nnU-Net and configs of pytorch-3dunet and MONAI do.",
 )
 @click.option("--metric", help="pkg.mod:function(prediction, labels) instead of Dice; more is better.")
 @click.option("--kind", type=click.Choice(KINDS), help="What the output means. Default: told by its values.")
@@ -96,10 +97,6 @@ def choose_command(
     require_reports(reports)
     if any(Path(report).suffix.lower() not in _ENDINGS for report in reports):
         raise click.UsageError(f"--report: a choice has reports that end in {', '.join(_ENDINGS)}")
-    if distilled and window is None:
-        raise click.UsageError("--distilled needs --window, the size of the windows in training")
-    if not labels and window is None:
-        raise click.UsageError("give --labels, or --window with the size of the windows in training")
     arguments = Arguments.take(options, [*images, *labels])
     judge = metric_named(metric)
     opened = arguments.open()
