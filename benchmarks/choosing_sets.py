@@ -122,7 +122,7 @@ def brain(norm: str, seed: int) -> Case:
 
 
 def cosmic_rays(networks: Path, seed: int) -> Case:
-    """Return quarters of a sky with planted rays, and a network of deepCR's, trained by its authors on stamps of 256."""
+    """Return quarters of a sky with planted rays, and a network of deepCR's that was trained on stamps of 256."""
     with Image.open(_folder("skimage") / "data" / "hubble_deep_field.jpg") as file:
         sky = np.asarray(file.convert("L"), np.float32)[:864, :992]
     generator = np.random.default_rng(seed)
