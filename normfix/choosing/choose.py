@@ -92,7 +92,8 @@ def choose(
 
     Args:
         model: not modified.
-        images: as for normfix.convert, in memory.
+        images: as for normfix.convert; of images that are read by window and do not fit, parts are compared, which
+            are drawn at random.
         labels: class numbers (*space) or masks (C, *space); of several images one for each.
         window: pixels of the windows in training, one number or one per axis, multiples of the stride; default: as
             the network's file states them. Without, no constants of windows are tried, and labels are needed.
@@ -123,8 +124,9 @@ def choose(
     """
     require_free(model)
     caller = Caller(forward_fn, output)
-    samples = samples_of(images_of(images, model, caller=caller), labels)
     window = declared_window(model) if window is None else window
+    sizes = (window,) if isinstance(window, int) else tuple(window or ())
+    samples = samples_of(images_of(images, model, caller=caller), labels, sizes)
     if labels is None and window is None:
         raise NormfixError(
             "NF556",

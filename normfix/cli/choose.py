@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from normfix.choosing.choose import Choice
     from normfix.images.collections import ImageFiles
+    from normfix.images.windows import ScaledImage
 
 __all__ = ["choose_command"]
 
@@ -89,6 +91,7 @@ def choose_command(
     Constants are measured on all images but some and judged on these, in turn (of one image on halves): by labels, or
     by agreement with the original's own prediction in windows of its training size. All are seamless; they are not
     equally good. Prints what to run. `convert --statistics choose:SIZE` takes the recommendation at once.
+    Images are read by window and may be larger than memory: of those, parts that are drawn at random are compared.
 
     \b
     Example:
@@ -100,7 +103,7 @@ def choose_command(
     arguments = Arguments.take(options, [*images, *labels])
     judge = metric_named(metric)
     opened = arguments.open()
-    files = arguments.images(images, opened.model)
+    files = arguments.windows(images, opened.model)
     with telling(), steps() as progress:
         found = chosen(
             opened.model,
@@ -121,7 +124,9 @@ def choose_command(
     return 0
 
 
-def chosen(model: nn.Module, files: ImageFiles, labels: tuple[str, ...], **options: Any) -> Choice:
+def chosen(
+    model: nn.Module, files: ImageFiles | Sequence[ScaledImage], labels: tuple[str, ...], **options: Any
+) -> Choice:
     """Choose, with the labels that files hold."""
     from normfix.choosing.choose import choose
     from normfix.images.names import find_images

@@ -49,7 +49,8 @@ class Candidate(Record):
 class ChoiceRecord(Shown, Record):
     """Candidates, the best first, and the recommended one.
 
-    `measure` is what scores are; `parts` what was held out in turn: images, or halves of the only one; `window` the
+    `measure` is what scores are; `parts` what was held out in turn: images, halves of the only one, or parts
+    of larger ones; `window` the
     size of the original's windows. `margin` is the mean difference of the recommended score to that of whole images'
     constants (of those, where they are recommended, to the best other), over the same held-out images, and `error` its
     standard error. `sure` is "sure" if it is above two standard errors and on every one of at least four images,
@@ -85,8 +86,7 @@ class ChoiceRecord(Shown, Record):
     @property
     def reason(self) -> str:
         """Return by how much, on what, and how sure."""
-        held_out = counted(len(self.parts), "held-out image" if "half" not in self.parts[0] else "half")
-        held_out = held_out.replace("halfs", "halves")
+        held_out = counted(len(self.parts), self._part).replace("halfs", "halves")
         error = "" if self.error is None else f" ± {self.error:.3f}"
         if self.sure == "open":
             return (
@@ -96,6 +96,13 @@ class ChoiceRecord(Shown, Record):
         if self.recommended == "whole":
             return f"{self.margin:+.3f}{error} to the best other on {held_out}, {self.sure}"
         return f"{self.margin:+.3f}{error} to whole, better on {self.best.better} of {held_out}, {self.sure}"
+
+    @property
+    def _part(self) -> str:
+        first = self.parts[0]
+        if " at " in first:
+            return "held-out part"
+        return "half" if "half" in first else "held-out image"
 
     def table(self) -> Table:
         """Return candidates and references."""
