@@ -402,7 +402,7 @@ CODES: dict[str, str] = {
     "samples, and their laws are laws of norms that keep their statistic: not of groups re-expressed as BatchRenorm.",
     "NF555": "Constants are chosen for norms that are measured on images. This network has none: its norms use the "
     "statistics that are stored, or it has no norm over space.",
-    "NF556": "normfix choose measures constants on some images and judges them on others, in memory: by labels, or by "
+    "NF556": "normfix choose measures constants on some images and judges them on others: by labels, or by "
     "the original's own prediction in windows of its training size (--window). It needs one of the two, an image that "
     "can be halved or several, and a network whose tiles can be exact.",
     "NF557": "Accuracy needs labels for each image, of its extents, and an output that has Dice with them: "

@@ -125,8 +125,8 @@ def choose(
     require_free(model)
     caller = Caller(forward_fn, output)
     window = declared_window(model) if window is None else window
-    sizes = (window,) if isinstance(window, int) else tuple(window or ())
-    samples = samples_of(images_of(images, model, caller=caller), labels, sizes)
+    asked = (window,) if isinstance(window, int) else tuple(window or ())
+    samples = samples_of(images_of(images, model, caller=caller), labels, asked)
     if labels is None and window is None:
         raise NormfixError(
             "NF556",
@@ -159,7 +159,8 @@ def choose(
         candidates = comparison.candidates(ways_of(bench, judge, samples, extents, distilled=distilled))
         references = comparison.references(candidates[0])
         places = comparison.places(candidates)
-    found = recommend(candidates)
+    sizes = tuple(len(fold.judged) for fold in folds)
+    found = recommend(candidates, sizes)
     best = next(c for c in candidates if c.name == found.name)
     record = ChoiceRecord(
         model=bench.model,
@@ -174,6 +175,7 @@ def choose(
         error=found.error,
         sure=found.sure,
         fix=_python(best),
+        folds=sizes,
     )
     return Choice(record, images, places)
 

@@ -176,6 +176,7 @@ def test_an_image_read_by_window_is_compared_in_parts(large, by_labels):
     assert len(set(found.record.parts)) == len(found.record.parts) == 8
     assert (found.record.recommended, found.record.sure) == (by_labels.record.recommended, "sure")
     assert "better on 8 of 8 held-out parts" in found.headline
+    assert (found.record.folds, found.table().heads[4]) == ((2, 2, 2, 1, 1), "of folds")
     assert not {"per-image", "images:geometric"} & {c.name for c in found.record.candidates}
     assert found.given.images is opened
 
@@ -208,6 +209,15 @@ def test_a_recommendation_says_how_sure_it_is(scores, name, sure):
     """Paired differences decide: beyond doubt, mostly, or not at all, and then whole images are taken."""
     found = recommend([row("whole", 0.9, 0.9, 0.9, 0.88), row("windows", *scores)])
     assert (found.name, found.sure) == (name, sure)
+
+
+def test_images_of_one_fold_count_once():
+    """Those held out together share their constants: what differs within a fold is no doubt, and no proof."""
+    rows = [row("whole", *[0.9] * 6), row("windows", 0.91, 0.93, 0.92, 0.92, 0.91, 0.93)]
+    apart, together = recommend(rows), recommend(rows, (2, 2, 2))
+    assert apart.error > 0.003
+    assert together.error == pytest.approx(0, abs=1e-9)
+    assert recommend(rows, (1, 1, 1, 1, 1, 1)) == apart
 
 
 def test_a_worse_rival_leaves_whole_sure():
