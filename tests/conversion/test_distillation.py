@@ -61,6 +61,19 @@ def test_held_out_windows_agree_better_and_the_proof_says_so(done):
     assert done.proof.passed
 
 
+@pytest.mark.parametrize("channels", [1, 6], ids=["regression", "embedding"])
+def test_groups_are_fitted_whatever_the_output_means(channels):
+    """GroupNorms agree better in held-out windows where the output is a number, and where it is a vector."""
+    torch.manual_seed(1)
+    blocks = [(nn.Conv2d(n, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU()) for n in (1, 8)]
+    net = nn.Sequential(*blocks[0], *blocks[1], nn.Conv2d(8, channels, 3, padding=1)).eval()
+    done = normfix.convert(net, normfix.Measured(image(), f"distilled:{SIZE}"))
+    found = done.calibration.summary.distilled
+    assert found.end < 0.9 * found.start
+    assert done.proof.step("distilled").status == "passed"
+    assert done.proof.passed
+
+
 def test_constants_alone_have_moved(done):
     """Every site's constants differ from those it began with, and no weight does."""
     start = normfix.convert(Handwritten().eval(), normfix.Windows(image(), SIZE))
