@@ -259,16 +259,16 @@ def _leaks(
     found = []
     for axis, (change, short) in enumerate(zip(changes, _short_axes(geometry, exact), strict=True)):
         stride, reasons = geometry.stride[axis], []
-        if change > ISOLATED:
-            reasons.append(
-                f"a tile changes by {change:.1e} of its output when everything beyond the halo is amplified"
-            )
         if short and exact is not None:
             need = "/".join(str(round_up(n, stride)) for n in exact[axis])
             reasons.append(f"the halo is {geometry.halo[axis]}, the network reaches {exact[axis]}")
             reasons.append(f"no tile of {tile[axis]} can be exact with it; read at least {need} around each")
-        elif reasons:
+        elif change > ISOLATED:
             reasons.append(f"no tile of {tile[axis]} can be exact with this halo")
+        if change > ISOLATED:
+            reasons.append(
+                f"a tile changes by {change:.1e} of its output when everything beyond the halo is amplified"
+            )
         if reasons:
             found.append(Finding(code="NF403", where=f"axis {axis}", message="; ".join(reasons) + "."))
     return found
