@@ -20,7 +20,8 @@ def here(tmp_path, monkeypatch):
     before = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - before:
-        del sys.modules[name]
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 def reason(name: str) -> str:
@@ -79,6 +80,8 @@ def test_what_is_installed_comes_before_what_lies_here(here):
         ("lone_nat.py:Mine", "Did you mean lone_net.py:Mine?"),
         ("lone_net:mine", "Did you mean Mine?"),
         ("lone_net:Other", "It defines Mine."),
+        ("torchvision:resnet188", "Did you mean torchvision.models:resnet18?"),
+        ("torch:InstanceNorm2D", "Did you mean torch.nn:InstanceNorm2d?"),
         ("needs_more:Mine", "imports no_such_library, which is not installed"),
         ("needs_more.py:Mine", "imports no_such_library, which is not installed"),
     ],
