@@ -231,30 +231,27 @@ def _lacking(name: str, error: ModuleNotFoundError) -> UnknownNameError:
 
 def _without(module: ModuleType, owner: Any, part: str, name: str) -> UnknownNameError:
     """Return the error for a module without the attribute, with what it defines of a like name."""
-    own = {key.lower(): key for key in defined_in(module, owner)}
-    near = get_close_matches(part.lower(), own, 1)
+    own = defined_in(module, owner)
+    places = {**_within(module), **{key: key.lower() for key in own}}
+    near = get_close_matches(part.lower(), places.values(), 1)
     if near:
-        hint = f"Did you mean {own[near[0]]}?"
-    elif inside := _place_within(module, part):
-        hint = f"Did you mean {inside}?"
+        hint = f"Did you mean {next(place for place, key in reversed(places.items()) if key == near[0])}?"
     else:
-        hint = f"It defines {', '.join(list(own.values())[:6]) or 'nothing that can be called'}."
+        hint = f"It defines {', '.join(own[:6]) or 'nothing that can be called'}."
     return UnknownNameError(
         "NF111", f"{module.__name__} has no {printable(part)}. {hint}", where=printable(name[:200])
     )
 
 
-def _place_within(package: ModuleType, part: str) -> str:
-    """Return where a module of the package that was imported with it holds the name or one like it; "" for nowhere."""
-    held = {
+def _within(package: ModuleType) -> dict[str, str]:
+    """Return what the package's modules hold that were imported with it: the lower-case name of each place."""
+    return {
         f"{inner.__name__}:{key}": key.lower()
         for inner in vars(package).values()
         if isinstance(inner, ModuleType) and inner.__name__.startswith(f"{package.__name__}.")
         for key, value in vars(inner).items()
         if callable(value) and not key.startswith("_")
     }
-    near = get_close_matches(part.lower(), held.values(), 1, cutoff=0.8)
-    return next((place for place, key in held.items() if near and key == near[0]), "")
 
 
 def defined_in(module: ModuleType, owner: Any = None) -> list[str]:
