@@ -37,6 +37,7 @@ from normfix.storage.opening import open_path, open_spec
 from normfix.storage.opening.allocation import Stored, bounded_by
 from normfix.storage.opening.factories import built, dumped, rebuild
 from normfix.storage.opening.formats.exported import read_program
+from normfix.storage.opening.formats.torchscript import recognises as is_torchscript
 from normfix.storage.opening.gate import FACTORIES, library, vouched
 from normfix.storage.opening.hub import fetched
 from normfix.storage.opening.request import Loaded, Request
@@ -44,6 +45,7 @@ from normfix.storage.opening.tensors import read_weights
 from normfix.storage.opening.workload import Workload
 from normfix.storage.probe import require_probe
 from normfix.storage.programs import SUFFIX, open_program
+from normfix.storage.scripts import program_of
 from normfix.storage.spec import HUB, require_no_revision
 
 __all__ = ["Architecture", "load", "open_any"]
@@ -134,6 +136,8 @@ def open_any(spec: str | Path, request: Request, *, revision: str | None = None)
     require_no_revision(str(spec), revision)
     if Path(spec).suffix == SUFFIX and os.path.isfile(spec):  # noqa: PTH113 - Path raises where a name is too long
         return _open_program(Path(spec), request)
+    if os.path.isfile(spec) and is_torchscript(Path(spec)):  # noqa: PTH113
+        return _open_script(Path(spec))
     if not str(spec).startswith(HUB):
         if os.path.isfile(Path(spec) / MANIFEST):  # noqa: PTH113
             return _open_saved(Path(spec), request)
@@ -218,6 +222,14 @@ def _open_program(path: Path, request: Request) -> Loaded:
         with Workload(path.stat().st_size, str(path), math.prod(saved.probe.shape)):
             require_probe(model, Caller.of(known), saved.probe, str(path))
     return Loaded(model, named, (*_unproved(model), *saved.doubt(str(path))))
+
+
+def _open_script(path: Path) -> Loaded:
+    """Open a TorchScript archive as the program that torch makes of it."""
+    with program_of(path) as (program, found):
+        model, _ = open_program(program, read_program)
+    source = Source(kind="object", spec="torch.jit:ScriptModule")
+    return Loaded(model, source, (found, *(_unproved(model))))
 
 
 def _restored(folder: Path, saved: Saved, base: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
