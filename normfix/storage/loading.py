@@ -112,7 +112,7 @@ def load(
 
 
 def _architecture(
-    arch: Architecture | None, args: Mapping[str, Any] | None
+    arch: Architecture | ModuleType | None, args: Mapping[str, Any] | None
 ) -> tuple[str | None, nn.Module | None]:
     """Return the name of an architecture, or the network itself where it has none that leads to it."""
     if arch is None or isinstance(arch, str):
