@@ -72,8 +72,9 @@ CODES: dict[str, str] = {
     "NF122": "--allow-class allows classes, which torch's safe mode builds without running their code's "
     "constructors at will; a function could do anything. Trust the whole file with --trust-pickle, or save the "
     "state_dict.",
-    "NF123": "TorchScript holds a compiled program, not modules. Save the state_dict where the network's source "
-    "is and name the network with --arch.",
+    "NF123": "TorchScript is opened as the program that torch makes of it, which ends at control flow that depends on "
+    "values, at hooks, at objects of other code, and at networks that do not begin with a convolution. Trace the "
+    "network, export it (.pt2), or save its state_dict and name the network with --arch.",
     "NF124": "A program of torch.export holds a graph of operations, not modules, so norms cannot be swapped in "
     "it as in a network. Give the network it was exported from.",
     "NF125": "hf-hub:ORG/NAME@REVISION is fetched through huggingface_hub; the repository or revision does not "

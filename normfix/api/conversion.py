@@ -111,7 +111,7 @@ def convert(
             calibration. Without, it is refused.
         halo: "graph" takes the bound that the network's graph gives, where it gives one; "measured" takes what the dye
             shows, which the verdict says.
-        tile: size of the tiles to prove with, one number or one per axis; default: a quarter of the image, at most 256.
+        tile: size of the tiles to prove with, one number or one per axis; default: a third of the image, at most 256.
         blocks: how to measure in stages. With a size, a budget, a store or a cluster, or for images read by window,
             statistics are measured in stages over all of every image, in blocks of `tile` if they state no size, and
             then re-measured in other blocks; what needs whole forward passes is proved on the middle of the first

@@ -36,7 +36,11 @@ __all__ = ["convert_command"]
 @click.command("convert")
 @model_options
 @click.argument("images", nargs=-1)
-@click.option("--to", type=click.Choice(["frozen", "batchrenorm"]), help="What norms become.")
+@click.option(
+    "--to",
+    type=click.Choice(["frozen", "batchrenorm"]),
+    help="What norms become; frozen where neither it nor --plan is given.",
+)
 @click.option(
     "-o", "--out", required=True, help="Folder, program FILE.pt2, FILE.onnx or FILE.ts. Never over anything."
 )
@@ -133,8 +137,8 @@ def convert_command(
     Example:
       normfix convert normfix.demo.network:nuclei_unet nuclei.tif --scale percentile:1,99.8 --to frozen -o fixed
     """
-    if (to is None) == (plan_file is None):
-        raise click.UsageError("give either --to frozen|batchrenorm or --plan FILE")
+    if to is not None and plan_file is not None:
+        raise click.UsageError("--plan says what norms become: leave --to out")
     if plan_file is not None and keep:
         raise click.UsageError("--keep belongs to --to; a plan already says what to keep")
     if format_ == "pt2" and Path(out).suffix != ".pt2":

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from normfix.conversion.targets import NormTarget, Target, TargetAround
 from normfix.errors import NormfixError
-from normfix.images.sources import Cut, Image
+from normfix.images.sources import Cut, Image, each_of
 from normfix.layers.moments import Moments, merge
 from normfix.records.measurements import SiteStatistics
 from normfix.records.plans import Action, Plan
@@ -40,8 +40,8 @@ Stored = Mapping[str, tuple[Tensor, Tensor]]
 
 
 def parts_of(image: Image, statistics: Statistics, geometry: Geometry | None) -> list[Image]:
-    """Return what has statistics of its own: the windows of an image, or all of it."""
-    return windows_of(image, statistics.size, geometry) if statistics.kind == "windows" else [image]
+    """Return what has statistics of its own: the windows of an image, or all of it, of each of a batch."""
+    return windows_of(image, statistics.size, geometry) if statistics.kind == "windows" else each_of(image)
 
 
 def windows_of(image: Image, size: Sequence[int], geometry: Geometry | None) -> list[Image]:
@@ -50,7 +50,7 @@ def windows_of(image: Image, size: Sequence[int], geometry: Geometry | None) -> 
     Neighbours overlap by as much as the image is no multiple of the window; one longer than the image is the image.
 
     Args:
-        image: of any size, in memory or read by window.
+        image: of any size, in memory or read by window; of a batch each is cut by itself.
         size: pixels, one number for all axes or one per axis.
         geometry: of the network, where it is known.
 
@@ -64,7 +64,8 @@ def windows_of(image: Image, size: Sequence[int], geometry: Geometry | None) -> 
         strides, sizes = geometry.stride, tile_extents(sizes, geometry)
     starts = [_starts(*axis) for axis in zip(space, sizes, strides, strict=True)]
     return [
-        Cut(image, [(a, a + min(n, m)) for a, n, m in zip(corner, sizes, space, strict=True)])
+        Cut(one, [(a, a + min(n, m)) for a, n, m in zip(corner, sizes, space, strict=True)])
+        for one in each_of(image)
         for corner in product(*starts)
     ]
 
