@@ -66,8 +66,10 @@ def _table(rows: Rows) -> list[str]:
     columns = [c for c in COLUMNS if any(c in row for row in rows.values())]
     heads = " | ".join(COLUMNS[c] for c in columns)
     lines = [f"| trained with | {heads} |", "| --- |" + " --- |" * len(columns)]
+    most = max(len(row["tiled"]) for row in rows.values())
     for variant, row in rows.items():
-        lines.append(f"| {variant} | " + " | ".join(_shown(c, row.get(c)) for c in columns) + " |")
+        fewer = "" if len(row["tiled"]) == most else f" ({len(row['tiled'])} of {most} seeds)"
+        lines.append(f"| {variant}{fewer} | " + " | ".join(_shown(c, row.get(c)) for c in columns) + " |")
     return lines
 
 
