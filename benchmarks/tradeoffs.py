@@ -31,7 +31,7 @@ from tradeoff.training import RATE, finetune, train
 import normfix
 from normfix.layers import BatchRenorm
 
-SAME = 2e-3  # Dice of a network that is trained again, on another machine
+SAME = 5e-3  # Dice of a network that is trained again, on another machine; between seeds it differs by 8e-3
 FEW = 5  # a fine-tuning run takes this share of the steps of a training run
 OTHERWISE = {
     "instance": ("windows", "images", "distilled"),

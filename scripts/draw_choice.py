@@ -1,21 +1,20 @@
-"""Draw docs/choice.png: where constants differ most on labelled nuclei, live tiles, whole images' and the recommended.
+"""Draw docs/choice.png, labelled nuclei with live tiles, constants of whole images, and the recommended ones.
 
     pip install ".[demo]" matplotlib && pip install --no-deps stardist
     python scripts/draw_choice.py
 
 stardist's labelled columns that the demo network never saw, enlarged 3.5 times; each half of them is predicted with
-constants of the other, and Dice is the mean over both halves.
+constants of the other, one is shown, and Dice is the mean over both.
 """
 
-import io
 import sys
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 import normfix
 from normfix.demo.network import WINDOW, nuclei_unet
-from normfix.reporting.places import places
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs" / "choice.png"
@@ -30,14 +29,18 @@ if __name__ == "__main__":
     image, truth = (t[:, :, :ROWS].contiguous() for t in zoomed(*labelled(), 3.5))
     found = normfix.choose(nuclei_unet(), image, labels=truth[0, 0].numpy(), window=WINDOW)
     print(found)
-    record = found.record
+    record, shown = found.record, found.places
     scores = {c.name: c.mean for c in (*record.candidates, *record.references)}
     live = next(c.name for c in record.references if "tiles" in c.name)
-    best = record.candidates[0].name
-    named = {drawing.name: drawing for drawing in places(found.places)[0].drawings}
-    figure, panels = plt.subplots(1, 5, figsize=(11, 2.7), layout="constrained")
-    for panel, name in zip(panels, ("image", "labels", live, "whole", best), strict=True):
-        panel.imshow(plt.imread(io.BytesIO(named[name].png)), interpolation="nearest")
-        panel.set_title(f"{name}\nDice {scores[name]:.3f}" if name in scores else name, fontsize=9)
+    predictions = dict(shown.predictions)
+    panels = {"image": shown.image[0]}
+    for name in (live, "whole", record.recommended):
+        panels[f"{name}\nDice {scores[name]:.3f}"] = predictions[name][0]
+    figure, axes = plt.subplots(1, len(panels), figsize=(11, 3), layout="constrained")
+    for panel, (name, values) in zip(axes, panels.items(), strict=True):
+        low, high = np.percentile(values, (1, 99)) if name == "image" else (0, 1)
+        panel.imshow(values, cmap="gray" if name == "image" else "viridis", vmin=low, vmax=high)
+        panel.contour(shown.labels, [0.5], colors="tab:orange", linewidths=0.8)
+        panel.set_title(name, fontsize=9)
         panel.axis("off")
-    figure.savefig(OUT, dpi=100)
+    figure.savefig(OUT, dpi=100, bbox_inches="tight")

@@ -18,7 +18,7 @@ from normfix.conversion.distillation import Distillation, held_out_loss
 from normfix.conversion.flatness import all_empty, judged, spread_in_groups
 from normfix.conversion.measurement import measure_
 from normfix.conversion.planning import decide, replay
-from normfix.conversion.pooling import blended_targets, require_poolable, windows_of
+from normfix.conversion.pooling import blended_targets, on_grid, require_poolable, windows_of
 from normfix.conversion.results import Calibration, Conversion
 from normfix.conversion.rewriting import rewrite, rewrite_
 from normfix.conversion.targets import measured_targets, site_target
@@ -139,8 +139,9 @@ def convert(
         raise NormfixError(
             "NF205", "a plan says already what to keep. Give one of the two.", where=f"keep={keep!r}"
         )
-    statistics = WHOLE
+    statistics, sized = WHOLE, True
     if isinstance(images, Windows | Measured):
+        sized = not images.statistics.needs_size
         statistics, images = _sized(images.statistics, model), images.images
     caller = Caller(forward_fn, output)
     home = home_of(model)
@@ -157,6 +158,8 @@ def convert(
     progress("scan", 0, 1)
     seen = look(ready.copy(), example, caller, halo=halo)
     progress("scan", 1, 1)
+    if not sized:
+        statistics = replace(statistics, size=on_grid(statistics.size, seen.geometry))
     if isinstance(to, Plan):
         plan = replay(to, seen.scan.sites, model=seen.scan.model)
     else:

@@ -14,6 +14,7 @@ from normfix.choosing.judge import Judge
 from normfix.choosing.recommendation import recommend
 from normfix.choosing.samples import Fold, folds_of, samples_of
 from normfix.choosing.ways import Prediction, Way, ways_of
+from normfix.conversion.pooling import on_grid
 from normfix.diagnosis.accuracy import Metric
 from normfix.errors import NormfixError
 from normfix.images.given import GivenImages, images_of
@@ -124,7 +125,8 @@ def choose(
     """
     require_free(model)
     caller = Caller(forward_fn, output)
-    window = declared_window(model) if window is None else window
+    declared = declared_window(model) if window is None else None
+    window = declared or window
     asked = (window,) if isinstance(window, int) else tuple(window or ())
     samples = samples_of(images_of(images, model, caller=caller), labels, asked)
     if labels is None and window is None:
@@ -143,7 +145,9 @@ def choose(
     progress("scan", 0, 1)
     bench = Bench.of(model, samples[0].pixels, caller, keep=keep, as_trained=as_trained)
     progress("scan", 1, 1)
-    extents = () if window is None else _extents(window, bench)
+    extents = (
+        () if window is None else _extents(on_grid(declared, bench.geometry) if declared else window, bench)
+    )
     folds = folds_of(samples, bench.geometry)
     if labels is None and not any(_is_cut(s, extents) for fold in folds for s in fold.judged):
         raise NormfixError(
