@@ -415,6 +415,8 @@ CODES: dict[str, str] = {
     "NF589": "Calibration images are unlike each other, or unlike what the network has stored of its training, by the "
     "median channel of a norm: over 8 times stronger or weaker, or 6 sd off. Mostly one is scaled otherwise. Said, not "
     "refused.",
+    "NF570": "The proof of this network's conversion did not pass. Where its tiles differed from its whole, predict "
+    "refuses it; where another claim failed, or could not be decided, predict says so.",
     # 9xx: normfix itself
     "NF901": "Something failed inside normfix. Nothing was written. Please report it with the traceback that "
     "--debug prints.",

@@ -245,6 +245,7 @@ def convert(
             source=source,
             output=stated,
             statistics=statistics,
+            unproved=proof.open_steps,
         ),
     )
     if model.training:

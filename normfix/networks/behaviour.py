@@ -167,7 +167,7 @@ class _Picture:
 
     def _read_by(self, function: FunctionType) -> Iterator[object]:
         """Yield the globals that a function reads, with their names: of a function once, of its own module alone."""
-        if function.__module__.startswith(_LIBRARIES):
+        if not function.__module__ or function.__module__.startswith(_LIBRARIES):
             return
         names, changes = _globals_read(function.__code__)
         for name in names:

@@ -34,10 +34,9 @@ from normfix.storage.folder import (
     unchanging,
 )
 from normfix.storage.opening import open_path, open_spec
-from normfix.storage.opening.allocation import Stored, bounded_by
+from normfix.storage.opening.allocation import Stored, bounded_by, uncounted
 from normfix.storage.opening.factories import built, dumped, rebuild
 from normfix.storage.opening.formats.exported import read_program
-from normfix.storage.opening.formats.torchscript import recognises as is_torchscript
 from normfix.storage.opening.gate import FACTORIES, library, vouched
 from normfix.storage.opening.hub import fetched
 from normfix.storage.opening.request import Loaded, Request
@@ -136,8 +135,7 @@ def open_any(spec: str | Path, request: Request, *, revision: str | None = None)
     require_no_revision(str(spec), revision)
     if Path(spec).suffix == SUFFIX and os.path.isfile(spec):  # noqa: PTH113 - Path raises where a name is too long
         return _open_program(Path(spec), request)
-    if os.path.isfile(spec) and is_torchscript(Path(spec)):  # noqa: PTH113
-        return _open_script(Path(spec))
+    request = replace(request, open_script=_open_script)
     if not str(spec).startswith(HUB):
         if os.path.isfile(Path(spec) / MANIFEST):  # noqa: PTH113
             return _open_saved(Path(spec), request)
@@ -226,7 +224,7 @@ def _open_program(path: Path, request: Request) -> Loaded:
 
 def _open_script(path: Path) -> Loaded:
     """Open a TorchScript archive as the program that torch makes of it."""
-    with program_of(path) as (program, found):
+    with uncounted(), program_of(path) as (program, found):
         model, _ = open_program(program, read_program)
     source = Source(kind="object", spec="torch.jit:ScriptModule")
     return Loaded(model, source, (found, *(_unproved(model))))

@@ -74,7 +74,7 @@ def measure_reach(stage: Stage, maps: ProgramMaps, shapes: Shapes, image: Node) 
             reach = _shown(single, stage, axis, cross, () if known is None else known.obstacles())
         else:
             reach = -(-bound[axis][0] // pixels), -(-bound[axis][1] // pixels)
-        settled = bound is not None and known is not None and known.lattice[axis] == pixels
+        settled = bound is not None and known is not None and pixels % known.lattice[axis] == 0
         if settled and _cuts_anywhere(double, axis, reach, cross):
             cells: int | None = 1
         else:

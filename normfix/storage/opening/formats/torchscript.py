@@ -17,11 +17,13 @@ def recognises(path: Path) -> bool:
 
 
 def open_network(path: Path, request: Request) -> Loaded:
-    """Refuse it.
+    """Open it as a program, where the caller can; it has no modules.
 
     Raises:
-        NormfixError: NF123, with what to do.
+        NormfixError: NF123, with what to do; those of the program.
     """
+    if request.open_script is not None:
+        return request.open_script(path)
     raise NormfixError(
         "NF123",
         "it is a TorchScript program, which holds no modules; normfix.load opens it as a program. Where the network "
