@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import zipfile
 
 import numpy as np
 import pytest
@@ -53,6 +54,16 @@ def test_a_package_is_opened_by_an_installed_class(version, form, tmp_path):
     assert any("within" in note for note in opened.notes)
     weights = torch.load(folder / "weights.pt")
     assert all(torch.equal(weights[name], value) for name, value in opened.model.state_dict().items())
+
+
+def test_an_archive_of_a_folder_is_a_package(tmp_path):
+    """What a file manager packs, a folder and its own notes beside it, opens as the folder does."""
+    folder, path = package(tmp_path / "model"), tmp_path / "packed.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.iterdir()):
+            archive.write(file, f"model/{file.name}")
+        archive.writestr("__MACOSX/model/._rdf.yaml", b"notes")
+    assert open_any(path, Request()).source.spec == "monai.networks.nets:UNet"
 
 
 def test_preprocessing_is_the_scaling_of_images(tmp_path):
