@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from normfix.networks.calling import Caller, failures
 from normfix.networks.copying import copy_of
 from normfix.networks.devices import chosen
 from normfix.networks.graph.program import ProgramNetwork
-from normfix.networks.naming import name_of
+from normfix.networks.naming import defined_in, name_of
 from normfix.networks.provenance import attach_
 from normfix.networks.surroundings import undisturbed
 from normfix.records.saved import Saved, Source
@@ -110,13 +111,21 @@ def load(
 
 
 def _architecture(
-    arch: Architecture | None, args: Mapping[str, Any] | None
+    arch: Architecture | ModuleType | None, args: Mapping[str, Any] | None
 ) -> tuple[str | None, nn.Module | None]:
     """Return the name of an architecture, or the network itself where it has none that leads to it."""
     if arch is None or isinstance(arch, str):
         return arch, None
     if isinstance(arch, nn.Module):
         return None, arch
+    if isinstance(arch, ModuleType):
+        inside = (
+            ", ".join(f"{arch.__name__}.{key}" for key in defined_in(arch)[:6])
+            or "nothing that can be called"
+        )
+        raise NormfixError(
+            "NF111", f"it is a module of Python. Give the class or function in it: {inside}.", where="arch"
+        )
     name = name_of(arch)
     return (None, built(arch, args or {})) if name is None else (name, None)
 

@@ -90,6 +90,8 @@ def test_a_test_of_many_pixels_is_no_harm(tmp_path):
     [
         ({f"{STATE}__sha256": "0" * 64}, "NF592"),
         ({f"{STATE}__source": "../weights.pt"}, "NF592"),
+        ({f"{STATE}__source": "w" * 4000}, "NF592"),
+        ({f"{STATE}__source": "weights\0.pt"}, "NF592"),
         ({f"{STATE}__source": "/etc/passwd"}, "NF592"),
         ({f"{STATE}__source": "https://example.org/weights.pt"}, "NF592"),
         ({f"{STATE}__source": "missing.pt"}, "NF592"),

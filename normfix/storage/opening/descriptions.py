@@ -6,13 +6,15 @@ is looked up anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from normfix.errors import NormfixError
 from normfix.storage.opening.packages import PackageError
 
-__all__ = ["ArchitectureOf", "Description", "File", "Step", "TensorOf", "described"]
+__all__ = ["ArchitectureOf", "Description", "File", "Step", "TensorOf", "as_described", "described"]
 
 _LETTERS = {"batch": "b", "channel": "c", "index": "i", "time": "t"}
 
@@ -74,7 +76,7 @@ def described(content: Any, where: str) -> Description:
     Raises:
         PackageError: NF592 if it is of another version or kind, or lacks what it must have.
     """
-    try:
+    with as_described(where):
         new = _require_model(content, where).startswith("0.5.")
         entry = content["weights"].get("pytorch_state_dict")
         script = content["weights"]["torchscript"] if entry is None else entry
@@ -87,9 +89,20 @@ def described(content: Any, where: str) -> Description:
             inputs=tensors(content, "inputs"),
             outputs=tensors(content, "outputs"),
         )
-    except PackageError:
+
+
+@contextmanager
+def as_described(where: str) -> Iterator[None]:
+    """Refuse a description in which what is read within is not what the specification says.
+
+    Raises:
+        PackageError: NF592.
+    """
+    try:
+        yield
+    except NormfixError:
         raise
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise PackageError(
             f"it is no model description of bioimage.io ({reason}). Validate it: bioimageio validate-format.",

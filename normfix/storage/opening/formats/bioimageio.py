@@ -162,6 +162,8 @@ def _architecture(
     code = None
     if stated.file is not None and ":" not in stated.file.name:
         code = inside(folder, stated.file.name, "the architecture file")
+        if code.stat().st_size > _LARGEST_CODE:
+            raise PackageError("the architecture file is longer than any such file is.", where)
         require_digest(code, stated.file.sha256, "the architecture file")
         content = code.read_bytes()
         digest = hashlib.sha256(content).hexdigest()
@@ -205,7 +207,7 @@ def _unrecognised(stated: ArchitectureOf, code: Path | None, request: Request, w
             where=where,
         )
     digest = sha256_of(code)
-    lines = code.read_bytes()[:_LARGEST_CODE].decode("utf-8", "replace").splitlines()
+    lines = code.read_bytes().decode("utf-8", "replace").splitlines()
     request.tell("\n".join([f"{code.name}, sha256 {digest}:", *map(printable, lines)]))
     return NotRecognised(
         "NF593",
