@@ -33,7 +33,7 @@ from normfix.records.statistics import Law, Statistics
 from normfix.tiling.grid import Geometry
 from normfix.tiling.stitching import tile_extents
 
-__all__ = ["blended_targets", "parts_of", "pooled_targets", "require_poolable", "windows_of"]
+__all__ = ["blended_targets", "on_grid", "parts_of", "pooled_targets", "require_poolable", "windows_of"]
 
 Stored = Mapping[str, tuple[Tensor, Tensor]]
 """Mean and variance (c,) that the original has stored, by site."""
@@ -68,6 +68,15 @@ def windows_of(image: Image, size: Sequence[int], geometry: Geometry | None) -> 
         for one in each_of(image)
         for corner in product(*starts)
     ]
+
+
+def on_grid(size: Sequence[int], geometry: Geometry | None) -> tuple[int, ...]:
+    """Return the nearest windows on the stride grid that are no larger: training takes patches of any size."""
+    if geometry is None:
+        return tuple(size)
+    sizes = tuple(size) if len(size) == len(geometry.stride) else tuple(size) * len(geometry.stride)
+    fitting = [max(s, n // s * s) for n, s in zip(sizes, geometry.stride, strict=True)]
+    return tuple(fitting[:1] if len(set(fitting)) == 1 else fitting)
 
 
 def _starts(extent: int, size: int, stride: int) -> list[int]:

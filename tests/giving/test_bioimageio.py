@@ -100,7 +100,7 @@ def test_0_4_says_the_same_in_its_own_words(converted, tmp_path):
 
 
 def test_nothing_outside_of_a_package_is_read_or_written(converted, tmp_path):
-    """Documentation at another place, a link out of it and malformed parts: given back without them."""
+    """Documentation at another place, links and malformed parts: the rest is given back without them."""
     _, done, _ = converted
     outside = tmp_path / "mine.md"
     outside.write_text("mine")

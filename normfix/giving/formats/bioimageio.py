@@ -165,7 +165,15 @@ def _read(original: Path) -> tuple[Path, dict[str, Any], Description]:
     """Return a package's folder and description, as plain values and read."""
     folder = original if original.is_dir() else original.parent
     content = dict(read_mapping(folder / described_in(original)))
-    return folder, content, described(content, str(original))
+    description = described(content, str(original))
+    if description.architecture is None:
+        raise NotGiven(
+            "NF597",
+            "its weights are TorchScript alone, of which normfix makes a program and no network of a library. Write "
+            "the program: convert -o FILE.ts.",
+            where=str(original),
+        )
+    return folder, content, description
 
 
 def _require_one_output(description: Description, where: str) -> None:
@@ -193,7 +201,7 @@ def _old_files(content: Mapping[str, Any], description: Description, gift: Gift)
     forms = [entry.get("source") for entry in content["weights"].values() if isinstance(entry, Mapping)]
     names = dict.fromkeys(map(str, forms), "it holds the original network")
     names[description.weights.name] = new
-    code = description.architecture.file
+    code = None if description.architecture is None else description.architecture.file
     if code is not None and not _is_own(gift):
         names[code.name] = "the installed library's class takes its place"
     samples = [output.get("sample_tensor") for output in content["outputs"]]
@@ -222,6 +230,7 @@ def _architecture(gift: Gift, description: Description, draft: Path) -> Architec
     if not _is_own(gift):
         return architecture_of(gift.source.spec, gift.args, draft)
     stated = description.architecture
+    assert stated is not None
     assert stated.file is not None
     file = replace(stated.file, sha256=sha256_of(draft / stated.file.name))
     return ArchitectureOf(name=stated.name, kwargs=gift.args, file=file)

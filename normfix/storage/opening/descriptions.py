@@ -58,11 +58,14 @@ class ArchitectureOf:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """What is needed to open the network of a package and to prove that it is the right one."""
+    """What is needed to open the network of a package and to prove that it is the right one.
+
+    Without an architecture its weights are TorchScript.
+    """
 
     name: str
     weights: File
-    architecture: ArchitectureOf
+    architecture: ArchitectureOf | None
     inputs: tuple[TensorOf, ...]
     outputs: tuple[TensorOf, ...]
 
@@ -75,12 +78,14 @@ def described(content: Any, where: str) -> Description:
     """
     with as_described(where):
         new = _require_model(content, where).startswith("0.5.")
-        entry = content["weights"]["pytorch_state_dict"]
+        entry = content["weights"].get("pytorch_state_dict")
+        script = content["weights"]["torchscript"] if entry is None else entry
+        read = _architecture if new else _architecture_of_0_4
         tensors = _tensors if new else _tensors_of_0_4
         return Description(
             name=str(content.get("name", ""))[:200],
-            weights=_file(entry["source"], entry.get("sha256")),
-            architecture=(_architecture if new else _architecture_of_0_4)(entry),
+            weights=_file(script["source"], script.get("sha256")),
+            architecture=None if entry is None else read(entry),
             inputs=tensors(content, "inputs"),
             outputs=tensors(content, "outputs"),
         )
@@ -106,7 +111,7 @@ def as_described(where: str) -> Iterator[None]:
 
 
 def _require_model(content: Any, where: str) -> str:
-    """Return the version of a description of a model that has a state dict."""
+    """Return the version of a description of a model that has a state dict, or TorchScript."""
     version, kind, formats = (
         str(content["format_version"])[:20],
         content.get("type", "model"),
@@ -116,10 +121,10 @@ def _require_model(content: Any, where: str) -> str:
         raise PackageError(
             f"it describes a {kind!s:.20} in version {version}; models of 0.4 and 0.5 are opened.", where
         )
-    if formats.get("pytorch_state_dict") is None:
+    if formats.get("pytorch_state_dict") is None and formats.get("torchscript") is None:
         raise PackageError(
-            f"its weights are {', '.join(map(str, formats))[:120]}; a network is opened from pytorch_state_dict alone, "
-            "since the other formats hold programs without modules.",
+            f"its weights are {', '.join(map(str, formats))[:120]}; a network is opened from pytorch_state_dict or "
+            "torchscript.",
             where,
         )
     return version
