@@ -127,10 +127,10 @@ def predict(
     Raises:
         NormfixError: NF409 if the network has live statistics or no halo is enough, NF402 for a tile that is
             off the stride grid, NF260 for an image at whose size the network is another, NF410 for a halo that is not
-            enough or an engine, NF570 for tiles that the proof found to differ from the whole, NF32x where stages are
-            asked for and not possible, NF326 to NF336 of the store and the cluster, NF148 and NF149 for statistics
-            and predictions that are not finite, NF534 and NF535 for what the
-            output does not mean, and codes of the image.
+            enough or an engine, NF570 for tiles that the proof found to differ from the whole, NF32x where stages
+            are asked for and not possible, NF326 to NF336 of the store and the cluster, NF148 and NF149 for
+            statistics and predictions that are not finite, NF534 and NF535 for what the output does not mean, and
+            codes of the image.
     """
     rendering = Rendering.parse(as_, logits)
     with opened(image, model) as source:

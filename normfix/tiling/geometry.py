@@ -438,17 +438,20 @@ class _Line:
         if self.bound is not None:  # in which it is
             return reach
         before, after = max(0, reach[0]), max(0, reach[1])
-        more = 0, 0
-        for step in (*_doubled(unit, 2 * (before + after) + unit), 0):
-            wide = before + more[0], after + more[1]
-            around = round_up(wide[0], unit), round_up(wide[1], unit)
-            held = ends_held(
-                self.double, self.example.double(), self.axis, unit, self.scale, around, self.cross
-            )
-            if all(held):
-                return reach if not any(more) else wide
-            more = (more[0] if held[0] else step, more[1] if held[1] else step)
-        return None
+        most = round_up(before + after, unit) + unit
+        if all(self._ends_held(unit, before, after)):
+            return reach
+        if not all(self._ends_held(unit, before + most, after + most)):
+            return None
+        wide = before, after
+        for step in _doubled(unit, most):
+            there = self._ends_held(unit, *wide)
+            wide = (wide[0] if there[0] else before + step, wide[1] if there[1] else after + step)
+        return wide
+
+    def _ends_held(self, unit: int, before: int, after: int) -> tuple[bool, bool]:
+        around = round_up(before, unit), round_up(after, unit)
+        return ends_held(self.double, self.example.double(), self.axis, unit, self.scale, around, self.cross)
 
     def required(self, unit: int, reach: tuple[int, int]) -> tuple[int, int]:
         """Return the bound for tiles on multiples of `unit`.
@@ -566,9 +569,11 @@ class _Line:
 
 
 def _doubled(first: int, most: int) -> Iterator[int]:
-    while first <= most:
+    """Yield a number, its doubles that are less than another, and that."""
+    while first < most:
         yield first
         first *= 2
+    yield most
 
 
 def _wide(cross: Sequence[int], axis: int) -> tuple[int, ...]:
