@@ -3,8 +3,8 @@
 A network that asks `if width > 300` is another network above 300 pixels. No statistic and no dye shows that, and
 no tile tried here may be large enough; the guards that torch.export keeps with a graph do. Of these the ones that
 the network's own code asks for count: those of torch's are about memory layout and kernels, but for where a slice or a
-part ends. `min(512, n)` and a slice of fixed length leave no guard: their sizes are minima and maxima, and which argument
-is taken is a condition too. A largest extent that the graph holds for is one, whoever asks.
+part ends. `min(512, n)` and a slice of fixed length leave no guard: their sizes are minima and maxima, and which
+argument is taken is a condition too. A largest extent that the graph holds for is one, whoever asks.
 """
 
 from __future__ import annotations

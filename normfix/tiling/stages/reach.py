@@ -84,9 +84,7 @@ def measure_reach(stage: Stage, maps: ProgramMaps, shapes: Shapes, image: Node) 
         rounded = tuple(-(-r // cells) * cells for r in reach)
         before, after = rounded[0], rounded[1]
         least = _AFAR if bound is None else _NEAR
-        change = interference(
-            double, double.example, axis, cells, Fraction(1), (before, after), cross, least
-        )
+        change = interference(double, double.example, axis, cells, Fraction(1), (before, after), cross, least)
         if change > EXACT:
             raise _refused(stage, axis, f"a block changes by {change:.1g} with what lies beyond its halo")
         grids.append(cells * pixels)
