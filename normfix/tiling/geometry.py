@@ -113,13 +113,13 @@ def measure_locality(
             and a wider halo that the dye shows when it is followed is taken.
         compared: something in it compares numbers, on the way of the NaN or not: tried by amplification.
         both_ends: something may look past one border to the other (a cyclic shift): compare windows that start where
-            the image starts as well.
+            the image starts as well. Without a bound, which names what does, they are compared all the same.
         bound: of its graph, which is the halo then; what a comparison swallows or gates is in it.
 
     Raises:
         BoundExceededError: NF251.
     """
-    example = example[:1]
+    example, both_ends = example[:1], both_ends or bound is None
     measured = partial(_measured, single, double, example, dilution, both_ends=both_ends, bound=bound)
     plain = Locality(None, (), blind=True) if trial else measured()
     foreign = foreign or plain.foreign
@@ -159,7 +159,7 @@ def _is_followed(single: Function, example: Tensor, measured: Locality) -> bool:
     ):
         try:
             expected = halo(single, example, axis, grid, scale, measured.cross, expected, followed)
-        except (DyeLost, DyeRefused):
+        except (DyeLost, DyeRefused, *refusals()):  # or it takes no strip as long as that
             return False
         if expected is None or (max(0, expected[0]), max(0, expected[1])) != there:
             return False
