@@ -36,7 +36,11 @@ __all__ = ["convert_command"]
 @click.command("convert")
 @model_options
 @click.argument("images", nargs=-1)
-@click.option("--to", type=click.Choice(["frozen", "batchrenorm"]), help="What norms become.")
+@click.option(
+    "--to",
+    type=click.Choice(["frozen", "batchrenorm"]),
+    help="What norms become; frozen where neither it nor --plan is given.",
+)
 @click.option(
     "-o", "--out", required=True, help="Folder, program FILE.pt2, FILE.onnx or FILE.ts. Never over anything."
 )
@@ -74,8 +78,8 @@ __all__ = ["convert_command"]
     show_default=True,
     metavar="WHAT",
     help="What constants are measured on: whole images, windows:SIZE[:LAW] of the size the network was trained on, "
-    "images[:LAW], per-image, blend:WEIGHT; distilled:SIZE fits them to MODEL in such windows, choose[:SIZE] compares "
-    "them as normfix choose does.",
+    "images[:LAW], per-image, blend:WEIGHT; distilled:SIZE fits them to MODEL in such windows, choose:SIZE compares "
+    "them as normfix choose does. SIZE may be left out where MODEL's file states it.",
 )
 @click.option(
     "--labels", multiple=True, metavar="FILE", help="With --statistics choose: true classes or masks."
@@ -133,8 +137,8 @@ def convert_command(
     Example:
       normfix convert normfix.demo.network:nuclei_unet nuclei.tif --scale percentile:1,99.8 --to frozen -o fixed
     """
-    if (to is None) == (plan_file is None):
-        raise click.UsageError("give either --to frozen|batchrenorm or --plan FILE")
+    if to is not None and plan_file is not None:
+        raise click.UsageError("--plan says what norms become: leave --to out")
     if plan_file is not None and keep:
         raise click.UsageError("--keep belongs to --to; a plan already says what to keep")
     if format_ == "pt2" and Path(out).suffix != ".pt2":
@@ -267,10 +271,6 @@ class _Choice:
             if labels:
                 raise click.UsageError("--labels belong to --statistics choose")
             return None
-        if not size and not labels:
-            raise click.UsageError(
-                "--statistics choose: give choose:SIZE, of the windows in training, or --labels"
-            )
         return cls(parse_statistics(f"windows:{size}").size if size else None, labels)
 
     def made(

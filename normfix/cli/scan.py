@@ -49,7 +49,13 @@ def scan_command(
 
 @click.command("plan")
 @model_options
-@click.option("--to", type=click.Choice(["frozen", "batchrenorm"]), required=True, help="What norms become.")
+@click.option(
+    "--to",
+    type=click.Choice(["frozen", "batchrenorm"]),
+    default="frozen",
+    show_default=True,
+    help="What norms become.",
+)
 @click.option("--keep", multiple=True, help="Pattern of module paths to leave alone; may be repeated.")
 @_INPUT
 @_AS_TRAINED

@@ -16,6 +16,7 @@ from normfix.records.sites import Finding, Scan
 from normfix.records.spans import round_up
 from normfix.records.tables import Shown, Table
 from normfix.records.verdicts import Verdict
+from normfix.reporting.about import halo_words
 from normfix.reporting.sentences import headline
 from normfix.scanning.scan import scan
 from normfix.tiling.geometry import geometry_of
@@ -195,7 +196,8 @@ def _short(seen: Probed, geometry: Geometry) -> list[tuple[str, str, str]]:
     ):
         return []
     evidence = (
-        f"pixels were predicted with {seen.context} pixels of context, the network reaches {geometry.halo}"
+        f"pixels were predicted with {halo_words(seen.context)} of context, the network reaches "
+        f"{halo_words(geometry.halo)}"
     )
     return [("halo", evidence, "read tiles with at least the exact halo, and crop it")]
 

@@ -238,10 +238,13 @@ def _guess(shape: tuple[int, ...], ndim: int, channels: Channels, where: str) ->
             return next(iter(readings))
     taken = f"{channels} channels and " if isinstance(channels, int) else ""
     doubt = "the network runs on it either way" if fitting else "the network runs on it in no order"
+    start = "Name"
+    if not fitting and len(shape) == ndim + 1 and _runs((1, *shape[1:]), channels):
+        start = "If it is a stack, take its planes one by one with --slices Z (or T); else name"
     raise NormfixError(
         "NF106",
         f"the axes of an array of shape {shape} are not certain for a network with {taken}{ndim} spatial axes: "
-        f"{doubt}. Name them with --axes, such as C{space} or {space}C.",
+        f"{doubt}. {start} them with --axes, such as C{space} or {space}C.",
         where=where,
     )
 

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Sequence
-from difflib import get_close_matches
-from itertools import islice
 from pathlib import Path
 
 from normfix.errors import NormfixError
 from normfix.images.endings import OUTPUTS, SUFFIXES, is_zarr, suffix_of
+from normfix.networks.naming import file_hint
 
 __all__ = ["find_images", "require_image_name"]
-
-_MOST = 1000
-"""Names of a folder that are looked through for a hint."""
 
 
 def find_images(patterns: Sequence[str]) -> list[Path]:
@@ -66,7 +62,6 @@ def _nothing(pattern: str) -> str:
     try:
         if path.is_dir():
             return f"the folder holds no image: no {', '.join(SUFFIXES)} file."
-        near = get_close_matches(path.name, (p.name for p in islice(path.parent.iterdir(), _MOST)), 1)
-    except OSError:
-        near = []
-    return f"there is no such image file.{f' Did you mean {path.with_name(near[0])}?' if near else ''}"
+    except OSError:  # no folder can have such a name
+        pass
+    return f"there is no such image file.{file_hint(path)}"

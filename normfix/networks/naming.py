@@ -23,6 +23,8 @@ from normfix.errors import NormfixError, printable
 
 __all__ = [
     "UnknownNameError",
+    "defined_in",
+    "file_hint",
     "file_named",
     "is_name",
     "is_named",
@@ -30,12 +32,16 @@ __all__ = [
     "name_of",
     "named",
     "require_findable",
+    "source_hint",
 ]
 
 _NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _IN_FILE = re.compile(r"(?P<path>.*\.py):(?P<attribute>[A-Za-z_][\w.]*)", re.DOTALL)
 _MOST_FILES, _MOST_CHARACTERS = 200, 200_000
 """How much of the working directory is looked through for a hint."""
+
+_MOST_NAMES = 1000
+"""Names of a folder that are looked through for a hint."""
 
 
 class UnknownNameError(NormfixError):
@@ -79,7 +85,7 @@ def named(name: str) -> Any:
         place, _, attribute = name.partition(":")
         if not attribute:
             raise UnknownNameError(
-                "NF111", f"it has not the form module:name.{_hint(name)}", where=printable(name[:200])
+                "NF111", f"it has not the form module:name.{source_hint(name)}", where=printable(name[:200])
             )
         module = _module(place, name)
     found: Any = module
@@ -157,7 +163,7 @@ def _imported(place: str, name: str) -> ModuleType:
         if f"{place}.".startswith(f"{missing}."):
             raise UnknownNameError(
                 "NF111",
-                f"there is no module {missing} among what is installed here, nor in {Path.cwd()}.{_hint(name)} "
+                f"there is no module {missing} among what is installed here, nor in {Path.cwd()}.{source_hint(name)} "
                 f"Give its file, path/to/file.py:{name.rpartition(':')[2]}, or run where it lies.",
                 where=name[:200],
             ) from error
@@ -168,7 +174,9 @@ def _module_of(file: Path, name: str) -> ModuleType:
     """Import a file as the module that it is: of its package, if it lies in one."""
     if not file.is_file():
         raise UnknownNameError(
-            "NF111", f"there is no file {file}.{_hint(name)} Check the path.", where=printable(name[:200])
+            "NF111",
+            f"there is no file {file}.{source_hint(name)} Check the path.",
+            where=printable(name[:200]),
         )
     file = file.resolve()
     root = file.parent
@@ -223,21 +231,49 @@ def _lacking(name: str, error: ModuleNotFoundError) -> UnknownNameError:
 
 def _without(module: ModuleType, owner: Any, part: str, name: str) -> UnknownNameError:
     """Return the error for a module without the attribute, with what it defines of a like name."""
-    own = {
-        key.lower(): key
-        for key, value in vars(owner).items()
-        if not key.startswith("_") and getattr(value, "__module__", None) == module.__name__
-    }
-    near = get_close_matches(part.lower(), own, 1)
-    defined = ", ".join(list(own.values())[:6]) or "nothing that can be called"
-    hint = f"Did you mean {own[near[0]]}?" if near else f"It defines {defined}."
+    own = defined_in(module, owner)
+    places = {**_within(module), **{key: key.lower() for key in own}}
+    near = get_close_matches(part.lower(), places.values(), 1)
+    if near:
+        hint = f"Did you mean {next(place for place, key in reversed(places.items()) if key == near[0])}?"
+    else:
+        hint = f"It defines {', '.join(own[:6]) or 'nothing that can be called'}."
     return UnknownNameError(
         "NF111", f"{module.__name__} has no {printable(part)}. {hint}", where=printable(name[:200])
     )
 
 
-def _hint(name: str) -> str:
-    """Return which files here define what the name ends in, or have a like name."""
+def _within(package: ModuleType) -> dict[str, str]:
+    """Return what the package's modules hold that were imported with it: the lower-case name of each place."""
+    return {
+        f"{inner.__name__}:{key}": key.lower()
+        for inner in vars(package).values()
+        if isinstance(inner, ModuleType) and inner.__name__.startswith(f"{package.__name__}.")
+        for key, value in vars(inner).items()
+        if callable(value) and not key.startswith("_")
+    }
+
+
+def defined_in(module: ModuleType, owner: Any = None) -> list[str]:
+    """Return the public names that a module, or a class of it, defines itself."""
+    return [
+        key
+        for key, value in vars(module if owner is None else owner).items()
+        if not key.startswith("_") and getattr(value, "__module__", None) == module.__name__
+    ]
+
+
+def file_hint(path: Path) -> str:
+    """Return which name beside a path that is not there it may be a slip of, as a sentence; "" for none."""
+    try:
+        near = get_close_matches(path.name, (p.name for p in islice(path.parent.iterdir(), _MOST_NAMES)), 1)
+    except OSError:  # no such folder, or no file can have such a name
+        near = []
+    return f" Did you mean {path.with_name(near[0])}?" if near else ""
+
+
+def source_hint(name: str) -> str:
+    """Return which files here define what the name ends in, or have a like name, as a sentence; "" for none."""
     place, _, attribute = name.rpartition(":")
     found = list(islice(_definers(attribute), 3))
     if found:

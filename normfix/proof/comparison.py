@@ -259,16 +259,19 @@ def _leaks(
     found = []
     for axis, (change, short) in enumerate(zip(changes, _short_axes(geometry, exact), strict=True)):
         stride, reasons = geometry.stride[axis], []
+        if short and exact is not None:
+            given, reach, need = (
+                "/".join(map(str, pair))
+                for pair in (geometry.halo[axis], exact[axis], (round_up(n, stride) for n in exact[axis]))
+            )
+            reasons.append(f"the halo is {given}, the network reaches {reach}")
+            reasons.append(f"no tile of {tile[axis]} can be exact with it; read at least {need} around each")
+        elif change > ISOLATED:
+            reasons.append(f"no tile of {tile[axis]} can be exact with this halo")
         if change > ISOLATED:
             reasons.append(
                 f"a tile changes by {change:.1e} of its output when everything beyond the halo is amplified"
             )
-        if short and exact is not None:
-            need = "/".join(str(round_up(n, stride)) for n in exact[axis])
-            reasons.append(f"the halo is {geometry.halo[axis]}, the network reaches {exact[axis]}")
-            reasons.append(f"no tile of {tile[axis]} can be exact with it; read at least {need} around each")
-        elif reasons:
-            reasons.append(f"no tile of {tile[axis]} can be exact with this halo")
         if reasons:
             found.append(Finding(code="NF403", where=f"axis {axis}", message="; ".join(reasons) + "."))
     return found

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from normfix.errors import NormfixError
-from normfix.networks.naming import is_named, require_findable
+from normfix.networks.naming import file_hint, is_named, require_findable, source_hint
 
 __all__ = [
     "ENDINGS",
@@ -21,7 +21,7 @@ __all__ = [
 
 HUB = "hf-hub:"
 
-ENDINGS = (".pt", ".pth", ".ckpt", ".safetensors", ".pytorch", ".pt2", ".bin")
+ENDINGS = (".pt", ".pth", ".ckpt", ".safetensors", ".pytorch", ".pt2", ".bin", ".ts")
 """Of files with weights."""
 
 _TIMM = "timm:"
@@ -52,7 +52,8 @@ def require_spec(spec: str) -> None:
     if not is_factory(spec):
         raise NormfixError(
             "NF101",
-            "no such file, and no name of the form timm:NAME, hf-hub:ORG/NAME or pkg.module:factory.",
+            "no such file, and no name of the form timm:NAME, hf-hub:ORG/NAME or pkg.module:factory."
+            f"{file_hint(Path(spec)) or source_hint(spec)}",
             where=spec[:200],
         )
     if not spec.startswith(_TIMM):

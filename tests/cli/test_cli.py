@@ -54,8 +54,6 @@ def fixed(tmp_path_factory):
         folder / "image.tif",
         "--scale",
         "zscore",
-        "--to",
-        "frozen",
         "-o",
         folder / "out",
     ]
@@ -240,7 +238,7 @@ def test_a_printed_plan_is_the_same_twice(run):
 
 def test_a_reviewed_plan_is_followed(run, image, tmp_path):
     """A decision edited to keep leaves the site live; the proof says so, exit 1, nothing written."""
-    plan = json.loads(run("plan", ARCH, "--to", "frozen").out)
+    plan = json.loads(run("plan", ARCH).out)
     plan["decisions"][1].update(action="keep", means="none")
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     words = ("--scale", "zscore", "--plan", tmp_path / "plan.json", "-o", tmp_path / "out")

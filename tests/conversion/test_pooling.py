@@ -10,7 +10,7 @@ from torch import nn
 
 import normfix
 from normfix.conversion.measurement import measure_
-from normfix.conversion.pooling import windows_of
+from normfix.conversion.pooling import on_grid, windows_of
 from normfix.conversion.targets import planned_targets
 from normfix.errors import NormfixError
 from normfix.images.given import images_of
@@ -66,6 +66,18 @@ def by_hand(net, x, name):
     normed = [F.batch_norm(w, mean, var, eps=1e-5) for w in first]
     second = [net[3](net[2](w)) for w in normed]
     return (mean, var), law(name, second)
+
+
+def test_each_image_of_a_batch_is_a_part_of_its_own():
+    """A batch has the constants of its images one by one, by a law of images and by one of windows."""
+    images = [image(seed) * (1 + 2 * seed) for seed in range(3)]
+    for how in ("images:median", f"windows:{SIZE}"):
+        alone, batch = (
+            normfix.convert(network(), normfix.Measured(given, how)).model
+            for given in (images, torch.cat(images))
+        )
+        for name, values in alone.state_dict().items():
+            torch.testing.assert_close(batch.state_dict()[name], values)
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +184,7 @@ def test_windows_cover_the_image_on_the_grid():
     positions = torch.arange(72 * 100.0).reshape(1, 1, 72, 100)
     parts = [whole(w) for w in windows_of(TensorImage(positions), (32,), geometry)]
     assert {part.shape for part in parts} == {(1, 1, 32, 32)}
+    assert (on_grid((30, 33), geometry), on_grid((3,), geometry)) == ((28, 32), (4,))
     assert torch.cat([part.flatten() for part in parts]).unique().numel() == positions.numel()
     assert all(int(part[0, 0, 0, 0]) // 100 % 4 == 0 == int(part[0, 0, 0, 0]) % 100 % 4 for part in parts)
 
@@ -179,14 +192,14 @@ def test_windows_cover_the_image_on_the_grid():
 @pytest.mark.parametrize(
     "text",
     [
-        "windows",
+        "windows:",
         "windows:0",
         "windows:8:mode",
         "whole:8",
         "tiles:8",
         "windows:8:total:1",
         "blend:2",
-        "distilled",
+        "distilled:8:total",
     ],
 )
 def test_what_is_no_statistic_is_refused(text):

@@ -135,6 +135,13 @@ def test_axes_or_values_that_do_not_fit_are_refused(tmp_path, array, ndim, chann
     assert code_of(read_image, npy(tmp_path / "x.npy", array), ndim=ndim, channels=channels) == "NF106"
 
 
+def test_a_stack_for_a_network_of_planes_is_told_of_slices(tmp_path):
+    """No names of axes make a 2D network take a stack; taking its planes one by one does."""
+    path = npy(tmp_path / "stack.npy", np.zeros((5, 24, 32)))
+    with pytest.raises(NormfixError, match="one by one with --slices Z"):
+        read_image(path, ndim=2, channels=1)
+
+
 def test_doubt_about_axes_names_the_file(tmp_path):
     """Among a hundred images, the message says which one is in doubt."""
     path = npy(tmp_path / "doubtful.npy", np.zeros((2, 24, 2)))

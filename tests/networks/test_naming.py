@@ -7,6 +7,7 @@ from factories import tiny_unet
 
 from normfix.errors import NormfixError
 from normfix.networks.naming import name_of, named
+from normfix.storage.spec import require_spec
 
 NETWORK = "from torch import nn\n\n\nclass Mine(nn.Identity):\n    pass\n"
 
@@ -19,7 +20,8 @@ def here(tmp_path, monkeypatch):
     before = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - before:
-        del sys.modules[name]
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
 
 
 def reason(name: str) -> str:
@@ -78,6 +80,8 @@ def test_what_is_installed_comes_before_what_lies_here(here):
         ("lone_nat.py:Mine", "Did you mean lone_net.py:Mine?"),
         ("lone_net:mine", "Did you mean Mine?"),
         ("lone_net:Other", "It defines Mine."),
+        ("torchvision:resnet188", "Did you mean torchvision.models:resnet18?"),
+        ("torch:InstanceNorm2D", "Did you mean torch.nn:InstanceNorm2d?"),
         ("needs_more:Mine", "imports no_such_library, which is not installed"),
         ("needs_more.py:Mine", "imports no_such_library, which is not installed"),
     ],
@@ -87,6 +91,15 @@ def test_a_name_that_leads_nowhere_gets_a_hint_and_no_advice_to_install_it(here,
     (here / "lone_net.py").write_text(NETWORK)
     (here / "needs_more.py").write_text("import no_such_library\n")
     assert hint in reason(name)
+
+
+def test_a_name_alone_and_a_slip_of_a_file_get_a_hint(here):
+    """What is neither a file nor a name of the form module:name is most often one of the two written wrongly."""
+    (here / "lone_net.py").write_text(NETWORK)
+    (here / "cells_fixed").mkdir()
+    for spec, hint in (("Mine", "lone_net.py:Mine"), ("cells_fixd", "cells_fixed")):
+        with pytest.raises(NormfixError, match=f"NF101.*Did you mean {hint}"):
+            require_spec(spec)
 
 
 def test_only_what_leads_back_to_a_class_or_function_is_its_name():

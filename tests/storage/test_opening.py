@@ -132,6 +132,10 @@ def test_a_pickled_module_is_listed_and_refused(tmp_path, zipped):
     torch.save(trained(), tmp_path / "m.pt", _use_new_zipfile_serialization=zipped)
     error = refusal(open_model, str(tmp_path / "m.pt"))
     assert (error.code, "factories.TinyUNet" in error.message) == ("NF102", True)
+    error = refusal(open_model, str(tmp_path / "m.pt"), allow_classes=("factories.TinyUNet",))
+    assert (error.code, "factories.TinyUNet" in error.message) == ("NF102", False), (
+        "what is allowed is not missing"
+    )
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])

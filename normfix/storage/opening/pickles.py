@@ -88,7 +88,7 @@ def read_torch(path: Path, request: Request) -> Any:
                 raise _harmful(str(path), "its values hold themselves, or share their parts without end")
             return loaded
         if not request.trust_pickle:
-            raise _untrusted(path, needed)
+            raise _untrusted(path, [name for name in needed if name not in allowed])
         request.tell(f"{path}: running a pickle that imports {_listed(needed)}.")
         for name in needed:
             make_importable(name)
