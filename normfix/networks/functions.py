@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "ATTENTION",
     "COUNTED",
     "DIRECT",
     "NORMS",
@@ -89,6 +90,14 @@ _REDUCING: Mapping[str, tuple[str, ...]] = {
     "normalize": ("input", "p", "dim", "eps"),
     **dict.fromkeys(("softmax", "log_softmax"), ("input", "dim")),
 }
+_ATTENDING: Mapping[str, tuple[str, ...]] = {
+    "scaled_dot_product_attention": ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"),
+    "multi_head_attention_forward": (
+        *("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias"),
+        *("bias_k", "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias", "training"),
+        *("key_padding_mask", "need_weights", "attn_mask"),
+    ),
+}
 _LIKE = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
 _POOLING = tuple(
     f"{kind}_pool{n}d" for kind in ("adaptive_avg", "adaptive_max", "avg", "max") for n in (1, 2, 3)
@@ -111,7 +120,7 @@ _OPERATORS: Mapping[Callable[..., Any], str] = MappingProxyType(
 
 def _table() -> dict[Callable[..., Any], str]:
     found = dict(_OPERATORS)
-    for name in (*_REDUCING, *_POOLING, *_CONTRACTING, *_SCALING):
+    for name in (*_REDUCING, *_POOLING, *_CONTRACTING, *_SCALING, *_ATTENDING):
         places: tuple[object, ...] = (torch, Tensor, F)
         if name.startswith("linalg"):
             places = (torch.linalg,)
@@ -123,16 +132,20 @@ def _table() -> dict[Callable[..., Any], str]:
     return found
 
 
+ATTENTION = frozenset(_ATTENDING)
+"""The functions that attend to keys and values, by their one name."""
+
+
 COUNTED: Mapping[Callable[..., Any], str] = MappingProxyType(_table())
 """Every function that is counted, with its one name."""
 
 
 def arguments_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a reducing function by name; for others, only those given by keyword.
+    """Return the arguments of a function that reduces or attends by name; for others, only those given by keyword.
 
     Written for compiled forwards: dictionaries and loops only.
     """
-    given = by_position(_REDUCING.get(name, ()), args)
+    given = by_position(_REDUCING.get(name, _ATTENDING.get(name, ())), args)
     given.update(kwargs)
     if "ord" in given:
         given["p"] = given.pop("ord")

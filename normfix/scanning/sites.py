@@ -26,6 +26,7 @@ from normfix.scanning.census import Call, Follow, Settle, alone, census
 from normfix.scanning.growth import Growth, Pass, look_again, look_at_two
 from normfix.scanning.liveness import Role, live_positions, looks_alone, reached_positions, roles, tails
 from normfix.scanning.rules import RULES, rule_of
+from normfix.scanning.rules.keys import keys_refusal, specify_keys
 from normfix.scanning.rules.statistics import family_of, refusal_of, specify
 
 __all__ = ["Survey", "materialise_", "survey"]
@@ -81,6 +82,7 @@ def survey(
     exact: Sequence[int] = (),
     *,
     stacked: bool = True,
+    keys: int | None = None,
 ) -> Survey:
     """Find the sites of a network.
 
@@ -91,6 +93,8 @@ def survey(
         follow: as for `census`, for each run.
         exact: per axis, what the extents are multiples of for which the network is known to be exact; () if unknown.
         stacked: run on two images as well: it says how a statistic is frozen or why not, and nothing of what is live.
+        keys: how many keys of attention shall be held of all images together, 0 for all; None to leave attention as it
+            is.
 
     Raises:
         NormfixError: NF109 if the network does not run on the example.
@@ -102,7 +106,7 @@ def survey(
     two = look_at_two(model, run, smaller, functions) if stacked else None
     growth = Growth(example, calls, other, two)
     modules = dict(model.named_modules())
-    found = _Sites(calls, growth, modules, invocations)
+    found = _Sites(calls, growth, modules, invocations, keys)
     if not _are_idle(model, run, example, found.idle(), output):
         found.doubt_dataflow()
     norms = tuple(kind for rule in RULES for kind in rule.modules)
@@ -169,14 +173,19 @@ class _Sites:
     """Turns the calls of one forward pass into sites."""
 
     def __init__(
-        self, calls: list[Call], growth: Growth, modules: dict[str, nn.Module], invocations: Counter[str]
+        self,
+        calls: list[Call],
+        growth: Growth,
+        modules: dict[str, nn.Module],
+        invocations: Counter[str],
+        keys: int | None,
     ) -> None:
-        self._calls, self._growth = calls, growth
+        self._calls, self._growth, self._keys = calls, growth, keys
         self._modules, self._invocations = modules, invocations
         self._roles = roles(calls, growth, lambda name: rule_of(name) is not None)
         self._after = tails(calls, growth, self._roles)
         self._refusals = {p: self._refusal(p, role) for p, role in self._roles.items()}
-        cuts = {p for p, role in self._roles.items() if _can_cut(role) and not self._refusals[p]}
+        cuts = {p for p, role in self._roles.items() if self._can_cut(role) and not self._refusals[p]}
         self._live = live_positions(calls, growth, cuts)
         self._reached = reached_positions(calls)
         self._positions = [p for p, c in enumerate(calls) if p in self._roles or rule_of(c.function)]
@@ -260,7 +269,9 @@ class _Sites:
     def _statistic(self, position: int, call: Call, common: dict[str, Any]) -> Site:
         role, live, refusal = self._roles[position], position in self._live, self._refusals[position]
         spec: StatisticSpec | None = None
-        if live and not refusal:
+        if live and not refusal and role is Role.PAIRS:
+            spec = specify_keys(position, self._calls, self._growth, self._keys or 0)
+        elif live and not refusal:
             spec = specify(position, self._calls, role, self._growth, self._after)
         unused = (
             _IDLE if position not in self._reached else "and only constants or no map at all depend on it"
@@ -277,8 +288,14 @@ class _Sites:
 
     def _refusal(self, position: int, role: Role) -> str:
         call = self._calls[position]
-        reason = refusal_of(position, self._calls, role, self._growth, self._after)
+        if role is Role.PAIRS and self._keys is not None:
+            reason = keys_refusal(position, self._calls, self._growth)
+        else:
+            reason = refusal_of(position, self._calls, role, self._growth, self._after)
         return reason or self._recomputed(call)
+
+    def _can_cut(self, role: Role) -> bool:
+        return role in (Role.TOTAL, Role.QUOTIENT) or (role is Role.PAIRS and self._keys is not None)
 
     def _recomputed(self, call: Call) -> str:
         """Refuse what no interception sees, and what a checkpoint inside the intercepted forward runs once more."""
@@ -325,10 +342,6 @@ class _Sites:
 def _holds_its_affine_map(owner: nn.Module) -> bool:
     """Tell whether weight and bias are parameters; pruning and old weight_norm compute them before each call."""
     return all(getattr(owner, name, None) is None or name in owner._parameters for name in ("weight", "bias"))
-
-
-def _can_cut(role: Role) -> bool:
-    return role in (Role.TOTAL, Role.QUOTIENT)
 
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
