@@ -47,7 +47,7 @@ from normfix.records.saved import Provenance, Scaling, Source
 from normfix.records.sites import Finding, Scan, Site
 from normfix.records.statistics import WHOLE, Statistics
 from normfix.records.verdicts import ImageShift, Proof, ProofStep
-from normfix.scanning.base import base_of
+from normfix.scanning.base import Base, base_of
 from normfix.scanning.durations import Durations, tell_notable
 from normfix.scanning.known import ForwardFn
 from normfix.scanning.scan import Scanned, look
@@ -161,7 +161,7 @@ def convert(
     durations = cache(partial(Durations.of, base, example, caller))
     tell_notable("scan", lambda: durations().scan(graph=False))
     progress("scan", 0, 1)
-    seen = look(ready.copy(), example, caller, halo=halo, keys=_kept(keys, to))
+    seen = _seen(ready, example, caller, halo, _kept(keys, to))
     progress("scan", 1, 1)
     if isinstance(to, Plan):
         plan = replay(to, seen.scan.sites, model=seen.scan.model)
@@ -278,6 +278,19 @@ def stored_statistics(model: nn.Module, plan: Plan) -> dict[str, tuple[Tensor, T
         if decision.measured and isinstance(mean, Tensor) and isinstance(var, Tensor):
             found[decision.site.id] = (mean.detach().clone(), var.detach().clone())
     return found
+
+
+def _seen(ready: Base, example: Tensor, caller: Caller, halo: HaloSource, keys: int | None) -> Scanned:
+    """Scan a network; keys are held only where its tiles then equal the whole, as they do not if it knows its size."""
+    seen = look(ready.copy(), example, caller, halo=halo, keys=keys)
+    held = [site.id for site in seen.scan.sites if site.statistic is not None and site.statistic.law == "keys"]
+    if seen.geometry is not None or not held:
+        return seen
+    reasons = "; ".join(f"{f.code} {f.message}" for f in seen.scan.findings if f.where not in held)
+    left = look(ready.copy(), example, caller, halo=halo)
+    tied = f"with its keys held, tiles would still not equal the whole: {reasons or 'no halo was found'}"
+    sites = tuple(replace(s, refusal=tied) if s.id in held and s.refusal else s for s in left.scan.sites)
+    return replace(left, scan=replace(left.scan, sites=sites))
 
 
 def _kept(keys: int | Literal["all"] | None, to: str | Plan) -> int | None:

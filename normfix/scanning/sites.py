@@ -26,7 +26,7 @@ from normfix.scanning.census import Call, Follow, Settle, alone, census
 from normfix.scanning.growth import Growth, Pass, look_again, look_at_two
 from normfix.scanning.liveness import Role, live_positions, looks_alone, reached_positions, roles, tails
 from normfix.scanning.rules import RULES, rule_of
-from normfix.scanning.rules.keys import keys_refusal, specify_keys
+from normfix.scanning.rules.keys import UNASKED, keys_refusal, specify_keys
 from normfix.scanning.rules.statistics import family_of, refusal_of, specify
 
 __all__ = ["Survey", "materialise_", "survey"]
@@ -288,10 +288,12 @@ class _Sites:
 
     def _refusal(self, position: int, role: Role) -> str:
         call = self._calls[position]
-        if role is Role.PAIRS and self._keys is not None:
-            reason = keys_refusal(position, self._calls, self._growth)
-        else:
-            reason = refusal_of(position, self._calls, role, self._growth, self._after)
+        reason = refusal_of(position, self._calls, role, self._growth, self._after)
+        if role is Role.PAIRS:
+            unheld = keys_refusal(position, self._calls, self._growth) or self._recomputed(call)
+            if self._keys is not None:
+                return unheld
+            return reason if unheld else UNASKED
         return reason or self._recomputed(call)
 
     def _can_cut(self, role: Role) -> bool:

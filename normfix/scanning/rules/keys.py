@@ -13,8 +13,12 @@ from normfix.records.sites import StatisticSpec
 from normfix.scanning.census import Call, Shaped
 from normfix.scanning.growth import FIXED, Growth
 
-__all__ = ["keys_refusal", "specify_keys"]
+__all__ = ["UNASKED", "keys_refusal", "specify_keys"]
 
+UNASKED = (
+    "every pixel looks at every other. Its keys and values can be held as constants, which are as large as the images: "
+    "convert --keys all, or --keys N of them"
+)
 _OPERANDS = ("query", "key", "value")
 _RESTRICTING = ("attn_mask", "key_padding_mask", "is_causal", "bias_k", "bias_v", "add_zero_attn")
 
@@ -42,9 +46,7 @@ def keys_refusal(position: int, calls: Sequence[Call], growth: Growth) -> str:
     if growth.space(position) != {_tokens_of(call)}:
         return "it attends along one axis of the image, with other keys for every line"
     batch = growth.batch(position)
-    if batch is None:
-        return "the network takes no two images, so that keys of one image cannot be told from its heads"
-    if len(batch[0]) != 1 or batch[0] != batch[1]:
+    if batch is not None and (len(batch[0]) != 1 or batch[0] != batch[1]):
         return "images of a batch are not stacked in one of its dimensions"
     return ""
 
@@ -62,8 +64,8 @@ def specify_keys(position: int, calls: Sequence[Call], growth: Growth, kept: int
     key = call.arguments["key"]
     assert isinstance(key, Shaped)
     batch = growth.batch(position)
-    assert batch is not None
-    (stacked,) = batch[0]
+    # a network that takes one image alone is given no more
+    (stacked,) = batch[0] if batch is not None else {_stacked_in(call)}
     return StatisticSpec(
         law="keys",
         shape=key.shape,
@@ -74,6 +76,10 @@ def specify_keys(position: int, calls: Sequence[Call], growth: Growth, kept: int
         batch=(stacked, key.shape[stacked], stacked),
         kept=kept,
     )
+
+
+def _stacked_in(call: Call) -> int:
+    return 1 if call.function == "multi_head_attention_forward" else 0
 
 
 def _tokens_of(call: Call) -> int:
