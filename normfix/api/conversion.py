@@ -115,9 +115,9 @@ def convert(
         halo: "graph" takes the bound that the network's graph gives, where it gives one; "measured" takes what the dye
             shows, which the verdict says.
         tile: size of the tiles to prove with, one number or one per axis; default: a quarter of the image, at most 256.
-        keys: hold keys and values of attention over all positions as constants: "all" those of the images, or how many of
-            all images together, drawn at random for each by its share; each image counts alike. Default: such attention
-            stays live, since its constants are as large as the images, in memory and in the file.
+        keys: hold keys and values of attention over all positions as constants: "all" those of the images, or how many
+            of all images together, drawn at random for each by its share; each image counts alike. Default: such
+            attention stays live, since its constants are as large as the images, in memory and in the file.
         blocks: how to measure in stages. With a size, a budget, a store or a cluster, or for images read by window,
             statistics are measured in stages over all of every image, in blocks of `tile` if they state no size, and
             then re-measured in other blocks; what needs whole forward passes is proved on the middle of the first
@@ -130,8 +130,8 @@ def convert(
 
     Raises:
         NormfixError: NF203 if live statistics are to be frozen and no image was given; NF205 if a given plan
-            is not of this network; NF231 for a statistic without spread; NF598 for keys that take more than 2 GiB; codes
-            of `scan` and of the images.
+            is not of this network; NF231 for a statistic without spread; NF598 for keys that take over 2 GiB; codes of
+            `scan` and of the images.
 
     Example:
         >>> import normfix, torch
@@ -283,7 +283,9 @@ def stored_statistics(model: nn.Module, plan: Plan) -> dict[str, tuple[Tensor, T
 def _seen(ready: Base, example: Tensor, caller: Caller, halo: HaloSource, keys: int | None) -> Scanned:
     """Scan a network; keys are held only where its tiles then equal the whole, as they do not if it knows its size."""
     seen = look(ready.copy(), example, caller, halo=halo, keys=keys)
-    held = [site.id for site in seen.scan.sites if site.statistic is not None and site.statistic.law == "keys"]
+    held = [
+        site.id for site in seen.scan.sites if site.statistic is not None and site.statistic.law == "keys"
+    ]
     if seen.geometry is not None or not held:
         return seen
     reasons = "; ".join(f"{f.code} {f.message}" for f in seen.scan.findings if f.where not in held)
@@ -306,9 +308,7 @@ def _kept(keys: int | Literal["all"] | None, to: str | Plan) -> int | None:
     return 0 if keys == "all" else keys
 
 
-def _tell_room(
-    plan: Plan, example: Tensor, sizes: Sequence[Sequence[int]], dtype: torch.dtype
-) -> None:
+def _tell_room(plan: Plan, example: Tensor, sizes: Sequence[Sequence[int]], dtype: torch.dtype) -> None:
     """Say what keys and values will take, or refuse it."""
     if keys_of(plan) is not None:
         room = require_room(plan, example.shape[2:], sizes, dtype.itemsize)

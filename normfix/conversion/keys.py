@@ -8,7 +8,7 @@ images do not beat with it. A site draws alike wherever it is, so that layers se
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from normfix.errors import NormfixError
-from normfix.layers import FrozenKeys
+from normfix.layers import FrozenOperand, HeldTokens
 from normfix.records.measurements import SiteStatistics
 from normfix.records.plans import Plan
 from normfix.records.sites import StatisticSpec
@@ -30,25 +30,25 @@ _MOST = 2 << 30
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """The keys and values of each image that one call was given."""
+    """What one call was given of each image: its keys and values, or one of the two."""
 
-    images: tuple[tuple[Tensor, Tensor], ...]
+    images: tuple[tuple[Tensor, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class KeysTarget:
-    """An attention whose keys and values are held."""
+    """An attention whose keys and values are held, or one of its products."""
 
     name: str
-    module: FrozenKeys
+    module: HeldTokens
     spec: StatisticSpec
 
     def watch(self, report: Callable[[Any], None]) -> Callable[[], None]:
         """Report the keys and values of every call; see Target."""
 
-        def observe(given: Mapping[str, Any]) -> None:
+        def observe(*tensors: Tensor) -> None:
             with torch._C.DisableTorchFunction():  # outer interceptions count calls
-                report(self._see(given["key"], given["value"]))
+                report(self._see(tensors))
 
         def end() -> None:
             self.module.observer = None
@@ -73,22 +73,30 @@ class KeysTarget:
     def store(self, parts: Sequence[Held]) -> None:
         """Hold the keys and values of all images; see Target."""
         images = [image for part in parts for image in part.images]
-        drawn = [self._drawn(*image, len(images)) for image in images]
-        counts = [self._count(keys) for keys, _ in drawn]
-        keys, values = (torch.cat(tensors, self._tokens) for tensors in zip(*drawn, strict=True))
-        _require_finite(self.name, keys, values)
-        self.module.hold_(keys, values, _bias(counts))
+        drawn = [self._drawn(image, len(images)) for image in images]
+        counts = [self._count(image) for image in drawn]
+        bias = _bias(counts)
+        if isinstance(self.module, FrozenOperand) and bias.any():
+            raise NormfixError(
+                "NF230",
+                f"images of {min(counts)} to {max(counts)} keys cannot count alike in an attention that is written "
+                f"out. Give images of one size, or keep as many of each: --keys {min(counts) * len(counts)} or fewer.",
+                where=self.name,
+            )
+        tensors = [torch.cat(parts, self._tokens) for parts in zip(*drawn, strict=True)]
+        _require_finite(self.name, *tensors)
+        self.module.hold_(tensors, bias)
 
     def compare(self, parts: Sequence[Held]) -> SiteStatistics:
         """Compare the keys and values, image by image, and each image's weight with what is held; see Target."""
         images = [image for part in parts for image in part.images]
-        expected = [self._drawn(*image, len(images)) for image in images]
-        counts = [self._count(keys) for keys, _ in expected]
+        expected = [self._drawn(image, len(images)) for image in images]
+        counts = [self._count(image) for image in expected]
         shift = self._apart(expected, counts) if sum(counts) == self.module.bias.numel() else math.inf
         return SiteStatistics(
             site=self.name,
             elements=sum(counts),
-            spread=self._spread([keys for keys, _ in expected]),
+            spread=self._spread([image[0] for image in expected]),
             mean_shift=shift,
             variance_ratio=(1.0, 1.0),
         )
@@ -101,34 +109,34 @@ class KeysTarget:
     def _tokens(self) -> int:
         return self.spec.dims[0]
 
-    def _count(self, keys: Tensor) -> int:
-        return keys.shape[self._tokens]
+    def _count(self, image: Sequence[Tensor]) -> int:
+        return image[0].shape[self._tokens]
 
-    def _see(self, key: Tensor, value: Tensor) -> Held:
+    def _see(self, tensors: Sequence[Tensor]) -> Held:
         assert self.spec.batch is not None
         stacked, unit, _ = self.spec.batch
-        pairs = zip(key.detach().split(unit, stacked), value.detach().split(unit, stacked), strict=True)
-        return Held(tuple((k.cpu().clone(), v.cpu().clone()) for k, v in pairs))
+        images = zip(*(t.detach().split(unit, stacked) for t in tensors), strict=True)
+        return Held(tuple(tuple(t.cpu().clone() for t in image) for image in images))
 
-    def _drawn(self, keys: Tensor, values: Tensor, images: int) -> tuple[Tensor, Tensor]:
+    def _drawn(self, image: Sequence[Tensor], images: int) -> tuple[Tensor, ...]:
         """Return an image's share of the keys that are kept."""
-        count, share = self._count(keys), max(1, self.spec.kept // images)
+        count, share = self._count(image), max(1, self.spec.kept // images)
         if not self.spec.kept or share >= count:
-            return keys, values
+            return tuple(image)
         order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED))
         places = order[:share].sort().values
-        return keys.index_select(self._tokens, places), values.index_select(self._tokens, places)
+        return tuple(tensor.index_select(self._tokens, places) for tensor in image)
 
-    def _apart(self, expected: Sequence[tuple[Tensor, Tensor]], counts: Sequence[int]) -> float:
+    def _apart(self, expected: Sequence[Sequence[Tensor]], counts: Sequence[int]) -> float:
         """Return how far what is held is from it, in the root mean square, and an image's weight from its share."""
         shares = [float(part.double().exp().sum()) for part in self.module.bias.cpu().split(list(counts))]
         worst = [abs(share * len(shares) / sum(shares) - 1) for share in shares]
-        for number, held in enumerate((self.module.keys, self.module.values)):
+        for number, held in enumerate(self.module.values_held()):
             unit = float(held.double().square().mean().sqrt()) or 1.0
             parts = held.cpu().split(list(counts), self._tokens)
             worst += [
-                float((pair[number].to(part.dtype).double() - part.double()).abs().max()) / unit
-                for pair, part in zip(expected, parts, strict=True)
+                float((image[number].to(part.dtype).double() - part.double()).abs().max()) / unit
+                for image, part in zip(expected, parts, strict=True)
             ]
         return max(worst)
 
@@ -141,7 +149,9 @@ class KeysTarget:
 
 def keys_of(plan: Plan) -> int | None:
     """Return how many keys a plan keeps, 0 for all; None where it holds none."""
-    kept = [d.site.statistic.kept for d in plan.converted if d.site.statistic and d.site.statistic.law == "keys"]
+    kept = [
+        d.site.statistic.kept for d in plan.converted if d.site.statistic and d.site.statistic.law == "keys"
+    ]
     return kept[0] if kept else None
 
 
@@ -171,7 +181,9 @@ def require_room(plan: Plan, example: Sequence[int], sizes: Sequence[Sequence[in
     forecast = bytes_each * sum(_numbers(spec, example, sizes) for spec in _specs(plan))
     if forecast <= _MOST:
         return forecast
-    thousand = 1000 * bytes_each * sum(2 * math.prod(s.shape) // s.shape[s.dims[0]] for s in _specs(plan))
+    thousand = (
+        1000 * bytes_each * sum(s.outputs * math.prod(s.shape) // s.shape[s.dims[0]] for s in _specs(plan))
+    )
     raise NormfixError(
         "NF598",
         f"keys and values of {len(sizes)} images would take {forecast / 2**30:.1f} GiB in memory and in the file, "
@@ -193,7 +205,7 @@ def _numbers(spec: StatisticSpec, example: Sequence[int], sizes: Sequence[Sequen
     here = spec.shape[spec.dims[0]]
     counts = [math.ceil(here * math.prod(size) / math.prod(example)) for size in sizes]
     kept = [min(n, max(1, spec.kept // len(sizes))) if spec.kept else n for n in counts]
-    return 2 * sum(kept) * math.prod(spec.shape) // here
+    return spec.outputs * sum(kept) * math.prod(spec.shape) // here
 
 
 def _bias(counts: Sequence[int]) -> Tensor:

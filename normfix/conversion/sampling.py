@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfix.conversion.keys import KeysTarget
 from normfix.conversion.masks import ESTIMATED
 from normfix.conversion.staged import measure_in_stages_
-from normfix.conversion.keys import KeysTarget
 from normfix.conversion.targets import NormTarget, StatisticTarget, Target, TargetAround
 from normfix.errors import NormfixError
 from normfix.images.sources import Image, Span, values_digest

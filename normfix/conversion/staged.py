@@ -58,7 +58,9 @@ def measure_in_stages_(
     for target in targets:
         if isinstance(target, KeysTarget):
             raise NotInStages(
-                "NF323", "keys that are held are taken of a whole image, not of its blocks.", where=target.name
+                "NF323",
+                "keys that are held are taken of a whole image, not of its blocks.",
+                where=target.name,
             )
     if stored:
         targets = [StoredTarget(target) for target in targets]

@@ -19,7 +19,7 @@ from normfix.conversion.interception import InterceptedNorm
 from normfix.conversion.keys import KeysTarget
 from normfix.conversion.rewriting import layer_of, set_statistics_
 from normfix.errors import NormfixError
-from normfix.layers import ChannelNorm, FrozenKeys, FrozenStatistic
+from normfix.layers import ChannelNorm, FrozenStatistic, HeldTokens
 from normfix.layers.laws import Observed, Part, finalise
 from normfix.layers.laws import merge as merge_parts
 from normfix.layers.laws import observe as observe_part
@@ -429,7 +429,7 @@ def site_target(model: nn.Module, decision: Decision, *, express: bool) -> Targe
     """Describe a converted site to calibration; `express` as in set_statistics_."""
     module, statistic = model.get_submodule(decision.target), decision.site.statistic
     if statistic is not None and statistic.law == "keys":
-        assert isinstance(module, FrozenKeys)
+        assert isinstance(module, HeldTokens)
         return KeysTarget(decision.site.id, module, statistic)
     if statistic is not None:
         assert isinstance(module, FrozenStatistic)
@@ -475,7 +475,7 @@ def planned_targets(model: nn.Module, plan: Plan) -> list[Target]:
                     where=decision.site.id,
                 )
         elif (
-            not isinstance(layer, ChannelNorm | InterceptedNorm | FrozenStatistic | FrozenKeys)
+            not isinstance(layer, ChannelNorm | InterceptedNorm | FrozenStatistic | HeldTokens)
             or getattr(layer, "running_mean", layer) is None
         ):
             raise LayerGone(

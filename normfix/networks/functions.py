@@ -29,6 +29,7 @@ __all__ = [
     "operand_of",
     "reduced_by",
     "taken_by",
+    "with_operand",
 ]
 
 NORMS: Mapping[str, Callable[..., Any]] = MappingProxyType(
@@ -98,6 +99,7 @@ _ATTENDING: Mapping[str, tuple[str, ...]] = {
         *("key_padding_mask", "need_weights", "attn_mask"),
     ),
 }
+_NAMED: Mapping[str, tuple[str, ...]] = {**_REDUCING, **_ATTENDING, "einsum": ("equation",)}
 _LIKE = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
 _POOLING = tuple(
     f"{kind}_pool{n}d" for kind in ("adaptive_avg", "adaptive_max", "avg", "max") for n in (1, 2, 3)
@@ -145,7 +147,7 @@ def arguments_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> d
 
     Written for compiled forwards: dictionaries and loops only.
     """
-    given = by_position(_REDUCING.get(name, _ATTENDING.get(name, ())), args)
+    given = by_position(_NAMED.get(name, ()), args)
     given.update(kwargs)
     if "ord" in given:
         given["p"] = given.pop("ord")
@@ -179,6 +181,25 @@ def operand_of(args: Sequence[Any], kwargs: Mapping[str, Any], which: int = 0) -
                     return tensor
                 which -= 1
     raise ValueError("the call has fewer tensors among its arguments")
+
+
+def with_operand(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], which: int, value: Tensor
+) -> Any:
+    """Call a function with another tensor in place of the one with that number; see operand_of."""
+    seen = 0
+
+    def replaced(given: Any) -> Any:
+        nonlocal seen
+        if isinstance(given, (list, tuple)):
+            return [replaced(item) for item in given]
+        if not isinstance(given, Tensor):
+            return given
+        seen += 1
+        return value if seen == which + 1 else given
+
+    taken = [replaced(given) for given in args]
+    return function(*taken, **{name: replaced(given) for name, given in kwargs.items()})
 
 
 def reduced_by(name: str, given: Mapping[str, Any], rank: int) -> tuple[int, ...] | None:

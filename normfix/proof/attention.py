@@ -1,20 +1,21 @@
 """Attention to keys that are held, by its formula in float64 and nothing of torch's attention.
 
-    softmax(q K^T / sqrt(d) + b) V        of torch.nn.MultiheadAttention between its projections
+softmax(q K^T / sqrt(d) + b) V        of torch.nn.MultiheadAttention between its projections
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from normfix.layers import FrozenKeys
+from normfix.layers import FrozenKeys, FrozenOperand
 
-__all__ = ["attended"]
+__all__ = ["attended", "multiplied", "repeated"]
 
 
 def attended(held: FrozenKeys, given: Mapping[str, Any]) -> Tensor:
@@ -25,14 +26,32 @@ def attended(held: FrozenKeys, given: Mapping[str, Any]) -> Tensor:
         given: the call's arguments by name.
     """
     query = given["query"].double()
-    stacked, unit = held.batch
-    images = query.shape[stacked] // unit
-    keys, values = (torch.cat([t.double()] * images, stacked) for t in (held.keys, held.values))
+    keys, values = (repeated(t, query, *held.batch) for t in (held.keys, held.values))
     if "num_heads" in given:
         return _between_projections(query, keys, values, held.bias.double(), given)
     if given.get("enable_gqa"):
         keys, values = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (keys, values))
     return _weighted(query, keys, values, held.bias.double(), given.get("scale"))
+
+
+def multiplied(
+    held: FrozenOperand, function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], which: int
+) -> Tensor:
+    """Return a product in float64 with what is held in place of its operand with that number, in the call's dtype."""
+    leaves, structure = tree_flatten((args, dict(kwargs)))
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    dtype = leaves[places[which]].dtype
+    leaves[places[which]] = repeated(held.operand, leaves[places[which]], *held.batch)
+    for place in places:
+        leaves[place] = leaves[place].double()
+    taken = tree_unflatten(leaves, structure)
+    product: Tensor = function(*taken[0], **taken[1])
+    return product.to(dtype)
+
+
+def repeated(value: Tensor, like: Tensor, stacked: int, unit: int) -> Tensor:
+    """Return what is held for as many images as an operand has, in its dtype."""
+    return torch.cat([value.to(like.dtype)] * (like.shape[stacked] // unit), stacked)
 
 
 def _weighted(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float | None) -> Tensor:

@@ -20,13 +20,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from normfix.conversion.interception import InterceptedNorm
 from normfix.conversion.rewriting import layer_of
-from normfix.layers import ChannelNorm, FrozenKeys, FrozenStatistic
+from normfix.layers import ChannelNorm, FrozenKeys, FrozenOperand, FrozenStatistic, HeldTokens
 from normfix.layers.moments import Moments, pool
 from normfix.networks.calling import Caller, refusals
 from normfix.networks.copying import copy_of
 from normfix.networks.functions import arguments_of, bound
 from normfix.networks.numerics import IDENTITY, deviation
-from normfix.proof.attention import attended
+from normfix.proof.attention import attended, multiplied, repeated
 from normfix.records.plans import Action, Decision, Plan
 from normfix.scanning.census import census
 
@@ -102,12 +102,15 @@ def _held(
     left = dict(waiting)
 
     def settle(site: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        live = func(*args, **kwargs)
         decision = waiting.get(site)
-        if decision is None:
+        held = None if decision is None else converted.get_submodule(decision.target)
+        if isinstance(held, FrozenOperand):  # of another number of tokens than the call has
+            left.pop(site, None)
+            return multiplied(held, func, args, kwargs, decision.site.statistic.operand)
+        live = func(*args, **kwargs)
+        if decision is None or held is None:
             return live
         left.pop(site, None)
-        held = converted.get_submodule(decision.target)
         if isinstance(held, FrozenKeys):
             return _replaced(live, [attended(held, arguments_of(decision.site.function, args, kwargs))])
         if decision.site.layer is None:
@@ -129,7 +132,7 @@ def _holds(converted: nn.Module, decision: Decision) -> bool:
         return False
     norm = module.norm if isinstance(module, InterceptedNorm) else module
     kept = isinstance(norm, ChannelNorm) and norm.running_mean is not None
-    return isinstance(module, FrozenKeys | FrozenStatistic) or kept
+    return isinstance(module, FrozenStatistic | HeldTokens) or kept
 
 
 def _apart_in_double(
@@ -196,6 +199,8 @@ def _agrees(module: nn.Module, args: Any, kwargs: Mapping[str, Any], result: Any
         found, expected = tree_flatten(result)[0][0], attended(module, args[1])
         unit = float(expected.square().mean().sqrt()) or 1.0
         return deviation(found, expected, unit)[0] <= IDENTITY.get(found.dtype, 0.0)
+    if isinstance(module, FrozenOperand):
+        return torch.equal(result, repeated(module.operand, args[0], *module.batch))
     if isinstance(module, FrozenStatistic):
         given = [v for v in tree_flatten(result)[0] if isinstance(v, Tensor)]
         pairs = zip(given, module.values(), strict=True)

@@ -120,6 +120,18 @@ class Growth:
             _differing(one.outputs[0], two.outputs[0]) if one.outputs else frozenset(),
         )
 
+    def space_of(self, position: int, number: int) -> frozenset[int]:
+        """Return the dimensions of one input that are space; none where there is no second size."""
+        if self._other is None:
+            return frozenset()
+        return _differing(self._calls[position].inputs[number], self._other.calls[position].inputs[number])
+
+    def batch_of(self, position: int, number: int) -> frozenset[int] | None:
+        """Return the dimensions of one input along which images are stacked; None if it takes no two images."""
+        if self._two is None:
+            return None
+        return _differing(self._alone[position].inputs[number], self._two.calls[position].inputs[number])
+
     def follows_size(self, position: int) -> bool:
         """Tell whether a number that the call is given changes with the image's extent."""
         return self._other is not None and (

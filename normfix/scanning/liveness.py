@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 
 from normfix.networks.functions import ATTENTION
 from normfix.records.choices import StrEnum
@@ -114,11 +115,16 @@ def reached_positions(calls: Sequence[Call]) -> frozenset[int]:
     return frozenset(found)
 
 
-def live_positions(calls: Sequence[Call], growth: Growth, cuts: Collection[int]) -> frozenset[int]:
+def live_positions(
+    calls: Sequence[Call],
+    growth: Growth,
+    cuts: Collection[int],
+    kept: Mapping[int, Collection[int]] = MappingProxyType({}),
+) -> frozenset[int]:
     """Return the calls from which a path leads to a map in the result or out of tensors without passing a cut.
 
-    A cut itself is live if a path leads on from it: of an attention that is cut, from its queries. A result that is no
-    map, a classifier's, does not count.
+    A cut itself is live if a path leads on from it; `kept` says what it reads all the same, as attention does its
+    queries. A result that is no map, a classifier's, does not count.
     """
     needed: set[int] = set()
     live: set[int] = set()
@@ -129,10 +135,7 @@ def live_positions(calls: Sequence[Call], growth: Growth, cuts: Collection[int])
             needed.update(call.reads)
         elif (call.returned and growth.outputs(position) >= FIXED) or needed.intersection(call.writes):
             live.add(position)
-            if position not in cuts:
-                needed.update(call.reads)
-            elif call.function in ATTENTION:
-                needed.update(call.reads[:1])
+            needed.update(kept.get(position, ()) if position in cuts else call.reads)
     return frozenset(live)
 
 

@@ -25,8 +25,9 @@ from normfix.records.sites import Finding, Site, StatisticSpec
 from normfix.scanning.census import Call, Follow, Settle, alone, census
 from normfix.scanning.growth import Growth, Pass, look_again, look_at_two
 from normfix.scanning.liveness import Role, live_positions, looks_alone, reached_positions, roles, tails
+from normfix.scanning.products import Factor, written_out
 from normfix.scanning.rules import RULES, rule_of
-from normfix.scanning.rules.keys import UNASKED, keys_refusal, specify_keys
+from normfix.scanning.rules.keys import UNASKED, factors_of, keys_refusal, specify_keys
 from normfix.scanning.rules.statistics import family_of, refusal_of, specify
 
 __all__ = ["Survey", "materialise_", "survey"]
@@ -184,9 +185,11 @@ class _Sites:
         self._modules, self._invocations = modules, invocations
         self._roles = roles(calls, growth, lambda name: rule_of(name) is not None)
         self._after = tails(calls, growth, self._roles)
+        self._products = self._held_products()
         self._refusals = {p: self._refusal(p, role) for p, role in self._roles.items()}
         cuts = {p for p, role in self._roles.items() if self._can_cut(role) and not self._refusals[p]}
-        self._live = live_positions(calls, growth, cuts)
+        held = {p: self._kept_reads(p) for p in cuts if self._roles[p] is Role.PAIRS}
+        self._live = live_positions(calls, growth, cuts, held)
         self._reached = reached_positions(calls)
         self._positions = [p for p, c in enumerate(calls) if p in self._roles or rule_of(c.function)]
 
@@ -270,7 +273,7 @@ class _Sites:
         role, live, refusal = self._roles[position], position in self._live, self._refusals[position]
         spec: StatisticSpec | None = None
         if live and not refusal and role is Role.PAIRS:
-            spec = specify_keys(position, self._calls, self._growth, self._keys or 0)
+            spec = specify_keys(position, self._calls, self._growth, self._products, self._keys or 0)
         elif live and not refusal:
             spec = specify(position, self._calls, role, self._growth, self._after)
         unused = (
@@ -290,11 +293,37 @@ class _Sites:
         call = self._calls[position]
         reason = refusal_of(position, self._calls, role, self._growth, self._after)
         if role is Role.PAIRS:
-            unheld = keys_refusal(position, self._calls, self._growth) or self._recomputed(call)
+            unheld = keys_refusal(position, self._calls, self._growth, self._products) or self._recomputed(
+                call
+            )
             if self._keys is not None:
                 return unheld
             return reason if unheld else UNASKED
         return reason or self._recomputed(call)
+
+    def _held_products(self) -> dict[int, Factor]:
+        """Return the keys and values of attention that is written out, by the calls that take them.
+
+        Where keys are held, its second product is a site as well and its softmax none: it runs along what is held.
+        """
+        found: dict[int, Factor] = {}
+        for products in written_out(self._calls, self._growth):
+            pair = {products.first: products.keys, products.second: products.values}
+            if any(
+                keys_refusal(p, self._calls, self._growth, pair) or self._recomputed(self._calls[p])
+                for p in pair
+            ):
+                continue
+            found |= pair
+            if self._keys is not None:
+                self._roles |= dict.fromkeys(pair, Role.PAIRS)
+                self._roles.pop(products.softmax, None)
+        return found
+
+    def _kept_reads(self, position: int) -> frozenset[int]:
+        """Return what an attention still reads whose keys and values are held."""
+        held = {factor.number for factor in factors_of(position, self._calls, self._products)}
+        return frozenset(s for n, s in enumerate(self._calls[position].reads) if n not in held)
 
     def _can_cut(self, role: Role) -> bool:
         return role in (Role.TOTAL, Role.QUOTIENT) or (role is Role.PAIRS and self._keys is not None)

@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from attentive import Attends
+from attentive import FORMS, Attends
 from torch import nn
 
 import normfix
 from normfix.conversion.keys import require_room, with_all_keys
-from normfix.conversion.measuring import remeasure_sites
+from normfix.conversion.measuring import remeasure_sites, settle_sites_
 from normfix.conversion.rewriting import rewrite
 from normfix.conversion.targets import measured_targets
 from normfix.errors import NormfixError
@@ -102,7 +102,7 @@ def test_images_count_alike_whatever_their_size(several):
 
 
 def _lost(keys):
-    keys.hold_(keys.keys[..., 1:, :], keys.values[..., 1:, :], keys.bias[1:])
+    keys.hold_([keys.keys[..., 1:, :], keys.values[..., 1:, :]], keys.bias[1:])
 
 
 def _of_another_image(keys):
@@ -182,6 +182,28 @@ def test_a_number_of_keys_is_a_number(keys):
     assert caught.value.code == "NF598"
 
 
+def test_attention_that_is_written_out_is_held():
+    """Its two products take the keys and the values, whichever stands first; images of unlike sizes are refused."""
+    net = original("keys in rows")
+    done = normfix.convert(net, IMAGE, keys="all", tile=16)
+    assert done.proof.passed
+    assert [d.site.function for d in done.plan.converted] == ["group_norm", "matmul", "matmul"]
+    assert apart(normfix.predict(done.model, IMAGE, tile=16), run(net, IMAGE)) < 1e-12
+    targets = measured_targets(done.model, done.plan)
+    with pytest.raises(NormfixError, match="--keys 64 or fewer") as caught:
+        settle_sites_(done.model, targets, [TensorImage(IMAGE), TensorImage(OTHER)], Caller().exactly)
+    assert caught.value.code == "NF230"
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if "fused" not in form])
+def test_every_form_is_told(form):
+    """Keys and values are found in each form in which people write it, and the softmax between is none of it."""
+    found = survey(original(form).float(), Caller(), torch.rand(1, 1, 32, 48), keys=0)
+    live = [site for site in found.sites if site.live]
+    assert [site.statistic.law for site in live if site.statistic] == ["keys", "keys"]
+    assert not [site for site in live if site.refusal]
+
+
 class Encoded(nn.Module):
     """A transformer's layer over the tokens of patches, which torch computes in one fused call where it may."""
 
@@ -234,8 +256,8 @@ def _masked(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def _written_out(q, k, v):
-    return (q @ k.transpose(-2, -1)).softmax(-1) @ v
+def _penalised(q, k, v):
+    return (q @ k.transpose(-2, -1) - torch.arange(k.shape[-2]) * 0.1).softmax(-1) @ v
 
 
 class Axial(nn.Module):
@@ -248,7 +270,7 @@ class Axial(nn.Module):
     ("net", "reason"),
     [
         (Attends(_masked), "its is_causal is made for the whole image"),
-        (Attends(_written_out), "its own arithmetic"),
+        (Attends(_penalised), "not as a softmax between two products"),
         (Axial(), "along one axis"),
     ],
 )
