@@ -114,8 +114,9 @@ def _values(call: Call, weights: int, names: Labels, along: str) -> Factor | Non
     summed = [i for i, label in enumerate(operands[weights]) if label not in result]
     if len(summed) != 1 or len(names) != len(operands[weights]) or names[summed[0]] != along:
         return None
-    label, other = operands[weights][summed[0]], 1 - weights
-    return Factor(other, operands[other].index(label)) if label in operands[other] else None
+    label = operands[weights][summed[0]]
+    others = [n for n, labels in enumerate(operands) if n != weights and label in labels]
+    return Factor(others[0], operands[others[0]].index(label)) if others else None
 
 
 def _keeps(call: Call) -> bool:
@@ -134,9 +135,12 @@ def _order(call: Call) -> Sequence[int]:
     return order
 
 
-def _labels(call: Call) -> tuple[tuple[Labels, Labels], Labels] | None:
-    """Return the names of the dimensions of a product's two operands and of its result; None if it is no product."""
-    if len(call.reads) != 2:
+def _labels(call: Call) -> tuple[tuple[Labels, ...], Labels] | None:
+    """Return the names of the dimensions of a product's operands and of its result; None if it is no product of two."""
+    # what beta 0 leaves out may be made from the image, and empty
+    unused: tuple[Labels, ...] = ((),) * (call.function == "baddbmm" and call.arguments.get("beta") == 0)
+    unused = unused[: max(0, len(call.reads) - 2)]
+    if len(call.reads) != 2 + len(unused):
         return None
     if call.function in _MATRICES:
         if call.function == "baddbmm" and call.arguments.get("beta") != 0:
@@ -145,7 +149,8 @@ def _labels(call: Call) -> tuple[tuple[Labels, Labels], Labels] | None:
         if rank < 2 or any(len(shape) != rank for shape in call.inputs):
             return None
         batch = tuple(f"batch{d}" for d in range(rank - 2))
-        return ((*batch, "rows", "summed"), (*batch, "summed", "columns")), (*batch, "rows", "columns")
+        left, right = (*batch, "rows", "summed"), (*batch, "summed", "columns")
+        return (*unused, left, right), (*batch, "rows", "columns")
     equation = call.arguments.get("equation")
     if call.function != "einsum" or not isinstance(equation, str) or "." in equation or "->" not in equation:
         return None

@@ -198,7 +198,7 @@ def test_attention_that_is_written_out_is_held():
 @pytest.mark.parametrize("form", [form for form in FORMS if "fused" not in form])
 def test_every_form_is_told(form):
     """Keys and values are found in each form in which people write it, and the softmax between is none of it."""
-    found = survey(original(form).float(), Caller(), torch.rand(1, 1, 32, 48), keys=0)
+    found = survey(Attends(form).eval(), Caller(), torch.rand(1, 1, 32, 48), keys=0)
     live = [site for site in found.sites if site.live]
     assert [site.statistic.law for site in live if site.statistic] == ["keys", "keys"]
     assert not [site for site in live if site.refusal]
@@ -288,6 +288,32 @@ def test_it_is_asked_for():
     (site,) = (site for site in found.sites if site.family == "attention")
     assert site.live
     assert "--keys all" in site.refusal
+
+
+class Summarised(nn.Module):
+    """Learned queries look at the whole image, and their answer is added to every pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.attention = (
+            nn.Parameter(torch.randn(1, 1, 4)),
+            nn.MultiheadAttention(4, 2, batch_first=True),
+        )
+
+    def forward(self, x):
+        tokens = x.flatten(2).transpose(1, 2)
+        return (
+            x
+            + self.attention(self.query.expand(len(x), -1, -1), tokens, tokens)[0].transpose(1, 2)[..., None]
+        )
+
+
+@pytest.mark.parametrize("keys", [None, 0])
+def test_learned_queries_are_refused_by_name(keys):
+    """What they give of an image is one value for all of it, for which there is no rule."""
+    found = survey(Summarised().eval(), Caller(), torch.rand(1, 4, 32, 48), keys=keys)
+    (site,) = (site for site in found.sites if site.live)
+    assert "no rule for multi_head_attention_forward over space" in site.refusal
 
 
 def test_queries_of_the_image_alone_are_local():
