@@ -79,13 +79,13 @@ class StyleNetwork(nn.Module):
         return torch.sigmoid(self.expand[2](x))
 
 
-def cosmic_ray_network(folder: Path) -> nn.Module:
-    """Build deepCR's mask network from its sources, without importing the rest of the package."""
+def cosmic_ray_network(folder: Path, name: str = "ACS-WFC-F606W", width: int = 32) -> nn.Module:
+    """Build a mask network of deepCR's from its sources, without importing the rest of the package."""
     package = types.ModuleType("deepCR")
     package.__path__ = [str(next(folder.rglob("unet_batchnorm.py")).parent)]
     sys.modules["deepCR"] = package
-    network = importlib.import_module("deepCR.unet_batchnorm").UNet2SigmoidBatchNorm(1, 1, 32)
-    path = next(p for p in folder.rglob("ACS-WFC-F606W.pth") if p.parent.name == "mask")
+    network = importlib.import_module("deepCR.unet_batchnorm").UNet2SigmoidBatchNorm(1, 1, width)
+    path = next(p for p in folder.rglob(f"{name}.pth") if p.parent.name == "mask")
     weights = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251 - weights only
     network.load_state_dict({k.removeprefix("module."): v for k, v in weights.items()})
     return network.eval()

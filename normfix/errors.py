@@ -72,8 +72,9 @@ CODES: dict[str, str] = {
     "NF122": "--allow-class allows classes, which torch's safe mode builds without running their code's "
     "constructors at will; a function could do anything. Trust the whole file with --trust-pickle, or save the "
     "state_dict.",
-    "NF123": "TorchScript holds a compiled program, not modules. Save the state_dict where the network's source "
-    "is and name the network with --arch.",
+    "NF123": "TorchScript is opened as the program that torch makes of it, which ends at control flow that depends on "
+    "values, at hooks, at objects of other code, and at networks that do not begin with a convolution. Trace the "
+    "network, export it (.pt2), or save its state_dict and name the network with --arch.",
     "NF124": "A program of torch.export holds a graph of operations, not modules, so norms cannot be swapped in "
     "it as in a network. Give the network it was exported from.",
     "NF125": "hf-hub:ORG/NAME@REVISION is fetched through huggingface_hub; the repository or revision does not "
@@ -399,12 +400,13 @@ CODES: dict[str, str] = {
     "them, use(networks) takes those that were made before.",
     "NF587": "Constants are statistics of whole images (whole), of windows of the size that the network was trained "
     "on, or of each image (images), pooled by a law: windows:SIZE[:geometric|arithmetic|median|total]; a blend with "
-    "stored ones (blend:WEIGHT), of each image when it is predicted (per-image), or fitted (distilled:SIZE).",
+    "stored ones (blend:WEIGHT), of each image when it is predicted (per-image), or fitted (distilled:SIZE). SIZE can "
+    "be left out where the network's file states the windows of its training, as nnU-Net's plans do.",
     "NF588": "Windows and images that are pooled by a law have statistics of all of their pixels, without masks and "
     "samples, and their laws are laws of norms that keep their statistic: not of groups re-expressed as BatchRenorm.",
     "NF555": "Constants are chosen for norms that are measured on images. This network has none: its norms use the "
     "statistics that are stored, or it has no norm over space.",
-    "NF556": "normfix choose measures constants on some images and judges them on others, in memory: by labels, or by "
+    "NF556": "normfix choose measures constants on some images and judges them on others: by labels, or by "
     "the original's own prediction in windows of its training size (--window). It needs one of the two, an image that "
     "can be halved or several, and a network whose tiles can be exact.",
     "NF557": "Accuracy needs labels for each image, of its extents, and an output that has Dice with them: "
@@ -416,6 +418,8 @@ CODES: dict[str, str] = {
     "NF589": "Calibration images are unlike each other, or unlike what the network has stored of its training, by the "
     "median channel of a norm: over 8 times stronger or weaker, or 6 sd off. Mostly one is scaled otherwise. Said, not "
     "refused.",
+    "NF570": "The proof of this network's conversion did not pass. Where its tiles differed from its whole, predict "
+    "refuses it; where another claim failed, or could not be decided, predict says so.",
     # 9xx: normfix itself
     "NF901": "Something failed inside normfix. Nothing was written. Please report it with the traceback that "
     "--debug prints.",

@@ -19,7 +19,7 @@ from normfix.conversion.flatness import all_empty, judged, spread_in_groups
 from normfix.conversion.keys import keys_of, require_room, with_all_keys
 from normfix.conversion.measurement import measure_
 from normfix.conversion.planning import decide, replay
-from normfix.conversion.pooling import blended_targets, require_poolable, windows_of
+from normfix.conversion.pooling import blended_targets, on_grid, require_poolable, windows_of
 from normfix.conversion.results import Calibration, Conversion
 from normfix.conversion.rewriting import rewrite, rewrite_
 from normfix.conversion.targets import measured_targets, site_target
@@ -32,7 +32,7 @@ from normfix.networks.calling import Caller, buffers_kept, evaluating, home_of
 from normfix.networks.copying import double_of
 from normfix.networks.graph.program import require_free
 from normfix.networks.numerics import HALF, exact_arithmetic
-from normfix.networks.provenance import attach_, declared_scaling
+from normfix.networks.provenance import attach_, declared_scaling, declared_window
 from normfix.networks.surroundings import undisturbed
 from normfix.proof.check import with_reach
 from normfix.proof.indicators import recognise
@@ -114,7 +114,7 @@ def convert(
             calibration. Without, it is refused.
         halo: "graph" takes the bound that the network's graph gives, where it gives one; "measured" takes what the dye
             shows, which the verdict says.
-        tile: size of the tiles to prove with, one number or one per axis; default: a quarter of the image, at most 256.
+        tile: size of the tiles to prove with, one number or one per axis; default: a third of the image, at most 256.
         keys: hold keys and values of attention over all positions as constants: "all" those of the images, or how many
             of all images together, drawn at random for each by its share; each image counts alike. Default: such
             attention stays live, since its constants are as large as the images, in memory and in the file.
@@ -130,8 +130,8 @@ def convert(
 
     Raises:
         NormfixError: NF203 if live statistics are to be frozen and no image was given; NF205 if a given plan
-            is not of this network; NF231 for a statistic without spread; NF598 for keys that take over 2 GiB; codes of
-            `scan` and of the images.
+            is not of this network; NF231 for a statistic without spread; NF587 for windows whose size neither the
+            caller nor the network's file states; NF598 for keys that take over 2 GiB; codes of `scan` and of the images.
 
     Example:
         >>> import normfix, torch
@@ -145,9 +145,10 @@ def convert(
         raise NormfixError(
             "NF205", "a plan says already what to keep. Give one of the two.", where=f"keep={keep!r}"
         )
-    statistics = WHOLE
+    statistics, sized = WHOLE, True
     if isinstance(images, Windows | Measured):
-        statistics, images = images.statistics, images.images
+        sized = not images.statistics.needs_size
+        statistics, images = _sized(images.statistics, model), images.images
     caller = Caller(forward_fn, output)
     home = home_of(model)
     blocks = blocks or Blocks()
@@ -163,6 +164,8 @@ def convert(
     progress("scan", 0, 1)
     seen = _seen(ready, example, caller, halo, _kept(keys, to))
     progress("scan", 1, 1)
+    if not sized:
+        statistics = replace(statistics, size=on_grid(statistics.size, seen.geometry))
     if isinstance(to, Plan):
         plan = replay(to, seen.scan.sites, model=seen.scan.model)
     else:
@@ -249,6 +252,7 @@ def convert(
             source=source,
             output=stated,
             statistics=statistics,
+            unproved=proof.open_steps,
         ),
     )
     if model.training:
@@ -256,6 +260,25 @@ def convert(
     converted.eval()
     calibration = None if summary is None else Calibration(converted, summary)
     return Conversion(converted, plan, scan, calibration, proof, caller, base)
+
+
+def _sized(statistics: Statistics, model: nn.Module) -> Statistics:
+    """Return statistics of windows whose size is known: as it was given, or as the network's file states it.
+
+    Raises:
+        NormfixError: NF587 if neither says it.
+    """
+    if not statistics.needs_size:
+        return statistics
+    size = declared_window(model)
+    if size is None:
+        raise NormfixError(
+            "NF587",
+            "the size of the windows that the network was trained in is not known: a module does not say it, and of "
+            f"files nnU-Net's plans and configs of pytorch-3dunet and MONAI do. Give it: {statistics.kind}:SIZE.",
+            where=f"statistics={statistics.words}",
+        )
+    return replace(statistics, size=size)
 
 
 def _kind_of(run: Callable[[Tensor], Tensor], image: Tensor, geometry: Geometry | None) -> Kind:

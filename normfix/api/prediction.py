@@ -31,7 +31,7 @@ from normfix.networks.copying import copy_of, double_of, twin_of
 from normfix.networks.numerics import exact_arithmetic, require_finite
 from normfix.networks.provenance import attach_, provenance_of
 from normfix.networks.surroundings import undisturbed
-from normfix.proof.steps import identity
+from normfix.proof.steps import TILES, identity
 from normfix.records.plans import Plan
 from normfix.records.saved import Provenance, Scaling, Source
 from normfix.records.sites import Family, Scan
@@ -127,9 +127,10 @@ def predict(
     Raises:
         NormfixError: NF409 if the network has live statistics or no halo is enough, NF402 for a tile that is
             off the stride grid, NF260 for an image at whose size the network is another, NF410 for a halo that is not
-            enough or an engine, NF32x where stages are asked for and not possible, NF326 to NF336 of the store and the
-            cluster, NF148 and NF149 for statistics and predictions that are not finite, NF534 and NF535 for what the
-            output does not mean, and codes of the image.
+            enough or an engine, NF570 for tiles that the proof found to differ from the whole, NF32x where stages
+            are asked for and not possible, NF326 to NF336 of the store and the cluster, NF148 and NF149 for
+            statistics and predictions that are not finite, NF534 and NF535 for what the output does not mean, and
+            codes of the image.
     """
     rendering = Rendering.parse(as_, logits)
     with opened(image, model) as source:
@@ -289,6 +290,7 @@ class _Prediction:
         if live or (geometry is None and not attends):
             reasons = [f"{site} is live" for site in live[:3]] or [f.message for f in known.scan.findings]
             raise _not_tiled(known.scan, reasons)
+        _require_proved(model, known.scan)
         image = images_of(taken, model, like=known.scan.example).only()
         if attends:
             if halo != "auto" or engine == "tiles":
@@ -455,6 +457,31 @@ def _require_identity(base: Base, scan: Scan, plan: Plan) -> None:
             "batch. Predict the image whole.",
             where=scan.model,
         )
+
+
+def _require_proved(model: nn.Module, scan: Scan) -> None:
+    """Refuse a network whose tiles its proof found to differ from the whole; say what else of it did not pass.
+
+    Raises:
+        NormfixError: NF570.
+    """
+    provenance = provenance_of(model)
+    if provenance is None or scan is not provenance.scan or not provenance.unproved:
+        return
+    steps = "; ".join(step.headline for step in provenance.unproved)
+    if any(step.name == TILES and step.status == "failed" for step in provenance.unproved):
+        raise NotTiledError(
+            "NF570",
+            f"the proof of its conversion failed ({steps}), so its tiles are not its whole. Predict the image whole: "
+            "model(image).",
+            where=scan.model,
+        )
+    _LOG.warning(
+        "NF570 %s: the proof of its conversion did not pass (%s). Its tiles are its whole, which may not be what the "
+        "original gives.",
+        scan.model,
+        steps,
+    )
 
 
 def _free(ndim: int) -> Geometry:

@@ -39,11 +39,15 @@ Run = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """An image (1, C, *space), or a half of one, with its labels where there are any."""
+    """An image (1, C, *space), or a half of one, with its labels where there are any.
+
+    `part` tells that it stands for a larger image, of which more was left out.
+    """
 
     name: str
     pixels: Tensor
     labels: Any = None
+    part: bool = False
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ from normfix.choosing.judge import Judge
 from normfix.choosing.recommendation import recommend
 from normfix.choosing.samples import Fold, folds_of, samples_of
 from normfix.choosing.ways import Prediction, Way, ways_of
+from normfix.conversion.pooling import on_grid
 from normfix.diagnosis.accuracy import Metric
 from normfix.errors import NormfixError
 from normfix.images.given import GivenImages, images_of
@@ -21,6 +22,7 @@ from normfix.images.parts import Measured
 from normfix.networks.calling import Caller
 from normfix.networks.graph.program import require_free
 from normfix.networks.numerics import deviation, exact_arithmetic
+from normfix.networks.provenance import declared_window
 from normfix.networks.surroundings import undisturbed
 from normfix.proof.indicators import spread_of as sd_of
 from normfix.records.candidates import Candidate, ChoiceRecord
@@ -91,10 +93,11 @@ def choose(
 
     Args:
         model: not modified.
-        images: as for normfix.convert, in memory.
+        images: as for normfix.convert; of images that are read by window and do not fit, parts are compared, which
+            are drawn at random.
         labels: class numbers (*space) or masks (C, *space); of several images one for each.
-        window: pixels of the windows in training, one number or one per axis, multiples of the stride. Without,
-            no constants of windows are tried, and labels are needed.
+        window: pixels of the windows in training, one number or one per axis, multiples of the stride; default: as
+            the network's file states them. Without, no constants of windows are tried, and labels are needed.
         metric: `metric(prediction, labels)` of arrays (C, *space), more is better, instead of Dice.
         kind: what the output means; default: told by its values.
         keep: as for `convert`.
@@ -122,12 +125,15 @@ def choose(
     """
     require_free(model)
     caller = Caller(forward_fn, output)
-    samples = samples_of(images_of(images, model, caller=caller), labels)
+    declared = declared_window(model) if window is None else None
+    window = declared or window
+    asked = (window,) if isinstance(window, int) else tuple(window or ())
+    samples = samples_of(images_of(images, model, caller=caller), labels, asked)
     if labels is None and window is None:
         raise NormfixError(
             "NF556",
-            "there is nothing to judge by. Give labels (--labels), or the size of the windows in training (--window): "
-            "predictions are then compared with the original's in such windows.",
+            "there is nothing to judge by. Give labels (--labels), or the size of the windows in training (--window), "
+            "which the network's file does not state: predictions are compared with the original's in such windows.",
             where="choose",
         )
     if distilled and window is None:
@@ -139,7 +145,9 @@ def choose(
     progress("scan", 0, 1)
     bench = Bench.of(model, samples[0].pixels, caller, keep=keep, as_trained=as_trained)
     progress("scan", 1, 1)
-    extents = () if window is None else _extents(window, bench)
+    extents = (
+        () if window is None else _extents(on_grid(declared, bench.geometry) if declared else window, bench)
+    )
     folds = folds_of(samples, bench.geometry)
     if labels is None and not any(_is_cut(s, extents) for fold in folds for s in fold.judged):
         raise NormfixError(
@@ -155,7 +163,8 @@ def choose(
         candidates = comparison.candidates(ways_of(bench, judge, samples, extents, distilled=distilled))
         references = comparison.references(candidates[0])
         places = comparison.places(candidates)
-    found = recommend(candidates)
+    sizes = tuple(len(fold.judged) for fold in folds)
+    found = recommend(candidates, sizes)
     best = next(c for c in candidates if c.name == found.name)
     record = ChoiceRecord(
         model=bench.model,
@@ -170,6 +179,7 @@ def choose(
         error=found.error,
         sure=found.sure,
         fix=_python(best),
+        folds=sizes,
     )
     return Choice(record, images, places)
 

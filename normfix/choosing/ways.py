@@ -198,15 +198,20 @@ def ways_of(
     *,
     distilled: bool = False,
 ) -> list[Way]:
-    """Return the candidates of a network: windows where their size is known, a blend where anything is stored."""
+    """Return the candidates of a network: windows where their size is known, a blend where anything is stored.
+
+    Parts of larger images say nothing of what an image as a whole has.
+    """
+    entire = not any(sample.part for sample in samples)
     found: list[Way] = [Constants(bench, Statistics())]
-    if len(samples) >= _SEVERAL:
+    if entire and len(samples) >= _SEVERAL:
         found.append(Constants(bench, Statistics(kind="images", law="geometric")))
     if window:
         found += [Constants(bench, Statistics(kind="windows", size=window, law=law)) for law in _LAWS]
         if distilled:
             found.append(Fitted(bench, window))
-    found.append(PerImage(bench))
+    if entire:
+        found.append(PerImage(bench))
     if bench.stored:
         found.append(Blend(bench, judge, tuple(samples), []))
     return [*found, Renorm(bench)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from normfix.choosing.choose import Choice
     from normfix.images.collections import ImageFiles
+    from normfix.images.windows import ScaledImage
 
 __all__ = ["choose_command"]
 
@@ -48,7 +50,8 @@ _ENDINGS = (".html", ".json", ".md")
 @click.option(
     "--window",
     type=Extents(1),
-    help="Size of the windows that the network was trained on; one number, or one per axis.",
+    help="Size of the windows that the network was trained on; one number, or one per axis. Default: as MODEL's file "
+    "states it, as plans of nnU-Net and configs of pytorch-3dunet and MONAI do.",
 )
 @click.option("--metric", help="pkg.mod:function(prediction, labels) instead of Dice; more is better.")
 @click.option("--kind", type=click.Choice(KINDS), help="What the output means. Default: told by its values.")
@@ -88,6 +91,7 @@ def choose_command(
     Constants are measured on all images but some and judged on these, in turn (of one image on halves): by labels, or
     by agreement with the original's own prediction in windows of its training size. All are seamless; they are not
     equally good. Prints what to run. `convert --statistics choose:SIZE` takes the recommendation at once.
+    Images are read by window and may be larger than memory: of those, parts that are drawn at random are compared.
 
     \b
     Example:
@@ -96,14 +100,10 @@ def choose_command(
     require_reports(reports)
     if any(Path(report).suffix.lower() not in _ENDINGS for report in reports):
         raise click.UsageError(f"--report: a choice has reports that end in {', '.join(_ENDINGS)}")
-    if distilled and window is None:
-        raise click.UsageError("--distilled needs --window, the size of the windows in training")
-    if not labels and window is None:
-        raise click.UsageError("give --labels, or --window with the size of the windows in training")
     arguments = Arguments.take(options, [*images, *labels])
     judge = metric_named(metric)
     opened = arguments.open()
-    files = arguments.images(images, opened.model)
+    files = arguments.windows(images, opened.model)
     with telling(), steps() as progress:
         found = chosen(
             opened.model,
@@ -124,7 +124,9 @@ def choose_command(
     return 0
 
 
-def chosen(model: nn.Module, files: ImageFiles, labels: tuple[str, ...], **options: Any) -> Choice:
+def chosen(
+    model: nn.Module, files: ImageFiles | Sequence[ScaledImage], labels: tuple[str, ...], **options: Any
+) -> Choice:
     """Choose, with the labels that files hold."""
     from normfix.choosing.choose import choose
     from normfix.images.names import find_images

@@ -78,8 +78,8 @@ __all__ = ["convert_command"]
     show_default=True,
     metavar="WHAT",
     help="What constants are measured on: whole images, windows:SIZE[:LAW] of the size the network was trained on, "
-    "images[:LAW], per-image, blend:WEIGHT; distilled:SIZE fits them to MODEL in such windows, choose[:SIZE] compares "
-    "them as normfix choose does.",
+    "images[:LAW], per-image, blend:WEIGHT; distilled:SIZE fits them to MODEL in such windows, choose:SIZE compares "
+    "them as normfix choose does. SIZE may be left out where MODEL's file states it.",
 )
 @click.option(
     "--labels", multiple=True, metavar="FILE", help="With --statistics choose: true classes or masks."
@@ -291,10 +291,6 @@ class _Choice:
             if labels:
                 raise click.UsageError("--labels belong to --statistics choose")
             return None
-        if not size and not labels:
-            raise click.UsageError(
-                "--statistics choose: give choose:SIZE, of the windows in training, or --labels"
-            )
         return cls(parse_statistics(f"windows:{size}").size if size else None, labels)
 
     def made(

@@ -63,6 +63,11 @@ __all__ = ["diagnose_command"]
 @click.option("--labels", help="File with true classes or masks, for accuracy; one image only.")
 @click.option("--metric", help="pkg.mod:function(prediction, labels) beside Dice, with --labels.")
 @click.option("--converted", help="Folder of the converted network, for accuracy.")
+@click.option(
+    "--halo-curve",
+    is_flag=True,
+    help="Measure the error for halos from 0 to the exact one too, with every other cause fixed, and what each costs.",
+)
 @click.option("--sites", is_flag=True, help="Run the experiments for every site by itself too.")
 @image_options
 @report_option
@@ -77,6 +82,7 @@ def diagnose_command(
     metric: str | None,
     converted: str | None,
     sites: bool,
+    halo_curve: bool,
     reports: tuple[str, ...],
     verbose: bool,
     format_: str,
@@ -109,6 +115,7 @@ def diagnose_command(
         "metric": judge,
         "converted": None if converted is None else arguments.open_converted(converted),
         "per_site": sites,
+        "halo_curve": halo_curve,
         "output": arguments.output,
         "announce": lambda cost: note(cost_text(cost)),
     }

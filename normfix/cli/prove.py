@@ -32,7 +32,7 @@ __all__ = ["prove_command"]
 @click.option(
     "--tile",
     type=Extents(1),
-    help="Tile size to compare with, one number or one per axis. Default: a quarter of the image, at most 256.",
+    help="Tile size to compare with, one number or one per axis. Default: a third of the image, at most 256.",
 )
 @click.option(
     "--blocks",

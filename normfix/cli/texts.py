@@ -335,6 +335,9 @@ def diagnosis_text(record: DiagnosisRecord, *, verbose: bool = False) -> str:
     lines += [f"  Ready to run: {ready}"] if ready else []
     lines += [f"  accuracy, {a.prediction}: Dice {a.dice:.4f}" for a in record.accuracy if a.dice is not None]
     lines += [f"  {f.line}" for f in record.findings]
+    if record.halo_curve is not None:
+        lines += ["  error against halo, everything else fixed:"]
+        lines += [f"    {line}" for line in halo_curve_text(record.halo_curve).splitlines()]
     return "\n".join([*lines, *(_indicators(record) if verbose else ())])
 
 

@@ -71,10 +71,15 @@ def measure_sites_(
     return summary
 
 
-def freeze_sites_(model: nn.Module, targets: Sequence[Target], image: Tensor, run: Run) -> None:
-    """Freeze the targets at what they measure on one image, in one pass; see measure_sites_."""
+def freeze_sites_(model: nn.Module, targets: Sequence[Target], image: Tensor, run: Run) -> Tensor:
+    """Freeze the targets at what they measure on one image, in one pass; see measure_sites_.
+
+    Returns:
+        What the network gives for the image once they are frozen.
+    """
     with evaluating(model), exact_arithmetic(), restoring_on_error(targets):
-        _freeze_as_it_goes(model, targets, [TensorImage(image)], run)
+        (output,) = _freeze_as_it_goes(model, targets, [TensorImage(image)], run)
+    return output
 
 
 def settle_sites_(model: nn.Module, targets: Sequence[Target], images: Sequence[Image], run: Run) -> None:
@@ -115,7 +120,8 @@ def remeasure_sites(
 
 def _freeze_as_it_goes(
     model: nn.Module, targets: Sequence[Target], images: Iterable[Image], run: Run
-) -> None:
+) -> list[Any]:
+    """Freeze the targets, and return what the network gives for each image."""
     calls = Counter[str]()
 
     def observe(target: Target, part: Any) -> None:
@@ -124,11 +130,11 @@ def _freeze_as_it_goes(
         calls[target.name] += 1
 
     with observed(targets, observe):
-        for image in images:
-            run(model, whole(image))
+        outputs = [run(model, whole(image)) for image in images]
     for target in targets:
         if calls[target.name] != 1:
             raise _call_count(target, calls[target.name], 1)
+    return outputs
 
 
 def _freeze_in_turn(

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from normfix.conversion.targets import NormTarget, Target, TargetAround
 from normfix.errors import NormfixError
-from normfix.images.sources import Cut, Image
+from normfix.images.sources import Cut, Image, each_of
 from normfix.layers.moments import Moments, merge
 from normfix.records.measurements import SiteStatistics
 from normfix.records.plans import Action, Plan
@@ -33,15 +33,15 @@ from normfix.records.statistics import Law, Statistics
 from normfix.tiling.grid import Geometry
 from normfix.tiling.stitching import tile_extents
 
-__all__ = ["blended_targets", "parts_of", "pooled_targets", "require_poolable", "windows_of"]
+__all__ = ["blended_targets", "on_grid", "parts_of", "pooled_targets", "require_poolable", "windows_of"]
 
 Stored = Mapping[str, tuple[Tensor, Tensor]]
 """Mean and variance (c,) that the original has stored, by site."""
 
 
 def parts_of(image: Image, statistics: Statistics, geometry: Geometry | None) -> list[Image]:
-    """Return what has statistics of its own: the windows of an image, or all of it."""
-    return windows_of(image, statistics.size, geometry) if statistics.kind == "windows" else [image]
+    """Return what has statistics of its own: the windows of an image, or all of it, of each of a batch."""
+    return windows_of(image, statistics.size, geometry) if statistics.kind == "windows" else each_of(image)
 
 
 def windows_of(image: Image, size: Sequence[int], geometry: Geometry | None) -> list[Image]:
@@ -50,7 +50,7 @@ def windows_of(image: Image, size: Sequence[int], geometry: Geometry | None) -> 
     Neighbours overlap by as much as the image is no multiple of the window; one longer than the image is the image.
 
     Args:
-        image: of any size, in memory or read by window.
+        image: of any size, in memory or read by window; of a batch each is cut by itself.
         size: pixels, one number for all axes or one per axis.
         geometry: of the network, where it is known.
 
@@ -64,9 +64,19 @@ def windows_of(image: Image, size: Sequence[int], geometry: Geometry | None) -> 
         strides, sizes = geometry.stride, tile_extents(sizes, geometry)
     starts = [_starts(*axis) for axis in zip(space, sizes, strides, strict=True)]
     return [
-        Cut(image, [(a, a + min(n, m)) for a, n, m in zip(corner, sizes, space, strict=True)])
+        Cut(one, [(a, a + min(n, m)) for a, n, m in zip(corner, sizes, space, strict=True)])
+        for one in each_of(image)
         for corner in product(*starts)
     ]
+
+
+def on_grid(size: Sequence[int], geometry: Geometry | None) -> tuple[int, ...]:
+    """Return the nearest windows on the stride grid that are no larger: training takes patches of any size."""
+    if geometry is None:
+        return tuple(size)
+    sizes = tuple(size) if len(size) == len(geometry.stride) else tuple(size) * len(geometry.stride)
+    fitting = [max(s, n // s * s) for n, s in zip(sizes, geometry.stride, strict=True)]
+    return tuple(fitting[:1] if len(set(fitting)) == 1 else fitting)
 
 
 def _starts(extent: int, size: int, stride: int) -> list[int]:

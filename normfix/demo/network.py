@@ -13,9 +13,14 @@ import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 
-__all__ = ["WEIGHTS", "NucleiUNet", "nuclei_unet"]
+from normfix.networks.provenance import declare_window_
+
+__all__ = ["WEIGHTS", "WINDOW", "NucleiUNet", "nuclei_unet"]
 
 WEIGHTS = "nuclei_unet.safetensors"
+WINDOW = 160
+"""Pixels of the windows that it was trained on."""
+
 _WIDTHS = (16, 32, 64, 128)
 
 
@@ -65,6 +70,7 @@ def nuclei_unet(pretrained: bool = True) -> NucleiUNet:
     model = NucleiUNet().eval()
     if pretrained:
         model.load_state_dict(load(resources.files("normfix.demo").joinpath(WEIGHTS).read_bytes()))
+        declare_window_(model, [WINDOW])
     return model
 
 

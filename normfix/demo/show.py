@@ -33,9 +33,6 @@ SCALING = Scaling(kind="percentile", values=(1.0, 99.8))
 
 TILE = 128
 
-WINDOW = 160
-"""Pixels of the windows that the demo network was trained on."""
-
 PART = 320
 """Pixels on each side of the parts on which constants are compared."""
 
@@ -91,7 +88,7 @@ def run_demo(out: str, progress: Progress = silent) -> DemoResult:
         for to, conversion in done.items():
             if conversion.proof.passed:
                 save(conversion, draft / to, source, scaling=SCALING)
-        choice = choose(network, _parts(image), window=WINDOW, progress=_named(progress, "constants"))
+        choice = choose(network, _parts(image), progress=_named(progress, "constants"))
         maps = predictions(network, done["frozen"], image)
         _write_pictures(draft, pixels, maps, before.sd)
         _write_page(draft, done, before, choice)
@@ -161,7 +158,7 @@ def _write_page(folder: Path, done: dict[str, Conversion], before: Verdict, choi
         before=before,
         choice=choice.record,
         places=[_beside(place.drawings, choice.record) for place in places(choice.places)[:2]],
-        window=WINDOW,
+        window=choice.record.window[0],
         part=PART,
         tile=TILE,
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from normfix.api.prediction import predict
 from normfix.diagnosis.accuracy import Labels
+from normfix.diagnosis.curve import curve_of, halo_count
 from normfix.diagnosis.disparity import disparity, patches
 from normfix.diagnosis.experiments import Experiments, Trial, culprits
 from normfix.diagnosis.intervention import Watched, record
@@ -64,6 +65,7 @@ class Examination:
     truth: Labels | None
     batches: tuple[int, ...]
     per_site: bool
+    halo_curve: bool
     progress: Progress
 
     def cost(self) -> Cost:
@@ -112,6 +114,7 @@ class Examination:
             ),
             after=fixed.mismatch,
             profile=course,
+            halo_curve=curve_of(self.bench, self.progress) if self.halo_curve else None,
             train_eval=self._train_eval(seen.sd),
             culprits=found,
             sites=self._sites(seen, found),
@@ -128,7 +131,8 @@ class Examination:
 
     def _experiments(self) -> int:
         sites = len(self.setting.live[False]) if self.per_site else 0
-        return len(self.bench.planned()) + 2 * sites
+        halos = halo_count(self.bench) if self.halo_curve else 0
+        return len(self.bench.planned()) + 2 * sites + halos
 
     def _bench_model(self) -> nn.Module:
         return self.bench.trained if self.setting.tiling.train else self.bench.evaluated

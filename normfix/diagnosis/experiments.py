@@ -13,7 +13,7 @@ none of it. Experiments run in float64, so a cause is named however little it sh
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from normfix.proof.indicators import compare, spread_of
 from normfix.records.diagnoses import Culprit, Kind, Mismatch, Tiling
 from normfix.records.progress import Progress, silent
 from normfix.records.sites import Site
-from normfix.records.spans import in_strides
+from normfix.records.spans import Spans, in_strides
 from normfix.tiling.grid import Geometry
 from normfix.tiling.stitching import cropped, padded
 
@@ -146,8 +146,15 @@ class Experiments:
 
     def tiles(self, present: frozenset[str]) -> list[Window]:
         """Return the windows of an experiment."""
-        image = self._extended("size" not in present)
-        return list(windows(image.shape[2:], self.tiling, self.geometry, present))
+        return list(windows(self.size(present), self.tiling, self.geometry, present))
+
+    def size(self, present: frozenset[str]) -> tuple[int, ...]:
+        """Return the extents of the image in an experiment, extended to an exact size where that is fixed."""
+        return tuple(self._extended("size" not in present).shape[2:])
+
+    def with_halo(self, halo: Spans) -> Experiments:
+        """Return the same bench where tiles are read with another halo."""
+        return replace(self, tiling=replace(self.tiling, halo=halo), _trials={})
 
     def _once(self, present: frozenset[str]) -> float:
         """Return the mean mismatch of an experiment without keeping its predictions."""

@@ -52,6 +52,7 @@ class DiagnoseOptions(TypedDict, total=False):
     converted: nn.Module | None
     batches: Sequence[int]
     per_site: bool
+    halo_curve: bool
     forward_fn: ForwardFn | None
     output: str | int | None
     announce: Callable[[Cost], None]
@@ -159,6 +160,7 @@ def diagnose_network(
     converted: nn.Module | None = None,
     batches: Sequence[int] = (1, 4),
     per_site: bool = False,
+    halo_curve: bool = False,
     forward_fn: ForwardFn | None = None,
     output: str | int | None = None,
     announce: Callable[[Cost], None] = lambda cost: None,
@@ -178,6 +180,7 @@ def diagnose_network(
         converted: the converted network, for accuracy.
         batches: sizes for the train/eval disparity.
         per_site: run the experiments for every site by itself too.
+        halo_curve: measure the error for halos from 0 to the exact one too, with every other cause fixed.
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
         announce: called once with the cost, before the experiments start.
@@ -200,7 +203,8 @@ def diagnose_network(
         truth = None
         if labels is not None:
             truth = Labels.of(labels, item.shape[2:], setting.kind, metric, channels=setting.channels)
-        work = Examination(setting, bench_of(setting, progress), truth, tuple(batches), per_site, progress)
+        bench = bench_of(setting, progress)
+        work = Examination(setting, bench, truth, tuple(batches), per_site, halo_curve, progress)
         cost = work.cost()
         announce(cost)
         return Diagnosis(*work.measured(cost, converted, setting.tiling.tile if tile is None else tile))

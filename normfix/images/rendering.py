@@ -110,6 +110,11 @@ class Rendering:
                 return torch.float32
         return dtype
 
+    def shown(self, count: int) -> tuple[float, float] | None:
+        """Return the darkest and brightest value of an output of so many channels; None if they may be any."""
+        ranges = {"classes": (0, max(count - 1, 1)), "mask": (0, 255), "probabilities": (0, 1)}
+        return ranges.get(self.kind)
+
     def of(self, values: Tensor) -> Tensor:
         """Return what values (N, C, *space) mean."""
         count = values.shape[1]

@@ -18,6 +18,7 @@ __all__ = [
     "Span",
     "TensorImage",
     "digest_of",
+    "each_of",
     "is_constant",
     "middle_of",
     "slabs",
@@ -82,15 +83,17 @@ class TensorImage:
 
 
 class Cut:
-    """A window of an image, as an image of its own."""
+    """A window of an image, or of one of a batch, as an image of its own."""
 
-    def __init__(self, image: Image, spans: Sequence[Span]) -> None:
-        self._image, self._spans = image, tuple(spans)
+    def __init__(self, image: Image, spans: Sequence[Span], number: int | None = None) -> None:
+        self._image, self._spans, self._number = image, tuple(spans), number
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Return the extents."""
-        return (*self._image.shape[:2], *(stop - start for start, stop in self._spans))
+        batch, channels, *_ = self._image.shape
+        space = (stop - start for start, stop in self._spans)
+        return (batch if self._number is None else 1, channels, *space)
 
     def padded(self, padding: Sequence[int]) -> Image:
         """Return the same window, extended by its edge pixels."""
@@ -99,11 +102,20 @@ class Cut:
     def read(self, window: Sequence[Span]) -> Tensor:
         """Return a part of the window."""
         pairs = zip(window, self._spans, strict=True)
-        return self._image.read([(first + start, first + stop) for (start, stop), (first, _) in pairs])
+        found = self._image.read([(first + start, first + stop) for (start, stop), (first, _) in pairs])
+        return found if self._number is None else found.narrow(0, self._number, 1)
 
     def fingerprint(self) -> str:
         """Return that of the image, and where the window lies in it; see Image."""
-        return f"{self._spans} of {self._image.fingerprint()}"
+        where = self._spans if self._number is None else (self._number, *self._spans)
+        return f"{where} of {self._image.fingerprint()}"
+
+
+def each_of(image: Image) -> list[Image]:
+    """Return the images of a batch, each as an image of its own."""
+    count, _, *space = image.shape
+    whole_of = [(0, n) for n in space]
+    return [image] if count == 1 else [Cut(image, whole_of, number) for number in range(count)]
 
 
 def whole(image: Image) -> Tensor:

@@ -71,6 +71,7 @@ class OutputFile:
         Raises:
             NormfixError: NF114 if it cannot be written, NF534 if so many channels do not mean what it is written as.
         """
+        shown = self._rendering.shown(shape[0])
         channels, dtype = self._rendering.channels(shape[0]), self._rendering.dtype(shape[0], dtype)
         shape = (channels, *shape[1:])
         numpy_dtype = np.dtype(str(dtype).removeprefix("torch.").replace("bfloat16", "float32"))
@@ -95,7 +96,7 @@ class OutputFile:
                 axes,
                 self._placement,
                 [edges[a] for a in axes],
-                imagej=self._rendering.kind != "raw",
+                shown=shown,
             )
             reserve(self._draft)
         except OSError as error:

@@ -1,8 +1,9 @@
 """What makes a network compute what it computes, besides the values of its tensors: something to compare.
 
-Modules and their attributes, hooks, and the code of their classes and functions with what it closes over. A copy of a
-network compares equal to it, as long as neither was changed. Two that compare equal may still differ in what Python
-does not show (a global variable, memory of foreign libraries).
+Modules and their attributes, hooks, and the code of their classes and functions, with what it closes over and the
+plain values and functions of its own module that it reads by name. A copy of a network compares equal to it, as long as
+neither was changed. Two that compare equal may still differ in what is not looked at: variables of other modules,
+globals that code writes itself or that hold other objects, and memory of foreign libraries.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from functools import cache, partial
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from normfix.networks.devices import bytes_of
 
 __all__ = ["SAID", "behaviour_of", "digest_of_tensor", "state_of", "structure_of"]
 
-SAID = ("_normfix_provenance", "_normfix_structure", "_normfix_scaling")
+SAID = ("_normfix_provenance", "_normfix_structure", "_normfix_scaling", "_normfix_window")
 """Attributes that say something of a network and compute nothing."""
 
 _ELSEWHERE = frozenset({"_parameters", "_buffers", "_modules", "training", *SAID})
@@ -91,6 +92,7 @@ class _Picture:
     def __init__(self, modules: Mapping[int, str]) -> None:
         self._modules = modules
         self._numbers: dict[int, int] = {}
+        self._functions: set[int] = set()
 
     def number(self, value: object) -> int:
         """Return a number that tells an object from the others: one object under two names has one."""
@@ -143,6 +145,7 @@ class _Picture:
                     value.__defaults__,
                     value.__kwdefaults__,
                     *map(_content, value.__closure__ or ()),
+                    *self._read_by(value),
                 ]
             case MethodType():
                 return [value.__func__, value.__self__]
@@ -152,6 +155,8 @@ class _Picture:
                 return [value.fget]
             case partial():
                 return [value.func, value.args, value.keywords]
+            case SimpleNamespace():
+                return [vars(value)]
         if hasattr(value, "__array_interface__"):
             return [value.shape, str(value.dtype), value.tobytes()]
         if getattr(getattr(type(value), "__dataclass_params__", None), "frozen", False):
@@ -159,6 +164,22 @@ class _Picture:
         if self._shows(value):
             return [self.number(value), vars(value)]
         return [self._hidden(value)]
+
+    def _read_by(self, function: FunctionType) -> Iterator[object]:
+        """Yield the globals that a function reads, with their names: of a function once, of its own module alone."""
+        if not function.__module__ or function.__module__.startswith(_LIBRARIES):
+            return
+        names, changes = _globals_read(function.__code__)
+        for name in names:
+            value = function.__globals__.get(name)
+            if isinstance(value, FunctionType):
+                if value.__module__ != function.__module__ or id(value) in self._functions:
+                    continue
+                self._functions.add(id(value))
+            elif not isinstance(value, Tensor) and (not _is_plain(value) or (changes and _is_mutable(value))):
+                continue
+            yield name
+            yield value
 
     def _tensor(self, value: Tensor) -> object:
         return self.number(value), value.shape, value.dtype, digest_of_tensor(value)
@@ -251,9 +272,48 @@ def _lines(code: CodeType) -> Iterator[tuple[set[str], set[str], set[str]]]:
     yield names, operations, written
 
 
+@cache
+def _globals_read(code: CodeType) -> tuple[tuple[str, ...], bool]:
+    """Return the globals that code reads and does not write, and whether it may change something in place."""
+    read, written, changes = dict[str, None](), set[str](), False
+    for inner in _nested(code):
+        for step in dis.get_instructions(inner):
+            match step.opname:
+                case "LOAD_GLOBAL" | "LOAD_NAME":
+                    read[step.argval] = None
+                case "STORE_GLOBAL":
+                    written.add(step.argval)
+                case "STORE_SUBSCR" | "STORE_ATTR":
+                    changes = True
+        changes = changes or not _CHANGING.isdisjoint(inner.co_names)
+    return tuple(name for name in read if name not in written), changes
+
+
+def _is_plain(value: object) -> bool:
+    """Tell whether a value, or all that a collection or an object holds, are numbers, texts and the like."""
+    match value:
+        case Mapping():
+            held: Iterable[object] = value.values()
+        case list() | tuple() | set() | frozenset():
+            held = value
+        case SimpleNamespace():
+            held = vars(value).values()
+        case _ if not isinstance(value, type | FunctionType | ModuleType | nn.Module) and _shows_all(value):
+            held = vars(value).values()
+        case _:
+            return isinstance(value, _VALUES)
+    return all(isinstance(one, (*_VALUES, type(None))) for one in held)
+
+
 def _codes(function: object) -> Iterator[CodeType]:
     """Yield the code of a function and of those that it defines."""
-    left = [function.__code__] if isinstance(function, FunctionType) else []
+    if isinstance(function, FunctionType):
+        yield from _nested(function.__code__)
+
+
+def _nested(outer: CodeType) -> Iterator[CodeType]:
+    """Yield code and that of the functions that it defines."""
+    left = [outer]
     while left:
         code = left.pop()
         yield code

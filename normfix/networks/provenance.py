@@ -17,13 +17,15 @@ from normfix.records.saved import Provenance, Scaling
 __all__ = [
     "attach_",
     "declare_scaling_",
+    "declare_window_",
     "declared_scaling",
+    "declared_window",
     "is_current",
     "provenance_of",
     "rescale_",
 ]
 
-_NAME, _STRUCTURE, _SCALING = SAID
+_NAME, _STRUCTURE, _SCALING, _WINDOW = SAID
 
 
 def attach_(model: nn.Module, provenance: Provenance) -> None:
@@ -59,3 +61,15 @@ def declared_scaling(model: nn.Module) -> Scaling | None:
     """Return how the file that a network came from scales its images; None where none says it."""
     found = getattr(model, "__dict__", {}).get(_SCALING)
     return found if isinstance(found, Scaling) else None
+
+
+def declare_window_(model: nn.Module, size: object) -> None:
+    """Attach, in place, the windows of training that the file of a network states: a list of extents; else nothing."""
+    if isinstance(size, list | tuple) and size and all(type(n) is int and n > 0 for n in size):
+        model.__dict__[_WINDOW] = tuple(size)
+
+
+def declared_window(model: nn.Module) -> tuple[int, ...] | None:
+    """Return the extents of the windows that a network was trained in; None where its file does not state them."""
+    found = getattr(model, "__dict__", {}).get(_WINDOW)
+    return found if isinstance(found, tuple) else None

@@ -7,7 +7,7 @@ Halos are multiples of the stride, since tiles start on it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -32,7 +32,7 @@ from normfix.tiling.grid import Geometry, grid
 from normfix.tiling.recall import Recalling
 from normfix.tiling.stitching import dividing, padded, stitch, tile_extents
 
-__all__ = ["halo_curve"]
+__all__ = ["halo_curve", "halos_between", "measured"]
 
 _POINTS = 8
 """Halos between none and the exact one, at most."""
@@ -94,14 +94,10 @@ def halo_curve(
     item = whole(images_of(taken, model, like=known.scan.example).only())
     extents = dividing(item, geometry) if tile is None else tile_extents(tile, geometry)
     tested = Recalling(partial(known.caller, twin_of(model)))
-    halos = list(_halos(geometry) if halo is None else _stated(halo, geometry))
+    halos = list(halos_between(geometry) if halo is None else _stated(halo, geometry))
     with exact_arithmetic():
         trial = _Trial(tested, padded(item, geometry), geometry, extents)
-        points = []
-        for number, (axis, spans) in enumerate(halos):
-            progress("halo", number, len(halos))
-            points.append(trial.point(axis, spans))
-        progress("halo", len(halos), len(halos))
+        points = measured(halos, trial.point, progress)
     if not any(point.compared for point in points):
         raise NormfixError(
             "NF595",
@@ -112,11 +108,25 @@ def halo_curve(
     return HaloCurve(
         tile=extents,
         exact=geometry.halo,
-        points=tuple(points),
+        points=points,
         tolerance=tolerance,
         smallest=None if tolerance is None else _smallest(points, tolerance),
         live=known.live,
     )
+
+
+def measured(
+    halos: Sequence[tuple[int | None, Spans]],
+    point: Callable[[int | None, Spans], HaloPoint],
+    progress: Progress,
+) -> tuple[HaloPoint, ...]:
+    """Return the points of halos, each (axis that alone is this short, halo), by whatever measures one of them."""
+    points = []
+    for number, (axis, halo) in enumerate(halos):
+        progress("halo", number, len(halos))
+        points.append(point(axis, halo))
+    progress("halo", len(halos), len(halos))
+    return tuple(points)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +176,7 @@ def _stated(halo: int | Sequence[int], geometry: Geometry) -> Iterator[tuple[int
     yield None, exact
 
 
-def _halos(geometry: Geometry) -> Iterator[tuple[int | None, Spans]]:
+def halos_between(geometry: Geometry) -> Iterator[tuple[int | None, Spans]]:
     """Yield halos from none to the exact one: of each axis alone where these differ, then of all together."""
     exact = in_strides(geometry.halo, geometry.stride)
     if len(set(exact)) > 1:

@@ -72,7 +72,7 @@ def prove(
             read by window (normfix.open_image); also arrays and files, see normfix.convert. Statistics are re-measured
             over all of each; what needs whole forward passes is proved on the first, or on the middle of it where it is
             read by window.
-        tile: size of the tiles to compare, one number or one per axis; default: a quarter of the image, at most 256.
+        tile: size of the tiles to compare, one number or one per axis; default: a third of the image, at most 256.
         blocks: how images read by window are measured in stages.
         mask: as it was calibrated with; see normfix.calibrate.
         source: "pkg.mod:factory" or "timm:NAME" that builds the network, if it does not know it: a fresh process has

@@ -19,6 +19,7 @@ __all__ = [
     "CONSISTENT",
     "FITTED",
     "RESIDUAL",
+    "TILES",
     "distilled",
     "identity",
     "residual",
@@ -29,6 +30,9 @@ __all__ = [
     "untouched",
     "used",
 ]
+
+TILES = "tiles"
+"""The name of the step that compares tiles with the whole."""
 
 RESIDUAL: dict[torch.dtype, float] = {
     torch.float64: 1e-9,
@@ -138,13 +142,13 @@ def tile_exactness(
     live = ", ".join(f"{d.site.id} ({d.reason})" for d in left[:4])
     if left and plan.converted and all(d.action is Action.REFUSE for d in left):
         value, tiles = mismatch if mismatch is not None else (None, "no mismatch could be measured")
-        return _step("tiles", claim, "refused", value, None, f"{tiles}; live: {live}")
+        return _step(TILES, claim, "refused", value, None, f"{tiles}; live: {live}")
     if verdict is None:
         reasons = "; ".join(findings) or "its geometry could not be measured"
-        return _step("tiles", claim, "failed", None, None, f"live: {live}" if live else reasons)
+        return _step(TILES, claim, "failed", None, None, f"live: {live}" if live else reasons)
     note = "; ".join(f"{f.where}: {f.message}" for f in verdict.findings)
     return _step(
-        "tiles", claim, verdict.status, verdict.max_sd, verdict.threshold, f"live: {live}" if live else note
+        TILES, claim, verdict.status, verdict.max_sd, verdict.threshold, f"live: {live}" if live else note
     )
 
 

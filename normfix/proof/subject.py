@@ -40,7 +40,7 @@ class Subject:
     """A converted network on the bench, in eval mode.
 
     `geometry` is None where it has none; `extents` are those of the example it was scanned with; `tile` is the size
-    to compare with, None for a quarter of the image. `original` is what it was converted from, where that is there.
+    to compare with, None for a third of the image. `original` is what it was converted from, where that is there.
     `cross` and `double` are the thinnest strip that it runs on and the network in float64, where the scan left them.
     `sizes` are those that the scan speaks for. What it gave on the last inputs is recalled.
     """
@@ -72,7 +72,7 @@ class Subject:
         geometry = self.geometry
         if geometry is None or self.plan.left_live:
             return None
-        verdict = self._compared(image, geometry, self.tile or geometry.quarter(image.shape[2:]))
+        verdict = self._compared(image, geometry, self.tile or geometry.third(image.shape[2:]))
         verdicts = [verdict] if verdict.axes else []
         uncut = sorted(set(range(len(geometry.stride))) - set(verdict.axes))
         thin = (self.cross or thinnest(self.run, image, geometry)) if uncut else ()
@@ -82,7 +82,7 @@ class Subject:
         return next((v for v in verdicts if not v.passed), verdicts[0])
 
     def mismatch(self, image: Tensor, whole: Tensor) -> tuple[float, str] | None:
-        """Say how far tiles are from the whole while sites stay live: tiles of a quarter, some context around.
+        """Say how far tiles are from the whole while sites stay live: tiles of a third, some context around.
 
         None where the network is not dense, does not run on tiles, or its output is constant.
         """
@@ -92,7 +92,7 @@ class Subject:
         scale = tuple(Fraction(a, b) for a, b in zip(whole.shape[2:], space, strict=True))
         units = (_UNIT,) * len(space)
         geometry = Geometry(stride=units, halo=((_UNIT, _UNIT),) * len(space), scale=scale, multiple=units)
-        tile = geometry.quarter(image.shape[2:])
+        tile = geometry.third(image.shape[2:])
         try:
             parts = tiled(self.run, image, tile, geometry)
         except refusals():

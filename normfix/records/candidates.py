@@ -12,7 +12,7 @@ from normfix.records.sites import Finding
 from normfix.records.statistics import Statistics
 from normfix.records.tables import Shown, Table, counted, number
 
-__all__ = ["Candidate", "ChoiceRecord", "mean_of", "spread_of"]
+__all__ = ["Candidate", "ChoiceRecord", "fold_means", "mean_of", "spread_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,12 +49,13 @@ class Candidate(Record):
 class ChoiceRecord(Shown, Record):
     """Candidates, the best first, and the recommended one.
 
-    `measure` is what scores are; `parts` what was held out in turn: images, or halves of the only one; `window` the
-    size of the original's windows. `margin` is the mean difference of the recommended score to that of whole images'
-    constants (of those, where they are recommended, to the best other), over the same held-out images, and `error` its
-    standard error. `sure` is "sure" if it is above two standard errors and on every one of at least four images,
-    "likely" if it is better on all of fewer or on most, else "open": then constants of whole images are recommended,
-    with which the network equals the original on one image. `fix` is what to run.
+    `measure` is what scores are; `parts` what was held out in turn: images, halves of the only one, or parts of larger
+    ones; `folds` how many of them together, in their order; `window` the size of the original's windows. `margin` is
+    the mean difference of the recommended score to that of whole images' constants (of those, where they are
+    recommended, to the best other), over the same held-out images, and `error` its standard error, over folds. `sure`
+    is "sure" if it is above two standard errors and on every one of at least four images, "likely" if it is better on
+    all of fewer or on most, else "open": then constants of whole images are recommended, with which the network equals
+    the original on one image. `fix` is what to run.
     """
 
     model: str
@@ -69,6 +70,7 @@ class ChoiceRecord(Shown, Record):
     error: float | None
     sure: Literal["sure", "likely", "open"]
     fix: str
+    folds: tuple[int, ...] = ()
     findings: tuple[Finding, ...] = ()
 
     @property
@@ -85,8 +87,7 @@ class ChoiceRecord(Shown, Record):
     @property
     def reason(self) -> str:
         """Return by how much, on what, and how sure."""
-        held_out = counted(len(self.parts), "held-out image" if "half" not in self.parts[0] else "half")
-        held_out = held_out.replace("halfs", "halves")
+        held_out = counted(len(self.parts), self._part).replace("halfs", "halves")
         error = "" if self.error is None else f" ± {self.error:.3f}"
         if self.sure == "open":
             return (
@@ -97,24 +98,51 @@ class ChoiceRecord(Shown, Record):
             return f"{self.margin:+.3f}{error} to the best other on {held_out}, {self.sure}"
         return f"{self.margin:+.3f}{error} to whole, better on {self.best.better} of {held_out}, {self.sure}"
 
+    @property
+    def _shares(self) -> bool:
+        """Tell whether several parts are held out together."""
+        return any(size > 1 for size in self.folds)
+
+    @property
+    def _part(self) -> str:
+        first = self.parts[0]
+        if " at " in first:
+            return "held-out part"
+        return "half" if "half" in first else "held-out image"
+
     def table(self) -> Table:
         """Return candidates and references."""
         agrees = any(c.agreements for c in self.candidates)
-        heads = ["constants", "seams (sd)", self.measure, "spread", "better than whole"]
+        spreads = ["spread", *(["of folds"] * self._shares)]
+        heads = ["constants", "seams (sd)", self.measure, *spreads, "better than whole"]
         rows = [self._row(c, agrees) for c in (*self.candidates, *self.references)]
         return Table((*heads, *(["own windows"] * agrees), "note"), rows)
 
     def _row(self, c: Candidate, agrees: bool) -> Sequence[str]:
         mark = f"> {c.name}" if c.name == self.recommended else c.name
-        spread = "" if c.spread is None else f"{c.spread:.3f}"
+        spreads = [c.spread, *([spread_of(fold_means(c.scores, self.folds))] * self._shares)]
+        shown = ["" if spread is None else f"{spread:.3f}" for spread in spreads]
         better = "" if c.name == "whole" else f"{c.better} of {len(c.scores)}"
         own = [f"{mean_of(c.agreements):.3f}" if c.agreements else ""] if agrees else []
-        return (mark, number(c.seams), f"{c.mean:.3f}", spread, better, *own, c.note)
+        return (mark, number(c.seams), f"{c.mean:.3f}", *shown, better, *own, c.note)
 
 
 def mean_of(values: Sequence[float]) -> float:
     """Return the mean, 0 of nothing."""
     return sum(values) / len(values) if values else 0.0
+
+
+def fold_means(scores: Sequence[float], folds: Sequence[int]) -> list[float]:
+    """Return the mean of each fold's scores; without folds each score is one.
+
+    >>> fold_means([1.0, 3.0, 5.0], (2, 1)), fold_means([1.0, 3.0], ())
+    ([2.0, 5.0], [1.0, 3.0])
+    """
+    rest, means = list(scores), []
+    for size in folds or (1,) * len(rest):
+        means.append(mean_of(rest[:size]))
+        rest = rest[size:]
+    return means
 
 
 def spread_of(values: Sequence[float]) -> float | None:

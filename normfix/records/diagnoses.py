@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from normfix.records.encoding import SCHEMA, Record
+from normfix.records.halo_curves import HaloCurve
 from normfix.records.saved import Scaling
 from normfix.records.sites import Finding
 from normfix.records.spans import Spans
@@ -197,7 +198,10 @@ class Cost(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiagnosisRecord(Record):
-    """Everything that one diagnosis measured."""
+    """Everything that one diagnosis measured.
+
+    `halo_curve` is that of the network with every other cause fixed, in float64; None where it was not asked for.
+    """
 
     model: str
     image: tuple[int, ...]
@@ -219,6 +223,7 @@ class DiagnosisRecord(Record):
     cost: Cost
     findings: tuple[Finding, ...]
     settings: tuple[tuple[str, str], ...]
+    halo_curve: HaloCurve | None = None
     schema: int = SCHEMA
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from normfix.records.sites import Scan
 
-__all__ = ["inconsistency"]
+__all__ = ["LARGEST", "inconsistency"]
 
-_LARGEST = 1 << 24
+LARGEST = 1 << 24
 """Pixels of the least image that is exact, 4096 x 4096 or 256 x 256 x 256: an image of one pixel is extended to it."""
 _SCALE = re.compile(r"[1-9]\d{0,3}(/[1-9]\d{0,3})?")
 """Output pixels per input pixel: a fraction of small numbers; `Fraction` reads 1e999999999, too."""
@@ -48,7 +48,7 @@ def _inconsistencies(scan: Scan) -> Iterator[str]:
         if halo is not None and (len(halo) != ndim or any(side < 0 for pair in halo for side in pair)):
             yield f"{name} of {_shown(halo)} for {ndim} axes"
     for name, extents in (("a stride", scan.stride), ("exact sizes", scan.exact_sizes)):
-        if math.prod(extents or ()) > _LARGEST:
+        if math.prod(extents or ()) > LARGEST:
             yield f"{name} of {_shown(extents)} pixels"
     if scan.scale is not None and not (len(scan.scale) == ndim and all(map(_SCALE.fullmatch, scan.scale))):
         yield f"a scale of {_shown(scan.scale)} for {ndim} axes"

@@ -16,7 +16,7 @@ from normfix.records.measurements import CalibrationSummary
 from normfix.records.plans import Plan
 from normfix.records.sites import Scan
 from normfix.records.statistics import WHOLE, Statistics
-from normfix.records.verdicts import Proof
+from normfix.records.verdicts import Proof, ProofStep
 
 __all__ = ["ConversionRecord", "Probe", "Provenance", "Saved", "Scaling", "Source", "statement_of"]
 
@@ -53,7 +53,7 @@ class Provenance(Record):
     """What travels with a converted model: enough to save, reload, predict with and recalibrate it.
 
     `output` is the key or index of the output that counts, for networks that return several. `statistics` says what the
-    constants are measured on.
+    constants are measured on. `unproved` are the steps of its proof that did not pass when it was converted.
     """
 
     plan: Plan
@@ -62,6 +62,7 @@ class Provenance(Record):
     source: Source
     output: str | None
     statistics: Statistics = WHOLE
+    unproved: tuple[ProofStep, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

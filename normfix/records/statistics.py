@@ -23,7 +23,8 @@ class Statistics(Record):
     mean of variances ("arithmetic") or the geometric mean of variance + eps ("geometric"), or both medians ("median").
     "images" are whole images, each with statistics of its own, pooled so. "blend" takes `weight` of whole images' and
     the rest of what the original has stored. "distilled" is fitted, so that the network agrees with the original in
-    windows of `size`. "per-image" is "whole", and every image is normalised by its own when it is predicted.
+    windows of `size`. "per-image" is "whole", and every image is normalised by its own when it is predicted. Of
+    windows and distilled constants an empty `size` is that which the network's file states.
     """
 
     kind: Literal["whole", "windows", "images", "per-image", "blend", "distilled"] = "whole"
@@ -37,13 +38,13 @@ class Statistics(Record):
         size = ",".join(map(str, self.size))
         match self.kind:
             case "windows":
-                return f"windows:{size}:{self.law}"
+                return f"windows:{size}:{self.law}" if size else "windows"
             case "images":
                 return f"images:{self.law}"
             case "blend":
                 return f"blend:{self.weight:g}"
             case "distilled":
-                return f"distilled:{size}"
+                return f"distilled:{size}" if size else "distilled"
             case _:
                 return self.kind
 
@@ -56,6 +57,11 @@ class Statistics(Record):
     def start(self) -> Statistics:
         """Return what is measured: of constants that are fitted those that they begin with."""
         return replace(self, kind="windows", law="geometric") if self.kind == "distilled" else self
+
+    @property
+    def needs_size(self) -> bool:
+        """Tell whether it is of windows whose size is not stated."""
+        return self.kind in ("windows", "distilled") and not self.size
 
     @property
     def needs_original(self) -> bool:
@@ -79,10 +85,14 @@ def parse_statistics(text: str) -> Statistics:
     match kind, rest:
         case (("whole" | "per-image"), []):
             return Statistics(kind=kind)
+        case "windows", []:
+            return Statistics(kind="windows", law="geometric")
         case "windows", [size, *law] if len(law) < 2:
             return Statistics(kind="windows", size=_size(size, text), law=_law(law, text))
         case "images", law if len(law) < 2:
             return Statistics(kind="images", law=_law(law, text))
+        case "distilled", []:
+            return Statistics(kind="distilled")
         case "distilled", [size]:
             return Statistics(kind="distilled", size=_size(size, text))
         case "blend", [weight]:
@@ -119,7 +129,7 @@ def _unread(text: str) -> NormfixError:
     laws = ", ".join(get_args(Law))
     return NormfixError(
         "NF587",
-        "give whole, windows:SIZE[:LAW], images[:LAW], per-image, blend:WEIGHT (0 to 1) or distilled:SIZE, such as "
+        "give whole, windows[:SIZE[:LAW]], images[:LAW], per-image, blend:WEIGHT (0 to 1) or distilled[:SIZE], such as "
         f"windows:160:geometric. Laws are {laws}.",
         where=f"statistics={text!r}",
     )

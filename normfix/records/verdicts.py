@@ -140,6 +140,11 @@ class Proof(Shown, Record):
         return "failed" if wrong else "inconclusive"
 
     @property
+    def open_steps(self) -> tuple[ProofStep, ...]:
+        """Return the steps that failed or decided nothing."""
+        return tuple(step for step in self.steps if step.status in ("failed", "inconclusive"))
+
+    @property
     def headline(self) -> str:
         """Return the status and the steps that are no pass, if any."""
         open_ = [step.headline for step in self.steps if step.status != "passed"]

@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from normfix.records.diagnoses import Profile, ReceptiveField
+from normfix.records.halo_curves import HaloCurve
 from normfix.reporting.panels import boxed
 
-__all__ = ["THEMES", "course", "field_picture"]
+__all__ = ["THEMES", "course", "field_picture", "halo_picture"]
 
 Map = NDArray[Any]
 
@@ -27,6 +28,33 @@ THEMES: Mapping[str, tuple[str, str, str]] = {
 """Ink, tiles as they are, and what they are held against; the grounds are the page's own."""
 
 _SMALL = 10
+_LEAST = 1e-16
+"""What no difference at all is drawn as."""
+
+
+def halo_picture(curve: HaloCurve) -> dict[str, bytes]:
+    """Draw the largest and the mean error against the halo, on a log scale; each axis alone where they differ."""
+    return {theme: _halos(curve, *colours) for theme, colours in THEMES.items()}
+
+
+def _halos(curve: HaloCurve, ink: str, before: str, after: str) -> bytes:
+    with matplotlib.rc_context(_inks(ink)):
+        figure, axis = _chart()
+        for number in sorted({point.axis for point in curve.points}, key=lambda a: -1 if a is None else a):
+            points = [point for point in curve.points if point.axis == number and point.compared]
+            name = "all axes" if number is None else f"axis {number} alone"
+            style: Any = (
+                {"color": before} if number is None else {"color": after, "linestyle": (0, (3, 1 + number))}
+            )
+            away = [max(map(max, p.halo if number is None else p.halo[number : number + 1])) for p in points]
+            axis.semilogy(
+                away, [max(p.max_sd, _LEAST) for p in points], marker="o", label=f"largest, {name}", **style
+            )
+            if number is None:
+                mean = [max(p.mean_sd, _LEAST) for p in points]
+                axis.semilogy(away, mean, marker=".", color=before, alpha=0.5, label="mean, all axes")
+        axis.set_xlabel("halo (pixels)", fontsize=_SMALL)
+        return _finished(figure, axis)
 
 
 def course(profile: Profile, noise: float, halo: int) -> dict[str, bytes]:
@@ -36,9 +64,7 @@ def course(profile: Profile, noise: float, halo: int) -> dict[str, bytes]:
 
 def _course(profile: Profile, noise: float, halo: int, ink: str, before: str, after: str) -> bytes:
     with matplotlib.rc_context(_inks(ink)):
-        figure = Figure(figsize=(7, 3), dpi=150, layout="constrained")
-        FigureCanvasAgg(figure)
-        axis = figure.subplots()
+        figure, axis = _chart()
         away = np.arange(len(profile.mean_sd))
         floor = max(noise, 1e-12) / 10
         axis.semilogy(away, np.maximum(profile.max_sd, floor), color=before, alpha=0.5, label="largest")
@@ -48,12 +74,22 @@ def _course(profile: Profile, noise: float, halo: int, ink: str, before: str, af
         if 0 < halo < len(away):
             axis.axvline(halo, color=ink, linestyle=":", linewidth=1, label="exact halo")
         axis.set_xlabel("output pixels from the nearest cut", fontsize=_SMALL)
-        axis.set_ylabel("difference (sd)", fontsize=_SMALL)
-        axis.legend(fontsize=_SMALL, frameon=False)
-        _plain(axis)
-        stream = io.BytesIO()
-        figure.savefig(stream, format="png", transparent=True, metadata={"Software": None})
-        return stream.getvalue()
+        return _finished(figure, axis)
+
+
+def _chart() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7, 3), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
+
+
+def _finished(figure: Figure, axis: Axes) -> bytes:
+    axis.set_ylabel("difference (sd)", fontsize=_SMALL)
+    axis.legend(fontsize=_SMALL, frameon=False)
+    _plain(axis)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", transparent=True, metadata={"Software": None})
+    return stream.getvalue()
 
 
 def _inks(ink: str) -> Any:

@@ -110,12 +110,14 @@ def _views(maps: Maps | None) -> dict[str, Any] | None:
 
 def _charts(record: DiagnosisRecord, maps: Maps | None) -> dict[str, Any]:
     """Return the charts of a diagnosis, and how wide the bars of its causes are in percent."""
-    from normfix.reporting.drawing import course, field_picture
+    from normfix.reporting.drawing import course, field_picture, halo_picture
 
-    drawn: dict[str, Any] = {"course": None, "field": None}
+    drawn: dict[str, Any] = {"course": None, "field": None, "halos": None}
     if maps is not None and record.profile is not None:
         halo = max(max(pair) for pair in record.exact_halo)
         drawn["course"] = course(record.profile, record.noise, halo)
+    if record.halo_curve is not None:
+        drawn["halos"] = halo_picture(record.halo_curve)
     if maps is not None and maps.gradient is not None and record.receptive_field is not None:
         drawn["field"] = field_picture(maps.gradient, record.receptive_field)
     most = max([c.introduced for c in record.culprits], default=0) or 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from normfix.networks.calling import refusals
 from normfix.records.sizes import Condition
 from normfix.records.spans import round_up
 from normfix.scanning.graph.bounds import AXES, SizeLook
-from normfix.tiling.dependence import agrees, far
+from normfix.tiling.dependence import agrees, far, shortest
 from normfix.tiling.grid import Geometry
 
 __all__ = ["Crossings"]
@@ -32,12 +32,16 @@ Size = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Crossings:
-    """A network without live statistics in float64, the material of its strips, and how it is tiled."""
+    """A network without live statistics in float64, the material of its strips, and how it is tiled.
+
+    What a strip showed is kept: several conditions hold or fail at one size.
+    """
 
     double: Callable[[Tensor], Tensor]
     example: Tensor
     geometry: Geometry
     cross: Sequence[int]
+    _agreements: dict[tuple[int, Size], bool] = field(default_factory=dict, init=False, repr=False)
 
     def crossed(self, branch: Condition) -> bool:
         """Tell whether tiles equal the whole on either side of a branch, at all sizes that are tried."""
@@ -79,12 +83,17 @@ class Crossings:
         return range(len(self.geometry.stride))
 
     def _agree(self, sizes: Sequence[tuple[int, Size]]) -> bool:
-        try:
-            return all(
-                agrees(self.double, self.example.double(), axis, self.geometry, size) for axis, size in sizes
-            )
-        except refusals():
-            return False
+        return all(self._agrees(axis, size) for axis, size in sizes)
+
+    def _agrees(self, axis: int, size: Size) -> bool:
+        key = axis, size
+        if key not in self._agreements:
+            try:
+                agreement = agrees(self.double, self.example.double(), axis, self.geometry, size)
+            except refusals():
+                agreement = False
+            self._agreements[key] = agreement
+        return self._agreements[key]
 
     def _astride(self, branch: Condition) -> Iterator[tuple[int, Size]]:
         """Yield strips that a branch excludes, the shortest and the longest, and images that it does not."""
@@ -114,7 +123,7 @@ class Crossings:
 
     def _least(self, axis: int) -> Size:
         """Return the shortest strip that several windows are cut from."""
-        return far(self.geometry, self.cross, axis, 1)
+        return shortest(self.geometry, self.cross, axis)
 
     def _excludes(self, branch: Condition, size: Size) -> bool:
         return branch.excludes(self._named(size))

@@ -79,7 +79,7 @@ class Durations:
         first, *others = sizes
         overlap = 1.0
         if geometry is not None:
-            sides = (tile,) * len(first) if isinstance(tile, int) else tile or geometry.quarter(first)
+            sides = (tile,) * len(first) if isinstance(tile, int) else tile or geometry.third(first)
             for n, side, halo in zip(first, sides, geometry.halo, strict=True):
                 overlap *= min(n, side + sum(halo)) / min(n, side)
         compared = (_COMPARE + _TILES * overlap) * self._pass(first) + _AROUND * self.seconds

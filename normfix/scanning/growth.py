@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,8 +60,8 @@ def look_again(
 
 
 def look_at_two(model: nn.Module, run: Run, example: Tensor, functions: Sequence[str]) -> Pass | None:
-    """Run on an example twice over; None if the network does not take it with the same calls."""
-    return _look(model, run, torch.cat([example, example]), functions)
+    """Run on an example and its mirror image; None if the network does not take both with the same calls."""
+    return _look(model, run, torch.cat([example, example.flip(-1)]), functions)
 
 
 def _look(
@@ -80,20 +81,35 @@ def _look(
 class Growth:
     """How extents follow the image's, from the same calls at two sizes.
 
-    Without a second size, dimensions from 2 on of a tensor of the input's rank count as space.
+    Without a second size, dimensions from 2 on of a tensor of the input's rank count as space. The network runs on two
+    images once somebody asks for what they tell, which no norm does.
     """
 
     def __init__(
-        self, example: Tensor, calls: list[Call], other: Pass | None, two: Pass | None = None
+        self,
+        example: Tensor,
+        calls: list[Call],
+        other: Pass | None,
+        look_at_two: Callable[[], Pass | None] = lambda: None,
     ) -> None:
         self._example = example
         self._calls = calls
         self._other = other
-        self._two = two
-        # the calls of one image of the size at which there were two
-        same = other is not None and two is not None and other.example.shape[2:] == two.example.shape[2:]
-        self._alone = calls if other is None or not same else other.calls
+        self._look_at_two = look_at_two
         self._unit = self._log_ratio(tuple(example.shape), tuple(other.example.shape)) if other else 1.0
+
+    @cached_property
+    def two(self) -> Pass | None:
+        """Return the calls with two images; None if the network does not take them."""
+        return self._look_at_two()
+
+    @property
+    def _alone(self) -> list[Call]:
+        """Return the calls of one image of the size at which there were two."""
+        if self._other is None or self.two is None:
+            return self._calls
+        same = self._other.example.shape[2:] == self.two.example.shape[2:]
+        return self._other.calls if same else self._calls
 
     @property
     def two_sizes(self) -> bool:
@@ -112,9 +128,9 @@ class Growth:
 
         None if the network does not take two images.
         """
-        if self._two is None:
+        if self.two is None:
             return None
-        one, two = self._alone[position], self._two.calls[position]
+        one, two = self._alone[position], self.two.calls[position]
         return (
             _differing(_operand_shape(one), _operand_shape(two)),
             _differing(one.outputs[0], two.outputs[0]) if one.outputs else frozenset(),
@@ -128,9 +144,9 @@ class Growth:
 
     def batch_of(self, position: int, number: int) -> frozenset[int] | None:
         """Return the dimensions of one input along which images are stacked; None if it takes no two images."""
-        if self._two is None:
+        if self.two is None:
             return None
-        return _differing(self._alone[position].inputs[number], self._two.calls[position].inputs[number])
+        return _differing(self._alone[position].inputs[number], self.two.calls[position].inputs[number])
 
     def follows_size(self, position: int) -> bool:
         """Tell whether a number that the call is given changes with the image's extent."""

@@ -251,15 +251,14 @@ def _measured(
             bench = replace(bench, witness=bench.witness.of_other_sizes())
             locality = bench.measured(found.dilution, doubts, fast=fast)
     beyond = () if bench is None else bench.witness.findings(locality)
+    crossings = None if bench is None or locality.geometry is None else bench.crossings(locality)
     # what did not hold on longer strips is believed of the example only
     largest = _Largest(material.dim() - 2)
-    broken: tuple[Condition, ...] = ()
-    if bench is not None and locality.geometry is not None:
-        broken = bench.crossings(locality).differing(tried)
+    broken = () if crossings is None else crossings.differing(tried)
     if bench is not None and (locality.steady or not doubts):
         largest = bench.largest
-    if locality.steady and bench is not None:
-        open_bounds = tuple(bound for bound in doubts.bounds if not bench.crossings(locality).crossed(bound))
+    if locality.steady and crossings is not None:
+        open_bounds = tuple(bound for bound in doubts.bounds if not crossings.crossed(bound))
         findings = doubts.explained(merged.findings, (*open_bounds, *broken)) + beyond
         sound = not any(site.live for site in sites) and not open_bounds and not broken
         return _Measured(sites, locality, findings, sound, open_bounds, broken, largest, bench)
@@ -290,9 +289,7 @@ def _graph(
 ) -> GraphLook | Looked:
     if skipped:
         return Looked(name="graph", status="skipped", note=skipped)
-    return graph_look(
-        probe, caller, example, found.sites, one_size=found.other is None, expected=found.result
-    )
+    return graph_look(probe, caller, example, found.sites, one_size=found.other is None, known=found.runs)
 
 
 def _sizes(
@@ -418,8 +415,11 @@ def _bench(
     halo: HaloSource,
 ) -> _Bench:
     frozen = rewrite_(probe, everything)
-    small = found.sizes(example)[0]
-    freeze_sites_(frozen, measured_targets(frozen, everything), small, caller)
+    targets = measured_targets(frozen, everything)
+    known = found.runs
+    if targets:
+        small = found.sizes(example)[0]
+        known = ((small, freeze_sites_(frozen, targets, small, caller)),)
     double = copy_of(frozen).double()
     largest = _Largest(example.dim() - 2)
     return _Bench(
@@ -428,6 +428,6 @@ def _bench(
         lambda x: caller.in_double(double, largest.noted(x)),
         double,
         example,
-        witness_of(frozen, caller, example, halo),
+        witness_of(frozen, caller, example, halo, known),
         largest,
     )

@@ -43,9 +43,9 @@ class Survey:
     """What one look at the calls of a forward pass found.
 
     `result` is what the network gave, `invocations` how often each module ran for it; `other` is the input of another
-    size that was tried with the same calls; `reaching` the ids of calls from
-    which a path leads to the result, or out of tensors, without passing a statistic that can be frozen;
-    `mapping` those of sites that make a map of a map and look by name or growth as if each pixel had seen all.
+    size that was tried with the same calls; `runs` are all inputs that it ran on, each with what it gave; `reaching`
+    the ids of calls from which a path leads to the result, or out of tensors, without passing a statistic that can be
+    frozen; `mapping` those of sites that make a map of a map and look by name or growth as if each pixel had seen all.
     """
 
     sites: tuple[Site, ...]
@@ -56,6 +56,7 @@ class Survey:
     dilution: tuple[int, ...]
     findings: tuple[Finding, ...]
     other: Tensor | None = None
+    runs: tuple[tuple[Tensor, Tensor], ...] = ()
     reaching: frozenset[str] = frozenset()
     mapping: frozenset[str] = frozenset()
 
@@ -93,7 +94,8 @@ def survey(
         example: (N, C, *space); a second, nearby size is tried as well.
         follow: as for `census`, for each run.
         exact: per axis, what the extents are multiples of for which the network is known to be exact; () if unknown.
-        stacked: run on two images as well: it says how a statistic is frozen or why not, and nothing of what is live.
+        stacked: run on two images as well where there is a statistic that is no norm: it says how that is frozen or why
+            not, and nothing of what is live.
         keys: how many keys of attention shall be held of all images together, 0 for all; None to leave attention as it
             is.
 
@@ -104,16 +106,23 @@ def survey(
     functions = [c.function for c in calls]
     other = look_again(model, run, example, functions, follow, exact)
     smaller = other.example if other is not None and other.example.numel() < example.numel() else example
-    two = look_at_two(model, run, smaller, functions) if stacked else None
+    passes = [] if other is None else [other]
+
+    def two() -> Pass | None:
+        look = look_at_two(model, run, smaller, functions) if stacked else None
+        passes.extend([] if look is None else [look])
+        return look
+
     growth = Growth(example, calls, other, two)
     modules = dict(model.named_modules())
     found = _Sites(calls, growth, modules, invocations, keys)
     if not _are_idle(model, run, example, found.idle(), output):
         found.doubt_dataflow()
+    sites = found.find()
     norms = tuple(kind for rule in RULES for kind in rule.modules)
     uncalled = tuple(p for p, m in modules.items() if isinstance(m, norms) and not invocations[p])
     return Survey(
-        sites=found.find(),
+        sites=sites,
         uncalled=uncalled,
         result=output,
         invocations=invocations,
@@ -121,6 +130,7 @@ def survey(
         dilution=growth.dilution(),
         findings=_findings(example, other, uncalled),
         other=other.example if other else None,
+        runs=((example, output), *((look.example, look.output) for look in passes)),
         reaching=found.reaching(),
         mapping=found.mapping(),
     )

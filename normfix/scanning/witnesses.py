@@ -99,7 +99,13 @@ class Witness:
         )
 
 
-def witness_of(network: nn.Module, caller: Caller, example: Tensor, source: HaloSource) -> Witness:
+def witness_of(
+    network: nn.Module,
+    caller: Caller,
+    example: Tensor,
+    source: HaloSource,
+    known: Sequence[tuple[Tensor, Tensor]] = (),
+) -> Witness:
     """Capture a network in which no statistic is live and derive its reach.
 
     Args:
@@ -107,10 +113,11 @@ def witness_of(network: nn.Module, caller: Caller, example: Tensor, source: Halo
         caller: calls it.
         example: (1, C, *space); sizes are left free.
         source: "measured" keeps the bound from being used.
+        known: images that it ran on before, each with what it gave.
     """
     if caller.draws:
         return Witness(None, "it draws random numbers, which are others on a tile whatever the graph says")
-    captured = capture(network, caller, example, once=True)
+    captured = capture(network, caller, example, once=True, known=known)
     if isinstance(captured, NotCaptured):
         return Witness(None, captured.reason)
     unbounded = Witness(None, chosen=source == "measured", program=captured.program)

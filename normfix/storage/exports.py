@@ -29,6 +29,7 @@ from normfix.networks.calling import Caller, evaluating, failures, home_of, refu
 from normfix.networks.copying import cpu_twin_of, double_of
 from normfix.networks.graph.capture import AsFunction, export, free_dimensions
 from normfix.networks.graph.isolation import silence
+from normfix.networks.graph.program import unguarded
 from normfix.networks.numerics import exact_arithmetic
 from normfix.records.exports import Export
 from normfix.records.measurements import CalibrationSummary
@@ -167,7 +168,8 @@ def _torchscript(network: nn.Module, example: Tensor, manifest: str) -> _Written
 
     A trace has no signature, so whether a dimension is free is tried: the trace and the network on another extent.
     """
-    traced = torch.jit.trace(network, example, check_trace=False)  # type: ignore[no-untyped-call]
+    with unguarded(network):
+        traced = torch.jit.trace(network, example, check_trace=False)  # type: ignore[no-untyped-call]
     whole = io.BytesIO()
     torch.jit.save(traced, whole, _extra_files={MANIFEST: manifest.encode()})
     free = tuple(d for d in range(example.dim()) if d != 1 and _runs(network, _grown(example, (d,))))

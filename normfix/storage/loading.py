@@ -34,7 +34,7 @@ from normfix.storage.folder import (
     unchanging,
 )
 from normfix.storage.opening import open_path, open_spec
-from normfix.storage.opening.allocation import Stored, bounded_by
+from normfix.storage.opening.allocation import Stored, bounded_by, uncounted
 from normfix.storage.opening.factories import built, dumped, rebuild
 from normfix.storage.opening.formats.exported import read_program
 from normfix.storage.opening.gate import FACTORIES, library, vouched
@@ -44,6 +44,7 @@ from normfix.storage.opening.tensors import read_weights
 from normfix.storage.opening.workload import Workload
 from normfix.storage.probe import require_probe
 from normfix.storage.programs import SUFFIX, open_program
+from normfix.storage.scripts import program_of
 from normfix.storage.spec import HUB, require_no_revision
 
 __all__ = ["Architecture", "load", "open_any"]
@@ -110,7 +111,7 @@ def load(
 
 
 def _architecture(
-    arch: Architecture | None, args: Mapping[str, Any] | None
+    arch: Architecture | ModuleType | None, args: Mapping[str, Any] | None
 ) -> tuple[str | None, nn.Module | None]:
     """Return the name of an architecture, or the network itself where it has none that leads to it."""
     if arch is None or isinstance(arch, str):
@@ -134,6 +135,7 @@ def open_any(spec: str | Path, request: Request, *, revision: str | None = None)
     require_no_revision(str(spec), revision)
     if Path(spec).suffix == SUFFIX and os.path.isfile(spec):  # noqa: PTH113 - Path raises where a name is too long
         return _open_program(Path(spec), request)
+    request = replace(request, open_script=_open_script)
     if not str(spec).startswith(HUB):
         if os.path.isfile(Path(spec) / MANIFEST):  # noqa: PTH113
             return _open_saved(Path(spec), request)
@@ -218,6 +220,14 @@ def _open_program(path: Path, request: Request) -> Loaded:
         with Workload(path.stat().st_size, str(path), math.prod(saved.probe.shape)):
             require_probe(model, Caller.of(known), saved.probe, str(path))
     return Loaded(model, named, (*_unproved(model), *saved.doubt(str(path))))
+
+
+def _open_script(path: Path) -> Loaded:
+    """Open a TorchScript archive as the program that torch makes of it."""
+    with uncounted(), program_of(path) as (program, found):
+        model, _ = open_program(program, read_program)
+    source = Source(kind="object", spec="torch.jit:ScriptModule")
+    return Loaded(model, source, (found, *(_unproved(model))))
 
 
 def _restored(folder: Path, saved: Saved, base: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:

@@ -21,7 +21,7 @@ __all__ = [
 
 HUB = "hf-hub:"
 
-ENDINGS = (".pt", ".pth", ".ckpt", ".safetensors", ".pytorch", ".pt2", ".bin")
+ENDINGS = (".pt", ".pth", ".ckpt", ".safetensors", ".pytorch", ".pt2", ".bin", ".ts")
 """Of files with weights."""
 
 _TIMM = "timm:"

@@ -33,7 +33,7 @@ from normfix.tiling.dye.twins import holds_nan
 from normfix.tiling.grid import Geometry
 from normfix.tiling.halo import AMPLIFICATION, DyeRefused, strip, texture
 
-__all__ = ["FAR", "agrees", "far", "followed", "is_isolated", "is_steady"]
+__all__ = ["FAR", "agrees", "far", "followed", "is_isolated", "is_steady", "shortest"]
 
 FAR = 4096
 """Pixels of the longest strip on which windows are compared, if that is no more than 2^18 pixels in all."""
@@ -137,15 +137,26 @@ def far(geometry: Geometry, cross: Sequence[int], axis: int, limit: int = _MOST)
     return tuple(size)
 
 
+def shortest(geometry: Geometry, cross: Sequence[int], axis: int) -> tuple[int, ...]:
+    """Return the extents of the shortest strip that two windows, each with a cut, make up."""
+    return (*cross[:axis], _second(geometry, axis) + sum(_reads(geometry, axis)), *cross[axis + 1 :])
+
+
 def agrees(f: Function, example: Tensor, axis: int, geometry: Geometry, size: Sequence[int]) -> bool:
-    """Compare windows at the front, in the middle and at the end of a strip of some extents with the strip."""
+    """Compare windows at the front, in the middle and at the end of a strip of some extents with the strip.
+
+    Of the shortest strips two windows make up the whole.
+    """
     stride, scale, length = geometry.stride[axis], geometry.scale[axis], size[axis]
     before, tile, after = _reads(geometry, axis)
     reads = before + tile + after
     x = strip(example, size) + texture(example, size)
     whole = f(x)
     last = (length - reads) // stride * stride
-    for start in (0, last // 2 // stride * stride, last):
+    starts = (0, last // 2 // stride * stride, last)
+    if last == _second(geometry, axis):
+        starts, reads = (0, last), before + last + after
+    for start in starts:
         extent = length - start if start == last else reads
         part = f(x.narrow(axis + 2, start, extent))
         first = before if start else 0
@@ -154,6 +165,12 @@ def agrees(f: Function, example: Tensor, axis: int, geometry: Geometry, size: Se
         if not _alike(a, part.narrow(axis + 2, int(first * scale), width)):
             return False
     return True
+
+
+def _second(geometry: Geometry, axis: int) -> int:
+    """Return where the second window of the shortest strip starts: an odd number of strides, which shows a lattice."""
+    stride = geometry.stride[axis]
+    return (_reads(geometry, axis)[1] // stride | 1) * stride
 
 
 def _reads(geometry: Geometry, axis: int) -> tuple[int, int, int]:

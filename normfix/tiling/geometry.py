@@ -27,6 +27,7 @@ from normfix.tiling.halo import DyeLost, DyeRefused, Felt, halo, halo_within, st
 from normfix.tiling.reach.bounds import Bound
 from normfix.tiling.recall import Recalling
 from normfix.tiling.stride import (
+    common_strip,
     common_unit,
     cutting_grid,
     exact_multiple,
@@ -361,7 +362,7 @@ def _along_axes(
         )
         seen[grid, scale, expected] = unit, multiple
         multiples.append(multiple)
-        least.append(smallest_tile(single, example, axis, unit, scale, reach[1], cross))
+        least.append(smallest_tile(exact, line.seen(unit, around), axis, unit, scale, reach[1], cross[axis]))
         strides.append(unit)
         halos.append(reach)
         scales.append(scale)
@@ -457,8 +458,7 @@ class _Line:
         It divides the grid, or is that of a lattice which the network pads its input to. There the halo is known but
         for a step of the lattice, which is added to what is not compared.
         """
-        # a graph whose extents are lines on the grid of the coarsest map has no finer one, and hides no coarser one
-        settled = self.bound is not None and self.bound.lattice[self.axis] == grid == self.coarsest
+        settled = self._is_settled(grid)
         if like and self._common(like, self.around(grid, reach), settled=True, short=settled):
             return like
         unit = self._common(grid, self.around(grid, reach), settled=settled, short=settled)
@@ -475,6 +475,23 @@ class _Line:
             if unit is not None and self._cuts_at(unit, around):
                 return unit
         return None
+
+    def seen(self, unit: int, around: tuple[int, int]) -> Tensor:
+        """Return a strip that windows at the unit were compared on, as a rule."""
+        x = common_strip(
+            self.example.double(),
+            self.axis,
+            unit,
+            self.scale,
+            around,
+            self.cross,
+            short=self._is_settled(unit),
+        )
+        return x.narrow(self.axis + 2, 0, x.shape[self.axis + 2] - unit)
+
+    def _is_settled(self, grid: int) -> bool:
+        """Tell whether no unit is finer or coarser: extents are lines on the grid of the coarsest map."""
+        return self.bound is not None and self.bound.lattice[self.axis] == grid == self.coarsest
 
     def wraps_nowhere(self, grid: int, reach: tuple[int, int], unit: int) -> bool:
         """Tell whether windows from the start of the image, and to its end, give what the whole gives there."""

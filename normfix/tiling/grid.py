@@ -45,10 +45,19 @@ class Geometry:
         sides = zip(itertools.chain(*self.halo), itertools.chain(*other.halo), strict=True)
         return self.scale == other.scale and all(whole) and all(a >= b for a, b in sides)
 
-    def quarter(self, size: Sequence[int]) -> tuple[int, ...]:
-        """Return a tile that leaves several windows per axis: a quarter of the size, at most 256 pixels."""
-        pairs = zip(size, self.stride, strict=True)
-        return tuple(max(stride, min(256, n // 4) // stride * stride) for n, stride in pairs)
+    def third(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Return a tile that leaves a first, a last and a middle window per axis: a third, at most 256 pixels.
+
+        Fewer would leave none that is cut on both sides; more repeat what these show. Where windows of a third would
+        cover the image, it is a quarter.
+
+        Example:
+            >>> g = Geometry(stride=(4,) * 2, halo=((6, 6),) * 2, scale=(Fraction(1),) * 2, multiple=(4,) * 2)
+            >>> g.third((128, 1024))
+            (44, 256)
+        """
+        axes = zip(size, self.stride, self.halo, strict=True)
+        return tuple(_third(n, stride, round_up(after, stride)) for n, stride, (_, after) in axes)
 
     def dividing(self, size: Sequence[int], most: int = 256) -> tuple[int, ...]:
         """Return a tile that divides an image: of at most so many pixels, and smaller where windows would cover it.
@@ -120,6 +129,13 @@ def window_sizes(size: Sequence[int], tile: Sequence[int], geometry: Geometry) -
     """
     reads = ([read for read, _, _ in spans] for spans in _spans_by_axis(size, tile, geometry))
     yield from itertools.product(*({read.stop - read.start for read in axis} for axis in reads))
+
+
+def _third(n: int, stride: int, after: int) -> int:
+    third = round_up(-(-n // 3), stride)
+    if 2 * third >= n or third + after >= n:
+        third = n // 4 // stride * stride
+    return max(stride, min(256 // stride * stride, third))
 
 
 def _dividing(n: int, stride: int, after: int, most: int) -> int:

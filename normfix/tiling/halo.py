@@ -166,6 +166,7 @@ def interference(
     scale: Fraction,
     reach: tuple[int, int],
     cross: Sequence[int],
+    least: int = 128,
 ) -> float:
     """Return how much one tile's output changes when everything outside its window is amplified, with either sign.
 
@@ -177,13 +178,14 @@ def interference(
         scale: output pixels per input pixel.
         reach: the halo to test, (before, after) in multiples of the stride.
         cross: as for `halo`.
+        least: pixels that are amplified on each side, at least.
 
     Returns:
         The largest change relative to the tile's largest output: 0 where the halo is enough. NaN counts as
         BOUNDLESS.
     """
     before, after = reach
-    tile, sea = round_up(32, grid), round_up(max(128, before, after), grid)
+    tile, sea = round_up(32, grid), round_up(max(least, before, after), grid)
     size = [*cross]
     size[axis] = sea + before + tile + after + sea
     x = strip(example, size) + texture(example, size)

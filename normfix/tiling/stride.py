@@ -21,6 +21,7 @@ from normfix.tiling.grid import at
 from normfix.tiling.halo import strip, texture
 
 __all__ = [
+    "common_strip",
     "common_unit",
     "cutting_grid",
     "exact_multiple",
@@ -222,7 +223,8 @@ def common_unit(
     the answer of a like axis, and nothing smaller is tried; nor are divisors of `refuted`, a hint that was none.
     `short` takes a strip as long as the comparison needs, where it is known that no coarser unit hides.
     """
-    unit, length, x = hint, *_common_strip(example, axis, hint, scale, reach, cross, short=short)
+    unit, x = hint, common_strip(example, axis, hint, scale, reach, cross, short=short)
+    length = x.shape[axis + 2] - hint
     if _window_agrees(f, x, axis, length, (unit, length), scale, reach) is False:
         return None
     for prime in [] if settled else _primes(hint):
@@ -239,7 +241,7 @@ def common_unit(
     return unit
 
 
-def _common_strip(
+def common_strip(
     example: Tensor,
     axis: int,
     hint: int,
@@ -248,8 +250,8 @@ def _common_strip(
     cross: Sequence[int],
     *,
     short: bool,
-) -> tuple[int, Tensor]:
-    """Return the extent of the windows that common_unit compares, and a strip that is a unit longer."""
+) -> Tensor:
+    """Return the strip of common_unit, which is a unit longer than the windows that it compares."""
     if short:
         # both windows end where the strip does
         length = round_up(max(reach[0] + _margin(scale), cross[axis]) + hint, hint)
@@ -257,7 +259,7 @@ def _common_strip(
         length = _common_length(max(sum(reach) + _margin(scale), cross[axis]) + hint, hint)
     size = [*cross]
     size[axis] = length + hint
-    return length, strip(example, size) + texture(example, size)
+    return strip(example, size) + texture(example, size)
 
 
 def _window_agrees(
@@ -291,29 +293,34 @@ def _window_agrees(
 
 
 def smallest_tile(
-    f: Function, example: Tensor, axis: int, stride: int, scale: Fraction, after: int, cross: Sequence[int]
+    f: Function, x: Tensor, axis: int, stride: int, scale: Fraction, after: int, most: int
 ) -> int:
     """Return the least extent on the stride grid that the network runs on and answers rightly.
 
     Right: as many outputs as the scale promises, and, where the extent is larger than what lies ahead of a
     pixel, those of a longer strip.
+
+    Args:
+        f: the network.
+        x: a strip that it runs on.
+        axis: spatial axis, from 0.
+        stride: along it.
+        scale: output pixels per input pixel.
+        after: how far ahead a pixel depends on the input.
+        most: the least extent of those that were run, which need not be tried.
     """
-    length = round_up(cross[axis] + after, stride) + stride
-    size = [*cross]
-    size[axis] = length
-    x = strip(example, size)
-    whole = f(x)
-    surplus = whole.shape[axis + 2] - length * scale
-    for extent in range(stride, cross[axis], stride):
+    for extent in range(stride, min(most, x.shape[axis + 2]), stride):
         try:
             part = f(x.narrow(axis + 2, 0, extent))
         except refusals():
             continue
+        whole = f(x)
+        surplus = whole.shape[axis + 2] - x.shape[axis + 2] * scale
         inner = max(0, int((extent - after) * scale))
         same = torch.allclose(part.narrow(axis + 2, 0, inner), whole.narrow(axis + 2, 0, inner), 1e-3, 1e-3)
         if part.shape[axis + 2] == extent * scale + surplus > 0 and same:
             return extent
-    return round_up(cross[axis], stride)
+    return round_up(most, stride)
 
 
 def exact_multiple(

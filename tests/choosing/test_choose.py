@@ -9,11 +9,14 @@ import torch
 from torch import nn
 
 import normfix
+from normfix.choosing import samples
 from normfix.choosing.bench import Bench, Sample
 from normfix.choosing.recommendation import recommend
 from normfix.choosing.references import blended_windows, side_by_side
-from normfix.choosing.samples import folds_of
+from normfix.choosing.samples import folds_of, samples_of
 from normfix.errors import NormfixError
+from normfix.images.given import images_of
+from normfix.images.sources import TensorImage
 from normfix.networks.calling import Caller
 from normfix.records.candidates import Candidate, ChoiceRecord
 from normfix.reporting.places import places
@@ -133,6 +136,62 @@ def test_halves_of_one_image_share_no_pixel(by_agreement):
     assert by_agreement.record.parts == ("image 0, half 1", "image 0, half 0")
 
 
+class Large:
+    """An image that remembers how many pixels were read of it at once."""
+
+    def __init__(self, pixels):
+        self._pixels, self.shape, self.most = pixels, tuple(pixels.shape), 0
+
+    def read(self, window):
+        """Return a window."""
+        found = TensorImage(self._pixels).read(window)
+        self.most = max(self.most, found.numel())
+        return found
+
+    def padded(self, padding):
+        """Return itself: its extents are multiples of everything here."""
+        return self
+
+    def fingerprint(self):
+        """Return what differs for another image."""
+        return TensorImage(self._pixels).fingerprint()
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """The four images side by side, twice, too large to be read; parts are of 64 x 96."""
+    monkeypatch.setattr(samples, "_LARGE", 1 << 12)
+    monkeypatch.setattr(samples, "_EXTENT", {2: 64})
+    pairs = [image(seed) for seed in range(8)]
+    pixels = torch.cat([x for x, _ in pairs], 2)
+    return pixels, np.concatenate([truth for _, truth in pairs])
+
+
+def test_an_image_read_by_window_is_compared_in_parts(large, by_labels):
+    """No more than a part is read at once, parts share no pixel, and the recommendation is that of images in memory."""
+    pixels, truth = large
+    opened = Large(pixels)
+    found = normfix.choose(network(), opened, labels=truth, window=SIZE)
+    assert opened.most == 64 * 96
+    assert len(set(found.record.parts)) == len(found.record.parts) == 8
+    assert (found.record.recommended, found.record.sure) == (by_labels.record.recommended, "sure")
+    assert "better on 8 of 8 held-out parts" in found.headline
+    assert (found.record.folds, found.table().heads[4]) == ((2, 2, 2, 1, 1), "of folds")
+    assert not {"per-image", "images:geometric"} & {c.name for c in found.record.candidates}
+    assert found.given.images is opened
+
+
+def test_labels_of_a_part_are_those_of_its_pixels(large):
+    """Cut like the image; labels that do not cover it are refused."""
+    pixels, _ = large
+    given = images_of(Large(pixels), network())
+    assert all(
+        np.array_equal(s.labels, s.pixels[0, 0]) for s in samples_of(given, pixels[0, 0].numpy(), (SIZE,))
+    )
+    with pytest.raises(NormfixError, match="NF604"):
+        samples_of(given, pixels[0, 0, :-32].numpy(), (SIZE,))
+
+
 def row(name, *scores):
     return Candidate(name=name, statistics=None, seams=0.0, scores=scores, agreements=(), better=0, note="")
 
@@ -150,6 +209,15 @@ def test_a_recommendation_says_how_sure_it_is(scores, name, sure):
     """Paired differences decide: beyond doubt, mostly, or not at all, and then whole images are taken."""
     found = recommend([row("whole", 0.9, 0.9, 0.9, 0.88), row("windows", *scores)])
     assert (found.name, found.sure) == (name, sure)
+
+
+def test_images_of_one_fold_count_once():
+    """Those held out together share their constants: what differs within a fold is no doubt, and no proof."""
+    rows = [row("whole", *[0.9] * 6), row("windows", 0.91, 0.93, 0.92, 0.92, 0.91, 0.93)]
+    apart, together = recommend(rows), recommend(rows, (2, 2, 2))
+    assert apart.error > 0.003
+    assert together.error == pytest.approx(0, abs=1e-9)
+    assert recommend(rows, (1, 1, 1, 1, 1, 1)) == apart
 
 
 def test_a_worse_rival_leaves_whole_sure():

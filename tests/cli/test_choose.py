@@ -70,7 +70,7 @@ def test_convert_takes_the_choice(run, folder, tmp_path):
         ("convert", ARCH, "image-0.npy", "--to", "frozen", "-o", "out", "--labels", "labels-0.npy"),
     ],
 )
-def test_wrong_usage_is_said_before_anything_is_opened(run, folder, monkeypatch, words):
+def test_wrong_usage_is_said_and_writes_nothing(run, folder, monkeypatch, words):
     """Without anything to judge by, with a report of no kind, or labels for nothing."""
     monkeypatch.chdir(folder)
     done = run(*words)

@@ -14,6 +14,7 @@ from normfix.conversion.targets import planned_targets
 from normfix.errors import NormfixError
 from normfix.images.sources import TensorImage
 from normfix.networks.copying import copy_of
+from normfix.networks.provenance import declare_window_
 from normfix.proof.steps import distilled
 
 SIZE = 32
@@ -60,6 +61,19 @@ def test_held_out_windows_agree_better_and_the_proof_says_so(done):
     assert done.proof.passed
 
 
+@pytest.mark.parametrize("channels", [1, 6], ids=["regression", "embedding"])
+def test_groups_are_fitted_whatever_the_output_means(channels):
+    """GroupNorms agree better in held-out windows where the output is a number, and where it is a vector."""
+    torch.manual_seed(1)
+    blocks = [(nn.Conv2d(n, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU()) for n in (1, 8)]
+    net = nn.Sequential(*blocks[0], *blocks[1], nn.Conv2d(8, channels, 3, padding=1)).eval()
+    done = normfix.convert(net, normfix.Measured(image(), f"distilled:{SIZE}"))
+    found = done.calibration.summary.distilled
+    assert found.end < 0.9 * found.start
+    assert done.proof.step("distilled").status == "passed"
+    assert done.proof.passed
+
+
 def test_constants_alone_have_moved(done):
     """Every site's constants differ from those it began with, and no weight does."""
     start = normfix.convert(Handwritten().eval(), normfix.Windows(image(), SIZE))
@@ -72,9 +86,10 @@ def test_constants_alone_have_moved(done):
 
 
 def test_it_is_the_same_for_a_seed_and_draws_from_no_ones_generator(done):
-    """Once more gives the same bits, and the caller's random numbers are where they were."""
+    """Once more, with the size that a network's file states, gives the same bits, and random numbers stay put."""
     net, state = Handwritten().eval(), torch.get_rng_state()
-    again = normfix.convert(net, normfix.Measured(image(), f"distilled:{SIZE}"))
+    declare_window_(net, [SIZE, SIZE])
+    again = normfix.convert(net, normfix.Measured(image(), "distilled"))
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(done.model.buffers(), again.model.buffers(), strict=True))
 
@@ -182,3 +197,12 @@ def test_what_cannot_be_fitted_is_refused(net, size):
     """Without a gradient, or with nothing to hold out."""
     with pytest.raises(NormfixError, match="NF558"):
         normfix.convert(net.eval(), normfix.Measured(image(), f"distilled:{size}"))
+
+
+@pytest.mark.parametrize("stated", [None, [32, "32"], [32.0], []])
+def test_a_size_that_no_one_states_is_asked_for(stated):
+    """Where neither the caller nor the network's file gives whole numbers, the error says what to write."""
+    net = Handwritten().eval()
+    declare_window_(net, stated)
+    with pytest.raises(NormfixError, match=r"NF587.*distilled:SIZE"):
+        normfix.convert(net, normfix.Measured(image(), "distilled"))

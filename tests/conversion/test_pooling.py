@@ -10,7 +10,7 @@ from torch import nn
 
 import normfix
 from normfix.conversion.measurement import measure_
-from normfix.conversion.pooling import windows_of
+from normfix.conversion.pooling import on_grid, windows_of
 from normfix.conversion.targets import planned_targets
 from normfix.errors import NormfixError
 from normfix.images.given import images_of
@@ -172,6 +172,7 @@ def test_windows_cover_the_image_on_the_grid():
     positions = torch.arange(72 * 100.0).reshape(1, 1, 72, 100)
     parts = [whole(w) for w in windows_of(TensorImage(positions), (32,), geometry)]
     assert {part.shape for part in parts} == {(1, 1, 32, 32)}
+    assert (on_grid((30, 33), geometry), on_grid((3,), geometry)) == ((28, 32), (4,))
     assert torch.cat([part.flatten() for part in parts]).unique().numel() == positions.numel()
     assert all(int(part[0, 0, 0, 0]) // 100 % 4 == 0 == int(part[0, 0, 0, 0]) % 100 % 4 for part in parts)
 
@@ -179,14 +180,14 @@ def test_windows_cover_the_image_on_the_grid():
 @pytest.mark.parametrize(
     "text",
     [
-        "windows",
+        "windows:",
         "windows:0",
         "windows:8:mode",
         "whole:8",
         "tiles:8",
         "windows:8:total:1",
         "blend:2",
-        "distilled",
+        "distilled:8:total",
     ],
 )
 def test_what_is_no_statistic_is_refused(text):

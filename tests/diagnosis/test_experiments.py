@@ -412,3 +412,22 @@ def test_a_tiling_on_the_grid_lacks_nothing():
     tiling = Tiling(tile=(32, 32), halo=((8, 8), (8, 8)))
     found = normfix.diagnose(net, torch.rand(1, 1, 128, 160), tiling=tiling)
     assert (found.culprits, found.record.findings) == ((), ())
+
+
+def test_the_halo_curve_is_that_of_the_converted_network():
+    """With live statistics held, the curve is that of the frozen network by `halo_curve`, and ends in rounding."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, (3, 5), padding=(1, 2)), nn.InstanceNorm2d(4), nn.Conv2d(4, 1, 3, padding=1)
+    )
+    image = torch.rand(1, 1, 64, 64) * torch.linspace(0.1, 2, 64)
+    record = normfix.diagnose(net.eval(), image, 16, halo=1, halo_curve=True).record
+    frozen = normfix.convert(net, image, to="frozen").model
+    expected = normfix.halo_curve(frozen, image, 16)
+    assert {c.cause for c in record.culprits} == {"instance", "halo"}
+    assert record.cost.experiments == 4 + len(expected.points)
+    assert record.halo_curve.points[-1].max_sd < 1e-9
+    for mine, theirs in zip(record.halo_curve.points, expected.points, strict=True):
+        assert (mine.axis, mine.halo) == (theirs.axis, theirs.halo)
+        assert mine.cost == pytest.approx(theirs.cost)
+        assert mine.max_sd == pytest.approx(theirs.max_sd, rel=1e-3, abs=1e-5)

@@ -99,6 +99,31 @@ def test_0_4_says_the_same_in_its_own_words(converted, tmp_path):
     assert not normfix.scan(normfix.load(tmp_path / "back"), torch.rand(1, 1, 64, 64)).live
 
 
+def test_nothing_outside_of_a_package_is_read_or_written(converted, tmp_path):
+    """Documentation at another place, links and malformed parts: the rest is given back without them."""
+    _, done, _ = converted
+    outside = tmp_path / "mine.md"
+    outside.write_text("mine")
+    original = package(tmp_path / "model")
+    (original / "notes.md").symlink_to(outside)
+    rewritten(original, documentation=str(outside), weights__onnx="none", config=None, sample_outputs=[{}])
+    record = normfix.give_back(done, tmp_path / "back", original=original)
+    assert outside.read_text() == "mine"
+    assert description_of(tmp_path / "back")["documentation"] == "documentation.md"
+    assert not (tmp_path / "back" / "notes.md").exists()
+    assert {"notes.md", "weights.onnx"} <= {c.name for c in record.changes if c.kind == "left out"}
+
+
+@pytest.mark.parametrize("least", [2**40, 32.5, "wide"])
+def test_a_smallest_size_that_no_image_has_is_refused(least, converted, tmp_path):
+    """It is what the test image is extended to, so it is neither a fraction nor larger than images are."""
+    _, done, _ = converted
+    original = rewritten(package(tmp_path / "model"), inputs__0__axes__2__size={"min": least, "step": 2})
+    with pytest.raises(NormfixError) as info:
+        normfix.give_back(done, tmp_path / "back", original=original)
+    assert info.value.code == "NF592"
+
+
 def test_a_test_image_that_is_too_small_is_extended(converted, tmp_path):
     """A smallest size above the test image's: the image is mirrored to it, and the tests hold there."""
     _, done, _ = converted

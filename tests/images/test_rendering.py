@@ -137,19 +137,24 @@ def test_files_hold_what_memory_does(three, tmp_path, engine, ending):
     np.testing.assert_array_equal(found.T if ending == ".nii" else found, raw[0].argmax(0).numpy())
 
 
-FIJI = {"classes": ("uint8", "YX"), "probabilities": ("float32", "CYX")}
+FIJI = {
+    "classes": ("uint8", "YX", 2),
+    "probabilities": ("float32", "CYX", 1),
+    "raw": ("float32", "CYX", None),
+}
 
 
 @pytest.mark.parametrize("as_", FIJI)
 def test_a_tiff_is_a_hyperstack_of_imagej(three, tmp_path, as_):
-    """Tifffile's reader of ImageJ's format sees axes and values, and it is no BigTIFF, which ImageJ does not open."""
+    """Tifffile's reader of ImageJ's format sees axes, range and values, and it is no BigTIFF, which ImageJ refuses."""
     model, _ = three
     normfix.write_prediction(model, IMAGE, tmp_path / "p.tif", tile=16, as_=as_)
     with tifffile.TiffFile(tmp_path / "p.tif") as file:
         assert file.is_imagej
         assert not file.is_bigtiff
-        assert (file.series[0].dtype.name, file.series[0].axes) == FIJI[as_]
-        assert file.imagej_metadata.get("channels", 1) == (3 if as_ == "probabilities" else 1)
+        brightest = file.imagej_metadata.get("max")
+        assert (file.series[0].dtype.name, file.series[0].axes, brightest) == FIJI[as_]
+        assert file.imagej_metadata.get("channels", 1) == (1 if as_ == "classes" else 3)
         np.testing.assert_array_equal(
             file.asarray(), normfix.predict(model, IMAGE, tile=16, as_=as_)[0].numpy().squeeze()
         )
@@ -189,7 +194,7 @@ def test_colours_of_the_image_are_no_colours_of_classes(tmp_path):
     pixels = np.random.default_rng(0).random((64, 48, 3)).astype(np.float32)
     np.save(tmp_path / "rgb.npy", pixels)
     model = normfix.convert(net, pixels).model
-    for as_ in FIJI:
+    for as_ in ("classes", "probabilities"):
         normfix.write_prediction(model, tmp_path / "rgb.npy", tmp_path / f"{as_}.tif", tile=16, as_=as_)
         with tifffile.TiffFile(tmp_path / f"{as_}.tif") as file:
             assert file.series[0].axes == FIJI[as_][1]

@@ -15,6 +15,7 @@ from torch import nn
 from normfix.networks.calling import Caller
 from normfix.networks.graph.capture import Captured, NotCaptured, capture, export, free_dimensions
 from normfix.networks.graph.replaying import replay
+from normfix.networks.releases import is_exporting
 from normfix.records.sites import Family
 from normfix.scanning.graph.look import graph_look
 from normfix.scanning.graph.sites import read_sites
@@ -69,6 +70,23 @@ def test_captures_with_free_batch_and_sizes():
     assert isinstance(captured, Captured)
     assert captured.free == (0, 2, 3)
     assert captured.replayed == ((1, 1, 32, 48), (2, 1, 64, 80))
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_what_a_network_gave_before_is_not_computed_again(right):
+    """A graph is held against what the network gave; control: where that is something else, the network runs again."""
+    runs = []
+
+    def run(model, x):
+        runs.append(is_exporting())
+        return model(x)
+
+    net, image = nn.Conv2d(1, 2, 3, padding=1).eval(), torch.randn(1, 1, 16, 24)
+    gave = net(image).detach() + (0 if right else 1)
+    captured = capture(net, run, IMAGE, once=True, known=[(image, gave)])
+    assert isinstance(captured, Captured)
+    assert captured.replayed == ((1, 1, 16, 24),)
+    assert runs.count(False) == (0 if right else 1)
 
 
 def test_what_is_made_for_two_images_is_captured_of_one():

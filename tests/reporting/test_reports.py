@@ -29,7 +29,7 @@ def found():
     torch.manual_seed(0)
     net = nn.Sequential(plain_unet(), LiveInstance(), nn.Sigmoid()).eval()
     image = torch.rand(1, 1, 100, 128) * torch.linspace(0, 3, 128)
-    return normfix.diagnose(net, image, 32, halo=8, labels=image[0, 0] > 1, per_site=True)
+    return normfix.diagnose(net, image, 32, halo=8, labels=image[0, 0] > 1, per_site=True, halo_curve=True)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,15 @@ def test_the_page_can_be_heard_and_tabbed(page):
 def test_the_page_has_every_part(found, page):
     """Sites with moments, causes, accuracy, receptive field, settings."""
     words = " ".join(Reader(page).words)
-    for part in ("Causes", "Indicators", "Distance from the cut", "Accuracy", "Receptive field", "Settings"):
+    parts = (
+        "Causes",
+        "Indicators",
+        "Distance from the cut",
+        "Error against halo",
+        "Accuracy",
+        "Receptive field",
+    )
+    for part in (*parts, "Settings"):
         assert part in words
     assert all(site.site in words for site in found.record.sites)
     assert all(row.prediction in words for row in found.record.accuracy)

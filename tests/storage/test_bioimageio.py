@@ -7,17 +7,17 @@ import socket
 import numpy as np
 import pytest
 import torch
-from bioimage_packages import package, rewritten, sha256, zipped
+from bioimage_packages import KWARGS, package, rewritten, sha256, zipped
+from monai.networks.nets import UNet
 
 import normfix
 from normfix import NormfixError
 from normfix.cli import cli
+from normfix.storage import scripts
 from normfix.storage.loading import open_any
 from normfix.storage.opening.descriptions import File, Step, TensorOf
 from normfix.storage.opening.processing import processed, scaling_of_steps
 from normfix.storage.opening.request import Request
-
-pytest.importorskip("monai")
 
 STATE = "weights__pytorch_state_dict"
 
@@ -78,6 +78,8 @@ def test_a_test_of_many_pixels_is_no_harm(tmp_path):
     [
         ({f"{STATE}__sha256": "0" * 64}, "NF592"),
         ({f"{STATE}__source": "../weights.pt"}, "NF592"),
+        ({f"{STATE}__source": "w" * 4000}, "NF592"),
+        ({f"{STATE}__source": "weights\0.pt"}, "NF592"),
         ({f"{STATE}__source": "/etc/passwd"}, "NF592"),
         ({f"{STATE}__source": "https://example.org/weights.pt"}, "NF592"),
         ({f"{STATE}__source": "missing.pt"}, "NF592"),
@@ -290,3 +292,37 @@ def test_torch_em_is_recognised_where_it_is_installed(tmp_path):
         },
     )
     assert open_any(folder, Request()).source.spec == "torch_em.model:UNet2d"
+
+
+def scripted(folder):
+    """Write a package whose weights are TorchScript alone."""
+    package(folder)
+    network = UNet(**KWARGS).eval()
+    network.load_state_dict(torch.load(folder / "weights.pt"))
+    torch.jit.trace(network, torch.rand(1, 1, 64, 64)).save(str(folder / "model.ts"))
+    stated = {"torchscript": {"source": "model.ts", "sha256": sha256(folder / "model.ts")}}
+    return rewritten(folder, weights=stated), network
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_package_of_torchscript_alone_is_opened_as_a_program(tmp_path):
+    """Its program gives the package's test outputs, computes what the network does, and has the package's scaling."""
+    folder, network = scripted(tmp_path / "model")
+    opened = open_any(zipped(folder, tmp_path / "model.zip"), Request())
+    assert opened.source.spec == "torch.jit:ScriptModule"
+    assert any("scaling of images" in note for note in opened.notes)
+    image = torch.rand(2, 1, 96, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(opened.model(image), network(image))
+
+
+def test_a_script_of_another_checksum_is_not_read(tmp_path, monkeypatch):
+    """TorchScript of a package with another sha256 than stated is NF592 before any process is started."""
+    monkeypatch.setattr(scripts, "run_fresh", lambda *words, **options: pytest.fail("it was read"))
+    folder = package(tmp_path / "model")
+    (folder / "model.ts").write_bytes(b"PK")
+    assert (
+        code_of(rewritten(folder, weights={"torchscript": {"source": "model.ts", "sha256": "0" * 64}}))
+        == "NF592"
+    )

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 import normfix
 from normfix.errors import NormfixError
+from normfix.networks.provenance import declared_window
 from normfix.storage.opening import open_model
 from normfix.storage.opening.candidates import candidates
 from normfix.storage.opening.pickles import read_torch
@@ -250,6 +251,7 @@ def bundle(tmp_path, **definition):
         "features": [4, 4, 8, 8, 8, "@sizes#last"],
     }
     config = {"channels": 1, "sizes": {"last": 4}, "network_def": network | definition}
+    config |= {"inferer": {"_target_": "SlidingWindowInferer", "roi_size": [48, 32]}}
     init_bundle(tmp_path / "bundle", network=model, inference_str=config)
     return tmp_path / "bundle", model
 
@@ -260,6 +262,7 @@ def test_a_monai_bundle_opens(tmp_path):
     folder, model = bundle(tmp_path)
     opened = open_model(str(folder))
     assert opened.source.spec == "monai.networks.nets:BasicUNet"
+    assert declared_window(opened.model) == (48, 32)
     assert_same(opened.model, model)
 
 
@@ -314,10 +317,13 @@ def test_a_pytorch_3dunet_checkpoint_opens(tmp_path):
         "optimizer_state_dict": optimizer.state_dict(),
     }
     save_checkpoint(state, True, str(tmp_path / "run"))
-    (tmp_path / "run" / "config.yml").write_text(yaml.safe_dump({"model": config, "device": "cpu"}))
+    patches = {"train": {"slice_builder": {"name": "SliceBuilder", "patch_shape": [1, 64, 32]}}}
+    said = {"model": config, "device": "cpu", "loaders": patches}
+    (tmp_path / "run" / "config.yml").write_text(yaml.safe_dump(said))
     for place in ("run", "run/best_checkpoint.pytorch"):
         opened = open_model(str(tmp_path / place))
         assert opened.source.spec == "normfix.storage.opening.formats.unet3d:network"
+        assert declared_window(opened.model) == (64, 32)
         assert_same(opened.model, model)
 
 
@@ -387,6 +393,7 @@ def test_an_nnunet_model_is_converted_saved_and_reloaded(tmp_path):
     """An nnU-Net of InstanceNorms is frozen, saved, and reloads from the folder alone."""
     nnunet_folder(tmp_path)
     opened = open_model(str(tmp_path))
+    assert declared_window(opened.model) == (32, 32)
     done = normfix.convert(opened.model, IMAGE)
     normfix.save(done, tmp_path / "fixed", opened.source)
     assert_same(normfix.load(tmp_path / "fixed"), done.model)

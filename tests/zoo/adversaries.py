@@ -1,7 +1,8 @@
 """Small networks that try to reach further than a scan says, in families that differ in how they reach.
 
 Each is judged by an arithmetic of its own (torch alone): whole images in float64 against tiles at the stride and halo
-that are claimed, on images that the scan has not seen, of other sizes and contents. What is refused claims nothing.
+that are claimed, on images that the scan has not seen, of other sizes and contents; and single pixels outside of a
+tile's window, which must not change it. What is refused claims nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from torch import Tensor, nn
 import normfix
 from normfix.records.sites import Scan
 
-__all__ = ["ADVERSARIES", "Outcome", "attack", "tiled"]
+from .shifting import shifting_families
+
+__all__ = ["ADVERSARIES", "Outcome", "attack", "perturbed", "tiled"]
 
 Build = Callable[[], nn.Module]
 
@@ -444,7 +447,7 @@ _NORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "spatial softmax": lambda x: x.softmax(3),
 }
 
-ADVERSARIES: dict[str, Build] = dict(_families())
+ADVERSARIES: dict[str, Build] = {**dict(_families()), **dict(shifting_families())}
 
 
 @dataclass(frozen=True, slots=True)
@@ -495,9 +498,39 @@ def _judged(net: nn.Module, scan: Scan, kind: str, images: int | None) -> Outcom
             # what is constant but for rounding has no spread
             spread = max(float(whole.std()), 1e-6 * float(whole.abs().max()), 1e-12)
             found = float((tiled(net, image, scan) - whole).abs().max()) / spread
+            if content in _PERTURBED:
+                found = max(found, perturbed(net, image, whole, scan) / spread)
         if not found <= max(1e-9, worst.worst):
             worst = Outcome("silently wrong", found, f"{content} {size}")
     return worst
+
+
+_PERTURBED, _PIXELS = ("steps", "dark"), 10
+
+
+def perturbed(net: nn.Module, image: Tensor, whole: Tensor, scan: Scan) -> float:
+    """Return how much tiles change with single pixels outside of their windows: next to a corner, or anywhere."""
+    assert scan.scale is not None
+    scales = [Fraction(s) for s in scan.scale]
+    generator = torch.Generator().manual_seed(0)
+    largest = 0.0
+    for window, tile in list(_windows_of(scan, image.shape[2:]))[::7]:
+        places = [[a - 1 if i & bit else b for bit, (a, b) in enumerate(window, start=1)] for i in range(4)]
+        places += [
+            [int(torch.randint(n, (1,), generator=generator)) for n in image.shape[2:]]
+            for _ in range(_PIXELS)
+        ]
+        # next to the window along one axis, within it along the other
+        places += [[window[0][0] - 1, tile[1][0]], [tile[0][0], window[1][1]]]
+        kept = (..., *(slice(int(a * s), int(b * s)) for (a, b), s in zip(tile, scales, strict=True)))
+        for place in places:
+            outside = any(not a <= p < b for p, (a, b) in zip(place, window, strict=True))
+            if not outside or not all(0 <= p < n for p, n in zip(place, image.shape[2:], strict=True)):
+                continue
+            other = image.clone()
+            other[(..., *place)] += 50
+            largest = max(largest, float((net(other)[kept] - whole[kept]).abs().max()))
+    return largest
 
 
 def _images() -> Iterator[tuple[str, tuple[int, int]]]:

@@ -28,6 +28,7 @@ from normfix.giving.formats import plain, unet3d
 from normfix.giving.gift import Gift, config_changes, copied, key_changes
 from normfix.giving.refusals import NotGiven
 from normfix.networks.numerics import exact_arithmetic
+from normfix.records.extents import LARGEST
 from normfix.records.returns import Change
 from normfix.records.saved import Scaling, Source
 from normfix.records.sites import Scan
@@ -35,10 +36,17 @@ from normfix.records.spans import round_up
 from normfix.storage.exports import write_export
 from normfix.storage.opening import open_path
 from normfix.storage.opening.configs import read_mapping
-from normfix.storage.opening.descriptions import ArchitectureOf, Description, described
+from normfix.storage.opening.descriptions import ArchitectureOf, Description, as_described, described
 from normfix.storage.opening.formats.bioimageio import allowed_code
 from normfix.storage.opening.formats.unet3d import network as unet3d_network
-from normfix.storage.opening.packages import array_of, described_in, inside, sha256_of
+from normfix.storage.opening.packages import (
+    PackageError,
+    array_of,
+    described_in,
+    inside,
+    leads_out,
+    sha256_of,
+)
 from normfix.storage.opening.processing import processed, scaling_of_steps
 from normfix.storage.opening.request import Request
 
@@ -73,6 +81,7 @@ network.load_state_dict(state, strict=True)
 
 _FORMS = {"torchscript": ".ts", "onnx": ".onnx"}
 """Forms that are written anew, and what their files end in here."""
+_LONGEST_NAME = 200
 _OF_THE_ORIGINAL = ("id", "id_emoji", "version", "version_number", "download_url", "rdf_source")
 """What names the original's very package, which the new one is not."""
 
@@ -116,15 +125,22 @@ def write(draft: Path, gifts: Sequence[Gift]) -> tuple[Change, ...]:
     _require_one_output(description, str(folder))
     content = copy.deepcopy(before)
     leave = _old_files(before, description, gift)
-    changes = copied(folder, draft, lambda path: leave.get(path.relative_to(folder).as_posix(), ""))
+
+    def reason(path: Path) -> str:
+        if leads_out(path, folder):
+            return "it is a link that leads out of the package"
+        return leave.get(path.relative_to(folder).as_posix(), "")
+
+    changes = copied(folder, draft, reason)
     entry = _write_weights(draft, content, gift)
     declared = declarations_of(content)
-    sizes = _sizes(gift, declared.least())
-    declared.set_architecture(entry, _architecture(gift, description, draft))
-    declared.set_sizes(description.inputs[0].axes, sizes)
-    _set_scaling(declared, gift.known.scaling, description, str(folder))
+    with as_described(str(folder)):
+        sizes = _sizes(gift, _least(declared))
+        declared.set_architecture(entry, _architecture(gift, description, draft))
+        declared.set_sizes(description.inputs[0].axes, sizes)
+        _set_scaling(declared, gift.known.scaling, description, str(folder))
+        declared.drop_samples()
     _write_tests(draft, declared, gift, description, sizes)
-    declared.drop_samples()
     changes += _write_forms(draft, content, gift)
     _set_identity(content)
     _write_documentation(draft, content, gift, sizes)
@@ -149,7 +165,15 @@ def _read(original: Path) -> tuple[Path, dict[str, Any], Description]:
     """Return a package's folder and description, as plain values and read."""
     folder = original if original.is_dir() else original.parent
     content = dict(read_mapping(folder / described_in(original)))
-    return folder, content, described(content, str(original))
+    description = described(content, str(original))
+    if description.architecture is None:
+        raise NotGiven(
+            "NF597",
+            "its weights are TorchScript alone, of which normfix makes a program and no network of a library. Write "
+            "the program: convert -o FILE.ts.",
+            where=str(original),
+        )
+    return folder, content, description
 
 
 def _require_one_output(description: Description, where: str) -> None:
@@ -174,18 +198,16 @@ def _require_one_output(description: Description, where: str) -> None:
 def _old_files(content: Mapping[str, Any], description: Description, gift: Gift) -> dict[str, str]:
     """Return files of the original that are not copied, and why."""
     new = "it holds the original network, and is written anew"
-    names = dict.fromkeys(
-        (str(entry["source"]) for entry in content["weights"].values() if entry),
-        "it holds the original network",
-    )
+    forms = [entry.get("source") for entry in content["weights"].values() if isinstance(entry, Mapping)]
+    names = dict.fromkeys(map(str, forms), "it holds the original network")
     names[description.weights.name] = new
-    code = description.architecture.file
+    code = None if description.architecture is None else description.architecture.file
     if code is not None and not _is_own(gift):
         names[code.name] = "the installed library's class takes its place"
     samples = [output.get("sample_tensor") for output in content["outputs"]]
-    named = [
-        s["source"] if isinstance(s, Mapping) else s for s in (*samples, *content.get("sample_outputs", ()))
-    ]
+    with as_described(str(gift.original)):
+        samples += content.get("sample_outputs") or ()
+    named = [s.get("source") if isinstance(s, Mapping) else s for s in samples]
     names |= {str(name): "it is the original network's output" for name in named if name}
     return names
 
@@ -208,9 +230,18 @@ def _architecture(gift: Gift, description: Description, draft: Path) -> Architec
     if not _is_own(gift):
         return architecture_of(gift.source.spec, gift.args, draft)
     stated = description.architecture
+    assert stated is not None
     assert stated.file is not None
     file = replace(stated.file, sha256=sha256_of(draft / stated.file.name))
     return ArchitectureOf(name=stated.name, kwargs=gift.args, file=file)
+
+
+def _least(declared: Declarations) -> tuple[int, ...]:
+    """Return the smallest size that is declared, which a test image is extended to."""
+    sizes = declared.least()
+    if not all(type(n) is int for n in sizes) or math.prod(sizes) > LARGEST:
+        raise ValueError(f"no image is of at least {str(sizes)[:80]} pixels")
+    return sizes
 
 
 def _sizes(gift: Gift, least: Sequence[int]) -> tuple[AxisSize, ...]:
@@ -301,15 +332,25 @@ def _write_forms(draft: Path, content: dict[str, Any], gift: Gift) -> list[Chang
         entry = entries.pop(kind)
         if entry is None:
             continue
-        name = Path(str(entry["source"])).name
         try:
-            entries[kind] = _form(draft, kind, name, gift)
+            entries[kind] = _form(draft, kind, _free_name(draft, kind, entry, gift), gift)
         except NormfixError as error:
             reason = f"{error.code} {error.message}"
             left.append(
                 Change(file=described_in(draft), kind="left out", name=f"weights.{kind}", after=reason)
             )
     return left
+
+
+def _free_name(draft: Path, kind: str, entry: Any, gift: Gift) -> str:
+    """Return the name of a form's file, which is that of no other file."""
+    assert gift.original is not None
+    with as_described(f"weights.{kind}"):
+        name = Path(entry["source"]).name
+    usual = name.strip(".") and len(name) <= _LONGEST_NAME and name.isprintable()
+    if not usual or name == described_in(gift.original) or (draft / name).exists():
+        raise PackageError(f"its file is named as none can be here ({name[:80]!r}).", f"weights.{kind}")
+    return name
 
 
 def _form(draft: Path, kind: str, name: str, gift: Gift) -> dict[str, Any]:
@@ -334,20 +375,21 @@ def _set_identity(content: dict[str, Any]) -> None:
         content.pop(name, None)
     if parent:
         content["parent"] = parent
-    own = content.get("config", {}).get("bioimageio")
+    config = content.get("config")
+    own = config.get("bioimageio") if isinstance(config, dict) else None
     if isinstance(own, dict):
         for name in ("nickname", "nickname_icon", "doi"):
             own.pop(name, None)
-    content["name"] = f"{str(content['name'])[:100]} (constant statistics)"
+    content["name"] = f"{str(content.get('name', 'network'))[:100]} (constant statistics)"
 
 
 def _write_documentation(draft: Path, content: dict[str, Any], gift: Gift, sizes: Sequence[AxisSize]) -> None:
     """Add what was changed to the package's documentation."""
-    name = content.get("documentation")
-    if not isinstance(name, str) or not name.endswith(".md") or not (draft / name).is_file():
-        name = content["documentation"] = "documentation.md"
-    path = draft / name
-    text = path.read_text(encoding="utf-8").rstrip() if path.is_file() else f"# {content['name']}"
+    path = _documentation(draft, content.get("documentation"))
+    content["documentation"] = path.relative_to(draft).as_posix()
+    text = f"# {content['name']}"
+    if path.is_file():
+        text = path.read_text(encoding="utf-8", errors="surrogateescape").rstrip()
     parent = content.get("parent", {}).get("id", "")
     of = f" of `{parent}`" if parent else ""
     halo = " x ".join(str(size.halo) for size in sizes)
@@ -358,7 +400,16 @@ def _write_documentation(draft: Path, content: dict[str, Any], gift: Gift, sizes
         f"- The norms{of} that computed statistics of each block are BatchNorms with those of a whole image (normfix). "
         f"{_accuracy(gift, halo)} The smallest block is {least} pixels.",
     ]
-    path.write_text("\n".join([text, "", *lines, ""]), encoding="utf-8")
+    path.write_text("\n".join([text, "", *lines, ""]), encoding="utf-8", errors="surrogateescape")
+
+
+def _documentation(draft: Path, stated: Any) -> Path:
+    """Return the package's own text, or the place of a new one."""
+    try:
+        path = inside(draft, stated, "the documentation")
+    except PackageError:
+        return draft / "documentation.md"
+    return path if path.suffix == ".md" else draft / "documentation.md"
 
 
 def _accuracy(gift: Gift, halo: str) -> str:

@@ -102,7 +102,7 @@ def create(
     placement: Placement,
     blocks: Sequence[int] | None = None,
     *,
-    imagej: bool = False,
+    shown: tuple[float, float] | None = None,
 ) -> Any:
     """Make a file that takes windows of an array by assignment; `finish` makes it what its ending says.
 
@@ -113,7 +113,7 @@ def create(
         axes: a letter per axis.
         placement: of the pixels; each format holds what it can.
         blocks: extents of the windows that will be written, per axis of the array.
-        imagej: of a TIFF, write what Fiji opens as a hyperstack by itself, where its format holds the array.
+        shown: darkest and brightest value, for a TIFF that Fiji shows by itself.
     """
     match suffix_of(path):
         case ".zarr":
@@ -129,7 +129,7 @@ def create(
             return create_nifti(path, shape, dtype, axes, placement)
     from normfix.images.formats.tiff import create as create_tiff
 
-    return create_tiff(path, shape, dtype, axes, placement, imagej=imagej)
+    return create_tiff(path, shape, dtype, axes, placement, shown=shown)
 
 
 def finish(path: Path) -> None:

@@ -365,9 +365,12 @@ def create(
     axes: str,
     placement: Placement,
     *,
-    imagej: bool = False,
+    shown: tuple[float, float] | None = None,
 ) -> Any:
     """Make a TIFF to be written by window: OME where size or channels are known, GeoTIFF as it came.
+
+    Where nothing is known of the pixels it is a hyperstack of ImageJ, if that holds the array. Up to 4 GiB no file is
+    a BigTIFF, which ImageJ does not open.
 
     Args:
         path: of the file.
@@ -375,20 +378,22 @@ def create(
         dtype: of the array.
         axes: a letter per axis of the array.
         placement: of the pixels.
-        imagej: a hyperstack of ImageJ instead, where that holds the array.
+        shown: darkest and brightest value; such an array is a hyperstack wherever that can hold it.
     """
     import tifffile
 
     tags = placement.native if isinstance(placement.native, _Tags) else None
-    stored = math.prod(shape) * dtype.itemsize
-    if imagej and not (tags and tags.geo) and dtype.name in _IMAGEJ and stored < _IMAGEJ_BYTES:
+    small = math.prod(shape) * dtype.itemsize < _CLASSIC_BYTES
+    known = tags or placement.spacing or placement.channels or placement.channels_last
+    bare = len(shape) > 1 and not known
+    if (bare or (shown and not (tags and tags.geo))) and dtype.name in _IMAGEJ and small:
         return tifffile.memmap(
             path,
             shape=tuple(shape),
             dtype=dtype,
             imagej=True,
             photometric="minisblack",
-            **_imagej(axes, placement),
+            **_imagej(axes, placement, shown),
         )
     options = {} if tags is None else tags.options()
     described: dict[str, Any] = {"axes": axes}
@@ -402,12 +407,12 @@ def create(
         options["planarconfig"] = "contig"
         described["axes"] = axes = axes[:-1] + "S"
     grey = "minisblack" if len(shape) > 1 else None  # else 3 or 4 channels would become RGB
-    ome = len(described) > 1
+    ome = len(described) > 1 or "C" in axes  # a plain TIFF does not say what its pages are
     return tifffile.memmap(
         path,
         shape=tuple(shape),
         dtype=dtype,
-        bigtiff=True,
+        bigtiff=not small,
         photometric=grey,
         ome=ome,
         metadata=described,
@@ -415,13 +420,18 @@ def create(
     )
 
 
-_IMAGEJ, _IMAGEJ_BYTES = ("uint8", "uint16", "float32"), (1 << 32) - (1 << 20)
-"""Types of pixels, and bytes, that ImageJ's own TIFF holds."""
+_IMAGEJ = ("uint8", "uint16", "float32")
+"""Types of pixels that ImageJ's own TIFF holds."""
+
+_CLASSIC_BYTES = (1 << 32) - (1 << 20)
+"""Bytes of pixels that a TIFF holds which is no BigTIFF."""
 
 
-def _imagej(axes: str, placement: Placement) -> dict[str, Any]:
-    """Return axes, and size of pixels where it is known, as ImageJ has them."""
+def _imagej(axes: str, placement: Placement, shown: tuple[float, float] | None) -> dict[str, Any]:
+    """Return axes, size of pixels and range of values, where they are known, as ImageJ has them."""
     described: dict[str, Any] = {"axes": axes}
+    if shown is not None:
+        described["min"], described["max"] = shown
     sizes = dict(zip("XYZ", reversed(placement.spacing), strict=False))
     if placement.unit not in UNITS or "X" not in sizes:
         return {"metadata": described}

@@ -93,7 +93,7 @@ def capture(
     *,
     one_size: bool = False,
     once: bool = False,
-    expected: Tensor | None = None,
+    known: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> Captured | NotCaptured:
     """Capture a network as an exported program before decomposition.
 
@@ -102,9 +102,9 @@ def capture(
         run: calls the model on one input and returns a tensor (normfix.networks.calling.Caller does).
         example: (N, C, *space) that the network runs on.
         one_size: the network is known to take no other size, so none is left free: proving that costs minutes.
-        once: compare on one image alone, of half the example's extents where the program takes it, which says nothing
-            of batches.
-        expected: what the network gave for the example, where it ran on it before.
+        once: compare on one image alone, which says nothing of batches: of another size than the example's where
+            the program takes it.
+        known: images that the network ran on before, each with what it gave.
 
     Returns:
         A program that was compared with the network, or the reason why there is none.
@@ -113,7 +113,7 @@ def capture(
         evaluated = not any(module.training for module in model.modules())
         network = AsFunction(model if evaluated else copy.deepcopy(model), run).eval()
         with exact_arithmetic():
-            return _captured(network, example[:1].detach(), one_size=one_size, once=once, expected=expected)
+            return _captured(network, example[:1].detach(), one_size=one_size, once=once, known=known)
     except failures() as error:  # torch.export runs the network's code and may raise anything
         return NotCaptured(_line(error))
 
@@ -198,14 +198,20 @@ def extents(captured: Captured) -> dict[str, tuple[tuple[int, ...], tuple[int, .
 
 
 def _captured(
-    network: AsFunction, example: Tensor, *, one_size: bool, once: bool, expected: Tensor | None
+    network: AsFunction,
+    example: Tensor,
+    *,
+    one_size: bool,
+    once: bool,
+    known: Sequence[tuple[Tensor, Tensor]],
 ) -> Captured | NotCaptured:
     program = export(network, example, one_size=one_size)
     free = free_dimensions(program)
     replayed = []
-    for trials in [once_replayed(example, free)] if once else replays(example, free):
+    images = [image for image, _ in known]
+    for trials in [once_replayed(example, free, images)] if once else replays(example, free, images):
         for image in trials:
-            agree = replay(program, network, image, expected if image is example else None)
+            agree = replay(program, network, image, known)
             if agree is False:
                 shape = "x".join(map(str, image.shape))
                 return NotCaptured(

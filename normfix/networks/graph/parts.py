@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from normfix.networks.graph.operators import name_of
-from normfix.networks.graph.program import Submodule
+from normfix.networks.graph.program import GUARDS, Submodule
 
 __all__ = ["module_at", "owner_of", "part_", "put", "stack_of"]
 
-_GUARDS = "_guards_fn"
 _OF_NOBODY = frozenset({"sym_size", "sym_numel", "_assert_scalar", "sym_constrain_range_for_size"})
 
 
@@ -103,7 +102,7 @@ def _runs(graph: Graph, path: str) -> Iterator[list[Node]]:
 
 def _call_key(node: Node, path: str) -> Any:
     """Return what tells the calls of a module apart, None for a node outside of it."""
-    if node.target == _GUARDS:
+    if node.target == GUARDS:
         return None  # it stands before the first module and has that one's stack
     stack = node.meta.get("nn_module_stack") or {}
     for position, (place, entry) in enumerate(zip(stack_of(node), stack.items(), strict=True)):

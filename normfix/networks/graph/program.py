@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +20,11 @@ from typing_extensions import Self
 
 from normfix.errors import NormfixError
 
-__all__ = ["ProgramNetwork", "Submodule", "require_free"]
+__all__ = ["GUARDS", "ProgramNetwork", "Submodule", "require_free", "unguarded"]
+
+
+GUARDS = "_guards_fn"
+"""How torch names the module that checks a program's conditions on sizes."""
 
 
 class ProgramNetwork(nn.Module):
@@ -121,6 +126,22 @@ class Submodule(nn.Module):
         interpreter = Interpreter(self, graph=self.graphs[call])
         interpreter.extra_traceback = False
         return interpreter.run(*inputs)
+
+
+@contextmanager
+def unguarded(model: nn.Module) -> Iterator[None]:
+    """Leave the conditions on sizes out of programs within the block: where a network is traced, sizes are tensors."""
+    programs = {m: m._graph for m in model.modules() if isinstance(m, ProgramNetwork)}
+    try:
+        for program, graph in programs.items():
+            program._graph = copy.deepcopy(graph)
+            for node in list(program._graph.nodes):
+                if node.op == "call_module" and node.target == GUARDS:
+                    program._graph.erase_node(node)
+        yield
+    finally:
+        for program, graph in programs.items():
+            program._graph = graph
 
 
 def require_free(model: nn.Module) -> None:

@@ -19,12 +19,13 @@ from normfix.networks.randomness import OwnRandomness
 __all__ = ["once_replayed", "replay", "replays", "same"]
 
 
-def replays(example: Tensor, free: Sequence[int]) -> Iterator[list[Tensor]]:
-    """Yield lists of inputs of which one has to be replayed: the example, another batch of another size.
+def replays(example: Tensor, free: Sequence[int], known: Sequence[Tensor] = ()) -> Iterator[list[Tensor]]:
+    """Yield lists of inputs of which one has to be replayed: one image, another batch of another size.
 
-    Half the size comes first: it costs a quarter.
+    Half the size comes first: it costs a quarter. Where batches are replayed as well, the one image is of another size
+    too, if the network ran on one before; it was captured at the example's.
     """
-    yield [example]
+    yield [*_of_other_sizes(known, example), example] if 0 in free else [example]
     images = []
     if any(dim >= 2 for dim in free):
         space = example.shape[2:]
@@ -41,29 +42,46 @@ def replays(example: Tensor, free: Sequence[int]) -> Iterator[list[Tensor]]:
         yield images
 
 
-def once_replayed(example: Tensor, free: Sequence[int]) -> list[Tensor]:
-    """Return inputs of which one has to be replayed: half the example, where that is taken, else the example."""
+def once_replayed(example: Tensor, free: Sequence[int], known: Sequence[Tensor]) -> list[Tensor]:
+    """Return inputs of which one has to be replayed.
+
+    One of another size that the network ran on before comes first, then half the example, then the example.
+    """
     space = example.shape[2:]
     smaller = [n // 64 * 32 if d in free else n for d, n in enumerate(space, start=2)]
-    return [resized(example, smaller), example] if all(smaller) and smaller != list(space) else [example]
+    halves = [resized(example, smaller)] if all(smaller) and smaller != list(space) else []
+    return [*_of_other_sizes(known, example), *halves, example]
+
+
+def _of_other_sizes(known: Sequence[Tensor], example: Tensor) -> list[Tensor]:
+    return [image for image in known if image.shape[2:] != example.shape[2:] and len(image) == len(example)]
 
 
 def replay(
-    program: ExportedProgram, network: nn.Module, image: Tensor, expected: Tensor | None = None
+    program: ExportedProgram, network: nn.Module, image: Tensor, known: Sequence[tuple[Tensor, Tensor]] = ()
 ) -> bool | None:
     """Tell whether program and network agree; None where one of them does not take the input.
 
-    `expected` is what the network gave for the image, where it ran on it before.
+    `known` are images that the network ran on before, and what it gave; it runs again where the program differs.
     """
     body = program.module()
     with silence(), as_in_graphs():
         try:
-            expected = network(image.clone()) if expected is None else expected
             # a network that draws must not move the caller's generator from here either
             with OwnRandomness():
                 actual = body(image.clone())
+            if any(_agree(actual, gave) for taken, gave in known if _is_equal(taken, image)):
+                return True
+            return _agree(actual, network(image.clone()))
         except refusals():
             return None
+
+
+def _is_equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def _agree(actual: Any, expected: Any) -> bool:
     mine, theirs = tree_leaves(actual), tree_leaves(expected)
     return len(mine) == len(theirs) and all(
         same(a, b) for a, b in zip(mine, theirs, strict=True) if isinstance(b, Tensor)

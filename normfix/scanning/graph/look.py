@@ -65,7 +65,7 @@ def graph_look(
     sites: Sequence[Site],
     *,
     one_size: bool = False,
-    expected: Tensor | None = None,
+    known: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> GraphLook:
     """Capture a network and hold its graph against the sites the census found.
 
@@ -75,9 +75,9 @@ def graph_look(
         example: (N, C, *space), the one the census ran on.
         sites: of the census, in the order of the calls.
         one_size: as for `capture`.
-        expected: as for `capture`.
+        known: as for `capture`.
     """
-    captured = capture(model, run, example, one_size=one_size, expected=expected)
+    captured = capture(model, run, example, one_size=one_size, known=known)
     if isinstance(captured, NotCaptured):
         finding = Finding(
             code="NF221", where="graph", message=f"{captured.reason}. The other looks carry on."

@@ -95,6 +95,8 @@ def _require_different(names: list[Any]) -> None:
 
 
 def _text(path: Path, largest: int) -> str:
+    if path.exists() and not path.is_file():
+        raise ValueError("it is a pipe, a device or a folder")
     with path.open("rb") as file:
         data = file.read(largest + 1)
     if len(data) > largest:

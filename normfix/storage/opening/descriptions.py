@@ -6,13 +6,15 @@ is looked up anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from normfix.errors import NormfixError
 from normfix.storage.opening.packages import PackageError
 
-__all__ = ["ArchitectureOf", "Description", "File", "Step", "TensorOf", "described"]
+__all__ = ["ArchitectureOf", "Description", "File", "Step", "TensorOf", "as_described", "described"]
 
 _LETTERS = {"batch": "b", "channel": "c", "index": "i", "time": "t"}
 
@@ -56,11 +58,14 @@ class ArchitectureOf:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """What is needed to open the network of a package and to prove that it is the right one."""
+    """What is needed to open the network of a package and to prove that it is the right one.
+
+    Without an architecture its weights are TorchScript.
+    """
 
     name: str
     weights: File
-    architecture: ArchitectureOf
+    architecture: ArchitectureOf | None
     inputs: tuple[TensorOf, ...]
     outputs: tuple[TensorOf, ...]
 
@@ -71,20 +76,33 @@ def described(content: Any, where: str) -> Description:
     Raises:
         PackageError: NF592 if it is of another version or kind, or lacks what it must have.
     """
-    try:
+    with as_described(where):
         new = _require_model(content, where).startswith("0.5.")
-        entry = content["weights"]["pytorch_state_dict"]
+        entry = content["weights"].get("pytorch_state_dict")
+        script = content["weights"]["torchscript"] if entry is None else entry
+        read = _architecture if new else _architecture_of_0_4
         tensors = _tensors if new else _tensors_of_0_4
         return Description(
             name=str(content.get("name", ""))[:200],
-            weights=_file(entry["source"], entry.get("sha256")),
-            architecture=(_architecture if new else _architecture_of_0_4)(entry),
+            weights=_file(script["source"], script.get("sha256")),
+            architecture=None if entry is None else read(entry),
             inputs=tensors(content, "inputs"),
             outputs=tensors(content, "outputs"),
         )
-    except PackageError:
+
+
+@contextmanager
+def as_described(where: str) -> Iterator[None]:
+    """Refuse a description in which what is read within is not what the specification says.
+
+    Raises:
+        PackageError: NF592.
+    """
+    try:
+        yield
+    except NormfixError:
         raise
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise PackageError(
             f"it is no model description of bioimage.io ({reason}). Validate it: bioimageio validate-format.",
@@ -93,7 +111,7 @@ def described(content: Any, where: str) -> Description:
 
 
 def _require_model(content: Any, where: str) -> str:
-    """Return the version of a description of a model that has a state dict."""
+    """Return the version of a description of a model that has a state dict, or TorchScript."""
     version, kind, formats = (
         str(content["format_version"])[:20],
         content.get("type", "model"),
@@ -103,10 +121,10 @@ def _require_model(content: Any, where: str) -> str:
         raise PackageError(
             f"it describes a {kind!s:.20} in version {version}; models of 0.4 and 0.5 are opened.", where
         )
-    if formats.get("pytorch_state_dict") is None:
+    if formats.get("pytorch_state_dict") is None and formats.get("torchscript") is None:
         raise PackageError(
-            f"its weights are {', '.join(map(str, formats))[:120]}; a network is opened from pytorch_state_dict alone, "
-            "since the other formats hold programs without modules.",
+            f"its weights are {', '.join(map(str, formats))[:120]}; a network is opened from pytorch_state_dict or "
+            "torchscript.",
             where,
         )
     return version

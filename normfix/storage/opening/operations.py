@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["ARITHMETIC", "BLOCKS", "MESSAGES", "WORDS", "is_allowed", "is_equation", "misplaced"]
+__all__ = ["ARITHMETIC", "BLOCKS", "MESSAGES", "WORDS", "is_allowed", "is_equation", "is_listed", "misplaced"]
 
 
 def _words(text: str) -> frozenset[str]:
@@ -135,7 +135,7 @@ _OTHERS = _words(
 
     upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d
     upsample_nearest3d
-    upsample_trilinear3d _upsample_bicubic2d_aa _upsample_bilinear2d_aa _upsample_nearest_exact1d
+    upsample_trilinear3d _upsample_bicubic2d_aa _upsample_bilinear2d_aa _upsample_lanczos2d_aa _upsample_nearest_exact1d
     _upsample_nearest_exact2d _upsample_nearest_exact3d __interpolate
 
     arange empty empty_like empty_strided empty_permuted eye full full_like linspace new_empty
@@ -204,6 +204,16 @@ _EQUATION = re.compile(r"[A-Za-z., >-]{1,200}", re.ASCII)
 def is_equation(text: str) -> bool:
     """Tell whether a text is an equation of einsum, of few operands."""
     return bool(_EQUATION.fullmatch(text)) and text.count(",") < 4
+
+
+def is_listed(name: str) -> bool:
+    """Tell whether a program may call an operator of aten of this name, in any of its overloads.
+
+    Example:
+        >>> is_listed("conv2d"), is_listed("from_file")
+        (True, False)
+    """
+    return name in _LISTED
 
 
 @cache

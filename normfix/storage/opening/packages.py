@@ -18,11 +18,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from normfix.errors import NormfixError
+from normfix.errors import NormfixError, printable
 from normfix.storage.opening.archives import CHUNK, Archive, inventory, start_of
 from normfix.storage.opening.request import unreadable
 
-__all__ = ["PackageError", "array_of", "described_in", "inside", "require_digest", "sha256_of", "unpacked"]
+__all__ = [
+    "PackageError",
+    "array_of",
+    "described_in",
+    "inside",
+    "leads_out",
+    "require_digest",
+    "sha256_of",
+    "unpacked",
+]
 
 _DESCRIPTIONS = ("rdf.yaml", "bioimageio.yaml", "rdf.yml", "bioimageio.yml")
 _NPY = b"\x93NUMPY"
@@ -89,11 +98,20 @@ def inside(folder: Path, name: Any, what: str) -> Path:
     if path.is_absolute() or ".." in path.parts or "\\" in name:
         raise PackageError(f"{what} lies outside of the package ({name[:120]}).", str(folder))
     found = folder.joinpath(*path.parts)
-    if not found.resolve().is_relative_to(folder.resolve()):
-        raise PackageError(f"{what} is a link that leads out of the package ({name[:120]}).", str(folder))
-    if not found.is_file():
-        raise PackageError(f"{what} is missing ({name[:120]}).", str(folder))
+    try:
+        if leads_out(found, folder):
+            raise PackageError(f"{what} is a link that leads out of the package ({name[:120]}).", str(folder))
+        there = found.is_file()
+    except (OSError, ValueError):  # no system has a file of such a name
+        there = False
+    if not there:
+        raise PackageError(f"{what} is missing ({printable(name[:120])}).", str(folder))
     return found
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Tell whether a file of a folder is a link to another place, or lies in one."""
+    return not path.resolve().is_relative_to(folder.resolve())
 
 
 def sha256_of(path: Path) -> str:

@@ -32,7 +32,7 @@ class Request:
     `weights` picks one of several sets of weights in a file; `allow_classes` are names or "package.*" patterns
     of classes a pickle may build; `tell` hears what has to be said before something happens. `network` is a network
     to fill, instead of an architecture to build; `trust` are modules whose factories a file may name, `allow_code`
-    the sha256 of files of code that may run.
+    the sha256 of files of code that may run; `open_script` opens a TorchScript archive as a program.
     """
 
     arch: str | None = None
@@ -44,6 +44,7 @@ class Request:
     allow_code: tuple[str, ...] = ()
     trust: tuple[str, ...] = ()
     tell: Callable[[str], None] = field(default=lambda text: None)
+    open_script: Callable[[Path], Loaded] | None = None
 
     @property
     def named(self) -> Source | None:

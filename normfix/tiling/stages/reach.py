@@ -36,11 +36,14 @@ from normfix.tiling.stages.cutting import Stage
 from normfix.tiling.stages.maps import Map, ProgramMaps
 from normfix.tiling.stages.program import Shapes
 from normfix.tiling.stages.refusals import NotInStages
-from normfix.tiling.stride import cutting_grid, smallest_stride
+from normfix.tiling.stride import common_unit, cutting_grid, smallest_stride
 
 __all__ = ["Reach", "fingerprint", "in_dtype", "measure_reach"]
 
 Function = Callable[[Tensor], Tensor]
+
+_NEAR, _AFAR = 32, 128
+"""Cells that are amplified on each side of a block's window, where its graph bounds what it reads, and where not."""
 
 _MULTIPLES = (1, 2, 4, 8, 16)
 """Numbers of cells that a stage is tried to be cut at, until it runs on strips of such lengths."""
@@ -71,12 +74,17 @@ def measure_reach(stage: Stage, maps: ProgramMaps, shapes: Shapes, image: Node) 
             reach = _shown(single, stage, axis, cross, () if known is None else known.obstacles())
         else:
             reach = -(-bound[axis][0] // pixels), -(-bound[axis][1] // pixels)
-        cells = _cells_per_block(double, axis, reach, cross)
+        settled = bound is not None and known is not None and pixels % known.lattice[axis] == 0
+        if settled and _cuts_anywhere(double, axis, reach, cross):
+            cells: int | None = 1
+        else:
+            cells = _cells_per_block(double, axis, reach, cross)
         if cells is None:
             raise _refused(stage, axis, "blocks of it differ from the whole: it depends on size or position")
         rounded = tuple(-(-r // cells) * cells for r in reach)
         before, after = rounded[0], rounded[1]
-        change = interference(double, double.example, axis, cells, Fraction(1), (before, after), cross)
+        least = _AFAR if bound is None else _NEAR
+        change = interference(double, double.example, axis, cells, Fraction(1), (before, after), cross, least)
         if change > EXACT:
             raise _refused(stage, axis, f"a block changes by {change:.1g} with what lies beyond its halo")
         grids.append(cells * pixels)
@@ -122,6 +130,15 @@ def _shown(
         causes = "".join(f" ({o.operator} in {o.where}: {o.why})" for o in obstacles[:1])
         raise _refused(stage, axis, f"its output depends on the whole extent, so no halo is enough{causes}")
     return max(0, found[0]), max(0, found[1])
+
+
+def _cuts_anywhere(f: Function, axis: int, reach: tuple[int, int], cross: Sequence[int]) -> bool:
+    """Tell whether blocks may be cut at each cell, which the stage's graph says."""
+    example = f.example  # type: ignore[attr-defined]
+    try:
+        return common_unit(f, example, axis, 1, Fraction(1), reach, cross, settled=True, short=True) == 1
+    except refusals():
+        return False
 
 
 def _cells_per_block(f: Function, axis: int, reach: tuple[int, int], cross: Sequence[int]) -> int | None:

@@ -29,7 +29,7 @@ from normfix.storage.opening.allocation import uncounted
 from normfix.storage.opening.configs import read_mapping
 from normfix.storage.opening.descriptions import ArchitectureOf, Description, TensorOf, described
 from normfix.storage.opening.factories import built
-from normfix.storage.opening.formats import unet3d
+from normfix.storage.opening.formats import torchscript, unet3d
 from normfix.storage.opening.packages import (
     PackageError,
     array_of,
@@ -76,20 +76,31 @@ def open_network(path: Path, request: Request) -> Loaded:
         NormfixError: NF592 a package that is not what it says, NF593 if only its own code builds the network,
             NF594 if its tests do not hold; NF101, NF102, NF105, NF113, NF121 as for any file.
     """
-    name = described_in(path)
     with unpacked(path) as folder:
-        description = described(read_mapping(folder / name), str(path))
-        _require_one_image(description, str(path))
-        weights = inside(folder, description.weights.name, "the file of weights")
-        require_digest(weights, description.weights.sha256, "the file of weights")
-        tests = _Tests.of(folder, description)
-        source, network = _architecture(folder, description, request, str(path))
+        description, weights, tests = _read(folder, path)
+        if description.architecture is None:
+            loaded = torchscript.open_network(weights, request)
+            return _believed(loaded, loaded.source, description, tests, path)
+        source, network = _architecture(folder, description.architecture, request, str(path))
         content = read_torch(weights, request)
         if network is not None:
             request = replace(request, network=network)
             source = object_source(network)
-        loaded = filled(content, weights, source, request)
-        error = tests.error(loaded.model, str(path))
+        return _believed(filled(content, weights, source, request), source, description, tests, path)
+
+
+def _read(folder: Path, path: Path) -> tuple[Description, Path, _Tests]:
+    """Return what a package says, its weights and its tests, all of which are as stated."""
+    description = described(read_mapping(folder / described_in(path)), str(path))
+    _require_one_image(description, str(path))
+    weights = inside(folder, description.weights.name, "the file of weights")
+    require_digest(weights, description.weights.sha256, "the file of weights")
+    return description, weights, _Tests.of(folder, description)
+
+
+def _believed(loaded: Loaded, source: Source, description: Description, tests: _Tests, path: Path) -> Loaded:
+    """Return a network once it gave the package's test outputs, with the package's scaling, and say what it is."""
+    error = tests.error(loaded.model, str(path))
     scaling = scaling_of_steps(description.inputs[0], tests.channels)
     if scaling is not None and scaling.kind != "none":
         declare_scaling_(loaded.model, scaling)
@@ -100,7 +111,7 @@ def open_network(path: Path, request: Request) -> Loaded:
 def allowed_code(folder: Path, description: Description) -> Source | None:
     """Return what builds the network of a package by its own code, once that was allowed and has run."""
     stated = description.architecture
-    if stated.file is None:
+    if stated is None or stated.file is None:
         return None
     module = _module_of(sha256_of(inside(folder, stated.file.name, "the architecture file")))
     return factory(f"{module}:{stated.name}", stated.kwargs) if module in sys.modules else None
@@ -143,15 +154,16 @@ def _require_one_image(description: Description, where: str) -> None:
 
 
 def _architecture(
-    folder: Path, description: Description, request: Request, where: str
+    folder: Path, stated: ArchitectureOf, request: Request, where: str
 ) -> tuple[Source, nn.Module | None]:
     """Return what builds the network, or the network itself where the package's own code was allowed to build it."""
-    stated = description.architecture
     if request.named is not None:
         return request.named, None
     code = None
     if stated.file is not None and ":" not in stated.file.name:
         code = inside(folder, stated.file.name, "the architecture file")
+        if code.stat().st_size > _LARGEST_CODE:
+            raise PackageError("the architecture file is longer than any such file is.", where)
         require_digest(code, stated.file.sha256, "the architecture file")
         content = code.read_bytes()
         digest = hashlib.sha256(content).hexdigest()
@@ -195,7 +207,7 @@ def _unrecognised(stated: ArchitectureOf, code: Path | None, request: Request, w
             where=where,
         )
     digest = sha256_of(code)
-    lines = code.read_bytes()[:_LARGEST_CODE].decode("utf-8", "replace").splitlines()
+    lines = code.read_bytes().decode("utf-8", "replace").splitlines()
     request.tell("\n".join([f"{code.name}, sha256 {digest}:", *map(printable, lines)]))
     return NotRecognised(
         "NF593",

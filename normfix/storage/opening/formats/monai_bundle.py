@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from normfix.errors import NormfixError
+from normfix.networks.provenance import declare_window_
 from normfix.storage.opening.configs import read_mapping
 from normfix.storage.opening.gate import is_allowed
 from normfix.storage.opening.pickles import read_torch
@@ -41,7 +42,9 @@ def open_network(path: Path, request: Request) -> Loaded:
     if source is None:
         target, args = _definition(path / "configs")
         source = factory(target, args)
-    return filled(content, weights, source, request)
+    loaded = filled(content, weights, source, request)
+    declare_window_(loaded.model, _window(path / "configs"))
+    return loaded
 
 
 def weights_file(path: Path) -> Path:
@@ -91,6 +94,15 @@ def _definition(folder: Path) -> tuple[str, dict[str, Any]]:
         "--arch pkg.module:factory --arch-args JSON.",
         where=str(folder),
     )
+
+
+def _window(folder: Path) -> object:
+    """Return the windows in which the bundle's own inferer predicts, where a configuration states them as numbers."""
+    for path in (folder / name for name in _CONFIGS if (folder / name).is_file()):
+        inferer = read_mapping(path).get("inferer")
+        if isinstance(inferer, Mapping) and "roi_size" in inferer:
+            return inferer["roi_size"]
+    return None
 
 
 def _require_ordinary(definition: Mapping[str, Any], where: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from normfix.errors import NormfixError
+from normfix.networks.provenance import declare_window_
 from normfix.storage.opening.configs import read_mapping
 from normfix.storage.opening.pickles import read_torch
 from normfix.storage.opening.request import Loaded, Request, factory
@@ -60,7 +61,7 @@ def open_network(path: Path, request: Request) -> Loaded:
         return filled(content, checkpoint, request.named, request)
     try:
         name = str(content["init_args"]["configuration"])
-        args = _arguments(folder, name)
+        args, patch = _arguments(folder, name), _patch(folder, name)
     except (KeyError, TypeError, ValueError) as error:
         raise NormfixError(
             "NF120",
@@ -74,6 +75,7 @@ def open_network(path: Path, request: Request) -> Loaded:
         factory(f"{__name__}:network", args),
         request,
     )
+    declare_window_(loaded.model, patch)
     notes = [
         *loaded.notes,
         f"{checkpoint}: nnU-Net scales its images before the network; state it with --scale.",
@@ -144,6 +146,11 @@ def _arguments(folder: Path, configuration: str) -> dict[str, Any]:
         "settings": dict(design["arch_kwargs"]),
         "imported": list(design["_kw_requires_import"]),
     }
+
+
+def _patch(folder: Path, configuration: str) -> object:
+    """Return the extents of the windows in training, as the plans state them."""
+    return resolved(read_mapping(folder / "plans.json")["configurations"], configuration).get("patch_size")
 
 
 def _of_old(chosen: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from normfix.errors import NormfixError
+from normfix.networks.provenance import declare_window_
 from normfix.storage.opening.configs import read_mapping
 from normfix.storage.opening.pickles import is_torch_file, read_torch
 from normfix.storage.opening.request import Loaded, Request, factory
@@ -34,14 +36,17 @@ def open_network(path: Path, request: Request) -> Loaded:
     if request.named is not None:
         return filled(content, path, request.named, request)
     config = configs_of(path.parent)[0]
-    model = read_mapping(config).get("model")
+    said = read_mapping(config)
+    model = said.get("model")
     if not isinstance(model, dict) or model.get("name") not in CLASSES:
         raise NormfixError(
             "NF120",
             f"its section model names none of {', '.join(CLASSES)}. Name the network with --arch.",
             where=str(config),
         )
-    return filled(content, path, factory(f"{__name__}:network", model), request)
+    loaded = filled(content, path, factory(f"{__name__}:network", model), request)
+    declare_window_(loaded.model, _patch(said, "2D" in model["name"]))
+    return loaded
 
 
 def checkpoint_of(path: Path) -> Path:
@@ -56,6 +61,14 @@ def network(name: str, **settings: Any) -> nn.Module:
     model = _class(name)(**settings)
     assert isinstance(model, nn.Module)
     return model
+
+
+def _patch(config: Mapping[str, Any], flat: bool) -> object:
+    """Return the extents of the windows in training; of a network in 2D the config states a depth of 1 before them."""
+    found: Any = config
+    for name in ("loaders", "train", "slice_builder", "patch_shape"):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found[-2:] if flat and isinstance(found, list) else found
 
 
 def prepare(name: str, **settings: Any) -> None:

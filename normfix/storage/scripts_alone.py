@@ -1,0 +1,58 @@
+"""Make a program of a TorchScript archive: what a fresh process runs, with little memory.
+
+Arguments: a folder with script.pt, the bytes by which the process may grow, the number of threads. It writes
+program.pt2 and answer.json into the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from normfix.images.headroom import lacks_memory
+from normfix.networks.calling import failures
+from normfix.networks.graph.isolation import silence
+from normfix.networks.quiet_imports import import_compiler
+from normfix.storage.transcription import Refusal, transcribed
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Transcribe the archive that the arguments name, and write down what came of it."""
+    folder, room, threads = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    torch.set_num_threads(threads)
+    import_compiler()
+    _bound(room)
+    answer: dict[str, Any]
+    try:
+        transcript = transcribed(lambda: torch.jit.load(folder / "script.pt", map_location="cpu"))  # type: ignore[no-untyped-call]
+        with silence():
+            torch.export.save(transcript.program, folder / "program.pt2")
+        dtype = str(transcript.dtype).removeprefix("torch.")
+        answer = {"found": f"within {transcript.max_sd:.1g} sd of it in {dtype}"}
+    except Refusal as refusal:
+        answer = {"refused": str(refusal), "code": refusal.code}
+    except failures() as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        answer = {"refused": reason, "code": "NF121" if lacks_memory(error) else "NF123"}
+    (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
+
+
+def _bound(room: int) -> None:
+    """Let the process grow by so many bytes and no more, where the system can."""
+    if sys.platform != "linux":
+        return
+    import mmap
+    import resource
+
+    taken = int(Path("/proc/self/statm").read_bytes().split()[5]) * mmap.PAGESIZE
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = taken + room
+    resource.setrlimit(
+        resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
+    )
