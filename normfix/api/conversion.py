@@ -131,7 +131,7 @@ def convert(
     Raises:
         NormfixError: NF203 if live statistics are to be frozen and no image was given; NF205 if a given plan
             is not of this network; NF231 for a statistic without spread; NF587 for windows whose size neither the
-            caller nor the network's file states; NF598 for keys that take over 2 GiB; codes of `scan` and of the images.
+            caller nor the network's file states; NF598 for keys over 2 GiB; codes of `scan` and of the images.
 
     Example:
         >>> import normfix, torch
@@ -311,7 +311,8 @@ def _seen(ready: Base, example: Tensor, caller: Caller, halo: HaloSource, keys: 
     ]
     if seen.geometry is not None or not held:
         return seen
-    reasons = "; ".join(f"{f.code} {f.message}" for f in seen.scan.findings if f.where not in held)
+    aside = {*held, *seen.scan.uncalled}
+    reasons = "; ".join(f"{f.code} {f.message}" for f in seen.scan.findings if f.where not in aside)
     left = look(ready.copy(), example, caller, halo=halo)
     tied = f"with its keys held, tiles would still not equal the whole: {reasons or 'no halo was found'}"
     sites = tuple(replace(s, refusal=tied) if s.id in held and s.refusal else s for s in left.scan.sites)
