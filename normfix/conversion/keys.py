@@ -115,7 +115,7 @@ class KeysTarget:
     def _see(self, tensors: Sequence[Tensor]) -> Held:
         assert self.spec.batch is not None
         stacked, unit, _ = self.spec.batch
-        images = zip(*(t.detach().split(unit, stacked) for t in tensors), strict=True)
+        images = zip(*(torch.split(t.detach(), unit, stacked) for t in tensors), strict=True)
         return Held(tuple(tuple(t.cpu().clone() for t in image) for image in images))
 
     def _drawn(self, image: Sequence[Tensor], images: int) -> tuple[Tensor, ...]:
@@ -129,11 +129,13 @@ class KeysTarget:
 
     def _apart(self, expected: Sequence[Sequence[Tensor]], counts: Sequence[int]) -> float:
         """Return how far what is held is from it, in the root mean square, and an image's weight from its share."""
-        shares = [float(part.double().exp().sum()) for part in self.module.bias.cpu().split(list(counts))]
+        shares = [
+            float(part.double().exp().sum()) for part in torch.split(self.module.bias.cpu(), list(counts))
+        ]
         worst = [abs(share * len(shares) / sum(shares) - 1) for share in shares]
         for number, held in enumerate(self.module.values_held()):
             unit = float(held.double().square().mean().sqrt()) or 1.0
-            parts = held.cpu().split(list(counts), self._tokens)
+            parts = torch.split(held.cpu(), list(counts), self._tokens)
             worst += [
                 float((image[number].to(part.dtype).double() - part.double()).abs().max()) / unit
                 for image, part in zip(expected, parts, strict=True)

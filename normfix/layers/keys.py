@@ -82,10 +82,11 @@ class HeldTokens(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         """Take tokens of any number: it is that of the images, which no plan knows."""
-        given = [state_dict.get(f"{prefix}{name}") for name in (*self.names, "bias")]
-        if all(isinstance(value, Tensor) for value in given) and self._fits(*given):
+        names = [f"{prefix}{name}" for name in (*self.names, "bias")]
+        given = [state_dict[name] for name in names if isinstance(state_dict.get(name), Tensor)]
+        if len(given) == len(names) and self._fits(*given):
             self.hold_(given[:-1], given[-1])
-        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[arg-type]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _fits(self, *given: Tensor) -> bool:
         *tensors, bias = given

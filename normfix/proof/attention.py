@@ -70,12 +70,13 @@ def _between_projections(
     else:
         weights = given["in_proj_weight"].chunk(3)
     offsets = [None] * 3 if given["in_proj_bias"] is None else given["in_proj_bias"].chunk(3)
-    projected = []
+    heads: list[Tensor] = []
     for tokens, weight, offset in zip((query, keys, values), weights, offsets, strict=True):
         y = tokens @ weight.double().T + (0 if offset is None else offset.double())
         # (L, N, h*d) -> (N, h, L, d)
-        projected.append(y.unflatten(-1, (given["num_heads"], -1)).permute(1, 2, 0, 3))
+        heads.append(y.unflatten(-1, (given["num_heads"], -1)).permute(1, 2, 0, 3))
     # (N, h, L, d) -> (L, N, h*d)
-    result = _weighted(*projected, bias, None).permute(2, 0, 1, 3).flatten(2)
+    joined = _weighted(heads[0], heads[1], heads[2], bias, None).permute(2, 0, 1, 3).flatten(2)
     offset = given["out_proj_bias"]
-    return result @ given["out_proj_weight"].double().T + (0 if offset is None else offset.double())
+    result: Tensor = joined @ given["out_proj_weight"].double().T
+    return result if offset is None else result + offset.double()

@@ -103,14 +103,15 @@ def _held(
 
     def settle(site: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         decision = waiting.get(site)
-        held = None if decision is None else converted.get_submodule(decision.target)
-        if isinstance(held, FrozenOperand):  # of another number of tokens than the call has
-            left.pop(site, None)
-            return multiplied(held, func, args, kwargs, decision.site.statistic.operand)
-        live = func(*args, **kwargs)
-        if decision is None or held is None:
-            return live
+        if decision is None:
+            return func(*args, **kwargs)
         left.pop(site, None)
+        held, spec = converted.get_submodule(decision.target), decision.site.statistic
+        if spec is not None and isinstance(
+            held, FrozenOperand
+        ):  # of another number of tokens than the call has
+            return multiplied(held, func, args, kwargs, spec.operand)
+        live = func(*args, **kwargs)
         if isinstance(held, FrozenKeys):
             return _replaced(live, [attended(held, arguments_of(decision.site.function, args, kwargs))])
         if decision.site.layer is None:

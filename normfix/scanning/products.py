@@ -149,8 +149,8 @@ def _labels(call: Call) -> tuple[tuple[Labels, ...], Labels] | None:
         if rank < 2 or any(len(shape) != rank for shape in call.inputs):
             return None
         batch = tuple(f"batch{d}" for d in range(rank - 2))
-        left, right = (*batch, "rows", "summed"), (*batch, "summed", "columns")
-        return (*unused, left, right), (*batch, "rows", "columns")
+        factors = (*batch, "rows", "summed"), (*batch, "summed", "columns")
+        return (*unused, *factors), (*batch, "rows", "columns")
     equation = call.arguments.get("equation")
     if call.function != "einsum" or not isinstance(equation, str) or "." in equation or "->" not in equation:
         return None
