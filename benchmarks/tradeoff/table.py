@@ -66,8 +66,10 @@ def _table(rows: Rows) -> list[str]:
     columns = [c for c in COLUMNS if any(c in row for row in rows.values())]
     heads = " | ".join(COLUMNS[c] for c in columns)
     lines = [f"| trained with | {heads} |", "| --- |" + " --- |" * len(columns)]
+    most = max(len(row["tiled"]) for row in rows.values())
     for variant, row in rows.items():
-        lines.append(f"| {variant} | " + " | ".join(_shown(c, row.get(c)) for c in columns) + " |")
+        fewer = "" if len(row["tiled"]) == most else f" ({len(row['tiled'])} of {most} seeds)"
+        lines.append(f"| {variant}{fewer} | " + " | ".join(_shown(c, row.get(c)) for c in columns) + " |")
     return lines
 
 
@@ -124,32 +126,83 @@ def _draw(setting: str, batches: dict[int, Rows], path: Path) -> None:
 
 
 def _draw_answer(figures: dict[str, dict[int, Rows]], path: Path) -> None:
-    """Draw accuracy against tile mismatch: every norm and every conversion one point, with the spread over seeds."""
+    """Draw accuracy against tile mismatch: every norm and every conversion one point, with the spread over seeds.
+
+    Those without any mismatch stand side by side in a band left of 0, the most accurate nearest to it.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.lines import Line2D
 
     figure, panels = plt.subplots(
-        1, len(figures), figsize=(5.2 * len(figures), 4.6), layout="constrained", squeeze=False
+        1, len(figures), figsize=(4.6 * len(figures), 5), layout="constrained", squeeze=False
     )
     for panel, (setting, batches) in zip(panels[0], figures.items(), strict=True):
         batch = 2 if 2 in batches else next(iter(batches))
-        for number, (variant, row) in enumerate(batches[batch].items()):
-            values = [row[column] for column in ("mismatch", "tiled")]
-            (x, y), (dx, dy) = ([f(v) for v in values] for f in (fmean, _deviation))
-            marker = "o" if "→" not in variant else "s"
-            panel.errorbar(
-                x, y, dy, dx, marker, color=f"C{number % 10}",
-                markersize=5, label=variant, markerfacecolor="white" if number >= 10 else None,
-            )  # fmt: skip
-        panel.set(
-            title=f"{setting}, batch {batch}", xlabel="tile mismatch (1 - Dice)", ylabel="Dice in tiles"
-        )
+        _draw_points(panel, batches[batch])
+        panel.set_title(f"{setting}, batch {batch}")
+        panel.set(xlabel="tile mismatch (1 - Dice of two tilings)", ylabel="Dice in tiles")
         panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(frameon=False, fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+    variants = [_said(v) for batches in figures.values() for rows in batches.values() for v in rows]
+    colours = [
+        Line2D([], [], color=c, marker="o", ls="", label=f"trained with {n}") for n, c in _COLOURS.items()
+    ]
+    shown = [how for how in _MARKERS if any(how == other for _, other in variants)]
+    marks = [Line2D([], [], color="0.3", marker=_MARKERS[how], ls="", label=how) for how in shown]
+    figure.legend(handles=[*colours, *marks], loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     figure.savefig(path, dpi=90)
     plt.close(figure)
+
+
+_COLOURS = {"instance": "C0", "instance tracked": "C9", "group": "C2", "batch": "C1", "batchrenorm": "C3"}
+_MARKERS = {
+    "as trained": "o",
+    "frozen": "s",
+    "windows": "^",
+    "images": "v",
+    "distilled": "D",
+    "blend": "P",
+    "frozen, per image": "X",
+    "batchrenorm, fine-tuned": "*",
+    "prepared": "<",
+    "prepared, recalibrated": ">",
+}
+
+
+def _said(variant: str) -> tuple[str, str]:
+    """Return what a variant was trained with, and what was made of it."""
+    norm, _, how = variant.replace(" → ", ", ", 1).partition(", ")
+    return norm, how or "as trained"
+
+
+def _draw_points(panel: Any, rows: Rows) -> None:
+    seamless = [v for v, row in rows.items() if not any(row["mismatch"])]
+    seamless.sort(key=lambda variant: -fmean(rows[variant]["tiled"]))
+    most = max(fmean(row["mismatch"]) + _deviation(row["mismatch"]) for row in rows.values())
+    for variant, row in rows.items():
+        norm, how = _said(variant)
+        x, dx = fmean(row["mismatch"]), _deviation(row["mismatch"])
+        if variant in seamless:
+            x = -most * (seamless.index(variant) + 1) / 22
+        panel.errorbar(
+            x,
+            fmean(row["tiled"]),
+            _deviation(row["tiled"]),
+            dx,
+            _MARKERS[how],
+            color=_COLOURS[norm],
+            markersize=6,
+            elinewidth=0.8,
+        )
+    if seamless:
+        panel.axvspan(-most * (len(seamless) + 1) / 22, 0, color="0.94", zorder=0)
+        panel.set_xticks([tick for tick in panel.get_xticks() if 0 <= tick <= 1.1 * most])
+        middle = -most * (len(seamless) + 1) / 44
+        panel.annotate(
+            "no seam at all", (middle, 0.02), xycoords=("data", "axes fraction"), ha="center", fontsize=8
+        )
 
 
 def _deviation(values: list[float]) -> float:

@@ -18,7 +18,21 @@ __all__ = ["converting", "known_of", "reports_of", "wants_pictures"]
 _OTHERS = {"images", "tile", "halo", "threshold", "reports", "format_", "override_scale", "verbose"}
 """Options of check and diagnose that convert has not, or means otherwise."""
 
-_OWN = {"last", "context", "scale_tiles", "train", "kind", "labels", "metric", "converted", "sites"}
+_PROGRAMS = (".pt2", ".ts")
+"""Endings of what is no folder once it is converted."""
+
+_OWN = {
+    "last",
+    "context",
+    "scale_tiles",
+    "train",
+    "kind",
+    "labels",
+    "metric",
+    "converted",
+    "sites",
+    "halo_curve",
+}
 """Options of diagnose alone."""
 
 
@@ -31,8 +45,14 @@ def known_of(path: Path) -> tuple[tuple[str, str], ...]:
         ("model", model),
         ("file", str(path)),
         ("command", shlex.join(["normfix", str(context.info_name), *_words(context, {"format_"})])),
-        ("fix", f"{shlex.join(freezing)} --to frozen -o fixed"),
+        ("fix", f"{shlex.join(freezing)} --to frozen -o fixed{_ending(model)}"),
     )
+
+
+def _ending(model: str) -> str:
+    """Return how the output is to end: a program is written as one."""
+    suffix = Path(model).suffix
+    return suffix if suffix in _PROGRAMS else ""
 
 
 def converting(statistics: str, to: str = "frozen") -> str:

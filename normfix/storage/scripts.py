@@ -79,7 +79,10 @@ def _write_anew(path: Path, target: Path) -> None:
                 _require_code(path, name, archive.read(name, _LARGEST))
             elif name in _PICKLES:
                 _require_plain(path, archive.read(name, _LARGEST))
-        around = {name: archive.read(name, 64) for name in ("version", "byteorder") if name in archive.names}
+        around: dict[str, bytes] = {}
+        for name in ("version", "byteorder"):
+            if name in archive.names:
+                around[name] = archive.read(name, 64)
         with target.open("wb") as file:
             shutil.copyfileobj(archive.rewritten(names, around), file)
 

@@ -209,7 +209,7 @@ def _straightened(script: Any, channels: int, ndim: int) -> Any:
     graph = module.graph
     extents = [None, channels, *(None,) * ndim]
     list(graph.inputs())[1].setType(torch._C.TensorType.get().with_sizes(extents))
-    passes = torch._C
+    passes: Any = torch._C
     for _ in range(_ROUNDS):
         passes._jit_pass_inline(graph)
         passes._jit_pass_remove_mutation(graph)
@@ -296,7 +296,7 @@ def _exported(script: Any, image: Tensor) -> ExportedProgram:
     from torch._export.converter import TS2EPConverter
 
     try:
-        return TS2EPConverter(script, (image,), None).convert()  # type: ignore[no-untyped-call]
+        return TS2EPConverter(script, (image,), None).convert()
     except Exception as error:
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise Refusal(f"torch's converter of TorchScript ends at: {reason}") from error

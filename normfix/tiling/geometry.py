@@ -9,7 +9,7 @@ one axis and as thin as the network allows on the others.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
@@ -30,6 +30,7 @@ from normfix.tiling.stride import (
     common_strip,
     common_unit,
     cutting_grid,
+    ends_held,
     exact_multiple,
     lattices,
     output_scale,
@@ -112,13 +113,13 @@ def measure_locality(
             and a wider halo that the dye shows when it is followed is taken.
         compared: something in it compares numbers, on the way of the NaN or not: tried by amplification.
         both_ends: something may look past one border to the other (a cyclic shift): compare windows that start where
-            the image starts as well.
+            the image starts as well. Without a bound, which names what does, they are compared all the same.
         bound: of its graph, which is the halo then; what a comparison swallows or gates is in it.
 
     Raises:
         BoundExceededError: NF251.
     """
-    example = example[:1]
+    example, both_ends = example[:1], both_ends or bound is None
     measured = partial(_measured, single, double, example, dilution, both_ends=both_ends, bound=bound)
     plain = Locality(None, (), blind=True) if trial else measured()
     foreign = foreign or plain.foreign
@@ -158,7 +159,7 @@ def _is_followed(single: Function, example: Tensor, measured: Locality) -> bool:
     ):
         try:
             expected = halo(single, example, axis, grid, scale, measured.cross, expected, followed)
-        except (DyeLost, DyeRefused):
+        except (DyeLost, DyeRefused, *refusals()):  # or it takes no strip as long as that
             return False
         if expected is None or (max(0, expected[0]), max(0, expected[1])) != there:
             return False
@@ -319,12 +320,14 @@ def _along_axes(
                 # nothing to hold against the bound, which needs no values
                 reach, swallowed = bound.along(axis, grid), True
             like = (None, None) if reach is None else seen.get((grid, scale, reach), (None, None))
-            unit = None if reach is None else line.unit(grid, reach, like[0])
+            held = None if reach is None else line.held(grid, reach)
+            unit = None if reach is None else line.unit(grid, held or reach, like[0])
             if reach is not None and unit is not None and grid % unit:
                 # the dye's edges lay on no lattice of the network's: once more, on it
                 grid = coarser[fine, scale] = math.lcm(grid, unit)
                 reach = line.reach(grid) if bound is None or not swallowed else bound.along(axis, grid)
-                unit = None if reach is None else line.unit(grid, reach, unit)
+                held = None if reach is None else line.held(grid, reach)
+                unit = None if reach is None else line.unit(grid, held or reach, unit)
         except DyeLost:
             return _none(
                 "NF216",
@@ -349,11 +352,11 @@ def _along_axes(
                 "its output depends on the whole extent along this axis although no known "
                 "statistic is live, so no halo is enough.",
             )
-        if unit is None or (both_ends and not line.wraps_nowhere(grid, reach, unit)):
-            return _none("NF213", name, line.obstacle(grid, reach), blind=True)
+        if unit is None or held is None or (both_ends and not line.wraps_nowhere(grid, held, unit)):
+            return _none("NF213", name, line.obstacle(grid, held or reach), blind=True)
         expected = reach
-        around = line.around(grid, reach)
-        reach = max(0, reach[0]), max(0, reach[1])  # a tile reads at least itself
+        around = line.around(grid, held)
+        reach = max(0, held[0]), max(0, held[1])  # a tile reads at least itself
         dyes.append(None if swallowed else reach)
         if bound is not None:
             reach = line.required(unit, reach)
@@ -429,6 +432,26 @@ class _Line:
         """Return the halo in whole steps of the grid."""
         before, after = reach if self.bound is None else self.bound.along(self.axis, grid)
         return round_up(max(0, before), grid), round_up(max(0, after), grid)
+
+    def held(self, unit: int, reach: tuple[int, int]) -> tuple[int, int] | None:
+        """Return the halo with as much more as a window takes to hold what is needed of the maps in between, if any."""
+        if self.bound is not None:  # in which it is
+            return reach
+        before, after = max(0, reach[0]), max(0, reach[1])
+        most = round_up(before + after, unit) + unit
+        if all(self._ends_held(unit, before, after)):
+            return reach
+        if not all(self._ends_held(unit, before + most, after + most)):
+            return None
+        wide = before, after
+        for step in _doubled(unit, most):
+            there = self._ends_held(unit, *wide)
+            wide = (wide[0] if there[0] else before + step, wide[1] if there[1] else after + step)
+        return wide
+
+    def _ends_held(self, unit: int, before: int, after: int) -> tuple[bool, bool]:
+        around = round_up(before, unit), round_up(after, unit)
+        return ends_held(self.double, self.example.double(), self.axis, unit, self.scale, around, self.cross)
 
     def required(self, unit: int, reach: tuple[int, int]) -> tuple[int, int]:
         """Return the bound for tiles on multiples of `unit`.
@@ -543,6 +566,14 @@ class _Line:
             refuted=refuted,
             short=short,
         )
+
+
+def _doubled(first: int, most: int) -> Iterator[int]:
+    """Yield a number, its doubles that are less than another, and that."""
+    while first < most:
+        yield first
+        first *= 2
+    yield most
 
 
 def _wide(cross: Sequence[int], axis: int) -> tuple[int, ...]:

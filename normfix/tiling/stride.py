@@ -24,6 +24,7 @@ __all__ = [
     "common_strip",
     "common_unit",
     "cutting_grid",
+    "ends_held",
     "exact_multiple",
     "is_equivariant",
     "lattices",
@@ -378,6 +379,36 @@ def exact_multiple(
 def _remainders(stride: int) -> tuple[int, ...]:
     """Return the remainders of extents at which it is tried whether sizes that a stride does not divide are exact."""
     return tuple(sorted({1, stride // 2, stride - 1} - {0, stride}))
+
+
+def ends_held(
+    f: Function,
+    example: Tensor,
+    axis: int,
+    unit: int,
+    scale: Fraction,
+    reach: tuple[int, int],
+    cross: Sequence[int],
+) -> tuple[bool, bool]:
+    """Tell whether windows that start later, and that end earlier, give what the whole strip gives within the halo.
+
+    A map that is shifted forward and then convolved depends on no pixel behind, and ends where the window does.
+    """
+    start = _prime_to_many(_MARGIN, unit)
+    length = start + round_up(max(sum(reach) + _margin(scale), cross[axis]), unit)
+    size = [*cross]
+    size[axis] = length + start
+    x = strip(example, size) + texture(example, size)
+    ends, whole = _ends(f, x, axis, start, scale, reach)
+    if ends is None or whole is None:
+        return False, False
+    try:
+        front = f(x.narrow(axis + 2, 0, length))
+    except refusals():
+        return False, False
+    inner = int((length - reach[1]) * scale)
+    fronts = whole.narrow(axis + 2, 0, inner), front.narrow(axis + 2, 0, inner)
+    return _same(*ends) is not False, _same(*fronts) is not False
 
 
 def _ends(

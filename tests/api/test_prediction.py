@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import sys
+from dataclasses import replace
 from functools import partial
 from types import MethodType, SimpleNamespace
 
@@ -12,7 +14,7 @@ from optional import needs_zarr
 from torch import nn
 
 import normfix
-from normfix.networks.provenance import is_current
+from normfix.networks.provenance import attach_, is_current, provenance_of
 
 
 class Two(nn.Module):
@@ -118,12 +120,20 @@ class Pooled(nn.Module):
 
     def forward(self, x):
         x = self.kept[x.shape] = self.norm(self.conv(x))
-        x = self.pool(pool(x, self.size))
+        x = smoothed(self.pool(pool(x, self.size)))
         return self.head(pool(x, max(*self.settings.sizes, int(self.sizes[0]))))
+
+
+WIDTH, SETTINGS = 1, SimpleNamespace(width=1)
+"""What a function reads that a forward calls."""
 
 
 def pool(x, size):
     return nn.functional.avg_pool2d(x, size, 1, size // 2)
+
+
+def smoothed(x):
+    return pool(x, WIDTH * SETTINGS.width)
 
 
 class WideConv2d(nn.Conv2d):
@@ -163,6 +173,30 @@ def test_a_change_that_nothing_prints_is_noticed(pooled, change):
     model = copy.deepcopy(pooled[0])
     change(model)
     assert not is_current(model)
+
+
+@pytest.mark.parametrize(("name", "value"), [("WIDTH", 15), ("SETTINGS", SimpleNamespace(width=15))])
+def test_a_global_that_a_forward_reads_is_noticed(name, value, pooled, monkeypatch):
+    """A plain value of the module, which a function of it reads that the forward calls; tiles equal the whole."""
+    monkeypatch.setattr(sys.modules[__name__], name, value)
+    assert not is_current(pooled[0])
+    if name == "WIDTH":
+        assert largest(copy.deepcopy(pooled[0]), pooled[1]) < 1e-5
+
+
+def test_a_conversion_whose_proof_failed_is_not_predicted_with_in_silence(caplog):
+    """What failed is said where tiles are the whole; where they are not, they are refused."""
+    image = torch.randn(1, 1, 64, 64) * torch.linspace(0.1, 2, 64)
+    done = normfix.convert(Stacks(planes=False).eval(), image)
+    assert done.proof.step("identity").status == "failed"
+    normfix.predict(done.model, image, tile=32)
+    assert "NF570" in caplog.text
+    assert "identity failed" in caplog.text
+    known = provenance_of(done.model)
+    tiles = replace(done.proof.step("tiles"), status="failed")
+    attach_(done.model, replace(known, unproved=(tiles,)))
+    with pytest.raises(normfix.NormfixError, match="NF570"):
+        normfix.predict(done.model, image, tile=32)
 
 
 def test_what_keeps_a_network_the_same_is_no_change(pooled):

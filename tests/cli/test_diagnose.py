@@ -24,8 +24,11 @@ def image(tmp_path):
 
 def test_json_is_the_record_and_the_cost_is_said_first(run, image):
     """stdout carries the record alone; stderr says what it will cost; a cause exits 1."""
-    code, out, err = run("diagnose", ARCH, image, "--scale", "zscore", "--tile", 32, "--format", "json")
+    words = ("--scale", "zscore", "--tile", 32, "--halo-curve", "--format", "json")
+    code, out, err = run("diagnose", ARCH, image, *words)
     record = DiagnosisRecord.from_json(json.loads(out))
+    assert record.halo_curve.points[-1].max_sd < 1e-9 < record.halo_curve.points[0].max_sd
+    assert dict(record.settings)["fix"].endswith("--scale zscore --to frozen -o fixed")
     assert code == 1
     assert [c.cause for c in record.culprits] == ["instance"]
     assert err.lstrip().startswith(f"{record.cost.windows} windows in {record.cost.experiments} experiments")

@@ -68,6 +68,18 @@ def by_hand(net, x, name):
     return (mean, var), law(name, second)
 
 
+def test_each_image_of_a_batch_is_a_part_of_its_own():
+    """A batch has the constants of its images one by one, by a law of images and by one of windows."""
+    images = [image(seed) * (1 + 2 * seed) for seed in range(3)]
+    for how in ("images:median", f"windows:{SIZE}"):
+        alone, batch = (
+            normfix.convert(network(), normfix.Measured(given, how)).model
+            for given in (images, torch.cat(images))
+        )
+        for name, values in alone.state_dict().items():
+            torch.testing.assert_close(batch.state_dict()[name], values)
+
+
 @pytest.fixture(scope="module")
 def conversions():
     """One conversion for each law."""

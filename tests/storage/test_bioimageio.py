@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import zipfile
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from normfix import NormfixError
 from normfix.cli import cli
 from normfix.storage import scripts
 from normfix.storage.loading import open_any
-from normfix.storage.opening.descriptions import File, Step, TensorOf
+from normfix.storage.opening.configs import read_mapping
+from normfix.storage.opening.descriptions import File, Step, TensorOf, described
 from normfix.storage.opening.processing import processed, scaling_of_steps
 from normfix.storage.opening.request import Request
 
@@ -52,6 +54,16 @@ def test_a_package_is_opened_by_an_installed_class(version, form, tmp_path):
     assert any("within" in note for note in opened.notes)
     weights = torch.load(folder / "weights.pt")
     assert all(torch.equal(weights[name], value) for name, value in opened.model.state_dict().items())
+
+
+def test_an_archive_of_a_folder_is_a_package(tmp_path):
+    """What a file manager packs, a folder and its own notes beside it, opens as the folder does."""
+    folder, path = package(tmp_path / "model"), tmp_path / "packed.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.iterdir()):
+            archive.write(file, f"model/{file.name}")
+        archive.writestr("__MACOSX/model/._rdf.yaml", b"notes")
+    assert open_any(path, Request()).source.spec == "monai.networks.nets:UNet"
 
 
 def test_preprocessing_is_the_scaling_of_images(tmp_path):
@@ -326,3 +338,38 @@ def test_a_script_of_another_checksum_is_not_read(tmp_path, monkeypatch):
         code_of(rewritten(folder, weights={"torchscript": {"source": "model.ts", "sha256": "0" * 64}}))
         == "NF592"
     )
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_descriptions_are_read_as_bioimageio_spec_reads_them(version, tmp_path):
+    """Weights, architecture, axes, steps and tests are those of the library that defines the format."""
+    spec = pytest.importorskip("bioimageio.spec", reason="bioimageio.spec is not installed")
+    folder = package(tmp_path / "model", version)
+    content = read_mapping(folder / "rdf.yaml")
+    with spec.ValidationContext(perform_io_checks=False, root=folder):
+        theirs = spec.build_description(dict(content))
+    mine, entry = described(content, "rdf.yaml"), theirs.weights.pytorch_state_dict
+    assert (mine.weights.name, mine.weights.sha256) == (str(entry.source), str(entry.sha256))
+    architecture = entry.architecture
+    kwargs = entry.kwargs if version == "0.4" else architecture.kwargs
+    callable_ = architecture.callable_name if version == "0.4" else architecture.callable
+    file = architecture.source_file if version == "0.4" else architecture.source
+    digest = entry.architecture_sha256 if version == "0.4" else architecture.sha256
+    assert (mine.architecture.name, mine.architecture.kwargs) == (str(callable_), kwargs)
+    assert (mine.architecture.file.name, mine.architecture.file.sha256) == (str(file), str(digest))
+    ours = (*mine.inputs, *mine.outputs)
+    tests = (*getattr(theirs, "test_inputs", ()), *getattr(theirs, "test_outputs", ()))
+    for number, (own, other) in enumerate(zip(ours, (*theirs.inputs, *theirs.outputs), strict=True)):
+        letters = {"batch": "b", "channel": "c"}
+        axes = (
+            other.axes if version == "0.4" else "".join(letters.get(str(a.id), str(a.id)) for a in other.axes)
+        )
+        test = tests[number] if version == "0.4" else other.test_tensor.source
+        steps = other.preprocessing if number == 0 else other.postprocessing
+        # the library adds steps that say the data type
+        named = [s for s in steps if getattr(s, "id", getattr(s, "name", "")) != "ensure_dtype"]
+        assert (own.axes, own.test.name) == (axes, str(test))
+        assert [s.name for s in own.steps] == [str(getattr(s, "id", getattr(s, "name", ""))) for s in named]
+        for step, known in zip(own.steps, named, strict=True):
+            stated = known.model_dump().get("kwargs", {})
+            assert all(list(stated[name]) == list(value) for name, value in step.kwargs.items())

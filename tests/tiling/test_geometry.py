@@ -237,3 +237,23 @@ def test_a_stride_that_was_measured_before_is_held_against_windows(stride, holds
         return torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(x, 4), size=x.shape[2:])
 
     assert holds_stride(coarse, EXAMPLE.double(), geometry, (16, 16)) is holds
+
+
+@pytest.mark.parametrize(("shift", "halo"), [(5, (1, 13)), (-4, (11, 1))])
+def test_a_halo_that_is_measured_holds_the_end_of_a_shifted_map(shift, halo):
+    """A map that is shifted and then convolved depends on no pixel of one side, and must not end there."""
+
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.ModuleList(nn.Conv2d(1, 1, 3, padding=1) for _ in range(3))
+
+        def forward(self, x):
+            first, second, third = self.layers
+            for layer in (first, second):
+                x = nn.functional.pad(layer(x), (-shift, shift, 0, 0))
+            return third(x)
+
+    geometry = _measure(Shifted(), (1, 1)).geometry
+    assert geometry.halo == ((3, 3), halo)

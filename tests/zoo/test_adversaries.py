@@ -18,8 +18,10 @@ SAMPLE = (
     "branch on width",
     "beside itself 0 300",
     "shifted windows 4",
+    "columns of tokens, two back",
+    "cropped to 200",
 )
-"""One case each of a reach, a stretched resize, a comparison, a size, a far tap and a lattice."""
+"""One case each of a reach, a stretched resize, a comparison, a size, a far tap, a lattice, the other border, an end."""
 
 
 @pytest.mark.parametrize("name", SAMPLE)

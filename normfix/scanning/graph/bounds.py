@@ -2,8 +2,9 @@
 
 A network that asks `if width > 300` is another network above 300 pixels. No statistic and no dye shows that, and
 no tile tried here may be large enough; the guards that torch.export keeps with a graph do. Of these the ones that
-the network's own code asks for count: those of torch's are about memory layout and kernels. `min(512, n)` and a slice
-of fixed length leave no guard: their sizes are minima and maxima, and which argument is taken is a condition too.
+the network's own code asks for count: those of torch's are about memory layout and kernels, but for where a slice or a
+part ends. `min(512, n)` and a slice of fixed length leave no guard: their sizes are minima and maxima, and which
+argument is taken is a condition too. A largest extent that the graph holds for is one, whoever asks.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ AXES = {3: "L", 4: "HW", 5: "DHW"}
 """Names of the spatial axes, by the image's rank."""
 
 _TORCH = str(Path(torch.__file__).parent)
-_MEANT = frozenset({"slice_forward"})
-"""Functions of torch's whose questions are about what is computed: where a slice ends, in releases that ask for it."""
+_MEANT = frozenset({"slice_forward", "split"})
+"""Functions of torch's whose questions are about what is computed: where a slice ends, into how many parts it falls."""
 _EVEN = frozenset(
     {"full", "zeros", "ones", "empty", "new_full", "new_zeros", "new_ones", "new_empty", "rand", "randn"}
 )
@@ -80,6 +81,7 @@ def read_sizes(program: ExportedProgram) -> SizeLook:
                 unknown.append(f"{error}, at {line or 'an unknown line'}")
                 continue
             found[kind][condition] = None
+        found[_Kind.BRANCH].update(dict.fromkeys(reading.limits(found[_Kind.BRANCH])))
     built = [f"a number computed from the size is built in: {c.text}" for c in found[_Kind.BUILT]]
     placed = [f"a map is laid over the image at {line}" for line in _placed(program, image)]
     return SizeLook(
@@ -138,6 +140,17 @@ class _Reading:
             elif type(guard.expr).__name__ == "Equality":
                 # torch's own as well, asked from where we call it; an argument that must be a number is built in
                 yield guard.expr, ""
+
+    def limits(self, known: Collection[Condition]) -> Iterator[Condition]:
+        """Yield the largest extents that the graph holds for and that no condition known already says."""
+        for symbol, name in self.names.items():
+            upper = self.environment.var_to_range[symbol].upper
+            if name == "N" or not upper.is_Integer or int(upper) >= KERNELS - 1:
+                continue
+            # a condition and its negation may differ by one
+            beyond = {**self.extents, name: int(upper) + 2}
+            if all(condition.holds(beyond) for condition in known):
+                yield Condition(text=f"{name} <= {int(upper)}", line="")
 
     def condition(self, formula: Any, line: str) -> tuple[_Kind, Condition]:
         """Return the condition that a formula is, and of which kind.

@@ -77,7 +77,15 @@ def unpacked(path: Path) -> Iterator[Path]:
                         file.writelines(archive.chunks(name))
                 except OSError as error:
                     raise unreadable(path, error) from error
-        yield folder
+        yield _described_folder(folder)
+
+
+def _described_folder(folder: Path) -> Path:
+    """Return the folder with the description: the archive's own, or the one folder in it that people packed."""
+    if described_in(folder):
+        return folder
+    inner = [entry for entry in folder.iterdir() if entry.is_dir() and described_in(entry)]
+    return inner[0] if len(inner) == 1 else folder
 
 
 def inside(folder: Path, name: Any, what: str) -> Path:

@@ -23,8 +23,9 @@ def open_network(path: Path, request: Request) -> Loaded:
     """
     raise NormfixError(
         "NF596",
-        "an ONNX file holds a graph of ONNX operators and no modules of PyTorch, and no converter back is relied on. "
-        "Convert what it was exported from: its weights with --arch, or a program of torch.export.save. The fixed "
-        "network is written as ONNX again: convert -o FIXED.onnx.",
+        "an ONNX file holds a graph of ONNX operators and no modules of PyTorch. The converters to PyTorch that were "
+        "tried (onnx2torch, onnx2pytorch) compute sizes with tensors, so that networks with GroupNorm or resizing "
+        "cannot be written as ONNX again. Convert what it was exported from: its weights with --arch, TorchScript, or "
+        "a program of torch.export.save. The fixed network is written as ONNX again: convert -o FIXED.onnx.",
         where=str(path),
     )
