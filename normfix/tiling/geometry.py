@@ -113,13 +113,13 @@ def measure_locality(
             and a wider halo that the dye shows when it is followed is taken.
         compared: something in it compares numbers, on the way of the NaN or not: tried by amplification.
         both_ends: something may look past one border to the other (a cyclic shift): compare windows that start where
-            the image starts as well. Without a bound, which names what does, they are compared all the same.
+            the image starts as well.
         bound: of its graph, which is the halo then; what a comparison swallows or gates is in it.
 
     Raises:
         BoundExceededError: NF251.
     """
-    example, both_ends = example[:1], both_ends or bound is None
+    example = example[:1]
     measured = partial(_measured, single, double, example, dilution, both_ends=both_ends, bound=bound)
     plain = Locality(None, (), blind=True) if trial else measured()
     foreign = foreign or plain.foreign

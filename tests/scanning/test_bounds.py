@@ -50,6 +50,21 @@ def test_a_size_that_is_cut_is_a_condition(name, expected, earlier):
     assert found.unknown == ()
 
 
+@pytest.mark.parametrize(
+    ("cut", "expected"),
+    [
+        (lambda x: x[..., :200], ["W <= 199"]),
+        (lambda x: x[..., -150:], ["W <= 149"]),
+        (lambda x: torch.cat([part.tanh() for part in x.split(120, 3)], 3), ["W <= 120"]),
+        (lambda x: x[..., 5:], []),
+    ],
+)
+def test_what_takes_all_of_a_small_image_has_a_largest_one(cut, expected):
+    """A slice or a part that ends beyond the captured image cuts larger ones; control: one that cuts every image."""
+    found = look(lambda x: torch.nn.functional.pad(y := cut(x), (0, x.shape[3] - y.shape[3])))
+    assert texts(found.conditions) == expected
+
+
 def test_extents_that_were_taken_for_one_are_a_condition():
     """A network that asks whether the image is square, captured on a square one, is known for squares."""
     assert texts(look(BY_SIZE["square"].way, 96, 96).conditions) == ["H == W"]

@@ -21,7 +21,7 @@ SAMPLE = (
     "columns of tokens, two back",
     "cropped to 200",
 )
-"""A case each of a reach, a stretched resize, a comparison, a size, a far tap, a lattice, the other border, an end."""
+"""One case each of a reach, a stretched resize, a comparison, a size, a far tap, a lattice, a border and an end."""
 
 
 @pytest.mark.parametrize("name", SAMPLE)
