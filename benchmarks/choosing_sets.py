@@ -135,7 +135,7 @@ def cosmic_rays(networks: Path, seed: int) -> Case:
     images = [torch.from_numpy(part[0].astype(np.float32) / 100)[None, None] for part in quarters]
     labels = [(part[1] > 50).astype(np.float32) for part in quarters]
     network = cosmic_ray_network(networks, "ACS-WFC-F606W-2-4", 4)
-    return Case(images, labels, lambda seed: network, (256,), "probability", as_trained=True)
+    return Case(images, labels, lambda seed: network, (256,), "probability", distilled=False, as_trained=True)
 
 
 def _rays(shape: tuple[int, ...], count: int, generator: np.random.Generator) -> np.ndarray:
