@@ -120,7 +120,7 @@ def remeasure_sites(
 
 def _freeze_as_it_goes(
     model: nn.Module, targets: Sequence[Target], images: Iterable[Image], run: Run
-) -> list[Any]:
+) -> list[Tensor]:
     """Freeze the targets, and return what the network gives for each image."""
     calls = Counter[str]()
 
