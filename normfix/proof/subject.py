@@ -128,7 +128,10 @@ class Subject:
         return differing_from_original(self.original, self.model, self.plan, self.caller, image, actual)
 
     def _compared(self, image: Tensor, geometry: Geometry, tile: int | tuple[int, ...]) -> Verdict:
-        """Compare tiles with the whole; tiles nobody asked for are doubled while the network takes none so small."""
+        """Compare tiles with the whole; tiles nobody asked for are enlarged while the network takes none so small.
+
+        Up to half of the image first, as windows of more than that may each cover all of it.
+        """
         while True:
             try:
                 return compare_with(
@@ -149,4 +152,5 @@ class Subject:
                 if tile == self.tile or not small:
                     raise
             assert isinstance(tile, tuple)
-            tile = tuple(2 * t for t in tile)
+            halves = (n // 2 // s * s for n, s in zip(image.shape[2:], geometry.stride, strict=True))
+            tile = tuple(half if t < half else 2 * t for t, half in zip(tile, halves, strict=True))
