@@ -153,7 +153,7 @@ def agrees(f: Function, example: Tensor, axis: int, geometry: Geometry, size: Se
     x = strip(example, size) + texture(example, size)
     whole = f(x)
     last = (length - reads) // stride * stride
-    starts = (0, last // 2 // stride * stride, last)
+    starts: tuple[int, ...] = (0, last // 2 // stride * stride, last)
     if last == _second(geometry, axis):
         starts, reads = (0, last), before + last + after
     for start in starts:

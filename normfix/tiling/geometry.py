@@ -159,7 +159,9 @@ def _is_followed(single: Function, example: Tensor, measured: Locality) -> bool:
     ):
         try:
             expected = halo(single, example, axis, grid, scale, measured.cross, expected, followed)
-        except (DyeLost, DyeRefused, *refusals()):  # or it takes no strip as long as that
+        except (DyeLost, DyeRefused):
+            return False
+        except refusals():  # it takes no strip as long as that
             return False
         if expected is None or (max(0, expected[0]), max(0, expected[1])) != there:
             return False
