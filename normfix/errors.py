@@ -369,6 +369,9 @@ CODES: dict[str, str] = {
     "what it was exported from; the fixed network is written as ONNX again (convert -o FIXED.onnx).",
     "NF597": "A bioimage.io package is written back with one output over the same axes of space as its image, and with "
     "a scaling that its description has a step for. Use the folder through normfix.load, or -o FILE.ts, FILE.onnx.",
+    "NF598": "Keys and values of attention that are held as constants (--keys) are as large as the images, in memory "
+    "and in the file; over 2 GiB it has to be said how many are kept: --keys N. Each image then gives an equal share, "
+    "drawn at random, and the report says how far its prediction moved.",
     # 6xx: diagnosing
     "NF580": "What an output means is probability, logits, softmax, scores, labels or regression; another word would "
     "be read as numbers, without Dice and without classes.",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from normfix.conversion.conformity import unlike
 from normfix.conversion.distillation import Distillation, held_out_loss
 from normfix.conversion.flatness import all_empty, judged, spread_in_groups
+from normfix.conversion.keys import keys_of, require_room, with_all_keys
 from normfix.conversion.measurement import measure_
 from normfix.conversion.planning import decide, replay
 from normfix.conversion.pooling import blended_targets, on_grid, require_poolable, windows_of
@@ -46,7 +47,7 @@ from normfix.records.saved import Provenance, Scaling, Source
 from normfix.records.sites import Finding, Scan, Site
 from normfix.records.statistics import WHOLE, Statistics
 from normfix.records.verdicts import ImageShift, Proof, ProofStep
-from normfix.scanning.base import base_of
+from normfix.scanning.base import Base, base_of
 from normfix.scanning.durations import Durations, tell_notable
 from normfix.scanning.known import ForwardFn
 from normfix.scanning.scan import Scanned, look
@@ -72,6 +73,7 @@ class ConvertOptions(TypedDict, total=False):
     allow_flat: bool
     halo: HaloSource
     tile: int | Sequence[int] | None
+    keys: int | Literal["all"] | None
     blocks: Blocks | None
     progress: Progress
 
@@ -89,6 +91,7 @@ def convert(
     allow_flat: bool = False,
     halo: HaloSource = "graph",
     tile: int | Sequence[int] | None = None,
+    keys: int | Literal["all"] | None = None,
     blocks: Blocks | None = None,
     progress: Progress = logged,
 ) -> Conversion:
@@ -112,6 +115,9 @@ def convert(
         halo: "graph" takes the bound that the network's graph gives, where it gives one; "measured" takes what the dye
             shows, which the verdict says.
         tile: size of the tiles to prove with, one number or one per axis; default: a third of the image, at most 256.
+        keys: hold keys and values of attention over all positions as constants: "all" those of the images, or how many
+            of all images together, drawn at random for each by its share; each image counts alike. Default: such
+            attention stays live, since its constants are as large as the images, in memory and in the file.
         blocks: how to measure in stages. With a size, a budget, a store or a cluster, or for images read by window,
             statistics are measured in stages over all of every image, in blocks of `tile` if they state no size, and
             then re-measured in other blocks; what needs whole forward passes is proved on the middle of the first
@@ -125,7 +131,7 @@ def convert(
     Raises:
         NormfixError: NF203 if live statistics are to be frozen and no image was given; NF205 if a given plan
             is not of this network; NF231 for a statistic without spread; NF587 for windows whose size neither the
-            caller nor the network's file states; codes of `scan` and of the images.
+            caller nor the network's file states; NF598 for keys over 2 GiB; codes of `scan` and of the images.
 
     Example:
         >>> import normfix, torch
@@ -156,7 +162,7 @@ def convert(
     durations = cache(partial(Durations.of, base, example, caller))
     tell_notable("scan", lambda: durations().scan(graph=False))
     progress("scan", 0, 1)
-    seen = look(ready.copy(), example, caller, halo=halo)
+    seen = _seen(ready, example, caller, halo, _kept(keys, to))
     progress("scan", 1, 1)
     if not sized:
         statistics = replace(statistics, size=on_grid(statistics.size, seen.geometry))
@@ -181,6 +187,7 @@ def convert(
     converted = rewrite_(ready.copy(), plan)
     runs = [example if first is None else first] if in_stages or taken is None else taken
     sizes = cache(lambda: [tuple(image.shape[2:]) for image in runs])
+    _tell_room(plan, example, sizes(), home[1])
     if not in_stages:  # stages say themselves what they will take
         count = sum(d.measured for d in plan.converted)
         tell_notable("calibrate", lambda: durations().calibration(sizes(), count))
@@ -294,6 +301,42 @@ def stored_statistics(model: nn.Module, plan: Plan) -> dict[str, tuple[Tensor, T
         if decision.measured and isinstance(mean, Tensor) and isinstance(var, Tensor):
             found[decision.site.id] = (mean.detach().clone(), var.detach().clone())
     return found
+
+
+def _seen(ready: Base, example: Tensor, caller: Caller, halo: HaloSource, keys: int | None) -> Scanned:
+    """Scan a network; keys are held only where its tiles then equal the whole, as they do not if it knows its size."""
+    seen = look(ready.copy(), example, caller, halo=halo, keys=keys)
+    held = [
+        site.id for site in seen.scan.sites if site.statistic is not None and site.statistic.law == "keys"
+    ]
+    if seen.geometry is not None or not held:
+        return seen
+    aside = {*held, *seen.scan.uncalled}
+    reasons = "; ".join(f"{f.code} {f.message}" for f in seen.scan.findings if f.where not in aside)
+    left = look(ready.copy(), example, caller, halo=halo)
+    tied = f"with its keys held, tiles would still not equal the whole: {reasons or 'no halo was found'}"
+    sites = tuple(replace(s, refusal=tied) if s.id in held and s.refusal else s for s in left.scan.sites)
+    return replace(left, scan=replace(left.scan, sites=sites))
+
+
+def _kept(keys: int | Literal["all"] | None, to: str | Plan) -> int | None:
+    """Return how many keys are held, 0 for all and None for none: as asked, or as a reviewed plan says."""
+    if keys is None:
+        return keys_of(to) if isinstance(to, Plan) else None
+    if keys != "all" and (isinstance(keys, bool) or not isinstance(keys, int) or keys < 1):
+        raise NormfixError("NF598", "keys are kept all, or a number of them.", where=f"keys={keys!r}")
+    if isinstance(to, Plan):
+        raise NormfixError(
+            "NF205", "a plan says already which keys are held. Give one of the two.", where=f"keys={keys!r}"
+        )
+    return 0 if keys == "all" else keys
+
+
+def _tell_room(plan: Plan, example: Tensor, sizes: Sequence[Sequence[int]], dtype: torch.dtype) -> None:
+    """Say what keys and values will take, or refuse it."""
+    if keys_of(plan) is not None:
+        room = require_room(plan, example.shape[2:], sizes, dtype.itemsize)
+        _LOG.info("Keys and values that are held take %.3g MiB in memory and in the file.", room / 2**20)
 
 
 def _stated(images: GivenImages | None, model: nn.Module) -> Scaling:
@@ -465,7 +508,7 @@ class _Work:
 
     def _identity(self, image: Tensor, pair: tuple[Tensor, Tensor]) -> ProofStep:
         converted, original = pair
-        own = self.statistics.kind in ("whole", "per-image")
+        own = self.statistics.kind in ("whole", "per-image") and not keys_of(self.plan)
         if self.summary is not None and not (own and self.summary.images == (tuple(image.shape),)):
             converted = self.caller.exactly(self._calibrated(self.original, image).eval(), image)
         step = identity(converted, original)
@@ -478,8 +521,9 @@ class _Work:
 
     def _calibrated(self, original: nn.Module, image: Tensor) -> nn.Module:
         """Convert a network as planned, calibrated on one image alone."""
-        one = rewrite(original, self.plan)
-        _calibrate_(one, self.plan, Images.of(image, image.device, image.dtype), self.caller)
+        plan = with_all_keys(self.plan)
+        one = rewrite(original, plan)
+        _calibrate_(one, plan, Images.of(image, image.device, image.dtype), self.caller)
         return one
 
     def _judged(self, image: Tensor, sites: Sequence[Site]) -> list[Site]:

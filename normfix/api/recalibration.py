@@ -21,7 +21,7 @@ from normfix.conversion.targets import NormTarget, Target, planned_targets
 from normfix.errors import NormfixError
 from normfix.images.collections import ImageFiles
 from normfix.images.given import GivenImages, images_of
-from normfix.layers.constant import FrozenStatistic
+from normfix.layers import FrozenStatistic, HeldTokens
 from normfix.layers.moments import Moments
 from normfix.networks.calling import Caller
 from normfix.networks.copying import copy_of, twin_of
@@ -253,7 +253,7 @@ def _classes(known: Provenance | None, model: nn.Module, targets: Sequence[Targe
 
 def _batch_norms(model: nn.Module, example: Tensor, caller: Caller) -> list[NormTarget]:
     """Describe the batch norms of a network that normfix did not convert; what no one can convert may stay live."""
-    if any(isinstance(module, FrozenStatistic) for module in model.modules()):
+    if any(isinstance(module, FrozenStatistic | HeldTokens) for module in model.modules()):
         raise NormfixError(
             "NF302",
             "it holds constants that normfix wrote and not what they are of: a part of it was converted, or it is a "

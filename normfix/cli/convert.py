@@ -84,6 +84,12 @@ __all__ = ["convert_command"]
 @click.option(
     "--labels", multiple=True, metavar="FILE", help="With --statistics choose: true classes or masks."
 )
+@click.option(
+    "--keys",
+    metavar="all|N",
+    help="Hold keys and values of attention over all positions as constants: those of IMAGES, or N of them in all. "
+    "They are as large as the images, in memory and in the result; without, such attention stays live.",
+)
 @halo_option
 @image_options
 @click.option(
@@ -117,6 +123,7 @@ def convert_command(
     allow_flat: bool,
     statistics: str,
     labels: tuple[str, ...],
+    keys: str | None,
     halo: Any,
     report: str | None,
     verbose: bool,
@@ -141,6 +148,9 @@ def convert_command(
         raise click.UsageError("--plan says what norms become: leave --to out")
     if plan_file is not None and keep:
         raise click.UsageError("--keep belongs to --to; a plan already says what to keep")
+    if keys is not None and plan_file is not None:
+        raise click.UsageError("--keys belongs to --to; a plan already says which keys are held")
+    held = _keys(keys)
     if format_ == "pt2" and Path(out).suffix != ".pt2":
         raise NormfixError("NF227", "--format pt2 writes one file: give -o FILE.pt2.", where=out)
     require_report(report)
@@ -196,6 +206,7 @@ def convert_command(
             allow_flat=allow_flat,
             halo=halo,
             tile=tile,
+            keys=held,
             blocks=blocks,
             progress=progress,
         )
@@ -226,6 +237,15 @@ def convert_command(
     if give_back is not None:
         _give_back(done, give_back, arguments, opened.source, scaling)
     return 0 if sound else 1
+
+
+def _keys(text: str | None) -> int | Literal["all"] | None:
+    """Read how many keys are held."""
+    if text is None or text == "all":
+        return text  # type: ignore[return-value]
+    if not text.isdecimal() or not int(text):
+        raise click.UsageError(f"--keys {text}: give all, or how many keys are kept of all images together")
+    return int(text)
 
 
 def _certificate(saved: Path) -> Certificate | None:

@@ -22,7 +22,16 @@ from torch.overrides import TorchFunctionMode
 from normfix.errors import NormfixError
 from normfix.layers.base import ChannelNorm
 from normfix.layers.constant import FrozenStatistic
-from normfix.networks.functions import COUNTED, NORMS, arguments_of, by_position, operand_of, reduced_by
+from normfix.layers.keys import FrozenKeys, FrozenOperand
+from normfix.networks.functions import (
+    COUNTED,
+    NORMS,
+    arguments_of,
+    by_position,
+    operand_of,
+    reduced_by,
+    with_operand,
+)
 
 __all__ = ["Intercept", "InterceptedNorm", "intercept_", "obstacle"]
 
@@ -90,7 +99,8 @@ def intercept_(owner: nn.Module, intercepts: tuple[Intercept, ...]) -> None:
     """Make the owner's forward hand the planned calls to their submodules, in place.
 
     Args:
-        owner: must hold a submodule of each target name: an InterceptedNorm or a FrozenStatistic.
+        owner: must hold a submodule of each target name: an InterceptedNorm, FrozenStatistic, FrozenKeys or
+            FrozenOperand.
         intercepts: of this owner; added to those it has.
 
     Raises:
@@ -181,6 +191,10 @@ class _Calls(TorchFunctionMode):
             return func(*args, **kwargs)
         target = _submodule(self._owner, planned.target)
         try:
+            if isinstance(target, FrozenKeys):
+                return _attended(planned, target, func, args, kwargs)
+            if isinstance(target, FrozenOperand):
+                return _multiplied(planned, target, func, args, kwargs)
             if isinstance(target, FrozenStatistic):
                 return _constant(planned, target, func, args, kwargs)
             given = _bind(planned.function, args, kwargs)
@@ -229,6 +243,34 @@ def _constant(
     if target.observer is not None:
         target.observer(func, args, kwargs)
     return target(operand, given.get("dtype"))
+
+
+def _attended(
+    planned: Intercept,
+    target: FrozenKeys,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> object:
+    """Return the attention of a call's queries to the keys that are held."""
+    given = arguments_of(planned.function, args, kwargs)
+    if target.observer is not None:
+        target.observer(given["key"], given["value"])
+    return target(func, given)
+
+
+def _multiplied(
+    planned: Intercept,
+    target: FrozenOperand,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> object:
+    """Return a product with the operand that is held in place of its own."""
+    operand = operand_of(args, kwargs, planned.operand)
+    if target.observer is not None:
+        target.observer(operand)
+    return with_operand(func, args, kwargs, planned.operand, target(operand))
 
 
 # The order of parameters after `input` in torch.nn.functional; bound by hand because inspect.signature inside

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from normfix.conversion.keys import KeysTarget
 from normfix.conversion.targets import StatisticTarget, Target
 from normfix.errors import NormfixError
 from normfix.images.files import open_windows as open_file
@@ -98,6 +99,12 @@ def require_maskable(targets: Sequence[Target], images: Sequence[Image]) -> None
     if not any(mask_of(image) is not None for image in images):
         return
     for target in targets:
+        if isinstance(target, KeysTarget):
+            raise NormfixError(
+                "NF139",
+                "the keys of an image are all of its positions, so that none can be ignored. Calibrate without a mask.",
+                where=target.name,
+            )
         if isinstance(target, StatisticTarget) and (target.dims is None or target.spec.law not in _LAWS):
             law = "quotient" if target.spec.quotient else target.spec.law
             raise NormfixError(

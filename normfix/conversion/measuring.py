@@ -78,8 +78,8 @@ def freeze_sites_(model: nn.Module, targets: Sequence[Target], image: Tensor, ru
         What the network gives for the image once they are frozen.
     """
     with evaluating(model), exact_arithmetic(), restoring_on_error(targets):
-        (output,) = _freeze_as_it_goes(model, targets, [TensorImage(image)], run)
-    return output
+        outputs: list[Tensor] = _freeze_as_it_goes(model, targets, [TensorImage(image)], run)
+    return outputs[0]
 
 
 def settle_sites_(model: nn.Module, targets: Sequence[Target], images: Sequence[Image], run: Run) -> None:
@@ -120,7 +120,7 @@ def remeasure_sites(
 
 def _freeze_as_it_goes(
     model: nn.Module, targets: Sequence[Target], images: Iterable[Image], run: Run
-) -> list[Any]:
+) -> list[Tensor]:
     """Freeze the targets, and return what the network gives for each image."""
     calls = Counter[str]()
 

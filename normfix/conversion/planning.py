@@ -110,6 +110,9 @@ def _decide(site: Site, to: Literal["frozen", "batchrenorm"], keep: tuple[str, .
         reason = _REASONS[Action.FREEZE]
         if site.statistic.law == "none":
             reason = f"{reason} (of one image: it has no population law)"
+        elif site.statistic.law == "keys":
+            kept = f", {site.statistic.kept} of them" if site.statistic.kept else ""
+            reason = f"the keys and values of the images become constants{kept}"
         return Decision(
             site=site, action=Action.FREEZE, means=Means.INTERCEPT, reason=reason, target="", position=0
         )

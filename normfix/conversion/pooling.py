@@ -90,12 +90,22 @@ def require_poolable(plan: Plan, statistics: Statistics) -> None:
     """Refuse a law for what has no constants to pool.
 
     Raises:
-        NormfixError: NF588 for a GroupNorm that becomes BatchRenorm, whose channels and groups must fit together.
+        NormfixError: NF588 for a GroupNorm that becomes BatchRenorm, whose channels and groups must fit together, and
+            for keys that are held, which are those of whole images.
     """
-    if not (statistics.pools or statistics.needs_original):
+    if statistics.kind in ("whole", "per-image"):
         return
     for decision in plan.converted:
-        layer = decision.site.layer
+        layer, statistic = decision.site.layer, decision.site.statistic
+        if statistic is not None and statistic.law == "keys":
+            raise NormfixError(
+                "NF588",
+                f"keys that are held are those of whole images, and no law makes them those of {statistics.words}. "
+                "Leave --statistics or --keys out.",
+                where=decision.site.id,
+            )
+        if not (statistics.pools or statistics.needs_original):
+            continue
         if layer is not None and decision.action is Action.BATCHRENORM and layer.groups < layer.features:
             raise NormfixError(
                 "NF588",

@@ -171,10 +171,14 @@ def _wrapped_norm(decision: Decision, owner: nn.Module, like: nn.Module) -> Inte
     return InterceptedNorm(norm)
 
 
-def _constant(decision: Decision, like: nn.Module) -> layers.FrozenStatistic:
+def _constant(decision: Decision, like: nn.Module) -> layers.FrozenStatistic | layers.HeldTokens:
     spec = decision.site.statistic
     assert spec is not None
     device, dtype = _home(like)
+    if spec.law == "keys":
+        assert spec.batch is not None
+        kind = layers.FrozenKeys if spec.outputs == 2 else layers.FrozenOperand
+        return kind(rank=spec.rank, tokens=spec.dims[0], batch=spec.batch[:2], device=device, dtype=dtype)
     return layers.FrozenStatistic(
         spec.shape,
         outputs=spec.outputs,

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normfix.conversion.keys import KeysTarget
 from normfix.conversion.masks import ESTIMATED
 from normfix.conversion.staged import measure_in_stages_
 from normfix.conversion.targets import NormTarget, StatisticTarget, Target, TargetAround
@@ -89,7 +90,7 @@ def measure_sampled_(
             where=f"sample={sample.tolerance!r}",
         )
     for target in targets:
-        if isinstance(target, StatisticTarget) and target.spec.law not in ESTIMATED:
+        if isinstance(target, KeysTarget | StatisticTarget) and target.spec.law not in ESTIMATED:
             raise NormfixError(
                 "NF139",
                 f"a sample of blocks says nothing of its {target.spec.law}. Calibrate on all of the images.",

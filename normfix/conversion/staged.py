@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from normfix.conversion.keys import KeysTarget
 from normfix.conversion.measuring import restoring_on_error
 from normfix.conversion.targets import Target, TargetAround
 from normfix.images.sources import Image
@@ -20,6 +21,7 @@ from normfix.tiling.stages.cache import program_of, schedule_of, usual_stride
 from normfix.tiling.stages.execution import execute
 from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stages.outlook import Outlook, Step
+from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.running import Statistic
 
 __all__ = ["measure_in_stages_"]
@@ -53,6 +55,13 @@ def measure_in_stages_(
             as after any other error.
     """
     ndim = len(images[0].shape) - 2
+    for target in targets:
+        if isinstance(target, KeysTarget):
+            raise NotInStages(
+                "NF323",
+                "keys that are held are taken of a whole image, not of its blocks.",
+                where=target.name,
+            )
     if stored:
         targets = [StoredTarget(target) for target in targets]
     paths = _paths(model, targets)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from normfix.conversion.interception import InterceptedNorm
+from normfix.conversion.keys import KeysTarget
 from normfix.conversion.rewriting import layer_of, set_statistics_
 from normfix.errors import NormfixError
-from normfix.layers import ChannelNorm, FrozenStatistic
+from normfix.layers import ChannelNorm, FrozenStatistic, HeldTokens
 from normfix.layers.laws import Observed, Part, finalise
 from normfix.layers.laws import merge as merge_parts
 from normfix.layers.laws import observe as observe_part
@@ -427,6 +428,9 @@ def _widened(value: object) -> object:
 def site_target(model: nn.Module, decision: Decision, *, express: bool) -> Target:
     """Describe a converted site to calibration; `express` as in set_statistics_."""
     module, statistic = model.get_submodule(decision.target), decision.site.statistic
+    if statistic is not None and statistic.law == "keys":
+        assert isinstance(module, HeldTokens)
+        return KeysTarget(decision.site.id, module, statistic)
     if statistic is not None:
         assert isinstance(module, FrozenStatistic)
         return StatisticTarget(decision.site.id, module, statistic)
@@ -471,7 +475,7 @@ def planned_targets(model: nn.Module, plan: Plan) -> list[Target]:
                     where=decision.site.id,
                 )
         elif (
-            not isinstance(layer, ChannelNorm | InterceptedNorm | FrozenStatistic)
+            not isinstance(layer, ChannelNorm | InterceptedNorm | FrozenStatistic | HeldTokens)
             or getattr(layer, "running_mean", layer) is None
         ):
             raise LayerGone(

@@ -44,7 +44,7 @@ _REMEDIES = {
     "train mode": "call model.eval()",
     "size": "extend the image to an exact size first",
     POSITION: "resize by scale_factor with align_corners=False; it needs retraining or tolerance",
-    "attention": "none without retraining: every pixel looks at every other",
+    "attention": "hold its keys and values, normfix convert --keys all, where no position embedding ties it to a size",
     "other": "none without retraining: it orders or transforms the whole extent",
     UNKNOWN: "not found; compare the layers' outputs of a tile and of the whole image",
 }

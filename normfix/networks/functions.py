@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "ATTENTION",
     "COUNTED",
     "DIRECT",
     "NORMS",
@@ -28,6 +29,7 @@ __all__ = [
     "operand_of",
     "reduced_by",
     "taken_by",
+    "with_operand",
 ]
 
 NORMS: Mapping[str, Callable[..., Any]] = MappingProxyType(
@@ -89,6 +91,15 @@ _REDUCING: Mapping[str, tuple[str, ...]] = {
     "normalize": ("input", "p", "dim", "eps"),
     **dict.fromkeys(("softmax", "log_softmax"), ("input", "dim")),
 }
+_ATTENDING: Mapping[str, tuple[str, ...]] = {
+    "scaled_dot_product_attention": ("query", "key", "value", "attn_mask", "dropout_p", "is_causal"),
+    "multi_head_attention_forward": (
+        *("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias"),
+        *("bias_k", "bias_v", "add_zero_attn", "dropout_p", "out_proj_weight", "out_proj_bias", "training"),
+        *("key_padding_mask", "need_weights", "attn_mask"),
+    ),
+}
+_NAMED: Mapping[str, tuple[str, ...]] = {**_REDUCING, **_ATTENDING, "einsum": ("equation",)}
 _LIKE = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
 _POOLING = tuple(
     f"{kind}_pool{n}d" for kind in ("adaptive_avg", "adaptive_max", "avg", "max") for n in (1, 2, 3)
@@ -111,7 +122,7 @@ _OPERATORS: Mapping[Callable[..., Any], str] = MappingProxyType(
 
 def _table() -> dict[Callable[..., Any], str]:
     found = dict(_OPERATORS)
-    for name in (*_REDUCING, *_POOLING, *_CONTRACTING, *_SCALING):
+    for name in (*_REDUCING, *_POOLING, *_CONTRACTING, *_SCALING, *_ATTENDING):
         places: tuple[object, ...] = (torch, Tensor, F)
         if name.startswith("linalg"):
             places = (torch.linalg,)
@@ -123,16 +134,20 @@ def _table() -> dict[Callable[..., Any], str]:
     return found
 
 
+ATTENTION = frozenset(_ATTENDING)
+"""The functions that attend to keys and values, by their one name."""
+
+
 COUNTED: Mapping[Callable[..., Any], str] = MappingProxyType(_table())
 """Every function that is counted, with its one name."""
 
 
 def arguments_of(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a reducing function by name; for others, only those given by keyword.
+    """Return the arguments of a function that reduces or attends by name; for others, only those given by keyword.
 
     Written for compiled forwards: dictionaries and loops only.
     """
-    given = by_position(_REDUCING.get(name, ()), args)
+    given = by_position(_NAMED.get(name, ()), args)
     given.update(kwargs)
     if "ord" in given:
         given["p"] = given.pop("ord")
@@ -166,6 +181,25 @@ def operand_of(args: Sequence[Any], kwargs: Mapping[str, Any], which: int = 0) -
                     return tensor
                 which -= 1
     raise ValueError("the call has fewer tensors among its arguments")
+
+
+def with_operand(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], which: int, value: Tensor
+) -> Any:
+    """Call a function with another tensor in place of the one with that number; see operand_of."""
+    seen = 0
+
+    def replaced(given: Any) -> Any:
+        nonlocal seen
+        if isinstance(given, (list, tuple)):
+            return [replaced(item) for item in given]
+        if not isinstance(given, Tensor):
+            return given
+        seen += 1
+        return value if seen == which + 1 else given
+
+    taken = [replaced(given) for given in args]
+    return function(*taken, **{name: replaced(given) for name, given in kwargs.items()})
 
 
 def reduced_by(name: str, given: Mapping[str, Any], rank: int) -> tuple[int, ...] | None:

@@ -2,6 +2,7 @@
 
     norm        y = (x - mean) / sqrt(var + eps) * w + b, with the stored mean and var (those of groups pooled)
     statistic   the stored value
+    attention   softmax(q K^T / sqrt(d) + b) V, with the keys K, values V and biases b that are held
 
 Where the original is there, its own calls are answered by the formulas while it runs, which shares nothing with how
 calls were replaced in the converted network; else each converted layer is held against its formula where it stands.
@@ -19,12 +20,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from normfix.conversion.interception import InterceptedNorm
 from normfix.conversion.rewriting import layer_of
-from normfix.layers import ChannelNorm, FrozenStatistic
+from normfix.layers import ChannelNorm, FrozenKeys, FrozenOperand, FrozenStatistic, HeldTokens
 from normfix.layers.moments import Moments, pool
 from normfix.networks.calling import Caller, refusals
 from normfix.networks.copying import copy_of
-from normfix.networks.functions import bound
+from normfix.networks.functions import arguments_of, bound
 from normfix.networks.numerics import IDENTITY, deviation
+from normfix.proof.attention import attended, multiplied, repeated
 from normfix.records.plans import Action, Decision, Plan
 from normfix.scanning.census import census
 
@@ -100,13 +102,20 @@ def _held(
     left = dict(waiting)
 
     def settle(site: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        live = func(*args, **kwargs)
         decision = waiting.get(site)
         if decision is None:
-            return live
+            return func(*args, **kwargs)
         left.pop(site, None)
+        held, spec = converted.get_submodule(decision.target), decision.site.statistic
+        if spec is not None and isinstance(
+            held, FrozenOperand
+        ):  # of another number of tokens than the call has
+            return multiplied(held, func, args, kwargs, spec.operand)
+        live = func(*args, **kwargs)
+        if isinstance(held, FrozenKeys):
+            return _replaced(live, [attended(held, arguments_of(decision.site.function, args, kwargs))])
         if decision.site.layer is None:
-            return _replaced(live, converted.get_submodule(decision.target).values())  # type: ignore[operator]
+            return _replaced(live, held.values())  # type: ignore[operator]
         given = bound(decision.site.function, args, kwargs)
         mean, var = _stored(converted, decision)
         affine = given.get("weight"), given.get("bias")
@@ -124,7 +133,7 @@ def _holds(converted: nn.Module, decision: Decision) -> bool:
         return False
     norm = module.norm if isinstance(module, InterceptedNorm) else module
     kept = isinstance(norm, ChannelNorm) and norm.running_mean is not None
-    return isinstance(module, FrozenStatistic) or kept
+    return isinstance(module, FrozenStatistic | HeldTokens) or kept
 
 
 def _apart_in_double(
@@ -187,6 +196,12 @@ def _replaced(live: Any, values: Sequence[Tensor]) -> Any:
 
 
 def _agrees(module: nn.Module, args: Any, kwargs: Mapping[str, Any], result: Any) -> bool:
+    if isinstance(module, FrozenKeys):
+        found, expected = tree_flatten(result)[0][0], attended(module, args[1])
+        unit = float(expected.square().mean().sqrt()) or 1.0
+        return deviation(found, expected, unit)[0] <= IDENTITY.get(found.dtype, 0.0)
+    if isinstance(module, FrozenOperand):
+        return torch.equal(result, repeated(module.operand, args[0], *module.batch))
     if isinstance(module, FrozenStatistic):
         given = [v for v in tree_flatten(result)[0] if isinstance(v, Tensor)]
         pairs = zip(given, module.values(), strict=True)

@@ -120,6 +120,7 @@ Law = Literal[
     "maximum",
     "minimum",
     "extremes",
+    "keys",
     "none",
 ]
 
@@ -136,6 +137,10 @@ class StatisticSpec(Record):
     dimension of the result) along which images are stacked, None where the statistic runs over the batch as
     well. `correction` and `power` are the function's own (variance, norm). `quotient` tells that the call
     divides a sum by the number of its terms. `number` is the kind of a result.
+
+    Of an attention (law "keys") the keys and values are held: `shape` is the keys' for one image of the example,
+    `operand` the first of the two tensors that constants take the place of, `dims` the dimension of the tokens, `batch`
+    as above with the keys' dimension last, and `kept` how many keys are kept of all images together, 0 for all.
     """
 
     law: Law
@@ -151,6 +156,7 @@ class StatisticSpec(Record):
     power: float = 2.0
     quotient: bool = False
     number: Literal["float", "int", "bool"] = "float"
+    kept: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -104,6 +104,14 @@ class Growth:
         return self._look_at_two()
 
     @property
+    def _alone(self) -> list[Call]:
+        """Return the calls of one image of the size at which there were two."""
+        if self._other is None or self.two is None:
+            return self._calls
+        same = self._other.example.shape[2:] == self.two.example.shape[2:]
+        return self._other.calls if same else self._calls
+
+    @property
     def two_sizes(self) -> bool:
         """Tell whether the calls are known at a second size."""
         return self._other is not None
@@ -122,14 +130,23 @@ class Growth:
         """
         if self.two is None:
             return None
-        # the calls of one image of the size at which there were two
-        same = self._other is not None and self._other.example.shape[2:] == self.two.example.shape[2:]
-        calls = self._other.calls if self._other is not None and same else self._calls
-        one, two = calls[position], self.two.calls[position]
+        one, two = self._alone[position], self.two.calls[position]
         return (
             _differing(_operand_shape(one), _operand_shape(two)),
             _differing(one.outputs[0], two.outputs[0]) if one.outputs else frozenset(),
         )
+
+    def space_of(self, position: int, number: int) -> frozenset[int]:
+        """Return the dimensions of one input that are space; none where there is no second size."""
+        if self._other is None:
+            return frozenset()
+        return _differing(self._calls[position].inputs[number], self._other.calls[position].inputs[number])
+
+    def batch_of(self, position: int, number: int) -> frozenset[int] | None:
+        """Return the dimensions of one input along which images are stacked; None if it takes no two images."""
+        if self.two is None:
+            return None
+        return _differing(self._alone[position].inputs[number], self.two.calls[position].inputs[number])
 
     def follows_size(self, position: int) -> bool:
         """Tell whether a number that the call is given changes with the image's extent."""

@@ -20,7 +20,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 
+from normfix.networks.functions import ATTENTION
 from normfix.records.choices import StrEnum
 from normfix.scanning.census import LEAVES, PICKS, Call
 from normfix.scanning.growth import FIXED, REDUCED, SQUARED, Growth
@@ -40,7 +42,6 @@ class Role(StrEnum):
     PICKING = "picking"
 
 
-_ATTENTION = frozenset({"scaled_dot_product_attention", "multi_head_attention_forward"})
 _FREQUENCY = frozenset(
     f"fft_{kind}fft{n}" for kind in ("", "i", "r", "ir", "h", "ih") for n in ("", "2", "n")
 )
@@ -114,10 +115,16 @@ def reached_positions(calls: Sequence[Call]) -> frozenset[int]:
     return frozenset(found)
 
 
-def live_positions(calls: Sequence[Call], growth: Growth, cuts: Collection[int]) -> frozenset[int]:
+def live_positions(
+    calls: Sequence[Call],
+    growth: Growth,
+    cuts: Collection[int],
+    kept: Mapping[int, Collection[int]] = MappingProxyType({}),
+) -> frozenset[int]:
     """Return the calls from which a path leads to a map in the result or out of tensors without passing a cut.
 
-    A cut itself is live if a path leads on from it. A result that is no map, a classifier's, does not count.
+    A cut itself is live if a path leads on from it; `kept` says what it reads all the same, as attention does its
+    queries. A result that is no map, a classifier's, does not count.
     """
     needed: set[int] = set()
     live: set[int] = set()
@@ -128,8 +135,7 @@ def live_positions(calls: Sequence[Call], growth: Growth, cuts: Collection[int])
             needed.update(call.reads)
         elif (call.returned and growth.outputs(position) >= FIXED) or needed.intersection(call.writes):
             live.add(position)
-            if position not in cuts:
-                needed.update(call.reads)
+            needed.update(kept.get(position, ()) if position in cuts else call.reads)
     return frozenset(live)
 
 
@@ -145,7 +151,7 @@ def looks_alone(call: Call, role: Role, space: Collection[int]) -> bool:
     """
     if role is Role.PAIRS:
         tokens = 0 if call.function == "multi_head_attention_forward" else len(call.inputs[0]) - 2
-        return call.function in _ATTENTION and tokens not in space
+        return call.function in ATTENTION and tokens not in space
     return role in (Role.MIXING, Role.PARTIAL)
 
 
@@ -161,7 +167,9 @@ def _role(position: int, call: Call, growth: Growth) -> Role | None:
     if out < FIXED:
         return Role.TOTAL if (name in _CONTRACTING and growth.two_sizes) or _smaller(call) else None
     pairs = out > SQUARED * max(1.0, into) and not _slides(call)
-    if name in _ATTENTION or pairs:
+    if name in ATTENTION and not call.operand and len(call.reads) == 1:
+        return None  # queries alone are of the image
+    if name in ATTENTION or pairs:
         return Role.PAIRS
     if name in _FREQUENCY or (name in _ALONG | _ALONG_TOO and _along_space(position, call, growth)):
         return Role.MIXING

@@ -124,6 +124,7 @@ def look(
     fast: bool = False,
     graph: bool = False,
     halo: HaloSource = "graph",
+    keys: int | None = None,
 ) -> Scanned:
     """Scan a materialised network on CPU in float32 (geometry in float64 too).
 
@@ -134,13 +135,14 @@ def look(
         fast: leave out the dye and the graph.
         graph: hold its graph against the census as well, which takes seconds.
         halo: which witness of the reach is taken.
+        keys: how many keys of attention shall be held of all images together, 0 for all; None to leave attention live.
     """
     name = class_of(probe)
     probe.cpu().float().eval()
     material = example[:1].detach().cpu().float()
     positions = Positions()
     with exact_arithmetic():
-        found = survey(probe, caller, material, positions.follow)
+        found = survey(probe, caller, material, positions.follow, keys=keys)
         dyed = _dyed(probe, caller, material, found, fast=fast)
         graph_seen = _graph(
             probe, caller, material, found, skipped=_FAST if fast else "" if graph else _PROVED

@@ -25,7 +25,9 @@ from normfix.records.sites import Finding, Site, StatisticSpec
 from normfix.scanning.census import Call, Follow, Settle, alone, census
 from normfix.scanning.growth import Growth, Pass, look_again, look_at_two
 from normfix.scanning.liveness import Role, live_positions, looks_alone, reached_positions, roles, tails
+from normfix.scanning.products import Factor, written_out
 from normfix.scanning.rules import RULES, rule_of
+from normfix.scanning.rules.keys import UNASKED, factors_of, keys_refusal, specify_keys
 from normfix.scanning.rules.statistics import family_of, refusal_of, specify
 
 __all__ = ["Survey", "materialise_", "survey"]
@@ -82,6 +84,7 @@ def survey(
     exact: Sequence[int] = (),
     *,
     stacked: bool = True,
+    keys: int | None = None,
 ) -> Survey:
     """Find the sites of a network.
 
@@ -93,6 +96,8 @@ def survey(
         exact: per axis, what the extents are multiples of for which the network is known to be exact; () if unknown.
         stacked: run on two images as well where there is a statistic that is no norm: it says how that is frozen or why
             not, and nothing of what is live.
+        keys: how many keys of attention shall be held of all images together, 0 for all; None to leave attention as it
+            is.
 
     Raises:
         NormfixError: NF109 if the network does not run on the example.
@@ -110,7 +115,7 @@ def survey(
 
     growth = Growth(example, calls, other, two)
     modules = dict(model.named_modules())
-    found = _Sites(calls, growth, modules, invocations)
+    found = _Sites(calls, growth, modules, invocations, keys)
     if not _are_idle(model, run, example, found.idle(), output):
         found.doubt_dataflow()
     sites = found.find()
@@ -179,15 +184,22 @@ class _Sites:
     """Turns the calls of one forward pass into sites."""
 
     def __init__(
-        self, calls: list[Call], growth: Growth, modules: dict[str, nn.Module], invocations: Counter[str]
+        self,
+        calls: list[Call],
+        growth: Growth,
+        modules: dict[str, nn.Module],
+        invocations: Counter[str],
+        keys: int | None,
     ) -> None:
-        self._calls, self._growth = calls, growth
+        self._calls, self._growth, self._keys = calls, growth, keys
         self._modules, self._invocations = modules, invocations
         self._roles = roles(calls, growth, lambda name: rule_of(name) is not None)
         self._after = tails(calls, growth, self._roles)
+        self._products = self._held_products()
         self._refusals = {p: self._refusal(p, role) for p, role in self._roles.items()}
-        cuts = {p for p, role in self._roles.items() if _can_cut(role) and not self._refusals[p]}
-        self._live = live_positions(calls, growth, cuts)
+        cuts = {p for p, role in self._roles.items() if self._can_cut(role) and not self._refusals[p]}
+        held = {p: self._kept_reads(p) for p in cuts if self._roles[p] is Role.PAIRS}
+        self._live = live_positions(calls, growth, cuts, held)
         self._reached = reached_positions(calls)
         self._positions = [p for p, c in enumerate(calls) if p in self._roles or rule_of(c.function)]
 
@@ -270,7 +282,9 @@ class _Sites:
     def _statistic(self, position: int, call: Call, common: dict[str, Any]) -> Site:
         role, live, refusal = self._roles[position], position in self._live, self._refusals[position]
         spec: StatisticSpec | None = None
-        if live and not refusal:
+        if live and not refusal and role is Role.PAIRS:
+            spec = specify_keys(position, self._calls, self._growth, self._products, self._keys or 0)
+        elif live and not refusal:
             spec = specify(position, self._calls, role, self._growth, self._after)
         unused = (
             _IDLE if position not in self._reached else "and only constants or no map at all depend on it"
@@ -288,7 +302,41 @@ class _Sites:
     def _refusal(self, position: int, role: Role) -> str:
         call = self._calls[position]
         reason = refusal_of(position, self._calls, role, self._growth, self._after)
+        if role is Role.PAIRS:
+            unheld = keys_refusal(position, self._calls, self._growth, self._products) or self._recomputed(
+                call
+            )
+            if self._keys is not None:
+                return unheld
+            return reason if unheld else UNASKED
         return reason or self._recomputed(call)
+
+    def _held_products(self) -> dict[int, Factor]:
+        """Return the keys and values of attention that is written out, by the calls that take them.
+
+        Where keys are held, its second product is a site as well and its softmax none: it runs along what is held.
+        """
+        found: dict[int, Factor] = {}
+        for products in written_out(self._calls, self._growth):
+            pair = {products.first: products.keys, products.second: products.values}
+            if any(
+                keys_refusal(p, self._calls, self._growth, pair) or self._recomputed(self._calls[p])
+                for p in pair
+            ):
+                continue
+            found |= pair
+            if self._keys is not None:
+                self._roles |= dict.fromkeys(pair, Role.PAIRS)
+                self._roles.pop(products.softmax, None)
+        return found
+
+    def _kept_reads(self, position: int) -> frozenset[int]:
+        """Return what an attention still reads whose keys and values are held."""
+        held = {factor.number for factor in factors_of(position, self._calls, self._products)}
+        return frozenset(s for n, s in enumerate(self._calls[position].reads) if n not in held)
+
+    def _can_cut(self, role: Role) -> bool:
+        return role in (Role.TOTAL, Role.QUOTIENT) or (role is Role.PAIRS and self._keys is not None)
 
     def _recomputed(self, call: Call) -> str:
         """Refuse what no interception sees, and what a checkpoint inside the intercepted forward runs once more."""
@@ -335,10 +383,6 @@ class _Sites:
 def _holds_its_affine_map(owner: nn.Module) -> bool:
     """Tell whether weight and bias are parameters; pruning and old weight_norm compute them before each call."""
     return all(getattr(owner, name, None) is None or name in owner._parameters for name in ("weight", "bias"))
-
-
-def _can_cut(role: Role) -> bool:
-    return role in (Role.TOTAL, Role.QUOTIENT)
 
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

@@ -153,9 +153,9 @@ def agrees(f: Function, example: Tensor, axis: int, geometry: Geometry, size: Se
     x = strip(example, size) + texture(example, size)
     whole = f(x)
     last = (length - reads) // stride * stride
-    starts: tuple[int, ...] = (0, last // 2 // stride * stride, last)
+    starts = [0, last // 2 // stride * stride, last]
     if last == _second(geometry, axis):
-        starts, reads = (0, last), before + last + after
+        starts, reads = [0, last], before + last + after
     for start in starts:
         extent = length - start if start == last else reads
         part = f(x.narrow(axis + 2, start, extent))

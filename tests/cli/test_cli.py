@@ -23,6 +23,7 @@ from normfix.cli.extents import Extents
 from normfix.cli.options import ArgumentsJson
 from normfix.errors import CODES
 from normfix.images.files import read_image
+from normfix.layers import FrozenKeys
 from normfix.networks.releases import writes_archives
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.plans import Plan
@@ -228,6 +229,19 @@ def test_a_plan_replays_to_the_same_weights(run, fixed, image, tmp_path):
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
         fixed / "model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.slow
+def test_keys_are_held_and_saved(run, image, tmp_path):
+    """`convert --keys` writes a network that loads with its keys, and predicts by tiles what it predicts whole."""
+    words = ("--scale", "zscore", "--keys", 64, "-o", tmp_path / "out")
+    assert run("convert", "attentive:Attends", image, *words).code == 0
+    net = normfix.load(tmp_path / "out", trust=["attentive"])
+    assert [m.bias.numel() for m in net.modules() if isinstance(m, FrozenKeys)] == [64]
+    pixels = torch.randn(1, 1, 48, 64)
+    with torch.no_grad():
+        whole = net(pixels)
+    assert (normfix.predict(net, pixels, tile=16) - whole).abs().max() < 1e-4 * whole.std()
 
 
 def test_a_printed_plan_is_the_same_twice(run):

@@ -30,6 +30,7 @@ WRONG = [
     ["convert", MODEL, IMAGE, "--to", "frozen", "-o", "out", "--give-back", "taken"],
     ["convert", MODEL, IMAGE, "--to", "frozen", "-o", "out", "--engine", "dask"],
     ["convert", MODEL, IMAGE, "--to", "frozen", "-o", "out", "--scale", "minmax"],
+    ["convert", MODEL, IMAGE, "-o", "out", "--keys", "some"],
     ["calibrate", MODEL, "no.png", "-o", "out"],
     ["calibrate", MODEL, IMAGE, "-o", "out", "--mask", "no.png"],
     ["calibrate", MODEL, IMAGE, "-o", "taken"],

@@ -240,7 +240,7 @@ def _mixed() -> Iterator[tuple[str, Build]]:
     )
     yield (
         "border repeated on all sides",
-        lambda: of(lambda x: F.pad(x, (9, 9, 9, 9), mode="replicate"), nn.Conv2d(2, 2, 19)),
+        lambda: of(lambda x: F.pad(x, (4, 4, 4, 4), mode="replicate"), nn.Conv2d(2, 2, 9)),
     )
     yield (
         "border repeated by expansion",

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-from normfix.networks.functions import COUNTED
+from normfix.networks.functions import ATTENTION, COUNTED
 from normfix.networks.graph.operators import Normalisation, name_of
 
 __all__ = ["function_of", "norm_call", "write_calls_"]
@@ -35,12 +35,12 @@ _SAME = {f"_adaptive_avg_pool{n}d": f"adaptive_avg_pool{n}d" for n in (2, 3)}
 _VALUES = frozenset(f"adaptive_max_pool{n}d" for n in (1, 2, 3))
 """Operators that return places too, and whose functions return the values alone."""
 
-_AS_THEY_ARE = frozenset({"normalize", "softmax", "log_softmax", "tensordot"})
+_AS_THEY_ARE = frozenset({"normalize", "softmax", "log_softmax", "tensordot", "multi_head_attention_forward"})
 """Functions that no operator is written as: composites, and those that no constant can stand for."""
 
 
 def _function(name: str) -> Callable[..., Any]:
-    place: Any = torch.linalg if name in _LINALG else F if "_pool" in name else torch
+    place: Any = torch.linalg if name in _LINALG else F if "_pool" in name or name in ATTENTION else torch
     found: Callable[..., Any] = getattr(place, name.removeprefix("linalg_") if name in _LINALG else name)
     return found
 

@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from normfix.networks.functions import COUNTED, reduced_by
+from normfix.networks.functions import ATTENTION, COUNTED, reduced_by
 from normfix.records.sites import Family, Law, StatisticSpec
 from normfix.scanning.census import Call, Shaped
 from normfix.scanning.growth import FIXED, REDUCED, Growth
@@ -92,7 +92,7 @@ def refusal_of(
         return _REFUSALS[role]
     if "_pool" in call.function and math.prod(call.outputs[0][-int(call.function[-2]) :]) > 1:
         return _LAYOUT
-    if call.function not in _NAMES:
+    if call.function not in _NAMES or call.function in ATTENTION:  # which is held, if at all, by its keys
         return f"normfix has no rule for {call.function} over space"
     if "complex" in call.kinds or len(call.outputs) > 2:
         return f"normfix has no rule for what {call.function} returns here"

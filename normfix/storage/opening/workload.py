@@ -336,6 +336,10 @@ def _bound(
     product = max((math.prod(v) for v in lists if v and all(isinstance(n, int) for n in v)), default=0)
     if name == "repeat_interleave":
         product = int(given[-1].sum())
+    if (
+        name == "set_" and len(lists) == 2
+    ):  # as a deep copy lays a tensor over its storage: extents, then strides
+        product = sum((n - 1) * step for n, step in zip(*lists, strict=True))
     most = max(asked, abs(product), read)
     return 16 * most, _DEAR * most
 
