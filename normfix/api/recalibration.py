@@ -155,9 +155,13 @@ class _Measured:
         places = {id(module): path for path, module in self.twin.named_modules()}
         with torch.no_grad():
             for target in self.targets:
-                own = dict(model.get_submodule(places[id(target.module)]).named_buffers())
-                for name, value in target.module.named_buffers():
-                    own[name].copy_(value)
+                measured, own = target.module, model.get_submodule(places[id(target.module)])
+                if isinstance(measured, HeldTokens) and isinstance(own, HeldTokens):
+                    own.hold_(measured.values_held(), measured.bias)
+                    continue
+                buffers = dict(own.named_buffers())
+                for name, value in measured.named_buffers():
+                    buffers[name].copy_(value)
         if self.scaling is not None:
             rescale_(model, self.scaling)
         renew_(model, self.image, self.caller)

@@ -101,6 +101,19 @@ def test_images_count_alike_whatever_their_size(several):
     assert len(several.proof.shifts) == 2
 
 
+def test_keys_are_measured_anew_on_images_of_any_size(done):
+    """Of another image the network gives what the original gives; of two that are as many keys, each counts alike."""
+    anew = normfix.calibrate(done.model, OTHER).model
+    assert apart(run(anew, OTHER), run(original(), OTHER)) < 1e-12
+    assert apart(run(done.model, IMAGE), run(original(), IMAGE)) < 1e-12
+    keys = held(normfix.calibrate(done.model, [OTHER, IMAGE[..., :32]]).model)
+    assert keys.bias.numel() == held(done.model).bias.numel() == 96
+    share = torch.cat([torch.full((n,), 1 / n, dtype=torch.float64) for n in (32, 64)])
+    q = torch.randn(2, 2, 5, 4, generator=GENERATOR, dtype=torch.float64)
+    found = keys(F.scaled_dot_product_attention, {"query": q, "key": q, "value": q})
+    assert apart(found, exact(q, keys.keys, keys.values, share)) < 1e-12
+
+
 def _lost(keys):
     keys.hold_([keys.keys[..., 1:, :], keys.values[..., 1:, :]], keys.bias[1:])
 
