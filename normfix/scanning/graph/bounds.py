@@ -74,7 +74,7 @@ def read_sizes(program: ExportedProgram) -> SizeLook:
     if free:
         reading = _Reading.of(free, letters)
         found[_Kind.BRANCH].update({Condition(text=f"{a} == {b}", line=""): None for a, b in reading.tied})
-        for formula, line in (*reading.asked(), *_chosen(program, reading)):
+        for formula, line in (*reading.asked(), *_chosen(program, reading), *_answered(program, reading)):
             try:
                 kind, condition = reading.condition(formula, line)
             except _Open as error:
@@ -221,6 +221,24 @@ def _chosen(program: ExportedProgram, reading: _Reading) -> Iterator[tuple[Any, 
                 for other in choice.args:
                     if other is not taken:
                         yield (other <= taken if isinstance(choice, Max) else taken <= other), _line(node)
+
+
+def _answered(program: ExportedProgram, reading: _Reading) -> Iterator[tuple[Any, str]]:
+    """Yield what questions about the size were answered that are part of the arithmetic, such as `y * (w == 50)`."""
+    known = {symbol: reading.extents[name] for symbol, name in reading.names.items()}
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.SymBool) or all(map(_is_question, node.users)):
+            continue
+        formula = value.node.expr.subs(reading.environment.replacements)
+        answer = formula.subs(known)
+        if not answer.free_symbols:
+            yield (formula if bool(answer) else ~formula), _line(node)
+
+
+def _is_question(node: Node) -> bool:
+    """Tell whether a node asks further or asserts, and computes nothing itself."""
+    return isinstance(node.meta.get("val"), torch.SymBool) or name_of(node).startswith("_assert")
 
 
 def _sizes_of(value: Any) -> Iterator[Any]:
