@@ -41,13 +41,13 @@ class Crossings:
     example: Tensor
     geometry: Geometry
     cross: Sequence[int]
-    _agreements: dict[tuple[int, Size], bool] = field(default_factory=dict, init=False, repr=False)
+    _agreements: dict[tuple[int | Size, ...], bool] = field(default_factory=dict, init=False, repr=False)
 
     def crossed(self, branch: Condition) -> bool:
         """Tell whether tiles equal the whole on either side of a branch, at all sizes that are tried."""
         sizes = list(dict.fromkeys(self._astride(branch)))
         outside = any(self._excludes(branch, size) for _, size in sizes)
-        return outside and self._agree(sizes)
+        return outside and self._agree(sizes) and self._agree_where_windows_are_excluded(branch)
 
     def differing(self, sizes: SizeLook) -> tuple[Condition, ...]:
         """Return the conditions that should make no difference to tiles and do: they count wherever they fail."""
@@ -85,11 +85,29 @@ class Crossings:
     def _agree(self, sizes: Sequence[tuple[int, Size]]) -> bool:
         return all(self._agrees(axis, size) for axis, size in sizes)
 
-    def _agrees(self, axis: int, size: Size) -> bool:
-        key = axis, size
+    def _agree_where_windows_are_excluded(self, branch: Condition) -> bool:
+        """Compare the least and the largest windows that a branch excludes with images that it does not exclude."""
+        images = [tuple(self.example.shape[2:])]
+        images += [far(self.geometry, self.cross, axis, _PIXELS[0]) for axis in self._axes]
+        for axis, size in itertools.product(self._axes, images):
+            tiles = [] if self._excludes(branch, size) else list(self._excluded(branch, axis, size))
+            if not all(self._agrees(axis, size, tile) for tile in {*tiles[:1], *tiles[-1:]}):
+                return False
+        return True
+
+    def _excluded(self, branch: Condition, axis: int, size: Size) -> Iterator[int]:
+        """Yield the tiles whose windows of an image, cut along an axis, a branch excludes."""
+        stride, halo = self.geometry.stride[axis], self.geometry.halo[axis]
+        context = sum(round_up(side, stride) for side in halo)
+        for tile in range(stride, size[axis] - context, stride):
+            if self._excludes(branch, (*size[:axis], context + tile, *size[axis + 1 :])):
+                yield tile
+
+    def _agrees(self, axis: int, size: Size, *tile: int) -> bool:
+        key = axis, size, *tile
         if key not in self._agreements:
             try:
-                agreement = agrees(self.double, self.example.double(), axis, self.geometry, size)
+                agreement = agrees(self.double, self.example.double(), axis, self.geometry, size, *tile)
             except refusals():
                 agreement = False
             self._agreements[key] = agreement

@@ -142,19 +142,21 @@ def shortest(geometry: Geometry, cross: Sequence[int], axis: int) -> tuple[int, 
     return (*cross[:axis], _second(geometry, axis) + sum(_reads(geometry, axis)), *cross[axis + 1 :])
 
 
-def agrees(f: Function, example: Tensor, axis: int, geometry: Geometry, size: Sequence[int]) -> bool:
+def agrees(
+    f: Function, example: Tensor, axis: int, geometry: Geometry, size: Sequence[int], tile: int = _TILE
+) -> bool:
     """Compare windows at the front, in the middle and at the end of a strip of some extents with the strip.
 
     Of the shortest strips two windows make up the whole.
     """
     stride, scale, length = geometry.stride[axis], geometry.scale[axis], size[axis]
-    before, tile, after = _reads(geometry, axis)
+    before, tile, after = _reads(geometry, axis, tile)
     reads = before + tile + after
     x = strip(example, size) + texture(example, size)
     whole = f(x)
     last = (length - reads) // stride * stride
     starts = [0, last // 2 // stride * stride, last]
-    if last == _second(geometry, axis):
+    if last == _second(geometry, axis, tile):
         starts, reads = [0, last], before + last + after
     for start in starts:
         extent = length - start if start == last else reads
@@ -167,16 +169,16 @@ def agrees(f: Function, example: Tensor, axis: int, geometry: Geometry, size: Se
     return True
 
 
-def _second(geometry: Geometry, axis: int) -> int:
+def _second(geometry: Geometry, axis: int, tile: int = _TILE) -> int:
     """Return where the second window of the shortest strip starts: an odd number of strides, which shows a lattice."""
     stride = geometry.stride[axis]
-    return (_reads(geometry, axis)[1] // stride | 1) * stride
+    return (_reads(geometry, axis, tile)[1] // stride | 1) * stride
 
 
-def _reads(geometry: Geometry, axis: int) -> tuple[int, int, int]:
+def _reads(geometry: Geometry, axis: int, tile: int = _TILE) -> tuple[int, int, int]:
     """Return what a small tile reads: before, itself, after, in whole strides."""
     stride, (before, after) = geometry.stride[axis], geometry.halo[axis]
-    return round_up(before, stride), round_up(_TILE, stride), round_up(after, stride)
+    return round_up(before, stride), round_up(tile, stride), round_up(after, stride)
 
 
 def _holds(

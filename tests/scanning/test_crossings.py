@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from branching import BY_PLACE, BY_SIZE, BY_STATISTIC, BY_VALUE, LOCAL, tiles_of
+from branching import BY_PLACE, BY_SIZE, BY_STATISTIC, BY_VALUE, LOCAL, Branching, tiles_of
 
 import normfix
 
@@ -12,6 +12,7 @@ QUICK = {
     "area",
     "kernel by width",
     "odd height",
+    "one width",
     "table",
     "centre",
     "where the corner",
@@ -67,6 +68,20 @@ def test_no_branch_is_predicted_wrongly_without_a_word(case, caplog):
             continue
         with torch.no_grad():
             assert difference(result, done.model(image)) < 1e-3
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_a_branch_that_only_narrow_windows_take_is_tried(factor):
+    """One that doubles them is refused by name; one that changes nothing is predicted."""
+    image = torch.rand(1, 1, 96, 144, generator=torch.Generator().manual_seed(0))
+    done = normfix.convert(Branching(lambda x: x * factor if x.shape[3] < 35 else x).eval(), image)
+    assert done.proof.passed
+    if factor == 1:
+        assert difference(normfix.predict(done.model, image, tile=32), done.model(image).detach()) < 1e-3
+        return
+    with pytest.raises(normfix.NormfixError, match="W >= 35") as caught:
+        normfix.predict(done.model, image, tile=32)
+    assert caught.value.code == "NF260"
 
 
 @pytest.mark.parametrize("case", cases(BY_SIZE, BY_PLACE))

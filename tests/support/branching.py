@@ -153,6 +153,9 @@ BY_SIZE: Mapping[str, Case] = {
     "either": Case(_if(lambda x: max(x.shape[2:]) > 250), _SMALL, _LARGER),
     "both": Case(_if(lambda x: min(x.shape[2:]) > 150), _SMALL, _LARGER),
     "between": Case(_if(lambda x: 500 < x.shape[3] < 600), _SMALL, ((32, 560, "plain"), (32, 640, "plain"))),
+    "one width": Case(
+        lambda x: x + ((x > -9) & (x.shape[3] == 34)), (96, 144, "plain"), ((96, 144, "plain"),)
+    ),
     "one size": Case(_if(lambda x: x.shape[3] == 1024), _SMALL, ((32, 1024, "plain"),)),
     "square": Case(_if(lambda x: x.shape[2] == x.shape[3], _far), (64, 160, "plain"), ((160, 160, "plain"),)),
     "not square": Case(
