@@ -41,7 +41,7 @@ class Crossings:
     example: Tensor
     geometry: Geometry
     cross: Sequence[int]
-    _agreements: dict[tuple[int | Size, ...], bool] = field(default_factory=dict, init=False, repr=False)
+    _agreements: dict[tuple[int, Size, tuple[int, ...]], bool] = field(default_factory=dict, init=False, repr=False)
 
     def crossed(self, branch: Condition) -> bool:
         """Tell whether tiles equal the whole on either side of a branch, at all sizes that are tried."""
@@ -104,7 +104,7 @@ class Crossings:
                 yield tile
 
     def _agrees(self, axis: int, size: Size, *tile: int) -> bool:
-        key = axis, size, *tile
+        key = axis, size, tile
         if key not in self._agreements:
             try:
                 agreement = agrees(self.double, self.example.double(), axis, self.geometry, size, *tile)
