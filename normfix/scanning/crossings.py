@@ -41,7 +41,9 @@ class Crossings:
     example: Tensor
     geometry: Geometry
     cross: Sequence[int]
-    _agreements: dict[tuple[int, Size, tuple[int, ...]], bool] = field(default_factory=dict, init=False, repr=False)
+    _agreements: dict[tuple[int, Size, tuple[int, ...]], bool] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def crossed(self, branch: Condition) -> bool:
         """Tell whether tiles equal the whole on either side of a branch, at all sizes that are tried."""
