@@ -10,7 +10,7 @@ from click.testing import CliRunner
 def test_strips_are_parts_of_one_region():
     """Together they are the region, and labels are cut as images are."""
     x = torch.arange(8 * 6.0).reshape(1, 1, 8, 6)
-    case = choosing_sets._strips(x, x, 4, lambda seed: None, (2, 2), 1)
+    case = choosing_sets._strips(x, x, 4, lambda seed: None, (2, 2))
     assert torch.equal(torch.cat(case.images, 2), x)
     assert all(
         (image[0, 0].numpy() == own).all() for image, own in zip(case.images, case.labels, strict=True)
