@@ -119,7 +119,7 @@ def test_torchscript_runs_where_there_is_no_normfix(grouped, tmp_path):
 @pytest.mark.slow
 def test_a_trace_that_is_tied_to_a_size_is_not_kept(tmp_path):
     """A network that multiplies by what Python makes of the width is NF591 as TorchScript, and nothing is written."""
-    done = normfix.convert(Counting(100), IMAGE)
+    done = normfix.convert(Counting(120), IMAGE)
     with pytest.raises(NormfixError, match="sd from the network") as info:
         normfix.save(done, tmp_path / "fixed.ts")
     assert info.value.code == "NF591"
