@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from normfix.images.headroom import lacks_memory
 from normfix.networks.calling import failures
 from normfix.networks.graph.isolation import silence
 from normfix.networks.quiet_imports import import_compiler
+from normfix.storage.script_source import objection
 from normfix.storage.transcription import Refusal, transcribed
 
 __all__ = ["main"]
@@ -30,6 +32,7 @@ def main() -> None:
     _bound(room)
     answer: dict[str, Any]
     try:
+        _require_inert(folder / "script.pt")
         transcript = transcribed(lambda: torch.jit.load(folder / "script.pt", map_location="cpu"))  # type: ignore[no-untyped-call]
         with silence():
             torch.export.save(transcript.program, folder / "program.pt2")
@@ -41,6 +44,15 @@ def main() -> None:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         answer = {"refused": reason, "code": "NF121" if lacks_memory(error) else "NF123"}
     (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
+
+
+def _require_inert(path: Path) -> None:
+    """Refuse an archive whose source would run when it is read, before it is."""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            met = objection(archive.read(name)) if name.endswith(".py") else ""
+            if met:
+                raise Refusal(f"its {name[:80]} holds {met}", "NF121")
 
 
 def _bound(room: int) -> None:

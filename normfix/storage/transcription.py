@@ -59,10 +59,12 @@ _NUMBERS = _named(
 """What a TorchScript program computes with numbers, lists and texts."""
 _STRUCTURE = _named(
     "prim",
-    """CallFunction CallMethod Constant data device DictConstruct dtype GetAttr If is_cuda isinstance layout
+    """Constant data device DictConstruct dtype GetAttr If is_cuda isinstance layout
     ListConstruct ListUnpack Loop max min NumToTensor RaiseException requires_grad SetAttr shape tolist TupleConstruct
     TupleIndex TupleSlice TupleUnpack unchecked_cast unchecked_unwrap_optional Uninitialized""",
 )
+_SORTED = frozenset({"Tensor", *(f"List[{kind}]" for kind in ("int", "float", "bool", "str"))})
+"""Kinds of what is sorted whose order torch knows: objects have a method for it."""
 _CHECKS = _NUMBERS | _named(
     "prim", "Constant If ListConstruct Loop max min RaiseException TupleConstruct Uninitialized"
 )
@@ -107,8 +109,9 @@ def transcribed(load: Callable[[], Any]) -> Transcript:
         warnings.simplefilter("ignore")
         script = _checked(load)
         channels, ndim, dtype = _taken(script)
-        image = _sample(script, channels, ndim, dtype)
+        # before it is run: a loop may have no end
         straight = _straightened(script, channels, ndim)
+        image = _sample(script, channels, ndim, dtype)
         program = _exported(straight, image)
         return Transcript(program, *_distance(program, load, image))
 
@@ -121,7 +124,7 @@ def _checked(load: Callable[[], Any]) -> Any:
     for parameter in getattr(script, "parameters", tuple)():
         parameter.requires_grad_(False)
     graph = script.forward.inlined_graph
-    called = {node.kind() for node in _nodes(graph)}
+    called = {_called(node) for node in _nodes(graph)}
     strange = sorted(
         kind
         for kind in called - _STRUCTURE - _NUMBERS
@@ -134,6 +137,14 @@ def _checked(load: Callable[[], Any]) -> Any:
             f"its forward takes {len(list(graph.inputs())) - 1} inputs, and one image is taken here"
         )
     return script
+
+
+def _called(node: Any) -> str:
+    """Return what a node calls; sorting objects calls a method of theirs, which the graph does not show."""
+    kind: str = node.kind()
+    sorts = kind in ("aten::sort", "aten::sorted")
+    given = next(node.inputs()).type().annotation_str if sorts else "Tensor"
+    return kind if given in _SORTED else f"{kind} of {given}"
 
 
 def _nodes(block: Graph) -> Iterator[Any]:

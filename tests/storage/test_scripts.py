@@ -1,6 +1,7 @@
 """TorchScript in: what torch makes of it is proved, what it cannot make is named, and nothing of a file runs unseen."""
 
 import io
+import warnings
 import zipfile
 
 import pytest
@@ -13,6 +14,7 @@ from torch.export import export
 import normfix
 from normfix.errors import NormfixError
 from normfix.storage import scripts, transcription
+from normfix.storage.script_source import objection
 from normfix.storage.transcription import Refusal, transcribed
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -162,6 +164,109 @@ def test_an_operator_that_files_may_not_call_is_refused_before_anything_runs(tmp
     assert (info.value.code, target.exists()) == ("NF121", False)
     script(IMAGE)
     assert target.exists()
+
+
+class Anything(nn.Module):
+    """Hides which module is called."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pass
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torch.jit says that it is deprecated
+    torch.jit.interface(Anything)
+
+
+class Behind(nn.Module):
+    """Calls a module by its interface alone."""
+
+    inner: Anything
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.inner, self.conv = Reading(path), nn.Conv2d(1, 1, 1)
+
+    def forward(self, x):
+        return self.inner.forward(self.conv(x))
+
+
+class Ordered:
+    """Is compared by a method, which sorting calls."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __lt__(self, other: "Ordered") -> bool:
+        return bool(torch.from_file(self.path, True, 1)[0] > 0)
+
+
+class Sorting(nn.Module):
+    """Sorts objects."""
+
+    items: list[Ordered]
+
+    def __init__(self, path: str):
+        super().__init__()
+        self.conv, self.items = nn.Conv2d(1, 1, 1), [Ordered(path), Ordered(path)]
+
+    def forward(self, x):
+        return self.conv(x) * len(sorted(self.items)[0].path)
+
+
+@pytest.mark.parametrize(("network", "met"), [(Behind, "prim::CallMethod"), (Sorting, "aten::sorted of")])
+def test_what_the_graph_does_not_show_is_refused_before_anything_runs(tmp_path, network, met):
+    """A call by an interface, and a method that an operator calls, could be any: NF121, and nothing was written."""
+    target = tmp_path / "mapped"
+    with pytest.raises(Refusal, match=met) as info:
+        transcribed(loader(torch.jit.script(network(str(target)).eval())))
+    assert (info.value.code, target.exists()) == ("NF121", False)
+
+
+HEAD = "class Net(Module):\n  __parameters__ = []\n  training : bool\n"
+CALL = 'torch.from_file("a", True, 1)'
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        f"def f(x: Tensor={CALL}) -> Tensor:\n  return x\n",
+        f"def f(*, x: Tensor={CALL}) -> Tensor:\n  return x\n",
+        f"{HEAD}  def f(self, x: List[Tensor]=[{CALL}]) -> Tensor:\n    return x[0]\n",
+        f"{HEAD}  x : Final[Tensor] = {CALL}\n",
+        f"class Pair(NamedTuple):\n  x : Tensor = {CALL}\n",
+        "def f(x: List[int]=[i for i in [1] * 1000000000]) -> int:\n  return 1\n",
+        HEAD + '  __annotations__["a", exec(\'1\')) #"] = Tensor\n',
+        HEAD + '  __annotations__["a=exec(1)"] = Tensor\n',
+        "# one line\rdef f() -> int:\n  return 1\n",
+        "def f(x: Tensor) -> Tensor:\n  return ^Foo(1)(x)\n",
+    ],
+)
+def test_source_that_would_run_as_it_is_read_is_refused(source):
+    """Defaults and constants are evaluated by torch's reader, and names written into Python source."""
+    assert objection(source.encode())
+
+
+def test_source_as_torch_writes_it_is_taken():
+    """Negative control: literals, whatever writes them, and names that are none of Python's."""
+    source = (
+        f'{HEAD}  eps : Final[float] = -1.0e-05\n  at : Final[Device] = torch.device("cpu")\n'
+        '  __annotations__["0-a"] = Tensor\n'
+        "  def forward(self, x: Tensor, n: List[int]=annotate(List[int], []), c: Tensor=CONSTANTS.c0) -> Tensor:\n"
+        '    return torch.conv2d(x, getattr(self, "0-a"))\n'
+    )
+    assert objection(source.encode()) == ""
+
+
+@pytest.mark.slow
+def test_a_default_is_not_evaluated_when_an_archive_is_opened(tmp_path):
+    """By way of a file: it is NF121, and what torch's reader would write is not there."""
+    path, target = tmp_path / "net.ts", tmp_path / "mapped"
+    torch.jit.script(Small(nn.InstanceNorm2d)).save(str(path))
+    evil = b'def f(x: Tensor=torch.from_file("%s", True, 1)) -> Tensor:\n  return x\n' % bytes(target)
+    rewritten(path, "/functional.py", lambda content: content + evil)
+    assert code_of(path) == "NF121"
+    assert not target.exists()
 
 
 def test_a_program_that_computes_something_else_is_refused(monkeypatch):
