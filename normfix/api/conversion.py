@@ -73,7 +73,6 @@ class ConvertOptions(TypedDict, total=False):
     allow_flat: bool
     halo: HaloSource
     tile: int | Sequence[int] | None
-    keys: int | Literal["all"] | None
     blocks: Blocks | None
     progress: Progress
 
@@ -91,7 +90,6 @@ def convert(
     allow_flat: bool = False,
     halo: HaloSource = "graph",
     tile: int | Sequence[int] | None = None,
-    keys: int | Literal["all"] | None = None,
     blocks: Blocks | None = None,
     progress: Progress = logged,
 ) -> Conversion:
@@ -115,9 +113,6 @@ def convert(
         halo: "graph" takes the bound that the network's graph gives, where it gives one; "measured" takes what the dye
             shows, which the verdict says.
         tile: size of the tiles to prove with, one number or one per axis; default: a third of the image, at most 256.
-        keys: hold keys and values of attention over all positions as constants: "all" those of the images, or how many
-            of all images together, drawn at random for each by its share; each image counts alike. Default: such
-            attention stays live, since its constants are as large as the images, in memory and in the file.
         blocks: how to measure in stages. With a size, a budget, a store or a cluster, or for images read by window,
             statistics are measured in stages over all of every image, in blocks of `tile` if they state no size, and
             then re-measured in other blocks; what needs whole forward passes is proved on the middle of the first
@@ -146,6 +141,7 @@ def convert(
             "NF205", "a plan says already what to keep. Give one of the two.", where=f"keep={keep!r}"
         )
     statistics, sized = WHOLE, True
+    keys = images.keys if isinstance(images, Measured) else None
     if isinstance(images, Windows | Measured):
         sized = not images.statistics.needs_size
         statistics, images = _sized(images.statistics, model), images.images

@@ -150,6 +150,8 @@ def convert_command(
         raise click.UsageError("--keep belongs to --to; a plan already says what to keep")
     if keys is not None and plan_file is not None:
         raise click.UsageError("--keys belongs to --to; a plan already says which keys are held")
+    if keys is not None and not images:
+        raise click.UsageError("--keys are those of IMAGES: give them")
     held = _keys(keys)
     if format_ == "pt2" and Path(out).suffix != ".pt2":
         raise NormfixError("NF227", "--format pt2 writes one file: give -o FILE.pt2.", where=out)
@@ -194,8 +196,8 @@ def convert_command(
         scaling = arguments.scaling()
         if choice is not None:
             measured = choice.made(opened.model, given, arguments, keep, as_trained, progress)
-        if measured != WHOLE and given is not None:
-            given = Measured(given, measured.words)
+        if given is not None and (measured != WHOLE or held is not None):
+            given = Measured(given, measured.words, held)
         done = convert(
             opened.model,
             given,
@@ -206,7 +208,6 @@ def convert_command(
             allow_flat=allow_flat,
             halo=halo,
             tile=tile,
-            keys=held,
             blocks=blocks,
             progress=progress,
         )

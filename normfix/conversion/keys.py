@@ -189,8 +189,8 @@ def require_room(plan: Plan, example: Sequence[int], sizes: Sequence[Sequence[in
     raise NormfixError(
         "NF598",
         f"keys and values of {len(sizes)} images would take {forecast / 2**30:.1f} GiB in memory and in the file, "
-        f"over {_MOST >> 30} GiB. Keep some of them: --keys N (keys=N) takes {thousand / 2**20:.3g} MiB for every "
-        "thousand, and the report says how far each image moves.",
+        f"over {_MOST >> 30} GiB. Keep some of them: --keys N (normfix.Measured(images, keys=N)) takes "
+        f"{thousand / 2**20:.3g} MiB for every thousand, and the report says how far each image moves.",
         where=plan.model,
     )
 

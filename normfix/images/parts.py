@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from normfix.images.given import GivenImages
 from normfix.records.statistics import Law, Statistics, parse_statistics
@@ -19,6 +20,9 @@ class Measured:
         images: as for normfix.convert.
         how: "whole", "windows:160:median", "images:geometric", "per-image", "blend:0.5", "distilled:160" and the like;
             docs/choosing.md says what each is and what is proved of it.
+        keys: hold keys and values of attention over all positions as constants: "all" those of the images, or how many
+            of all images together, drawn at random for each by its share; each image counts alike. Default: such
+            attention stays live, since its constants are as large as the images, in memory and in the file.
 
     Raises:
         NormfixError: NF587 for words that say nothing of the kind.
@@ -31,6 +35,7 @@ class Measured:
 
     images: GivenImages
     how: str = "whole"
+    keys: int | Literal["all"] | None = None
 
     def __post_init__(self) -> None:
         self.statistics  # noqa: B018 - raises what is wrong with it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -32,4 +33,6 @@ def run_fresh(script: str, *words: str, seconds: float | None = None) -> str:
         )
     except subprocess.TimeoutExpired:
         return f"it took longer than {seconds:.0f} seconds"
+    if result.returncode and result.returncode == -getattr(signal, "SIGXCPU", 0):
+        return "it computed for longer than it may"
     return (result.stderr.strip().splitlines() or ["it died without a word"])[-1] if result.returncode else ""

@@ -7,8 +7,12 @@ program.pt2 and answer.json into the folder.
 from __future__ import annotations
 
 import json
+import math
 import sys
+import time
 import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,9 @@ from normfix.storage.transcription import Refusal, transcribed
 
 __all__ = ["main"]
 
+_READING, _BYTES_A_SECOND = 10, 4 << 20
+"""Seconds of processor time to read and check an archive in, and bytes of it for each more; MONAI's networks take 2."""
+
 
 def main() -> None:
     """Transcribe the archive that the arguments name, and write down what came of it."""
@@ -33,7 +40,11 @@ def main() -> None:
     answer: dict[str, Any]
     try:
         _require_inert(folder / "script.pt")
-        transcript = transcribed(lambda: torch.jit.load(folder / "script.pt", map_location="cpu"))  # type: ignore[no-untyped-call]
+        with _hurried((folder / "script.pt").stat().st_size) as take_time:
+            transcript = transcribed(
+                lambda: torch.jit.load(folder / "script.pt", map_location="cpu"),  # type: ignore[no-untyped-call]
+                take_time,
+            )
         with silence():
             torch.export.save(transcript.program, folder / "program.pt2")
         dtype = str(transcript.dtype).removeprefix("torch.")
@@ -53,6 +64,32 @@ def _require_inert(path: Path) -> None:
             met = objection(archive.read(name)) if name.endswith(".py") else ""
             if met:
                 raise Refusal(f"its {name[:80]} holds {met}", "NF121")
+
+
+@contextmanager
+def _hurried(size: int) -> Iterator[Callable[[], None]]:
+    """Let the process compute for a few seconds and no more, where the system can, until what is given is called.
+
+    Reading and checking is all in C++, which no exception of Python stops: the system ends the process.
+    """
+    if sys.platform != "linux":
+        yield lambda: None
+        return
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    limit = math.ceil(time.process_time()) + _READING + size // _BYTES_A_SECOND
+    resource.setrlimit(
+        resource.RLIMIT_CPU, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
+    )
+
+    def take_time() -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (hard, hard))
+
+    try:
+        yield take_time
+    finally:
+        take_time()
 
 
 def _bound(room: int) -> None:

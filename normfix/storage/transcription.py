@@ -31,6 +31,7 @@ Graph = Any
 
 _ROUNDS = 4
 """One choice decides the next; interpolation is the deepest, of three."""
+_MOST_TURNS = 1024
 _SAMPLES = {1: (256, 1024), 2: (128, 256, 512), 3: (32, 64, 96)}
 """Extents that are tried per number of axes: a network may need more than its stride, for a norm of its deepest map."""
 _BATCH = 2
@@ -88,11 +89,12 @@ class Transcript:
     dtype: torch.dtype
 
 
-def transcribed(load: Callable[[], Any]) -> Transcript:
+def transcribed(load: Callable[[], Any], begin: Callable[[], None] = lambda: None) -> Transcript:
     """Return the program of a TorchScript archive.
 
     Args:
         load: opens it anew, on the CPU; it is called up to four times.
+        begin: called before anything of it is run, once it was read and its control flow is gone.
 
     Raises:
         Refusal: naming what the road does not take, the operations that no file may call, or how far the program is
@@ -111,6 +113,7 @@ def transcribed(load: Callable[[], Any]) -> Transcript:
         channels, ndim, dtype = _taken(script)
         # before it is run: a loop may have no end
         straight = _straightened(script, channels, ndim)
+        begin()
         image = _sample(script, channels, ndim, dtype)
         program = _exported(straight, image)
         return Transcript(program, *_distance(program, load, image))
@@ -132,11 +135,22 @@ def _checked(load: Callable[[], Any]) -> Any:
     )
     if strange:
         raise Refusal(f"it calls {', '.join(strange)[:200]}, which no program from a file may call", "NF121")
+    endless = next((node for node in _nodes(graph) if _turns(node) > _MOST_TURNS), None)
+    if endless is not None:
+        raise Refusal(f"it has a loop that may have no end (prim::Loop at {_place(endless)})")
     if len(list(graph.inputs())) != 2:
         raise Refusal(
             f"its forward takes {len(list(graph.inputs())) - 1} inputs, and one image is taken here"
         )
     return script
+
+
+def _turns(node: Any) -> int:
+    """Return how often a loop turns at most, where that is a constant; of a `while` it is the largest integer."""
+    if node.kind() != "prim::Loop":
+        return 0
+    turns = _number_of(next(node.inputs()))
+    return turns if isinstance(turns, int) else 0
 
 
 def _called(node: Any) -> str:

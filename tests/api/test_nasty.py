@@ -90,8 +90,8 @@ def test_an_extent_hidden_in_a_tensor_fails_the_tiles():
 def test_a_site_the_scan_missed_is_caught(kind, monkeypatch):
     """Without the dye, a live site missing from the plan is found live by the proof, or stops the network by name."""
 
-    def blind(*given):
-        found = survey(*given)
+    def blind(*given, **options):
+        found = survey(*given, **options)
         last = [site for site in found.sites if site.live][-1]
         return replace(found, sites=tuple(site for site in found.sites if site is not last))
 

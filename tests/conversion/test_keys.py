@@ -54,12 +54,12 @@ def exact(q, keys, values, share):
 
 @pytest.fixture(scope="module")
 def done():
-    return normfix.convert(original(), IMAGE, keys="all", tile=16)
+    return normfix.convert(original(), normfix.Measured(IMAGE, keys="all"), tile=16)
 
 
 @pytest.fixture(scope="module")
 def several():
-    return normfix.convert(original(), [IMAGE, OTHER], keys="all", tile=16)
+    return normfix.convert(original(), normfix.Measured([IMAGE, OTHER], keys="all"), tile=16)
 
 
 def held(net):
@@ -152,7 +152,7 @@ def test_a_bias_that_is_not_used_is_caught(several):
 
 def test_some_keys_are_kept_with_equal_shares():
     """Of N keys each image gives half; the identity is proved with all, and each image's error is reported."""
-    done = normfix.convert(original(), [IMAGE, OTHER], keys=40, tile=16)
+    done = normfix.convert(original(), normfix.Measured([IMAGE, OTHER], keys=40), tile=16)
     assert held(done.model).bias.tolist() == [0.0] * 40
     assert done.proof.passed
     assert [shift.image for shift in done.proof.shifts] == [0, 1]
@@ -191,14 +191,14 @@ def test_what_they_take_is_forecast(done):
 def test_a_number_of_keys_is_a_number(keys):
     """What is no number of keys is refused before anything runs."""
     with pytest.raises(NormfixError) as caught:
-        normfix.convert(nn.Conv2d(1, 1, 1), IMAGE, keys=keys)
+        normfix.convert(nn.Conv2d(1, 1, 1), normfix.Measured(IMAGE, keys=keys))
     assert caught.value.code == "NF598"
 
 
 def test_attention_that_is_written_out_is_held():
     """Its two products take the keys and the values, whichever stands first; images of unlike sizes are refused."""
     net = original("keys in rows")
-    done = normfix.convert(net, IMAGE, keys="all", tile=16)
+    done = normfix.convert(net, normfix.Measured(IMAGE, keys="all"), tile=16)
     assert done.proof.passed
     assert [d.site.function for d in done.plan.converted] == ["group_norm", "matmul", "matmul"]
     assert apart(normfix.predict(done.model, IMAGE, tile=16), run(net, IMAGE)) < 1e-12
@@ -237,7 +237,7 @@ class Encoded(nn.Module):
 def test_torchs_own_layers_are_exact():
     """nn.MultiheadAttention inside torch's encoder layer, also where nothing watches the calls."""
     net = Encoded().double().eval()
-    done = normfix.convert(net, IMAGE, keys="all", tile=16)
+    done = normfix.convert(net, normfix.Measured(IMAGE, keys="all"), tile=16)
     assert done.proof.passed
     tiles = torch.cat([run(done.model, part) for part in IMAGE.split(16, 3)], 3)
     assert apart(tiles, run(net, IMAGE)) < 1e-12
@@ -260,7 +260,7 @@ class Placed(nn.Module):
 
 def test_a_network_that_knows_its_size_stays_live_by_name():
     """Holding keys would not make its tiles equal: it is said why, and the rest is converted."""
-    done = normfix.convert(Placed().double().eval(), IMAGE, keys="all", tile=16)
+    done = normfix.convert(Placed().double().eval(), normfix.Measured(IMAGE, keys="all"), tile=16)
     (left,) = done.plan.left_live
     assert "stretched to the image's extent" in left.reason
     assert done.proof.partial

@@ -47,6 +47,20 @@ class Resized(nn.Module):
         return self.head(torch.cat([x, deep], 1))
 
 
+class Endless(nn.Module):
+    """A loop without an end, which computes nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3, padding=1)
+
+    def forward(self, x):
+        go = True
+        while go:
+            assert x.dim() != 9
+        return self.conv(x)
+
+
 class Branching(nn.Module):
     """Computes something else for bright images."""
 
@@ -139,6 +153,13 @@ def test_a_script_becomes_a_program_that_computes_the_same(norm, form):
 def test_choices_by_the_number_of_axes_are_decided(script):
     """Checks of sizes, and conditions on how many axes there are, are no control flow once that is known."""
     assert transcribed(loader(script())).max_sd < 1e-12
+
+
+def test_a_loop_that_may_have_no_end_is_refused_before_anything_runs():
+    """A check in it computes nothing, so no graph keeps it, and the script would still turn in it for ever."""
+    with pytest.raises(Refusal, match=r"no end \(prim::Loop at") as info:
+        transcribed(loader(torch.jit.script(Endless())))
+    assert info.value.code == "NF123"
 
 
 def test_control_flow_is_named_with_its_line():
