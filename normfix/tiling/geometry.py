@@ -581,7 +581,7 @@ def _doubled(first: int, most: int) -> Iterator[int]:
 def _wide(cross: Sequence[int], axis: int) -> tuple[int, ...]:
     """Return a cross-section so wide that taps off the axis are seen, in whole multiples of the thinnest."""
     factor = 1
-    while math.prod(2 * factor * n for i, n in enumerate(cross) if i != axis) <= _ACROSS:
+    while len(cross) > 1 and math.prod(2 * factor * n for i, n in enumerate(cross) if i != axis) <= _ACROSS:
         factor *= 2
     return tuple(n if i == axis else factor * n for i, n in enumerate(cross))
 

@@ -31,7 +31,7 @@ from networks import (
 )
 from torch import nn
 
-from normfix.tiling.geometry import cross_section, holds_stride, measure_locality
+from normfix.tiling.geometry import _wide, cross_section, holds_stride, measure_locality
 from normfix.tiling.grid import Geometry
 
 EXAMPLE = torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(1))
@@ -257,3 +257,8 @@ def test_a_halo_that_is_measured_holds_the_end_of_a_shifted_map(shift, halo):
 
     geometry = _measure(Shifted(), (1, 1)).geometry
     assert geometry.halo == ((3, 3), halo)
+
+
+def test_a_line_has_no_width():
+    """Of one axis there is nothing across that could be widened."""
+    assert (_wide((8,), 0), _wide((4, 4), 0)[0]) == ((8,), 4)

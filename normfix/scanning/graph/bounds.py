@@ -35,6 +35,8 @@ AXES = {3: "L", 4: "HW", 5: "DHW"}
 _TORCH = str(Path(torch.__file__).parent)
 _MEANT = frozenset({"slice_forward", "split"})
 """Functions of torch's whose questions are about what is computed: where a slice ends, into how many parts it falls."""
+_CHOOSING = frozenset({"conv"})
+"""Functions of torch's that ask for a size to choose one of several kernels, which all compute the same."""
 _EVEN = frozenset(
     {"full", "zeros", "ones", "empty", "new_full", "new_zeros", "new_ones", "new_empty", "rand", "randn"}
 )
@@ -130,7 +132,7 @@ class _Reading:
     def asked(self) -> Iterator[tuple[Any, str]]:
         """Yield the guards that are about what is computed, with the line that asks where it is not torch's own."""
         for guard in self.environment.guards:
-            frame = getattr(getattr(guard, "sloc", None), "framework_loc", None)
+            frame = _frame(guard)
             file = str(getattr(frame, "filename", ""))
             if file.startswith(_TORCH):
                 if getattr(frame, "name", "") in _MEANT:
@@ -143,9 +145,10 @@ class _Reading:
 
     def limits(self, known: Collection[Condition]) -> Iterator[Condition]:
         """Yield the largest extents that the graph holds for and that no condition known already says."""
+        chosen = [g.expr.args for g in self.environment.guards if getattr(_frame(g), "name", "") in _CHOOSING]
         for symbol, name in self.names.items():
             upper = self.environment.var_to_range[symbol].upper
-            if name == "N" or not upper.is_Integer or int(upper) >= KERNELS - 1:
+            if name == "N" or not upper.is_Integer or int(upper) >= KERNELS - 1 or (symbol, upper) in chosen:
                 continue
             # a condition and its negation may differ by one
             beyond = {**self.extents, name: int(upper) + 2}
@@ -182,6 +185,11 @@ class _Reading:
             return _Kind.TRIVIAL
         broken = _differs(condition) or _is_broken(condition, extents)
         return _Kind.BRANCH if broken else _Kind.TRIVIAL
+
+
+def _frame(guard: Any) -> Any:
+    """Return where torch was asked a question about a size, None if it does not say."""
+    return getattr(getattr(guard, "sloc", None), "framework_loc", None)
 
 
 def _differs(condition: Condition) -> bool:
