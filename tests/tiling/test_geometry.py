@@ -119,7 +119,7 @@ def test_axes_of_one_halo_may_be_exact_at_different_sizes(stride, weak):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("block", [64, pytest.param(128, marks=pytest.mark.zoo)])
 def test_a_lattice_of_few_halvings_is_found(block):
     """Where the maps are coarse already, blocks of two and of four of their pixels are told apart."""
     assert _measure(Blocks(block), (32, 32)).geometry.stride == (block, block)
