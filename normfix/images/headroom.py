@@ -18,7 +18,7 @@ from threading import Lock
 if sys.platform == "linux":
     import resource
 
-__all__ = ["Headroom", "lacks_memory"]
+__all__ = ["Headroom", "lacks_memory", "written_bytes"]
 
 _RESIDENT, _DATA = 1, 5
 """Fields of /proc/self/statm: pages in memory, and pages that may be written to and are nobody else's."""
@@ -78,7 +78,7 @@ class Headroom:
     def _hold(self, growth: int) -> None:
         if sys.platform == "linux":
             soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-            limit = _bytes(_DATA) + growth
+            limit = written_bytes() + growth
             # A limit of the user's own that is lower stays.
             if all(other == resource.RLIM_INFINITY or other > limit for other in (soft, hard)):
                 resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
@@ -98,6 +98,11 @@ def lacks_memory(error: BaseException | None) -> bool:
     while error is not None and not isinstance(error, MemoryError):
         error = error.__cause__
     return error is not None
+
+
+def written_bytes() -> int:
+    """Return the bytes that the process may write to and that are nobody else's, 0 where they cannot be told."""
+    return _bytes(_DATA)
 
 
 def _resident() -> int:

@@ -29,6 +29,7 @@ __all__ = [
     "operand_of",
     "reduced_by",
     "taken_by",
+    "tokens_of",
     "with_operand",
 ]
 
@@ -200,6 +201,11 @@ def with_operand(
 
     taken = [replaced(given) for given in args]
     return function(*taken, **{name: replaced(given) for name, given in kwargs.items()})
+
+
+def tokens_of(name: str, rank: int) -> int:
+    """Return the dimension of an attention's operands that its tokens are in: the first of nn.MultiheadAttention's."""
+    return 0 if name == "multi_head_attention_forward" else rank - 2
 
 
 def reduced_by(name: str, given: Mapping[str, Any], rank: int) -> tuple[int, ...] | None:

@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 
-from normfix.networks.functions import ATTENTION
+from normfix.networks.functions import ATTENTION, tokens_of
 from normfix.records.choices import StrEnum
 from normfix.scanning.census import LEAVES, PICKS, Call
 from normfix.scanning.growth import FIXED, REDUCED, SQUARED, Growth
@@ -150,8 +150,7 @@ def looks_alone(call: Call, role: Role, space: Collection[int]) -> bool:
         space: dimensions of its main operand that follow the image.
     """
     if role is Role.PAIRS:
-        tokens = 0 if call.function == "multi_head_attention_forward" else len(call.inputs[0]) - 2
-        return call.function in ATTENTION and tokens not in space
+        return call.function in ATTENTION and tokens_of(call.function, len(call.inputs[0])) not in space
     return role in (Role.MIXING, Role.PARTIAL)
 
 

@@ -18,12 +18,15 @@ from typing import Any
 
 import torch
 
-from normfix.images.headroom import lacks_memory
+from normfix.images.headroom import lacks_memory, written_bytes
 from normfix.networks.calling import failures
 from normfix.networks.graph.isolation import silence
 from normfix.networks.quiet_imports import import_compiler
 from normfix.storage.script_source import objection
 from normfix.storage.transcription import Refusal, transcribed
+
+if sys.platform == "linux":
+    import resource
 
 __all__ = ["main"]
 
@@ -75,15 +78,10 @@ def _hurried(size: int) -> Iterator[Callable[[], None]]:
     if sys.platform != "linux":
         yield lambda: None
         return
-    import resource
-
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    limit = math.ceil(time.process_time()) + _READING + size // _BYTES_A_SECOND
-    resource.setrlimit(
-        resource.RLIMIT_CPU, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
-    )
+    _limit_(resource.RLIMIT_CPU, math.ceil(time.process_time()) + _READING + size // _BYTES_A_SECOND)
 
     def take_time() -> None:
+        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
         resource.setrlimit(resource.RLIMIT_CPU, (hard, hard))
 
     try:
@@ -94,14 +92,11 @@ def _hurried(size: int) -> Iterator[Callable[[], None]]:
 
 def _bound(room: int) -> None:
     """Let the process grow by so many bytes and no more, where the system can."""
-    if sys.platform != "linux":
-        return
-    import mmap
-    import resource
+    if sys.platform == "linux":
+        _limit_(resource.RLIMIT_DATA, written_bytes() + room)
 
-    taken = int(Path("/proc/self/statm").read_bytes().split()[5]) * mmap.PAGESIZE
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = taken + room
-    resource.setrlimit(
-        resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
-    )
+
+def _limit_(kind: int, most: int) -> None:
+    """Let the process take so much of something and no more, or less where it is held to less."""
+    _, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))

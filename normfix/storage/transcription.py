@@ -121,9 +121,7 @@ def transcribed(load: Callable[[], Any], begin: Callable[[], None] = lambda: Non
 
 def _checked(load: Callable[[], Any]) -> Any:
     """Return a script in eval mode that calls what files may call and nothing else; nothing of it has run yet."""
-    script = load()
-    if getattr(script, "training", False):
-        script.eval()
+    script = _evaluated(load())
     for parameter in getattr(script, "parameters", tuple)():
         parameter.requires_grad_(False)
     graph = script.forward.inlined_graph
@@ -142,6 +140,13 @@ def _checked(load: Callable[[], Any]) -> Any:
         raise Refusal(
             f"its forward takes {len(list(graph.inputs())) - 1} inputs, and one image is taken here"
         )
+    return script
+
+
+def _evaluated(script: Any) -> Any:
+    """Put a script into eval mode, in place; a frozen one has none."""
+    if getattr(script, "training", False):
+        script.eval()
     return script
 
 
@@ -396,9 +401,7 @@ def _attribute(body: Any, path: str) -> Any:
 
 def _script_in(load: Callable[[], Any], dtype: torch.dtype) -> Any:
     """Return the script as it was read with its real numbers in a dtype, those too that freezing put into its graph."""
-    script = load().to(dtype)
-    if getattr(script, "training", False):
-        script.eval()
+    script = _evaluated(load().to(dtype))
     for node in _nodes(script.forward.graph):
         if node.kind() == "prim::Constant" and node.hasAttribute("value") and node.kindOf("value") == "t":
             value = node.t("value")

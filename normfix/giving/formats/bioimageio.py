@@ -201,7 +201,8 @@ def _old_files(content: Mapping[str, Any], description: Description, gift: Gift)
     forms = [entry.get("source") for entry in content["weights"].values() if isinstance(entry, Mapping)]
     names = dict.fromkeys(map(str, forms), "it holds the original network")
     names[description.weights.name] = new
-    code = None if description.architecture is None else description.architecture.file
+    assert description.architecture is not None
+    code = description.architecture.file
     if code is not None and not _is_own(gift):
         names[code.name] = "the installed library's class takes its place"
     samples = [output.get("sample_tensor") for output in content["outputs"]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from normfix.networks.functions import ATTENTION
+from normfix.networks.functions import ATTENTION, tokens_of
 from normfix.records.sites import StatisticSpec
 from normfix.scanning.census import Call
 from normfix.scanning.growth import Growth
@@ -34,8 +34,7 @@ def factors_of(position: int, calls: Sequence[Call], products: Mapping[int, Fact
     call = calls[position]
     if call.function not in ATTENTION:
         return (products[position],) if position in products else ()
-    # the first dimension is that of the tokens in nn.MultiheadAttention's function
-    tokens = 0 if call.function == "multi_head_attention_forward" else len(call.inputs[0]) - 2
+    tokens = tokens_of(call.function, len(call.inputs[0]))
     return tuple(Factor(number, tokens) for number in (1, 2))
 
 
