@@ -3,7 +3,9 @@
 import os
 import sys
 
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each compiling test starts a pool of processes
+os.environ.setdefault(
+    "TORCHINDUCTOR_COMPILE_THREADS", "1"
+)  # else each compiling test starts a pool of processes
 
 import pytest
 import torch
