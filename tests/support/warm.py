@@ -75,7 +75,7 @@ def _serve(address: str) -> tuple[list[str], list[int]] | None:
         listener.bind(address)
         listener.listen()
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-        print("ready", flush=True)
+        os.write(1, b"ready\n")
         while listener in select.select([listener, sys.stdin], [], [])[0]:
             caller, _ = listener.accept()
             with caller:
@@ -126,7 +126,7 @@ def _main(address: str, program: str) -> None:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
+            sys.stderr.write(f"{end.code}\n")
     except BaseException:  # noqa: BLE001 - as Python ends
         traceback.print_exc()
         code = 1
