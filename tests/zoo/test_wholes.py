@@ -1,5 +1,7 @@
 """Whole images of real networks that nobody converted are what they give untiled; and the zoo can say no."""
 
+import logging
+
 import pytest
 import torch
 from torch import nn
@@ -12,7 +14,20 @@ from .running import apart, missing
 from .whole_table import with_wholes
 from .wholes import EQUAL, WHOLES, examine_whole, image_of
 
-EXACT = ()
+EXACT = (
+    "diffusers AsymmetricAutoencoderKL",
+    "diffusers AutoencoderKL attention",
+    "diffusers UNet2DModel attention",
+    "diffusers VQModel",
+    "monai AutoencoderKL attention 2D",
+    "smp Unet resnet18 scse",
+    "torchvision lraspp_mobilenet_v3_large",
+    "transformers ConvNextV2Backbone",
+    "transformers GLPNForDepthEstimation",
+    "transformers PvtV2Backbone",
+    "transformers SegformerForSemanticSegmentation",
+    "transformers SegformerModel",
+)
 """Networks with live norms, pools, gates and attention of all positions; docs/zoo.md has all that were tried."""
 
 
@@ -56,6 +71,22 @@ def test_one_wrong_pixel_and_a_run_in_one_block_are_not_exact(monkeypatch, by, b
     """The examination holds what was given against the network itself, and counts how often it was cut."""
     monkeypatch.setattr(normfix, "predict", _off(by, blocks))
     assert examine_whole(SMALL)["category"] == category
+
+
+def test_statistics_in_passes_are_told_from_stages(monkeypatch):
+    """A fallback that the package announces is an outcome of its own, with the reason."""
+    predict = _off(0, 8)
+
+    def falling_back(model, image, **options):
+        logging.getLogger("normfix").warning(
+            "statistics are measured in passes over whole images, for it cannot"
+        )
+        return predict(model, image, **options)
+
+    monkeypatch.setattr(normfix, "predict", falling_back)
+    row = examine_whole(SMALL)
+    assert row["category"] == "exact by passes"
+    assert row["cause"].endswith("for it cannot")
 
 
 def test_an_error_that_is_no_refusal_is_a_failure(monkeypatch):

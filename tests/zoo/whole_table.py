@@ -31,7 +31,7 @@ def with_wholes(page: str, rows: Iterable[Row]) -> str:
 
 def _section(rows: list[Row]) -> str:
     counts = Counter(row["category"] for row in rows)
-    exact = [row for row in rows if row["category"] == "exact"]
+    exact = [row for row in rows if row["category"].startswith("exact")]
     lines = [
         _BEGIN.rstrip(),
         "## Whole images of unconverted networks",

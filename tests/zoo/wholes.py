@@ -9,9 +9,11 @@ a watch, for a run in one block would show nothing.
 
 from __future__ import annotations
 
+import logging
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ __all__ = ["EQUAL", "WHOLES", "Counted", "examine_whole", "image_of"]
 
 WHOLES = {
     "exact": "in two blocks or more it gives the untiled output to 1e-9 standard deviations, in float64",
+    "exact by passes": "as exact, but its statistics are measured in passes over the whole image, as it says",
     "refused": "the package says why it cannot",
     "not dense": "the output is no map of the image",
     "wrong": "it gave something else without a word",
@@ -58,6 +61,30 @@ class Counted:
         """Count a block of a stage."""
         self.each[step.stage] = step.blocks
         self.blocks = max(self.each.values())
+
+
+class _Told(logging.Handler):
+    """Keeps what the package says instead of stages."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.passes = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep why statistics are measured in passes."""
+        text = record.getMessage()
+        if "in passes over whole images" in text:
+            self.passes = text
+
+
+@contextmanager
+def _listening() -> Iterator[_Told]:
+    told, logger = _Told(), logging.getLogger("normfix")
+    logger.addHandler(told)
+    try:
+        yield told
+    finally:
+        logger.removeHandler(told)
 
 
 def examine_whole(
@@ -110,9 +137,10 @@ def _examine(entry: Entry, row: dict[str, Any], report: Callable[[dict[str, Any]
     report(row)
     start = time.process_time()
     options: dict[str, Any] = {"forward_fn": entry.call, "output": entry.output, "engine": "stages"}
-    given = normfix.predict(
-        model, image, tile=tile, statistics="per-image", blocks=Blocks(watch=watch), **options
-    )
+    with _listening() as told:
+        given = normfix.predict(
+            model, image, tile=tile, statistics="per-image", blocks=Blocks(watch=watch), **options
+        )
     row |= {
         "predict_s": round(time.process_time() - start, 1),
         "stages": watch.stages,
@@ -124,4 +152,4 @@ def _examine(entry: Entry, row: dict[str, Any], report: Callable[[dict[str, Any]
     elif watch.blocks < 2:
         row |= {"category": "refused", "cause": "one block is the whole image: its blocks cannot be smaller"}
     else:
-        row |= {"category": "exact", "cause": ""}
+        row |= {"category": "exact by passes" if told.passes else "exact", "cause": told.passes}
