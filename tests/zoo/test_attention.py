@@ -182,7 +182,7 @@ def scse():
     return _between_convolutions(modules.SCSEModule(8, 2)), 1, None
 
 
-GATES = ("se", "ese", "eca", "ecam", "ceca", "ge", "gc", "gca", "cbam", "lcbam", "nl")
+GATES = ("se", "ese", "eca", "ecam", "ceca", "gc", "gca", "cbam", "lcbam", "nl")
 """Blocks that weigh channels or positions by the whole image, by timm's names."""
 
 
