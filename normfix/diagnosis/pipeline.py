@@ -86,8 +86,8 @@ def diagnose_pipeline(
         predict: `predict(image)`, or, with a network, `predict(image, network)`.
         image: what it takes; a tensor (N, C, *space) where a network is given.
         tile: about how large its tiles are.
-        network: the network it runs, which probes replace. One that takes windows of one size alone is scanned on one of
-            `tile` pixels.
+        network: the network it runs, which probes replace. One that takes windows of one size alone is scanned on one
+            window of the tile's extents.
         stride: of the network; default: measured where it is given, else 32.
         margin: as for check.
         output: key or index of the network's output that counts, where it returns several.
