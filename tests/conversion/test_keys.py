@@ -119,8 +119,10 @@ def test_keys_are_measured_anew_on_images_of_any_size(done):
 def test_blocks_give_no_keys(done):
     """Stages refuse them by name with the ways that there are; images in memory are measured in passes instead."""
     targets = measured_targets(done.model, done.plan)
-    with pytest.raises(NotInStages, match="statistics=\"per-image\"") as caught:
-        measure_in_stages_(copy.deepcopy(done.model), targets, [TensorImage(OTHER)], Caller(), normfix.Blocks())
+    with pytest.raises(NotInStages, match='statistics="per-image"') as caught:
+        measure_in_stages_(
+            copy.deepcopy(done.model), targets, [TensorImage(OTHER)], Caller(), normfix.Blocks()
+        )
     assert (caught.value.code, caught.value.where) == ("NF323", SITE)
     anew = normfix.calibrate(done.model, OTHER, blocks=normfix.Blocks(tile=16))
     assert "passes" in str(anew.summary.engine)
