@@ -63,8 +63,8 @@ class Crossings:
     def fitting(self) -> tuple[Condition, ...]:
         """Return which windows give what the whole gives, where no graph tells it: () for all.
 
-        Those from an extent on, or none. What is compared is wide along every axis, and windows are tried from large ones
-        to a stride, in halves.
+        Those from an extent on, or none. What is compared is wide along every axis, and windows are tried from large
+        ones to a stride, in halves.
         """
         names = AXES[self.example.dim()]
         found = []

@@ -99,8 +99,9 @@ def test_a_number_that_was_built_in_is_said(name, expected):
         (lambda x: torch.nn.functional.softplus(x, beta=x.shape[2] / 32), "H / 32 == 2.0"),
         (lambda x: x * torch.ones(x.shape[3]).sum(), "W == 96"),
         (lambda x: x * torch.scalar_tensor(x.shape[3] & 64), "W == 96"),
+        (lambda x: torch.cat([x, -x], 1).narrow(1, x.shape[3] // 64 % 2, 1), "(W//64) % 2 == 1"),
     ],
-    ids=["factor", "parameter", "counted", "without a text"],
+    ids=["factor", "parameter", "counted", "without a text", "channel"],
 )
 def test_a_number_that_values_are_made_of_is_a_condition(way, expected):
     """A size that is multiplied with, or counted, leaves no guard; what has no formula is that of one size."""

@@ -47,6 +47,7 @@ _EXTENTS = (8, 12, 16, 24, 40, 64, 100, 160, 250, 400, 640, 1000, 1600, 2500, 40
 """Extents at which a condition is asked whether any image breaks it."""
 _PLACING = ("upsample", "_upsample", "arange", "linspace", "grid_sampler")
 """Operators whose numbers say where something is and not what."""
+_PARTS = frozenset({"select", "slice", "narrow"})
 _VALUES = frozenset({"Tensor", "number", "float", "Optional[number]", "Optional[float]", "Optional[Tensor]"})
 """Types of an operator's arguments that values are made of; extents and places are SymInt."""
 KERNELS = 1 << 31
@@ -295,7 +296,7 @@ def _numbers(program: ExportedProgram, image: Node, reading: _Reading) -> Iterat
 
 
 def _factors(node: Node) -> Iterator[Any]:
-    """Yield the formulas of a node's arguments that become values, and no extents or places."""
+    """Yield the formulas of a node's arguments that become values, or choose among channels; no extents, no places."""
     schema = getattr(node.target, "_schema", None)
     if schema is None or name_of(node).startswith(_PLACING):
         return
@@ -306,8 +307,17 @@ def _factors(node: Node) -> Iterator[Any]:
     ]
     for argument, given in pairs:
         value = given.meta.get("val") if isinstance(given, Node) else None
-        if str(argument.type) in _VALUES and isinstance(value, torch.SymInt | torch.SymFloat):
+        counts = str(argument.type) in _VALUES or _is_of_channels(node)
+        if counts and isinstance(value, torch.SymInt | torch.SymFloat):
             yield value.node.expr
+
+
+def _is_of_channels(node: Node) -> bool:
+    """Tell whether a node takes a part along a dimension of one extent, whatever the image's."""
+    if name_of(node) not in _PARTS or not _is_tensor(source := node.all_input_nodes[0]):
+        return False
+    dim = node.args[1] if len(node.args) > 1 else 0
+    return isinstance(dim, int) and isinstance(source.meta["val"].shape[dim], int)
 
 
 def _is_tensor(node: Node) -> bool:
