@@ -480,24 +480,25 @@ def test_compiled_batch_renorm_trains():
 
 # The command line
 
+SMALL = f"{Path(__file__).parent / 'support' / 'cuda_networks.py'}:small"
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, image):
     """An image, and the network converted by the command line on the device it chooses."""
     place = tmp_path_factory.mktemp("cli")
     np.save(place / "image.npy", image[0].numpy())
-    done = normfix_(place, "convert", "cuda_networks:small", "image.npy", "-o", "saved", "--to", "frozen")
+    done = normfix_(place, "convert", SMALL, "image.npy", "-o", "saved", "--to", "frozen")
     assert done.returncode == 0, done.stderr
     assert "computing on cuda" in done.stderr
     return place
 
 
 def normfix_(place, *words):
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(normfix.__file__).parent.parent)])
     return subprocess.run(
         [sys.executable, "-m", "normfix", *words],
         cwd=place,
-        env={**os.environ, "PYTHONPATH": paths},
+        env={**os.environ, "PYTHONPATH": str(Path(normfix.__file__).parent.parent)},
         capture_output=True,
         text=True,
         check=False,
@@ -505,16 +506,16 @@ def normfix_(place, *words):
 
 
 COMMANDS = {
-    "scan": (("scan", "cuda_networks:small"), 1),
-    "check": (("check", "saved", "image.npy", "--tile", "64", "--arch", "cuda_networks:small"), 0),
-    "diagnose": (("diagnose", "cuda_networks:small", "image.npy", "--tile", "64"), 1),
+    "scan": (("scan", SMALL), 1),
+    "check": (("check", "saved", "image.npy", "--tile", "64", "--arch", SMALL), 0),
+    "diagnose": (("diagnose", SMALL, "image.npy", "--tile", "64"), 1),
     "calibrate": (
-        ("calibrate", "saved", "image.npy", "--tile", "64", "-o", "again", "--arch", "cuda_networks:small"),
+        ("calibrate", "saved", "image.npy", "--tile", "64", "-o", "again", "--arch", SMALL),
         0,
     ),
-    "prove": (("prove", "saved", "image.npy", "--arch", "cuda_networks:small"), 0),
+    "prove": (("prove", "saved", "image.npy", "--arch", SMALL), 0),
     "predict": (
-        ("predict", "saved", "image.npy", "-o", "out.npy", "--tile", "64", "--arch", "cuda_networks:small"),
+        ("predict", "saved", "image.npy", "-o", "out.npy", "--tile", "64", "--arch", SMALL),
         0,
     ),
 }
@@ -532,7 +533,7 @@ def test_command(folder, command):
 
 def test_the_cpu_can_be_asked_for(folder):
     """--device cpu computes there and says nothing."""
-    words = ("scan", "cuda_networks:small", "--device", "cpu", "--format", "json")
+    words = ("scan", SMALL, "--device", "cpu", "--format", "json")
     done = normfix_(folder, *words)
     assert "computing on" not in done.stderr
     assert json.loads(done.stdout)["sites"]

@@ -25,7 +25,7 @@ from normfix.networks.copying import original_of
 from normfix.networks.examples import EXTENT
 from normfix.records.spans import round_up
 from normfix.tiling.stages.attention import with_attention
-from normfix.tiling.stages.program import Program, Run, captured_program, computes, marked
+from normfix.tiling.stages.program import Program, captured_program, computes, marked, shows_at_once
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.schedule import Schedule
 from normfix.tiling.stages.scheduling import schedule
@@ -46,10 +46,15 @@ class _Capture:
     program: Program
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def still_holds(self, model: nn.Module, run: Run, example: Tensor) -> bool:
+    def still_holds(
+        self, model: nn.Module, caller: Caller, sites: tuple[str, ...], example: Tensor
+    ) -> bool:
         """Tell whether the program, with the model's present weights, computes what the model does at every site."""
         self.program.refresh_(model)
-        return computes(self.program.body, model, run, example)
+        body, run = self.program.body, marked(caller, sites)
+        return shows_at_once(body, model, run, example) or computes(
+            body, model, run, _telling(model, caller, example)
+        )
 
 
 _KEPT = 2
@@ -91,14 +96,14 @@ def program_of(
     key = (caller, sites, ndim, homes, behaviour_of(owner))
     window = [(0, min(n, round_up(EXTENT[ndim], m))) for n, m in zip(image.shape[2:], stride, strict=True)]
     # of this image: what an earlier one did not reach (a bound, a branch) it may
-    example = _telling(model, caller, image.read(window)[:1].clone())
+    example = image.read(window)[:1].clone()
     known = _borrowed(owner, key)
     try:
-        if known is not None and not known.still_holds(model, marked(caller, sites), example):
+        if known is not None and not known.still_holds(model, caller, sites, example):
             _give_back(owner, known, keep=False)
             known = None
         if known is None:
-            known = _Capture(key, _captured(model, caller, example, sites))
+            known = _Capture(key, _captured(model, caller, _telling(model, caller, example), sites))
             known.lock.acquire()
         yield known.program
     finally:

@@ -17,12 +17,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.fx import GraphModule, Node
-from torch.fx.node import map_aggregate
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_aggregate, map_arg
 
 from normfix.errors import NormfixError
 from normfix.networks.calling import refusals
@@ -244,30 +245,35 @@ class _Packing:
 
 
 def in_dtype(run: GraphModule, dtype: torch.dtype) -> GraphModule:
-    """Return a copy of a graph that computes on CPU in this dtype throughout, whatever it casts to on the way."""
+    """Return a graph that computes on CPU in this dtype throughout, whatever it casts to on the way.
+
+    Asserts are left out. Built anew rather than copied: a copy takes the inputs' tree along, and what else it owns.
+    """
+    graph, copies = Graph(), dict[Node, Node]()
+    for node in run.graph.nodes:
+        if node.op == "output":
+            graph.output(map_arg(node.args[0], copies.__getitem__))
+        elif node.op != "call_module":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
 
     def changed(argument: Any) -> Any:
         if isinstance(argument, torch.dtype) and argument in _FLOATING:
             return dtype
         return torch.device("cpu") if isinstance(argument, torch.device) else argument
 
-    copied = copy.deepcopy(run).to("cpu", dtype)
-    _constants_in_dtype_(copied, dtype)
-    for node in copied.graph.nodes:
+    for node in graph.nodes:
         node.args = map_aggregate(node.args, changed)
         node.kwargs = map_aggregate(node.kwargs, changed)
-    copied.recompile()
-    return copied
+    names = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    return GraphModule({name: _held(run, name, dtype) for name in names}, graph)
 
 
-def _constants_in_dtype_(run: GraphModule, dtype: torch.dtype) -> None:
-    """Convert tensors that a network holds as plain attributes: `to` leaves them as they are."""
-    for name in {str(node.target) for node in run.graph.nodes if node.op == "get_attr"}:
-        path, _, last = name.rpartition(".")
-        held = vars(run.get_submodule(path))
-        value = held.get(last)
-        if isinstance(value, Tensor):
-            held[last] = value.to("cpu", dtype if value.is_floating_point() else None)
+def _held(run: GraphModule, name: str, dtype: torch.dtype) -> Any:
+    """Return what a graph holds under a name, on CPU and in a dtype."""
+    value = attrgetter(name)(run)
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", dtype if value.is_floating_point() else None)
+    return copy.deepcopy(value).to("cpu", dtype) if isinstance(value, nn.Module) else value
 
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
