@@ -7,6 +7,7 @@ border and blocks that do not, and compares every value that any stage computes 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,6 +18,7 @@ from torch.fx import GraphModule, Node
 
 from normfix.images.sources import TensorImage
 from normfix.networks.calling import refusals
+from normfix.networks.devices import CPU
 from normfix.networks.numerics import EXACT, exact_arithmetic
 from normfix.records.spans import round_up
 from normfix.tiling.stages.cutting import Stage, cut
@@ -59,9 +61,7 @@ def schedule(
         reaches = tuple(_reach(program, stage, maps, shapes) for stage in stages)
         planned = Schedule(program, maps, tuple(stages), reaches, program.device)
         for axis in range(len(stride)):
-            difference = max(
-                largest_difference(planned, size) for size in _probe_sizes(planned, stride, axis, ragged)
-            )
+            difference = max(_difference(planned, size) for size in _probe_sizes(planned, stride, axis, ragged))
             if not difference <= EXACT:
                 raise NotInStages(
                     "NF325",
@@ -79,33 +79,55 @@ def _reach(program: Program, stage: Stage, maps: ProgramMaps, shapes: Shapes) ->
     """Measure a stage's reach, or recall that of a stage that computes the same with the same weights."""
     reaches, key = _REACHES.setdefault(program.body, {}), fingerprint(stage, maps, shapes)
     if key not in reaches:
-        reaches[key] = measure_reach(stage, maps, shapes, program.image)
+        reaches[key] = _reach_of(stage, maps, shapes, program)
     return reaches[key]
 
 
-def largest_difference(planned: Schedule, size: Sequence[int]) -> float:
+def _reach_of(stage: Stage, maps: ProgramMaps, shapes: Shapes, program: Program) -> Reach:
+    """Measure a stage's reach on the program's device; what that refuses, or has no room for, the CPU decides."""
+    if program.device.type == "cuda":
+        with suppress(NotInStages, torch.OutOfMemoryError):
+            return measure_reach(stage, maps, shapes, program.image, program.device)
+    return measure_reach(stage, maps, shapes, program.image)
+
+
+def _difference(planned: Schedule, size: Sequence[int]) -> float:
+    """Return the largest difference on the program's device, which the CPU confirms if it is one."""
+    if planned.device.type == "cuda":
+        with suppress(NotInStages, torch.OutOfMemoryError):
+            difference = largest_difference(planned, size, planned.device)
+            if difference <= EXACT:
+                return difference
+    return largest_difference(planned, size)
+
+
+def largest_difference(planned: Schedule, size: Sequence[int], device: torch.device = CPU) -> float:
     """Run blocks and the whole program in float64 on noise of this size (N, C, *space).
 
     Returns:
         The largest difference of any value that a stage computes, relative to that value's largest entry.
     """
     image = torch.randn(tuple(size), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    image = image.to(device)
     wide = replace(
         planned,
-        device=torch.device("cpu"),
-        stages=tuple(replace(stage, run=in_dtype(stage.run, torch.float64)) for stage in planned.stages),
+        device=device,
+        stages=tuple(
+            replace(stage, run=in_dtype(stage.run, torch.float64, device)) for stage in planned.stages
+        ),
     )
     found: dict[Node, _Whole] = {}
 
     def sink(
         number: int, node: Node, shape: tuple[int, ...], dtype: torch.dtype, blocks: tuple[int, ...]
     ) -> Kept:
-        found[node] = _Whole(shape, torch.float64 if dtype.is_floating_point else dtype)
+        found[node] = _Whole(shape, torch.float64 if dtype.is_floating_point else dtype, device)
         return found[node]
 
     tile = [-(-n // 3) for n in size[2:]]
-    execute(wide, [TensorImage(image)], tile=tile, store=_WideStore(), sink=sink)
-    expected = _Values(in_dtype(planned.program.body, torch.float64), {n.name for n in found}).values(image)
+    execute(wide, [TensorImage(image)], tile=tile, store=_WideStore(device=device), sink=sink)
+    body = in_dtype(planned.program.body, torch.float64, device)
+    expected = _Values(body, {n.name for n in found}).values(image)
     worst = 0.0
     for node, kept in found.items():
         a, b = kept.array.double(), expected[node.name].double()
@@ -143,12 +165,9 @@ def _probe_sizes(
 
 
 class _Whole:
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.array = (
-            torch.full(shape, torch.nan).to(dtype)
-            if dtype.is_floating_point
-            else torch.zeros(shape, dtype=dtype)
-        )
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        fill = torch.nan if dtype.is_floating_point else 0
+        self.array = torch.full(shape, fill, dtype=dtype, device=device)
 
     def read(self, index: tuple[slice, ...]) -> Tensor:
         return self.array[index]
