@@ -109,7 +109,7 @@ def _store(layer: ChannelNorm, moments: Moments) -> None:
 
 def _express_group_affine(layer: ChannelNorm, channel: Moments, group: Moments, spec: LayerSpec) -> None:
     """Apply w' = w s_c / s_g,  b' = b + w (m_c - m_g) / s_g  (normfix.scanning.rules.group)."""
-    channel, group = on_host(channel, group)
+    channel, group = on_host([channel, group])
     s_c, s_g = (channel.var + spec.eps).sqrt(), (group.var + spec.eps).sqrt()
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, Tensor)

@@ -180,7 +180,7 @@ class NormTarget:
 
     def compare(self, parts: Sequence[Moments]) -> SiteStatistics:
         """Compare moments, rounded as they would be stored, with what is stored; see Target."""
-        merged, *parts = on_host(union(*parts), *parts)
+        merged, *parts = on_host([union(*parts), *parts])
         population = self.expected(merged)
         stored_mean, stored_var, eps = self.holder.running_mean, self.holder.running_var, self.holder.eps
         assert isinstance(stored_mean, Tensor)

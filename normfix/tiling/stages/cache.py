@@ -30,7 +30,7 @@ from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.schedule import Schedule
 from normfix.tiling.stages.scheduling import schedule
 
-__all__ = ["program_of", "schedule_of", "usual_stride"]
+__all__ = ["is_captured", "program_of", "schedule_of", "usual_stride"]
 
 
 def usual_stride(ndim: int) -> tuple[int, ...]:
@@ -42,7 +42,7 @@ def usual_stride(ndim: int) -> tuple[int, ...]:
 class _Capture:
     """A program, what it was captured for, and a lock that its one user at a time holds."""
 
-    key: object
+    key: tuple[object, ...]
     program: Program
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -92,8 +92,7 @@ def program_of(
         )
     owner = original_of(model)
     ndim = len(image.shape) - 2
-    homes = tuple((t.dtype, t.device) for t in (*model.parameters(), *model.buffers()))
-    key = (caller, sites, ndim, homes, behaviour_of(owner))
+    key = (caller, sites, *_kind(model), ndim)
     window = [(0, min(n, round_up(EXTENT[ndim], m))) for n, m in zip(image.shape[2:], stride, strict=True)]
     # of this image: what an earlier one did not reach (a bound, a branch) it may
     example = image.read(window)[:1].clone()
@@ -109,6 +108,20 @@ def program_of(
     finally:
         if known is not None:
             _give_back(owner, known)
+
+
+def is_captured(model: nn.Module, caller: Caller, sites: Sequence[str]) -> bool:
+    """Tell whether a capture is there that was made of a network that behaves alike; it may be no use any more."""
+    key = (caller, tuple(sites), *_kind(model))
+    with _LOCK:
+        captures = [*itertools.chain.from_iterable(_CAPTURES.values())]
+    return any(capture.key[: len(key)] == key for capture in captures)
+
+
+def _kind(model: nn.Module) -> tuple[object, object]:
+    """Return what captures are found by: where a network computes in which dtypes, and its behaviour."""
+    homes = tuple((t.dtype, t.device) for t in (*model.parameters(), *model.buffers()))
+    return homes, behaviour_of(original_of(model))
 
 
 def _captured(model: nn.Module, caller: Caller, example: Tensor, sites: tuple[str, ...]) -> Program:
@@ -130,7 +143,7 @@ def _captured(model: nn.Module, caller: Caller, example: Tensor, sites: tuple[st
     return barred
 
 
-def _borrowed(owner: nn.Module, key: object) -> _Capture | None:
+def _borrowed(owner: nn.Module, key: tuple[object, ...]) -> _Capture | None:
     """Return a capture of a network that behaves alike and that nobody uses, locked; its own before others'."""
     with _LOCK:
         others = itertools.chain.from_iterable(_CAPTURES.values())
