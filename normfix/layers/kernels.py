@@ -1,4 +1,4 @@
-"""Triton kernels of the layers: normalisation by constants in one launch, BatchRenorm's vectors in another, moments in two.
+"""Triton kernels of the layers: normalisation by constants in a launch, BatchRenorm's vectors in one, moments in two.
 
 Imported only where Triton is: it comes with torch's wheels for CUDA. What is small is launched more than computed: some
 twenty launches on vectors of c numbers are what BatchRenorm costs on small inputs, five what a frozen norm does. The
@@ -141,6 +141,7 @@ def _normalise_rows(  # type: ignore[no-untyped-def]  # noqa: ANN202
     eps,  # noqa: ANN001
     has_weight: tl.constexpr,
     has_bias: tl.constexpr,
+    rectified: tl.constexpr,
     block: tl.constexpr,
 ):
     number = tl.program_id(0)
@@ -156,6 +157,8 @@ def _normalise_rows(  # type: ignore[no-untyped-def]  # noqa: ANN202
     values = (tl.load(x + start + i, mask=here).to(tl.float32) - m) * scale
     if has_bias:
         values = values + tl.load(bias + channel).to(tl.float32)
+    if rectified:
+        values = tl.where(values < 0, 0.0, values)  # NaN stays
     tl.store(y + start + i, values, mask=here)
 
 
@@ -172,6 +175,7 @@ def _normalise_last(  # type: ignore[no-untyped-def]  # noqa: ANN202
     eps,  # noqa: ANN001
     has_weight: tl.constexpr,
     has_bias: tl.constexpr,
+    rectified: tl.constexpr,
     rows: tl.constexpr,
     columns: tl.constexpr,
 ):
@@ -187,6 +191,8 @@ def _normalise_last(  # type: ignore[no-untyped-def]  # noqa: ANN202
     values = (tl.load(x + place, mask=here, other=0.0).to(tl.float32) - m) * scale
     if has_bias:
         values = values + tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    if rectified:
+        values = tl.where(values < 0, 0.0, values)  # NaN stays
     tl.store(y + place, values, mask=here)
 
 
@@ -214,6 +220,7 @@ def _normalise_window(  # type: ignore[no-untyped-def]  # noqa: ANN202
     eps,  # noqa: ANN001
     has_weight: tl.constexpr,
     has_bias: tl.constexpr,
+    rectified: tl.constexpr,
     rows: tl.constexpr,
     columns: tl.constexpr,
 ):
@@ -233,6 +240,8 @@ def _normalise_window(  # type: ignore[no-untyped-def]  # noqa: ANN202
     values = (tl.load(x + place, mask=here).to(tl.float32) - m) * scale
     if has_bias:
         values = values + tl.load(bias + channel).to(tl.float32)
+    if rectified:
+        values = tl.where(values < 0, 0.0, values)  # NaN stays
     tl.store(y + (one.to(tl.int64) * planes * height + row) * width + column, values, mask=here)
 
 
@@ -260,7 +269,9 @@ def _moments_of_tiles(  # type: ignore[no-untyped-def]  # noqa: ANN202
     area = planes * height
     here = (row < images * area) & (column < width)
     start = (row // area).to(tl.int64) * s_image + channel.to(tl.int64) * s_channel
-    place = start + (row % area // height).to(tl.int64) * s_plane + (row % height).to(tl.int64) * s_row + column
+    place = (
+        start + (row % area // height).to(tl.int64) * s_plane + (row % height).to(tl.int64) * s_row + column
+    )
     values = tl.load(x + place, mask=here, other=0.0).to(tl.float64)
     count = tl.sum(tl.sum(here.to(tl.float64), 1), 0)
     mean = tl.sum(tl.sum(values, 1), 0) / count
@@ -308,16 +319,28 @@ _PARTS = 256
 
 
 def normalised(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    *,
+    rectified: bool = False,
 ) -> Tensor | None:
     """Return (x - mean) / sqrt(var + eps) * weight + bias, computed in float32 and rounded once, in one launch.
 
-    None for a layout that is neither contiguous nor channels last, nor a window of a contiguous tensor.
+    Where `rectified`, what is below 0 is 0. None for a layout that is neither contiguous nor channels last nor a window
+    of a contiguous tensor.
     """
     c, inner = x.shape[1], x.shape[2:].numel()
     y = torch.empty_like(x)
     constants = (mean, var, mean if weight is None else weight, mean if bias is None else bias)
-    flags: dict[str, Any] = {"has_weight": weight is not None, "has_bias": bias is not None}
+    flags: dict[str, Any] = {
+        "has_weight": weight is not None,
+        "has_bias": bias is not None,
+        "rectified": rectified,
+    }
     if x.is_contiguous() and inner > 1:
         per_row = -(-inner // _BLOCK)
         grid = (x.shape[0] * c * per_row,)

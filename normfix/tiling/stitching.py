@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normfix.errors import NormfixError
-from normfix.networks.calling import OutOfMemory
+from normfix.networks.calling import OutOfMemory, refusals
 from normfix.networks.numerics import IDENTITY, deviation
 from normfix.records.progress import LOGGER
 from normfix.tiling.grid import Geometry, Tile, at, grid
@@ -80,8 +80,8 @@ def _groups(f: Function, image: Tensor, tiles: Sequence[Tile], batch: int | None
             if not apart and batch is not None:
                 raise NormfixError(
                     "NF410",
-                    "it gives an image in a batch another output than alone, so tiles cannot share a call. Leave "
-                    "batch out.",
+                    "it gives an image in a batch another output than alone, or takes no batch, so tiles cannot share "
+                    "a call. Leave batch out.",
                     where=f"batch={batch}",
                 )
         step = most if apart else 1
@@ -95,7 +95,12 @@ def _paying(device: torch.device, shape: Sequence[int]) -> int:
 
 def _are_apart(f: Function, image: Tensor, tiles: Sequence[Tile]) -> bool:
     """Tell whether the first and the last image of a batch give what each gives alone."""
-    together = _answers(f, image, tiles)
+    try:
+        together = _answers(f, image, tiles)
+    except refusals():
+        return False
+    if len(together) != len(tiles):
+        return False
     for tile, answer in ((tiles[0], together[0]), (tiles[-1], together[-1])):
         alone = f(image[at(tile.read)])
         sd = float(alone.double().std(correction=0)) or 1.0

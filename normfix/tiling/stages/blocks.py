@@ -46,11 +46,15 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A value that a stage reads: the image itself, or what was kept of an earlier stage."""
+    """A value that a stage reads: the image itself, or what was kept of an earlier stage.
+
+    `lies` says that whoever reads a window takes it as it lies in the whole, so that it is not copied.
+    """
 
     kept: Kept | Image
     map: Map | None
     shape: tuple[int, ...]
+    lies: bool = False
 
     def window(self, block: Block, size: Sequence[int], device: torch.device) -> Tensor:
         """Return what a block reads of it, on a device."""
@@ -59,8 +63,7 @@ class Read:
         spans = self.map.window(block.window, size, self.shape)
         kept = self.kept.read(self.map.index(spans, len(self.shape)))  # type: ignore[arg-type]
         value = moved(kept, device)
-        # on a device windows are read in place by what comes first, whose kernels take them as they lie
-        return value if value.is_cuda else value.contiguous()
+        return value if self.lies else value.contiguous()
 
 
 @dataclass(frozen=True, slots=True)

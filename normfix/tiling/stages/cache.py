@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,14 +24,16 @@ from normfix.networks.behaviour import behaviour_of
 from normfix.networks.calling import Caller
 from normfix.networks.copying import original_of
 from normfix.networks.examples import EXTENT
+from normfix.networks.provenance import kept_in
 from normfix.records.spans import round_up
 from normfix.tiling.stages.attention import with_attention
+from normfix.tiling.stages.plans import keep, kept
 from normfix.tiling.stages.program import Program, captured_program, computes, marked, shows_at_once
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.schedule import Schedule
-from normfix.tiling.stages.scheduling import schedule
+from normfix.tiling.stages.scheduling import plans_of, recall_, schedule
 
-__all__ = ["is_captured", "program_of", "schedule_of", "usual_stride"]
+__all__ = ["hand_on", "is_captured", "keep_plans", "program_of", "schedule_of", "usual_stride"]
 
 
 def usual_stride(ndim: int) -> tuple[int, ...]:
@@ -46,9 +49,7 @@ class _Capture:
     program: Program
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def still_holds(
-        self, model: nn.Module, caller: Caller, sites: tuple[str, ...], example: Tensor
-    ) -> bool:
+    def still_holds(self, model: nn.Module, caller: Caller, sites: tuple[str, ...], example: Tensor) -> bool:
         """Tell whether the program, with the model's present weights, computes what the model does at every site."""
         self.program.refresh_(model)
         body, run = self.program.body, marked(caller, sites)
@@ -62,6 +63,8 @@ _KEPT = 2
 
 _LOCK = threading.Lock()
 _CAPTURES: weakref.WeakKeyDictionary[nn.Module, list[_Capture]] = weakref.WeakKeyDictionary()
+_FOLDERS: weakref.WeakKeyDictionary[Any, Path] = weakref.WeakKeyDictionary()
+"""Where the networks of programs are saved."""
 _SCHEDULES: weakref.WeakKeyDictionary[Any, dict[object, Schedule]] = weakref.WeakKeyDictionary()
 
 
@@ -140,6 +143,10 @@ def _captured(model: nn.Module, caller: Caller, example: Tensor, sites: tuple[st
             "its attention is not what it was taken for.",
             where=type(original_of(model)).__name__,
         )
+    folder = kept_in(original_of(model))
+    if folder is not None:
+        recall_(barred, kept(folder))
+        _FOLDERS[barred.body] = folder
     return barred
 
 
@@ -183,5 +190,27 @@ def schedule_of(
     known = _SCHEDULES.setdefault(program.body, {})
     key = (tuple(stride), ragged, measured, outputs)
     if key not in known:
+        before = plans_of(program)
         known[key] = schedule(program, stride=stride, ragged=ragged, measured=measured, outputs=outputs)
+        folder, new = _FOLDERS.get(program.body), plans_of(program)
+        if folder is not None and new != before:
+            keep(folder, new[::-1])
     return known[key]
+
+
+def hand_on(model: nn.Module, copied: nn.Module) -> None:
+    """Let a copy keep the captures of the network that it was made of, which may live shorter."""
+    with _LOCK:
+        captures = _CAPTURES.get(original_of(model))
+        if captures:
+            _CAPTURES[copied] = captures[:_KEPT]
+
+
+def keep_plans(model: nn.Module, folder: Path) -> None:
+    """Write what was proved of a network in this process beside it, if anything was."""
+    kind = _kind(model)
+    with _LOCK:
+        captures = [*itertools.chain.from_iterable(_CAPTURES.values())]
+    plans = {plan.cut: plan for c in captures if c.key[2:4] == kind for plan in plans_of(c.program)}
+    if plans:
+        keep(folder, list(plans.values()))

@@ -49,9 +49,9 @@ class Blocks:
             rounding.
 
     Raises:
-        NormfixError: NF410 for another engine or number of workers or tiles, NF402 for a tile that is no number of pixels, NF334
-            if a cluster is asked for without its address or without a store, or an address is given without asking
-            for one.
+        NormfixError: NF410 for another engine or number of workers or tiles, NF402 for a tile that is no number of
+            pixels, NF334 if a cluster is asked for without its address or without a store, or an address is given
+            without asking for one.
 
     Example:
         >>> import normfix

@@ -123,7 +123,9 @@ class Program:
             given = theirs.get(name.removeprefix(f"{WRAPPED}."))
             if given is not None and given.shape == mine.shape:
                 # a list of several dtypes, counters among weights, is copied one by one
-                kinds.setdefault((mine.dtype, given.dtype, mine.device, given.device), []).append((mine, given))
+                kinds.setdefault((mine.dtype, given.dtype, mine.device, given.device), []).append(
+                    (mine, given)
+                )
 
         def take() -> None:
             with torch.no_grad():
