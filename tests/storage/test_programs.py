@@ -238,7 +238,7 @@ def test_a_written_program_is_the_module(fixed):
 
 
 def test_what_torch_says_of_its_own_reading_is_no_damage(fixed, monkeypatch):
-    """torch 2.11 warns of the bytes that it reads tensors from: with warnings as errors a program opens all the same."""
+    """torch 2.11 warns of bytes that it reads tensors from: with warnings as errors a program opens all the same."""
     load = torch.export.load
 
     def loud(file):
