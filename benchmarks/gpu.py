@@ -47,6 +47,7 @@ def main() -> None:
         "steps": steps,
         "compiled": compiled,
         "stages": stages,
+        "tiles": tiles,
         "host": host,
         "tf32": tf32,
     }
@@ -213,54 +214,64 @@ CASES = ((2, 4096, 1024, 256), (3, 192, 96, 48))
 
 
 def stages(rounds: int, scale: int) -> None:
-    print("## Whole images in parts, relative to the untiled forward pass (peak memory in GiB)\n")
+    print("## Whole images in stages, relative to the untiled forward pass (peak memory in GiB)\n")
     rows = []
-    for dims, n, tile, small in CASES:
-        n, tile, small = n // scale, tile // scale, small // scale
+    for dims, n, tile, _ in _cases(scale):
         image = _image(dims, n)
+        there = image.cpu()
         model = _converted(dims, image)
         start = time.perf_counter()
         normfix.calibrate(model, image, tile=tile)
         first = time.perf_counter() - start
-        with torch.no_grad(), exact_arithmetic():
-            whole, peak = _wall_and_peak(lambda: model(image), 5)  # noqa: B023
-        one = normfix.Blocks(batch=1)
         calls: list[Callable[[], Any]] = [
             lambda: normfix.calibrate(model, image, tile=tile),  # noqa: B023
-            lambda: normfix.calibrate(model, image.cpu(), tile=tile),  # noqa: B023
+            lambda: normfix.calibrate(model, there, tile=tile),  # noqa: B023
             lambda: normfix.predict(model, image, tile, engine="stages"),  # noqa: B023
+        ]
+        rows.append([f"{dims}D, {n}, {tile}", *_over_untiled(model, image, calls), f"{first:.1f}"])
+    heads = ["image, blocks", "untiled, ms", "calibrate", "the same, image on the host", "predict"]
+    _table([*heads, "first use, s"], rows)
+
+
+def tiles(rounds: int, scale: int) -> None:
+    print("## Whole images in tiles, relative to the untiled forward pass (peak memory in GiB)\n")
+    rows = []
+    for dims, n, tile, small in _cases(scale):
+        image = _image(dims, n)
+        model = _converted(dims, image)
+        one = normfix.Blocks(batch=1)
+        calls: list[Callable[[], Any]] = [
             lambda: normfix.predict(model, image, tile, engine="tiles"),  # noqa: B023
             lambda: normfix.predict(model, image, small, engine="tiles", blocks=one),  # noqa: B023
             lambda: normfix.predict(model, image, small, engine="tiles"),  # noqa: B023
             lambda: normfix.predict(model, image, tile),  # noqa: B023
         ]
-        row = [f"{dims}D, {n}, {tile}, {small}", f"{1000 * whole:.1f} ({peak:.2f})"]
-        for call in calls:
-            call()
-            found, most = _wall_and_peak(call, 5)
-            row.append(f"{found / whole:.2f} ({most:.2f})")
-        rows.append([*row, f"{first:.1f}"])
-    heads = [
-        "image, blocks, small tiles",
-        "untiled, ms",
-        "calibrate in stages",
-        "the same, image on the host",
-        "predict in stages",
-        "in tiles",
-        "in small tiles, one at a time",
-        "batched",
-        "as auto chooses",
-        "first use, s",
-    ]
-    _table(heads, rows)
+        rows.append([f"{dims}D, {n}, {tile}, {small}", *_over_untiled(model, image, calls)])
+    heads = ["image, tiles, small tiles", "untiled, ms", "tiles", "small tiles, one at a time", "batched"]
+    _table([*heads, "tiles, engine auto"], rows)
+
+
+def _cases(scale: int) -> list[tuple[int, ...]]:
+    return [(dims, *(n // scale for n in extents)) for dims, *extents in CASES]
+
+
+def _over_untiled(model: nn.Module, image: Tensor, calls: Sequence[Callable[[], Any]]) -> list[str]:
+    """Return an untiled pass in ms and each call relative to it, with the peak of device memory that each adds."""
+    with torch.no_grad(), exact_arithmetic():
+        whole, peak = _wall_and_peak(lambda: model(image), 5)
+    cells = [f"{1000 * whole:.1f} ({peak:.2f})"]
+    for call in calls:
+        call()
+        found, most = _wall_and_peak(call, 5)
+        cells.append(f"{found / whole:.2f} ({most:.2f})")
+    return cells
 
 
 def host(rounds: int, scale: int) -> None:
     print("## Maps in the host's memory, over the time in which their bytes cross the bus\n")
     from normfix.tiling.stages import store
 
-    dims, n, tile, _ = CASES[0]
-    n, tile = n // scale, tile // scale
+    dims, n, tile, _ = _cases(scale)[0]
     image = _image(dims, n)
     model = _converted(dims, image)
     call = partial(normfix.calibrate, model, image, tile=tile)

@@ -261,24 +261,34 @@ def _moments_of_tiles(  # type: ignore[no-untyped-def]  # noqa: ANN202
     tiles,  # noqa: ANN001
     rows: tl.constexpr,
     columns: tl.constexpr,
+    steps: tl.constexpr,
 ):
     number = tl.program_id(0)
     channel = number // tiles
-    row = (number % tiles) // per_row * rows + tl.arange(0, rows)[:, None]
-    column = (number % tiles) % per_row * columns + tl.arange(0, columns)[None, :]
+    first_row = (number % tiles) // per_row * (rows * steps)
+    first_column = (number % tiles) % per_row * columns
     area = planes * height
-    here = (row < images * area) & (column < width)
-    start = (row // area).to(tl.int64) * s_image + channel.to(tl.int64) * s_channel
-    place = (
-        start + (row % area // height).to(tl.int64) * s_plane + (row % height).to(tl.int64) * s_row + column
-    )
-    values = tl.load(x + place, mask=here, other=0.0).to(tl.float64)
-    count = tl.sum(tl.sum(here.to(tl.float64), 1), 0)
-    mean = tl.sum(tl.sum(values, 1), 0) / count
-    away = tl.where(here, values - mean, 0.0)
+    column = first_column + tl.arange(0, columns)[None, :]
+    x += channel.to(tl.int64) * s_channel
+    # one of the values: their distance to it is as large as their spread, so squares lose nothing that counts
+    start = (first_row // area).to(tl.int64) * s_image + (first_row % area // height).to(tl.int64) * s_plane
+    origin = tl.load(x + start + (first_row % height).to(tl.int64) * s_row + first_column).to(tl.float64)
+    sums = tl.zeros((rows, columns), tl.float64)
+    squares = tl.zeros((rows, columns), tl.float64)
+    for step in range(steps):
+        row = first_row + step * rows + tl.arange(0, rows)[:, None]
+        here = (row < images * area) & (column < width)
+        start = (row // area).to(tl.int64) * s_image + (row % area // height).to(tl.int64) * s_plane
+        values = tl.load(x + start + (row % height).to(tl.int64) * s_row + column, mask=here, other=0.0)
+        away = tl.where(here, values.to(tl.float64) - origin, 0.0)
+        sums += away
+        squares += away * away
+    count = tl.minimum(images * area - first_row, rows * steps) * tl.minimum(width - first_column, columns)
+    count = count.to(tl.float64)
+    total = tl.sum(tl.sum(sums, 0), 0)
     tl.store(parts + number * 3, count)
-    tl.store(parts + number * 3 + 1, mean)
-    tl.store(parts + number * 3 + 2, tl.sum(tl.sum(away * away, 1), 0))
+    tl.store(parts + number * 3 + 1, origin + total / count)
+    tl.store(parts + number * 3 + 2, tl.sum(tl.sum(squares, 0), 0) - total * total / count)
 
 
 @triton.jit(do_not_specialize=["c", "tiles"])  # type: ignore[untyped-decorator]
@@ -314,6 +324,8 @@ _WIDEST = 2048
 """Channels of a position that one program holds."""
 _ROWS, _COLUMNS = 32, 128
 """Of a window, what one program takes."""
+_HEIGHT, _STEPS = 8, 16
+"""Rows of a tile that are read at a time, and times, where moments are measured."""
 _PARTS = 256
 """Tiles of a channel that are put together at a time."""
 
@@ -371,19 +383,21 @@ def normalised(
 def moments(x: Tensor) -> Tensor | None:
     """Return mean and sum of squared deviations of each channel of x (N, C, *space), (2, C) float64, in one reading.
 
-    Each tile of a channel by two passes over what a program holds, the tiles together as moments are merged. None for a
-    layout that is no window of a contiguous tensor.
+    Of a tile with n values, by their distances to one of them, x0: with d = x - x0 it is M2 = sum d^2 - (sum d)^2 / n, which
+    loses at most a factor n in precision, for x0 is among the values: n (mean - x0)^2 <= n M2. n is 16384, so M2 is right to
+    2e-12. Tiles are put together as moments are merged. None for a layout that is no window of a contiguous tensor.
     """
     window = _window(x)
     if window is None:
         return None
     strides, (images, planes, height, width) = window
     c, per_row = x.shape[1], -(-width // _COLUMNS)
-    tiles = per_row * -(-images * planes * height // _ROWS)
+    tiles = per_row * -(-images * planes * height // (_HEIGHT * _STEPS))
     parts = torch.empty((c * tiles, 3), dtype=torch.float64, device=x.device)
     out = torch.empty((2, c), dtype=torch.float64, device=x.device)
     sizes = (*strides, images, planes, height, width, per_row, tiles)
-    _launch(_moments_of_tiles, (c * tiles,), parts, x, *sizes, rows=_ROWS, columns=_COLUMNS)
+    shape = {"rows": _HEIGHT, "columns": _COLUMNS, "steps": _STEPS}
+    _launch(_moments_of_tiles, (c * tiles,), parts, x, *sizes, **shape)
     _launch(_moments_of_parts, (c,), out, parts, c, tiles, block=_PARTS)
     return out
 
