@@ -384,8 +384,8 @@ def moments(x: Tensor) -> Tensor | None:
     """Return mean and sum of squared deviations of each channel of x (N, C, *space), (2, C) float64, in one reading.
 
     Of a tile with n values, by their distances d = x - x0 to one of them: M2 = sum d^2 - (sum d)^2 / n, which loses at
-    most a factor n in precision, for x0 is among the values: (sum d)^2 / n = n (mean - x0)^2 <= n M2. n is 16384, so M2 is
-    right to 2e-12. Tiles are put together as moments are merged. None for a layout that is no window of a contiguous
+    most a factor n in precision, for x0 is among the values: (sum d)^2 / n = n (mean - x0)^2 <= n M2. n is 16384, so M2
+    is right to 2e-12. Tiles are put together as moments are merged. None for a layout that is no window of a contiguous
     tensor.
     """
     window = _window(x)
