@@ -15,6 +15,13 @@ from optional import skipping
 torch.set_num_threads(1)
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Import for `-m cuda` what has such tests alone: a GPU machine has few of the libraries that the others need."""
+    if config.getoption("markexpr") == "cuda" and collection_path.suffix == ".py":
+        return "pytest.mark.cuda" not in collection_path.read_text(encoding="utf-8") or None
+    return None
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
