@@ -147,7 +147,7 @@ class BatchRenorm(ChannelNorm):
         if call is not None:
             return self._apply_corrections(x, weight, bias, batch, call.r, call.d, call)
         r, d = self._correct_and_track(batch)
-        call = RecordedCall(mean=batch.mean, var=batch.var, r=r, d=d)
+        call = RecordedCall(vectors=(batch.mean, batch.var, r, d))
         y = self._apply_corrections(x, weight, bias, batch, r, d, call)
         remember(self, call, held_by_graph=y.requires_grad)
         return y

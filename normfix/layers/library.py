@@ -104,7 +104,7 @@ def renormalise(layer: BatchRenorm, x: Tensor, weight: Tensor, bias: Tensor) -> 
                 layer, found.mean, found.invstd, count, (weight, bias), inverted=True
             ) or _by_torch(layer, found, count, weight, bias)
     repeated = call is not None
-    call = call or RecordedCall(mean=found.mean, var=made.var, r=made.r, d=made.d)
+    call = call or RecordedCall(vectors=(found.mean, made.var, made.r, made.d))
     y: Tensor = _ByLibrary.apply(x, weight, bias, found, made, call, layer.eps)
     if not repeated:
         remember(layer, call, held_by_graph=y.requires_grad)

@@ -44,12 +44,30 @@ _COMPILED_CHECKPOINT = (
 class RecordedCall:
     """One training call: its batch statistics, its corrections and the checkpointed segment it is in."""
 
-    mean: Tensor
-    var: Tensor
-    r: Tensor
-    d: Tensor
+    vectors: Any = None
     segment: Callable[[], object] = dataclasses.field(default_factory=lambda: _segment())
     repeated_in: int = _NO_BACKWARD
+    repeats: bool = False
+
+    @property
+    def mean(self) -> Tensor:
+        """Return the batch's mean per channel."""
+        return self.vectors[0]
+
+    @property
+    def var(self) -> Tensor:
+        """Return the batch's biased variance per channel."""
+        return self.vectors[1]
+
+    @property
+    def r(self) -> Tensor:
+        """Return the correction of the scale."""
+        return self.vectors[2]
+
+    @property
+    def d(self) -> Tensor:
+        """Return the correction of the shift."""
+        return self.vectors[3]
 
 
 @dataclasses.dataclass
