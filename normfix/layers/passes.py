@@ -1,8 +1,9 @@
 """Triton kernels of BatchRenorm in training: moments of the batch, corrections, normalisation, and the way back.
 
-A map (n, c, *space) is seen as rows of `inner` values, one row per image and channel, or, channels last, as n positions
-of c values. A tile is `rows` x `columns` of it; a program takes `per` tiles of one channel (of `columns` channels where
-they are last), a channel has `splits` programs. Moments of tiles are merged by Chan's rule as in normfix.layers.moments.
+A map (n, c, *space) is seen as rows of `inner` values, one row per image and channel, or, channels last, as n
+positions of c values. A tile is `rows` x `columns` of it; a program takes `per` tiles of one channel (of `columns`
+channels where they are last), and a channel has `splits` programs. Moments of tiles are merged by Chan's rule, as in
+normfix.layers.moments.
 Per channel is kept (7, c): mean, var, r, d, invstd, scale, shift, with
 
     y = (x - mean) * scale + shift            scale = weight * r * invstd        shift = bias + weight * d
@@ -10,14 +11,13 @@ Per channel is kept (7, c): mean, var, r, d, invstd, scale, shift, with
     dweight = sum(dy * (x - mean)) * invstd * r + sum(dy) * d                    dbias = sum(dy)
 """
 
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
 
 import triton
 import triton.language as tl
 
 __all__ = [
-    "VECTORS",
     "backward_at_once",
     "conclude",
     "correct",
@@ -27,8 +27,6 @@ __all__ = [
     "normalise",
     "propagate",
 ]
-
-VECTORS = 7
 
 
 @triton.jit
@@ -63,21 +61,19 @@ def _sum(values, last: tl.constexpr):
 
 @triton.jit
 def _channels(first, last: tl.constexpr, columns: tl.constexpr):
-    if last:
-        channel = first + tl.arange(0, columns)[None, :]
-    else:
-        channel = first + tl.zeros((1, 1), tl.int32)
-    return channel
+    return first + (tl.arange(0, columns)[None, :] if last else tl.zeros((1, 1), tl.int32))
 
 
 @triton.jit
-def _moments(x, begin, per, first, n, c, inner, last: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
+def _moments(
+    x, begin, per, first, n, c, inner, last: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr
+):
     """Return count, mean and sum of squared deviations over some tiles."""
     wide: tl.constexpr = columns if last else 1
     count = begin.to(tl.float32) * 0.0
     mean = tl.zeros((1, wide), tl.float32)
     m2 = tl.zeros((1, wide), tl.float32)
-    for k in range(0, per):
+    for k in range(per):
         start, places, inside, size = _tile(begin + k, first, n, c, inner, last, rows, columns)
         values = tl.load(x + start + places, mask=inside, other=0.0).to(tl.float32)
         here = _sum(values, last) / tl.maximum(size, 1.0)
@@ -99,7 +95,7 @@ def _corrections(
     here,
     running_mean,
     running_var,
-    batches,
+    seen,
     r_max,
     d_max,
     weight,
@@ -112,10 +108,9 @@ def _corrections(
     has_weight: tl.constexpr,
     has_bias: tl.constexpr,
 ):
-    """Keep and return the vectors of some channels, and track the batch; the batch is counted already."""
+    """Keep and return the vectors of some channels, and merge them into the running statistics of `seen` batches."""
     m_run = tl.load(running_mean + channel, mask=here, other=0.0)
     v_run = tl.load(running_var + channel, mask=here, other=1.0)
-    seen = tl.load(batches) - 1
     # a fresh layer has no statistics to correct towards
     most_r = tl.where(seen > 0, tl.load(r_max), 1.0)
     most_d = tl.where(seen > 0, tl.load(d_max), 0.0)
@@ -148,9 +143,22 @@ def _corrections(
 
 @triton.jit
 def _normalised(
-    y, x, mean, scale, shift, begin, per, first, n, c, inner, last: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr
+    y,
+    x,
+    mean,
+    scale,
+    shift,
+    begin,
+    per,
+    first,
+    n,
+    c,
+    inner,
+    last: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
 ):
-    for k in range(0, per):
+    for k in range(per):
         start, places, inside, _ = _tile(begin + k, first, n, c, inner, last, rows, columns)
         values = tl.load(x + start + places, mask=inside, other=0.0).to(tl.float32)
         tl.store(y + start + places, (values - mean) * scale + shift, mask=inside)
@@ -158,12 +166,23 @@ def _normalised(
 
 @triton.jit
 def _gathered(
-    grad, x, mean, begin, per, first, n, c, inner, last: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr
+    grad,
+    x,
+    mean,
+    begin,
+    per,
+    first,
+    n,
+    c,
+    inner,
+    last: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
 ):
     """Return the sums of dy and of dy * (x - mean) over some tiles."""
     plain = tl.zeros((rows, columns), tl.float32)
     moment = tl.zeros((rows, columns), tl.float32)
-    for k in range(0, per):
+    for k in range(per):
         start, places, inside, _ = _tile(begin + k, first, n, c, inner, last, rows, columns)
         slope = tl.load(grad + start + places, mask=inside, other=0.0).to(tl.float32)
         values = tl.load(x + start + places, mask=inside, other=0.0).to(tl.float32)
@@ -191,19 +210,15 @@ def _propagated(
     rows: tl.constexpr,
     columns: tl.constexpr,
 ):
-    for k in range(0, per):
+    for k in range(per):
         start, places, inside, _ = _tile(begin + k, first, n, c, inner, last, rows, columns)
         slope = tl.load(grad + start + places, mask=inside, other=0.0).to(tl.float32)
         values = tl.load(x + start + places, mask=inside, other=0.0).to(tl.float32)
-        tl.store(
-            grad_x + start + places, scale * (slope - constant - (values - mean) * linear), mask=inside
-        )
+        tl.store(grad_x + start + places, scale * (slope - constant - (values - mean) * linear), mask=inside)
 
 
 @triton.jit(do_not_specialize=["n", "per", "splits"])
-def measure(
-    part, x, n, c, inner, per, splits, last: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr
-):
+def measure(part, x, n, c, inner, per, splits, last: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):
     """Write the moments of each split, (2, c, splits) and then their counts."""
     split = tl.program_id(0) % splits
     block = tl.program_id(0) // splits
@@ -258,7 +273,7 @@ def correct(
         channel[:, None] < c,
         running_mean,
         running_var,
-        batches,
+        tl.load(batches),
         r_max,
         d_max,
         weight,
@@ -275,9 +290,24 @@ def correct(
 
 @triton.jit(do_not_specialize=["n", "per", "splits"])
 def normalise(
-    y, x, vectors, n, c, inner, per, splits, last: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr
+    y,
+    x,
+    vectors,
+    batches,
+    n,
+    c,
+    inner,
+    per,
+    splits,
+    counts: tl.constexpr,
+    last: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
 ):
-    """Write y."""
+    """Write y, and count the batch."""
+    if counts:  # noqa: SIM102 - one condition is the compiler's, the other the program's
+        if tl.program_id(0) == 0:
+            tl.store(batches, tl.load(batches) + 1)
     # what was read last is in the cache yet
     number = tl.num_programs(0) - 1 - tl.program_id(0)
     split = number % splits
@@ -316,7 +346,7 @@ def forward_at_once(
     rows: tl.constexpr,
     columns: tl.constexpr,
 ):
-    """Do all of forward where a program can take all of its channels' values."""
+    """Do all of forward where a program can take all of its channels' values; the batch is counted already."""
     first = tl.program_id(0) * columns if last else tl.program_id(0)
     channel = _channels(first, last, columns)
     begin = tl.program_id(0) * 0
@@ -329,7 +359,7 @@ def forward_at_once(
         channel < c,
         running_mean,
         running_var,
-        batches,
+        tl.load(batches) - 1,
         r_max,
         d_max,
         weight,
@@ -358,7 +388,18 @@ def _concluded(grad_weight, grad_bias, vectors, plain, moment, channel, here, c,
 
 @triton.jit(do_not_specialize=["n", "per", "splits"])
 def gather(
-    part, grad, x, vectors, n, c, inner, per, splits, last: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr
+    part,
+    grad,
+    x,
+    vectors,
+    n,
+    c,
+    inner,
+    per,
+    splits,
+    last: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
 ):
     """Write the sums of each split, (2, c, splits)."""
     split = tl.program_id(0) % splits
@@ -374,9 +415,9 @@ def gather(
 
 @triton.jit(do_not_specialize=["c", "splits"])
 def conclude(
-    grad_weight, grad_bias, terms, part, vectors, c, splits, count, block: tl.constexpr, wide: tl.constexpr
+    grad_weight, grad_bias, part, vectors, c, splits, count, block: tl.constexpr, wide: tl.constexpr
 ):
-    """Add the splits' sums up, and write the affine's gradients and the terms of x's."""
+    """Add the splits' sums up, and write the affine's gradients, and after the sums the two terms of x's."""
     channel = tl.program_id(0) * block + tl.arange(0, block)[:, None]
     split = tl.arange(0, wide)[None, :]
     places = channel * splits + split
@@ -385,6 +426,7 @@ def conclude(
     plain = tl.sum(tl.load(part + places, mask=inside, other=0.0), 1, keep_dims=True)
     moment = tl.sum(tl.load(part + c * splits + places, mask=inside, other=0.0), 1, keep_dims=True)
     constant, linear = _concluded(grad_weight, grad_bias, vectors, plain, moment, channel, here, c, count)
+    terms = part + 2 * c * splits
     tl.store(terms + channel, constant, mask=here)
     tl.store(terms + c + channel, linear, mask=here)
 
@@ -395,7 +437,7 @@ def propagate(
     grad,
     x,
     vectors,
-    terms,
+    part,
     n,
     c,
     inner,
@@ -414,10 +456,26 @@ def propagate(
     here = channel < c
     mean = tl.load(vectors + channel, mask=here, other=0.0)
     scale = tl.load(vectors + 5 * c + channel, mask=here, other=0.0)
+    terms = part + 2 * c * splits
     constant = tl.load(terms + channel, mask=here, other=0.0)
     linear = tl.load(terms + c + channel, mask=here, other=0.0)
     _propagated(
-        grad_x, grad, x, mean, scale, constant, linear, split * per, per, first, n, c, inner, last, rows, columns
+        grad_x,
+        grad,
+        x,
+        mean,
+        scale,
+        constant,
+        linear,
+        split * per,
+        per,
+        first,
+        n,
+        c,
+        inner,
+        last,
+        rows,
+        columns,
     )
 
 
@@ -447,4 +505,6 @@ def backward_at_once(
     scale = tl.load(vectors + 5 * c + channel, mask=here, other=0.0)
     plain, moment = _gathered(grad, x, mean, begin, per, first, n, c, inner, last, rows, columns)
     constant, linear = _concluded(grad_weight, grad_bias, vectors, plain, moment, channel, here, c, count)
-    _propagated(grad_x, grad, x, mean, scale, constant, linear, begin, per, first, n, c, inner, last, rows, columns)
+    _propagated(
+        grad_x, grad, x, mean, scale, constant, linear, begin, per, first, n, c, inner, last, rows, columns
+    )
