@@ -86,24 +86,16 @@ def test_batch_renorm_is_its_formula(dtype, kind, shape, last, momentum):
         assert int(layer.num_batches_tracked) == step + 1
 
 
-# the shapes of benchmarks/gpu.py, at small extents and with odd ones
-TRAIN = [
-    (8, 32, 32, 32),
-    (4, 64, 50, 34),
-    (16, 128, 8, 8),
-    (2, 256, 5, 7),
-    (2, 32, 8, 16, 16),
-    (6, 40, 9),
-    (64, 12),
-]
+# the shapes of benchmarks/gpu.py, at small extents and with odd ones, cut as those are
+IN_SPLITS = [(8, 32, 32, 32), (4, 64, 50, 34), (2, 32, 8, 16, 16)]
+AT_ONCE = [(16, 128, 8, 8), (2, 256, 5, 7), (6, 40, 9), (64, 12)]
 
 
-@pytest.mark.parametrize("shape", TRAIN)
+@pytest.mark.parametrize("shape", [*IN_SPLITS, *AT_ONCE])
 @pytest.mark.parametrize("kind", ["contiguous", "last", "bfloat16"])
-@pytest.mark.parametrize("cut", ["at once", "in splits"])
-def test_shapes_of_the_benchmark(request, shape, kind, cut):
+def test_shapes_of_the_benchmark(request, shape, kind):
     """Whatever way a map is cut, two steps are those of float64 on the CPU."""
-    if cut == "in splits":
+    if shape in IN_SPLITS:
         request.getfixturevalue("in_splits")
     two_steps(shape, torch.bfloat16 if kind == "bfloat16" else torch.float32, last=kind == "last")
 

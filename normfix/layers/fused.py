@@ -169,10 +169,11 @@ class _Fused(torch.autograd.Function):
         y = torch.empty_like(x)
         affine = (weight, bias)
         if torch._C._current_graph_task_id() == _NO_BACKWARD or not _repeats(layer, call, x, affine):
-            call.vectors = _forward(layer, plan, y, x, affine)
+            vectors = call.vectors = _forward(layer, plan, y, x, affine)
         else:
-            _normalise(plan, y, x, call.vectors, None)
-        ctx.save_for_backward(x, weight, call.vectors)
+            vectors = torch.stack(list(call.vectors))
+            _normalise(plan, y, x, vectors, None)
+        ctx.save_for_backward(x, weight, vectors)
         ctx.call, ctx.plan, ctx.eps = call, plan, layer.eps
         return y
 
@@ -222,8 +223,8 @@ def _forward(layer: BatchRenorm, plan: Plan, y: Tensor, x: Tensor, affine: _Affi
     flags = (momentum is None, weight is not None, bias is not None)
     if plan.at_once:
         batches.add_(1)
-        rest = (*plan.sizes, *numbers, *flags, *plan.cut)
-        plan.launch("forward_at_once", (x.dtype, flags), plan.grid, (y, x, vectors, *state), *rest)
+        values = (*plan.sizes, *numbers, *flags, *plan.cut)
+        plan.launch("forward_at_once", (x.dtype, flags), plan.grid, (y, x, vectors, *state), *values)
         return vectors
     part = torch.empty((2 * plan.c + 1) * plan.splits, dtype=torch.float32, device=x.device)
     plan.launch("measure", x.dtype, plan.grid, (part, x), *plan.sizes, plan.splits, *plan.cut)
@@ -248,8 +249,8 @@ def _backward(plan: Plan, grad: Tensor, x: Tensor, vectors: Tensor, needs_x: boo
     grad_x = torch.empty_like(x) if needs_x or plan.at_once else None
     grads = [grad_x, grad_weight, grad_bias]
     if plan.at_once:
-        rest = (*plan.sizes, count, *plan.cut)
-        plan.launch("backward_at_once", x.dtype, plan.grid, (*grads, grad, x, vectors), *rest)
+        values = (*plan.sizes, count, *plan.cut)
+        plan.launch("backward_at_once", x.dtype, plan.grid, (*grads, grad, x, vectors), *values)
         return grads
     part = torch.empty((2 * plan.splits + 2) * c, dtype=torch.float32, device=device)
     rest = (*plan.sizes, plan.splits, *plan.cut)
@@ -274,7 +275,7 @@ def _repeats(layer: BatchRenorm, call: RecordedCall, x: Tensor, affine: _Affine)
         scale, shift = weight * scale, weight * shift
     if bias is not None:
         shift = shift + bias
-    call.vectors, call.repeats = torch.stack((mean, var, r, d, invstd, scale, shift)), True
+    call.vectors, call.repeats = (mean, var, r, d, invstd, scale, shift), True
     return True
 
 

@@ -21,7 +21,7 @@ import dataclasses
 import inspect
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ _COMPILED_CHECKPOINT = (
 class RecordedCall:
     """One training call: its batch statistics, its corrections and the checkpointed segment it is in."""
 
-    vectors: Any = None
+    vectors: Sequence[Tensor] | Tensor = ()  # mean, var, r and d, and what follows
     segment: Callable[[], object] = dataclasses.field(default_factory=lambda: _segment())
     repeated_in: int = _NO_BACKWARD
     repeats: bool = False
@@ -127,7 +127,7 @@ def _keep_fake(values: Tensor) -> Tensor:
 
 
 # nothing in it has gradients: what torch.library.custom_op adds for them is ten times what the copy costs
-_LIBRARY = torch.library.Library("normfix", "FRAGMENT")
+_LIBRARY: Any = torch.library.Library("normfix", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("keep(Tensor values) -> Tensor")
 _LIBRARY.impl("keep", _keep, "CompositeExplicitAutograd")
 torch.library.register_fake("normfix::keep", _keep_fake, lib=_LIBRARY)
