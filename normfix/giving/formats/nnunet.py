@@ -12,11 +12,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from normfix.giving.configs import laid_out
 from normfix.giving.formats.described import builder
-from normfix.giving.gift import Gift, changed, config_changes, copied, key_changes, other_weights
+from normfix.giving.gift import (
+    Gift,
+    changed,
+    config_changes,
+    copied,
+    key_changes,
+    other_weights,
+    write_tensors,
+)
 from normfix.giving.switches import switched
 from normfix.records.returns import Change
 from normfix.records.saved import Source
@@ -110,7 +116,7 @@ def _saved(draft: Path, gift: Gift) -> Iterator[Change]:
         new = {"trainer_name": _BATCH_TRAINER}
         yield from config_changes(gift.file, "", content, new)
         content.update(new)
-    torch.save(content, draft / gift.file)
+    write_tensors(content, draft / gift.file)
     yield from key_changes(gift.file, gift.names_before, gift.state)
 
 
