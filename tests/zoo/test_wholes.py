@@ -1,6 +1,7 @@
 """Whole images of real networks that nobody converted are what they give untiled; and the zoo can say no."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -100,6 +101,12 @@ def test_an_error_that_is_no_refusal_is_a_failure(monkeypatch):
         row = examine_whole(SMALL)
         assert row["category"] == category
         assert "no" in row["cause"]
+
+
+def test_a_network_of_one_size_is_none_of_the_packages_doing():
+    """What the network itself does not take is told from what the package refuses."""
+    fixed = replace(SMALL, build=lambda: nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.LayerNorm((32, 32))))
+    assert examine_whole(fixed)["category"] == "one size"
 
 
 def test_the_image_is_longer_than_the_example():
