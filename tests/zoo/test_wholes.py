@@ -17,17 +17,30 @@ from .wholes import EQUAL, WHOLES, examine_whole, image_of
 
 EXACT = (
     "diffusers AsymmetricAutoencoderKL",
+    "diffusers AutoencoderKL",
     "diffusers AutoencoderKL attention",
+    "diffusers AutoencoderKLTemporalDecoder",
     "diffusers UNet2DModel attention",
     "diffusers VQModel",
+    "monai AttentionUnet 2D",
+    "monai AutoencoderKL 2D",
     "monai AutoencoderKL attention 2D",
+    "monai BasicUNet instance affine 2D",
+    "monai DynUNet residual 2D",
+    "monai SegResNet group 2D",
+    "monai UNet instance 2D",
+    "monai VNet 2D",
     "smp Unet resnet18 scse",
+    "timm test_nfnet",
     "torchvision lraspp_mobilenet_v3_large",
+    "transformers BitModel",
     "transformers ConvNextV2Backbone",
     "transformers GLPNForDepthEstimation",
     "transformers PvtV2Backbone",
+    "transformers RegNetModel y",
     "transformers SegformerForSemanticSegmentation",
     "transformers SegformerModel",
+    "transformers SwiftFormerModel",
 )
 """Networks with live norms, pools, gates and attention of all positions; docs/zoo.md has all that were tried."""
 
