@@ -1,6 +1,11 @@
 """One thread, fixed seeds: numbers in tests repeat. What a release is too old for is skipped and says so."""
 
+import os
 import sys
+
+os.environ.setdefault(
+    "TORCHINDUCTOR_COMPILE_THREADS", "1"
+)  # else each compiling test starts a pool of processes
 
 import pytest
 import torch

@@ -59,7 +59,11 @@ def measure_in_stages_(
         if isinstance(target, KeysTarget):
             raise NotInStages(
                 "NF323",
-                "keys that are held are taken of a whole image, not of its blocks.",
+                "keys that are held are measured in passes over whole images: those of a site are known once the "
+                "sites before it hold theirs, and blocks are not put together to one constant. That takes the memory "
+                "of one forward pass of each image. Give parts that fit as tensors (--keys N keeps N of all), or leave "
+                'keys out and predict each image with statistics="per-image": that keeps its keys in stages, on disk '
+                "where blocks have a store.",
                 where=target.name,
             )
     if stored:
