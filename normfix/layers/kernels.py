@@ -158,8 +158,8 @@ def _moments_of_tiles(  # type: ignore[no-untyped-def]  # noqa: ANN202
     column = first_column + tl.arange(0, columns)[None, :]
     x += channel.to(tl.int64) * s_channel
     # one of the values: their distance to it is as large as their spread, so squares lose nothing that counts
-    start = (first_row // area).to(tl.int64) * s_image + (first_row % area // height).to(tl.int64) * s_plane
-    origin = tl.load(x + start + (first_row % height).to(tl.int64) * s_row + first_column).to(tl.float64)
+    first = (first_row // area).to(tl.int64) * s_image + (first_row % area // height).to(tl.int64) * s_plane
+    origin = tl.load(x + first + (first_row % height).to(tl.int64) * s_row + first_column).to(tl.float64)
     sums = tl.zeros((rows, columns), tl.float64)
     squares = tl.zeros((rows, columns), tl.float64)
     for step in range(steps):
