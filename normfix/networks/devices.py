@@ -124,7 +124,7 @@ class Landing:
                 self._array[tuple(index)] = value
                 return
             if self._stream is None:
-                self._stream = torch.cuda.Stream(value.device)
+                self._stream = torch.cuda.Stream(value.device)  # type: ignore[no-untyped-call]
             # in one piece first: a window that is copied over the bus row by row is waited for
             value = value.contiguous()
             staged = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)

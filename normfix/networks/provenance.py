@@ -73,7 +73,7 @@ def declare_window_(model: nn.Module, size: object) -> None:
 
 
 def keep_in_(model: nn.Module, folder: Path) -> None:
-    """Attach, in place, the folder that a network was loaded from, where what is found out of it may be kept."""
+    """Attach, in place, the folder that a network was loaded from, beside which stands what was found out of it."""
     model.__dict__[_FOLDER] = str(folder.absolute())
 
 

@@ -147,3 +147,10 @@ def test_a_tile_off_the_grid_is_refused(tile):
     """Tiles that are not positive multiples of the stride on each axis raise NF402."""
     with pytest.raises(NormfixError, match="NF402"):
         tile_extents(tile, _geometry(8))
+
+
+@pytest.mark.parametrize("scale", [9999, 2, Fraction(1, 2), Fraction(1, 9999)])
+def test_a_scale_that_is_not_the_network_s_is_named(scale):
+    """Whatever a file says of it, no image of another size is made, and no memory for one: NF115."""
+    with pytest.raises(NormfixError, match="NF115"):
+        tiled(plain_unet(), torch.rand(1, 1, 160, 96), 64, _geometry(8, (23, 23), scale, 8))

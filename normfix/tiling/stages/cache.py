@@ -63,8 +63,6 @@ _KEPT = 2
 
 _LOCK = threading.Lock()
 _CAPTURES: weakref.WeakKeyDictionary[nn.Module, list[_Capture]] = weakref.WeakKeyDictionary()
-_FOLDERS: weakref.WeakKeyDictionary[Any, Path] = weakref.WeakKeyDictionary()
-"""Where the networks of programs are saved."""
 _SCHEDULES: weakref.WeakKeyDictionary[Any, dict[object, Schedule]] = weakref.WeakKeyDictionary()
 
 
@@ -146,7 +144,6 @@ def _captured(model: nn.Module, caller: Caller, example: Tensor, sites: tuple[st
     folder = kept_in(original_of(model))
     if folder is not None:
         recall_(barred, kept(folder))
-        _FOLDERS[barred.body] = folder
     return barred
 
 
@@ -190,11 +187,7 @@ def schedule_of(
     known = _SCHEDULES.setdefault(program.body, {})
     key = (tuple(stride), ragged, measured, outputs)
     if key not in known:
-        before = plans_of(program)
         known[key] = schedule(program, stride=stride, ragged=ragged, measured=measured, outputs=outputs)
-        folder, new = _FOLDERS.get(program.body), plans_of(program)
-        if folder is not None and new != before:
-            keep(folder, new[::-1])
     return known[key]
 
 
@@ -207,10 +200,11 @@ def hand_on(model: nn.Module, copied: nn.Module) -> None:
 
 
 def keep_plans(model: nn.Module, folder: Path) -> None:
-    """Write what was proved of a network in this process beside it, if anything was."""
-    kind = _kind(model)
+    """Write beside a network what was proved of it in this process, or stands in the folder that it was loaded from."""
+    kind, before = _kind(model), kept_in(model)
     with _LOCK:
         captures = [*itertools.chain.from_iterable(_CAPTURES.values())]
-    plans = {plan.cut: plan for c in captures if c.key[2:4] == kind for plan in plans_of(c.program)}
+    plans = [plan for c in captures if c.key[2:4] == kind for plan in plans_of(c.program)]
+    plans += [] if before is None else kept(before)
     if plans:
-        keep(folder, list(plans.values()))
+        keep(folder, list({plan.cut: plan for plan in plans}.values()))

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,26 +52,17 @@ def kept(folder: Path) -> list[Plan]:
 
 
 def keep(folder: Path, plans: Sequence[Plan]) -> None:
-    """Keep plans beside a network, the newest first, before those that are there; where nobody may write, nothing."""
-    others = [plan for plan in kept(folder) if plan.cut not in {new.cut for new in plans}]
+    """Write plans into a folder that is being written."""
     content: dict[str, Any] = {
         "schema": _SCHEMA,
         "made_by": _made_by(),
         "plans": [
             {"cut": plan.cut, "stages": [[name, reach.grid, reach.halo] for name, reach in plan.stages]}
-            for plan in [*plans, *others][:_MOST]
+            for plan in plans[:_MOST]
         ],
     }
     content["sha256"] = _seal(content)
-    with suppress(OSError):
-        handle, name = tempfile.mkstemp(prefix=f".{FILE}-", dir=folder)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1)
-            Path(name).chmod(0o644)
-            Path(name).replace(folder / FILE)
-        finally:
-            Path(name).unlink(missing_ok=True)
+    (folder / FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def _plan(one: dict[str, Any]) -> Plan:
