@@ -70,11 +70,12 @@ def _fused(
         return None
     with torch._C.DisableTorchFunction():
         kernels = kernels_of(x.device)
-        y = kernels and kernels.normalised(x, weight, bias, mean, var, eps, rectified=rectified)
-        if y is None:
-            y = _multiplied(x, weight, bias, mean, var, eps)
-            y = y.relu_() if rectified else y
-    return y
+        if kernels is not None:
+            found: Tensor | None = kernels.normalised(x, weight, bias, mean, var, eps, rectified=rectified)
+            if found is not None:
+                return found
+        y = _multiplied(x, weight, bias, mean, var, eps)
+        return y.relu_() if rectified else y
 
 
 @contextmanager

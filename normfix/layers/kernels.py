@@ -262,8 +262,8 @@ def normalised(
     strides, (images, planes, height, width) = window
     per_row = -(-width // _COLUMNS)
     grid = (images * c * per_row * -(-planes * height // _ROWS),)
-    tail = (*strides, c, planes, height, width, per_row, eps)
-    _launch(_normalise_window, grid, y, x, *constants, *tail, **flags, rows=_ROWS, columns=_COLUMNS)
+    sizes = (*strides, c, planes, height, width, per_row, eps)
+    _launch(_normalise_window, grid, y, x, *constants, *sizes, **flags, rows=_ROWS, columns=_COLUMNS)
     return y
 
 
