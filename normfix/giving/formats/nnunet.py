@@ -153,8 +153,8 @@ def _as_plans(file: str) -> Iterator[None]:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise NormfixError(
             "NF120",
-            f"its plans, or those in it, are not as nnU-Net writes them ({reason}). nnUNetv2_plan_experiment writes them "
-            "anew; or leave out --original.",
+            f"its plans, or those in it, are not as nnU-Net writes them ({reason}). nnUNetv2_plan_experiment writes "
+            "them anew; or leave out --original.",
             where=file,
         ) from error
 
