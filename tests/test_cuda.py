@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cuda_networks import Branching, small, uneven
+from cuda_networks import Branching, Small, small, uneven
 from torch import nn
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
 
 import normfix
 from normfix.conversion.lowering import fold, lower
-from normfix.layers import BatchRenorm2d, BatchRenorm3d, FrozenNorm2d, FrozenNorm3d
-from normfix.layers.recomputation import RecordedCall
+from normfix.layers import FrozenNorm2d, FrozenNorm3d
+from normfix.layers.affine import normalise, normalise_rectified
+from normfix.layers.moments import measure, measure_there, union
 from normfix.networks.devices import accelerator
 
 pytestmark = [
@@ -221,6 +221,50 @@ def test_predict_gives_the_whole(converted, image, engine, statistics):
     assert deviation(parts, expected) < 1e-4
 
 
+def test_tiles_share_calls(converted, image):
+    """Small tiles go through the network several at a time, and give what they give one at a time."""
+    given = image.to(GPU)
+    calls = []
+
+    def count(module, arguments):
+        calls.append(len(arguments[0]))
+
+    with torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, arguments: count(module, arguments) if isinstance(module, Small) else None
+    ):
+        together = normfix.predict(converted.model, given, tile=32, engine="tiles")
+    assert max(calls) > 4
+    alone = normfix.predict(converted.model, given, tile=32, engine="tiles", blocks=normfix.Blocks(batch=1))
+    assert deviation(together, alone) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
+def test_moments_of_a_window_are_those_of_float64(dtype):
+    """The one reading gives mean and variance of float64, far from zero as well, and merges where it is."""
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(2, 3, 7, 60, 150, generator=generator) * 3 + 200).to(dtype)[..., 1:, 2:55, 3:140]
+    parts = [measure_there(x.to(GPU)[..., :20, :]), measure_there(x.to(GPU)[..., 20:, :])]
+    joined, expected = union(*parts), measure(x)
+    assert joined.mean.device == GPU
+    assert joined.count == expected.count
+    assert_close(joined.mean.cpu(), expected.mean, rtol=1e-13, atol=0)
+    assert_close(joined.m2.cpu(), expected.m2, rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_a_window_is_normalised_where_it_lies(dtype):
+    """A window of a map gives what its copy gives, rectified the bits of ReLU, and NaN stays NaN."""
+    x = torch.randn(2, 6, 40, 300, device=GPU).to(dtype)
+    x[0, 0, 9, 9] = torch.nan
+    constants = (*(torch.randn(6, device=GPU) for _ in range(3)), torch.rand(6, device=GPU) + 0.1, 1e-5)
+    window = x[..., 3:37, 5:290]
+    y = normalise(window, *constants)
+    near = torch.finfo(dtype).eps
+    assert_close(y, normalise(window.contiguous(), *constants), rtol=near, atol=near, equal_nan=True)
+    assert_close(normalise_rectified(window, *constants), y.relu(), rtol=0, atol=0, equal_nan=True)
+    assert bool(y.isnan().any())
+
+
 def test_a_fallback_is_said_or_refused(image, caplog):
     """A network without a graph is measured in passes, which is said; an image read by window is not read whole."""
     network = Branching().eval().to(GPU)
@@ -363,83 +407,6 @@ def test_frozen_has_gradients():
     assert layer.weight.grad is not None
 
 
-RENORM = [
-    (BatchRenorm2d, (4, 8, 33, 20), False),
-    (BatchRenorm2d, (4, 8, 33, 20), True),
-    (BatchRenorm3d, (2, 8, 6, 10, 12), False),
-    (BatchRenorm3d, (2, 8, 6, 10, 12), True),
-]
-TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("kind", "shape", "last"), RENORM)
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_batch_renorm_is_its_formula(dtype, kind, shape, last, momentum):
-    """Output, gradients and running statistics are those of float64 on the CPU, step by step."""
-    wide = kind(8, momentum=momentum, r_max=1.5, d_max=0.5, dtype=torch.float64)
-    nn.init.uniform_(wide.weight, 0.5, 1.5)
-    nn.init.normal_(wide.bias)
-    layer = copy.deepcopy(wide).to(GPU, torch.float64 if dtype == torch.float64 else torch.float32)
-    for step in range(3):
-        x = torch.randn(shape, dtype=torch.float64) * (1 + step) + step
-        x = x.to(dtype)
-        ours = x.to(GPU).clone()
-        if last:
-            ours = ours.to(memory_format=torch.channels_last if ours.dim() == 4 else torch.channels_last_3d)
-        ours = ours.requires_grad_()
-        theirs = x.double().clone().requires_grad_()
-        grad = torch.randn(shape, dtype=torch.float64).to(dtype)
-        a, b = layer(ours), wide(theirs)
-        a.backward(grad.to(GPU))
-        b.backward(grad.double())
-        near = TOLERANCE[dtype]
-        assert_close(a.double().cpu(), b, rtol=near, atol=near)
-        assert_close(ours.grad.double().cpu(), theirs.grad, rtol=near, atol=near)
-        for name in ("weight", "bias"):
-            mine, exact = getattr(layer, name).grad.double().cpu(), getattr(wide, name).grad
-            assert_close(mine, exact, rtol=near, atol=near * float(exact.abs().max()))
-        for name in RUNNING:
-            near = 1e-3 if dtype in HALVES else 1e-5
-            assert_close(getattr(layer, name).double().cpu(), getattr(wide, name), rtol=near, atol=near)
-        assert int(layer.num_batches_tracked) == step + 1
-
-
-@pytest.mark.parametrize("triton", [True, False])
-def test_batch_renorm_without_triton_is_the_same(triton, monkeypatch):
-    """The vectors by Triton and by torch agree."""
-    from normfix.layers import library
-
-    if not triton:
-        monkeypatch.setattr(library, "kernels_of", lambda device: None)
-    torch.manual_seed(3)
-    layer, x = BatchRenorm2d(8, momentum=0.1).to(GPU), torch.randn(4, 8, 16, 16, device=GPU)
-    for _ in range(3):
-        y = layer(x * 3 + 1)
-    plain = copy.deepcopy(layer).cpu()
-    assert_close(layer(x).cpu(), plain(x.cpu()), rtol=1e-5, atol=1e-5)
-    assert y.requires_grad
-
-
-def test_batch_renorm_in_a_checkpoint_counts_once():
-    """A call that is repeated in backward takes the corrections of the first, and counts no batch."""
-    plain = nn.Sequential(
-        nn.Conv2d(3, 8, 3), BatchRenorm2d(8, momentum=0.1), nn.ReLU(), nn.Conv2d(8, 1, 1)
-    ).to(GPU)
-    twin = copy.deepcopy(plain)
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        for _ in range(3):
-            x = torch.randn(4, 3, 12, 12, device=GPU) * 2 + 1
-            plain(x).square().sum().backward()
-            checkpoint(twin, x, use_reentrant=False).square().sum().backward()
-    finally:
-        torch.backends.cudnn.allow_tf32 = True
-    assert int(twin[1].num_batches_tracked) == 3
-    assert_close(twin[0].weight.grad, plain[0].weight.grad, rtol=1e-4, atol=1e-3)
-    assert RecordedCall is not None
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_finetuning_under_autocast(converted, dtype):
     """A network with BatchRenorm trains under autocast, with a GradScaler, and is calibrated and checked after."""
@@ -461,81 +428,50 @@ def test_finetuning_under_autocast(converted, dtype):
     assert normfix.check(after, uneven(192, 192).to(GPU), tile=64).passed
 
 
-def test_compiled_batch_renorm_trains():
-    """Under torch.compile a training step of BatchRenorm gives the gradients of an eager one."""
-    plain = nn.Sequential(nn.Conv2d(3, 8, 3), BatchRenorm2d(8, momentum=0.1)).to(GPU)
-    twin = copy.deepcopy(plain)
-    compiled = torch.compile(twin)
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        for _ in range(2):
-            x = torch.randn(4, 3, 12, 12, device=GPU)
-            plain(x).square().sum().backward()
-            compiled(x).square().sum().backward()
-    finally:
-        torch.backends.cudnn.allow_tf32 = True
-    assert_close(twin[1].running_var, plain[1].running_var, rtol=1e-4, atol=1e-5)
-    assert_close(twin[1].weight.grad, plain[1].weight.grad, rtol=1e-3, atol=1e-2)
-
-
 # The command line
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, image):
-    """An image, and the network converted by the command line on the device it chooses."""
-    place = tmp_path_factory.mktemp("cli")
-    np.save(place / "image.npy", image[0].numpy())
-    done = normfix_(place, "convert", "cuda_networks:small", "image.npy", "-o", "saved", "--to", "frozen")
-    assert done.returncode == 0, done.stderr
-    assert "computing on cuda" in done.stderr
-    return place
+SMALL = f"{Path(__file__).parent / 'support' / 'cuda_networks.py'}:small"
 
 
 def normfix_(place, *words):
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(normfix.__file__).parent.parent)])
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-m", "normfix", *words],
         cwd=place,
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(Path(normfix.__file__).parent.parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
     )
 
 
+TILED = ("--tile", "64", "--arch", SMALL)
 COMMANDS = {
-    "scan": (("scan", "cuda_networks:small"), 1),
-    "check": (("check", "saved", "image.npy", "--tile", "64", "--arch", "cuda_networks:small"), 0),
-    "diagnose": (("diagnose", "cuda_networks:small", "image.npy", "--tile", "64"), 1),
-    "calibrate": (
-        ("calibrate", "saved", "image.npy", "--tile", "64", "-o", "again", "--arch", "cuda_networks:small"),
-        0,
-    ),
-    "prove": (("prove", "saved", "image.npy", "--arch", "cuda_networks:small"), 0),
-    "predict": (
-        ("predict", "saved", "image.npy", "-o", "out.npy", "--tile", "64", "--arch", "cuda_networks:small"),
-        0,
-    ),
+    "scan": (("scan", SMALL), 1),
+    "check": (("check", "saved", "image.npy", *TILED), 0),
+    "diagnose": (("diagnose", SMALL, "image.npy", "--tile", "64"), 1),
+    "calibrate": (("calibrate", "saved", "image.npy", *TILED, "-o", "again"), 0),
+    "prove": (("prove", "saved", "image.npy", "--arch", SMALL), 0),
+    "predict": (("predict", "saved", "image.npy", *TILED, "-o", "out.npy", "--batch", "4"), 0),
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_command(folder, command):
-    """Each command runs on the GPU that is there, says so, and ends as on the CPU."""
-    words, status = COMMANDS[command]
-    done = normfix_(folder, *words)
-    assert "computing on cuda" in done.stderr, done.stderr
-    assert done.returncode in (status, 0), done.stdout[-2000:] + done.stderr[-2000:]
-    assert "NF901" not in done.stderr
-
-
-def test_the_cpu_can_be_asked_for(folder):
-    """--device cpu computes there and says nothing."""
-    words = ("scan", "cuda_networks:small", "--device", "cpu", "--format", "json")
-    done = normfix_(folder, *words)
-    assert "computing on" not in done.stderr
-    assert json.loads(done.stdout)["sites"]
+def test_commands(tmp_path, image):
+    """Each command runs on the GPU that is there, says so, and ends as on the CPU; all at a time, for the time."""
+    np.save(tmp_path / "image.npy", image[0].numpy())
+    done = normfix_(tmp_path, "convert", SMALL, "image.npy", "-o", "saved", "--to", "frozen")
+    said = done.communicate()[1]
+    assert done.returncode == 0, said
+    assert "computing on cuda" in said
+    plain = normfix_(tmp_path, "scan", SMALL, "--device", "cpu", "--format", "json")
+    running = {name: normfix_(tmp_path, *words) for name, (words, _) in COMMANDS.items()}
+    for name, process in running.items():
+        out, err = process.communicate()
+        assert "computing on cuda" in err, (name, err)
+        assert process.returncode in (COMMANDS[name][1], 0), (name, out[-2000:], err[-2000:])
+        assert "NF901" not in err
+    out, err = plain.communicate()
+    assert "computing on" not in err
+    assert json.loads(out)["sites"]
 
 
 def test_the_accelerator_is_the_gpu():

@@ -24,6 +24,8 @@ __all__ = ["Crossings"]
 
 _PIXELS = (1 << 18, 1 << 20)
 """Pixels of the strips on which a branch on the size is tried, at most."""
+_LARGE, _WIDE = 64, 1 << 16
+"""Pixels along the largest tiles of which smaller ones are tried, and of the images they are cut from, if they may."""
 _PERIOD = 4096
 """Pixels over which remainders are looked for."""
 
@@ -54,8 +56,57 @@ class Crossings:
     def differing(self, sizes: SizeLook) -> tuple[Condition, ...]:
         """Return the conditions that should make no difference to tiles and do: they count wherever they fail."""
         wrong = [condition for condition in sizes.lattice if not self.harmless(condition)]
-        wrong += [condition for condition in sizes.built if not self.harmless(condition, afar=True)]
+        numbers = (*sizes.built, *sizes.numbers)
+        wrong += [condition for condition in numbers if not self.harmless(condition, afar=True)]
         return tuple(replace(condition, strict=True) for condition in wrong)
+
+    def fitting(self) -> tuple[Condition, ...]:
+        """Return which windows give what the whole gives, where no graph tells it: () for all.
+
+        Those from an extent on, or none. What is compared is wide along every axis, and windows are tried from large
+        ones to a stride, in halves.
+        """
+        names = AXES[self.example.dim()]
+        found = []
+        for axis in self._axes:
+            least = None
+            for tile in self._tiles(axis):
+                if not self._fits(axis, tile):
+                    here = f"== {self.example.shape[axis + 2]}" if least is None else f">= {least}"
+                    found.append(Condition(text=f"{names[axis]} {here}", line="", strict=True))
+                    break
+                least = self._context(axis) + tile
+        return tuple(found)
+
+    def _tiles(self, axis: int) -> Iterator[int]:
+        tile = stride = self.geometry.stride[axis]
+        while 2 * tile <= _LARGE:
+            tile *= 2
+        while tile > stride:
+            yield tile
+            tile //= 2
+        yield stride
+
+    def _fits(self, axis: int, tile: int) -> bool:
+        """Tell whether windows along an axis give what the whole gives, or are refused."""
+        try:
+            return agrees(self.double, self.example.double(), axis, self.geometry, self._wide(axis), tile)
+        except refusals():
+            return True
+
+    def _wide(self, axis: int) -> Size:
+        """Return extents of an image that windows along an axis are cut from."""
+        least = [shortest(self.geometry, self.cross, other, _LARGE)[other] for other in self._axes]
+        side = int((_WIDE / least[axis]) ** (1 / max(1, len(least) - 1)))
+        others = zip(self.cross, least, self.geometry.stride, strict=True)
+        return tuple(
+            n if other == axis else max(across, min(n, side) // stride * stride)
+            for other, (across, n, stride) in enumerate(others)
+        )
+
+    def _context(self, axis: int) -> int:
+        stride = self.geometry.stride[axis]
+        return sum(round_up(side, stride) for side in self.geometry.halo[axis])
 
     def harmless(self, condition: Condition, *, afar: bool = False) -> bool:
         """Tell whether tiles equal the whole whether a condition holds or fails that should make no difference.
@@ -99,8 +150,7 @@ class Crossings:
 
     def _excluded(self, branch: Condition, axis: int, size: Size) -> Iterator[int]:
         """Yield the tiles whose windows of an image, cut along an axis, a branch excludes."""
-        stride, halo = self.geometry.stride[axis], self.geometry.halo[axis]
-        context = sum(round_up(side, stride) for side in halo)
+        stride, context = self.geometry.stride[axis], self._context(axis)
         for tile in range(stride, size[axis] - context, stride):
             if self._excludes(branch, (*size[:axis], context + tile, *size[axis + 1 :])):
                 yield tile

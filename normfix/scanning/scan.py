@@ -36,6 +36,7 @@ from normfix.scanning.sites import Survey, survey
 from normfix.scanning.witnesses import HaloSource, Witness, witness_of
 from normfix.tiling.geometry import BoundExceededError, Locality, measure_locality, not_dense
 from normfix.tiling.grid import Geometry
+from normfix.tiling.recall import Recalling
 
 __all__ = ["Scanned", "look", "plan", "scan"]
 
@@ -245,7 +246,7 @@ def _measured(
         try:
             locality = bench.measured(found.dilution, doubts, fast=fast)
         except BoundExceededError:
-            if not (doubts.bounds or tried.built or tried.lattice):
+            if not (doubts.bounds or tried.built or tried.numbers or tried.lattice):
                 raise
             # strips are of other sizes, for which the network is not that of the graph
             bench = replace(bench, witness=bench.witness.of_other_sizes())
@@ -255,6 +256,8 @@ def _measured(
     # what did not hold on longer strips is believed of the example only
     largest = _Largest(material.dim() - 2)
     broken = () if crossings is None else crossings.differing(tried)
+    if bench is not None and crossings is not None and tried.unknown and not fast:
+        broken += replace(crossings, double=Recalling(bench.unnoted)).fitting()
     if bench is not None and (locality.steady or not doubts):
         largest = bench.largest
     if locality.steady and crossings is not None:
@@ -373,12 +376,14 @@ class _Largest:
 class _Bench:
     """A network in which all that can be is frozen, in two precisions, and the material of its strips.
 
-    `network` is the one in float32, `largest` notes the sizes that the other is run at, to be compared.
+    `network` is the one in float32, `largest` notes the sizes that the other is run at, to be compared; `unnoted` is
+    the other without that.
     """
 
     network: nn.Module
     single: Callable[[Tensor], Tensor]
     double: Callable[[Tensor], Tensor]
+    unnoted: Callable[[Tensor], Tensor]
     twin: nn.Module
     example: Tensor
     witness: Witness
@@ -426,6 +431,7 @@ def _bench(
         frozen,
         lambda x: caller(frozen, x),  # the dye alone, which compares nothing
         lambda x: caller.in_double(double, largest.noted(x)),
+        lambda x: caller.in_double(double, x),
         double,
         example,
         witness_of(frozen, caller, example, halo, known),

@@ -137,9 +137,10 @@ def far(geometry: Geometry, cross: Sequence[int], axis: int, limit: int = _MOST)
     return tuple(size)
 
 
-def shortest(geometry: Geometry, cross: Sequence[int], axis: int) -> tuple[int, ...]:
+def shortest(geometry: Geometry, cross: Sequence[int], axis: int, tile: int = _TILE) -> tuple[int, ...]:
     """Return the extents of the shortest strip that two windows, each with a cut, make up."""
-    return (*cross[:axis], _second(geometry, axis) + sum(_reads(geometry, axis)), *cross[axis + 1 :])
+    length = _second(geometry, axis, tile) + sum(_reads(geometry, axis, tile))
+    return (*cross[:axis], length, *cross[axis + 1 :])
 
 
 def agrees(

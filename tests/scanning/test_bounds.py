@@ -92,6 +92,29 @@ def test_a_number_that_was_built_in_is_said(name, expected):
     assert any(expected in reason for reason in found.unknown)
 
 
+@pytest.mark.parametrize(
+    ("way", "expected"),
+    [
+        (lambda x: x * (1 + x.shape[3] // 64), "W//64 + 1 == 2"),
+        (lambda x: torch.nn.functional.softplus(x, beta=x.shape[2] / 32), "H / 32 == 2.0"),
+        (lambda x: x * torch.ones(x.shape[3]).sum(), "W == 96"),
+        (lambda x: x * torch.scalar_tensor(x.shape[3] & 64), "W == 96"),
+        (lambda x: torch.cat([x, -x], 1).narrow(1, x.shape[3] // 64 % 2, 1), "(W//64) % 2 == 1"),
+    ],
+    ids=["factor", "parameter", "counted", "without a text", "channel"],
+)
+def test_a_number_that_values_are_made_of_is_a_condition(way, expected):
+    """A size that is multiplied with, or counted, leaves no guard; what has no formula is that of one size."""
+    found = look(way)
+    assert expected in texts(found.numbers)
+    assert (found.conditions, found.built, found.unknown) == ((), (), ())
+
+
+def test_the_larger_of_two_numbers_is_a_condition():
+    """torch asks it for `max`, and means what the network means."""
+    assert texts(look(lambda x: x * max(x.shape[3] / 128, 1.0)).conditions) == ["W / 128 < 1.0"]
+
+
 @pytest.mark.parametrize("name", BY_PLACE)
 def test_a_map_laid_over_the_image_is_said(name):
     """What a table or a ramp holds further out was not run."""

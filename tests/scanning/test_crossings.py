@@ -155,3 +155,19 @@ def test_geometry_follows_the_statistics(case, way, caplog):
         with torch.no_grad():
             whole = (case.network() if way == "per image" else model)(image)
         assert difference(result, whole) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("way", "expected"),
+    [
+        (lambda x: x * (1 + x.shape[3] // 64), ("W//64 + 1 == 2",)),
+        (lambda x: x * min(x.shape[3].bit_length(), 6), ("W >= 36",)),
+        (lambda x: x * torch.ones(x.shape[2:]).tril(), ("H == 64", "W == 96")),
+        (lambda x: x * torch.ones(x.shape[3]).sum() / torch.ones(x.shape[3]).sum(), ()),
+    ],
+    ids=["number", "no graph", "diagonal", "cancelled"],
+)
+def test_windows_by_which_a_network_differs_are_conditions(way, expected):
+    """A size in its arithmetic, sizes that no graph tells, a map that strips do not show; control: what cancels."""
+    scan = normfix.scan(Branching(way).eval(), torch.rand(1, 1, 64, 96))
+    assert tuple(c.text for c in scan.sizes.conditions) == expected

@@ -33,8 +33,11 @@ AXES = {3: "L", 4: "HW", 5: "DHW"}
 """Names of the spatial axes, by the image's rank."""
 
 _TORCH = str(Path(torch.__file__).parent)
-_MEANT = frozenset({"slice_forward", "split"})
-"""Functions of torch's whose questions are about what is computed: where a slice ends, into how many parts it falls."""
+_MEANT = frozenset({"slice_forward", "split", "_tensor_min_max"})
+"""Functions of torch's whose questions are about what is computed.
+
+Where a slice ends, into how many parts a map falls, which number is the larger.
+"""
 _CHOOSING = frozenset({"conv"})
 """Functions of torch's that ask for a size to choose one of several kernels, which all compute the same."""
 _EVEN = frozenset(
@@ -42,6 +45,11 @@ _EVEN = frozenset(
 )
 _EXTENTS = (8, 12, 16, 24, 40, 64, 100, 160, 250, 400, 640, 1000, 1600, 2500, 4000, 10_000, 100_000, 1 << 20)
 """Extents at which a condition is asked whether any image breaks it."""
+_PLACING = ("upsample", "_upsample", "arange", "linspace", "grid_sampler")
+"""Operators whose numbers say where something is and not what."""
+_PARTS = frozenset({"select", "slice", "narrow"})
+_VALUES = frozenset({"Tensor", "number", "float", "Optional[number]", "Optional[float]", "Optional[Tensor]"})
+"""Types of an operator's arguments that values are made of; extents and places are SymInt."""
 KERNELS = 1 << 31
 """Elements from which on kernels count with longer integers: what asks for as many is about them."""
 
@@ -51,13 +59,14 @@ class SizeLook:
     """The conditions of a graph that some image breaks, and why they do not tell everything; () where they do.
 
     `lattice` are the conditions that only repeat with the size, `built` say what a number was that is computed from the
-    size and was built into the graph.
+    size and was built into the graph, `numbers` what one was that the graph computes and that values are made of.
     """
 
     conditions: tuple[Condition, ...]
     unknown: tuple[str, ...]
     lattice: tuple[Condition, ...] = ()
     built: tuple[Condition, ...] = ()
+    numbers: tuple[Condition, ...] = ()
 
 
 def read_sizes(program: ExportedProgram) -> SizeLook:
@@ -73,6 +82,7 @@ def read_sizes(program: ExportedProgram) -> SizeLook:
     fixed = [letters[dim] for dim in range(2, len(shape)) if dim not in free]
     unknown = [f"the captured graph has one extent along {' and '.join(fixed)}"] if fixed else []
     found: dict[_Kind, dict[Condition, None]] = {kind: {} for kind in _Kind}
+    numbers: tuple[Condition, ...] = ()
     if free:
         reading = _Reading.of(free, letters)
         found[_Kind.BRANCH].update({Condition(text=f"{a} == {b}", line=""): None for a, b in reading.tied})
@@ -84,6 +94,7 @@ def read_sizes(program: ExportedProgram) -> SizeLook:
                 continue
             found[kind][condition] = None
         found[_Kind.BRANCH].update(dict.fromkeys(reading.limits(found[_Kind.BRANCH])))
+        numbers = tuple(dict.fromkeys(_numbers(program, image, reading)))
     built = [f"a number computed from the size is built in: {c.text}" for c in found[_Kind.BUILT]]
     placed = [f"a map is laid over the image at {line}" for line in _placed(program, image)]
     return SizeLook(
@@ -91,6 +102,7 @@ def read_sizes(program: ExportedProgram) -> SizeLook:
         unknown=tuple(dict.fromkeys((*unknown, *built, *placed))),
         lattice=tuple(found[_Kind.LATTICE]),
         built=tuple(found[_Kind.BUILT]),
+        numbers=numbers,
     )
 
 
@@ -174,6 +186,23 @@ class _Reading:
         except (NoText, NormfixError) as error:
             raise _Open("a size is computed by what has no formula, or a long one") from error
 
+    def number(self, formula: Any, line: str) -> Iterator[Condition]:
+        """Yield the condition that a formula has the value that it had, of its extents where it has no text."""
+        formula = formula.subs(self.environment.replacements)
+        symbols = [symbol for symbol in self.names if symbol in formula.free_symbols]
+        extents = {self.names[symbol]: self.extents[self.names[symbol]] for symbol in symbols}
+        value = formula.subs({symbol: self.extents[self.names[symbol]] for symbol in symbols})
+        if not symbols:
+            return
+        try:
+            condition = Condition(text=f"{text_of(formula, self.names)} == {text_of(value, {})}", line=line)
+            if condition.holds(extents):
+                yield condition
+                return
+        except (NoText, NormfixError):
+            pass
+        yield from (Condition(text=f"{name} == {n}", line=line) for name, n in extents.items())
+
     def _kind(self, formula: Any, condition: Condition, extents: Mapping[str, int]) -> _Kind:
         if not condition.holds(extents):  # asked on the way to what was asked in the end
             return _Kind.TRIVIAL
@@ -242,6 +271,58 @@ def _answered(program: ExportedProgram, reading: _Reading) -> Iterator[tuple[Any
         answer = formula.subs(known)
         if not answer.free_symbols:
             yield (formula if bool(answer) else ~formula), _line(node)
+
+
+def _numbers(program: ExportedProgram, image: Node, reading: _Reading) -> Iterator[Condition]:
+    """Yield what the numbers were that are computed from the size and that values are made of.
+
+    They are arguments such as 1 + w // 64 in `y * (1 + w // 64)`, and what sums and counts make of maps that
+    follow the image's extent and not its values, as `torch.ones(w).sum()` does.
+    """
+    depends, sized = {image}, set[Node]()
+    for node in program.graph.nodes:
+        if node.op != "call_function" or not _is_tensor(node):
+            continue
+        given = taken_by(node)
+        if any(source in depends for source in given):
+            depends.add(node)
+        elif _is_sized(node):
+            sized.add(node)
+        elif extents := [n for source in given if source in sized for n in _sizes_of(source.meta["val"])]:
+            for extent in extents:
+                yield from reading.number(extent, _line(node))
+        for formula in _factors(node):
+            yield from reading.number(formula, _line(node))
+
+
+def _factors(node: Node) -> Iterator[Any]:
+    """Yield the formulas of a node's arguments that become values, or choose among channels; no extents, no places."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or name_of(node).startswith(_PLACING):
+        return
+    named = {a.name: a for a in schema.arguments}
+    pairs = [
+        *zip(schema.arguments, node.args, strict=False),
+        *((named[k], v) for k, v in node.kwargs.items()),
+    ]
+    for argument, given in pairs:
+        value = given.meta.get("val") if isinstance(given, Node) else None
+        counts = str(argument.type) in _VALUES or _is_of_channels(node)
+        if counts and isinstance(value, torch.SymInt | torch.SymFloat):
+            yield value.node.expr
+
+
+def _is_of_channels(node: Node) -> bool:
+    """Tell whether a node takes a part along a dimension of one extent, whatever the image's."""
+    if name_of(node) not in _PARTS or not _is_tensor(source := node.all_input_nodes[0]):
+        return False
+    dim = node.args[1] if len(node.args) > 1 else 0
+    return isinstance(dim, int) and isinstance(source.meta["val"].shape[dim], int)
+
+
+def _is_tensor(node: Node) -> bool:
+    value = node.meta.get("val")
+    return any(isinstance(leaf, Tensor) for leaf in (value if isinstance(value, list | tuple) else (value,)))
 
 
 def _is_question(node: Node) -> bool:
