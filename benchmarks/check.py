@@ -41,11 +41,11 @@ def main() -> None:
     torch.manual_seed(0)
     image = torch.rand(1, 1, given.size, given.size)
     network = nuclei_unet()
-    converted = normfix.convert(network, image[..., : given.size // 2, : given.size // 2]).model.eval()
-    geometry = geometry_of(normfix.scan(network))
+    done = normfix.convert(network, image[..., : given.size // 2, : given.size // 2])
+    geometry = geometry_of(done.scan)
     assert geometry is not None
 
-    for name, model in (("original", network), ("converted", converted)):
+    for name, model in (("original", network), ("converted", done.model.eval())):
 
         def passes(model: torch.nn.Module = model) -> None:
             with torch.no_grad():

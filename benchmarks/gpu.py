@@ -1,7 +1,8 @@
 """Time normfix on a GPU as ratios, by CUDA events, A and B interleaved, and print the tables of docs/gpu.md.
 
 Run: python benchmarks/gpu.py [--rounds 15] [--scale 1]. Needs torch and nothing else; about three minutes. Each
-number is the median over rounds of time(A) / time(B), where B is named in the heading.
+number is the median over rounds of time(A) / time(B), where B is named in the heading. Without a GPU it computes on
+the CPU, which only tries the program: give --scale 16 or more.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 import normfix
 from normfix.conversion.lowering import fold, lower
 from normfix.layers import BatchRenorm2d, BatchRenorm3d, FrozenNorm2d, FrozenNorm3d
+from normfix.networks.devices import described, synchronize
 from normfix.networks.numerics import exact_arithmetic
 
-GPU = torch.device("cuda")
+GPU = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EVAL = [(1, 16, 1024, 1344), (1, 64, 512, 512), (8, 32, 256, 256), (1, 8, 128, 128, 128)]
 TRAIN = [(8, 32, 256, 256), (4, 64, 512, 512), (16, 128, 64, 64), (2, 256, 32, 32), (2, 32, 64, 128, 128)]
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -45,6 +47,8 @@ def main() -> None:
         "steps": steps,
         "compiled": compiled,
         "stages": stages,
+        "tiles": tiles,
+        "host": host,
         "tf32": tf32,
     }
     for name, table in tables.items():
@@ -205,46 +209,118 @@ def _step(network: nn.Module, x: Tensor, dtype: torch.dtype) -> Callable[[], Non
     return step
 
 
+CASES = ((2, 4096, 1024, 256), (3, 192, 96, 48))
+"""Axes, extent of the image, of blocks and of small tiles."""
+
+
 def stages(rounds: int, scale: int) -> None:
-    print("## Whole images in parts, relative to the untiled forward pass\n")
+    print("## Whole images in stages, relative to the untiled forward pass (peak memory in GiB)\n")
     rows = []
-    for dims, n, tile in ((2, 4096, 1024), (3, 192, 96)):
-        n, tile = n // scale, tile // scale
-        image = torch.rand(1, 1, *(n,) * dims, device=GPU) * torch.linspace(0.2, 2, n, device=GPU)
-        network = unet(dims, "instance").eval()
-        done = normfix.convert(network, image[(..., *(slice(0, 64 if dims == 3 else 256),) * dims)])
-        model = done.model
+    for dims, n, tile, _ in _cases(scale):
+        image = _image(dims, n)
+        there = image.cpu()
+        model = _converted(dims, image)
         start = time.perf_counter()
         normfix.calibrate(model, image, tile=tile)
         first = time.perf_counter() - start
-        torch.cuda.reset_peak_memory_stats()
-        with torch.no_grad(), exact_arithmetic():
-            whole = timed([lambda: model(image)], 5)[0]  # noqa: B023
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        calls: dict[str, Callable[[], Any]] = {
-            "calibrate": lambda: normfix.calibrate(model, image, tile=tile),  # noqa: B023
-            "predict in stages": lambda: normfix.predict(model, image, tile, engine="stages"),  # noqa: B023
-            "predict in tiles": lambda: normfix.predict(model, image, tile, engine="tiles"),  # noqa: B023
-        }
-        row = [f"{dims}D, {n}", _ms(whole), f"{peak:.1f} GiB"]
-        for call in calls.values():
-            call()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            found = wall(call, 3)
-            most = (torch.cuda.max_memory_allocated() - before) / 2**30
-            row.append(f"{1000 * found / whole:.1f} ({most:.2f} GiB)")
-        rows.append([*row, f"{first:.1f} s"])
-    heads = [
-        "image",
-        "untiled, ms",
-        "its peak",
-        "calibrate in stages",
-        "predict in stages",
-        "in tiles",
-        "first use",
-    ]
-    _table(heads, rows)
+        calls: list[Callable[[], Any]] = [
+            lambda: normfix.calibrate(model, image, tile=tile),  # noqa: B023
+            lambda: normfix.calibrate(model, there, tile=tile),  # noqa: B023
+            lambda: normfix.predict(model, image, tile, engine="stages"),  # noqa: B023
+        ]
+        rows.append([f"{dims}D, {n}, {tile}", *_over_untiled(model, image, calls), f"{first:.1f}"])
+    heads = ["image, blocks", "untiled, ms", "calibrate", "the same, image on the host", "predict"]
+    _table([*heads, "first use, s"], rows)
+
+
+def tiles(rounds: int, scale: int) -> None:
+    print("## Whole images in tiles, relative to the untiled forward pass (peak memory in GiB)\n")
+    rows = []
+    for dims, n, tile, small in _cases(scale):
+        image = _image(dims, n)
+        model = _converted(dims, image)
+        one = normfix.Blocks(batch=1)
+        calls: list[Callable[[], Any]] = [
+            lambda: normfix.predict(model, image, tile, engine="tiles"),  # noqa: B023
+            lambda: normfix.predict(model, image, small, engine="tiles", blocks=one),  # noqa: B023
+            lambda: normfix.predict(model, image, small, engine="tiles"),  # noqa: B023
+            lambda: normfix.predict(model, image, tile),  # noqa: B023
+        ]
+        rows.append([f"{dims}D, {n}, {tile}, {small}", *_over_untiled(model, image, calls)])
+    heads = ["image, tiles, small tiles", "untiled, ms", "tiles", "small tiles, one at a time", "batched"]
+    _table([*heads, "tiles, engine auto"], rows)
+
+
+def _cases(scale: int) -> list[tuple[int, ...]]:
+    return [(dims, *(n // scale for n in extents)) for dims, *extents in CASES]
+
+
+def _over_untiled(model: nn.Module, image: Tensor, calls: Sequence[Callable[[], Any]]) -> list[str]:
+    """Return an untiled pass in ms and each call relative to it, with the peak of device memory that each adds."""
+    with torch.no_grad(), exact_arithmetic():
+        whole, peak = _wall_and_peak(lambda: model(image), 5)
+    cells = [f"{1000 * whole:.1f} ({peak:.2f})"]
+    for call in calls:
+        call()
+        found, most = _wall_and_peak(call, 5)
+        cells.append(f"{found / whole:.2f} ({most:.2f})")
+    return cells
+
+
+def host(rounds: int, scale: int) -> None:
+    print("## Maps in the host's memory, over the time in which their bytes cross the bus\n")
+    from normfix.tiling.stages import store
+
+    dims, n, tile, _ = _cases(scale)[0]
+    image = _image(dims, n)
+    model = _converted(dims, image)
+    call = partial(normfix.calibrate, model, image, tile=tile)
+    call()
+    moved: list[int] = []
+    room, write, read = store.room, store._OnHost.write, store._OnHost.read
+
+    def counted(self: Any, index: Any, *value: Tensor) -> Any:
+        result = (write if value else read)(self, index, *value)
+        window = value[0] if value else result
+        moved.append(window.numel() * window.element_size())
+        return result
+
+    store.room = lambda device: 0  # type: ignore[assignment]
+    try:
+        found, most = _wall_and_peak(call, 3)
+        store._OnHost.write = store._OnHost.read = counted  # type: ignore[assignment, method-assign]
+        call()
+    finally:
+        store.room, store._OnHost.write, store._OnHost.read = room, write, read  # type: ignore[method-assign]
+    there = torch.empty(1 << 26 if scale == 1 else 1 << 20)
+    if GPU.type == "cuda":
+        there = there.pin_memory()
+    here = there.to(GPU)
+    speed = there.numel() * 4 / max(1e-9, wall(lambda: here.copy_(there, non_blocking=True), 5))
+    print(
+        f"{sum(moved) / 2**30:.1f} GiB at {speed / 2**30:.1f} GiB/s, {1000 * found:.0f} ms ({most:.2f} GiB): "
+        f"{found * speed / max(1, sum(moved)):.2f}"
+    )
+
+
+def _image(dims: int, n: int) -> Tensor:
+    return torch.rand(1, 1, *(n,) * dims, device=GPU) * torch.linspace(0.2, 2, n, device=GPU)
+
+
+def _converted(dims: int, image: Tensor) -> nn.Module:
+    part = image[(..., *(slice(0, 64 if dims == 3 else 256),) * dims)]
+    return normfix.convert(unet(dims, "instance").eval(), part).model
+
+
+def _wall_and_peak(call: Callable[[], Any], rounds: int) -> tuple[float, float]:
+    """Return the median seconds of a call and the peak of device memory that it adds, in GiB."""
+    if GPU.type != "cuda":
+        return wall(call, rounds), 0.0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = wall(call, rounds)
+    return found, (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
 def tf32(rounds: int, scale: int) -> None:
@@ -275,6 +351,11 @@ def timed(calls: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
 
 
 def _events(call: Callable[[], Any], repeats: int) -> float:
+    if GPU.type != "cuda":
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return 1000 * (time.perf_counter() - begin)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
@@ -289,10 +370,10 @@ def wall(call: Callable[[], Any], rounds: int) -> float:
     """Return the median seconds of a call by the host's clock."""
     found = []
     for _ in range(rounds):
-        torch.cuda.synchronize()
+        synchronize(GPU)
         start = time.perf_counter()
         call()
-        torch.cuda.synchronize()
+        synchronize(GPU)
         found.append(time.perf_counter() - start)
     return statistics.median(found)
 
@@ -334,10 +415,8 @@ def _machine() -> str:
         driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0]
     except OSError:
         driver = "?"
-    return f"{torch.cuda.get_device_name()}, driver {driver}"
+    return f"{described(GPU)}, driver {driver}"
 
 
 if __name__ == "__main__":
-    if not torch.cuda.is_available():
-        raise SystemExit("there is no CUDA GPU")
     main()

@@ -110,8 +110,8 @@ CODES: dict[str, str] = {
     "it unpacks to, since others run what they read (pickle) or grow without end. Write the image again with zstd, "
     "blosc or gzip.",
     # 2xx: finding and planning
-    "NF201": "The network ran at one size only, so space could not be told from channels by varying it; "
-    "dimensions from the third on were taken as space.",
+    "NF201": "The network ran at one size only, or makes other calls at others, so space could not be told from "
+    "channels by varying it; dimensions from the third on were taken as space.",
     "NF202": "A norm that the network owns did not run on the example, so nothing can be measured for it. It "
     "is left as it is.",
     "NF203": "The statistic is live and has no stored value, so freezing it needs at least one image to "

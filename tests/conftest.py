@@ -1,6 +1,11 @@
 """One thread, fixed seeds: numbers in tests repeat. What a release is too old for is skipped and says so."""
 
+import os
 import sys
+
+os.environ.setdefault(
+    "TORCHINDUCTOR_COMPILE_THREADS", "1"
+)  # else each compiling test starts a pool of processes
 
 import pytest
 import torch
@@ -8,6 +13,13 @@ from commands import Run
 from optional import skipping
 
 torch.set_num_threads(1)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Import for `-m cuda` what has such tests alone: a GPU machine has few of the libraries that the others need."""
+    if config.getoption("markexpr") == "cuda" and collection_path.suffix == ".py":
+        return "pytest.mark.cuda" not in collection_path.read_text(encoding="utf-8") or None
+    return None
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cuda_networks import Branching, small, uneven
+from cuda_networks import Branching, Small, small, uneven
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 import normfix
 from normfix.conversion.lowering import fold, lower
 from normfix.layers import BatchRenorm2d, BatchRenorm3d, FrozenNorm2d, FrozenNorm3d
+from normfix.layers.affine import normalise, normalise_rectified
+from normfix.layers.moments import measure, measure_there, union
 from normfix.layers.recomputation import RecordedCall
 from normfix.networks.devices import accelerator
 
@@ -219,6 +221,49 @@ def test_predict_gives_the_whole(converted, image, engine, statistics):
     expected = normfix.predict(converted.model, given, tile=256, engine="tiles", statistics=statistics)
     assert parts.device == GPU
     assert deviation(parts, expected) < 1e-4
+
+
+def test_tiles_share_calls(converted, image):
+    """Small tiles go through the network several at a time, and give what they give one at a time."""
+    given = image.to(GPU)
+    calls = []
+
+    def count(module, arguments):
+        calls.append(len(arguments[0]))
+
+    with torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, arguments: count(module, arguments) if isinstance(module, Small) else None
+    ):
+        together = normfix.predict(converted.model, given, tile=32, engine="tiles")
+    assert max(calls) > 4
+    alone = normfix.predict(converted.model, given, tile=32, engine="tiles", blocks=normfix.Blocks(batch=1))
+    assert deviation(together, alone) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
+def test_moments_of_a_window_are_those_of_float64(dtype):
+    """The one reading gives mean and variance of float64, far from zero as well, and merges where it is."""
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(2, 3, 7, 60, 150, generator=generator) * 3 + 200).to(dtype)[..., 1:, 2:55, 3:140]
+    parts = [measure_there(x.to(GPU)[..., :20, :]), measure_there(x.to(GPU)[..., 20:, :])]
+    joined, expected = union(*parts), measure(x)
+    assert joined.mean.device == GPU
+    assert joined.count == expected.count
+    assert_close(joined.mean.cpu(), expected.mean, rtol=1e-13, atol=0)
+    assert_close(joined.m2.cpu(), expected.m2, rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_a_window_is_normalised_where_it_lies(dtype):
+    """A window of a map gives the bits that its copy gives, rectified those of ReLU, and NaN stays NaN."""
+    x = torch.randn(2, 6, 40, 300, device=GPU).to(dtype)
+    x[0, 0, 9, 9] = torch.nan
+    constants = (*(torch.randn(6, device=GPU) for _ in range(3)), torch.rand(6, device=GPU) + 0.1, 1e-5)
+    window = x[..., 3:37, 5:290]
+    y = normalise(window, *constants)
+    assert_close(y, normalise(window.contiguous(), *constants), rtol=0, atol=0, equal_nan=True)
+    assert_close(normalise_rectified(window, *constants), y.relu(), rtol=0, atol=0, equal_nan=True)
+    assert bool(y.isnan().any())
 
 
 def test_a_fallback_is_said_or_refused(image, caplog):
@@ -480,24 +525,25 @@ def test_compiled_batch_renorm_trains():
 
 # The command line
 
+SMALL = f"{Path(__file__).parent / 'support' / 'cuda_networks.py'}:small"
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, image):
     """An image, and the network converted by the command line on the device it chooses."""
     place = tmp_path_factory.mktemp("cli")
     np.save(place / "image.npy", image[0].numpy())
-    done = normfix_(place, "convert", "cuda_networks:small", "image.npy", "-o", "saved", "--to", "frozen")
+    done = normfix_(place, "convert", SMALL, "image.npy", "-o", "saved", "--to", "frozen")
     assert done.returncode == 0, done.stderr
     assert "computing on cuda" in done.stderr
     return place
 
 
 def normfix_(place, *words):
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(normfix.__file__).parent.parent)])
     return subprocess.run(
         [sys.executable, "-m", "normfix", *words],
         cwd=place,
-        env={**os.environ, "PYTHONPATH": paths},
+        env={**os.environ, "PYTHONPATH": str(Path(normfix.__file__).parent.parent)},
         capture_output=True,
         text=True,
         check=False,
@@ -505,16 +551,16 @@ def normfix_(place, *words):
 
 
 COMMANDS = {
-    "scan": (("scan", "cuda_networks:small"), 1),
-    "check": (("check", "saved", "image.npy", "--tile", "64", "--arch", "cuda_networks:small"), 0),
-    "diagnose": (("diagnose", "cuda_networks:small", "image.npy", "--tile", "64"), 1),
+    "scan": (("scan", SMALL), 1),
+    "check": (("check", "saved", "image.npy", "--tile", "64", "--arch", SMALL), 0),
+    "diagnose": (("diagnose", SMALL, "image.npy", "--tile", "64"), 1),
     "calibrate": (
-        ("calibrate", "saved", "image.npy", "--tile", "64", "-o", "again", "--arch", "cuda_networks:small"),
+        ("calibrate", "saved", "image.npy", "--tile", "64", "-o", "again", "--arch", SMALL),
         0,
     ),
-    "prove": (("prove", "saved", "image.npy", "--arch", "cuda_networks:small"), 0),
+    "prove": (("prove", "saved", "image.npy", "--arch", SMALL), 0),
     "predict": (
-        ("predict", "saved", "image.npy", "-o", "out.npy", "--tile", "64", "--arch", "cuda_networks:small"),
+        ("predict", "saved", "image.npy", "-o", "out.npy", "--tile", "64", "--arch", SMALL),
         0,
     ),
 }
@@ -532,7 +578,7 @@ def test_command(folder, command):
 
 def test_the_cpu_can_be_asked_for(folder):
     """--device cpu computes there and says nothing."""
-    words = ("scan", "cuda_networks:small", "--device", "cpu", "--format", "json")
+    words = ("scan", SMALL, "--device", "cpu", "--format", "json")
     done = normfix_(folder, *words)
     assert "computing on" not in done.stderr
     assert json.loads(done.stdout)["sites"]

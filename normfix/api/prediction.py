@@ -44,6 +44,7 @@ from normfix.scanning.scan import look
 from normfix.tiling.domain import judge_size
 from normfix.tiling.geometry import geometry_of
 from normfix.tiling.grid import Geometry
+from normfix.tiling.stages.cache import is_captured
 from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stages.prediction import predict_in_stages, tell_fallback
 from normfix.tiling.stages.refusals import NotInStages
@@ -61,6 +62,12 @@ _FINEST = 32
 
 _PAYS = 1 << 24
 """Pixels of halo, or of an image to be read whole, from which stages are worth capturing the network for."""
+
+_PAYS_ON_A_GPU = 1 << 29
+"""The same of halo on a GPU, which computes a hundred million pixels in the time in which it captures for one."""
+
+_SHARE = 4
+"""Stages that are captured take less than tiles whose halos are this part of the image, 1 / _SHARE."""
 
 
 class PredictOptions(TypedDict, total=False):
@@ -104,14 +111,15 @@ def predict(
         tile: pixels per axis, multiples of the stride; default: 256.
         halo: pixels of context on every side of tiles; "auto" is what the network needs. One or one per axis ask for
             tiles.
-        engine: "auto" takes stages where tiles would compute over 16 million pixels of halo and the network can
-            be captured, on images of as many that are read by window, with a budget or store, and on a cluster.
+        engine: "auto" takes stages where tiles would compute over 16 million pixels of halo (on a GPU 512 million, or
+            the fourth part of the image once the network is captured) and the network can be captured, on images of
+            over 16 million that are read by window, with a budget or store, and on a cluster.
         statistics: "auto" takes the stored ones, but of a network that was converted with per-image statistics those.
             "per-image" normalises the image (each of a batch) by its own statistics, measured over all of it before it
             is predicted, as the network did before it was converted to frozen statistics. With it a network that was
             not converted gives what it gives for the whole image, and attention over all positions is kept: its keys
             and values are those of the whole image then. Such a network runs in stages, at the sizes that it takes.
-        blocks: how to run in stages; blocks are of `tile` if they state no size.
+        blocks: how to run in stages, and how many tiles share a call; blocks are of `tile` if they state no size.
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.
         allow_nonfinite: take NaN and infinite values in the prediction for what the network means.
@@ -346,7 +354,8 @@ class _Prediction:
         assert geometry is not None
         twin = twin_of(model)
         with exact_arithmetic():
-            return tiled(lambda x: caller(twin, x), whole(self.image), tile, geometry)
+            image = whole(self.image)
+            return tiled(lambda x: caller(twin, x), image, tile, geometry, batch=self.blocks.batch)
 
     @property
     def scale(self) -> tuple[Fraction, ...]:
@@ -376,7 +385,14 @@ class _Prediction:
         window = (min(n, t + sum(h)) for n, t, h in zip(size, tile, self.geometry.halo, strict=True))
         surplus = tiles * math.prod(window) - math.prod(size)
         opened = not isinstance(self.image, TensorImage)
-        return surplus > _PAYS or (opened and math.prod(size) > _PAYS)
+        return surplus > self._least(math.prod(size)) or (opened and math.prod(size) > _PAYS)
+
+    def _least(self, pixels: int) -> int:
+        """Return how many pixels of halo cost more than stages do."""
+        if home_of(self.model)[0].type == "cpu":
+            return _PAYS
+        captured = is_captured(self.model, self.known.caller, self.known.layers)
+        return pixels // _SHARE if captured else _PAYS_ON_A_GPU
 
     def _fitted(self) -> _Prediction:
         """Return the prediction by a copy of the model that has the statistics of this image, and their geometry.

@@ -38,6 +38,7 @@ from normfix.scanning.renewal import renew_
 from normfix.scanning.scan import look
 from normfix.scanning.sites import survey
 from normfix.tiling.geometry import geometry_of
+from normfix.tiling.stages.cache import hand_on
 from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stitching import padded
 
@@ -119,6 +120,7 @@ def calibrate(
     )
     copied = copy_of(model)
     measured.take_over_(copied)
+    hand_on(model, copied)
     return Calibration(copied, measured.summary)
 
 

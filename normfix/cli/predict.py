@@ -51,6 +51,11 @@ _ENDINGS = [".tif", ".npy", ".zarr", ".nii", ".nii.gz"]
 )
 @context_option()
 @click.option(
+    "--batch",
+    type=click.IntRange(1),
+    help="Tiles in one call of the network. Default: 1 on the CPU, as many as pay on a GPU.",
+)
+@click.option(
     "--engine",
     type=click.Choice(["auto", "tiles", "stages", "dask"]),
     default="auto",
@@ -97,6 +102,7 @@ def predict_command(
     ending: str | None,
     tile: int | tuple[int, ...] | None,
     halo: HaloExtents,
+    batch: int | None,
     engine: str,
     statistics: Literal["auto", "stored", "per-image"],
     allow_nonfinite: bool,
@@ -127,7 +133,7 @@ def predict_command(
             "halo": halo,
             "engine": "stages" if engine == "dask" else engine,
             "statistics": statistics,
-            "blocks": blocks_of(options, "dask" if engine == "dask" else "local"),
+            "blocks": replace(blocks_of(options, "dask" if engine == "dask" else "local"), batch=batch),
             "output": arguments.output,
             "allow_nonfinite": allow_nonfinite,
             "as_": as_,

@@ -15,7 +15,7 @@ from normfix import layers
 from normfix.conversion.interception import Intercept, InterceptedNorm, intercept_, obstacle
 from normfix.errors import NormfixError
 from normfix.layers.base import ChannelNorm
-from normfix.layers.moments import Moments, pool
+from normfix.layers.moments import Moments, on_host, pool
 from normfix.networks.copying import copy_of
 from normfix.records.plans import Action, Decision, Means, Plan
 from normfix.records.sites import LayerSpec
@@ -109,6 +109,7 @@ def _store(layer: ChannelNorm, moments: Moments) -> None:
 
 def _express_group_affine(layer: ChannelNorm, channel: Moments, group: Moments, spec: LayerSpec) -> None:
     """Apply w' = w s_c / s_g,  b' = b + w (m_c - m_g) / s_g  (normfix.scanning.rules.group)."""
+    channel, group = on_host([channel, group])
     s_c, s_g = (channel.var + spec.eps).sqrt(), (group.var + spec.eps).sqrt()
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, Tensor)

@@ -15,7 +15,7 @@ from normfix.conversion.targets import Target, TargetAround
 from normfix.images.sources import Image
 from normfix.networks.calling import Caller, evaluating
 from normfix.networks.numerics import exact_arithmetic
-from normfix.records.measurements import CalibrationSummary, SiteStatistics
+from normfix.records.measurements import CalibrationSummary
 from normfix.records.progress import Progress, silent
 from normfix.tiling.stages.cache import program_of, schedule_of, usual_stride
 from normfix.tiling.stages.execution import execute
@@ -59,19 +59,23 @@ def measure_in_stages_(
         if isinstance(target, KeysTarget):
             raise NotInStages(
                 "NF323",
-                "keys that are held are taken of a whole image, not of its blocks.",
+                "keys that are held are measured in passes over whole images: those of a site are known once the "
+                "sites before it hold theirs, and blocks are not put together to one constant. That takes the memory "
+                "of one forward pass of each image. Give parts that fit as tensors (--keys N keeps N of all), or leave "
+                'keys out and predict each image with statistics="per-image": that keeps its keys in stages, on disk '
+                "where blocks have a store.",
                 where=target.name,
             )
     if stored:
         targets = [StoredTarget(target) for target in targets]
     paths = _paths(model, targets)
-    statistics: dict[str, SiteStatistics] = {}
+    settled: list[tuple[Target, list[Any]]] = []
 
     def statistic(target: Target) -> Statistic:
         def settle(parts: list[list[Any]]) -> None:
             per_image = [target.join(blocks) for blocks in parts]
             target.store(per_image)
-            statistics[target.name] = target.compare(per_image)
+            settled.append((target, per_image))
 
         return Statistic(paths[target.name], target.dims, target.measure, settle)
 
@@ -94,6 +98,8 @@ def measure_in_stages_(
             journal=journal,
             watch=blocks.watch or _Counted(progress),
         )
+        # after the last stage: numbers of a device are waited for
+        statistics = {target.name: target.compare(parts) for target, parts in settled}
     return CalibrationSummary(
         images=tuple(image.shape for image in images),
         sites=tuple(statistics[target.name] for target in targets),

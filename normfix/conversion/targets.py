@@ -23,7 +23,7 @@ from normfix.layers import ChannelNorm, FrozenStatistic, HeldTokens
 from normfix.layers.laws import Observed, Part, finalise
 from normfix.layers.laws import merge as merge_parts
 from normfix.layers.laws import observe as observe_part
-from normfix.layers.moments import Moments, measure, measure_there, merge, pool
+from normfix.layers.moments import Moments, measure, measure_there, on_host, pool, union
 from normfix.networks.functions import operand_of
 from normfix.networks.graph.program import ProgramNetwork
 from normfix.records.measurements import SiteStatistics
@@ -167,19 +167,20 @@ class NormTarget:
         return measure_there
 
     def join(self, blocks: Sequence[Moments]) -> Moments:
-        """Merge the blocks' moments; see Target."""
-        return merge(*blocks)
+        """Merge the blocks' moments, where they are; see Target."""
+        return union(*blocks)
 
     def store(self, parts: Sequence[Moments]) -> None:
-        """Write the merged moments; see Target."""
-        merged = merge(*parts)
+        """Write the merged moments; those on a device are not waited for, so `compare` looks at them. See Target."""
+        merged = union(*parts)
         _require_some(merged.count, self.name)
-        self._fitting(merged)
+        if merged.mean.device.type == "cpu":
+            self._fitting(merged)
         self.write(merged)
 
     def compare(self, parts: Sequence[Moments]) -> SiteStatistics:
         """Compare moments, rounded as they would be stored, with what is stored; see Target."""
-        merged = merge(*parts)
+        merged, *parts = on_host([union(*parts), *parts])
         population = self.expected(merged)
         stored_mean, stored_var, eps = self.holder.running_mean, self.holder.running_var, self.holder.eps
         assert isinstance(stored_mean, Tensor)

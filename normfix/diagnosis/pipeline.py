@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, TypedDict
 
 from torch import nn
 
 from normfix.api.conversion import convert
 from normfix.diagnosis.probes import Probed, probe
+from normfix.networks.calling import NotTaken
 from normfix.proof.cropping import check_pipeline, space_of
 from normfix.records.diagnoses import Observation, PipelineRecord
-from normfix.records.sites import Finding, Scan
+from normfix.records.sites import Finding, Scan, Site
 from normfix.records.spans import round_up
 from normfix.records.tables import Shown, Table
 from normfix.records.verdicts import Verdict
@@ -84,7 +86,8 @@ def diagnose_pipeline(
         predict: `predict(image)`, or, with a network, `predict(image, network)`.
         image: what it takes; a tensor (N, C, *space) where a network is given.
         tile: about how large its tiles are.
-        network: the network it runs, which probes replace.
+        network: the network it runs, which probes replace. One that takes windows of one size alone is scanned on one
+            window of the tile's extents.
         stride: of the network; default: measured where it is given, else 32.
         margin: as for check.
         output: key or index of the network's output that counts, where it returns several.
@@ -101,31 +104,56 @@ def diagnose_pipeline(
     if network is None:
         verdict = check_pipeline(predict, image, tile, stride=stride or 32, margin=margin)
         return PipelineDiagnosis(_record(verdict, None, (), None, ()))
-    known = scan(network, image[..., :256, :256] if space_of(image) == 2 else None, output=output)
+    known, parts = _known(network, image, tile, output)
     geometry = geometry_of(known)
     step = stride or (max(geometry.stride) if geometry else 32)
     verdict = check_pipeline(lambda x: predict(x, network), image, tile, stride=step, margin=margin)
     seen = probe(predict, network, image, space_of(image))
-    held = _held(predict, network, known, image, tile, step, margin, output)
+    held = _held(predict, network, known, parts, image, tile, step, margin, output)
     culprits = (*_of_network(known), *(() if seen is None else _of_steps(seen, geometry)))
     findings = _unseen(seen) or _unnamed(verdict, culprits)
     return PipelineDiagnosis(_record(verdict, seen, culprits, held, findings))
+
+
+def _known(
+    network: nn.Module, image: Any, tile: int | Sequence[int], output: str | int | None
+) -> tuple[Scan, Any]:
+    """Scan the network; return what its statistics are held at too: the image, or windows where it takes no other."""
+    try:
+        return scan(network, image[..., :256, :256] if space_of(image) == 2 else None, output=output), image
+    except NotTaken:
+        windows = _windows(image, tile)
+        return scan(network, windows[0], output=output), windows
+
+
+def _windows(image: Any, tile: int | Sequence[int]) -> list[Any]:
+    """Cut an image into windows side by side, the last ones pushed back so that all are whole."""
+    space = image.shape[2:]
+    extents = tuple(tile) if isinstance(tile, Sequence) else (tile,) * len(space)
+    starts = [sorted({*range(0, n - t + 1, t), max(0, n - t)}) for n, t in zip(space, extents, strict=True)]
+    places = ([slice(s, s + t) for s, t in zip(at, extents, strict=True)] for at in product(*starts))
+    return [image[(..., *place)] for place in places]
 
 
 def _held(
     predict: Pipeline,
     network: nn.Module,
     known: Scan,
+    parts: Any,
     image: Any,
     tile: int | Sequence[int],
     stride: int,
     margin: int | None,
     output: str | int | None,
 ) -> Verdict | None:
-    """Check the pipeline with the network's live statistics frozen on this image, where that can be done."""
-    if not known.live or not all(site.convertible for site in known.live):
+    """Check the pipeline with the network's live statistics frozen on this image, where that can be done.
+
+    Of a network that takes windows of one size alone those that can be are frozen: what is left is what it stays with.
+    """
+    able = any if parts is not image else all
+    if not known.live or not able(site.convertible for site in known.live):
         return None
-    frozen = convert(network, image, output=output).model
+    frozen = convert(network, parts, output=output).model
     return check_pipeline(lambda x: predict(x, frozen), image, tile, stride=stride, margin=margin)
 
 
@@ -135,10 +163,15 @@ def _of_network(known: Scan) -> tuple[Observation, ...]:
         Observation(
             cause=family,
             evidence=", ".join(site.id for site in known.live if site.family == family)[:300],
-            remedy="freeze its statistic: normfix convert",
+            remedy=_remedy([site for site in known.live if site.family == family]),
         )
         for family in families
     )
+
+
+def _remedy(sites: Sequence[Site]) -> str:
+    left = next((site.refusal for site in sites if not site.convertible), "")
+    return f"none by constants ({left})" if left else "freeze its statistic: normfix convert"
 
 
 def _of_steps(seen: Probed, geometry: Geometry | None) -> tuple[Observation, ...]:

@@ -25,7 +25,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-__all__ = ["as_in_graphs", "kernels_of", "normalise"]
+__all__ = ["as_in_graphs", "kernels_of", "normalise", "normalise_rectified"]
 
 _KINDS = ("cuda",)
 """Devices whose batch norm is slow at a batch of one."""
@@ -40,13 +40,41 @@ def normalise(
 
     Where gradients are wanted, or a graph is captured, it is batch norm's own call.
     """
-    fused = x.device.type in _KINDS and x.dtype in _DTYPES and _is_plain(x, weight, bias)
-    if fused and mean is not None and var is not None:
-        with torch._C.DisableTorchFunction():
-            kernels = kernels_of(x.device)
-            y = None if kernels is None else kernels.normalised(x, weight, bias, mean, var, eps)
-            return _multiplied(x, weight, bias, mean, var, eps) if y is None else y
+    y = _fused(x, weight, bias, mean, var, eps)
+    if y is not None:
+        return y
     return torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, torch.backends.cudnn.enabled)
+
+
+def normalise_rectified(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, eps: float
+) -> Tensor:
+    """Return relu of `normalise`, in one launch where that is one: to the same bits."""
+    y = _fused(x, weight, bias, mean, var, eps, rectified=True)
+    return normalise(x, weight, bias, mean, var, eps).relu_() if y is None else y
+
+
+def _fused(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    *,
+    rectified: bool = False,
+) -> Tensor | None:
+    """Return the multiply-add where it is meant for x; None elsewhere."""
+    fused = x.device.type in _KINDS and x.dtype in _DTYPES and _is_plain(x, weight, bias)
+    if not fused or mean is None or var is None:
+        return None
+    with torch._C.DisableTorchFunction():
+        kernels = kernels_of(x.device)
+        y = kernels and kernels.normalised(x, weight, bias, mean, var, eps, rectified=rectified)
+        if y is None:
+            y = _multiplied(x, weight, bias, mean, var, eps)
+            y = y.relu_() if rectified else y
+    return y
 
 
 @contextmanager

@@ -11,14 +11,19 @@ the variance of their means. E[x^2] - E[x]^2 is never used: in float32 it is 13 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cache, reduce
 
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "measure", "measure_there", "merge", "pool"]
+from normfix.layers.affine import kernels_of
+
+__all__ = ["Moments", "measure", "measure_there", "merge", "on_host", "pool", "union"]
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +51,16 @@ def measure(x: Tensor) -> Moments:
         >>> m.count, m.mean.item(), m.var.item()
         (2, 2.0, 1.0)
     """
-    return _on_host([measure_there(x)])[0]
+    return on_host([measure_there(x)])[0]
 
 
 def measure_there(x: Tensor) -> Moments:
     """Measure as `measure` does and leave the moments where the tensor is, so that nobody waits for them."""
+    count = x.numel() // max(1, x.shape[1])
+    kernel = _kernel_of(x.device) if x.device.type == "cuda" and count else None
+    found = None if kernel is None else kernel(x.detach())
+    if found is not None:
+        return Moments(count, found[0], found[1])
     channels = x.detach().movedim(1, 0).flatten(1)  # (N, C, *space) -> (C, N*space)
     if x.device.type == "cuda":
         return _measure_together(channels)
@@ -79,6 +89,43 @@ def _measure_together(channels: Tensor) -> Moments:
     return Moments(count, means, variances * count)
 
 
+@cache
+def _kernel_of(device: torch.device) -> Callable[[Tensor], Tensor | None] | None:
+    """Return the kernel that measures on a device in one reading, once it ran there."""
+    kernels = kernels_of(device)
+    if kernels is None:
+        return None
+    try:
+        kernels.moments(torch.zeros((1, 2, 2, 2), device=device))
+    except Exception as error:  # noqa: BLE001 - whatever a compiler runs into, torch's own kernels are there
+        reason = " ".join(str(error).split())[:160]
+        logging.getLogger("normfix").warning("moments are measured without Triton's kernel: %s", reason)
+        return None
+    found: Callable[[Tensor], Tensor | None] = kernels.moments
+    return found
+
+
+def union(*parts: Moments) -> Moments:
+    """Return the moments of the union where they are: on a device all at once, so that nobody waits; else as `merge`.
+
+    With n = sum n_i and mean = sum n_i mean_i / n, the sum of squares is M2 = sum (M2_i + n_i (mean_i - mean)^2).
+    """
+    filled = [part for part in parts if part.count]
+    devices = {part.mean.device for part in filled}
+    if len(devices) != 1 or devices == {CPU}:
+        return merge(*parts)
+    if len(filled) == 1:
+        return filled[0]
+    n = sum(part.count for part in filled)
+    counts = torch.tensor([[part.count] for part in filled], dtype=torch.float64)
+    if filled[0].mean.is_cuda:  # what is not pinned is waited for
+        counts = counts.pin_memory()
+    counts = counts.to(filled[0].mean.device, non_blocking=True)
+    means, m2s = torch.stack([part.mean for part in filled]), torch.stack([part.m2 for part in filled])
+    mean = (means * (counts / n)).sum(0)
+    return Moments(n, mean, (m2s + (means - mean).square() * counts).sum(0))
+
+
 def merge(*parts: Moments) -> Moments:
     """Return the moments of the union, merged on the host in the order given.
 
@@ -87,7 +134,7 @@ def merge(*parts: Moments) -> Moments:
         >>> merge(one, two).var.item()
         1.0
     """
-    return reduce(_merge_two, _on_host(parts))
+    return reduce(_merge_two, on_host(parts))
 
 
 def pool(moments: Moments, groups: int) -> Moments:
@@ -112,7 +159,7 @@ def pool(moments: Moments, groups: int) -> Moments:
     )
 
 
-def _on_host(parts: Sequence[Moments]) -> list[Moments]:
+def on_host(parts: Sequence[Moments]) -> list[Moments]:
     """Bring moments to the host, those of a device in one copy."""
     away = [part for part in parts if part.mean.device.type != "cpu"]
     if not away:

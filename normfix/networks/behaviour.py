@@ -23,7 +23,13 @@ from normfix.networks.devices import bytes_of
 
 __all__ = ["SAID", "behaviour_of", "digest_of_tensor", "state_of", "structure_of"]
 
-SAID = ("_normfix_provenance", "_normfix_structure", "_normfix_scaling", "_normfix_window")
+SAID = (
+    "_normfix_provenance",
+    "_normfix_structure",
+    "_normfix_scaling",
+    "_normfix_window",
+    "_normfix_folder",
+)
 """Attributes that say something of a network and compute nothing."""
 
 _ELSEWHERE = frozenset({"_parameters", "_buffers", "_modules", "training", *SAID})

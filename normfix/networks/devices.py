@@ -35,8 +35,8 @@ AUTO = "auto"
 
 CPU = torch.device("cpu")
 
-_IN_FLIGHT = 4
-"""Values on their way to the host before one is waited for."""
+_IN_FLIGHT = 2
+"""Values on their way to the host before one is waited for; each is held on the device until it is here."""
 
 
 def accelerator() -> torch.device:
@@ -113,20 +113,28 @@ class Landing:
 
     def __init__(self, array: Tensor) -> None:
         self._array = array
-        self._coming: deque[tuple[tuple[slice, ...], Tensor, Any]] = deque()
+        self._coming: deque[tuple[tuple[slice, ...], Tensor, Tensor, Any]] = deque()
+        self._stream: torch.cuda.Stream | None = None
         self._lock = threading.Lock()
 
     def write(self, index: Sequence[slice], value: Tensor) -> None:
-        """Let a window come; what is written from the host is there at once."""
+        """Let a window come, beside what the device computes next; what is written from the host is there at once."""
         with self._lock:
             if value.device.type != "cuda":
                 self._array[tuple(index)] = value
                 return
+            if self._stream is None:
+                self._stream = torch.cuda.Stream(value.device)
+            # in one piece first: a window that is copied over the bus row by row is waited for
+            value = value.contiguous()
             staged = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-            staged.copy_(value, non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record(torch.cuda.current_stream(value.device))
-            self._coming.append((tuple(index), staged, event))
+            self._stream.wait_stream(torch.cuda.current_stream(value.device))
+            with torch.cuda.stream(self._stream):
+                staged.copy_(value, non_blocking=True)
+                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                event.record(self._stream)
+            # the value is held until it is here, for its memory is of the other stream
+            self._coming.append((tuple(index), value, staged, event))
             while len(self._coming) > _IN_FLIGHT:
                 self._land()
 
@@ -138,6 +146,6 @@ class Landing:
         return self._array[tuple(index)]
 
     def _land(self) -> None:
-        index, staged, event = self._coming.popleft()
+        index, _, staged, event = self._coming.popleft()
         event.synchronize()
         self._array[index] = staged

@@ -8,6 +8,7 @@ geometry no longer counts.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from torch import nn
 
@@ -21,11 +22,13 @@ __all__ = [
     "declared_scaling",
     "declared_window",
     "is_current",
+    "keep_in_",
+    "kept_in",
     "provenance_of",
     "rescale_",
 ]
 
-_NAME, _STRUCTURE, _SCALING, _WINDOW = SAID
+_NAME, _STRUCTURE, _SCALING, _WINDOW, _FOLDER = SAID
 
 
 def attach_(model: nn.Module, provenance: Provenance) -> None:
@@ -67,6 +70,17 @@ def declare_window_(model: nn.Module, size: object) -> None:
     """Attach, in place, the windows of training that the file of a network states: a list of extents; else nothing."""
     if isinstance(size, list | tuple) and size and all(type(n) is int and n > 0 for n in size):
         model.__dict__[_WINDOW] = tuple(size)
+
+
+def keep_in_(model: nn.Module, folder: Path) -> None:
+    """Attach, in place, the folder that a network was loaded from, where what is found out of it may be kept."""
+    model.__dict__[_FOLDER] = str(folder.absolute())
+
+
+def kept_in(model: nn.Module) -> Path | None:
+    """Return the folder that a network was loaded from, while it has the modules that are saved there."""
+    found = getattr(model, "__dict__", {}).get(_FOLDER)
+    return Path(found) if isinstance(found, str) and is_current(model) else None
 
 
 def declared_window(model: nn.Module) -> tuple[int, ...] | None:

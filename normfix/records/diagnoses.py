@@ -243,7 +243,8 @@ class PipelineRecord(Record):
     `windows`, `extents` (the largest per axis), `starts` (per axis) and `context` (before, after) are what the probes
     saw; None where no network was given or the pipeline did not run probes, and what they could not see is a
     finding. `held` is the verdict of the same pipeline with the network's live statistics held at the whole image's
-    values: what is left is the pipeline's own.
+    values: what is left is the pipeline's own. Of a network that takes windows of one size alone, what can be held is
+    held at windows' values, and what is left is also the network's.
     """
 
     verdict: Verdict

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from normfix.networks.calling import refusals, resized
 from normfix.scanning.census import Call, Follow, alone, census
 
-__all__ = ["FIXED", "REDUCED", "SQUARED", "Growth", "Pass", "look_again", "look_at_two"]
+__all__ = ["FIXED", "REDUCED", "SQUARED", "Growth", "Pass", "look_again", "look_at_two", "ran_otherwise"]
 
 Run = Callable[[nn.Module, Tensor], Any]
 
@@ -51,12 +51,32 @@ def look_again(
 
     Sizes that are multiples of `exact`, per axis, are tried first: below them a network may be another one.
     """
+    looks = (
+        _look(model, run, resized(example, trial), functions, follow) for trial in _trials(example, exact)
+    )
+    return next((look for look in looks if look is not None), None)
+
+
+def ran_otherwise(
+    model: nn.Module, run: Run, example: Tensor, exact: Sequence[int] = ()
+) -> Sequence[int] | None:
+    """Return extents at which a network runs that `look_again` found to make other calls there, or None."""
+    for trial in _trials(example, exact):
+        try:
+            census(model, run, resized(example, trial))
+        except refusals():
+            continue
+        return trial
+    return None
+
+
+def _trials(example: Tensor, exact: Sequence[int]) -> list[list[int]]:
     space = example.shape[2:]
     trials: list[list[int]] = [[n // 2 for n in space]] if all(n % 32 == 0 and n >= 64 for n in space) else []
     trials += [[n + step for n in space] for step in (32, 64, 128)]
-    trials.sort(key=lambda trial: any(n % multiple for n, multiple in zip(trial, exact, strict=False)))
-    looks = (_look(model, run, resized(example, trial), functions, follow) for trial in trials)
-    return next((look for look in looks if look is not None), None)
+    return sorted(
+        trials, key=lambda trial: any(n % multiple for n, multiple in zip(trial, exact, strict=False))
+    )
 
 
 def look_at_two(model: nn.Module, run: Run, example: Tensor, functions: Sequence[str]) -> Pass | None:

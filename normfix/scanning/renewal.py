@@ -4,6 +4,9 @@
 is negative. Norms alone shut nothing, so a network of norms that decides nothing by values keeps its geometry. One
 that decides is measured anew whenever its statistics are; one that freezes other statistics, where the geometry does
 not hold any more.
+
+Whether a network decides is found out once: what never looks at a value takes the same path whatever its values are,
+as long as its modules, attributes and code are the same.
 """
 
 from __future__ import annotations
@@ -19,8 +22,9 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normfix.networks.calling import Caller, refusals
-from normfix.networks.copying import copy_of
+from normfix.networks.behaviour import structure_of
+from normfix.networks.calling import Caller, home_of, refusals
+from normfix.networks.copying import copy_of, twin_of
 from normfix.networks.examples import fitting_example
 from normfix.networks.intake import Intake
 from normfix.networks.numerics import exact_arithmetic
@@ -65,14 +69,20 @@ def renewed(model: nn.Module, known: Provenance, image: Tensor, caller: Caller) 
     others = any(decision.site.statistic is not None for decision in known.plan.converted)
     if geometry is None or known.plan.left_live:
         return scan
+    decision = (structure_of(model), caller, tuple(image.shape), image.dtype)
+    decides = _DECIDES.get(decision)
+    if decides is False and not others:
+        return scan
     example = fitting_example(model, image, Intake(model, caller))
     with exact_arithmetic():
-        probe = copy_of(model).cpu().float().eval()
-        material = example[:1].detach().cpu().float()
-        if not _decides(probe, material, caller) and (
-            not others or _holds(probe, material, caller, geometry)
-        ):
-            return scan
+        if decides is None:
+            decides = _decides(model, example[:1].detach(), caller)
+            _remember(decision, decides)
+        if not decides:
+            probe = copy_of(model).cpu().float().eval()
+            material = example[:1].detach().cpu().float()
+            if not others or _holds(probe, material, caller, geometry):
+                return scan
     base = base_of(model, example, caller)
     found = look(base.copy(), base.example, base.caller).scan
     if geometry_of(found) == geometry:
@@ -120,11 +130,29 @@ def _holds(probe: nn.Module, example: Tensor, caller: Caller, geometry: Geometry
         return False
 
 
-def _decides(probe: nn.Module, example: Tensor, caller: Caller) -> bool:
-    """Tell whether the network compares numbers, or takes one out of tensors."""
+_KNOWN = 64
+"""Networks of which it is kept whether they decide; of one there are as many as shapes it was asked for."""
+
+_DECIDES: dict[object, bool] = {}
+"""Whether a network decides by values, by its structure, its call and the part of an image that showed it."""
+
+
+def _remember(decision: tuple[str, Caller, tuple[int, ...], torch.dtype], decides: bool) -> None:
+    if decision[1].forward_fn is not None:  # it may hold anything, as long as it is kept
+        return
+    while len(_DECIDES) >= _KNOWN:
+        _DECIDES.pop(next(iter(_DECIDES)), None)
+    _DECIDES[decision] = decides
+
+
+def _decides(model: nn.Module, example: Tensor, caller: Caller) -> bool:
+    """Tell whether the network compares numbers, or takes one out of tensors; it is run where it is."""
+    device, dtype = home_of(model)
     values, names = _Comparisons(), _Departures()
+    probe = copy_of(model).float().eval() if device.type == "cpu" else twin_of(model)
+    given = example.to(device, torch.float32 if device.type == "cpu" else dtype)
     with torch.no_grad(), names, values:
-        caller(probe, example)
+        caller(probe, given)
     return values.seen or names.seen
 
 

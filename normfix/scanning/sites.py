@@ -23,7 +23,7 @@ from normfix.conversion.interception import obstacle
 from normfix.networks.calling import refusals
 from normfix.records.sites import Finding, Site, StatisticSpec
 from normfix.scanning.census import Call, Follow, Settle, alone, census
-from normfix.scanning.growth import Growth, Pass, look_again, look_at_two
+from normfix.scanning.growth import Growth, Pass, look_again, look_at_two, ran_otherwise
 from normfix.scanning.liveness import Role, live_positions, looks_alone, reached_positions, roles, tails
 from normfix.scanning.products import Factor, written_out
 from normfix.scanning.rules import RULES, rule_of
@@ -128,7 +128,9 @@ def survey(
         invocations=invocations,
         follows=growth.of_output(output),
         dilution=growth.dilution(),
-        findings=_findings(example, other, uncalled),
+        findings=_findings(
+            example, other, uncalled, None if other else ran_otherwise(model, run, example, exact)
+        ),
         other=other.example if other else None,
         runs=((example, output), *((look.example, look.output) for look in passes)),
         reaching=found.reaching(),
@@ -404,17 +406,20 @@ def _holder(owner: str, anchor: str, modules: dict[str, nn.Module]) -> str:
     return anchor
 
 
-def _findings(example: Tensor, other: Pass | None, uncalled: tuple[str, ...]) -> tuple[Finding, ...]:
+def _findings(
+    example: Tensor, other: Pass | None, uncalled: tuple[str, ...], otherwise: Sequence[int] | None
+) -> tuple[Finding, ...]:
     found = []
     if other is None:
         size = "x".join(map(str, example.shape[2:]))
-        found.append(
-            Finding(
-                code="NF201",
-                where="input size",
-                message=f"the network ran at {size} only, so space was told from channels by position.",
+        message = f"the network ran at {size} only, so space was told from channels by position."
+        if otherwise is not None:
+            message = (
+                f"at {size} the network makes other calls than at {'x'.join(map(str, otherwise))}, as one does that "
+                f"keeps a mask or map of {size}, so space was told from channels by position. Scan with an example of "
+                "another size."
             )
-        )
+        found.append(Finding(code="NF201", where="input size", message=message))
     found += [
         Finding(code="NF202", where=path, message="a norm the network owns but never called on this input.")
         for path in uncalled

@@ -21,7 +21,7 @@ from normfix.networks.copying import copy_of
 from normfix.networks.devices import chosen
 from normfix.networks.graph.program import ProgramNetwork
 from normfix.networks.naming import defined_in, name_of
-from normfix.networks.provenance import attach_
+from normfix.networks.provenance import attach_, keep_in_
 from normfix.networks.surroundings import undisturbed
 from normfix.records.saved import Saved, Source
 from normfix.scanning.sites import materialise_
@@ -149,7 +149,9 @@ def open_any(spec: str | Path, request: Request, *, revision: str | None = None)
 
 def _open_saved(folder: Path, request: Request) -> Loaded:
     with unchanging(folder):
-        return _opened(folder, request)
+        loaded = _opened(folder, request)
+    keep_in_(loaded.model, folder)
+    return loaded
 
 
 def _opened(folder: Path, request: Request) -> Loaded:

@@ -39,6 +39,7 @@ from normfix.storage.opening.tensors import read_weights
 from normfix.storage.portable import require_returnable, returned, write_original
 from normfix.storage.probe import SEED, probe_of, probed, require_probe, saved_inside
 from normfix.storage.programs import export_program, require_program_name, write_beside, write_program
+from normfix.tiling.stages.cache import keep_plans
 
 __all__ = ["require_unconverted", "save", "save_program", "sourced", "write_draft"]
 
@@ -107,6 +108,7 @@ def save(
         return None
     with appearing(Path(folder)) as draft:
         write_draft(draft, model, caller, provenance, proof, calibration)
+        keep_plans(model, draft)
         _read_back(draft, provenance.source, model, original)
     return None
 

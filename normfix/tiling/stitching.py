@@ -1,9 +1,14 @@
-"""Predict an image tile by tile: read with halo in phase, run, crop, write. Nothing is blended."""
+"""Predict an image tile by tile: read with halo in phase, run, crop, write. Nothing is blended.
+
+Windows of one shape may share a call of the network: small ones leave most of a GPU idle. Whether a network treats the
+images of a batch apart is seen by the first of such calls, whose ends are compared with calls of their own.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 
 import torch
@@ -11,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normfix.errors import NormfixError
+from normfix.networks.calling import OutOfMemory, refusals
+from normfix.networks.numerics import IDENTITY, deviation
 from normfix.records.progress import LOGGER
 from normfix.tiling.grid import Geometry, Tile, at, grid
 
@@ -21,32 +28,97 @@ Function = Callable[[Tensor], Tensor]
 _LOG = logging.getLogger(LOGGER)
 
 
-def stitch(
-    f: Function,
-    image: Tensor,
-    tiles: Sequence[Tile],
-) -> Tensor:
+def stitch(f: Function, image: Tensor, tiles: Sequence[Tile], batch: int | None = 1) -> Tensor:
     """Run `f` on every window and put the kept parts together.
 
     Args:
         f: (N, C, *window) -> (N, C', *out).
         image: (N, C, *space).
         tiles: of a grid over the image, in row-major order.
+        batch: windows of one shape that share a call, at most; None is as many as pay on the image's device.
 
     Returns:
         (N, C', *out), on the image's device.
+
+    Raises:
+        NormfixError: NF410 for a batch of which `f` does not treat the images apart; with None each has a call then.
     """
-    whole: Tensor | None = None
-    for number, tile in enumerate(reversed(tiles), 1):
-        _LOG.debug("tile %d of %d", number, len(tiles))
-        window = f(image[at(tile.read)])
-        if whole is None:  # the last window ends where the output ends, also if its tile keeps nothing of it
-            ends = zip(tile.write, tile.keep, window.shape[2:], strict=True)
-            extents = [write.start - keep.start + n for write, keep, n in ends]
-            whole = window.new_empty((*window.shape[:2], *extents))
-        whole[at(tile.write)] = window[at(tile.keep)]
-    assert whole is not None
+    last = tiles[-1]
+    window = f(image[at(last.read)])
+    # the last window ends where the output ends, also if its tile keeps nothing of it
+    ends = zip(last.write, last.keep, window.shape[2:], strict=True)
+    extents = [write.start - keep.start + n for write, keep, n in ends]
+    whole = window.new_empty((*window.shape[:2], *extents))
+    whole[at(last.write)] = window[at(last.keep)]
+    del window
+    done = 1
+    for group in _groups(f, image, tiles[-2::-1], batch):
+        for tile, window in zip(group, _answers(f, image, group), strict=True):
+            done += 1
+            _LOG.debug("tile %d of %d", done, len(tiles))
+            whole[at(tile.write)] = window[at(tile.keep)]
     return whole
+
+
+_PAYS = 1 << 20
+"""Pixels of a call that keep a GPU busy."""
+
+_MOST = 64
+"""Windows in a call, at most."""
+
+
+def _groups(f: Function, image: Tensor, tiles: Sequence[Tile], batch: int | None) -> Iterator[Sequence[Tile]]:
+    """Yield the tiles that share a call: of one shape, as many as are asked for or pay, if `f` treats them apart."""
+    shapes: dict[tuple[int, ...], list[Tile]] = {}
+    for tile in tiles:
+        shapes.setdefault(tuple(s.stop - s.start for s in tile.read), []).append(tile)
+    apart: bool | None = None
+    for shape, alike in shapes.items():
+        most = _paying(image.device, shape) if batch is None else batch
+        if min(most, len(alike)) > 1 and apart is None:
+            apart = _are_apart(f, image, alike[:most])
+            if not apart and batch is not None:
+                raise NormfixError(
+                    "NF410",
+                    "it gives an image in a batch another output than alone, or takes no batch, so tiles cannot share "
+                    "a call. Leave batch out.",
+                    where=f"batch={batch}",
+                )
+        step = most if apart else 1
+        yield from (alike[i : i + step] for i in range(0, len(alike), step))
+
+
+def _paying(device: torch.device, shape: Sequence[int]) -> int:
+    """Return how many windows pay: one on a CPU, which is as busy with one."""
+    return 1 if device.type == "cpu" else max(1, min(_MOST, _PAYS // math.prod(shape)))
+
+
+def _are_apart(f: Function, image: Tensor, tiles: Sequence[Tile]) -> bool:
+    """Tell whether the first and the last image of a batch give what each gives alone."""
+    try:
+        together = _answers(f, image, tiles)
+    except refusals():
+        return False
+    if len(together) != len(tiles):
+        return False
+    for tile, answer in ((tiles[0], together[0]), (tiles[-1], together[-1])):
+        alone = f(image[at(tile.read)])
+        sd = float(alone.double().std(correction=0)) or 1.0
+        if answer.shape != alone.shape or deviation(answer, alone, sd)[0] > IDENTITY.get(alone.dtype, 0.0):
+            return False
+    return True
+
+
+def _answers(f: Function, image: Tensor, tiles: Sequence[Tile]) -> Sequence[Tensor]:
+    """Return what `f` gives for each window, in one call, or in several where memory runs out."""
+    if len(tiles) == 1:
+        return [f(image[at(tiles[0].read)])]
+    half = len(tiles) // 2
+    try:
+        return torch.chunk(f(torch.cat([image[at(tile.read)] for tile in tiles])), len(tiles))
+    except (torch.OutOfMemoryError, OutOfMemory):
+        pass  # outside, where what the call held is free
+    return [*_answers(f, image, tiles[:half]), *_answers(f, image, tiles[half:])]
 
 
 def padded(image: Tensor, geometry: Geometry) -> Tensor:
@@ -99,10 +171,12 @@ def tile_extents(tile: int | Sequence[int], geometry: Geometry) -> tuple[int, ..
     return extents
 
 
-def tiled(f: Function, image: Tensor, tile: int | Sequence[int], geometry: Geometry) -> Tensor:
-    """Predict one image of any size tile by tile; see `padded` for sizes the stride does not divide."""
+def tiled(
+    f: Function, image: Tensor, tile: int | Sequence[int], geometry: Geometry, batch: int | None = 1
+) -> Tensor:
+    """Predict one image of any size tile by tile; see `padded` for sizes the stride does not divide, `stitch` else."""
     whole = padded(image, geometry)
     tiles = list(grid(whole.shape[2:], tile_extents(tile, geometry), geometry))
     with torch.no_grad():
-        stitched = stitch(f, whole, tiles)
+        stitched = stitch(f, whole, tiles, batch)
     return stitched if whole is image else cropped(stitched, image.shape[2:], geometry.scale)

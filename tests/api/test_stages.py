@@ -336,6 +336,7 @@ def test_unknown_choices_are_refused(converted, given):
         ({"engine": "dsk"}, "NF410 engine='dsk': give local or dask"),
         ({"engine": "tiles"}, "NF410 engine='tiles': give local or dask"),
         ({"workers": 0}, "NF410 workers=0"),
+        ({"batch": 0}, "NF410 batch=0"),
         ({"tile": 0}, "NF402"),
         ({"tile": (16, 1.5)}, "NF402"),
         ({"scheduler": "tcp://127.0.0.1:1"}, "NF334"),

@@ -1,7 +1,7 @@
 """Every benchmark runs to its end on a small size and prints what its docstring promises; none of it is timed here."""
 
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tifffile
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -22,23 +22,29 @@ RUNS = {
 }
 
 
-def run(*words, cwd):
-    done = subprocess.run(
-        [sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run a program of benchmarks/ in an empty folder; gives what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(name, *words):
+        program = str(BENCHMARKS / f"{name}.py")
+        monkeypatch.setattr(sys, "argv", [program, *map(str, words)])
+        runpy.run_path(program, run_name="__main__")
+        return capsys.readouterr().out
+
+    return call
 
 
 @pytest.mark.parametrize("name", sorted(RUNS))
-def test_a_benchmark_runs_to_its_end(name, tmp_path):
+def test_a_benchmark_runs_to_its_end(name, run):
     """What it prints last has numbers in it."""
     words, pattern = RUNS[name]
-    printed = run(BENCHMARKS / f"{name}.py", *words, cwd=tmp_path)
+    printed = run(name, *words)
     assert re.search(pattern, printed), printed
 
 
-def test_constants_are_compared_on_labels(tmp_path):
+def test_constants_are_compared_on_labels(run, tmp_path):
     """The benchmark of constants takes an image and labels of one's own, and has a row for each kind."""
     rows, columns = np.mgrid[:96, :112]
     labels = ((rows - 40) ** 2 + (columns - 50) ** 2 < 400).astype(np.uint8)
@@ -46,32 +52,33 @@ def test_constants_are_compared_on_labels(tmp_path):
     noise = np.random.default_rng(0).random(labels.shape)
     tifffile.imwrite(tmp_path / "image.tif", (labels * 0.8 + noise * 0.2).astype(np.float32))
     words = ["--image", "image.tif", "--labels", "labels.tif", "--zooms", "1", "--size", "48"]
-    printed = run(BENCHMARKS / "choosing.py", *words, cwd=tmp_path)
+    printed = run("choosing", *words)
     assert len(re.findall(r"^\| 1 \| .+ \| [01]\.\d{3} \|$", printed, re.MULTILINE)) == 8
 
 
 @pytest.mark.zoo
-def test_growth_is_plotted(tmp_path):
+def test_growth_is_plotted(run, tmp_path):
     """The benchmark of growth starts a process per size and draws them."""
     words = ["growth", "--sizes", "64", "96", "--tile", "48", "--width", "4", "--plot", "growth.png"]
-    run(BENCHMARKS / "streaming.py", *words, cwd=tmp_path)
+    run("streaming", *words)
     assert (tmp_path / "growth.png").stat().st_size > 1000
 
 
 @pytest.mark.zoo
-def test_what_is_diagnosed_is_confirmed_without_normfix(tmp_path):
+def test_what_is_diagnosed_is_confirmed_without_normfix(run, tmp_path):
     """The network that needs no download is diagnosed, and the numbers are found again by other means."""
-    run(BENCHMARKS / "real_networks.py", tmp_path, "found.json", "demo", cwd=tmp_path)
-    printed = run(BENCHMARKS / "confirm_real.py", tmp_path, "found.json", cwd=tmp_path)
+    run("real_networks", tmp_path, "found.json", "demo")
+    printed = run("confirm_real", tmp_path, "found.json")
     assert "demo mean_sd" in printed
     assert "DIFFERS" not in printed
 
 
-def test_a_wrong_number_is_not_confirmed(tmp_path):
+def test_a_wrong_number_is_not_confirmed(run, tmp_path):
     """The confirmation fails where there is nothing to confirm."""
     (tmp_path / "found.json").write_text("{}")
-    words = [sys.executable, BENCHMARKS / "confirm_real.py", tmp_path, "found.json"]
-    assert subprocess.run(words, cwd=tmp_path, capture_output=True, timeout=600, check=False).returncode == 1
+    with pytest.raises(SystemExit) as ended:
+        run("confirm_real", tmp_path, "found.json")
+    assert ended.value.code == 1
 
 
 def test_every_benchmark_is_run_here_or_by_its_own_test():

@@ -16,6 +16,7 @@ import tifffile
 import torch
 from commands import Run, on_terminal
 from factories import tiny_unet
+from warm import warm_program
 
 import normfix
 from normfix.cli import cli
@@ -63,9 +64,9 @@ def fixed(tmp_path_factory):
 
 
 def subprocess_run(*words) -> subprocess.CompletedProcess:
-    """Call the command line as a user does, in a fresh process."""
+    """Call the command line as a user does, in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "normfix", *map(str, words)],
+        [warm_program(), *map(str, words)],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "support")},
         capture_output=True,
         text=True,
@@ -713,9 +714,9 @@ def test_no_color_is_respected_on_a_terminal(tmp_path, fixed, image):
         env = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR")} | environment
         out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
         words = ["calibrate", str(fixed), str(image), "--arch", ARCH, "-o", str(out)]
-        command = [sys.executable, "-c", "import normfix.cli; normfix.cli.main()", *words]
         env |= {"PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)}
-        return re.search(rb"\x1b\[[0-9;]*3[0-9][0-9;]*m", on_terminal(command, env, "stderr")) is not None
+        shown = on_terminal([str(warm_program()), *words], env, "stderr")
+        return re.search(rb"\x1b\[[0-9;]*3[0-9][0-9;]*m", shown) is not None
 
     assert coloured()
     assert not coloured(NO_COLOR="1")
@@ -769,6 +770,7 @@ def test_an_image_without_a_size_gives_none(run, fixed, image, tmp_path):
 
 def test_it_is_a_module_too():
     """`python -m normfix` is the command."""
-    done = subprocess_run("explain", "NF115")
+    command = [sys.executable, "-m", "normfix", "explain", "NF115"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "NF115" in done.stdout

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from factories import tiny_unet
+from warm import PROGRAM, warm_program
 
-PROGRAM = Path(sys.executable).with_name("normfix")
 PROJECT = """
 import torch
 from torch import nn
@@ -36,6 +36,12 @@ def run(*command, code: int = 0, cwd: Path | None = None) -> subprocess.Complete
     done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
     return done
+
+
+@pytest.fixture(scope="module")
+def program():
+    """The file to call."""
+    return warm_program()
 
 
 @pytest.fixture(scope="module")
@@ -81,29 +87,29 @@ SOURCES = {
 @pytest.mark.parametrize(
     "source", [pytest.param(s, marks=pytest.mark.zoo if s in ("module", "library") else ()) for s in SOURCES]
 )
-def test_what_convert_wrote_opens_as_it_prints(project, source):
+def test_what_convert_wrote_opens_as_it_prints(project, program, source):
     """The line of Python and the line of the shell, each in a fresh process."""
     out = "fixed.pt2" if source == "program" else "fixed"
     words = ["--scale", "unit", "--to", "frozen", "-o", out]
-    said = run(PROGRAM, "convert", *SOURCES[source], "image.png", *words).stderr
+    said = run(program, "convert", *SOURCES[source], "image.png", *words).stderr
     python = re.search(r"Load it with (normfix\.load\(.*?\)), or run", said)[1]
     shell = re.search(r"^  (normfix predict .*)$", said, re.MULTILINE)[1]
     run(sys.executable, "-c", f"import sys; sys.path.insert(0, ''); import normfix; {python}")
-    run("sh", "-c", shell.replace("normfix", str(PROGRAM), 1).replace("IMAGE", "image.png") + " --tile 32")
+    run("sh", "-c", shell.replace("normfix", str(program), 1).replace("IMAGE", "image.png") + " --tile 32")
     assert iio.imread("prediction.tif").shape[-2:] == (64, 64)
 
 
-def test_a_project_trusts_its_own_module_once_and_a_folder_never_itself(project):
+def test_a_project_trusts_its_own_module_once_and_a_folder_never_itself(project, program):
     """pyproject.toml of the project counts; the same file inside the network's folder does not."""
-    run(PROGRAM, "convert", "my_model:Mine", "image.png", "--scale", "unit", "--to", "frozen", "-o", "fixed")
+    run(program, "convert", "my_model:Mine", "image.png", "--scale", "unit", "--to", "frozen", "-o", "fixed")
     words = ["fixed", "image.png", "--tile", "32"]
-    assert "NF113" in run(PROGRAM, "check", *words, code=2).stderr
+    assert "NF113" in run(program, "check", *words, code=2).stderr
     trusting = project / "pyproject.toml"
     trusting.write_text('[tool.normfix]\ntrust = ["my_model"]\n')
-    run(PROGRAM, "check", *words)
+    run(program, "check", *words)
     shutil.move(trusting, project / "fixed")
     inside = subprocess.run(
-        [PROGRAM, "check", "../fixed", "../image.png", "--tile", "32"],
+        [program, "check", "../fixed", "../image.png", "--tile", "32"],
         cwd=project / "fixed",
         capture_output=True,
         text=True,
@@ -114,9 +120,9 @@ def test_a_project_trusts_its_own_module_once_and_a_folder_never_itself(project)
     assert "NF113" in inside.stderr
 
 
-def test_diagnose_opens_the_conversion_of_the_network_that_it_names(project):
+def test_diagnose_opens_the_conversion_of_the_network_that_it_names(project, program):
     """`--converted` needs no second naming."""
-    run(PROGRAM, "convert", "my_model:Mine", "image.png", "--scale", "unit", "--to", "frozen", "-o", "fixed")
+    run(program, "convert", "my_model:Mine", "image.png", "--scale", "unit", "--to", "frozen", "-o", "fixed")
     words = ["my_model:Mine", "image.png", "--scale", "unit", "--tile", "32", "--converted", "fixed"]
-    done = run(PROGRAM, "diagnose", *words, code=1)
+    done = run(program, "diagnose", *words, code=1)
     assert "NF" not in done.stderr

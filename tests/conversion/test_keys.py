@@ -12,6 +12,7 @@ import normfix
 from normfix.conversion.keys import require_room, with_all_keys
 from normfix.conversion.measuring import remeasure_sites, settle_sites_
 from normfix.conversion.rewriting import rewrite
+from normfix.conversion.staged import measure_in_stages_
 from normfix.conversion.targets import measured_targets
 from normfix.errors import NormfixError
 from normfix.images.sources import TensorImage
@@ -20,6 +21,7 @@ from normfix.networks.calling import Caller
 from normfix.proof.steps import residual
 from normfix.proof.values import differing_layers
 from normfix.scanning.sites import survey
+from normfix.tiling.stages.refusals import NotInStages
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGE = torch.rand(1, 1, 32, 48, generator=GENERATOR, dtype=torch.float64) + torch.linspace(
@@ -112,6 +114,19 @@ def test_keys_are_measured_anew_on_images_of_any_size(done):
     q = torch.randn(2, 2, 5, 4, generator=GENERATOR, dtype=torch.float64)
     found = keys(F.scaled_dot_product_attention, {"query": q, "key": q, "value": q})
     assert apart(found, exact(q, keys.keys, keys.values, share)) < 1e-12
+
+
+def test_blocks_give_no_keys(done):
+    """Stages refuse them by name with the ways that there are; images in memory are measured in passes instead."""
+    targets = measured_targets(done.model, done.plan)
+    with pytest.raises(NotInStages, match='statistics="per-image"') as caught:
+        measure_in_stages_(
+            copy.deepcopy(done.model), targets, [TensorImage(OTHER)], Caller(), normfix.Blocks()
+        )
+    assert (caught.value.code, caught.value.where) == ("NF323", SITE)
+    anew = normfix.calibrate(done.model, OTHER, blocks=normfix.Blocks(tile=16))
+    assert "passes" in str(anew.summary.engine)
+    assert apart(run(anew.model, OTHER), run(original(), OTHER)) < 1e-12
 
 
 def _lost(keys):

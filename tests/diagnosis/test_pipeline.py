@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from networks import LiveInstance, UNet, max_pool, nearest, plain_unet
 from torch import nn
 
@@ -323,6 +324,36 @@ def test_the_networks_own_statistic_is_told_from_the_pipelines_steps():
     assert [c.cause for c in found.culprits] == ["instance"]
     assert found.record.verdict.status == "failed"
     assert found.record.held.status == "passed"
+
+
+class OfOneSize(nn.Module):
+    """A norm, and attention among 4 x 4 tokens that are numbered: windows of 32 pixels and no others."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm = nn.Conv2d(1, 4, 3, padding=1), nn.InstanceNorm2d(4)
+        self.patches, self.place = nn.Conv2d(4, 4, 8, 8), nn.Parameter(torch.randn(1, 4, 4, 4))
+        self.back, self.last = nn.ConvTranspose2d(4, 4, 8, 8), nn.Conv2d(4, 1, 1)
+
+    def forward(self, x):
+        y = self.norm(self.first(x))
+        tokens = (self.patches(y) + self.place).flatten(2).transpose(1, 2)
+        seen = F.scaled_dot_product_attention(tokens, tokens, tokens).transpose(1, 2)
+        return self.last(y + self.back(seen.reshape(len(x), 4, 4, 4)))
+
+
+@pytest.mark.slow
+def test_what_a_network_of_one_size_stays_with_is_measured():
+    """Its norm is held at the windows' values; attention is named with why nothing holds it, and its share stays."""
+    predict, whole = blending(step=16, roi=32), image(96)[..., :64, :]
+    with torch.no_grad():
+        found = normfix.diagnose(predict, whole, 32, network=OfOneSize().eval(), margin=16, stride=8)
+    remedies = {c.cause: c.remedy for c in found.culprits}
+    assert remedies["instance"] == "freeze its statistic: normfix convert"
+    assert remedies["attention"].startswith("none by constants (every pixel")
+    assert found.status == "failed"
+    assert 0.01 < found.record.held.mean_sd < 0.9 * found.record.verdict.mean_sd
 
 
 def test_scaling_of_the_whole_crop_moves_with_it(local):

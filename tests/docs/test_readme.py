@@ -3,24 +3,23 @@
 import os
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from pages import ROOT, blocks, shown
+from warm import PROGRAM, warm_program
 
 pytestmark = pytest.mark.slow
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS = Path(sys.executable).parent
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_page_can_be_followed(page, tmp_path, monkeypatch, capsys):
     """Every normfix command exits with 0 and every Python block runs, in order, and prints what the README says."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}")
+    program = PROGRAM if page == README else warm_program()
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     namespace = {}
     for language, text in shown(page, "sh", "python"):
         if language == "python":
@@ -37,7 +36,7 @@ def test_a_page_can_be_followed(page, tmp_path, monkeypatch, capsys):
 
 def test_the_program_is_installed_where_pages_are_followed():
     """Else the shell would not find it, and a page without Python would be followed by nobody."""
-    assert any((PROGRAMS / name).exists() for name in ("normfix", "normfix.exe"))
+    assert any(PROGRAM.with_name(name).exists() for name in ("normfix", "normfix.exe"))
 
 
 def test_first_commands():

@@ -1,5 +1,7 @@
 """Geometry under new statistics: a branch that a statistic opens brings its halo and stride."""
 
+import copy
+
 import pytest
 import torch
 from branching import BY_STATISTIC, LOCAL
@@ -25,7 +27,7 @@ def test_calibration_renews_the_halo_of_an_open_branch():
 
 
 def test_calibration_in_place_renews_it_too():
-    """The same module object says the new halo."""
+    """The same module object says the new halo: that a network decides is kept, what it decides is measured anew."""
     model = converted(BY_STATISTIC["far if bright"])
     normfix.calibrate_(model, BRIGHT)
     assert provenance_of(model).scan.halo[1][0] >= 40
@@ -36,6 +38,23 @@ def test_a_network_of_norms_keeps_its_scan():
     model = converted(LOCAL["plain"])
     known = provenance_of(model)
     assert renewed(model, known, BRIGHT, Caller(None, None)) is known.scan
+
+
+def test_what_decides_nothing_is_found_out_once():
+    """The first calibration runs a network to see that it decides nothing; a later one, of a copy, runs it no more."""
+    case = LOCAL["plain"]
+    runs = []
+
+    def count(module, given):
+        runs.append(module)
+
+    model = converted(case)
+    known = provenance_of(model)
+    with torch.nn.modules.module.register_module_forward_pre_hook(count):
+        renewed(model, known, BRIGHT, Caller(None, None))
+        runs.clear()
+        renewed(copy.deepcopy(model), known, BRIGHT, Caller(None, None))
+    assert not runs
 
 
 @pytest.mark.parametrize("engine", ["tiles", "auto"])

@@ -11,8 +11,10 @@ from torchvision.ops import DeformConv2d
 
 import normfix
 from normfix.cli.texts import scan_text
+from normfix.networks.calling import Caller
 from normfix.networks.releases import is_exporting
 from normfix.records.sites import Scan
+from normfix.scanning.sites import survey
 
 
 class Deforms(nn.Module):
@@ -178,6 +180,28 @@ def test_a_network_of_one_size_is_said_to_be_one():
     net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3, padding=1), torch.nn.LayerNorm((2, 32, 32)))
     found = normfix.scan(net, torch.rand(1, 1, 32, 32)).findings
     assert [(f.code, f.where) for f in found if f.code == "NF201"] == [("NF201", "input size")]
+
+
+class KeepsMask(nn.Module):
+    """Keeps a mask of 32 x 32 pixels, and makes one for any other size, as SwinIR does."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.ones(32, 32))
+
+    def forward(self, x):
+        if x.shape[2:] == (32, 32):
+            return x * self.mask
+        return x * torch.ones_like(x).clamp(max=2)
+
+
+def test_a_size_of_which_a_mask_is_kept_is_said_to_be_another():
+    """The example's own size is the exception: the scan says so and asks for another, at which it is silent."""
+    (said,) = survey(KeepsMask(), Caller(), torch.rand(1, 1, 32, 32)).findings
+    assert said.code == "NF201"
+    assert "other calls than at 64x64" in said.message
+    assert "example of another size" in said.message
+    assert not survey(KeepsMask(), Caller(), torch.rand(1, 1, 40, 40)).findings
 
 
 def test_a_network_that_forward_fn_runs_twice_is_refused_by_name():

@@ -11,6 +11,7 @@ import torch
 from factories import tiny_unet
 from safetensors.torch import save
 from stand_in_hub import TOKEN, Hub
+from warm import warm_program
 
 import normfix
 
@@ -41,9 +42,8 @@ def run(hub: Hub, home: Path, *words: object, token: str = TOKEN) -> subprocess.
     """Call the command line in a process whose hub is the stand-in."""
     paths = os.pathsep.join([str(Path(__file__).parents[1] / "support"), *filter(None, sys.path)])
     env = {"HF_ENDPOINT": hub.address, "HF_TOKEN": token, "HF_HOME": str(home), "PYTHONPATH": paths}
-    script = "import normfix.cli; normfix.cli.main()"
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, *map(str, words)],
+        [warm_program(), *map(str, words)],
         env={**os.environ, **env, "HF_HUB_DISABLE_XET": "1"},
         capture_output=True,
         text=True,

@@ -11,6 +11,7 @@ from networks import TOLERANCE, GrowsByTwo, Identity, Patchify, SuperResolution,
 from torch.testing import assert_close
 
 from normfix.errors import NormfixError
+from normfix.tiling import stitching
 from normfix.tiling.grid import Geometry
 from normfix.tiling.stitching import cropped, padded, tile_extents, tiled
 
@@ -44,6 +45,62 @@ def test_stitched_tiles_equal_the_whole(name, size):
     image = F.pad(image, (0, padding[1], 0, padding[0]))
     with torch.no_grad():
         assert_close(tiled(net, image, 32, geometry), net(image), **TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("batch", [2, 5, 1000])
+def test_tiles_that_share_a_call_give_what_they_give_alone(batch):
+    """Windows of one shape go through the network together, ragged ones at the borders as well, a batch of two each."""
+    net, image = plain_unet().double(), torch.randn(2, 1, 88, 64, dtype=torch.float64)
+    calls = []
+
+    def f(x):
+        calls.append(x.shape)
+        return net(x)
+
+    geometry = _geometry(8, (23, 23), 1, 8)
+    with torch.no_grad():
+        together, alone = tiled(f, image, 16, geometry, batch), tiled(net, image, 16, geometry)
+    assert_close(together, alone, **TOLERANCE[torch.float64])
+    assert max(shape[0] for shape in calls) == 2 * min(batch, 8)
+
+
+class Mixing(torch.nn.Module):
+    """Adds to each image the one before it in the batch: the first of a batch is as it is alone."""
+
+    def forward(self, x):
+        return x + torch.cat([torch.zeros_like(x[:1]), x[:-1]])
+
+
+class Alone(torch.nn.Module):
+    """Takes one image."""
+
+    def forward(self, x):
+        return x.view(1, 1, *x.shape[2:])
+
+
+@pytest.mark.parametrize("network", [Mixing(), Alone()], ids=["mixes", "takes one"])
+def test_networks_that_do_not_treat_a_batch_apart(network, monkeypatch):
+    """A batch that is asked for is refused; where nobody asked, each tile has its own call."""
+    image = torch.rand(1, 1, 64, 64, dtype=torch.float64)
+    with pytest.raises(NormfixError, match="NF410 batch=4"):
+        tiled(network, image, 16, _geometry(), batch=4)
+    monkeypatch.setattr(stitching, "_paying", lambda device, shape: 4)
+    assert torch.equal(tiled(network, image, 16, _geometry(), batch=None), image)
+
+
+def test_a_batch_that_does_not_fit_is_halved():
+    """Where memory runs out on windows together, fewer go together."""
+    sizes = []
+
+    def f(x):
+        sizes.append(len(x))
+        if len(x) > 2:
+            raise torch.OutOfMemoryError
+        return x
+
+    image = torch.rand(1, 1, 64, 64)
+    assert torch.equal(tiled(f, image, 16, _geometry(), batch=8), image)
+    assert set(sizes) == {8, 7, 4, 3, 2, 1}
 
 
 def test_a_halo_that_is_too_small_shows_here():

@@ -16,7 +16,7 @@ from normfix.records.spans import in_strides
 
 from .geometry import GEOMETRIES
 
-__all__ = ["local_names", "with_geometry"]
+__all__ = ["live_names", "local_names", "with_geometry"]
 
 Row = Mapping[str, Any]
 
@@ -28,6 +28,11 @@ _TABLE = "\n## Table\n"
 def local_names(page: str) -> set[str]:
     """Return the networks that a page calls converted or local."""
     return {name for name, cells in _rows(page) if {"converted", "local"} & set(cells)}
+
+
+def live_names(page: str) -> set[str]:
+    """Return the networks that a page calls converted or refused: those with a live site whose output is a map."""
+    return {name for name, cells in _rows(page) if {"converted", "refused"} & set(cells)}
 
 
 def with_geometry(page: str, rows: Mapping[str, Row]) -> str:

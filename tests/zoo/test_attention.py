@@ -25,6 +25,28 @@ class PositionAttention(nn.Module):
         return self.gamma * out.view(n, c, h, w) + x
 
 
+class ChannelAttention(nn.Module):
+    """The channel attention of DANet: products of channels over all positions."""
+
+    def forward(self, x):
+        n, c, h, w = x.size()
+        flat = x.view(n, c, -1)
+        energy = torch.bmm(flat, flat.permute(0, 2, 1)) / (h * w)
+        weights = torch.softmax(energy.max(-1, keepdim=True)[0].expand_as(energy) - energy, dim=-1)
+        return x + torch.bmm(weights, flat).view(n, c, h, w)
+
+
+class Both(nn.Module):
+    """The sum of two branches, as DANet has it."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.position, self.channel = PositionAttention(channels), ChannelAttention()
+
+    def forward(self, x):
+        return self.position(x) + self.channel(x)
+
+
 class NonLocal(nn.Module):
     """The non-local block, embedded Gaussian (Wang et al., arXiv 1711.07971), with subsampled keys."""
 
@@ -64,6 +86,10 @@ def _between_convolutions(attention):
 
 def danet():
     return _between_convolutions(PositionAttention(8)), 1, None
+
+
+def danet_dual():
+    return _between_convolutions(Both(8)), 1, None
 
 
 def non_local():
@@ -140,10 +166,33 @@ def attention_unet():
     return nets.AttentionUnet(2, 1, 1, (8, 16), (2,)), 1, None
 
 
+def _of_timm(name):
+    """Return an attention block of timm between convolutions with norms."""
+
+    def build():
+        layers = pytest.importorskip("timm.layers")
+        return _between_convolutions(layers.create_attn(name, 8)), 1, None
+
+    build.__name__ = name
+    return build
+
+
+def scse():
+    modules = pytest.importorskip("segmentation_models_pytorch.base.modules")
+    return _between_convolutions(modules.SCSEModule(8, 2)), 1, None
+
+
+GATES = ("se", "ese", "eca", "ecam", "ceca", "gc", "gca", "cbam", "lcbam", "nl")
+"""Blocks that weigh channels or positions by the whole image, by timm's names."""
+
+
 @pytest.mark.parametrize(
     "build",
     [
         danet,
+        danet_dual,
+        scse,
+        *map(_of_timm, GATES),
         non_local,
         transformer,
         segformer,

@@ -378,9 +378,9 @@ def _space(image: Node) -> frozenset[Any]:
 def _is_sized(node: Node, space: Collection[Any]) -> bool:
     """Tell whether a tensor follows the image's extent; a batch of vectors does not."""
     value = node.meta.get("val")
-    if not isinstance(value, Tensor):
-        return False
-    return any(s in space for n in value.shape if not isinstance(n, int) for s in n.node.expr.free_symbols)
+    extents = value.shape if isinstance(value, Tensor) else ()
+    free = (n.node.expr.free_symbols for n in extents if isinstance(n, torch.SymInt))
+    return any(symbol in space for symbols in free for symbol in symbols)
 
 
 def _line(node: Node) -> str:

@@ -47,11 +47,15 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """A value that a stage reads: the image itself, or what was kept of an earlier stage."""
+    """A value that a stage reads: the image itself, or what was kept of an earlier stage.
+
+    `lies` says that whoever reads a window takes it as it lies in the whole, so that it is not copied.
+    """
 
     kept: Kept | Image
     map: Map | None
     shape: tuple[int, ...]
+    lies: bool = False
 
     def window(self, block: Block, size: Sequence[int], device: torch.device) -> Tensor:
         """Return what a block reads of it, on a device."""
@@ -59,7 +63,8 @@ class Read:
             return moved(self.kept.read(block.window), device)  # type: ignore[arg-type]
         spans = self.map.window(block.window, size, self.shape)
         kept = self.kept.read(self.map.index(spans, len(self.shape)))  # type: ignore[arg-type]
-        return moved(kept, device).contiguous()
+        value = moved(kept, device)
+        return value if self.lies else value.contiguous()
 
 
 @dataclass(frozen=True, slots=True)

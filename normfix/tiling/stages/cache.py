@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,14 +24,16 @@ from normfix.networks.behaviour import behaviour_of
 from normfix.networks.calling import Caller
 from normfix.networks.copying import original_of
 from normfix.networks.examples import EXTENT
+from normfix.networks.provenance import kept_in
 from normfix.records.spans import round_up
 from normfix.tiling.stages.attention import with_attention
-from normfix.tiling.stages.program import Program, Run, captured_program, computes, marked
+from normfix.tiling.stages.plans import keep, kept
+from normfix.tiling.stages.program import Program, captured_program, computes, marked, shows_at_once
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.schedule import Schedule
-from normfix.tiling.stages.scheduling import schedule
+from normfix.tiling.stages.scheduling import plans_of, recall_, schedule
 
-__all__ = ["program_of", "schedule_of", "usual_stride"]
+__all__ = ["hand_on", "is_captured", "keep_plans", "program_of", "schedule_of", "usual_stride"]
 
 
 def usual_stride(ndim: int) -> tuple[int, ...]:
@@ -42,14 +45,17 @@ def usual_stride(ndim: int) -> tuple[int, ...]:
 class _Capture:
     """A program, what it was captured for, and a lock that its one user at a time holds."""
 
-    key: object
+    key: tuple[object, ...]
     program: Program
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def still_holds(self, model: nn.Module, run: Run, example: Tensor) -> bool:
+    def still_holds(self, model: nn.Module, caller: Caller, sites: tuple[str, ...], example: Tensor) -> bool:
         """Tell whether the program, with the model's present weights, computes what the model does at every site."""
         self.program.refresh_(model)
-        return computes(self.program.body, model, run, example)
+        body, run = self.program.body, marked(caller, sites)
+        return shows_at_once(body, model, run, example) or computes(
+            body, model, run, _telling(model, caller, example)
+        )
 
 
 _KEPT = 2
@@ -57,6 +63,8 @@ _KEPT = 2
 
 _LOCK = threading.Lock()
 _CAPTURES: weakref.WeakKeyDictionary[nn.Module, list[_Capture]] = weakref.WeakKeyDictionary()
+_FOLDERS: weakref.WeakKeyDictionary[Any, Path] = weakref.WeakKeyDictionary()
+"""Where the networks of programs are saved."""
 _SCHEDULES: weakref.WeakKeyDictionary[Any, dict[object, Schedule]] = weakref.WeakKeyDictionary()
 
 
@@ -87,23 +95,36 @@ def program_of(
         )
     owner = original_of(model)
     ndim = len(image.shape) - 2
-    homes = tuple((t.dtype, t.device) for t in (*model.parameters(), *model.buffers()))
-    key = (caller, sites, ndim, homes, behaviour_of(owner))
+    key = (caller, sites, *_kind(model), ndim)
     window = [(0, min(n, round_up(EXTENT[ndim], m))) for n, m in zip(image.shape[2:], stride, strict=True)]
     # of this image: what an earlier one did not reach (a bound, a branch) it may
-    example = _telling(model, caller, image.read(window)[:1].clone())
+    example = image.read(window)[:1].clone()
     known = _borrowed(owner, key)
     try:
-        if known is not None and not known.still_holds(model, marked(caller, sites), example):
+        if known is not None and not known.still_holds(model, caller, sites, example):
             _give_back(owner, known, keep=False)
             known = None
         if known is None:
-            known = _Capture(key, _captured(model, caller, example, sites))
+            known = _Capture(key, _captured(model, caller, _telling(model, caller, example), sites))
             known.lock.acquire()
         yield known.program
     finally:
         if known is not None:
             _give_back(owner, known)
+
+
+def is_captured(model: nn.Module, caller: Caller, sites: Sequence[str]) -> bool:
+    """Tell whether a capture is there that was made of a network that behaves alike; it may be no use any more."""
+    key = (caller, tuple(sites), *_kind(model))
+    with _LOCK:
+        captures = [*itertools.chain.from_iterable(_CAPTURES.values())]
+    return any(capture.key[: len(key)] == key for capture in captures)
+
+
+def _kind(model: nn.Module) -> tuple[object, object]:
+    """Return what captures are found by: where a network computes in which dtypes, and its behaviour."""
+    homes = tuple((t.dtype, t.device) for t in (*model.parameters(), *model.buffers()))
+    return homes, behaviour_of(original_of(model))
 
 
 def _captured(model: nn.Module, caller: Caller, example: Tensor, sites: tuple[str, ...]) -> Program:
@@ -122,10 +143,14 @@ def _captured(model: nn.Module, caller: Caller, example: Tensor, sites: tuple[st
             "its attention is not what it was taken for.",
             where=type(original_of(model)).__name__,
         )
+    folder = kept_in(original_of(model))
+    if folder is not None:
+        recall_(barred, kept(folder))
+        _FOLDERS[barred.body] = folder
     return barred
 
 
-def _borrowed(owner: nn.Module, key: object) -> _Capture | None:
+def _borrowed(owner: nn.Module, key: tuple[object, ...]) -> _Capture | None:
     """Return a capture of a network that behaves alike and that nobody uses, locked; its own before others'."""
     with _LOCK:
         others = itertools.chain.from_iterable(_CAPTURES.values())
@@ -165,5 +190,27 @@ def schedule_of(
     known = _SCHEDULES.setdefault(program.body, {})
     key = (tuple(stride), ragged, measured, outputs)
     if key not in known:
+        before = plans_of(program)
         known[key] = schedule(program, stride=stride, ragged=ragged, measured=measured, outputs=outputs)
+        folder, new = _FOLDERS.get(program.body), plans_of(program)
+        if folder is not None and new != before:
+            keep(folder, new[::-1])
     return known[key]
+
+
+def hand_on(model: nn.Module, copied: nn.Module) -> None:
+    """Let a copy keep the captures of the network that it was made of, which may live shorter."""
+    with _LOCK:
+        captures = _CAPTURES.get(original_of(model))
+        if captures:
+            _CAPTURES[copied] = captures[:_KEPT]
+
+
+def keep_plans(model: nn.Module, folder: Path) -> None:
+    """Write what was proved of a network in this process beside it, if anything was."""
+    kind = _kind(model)
+    with _LOCK:
+        captures = [*itertools.chain.from_iterable(_CAPTURES.values())]
+    plans = {plan.cut: plan for c in captures if c.key[2:4] == kind for plan in plans_of(c.program)}
+    if plans:
+        keep(folder, list(plans.values()))

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from normfix.layers.affine import normalise
+from normfix.layers.affine import normalise, normalise_rectified
 from normfix.tiling.stages.maps import ProgramMaps
 from normfix.tiling.stages.program import Cut, Program, Shapes, is_tensor_node
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.reuse import reuse_
 from normfix.tiling.stages.tokens import ATTEND, attend_to_stored
 
-__all__ = ["Stage", "cut", "extent_of"]
+__all__ = ["Stage", "cut", "extent_of", "windowed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +111,16 @@ def extent_of(size: Node) -> tuple[Node, int]:
     assert isinstance(of, Node)
     assert isinstance(dim, int)
     return of, dim
+
+
+def windowed(stage: Stage) -> frozenset[Node]:
+    """Return the values whose windows a stage reads by kernels alone that take them as they lie; see `_multiply_`."""
+    given = [node for node in stage.run.graph.nodes if node.op == "placeholder"]
+    return frozenset(
+        read
+        for read, placeholder in zip(stage.reads, given, strict=False)
+        if all(user.target in (normalise, normalise_rectified) for user in placeholder.users)
+    )
 
 
 def _levels(program: Program, cuts: Sequence[Cut]) -> dict[Node, int]:
@@ -266,8 +276,17 @@ def _multiply_(graph: Graph) -> None:
     for node in graph.nodes:
         if node.target is torch.ops.aten.batch_norm.default and len(node.args) == _BATCH_NORM:
             x, weight, bias, mean, var, training, _, eps, _ = node.args
-            if not training and mean is not None and var is not None:
-                node.target, node.args = normalise, (x, weight, bias, mean, var, eps)
+            if training or mean is None or var is None:
+                continue
+            node.target, node.args = normalise, (x, weight, bias, mean, var, eps)
+            (user, *others) = node.users
+            if user.target in _RECTIFIED and not others:
+                node.target = normalise_rectified
+                user.replace_all_uses_with(node)
+                graph.erase_node(user)
+
+
+_RECTIFIED = (torch.ops.aten.relu.default, torch.ops.aten.relu_.default)
 
 
 _BATCH_NORM = 9

@@ -35,10 +35,13 @@ class Map:
             size: of the whole image.
             shape: of the whole map.
         """
-        return tuple(
-            (int(start * s), shape[d] if stop >= n else min(shape[d], int(stop * s)))
-            for (start, stop), n, d, s in zip(image, size, self.dims, self.scale, strict=True)
-        )
+        spans = []
+        for (start, stop), n, d, s in zip(image, size, self.dims, self.scale, strict=True):
+            # rounded down, without making fractions: this runs several times per block
+            up, down = s.numerator, s.denominator
+            last = shape[d] if stop >= n else min(shape[d], stop * up // down)
+            spans.append((start * up // down, last))
+        return tuple(spans)
 
     def index(self, spans: Sequence[Span], rank: int) -> tuple[slice, ...]:
         """Return the index of a tensor of this rank that takes the spans along the map's dimensions."""

@@ -1,4 +1,4 @@
-"""Blocks: how stages run over blocks of an image, what they may use, and who is told; checked in one place."""
+"""Blocks: how an image is run in parts, what that may use, and who is told; checked in one place."""
 
 from __future__ import annotations
 
@@ -44,11 +44,14 @@ class Blocks:
         engine: "dask" computes blocks on a cluster; needs `scheduler` and a `store` that all of it sees.
         scheduler: address of a dask scheduler.
         watch: is told what a run will take, and of each block.
+        batch: tiles that share a call of the network, where an image is predicted in tiles; by default one on a CPU and
+            as many as pay on a GPU, if the network treats the images of a batch apart. In one dtype results differ by
+            rounding.
 
     Raises:
-        NormfixError: NF410 for another engine or number of workers, NF402 for a tile that is no number of pixels, NF334
-            if a cluster is asked for without its address or without a store, or an address is given without asking
-            for one.
+        NormfixError: NF410 for another engine or number of workers or tiles, NF402 for a tile that is no number of
+            pixels, NF334 if a cluster is asked for without its address or without a store, or an address is given
+            without asking for one.
 
     Example:
         >>> import normfix
@@ -63,11 +66,14 @@ class Blocks:
     engine: Literal["local", "dask"] = "local"
     scheduler: str | None = None
     watch: Watch | None = None
+    batch: int | None = None
 
     def __post_init__(self) -> None:
         require_cluster(self.engine, self.scheduler, self.store)
         if self.workers < 1:
             raise NormfixError("NF410", "give 1 or more.", where=f"workers={self.workers!r}")
+        if self.batch is not None and self.batch < 1:
+            raise NormfixError("NF410", "give 1 or more.", where=f"batch={self.batch!r}")
         if self.tile is not None:
             self.extents(len(self.tile) if isinstance(self.tile, Sequence) else 1)
 

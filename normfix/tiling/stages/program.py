@@ -41,6 +41,7 @@ __all__ = [
     "computes",
     "is_tensor_node",
     "marked",
+    "shows_at_once",
 ]
 
 Run = Callable[[nn.Module, Tensor], Any]
@@ -116,15 +117,19 @@ class Program:
 
         Tensors of one device are copied in few launches.
         """
-        theirs, pairs = dict(_state(model)), []
+        theirs = dict(_state(model))
+        kinds: dict[object, list[tuple[Tensor, Tensor]]] = {}
         for name, mine in (*self.body.named_parameters(), *self.body.named_buffers()):
             given = theirs.get(name.removeprefix(f"{WRAPPED}."))
             if given is not None and given.shape == mine.shape:
-                pairs.append((mine, given))
+                # a list of several dtypes, counters among weights, is copied one by one
+                kinds.setdefault((mine.dtype, given.dtype, mine.device, given.device), []).append(
+                    (mine, given)
+                )
 
         def take() -> None:
-            if pairs:
-                with torch.no_grad():
+            with torch.no_grad():
+                for pairs in kinds.values():
                     torch._foreach_copy_([mine for mine, _ in pairs], [given for _, given in pairs])
 
         return take
@@ -171,19 +176,44 @@ def computes(body: GraphModule, model: nn.Module, run: Run, example: Tensor, *, 
         example: (N, C, *space).
         guarded: hold the body to the sizes that it was captured for, too.
     """
+    pairs = _pairs(body, model, run, example, guarded)
+    return pairs is not None and all(_are_same(a, e) for a, e in pairs)
+
+
+def shows_at_once(body: GraphModule, model: nn.Module, run: Run, example: Tensor) -> bool:
+    """Tell as `computes` does, waiting once for a device; False is no answer.
+
+    It is none on the CPU, for an image of one value, which shows little, and where a value is not finite.
+    """
+    if example.device.type != "cuda":
+        return False
+    near = [(example != example.flatten()[0]).any()]
+    for a, e in _pairs(body, model, run, example, guarded=True) or ():
+        exact = e.double()
+        bound = exact.std(correction=0) * IDENTITY.get(e.dtype, 0.0)
+        near.append((a.double() - exact).abs().max() <= bound)
+    return len(near) > 1 and len({n.device for n in near}) == 1 and bool(torch.stack(near).all())
+
+
+def _pairs(
+    body: GraphModule, model: nn.Module, run: Run, example: Tensor, guarded: bool
+) -> list[tuple[Tensor, Tensor]] | None:
+    """Return what a body and a model give, tensor by tensor; None where one does not run or they cannot be the same."""
     try:
         with torch.no_grad(), as_in_graphs():
             expected = tree_leaves(run(model, example))
         with torch.no_grad():
             actual = tree_leaves(body(example) if guarded else Unguarded(body).run(example))
     except failures():  # it is another network, or one of other sizes: capturing it says what is wrong
-        return False
-    return len(actual) == len(expected) and all(map(_are_same, actual, expected))
+        return None
+    if len(actual) != len(expected) or any(a.shape != e.shape for a, e in zip(actual, expected, strict=True)):
+        return None
+    return list(zip(actual, expected, strict=True))
 
 
 def _are_same(a: Tensor, e: Tensor) -> bool:
     sd = float(e.double().std(correction=0)) or 1.0
-    return a.shape == e.shape and deviation(a, e, sd)[0] <= IDENTITY.get(e.dtype, 0.0)
+    return deviation(a, e, sd)[0] <= IDENTITY.get(e.dtype, 0.0)
 
 
 def marked(run: Run, sites: Sequence[str]) -> Run:

@@ -17,19 +17,20 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.fx import GraphModule, Node
-from torch.fx.node import map_aggregate
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_aggregate, map_arg
 
 from normfix.errors import NormfixError
 from normfix.networks.calling import refusals
-from normfix.networks.devices import bytes_of
+from normfix.networks.devices import CPU, bytes_of
 from normfix.networks.numerics import EXACT
 from normfix.records.derivations import Obstacle
-from normfix.tiling.halo import DyeLost, DyeRefused, halo, interference
+from normfix.tiling.halo import DyeLost, DyeRefused, halo, interference, strip
 from normfix.tiling.reach.bounds import Bound, bound_between
 from normfix.tiling.reach.extents import Unsized
 from normfix.tiling.stages.cutting import Stage
@@ -45,6 +46,9 @@ Function = Callable[[Tensor], Tensor]
 _NEAR, _AFAR = 32, 128
 """Cells that are amplified on each side of a block's window, where its graph bounds what it reads, and where not."""
 
+_CELLS = {1: 32, 2: 32, 3: 8}
+"""Cells per axis of the noise that strips are made of, per number of axes: a cell has as many pixels as its grid."""
+
 _MULTIPLES = (1, 2, 4, 8, 16)
 """Numbers of cells that a stage is tried to be cut at, until it runs on strips of such lengths."""
 
@@ -57,20 +61,30 @@ class Reach:
     halo: tuple[tuple[int, int], ...]
 
 
-def measure_reach(stage: Stage, maps: ProgramMaps, shapes: Shapes, image: Node) -> Reach:
+def measure_reach(
+    stage: Stage, maps: ProgramMaps, shapes: Shapes, image: Node, device: torch.device = CPU
+) -> Reach:
     """Measure one stage.
+
+    Args:
+        stage: of a program.
+        maps: of the program.
+        shapes: of its values at one image size.
+        image: of the program.
+        device: computes in float64; what shows a reach by dye does so on the CPU, whose operators keep NaN apart.
 
     Raises:
         NormfixError: NF324 if no halo is enough, or the stage depends on size or position.
     """
-    single = _Cells(stage, maps, shapes, image, torch.float32)
-    double = _Cells(stage, maps, shapes, image, torch.float64)
+    double = _Cells(stage, maps, shapes, image, torch.float64, device)
     known = _bound_of(stage, image)
     bound = known.halo(stage.grid) if known is not None and known.is_whole else None
+    single = _Cells(stage, maps, shapes, image, torch.float32) if bound is None else None
+    cross = _cross_section(double, len(stage.grid))
     grids, halos = [], []
     for axis, pixels in enumerate(stage.grid):
-        cross = _cross_section(single, len(stage.grid))
         if bound is None:
+            assert single is not None
             reach = _shown(single, stage, axis, cross, () if known is None else known.obstacles())
         else:
             reach = -(-bound[axis][0] // pixels), -(-bound[axis][1] // pixels)
@@ -159,7 +173,7 @@ def _cross_section(f: Function, ndim: int) -> tuple[int, ...]:
     example = f.example  # type: ignore[attr-defined]
     for cells in (2, 4, 8, 16, 32):
         try:
-            f(example[(..., *(slice(0, cells),) * ndim)])
+            f(strip(example, (cells,) * ndim))
         except refusals():
             continue
         return (cells,) * ndim
@@ -175,19 +189,26 @@ class _Cells:
     """A stage as a function (1, channels, *cells) -> (1, channels', *cells)."""
 
     def __init__(
-        self, stage: Stage, maps: ProgramMaps, shapes: Shapes, image: Node, dtype: torch.dtype
+        self,
+        stage: Stage,
+        maps: ProgramMaps,
+        shapes: Shapes,
+        image: Node,
+        dtype: torch.dtype,
+        device: torch.device = CPU,
     ) -> None:
         self.stage = stage
         self._ndim = len(stage.grid)
         self._reads = [_Packing(maps.maps[n], shapes[n], stage.grid) for n in stage.reads]
         self._gives = [_Packing(maps.maps[n], shapes[n], stage.grid) for n in stage.gives]
         self._sizes = [(n, maps.maps[n.args[0]], shapes[n.args[0]]) for n in stage.sizes]  # type: ignore[index]
-        self._run = in_dtype(stage.run, dtype)
+        self._run = in_dtype(stage.run, dtype, device)
         channels = sum(p.channels for p in self._reads)
         generator = torch.Generator().manual_seed(0)
-        self._whole = [torch.randn(shapes[n], generator=generator).to(dtype) for n in stage.whole]
-        self.example = torch.randn(1, channels, *(32,) * self._ndim, generator=generator, dtype=torch.float64)
-        self.example = self.example.to(dtype)
+        self._whole = [torch.randn(shapes[n], generator=generator).to(device, dtype) for n in stage.whole]
+        space = (_CELLS[self._ndim],) * self._ndim
+        self.example = torch.randn(1, channels, *space, generator=generator, dtype=torch.float64)
+        self.example = self.example.to(device, dtype)
 
     def __call__(self, cells: Tensor) -> Tensor:
         extents = tuple(cells.shape[2:])
@@ -243,31 +264,35 @@ class _Packing:
         return x.reshape(1, self.channels, *whole)
 
 
-def in_dtype(run: GraphModule, dtype: torch.dtype) -> GraphModule:
-    """Return a copy of a graph that computes on CPU in this dtype throughout, whatever it casts to on the way."""
+def in_dtype(run: GraphModule, dtype: torch.dtype, device: torch.device = CPU) -> GraphModule:
+    """Return a graph that computes on a device in this dtype throughout, whatever it casts to on the way.
+
+    Asserts are left out. Built anew rather than copied: a copy takes the inputs' tree along, and what else it owns.
+    """
+    graph, copies = Graph(), dict[Node, Node]()
+    for node in run.graph.nodes:
+        if node.op == "output":
+            graph.output(map_arg(node.args[0], copies.__getitem__))
+        elif node.op != "call_module":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
 
     def changed(argument: Any) -> Any:
         if isinstance(argument, torch.dtype) and argument in _FLOATING:
             return dtype
-        return torch.device("cpu") if isinstance(argument, torch.device) else argument
+        return device if isinstance(argument, torch.device) else argument
 
-    copied = copy.deepcopy(run).to("cpu", dtype)
-    _constants_in_dtype_(copied, dtype)
-    for node in copied.graph.nodes:
+    for node in graph.nodes:
         node.args = map_aggregate(node.args, changed)
         node.kwargs = map_aggregate(node.kwargs, changed)
-    copied.recompile()
-    return copied
+    names = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    return GraphModule({name: _held(attrgetter(name)(run), dtype, device) for name in names}, graph)
 
 
-def _constants_in_dtype_(run: GraphModule, dtype: torch.dtype) -> None:
-    """Convert tensors that a network holds as plain attributes: `to` leaves them as they are."""
-    for name in {str(node.target) for node in run.graph.nodes if node.op == "get_attr"}:
-        path, _, last = name.rpartition(".")
-        held = vars(run.get_submodule(path))
-        value = held.get(last)
-        if isinstance(value, Tensor):
-            held[last] = value.to("cpu", dtype if value.is_floating_point() else None)
+def _held(value: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return what a graph holds, on a device and in a dtype."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, dtype if value.is_floating_point() else None)
+    return copy.deepcopy(value).to(device, dtype) if isinstance(value, nn.Module) else value
 
 
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -18,7 +18,7 @@ from normfix.images.sources import Image
 from normfix.networks.devices import bytes_of
 from normfix.tiling.grid import Geometry, grid
 from normfix.tiling.stages.blocks import Block, Given, ImageWork, Read, Told, Work
-from normfix.tiling.stages.cutting import Stage, extent_of
+from normfix.tiling.stages.cutting import Stage, extent_of, windowed
 from normfix.tiling.stages.engines import Crew
 from normfix.tiling.stages.journal import SEALS, Journal, Measured
 from normfix.tiling.stages.masks import mask_of
@@ -176,10 +176,11 @@ class Run:
 
     def _part(self, stage: Stage, image: int) -> ImageWork:
         shapes, maps = self.shapes[image], self.schedule.maps.maps
+        lying = windowed(stage) if self.schedule.device.type == "cuda" else frozenset()
         reads = (
             Read(self.images[image], None, shapes[node])
             if node is self.schedule.program.image
-            else Read(self.store[_name(image, node)], maps[node], shapes[node])
+            else Read(self.store[_name(image, node)], maps[node], shapes[node], node in lying)
             for node in stage.reads
         )
         whole = (self._tokens(image, node) for node in stage.whole)

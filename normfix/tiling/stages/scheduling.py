@@ -6,8 +6,10 @@ border and blocks that do not, and compares every value that any stage computes 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,18 +19,20 @@ from torch.fx import GraphModule, Node
 
 from normfix.images.sources import TensorImage
 from normfix.networks.calling import refusals
+from normfix.networks.devices import CPU
 from normfix.networks.numerics import EXACT, exact_arithmetic
 from normfix.records.spans import round_up
 from normfix.tiling.stages.cutting import Stage, cut
 from normfix.tiling.stages.execution import execute
 from normfix.tiling.stages.maps import ProgramMaps, find_maps
+from normfix.tiling.stages.plans import Plan
 from normfix.tiling.stages.program import Program, Shapes, Unguarded
 from normfix.tiling.stages.reach import Reach, fingerprint, in_dtype, measure_reach
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.schedule import Schedule
 from normfix.tiling.stages.store import Kept, Store
 
-__all__ = ["largest_difference", "schedule"]
+__all__ = ["largest_difference", "plans_of", "recall_", "schedule"]
 
 
 def schedule(
@@ -51,61 +55,128 @@ def schedule(
     Raises:
         NormfixError: NF323, NF324 with the value or stage that cannot be streamed, NF325 if the proof fails.
     """
+    known = _KNOWN.setdefault(program.body, _Known())
     size = _example_size(program, stride)
     maps = find_maps(program, size, [round_up(64, m) for m in stride])
     shapes = program.shapes(size)
     stages = cut(program, maps, shapes, cuts=program.cuts, measured=measured, outputs=outputs)
     with exact_arithmetic():
-        reaches = tuple(_reach(program, stage, maps, shapes) for stage in stages)
+        names = [fingerprint(stage, maps, shapes) for stage in stages]
+        for name, stage in zip(names, stages, strict=True):
+            if name not in known.reaches:
+                known.reaches[name] = _reach_of(stage, maps, shapes, program)
+        reaches = tuple(known.reaches[name] for name in names)
         planned = Schedule(program, maps, tuple(stages), reaches, program.device)
-        for axis in range(len(stride)):
-            difference = max(
-                largest_difference(planned, size) for size in _probe_sizes(planned, stride, axis, ragged)
-            )
-            if not difference <= EXACT:
-                raise NotInStages(
-                    "NF325",
-                    f"blocks differ from the whole by {difference:.1g} of the largest value (float64).",
-                    where=f"axis {axis}",
-                )
+        plan = Plan(_name(planned, stride, ragged), tuple(zip(names, reaches, strict=True)))
+        if known.plans.get(plan.cut) != plan:
+            _prove(planned, stride, ragged)
+            known.plans[plan.cut] = plan
     return planned
 
 
-_REACHES: WeakKeyDictionary[Any, dict[str, Reach]] = WeakKeyDictionary()
-"""Of the stages of each program, by what they compute: most are the same whether statistics or outputs are wanted."""
+def plans_of(program: Program) -> tuple[Plan, ...]:
+    """Return what was proved of a program, in this process or as `recall_` was told."""
+    return tuple(_KNOWN[program.body].plans.values()) if program.body in _KNOWN else ()
 
 
-def _reach(program: Program, stage: Stage, maps: ProgramMaps, shapes: Shapes) -> Reach:
-    """Measure a stage's reach, or recall that of a stage that computes the same with the same weights."""
-    reaches, key = _REACHES.setdefault(program.body, {}), fingerprint(stage, maps, shapes)
-    if key not in reaches:
-        reaches[key] = measure_reach(stage, maps, shapes, program.image)
-    return reaches[key]
+def recall_(program: Program, plans: Sequence[Plan]) -> None:
+    """Take plans for proved whose stages and cuts a program turns out to have."""
+    known = _KNOWN.setdefault(program.body, _Known())
+    for plan in plans:
+        known.plans[plan.cut] = plan
+        known.reaches.update(plan.stages)
 
 
-def largest_difference(planned: Schedule, size: Sequence[int]) -> float:
+@dataclass(slots=True)
+class _Known:
+    """What was measured of the stages of a program, by what they compute, and proved of its cuts.
+
+    Most stages are the same whether statistics or outputs are wanted.
+    """
+
+    reaches: dict[str, Reach] = field(default_factory=dict)
+    plans: dict[str, Plan] = field(default_factory=dict)
+
+
+_KNOWN: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
+
+
+def _name(planned: Schedule, stride: Sequence[int], ragged: bool) -> str:
+    """Return what differs if another program is cut, or this one elsewhere."""
+    cuts = [
+        (
+            [[n.name for n in nodes] for nodes in (s.reads, s.whole, s.sizes, s.gives, s.stores, s.returns)],
+            [(site, node.name) for site, node in s.measures],
+            s.run.code,
+            reach,
+        )
+        for s, reach in zip(planned.stages, planned.reaches, strict=True)
+    ]
+    parts = (planned.program.body.code, str(planned.device.type), tuple(stride), ragged, cuts)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _prove(planned: Schedule, stride: Sequence[int], ragged: bool) -> None:
+    """Compare blocks with the whole along each axis.
+
+    Raises:
+        NotInStages: NF325.
+    """
+    for axis in range(len(stride)):
+        difference = max(_difference(planned, size) for size in _probe_sizes(planned, stride, axis, ragged))
+        if not difference <= EXACT:
+            raise NotInStages(
+                "NF325",
+                f"blocks differ from the whole by {difference:.1g} of the largest value (float64).",
+                where=f"axis {axis}",
+            )
+
+
+def _reach_of(stage: Stage, maps: ProgramMaps, shapes: Shapes, program: Program) -> Reach:
+    """Measure a stage's reach on the program's device; what that refuses, or has no room for, the CPU decides."""
+    if program.device.type == "cuda":
+        with suppress(NotInStages, torch.OutOfMemoryError):
+            return measure_reach(stage, maps, shapes, program.image, program.device)
+    return measure_reach(stage, maps, shapes, program.image)
+
+
+def _difference(planned: Schedule, size: Sequence[int]) -> float:
+    """Return the largest difference on the program's device, which the CPU confirms if it is one."""
+    if planned.device.type == "cuda":
+        with suppress(NotInStages, torch.OutOfMemoryError):
+            difference = largest_difference(planned, size, planned.device)
+            if difference <= EXACT:
+                return difference
+    return largest_difference(planned, size)
+
+
+def largest_difference(planned: Schedule, size: Sequence[int], device: torch.device = CPU) -> float:
     """Run blocks and the whole program in float64 on noise of this size (N, C, *space).
 
     Returns:
         The largest difference of any value that a stage computes, relative to that value's largest entry.
     """
     image = torch.randn(tuple(size), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    image = image.to(device)
     wide = replace(
         planned,
-        device=torch.device("cpu"),
-        stages=tuple(replace(stage, run=in_dtype(stage.run, torch.float64)) for stage in planned.stages),
+        device=device,
+        stages=tuple(
+            replace(stage, run=in_dtype(stage.run, torch.float64, device)) for stage in planned.stages
+        ),
     )
     found: dict[Node, _Whole] = {}
 
     def sink(
         number: int, node: Node, shape: tuple[int, ...], dtype: torch.dtype, blocks: tuple[int, ...]
     ) -> Kept:
-        found[node] = _Whole(shape, torch.float64 if dtype.is_floating_point else dtype)
+        found[node] = _Whole(shape, torch.float64 if dtype.is_floating_point else dtype, device)
         return found[node]
 
     tile = [-(-n // 3) for n in size[2:]]
-    execute(wide, [TensorImage(image)], tile=tile, store=_WideStore(), sink=sink)
-    expected = _Values(in_dtype(planned.program.body, torch.float64), {n.name for n in found}).values(image)
+    execute(wide, [TensorImage(image)], tile=tile, store=_WideStore(device=device), sink=sink)
+    body = in_dtype(planned.program.body, torch.float64, device)
+    expected = _Values(body, {n.name for n in found}).values(image)
     worst = 0.0
     for node, kept in found.items():
         a, b = kept.array.double(), expected[node.name].double()
@@ -143,12 +214,9 @@ def _probe_sizes(
 
 
 class _Whole:
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.array = (
-            torch.full(shape, torch.nan).to(dtype)
-            if dtype.is_floating_point
-            else torch.zeros(shape, dtype=dtype)
-        )
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        fill = torch.nan if dtype.is_floating_point else 0
+        self.array = torch.full(shape, fill, dtype=dtype, device=device)
 
     def read(self, index: tuple[slice, ...]) -> Tensor:
         return self.array[index]

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,9 @@ def read_program(
             if _TORCHVISION in texts[_PROGRAM]:
                 _import_torchvision(path)
             tensors = [name for name in archive.names if _TENSORS.fullmatch(name)]
-            return torch.export.load(archive.rewritten(tensors, _AROUND | texts))
+            with warnings.catch_warnings():  # torch 2.11 reads tensors from bytes, and copies them afterwards
+                warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+                return torch.export.load(archive.rewritten(tensors, _AROUND | texts))
     except NormfixError:
         raise
     except Exception as error:

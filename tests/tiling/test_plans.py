@@ -1,0 +1,115 @@
+"""What was measured and proved of stages is kept beside a saved network, and believed only for what it is of."""
+
+import json
+
+import pytest
+import torch
+from cuda_networks import small, uneven
+
+import normfix
+from normfix.storage import saving
+from normfix.tiling.stages import cache, plans, scheduling
+from normfix.tiling.stages.reach import Reach
+
+IMAGE = uneven(64, 96)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A network that was calibrated in stages, and so saved with a plan."""
+    place = tmp_path_factory.mktemp("plans") / "saved"
+    done = normfix.calibrate(normfix.convert(small(), IMAGE).model, IMAGE, tile=32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            saving, "_read_back", lambda *given: None
+        )  # in a fresh process, which is another's test
+        normfix.save(done, place, source="cuda_networks:small")
+    return place
+
+
+@pytest.fixture
+def planned(folder, monkeypatch):
+    """Load the folder as a fresh process would, run it in stages and return how much was measured and proved."""
+    counts = []
+
+    def counting(function):
+        def counted(*given):
+            counts.append(function.__name__)
+            return function(*given)
+
+        return counted
+
+    for name in ("measure_reach", "largest_difference"):
+        monkeypatch.setattr(scheduling, name, counting(getattr(scheduling, name)))
+
+    def run(change=lambda model: None):
+        monkeypatch.setattr(cache, "_CAPTURES", type(cache._CAPTURES)())
+        counts.clear()
+        model = normfix.load(folder, arch="cuda_networks:small")
+        change(model)
+        result = normfix.calibrate(model, IMAGE, tile=32)
+        assert result.summary.engine == "stages"
+        return len(counts)
+
+    return run
+
+
+def test_a_later_process_plans_nothing(folder, planned):
+    """The plan that was saved with a calibrated network serves the process that loads it."""
+    assert (folder / plans.FILE).is_file()
+    assert planned() == 0
+
+
+def test_the_first_process_that_plans_keeps_it(folder, planned):
+    """Without a plan the first process makes one and the second has it, in the folder that it was loaded from."""
+    (folder / plans.FILE).unlink()
+    assert planned() > 0
+    assert planned() == 0
+
+
+def _edit(content):
+    content["plans"][0]["stages"][1][2] = [[0, 0], [0, 0]]
+
+
+def _other_release(content):
+    content["made_by"][1] = "torch 2.6.0"
+    content["sha256"] = plans._seal({name: value for name, value in content.items() if name != "sha256"})
+
+
+def _no_plan(content):
+    content["plans"] = 3
+    content["sha256"] = plans._seal({name: value for name, value in content.items() if name != "sha256"})
+
+
+@pytest.mark.parametrize("change", [_edit, _other_release, _no_plan])
+def test_what_cannot_be_believed_is_as_none(tmp_path, change):
+    """A file that was edited, is of another release or holds something else counts for nothing, and is written over."""
+    plan = plans.Plan(
+        "cut", (("first", Reach((2, 2), ((3, 3), (4, 4)))), ("second", Reach((1, 1), ((1, 1),) * 2)))
+    )
+    plans.keep(tmp_path, [plan])
+    assert plans.kept(tmp_path) == [plan]
+    path = tmp_path / plans.FILE
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    assert plans.kept(tmp_path) == []
+    plans.keep(tmp_path, [plan])
+    assert plans.kept(tmp_path) == [plan]
+    assert [file.name for file in tmp_path.iterdir()] == [plans.FILE]
+
+
+def test_other_weights_are_planned_anew(planned):
+    """A plan is of the weights that it was proved with."""
+
+    def change(model):
+        with torch.no_grad():
+            model.stem[0].weight.mul_(2)
+
+    assert planned(change) > 0
+
+
+def test_where_nobody_may_write_nothing_is_kept(tmp_path):
+    """A folder that is not there, or not ours, is no error."""
+    plans.keep(tmp_path / "gone", [plans.Plan("cut", ())])
+    assert plans.kept(tmp_path / "gone") == []
