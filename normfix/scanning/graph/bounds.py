@@ -378,8 +378,8 @@ def _space(image: Node) -> frozenset[Any]:
 def _is_sized(node: Node, space: Collection[Any]) -> bool:
     """Tell whether a tensor follows the image's extent; a batch of vectors does not."""
     value = node.meta.get("val")
-    extents = value.shape if isinstance(value, Tensor) else ()
-    free = (n.node.expr.free_symbols for n in extents if isinstance(n, torch.SymInt))
+    extents: Sequence[Any] = value.shape if isinstance(value, Tensor) else ()
+    free = (n.node.expr.free_symbols for n in extents if not isinstance(n, int))
     return any(symbol in space for symbols in free for symbol in symbols)
 
 
