@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["CODES", "PACKAGE", "NormfixError", "printable"]
+__all__ = ["CODES", "PACKAGE", "NormfixError", "printable", "shown"]
 
 PACKAGE = Path(__file__).parent
 """Where this package lies: a frame below it is ours, any other the user's or a library's."""
@@ -459,6 +459,15 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(text: str) -> str:
+    r"""Return a text of several lines as a terminal may show it: each line printable; see `printable`.
+
+    >>> shown("a\x1b]0;title\x07\n  b")
+    'a\\x1b]0;title\\x07\n  b'
+    """
+    return "\n".join(map(printable, text.split("\n")))
 
 
 _LONGEST = 20_000

@@ -13,14 +13,12 @@ import torch
 from cuda_networks import Branching, Small, small, uneven
 from torch import nn
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
 
 import normfix
 from normfix.conversion.lowering import fold, lower
-from normfix.layers import BatchRenorm2d, BatchRenorm3d, FrozenNorm2d, FrozenNorm3d
+from normfix.layers import FrozenNorm2d, FrozenNorm3d
 from normfix.layers.affine import normalise, normalise_rectified
 from normfix.layers.moments import measure, measure_there, union
-from normfix.layers.recomputation import RecordedCall
 from normfix.networks.devices import accelerator
 
 pytestmark = [
@@ -409,83 +407,6 @@ def test_frozen_has_gradients():
     assert layer.weight.grad is not None
 
 
-RENORM = [
-    (BatchRenorm2d, (4, 8, 33, 20), False),
-    (BatchRenorm2d, (4, 8, 33, 20), True),
-    (BatchRenorm3d, (2, 8, 6, 10, 12), False),
-    (BatchRenorm3d, (2, 8, 6, 10, 12), True),
-]
-TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("kind", "shape", "last"), RENORM)
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_batch_renorm_is_its_formula(dtype, kind, shape, last, momentum):
-    """Output, gradients and running statistics are those of float64 on the CPU, step by step."""
-    wide = kind(8, momentum=momentum, r_max=1.5, d_max=0.5, dtype=torch.float64)
-    nn.init.uniform_(wide.weight, 0.5, 1.5)
-    nn.init.normal_(wide.bias)
-    layer = copy.deepcopy(wide).to(GPU, torch.float64 if dtype == torch.float64 else torch.float32)
-    for step in range(3):
-        x = torch.randn(shape, dtype=torch.float64) * (1 + step) + step
-        x = x.to(dtype)
-        ours = x.to(GPU).clone()
-        if last:
-            ours = ours.to(memory_format=torch.channels_last if ours.dim() == 4 else torch.channels_last_3d)
-        ours = ours.requires_grad_()
-        theirs = x.double().clone().requires_grad_()
-        grad = torch.randn(shape, dtype=torch.float64).to(dtype)
-        a, b = layer(ours), wide(theirs)
-        a.backward(grad.to(GPU))
-        b.backward(grad.double())
-        near = TOLERANCE[dtype]
-        assert_close(a.double().cpu(), b, rtol=near, atol=near)
-        assert_close(ours.grad.double().cpu(), theirs.grad, rtol=near, atol=near)
-        for name in ("weight", "bias"):
-            mine, exact = getattr(layer, name).grad.double().cpu(), getattr(wide, name).grad
-            assert_close(mine, exact, rtol=near, atol=near * float(exact.abs().max()))
-        for name in RUNNING:
-            near = 1e-3 if dtype in HALVES else 1e-5
-            assert_close(getattr(layer, name).double().cpu(), getattr(wide, name), rtol=near, atol=near)
-        assert int(layer.num_batches_tracked) == step + 1
-
-
-@pytest.mark.parametrize("triton", [True, False])
-def test_batch_renorm_without_triton_is_the_same(triton, monkeypatch):
-    """The vectors by Triton and by torch agree."""
-    from normfix.layers import library
-
-    if not triton:
-        monkeypatch.setattr(library, "kernels_of", lambda device: None)
-    torch.manual_seed(3)
-    layer, x = BatchRenorm2d(8, momentum=0.1).to(GPU), torch.randn(4, 8, 16, 16, device=GPU)
-    for _ in range(3):
-        y = layer(x * 3 + 1)
-    plain = copy.deepcopy(layer).cpu()
-    assert_close(layer(x).cpu(), plain(x.cpu()), rtol=1e-5, atol=1e-5)
-    assert y.requires_grad
-
-
-def test_batch_renorm_in_a_checkpoint_counts_once():
-    """A call that is repeated in backward takes the corrections of the first, and counts no batch."""
-    plain = nn.Sequential(
-        nn.Conv2d(3, 8, 3), BatchRenorm2d(8, momentum=0.1), nn.ReLU(), nn.Conv2d(8, 1, 1)
-    ).to(GPU)
-    twin = copy.deepcopy(plain)
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        for _ in range(3):
-            x = torch.randn(4, 3, 12, 12, device=GPU) * 2 + 1
-            plain(x).square().sum().backward()
-            checkpoint(twin, x, use_reentrant=False).square().sum().backward()
-    finally:
-        torch.backends.cudnn.allow_tf32 = True
-    assert int(twin[1].num_batches_tracked) == 3
-    assert_close(twin[0].weight.grad, plain[0].weight.grad, rtol=1e-4, atol=1e-3)
-    assert RecordedCall is not None
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 def test_finetuning_under_autocast(converted, dtype):
     """A network with BatchRenorm trains under autocast, with a GradScaler, and is calibrated and checked after."""
@@ -505,23 +426,6 @@ def test_finetuning_under_autocast(converted, dtype):
     model.eval()
     after = normfix.calibrate(model, uneven(128, 128).to(GPU)).model
     assert normfix.check(after, uneven(192, 192).to(GPU), tile=64).passed
-
-
-def test_compiled_batch_renorm_trains():
-    """Under torch.compile a training step of BatchRenorm gives the gradients of an eager one."""
-    plain = nn.Sequential(nn.Conv2d(3, 8, 3), BatchRenorm2d(8, momentum=0.1)).to(GPU)
-    twin = copy.deepcopy(plain)
-    compiled = torch.compile(twin)
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        for _ in range(2):
-            x = torch.randn(4, 3, 12, 12, device=GPU)
-            plain(x).square().sum().backward()
-            compiled(x).square().sum().backward()
-    finally:
-        torch.backends.cudnn.allow_tf32 = True
-    assert_close(twin[1].running_var, plain[1].running_var, rtol=1e-4, atol=1e-5)
-    assert_close(twin[1].weight.grad, plain[1].weight.grad, rtol=1e-3, atol=1e-2)
 
 
 # The command line

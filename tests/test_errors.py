@@ -4,10 +4,14 @@ import pickle
 import re
 from pathlib import Path
 
+import click
 import pytest
 
 import normfix
+from normfix.cli import _complain
+from normfix.cli.showing import note, show
 from normfix.errors import CODES, NormfixError
+from normfix.records.encoding import Record
 from normfix.tiling.stages.refusals import NotInStages
 
 _CODE = re.compile(r"\bNF\d{3}\b")
@@ -89,3 +93,21 @@ def test_an_explanation_is_made_of_sentences(code):
     """Every explanation says something and ends in a full stop."""
     assert len(CODES[code]) > 40
     assert CODES[code].endswith(".")
+
+
+@pytest.mark.parametrize("shows", ["note", "show", "complaint"])
+def test_names_in_files_do_not_steer_a_terminal(capsys, shows):
+    """Whatever a file calls its sites, what is printed of it is characters and lines."""
+    text = "site \x1b]0;title\x07\x9b2J\u202e\ud800\nnext"
+    if shows == "note":
+        note(text)
+    elif shows == "complaint":
+        _complain(text)
+    else:
+        with click.Context(click.Command("test")):
+            show(Record(), text, "text")
+    streams = capsys.readouterr()
+    assert (streams.out + streams.err).splitlines() == [
+        r"site \x1b]0;title\x07\x9b2J\u202e\ud800",
+        "next",
+    ]

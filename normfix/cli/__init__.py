@@ -27,7 +27,7 @@ from normfix.cli.scan import plan_command, scan_command
 from normfix.cli.settings import SETTINGS, Settings, read_settings
 from normfix.cli.use import calibrate_command, check_command
 from normfix.cli.verify import verify_command
-from normfix.errors import NormfixError
+from normfix.errors import NormfixError, shown
 
 __all__ = ["cli", "main"]
 
@@ -120,4 +120,4 @@ def main() -> None:
 def _complain(text: str, *, debug: bool = False) -> None:
     if debug:
         traceback.print_exc()
-    click.echo(text, err=True)
+    click.echo(shown(text), err=True)

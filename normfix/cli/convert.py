@@ -244,7 +244,7 @@ def _keys(text: str | None) -> int | Literal["all"] | None:
     """Read how many keys are held."""
     if text is None or text == "all":
         return text  # type: ignore[return-value]
-    if not text.isdecimal() or not int(text):
+    if not text.isdecimal() or len(text) > 18 or not int(text):
         raise click.UsageError(f"--keys {text}: give all, or how many keys are kept of all images together")
     return int(text)
 

@@ -74,7 +74,7 @@ class Channels(click.ParamType):  # type: ignore[type-arg]
     ) -> tuple[int, ...]:
         """Parse, or fail with the reason."""
         numbers = value if isinstance(value, list | tuple) else str(value).split(",")
-        if not numbers or not all(str(number).isdecimal() for number in numbers):
+        if not numbers or not all(re.fullmatch(r"\d{1,9}", str(number)) for number in numbers):
             self.fail("give numbers of channels from 0, such as 0,2", param, ctx)
         return tuple(int(number) for number in numbers)
 

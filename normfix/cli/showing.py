@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from normfix.cli.columns import fitted
-from normfix.errors import NormfixError
+from normfix.errors import NormfixError, shown
 from normfix.images.drafts import cannot_write, drafting, require_unnamed, sweep
 from normfix.records.encoding import Record
 from normfix.records.progress import LOGGER, Progress
@@ -59,7 +59,7 @@ def verbose_option(command: Command) -> Command:
 def note(text: str) -> None:
     """Say something beside the result, on stderr."""
     with _above_bars():
-        click.echo(text, err=True)
+        click.echo(shown(text), err=True)
 
 
 class _Notes(logging.Handler):
@@ -90,7 +90,7 @@ def show(record: Record, text: str, format_: str) -> None:
     """Put the result on stdout: the record as JSON, or its text."""
     stdout = click.get_current_context().obj  # None, which is stdout, where nothing was redirected
     with _above_bars():
-        said = record.dumps() if format_ == "json" else fitted(text)
+        said = record.dumps() if format_ == "json" else fitted(shown(text))
         click.echo(said, file=stdout, nl=format_ != "json")
 
 

@@ -71,9 +71,20 @@ def windows_of(image: Image, size: Sequence[int], geometry: Geometry | None) -> 
 
 
 def on_grid(size: Sequence[int], geometry: Geometry | None) -> tuple[int, ...]:
-    """Return the nearest windows on the stride grid that are no larger: training takes patches of any size."""
+    """Return the nearest windows on the stride grid that are no larger: training takes patches of any size.
+
+    Raises:
+        NormfixError: NF402 if they are for another number of axes.
+    """
     if geometry is None:
         return tuple(size)
+    if len(size) not in (1, len(geometry.stride)):
+        raise NormfixError(
+            "NF402",
+            f"the network's file states windows of {str(tuple(size))[:80]}, and it has {len(geometry.stride)} spatial "
+            "axes. Give their size: --window, or --statistics windows:SIZE.",
+            where="window",
+        )
     sizes = tuple(size) if len(size) == len(geometry.stride) else tuple(size) * len(geometry.stride)
     fitting = [max(s, n // s * s) for n, s in zip(sizes, geometry.stride, strict=True)]
     return tuple(fitting[:1] if len(set(fitting)) == 1 else fitting)

@@ -8,12 +8,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from normfix.storage.opening.configs import read_mapping
 
 __all__ = ["laid_out", "set_in"]
+
+_MOST = 4
+"""Lines that are tried: each is a reading of the whole file."""
 
 
 def set_in(path: Path, section: str, new: Mapping[str, Any]) -> None:
@@ -38,7 +42,7 @@ def _yaml(text: str, section: str, new: Mapping[str, Any], wanted: Mapping[str, 
     for name, value in new.items():
         goal = {**yaml.safe_load(text)}
         goal[section] = {**goal[section], name: value}
-        for candidate in _lines(text, section, name, value):
+        for candidate in islice(_lines(text, section, name, value), _MOST):
             try:
                 fits = yaml.safe_load(candidate) == goal
             except yaml.YAMLError:
@@ -59,7 +63,28 @@ def _lines(text: str, section: str, name: str, value: Any) -> Iterator[str]:
         and value.lower() not in ("true", "false", "yes", "no", "null")
     )
     written = str(value) if plain else json.dumps(value)
-    for line in re.finditer(rf"^(\s+{re.escape(name)}\s*:\s*)([^#\n]*?)(\s*(?:#.*)?)$", text, re.MULTILINE):
-        yield f"{text[: line.start()]}{line[1]}{written}{line[3]}{text[line.end() :]}"
-    for head in re.finditer(rf"^{re.escape(section)}\s*:[^\n]*\n([ \t]+)", text, re.MULTILINE):
-        yield f"{text[: head.start(1)]}{head[1]}{name}: {written}\n{text[head.start(1) :]}"
+    lines = text.split("\n")
+    inside = False
+    for number, line in enumerate(lines):
+        if line[:1].strip() and not line.startswith("#"):
+            inside = _is_head(line, section)
+        if not inside:
+            continue
+        key, colon, rest = line.partition(":")
+        if key[:1].isspace() and key.strip() == name and colon:
+            value_text, sign, comment = rest.partition("#")
+            old = value_text.strip()
+            before, after = value_text.split(old, 1) if old else (" ", "")
+            new = f"{key}:{before or ' '}{written}{after}{sign}{comment}"
+            yield "\n".join([*lines[:number], new, *lines[number + 1 :]])
+    for number, line in enumerate(lines[:-1]):
+        first = lines[number + 1]
+        indent = first[: len(first) - len(first.lstrip())]
+        if _is_head(line, section) and indent:
+            yield "\n".join([*lines[: number + 1], f"{indent}{name}: {written}", *lines[number + 1 :]])
+
+
+def _is_head(line: str, section: str) -> bool:
+    """Tell whether a section begins with a line."""
+    key, colon, _ = line.partition(":")
+    return bool(colon) and key.rstrip() == section

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,20 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from normfix.conversion.results import Calibration, Conversion
 from normfix.giving.alone import alone_sd
 from normfix.giving.bench import Work
 from normfix.giving.card import card_of
+from normfix.giving.formats import Library
 from normfix.giving.gift import Gift
 from normfix.giving.matching import built, matched
 from normfix.giving.originals import Original, Stock, require_allowed
+from normfix.images.drafts import UnwritableError
 from normfix.networks.graph.program import ProgramNetwork
 from normfix.networks.surroundings import undisturbed
 from normfix.records.halo_curves import HaloPoint
 from normfix.records.returns import GivenBack
-from normfix.records.saved import Scaling, Source
+from normfix.records.saved import Provenance, Scaling, Source
 from normfix.storage.folder import appearing, require_absent
 from normfix.storage.opening.packages import described_in, unpacked
 from normfix.storage.opening.request import Request
@@ -76,7 +81,7 @@ def give_back(
         Unfit: NF551 if its library has no such switch.
         Unequal: NF552 if what the library builds gives another output.
         NotAlone: NF554 if the library does not read back what was written.
-        NormfixError: NF114 if the folder exists.
+        NormfixError: NF114 if the folder exists, cannot be written, or lies in the original.
 
     Example:
         >>> import normfix, torch
@@ -105,22 +110,11 @@ def give_back(
             _offer(*one, whole, switch=switch, shorter=shorter)
             for one in zip(works, stocks, builders, strict=True)
         ]
-        library = whole.library
         with appearing(target) as draft:
-            changes = library.write(draft, [offer.gift for offer in offers])
-            alone = [offer.alone(draft, library.LOADER) for offer in offers]
-            record = GivenBack(
-                folder=str(target),
-                format=library.NAME,
-                changes=changes,
-                double_sd=max(offer.double_sd for offer in offers),
-                single_sd=max(offer.single_sd for offer in offers),
-                alone_sd=max(alone),
-                verdict=max((offer.gift.verdict for offer in offers), key=lambda verdict: verdict.max_sd),
-            )
-            readme = "README.md" if not (draft / "README.md").exists() else "README-normfix.md"
-            (draft / readme).write_text(card_of(record, works[0].known, library, shorter), encoding="utf-8")
-    return record
+            try:
+                return _written(draft, target, whole.library, offers, works[0].known)
+            except (OSError, SafetensorError) as error:
+                raise UnwritableError("NF114", f"cannot write there: {error}.", where=str(target)) from error
 
 
 @contextmanager
@@ -132,6 +126,32 @@ def _folder_of(original: str | Path | None) -> Iterator[Path | None]:
         return
     with unpacked(path) as folder:
         yield folder
+
+
+def _written(
+    draft: Path, target: Path, library: Library, offers: Sequence[_Offer], known: Provenance
+) -> GivenBack:
+    """Write the library's files and the card beside them, and let the library alone read them back."""
+    changes = library.write(draft, [offer.gift for offer in offers])
+    alone = [offer.alone(draft, library.LOADER) for offer in offers]
+    record = GivenBack(
+        folder=str(target),
+        format=library.NAME,
+        changes=changes,
+        double_sd=max(offer.double_sd for offer in offers),
+        single_sd=max(offer.single_sd for offer in offers),
+        alone_sd=max(alone),
+        verdict=max((offer.gift.verdict for offer in offers), key=lambda verdict: verdict.max_sd),
+    )
+    card = next(name for name in _cards() if not os.path.lexists(draft / name))
+    (draft / card).write_text(card_of(record, known, library, offers[0].gift.shorter), encoding="utf-8")
+    return record
+
+
+def _cards() -> Iterator[str]:
+    """Yield names for the card, since what the original calls so stays."""
+    yield from ("README.md", "README-normfix.md")
+    yield from (f"README-normfix-{number}.md" for number in itertools.count(2))
 
 
 @dataclass(frozen=True, slots=True)

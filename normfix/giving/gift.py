@@ -9,15 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from normfix.errors import NormfixError, printable
 from normfix.networks.calling import Caller
 from normfix.records.halo_curves import HaloPoint
 from normfix.records.returns import Change
 from normfix.records.saved import Provenance, Source
 from normfix.records.verdicts import Verdict
+from normfix.storage.opening.packages import leads_out
 
-__all__ = ["Gift", "changed", "config_changes", "copied", "key_changes", "other_weights"]
+__all__ = ["Gift", "changed", "config_changes", "copied", "key_changes", "other_weights", "write_tensors"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,20 +81,63 @@ def key_changes(file: str, before: Iterable[str], after: Iterable[str]) -> tuple
 
 
 def copied(original: Path, draft: Path, leave: Callable[[Path], str]) -> list[Change]:
-    """Copy an original folder into the draft, but the files for which `leave` has a reason; return those."""
+    """Copy an original folder into the draft, but the files for which `leave` has a reason; return those.
+
+    Links to files of the folder become files. Those that lead out of it are left out, as others will get the copy.
+
+    Raises:
+        NormfixError: NF114 if the draft lies in the original.
+    """
+    if draft.resolve().is_relative_to(original.resolve()):
+        raise NormfixError(
+            "NF114",
+            "the folder to write lies in the original, which would be copied into itself. Name another output.",
+            where=str(original),
+        )
     left = []
     for path in sorted(original.rglob("*")):
         name = path.relative_to(original)
-        if path.is_dir():
+        reason = _hindrance(path, original) or ("" if path.is_dir() else leave(path))
+        if reason:
+            change = Change(
+                file=printable(str(name)), kind="left out", name=printable(name.name), after=reason
+            )
+            left.append(change)
+        elif path.is_dir():
             (draft / name).mkdir(parents=True, exist_ok=True)
-        elif not path.is_file():
-            left.append(Change(file=str(name), kind="left out", name=name.name, after="it is no plain file"))
-        elif reason := leave(path):
-            left.append(Change(file=str(name), kind="left out", name=name.name, after=reason))
         else:
             (draft / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, draft / name)
     return left
+
+
+def _hindrance(path: Path, folder: Path) -> str:
+    """Return why what lies in a folder is not copied, whatever it is; "" if nothing hinders it."""
+    try:
+        if leads_out(path, folder):
+            return "it is a link that leads out of the folder"
+        if path.is_dir():
+            return "it is a link to a folder" if path.is_symlink() else ""
+        return "" if path.is_file() else "it is no plain file"
+    except (OSError, RuntimeError):  # a link to itself
+        return "it is a link that leads nowhere"
+
+
+def write_tensors(content: Any, path: Path) -> None:
+    """Write what torch.save writes, into a file of any name; its folder is made.
+
+    Raises:
+        OSError: if there is no room for it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        # torch goes on after a part that was not written, and then complains of its place
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
 
 
 def other_weights(files: Collection[Path], reason: str) -> Callable[[Path], str]:

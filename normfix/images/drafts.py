@@ -251,7 +251,8 @@ def _made(parent: Path) -> tuple[Path, IO[str]]:
                 json.dump(_record(holder, os.getpid()), file)
                 file.flush()
             except OSError:
-                file.close()
+                with suppress(OSError):  # it tries to write once more
+                    file.close()
                 _remove(holder)
                 raise
             return holder, file

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from normfix.layers import fused, library
 from normfix.layers.base import BatchMoments, ChannelNorm
-from normfix.layers.library import corrections, is_for, renormalise
 from normfix.layers.recomputation import RecordedCall, keep, recall, remember
 
 __all__ = ["BatchRenorm", "BatchRenorm1d", "BatchRenorm2d", "BatchRenorm3d"]
@@ -129,8 +129,13 @@ class BatchRenorm(ChannelNorm):
             )
         if self.running_mean is None or x.numel() == 0:
             return self._normalize_by_batch(x, weight, bias)
-        if weight is not None and bias is not None and is_for(self, x, weight, bias):
-            return renormalise(self, x, weight, bias)
+        return self._renormalize(x, weight, bias) if x.is_cpu else self._renormalize_there(x, weight, bias)
+
+    def _renormalize_there(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        if fused.is_for(self, x, weight, bias):
+            return fused.renormalise(self, x, weight, bias)
+        if weight is not None and bias is not None and library.is_for(self, x, weight, bias):
+            return library.renormalise(self, x, weight, bias)
         return self._renormalize(x, weight, bias)
 
     def _normalize_by_batch(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -147,7 +152,7 @@ class BatchRenorm(ChannelNorm):
         if call is not None:
             return self._apply_corrections(x, weight, bias, batch, call.r, call.d, call)
         r, d = self._correct_and_track(batch)
-        call = RecordedCall(mean=batch.mean, var=batch.var, r=r, d=d)
+        call = RecordedCall(vectors=(batch.mean, batch.var, r, d))
         y = self._apply_corrections(x, weight, bias, batch, r, d, call)
         remember(self, call, held_by_graph=y.requires_grad)
         return y
@@ -174,8 +179,6 @@ class BatchRenorm(ChannelNorm):
     def _correct_and_track(self, batch: BatchMoments) -> tuple[Tensor, Tensor]:
         # few operations and look-ups: on small inputs they are what the layer costs
         mean, var, invstd, count = batch
-        if mean.is_cuda and (made := corrections(self, mean, var, count, inverted=False)) is not None:
-            return made.r, made.d
         buffers: dict[str, Any] = self._buffers
         running_mean, running_var = buffers["running_mean"], buffers["running_var"]
         batches, r_max, d_max = buffers["num_batches_tracked"], buffers["r_max"], buffers["d_max"]

@@ -1,11 +1,10 @@
-"""BatchRenorm on a GPU in the time of batch norm: its vectors in one launch, and cuDNN's passes over the values.
+"""BatchRenorm on a GPU without Triton: cuDNN's passes over the values, and some twenty launches for the vectors.
 
     forward    xhat * weight + bias       by cuDNN, which takes the statistics on the way
                y = that * r + (bias + weight * d - bias * r)      in place, once r and d are known
     backward   cuDNN's, with weight * r: r and d carry no gradient, so it *is* batch norm's with that weight
 
-What cuDNN does not take (bfloat16, no affine, rank 2) goes the way of normfix.layers.batchrenorm, its vectors in one
-launch where Triton is. Without Triton the vectors are torch's.
+What cuDNN does not take (bfloat16, no affine, rank 2) goes the way of normfix.layers.batchrenorm.
 """
 
 from __future__ import annotations
@@ -15,20 +14,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from normfix.layers.affine import kernels_of
 from normfix.layers.base import BatchMoments
 from normfix.layers.recomputation import RecordedCall, recall, remember
 
 if TYPE_CHECKING:
     from normfix.layers.batchrenorm import BatchRenorm
 
-__all__ = ["Corrections", "corrections", "is_for", "renormalise"]
+__all__ = ["is_for", "renormalise"]
 
 _FEWEST_DIMENSIONS = 3
 
 
 class Corrections(NamedTuple):
-    """r, d and what follows from them, all (c,): see normfix.layers.kernels."""
+    """r, d, weight * r, bias + weight * d - bias * r and var, all (c,)."""
 
     r: Tensor
     d: Tensor
@@ -59,38 +57,6 @@ def is_for(layer: BatchRenorm, x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     )
 
 
-def corrections(
-    layer: BatchRenorm,
-    mean: Tensor,
-    spread: Tensor,
-    count: int | Tensor,
-    affine: tuple[Tensor | None, Tensor | None] = (None, None),
-    *,
-    inverted: bool,
-) -> Corrections | None:
-    """Compute the corrections and track the batch in one launch; None where that cannot be."""
-    weight, bias = affine
-    if isinstance(count, Tensor) or not mean.is_cuda or not _takes(layer, mean, weight, bias):
-        return None
-    kernels = kernels_of(mean.device)
-    if kernels is None or mean.numel() > kernels.MOST:
-        return None
-    buffers: dict[str, Any] = layer._buffers
-    running = tuple(buffers[name] for name in ("running_mean", "running_var", "num_batches_tracked"))
-    found = kernels.corrected(
-        mean,
-        spread,
-        running,
-        (buffers["r_max"], buffers["d_max"]),
-        affine,
-        inverted=inverted,
-        eps=layer.eps,
-        count=count,
-        momentum=layer.momentum,
-    )
-    return Corrections(*(found[i] for i in range(len(Corrections._fields))))  # unbind takes ten times as long
-
-
 def renormalise(layer: BatchRenorm, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Normalise as BatchRenorm does, by cuDNN."""
     with torch.no_grad():
@@ -99,12 +65,9 @@ def renormalise(layer: BatchRenorm, x: Tensor, weight: Tensor, bias: Tensor) -> 
         if call is not None:
             made = _of(call, weight, bias)
         else:
-            count = x.numel() // x.shape[1]
-            made = corrections(
-                layer, found.mean, found.invstd, count, (weight, bias), inverted=True
-            ) or _by_torch(layer, found, count, weight, bias)
+            made = _by_torch(layer, found, x.numel() // x.shape[1], weight, bias)
     repeated = call is not None
-    call = call or RecordedCall(mean=found.mean, var=made.var, r=made.r, d=made.d)
+    call = call or RecordedCall(vectors=(found.mean, made.var, made.r, made.d))
     y: Tensor = _ByLibrary.apply(x, weight, bias, found, made, call, layer.eps)
     if not repeated:
         remember(layer, call, held_by_graph=y.requires_grad)

@@ -21,7 +21,7 @@ import dataclasses
 import inspect
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,12 +44,30 @@ _COMPILED_CHECKPOINT = (
 class RecordedCall:
     """One training call: its batch statistics, its corrections and the checkpointed segment it is in."""
 
-    mean: Tensor
-    var: Tensor
-    r: Tensor
-    d: Tensor
+    vectors: Sequence[Tensor] | Tensor = ()  # mean, var, r and d, and what follows
     segment: Callable[[], object] = dataclasses.field(default_factory=lambda: _segment())
     repeated_in: int = _NO_BACKWARD
+    repeats: bool = False
+
+    @property
+    def mean(self) -> Tensor:
+        """Return the batch's mean per channel."""
+        return self.vectors[0]
+
+    @property
+    def var(self) -> Tensor:
+        """Return the batch's biased variance per channel."""
+        return self.vectors[1]
+
+    @property
+    def r(self) -> Tensor:
+        """Return the correction of the scale."""
+        return self.vectors[2]
+
+    @property
+    def d(self) -> Tensor:
+        """Return the correction of the shift."""
+        return self.vectors[3]
 
 
 @dataclasses.dataclass
@@ -66,7 +84,9 @@ _memories: weakref.WeakKeyDictionary[nn.Module, _Memory] = weakref.WeakKeyDictio
 
 def remember(layer: nn.Module, call: RecordedCall, *, held_by_graph: bool) -> None:
     """Keep the record of a training call for as long as it may be repeated."""
-    memory = _memories.setdefault(layer, _Memory())
+    memory = _memories.get(layer)
+    if memory is None:
+        memory = _memories[layer] = _Memory()
     memory.calls = [ref for ref in memory.calls if ref() is not None]
     memory.calls.append(weakref.ref(call))
     if not held_by_graph:
@@ -88,19 +108,29 @@ def recall(layer: nn.Module, mean: Tensor, var: Tensor) -> RecordedCall | None:
     return call
 
 
-@torch.library.custom_op("normfix::keep", mutates_args=())
 def keep(values: Tensor) -> Tensor:
     """Return a copy that a compiled graph saves for its backward and never recomputes."""
+    copy: Tensor = torch.ops.normfix.keep(values)
+    return copy
+
+
+def _keep(values: Tensor) -> Tensor:
     if torch._C._current_graph_task_id() != _NO_BACKWARD:
         raise RuntimeError(_COMPILED_CHECKPOINT)
     return values.clone()
 
 
-@keep.register_fake
 def _keep_fake(values: Tensor) -> Tensor:
     if "ac_graph_id" in torch.fx.traceback.get_current_meta():  # checkpointing repeats any operation
         raise RuntimeError(_COMPILED_CHECKPOINT)
     return torch.empty_like(values)
+
+
+# nothing in it has gradients: what torch.library.custom_op adds for them is ten times what the copy costs
+_LIBRARY: Any = torch.library.Library("normfix", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("keep(Tensor values) -> Tensor")
+_LIBRARY.impl("keep", _keep, "CompositeExplicitAutograd")
+torch.library.register_fake("normfix::keep", _keep_fake, lib=_LIBRARY)
 
 
 def _nearest(calls: list[RecordedCall], mean: Tensor, var: Tensor) -> list[RecordedCall]:

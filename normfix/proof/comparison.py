@@ -21,7 +21,7 @@ from normfix.records.verdicts import Verdict
 from normfix.tiling.domain import SizeVerdict
 from normfix.tiling.grid import Geometry, Tile, at, cuts_of, grid
 from normfix.tiling.halo import interference
-from normfix.tiling.stitching import padded, stitch, tile_extents
+from normfix.tiling.stitching import padded, require_fit, stitch, tile_extents
 
 __all__ = ["EXCUSED", "ISOLATED", "Cuts", "Look", "Network", "compare", "undecided"]
 
@@ -95,6 +95,7 @@ def compare(
     tiles = list(grid(whole_image.shape[2:], extents, geometry))
     whole = network.tested(whole_image)
     stitched = stitch(network.tested, whole_image, tiles)
+    require_fit(stitched, whole)
     look(whole_image, whole, stitched, cuts_of(tiles))
     spread = float(whole.double().std().nan_to_num(0, 0, 0))
     findings: list[Finding] = []

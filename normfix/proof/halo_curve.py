@@ -30,7 +30,7 @@ from normfix.scanning.known import ForwardFn, known_of
 from normfix.tiling.geometry import geometry_of
 from normfix.tiling.grid import Geometry, grid
 from normfix.tiling.recall import Recalling
-from normfix.tiling.stitching import dividing, padded, stitch, tile_extents
+from normfix.tiling.stitching import dividing, padded, require_fit, stitch, tile_extents
 
 __all__ = ["halo_curve", "halos_between", "measured"]
 
@@ -144,6 +144,7 @@ class _Trial:
         size = self.image.shape[2:]
         tiles = list(grid(size, self.extents, replace(self.geometry, halo=halo)))
         stitched = stitch(self.run, self.image, tiles)
+        require_fit(stitched, expected)
         sd = float(expected.double().std(correction=0)) or 1.0
         largest, mean = deviation(stitched, expected, sd)
         pixels = sum(prod(span.stop - span.start for span in tile.read) for tile in tiles)

@@ -152,6 +152,8 @@ def _decode(kind: Any, data: object, where: str) -> Any:
         return kind(data)
     if kind is float:
         return float(_require(_is_number(data), data, where, "a finite number"))
+    if kind is str:
+        return _require(isinstance(data, str) and _is_text(data), data, where, "text")
     right = isinstance(data, kind) and isinstance(data, bool) == (kind is bool)
     return _require(right, data, where, f"{kind.__name__}")
 
@@ -185,6 +187,15 @@ def _decode_record(kind: Any, data: object, where: str) -> Any:
 def _hints(kind: type) -> dict[str, Any]:
     hints = get_type_hints(kind)
     return {f.name: hints[f.name] for f in fields(kind)}
+
+
+def _is_text(data: str) -> bool:
+    """Tell whether it is of characters alone: JSON may name halves of some, which no file holds."""
+    try:
+        data.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_number(data: object) -> bool:

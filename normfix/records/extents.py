@@ -17,6 +17,8 @@ __all__ = ["LARGEST", "inconsistency"]
 
 LARGEST = 1 << 24
 """Pixels of the least image that is exact, 4096 x 4096 or 256 x 256 x 256: an image of one pixel is extended to it."""
+_WIDEST = 1 << 16
+"""Pixels of a halo on one side of one axis."""
 _SCALE = re.compile(r"[1-9]\d{0,3}(/[1-9]\d{0,3})?")
 """Output pixels per input pixel: a fraction of small numbers; `Fraction` reads 1e999999999, too."""
 
@@ -45,9 +47,14 @@ def _inconsistencies(scan: Scan) -> Iterator[str]:
         if any(n < least for n in values):
             yield f"{name} of {_shown(values)}"
     for name, halo in (("a halo", scan.halo), ("a rounded halo", scan.halo_rounded)):
-        if halo is not None and (len(halo) != ndim or any(side < 0 for pair in halo for side in pair)):
+        sides = [side for pair in halo or () for side in pair]
+        if halo is not None and (len(halo) != ndim or any(not 0 <= side <= _WIDEST for side in sides)):
             yield f"{name} of {_shown(halo)} for {ndim} axes"
-    for name, extents in (("a stride", scan.stride), ("exact sizes", scan.exact_sizes)):
+    for name, extents in (
+        ("a stride", scan.stride),
+        ("exact sizes", scan.exact_sizes),
+        ("a smallest tile", scan.smallest_tile),
+    ):
         if math.prod(extents or ()) > LARGEST:
             yield f"{name} of {_shown(extents)} pixels"
     if scan.scale is not None and not (len(scan.scale) == ndim and all(map(_SCALE.fullmatch, scan.scale))):

@@ -70,6 +70,8 @@ class Statistics(Record):
 
 
 WHOLE = Statistics()
+_DIGITS = 19
+"""Of a number of pixels; Python reads no number of thousands."""
 
 
 def parse_statistics(text: str) -> Statistics:
@@ -103,7 +105,7 @@ def parse_statistics(text: str) -> Statistics:
 
 def _size(text: str, whole: str) -> tuple[int, ...]:
     numbers = text.split(",")
-    if not all(n.isdecimal() and int(n) for n in numbers):
+    if not all(n.isdecimal() and len(n) < _DIGITS and int(n) for n in numbers):
         raise _unread(whole)
     return tuple(map(int, numbers))
 

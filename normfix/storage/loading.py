@@ -227,7 +227,13 @@ def _open_program(path: Path, request: Request) -> Loaded:
 def _open_script(path: Path) -> Loaded:
     """Open a TorchScript archive as the program that torch makes of it."""
     with uncounted(), program_of(path) as (program, found):
-        model, _ = open_program(program, read_program)
+        try:
+            model, _ = open_program(program, read_program)
+        except NormfixError as error:
+            # what was made of it lies in a temporary file, which nobody knows
+            message = error.message.replace(str(program), str(path))
+            raise NormfixError(error.code, message, where=str(path)) from error
+        model.unproved = model.unproved.replace(str(program), str(path))
     source = Source(kind="object", spec="torch.jit:ScriptModule")
     return Loaded(model, source, (found, *(_unproved(model))))
 

@@ -121,7 +121,7 @@ def _transcribed(path: Path, folder: Path) -> str:
     answer: Any = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
     if "refused" not in answer:
         return f"{path}: TorchScript, opened as the program that torch makes of it: {answer['found']}."
-    why = printable(answer["refused"])
+    why = printable(answer["refused"]).replace(str(folder / "script.pt"), str(path))
     if answer["code"] == "NF121":
         raise _harmful(path, why)
     if answer["code"] == "NF224":

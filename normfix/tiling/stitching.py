@@ -21,7 +21,7 @@ from normfix.networks.numerics import IDENTITY, deviation
 from normfix.records.progress import LOGGER
 from normfix.tiling.grid import Geometry, Tile, at, grid
 
-__all__ = ["cropped", "dividing", "padded", "stitch", "tile_extents", "tiled"]
+__all__ = ["cropped", "dividing", "padded", "require_fit", "stitch", "tile_extents", "tiled"]
 
 Function = Callable[[Tensor], Tensor]
 
@@ -41,22 +41,29 @@ def stitch(f: Function, image: Tensor, tiles: Sequence[Tile], batch: int | None 
         (N, C', *out), on the image's device.
 
     Raises:
-        NormfixError: NF410 for a batch of which `f` does not treat the images apart; with None each has a call then.
+        NormfixError: NF115 if a window's output has another size than its tile was planned for; NF410 for a batch of
+            which `f` does not treat the images apart; with None each has a call then.
     """
-    last = tiles[-1]
-    window = f(image[at(last.read)])
-    # the last window ends where the output ends, also if its tile keeps nothing of it
-    ends = zip(last.write, last.keep, window.shape[2:], strict=True)
-    extents = [write.start - keep.start + n for write, keep, n in ends]
-    whole = window.new_empty((*window.shape[:2], *extents))
-    whole[at(last.write)] = window[at(last.keep)]
-    del window
-    done = 1
-    for group in _groups(f, image, tiles[-2::-1], batch):
+    first, last = f(image[at(tiles[0].read)]), tiles[-1]
+    end = first if len(tiles) == 1 else f(image[at(last.read)])
+    whole = end.new_empty((*end.shape[:2], *_extents(tiles, first, end)))
+
+    def put(tile: Tile, window: Tensor) -> None:
+        place, part = whole[at(tile.write)], window[at(tile.keep)]
+        if place.shape != part.shape or _grows_otherwise(tiles[0], first, tile, window):
+            raise _misfit(window, tile)
+        place.copy_(part)
+
+    put(tiles[0], first)
+    if last is not tiles[0]:
+        put(last, end)
+    del end
+    done = min(2, len(tiles))
+    for group in _groups(f, image, tiles[1:-1], batch):
         for tile, window in zip(group, _answers(f, image, group), strict=True):
             done += 1
             _LOG.debug("tile %d of %d", done, len(tiles))
-            whole[at(tile.write)] = window[at(tile.keep)]
+            put(tile, window)
     return whole
 
 
@@ -119,6 +126,65 @@ def _answers(f: Function, image: Tensor, tiles: Sequence[Tile]) -> Sequence[Tens
     except (torch.OutOfMemoryError, OutOfMemory):
         pass  # outside, where what the call held is free
     return [*_answers(f, image, tiles[:half]), *_answers(f, image, tiles[half:])]
+
+
+def _extents(tiles: Sequence[Tile], first: Tensor, end: Tensor) -> list[int]:
+    """Return the extents of the whole output: the last window ends where it ends, also if nothing of it is kept.
+
+    Raises:
+        NormfixError: NF115 if the windows could not fill them.
+    """
+    extents = []
+    for axis, (write, keep) in enumerate(zip(tiles[-1].write, tiles[-1].keep, strict=True)):
+        lengths = [window.shape[axis + 2] for window in (first, end)]
+        count = len({tile.write[axis].start for tile in tiles})
+        extents.append(write.start - keep.start + lengths[1])
+        if not 0 <= extents[-1] <= _SLACK * count * max(lengths):
+            raise _misfit(end, tiles[-1])
+    return extents
+
+
+def _grows_otherwise(one: Tile, first: Tensor, other: Tile, window: Tensor) -> bool:
+    """Tell whether windows of two extents differ by other extents of their outputs than the scale says."""
+    for axis, (read, write, keep) in enumerate(
+        zip(other.read, other.write, other.keep, strict=True), start=2
+    ):
+        if read.start:
+            scale = Fraction(write.start - keep.start, read.start)
+            more = (read.stop - read.start) - (one.read[axis - 2].stop - one.read[axis - 2].start)
+            if abs(window.shape[axis] - first.shape[axis] - scale * more) >= 1:
+                return True
+    return False
+
+
+_SLACK = 16
+"""Tiles in the middle are wider than the first and the last, which may be cut anywhere."""
+
+
+def require_fit(stitched: Tensor, whole: Tensor) -> None:
+    """Refuse stitched tiles of another size than the whole output.
+
+    Raises:
+        NormfixError: NF115.
+    """
+    if stitched.shape != whole.shape:
+        found, wanted = tuple(stitched.shape), tuple(whole.shape)
+        raise NormfixError(
+            "NF115", f"its tiles make an output of {found} and its whole {wanted}. {_EDITED}", where="scale"
+        )
+
+
+_EDITED = (
+    "What is stored of its scale is not so: the file was edited, or the network's code is another version. Convert the "
+    "network again."
+)
+
+
+def _misfit(window: Tensor, tile: Tile) -> NormfixError:
+    read = tuple(span.stop - span.start for span in tile.read)
+    return NormfixError(
+        "NF115", f"of {read} pixels it makes an output of {tuple(window.shape[2:])}. {_EDITED}", where="scale"
+    )
 
 
 def padded(image: Tensor, geometry: Geometry) -> Tensor:

@@ -420,3 +420,36 @@ def test_converting_within_a_budget(tmp_path):
     assert limited.calibration.summary.images == ((1, 1, 128, 96),)
     assert_close(limited.model(image), net.eval()(image), **TOLERANCE[torch.float64])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.Upsample(scale_factor=2)),
+        (nn.Conv2d(2, 2, 3, 2, 1), nn.ConvTranspose2d(2, 2, 3, 2)),
+    ],
+    ids=["rounded up", "transposed"],
+)
+def test_an_output_that_is_larger_than_its_image_is_whole(layers, tmp_path):
+    """Nothing is cut off where nothing was extended, in memory or in a file."""
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), *layers, nn.Conv2d(2, 1, 1)).double().eval()
+    image = _image(36, 48)
+    with torch.no_grad():
+        expected = net(image)
+    assert expected.shape[2] > 36
+    assert_close(normfix.predict(net, image, tile=24, engine="stages"), expected)
+    normfix.write_prediction(net, image, tmp_path / "out.npy", tile=24, engine="stages")
+    assert_close(torch.from_numpy(np.load(tmp_path / "out.npy")).reshape(expected.shape), expected)
+
+
+def test_a_stage_that_does_not_run_on_a_block_is_refused_by_name():
+    """Between a pad and the slice that takes it back a small block has nothing left."""
+
+    class Shifted(nn.Sequential):
+        def forward(self, x):
+            return self[2](self[1](torch.nn.functional.pad(self[0](x), (7, 0))[..., :-7]))
+
+    net = Shifted(nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.Conv2d(2, 1, 3, padding=1)).double()
+    with pytest.raises(normfix.NormfixError) as caught:
+        normfix.predict(net.eval(), _image(36, 48), tile=24, engine="stages")
+    assert caught.value.code == "NF325"

@@ -68,6 +68,8 @@ def test_convert_takes_the_choice(run, folder, tmp_path):
         ("choose", ARCH, "image-0.npy", "--window", "32", "--report", "r.xml"),
         ("convert", ARCH, "image-0.npy", "--to", "frozen", "-o", "out", "--statistics", "choose"),
         ("convert", ARCH, "image-0.npy", "--to", "frozen", "-o", "out", "--labels", "labels-0.npy"),
+        ("convert", ARCH, "image-0.npy", "--to", "frozen", "-o", "out", "--keys", "9" * 5000),
+        ("convert", ARCH, "image-0.npy", "--to", "frozen", "-o", "out", "--channels", "9" * 5000),
     ],
 )
 def test_wrong_usage_is_said_and_writes_nothing(run, folder, monkeypatch, words):
@@ -75,4 +77,5 @@ def test_wrong_usage_is_said_and_writes_nothing(run, folder, monkeypatch, words)
     monkeypatch.chdir(folder)
     done = run(*words)
     assert done.code == 2
+    assert "NF9" not in done.err
     assert not (folder / "out").exists()

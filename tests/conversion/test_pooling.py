@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
@@ -200,6 +201,7 @@ def test_windows_cover_the_image_on_the_grid():
         "windows:8:total:1",
         "blend:2",
         "distilled:8:total",
+        f"windows:{'9' * 5000}",
     ],
 )
 def test_what_is_no_statistic_is_refused(text):
@@ -269,3 +271,12 @@ def test_per_image_statistics_are_what_a_network_was_converted_for(tmp_path):
     stored = normfix.predict(loaded, other, tile=32, statistics="stored")
     torch.testing.assert_close(stored, loaded(other), rtol=1e-4, atol=1e-4)
     assert (stored - network()(other)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("stated", [[32, 32, 32], [32] * 1000])
+def test_windows_of_another_number_of_axes_are_named(stated):
+    """A network's file that states windows for more axes than it has is NF402, to convert and choose alike."""
+    plane = Geometry(stride=(2, 2), halo=((2, 2), (2, 2)), scale=(Fraction(1), Fraction(1)), multiple=(2, 2))
+    with pytest.raises(NormfixError, match=r"NF402.*states windows"):
+        on_grid(stated, plane)
+    assert on_grid([33, 18], plane) == (32, 18)

@@ -114,6 +114,22 @@ def test_nothing_outside_of_a_package_is_read_or_written(converted, tmp_path):
     assert {"notes.md", "weights.onnx"} <= {c.name for c in record.changes if c.kind == "left out"}
 
 
+def test_documentation_is_written_into_no_other_file(converted, tmp_path):
+    """Weights that are called like it, and folders that have its name, stay what they are."""
+    _, done, _ = converted
+    original = package(tmp_path / "model")
+    (original / "weights.pt").rename(original / "documentation.md")
+    (original / "documentation-2.md").mkdir()
+    rewritten(
+        original, documentation="documentation.md", weights__pytorch_state_dict__source="documentation.md"
+    )
+    normfix.give_back(done, tmp_path / "back", original=original)
+    content = description_of(tmp_path / "back")
+    entry = content["weights"]["pytorch_state_dict"]
+    assert content["documentation"] == "documentation-3.md"
+    assert entry["sha256"] == sha256(tmp_path / "back" / entry["source"])
+
+
 @pytest.mark.parametrize("least", [2**40, 32.5, "wide"])
 def test_a_smallest_size_that_no_image_has_is_refused(least, converted, tmp_path):
     """It is what the test image is extended to, so it is neither a fraction nor larger than images are."""

@@ -1,5 +1,7 @@
 """Values of a section change, and every other line of the file stays."""
 
+import time
+
 import pytest
 import yaml
 
@@ -38,3 +40,22 @@ def test_json_keeps_its_indentation(tmp_path, indent):
     path.write_text(f'{{\n{indent}"model": {{\n{indent * 2}"order": "gcr"\n{indent}}}\n}}\n')
     set_in(path, "model", {"order": "bcr"})
     assert path.read_text() == f'{{\n{indent}"model": {{\n{indent * 2}"order": "bcr"\n{indent}}}\n}}\n'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n" * 20_000 + "model:\n  order: gcr\n",
+        "a:\n  order: x " + " " * 20_000 + "y\nmodel:\n  order: gcr\n",
+        "a:\n  - " + "order: 1\n  - " * 200 + "b\nmodel:\n  order: gcr\n",
+    ],
+    ids=["empty lines", "spaces", "many of the name"],
+)
+def test_a_long_file_takes_a_time_in_proportion(tmp_path, text):
+    """No pattern tries each pair of places: minutes for 100 kB, once."""
+    path = tmp_path / "config.yml"
+    path.write_text(text)
+    before = time.process_time()
+    set_in(path, "model", {"order": "bcr"})
+    assert time.process_time() - before < 10
+    assert path.read_text() == text.replace("order: gcr", "order: bcr")

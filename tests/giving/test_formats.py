@@ -1,7 +1,11 @@
 """Each library's own files come back with its own norm switched, and all else as it was."""
 
 import json
+import os
+import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +13,9 @@ from nnunet import nnunet_folder, scrambled
 from originals import bundle, torch_em_run, unet3d_run
 
 import normfix
+from normfix.errors import NormfixError
 from normfix.giving.formats import monai_bundle, nnunet, torch_em, unet3d
+from normfix.giving.gift import write_tensors
 from normfix.giving.refusals import NotAlone, NotGiven, Unfit
 from normfix.storage.opening.formats.nnunet import resolved
 
@@ -44,6 +50,96 @@ def test_a_monai_bundle_comes_back_with_one_line_changed(tmp_path):
     assert names(tmp_path / "back") == names(tmp_path / "bundle") - {"models/model.ts"} | {"README.md"}
     assert {c.kind for c in record.changes} == {"config", "added", "left out"}
     assert record.format == "MONAI bundle"
+
+
+@pytest.fixture(scope="module")
+def converted_bundle(tmp_path_factory):
+    """Return a bundle and the conversion of its network."""
+    folder = tmp_path_factory.mktemp("bundles") / "bundle"
+    bundle(folder)
+    return folder, normfix.convert(normfix.load(folder), IMAGE)
+
+
+def test_what_others_folders_link_to_is_not_copied(tmp_path, converted_bundle):
+    """A link out of the folder is left out and named, whatever its name; what lies in the folder becomes a file."""
+    folder, done = converted_bundle
+    original = shutil.copytree(folder, tmp_path / "bundle")
+    secret = tmp_path / "id_rsa"
+    secret.write_text("mine")
+    (original / "docs" / "a.md").symlink_to(secret)
+    (original / "configs" / "b.json").symlink_to(secret)
+    (original / os.fsdecode(b"\xff")).symlink_to(secret)
+    (original / "c").symlink_to(tmp_path)
+    (original / "d").symlink_to("d")
+    (original / "e.md").symlink_to("docs/README.md")
+    for name in ("README.md", "README-normfix.md"):
+        (original / name).mkdir()
+    record = normfix.give_back(done, tmp_path / "back", original=original)
+    assert names(tmp_path / "back") == names(folder) - {"models/model.ts"} | {"e.md", "README-normfix-2.md"}
+    left = {change.name for change in record.changes if change.kind == "left out"}
+    assert left == {"model.ts", "a.md", "b.json", "c", "d", "\\udcff"}
+    assert record.dumps().encode()
+
+
+def test_a_snapshot_of_the_hub_is_copied(tmp_path, converted_bundle):
+    """In the hub's cache files are links into its blobs; a link from there on leads out."""
+    folder, done = converted_bundle
+    original, blobs = tmp_path / "snapshots" / "main", tmp_path / "blobs"
+    shutil.copytree(folder, original)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(p for p in original.rglob("*") if p.is_file())):
+        path.rename(blobs / str(number))
+        path.symlink_to(blobs / str(number))
+    (tmp_path / "secret").write_text("mine")
+    (blobs / "secret").symlink_to(tmp_path / "secret")
+    (original / "secret").symlink_to(blobs / "secret")
+    normfix.give_back(done, tmp_path / "back", original=original)
+    assert names(tmp_path / "back") == names(folder) - {"models/model.ts"} | {"README.md"}
+
+
+def test_a_folder_is_not_copied_into_itself(tmp_path, converted_bundle):
+    """An output within the original is refused, and the original stays as it was."""
+    folder, done = converted_bundle
+    original = shutil.copytree(folder, tmp_path / "bundle")
+    with pytest.raises(NormfixError, match=r"NF114.*copied into itself"):
+        normfix.give_back(done, original / "new" / "back", original=original)
+    assert {p.relative_to(original) for p in original.rglob("*")} == {
+        p.relative_to(folder) for p in folder.rglob("*")
+    }
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system limits the length of files there")
+@pytest.mark.parametrize("length", [300, 4000])
+def test_a_disk_that_fills_up_is_an_error(tmp_path, converted_bundle, length):
+    """While files are copied or tensors written: NF114, and nothing is left."""
+    import resource
+
+    folder, done = converted_bundle
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (length, before[1]))
+    try:
+        with pytest.raises(NormfixError, match="NF114"):
+            normfix.give_back(done, tmp_path / "back", original=folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system limits the length of files there")
+@pytest.mark.parametrize("length", [10, 300, 3000])
+def test_tensors_without_room_are_the_system_s_error(tmp_path, length):
+    """torch complains of a place in the file; what the file said is what is raised."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (length, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write_tensors({"a": torch.zeros(5000)}, tmp_path / ".odd")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    write_tensors({"a": torch.zeros(2)}, tmp_path / "new" / ".odd")
+    assert torch.load(tmp_path / "new" / ".odd", weights_only=True)["a"].shape == (2,)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +213,22 @@ def test_an_nnunet_folder_comes_back_under_all_names(tmp_path):
     assert torch.equal(own, all_modules)
     assert (own != 0).any()
     assert content["trainer_name"] == "nnUNetTrainer"
+
+
+@pytest.mark.parametrize(
+    "other", [None, 5, {"inherits_from": "other"}, {"inherits_from": ["2d"]}, {"inherits_from": "no"}]
+)
+def test_plans_that_nnunet_does_not_write_are_named(other):
+    """A configuration beside the network's that is none is NF120, since what it inherits would change."""
+    design = {"arch_kwargs": {"norm_op": "torch.nn.InstanceNorm2d"}}
+    plans = {"configurations": {"2d": {"architecture": design}, "other": other}}
+    gift = SimpleNamespace(
+        file="checkpoint_final.pth",
+        checkpoint={"init_args": {"configuration": "2d"}},
+        args={"settings": {"norm_op": "torch.nn.BatchNorm2d"}},
+    )
+    with pytest.raises(NormfixError, match="NF120"):
+        nnunet._plans_switched_(plans, gift)
 
 
 FOLDS = (0, 1, "all")

@@ -1,6 +1,7 @@
 """An output appears whole and over nothing; what killed runs left of theirs goes, and nothing else does."""
 
 import errno
+import io
 import json
 import os
 import signal
@@ -276,6 +277,30 @@ def test_a_folder_that_cannot_be_written_is_an_error(tmp_path, monkeypatch, numb
 
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(UnwritableError, match=rf"NF114 .*{os.strerror(number)}.*(Make room|Name a place)"):
+        _file(tmp_path / "out", "1")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_room_for_a_lock_is_left_as_it_was(tmp_path, monkeypatch):
+    """Closing a file tries to write once more what could not be written; the draft goes all the same."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class Full(io.StringIO):
+        def flush(self):
+            raise full
+
+        def close(self):
+            raise full
+
+    monkeypatch.setattr("normfix.images.drafts.lock", lambda file: True)
+    opened = Path.open
+
+    def open_(self, mode="r", **options):
+        opened(self, mode, **options).close()
+        return Full()
+
+    monkeypatch.setattr(Path, "open", open_)
+    with pytest.raises(UnwritableError, match="Make room"):
         _file(tmp_path / "out", "1")
     assert not list(tmp_path.iterdir())
 

@@ -127,8 +127,9 @@ def test_a_map_laid_over_the_image_is_said(name):
         lambda x: x * torch.ones_like(x),
         lambda x: x + torch.zeros(x.shape[2:]) + 1,
         lambda x: x.new_full(x.shape, 2.0) * x,
+        lambda x: x * torch.conv2d(torch.ones(x.shape[0], 1, 1, 1), torch.ones(1, 1, 1, 1)),
     ],
-    ids=["ones", "zeros", "full"],
+    ids=["ones", "zeros", "full", "of a batch"],
 )
 def test_an_even_map_is_none(way):
     """Control: one value throughout has no place."""

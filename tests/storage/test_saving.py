@@ -641,6 +641,10 @@ def copied(saved_once, tmp_path):
         ("scale", ["1e999999999", "1"]),
         ("scale", ["1/0", "1"]),
         ("smallest_tile", [5]),
+        ("smallest_tile", [2**31, 1]),
+        ("halo", [[2**31, 3], [3, 3]]),
+        ("halo_rounded", [[3, 3], [3, 10**30]]),
+        ("model", "\ud800"),
         ("example", [1, 1, 64]),
     ],
 )

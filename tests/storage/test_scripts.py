@@ -3,6 +3,7 @@
 import io
 import warnings
 import zipfile
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.export import export
 
 import normfix
 from normfix.errors import NormfixError
-from normfix.storage import scripts, transcription
+from normfix.storage import loading, scripts, transcription
 from normfix.storage.script_source import objection
 from normfix.storage.transcription import Refusal, transcribed
 
@@ -359,6 +360,21 @@ def test_a_process_that_ends_is_a_refusal(tmp_path, monkeypatch):
     torch.jit.script(Small(nn.InstanceNorm2d)).save(str(path))
     monkeypatch.setattr(scripts, "_ALONE", "import os; os.abort()")
     assert code_of(path) == "NF121"
+
+
+@pytest.mark.parametrize("code", ["NF121", "NF224"])
+def test_a_refusal_names_the_file_that_was_given(tmp_path, monkeypatch, code):
+    """What was made of an archive lies in a temporary file, whose name says nothing."""
+    monkeypatch.setattr(loading, "program_of", lambda path: nullcontext((tmp_path / "made.pt2", "found")))
+
+    def refuse(program, read):
+        raise NormfixError(code, f"{program} computes too much.", where=str(program))
+
+    monkeypatch.setattr(loading, "open_program", refuse)
+    with pytest.raises(NormfixError) as caught:
+        loading._open_script(tmp_path / "net.ts")
+    assert (caught.value.code, caught.value.where) == (code, str(tmp_path / "net.ts"))
+    assert "made.pt2" not in str(caught.value)
 
 
 @pytest.mark.slow

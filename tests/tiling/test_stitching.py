@@ -100,7 +100,7 @@ def test_a_batch_that_does_not_fit_is_halved():
 
     image = torch.rand(1, 1, 64, 64)
     assert torch.equal(tiled(f, image, 16, _geometry(), batch=8), image)
-    assert set(sizes) == {8, 7, 4, 3, 2, 1}
+    assert set(sizes) == {8, 6, 4, 3, 2, 1}
 
 
 def test_a_halo_that_is_too_small_shows_here():
@@ -147,3 +147,10 @@ def test_a_tile_off_the_grid_is_refused(tile):
     """Tiles that are not positive multiples of the stride on each axis raise NF402."""
     with pytest.raises(NormfixError, match="NF402"):
         tile_extents(tile, _geometry(8))
+
+
+@pytest.mark.parametrize("scale", [9999, 2, Fraction(1, 2), Fraction(1, 9999)])
+def test_a_scale_that_is_not_the_network_s_is_named(scale):
+    """Whatever a file says of it, no image of another size is made, and no memory for one: NF115."""
+    with pytest.raises(NormfixError, match="NF115"):
+        tiled(plain_unet(), torch.rand(1, 1, 160, 96), 64, _geometry(8, (23, 23), scale, 8))

@@ -1,6 +1,7 @@
 """Whole images of real networks that nobody converted are what they give untiled; and the zoo can say no."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,17 +17,37 @@ from .wholes import EQUAL, WHOLES, examine_whole, image_of
 
 EXACT = (
     "diffusers AsymmetricAutoencoderKL",
+    "diffusers AutoencoderKL",
     "diffusers AutoencoderKL attention",
+    "diffusers AutoencoderKLTemporalDecoder",
     "diffusers UNet2DModel attention",
     "diffusers VQModel",
+    "monai AttentionUnet 2D",
+    "monai AutoEncoder group 2D",
+    "monai AutoencoderKL 2D",
     "monai AutoencoderKL attention 2D",
+    "monai BasicUNet group 2D",
+    "monai BasicUNet instance affine 2D",
+    "monai DynUNet residual 2D",
+    "monai HighResNet instance 2D",
+    "monai SegResNet group 2D",
+    "monai UNet instance 2D",
+    "monai UNet residual units 2D",
+    "monai VNet 2D",
+    "monai VoxelMorphUNet instance 2D",
     "smp Unet resnet18 scse",
+    "timm test_byobnet",
+    "timm test_efficientnet_gn",
+    "timm test_nfnet",
     "torchvision lraspp_mobilenet_v3_large",
+    "transformers BitModel",
     "transformers ConvNextV2Backbone",
     "transformers GLPNForDepthEstimation",
     "transformers PvtV2Backbone",
+    "transformers RegNetModel y",
     "transformers SegformerForSemanticSegmentation",
     "transformers SegformerModel",
+    "transformers SwiftFormerModel",
 )
 """Networks with live norms, pools, gates and attention of all positions; docs/zoo.md has all that were tried."""
 
@@ -102,6 +123,12 @@ def test_an_error_that_is_no_refusal_is_a_failure(monkeypatch):
         assert "no" in row["cause"]
 
 
+def test_a_network_of_one_size_is_none_of_the_packages_doing():
+    """What the network itself does not take is told from what the package refuses."""
+    fixed = replace(SMALL, build=lambda: nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.LayerNorm((32, 32))))
+    assert examine_whole(fixed)["category"] == "one size"
+
+
 def test_the_image_is_longer_than_the_example():
     """Twice along one axis, so that blocks of half the example are a few."""
     assert sorted(image_of(SMALL).shape[2:]) == [32, 64]
@@ -109,7 +136,7 @@ def test_the_image_is_longer_than_the_example():
 
 def test_the_section_takes_the_place_of_an_earlier_one():
     """What stands around it stays, and every row is in it with its outcome."""
-    page = "# Zoo\n\n## Table\n\n| network |\n"
+    page = "# Zoo\n\n## Table\n\n| network | result |\n| a | refused |\n| c | converted |\n| d | local |\n"
     rows = [
         {"name": "a", "category": "exact", "image": [1, 1, 32, 64], "apart": 2e-15, "stages": 3, "blocks": 8}
         | {"pass_s": 0.1, "predict_s": 2.0, "cause": ""},
@@ -120,6 +147,7 @@ def test_the_section_takes_the_place_of_an_earlier_one():
     assert "| b | 8x8 |  |  |  |  | wrong: 3.0e-06 sd / apart |" in text
     assert "largest distance of the 1 that are exact: 2.0e-15 sd (a)" in text
     assert all(f"| {name} | {int(name in ('exact', 'wrong'))} |" in text for name in WHOLES)
+    assert "| not run | 1 |" in text
     assert with_wholes(text, rows) == text
     assert text.startswith("# Zoo\n")
-    assert text.endswith("\n## Table\n\n| network |\n")
+    assert text.endswith(page.partition("# Zoo\n")[2])

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .columns import live_names
 from .wholes import EQUAL, WHOLES
 
 __all__ = ["with_wholes"]
@@ -26,10 +27,12 @@ def with_wholes(page: str, rows: Iterable[Row]) -> str:
     head, _, table = page.partition(_TABLE)
     before, _, rest = head.partition(_BEGIN)
     head = before + rest.partition(_END)[2] if rest else head
-    return f"{head}{_section(sorted(rows, key=lambda row: row['name']))}{_TABLE}{table}"
+    known = {row["name"]: row for row in rows}
+    waiting = len(live_names(f"{_TABLE}{table}") - set(known))
+    return f"{head}{_section([known[name] for name in sorted(known)], waiting)}{_TABLE}{table}"
 
 
-def _section(rows: list[Row]) -> str:
+def _section(rows: list[Row], waiting: int) -> str:
     counts = Counter(row["category"] for row in rows)
     exact = [row for row in rows if row["category"].startswith("exact")]
     lines = [
@@ -44,6 +47,7 @@ def _section(rows: list[Row]) -> str:
         "| outcome | networks | meaning |",
         "| --- | --- | --- |",
         *(f"| {name} | {counts[name]} | {meaning} |" for name, meaning in WHOLES.items()),
+        f"| not run | {waiting} | converted or refused in the table below, without a row here |",
         "",
     ]
     if exact:

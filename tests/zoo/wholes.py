@@ -36,6 +36,7 @@ WHOLES = {
     "exact by passes": "as exact, but its statistics are measured in passes over the whole image, as it says",
     "refused": "the package says why it cannot",
     "not dense": "the output is no map of the image",
+    "one size": "the network itself does not run on the longer image",
     "wrong": "it gave something else without a word",
     "failed": "it ended in an error that is no refusal",
     "timeout": "stopped after the time limit",
@@ -127,7 +128,11 @@ def _examine(entry: Entry, row: dict[str, Any], report: Callable[[dict[str, Any]
 
     start = time.process_time()
     with torch.no_grad():
-        untiled = run(model, image)
+        try:
+            untiled = run(model, image)
+        except (RuntimeError, ValueError) as error:
+            row |= {"category": "one size", "cause": f"{error}"[:600]}
+            return
     row["pass_s"] = round(time.process_time() - start, 2)
     if not isinstance(untiled, Tensor) or untiled.dim() != image.dim():
         row |= {"category": "not dense", "cause": ""}

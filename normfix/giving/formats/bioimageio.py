@@ -25,7 +25,7 @@ from normfix.errors import NormfixError
 from normfix.giving.architectures import architecture_of
 from normfix.giving.declarations import AxisSize, Declarations, declarations_of
 from normfix.giving.formats import plain, unet3d
-from normfix.giving.gift import Gift, config_changes, copied, key_changes
+from normfix.giving.gift import Gift, config_changes, copied, key_changes, write_tensors
 from normfix.giving.refusals import NotGiven
 from normfix.networks.numerics import exact_arithmetic
 from normfix.records.extents import LARGEST
@@ -44,7 +44,6 @@ from normfix.storage.opening.packages import (
     array_of,
     described_in,
     inside,
-    leads_out,
     sha256_of,
 )
 from normfix.storage.opening.processing import processed, scaling_of_steps
@@ -127,8 +126,6 @@ def write(draft: Path, gifts: Sequence[Gift]) -> tuple[Change, ...]:
     leave = _old_files(before, description, gift)
 
     def reason(path: Path) -> str:
-        if leads_out(path, folder):
-            return "it is a link that leads out of the package"
         return leave.get(path.relative_to(folder).as_posix(), "")
 
     changes = copied(folder, draft, reason)
@@ -219,7 +216,7 @@ def _is_own(gift: Gift) -> bool:
 
 def _write_weights(draft: Path, content: dict[str, Any], gift: Gift) -> dict[str, Any]:
     """Write the state dict; return its entry."""
-    torch.save(dict(gift.state), draft / gift.file)
+    write_tensors(dict(gift.state), draft / gift.file)
     entry: dict[str, Any] = content["weights"]["pytorch_state_dict"]
     entry |= {"source": gift.file, "sha256": sha256_of(draft / gift.file)}
     # it was converted from another form, of the original
@@ -386,7 +383,7 @@ def _set_identity(content: dict[str, Any]) -> None:
 
 def _write_documentation(draft: Path, content: dict[str, Any], gift: Gift, sizes: Sequence[AxisSize]) -> None:
     """Add what was changed to the package's documentation."""
-    path = _documentation(draft, content.get("documentation"))
+    path = _documentation(draft, content, gift)
     content["documentation"] = path.relative_to(draft).as_posix()
     text = f"# {content['name']}"
     if path.is_file():
@@ -404,13 +401,18 @@ def _write_documentation(draft: Path, content: dict[str, Any], gift: Gift, sizes
     path.write_text("\n".join([text, "", *lines, ""]), encoding="utf-8", errors="surrogateescape")
 
 
-def _documentation(draft: Path, stated: Any) -> Path:
-    """Return the package's own text, or the place of a new one."""
+def _documentation(draft: Path, content: Mapping[str, Any], gift: Gift) -> Path:
+    """Return the package's own text, or the place of a new one, which nothing else has."""
+    forms = (entry.get("source") for entry in content["weights"].values() if isinstance(entry, Mapping))
+    taken = {gift.file, *map(str, forms)}
     try:
-        path = inside(draft, stated, "the documentation")
+        path = inside(draft, content.get("documentation"), "the documentation")
     except PackageError:
-        return draft / "documentation.md"
-    return path if path.suffix == ".md" else draft / "documentation.md"
+        path = draft
+    if path.suffix == ".md" and path.relative_to(draft).as_posix() not in taken:
+        return path
+    names = ("documentation.md", *(f"documentation-{number}.md" for number in range(2, 100)))
+    return next(draft / name for name in names if not (draft / name).exists())
 
 
 def _accuracy(gift: Gift, halo: str) -> str:

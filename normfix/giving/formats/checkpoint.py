@@ -19,7 +19,7 @@ from torch import Tensor
 
 from normfix.giving.formats import plain
 from normfix.giving.formats.plain import builder, candidates, weights
-from normfix.giving.gift import Gift, changed, config_changes, key_changes
+from normfix.giving.gift import Gift, changed, config_changes, key_changes, write_tensors
 from normfix.giving.refusals import NotGiven
 from normfix.records.returns import Change
 from normfix.records.sites import Scan
@@ -82,7 +82,7 @@ def write(draft: Path, gifts: Sequence[Gift]) -> tuple[Change, ...]:
     if gift.file.endswith(".safetensors"):
         save_file(content, draft / gift.file)
     else:
-        torch.save(content, draft / gift.file)
+        write_tensors(content, draft / gift.file)
     changes += plain.told(draft, gift, place=spot.place, prefix=spot.prefix)
     return (
         *changes,

@@ -7,13 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from normfix.errors import NormfixError
 from normfix.giving.configs import set_in
 from normfix.giving.formats import plain
 from normfix.giving.formats.described import builder
-from normfix.giving.gift import Gift, changed, config_changes, copied, key_changes
+from normfix.giving.gift import Gift, changed, config_changes, copied, key_changes, write_tensors
 from normfix.records.returns import Change
 from normfix.records.saved import Source
 from normfix.records.sites import Scan
@@ -87,7 +85,7 @@ def write(draft: Path, gifts: Sequence[Gift]) -> tuple[Change, ...]:
         if key is not None:
             set_in(path, key, new)
             changes += config_changes(f"configs/{path.name}", f"{key}#", gift.before, new)
-    torch.save(dict(gift.state), draft / gift.file)
+    write_tensors(dict(gift.state), draft / gift.file)
     return (*changes, *key_changes(gift.file, gift.names_before, gift.state))
 
 

@@ -9,14 +9,22 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from normfix.errors import NormfixError
 from normfix.giving.configs import laid_out
 from normfix.giving.formats.described import builder
-from normfix.giving.gift import Gift, changed, config_changes, copied, key_changes, other_weights
+from normfix.giving.gift import (
+    Gift,
+    changed,
+    config_changes,
+    copied,
+    key_changes,
+    other_weights,
+    write_tensors,
+)
 from normfix.giving.switches import switched
 from normfix.records.returns import Change
 from normfix.records.saved import Source
@@ -104,13 +112,15 @@ def _saved(draft: Path, gift: Gift) -> Iterator[Change]:
     plans = content["init_args"].get("plans")
     if not isinstance(plans, dict):
         plans = read_mapping(draft / "plans.json")
-    if _names_its_norm(plans, gift):
+    with _as_plans(gift.file):
+        named = _names_its_norm(plans, gift)
+    if named:
         list(_plans_switched_(plans, gift))  # training goes on from these
     else:
         new = {"trainer_name": _BATCH_TRAINER}
         yield from config_changes(gift.file, "", content, new)
         content.update(new)
-    torch.save(content, draft / gift.file)
+    write_tensors(content, draft / gift.file)
     yield from key_changes(gift.file, gift.names_before, gift.state)
 
 
@@ -124,9 +134,29 @@ def _configuration(gift: Gift) -> str:
 
 def _plans_switched_(plans: dict[str, Any], gift: Gift) -> list[Change]:
     """Write the settings into the configuration itself, whichever it inherits from, in place; not into its heirs."""
-    if not _names_its_norm(plans, gift):
-        return []
-    return _switched_(plans["configurations"], _configuration(gift), gift.args["settings"])
+    with _as_plans(gift.file):
+        if not _names_its_norm(plans, gift):
+            return []
+        return _switched_(plans["configurations"], _configuration(gift), gift.args["settings"])
+
+
+@contextmanager
+def _as_plans(file: str) -> Iterator[None]:
+    """Refuse plans of which another configuration, or a checkpoint's own copy, is not as nnU-Net writes them.
+
+    Raises:
+        NormfixError: NF120.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise NormfixError(
+            "NF120",
+            f"its plans, or those in it, are not as nnU-Net writes them ({reason}). nnUNetv2_plan_experiment writes "
+            "them anew; or leave out --original.",
+            where=file,
+        ) from error
 
 
 def _switched_(configurations: dict[str, Any], name: str, settings: Mapping[str, Any]) -> list[Change]:

@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from normfix.giving.gift import Gift, changed, config_changes, key_changes
+from normfix.giving.gift import Gift, changed, config_changes, key_changes, write_tensors
 from normfix.giving.switches import switched
 from normfix.networks.naming import named
 from normfix.records.returns import Change
@@ -91,7 +89,7 @@ def candidates(source: Source) -> Iterator[Mapping[str, Any]]:
 def write(draft: Path, gifts: Sequence[Gift]) -> tuple[Change, ...]:
     """Write model.pth and arguments.json."""
     (gift,) = gifts
-    torch.save(dict(gift.state), draft / WEIGHTS)
+    write_tensors(dict(gift.state), draft / WEIGHTS)
     return (*told(draft, gift), *key_changes(WEIGHTS, gift.names_before, gift.state))
 
 

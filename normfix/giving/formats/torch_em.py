@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from normfix.giving.formats import checkpoint, plain
 from normfix.giving.formats.checkpoint import place
 from normfix.giving.formats.plain import builder, candidates
-from normfix.giving.gift import Gift, changed, config_changes, copied, key_changes, other_weights
+from normfix.giving.gift import (
+    Gift,
+    changed,
+    config_changes,
+    copied,
+    key_changes,
+    other_weights,
+    write_tensors,
+)
 from normfix.records.returns import Change
 from normfix.records.sites import Scan
 from normfix.storage.opening import archives
@@ -59,7 +65,7 @@ def write(draft: Path, gifts: Sequence[Gift]) -> tuple[Change, ...]:
     new, before = changed(gift.before, gift.args), content["init"].get("model_kwargs", {})
     content["init"] = {**content["init"], "model_kwargs": {**before, **new}}
     changes += config_changes(gift.file, "init.model_kwargs.", before, new)
-    torch.save(content, draft / gift.file)
+    write_tensors(content, draft / gift.file)
     changes += plain.told(draft, gift)
     return (*changes, *key_changes(gift.file, gift.names_before, gift.state))
 

@@ -8,11 +8,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from normfix.giving.configs import set_in
 from normfix.giving.formats.described import builder
-from normfix.giving.gift import Gift, changed, config_changes, copied, key_changes, other_weights
+from normfix.giving.gift import (
+    Gift,
+    changed,
+    config_changes,
+    copied,
+    key_changes,
+    other_weights,
+    write_tensors,
+)
 from normfix.records.returns import Change
 from normfix.records.saved import Source
 from normfix.records.sites import Scan
@@ -73,7 +79,7 @@ def write(draft: Path, gifts: Sequence[Gift]) -> tuple[Change, ...]:
     new = changed(gift.before, gift.args)
     set_in(target, "model", new)
     changes += config_changes(str(target.relative_to(draft)), "model.", gift.before, new)
-    torch.save({**gift.checkpoint, "model_state_dict": dict(gift.state)}, draft / gift.file)
+    write_tensors({**gift.checkpoint, "model_state_dict": dict(gift.state)}, draft / gift.file)
     return (*changes, *key_changes(gift.file, gift.names_before, gift.state))
 
 

@@ -279,14 +279,14 @@ def _numbers(program: ExportedProgram, image: Node, reading: _Reading) -> Iterat
     They are arguments such as 1 + w // 64 in `y * (1 + w // 64)`, and what sums and counts make of maps that
     follow the image's extent and not its values, as `torch.ones(w).sum()` does.
     """
-    depends, sized = {image}, set[Node]()
+    depends, sized, space = {image}, set[Node](), _space(image)
     for node in program.graph.nodes:
         if node.op != "call_function" or not _is_tensor(node):
             continue
         given = taken_by(node)
         if any(source in depends for source in given):
             depends.add(node)
-        elif _is_sized(node):
+        elif _is_sized(node, space):
             sized.add(node)
         elif extents := [n for source in given if source in sized for n in _sizes_of(source.meta["val"])]:
             for extent in extents:
@@ -340,20 +340,20 @@ def _sizes_of(value: Any) -> Iterator[Any]:
 
 def _placed(program: ExportedProgram, image: Node) -> tuple[str, ...]:
     """Return the lines where a map is made that follows the image's extent and not its values, and varies over it."""
-    depends, varies, lines = {image}, set[Node](), []
+    depends, varies, lines, space = {image}, set[Node](), [], _space(image)
     for node in program.graph.nodes:
         given = taken_by(node) if node.op == "call_function" else []
         if any(source in depends for source in given):
             depends.add(node)
-        elif given and _is_sized(node) and any(source in varies for source in given):
+        elif given and _is_sized(node, space) and any(source in varies for source in given):
             varies.add(node)
-        elif node.op == "call_function" and _is_sized(node) and not _is_even(node):
+        elif node.op == "call_function" and _is_sized(node, space) and not _is_even(node, space):
             varies.add(node)
             lines.append(_line(node))
     return tuple(dict.fromkeys(line for line in lines if line))
 
 
-def _is_even(node: Node) -> bool:
+def _is_even(node: Node, space: Collection[Any]) -> bool:
     """Tell whether a map of the image's extent has one value throughout, if the maps that it is made of have."""
     name, viewed = name_of(node), viewed_by(node)
     if name == "expand":
@@ -361,12 +361,26 @@ def _is_even(node: Node) -> bool:
         pairs = zip(shape[len(shape) - len(source) :], source, strict=True)
         return all(isinstance(n, int) or not isinstance(m, int) or m == 1 for n, m in pairs)
     pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-    return pointwise or name in _EVEN or name.endswith("_like") or (viewed is not None and _is_sized(viewed))
+    return (
+        pointwise
+        or name in _EVEN
+        or name.endswith("_like")
+        or (viewed is not None and _is_sized(viewed, space))
+    )
 
 
-def _is_sized(node: Node) -> bool:
+def _space(image: Node) -> frozenset[Any]:
+    """Return the symbols of the image's free extents over space."""
+    extents = image.meta["val"].shape[2:]
+    return frozenset(s for n in extents if not isinstance(n, int) for s in n.node.expr.free_symbols)
+
+
+def _is_sized(node: Node, space: Collection[Any]) -> bool:
+    """Tell whether a tensor follows the image's extent; a batch of vectors does not."""
     value = node.meta.get("val")
-    return isinstance(value, Tensor) and any(not isinstance(n, int) for n in value.shape)
+    extents = value.shape if isinstance(value, Tensor) else ()
+    free = (n.node.expr.free_symbols for n in extents if isinstance(n, torch.SymInt))
+    return any(symbol in space for symbols in free for symbol in symbols)
 
 
 def _line(node: Node) -> str:

@@ -118,8 +118,13 @@ def inside(folder: Path, name: Any, what: str) -> Path:
 
 
 def leads_out(path: Path, folder: Path) -> bool:
-    """Tell whether a file of a folder is a link to another place, or lies in one."""
-    return not path.resolve().is_relative_to(folder.resolve())
+    """Tell whether a file of a folder is a link to another place, or lies in one.
+
+    In the hub's cache the files of a snapshot are links into `blobs` beside `snapshots`, and lead nowhere else.
+    """
+    place, home = path.resolve(), folder.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
+    return not place.is_relative_to(home) and place.parent != blobs
 
 
 def sha256_of(path: Path) -> str:

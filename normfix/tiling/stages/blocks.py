@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from normfix.images.sources import Image, Span
+from normfix.networks.calling import refusals
 from normfix.networks.devices import moved
 from normfix.tiling.stages.chunks import Seals
 from normfix.tiling.stages.journal import SEALS
@@ -159,8 +160,7 @@ class Work:
         part = self.parts[block.image]
         values = [read.window(block, part.size, self.device) for read in part.reads]
         told = [one.extent(block, part.size) for one in part.told]
-        with torch.no_grad():
-            results = self.run(*values, *part.whole, *told)
+        results = self._computed(block, (*values, *part.whole, *told))
         del values
         kept = [
             given.interior(result, block, part.size, self.stage)
@@ -175,3 +175,21 @@ class Work:
             for site, (position, measure) in self.measures.items()
         }
         return {**measured, SEALS: seals} if seals else measured
+
+    def _computed(self, block: Block, values: Sequence[Any]) -> Sequence[Tensor]:
+        """Run the stage.
+
+        Raises:
+            NormfixError: NF325 if it does not run on what a block reads.
+        """
+        with torch.no_grad():
+            try:
+                results: Sequence[Tensor] = self.run(*values)
+            except refusals() as error:
+                raise NotInStages(
+                    "NF325",
+                    f"it does not run on a block of {[b - a for a, b in block.window]} pixels: {error}. Take larger "
+                    "blocks, or tiles (engine tiles).",
+                    where=f"stage {self.stage}",
+                ) from error
+        return results

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from normfix.images.sources import Image
 from normfix.images.writing import OutputFile
 from normfix.tiling.stages.store import Kept
 from normfix.tiling.stitching import cropped
@@ -19,18 +18,21 @@ __all__ = ["Destination"]
 
 
 class Destination:
-    """Where a prediction goes: to a file, or into memory; in the end, where it lasts in the store until then."""
+    """Where a prediction goes: to a file, or into memory; in the end, where it lasts in the store until then.
+
+    Of an image that was extended it is cut back to `space`; of any other it is all that the network gives.
+    """
 
     def __init__(
         self,
         node: Node,
-        image: Image,
+        space: tuple[int, ...] | None,
         scale: tuple[Fraction, ...],
         device: torch.device,
         out: OutputFile | None,
     ) -> None:
         self.node, self._device, self._out = node, device, out
-        self._space, self._scale = image.shape[2:], scale
+        self._space, self._scale = space, scale
         self._array: Tensor | None = None
         self._layout: tuple[tuple[int, ...], torch.dtype, tuple[int, ...]] | None = None
 
@@ -62,16 +64,21 @@ class Destination:
 
     def result(self) -> Tensor | None:
         """Return (N, C', *out), or None if it went to a file."""
-        return None if self._array is None else cropped(self._array, self._space, self._scale)
+        if self._array is None or self._space is None:
+            return self._array
+        return cropped(self._array, self._space, self._scale)
+
+    def _extents(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """Return how much of the network's output belongs to the image."""
+        if self._space is None:
+            return whole
+        # what the network gives may be less, rounded down or without padding
+        pairs = zip(whole, self._space, self._scale, strict=True)
+        return tuple(min(most, -int(-(n * s) // 1)) for most, n, s in pairs)
 
     def _begin(self, shape: tuple[int, ...], dtype: torch.dtype, blocks: tuple[int, ...]) -> Kept:
         if self._out is not None:
-            # what the network gives may be less, rounded down or without padding
-            extents = [
-                min(whole, -int(-(n * s) // 1))
-                for whole, n, s in zip(shape[2:], self._space, self._scale, strict=True)
-            ]
-            self._out.create((shape[1], *extents), dtype, blocks[2:])
+            self._out.create((shape[1], *self._extents(shape[2:])), dtype, blocks[2:])
             return self._out
         self._array = torch.empty(shape, dtype=dtype, device=self._device)
         return _InPlace(self._array)

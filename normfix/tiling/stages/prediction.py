@@ -69,7 +69,8 @@ def predict_in_stages(
         planned = schedule_of(program, stride, [whole], measured=(), outputs=True)
         lasts = blocks.store is not None
         result = program.outputs[0]
-        place = Destination(result, image, planned.maps.maps[result].scale, home_of(model)[0], out)
+        space = None if whole.shape == image.shape else image.shape[2:]
+        place = Destination(result, space, planned.maps.maps[result].scale, home_of(model)[0], out)
         store, journal = stack.enter_context(blocks.run(planned, [whole], ()))
         execute(
             planned,
