@@ -173,7 +173,9 @@ def _modules_copied(model: nn.Module, memo: Memo) -> nn.Module:
         kind = type(module)
         memo[id(module)] = kind.__new__(kind)
     for module in plain:
-        held = module.__getstate__() if hasattr(module, "__getstate__") else vars(module)
+        # before Python 3.11 and torch 2.14 there is none
+        given = getattr(module, "__getstate__", None)
+        held = vars(module) if given is None else given()
         state = {name: _attribute_copied(value, memo) for name, value in tuple(held.items())}
         memo[id(module)].__setstate__(state)
     return copy.deepcopy(model, memo)
