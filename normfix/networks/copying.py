@@ -6,6 +6,7 @@ import copy
 import copyreg
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -174,7 +175,7 @@ def _modules_copied(model: nn.Module, memo: Memo) -> nn.Module:
         memo[id(module)] = kind.__new__(kind)
     for module in plain:
         # before Python 3.11 and torch 2.14 there is none
-        given = getattr(module, "__getstate__", None)
+        given: Callable[[], dict[str, Any]] | None = getattr(module, "__getstate__", None)
         held = vars(module) if given is None else given()
         state = {name: _attribute_copied(value, memo) for name, value in tuple(held.items())}
         memo[id(module)].__setstate__(state)
