@@ -19,7 +19,7 @@ from normfix.networks.numerics import IDENTITY, deviation
 from normfix.networks.randomness import OwnRandomness
 from normfix.scanning.sites import materialise_
 
-__all__ = ["Base", "base_of"]
+__all__ = ["Base", "base_of", "require_the_same"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,16 +132,25 @@ class _Trials:
             if tuple(example.shape[1:]) not in self._seen:
                 caller(tried, example.flip(-1) * 0.5)
             again = caller(tried, example)
-        a, b = first.double().nan_to_num(), again.double().nan_to_num()
-        bound = IDENTITY.get(first.dtype, 0.0)
-        if a.shape == b.shape and deviation(b, a, float(a.std().nan_to_num()) or 1.0)[0] <= bound:
-            return
-        raise NormfixError(
-            "NF246",
-            "its output on one input is another after it has run on a different one: it keeps what it computed in an "
-            "attribute or buffer, or draws random numbers of its own. Compute it anew in every forward, or reset it.",
-            where=type(tried).__name__,
-        )
+        require_the_same(first, again, type(tried).__name__)
+
+
+def require_the_same(first: Tensor, again: Tensor, name: str) -> None:
+    """Refuse a network that gives for one input what depends on those that it ran on before.
+
+    Raises:
+        NormfixError: NF246.
+    """
+    a, b = first.double().nan_to_num(), again.double().nan_to_num()
+    bound = IDENTITY.get(first.dtype, 0.0)
+    if a.shape == b.shape and deviation(b, a, float(a.std().nan_to_num()) or 1.0)[0] <= bound:
+        return
+    raise NormfixError(
+        "NF246",
+        "its output on one input is another after it has run on a different one: it keeps what it computed in an "
+        "attribute or buffer, or draws random numbers of its own. Compute it anew in every forward, or reset it.",
+        where=name,
+    )
 
 
 def _drawing(run: Callable[[], Tensor]) -> tuple[Tensor, bool]:

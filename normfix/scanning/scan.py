@@ -15,6 +15,7 @@ from normfix.conversion.rewriting import rewrite_
 from normfix.conversion.targets import measured_targets
 from normfix.images.given import Given, images_of
 from normfix.images.sources import middle_of
+from normfix.networks.behaviour import behaviour_of
 from normfix.networks.calling import Caller, class_of, refusals
 from normfix.networks.copying import copy_of
 from normfix.networks.numerics import exact_arithmetic
@@ -23,7 +24,7 @@ from normfix.records.plans import Plan
 from normfix.records.sites import Finding, Looked, Scan, Site
 from normfix.records.sizes import Condition, ProvedSizes
 from normfix.records.spans import in_strides
-from normfix.scanning.base import base_of
+from normfix.scanning.base import base_of, require_the_same
 from normfix.scanning.crossings import Crossings
 from normfix.scanning.doubts import Doubts
 from normfix.scanning.durations import Durations, tell_notable
@@ -173,6 +174,8 @@ def look(
         stretches = bench.witness.stretches if bench else ()
         doubts = replace(doubts, bounds=sizes.conditions, placed=doubts.placed + stretches)
         seen = _measured(trial, bench, doubts, merged, found, material, tried=sizes, fast=fast)
+        if bench is not None:
+            bench.require_no_memory(name.rpartition(".")[2])
         run = seen.largest
         proved = ProvedSizes(
             axes=AXES[material.dim()],
@@ -377,7 +380,7 @@ class _Bench:
     """A network in which all that can be is frozen, in two precisions, and the material of its strips.
 
     `network` is the one in float32, `largest` notes the sizes that the other is run at, to be compared; `unnoted` is
-    the other without that.
+    the other without that. `shown` is what it was run on before its strips and what it gave, `held` its behaviour then.
     """
 
     network: nn.Module
@@ -388,6 +391,21 @@ class _Bench:
     example: Tensor
     witness: Witness
     largest: _Largest
+    shown: tuple[Tensor, Tensor]
+    held: object
+
+    def require_no_memory(self, name: str) -> None:
+        """Run it once more on what it ran on before its strips, if it keeps something of them: it must give the same.
+
+        What is kept for each size, and another once a larger one was seen, is no memory as long as sizes are alike.
+
+        Raises:
+            NormfixError: NF246.
+        """
+        if behaviour_of(self.network) == self.held:
+            return
+        given, output = self.shown
+        require_the_same(output, self.single(given), name)
 
     def measured(self, dilution: Sequence[int], doubts: Doubts, *, fast: bool) -> Locality:
         """Measure its geometry as if no doubt were founded."""
@@ -436,4 +454,6 @@ def _bench(
         example,
         witness_of(frozen, caller, example, halo, known),
         largest,
+        known[0],
+        behaviour_of(frozen),
     )

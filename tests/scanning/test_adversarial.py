@@ -327,6 +327,39 @@ def test_networks_that_remember_are_refused(image, remember):
             use(Remembering(remember), image)
 
 
+class Table(nn.Module):
+    """Multiplies by a row that is kept, and made anew by `row` where it is too short."""
+
+    def __init__(self, row):
+        super().__init__()
+        self.stem, self.norm, self.row, self.kept = conv(1, 4), nn.InstanceNorm2d(4), row, {}
+
+    def forward(self, x):
+        if self.kept.get("row", torch.empty(0)).shape[0] < x.shape[3]:
+            self.kept["row"] = self.row(x.shape[3])
+        return self.norm(self.stem(x)) * self.kept["row"][: x.shape[3]]
+
+
+def stretched(n):
+    return 1 + torch.arange(n).fmod(4) * (n // 70)
+
+
+def relative(n):
+    return torch.arange(1, n + 1) / n
+
+
+@pytest.mark.parametrize("row", [stretched, relative])
+def test_a_table_that_is_another_once_it_has_grown_is_a_memory(image, row):
+    """Small inputs give something else after a large one, which those of one size never show."""
+    with pytest.raises(normfix.NormfixError, match="NF246 Table"):
+        normfix.scan(Table(row), image)
+
+
+def test_a_table_that_grows_and_keeps_its_values_is_none(image):
+    """Control: what was kept for small inputs is the same for large ones."""
+    assert normfix.scan(Table(lambda n: 1 + torch.arange(n).fmod(4)), image).reach is not None
+
+
 def test_what_is_kept_but_not_used_is_no_memory(image):
     """Control: a network that only stores what it computed is converted."""
     assert normfix.convert(Remembering(lambda network, mean: mean), image).proof.passed
