@@ -522,7 +522,8 @@ def test_an_output_is_refused_before_anything_is_computed(run, tmp_path, out):
 @pytest.mark.parametrize(
     "command",
     ["calibrate", "predict", "check"]
-    + [pytest.param(name, marks=pytest.mark.slow) for name in ("convert", "prove", "diagnose")],
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("convert", "diagnose")]
+    + [pytest.param("prove", marks=pytest.mark.zoo)],
 )
 def test_tile_and_halo_are_taken_per_axis(run, fixed, image, tmp_path, command):
     """Every command with --tile or --halo takes one number for each axis."""

@@ -120,7 +120,7 @@ def test_convert_in_stages_writes_the_whole_image_s_statistics(folder):
         ("again.npy", ("predict", "--tile", 32)),
         ("again.tif", ("predict", "--tile", 32)),
         ("again.zarr", ("predict", "--tile", 32, "--engine", "stages")),
-        ("again", ("calibrate", "--tile", 40)),
+        pytest.param("again", ("calibrate", "--tile", 40), marks=pytest.mark.zoo),
     ],
 )
 def test_a_command_that_was_done_before_says_so(folder, out, words):

@@ -20,7 +20,7 @@ def demo(tmp_path_factory):
     """Run the demo once, on a quarter of its image."""
     folder = tmp_path_factory.mktemp("demo") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("normfix.demo.data.nuclei_image", lambda: nuclei_image()[:512, 704:1344])
+        patch.setattr("normfix.demo.data.nuclei_image", lambda: nuclei_image()[:384, 704:1152])
         return run_demo(str(folder)), folder
 
 

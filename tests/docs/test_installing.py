@@ -120,10 +120,8 @@ def _core():
     return re.findall(r'^  "(.*?)"', block, re.MULTILINE)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "other", [pytest.param(o, marks=() if o == "nnunetv2" else pytest.mark.zoo) for o in OTHERS]
-)
+@pytest.mark.zoo
+@pytest.mark.parametrize("other", OTHERS)
 def test_installing_beside_another_tool_moves_nothing_of_it(pip, tmp_path, other):
     """In an environment with the newest of the tool alone, the core needs no other torch, numpy or anything."""
     theirs = pip(other)

@@ -10,7 +10,6 @@ import normfix
 
 QUICK = {
     "area",
-    "kernel by width",
     "odd height",
     "one width",
     "table",
