@@ -48,21 +48,23 @@ def stitch(f: Function, image: Tensor, tiles: Sequence[Tile], batch: int | None 
     end = first if len(tiles) == 1 else f(image[at(last.read)])
     whole = end.new_empty((*end.shape[:2], *_extents(tiles, first, end)))
 
+    done = 0
+
     def put(tile: Tile, window: Tensor) -> None:
+        nonlocal done
+        done += 1
+        _LOG.debug("tile %d of %d", done, len(tiles))
         place, part = whole[at(tile.write)], window[at(tile.keep)]
         if place.shape != part.shape or _grows_otherwise(tiles[0], first, tile, window):
             raise _misfit(window, tile)
         place.copy_(part)
 
     put(tiles[0], first)
-    if last is not tiles[0]:
+    if len(tiles) > 1:
         put(last, end)
     del end
-    done = min(2, len(tiles))
     for group in _groups(f, image, tiles[1:-1], batch):
         for tile, window in zip(group, _answers(f, image, group), strict=True):
-            done += 1
-            _LOG.debug("tile %d of %d", done, len(tiles))
             put(tile, window)
     return whole
 

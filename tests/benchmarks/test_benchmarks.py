@@ -15,6 +15,10 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 # the words after the file's name, what the last lines must match
 RUNS = {
+    "attention": (
+        ["--height", "32", "--width", "64", "--tile", "32", "--memory", "64"],
+        r'"apart_sd": [\d.e-]+',
+    ),
     "check": (["--size", "128", "--tile", "64"], r"converted: passes [\d.]+ s, check [\d.]+ s, [\d.]+x"),
     "layers": (["--rounds", "1", "--size", "32"], r"\| BatchRenorm2d \| \d+ \| -?\d+ \|"),
     "scan": (["demo"], r"demo +[\d.]+s +[\d.]+x +[\d.]+x  \(\(46, 46\), \(46, 46\)\)"),
@@ -36,9 +40,13 @@ def run(tmp_path, monkeypatch, capsys):
     return call
 
 
-@pytest.mark.parametrize("name", sorted(RUNS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.zoo if n == "attention" else ()) for n in sorted(RUNS)]
+)
 def test_a_benchmark_runs_to_its_end(name, run):
     """What it prints last has numbers in it."""
+    if name == "attention":
+        pytest.importorskip("einops", reason="MONAI's attention needs einops")
     words, pattern = RUNS[name]
     printed = run(name, *words)
     assert re.search(pattern, printed), printed
