@@ -25,7 +25,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-__all__ = ["as_in_graphs", "kernels_of", "normalise", "normalise_rectified"]
+__all__ = ["as_in_graphs", "is_followed", "kernels_of", "normalise", "normalise_rectified"]
 
 _KINDS = ("cuda",)
 """Devices whose batch norm is slow at a batch of one."""
@@ -113,11 +113,14 @@ def kernels_of(device: torch.device) -> ModuleType | None:
     return kernels
 
 
+def is_followed() -> bool:
+    """Tell whether a compiler or a transform follows what is computed."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _is_plain(x: Tensor, *affine: Tensor | None) -> bool:
     """Tell whether nothing follows what is computed: no gradient or tangent, no compiler, no transform, no subclass."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    if type(x) is not Tensor or torch.autograd.forward_ad._current_level >= 0:
+    if is_followed() or type(x) is not Tensor or torch.autograd.forward_ad._current_level >= 0:
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *affine)):
         return False

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from normfix.layers.affine import kernels_of
-from normfix.layers.recomputation import RecordedCall, recall, remember
+from normfix.layers.affine import is_followed, kernels_of
+from normfix.layers.recomputation import RecordedCall, in_backward, recall, remember
 
 if TYPE_CHECKING:
     from normfix.layers.batchrenorm import BatchRenorm
@@ -28,7 +28,6 @@ __all__ = ["is_for", "renormalise"]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _MOST = 1 << 31
-_NO_BACKWARD = -1
 _OF_VECTORS = 2
 _ALIGNED = 16
 _VECTORS = 7
@@ -39,7 +38,7 @@ def is_for(layer: BatchRenorm, x: Tensor, weight: Tensor | None, bias: Tensor | 
     """Tell whether the kernels take this, and nothing follows what is computed but autograd."""
     if not x.is_cuda or x.dtype not in _DTYPES or type(x) is not Tensor or x.numel() // x.shape[1] >= _MOST:
         return False
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_followed():
         return False
     buffers: dict[str, Any] = layer._buffers
     vectors = (buffers["running_mean"], buffers["running_var"], weight, bias)
@@ -168,7 +167,7 @@ class _Fused(torch.autograd.Function):
         plan = _plan(x.shape, last, x.device)
         y = torch.empty_like(x)
         affine = (weight, bias)
-        if torch._C._current_graph_task_id() == _NO_BACKWARD or not _repeats(layer, call, x, affine):
+        if not in_backward() or not _repeats(layer, call, x, affine):
             vectors = call.vectors = _forward(layer, plan, y, x, affine)
         else:
             vectors = torch.stack(list(call.vectors))

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from normfix.layers.affine import is_followed
 from normfix.layers.base import BatchMoments
-from normfix.layers.recomputation import RecordedCall, recall, remember
+from normfix.layers.recomputation import RecordedCall, in_backward, recall, remember
 
 if TYPE_CHECKING:
     from normfix.layers.batchrenorm import BatchRenorm
@@ -61,7 +62,7 @@ def renormalise(layer: BatchRenorm, x: Tensor, weight: Tensor, bias: Tensor) -> 
     """Normalise as BatchRenorm does, by cuDNN."""
     with torch.no_grad():
         found = Pass(*_FORWARD(x, weight, bias, None, None, True, 0.0, layer.eps, True))
-        call = recall(layer, found.mean, _variance(found, layer.eps)) if _repeats() else None
+        call = recall(layer, found.mean, _variance(found, layer.eps)) if in_backward() else None
         if call is not None:
             made = _of(call, weight, bias)
         else:
@@ -86,11 +87,6 @@ def _variance(found: Pass, eps: float) -> Tensor:
     return found.invstd.square().reciprocal_().sub_(eps).clamp_(min=0)
 
 
-def _repeats() -> bool:
-    """Tell whether a backward is under way, in which calls may be repeated."""
-    return bool(torch._C._current_graph_task_id() != -1)
-
-
 def _by_torch(layer: BatchRenorm, found: Pass, count: int, weight: Tensor, bias: Tensor) -> Corrections:
     var = _variance(found, layer.eps)
     r, d = layer._correct_and_track(BatchMoments(found.mean, var, found.invstd, count))
@@ -105,9 +101,10 @@ def _with_affine(r: Tensor, d: Tensor, var: Tensor, weight: Tensor, bias: Tensor
 def _takes(layer: BatchRenorm, *tensors: Tensor | None) -> bool:
     buffers: dict[str, Any] = layer._buffers
     statistics = (buffers["running_mean"], buffers["running_var"])
-    return all(
-        t is None or (t.dtype == torch.float32 and t.is_cuda) for t in (*tensors, *statistics)
-    ) and not (torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None)
+    return (
+        all(t is None or (t.dtype == torch.float32 and t.is_cuda) for t in (*tensors, *statistics))
+        and not is_followed()
+    )
 
 
 class _ByLibrary(torch.autograd.Function):

@@ -28,7 +28,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-__all__ = ["RecordedCall", "keep", "recall", "remember"]
+__all__ = ["RecordedCall", "in_backward", "keep", "recall", "remember"]
 
 _HELD = 32  # calls per layer without a graph to hold their record, as in reentrant checkpointing
 _NO_BACKWARD = -1
@@ -114,8 +114,13 @@ def keep(values: Tensor) -> Tensor:
     return copy
 
 
+def in_backward() -> bool:
+    """Tell whether a backward is under way, in which calls may be repeated."""
+    return bool(torch._C._current_graph_task_id() != _NO_BACKWARD)
+
+
 def _keep(values: Tensor) -> Tensor:
-    if torch._C._current_graph_task_id() != _NO_BACKWARD:
+    if in_backward():
         raise RuntimeError(_COMPILED_CHECKPOINT)
     return values.clone()
 

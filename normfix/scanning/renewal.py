@@ -78,11 +78,8 @@ def renewed(model: nn.Module, known: Provenance, image: Tensor, caller: Caller) 
         if decides is None:
             decides = _decides(model, example[:1].detach(), caller)
             _remember(decision, decides)
-        if not decides:
-            probe = copy_of(model).cpu().float().eval()
-            material = example[:1].detach().cpu().float()
-            if not others or _holds(probe, material, caller, geometry):
-                return scan
+        if not decides and (not others or _holds(model, example[:1].detach(), caller, geometry)):
+            return scan
     base = base_of(model, example, caller)
     found = look(base.copy(), base.example, base.caller).scan
     if geometry_of(found) == geometry:
@@ -116,9 +113,9 @@ def _changed(scan: Scan, found: Scan) -> Scan:
     )
 
 
-def _holds(probe: nn.Module, example: Tensor, caller: Caller, geometry: Geometry) -> bool:
-    """Tell in float64 whether windows may still be cut at the stride and see nothing beyond the halo."""
-    double, material = copy_of(probe).double(), example.double()
+def _holds(model: nn.Module, example: Tensor, caller: Caller, geometry: Geometry) -> bool:
+    """Tell in float64 on the CPU whether windows may still be cut at the stride and see nothing beyond the halo."""
+    double, material = copy_of(model).cpu().float().eval().double(), example.cpu().float().double()
 
     def f(x: Tensor) -> Tensor:
         return caller.in_double(double, x)

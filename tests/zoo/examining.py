@@ -64,11 +64,15 @@ def examine(entry: Entry, report: Callable[[dict[str, Any]], None] = lambda row:
     except normfix.NormfixError as error:
         row |= {"category": "failed", "cause": f"{row.get('step')}: {error}"[:600]}
     except Exception as error:  # noqa: BLE001 - a network of the zoo may fail in any way, and the run goes on
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{Path(frame.filename).name}:{frame.lineno}"
-        cause = f"{row.get('step')}: {type(error).__name__}: {error} ({place})"
-        row |= {"category": "failed", "cause": cause[:600]}
+        row |= crashed(row.get("step"), error)
     return row
+
+
+def crashed(step: str | None, error: Exception) -> dict[str, str]:
+    """Return what a row says of an exception that is none of normfix's."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(frame.filename).name}:{frame.lineno}"
+    return {"category": "failed", "cause": f"{step}: {type(error).__name__}: {error} ({place})"[:600]}
 
 
 def _examine(entry: Entry, row: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:

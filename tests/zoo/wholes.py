@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import logging
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stages.outlook import Outlook, Step
 
 from .entry import Entry
+from .examining import crashed
 from .preparing import material, prepared, seed_of
 from .tiling import distance
 
@@ -98,12 +97,7 @@ def examine_whole(
     except normfix.NormfixError as error:
         row |= {"category": "refused", "cause": f"{error}"[:600]}
     except Exception as error:  # noqa: BLE001 - a network of the zoo may fail in any way, and the run goes on
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{Path(frame.filename).name}:{frame.lineno}"
-        row |= {
-            "category": "failed",
-            "cause": f"{row['step']}: {type(error).__name__}: {error} ({place})"[:600],
-        }
+        row |= crashed(row["step"], error)
     return row
 
 

@@ -114,9 +114,13 @@ def program_of(
 def is_captured(model: nn.Module, caller: Caller, sites: Sequence[str]) -> bool:
     """Tell whether a capture is there that was made of a network that behaves alike; it may be no use any more."""
     key = (caller, tuple(sites), *_kind(model))
+    return any(capture.key[: len(key)] == key for capture in _captures())
+
+
+def _captures() -> list[_Capture]:
+    """Return the captures of all networks."""
     with _LOCK:
-        captures = [*itertools.chain.from_iterable(_CAPTURES.values())]
-    return any(capture.key[: len(key)] == key for capture in captures)
+        return [*itertools.chain.from_iterable(_CAPTURES.values())]
 
 
 def _kind(model: nn.Module) -> tuple[object, object]:
@@ -202,9 +206,7 @@ def hand_on(model: nn.Module, copied: nn.Module) -> None:
 def keep_plans(model: nn.Module, folder: Path) -> None:
     """Write beside a network what was proved of it in this process, or stands in the folder that it was loaded from."""
     kind, before = _kind(model), kept_in(model)
-    with _LOCK:
-        captures = [*itertools.chain.from_iterable(_CAPTURES.values())]
-    plans = [plan for c in captures if c.key[2:4] == kind for plan in plans_of(c.program)]
+    plans = [plan for c in _captures() if c.key[2:4] == kind for plan in plans_of(c.program)]
     plans += [] if before is None else kept(before)
     if plans:
         keep(folder, list({plan.cut: plan for plan in plans}.values()))
