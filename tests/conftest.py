@@ -11,7 +11,11 @@ import pytest
 import torch
 from commands import Run
 from optional import skipping
+from warm import warm_python
 
+from normfix.storage import fresh
+
+INTERPRETER = fresh.interpreter
 torch.set_num_threads(1)
 
 
@@ -25,6 +29,21 @@ def pytest_ignore_collect(collection_path, config):
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm():
+    """Let fresh processes begin with torch imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fresh, "interpreter", lambda: str(warm_python()))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _cold(request, monkeypatch) -> None:
+    """Let fresh processes of tests marked `cold` begin as they do outside of tests."""
+    if request.node.get_closest_marker("cold"):
+        monkeypatch.setattr(fresh, "interpreter", INTERPRETER)
 
 
 @pytest.fixture

@@ -10,9 +10,6 @@ from __future__ import annotations
 import importlib
 import io
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -37,6 +34,7 @@ from normfix.records.saved import Provenance
 from normfix.records.sites import Scan
 from normfix.records.verdicts import Proof
 from normfix.storage.folder import MANIFEST, seeded_input
+from normfix.storage.fresh import run_alone
 from normfix.storage.probe import SEED, saved_inside
 from normfix.tiling.geometry import geometry_of, thinnest
 from normfix.tiling.grid import Tile, grid
@@ -286,19 +284,12 @@ def _alone(path: Path, cases: list[_Case], *, packages: Iterator[str]) -> list[l
         stored = Path(folder) / "cases.npz"
         arrays = [case.arrays(number) for number, case in enumerate(cases)]
         np.savez(stored, **{name: array for each in arrays for name, array in each.items()})  # type: ignore[arg-type]
-        done = subprocess.run(
-            [sys.executable, str(script), str(path), str(stored), str(torch.get_num_threads()), *packages],
-            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["it died without a word"])[-1][:300]
+        printed, reason = run_alone(script, str(path), str(stored), str(torch.get_num_threads()), *packages)
+    if reason:
         raise WrongExportError(
-            "NF591", f"in a fresh process it does not run: {reason}. Nothing was kept.", where=path.name
+            "NF591", f"in a fresh process it does not run: {reason[:300]}. Nothing was kept.", where=path.name
         )
-    differences: list[list[float]] = json.loads(done.stdout)
+    differences: list[list[float]] = json.loads(printed)
     return differences
 
 

@@ -6,8 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
-__all__ = ["run_fresh"]
+__all__ = ["interpreter", "run_alone", "run_fresh"]
 
 
 _NOT_HERE = "import sys; sys.path[:] = filter(None, sys.path)\n"
@@ -24,7 +25,7 @@ def run_fresh(script: str, *words: str, seconds: float | None = None) -> str:
     paths = os.pathsep.join(p or "." for p in sys.path)
     try:
         result = subprocess.run(
-            [sys.executable, "-c", f"{_NOT_HERE}{script}", *words],
+            [interpreter(), "-c", f"{_NOT_HERE}{script}", *words],
             env={**os.environ, "PYTHONPATH": paths},
             capture_output=True,
             text=True,
@@ -35,4 +36,30 @@ def run_fresh(script: str, *words: str, seconds: float | None = None) -> str:
         return f"it took longer than {seconds:.0f} seconds"
     if result.returncode and result.returncode == -getattr(signal, "SIGXCPU", 0):
         return "it computed for longer than it may"
-    return (result.stderr.strip().splitlines() or ["it died without a word"])[-1] if result.returncode else ""
+    return _reason(result)
+
+
+def run_alone(script: Path, *words: str) -> tuple[str, str]:
+    """Run a file in a fresh process that finds modules as a new shell does; return what it printed and why it failed.
+
+    The reason is "" where it did not fail.
+    """
+    result = subprocess.run(
+        [interpreter(), str(script), *words],
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return result.stdout, _reason(result)
+
+
+def interpreter() -> str:
+    """Return the program that runs Python here."""
+    return sys.executable
+
+
+def _reason(result: subprocess.CompletedProcess[str]) -> str:
+    if not result.returncode:
+        return ""
+    return (result.stderr.strip().splitlines() or ["it died without a word"])[-1]

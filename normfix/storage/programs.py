@@ -11,9 +11,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +37,7 @@ from normfix.networks.randomness import OwnRandomness
 from normfix.networks.releases import writes_archives
 from normfix.records.encoding import parsed
 from normfix.records.saved import Saved
+from normfix.storage.fresh import run_alone
 from normfix.storage.opening.workload import Foreseen, TooMuchError, Workload
 
 __all__ = [
@@ -321,22 +319,8 @@ def _require_equal(
                     tensors[f"{number}.output.{position}"] = output.cpu().contiguous().clone()
     save_file(tensors, expected)
     script = Path(__file__).with_name("programs_alone.py")
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(script),
-            str(draft),
-            str(expected),
-            str(torch.get_num_threads()),
-            *_packages(model),
-        ],
-        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["it died without a word"])[-1]
+    words = (str(draft), str(expected), str(torch.get_num_threads()), *_packages(model))
+    if reason := run_alone(script, *words)[1]:
         raise WrongProgramError(
             "NF226", f"run alone in a fresh process: {reason}. Nothing was kept.", where=where
         )

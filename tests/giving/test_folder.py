@@ -201,6 +201,7 @@ def test_a_missing_weight_is_caught_in_the_fresh_process(tmp_path, monkeypatch):
         normfix.give_back(converted(switchable.generator), tmp_path / "back", "switchable:generator")
 
 
+@pytest.mark.cold
 @pytest.mark.slow
 def test_the_fresh_process_cannot_import_normfix(tmp_path, monkeypatch):
     """Negative control: a loader that imports normfix fails there."""

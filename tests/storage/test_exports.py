@@ -102,6 +102,7 @@ def test_onnx_holds_no_statistic_and_knows_its_plan(volume, tmp_path):
     assert '"halo"' in manifest
 
 
+@pytest.mark.cold
 @pytest.mark.slow
 def test_torchscript_runs_where_there_is_no_normfix(grouped, tmp_path):
     """A process that cannot import normfix loads the archive, which returns the output that counts."""

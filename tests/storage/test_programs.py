@@ -503,6 +503,7 @@ def test_a_swapped_constant_fails_the_identity(source, monkeypatch):
 # ---- command line
 
 
+@pytest.mark.cold
 @pytest.mark.slow
 def test_command_line(source, tmp_path, capsys):
     """plan, convert, calibrate, check and predict take a program, and convert and calibrate write one."""

@@ -214,6 +214,7 @@ def test_plan_and_scaling_travel(folder, done):
     assert replace(loaded, source=saved.source) == saved
 
 
+@pytest.mark.cold
 @pytest.mark.slow
 def test_a_folder_saved_from_a_factory_loads_in_a_fresh_process(tmp_path):
     """With a known factory, the folder is proved in a new Python, and names the factory."""

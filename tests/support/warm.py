@@ -1,13 +1,14 @@
-"""The installed program, run by a process that has imported torch already: what a shell finds, four seconds sooner.
+"""The installed program and Python, run by a process that has imported torch already: the same, four seconds sooner.
 
-`warm_program()` gives a file that can be called like the installed `normfix`. It hands arguments, environment, working
-folder and streams to a server, which forks and runs the installed program's own file with them. Where a test is about
-what a process imports or how it starts, it calls the installed program itself.
+`warm_program()` gives a file that can be called like the installed `normfix`, `warm_python()` one like `python` with a
+command or a file. They hand arguments, environment, working folder and streams to a server, which forks and runs what
+is wanted with them. Where a test is about what a process imports or how it starts, it calls the real ones.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import gc
 import json
@@ -21,9 +22,10 @@ import sys
 import tempfile
 import threading
 import traceback
+import types
 from pathlib import Path
 
-__all__ = ["PROGRAM", "warm_program"]
+__all__ = ["PROGRAM", "warm_program", "warm_python"]
 
 PROGRAM = Path(sys.executable).with_name("normfix")
 
@@ -31,24 +33,38 @@ CALLER = """#!{python} -IS
 import json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
-    said = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
+    said = json.dumps([[*{first!r}, *sys.argv[1:]], os.getcwd(), dict(os.environ)]).encode()
     socket.send_fds(server, [len(said).to_bytes(8, "big")], [0, 1, 2])
     server.sendall(said)
     answer = server.recv(8)
-    sys.exit(int.from_bytes(answer, "big", signed=True) if answer else 70)
+code = int.from_bytes(answer, "big", signed=True) if answer else 70
+if code < 0:
+    os.kill(os.getpid(), -code)
+sys.exit(code)
 """
 
 
-@functools.cache
 def warm_program() -> Path:
     """Start the server of this process, once, and return the file to call; the program itself where that cannot be."""
-    if not hasattr(os, "fork") or not hasattr(socket, "send_fds"):
-        return PROGRAM
+    folder = _served()
+    return folder / "bin" / "normfix" if folder else PROGRAM
+
+
+def warm_python() -> Path:
+    """Start the server of this process, once, and return the file to call; Python itself where that cannot be."""
+    folder = _served()
+    return folder / "python" if folder else Path(sys.executable)
+
+
+@functools.cache
+def _served() -> Path | None:
+    if not hasattr(os, "pidfd_open") or not hasattr(socket, "send_fds"):
+        return None
     folder = tempfile.TemporaryDirectory(prefix="nf")
     atexit.register(folder.cleanup)
     address = str(Path(folder.name) / "s")
     server = subprocess.Popen(
-        [sys.executable, __file__, address, str(PROGRAM)],
+        [sys.executable, __file__, address, str(Path(address).with_name("python"))],
         stdin=subprocess.PIPE,  # its end is this process's end
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONWARNINGS": ""},
@@ -56,11 +72,13 @@ def warm_program() -> Path:
     atexit.register(_ended, server)
     assert server.stdout is not None
     assert server.stdout.readline() == b"ready\n"
-    path = Path(folder.name) / "bin" / "normfix"
-    path.parent.mkdir()
-    path.write_text(CALLER.format(python=sys.executable, address=address), encoding="utf-8")
-    path.chmod(0o755)
-    return path
+    made = Path(folder.name)
+    (made / "bin").mkdir()
+    for path, first in ((made / "bin" / "normfix", [str(PROGRAM)]), (made / "python", [])):
+        text = CALLER.format(python=sys.executable, address=address, first=first)
+        path.write_text(text, encoding="utf-8")
+        path.chmod(0o755)
+    return made
 
 
 def _ended(server: subprocess.Popen) -> None:
@@ -89,13 +107,16 @@ def _serve(address: str) -> tuple[list[str], list[int]] | None:
 
 
 def _taken(caller: socket.socket) -> tuple[list[str], list[int]]:
-    """Read what a caller wants; return it in a child, whose end is told to the caller."""
+    """Read what a caller wants; return it in a child, whose end is told to the caller, and which ends with it."""
     size, streams, _, _ = socket.recv_fds(caller, 8, 3)
     with caller.makefile("rb") as file:
         words, folder, environment = json.loads(file.read(int.from_bytes(size, "big")))
     if child := os.fork():
+        if caller in select.select([os.pidfd_open(child), caller], [], [])[0]:
+            os.kill(child, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        caller.sendall(code.to_bytes(8, "big", signed=True))
+        with contextlib.suppress(BrokenPipeError):  # nobody waits for it any more
+            caller.sendall(code.to_bytes(8, "big", signed=True))
         os._exit(0)
     os.chdir(folder)
     os.environ.clear()
@@ -103,12 +124,14 @@ def _taken(caller: socket.socket) -> tuple[list[str], list[int]]:
     return words, streams
 
 
-def _main(address: str, program: str) -> None:
+def _main(address: str, python: str) -> None:
     import torch  # noqa: F401 - what takes four seconds
 
     from normfix.networks.quiet_imports import import_compiler
+    from normfix.storage import fresh
 
     import_compiler()
+    fresh.interpreter = lambda: python
     gc.freeze()  # what is never looked at is never copied
     if (wanted := _serve(address)) is None:
         return
@@ -117,11 +140,8 @@ def _main(address: str, program: str) -> None:
         os.dup2(stream, number)
         os.close(stream)
     sys.stdout.reconfigure(line_buffering=os.isatty(1))
-    looked = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    sys.path[:1] = [str(Path(program).parent), *looked]  # as Python does for a file
-    sys.argv[:] = [program, *words]
     try:
-        runpy.run_path(program, run_name="__main__")
+        _run(*words)
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -136,6 +156,22 @@ def _main(address: str, program: str) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _run(what: str, *words: str) -> None:
+    """Run a file, or after "-c" a command, as Python does."""
+    script = words[0] if what == "-c" else None
+    sys.argv[:] = [what, *words[script is not None :]]
+    looked = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[:1] = ["" if script is not None else str(Path(what).parent), *looked]
+    if what != str(PROGRAM):  # it begins without normfix
+        for name in [name for name in sys.modules if name.partition(".")[0] == "normfix"]:
+            del sys.modules[name]
+    if script is None:
+        runpy.run_path(what, run_name="__main__")
+    else:
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(script, "<string>", "exec"), vars(main))
 
 
 if __name__ == "__main__":
