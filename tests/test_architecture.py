@@ -66,6 +66,7 @@ def test_no_loose_module():
     assert loose == {"__init__", "__main__", "errors", "pytest_plugin"}
 
 
+@pytest.mark.slow
 def test_no_string_names_a_room_above():
     """What an import may not reach, a string does not either, but for names that files may hold."""
     named = rooms_named_above(PACKAGE)
@@ -188,6 +189,7 @@ def test_the_pictures_are_drawn_from_the_code():
     assert subprocess.run([sys.executable, str(script), "--check"], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_no_test_imports_a_test_and_no_script_does():
     """What several of them need stands in tests/support."""
     files = [

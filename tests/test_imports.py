@@ -40,6 +40,7 @@ def test_torch_is_not_imported(statement):
     assert not modules_after(statement) & {"torch", "numpy", "matplotlib"}
 
 
+@pytest.mark.slow
 def test_the_guard_notices_torch():
     """Negative control: the same check sees a planted import."""
     assert "torch" in modules_after("import normfix, torch")

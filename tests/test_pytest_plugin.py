@@ -85,6 +85,7 @@ def test_no_threshold_passes_a_live_norm_by_accident(pytester):
     pytester.runpytest_inprocess("-p", "no:randomly").assert_outcomes(failed=1)
 
 
+@pytest.mark.slow
 def test_a_failure_leaves_a_report(pytester):
     """--normfix-report DIR holds a page named after the test; a pass leaves none."""
     folder = pytester.path / "not" / "there"

@@ -65,6 +65,7 @@ def posix_only(tree):
     return taken | ({"fork"} & {word for word in words if isinstance(word, str)})
 
 
+@pytest.mark.slow
 def test_no_module_needs_what_only_posix_has():
     """No module imports a POSIX module at its top, forks, or asks for what Windows lacks."""
     faults = {path: posix_only(ast.parse(path.read_text("utf-8"))) for path in SOURCE.rglob("*.py")}
@@ -80,6 +81,7 @@ def test_what_only_posix_has_is_seen(planted):
     assert posix_only(ast.parse(planted))
 
 
+@pytest.mark.slow
 def test_every_text_file_names_its_encoding():
     """No file is opened as text in the system's encoding, which is no UTF-8 on Windows."""
     silent = []
@@ -108,6 +110,7 @@ def test_the_plant_refuses_to_rename_what_is_open(windows, tmp_path):
         (tmp_path / "folder" / "open").rename(tmp_path / "taken")
 
 
+@pytest.mark.slow
 @ON_PROC
 @pytest.mark.parametrize("ending", ["tif", "npy", "zarr"])
 def test_predictions_are_written_where_nothing_open_can_be_renamed(windows, converted, tmp_path, ending):
@@ -118,6 +121,7 @@ def test_predictions_are_written_where_nothing_open_can_be_renamed(windows, conv
     assert [path.name for path in tmp_path.iterdir()] == [f"out.{ending}"]
 
 
+@pytest.mark.slow
 @ON_PROC
 def test_a_network_is_saved_where_nothing_open_can_be_renamed(windows, converted, tmp_path):
     """A saved folder appears whole, loads, and leaves nothing beside it."""
@@ -137,6 +141,7 @@ def test_the_draft_of_a_killed_run_goes_where_nothing_open_can_be_deleted(window
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @ON_PROC
 def test_a_finished_run_gives_its_folder_up_where_nothing_open_can_be_renamed(windows, converted, tmp_path):
     """Values between stages are deleted although the folder's lock is open until the end."""
@@ -175,6 +180,7 @@ def test_which_names_windows_has_not(name, fault):
     assert fault_of_name(name) == fault
 
 
+@pytest.mark.slow
 def test_all_files_have_names_that_windows_has(converted, tmp_path, monkeypatch):
     """What convert, save, calibrate and predict name by themselves, drafts included, is a name on Windows."""
     named = set()
@@ -194,6 +200,7 @@ def test_all_files_have_names_that_windows_has(converted, tmp_path, monkeypatch)
     assert not any(PureWindowsPath(part).drive for part in parts)
 
 
+@pytest.mark.slow
 def test_paths_may_have_spaces_and_letters_of_any_script(converted, tmp_path):
     """Image, folder and prediction lie under names with spaces, umlauts and ideographs."""
     home = tmp_path / "Größe und 画像"
@@ -205,6 +212,7 @@ def test_paths_may_have_spaces_and_letters_of_any_script(converted, tmp_path):
     assert (done.exit_code, (home / "aus gabe.npy").is_file()) == (0, True), done.output
 
 
+@pytest.mark.slow
 def test_lines_may_end_as_windows_ends_them(converted, tmp_path):
     """A folder and a plan that went through Git on Windows, with CRLF, load as before."""
     normfix.save(converted, tmp_path / "fixed", source=ARCH)

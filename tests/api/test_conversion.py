@@ -282,6 +282,7 @@ def fingerprint(model: nn.Module) -> list[object]:
     ]
 
 
+@pytest.mark.slow
 @EVERY_NETWORK
 def test_class_and_keys_stay(name: str) -> None:
     """The result is of the caller's class and has all keys of the original's state dict."""
@@ -320,6 +321,7 @@ def test_trains_afterwards(name: str, to: str) -> None:
         assert all(torch.equal(v, buffers[k]) for k, v in model.named_buffers() if v.is_floating_point())
 
 
+@pytest.mark.slow
 @needs_newer_torch("strict torch.export does not follow intercepted norms, and NF207 stops it")
 @pytest.mark.parametrize("name", ["called twice", "functional", "block run twice", "fused subclass"])
 def test_intercepted_exports(name: str) -> None:
@@ -334,6 +336,7 @@ def test_intercepted_exports(name: str) -> None:
     assert_close(compiled, expected)
 
 
+@pytest.mark.slow
 def test_batchnorm_is_bit_identical() -> None:
     """A BatchNorm with running statistics keeps its eval output to the bit, without any image."""
     model, x = build("batch"), image()
@@ -371,6 +374,7 @@ def test_as_trained() -> None:
         assert not torch.allclose(done.model.eval()(x), model(x), atol=1e-2)
 
 
+@pytest.mark.slow
 def test_several_images_are_not_one() -> None:
     """With several images statistics are consistent, and the report says that predictions moved."""
     images = [image(), image(64, 64) * 4, image(160, 96) - 2]
@@ -408,6 +412,7 @@ def test_refuses_pixelwise_layer_norm() -> None:
     assert "pixel to pixel" in refused.reason
 
 
+@pytest.mark.slow
 def test_a_pool_that_gates_is_frozen_and_one_that_ends_is_not() -> None:
     """A pool that gates a map is live and frozen, while a classifier's final pool is not live."""
 
@@ -441,6 +446,7 @@ def test_weight_standardisation_is_no_site() -> None:
     assert [d.means for d in done.plan.decisions] == [Means.NONE, Means.SWAP]
 
 
+@pytest.mark.slow
 def test_plan_of_another_network_is_refused() -> None:
     """A plan whose sites are not the network's is refused with the first difference."""
     decided = normfix.plan(normfix.scan(build("instance"), image()))
@@ -471,6 +477,7 @@ def test_swapped_statistic_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.proof.step("residual").status == "failed"
 
 
+@pytest.mark.slow
 def test_dropped_affine_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """A swap that forgets gamma and beta fails the identity."""
     monkeypatch.setattr("normfix.conversion.rewriting._take_affine", lambda new, old, decision: None)
@@ -522,6 +529,7 @@ def test_other_calls_at_run_time_raise() -> None:
         model(image())
 
 
+@pytest.mark.slow
 def test_frozen_batchnorm_stays_as_it_was() -> None:
     """A BatchNorm that the user froze keeps eval mode and frozen weights through a conversion."""
     model = stack(nn.BatchNorm2d(8), nn.InstanceNorm2d(8)).train()
@@ -544,6 +552,7 @@ def test_the_result_is_in_eval_mode_and_train_mode_is_said(caplog, training) -> 
     assert ("train mode" in caplog.text) == model.training == training
 
 
+@pytest.mark.slow
 def test_hooks_are_carried_over() -> None:
     """A forward hook on a norm still runs on its replacement, once per call."""
     model, seen = build("instance"), []
@@ -554,6 +563,7 @@ def test_hooks_are_carried_over() -> None:
     assert seen == ["FrozenNorm2d"]
 
 
+@pytest.mark.slow
 def test_a_pruned_norm_is_converted() -> None:
     """A norm whose weight pruning computes before each call keeps computing it, and equals the original."""
     model, x = build("instance"), image()
@@ -566,6 +576,7 @@ def test_a_pruned_norm_is_converted() -> None:
         assert_close(done.model.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_calibrate_returns_a_copy_and_restores() -> None:
     """Recalibration on another image changes a copy, and back again equals the conversion."""
     x = image()

@@ -212,6 +212,7 @@ def test_lightning_trains_resumes_and_recalibrates(model, tmp_path):
     assert again[1].held
 
 
+@pytest.mark.slow
 @ERRORS
 def test_lightning_validates_averaged_weights_with_their_own_statistics(model, tmp_path):
     """Where a callback swaps an average in for validation, the average is what is measured."""
@@ -282,6 +283,7 @@ def test_ignite_leaves_errors_to_those_who_asked_for_them(model):
     assert [type(error) for error in heard] == [ZeroDivisionError]
 
 
+@pytest.mark.slow
 @ERRORS
 @pytest.mark.parametrize("library", ["accelerate", "transformers", "timm"])
 def test_the_blocks_of_other_frameworks_run(model, library, tmp_path, monkeypatch):

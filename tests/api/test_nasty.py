@@ -36,6 +36,7 @@ def sites(done):
     return [d.site.id for d in done.plan.converted]
 
 
+@pytest.mark.slow
 @NETWORKS
 def test_converted_and_proved(kind):
     """Every statistic is frozen; identity, residual, tiles, use and the rest pass."""
@@ -57,6 +58,7 @@ def test_refused_by_name(kind):
     assert done.verdict is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ALONE, ids=lambda kind: kind.__name__)
 def test_left_alone(kind):
     """What is no statistic of the image is not live."""
@@ -92,6 +94,7 @@ def test_an_extent_hidden_in_a_tensor_fails_the_tiles():
 # planted mistakes, and which step catches each
 
 
+@pytest.mark.slow
 @PLANTED
 def test_a_site_the_scan_missed_is_caught(kind, monkeypatch):
     """Without the dye, a live site missing from the plan is found live by the proof, or stops the network by name."""
@@ -160,6 +163,7 @@ class TokensOfOneSize(nn.Module):
         return self.head(self.norm(self.up(seen.transpose(1, 2).unflatten(2, (8, 8)))))
 
 
+@pytest.mark.slow
 def test_token_norms_of_a_one_size_network_do_not_fail_its_proof(monkeypatch):
     """What the scan has judged not live is no surplus; a norm left live still is."""
     x = torch.rand(1, 1, 32, 32)
@@ -178,6 +182,7 @@ def test_token_norms_of_a_one_size_network_do_not_fail_its_proof(monkeypatch):
     assert normfix.convert(TokensOfOneSize(), x).proof.step("used").status == "failed"
 
 
+@pytest.mark.slow
 def test_batch_norms_beside_attention_are_calibrated():
     """Attention stays live whatever is done, so it is no reason to refuse; a norm that can be converted is."""
     net, images = TokensOfOneSize(), [torch.rand(1, 1, 32, 32) for _ in range(2)]

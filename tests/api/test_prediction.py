@@ -89,6 +89,7 @@ class Rated(nn.Module):
         return nn.functional.conv2d(x, self.weight, padding=self.rate, dilation=self.rate)
 
 
+@pytest.mark.slow
 def test_a_changed_attribute_or_hook_is_measured_anew(image):
     """What changes the reach alone gets the halo it needs; what each call changes is no change."""
     model = normfix.convert(Rated().eval(), image).model
@@ -175,6 +176,7 @@ def test_a_change_that_nothing_prints_is_noticed(pooled, change):
     assert not is_current(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "value"), [("WIDTH", 15), ("SETTINGS", SimpleNamespace(width=15))])
 def test_a_global_that_a_forward_reads_is_noticed(name, value, pooled, monkeypatch):
     """A plain value of the module, which a function of it reads that the forward calls; tiles equal the whole."""
@@ -209,6 +211,7 @@ def test_what_keeps_a_network_the_same_is_no_change(pooled):
     assert is_current(copied)
 
 
+@pytest.mark.slow
 def test_a_changed_object_is_measured_anew(pooled):
     """Tiles equal the whole with the halo that an object of the network asks for now."""
     model = copy.deepcopy(pooled[0])
@@ -216,6 +219,7 @@ def test_a_changed_object_is_measured_anew(pooled):
     assert largest(model, pooled[1]) < 1e-5
 
 
+@pytest.mark.slow
 def test_each_of_a_batch_has_its_own_statistics(network, image):
     """Statistics per image share nothing, as the norms of the original did not."""
     images = torch.cat([image, 3 * image**4 - 1])
@@ -240,6 +244,7 @@ def test_a_kept_live_norm_is_refused(network, image):
         normfix.predict(done.model, image)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("planes", [False, True])
 def test_an_unconverted_network_that_constants_do_not_reproduce_is_refused(planes):
     """Its own statistics are no excuse: what convert would not prove is not predicted either."""
@@ -396,6 +401,7 @@ def _huge():
     return huge
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["tiles", "stages"])
 def test_a_prediction_that_is_not_finite_is_an_error(converted, image, engine):
     """Where the network overflows the prediction is refused by name, and comes where that is allowed."""
@@ -454,6 +460,7 @@ def test_a_half_precision_network_that_overflows_is_named(network, image):
         normfix.predict(model, torch.full((1, 1, 96, 128), 1e5), tile=32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "shape", "tile"),
     [
@@ -486,6 +493,7 @@ def _own_tiles(net, image, tile, halo, scale):
     return torch.cat(parts, -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "scale"),
     [

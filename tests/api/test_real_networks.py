@@ -90,6 +90,7 @@ def test_converts_and_proves(name, to, nuclei, tmp_path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_monai_3d():
     """A 3D U-Net with InstanceNorm is converted and proved on strips, its windows being larger than the volume."""
     from monai.networks.nets import UNet

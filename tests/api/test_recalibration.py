@@ -64,6 +64,7 @@ class Excited(nn.Module):
         return x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [nn.Module, fx.GraphModule])
 def test_constants_of_a_traced_network_are_measured_anew(kind):
     """torch.fx's own copy forgets what was attached; all sites follow the new image, not the batch norms alone."""

@@ -104,6 +104,7 @@ def test_per_image_statistics_are_the_original_network(converted, engine):
     assert (stored - own).abs().max() > 0.1  # the statistics do matter on this image
 
 
+@pytest.mark.slow
 def test_what_cannot_run_in_stages_takes_passes_and_says_why():
     """A network whose blocks differ from its whole is calibrated in passes, with the reason in the summary."""
     torch.manual_seed(0)
@@ -117,6 +118,7 @@ def test_what_cannot_run_in_stages_takes_passes_and_says_why():
         assert torch.equal(stages.model.get_buffer(name), expected)
 
 
+@pytest.mark.slow
 def test_an_error_on_the_way_leaves_the_old_statistics(converted):
     """If the store is full in the middle, the model has the statistics it had."""
     model = converted.model
@@ -205,6 +207,7 @@ def test_what_did_not_change_is_not_captured_again(monkeypatch):
     assert normfix.calibrate(net, _image(52, 70), tile=24).summary.engine == "stages"
 
 
+@pytest.mark.slow
 def test_a_copy_takes_the_capture_of_the_network_it_was_made_of(monkeypatch):
     """What a copy computes is known from its original, whatever its weights; a changed copy is captured anew."""
     net = Bounded().double()
@@ -229,6 +232,7 @@ def test_a_copy_takes_the_capture_of_the_network_it_was_made_of(monkeypatch):
             assert_close(stages.model.get_buffer(name), expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_tensor_that_is_no_buffer_is_cast_on_the_way():
     """What a network casts to the dtype of its image, the proof of its stages in float64 casts as well."""
 
@@ -442,6 +446,7 @@ def test_an_output_that_is_larger_than_its_image_is_whole(layers, tmp_path):
     assert_close(torch.from_numpy(np.load(tmp_path / "out.npy")).reshape(expected.shape), expected)
 
 
+@pytest.mark.slow
 def test_a_stage_that_does_not_run_on_a_block_is_refused_by_name():
     """Between a pad and the slice that takes it back a small block has nothing left."""
 

@@ -82,6 +82,7 @@ def test_a_float64_copy_is_the_network_it_is_of(network, image, to):
     assert torch.equal(other(image.double()), expected)
 
 
+@pytest.mark.slow
 def test_a_network_is_scanned_once_for_one_image(image):
     """To check and then to predict a network that was not converted scans it once; what changed is scanned again."""
     torch.manual_seed(0)

@@ -227,6 +227,7 @@ def test_a_worse_rival_leaves_whole_sure():
     assert found.margin == pytest.approx(0.0975)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_stored_statistics_are_blended():
     """A batch norm in train mode whose stored statistics are right is best at weight 0, and convert gives that."""
@@ -258,6 +259,7 @@ def test_groups_as_batchrenorm_are_a_candidate_of_their_own():
     assert "recalibrat" in rows["batchrenorm"].note or "calibrate" in rows["batchrenorm"].note
 
 
+@pytest.mark.slow
 def test_distilled_constants_are_a_candidate_where_they_are_asked_for(images):
     """Fitted on one half and judged on the other, they agree with the original's own windows better than whole's."""
     record = normfix.choose(network(), images[0][0], window=16, distilled=True).record

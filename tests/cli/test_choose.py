@@ -23,6 +23,7 @@ def folder(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_the_answer_comes_with_a_command_that_runs(run, folder, tmp_path):
     """The table and the ready line are printed, the page is written, and the line converts."""
     images = [folder / f"image-{n}.npy" for n in range(2)]
@@ -52,6 +53,7 @@ def test_the_answer_comes_with_a_command_that_runs(run, folder, tmp_path):
     assert saved["provenance"]["statistics"] == record.best.statistics.to_json()
 
 
+@pytest.mark.slow
 def test_convert_takes_the_choice(run, folder, tmp_path):
     """--statistics choose says what it took and why, and the folder holds it."""
     words = ["convert", ARCH, folder / "image-0.npy", "--scale", "none", "--to", "frozen", "--allow-flat"]

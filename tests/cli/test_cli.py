@@ -111,6 +111,7 @@ def test_the_saved_folder_states_its_scaling(fixed):
     assert saved.provenance.scaling.kind == "zscore"
 
 
+@pytest.mark.slow
 def test_scan_prints_its_record(run):
     """`scan --format json` is a Scan, on stdout alone."""
     done = run("scan", ARCH, "--input", "1x1x64x64", "--format", "json")
@@ -118,6 +119,7 @@ def test_scan_prints_its_record(run):
     assert len(Scan.from_json(json.loads(done.out)).live) == 2
 
 
+@pytest.mark.slow
 def test_scan_prints_text(run):
     """`scan` says in words that the network is not tile-invariant, and exits 0 though it is not."""
     done = run("scan", ARCH)
@@ -125,6 +127,7 @@ def test_scan_prints_text(run):
     assert done.out.startswith("Not tile-invariant: 2 statistics are computed from the tile")
 
 
+@pytest.mark.slow
 def test_scan_names_sites_where_that_is_asked(run):
     """Without -v the answer and the numbers alone are printed."""
     short, long = (run("scan", ARCH, *words).out for words in ((), ("-v",)))
@@ -132,6 +135,7 @@ def test_scan_names_sites_where_that_is_asked(run):
     assert len(short.splitlines()) < len(long.splitlines())
 
 
+@pytest.mark.slow
 def test_plan_prints_its_record(run):
     """`plan` is a Plan, on stdout alone."""
     done = run("plan", ARCH, "--to", "frozen", "--keep", "second*")
@@ -139,6 +143,7 @@ def test_plan_prints_its_record(run):
     assert len(Plan.from_json(json.loads(done.out)).converted) == 1
 
 
+@pytest.mark.slow
 def test_convert_prints_its_record(run, image, tmp_path, monkeypatch):
     """`convert --format json` is a ConversionRecord, on stdout alone, and so is the report."""
     torch.save(tiny_unet(), tmp_path / "m.pt")
@@ -165,6 +170,7 @@ def test_check_of_a_live_network_fails(run, image):
     assert f"normfix convert {ARCH} {image} --scale zscore --to frozen" in done.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["check", "predict", "prove"])
 def test_a_scaling_that_contradicts_the_stored_one_is_refused(run, fixed, image, tmp_path, command):
     """Statistics of z-scores say nothing of percentiles: 78 % of the pixels changed their class without a word."""
@@ -245,12 +251,14 @@ def test_keys_are_held_and_saved(run, image, tmp_path):
     assert (normfix.predict(net, pixels, tile=16) - whole).abs().max() < 1e-4 * whole.std()
 
 
+@pytest.mark.slow
 def test_a_printed_plan_is_the_same_twice(run):
     """Two runs print byte-identical plans."""
     words = ("plan", ARCH, "--to", "batchrenorm")
     assert run(*words).out == run(*words).out
 
 
+@pytest.mark.slow
 def test_a_reviewed_plan_is_followed(run, image, tmp_path):
     """A decision edited to keep leaves the site live; the proof says so, exit 1, nothing written."""
     plan = json.loads(run("plan", ARCH).out)
@@ -269,6 +277,7 @@ def test_an_unproved_conversion_leaves_only_its_report(run, image, tmp_path):
     assert names(tmp_path) == {"image.tif", "r.json"}
 
 
+@pytest.mark.slow
 def test_a_partial_conversion_is_written_and_exits_1(run, image, tmp_path):
     """--partial writes it all the same, and still says that the proof did not pass."""
     torch.save(tiny_unet(), tmp_path / "m.pt")
@@ -299,6 +308,7 @@ def test_strict_writes_nothing_where_a_site_is_refused(run, image, tmp_path):
     assert run("convert", ARCH, image, *words, tmp_path / "fine").code == 0
 
 
+@pytest.mark.slow
 def test_what_the_network_prints_is_kept_off_stdout(run):
     """A network whose code prints does not spoil the JSON on stdout."""
     done = run("scan", "factories:talkative", "--input", "1x1x64x64", "--format", "json")
@@ -306,6 +316,7 @@ def test_what_the_network_prints_is_kept_off_stdout(run):
     assert "forward" in done.err
 
 
+@pytest.mark.slow
 def test_images_of_different_sizes_are_calibrated_together(run, image, tmp_path):
     """A folder of two images of different sizes gives one network and two shifts."""
     folder = tmp_path / "images"
@@ -336,6 +347,7 @@ def test_double_precision_is_saved_and_used(run, image, tmp_path):
     assert run("check", tmp_path / "out", image, "--arch", ARCH, "--tile", 32).code == 0
 
 
+@pytest.mark.slow
 def test_a_preprocess_function_is_repeated_by_the_caller(run, image, tmp_path):
     """A function that a folder names for its images runs only if the caller repeats it."""
     torch.save(tiny_unet(), tmp_path / "m.pt")
@@ -457,6 +469,7 @@ def test_every_bad_input_is_tested(image, tmp_path):
     assert list(bad_inputs(tmp_path)) == BAD
 
 
+@pytest.mark.slow
 def test_a_plan_of_another_network_is_refused(run, image, tmp_path):
     """Replaying a plan on another network is NF205."""
     (tmp_path / "plan.json").write_text(run("plan", "factories:batched", "--to", "frozen").out, "utf-8")
@@ -559,6 +572,7 @@ def test_predicting_with_a_live_network_is_refused(run, image, tmp_path):
     assert names(tmp_path) == {"image.tif"}
 
 
+@pytest.mark.slow
 def test_calibrating_a_live_network_is_refused(run, image, tmp_path):
     """A network with live statistics has nothing to calibrate yet: NF302."""
     words = ("--scale", "zscore", "-o", tmp_path / "out")

@@ -22,6 +22,7 @@ def image(tmp_path):
     return tmp_path / "image.tif"
 
 
+@pytest.mark.slow
 def test_json_is_the_record_and_the_cost_is_said_first(run, image):
     """stdout carries the record alone; stderr says what it will cost; a cause exits 1."""
     words = ("--scale", "zscore", "--tile", 32, "--halo-curve", "--format", "json")
@@ -34,6 +35,7 @@ def test_json_is_the_record_and_the_cost_is_said_first(run, image):
     assert err.lstrip().startswith(f"{record.cost.windows} windows in {record.cost.experiments} experiments")
 
 
+@pytest.mark.slow
 def test_a_pipelines_own_faults_are_options(run, image):
     """Halo, scaling per tile and the last window are named with the network's own cause."""
     words = ("--halo", 1, "--last", "pushed back", "--scale-tiles", "zscore", "--context", "mirrored border")
@@ -43,6 +45,7 @@ def test_a_pipelines_own_faults_are_options(run, image):
     assert {"instance", "halo", "phase", "tile scaling", "border padding"} <= causes
 
 
+@pytest.mark.slow
 def test_reports_of_every_kind(run, image, tmp_path):
     """--report may be repeated; each ending gives its kind."""
     paths = [tmp_path / f"seams.{ending}" for ending in ("html", "json", "md", "xml")]
@@ -87,6 +90,7 @@ def test_a_report_that_cannot_be_is_refused_first(run, image, tmp_path, command)
         assert code in err
 
 
+@pytest.mark.slow
 def test_several_images_have_one_code(run, image, tmp_path):
     """The worst image decides; labels belong to one, and each has a report of its own."""
     words = ("diagnose", ARCH, image, image, "--scale", "zscore", "--tile", 32)

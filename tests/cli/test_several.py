@@ -67,6 +67,7 @@ def test_patterns_and_files_are_predicted_together(run, fixed, images, tmp_path)
     assert found == [[2, 96, 80], [2, 96, 48]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.tif", "b.npy", "c.tiff"], ids=["first", "middle", "last"])
 def test_a_damaged_image_does_not_lose_the_others(run, fixed, images, tmp_path, name):
     """The others are predicted, nothing of the damaged one is written, it is named, and the exit code is 2."""
@@ -160,6 +161,7 @@ def test_a_folder_is_checked(run, fixed, images):
     assert "3 of 3 images passed" in err
 
 
+@pytest.mark.slow
 def test_one_image_that_fails_its_check_is_enough(run, images):
     """A live network passes on no image larger than its windows: exit 1."""
     code, _out, err = run(

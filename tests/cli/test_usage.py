@@ -87,6 +87,7 @@ def answers(tmp_path_factory):
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_wrong_usage_exits_2_without_torch(answers):
     """A slip in a name, an option or an output is told before torch is imported."""
     assert answers[:-1] == [" ".join(["2 False", *words]) for words in WRONG]

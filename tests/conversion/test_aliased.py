@@ -80,6 +80,7 @@ def test_group_statistics_become_those_of_channels_in_stages(kind):
     assert_close(done.model(OTHER), network(kind)(OTHER), **EXACT)
 
 
+@pytest.mark.slow
 def test_a_shared_affine_map_is_saved_for_each_norm(tmp_path):
     """What was one weight of two norms is two after re-expression, and stays so through a folder."""
     done = converted(SharedAffine, "batchrenorm")
@@ -100,6 +101,7 @@ def test_masks_reach_a_norm_under_another_name(kind):
     assert float((passes.model(OTHER) - network(kind)(OTHER)).abs().max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_norm_beside_the_output_that_counts_is_measured():
     """A site that another output alone depends on is no fault: its statistic is measured all the same."""
     done = normfix.convert(network(SideBranch), FIRST, output="main")

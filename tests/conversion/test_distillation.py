@@ -61,6 +61,7 @@ def test_held_out_windows_agree_better_and_the_proof_says_so(done):
     assert done.proof.passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 6], ids=["regression", "embedding"])
 def test_groups_are_fitted_whatever_the_output_means(channels):
     """GroupNorms agree better in held-out windows where the output is a number, and where it is a vector."""
@@ -74,6 +75,7 @@ def test_groups_are_fitted_whatever_the_output_means(channels):
     assert done.proof.passed
 
 
+@pytest.mark.slow
 def test_constants_alone_have_moved(done):
     """Every site's constants differ from those it began with, and no weight does."""
     start = normfix.convert(Handwritten().eval(), normfix.Windows(image(), SIZE))
@@ -85,6 +87,7 @@ def test_constants_alone_have_moved(done):
         assert mine.grad is None
 
 
+@pytest.mark.slow
 def test_it_is_the_same_for_a_seed_and_draws_from_no_ones_generator(done):
     """Once more, with the size that a network's file states, gives the same bits, and random numbers stay put."""
     net, state = Handwritten().eval(), torch.get_rng_state()
@@ -94,6 +97,7 @@ def test_it_is_the_same_for_a_seed_and_draws_from_no_ones_generator(done):
     assert all(torch.equal(a, b) for a, b in zip(done.model.buffers(), again.model.buffers(), strict=True))
 
 
+@pytest.mark.slow
 def test_images_of_any_size_are_fitted_in_windows(done):
     """Measured in stages and read window by window, the held-out windows agree as well."""
     made = normfix.convert(
@@ -104,6 +108,7 @@ def test_images_of_any_size_are_fitted_in_windows(done):
     assert mine.distilled.end == pytest.approx(theirs.distilled.end, rel=0.05)
 
 
+@pytest.mark.slow
 def test_tiles_are_exact_and_the_folder_says_what_it_is(done, tmp_path):
     """Saved, loaded and in tiles it is the same; it cannot be measured anew, which is said."""
     normfix.save(done, tmp_path / "fixed")

@@ -94,6 +94,7 @@ def test_levels_that_differ_between_flat_images_are_no_structure():
     assert places(done) == {"1/0/instance_norm/0": (0, 1)}
 
 
+@pytest.mark.slow
 def test_an_empty_field_is_refused_where_padding_gives_it_a_spread():
     """Zero padding alone makes a spread at the border, which is no measure of anything either."""
     net = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.InstanceNorm2d(3), nn.Conv2d(3, 1, 3, padding=1))
@@ -208,6 +209,7 @@ def by_hand(function):
     return type("ByHand", (_ByHand,), {"function": staticmethod(function)})().eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DIVIDING)
 def test_what_is_divided_by_is_refused_where_it_vanishes(name):
     """A hand-written statistic is found where it ends in a division, however spelt; with structure it passes."""
@@ -231,6 +233,7 @@ def test_a_large_eps_multiplies_nothing_and_is_named():
     assert [finding.code for finding in done.calibration.summary.findings] == ["NF231"]
 
 
+@pytest.mark.slow
 def test_calibrating_refuses_in_every_way_and_keeps_what_was():
     """In passes, in stages and on a sample the old statistics are back after the refusal."""
     model = normfix.convert(dead(), bright()).model
@@ -294,6 +297,7 @@ def test_fine_tuning_recalibrates_under_the_same_rule():
     assert run.recalibrate(dark(), allow_flat=True).findings
 
 
+@pytest.mark.slow
 def test_the_card_names_it(tmp_path):
     """The model card of what was allowed has a section with site and channels; without there is none."""
     for allowed, image in ((True, dark()), (False, bright())):

@@ -146,6 +146,7 @@ def _exchanged_values(keys):
     keys.values.copy_(keys.values.flip(-2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", [None, _lost, _of_another_image, _wrong_weight, _exchanged_values])
 def test_what_is_held_is_measured_again(several, mistake):
     """A key that is lost or another's, and an image's wrong weight, fail the residual; nothing else does."""
@@ -165,6 +166,7 @@ def test_a_bias_that_is_not_used_is_caught(several):
     assert SITE in differing_layers(net, several.plan, lambda: run(net, IMAGE))[0]
 
 
+@pytest.mark.slow
 def test_some_keys_are_kept_with_equal_shares():
     """Of N keys each image gives half; the identity is proved with all, and each image's error is reported."""
     done = normfix.convert(original(), normfix.Measured([IMAGE, OTHER], keys=40), tile=16)
@@ -175,6 +177,7 @@ def test_some_keys_are_kept_with_equal_shares():
     assert held(rewrite(original(), with_all_keys(done.plan))).bias.numel() == 0
 
 
+@pytest.mark.slow
 def test_weights_carry_their_number_of_keys(done):
     """A network rewritten by the same plan takes the keys from a state, whatever their number; no other shapes."""
     fresh = rewrite(original(), done.plan)
@@ -186,6 +189,7 @@ def test_weights_carry_their_number_of_keys(done):
         rewrite(original(), done.plan).load_state_dict({**state, name: state[name][1:]}, strict=True)
 
 
+@pytest.mark.slow
 def test_a_reviewed_plan_holds_them_again(done):
     """The plan says that keys are held; it is carried out without being asked for once more."""
     again = normfix.convert(original(), IMAGE, to=done.plan, tile=16)
@@ -210,6 +214,7 @@ def test_a_number_of_keys_is_a_number(keys):
     assert caught.value.code == "NF598"
 
 
+@pytest.mark.slow
 def test_attention_that_is_written_out_is_held():
     """Its two products take the keys and the values, whichever stands first; images of unlike sizes are refused."""
     net = original("keys in rows")
@@ -249,6 +254,7 @@ class Encoded(nn.Module):
         return self.back(self.layer(y.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(y.shape))
 
 
+@pytest.mark.slow
 def test_torchs_own_layers_are_exact():
     """nn.MultiheadAttention inside torch's encoder layer, also where nothing watches the calls."""
     net = Encoded().double().eval()
@@ -273,6 +279,7 @@ class Placed(nn.Module):
         return self.back(seen.transpose(1, 2).reshape(y.shape))
 
 
+@pytest.mark.slow
 def test_a_network_that_knows_its_size_stays_live_by_name():
     """Holding keys would not make its tiles equal: it is said why, and the rest is converted."""
     done = normfix.convert(Placed().double().eval(), normfix.Measured(IMAGE, keys="all"), tile=16)

@@ -61,6 +61,7 @@ def _reference(net, images, masks):
     return known
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("tile", [None, 16])
 def test_masked_statistics_are_those_of_the_positions_that_count(converted, tile):
@@ -81,6 +82,7 @@ def test_masked_statistics_are_those_of_the_positions_that_count(converted, tile
     assert (norms[0].running_mean - next(iter(unmasked.model.buffers()))).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_lies_under_a_mask_is_not_measured(converted):
     """Pixels far enough inside an ignored region may hold anything."""
@@ -163,6 +165,7 @@ def test_masks_that_do_not_fit_are_refused(converted, mask, code):
     assert all(torch.equal(converted.model.get_buffer(name), value) for name, value in before.items())
 
 
+@pytest.mark.slow
 def test_a_network_that_cannot_run_in_stages_takes_no_mask():
     """Pixels are ignored in stages alone; the reason why there are none is said."""
     torch.manual_seed(0)

@@ -61,6 +61,7 @@ def test_every_way_measures_the_same(measured, way):
         assert_close(value, expected[name], rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, *WAYS.values()], ids=["passes", *WAYS])
 def test_stored_statistics_are_compared_and_kept(measured, converted, options):
     """Under the statistics of another image the residual is large, and nothing changes."""

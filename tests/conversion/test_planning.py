@@ -56,6 +56,7 @@ def test_shared_child_converts(image):
     assert len(done.calibration.summary.sites) == 4
 
 
+@pytest.mark.slow
 def test_edited_action_is_followed(planned, image):
     """A reviewer may turn one decision to keep: the other calls are renumbered, and that one stays live."""
     torch.manual_seed(0)
@@ -69,6 +70,7 @@ def test_edited_action_is_followed(planned, image):
     assert done.proof.step("tiles").status == "failed"
 
 
+@pytest.mark.slow
 def test_means_and_targets_are_decided_anew(planned, image):
     """A plan whose means or targets were spoiled by hand is carried out right all the same."""
     spoiled = tuple(replace(d, means=Means.SWAP, target="conv", position=7) for d in planned.decisions)
@@ -116,6 +118,7 @@ def test_two_decisions_on_one_site_are_refused(planned):
         replay(twice, [d.site for d in planned.decisions], model="")
 
 
+@pytest.mark.slow
 def test_impossible_action_is_refused(image):
     """An edit that freezes what has no statistic to freeze is refused with its site."""
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.LocalResponseNorm(2), nn.InstanceNorm2d(4))
@@ -125,6 +128,7 @@ def test_impossible_action_is_refused(image):
         normfix.convert(model, image, to=replace(planned, decisions=edited))
 
 
+@pytest.mark.slow
 def test_edited_site_is_refused(planned, image):
     """A plan that describes a site otherwise than the network is, is refused."""
     first, *others = planned.decisions
@@ -133,6 +137,7 @@ def test_edited_site_is_refused(planned, image):
         normfix.convert(Deep(), image, to=replace(planned, decisions=(changed, *others)))
 
 
+@pytest.mark.slow
 def test_keep_patterns_must_match(planned, image):
     """A pattern that matches nothing is an error that lists the owners, not a silent no-op."""
     with pytest.raises(normfix.NormfixError, match=r"NF204.*child"):

@@ -69,6 +69,7 @@ def by_hand(net, x, name):
     return (mean, var), law(name, second)
 
 
+@pytest.mark.slow
 def test_each_image_of_a_batch_is_a_part_of_its_own():
     """A batch has the constants of its images one by one, by a law of images and by one of windows."""
     images = [image(seed) * (1 + 2 * seed) for seed in range(3)]
@@ -87,6 +88,7 @@ def conversions():
     return {name: normfix.convert(network(), normfix.Windows(image(), SIZE, name)) for name in LAWS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAWS)
 @torch.no_grad()
 def test_constants_are_those_of_the_law(conversions, name):
@@ -143,6 +145,7 @@ def test_prove_measures_under_the_law_that_travels(conversions):
     assert normfix.prove(model, image()).step("residual").status == "failed"
 
 
+@pytest.mark.slow
 def test_it_is_kept_by_saving_and_calibrating(conversions, tmp_path):
     """The folder states the law; what is loaded gives the same, and measured anew keeps the law."""
     done = conversions["geometric"]
@@ -260,6 +263,7 @@ def test_the_command_line_refuses_them_too(run):
     assert "NF587" in result.err
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_per_image_statistics_are_what_a_network_was_converted_for(tmp_path):
     """Saved and loaded, it predicts another image as the original does, in tiles, unless stored ones are asked for."""

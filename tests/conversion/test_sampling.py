@@ -41,6 +41,7 @@ def test_a_sample_of_all_blocks_is_exact(converted, with_mask):
         assert one.elements == other.elements
 
 
+@pytest.mark.slow
 def test_a_sample_stops_at_its_tolerance_and_says_what_it_is(converted, tmp_path):
     """It stops before all blocks are used, tells errors per site within the tolerance, and is saved as a sample."""
     image = _image(256, 64, seed=3)
@@ -54,6 +55,7 @@ def test_a_sample_stops_at_its_tolerance_and_says_what_it_is(converted, tmp_path
     assert "random sample" in (tmp_path / "sampled" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_errors_cover_what_they_should():
     """Over many samples of blocks of unequal size, about 95 % of truths lie within two standard errors."""
     g = torch.Generator().manual_seed(0)

@@ -292,6 +292,7 @@ def named(net, image, tiling):
     return {{"reduction": "response"}.get(c.cause, c.cause): c for c in found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causes", [(c,) for c in (*MIDDLES, *FAULTS)] + PAIRS + LONG, ids="+".join)
 def test_planted_causes_are_named_with_their_share(causes):
     """Exactly the planted causes are named; introduced and removed are the truth's."""
@@ -321,6 +322,7 @@ def test_nothing_planted_names_nothing():
     assert named(*plant(())) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("written", ["keywords", "spelled out"])
 def test_attention_is_held_however_it_is_written(written):
     """Keys and values are found behind keywords and two matrix products as well as in the fused call."""
@@ -414,6 +416,7 @@ def test_a_tiling_on_the_grid_lacks_nothing():
     assert (found.culprits, found.record.findings) == ((), ())
 
 
+@pytest.mark.slow
 def test_the_halo_curve_is_that_of_the_converted_network():
     """With live statistics held, the curve is that of the frozen network by `halo_curve`, and ends in rounding."""
     torch.manual_seed(0)

@@ -317,6 +317,7 @@ def test_a_pushed_back_window_is_told_from_phase(local):
     assert {c.cause for c in found.culprits} == {"blending", "last tile"}
 
 
+@pytest.mark.slow
 def test_the_networks_own_statistic_is_told_from_the_pipelines_steps():
     """A live norm is named with its site; with it held the same pipeline passes."""
     with torch.no_grad():

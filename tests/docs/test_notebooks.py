@@ -73,6 +73,7 @@ def test_all_are_here():
     assert len(named) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
     [pytest.param(p, marks=pytest.mark.zoo if p.stem in PAGES_TOO else ()) for p in NOTEBOOKS],

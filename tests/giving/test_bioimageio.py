@@ -61,6 +61,7 @@ def description_of(folder):
     return yaml.safe_load((folder / "rdf.yaml").read_text())
 
 
+@pytest.mark.slow
 def test_a_package_declares_what_its_blocks_need(converted, tmp_path):
     """Halo, smallest size, scaling, parent and a changelog line; weights and tests by their new sha256."""
     folder, done, numbers = converted
@@ -88,6 +89,7 @@ def test_a_package_declares_what_its_blocks_need(converted, tmp_path):
     assert any(change.name == "outputs.0.axes.2.halo" for change in record.changes)
 
 
+@pytest.mark.slow
 def test_0_4_says_the_same_in_its_own_words(converted, tmp_path):
     """A package of 0.4 stays one, and normfix opens it by its own tests: no statistic is live."""
     _, done, numbers = converted

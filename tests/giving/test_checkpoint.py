@@ -36,6 +36,7 @@ def same(network, done, image=OTHER) -> bool:
         return bool((network.eval()(image) - wanted).abs().max() < 1e-4 * wanted.std())
 
 
+@pytest.mark.slow
 def test_a_cyclegan_generator_comes_back_for_norm_batch(tmp_path):
     """Its file loads strictly where --norm batch builds no biases: they moved into the means."""
     args = {"input_nc": 1, "output_nc": 1, "ngf": 4, "norm": "instance"}
@@ -54,6 +55,7 @@ def test_a_cyclegan_generator_comes_back_for_norm_batch(tmp_path):
     assert "--norm batch" in (tmp_path / "back" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_lightning_checkpoint_comes_back_for_its_module(tmp_path):
     """The module's own loader builds it from switched hyperparameters; what is not the network's stays."""
     pytest.importorskip("lightning")

@@ -27,6 +27,7 @@ def _folder(monkeypatch, tmp_path):
 CONVERT = ("convert", "bundle", "image.tif", "--scale", "zscore", "--to", "frozen", "-o", "fixed")
 
 
+@pytest.mark.slow
 def test_a_converted_folder_is_given_back(run, tmp_path):
     """The record on stdout is that of the folder written, and its README states the scaling."""
     bundle(tmp_path / "bundle")
@@ -40,6 +41,7 @@ def test_a_converted_folder_is_given_back(run, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_convert_gives_back_in_one_step(run, tmp_path):
     """With --give-back, MODEL is the original."""
     bundle(tmp_path / "bundle")
@@ -58,6 +60,7 @@ def test_a_folder_that_exists_is_refused_before_anything_is_computed(run, tmp_pa
     assert not (tmp_path / "fixed").exists()
 
 
+@pytest.mark.slow
 def test_a_switch_without_a_value_is_refused(run, tmp_path):
     """--switch takes NAME=VALUE."""
     bundle(tmp_path / "bundle")

@@ -295,6 +295,7 @@ def _claiming(path, spec, args):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "args"),
     [
@@ -311,6 +312,7 @@ def test_a_factory_that_only_a_program_names_is_not_called(tmp_path, planted, sp
     assert not list(tmp_path.rglob("ran-state"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["model", "arch"])
 def test_a_factory_that_only_a_folder_names_is_not_called_to_read_it_back(tmp_path, planted, way):
     """Opened with the caller's own network, a folder is saved again without calling what it names."""

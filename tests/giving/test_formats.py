@@ -142,6 +142,7 @@ def test_tensors_without_room_are_the_system_s_error(tmp_path, length):
     assert torch.load(tmp_path / "new" / ".odd", weights_only=True)["a"].shape == (2,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "definition",
     [
@@ -435,6 +436,7 @@ def test_a_folder_of_diffusers_is_refused_by_name(tmp_path):
             normfix.give_back(done, tmp_path / "back", **given)
 
 
+@pytest.mark.slow
 def test_a_saved_folder_knows_its_source(tmp_path):
     """Saved and loaded, a network of a bundle is given back by its own folder's word."""
     bundle(tmp_path / "bundle")

@@ -146,6 +146,7 @@ def test_another_image_of_the_same_size_time_and_histogram_is_refused(model, tmp
     assert {p: p.read_bytes() for p in (tmp_path / "store").rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_touched_or_moved_image_is_the_same(model, tmp_path, monkeypatch, suffix):
     """A run that was stopped goes on with the same values, whatever their file's time or name, to the same bits."""

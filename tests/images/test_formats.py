@@ -309,6 +309,7 @@ def _volume(path):
     return affine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["tiles", "stages"])
 def test_a_compressed_volume_is_the_uncompressed_one(tmp_path, engine):
     """A .nii.gz that is written has the bytes of the .nii, its affine with it, and the same bytes each time."""
@@ -474,6 +475,7 @@ def test_what_is_no_image_is_refused_by_name(tmp_path, name):
         image.read([(0, n) for n in image.shape[1:]])
 
 
+@pytest.mark.slow
 def test_a_strip_that_unpacks_to_more_than_it_holds_is_refused(tmp_path):
     """A TIFF whose strip of 150 kB would become 150 MB is refused; one that is as long as it says is read."""
     path = tmp_path / "a.tif"

@@ -106,6 +106,7 @@ def test_a_function_with_an_image_would_be_noticed():
     assert not takes_images(lambda model, tile: None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", USES)
 def test_arrays_and_files_give_what_the_tensor_gives(name, model, tmp_path, monkeypatch):
     """An array with and without channels, a name and a path give to the bit what the tensor gives."""

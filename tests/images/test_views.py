@@ -138,6 +138,7 @@ def test_a_stack_keeps_the_size_of_its_pixels(run, fixed, tmp_path, imagej):
     assert open_file(tmp_path / "p.zarr").placement.spacing == (2.0, 0.5, 0.5)
 
 
+@pytest.mark.slow
 def test_a_stack_is_checked_calibrated_and_converted(run, fixed, tmp_path):
     """All planes count, in one verdict and in common statistics."""
     tifffile.imwrite(tmp_path / "s.tif", STACK[:, :2], imagej=True, metadata={"axes": "ZCYX"})

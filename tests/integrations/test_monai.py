@@ -100,6 +100,7 @@ def test_arguments_reach_the_network(converted, whole):
     assert apart(ExactInferer(tile=32)(images(), network, 3.0, shift=1.0), expected) < CLOSE
 
 
+@pytest.mark.slow
 def test_a_map_of_the_image_among_the_arguments_is_refused(converted):
     """It would be handed whole to every tile."""
     with pytest.raises(NormfixError, match="NF585 condition"):
@@ -118,6 +119,7 @@ def test_a_live_network_is_refused():
         ExactInferer(tile=32)(images(), small())
 
 
+@pytest.mark.slow
 def test_per_image_statistics_are_those_of_each_image():
     """With statistics="per-image" each image of a batch is what the original gives for it."""
     two = images(2) * torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)

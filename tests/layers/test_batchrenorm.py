@@ -82,6 +82,7 @@ shapes = st.tuples(
 ).filter(lambda s: s[0] * math.prod(s[2]) > 1)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     shape=shapes,

@@ -50,6 +50,7 @@ def output(model, x=OTHER):
         return model(x)
 
 
+@pytest.mark.slow
 @EVERY
 def test_copies_are_equal_to_the_bit(models, kind):
     """Deep copy, pickle and a strict reload give the same bits on another image and batch."""
@@ -76,6 +77,7 @@ class LinearAttention(Nasty):
         return x + F.interpolate(self.back(mixed.view(y.shape)), scale_factor=16)
 
 
+@pytest.mark.slow
 def test_a_product_over_space_larger_than_the_map_is_frozen():
     """What no longer varies over space is a statistic however large: linear attention is converted and proved."""
     torch.manual_seed(0)
@@ -100,6 +102,7 @@ def test_compiled_without_a_break(models, kind):
     assert torch.equal(output(compiled), output(models[kind]))
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # the count of calls
 @pytest.mark.parametrize("strict", [False, True])
@@ -119,6 +122,7 @@ def test_eight_threads_at_once(models, kind):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # tracing warns about itself in several ways
 def test_traced(models):
     """torch.jit.trace records the constants."""
@@ -165,6 +169,7 @@ class SingleInside(Nasty):
         return x * x.square().float().mean((2, 3), keepdim=True).add(1e-5).rsqrt().to(x.dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [SqueezeExcite, SingleInside])
 def test_constants_are_as_exact_as_the_network(monkeypatch, make):
     """In float64 the identity holds to 1e-10, without tensors near the statistic or with casts around it.
@@ -258,6 +263,7 @@ def test_an_error_gives_the_old_constants_back():
     assert model.normfix_matmul_0.observer is None
 
 
+@pytest.mark.slow
 def test_recalibrated_on_another_image():
     """Calibrating on another image gives the constants that converting on it gives."""
     torch.manual_seed(0)
@@ -313,6 +319,7 @@ def test_a_checkpoint_around_the_owner_is_none_of_its_business():
     assert [d.site.owner for d in done.plan.converted] == ["block.pool"]
 
 
+@pytest.mark.slow
 def test_saved_and_loaded(tmp_path):
     """A folder holds the constants, and a reload gives the same bits."""
     torch.manual_seed(0)
@@ -323,6 +330,7 @@ def test_saved_and_loaded(tmp_path):
     assert torch.equal(output(loaded), output(done.model.eval()))
 
 
+@pytest.mark.slow
 def test_a_reviewed_plan_is_replayed():
     """A plan that went through JSON freezes the same statistics; one edited to keep leaves that one live."""
     torch.manual_seed(0)

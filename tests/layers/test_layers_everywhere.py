@@ -185,6 +185,7 @@ def test_averaging_weights_keeps_a_working_model(kind):
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compiles_whole_and_once_over_the_ramp():
     """Inductor, fullgraph: five steps of a ramp are eager's in every number, with a single compilation."""
@@ -202,6 +203,7 @@ def test_compiles_whole_and_once_over_the_ramp():
     assert eager[0].r_max == 3
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compiled_inference_is_eager_inference():
     """Inductor, fullgraph, in eval: both families give eager's output."""
@@ -210,6 +212,7 @@ def test_compiled_inference_is_eager_inference():
     assert_close(torch.compile(model, fullgraph=True)(x), model(x), **EXACT)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compiled_training_of_a_frozen_network_is_eagers():
     """Inductor, fullgraph, in train mode: outputs and gradients are eager's, the statistics stay."""
@@ -265,6 +268,7 @@ def test_a_checkpoint_around_compiled_code_is_refused():
         y.sum().backward()
 
 
+@pytest.mark.slow
 @needs_newer_torch("such gradients are right without the guard")
 @pytest.mark.parametrize("cut", ["around", "inside"])
 def test_without_the_guard_a_compiled_checkpoint_would_be_wrong(cut, monkeypatch):
@@ -308,6 +312,7 @@ def test_training_exports_without_operations_of_normfix():
     assert "normfix" not in str(program.graph)
 
 
+@pytest.mark.slow
 @needs_newer_torch("torch.onnx does not take what onnxscript makes today")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("kind", TWO_D)

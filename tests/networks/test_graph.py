@@ -112,6 +112,7 @@ def test_data_is_traced():
     assert isinstance(capture(Padded().eval(), lambda model, x: model(x), IMAGE), Captured)
 
 
+@pytest.mark.slow
 def test_captures_three_axes():
     """A 3D network is captured with all its axes free."""
     captured = capture(tiny_unet(ndim=3), Caller(), torch.randn(1, 1, 8, 16, 16))
@@ -129,6 +130,7 @@ def test_leaves_the_network_alone():
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_one_size_frees_no_extent():
     """A network known to take one size is captured at that size; control: otherwise its extents are free."""
     free = [free_dimensions(export(tiny_unet(), IMAGE[:1], one_size=given)) for given in (True, False)]
@@ -208,6 +210,7 @@ def test_a_wrong_capture_is_not_believed(monkeypatch):
     assert "differs" in found.reason
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_replay_tells_networks_apart():
     """A program is compared by value, shape and number of outputs; an input it does not take decides nothing."""
@@ -219,6 +222,7 @@ def test_a_replay_tells_networks_apart():
     assert replay(captured.program, tiny_unet().eval(), IMAGE[..., 1:]) is None
 
 
+@pytest.mark.slow
 def test_sees_every_site_of_the_census():
     """Twice-called norms, second names, functional calls, weight norms and means are paired with census ids."""
     sites, look = looked(Nasty(), "map")
@@ -227,6 +231,7 @@ def test_sees_every_site_of_the_census():
     assert {"first.norm/3/instance_norm/0", "first/1/group_norm/0", "(root)/0/mean/0"} <= look.seen
 
 
+@pytest.mark.slow
 def test_provenance_decides():
     """A norm of weights is seen and not live; a norm over channels neither; a pool that meets a map is."""
     captured = capture(Nasty().eval(), Caller(None, "map"), IMAGE)
@@ -240,6 +245,7 @@ def test_provenance_decides():
     assert [s.live for s in pools] == [True, False]
 
 
+@pytest.mark.slow
 def test_a_site_the_census_missed_is_a_finding():
     """A node without a census site, and a census site without a node, are named."""
     model = tiny_unet().eval()
@@ -251,6 +257,7 @@ def test_a_site_the_census_missed_is_a_finding():
     assert graph_look(model, Caller(), IMAGE, [*sites, invented]).unseen == (invented.id,)
 
 
+@pytest.mark.slow
 def test_a_dispute_about_life_is_a_finding():
     """Census and graph disagreeing on liveness is named."""
     model = tiny_unet().eval()
@@ -259,6 +266,7 @@ def test_a_dispute_about_life_is_a_finding():
     assert look.disputed == (sites[0].id,)
 
 
+@pytest.mark.slow
 def test_an_unknown_operator_is_unknown():
     """A sampling grid is an operator that nobody lists, and never passes as local."""
 
@@ -295,6 +303,7 @@ def test_global_operations_are_seen(operation, family):
     assert [s.family for s in reading.seen if s.live] == [family]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tiny_unet, ResizesToSkip, PadsItself])
 def test_local_networks_have_nothing_unknown(make):
     """Convolutions, pools, resampling, padding and cropping are known to be local."""
@@ -407,6 +416,7 @@ class _SameAsTensorFlow(nn.Module):
         return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("levels", "free"),
     [

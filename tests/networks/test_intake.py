@@ -203,6 +203,7 @@ def test_a_second_input_is_named_with_the_way_to_give_it(network, says):
     assert "--input" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_what_the_error_advises_works():
     """With forward_fn the same network is scanned."""
     found = normfix.scan(TimeStep().eval(), forward_fn=lambda net, image: net(image, t=0.5))

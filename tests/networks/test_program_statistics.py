@@ -71,6 +71,7 @@ def _output(done):
         return done.model.eval()(OTHER)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_program_is_converted_like_the_module(converted, name):
     """The program's sites have the module's names, its proof passes, and it gives the module's output to the bit."""
@@ -103,6 +104,7 @@ def test_two_images(converted):
     assert torch.equal(_output(mine), _output(theirs))
 
 
+@pytest.mark.slow
 def test_the_result_is_a_program_without_statistics(converted):
     """What is exported from a converted program gives its output to the bit and reduces nothing."""
     done = normfix.convert(raised(converted("GRN")[1]), IMAGE)

@@ -61,6 +61,7 @@ def converted(image):
 _EARLIER = needs_newer_torch("a default device around a call reaches into what torch itself computes")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=_EARLIER if name == "device" else ()) for name in SURROUNDINGS]
 )

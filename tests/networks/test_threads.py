@@ -92,6 +92,7 @@ def converted(image):
     return normfix.convert(Served().train(), image).model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("use", ["scan", "convert", "check", "diagnose"])
 def test_an_original_that_serves_notices_nothing(image, use, training):
@@ -161,6 +162,7 @@ def flags():
     }
 
 
+@pytest.mark.slow
 def test_conversions_at_once_are_those_one_by_one(image):
     """Two networks, and one network twice, converted in threads: the same bits, and the process as it was."""
     torch.manual_seed(0)
@@ -245,6 +247,7 @@ def drawing():
     return normfix.convert(Drawing(conv(1, 2), nn.InstanceNorm2d(2)).eval(), x), x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", USES)
 def test_a_converted_network_that_draws_leaves_the_generator_alone(drawing, use):
     """What was found when it was scanned is known whenever it is used: it draws from no generator of torch's."""

@@ -7,6 +7,7 @@ from torch import nn
 import normfix
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("norm", "size", "status"),
     [

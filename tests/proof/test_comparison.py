@@ -199,6 +199,7 @@ def test_a_network_that_pads_both_sides_fails_at_odd_sizes_if_called_exact():
     assert _compare(net, image, replace(geometry, multiple=(1, 1))).status == "failed"
 
 
+@pytest.mark.slow
 def test_three_axes_with_strides_of_their_own():
     """A 3D network of strides (1, 4, 4) passes with a tile per axis."""
     net = Anisotropic()
@@ -208,6 +209,7 @@ def test_three_axes_with_strides_of_their_own():
     assert (verdict.axes, verdict.tile, verdict.stride) == ((0, 1, 2), (5, 16, 16), (1, 4, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_precisions_pass(dtype):
     """A local network passes in float64 and in bfloat16, each against its own rounding."""

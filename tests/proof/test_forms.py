@@ -161,6 +161,7 @@ def test_the_residual_is_of_the_population_of_all_images(tuned):
         assert normfix.prove(tuned, image).step("residual").status == "failed"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_forms")
 def test_a_mask_of_the_calibration_belongs_to_the_proof(trained):
     """Statistics measured beside a mask pass with it and fail without."""
@@ -261,6 +262,7 @@ def test_a_stopped_proof_leaves_the_network_as_it_was(tuned):
 # --- forms ---
 
 
+@pytest.mark.slow
 def test_a_folder_of_other_weights_is_seen(bench, monkeypatch):
     """Negative control: what is loaded answers, and it is not the network's answer; nor may the process die."""
     monkeypatch.setattr(reloading, "run_fresh", lambda script, folder: reloading.answer(folder) or "")
@@ -276,6 +278,7 @@ def test_a_folder_of_other_weights_is_seen(bench, monkeypatch):
     assert (dead.status, dead.note) == ("failed", "killed")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_forms")
 def test_a_program_of_batchrenorm_is_measured_anew(bench, trained):
     """A .pt2 of BatchRenorm layers opens with norms that can be measured: tuned it passes, trained it fails."""
@@ -286,6 +289,7 @@ def test_a_program_of_batchrenorm_is_measured_anew(bench, trained):
         assert [step.status for step in proof.steps] == [status, "passed", "passed"]
 
 
+@pytest.mark.slow
 def test_what_a_fresh_process_cannot_do_is_open(tuned, tmp_path):
     """A local forward_fn, or a network no process can build or export, is inconclusive, which is no pass."""
     step = forms.reloaded(bench_of(tuned, tmp_path, caller=Caller(lambda model, image: model(image))))

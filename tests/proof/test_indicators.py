@@ -130,6 +130,7 @@ def test_an_uncut_image_has_no_profile():
     assert profile(torch.zeros(1, 1, 8, 8), ([], []), 1) is None
 
 
+@pytest.mark.slow
 def test_tiles_of_a_local_network_agree_beyond_the_halo_only():
     """Control and claim: in the halo tiles differ even without a norm, beyond it to rounding only."""
     found = _diagnose(plain_unet(), torch.randn(1, 1, 96, 96))
@@ -171,6 +172,7 @@ def test_one_window_is_inconclusive():
     assert "NF407" in {f.code for f in found.record.findings}
 
 
+@pytest.mark.slow
 def test_windows_that_overlap_nowhere_far_enough_are_named():
     """Tiles without context, smaller than the halo on both sides, leave no pixel that two windows see beyond it."""
     net = nn.Sequential(*(nn.Conv2d(1, 1, 9, padding=4) for _ in range(4)))
@@ -188,6 +190,7 @@ def test_a_constant_output_is_inconclusive():
     assert "NF606" in {f.code for f in found.record.findings}
 
 
+@pytest.mark.slow
 def test_three_axes():
     """A 3D network is diagnosed with tiles and halos per axis."""
     found = _diagnose(Anisotropic(), torch.randn(1, 1, 8, 48, 48), (8, 16, 16))
@@ -195,6 +198,7 @@ def test_three_axes():
     assert len(found.record.exact_halo) == 3
 
 
+@pytest.mark.slow
 def test_one_of_several_outputs():
     """`output` names the one that counts, and another one may have another verdict."""
 
@@ -228,6 +232,7 @@ def test_disparity_by_hand():
     assert "2 consecutive patches of 8x8" in found[0].composition
 
 
+@pytest.mark.slow
 def test_disparity_leaves_running_statistics_alone():
     """Updates are off, in the given network as well as in the copies, and dropout is off."""
     net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Dropout(0.5)).train()
@@ -239,6 +244,7 @@ def test_disparity_leaves_running_statistics_alone():
     assert [c.cause for c in (*found.culprits, *again.culprits)] == ["train mode"] * 2
 
 
+@pytest.mark.slow
 def test_norms_frozen_in_a_training_network_stay_frozen():
     """Train mode is what uses batch statistics: a norm that its owner put in eval mode is no cause."""
     net = nn.Sequential(
@@ -279,6 +285,7 @@ def test_effective_field_of_a_box():
     assert found.outside == 0
 
 
+@pytest.mark.slow
 def test_a_live_norm_reaches_beyond_the_theoretical_field():
     """The gradient of a live statistic lies outside the field; that of a local network does not."""
     image = torch.rand(1, 1, 96, 96)
@@ -299,6 +306,7 @@ def test_moments_and_spread_of_a_site():
     assert site.introduced == pytest.approx(site.removed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("truth", ["plane", "wrong"])
 def test_accuracy_stands_beside_invariance(truth):
     """Dice of three predictions and a metric of the user's; labels of another shape are refused."""
@@ -354,6 +362,7 @@ def test_the_network_is_left_as_it_was():
     assert all(p.grad is None and p.requires_grad for p in net.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", [(32,), (0, 32), -1], ids=str)
 def test_a_tiling_that_does_not_fit_is_refused(tile):
     """Another number of axes, or no pixels, is NF602."""
@@ -361,6 +370,7 @@ def test_a_tiling_that_does_not_fit_is_refused(tile):
         _diagnose(plain_unet(), torch.rand(1, 1, 96, 96), tile)
 
 
+@pytest.mark.slow
 def test_a_size_the_network_refuses_is_extended_and_said():
     """Where the whole image cannot run as it is, it is extended, and a finding says so."""
     found = _diagnose(plain_unet(), torch.rand(1, 1, 100, 96))
@@ -369,6 +379,7 @@ def test_a_size_the_network_refuses_is_extended_and_said():
     assert found.status == "passed"
 
 
+@pytest.mark.slow
 def test_a_stated_tiling_is_kept():
     """The user's own numbers stand in the record."""
     tiling = Tiling(tile=(32, 32), halo=((24, 24),) * 2, last="pushed back")

@@ -18,6 +18,7 @@ def models():
     return model, normfix.calibrate(model, BRIGHT).model
 
 
+@pytest.mark.slow
 def test_a_stale_geometry_fails(models):
     """Measured anew elsewhere, the network is still said to have the halo of before: the tiles step names it."""
     shut, fresh = models
@@ -27,12 +28,14 @@ def test_a_stale_geometry_fails(models):
     assert "NF262" in step.note
 
 
+@pytest.mark.slow
 def test_a_geometry_that_holds_passes(models):
     """Control: under the statistics that it was measured with nothing is stale."""
     shut, _ = models
     assert normfix.prove(shut, DARK).step("tiles").status == "passed"
 
 
+@pytest.mark.slow
 def test_a_wider_geometry_covers_a_narrower_one(models):
     """Tiles may read more than they need, start on coarser lattices, and not the other way round."""
     geometry = normfix.tiling.geometry.geometry_of(provenance_of(models[0]).scan)

@@ -45,6 +45,7 @@ def outcome(found: Verification) -> tuple[str, set[tuple[str, str]]]:
     return found.status, {(f.code, f.where) for f in found.findings}
 
 
+@pytest.mark.slow
 def test_what_was_saved_passes(whole):
     """Every step passes on a folder that nobody changed, and the record survives JSON."""
     found = normfix.verify(whole)
@@ -78,6 +79,7 @@ def test_the_certificate_holds_the_derivation(whole):
     assert {"stem.weight", "norm.running_mean"} <= {c.name for c in certificate.constants}
 
 
+@pytest.mark.slow
 def test_every_output_is_derived(tmp_path):
     """A network that returns several maps has a derivation for each, with its scale, and one that counts."""
 
@@ -128,6 +130,7 @@ STRIDED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STRIDED)
 def test_other_geometries_pass(name, tmp_path):
     """Sizes that the stride does not divide, outputs of another scale and images of one axis pass as well."""
@@ -201,6 +204,7 @@ EDITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edit", EDITS)
 def test_an_edited_manifest_is_found(edit, folder):
     """Each statement about the network, edited and sealed again, fails the step that derives it."""
@@ -211,6 +215,7 @@ def test_an_edited_manifest_is_found(edit, folder):
     assert (code, step) in findings
 
 
+@pytest.mark.slow
 def test_a_stride_that_the_graph_cannot_refute_is_refuted_by_numbers(folder):
     """A stride of 1, with halo and certificate to match, fails where windows are cut."""
     edited(folder, finer_stride)
@@ -220,6 +225,7 @@ def test_a_stride_that_the_graph_cannot_refute_is_refuted_by_numbers(folder):
     assert outcome(normfix.verify(folder)) == ("failed", {("NF524", "numbers")})
 
 
+@pytest.mark.slow
 def test_a_guard_that_nobody_states_is_no_pass(folder):
     """Taken out of the scan and of a certificate made anew, a condition of the program is open."""
     edited(folder, without_condition)
@@ -240,6 +246,7 @@ def test_a_changed_constant_is_found(folder):
     assert (status, ("NF521", "constants") in findings) == ("failed", True)
 
 
+@pytest.mark.slow
 def test_a_changed_constant_that_is_certified_gives_another_output(folder):
     """With a certificate of the moved statistic, the program does not give the stored output any more."""
     changed_weights(folder, shifted_mean)
@@ -356,6 +363,7 @@ class Moved(nn.Module):
         return self.norm(self.conv(x + F.pad(x, (700, 0))[..., : x.shape[3]]))
 
 
+@pytest.mark.slow
 def test_a_measured_halo_is_undecided(tmp_path):
     """A halo below the program's bound, measured as was asked for, is named among what was assumed."""
     normfix.save(normfix.convert(Moved(), IMAGE, halo="measured"), tmp_path / "fixed", partial=True)

@@ -111,6 +111,7 @@ def test_the_page_has_every_part(found, page):
     assert torch.__version__.split("+")[0] in words
 
 
+@pytest.mark.slow
 def test_light_and_dark(page):
     """Both colour schemes are declared, and every colour of one has its counterpart in the other."""
     light, dark = re.findall(r":root \{(.*?)\}", page)
@@ -118,6 +119,7 @@ def test_light_and_dark(page):
     assert set(re.findall(r"--\w+", light)) == set(re.findall(r"--\w+", dark))
 
 
+@pytest.mark.slow
 def test_names_are_escaped(found):
     """A site or model named like markup stays text, in a page and in Markdown."""
     from dataclasses import replace
@@ -220,6 +222,7 @@ def test_junit_counts(found, verdict):
     assert ET.fromstring(text_of(".xml", verdict)).find(".//failure") is not None
 
 
+@pytest.mark.slow
 def test_junit_of_what_passed_and_of_what_is_open():
     """A pass has no child; inconclusive is an error, never a success."""
     passed = normfix.check(plain_unet(), torch.rand(1, 1, 96, 96), 32)
@@ -229,6 +232,7 @@ def test_junit_of_what_passed_and_of_what_is_open():
     assert cases[1][0].tag == "error"
 
 
+@pytest.mark.slow
 def test_junit_tells_two_checks_apart():
     """By network, image and tile: a CI service shows one test per name."""
     image = torch.rand(1, 1, 96, 96)
@@ -240,6 +244,7 @@ def test_junit_tells_two_checks_apart():
     assert cases[0].get("classname") == f"normfix.{type(plain_unet()).__name__}"
 
 
+@pytest.mark.slow
 def test_an_assertion_on_a_result_means_that_it_passed(found, verdict):
     """`assert normfix.check(...)` is what people write first; inconclusive is no pass either."""
     opened = normfix.check(plain_unet(), torch.rand(1, 1, 48, 48), 64)
@@ -257,6 +262,7 @@ def test_an_assertion_on_a_proof_means_that_it_passed():
     assert not replace(proof, steps=())
 
 
+@pytest.mark.slow
 def test_markdown_has_the_verdict_and_tables(found):
     """The step summary starts with the status and holds a row per cause; every row has its table's width."""
     lines = text_of(".md", found.record).splitlines()
@@ -289,6 +295,7 @@ def test_a_pipeline_has_all_four():
     assert all("halo" in text_of(ending, record) for ending in ENDINGS)
 
 
+@pytest.mark.slow
 def test_a_volume_can_be_drawn():
     """A 3D diagnosis has its pictures too."""
     found = normfix.diagnose(Anisotropic().eval(), torch.randn(1, 1, 8, 48, 48), (8, 16, 16))
@@ -297,6 +304,7 @@ def test_a_volume_can_be_drawn():
     assert len(Reader(page).images) > 10
 
 
+@pytest.mark.slow
 def test_noise_stays_small():
     """The worst pictures, noise in every pixel, still fit: a page stays under 2 MB."""
     import numpy as np

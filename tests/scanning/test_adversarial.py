@@ -28,6 +28,7 @@ def circular():
     return nn.Sequential(*layers, conv(8, 1, padding_mode="circular")).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_circular_padding_never_passes(image, dtype):
     """A tile's own border is not the image's, and no noise floor excuses it."""
@@ -35,6 +36,7 @@ def test_circular_padding_never_passes(image, dtype):
     assert done.proof.step("tiles").status == "failed"
 
 
+@pytest.mark.slow
 def test_noise_far_from_zero_excuses_nothing():
     """On values near 1000 the noise floor is large; a structural difference fails all the same."""
     x = torch.rand(1, 1, 192, 192) * 1e-3 + 1000
@@ -53,6 +55,7 @@ class ScaleInvariant(nn.Module):
         return self.body(F.normalize(self.stem(x), dim=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_short_halo_where_interference_is_blind(dtype):
     """A halo shorter than measured fails, also where nothing that is amplified can be seen."""
@@ -83,6 +86,7 @@ class PadsToEight(nn.Module):
         return x[..., top : top + h, left : left + w]
 
 
+@pytest.mark.slow
 def test_extents_have_a_unit_of_their_own(image):
     """Windows are cut on multiples of 8, not of the stride 4, and odd sizes are exact by that rule."""
     done = normfix.convert(PadsToEight(), image)
@@ -123,6 +127,7 @@ def dark(x):
     return int(x.mean() < 0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decide", [brighter, negative, dim, dark])
 def test_a_statistic_that_decides_a_branch_is_frozen(image, decide):
     """A reduction whose value leaves tensors is live, and frozen: every tile takes the image's branch."""
@@ -133,6 +138,7 @@ def test_a_statistic_that_decides_a_branch_is_frozen(image, decide):
     assert [d.site.function for d in done.plan.converted][1:] == ["instance_norm"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decide", [brighter, negative, dim, dark])
 def test_a_branch_that_is_kept_live_fails(image, decide):
     """Control: with the statistic kept, the tiles fail."""
@@ -140,6 +146,7 @@ def test_a_branch_that_is_kept_live_fails(image, decide):
     assert done.proof.step("tiles").status == "failed"
 
 
+@pytest.mark.slow
 def test_axes_that_windows_cover_are_proved_on_strips():
     """An image that is narrow on one axis does not hide what happens along that axis."""
 
@@ -238,6 +245,7 @@ def test_norms_that_cast_to_float32_are_proved_in_float64(image):
     assert done.scan.halo == ((2, 2), (2, 2))
 
 
+@pytest.mark.slow
 def test_tied_group_norms(image):
     """Norms that share their affine map get their own where each is re-expressed."""
     first, second = nn.GroupNorm(2, 8), nn.GroupNorm(4, 8)
@@ -459,6 +467,7 @@ def test_labels_prove_nothing(image):
     assert "int64" in step.note
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [lambda x: x.roll(3, 3), lambda x: F.pad(x, (3, 3, 0, 0), "circular")])
 def test_scan_does_not_call_wrapping_invariant(image, wrap):
     """What wraps around the border of a tile is no statistic, and yet no tile of it equals the whole."""
@@ -533,6 +542,7 @@ def test_a_branch_on_the_size_is_named(image, condition):
     assert not scan.tile_invariant
 
 
+@pytest.mark.slow
 def test_what_every_size_of_a_stride_takes_is_no_branch(image):
     """Control: conditions on divisibility and on least sizes, as of skips and reflected borders, are no branch."""
 

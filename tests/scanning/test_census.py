@@ -113,6 +113,7 @@ def test_dependence_survives_writing_into_a_buffer(write):
     assert call.arguments["input"].depends
 
 
+@pytest.mark.slow
 def test_dependence_survives_writing_by_a_view():
     """A buffer that a view of it was written into depends on the image, so its norm is a live site."""
     (site,) = normfix.scan(HiddenLive(), torch.randn(1, 1, 128, 128)).live

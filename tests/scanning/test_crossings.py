@@ -56,6 +56,7 @@ def predicted(caplog, model, image, tile, **options):
     return result, said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", cases(BY_SIZE, BY_PLACE, BY_VALUE))
 def test_no_branch_is_predicted_wrongly_without_a_word(case, caplog):
     """Refused, said, or right: by a reference of its own, the network's output of the whole image."""
@@ -83,6 +84,7 @@ def test_a_branch_that_only_narrow_windows_take_is_tried(factor):
     assert caught.value.code == "NF260"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", cases(BY_SIZE, BY_PLACE))
 def test_check_does_not_pass_where_another_network_runs(case):
     """Where tiles, stitched by an arithmetic of the test's own, are wrong, check fails, is inconclusive or says it."""
@@ -112,6 +114,7 @@ def test_more_reach_at_other_sizes_is_said_as_a_size(name, used):
     assert done.scan.reach.used == used
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", cases(LOCAL))
 def test_what_only_repeats_with_the_size_is_predicted(case, caplog):
     """Control: padding to multiples, windows and borders are neither refused nor remarked upon, and right."""

@@ -35,6 +35,7 @@ def everything(monkeypatch):
     monkeypatch.setattr(durations, "_NOTABLE", 0.0)
 
 
+@pytest.mark.slow
 def test_a_scan_announces_itself(everything, told):
     """The seconds are those of passes, so more than one pass takes."""
     normfix.scan(tiny_unet().eval())
@@ -54,12 +55,14 @@ def test_a_conversion_announces_its_stages_in_order(everything, told):
     assert seen == [("scan", ["scan"]), ("prove", ["scan", "calibrate", "prove"])]
 
 
+@pytest.mark.slow
 def test_what_is_quick_is_not_announced(told):
     """A small network says nothing."""
     normfix.scan(tiny_unet().eval())
     assert told == []
 
 
+@pytest.mark.slow
 def test_nobody_who_does_not_listen_pays_for_it(everything, monkeypatch):
     """Without a listener no pass is timed."""
     monkeypatch.delattr(Durations, "of")

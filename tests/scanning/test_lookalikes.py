@@ -118,6 +118,7 @@ def plainly(net, x):
     return net.side(F.max_pool2d(-x, 9, 1, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [eroded, plainly])
 def test_a_mask_reaches_as_far_as_what_it_is_made_of(function):
     """A comparison that takes NaN away shortens no halo, whatever ordinary values show of it."""
@@ -134,6 +135,7 @@ def quarters(x):
     return tokens.view(n, h, 4, w // 4, c).permute(0, 4, 1, 2, 3).reshape(x.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GATED)
 def test_what_hides_is_refused(name):
     """A dependence on the whole that ordinary values do not show, or that takes NaN away, is no less refused."""
@@ -184,6 +186,7 @@ def test_what_another_output_alone_uses_is_left_alone(between, kind, output):
     assert normfix.check(net, image(96, 128), 32, output=output).passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("between", [nn.InstanceNorm2d(4), Centres(), Mirrors()])
 def test_what_the_chosen_output_uses_is_live(between):
     """Control: of the other output the same site is live, also where a function picks or adds it."""
@@ -198,6 +201,7 @@ def test_what_the_chosen_output_uses_is_live(between):
     assert not normfix.scan(net, image(64, 64), forward_fn=lambda net, x: 2 * net(x)["first"]).live
 
 
+@pytest.mark.slow
 def test_a_path_that_no_census_sees_keeps_a_norm_live():
     """A norm whose only path leads through TorchScript is not taken for unused: other values change the output."""
 
@@ -232,6 +236,7 @@ class Ragged(nn.Module):
         return self.head(x * F.interpolate(y, x.shape[2:], mode="bilinear").sigmoid())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(7, 3), (5, 4)])
 def test_the_culprit_is_the_resize_and_not_the_pool(size):
     """A small map of windows grows faster than the image, which is no comparison of all pixels."""

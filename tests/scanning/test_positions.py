@@ -73,6 +73,7 @@ def test_names(name):
     assert any(words in message for _, message in _findings(net))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [plain_unet, DilatedStack, ResizesToSkip])
 def test_says_nothing_of_ordinary_networks(make):
     """Negative control: pooling, upsampling by a factor and to a skip connection are none of it."""
@@ -147,6 +148,7 @@ class _FixedRow(nn.Module):
         return self.head(y.quantile(0.5, dim=3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("net", "size"), [(_FixedBatch, (64, 96)), (_FixedRow, (512,))])
 def test_the_size_at_which_torch_takes_another_kernel_is_no_branch(net, size):
     """A convolution asks how large its map is to choose a kernel: scan and check agree that tiles equal the whole."""

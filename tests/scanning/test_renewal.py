@@ -18,6 +18,7 @@ def converted(case):
     return normfix.convert(case.network(), case.image()).model
 
 
+@pytest.mark.slow
 def test_calibration_renews_the_halo_of_an_open_branch():
     """The far side of a branch that no graph holds reaches forty pixels: the copy says so, the original as it was."""
     model = converted(BY_STATISTIC["far if bright"])
@@ -26,6 +27,7 @@ def test_calibration_renews_the_halo_of_an_open_branch():
     assert "NF262" in {finding.code for finding in provenance_of(fresh).scan.findings}
 
 
+@pytest.mark.slow
 def test_calibration_in_place_renews_it_too():
     """The same module object says the new halo: that a network decides is kept, what it decides is measured anew."""
     model = converted(BY_STATISTIC["far if bright"])
@@ -57,6 +59,7 @@ def test_what_decides_nothing_is_found_out_once():
     assert not runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["tiles", "auto"])
 def test_per_image_statistics_bring_their_geometry(engine):
     """An image that opens the branch is predicted as the network predicts it whole."""

@@ -75,6 +75,7 @@ def test_fast_says_that_the_dye_was_skipped():
     assert all("dye" not in site.looks for site in found.sites)
 
 
+@pytest.mark.slow
 def test_deformable_convolution_is_never_called_local():
     """Neither look crashes on it; it is unknown by name, and the network is not tile-invariant."""
     found = _scan(Deforms())
@@ -84,17 +85,20 @@ def test_deformable_convolution_is_never_called_local():
     assert any("deform_conv2d" in finding.message for finding in found.findings)
 
 
+@pytest.mark.slow
 def test_fast_is_as_safe_before_deformable_convolution():
     """Skipping the dye does not let NaN reach the kernel when the halo is read."""
     assert "NF245" in [finding.code for finding in _scan(Deforms(), fast=True).findings]
 
 
+@pytest.mark.slow
 def test_a_live_site_of_the_dye_outvotes_the_census():
     """What the census holds for a norm of weights is live if the dye shows it to be."""
     found = _scan(HiddenLive())
     assert [site.function for site in found.live] == ["instance_norm"]
 
 
+@pytest.mark.slow
 def test_an_ordinary_network_has_no_finding():
     """Negative control: all looks agree on a U-Net with norms frozen by nature."""
     found = _scan(plain_unet())
@@ -147,6 +151,7 @@ class _Pixels:
         return model(x)
 
 
+@pytest.mark.slow
 @needs_newer_torch("a capture computes pixels as well")
 def test_a_scan_costs_about_seven_forward_passes():
     """In pixels of the example, float64 counted double, with the dye's second run on top."""
@@ -165,6 +170,7 @@ def test_labels_have_the_halo_of_their_graph():
     assert "NF216" in [finding.code for finding in measured.findings]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_response_over_channels_is_no_statistic(size):
     """LocalResponseNorm pads and pools channels, which is local; the norm beside it is found as ever."""

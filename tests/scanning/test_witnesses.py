@@ -70,6 +70,7 @@ def test_what_no_strip_shows_is_in_the_halo(name: str):
     torch.testing.assert_close(tiles, whole, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_bound_far_above_the_dye_is_said():
     """A comparison whose other side was not taken widens the bound alone, which is a finding."""
     found = normfix.scan(Framed(_filled).eval(), _noise(64, 96))
@@ -109,6 +110,7 @@ def test_a_network_without_a_graph_says_how_far_it_was_measured():
     assert reach is None or reach.words.startswith("measured up to 512 pixels")
 
 
+@pytest.mark.slow
 def test_an_operator_without_a_bound_is_named_in_the_words():
     """A gather whose places depend on values has no bound: the halo is measured, and the words name it."""
 

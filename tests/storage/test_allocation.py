@@ -9,6 +9,7 @@ from normfix.errors import NormfixError
 from normfix.storage.opening.allocation import Bounded, bounded_by
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

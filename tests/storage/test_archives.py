@@ -282,6 +282,7 @@ class _Noisy(nn.Module):
         return x + torch.empty_like(x).normal_() + torch.randperm(x.shape[1])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The tensor attributes")
 @pytest.mark.parametrize(
     "make", [lambda: _Recurrent(torch.nn.LSTM), lambda: _Recurrent(torch.nn.GRU), _OfMatrices, _Noisy]
@@ -494,6 +495,7 @@ def test_a_pickle_is_followed_for_a_bounded_time(tmp_path, monkeypatch):
     assert _refused(path) == "NF121"
 
 
+@pytest.mark.slow
 def test_a_header_of_countless_tensors_is_refused(tmp_path):
     """Those without elements take no room in a file."""
     entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}

@@ -62,6 +62,7 @@ def reached(outcome) -> list[str]:
     return [text for text in outcome.violations if not text.startswith("marshal.loads")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_configs_are_refused_reach_nothing_and_stay_cheap(family, tmp_path):
     """Each is refused with a code within seconds and a gibibyte; nothing was run, written, fetched or imported."""
@@ -83,6 +84,7 @@ def test_every_config_has_a_family():
     assert {name.split()[0] for name in CORPUS} == FAMILIES.keys()
 
 
+@pytest.mark.slow
 def test_networks_that_would_fetch_by_default_are_built_without(tmp_path):
     """Defaults and arguments that fetch weights are switched off, and the network is built."""
     libraries = sorted({spec.partition(":")[0].partition(".")[0] for spec in FETCHING})
@@ -346,6 +348,7 @@ def _confined(call):
     return confined(lambda: (call(), nn.Conv2d(1, 1, 1))[1], Stored(tensors=2, elements=2), "config.json")
 
 
+@pytest.mark.slow
 @on_linux
 # what is collected while memory is refused may fail to finalise
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

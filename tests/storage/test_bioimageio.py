@@ -205,6 +205,7 @@ class Told(list):
         self.append(text)
 
 
+@pytest.mark.slow
 def test_code_is_shown_and_runs_only_by_its_checksum(tmp_path):
     """A network of its own code is NF593, which shows file and sha256; with that sha256 it is opened and tested."""
     folder = package(tmp_path / "model", own=True)

@@ -59,6 +59,7 @@ def roundtrip(source, folder, tmp_path):
 # -- segmentation-models-pytorch, torchvision, timm
 
 
+@pytest.mark.slow
 def test_an_smp_folder_opens(tmp_path):
     """segmentation-models-pytorch's save_pretrained gives its network, with nothing fetched."""
     smp = pytest.importorskip("segmentation_models_pytorch")

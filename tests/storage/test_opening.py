@@ -472,6 +472,7 @@ def test_a_given_network_must_fit(tmp_path):
     assert refusal(normfix.load, tmp_path / "weights.pth", model=tiny_unet()).code == "NF105"
 
 
+@pytest.mark.slow
 def test_a_saved_folder_may_name_factories_of_trusted_modules_only(tmp_path):
     """A module that the caller trusts, not one whose name begins alike."""
     done = normfix.convert(tiny_unet(), torch.rand(1, 1, 32, 32))

@@ -52,6 +52,7 @@ def test_smp_loads_what_was_given_back(tmp_path):
     assert_same(smp.from_pretrained(tmp_path / "back"), done.model)
 
 
+@pytest.mark.slow
 def test_timm_loads_what_was_given_back(tmp_path):
     """timm.create_model('local-dir:...') gives the converted network's output."""
     timm = pytest.importorskip(
@@ -69,6 +70,7 @@ def test_timm_loads_what_was_given_back(tmp_path):
     assert_same(again, done.model)
 
 
+@pytest.mark.slow
 def test_transformers_loads_what_was_given_back(tmp_path):
     """transformers' from_pretrained gives the converted network's output."""
     transformers = pytest.importorskip("transformers")
@@ -84,6 +86,7 @@ def test_transformers_loads_what_was_given_back(tmp_path):
     assert_same(again, done.model)
 
 
+@pytest.mark.slow
 def test_diffusers_loads_what_was_given_back(tmp_path):
     """A component of a pipeline with BatchNorms goes back into its folder: its own from_pretrained gives the same."""
     diffusers = pytest.importorskip("diffusers")

@@ -200,6 +200,7 @@ def test_raising_changes_nothing():
     assert {path for path, m in lifted.named_modules() if isinstance(m, nn.InstanceNorm2d)} == expected
 
 
+@pytest.mark.slow
 def test_sites_keep_their_names(source):
     """Scanning a program names the sites as scanning the module does."""
     mine, theirs = normfix.scan(normfix.load(source)), normfix.scan(tiny_unet())
@@ -207,6 +208,7 @@ def test_sites_keep_their_names(source):
     assert (mine.halo, mine.stride, mine.exact_sizes) == (theirs.halo, theirs.stride, theirs.exact_sizes)
 
 
+@pytest.mark.slow
 def test_several_images_share_population_statistics(source):
     """Two unequal images give the constants that converting the module gives."""
     images = [IMAGE, torch.rand(1, 1, 64, 128) * 3]
@@ -217,6 +219,7 @@ def test_several_images_share_population_statistics(source):
     assert all(torch.equal(v, state[k]) for k, v in mine.model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_batchrenorm_becomes_constants(source):
     """A BatchRenorm in eval is a batch norm with constants in the program."""
     done = normfix.convert(normfix.load(source), IMAGE, to="batchrenorm")
@@ -227,6 +230,7 @@ def test_batchrenorm_becomes_constants(source):
         assert torch.equal(alone(program, OTHERS[0]), done.model.eval()(OTHERS[0]))
 
 
+@pytest.mark.slow
 def test_a_written_program_is_the_module(fixed):
     """The file gives the converted module's output to the bit on another size and batch, and is tile-exact."""
     module = normfix.convert(tiny_unet(), IMAGE).model.eval()
@@ -287,6 +291,7 @@ def test_what_travels_comes_back(fixed):
         saving.require_unconverted(model)
 
 
+@pytest.mark.slow
 def test_another_calling_convention_is_baked_in(tmp_path):
     """With forward_fn the program takes the image and returns what counts."""
 
@@ -307,6 +312,7 @@ def test_another_calling_convention_is_baked_in(tmp_path):
         assert torch.equal(alone(program, OTHERS[0]), done.caller(done.model.eval(), OTHERS[0]))
 
 
+@pytest.mark.slow
 def test_guards_survive(tmp_path):
     """A program that was captured on one side of a branch on sizes refuses the other side, also rewritten."""
 
@@ -339,6 +345,7 @@ def test_guards_do_not_need_examples():
         raised(program)(torch.randn(1, 1, 32, 41))
 
 
+@pytest.mark.slow
 def test_tiles_that_are_too_small_are_enlarged():
     """A program that was captured for images above 40 pixels is proved with tiles above that."""
 
@@ -407,6 +414,7 @@ def test_what_cannot_be_exported_is_refused():
         export_program(Branches(), None, IMAGE)
 
 
+@pytest.mark.slow
 def test_a_program_is_written_as_one(source, tmp_path):
     """What came from a program is not written as a folder."""
     done = normfix.convert(normfix.load(source), IMAGE)
@@ -414,6 +422,7 @@ def test_a_program_is_written_as_one(source, tmp_path):
         normfix.save(done, tmp_path / "folder")
 
 
+@pytest.mark.slow
 def test_nothing_is_overwritten(fixed):
     """An existing file is refused before anything is computed for it."""
     before = fixed.read_bytes()
@@ -473,6 +482,7 @@ def test_wrong_groups_are_not_read(tmp_path, monkeypatch):
         normfix.load(path)
 
 
+@pytest.mark.slow
 def test_a_norm_that_is_not_raised_does_not_pass(source, monkeypatch):
     """A norm that raising overlooks stays live, is named, and the conversion does not pass."""
     from normfix.networks.graph import raising
@@ -486,6 +496,7 @@ def test_a_norm_that_is_not_raised_does_not_pass(source, monkeypatch):
     assert [d.site.function for d in done.plan.left_live] == ["torch.instance_norm"]
 
 
+@pytest.mark.slow
 def test_a_swapped_constant_fails_the_identity(source, monkeypatch):
     """A statistic written to the wrong site of a program is found by comparing with the original program."""
     from normfix.conversion import targets

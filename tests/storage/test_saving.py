@@ -69,6 +69,7 @@ def assert_same(actual, expected, image=OTHER):
         torch.testing.assert_close(actual(image), expected(image), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @needs_programs
 def test_the_folder_holds_its_files(folder):
     """Weights, normfix.json, a model card, and of an object's network a program; nothing else."""
@@ -118,6 +119,7 @@ class CountsRoots(CountsPixels):
         return self.norm(self.conv(x)) / math.sqrt(x.shape[2] * x.shape[3] + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", [CountsPixels, CountsRoots])
 def test_a_network_whose_program_runs_on_one_size_alone_is_saved_without_program(network, tmp_path):
     """The folder is whole without it; no bare error of a guard in the program comes through."""
@@ -169,32 +171,38 @@ def test_the_card_names_the_base_and_the_proof(tmp_path):
     assert all(step.claim in card for step in done.proof.steps)
 
 
+@pytest.mark.slow
 def test_the_folder_is_all_there_is(folder):
     """No temporary folder stays beside it."""
     assert [path.name for path in folder.parent.iterdir()] == ["fixed"]
 
 
+@pytest.mark.slow
 def test_whoever_reads_one_file_reads_all(folder):
     """Weights have the permissions of the other files, so a colleague can load the folder."""
     assert len({stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}) == 1
 
 
+@pytest.mark.slow
 def test_a_network_loads_from_a_fresh_base(folder, done):
     """The folder and a fresh base network give the converted network."""
     assert_same(normfix.load(folder, model=tiny_unet()), done.model)
 
 
+@pytest.mark.slow
 def test_a_network_loads_from_an_architecture(folder, done):
     """The folder and a repeated factory give the converted network."""
     assert_same(normfix.load(folder, arch=ARCH), done.model)
 
 
+@pytest.mark.slow
 def test_loading_differs_from_the_base(folder):
     """Negative control: the base network alone gives something else."""
     with pytest.raises(AssertionError):
         assert_same(normfix.load(folder, arch=ARCH), tiny_unet().eval())
 
 
+@pytest.mark.slow
 def test_the_base_given_to_load_is_not_changed(folder):
     """Loading works on a copy of the given network."""
     base = tiny_unet()
@@ -202,11 +210,13 @@ def test_the_base_given_to_load_is_not_changed(folder):
     assert base.state_dict().keys() == tiny_unet().state_dict().keys()
 
 
+@pytest.mark.slow
 def test_a_loaded_network_is_in_eval_mode(folder):
     """No module of a loaded folder is in train mode."""
     assert not any(module.training for module in normfix.load(folder, arch=ARCH).modules())
 
 
+@pytest.mark.slow
 def test_plan_and_scaling_travel(folder, done):
     """What was decided and how images were scaled come back equal; the source is what the caller names."""
     loaded, saved = provenance_of(normfix.load(folder, arch=ARCH)), provenance_of(done.model)
@@ -246,6 +256,7 @@ def test_shared_weights_stay_shared(tmp_path):
     assert_same(loaded, done.model)
 
 
+@pytest.mark.slow
 def test_integer_buffers_survive(tmp_path):
     """Counters and tables keep values and dtype."""
     normfix.save(normfix.convert(Tied(), IMAGE), tmp_path / "fixed")
@@ -254,6 +265,7 @@ def test_integer_buffers_survive(tmp_path):
     assert torch.equal(loaded.table, torch.arange(5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_network_keeps_its_dtype(tmp_path, dtype):
     """A network converted in another dtype than its factory's loads in it, with equal output."""
@@ -264,6 +276,7 @@ def test_a_network_keeps_its_dtype(tmp_path, dtype):
     assert_same(loaded, done.model, OTHER.to(dtype))
 
 
+@pytest.mark.slow
 def test_buffers_that_are_not_saved_take_the_saved_dtype(tmp_path):
     """A float32 factory with a non-persistent buffer loads a bfloat16 folder, with equal output."""
     done = normfix.convert(Gained().bfloat16(), IMAGE)
@@ -279,6 +292,7 @@ def test_batch_norms_need_no_images(tmp_path):
     assert_same(normfix.load(tmp_path / "fixed", arch="factories:batched"), done.model)
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_network_can_be_saved(done, tmp_path):
     """A converted network that was trained further is saved with its new weights."""
     model = normfix.convert(tiny_unet(), IMAGE, "batchrenorm").model.train()
@@ -289,6 +303,7 @@ def test_a_fine_tuned_network_can_be_saved(done, tmp_path):
     assert_same(normfix.load(tmp_path / "tuned", arch=ARCH), model.eval())
 
 
+@pytest.mark.slow
 def test_saving_leaves_the_mode_alone(done, tmp_path):
     """A network in training is still in training after it was saved."""
     model = normfix.convert(tiny_unet(), IMAGE).model.train()
@@ -296,6 +311,7 @@ def test_saving_leaves_the_mode_alone(done, tmp_path):
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.slow
 def test_changed_weights_are_noticed(folder):
     """One changed byte in the weights is NF115."""
     data = bytearray((folder / WEIGHTS).read_bytes())
@@ -304,6 +320,7 @@ def test_changed_weights_are_noticed(folder):
     assert refusal(normfix.load, folder, arch=ARCH).code == "NF115"
 
 
+@pytest.mark.slow
 def test_changed_weights_with_a_changed_checksum_are_noticed(folder):
     """Weights changed together with their checksum do not repeat the probe: NF115."""
     weights = load_file(folder / WEIGHTS)
@@ -315,12 +332,14 @@ def test_changed_weights_with_a_changed_checksum_are_noticed(folder):
     assert refusal(normfix.load, folder, arch=ARCH).code == "NF115"
 
 
+@pytest.mark.slow
 def test_missing_weights_are_noticed(folder):
     """A folder without its weights is NF101."""
     (folder / WEIGHTS).unlink()
     assert refusal(normfix.load, folder, arch=ARCH).code == "NF101"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "value"),
     [
@@ -356,6 +375,7 @@ def test_a_tampered_manifest_is_refused(folder, path, value):
     assert refusal(normfix.load, edited(folder, change), arch=ARCH).code in codes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "[" * 100000, '{"schema": 1}', '{"schema": 99}', "\0"])
 def test_a_malformed_manifest_is_refused(folder, text):
     """A normfix.json that is no JSON or no manifest is NF101 or NF108."""
@@ -363,11 +383,13 @@ def test_a_malformed_manifest_is_refused(folder, text):
     assert refusal(normfix.load, folder, arch=ARCH).code in {"NF101", "NF108"}
 
 
+@pytest.mark.slow
 def test_another_network_of_other_shape_is_refused(folder):
     """A base with other widths is NF105 or NF115."""
     assert refusal(normfix.load, folder, model=tiny_unet(width=5)).code in {"NF105", "NF115"}
 
 
+@pytest.mark.slow
 def test_another_network_of_the_same_weights_is_refused(folder):
     """A base whose code differs but whose tensors fit is caught by the probe: NF115."""
     base = tiny_unet()
@@ -375,6 +397,7 @@ def test_another_network_of_the_same_weights_is_refused(folder):
     assert refusal(normfix.load, folder, model=base).code == "NF115"
 
 
+@pytest.mark.slow
 @needs_programs
 def test_a_folder_from_an_object_gives_its_program(folder, done):
     """Without a base, a folder saved from an object gives the same at another size, predicts and says what it is."""
@@ -386,6 +409,7 @@ def test_a_folder_from_an_object_gives_its_program(folder, done):
     torch.testing.assert_close(tiled, normfix.predict(done.model, IMAGE, tile=32))
 
 
+@pytest.mark.slow
 @needs_programs
 def test_a_folder_from_an_object_without_program_needs_the_network(folder):
     """Where neither a factory nor a program is there, load is NF113 and asks for the network."""
@@ -417,6 +441,7 @@ def test_a_swapped_program_with_its_checksum_is_noticed(folder, tmp_path):
     assert not list(tmp_path.rglob(hostile.MARK))
 
 
+@pytest.mark.slow
 def test_a_huge_manifest_is_refused(folder):
     """A normfix.json of a terabyte is NF101 and is not read."""
     with (folder / MANIFEST).open("r+b") as file:
@@ -424,6 +449,7 @@ def test_a_huge_manifest_is_refused(folder):
     assert refusal(normfix.load, folder, arch=ARCH).code == "NF101"
 
 
+@pytest.mark.slow
 def test_a_manifest_that_programs_read_differently_or_not_at_all_is_refused(folder):
     """A name that stands twice, and countless lists, are NF101."""
     text = (folder / MANIFEST).read_text()
@@ -435,12 +461,14 @@ def test_a_manifest_that_programs_read_differently_or_not_at_all_is_refused(fold
         assert refusal(normfix.load, folder, arch=ARCH).code == "NF101"
 
 
+@pytest.mark.slow
 def test_a_probe_that_takes_all_memory_is_refused(folder):
     """A probe of 10**12 values is NF121, and is not made."""
     edited(folder, lambda data: data["probe"].update(shape=[1, 1, 10**6, 10**6]))
     assert refusal(normfix.load, folder, arch=ARCH).code == "NF121"
 
 
+@pytest.mark.slow
 def test_what_a_probe_takes_is_foreseen(folder, monkeypatch):
     """A probe that a network of these weights cannot run on in the room for it is NF144 before it runs."""
     monkeypatch.setattr("normfix.storage.opening.workload._GENEROUS", 0)
@@ -449,6 +477,7 @@ def test_what_a_probe_takes_is_foreseen(folder, monkeypatch):
     assert (error.code, "smaller example" in error.message) == ("NF144", True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schema", "todo"), [(2, "Update normfix"), (0, "Make it again"), (-1, "Make it again")]
 )
@@ -459,6 +488,7 @@ def test_a_folder_of_another_schema_says_what_to_do(folder, schema, todo):
     assert (error.code, todo in error.message) == ("NF108", True)
 
 
+@pytest.mark.slow
 def test_a_factory_named_by_an_edited_folder_does_not_run(folder):
     """os:system as the factory in normfix.json is NF113, and its command does not run."""
     command = json.dumps({"command": f"touch {folder.parent}/ran"})
@@ -488,6 +518,7 @@ def test_a_folder_below_a_file_is_refused(done, tmp_path):
     assert refusal(normfix.save, done, tmp_path / "file" / "fixed").code == "NF114"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error", [NormfixError("NF503", "planted"), RuntimeError("planted"), KeyboardInterrupt()]
 )
@@ -503,6 +534,7 @@ def test_a_failed_reading_back_leaves_nothing(done, tmp_path, monkeypatch, error
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(done, tmp_path, monkeypatch):
     """If writing fails half-way, the error is NF114 and nothing is left."""
 
@@ -514,6 +546,7 @@ def test_a_full_disk_leaves_nothing(done, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_missing_parents_are_made(done, tmp_path):
     """The folder may lie in folders that do not exist yet."""
     normfix.save(done, tmp_path / "new" / "fixed")
@@ -535,6 +568,7 @@ def test_a_folder_that_appeared_meanwhile_is_not_replaced(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["fixed"]
 
 
+@pytest.mark.slow
 def test_two_runs_write_the_same_bytes(tmp_path):
     """The same network and image give the same three files, byte for byte."""
     for name in ("one", "two"):
@@ -549,6 +583,7 @@ def test_a_conversion_that_is_not_proved_is_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_partial_conversion_is_saved_when_asked(tmp_path):
     """With partial=True it is written, and gives what the conversion gives."""
     done = normfix.convert(tiny_unet(), IMAGE, keep=("second.1",))
@@ -575,6 +610,7 @@ def test_arguments_that_are_no_json_are_not_saved(done, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_state_that_is_no_tensor_is_refused(tmp_path):
     """A network with extra state that no .safetensors holds is NF502, and nothing is left."""
     model = normfix.convert(tiny_unet(), IMAGE).model
@@ -583,6 +619,7 @@ def test_state_that_is_no_tensor_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -600,6 +637,7 @@ def test_an_edited_statement_is_noticed(folder, change):
     assert "edited" in str(error)
 
 
+@pytest.mark.slow
 def test_a_statement_that_is_laid_out_anew_is_the_same(folder):
     """Negative control: other spaces and another order of fields change nothing."""
     data = json.loads((folder / MANIFEST).read_text("utf-8"))
@@ -607,6 +645,7 @@ def test_a_statement_that_is_laid_out_anew_is_the_same(folder):
     assert open_any(folder, Request(arch=ARCH)).notes == ()
 
 
+@pytest.mark.slow
 def test_a_folder_of_before_opens_with_a_note(folder):
     """A folder without a checksum of its statement opens, and says that an edit would not be noticed."""
     edited(folder, lambda data: data.pop("statement"), sealed=False)
@@ -628,6 +667,7 @@ def copied(saved_once, tmp_path):
     return Path(shutil.copytree(saved_once, tmp_path / "fixed"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value"),
     [

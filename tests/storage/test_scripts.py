@@ -143,6 +143,7 @@ def test_a_script_becomes_a_program_that_computes_the_same(norm, form):
         torch.testing.assert_close(found.program.module()(image), net(image))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script",
     [

@@ -118,6 +118,7 @@ def _over_channels(q, k, v):
     return v @ (k.transpose(-1, -2) @ q).softmax(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [_masked, _biased, _over_channels])
 def test_what_is_no_plain_attention_is_left(form):
     """A mask, a bias by position and attention over channels are not taken for attention to all positions."""
@@ -128,6 +129,7 @@ def _twice(q, k, v):
     return F.scaled_dot_product_attention(F.scaled_dot_product_attention(q, k, v), k, v)
 
 
+@pytest.mark.slow
 def test_attention_of_what_attention_gave_is_left():
     """Queries that are another attention's result as it is make no second barrier, and no broken program."""
     assert len(barriers(program(_twice))) == 1
@@ -143,6 +145,7 @@ class Windowed(nn.Module):
         return y.view(n, h // 4, w // 4, 4, 4, c).permute(0, 5, 1, 3, 2, 4).reshape(n, c, h, w)
 
 
+@pytest.mark.slow
 def test_attention_in_windows_is_no_barrier():
     """Its keys do not grow with the image."""
     found = with_attention(captured_program(Windowed(), Caller(), IMAGE, []), IMAGE.shape)
@@ -164,6 +167,7 @@ def net():
     return of("fused", reduced=2)
 
 
+@pytest.mark.slow
 def test_an_unconverted_network_gives_its_whole_image_output(net):
     """Norms over tokens, attention to reduced keys: equal to the untiled forward pass, its tiles are not."""
     given, expected = predicted(net), whole(net)
@@ -172,6 +176,7 @@ def test_an_unconverted_network_gives_its_whole_image_output(net):
     assert float((tiles - expected).abs().max() / expected.std()) > 0.1
 
 
+@pytest.mark.slow
 def test_another_image_of_another_size_is_exact_too(net):
     """Keys and statistics are those of the image that is predicted, also where no usual stride divides its size."""
     image = 2 * IMAGE[..., 6:, 6:]
@@ -179,6 +184,7 @@ def test_another_image_of_another_size_is_exact_too(net):
     assert float((predicted(net, image) - expected).abs().max() / expected.std()) < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mistake",
     ["a lost block", "an unscaled merge", "keys of another image"],
@@ -199,6 +205,7 @@ def test_planted_mistakes_are_caught(monkeypatch, mistake):
     assert caught.value.code in ("NF320", "NF325")
 
 
+@pytest.mark.slow
 def test_a_mask_is_refused_by_name():
     """What is not supported is named with its module, not computed."""
     with pytest.raises(NormfixError) as caught:
@@ -207,6 +214,7 @@ def test_a_mask_is_refused_by_name():
     assert "attention" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_no_tile_is_enough_for_attention(net):
     """Tiles and a halo are refused: stages alone have the keys of the whole image."""
     for options in ({"engine": "tiles"}, {"halo": 8}):
@@ -215,6 +223,7 @@ def test_no_tile_is_enough_for_attention(net):
         assert caught.value.code == "NF410"
 
 
+@pytest.mark.slow
 def test_live_norms_are_refused_with_stored_statistics(net):
     """Only an image's own statistics make an unconverted network's output."""
     with pytest.raises(NormfixError) as caught:

@@ -60,6 +60,7 @@ def test_a_later_process_plans_nothing(folder, planned):
     assert planned() == 0
 
 
+@pytest.mark.slow
 def test_a_loaded_folder_is_never_written_to(folder, planned):
     """Without a plan every process makes its own: a folder that was loaded is an input."""
     path = folder / plans.FILE
@@ -108,6 +109,7 @@ def test_what_cannot_be_believed_is_as_none(tmp_path, change):
     assert plans.kept(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_other_weights_are_planned_anew(planned):
     """A plan is of the weights that it was proved with."""
 

@@ -219,6 +219,7 @@ def _channels(module: nn.Module) -> int:
     return first.in_channels if first is not None and not isinstance(module, nn.Sequential) else 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_bound_is_the_truth_of_brute_force(name: str):
     """For the ordinary forms of every operator the bound is exactly what changing one column after the other shows."""
@@ -255,6 +256,7 @@ LOOSE: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOOSE)
 def test_a_bound_holds_at_every_tile(name: str):
     """Where a bound may be larger than the truth it is never smaller: at the front, inside and at the end."""
@@ -395,6 +397,7 @@ _PARTS = {
 }
 
 
+@pytest.mark.slow
 @given(
     st.lists(
         st.tuples(st.sampled_from(sorted(_PARTS)), st.integers(1, 4), st.integers(0, 3)),

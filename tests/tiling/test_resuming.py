@@ -443,6 +443,7 @@ def test_a_full_disk_stops_a_run_that_goes_on(bench, tmp_path, monkeypatch):
     _same(bench.calibrate(tmp_path), bench.calibrate())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".npy", ".tif"])
 def test_a_full_disk_leaves_no_output(bench, tmp_path, monkeypatch, suffix):
     """Room for the output is taken before it is mapped: a disk without it is an error, and nothing is left."""

@@ -137,6 +137,7 @@ def test_predictions_equal_the_original_for_any_block(unet, tile):
     assert_close(output, unet.net(unet.images[0]), **TOLERANCE[torch.float64])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("tile", [5, 16, 1000])
 def test_statistics_equal_an_untiled_pass(tangled, tile):
@@ -177,6 +178,7 @@ def test_three_dimensions_with_anisotropic_strides():
     assert_close(output, case.net(case.images[0]), **TOLERANCE[torch.float64])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_maps_with_channels_last():
     """Maps laid out (N, H, W, C) between stages are cut along the right dimensions."""
@@ -186,6 +188,7 @@ def test_maps_with_channels_last():
     assert_close(output, case.net(case.images[0]), **TOLERANCE[torch.float64])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_several_outputs_at_several_depths():
     """A network with outputs of two resolutions has both written, each from its own stage."""
@@ -207,6 +210,7 @@ def test_several_outputs_at_several_depths():
         assert_close(wholes[node].array, whole, **TOLERANCE[torch.float64])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_several_images_share_every_barrier(unet):
     """Images of different sizes give the population's statistics: those of the sequential passes."""
@@ -219,6 +223,7 @@ def test_several_images_share_every_barrier(unet):
         assert_close(found[path][1], layer.running_var, rtol=1e-9, atol=0)
 
 
+@pytest.mark.slow
 def test_bits_do_not_depend_on_workers_or_budget(unet, tmp_path):
     """Workers and the memory budget change no bit of statistics or prediction."""
     statistics, (output,) = unet.streamed(tile=16)
@@ -234,6 +239,7 @@ def test_bits_do_not_depend_on_workers_or_budget(unet, tmp_path):
         assert not list(tmp_path.iterdir())  # what no later stage needs is deleted
 
 
+@pytest.mark.slow
 def test_values_are_freed_when_no_later_stage_needs_them(unet):
     """The most that is held at once is far less than all values, and nothing is held at the end."""
     unet.streamed(tile=32)
@@ -242,6 +248,7 @@ def test_values_are_freed_when_no_later_stage_needs_them(unet):
     assert unet.store.budget.used == 0
 
 
+@pytest.mark.slow
 def test_memory_and_disk_are_forecast(unet, tmp_path):
     """What a run will hold at most, in memory and on disk, is known to the byte before it starts."""
     images = _images((64, 48), (32, 40))
@@ -289,6 +296,7 @@ class Striped(nn.Module):
         return self.conv(y.unflatten(2, (y.shape[2] // 48, 48)).flatten(2, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("net", "code"),
     [
@@ -330,6 +338,7 @@ def test_a_network_without_norms_is_cut_at_its_convolutions():
     assert all(reach.halo == ((1, 1), (1, 1)) for reach in planned.reaches)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_ragged_sizes_are_proved_where_the_network_is_exact_at_them():
     """A network that resizes to its skip takes sizes its stride does not divide; the proof says if blocks do too."""

@@ -24,6 +24,7 @@ SAMPLE = (
 """One case each of a reach, a stretched resize, a comparison, a size, a far tap, a lattice, a border and an end."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_sample_is_not_silently_wrong(name):
     """Tiles at the claimed stride and halo equal the whole on an image that was not scanned, or nothing is claimed."""

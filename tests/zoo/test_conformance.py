@@ -237,6 +237,7 @@ def test_a_constant_output_is_inconclusive():
     assert row["category"] not in ("converted", "local"), row
 
 
+@pytest.mark.slow
 def test_a_wrong_word_on_density_fails():
     """What the catalogue calls a classifier must not be scanned as dense."""
     assert examine(replace(SMALL, dense=False))["category"] == "failed"
@@ -250,6 +251,7 @@ def test_a_network_that_hangs_is_stopped():
     assert "build" in row["cause"]
 
 
+@pytest.mark.slow
 def test_a_network_that_computes_for_ever_is_stopped():
     """The limit is on processor time, however long the clock says it took."""
 
@@ -319,6 +321,7 @@ def test_distance_is_infinite_where_it_must_be():
     assert distance(a[..., :2], a) == float("inf")
 
 
+@pytest.mark.slow
 def test_the_page_counts_every_network_once():
     """Outcomes and networks without a row add up to the catalogue; what went wrong is named with its cause."""
     good = examine(SMALL) | {"seconds": 1.0}
@@ -334,6 +337,7 @@ def test_the_page_counts_every_network_once():
     assert "| small | 1/1 instance | " in text
 
 
+@pytest.mark.slow
 def test_what_the_plan_misses_is_on_the_page(monkeypatch):
     """The page counts sites that the dye sees; control: one that a plan leaves out is named there."""
     row = examine(SMALL) | {"seconds": 1.0}
