@@ -198,7 +198,9 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "unet of 14 instance norms": lambda: Network(lambda c: nn.InstanceNorm2d(c, affine=True)),
     "unet of 14 group norms": lambda: Network(lambda c: nn.GroupNorm(2, c)),
 }
-EVERY_NETWORK = pytest.mark.parametrize("name", BUILDERS)
+EVERY_NETWORK = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.zoo if "of 14" in n else ()) for n in BUILDERS]
+)
 BOTH = pytest.mark.parametrize("to", ["frozen", "batchrenorm"])
 
 
@@ -596,7 +598,7 @@ def test_calibrates_plain_batchnorm() -> None:
     assert_close(result.model[1].running_var, y.var((0, 2, 3), correction=0))
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_predict_equals_original() -> None:
     """The product: stitched tiles of the converted network equal the original on the whole image."""
     model, x = build("unet of 14 instance norms"), image(256, 192, dtype=torch.float64)

@@ -120,7 +120,7 @@ def test_original_seams_on_real_image(nuclei):
     assert verdict.max_sd > 0.1
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_conditional_shift_is_only_said_for_one_image(nuclei):
     """With a second image, the report shows that neither prediction is the original's any more."""
     done = normfix.convert(nuclei_unet(), [nuclei, nuclei.flip(-1)[..., :256] * 0.5])
@@ -128,7 +128,7 @@ def test_conditional_shift_is_only_said_for_one_image(nuclei):
     assert all(shift.max_sd > 1e-3 for shift in done.proof.shifts)
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_result_is_the_users_class(nuclei):
     """The converted network is still a NucleiUNet, trainable, with InstanceNorm gone from its path."""
     model = normfix.convert(nuclei_unet(), nuclei, "batchrenorm").model

@@ -14,6 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 # the words after the file's name, what the last lines must match
+LONG = ("attention", "check", "streaming")
 RUNS = {
     "attention": (
         ["--height", "32", "--width", "64", "--tile", "32", "--memory", "64"],
@@ -41,7 +42,8 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.zoo if n == "attention" else ()) for n in sorted(RUNS)]
+    "name",
+    [pytest.param(n, marks=pytest.mark.zoo if n in LONG else ()) for n in sorted(RUNS)],
 )
 def test_a_benchmark_runs_to_its_end(name, run):
     """What it prints last has numbers in it."""
@@ -52,6 +54,7 @@ def test_a_benchmark_runs_to_its_end(name, run):
     assert re.search(pattern, printed), printed
 
 
+@pytest.mark.zoo
 def test_constants_are_compared_on_labels(run, tmp_path):
     """The benchmark of constants takes an image and labels of one's own, and has a row for each kind."""
     rows, columns = np.mgrid[:96, :112]

@@ -96,6 +96,7 @@ def test_calibrate_by_window_writes_the_same_statistics(folder):
         torch.testing.assert_close(blocks[name], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.zoo
 def test_convert_in_stages_writes_the_whole_image_s_statistics(folder):
     """convert --store reads a Zarr image by window; the constants are those of the whole image."""
     torch.manual_seed(0)

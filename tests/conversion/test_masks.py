@@ -98,7 +98,7 @@ def test_what_lies_under_a_mask_is_not_measured(converted):
     assert (one.running_var - whole.running_var).abs().max() > 1
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @torch.no_grad()
 def test_masks_of_volumes_and_files(tmp_path):
     """In 3D with other strides per axis, masks from files give in blocks what they give in one."""

@@ -17,10 +17,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """Run the demo once, on a quarter of its image."""
+    """Run the demo once, on a part of its image."""
     folder = tmp_path_factory.mktemp("demo") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("normfix.demo.data.nuclei_image", lambda: nuclei_image()[:384, 704:1152])
+        patch.setattr("normfix.demo.data.nuclei_image", lambda: nuclei_image()[:320, 704:1024])
         return run_demo(str(folder)), folder
 
 

@@ -25,6 +25,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.zoo
 def test_commands_exit_as_stated(folder):
     """Commands whose comment says they exit with another code do."""
     lines = [line for block in blocks(DIAGNOSING, "shell") for line in block.splitlines()]

@@ -60,7 +60,7 @@ def test_a_folder_that_exists_is_refused_before_anything_is_computed(run, tmp_pa
     assert not (tmp_path / "fixed").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_a_switch_without_a_value_is_refused(run, tmp_path):
     """--switch takes NAME=VALUE."""
     bundle(tmp_path / "bundle")

@@ -450,7 +450,7 @@ class _InWindows(nn.Module):
         return x
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_sizes_of_padded_windows_are_not_left_free():
     """Remainders within remainders make formulas that take minutes: the sizes are fixed, and the batch is free."""
     assert free_dimensions(export(_InWindows(2).eval(), torch.randn(1, 1, 64, 64))) == (0,)

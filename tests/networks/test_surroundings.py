@@ -113,10 +113,10 @@ def later():
 @pytest.mark.parametrize(
     "setting",
     [
-        "torch.set_float32_matmul_precision('medium')",
-        "b.cuda.matmul.allow_tf32 = True",
+        pytest.param("torch.set_float32_matmul_precision('medium')", marks=pytest.mark.zoo),
+        pytest.param("b.cuda.matmul.allow_tf32 = True", marks=pytest.mark.zoo),
         "b.cuda.matmul.fp32_precision = 'tf32'",
-        "b.mkldnn.fp32_precision = 'bf16'",
+        pytest.param("b.mkldnn.fp32_precision = 'bf16'", marks=pytest.mark.zoo),
         "b.fp32_precision = 'tf32'",
         "torch.set_float32_matmul_precision('high'); b.mkldnn.matmul.fp32_precision = 'ieee'",
         "pass",

@@ -60,11 +60,10 @@ QUICK = (
     + (
         "adaptive max, half",
         "flips averaged",
-        "block attention of small blocks",
         "signs",
         "sampled at identity",
     )
-    + ("a flip that stays", "adaptive max, one axis fixed", "custom operator", "custom operator of all")
+    + ("a flip that stays", "adaptive max, one axis fixed", "custom operator of all")
 )
 AGAINST = {"NF212", "NF213", "NF214", "NF215", "NF216", "NF240", "NF242", "NF244", "NF245"}
 

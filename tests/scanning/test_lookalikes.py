@@ -9,6 +9,14 @@ from torch import nn
 import normfix
 
 SLOW = {
+    "a flip along the other axis",
+    "attention over a grid",
+    "block attention",
+    "block attention of small blocks",
+    "block attention, shifted",
+    "custom operator beside a norm",
+    "custom operator, bright",
+    "custom operator, capped",
     "block attention, both",
     "block attention by products",
     "block mixing",

@@ -145,7 +145,7 @@ class Windowed(nn.Module):
         return y.view(n, h // 4, w // 4, 4, 4, c).permute(0, 5, 1, 3, 2, 4).reshape(n, c, h, w)
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_attention_in_windows_is_no_barrier():
     """Its keys do not grow with the image."""
     found = with_attention(captured_program(Windowed(), Caller(), IMAGE, []), IMAGE.shape)
@@ -187,7 +187,10 @@ def test_another_image_of_another_size_is_exact_too(net):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "mistake",
-    ["a lost block", "an unscaled merge", "keys of another image"],
+    [
+        "a lost block",
+        *(pytest.param(m, marks=pytest.mark.zoo) for m in ("an unscaled merge", "keys of another image")),
+    ],
 )
 def test_planted_mistakes_are_caught(monkeypatch, mistake):
     """The proof of the plan, or the network's own output, finds what attention would get wrong."""
@@ -205,7 +208,7 @@ def test_planted_mistakes_are_caught(monkeypatch, mistake):
     assert caught.value.code in ("NF320", "NF325")
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_a_mask_is_refused_by_name():
     """What is not supported is named with its module, not computed."""
     with pytest.raises(NormfixError) as caught:

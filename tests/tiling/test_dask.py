@@ -64,6 +64,7 @@ def test_a_cluster_gives_the_bits_of_this_process(cluster, model, tmp_path):
     assert not list((tmp_path / "store").iterdir())
 
 
+@pytest.mark.zoo
 def test_statistics_that_are_no_norms_travel(cluster, tmp_path):
     """Means and maxima are measured on workers by the same laws, to the same bits."""
     torch.manual_seed(0)

@@ -397,7 +397,7 @@ _PARTS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @given(
     st.lists(
         st.tuples(st.sampled_from(sorted(_PARTS)), st.integers(1, 4), st.integers(0, 3)),
