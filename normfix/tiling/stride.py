@@ -144,7 +144,7 @@ def is_equivariant(
     still, moved = f(x.narrow(axis + 2, 0, length)), f(x.narrow(axis + 2, shift, length))
     first = round_up(reach[0], scale.denominator) + shift
     last = length - round_up(reach[1], scale.denominator)
-    width = int((last - first) * scale)
+    width = min(int((last - first) * scale), still.shape[axis + 2] - int(first * scale))
     a = still.narrow(axis + 2, int(first * scale), width)
     b = moved.narrow(axis + 2, int((first - shift) * scale), width)
     return _same(a, b)
@@ -289,6 +289,7 @@ def _window_agrees(
             return False
     else:
         width = int((length - start - begin - round_up(reach[1], scale.denominator)) * scale)
+        width = min(width, part.shape[axis + 2] - first)
     a = whole.narrow(axis + 2, int((start + begin) * scale), width)
     return _same(a, part.narrow(axis + 2, first, width))
 
@@ -317,7 +318,7 @@ def smallest_tile(
             continue
         whole = f(x)
         surplus = whole.shape[axis + 2] - x.shape[axis + 2] * scale
-        inner = max(0, int((extent - after) * scale))
+        inner = min(max(0, int((extent - after) * scale)), part.shape[axis + 2])
         same = torch.allclose(part.narrow(axis + 2, 0, inner), whole.narrow(axis + 2, 0, inner), 1e-3, 1e-3)
         if part.shape[axis + 2] == extent * scale + surplus > 0 and same:
             return extent
@@ -359,8 +360,8 @@ def exact_multiple(
         ends, whole = _ends(function, x, axis, stride, scale, reach)
         if ends is None or whole is None:
             return math.inf
-        inner = int((length - reach[1]) * scale)
         front = function(x.narrow(axis + 2, 0, length))
+        inner = min(int((length - reach[1]) * scale), front.shape[axis + 2])
         fronts = whole.narrow(axis + 2, 0, inner), front.narrow(axis + 2, 0, inner)
         both = _difference(*ends), _difference(*fronts)
         return max(math.inf if d is None else d for d in both)
