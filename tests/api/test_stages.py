@@ -330,6 +330,26 @@ def test_valid_convolutions_run_in_stages(size, tile, tmp_path):
             assert_close(measured.model(image), expected, rtol=1e-9, atol=1e-9)
 
 
+def test_a_network_that_leaves_nothing_of_a_small_block_runs_in_stages():
+    """Strips that a crop leaves nothing of were measured all the same, which ended in an error of torch."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 2, 3, padding=1), nn.InstanceNorm2d(2), _Crop()
+    done = normfix.convert(nn.Sequential(*layers).double().eval(), _image(48, 56))
+    image = _image(50, 41, seed=3)
+    with torch.no_grad():
+        expected = done.model(image)
+    assert done.proof.passed
+    for engine in ("tiles", "stages"):
+        assert_close(
+            normfix.predict(done.model, image, 16, engine=engine), expected, **TOLERANCE[torch.float64]
+        )
+
+
+class _Crop(nn.Module):
+    def forward(self, x):
+        return x[:, :, 5:, 5:]
+
+
 def test_calibrating_what_was_not_converted_is_refused():
     """A network whose plan converts nothing has no statistic to measure, in passes or in stages."""
     model = normfix.convert(nn.Conv2d(1, 1, 3, padding=1).double().eval(), _image(48, 48)).model

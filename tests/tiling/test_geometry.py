@@ -220,9 +220,18 @@ def test_an_output_of_one_size_is_not_tiled():
     assert [f.code for f in _measure(nn.AdaptiveAvgPool2d(7), (1, 1)).findings] == ["NF211"]
 
 
-@pytest.mark.parametrize(("make", "expected"), [(plain_unet, (16, 16)), (NeedsRoom, (32, 32))])
+class _Cropped(nn.Module):
+    """Leaves nothing of an image of up to 20 pixels."""
+
+    def forward(self, x):
+        return x[:, :, 10 : x.shape[2] - 10, 10 : x.shape[3] - 10]
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"), [(plain_unet, (16, 16)), (NeedsRoom, (32, 32)), (_Cropped, (32, 32))]
+)
 def test_the_cross_section_is_as_thin_as_the_network_allows(make, expected):
-    """Strips start at 16 pixels and widen until the network runs."""
+    """Strips start at 16 pixels and widen until the network runs and leaves something of them."""
     grid = (8, 8) if make is plain_unet else (1, 1)
     assert cross_section(functions(make())[0], EXAMPLE, grid) == expected
 
