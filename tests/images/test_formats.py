@@ -518,7 +518,7 @@ def test_a_volume_without_a_place_is_written_as_a_tiff(channels, tmp_path):
     volume = np.arange(channels * 60, dtype=np.float32).reshape(channels, 3, 4, 5)
     with OutputFile(tmp_path / "a.tif") as file:
         file.create(volume.shape, torch.float32, volume.shape[1:])
-        file.write((slice(0, 1), *map(slice, volume.shape)), torch.from_numpy(volume)[None])
+        file.write((slice(0, 1), *(slice(0, n) for n in volume.shape)), torch.from_numpy(volume)[None])
     with tifffile.TiffFile(tmp_path / "a.tif") as written:
         assert written.series[0].axes == ("ZYX" if channels == 1 else "CZYX")
         assert written.is_imagej == (channels == 1)
