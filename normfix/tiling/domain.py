@@ -105,7 +105,7 @@ def extension(size: Sequence[int], geometry: Geometry | None) -> tuple[Finding, 
     message = (
         f"an image of {_by(size)} is extended at its end by its edge pixels to {exact}, the next size that tiles are "
         f"exact at, and the result cut back. That is the whole image here: what the network itself gives for "
-        f"{_by(size)}, if it takes that, is another."
+        f"{_by(size)}, if it takes that, may be another."
     )
     return (_finding("NF263", message),)
 
