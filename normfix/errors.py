@@ -217,6 +217,10 @@ CODES: dict[str, str] = {
     "under the statistics of now, or the other way round. Its stride and halo were measured anew; where none hold, "
     "tiles do not equal the whole image any more and it is not predicted in tiles. normfix calibrate and --statistics "
     "per-image do this.",
+    "NF263": "At sizes that the network's stride does not divide it may compute what no tiles give, such as a skip "
+    "connection that is resized. There an image is extended at its end by its edge pixels to the next size that is "
+    "exact, measured and predicted so, and the result cut back. Crop or extend images yourself to multiples of the "
+    "stride to decide what is at the border.",
     "NF224": "A program (.pt2) could not be read, or is not what torch.export.save writes for one image and "
     "the tensors it holds.",
     "NF225": "The network cannot be written as an exported program: torch.export failed, or something in it "

@@ -53,6 +53,7 @@ from normfix.scanning.known import ForwardFn
 from normfix.scanning.scan import Scanned, look
 from normfix.scanning.sites import survey
 from normfix.scanning.witnesses import HaloSource
+from normfix.tiling.domain import extension
 from normfix.tiling.grid import Geometry
 from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stages.resuming import resumable
@@ -160,6 +161,9 @@ def convert(
     progress("scan", 0, 1)
     seen = _seen(ready, example, caller, halo, _kept(keys, to))
     progress("scan", 1, 1)
+    if taken is not None:
+        for finding in extension(next(iter(taken)).shape[2:], seen.geometry):
+            _LOG.warning(finding.line)
     if not sized:
         statistics = replace(statistics, size=on_grid(statistics.size, seen.geometry))
     if isinstance(to, Plan):

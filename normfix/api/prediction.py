@@ -41,7 +41,7 @@ from normfix.scanning.base import Base, base_of
 from normfix.scanning.known import ForwardFn, Known, known_of, with_halo
 from normfix.scanning.renewal import renewed
 from normfix.scanning.scan import look
-from normfix.tiling.domain import judge_size
+from normfix.tiling.domain import extension, judge_size
 from normfix.tiling.geometry import geometry_of
 from normfix.tiling.grid import Geometry
 from normfix.tiling.stages.cache import is_captured
@@ -528,7 +528,7 @@ def _require_inside(scan: Scan, shape: Sequence[int], tile: Sequence[int], geome
     judgement = judge_size(scan.sizes, shape[2:], tile, geometry, shape[0])
     for finding in judgement.outside[:1]:
         raise NormfixError(finding.code, finding.message, where=scan.model)
-    for finding in judgement.unproved:
+    for finding in (*extension(shape[2:], geometry), *judgement.unproved):
         _LOG.warning("%s", finding.line)
 
 

@@ -37,6 +37,7 @@ from normfix.scanning.known import ForwardFn
 from normfix.scanning.renewal import renew_
 from normfix.scanning.scan import look
 from normfix.scanning.sites import survey
+from normfix.tiling.domain import extension
 from normfix.tiling.geometry import geometry_of
 from normfix.tiling.stages.cache import hand_on
 from normfix.tiling.stages.options import Blocks
@@ -190,6 +191,8 @@ def _measured(
     caller = Caller.of(known, forward_fn, output)
     taken = images_of(images, model, like=known.scan.example if known else None, caller=caller)
     geometry = geometry_of(known.scan) if known is not None else None
+    for finding in extension(next(iter(taken)).shape[2:], geometry):
+        _LOG.warning(finding.line)
     targets: Sequence[Target]
     if known is not None:
         targets = planned_targets(model, known.plan)

@@ -34,18 +34,18 @@ def blended_windows(run: Run, image: Tensor, size: Sequence[int], geometry: Geom
     space = image.shape[2:]
     sizes = tuple(size) if len(size) == len(space) else tuple(size) * len(space)
     extents = [min(n, m) for n, m in zip(sizes, space, strict=True)]
-    steps = [round_up(max(1, n // 2), stride) for n, stride in zip(extents, geometry.stride, strict=True)]
-    axes = [_starts(*axis) for axis in zip(space, extents, steps, geometry.stride, strict=True)]
+    spans = [_spans(*axis) for axis in zip(space, extents, geometry.stride, strict=True)]
     total: Tensor | None = None
     weights = torch.zeros(())
-    for corner in product(*axes):
-        window = run(image[at([slice(a, a + n) for a, n in zip(corner, extents, strict=True)])])
+    # the last window first: it ends where the output ends
+    for corner in reversed(list(product(*spans))):
+        window = run(image[at(corner)])
+        starts = [int(span.start * scale) for span, scale in zip(corner, geometry.scale, strict=True)]
         if total is None:
-            out = [math.ceil(n * scale) for n, scale in zip(space, geometry.scale, strict=True)]
+            out = [a + n for a, n in zip(starts, window.shape[2:], strict=True)]
             total = window.new_zeros((*window.shape[:2], *out), dtype=torch.float64)
             weights = torch.zeros_like(total[:1, :1])
         hann = _hann(window.shape[2:]).to(total)
-        starts = [int(a * scale) for a, scale in zip(corner, geometry.scale, strict=True)]
         there = at([slice(a, a + n) for a, n in zip(starts, window.shape[2:], strict=True)])
         total[there] += window.double() * hann
         weights[there] += hann
@@ -59,10 +59,14 @@ def side_by_side(run: Run, image: Tensor, size: Sequence[int], geometry: Geometr
     return tiled(run, image, tile_extents(size[0] if len(size) == 1 else tuple(size), apart), apart)
 
 
-def _starts(extent: int, size: int, step: int, stride: int) -> list[int]:
-    """Return where windows start: every step, the last so that it ends with the axis, on the grid."""
+def _spans(extent: int, size: int, stride: int) -> list[slice]:
+    """Return windows that start every half of their size, on the grid, up to the one that ends with the axis.
+
+    That one is longer by what the axis has beyond the grid.
+    """
     last = (extent - size) // stride * stride
-    return [*range(0, last, step), last]
+    starts = range(0, last, round_up(max(1, size // 2), stride))
+    return [*(slice(start, start + size) for start in starts), slice(last, extent)]
 
 
 def _hann(extents: Sequence[int]) -> Tensor:

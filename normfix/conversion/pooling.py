@@ -62,12 +62,8 @@ def windows_of(image: Image, size: Sequence[int], geometry: Geometry | None) -> 
     strides = (1,) * len(space)
     if geometry is not None:
         strides, sizes = geometry.stride, tile_extents(sizes, geometry)
-    starts = [_starts(*axis) for axis in zip(space, sizes, strides, strict=True)]
-    return [
-        Cut(one, [(a, a + min(n, m)) for a, n, m in zip(corner, sizes, space, strict=True)])
-        for one in each_of(image)
-        for corner in product(*starts)
-    ]
+    spans = [_spans(*axis) for axis in zip(space, sizes, strides, strict=True)]
+    return [Cut(one, corner) for one in each_of(image) for corner in product(*spans)]
 
 
 def on_grid(size: Sequence[int], geometry: Geometry | None) -> tuple[int, ...]:
@@ -90,11 +86,15 @@ def on_grid(size: Sequence[int], geometry: Geometry | None) -> tuple[int, ...]:
     return tuple(fitting[:1] if len(set(fitting)) == 1 else fitting)
 
 
-def _starts(extent: int, size: int, stride: int) -> list[int]:
-    """Return evenly spread starts, multiples of the stride; the image itself ends on the grid."""
+def _spans(extent: int, size: int, stride: int) -> list[tuple[int, int]]:
+    """Return evenly spread windows that start on multiples of the stride.
+
+    The last is longer by what the axis has beyond the grid.
+    """
     count = max(1, -(-extent // size))
     last = max(0, extent - size)
-    return [round(last * n / max(1, count - 1)) // stride * stride for n in range(count)]
+    starts = [round(last * n / max(1, count - 1)) // stride * stride for n in range(count)]
+    return [*((start, start + size) for start in starts[:-1]), (starts[-1], extent)]
 
 
 def require_poolable(plan: Plan, statistics: Statistics) -> None:

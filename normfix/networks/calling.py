@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CodeType, TracebackType
 from typing import Any
 
@@ -34,6 +34,7 @@ __all__ = [
     "evaluating",
     "failures",
     "home_of",
+    "is_halved",
     "refusals",
     "require_network",
     "resized",
@@ -115,11 +116,13 @@ class Caller:
         forward_fn: `forward_fn(model, image)` for any other calling convention; None means `model(image)`.
         output: key or index where the model returns a mapping or a sequence.
         draws: the network draws random numbers: it gets the same ones in every call, from no generator of torch's.
+        wide: the network casts to half precision whatever its weights are, and is run in float32.
     """
 
     forward_fn: Callable[[nn.Module, Tensor], Any] | None = None
     output: str | int | None = None
     draws: bool = False
+    wide: bool = False
 
     @classmethod
     def of(
@@ -149,6 +152,8 @@ class Caller:
                 around.enter_context(as_given(image.device))
                 if self.draws and not is_exporting():
                     around.enter_context(OwnRandomness())
+                if self.wide and image.dtype == torch.float32:
+                    around.enter_context(_StaysWide(torch.float32))
                 given = image.clone()  # some networks work in place on their input
                 return model(given) if self.forward_fn is None else self.forward_fn(model, given)
         except NormfixError:
@@ -176,9 +181,18 @@ class Caller:
                 where=type(model).__name__,
             ) from error
 
+    def widened(self, model: nn.Module, image: Tensor) -> Caller:
+        """Return what calls a network that was in half precision in float32, also if it casts to half itself."""
+        try:
+            with torch.no_grad():
+                self(model, image)
+        except NotTaken:
+            return replace(self, wide=True)
+        return self
+
     def in_double(self, model: nn.Module, image: Tensor) -> Tensor:
-        """Return the output of a float64 model for a float64 image, without casts to float32 on the way."""
-        with _StaysDouble():
+        """Return the output of a float64 model for a float64 image, without casts to less on the way."""
+        with _StaysWide(torch.float64):
             return self(model, image)
 
     def exactly(self, model: nn.Module, image: Tensor) -> Tensor:
@@ -268,11 +282,16 @@ def _layer(model: nn.Module, error: BaseException) -> str:
     return f", in {found}" if found else ""
 
 
-class _StaysDouble(TorchFunctionMode):
-    """Leaves float64 tensors alone where a network casts to float32, as many norms do to be safe in half.
+class _StaysWide(TorchFunctionMode):
+    """Leaves tensors of one dtype alone where a network casts to less, as many norms do to be safe in half.
 
     Large convolutions are computed in slabs: whole, they take most of the time of a scan in 3D.
     """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+        self._less = _LESS if dtype == torch.float64 else _LESS[1:]
 
     def __torch_function__(
         self,
@@ -283,11 +302,22 @@ class _StaysDouble(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         operand = args[0] if args else None
-        to_single = func is Tensor.float or torch.float32 in (*args[1:], *kwargs.values())
-        casts = func in (Tensor.float, Tensor.to, Tensor.type) and to_single
-        if casts and isinstance(operand, Tensor) and operand.dtype == torch.float64:
+        if isinstance(operand, Tensor) and operand.dtype == self._dtype and self._casts(func, args, kwargs):
             return operand
         return in_slabs(func, *args, **kwargs) if is_convolution(func) else func(*args, **kwargs)
+
+    def _casts(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        if func in (Tensor.to, Tensor.type):
+            return any(dtype in (*args[1:], *kwargs.values()) for dtype, _ in self._less)
+        return any(func is method for _, method in self._less)
+
+
+_LESS = (
+    (torch.float32, Tensor.float),
+    (torch.float16, Tensor.half),
+    (torch.bfloat16, Tensor.bfloat16),
+)
+"""Floating types, and what casts to them."""
 
 
 @contextmanager
@@ -347,6 +377,11 @@ def require_network(model: object) -> None:
         reason = "it has tensors on the meta device, which hold no data. Load its weights first."
     if reason:
         raise NormfixError("NF118", reason, where=type(model).__name__)
+
+
+def is_halved(model: nn.Module) -> bool:
+    """Tell whether any of a model is in half precision."""
+    return any(t.dtype in (torch.float16, torch.bfloat16) for t in (*model.parameters(), *model.buffers()))
 
 
 def home_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -97,6 +97,8 @@ class Subject:
             parts = tiled(self.run, image, tile, geometry)
         except refusals():
             return None
+        if parts.shape != whole.shape:
+            return None
         largest, mean = deviation(parts, whole, spread)
         size = "x".join(map(str, tile))
         return largest, f"tiles of {size} with {_UNIT} pixels of context are {mean:.2g} sd off on average"

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normfix.networks.behaviour import structure_of
-from normfix.networks.calling import Caller, home_of, refusals
+from normfix.networks.calling import Caller, home_of, is_halved, refusals
 from normfix.networks.copying import copy_of, twin_of
 from normfix.networks.examples import fitting_example
 from normfix.networks.intake import Intake
@@ -148,6 +148,8 @@ def _decides(model: nn.Module, example: Tensor, caller: Caller) -> bool:
     values, names = _Comparisons(), _Departures()
     probe = copy_of(model).float().eval() if device.type == "cpu" else twin_of(model)
     given = example.to(device, torch.float32 if device.type == "cpu" else dtype)
+    if device.type == "cpu" and is_halved(model):
+        caller = caller.widened(probe, given)
     with torch.no_grad(), names, values:
         caller(probe, given)
     return values.seen or names.seen

@@ -16,7 +16,7 @@ from normfix.conversion.targets import measured_targets
 from normfix.images.given import Given, images_of
 from normfix.images.sources import middle_of
 from normfix.networks.behaviour import behaviour_of
-from normfix.networks.calling import Caller, class_of, refusals
+from normfix.networks.calling import Caller, class_of, is_halved, refusals
 from normfix.networks.copying import copy_of
 from normfix.networks.numerics import exact_arithmetic
 from normfix.networks.surroundings import undisturbed
@@ -140,8 +140,11 @@ def look(
         keys: how many keys of attention shall be held of all images together, 0 for all; None to leave attention live.
     """
     name = class_of(probe)
+    halved = is_halved(probe)
     probe.cpu().float().eval()
     material = example[:1].detach().cpu().float()
+    if halved:
+        caller = caller.widened(probe, material)
     positions = Positions()
     with exact_arithmetic():
         found = survey(probe, caller, material, positions.follow, keys=keys)

@@ -6,6 +6,8 @@ The rule, for `check` and `predict` alike:
     the same, but tiles were found to equal the whole on both sides of it    said: NF261
     no graph tells the sizes, and the image is larger than what was compared said: NF261
     a condition holds here, and would fail for images of other sizes         said by `check`: NF244
+
+An image whose size no tiles are exact at is extended, and that is said as well: NF263.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from normfix.records.sites import Finding
 from normfix.records.sizes import Condition, ProvedSizes
 from normfix.tiling.grid import Geometry, window_sizes
 
-__all__ = ["SizeVerdict", "judge_size"]
+__all__ = ["SizeVerdict", "extension", "judge_size"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,25 @@ def judge_size(
         )
         unproved.append(_finding("NF261", larger))
     return SizeVerdict(tuple(outside), tuple(unproved), tuple(elsewhere))
+
+
+def extension(size: Sequence[int], geometry: Geometry | None) -> tuple[Finding, ...]:
+    """Say that an image is extended to a size at which the network is exact; nothing where it is not.
+
+    Args:
+        size: pixels per spatial axis.
+        geometry: of the network, where it is known.
+    """
+    padding = () if geometry is None else geometry.padding(size)
+    if not any(padding):
+        return ()
+    exact = _by([n + more for n, more in zip(size, padding, strict=True)])
+    message = (
+        f"an image of {_by(size)} is extended at its end by its edge pixels to {exact}, the next size that tiles are "
+        f"exact at, and the result cut back. That is the whole image here: what the network itself gives for "
+        f"{_by(size)}, if it takes that, may be another."
+    )
+    return (_finding("NF263", message),)
 
 
 def _firsts(

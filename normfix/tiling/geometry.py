@@ -267,14 +267,18 @@ def not_dense(output: Sequence[int], follows: Collection[int], rank: int) -> Loc
 
 
 def cross_section(f: Function, example: Tensor, grid: Sequence[int]) -> tuple[int, ...] | None:
-    """Return the thinnest strip the network runs on: extents per axis, each a multiple of the grid."""
+    """Return the thinnest strip that the network runs on and gives anything for.
+
+    Extents per axis are multiples of the grid. Of a network that crops its output a strip may be left nothing.
+    """
     for least in (16, 32, 64, 128):
         size = tuple(round_up(max(least, g * least // 16), g) for g in grid)
         try:
-            f(strip(example, size))
+            given = f(strip(example, size))
         except refusals():
             continue
-        return size
+        if given.numel():
+            return size
     return None
 
 
@@ -362,6 +366,7 @@ def _along_axes(
         dyes.append(None if swallowed else reach)
         if bound is not None:
             reach = line.required(unit, reach)
+        reach = reach[0], max(reach[1], line.cropped(unit, around, reach[1]))
         multiple = exact_multiple(
             exact, example.double(), axis, unit, scale, around, cross, single, like=like[1]
         )
@@ -454,6 +459,16 @@ class _Line:
     def _ends_held(self, unit: int, before: int, after: int) -> tuple[bool, bool]:
         around = round_up(before, unit), round_up(after, unit)
         return ends_held(self.double, self.example.double(), self.axis, unit, self.scale, around, self.cross)
+
+    def cropped(self, stride: int, around: tuple[int, int], after: int) -> int:
+        """Return how many pixels ahead a tile reads so that the network, which crops its end, gives all of the tile.
+
+        0 where what lies `after` a tile, up to the stride, is enough.
+        """
+        strip = self.seen(stride, around)
+        lacking = strip.shape[self.axis + 2] * self.scale - self.double(strip).shape[self.axis + 2]
+        ahead = math.ceil(lacking / self.scale)
+        return ahead if ahead > round_up(after, stride) else 0
 
     def required(self, unit: int, reach: tuple[int, int]) -> tuple[int, int]:
         """Return the bound for tiles on multiples of `unit`.

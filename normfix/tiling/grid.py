@@ -78,12 +78,15 @@ class Tile:
     """One tile: what to read of the input, what to keep of the window's output, where it goes.
 
     All are one slice per spatial axis; `read` in input pixels, `keep` in pixels of the window's output,
-    `write` in pixels of the whole output. `keep` and `write` of the last tile of an axis have no stop.
+    `write` in pixels of the whole output. `keep` and `write` of the last tile of an axis have no stop. `stride` is that
+    of the network, `scale` its output pixels per pixel.
     """
 
     read: tuple[slice, ...]
     keep: tuple[slice, ...]
     write: tuple[slice, ...]
+    stride: tuple[int, ...]
+    scale: tuple[Fraction, ...]
 
     def covers(self, size: Sequence[int]) -> tuple[bool, ...]:
         """Tell per axis whether the window reads the whole extent."""
@@ -116,7 +119,7 @@ def grid(size: Sequence[int], tile: Sequence[int], geometry: Geometry) -> Iterat
     """
     for parts in itertools.product(*_spans_by_axis(size, tile, geometry)):
         read, keep, write = zip(*parts, strict=True)
-        yield Tile(read, keep, write)
+        yield Tile(read, keep, write, geometry.stride, geometry.scale)
 
 
 def window_sizes(size: Sequence[int], tile: Sequence[int], geometry: Geometry) -> Iterator[tuple[int, ...]]:

@@ -80,7 +80,7 @@ def _groups(f: Function, image: Tensor, tiles: Sequence[Tile], batch: int | None
     """Yield the tiles that share a call: of one shape, as many as are asked for or pay, if `f` treats them apart."""
     shapes: dict[tuple[int, ...], list[Tile]] = {}
     for tile in tiles:
-        shapes.setdefault(tuple(s.stop - s.start for s in tile.read), []).append(tile)
+        shapes.setdefault(tuple(_length(span) for span in tile.read), []).append(tile)
     apart: bool | None = None
     for shape, alike in shapes.items():
         most = _paying(image.device, shape) if batch is None else batch
@@ -147,16 +147,21 @@ def _extents(tiles: Sequence[Tile], first: Tensor, end: Tensor) -> list[int]:
 
 
 def _grows_otherwise(one: Tile, first: Tensor, other: Tile, window: Tensor) -> bool:
-    """Tell whether windows of two extents differ by other extents of their outputs than the scale says."""
-    for axis, (read, write, keep) in enumerate(
-        zip(other.read, other.write, other.keep, strict=True), start=2
-    ):
-        if read.start:
-            scale = Fraction(write.start - keep.start, read.start)
-            more = (read.stop - read.start) - (one.read[axis - 2].stop - one.read[axis - 2].start)
-            if abs(window.shape[axis] - first.shape[axis] - scale * more) >= 1:
-                return True
+    """Tell whether windows of two extents differ by other extents of their outputs than the scale says.
+
+    A stride more of input is exactly scale * stride more of output; what ends within a stride may be rounded to either.
+    """
+    for axis, (stride, scale) in enumerate(zip(other.stride, other.scale, strict=True)):
+        more = _length(other.read[axis]) - _length(one.read[axis])
+        rounded = scale * stride if more % stride else 1
+        if abs(window.shape[axis + 2] - first.shape[axis + 2] - scale * more) >= max(1, rounded):
+            return True
     return False
+
+
+def _length(span: slice) -> int:
+    length: int = span.stop - span.start
+    return length
 
 
 _SLACK = 16
@@ -183,7 +188,7 @@ _EDITED = (
 
 
 def _misfit(window: Tensor, tile: Tile) -> NormfixError:
-    read = tuple(span.stop - span.start for span in tile.read)
+    read = tuple(_length(span) for span in tile.read)
     return NormfixError(
         "NF115", f"of {read} pixels it makes an output of {tuple(window.shape[2:])}. {_EDITED}", where="scale"
     )

@@ -144,7 +144,7 @@ def is_equivariant(
     still, moved = f(x.narrow(axis + 2, 0, length)), f(x.narrow(axis + 2, shift, length))
     first = round_up(reach[0], scale.denominator) + shift
     last = length - round_up(reach[1], scale.denominator)
-    width = int((last - first) * scale)
+    width = min(int((last - first) * scale), still.shape[axis + 2] - int(first * scale))
     a = still.narrow(axis + 2, int(first * scale), width)
     b = moved.narrow(axis + 2, int((first - shift) * scale), width)
     return _same(a, b)
@@ -289,6 +289,7 @@ def _window_agrees(
             return False
     else:
         width = int((length - start - begin - round_up(reach[1], scale.denominator)) * scale)
+        width = min(width, part.shape[axis + 2] - first)
     a = whole.narrow(axis + 2, int((start + begin) * scale), width)
     return _same(a, part.narrow(axis + 2, first, width))
 
@@ -318,7 +319,7 @@ def smallest_tile(
         whole = f(x)
         surplus = whole.shape[axis + 2] - x.shape[axis + 2] * scale
         inner = max(0, int((extent - after) * scale))
-        same = torch.allclose(part.narrow(axis + 2, 0, inner), whole.narrow(axis + 2, 0, inner), 1e-3, 1e-3)
+        same = torch.allclose(*_fronts(whole, part, axis, inner), 1e-3, 1e-3)
         if part.shape[axis + 2] == extent * scale + surplus > 0 and same:
             return extent
     return round_up(most, stride)
@@ -359,9 +360,8 @@ def exact_multiple(
         ends, whole = _ends(function, x, axis, stride, scale, reach)
         if ends is None or whole is None:
             return math.inf
-        inner = int((length - reach[1]) * scale)
         front = function(x.narrow(axis + 2, 0, length))
-        fronts = whole.narrow(axis + 2, 0, inner), front.narrow(axis + 2, 0, inner)
+        fronts = _fronts(whole, front, axis, int((length - reach[1]) * scale))
         both = _difference(*ends), _difference(*fronts)
         return max(math.inf if d is None else d for d in both)
 
@@ -406,8 +406,7 @@ def ends_held(
         front = f(x.narrow(axis + 2, 0, length))
     except refusals():
         return False, False
-    inner = int((length - reach[1]) * scale)
-    fronts = whole.narrow(axis + 2, 0, inner), front.narrow(axis + 2, 0, inner)
+    fronts = _fronts(whole, front, axis, int((length - reach[1]) * scale))
     return _same(*ends) is not False, _same(*fronts) is not False
 
 
@@ -425,6 +424,12 @@ def _ends(
     if wide != narrow:
         return None, whole
     return (whole.narrow(axis + 2, begin, wide), part.narrow(axis + 2, begin - offset, narrow)), whole
+
+
+def _fronts(whole: Tensor, front: Tensor, axis: int, inner: int) -> tuple[Tensor, Tensor]:
+    """Return what a strip and its window from 0 give up to `inner`, as far as a network that crops its end gives it."""
+    inner = min(inner, front.shape[axis + 2])
+    return whole.narrow(axis + 2, 0, inner), front.narrow(axis + 2, 0, inner)
 
 
 def _margin(scale: Fraction) -> int:
@@ -478,8 +483,7 @@ def _cuts_agree(
         front = f(x.narrow(axis + 2, 0, length - cut))
     except refusals():
         return False
-    inner = int((length - cut - reach[1]) * scale)
-    at_start = _same(whole.narrow(axis + 2, 0, inner), front.narrow(axis + 2, 0, inner))
+    at_start = _same(*_fronts(whole, front, axis, int((length - cut - reach[1]) * scale)))
     return None if None in (at_end, at_start) else bool(at_end and at_start)
 
 

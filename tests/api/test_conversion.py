@@ -628,3 +628,33 @@ def test_a_network_whose_copies_forget_eval_mode_is_proved_in_it():
     assert any(module.training for module in copy.deepcopy(net).modules())  # else nothing is tested
     image = torch.rand(1, 1, 96, 96, generator=torch.Generator().manual_seed(0))
     assert normfix.convert(net, image, "batchrenorm", tile=32, output="map").proof.passed
+
+
+class _CastsToHalf(nn.Module):
+    """Computes in a half precision that it was built with, the norm in float32 if it is told so."""
+
+    def __init__(self, dtype, *, careful):
+        super().__init__()
+        self.dtype, self.careful = dtype, careful
+        self.conv, self.norm = nn.Conv2d(1, 2, 3, padding=1).to(dtype), nn.InstanceNorm2d(2, affine=True)
+        self.head = nn.Conv2d(2, 1, 1).to(dtype)
+        self.norm.to(torch.float32 if careful else dtype)
+
+    def forward(self, x):
+        y = self.conv(x.to(self.dtype))
+        y = self.norm(y.float()) if self.careful else self.norm(y)
+        return self.head(y.to(dtype=self.dtype))
+
+
+@pytest.mark.parametrize(("dtype", "careful"), [(torch.bfloat16, False), (torch.float16, True)])
+def test_a_network_that_casts_to_half_itself_is_converted(dtype, careful):
+    """It is scanned in float32, in which its own casts to half are left out; it ran on nothing there."""
+    torch.manual_seed(0)
+    net = _CastsToHalf(dtype, careful=careful).eval()
+    image = torch.rand(1, 1, 40, 48, generator=torch.Generator().manual_seed(0))
+    done = normfix.convert(net, image)
+    assert done.proof.passed
+    assert [d.site.owner for d in done.plan.converted] == ["norm"]
+    with torch.no_grad():
+        whole = done.model(image.to(dtype))
+    assert torch.equal(normfix.predict(done.model, image, 16), whole)

@@ -54,6 +54,21 @@ def test_calibrating_in_blocks_equals_passes(converted):
         assert_close(other.spread, one.spread, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("site", [nn.InstanceNorm2d, nn.BatchNorm2d], ids=["converted", "as it is"])
+def test_what_a_hook_makes_of_an_operand_is_what_blocks_measure(site):
+    """A hook of the network changes what a norm is given; stages took the statistic of what came before it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), site(4)).double().eval()
+    net[1].register_forward_pre_hook(lambda module, inputs: 3 * inputs[0].square())
+    image = _image(40, 64, seed=2)
+    if site is nn.InstanceNorm2d:
+        net = normfix.convert(net, _image(64, 48)).model
+    stages, passes = normfix.calibrate(net, image, tile=16), normfix.calibrate(net, image)
+    assert stages.summary.engine == "stages"
+    for name, expected in _statistics(passes.model).items():
+        assert_close(stages.model.get_buffer(name), expected, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.slow
 def test_float32_agrees_to_its_rounding(converted):
     """In float32 statistics from blocks are those of passes to float32's rounding."""
@@ -317,6 +332,26 @@ def test_valid_convolutions_run_in_stages(size, tile, tmp_path):
             measured = normfix.calibrate(model, image, tile=tile, **options)
             assert measured.summary.engine == "stages"
             assert_close(measured.model(image), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_network_that_leaves_nothing_of_a_small_block_runs_in_stages():
+    """Strips that a crop leaves nothing of were measured all the same, which ended in an error of torch."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 2, 3, padding=1), nn.InstanceNorm2d(2), _Crop()
+    done = normfix.convert(nn.Sequential(*layers).double().eval(), _image(48, 56))
+    image = _image(50, 41, seed=3)
+    with torch.no_grad():
+        expected = done.model(image)
+    assert done.proof.passed
+    for engine in ("tiles", "stages"):
+        assert_close(
+            normfix.predict(done.model, image, 16, engine=engine), expected, **TOLERANCE[torch.float64]
+        )
+
+
+class _Crop(nn.Module):
+    def forward(self, x):
+        return x[:, :, 5:, 5:]
 
 
 def test_calibrating_what_was_not_converted_is_refused():

@@ -298,6 +298,15 @@ def test_windows_are_blended_as_sliding_windows_are():
     assert smooth.abs().max() < 0.5 * steps.abs().max()
 
 
+@pytest.mark.parametrize(("up", "extent"), [(False, 29), (True, 28)], ids=["takes any size", "rounds down"])
+def test_blended_windows_cover_what_the_stride_does_not_divide(up, extent):
+    """The last window ends where the image does, whatever a network makes of the pixels beyond its stride."""
+    geometry = Geometry(stride=(4,), halo=((0, 0),), scale=(Fraction(1),), multiple=(1,))
+    x = torch.rand(1, 1, 29, generator=torch.Generator().manual_seed(0))
+    run = lambda w: w[..., : w.shape[2] // 4 * 4] if up else w  # noqa: E731
+    torch.testing.assert_close(blended_windows(run, x, (8,), geometry), x[..., :extent])
+
+
 @pytest.mark.parametrize(
     ("model", "options", "code"),
     [

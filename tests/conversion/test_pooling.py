@@ -193,6 +193,15 @@ def test_windows_cover_the_image_on_the_grid():
     assert all(int(part[0, 0, 0, 0]) // 100 % 4 == 0 == int(part[0, 0, 0, 0]) % 100 % 4 for part in parts)
 
 
+def test_windows_cover_an_image_that_the_stride_does_not_divide():
+    """A network that takes every size has images that end off the grid: the last window ends where they do."""
+    geometry = Geometry(stride=(4, 4), halo=((4, 4), (4, 4)), scale=(1, 1), multiple=(1, 1))
+    positions = torch.arange(35 * 30.0).reshape(1, 1, 35, 30)
+    parts = [whole(w) for w in windows_of(TensorImage(positions), (16,), geometry)]
+    assert torch.cat([part.flatten() for part in parts]).unique().numel() == positions.numel()
+    assert {n for part in parts for n in part.shape[2:]} == {16, 18, 19}
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -512,3 +512,16 @@ def test_axes_of_extent_one_beyond_the_fifth_are_let_go(tmp_path):
     assert read_image(path, ndim=3, channels=1).shape == (1, 16, 8, 8)
     with open_windows(path, ndim=3, channels=1) as image:
         assert image.shape == (1, 16, 8, 8)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_volume_without_a_place_is_written_as_a_tiff(channels, tmp_path):
+    """Several channels of a volume are no hyperstack of ImageJ, whose channels come after Z: they are OME then."""
+    volume = np.arange(channels * 60, dtype=np.float32).reshape(channels, 3, 4, 5)
+    with OutputFile(tmp_path / "a.tif") as file:
+        file.create(volume.shape, torch.float32, volume.shape[1:])
+        file.write((slice(0, 1), *(slice(0, n) for n in volume.shape)), torch.from_numpy(volume)[None])
+    with tifffile.TiffFile(tmp_path / "a.tif") as written:
+        assert written.series[0].axes == ("ZYX" if channels == 1 else "CZYX")
+        assert written.is_imagej == (channels == 1)
+        np.testing.assert_array_equal(written.asarray(), volume.squeeze())

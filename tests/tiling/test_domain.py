@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 
 from normfix.records.sizes import Condition, ProvedSizes
-from normfix.tiling.domain import judge_size
+from normfix.tiling.domain import extension, judge_size
 from normfix.tiling.grid import Geometry, grid, window_sizes
 
 GEOMETRY = Geometry(stride=(8, 8), halo=((10, 10), (10, 10)), scale=(Fraction(1),) * 2, multiple=(8, 8))
@@ -84,3 +84,11 @@ def test_a_condition_that_holds_here_is_said():
     assert "H*W <= 25600" in finding.message
     assert judged(sizes(conditions=["H*W <= 25600"]), (192, 192)).elsewhere == ()
     assert judged(sizes(crossed=["W <= 300"]), (64, 64)).elsewhere == ()
+
+
+def test_an_image_that_is_extended_is_told():
+    """What the network gives for the image itself is another, so it is said; nothing where the size is exact."""
+    (finding,) = extension((57, 96), GEOMETRY)
+    assert finding.code == "NF263"
+    assert all(part in finding.message for part in ("57x96", "64x96"))
+    assert extension((64, 96), GEOMETRY) == extension((57, 96), None) == ()

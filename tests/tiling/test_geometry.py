@@ -33,6 +33,7 @@ from torch import nn
 
 from normfix.tiling.geometry import _wide, cross_section, holds_stride, measure_locality
 from normfix.tiling.grid import Geometry
+from normfix.tiling.stitching import tiled
 
 EXAMPLE = torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(1))
 
@@ -219,9 +220,18 @@ def test_an_output_of_one_size_is_not_tiled():
     assert [f.code for f in _measure(nn.AdaptiveAvgPool2d(7), (1, 1)).findings] == ["NF211"]
 
 
-@pytest.mark.parametrize(("make", "expected"), [(plain_unet, (16, 16)), (NeedsRoom, (32, 32))])
+class _Cropped(nn.Module):
+    """Leaves nothing of an image of up to 20 pixels."""
+
+    def forward(self, x):
+        return x[:, :, 10 : x.shape[2] - 10, 10 : x.shape[3] - 10]
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"), [(plain_unet, (16, 16)), (NeedsRoom, (32, 32)), (_Cropped, (32, 32))]
+)
 def test_the_cross_section_is_as_thin_as_the_network_allows(make, expected):
-    """Strips start at 16 pixels and widen until the network runs."""
+    """Strips start at 16 pixels and widen until the network runs and leaves something of them."""
     grid = (8, 8) if make is plain_unet else (1, 1)
     assert cross_section(functions(make())[0], EXAMPLE, grid) == expected
 
@@ -257,6 +267,20 @@ def test_a_halo_that_is_measured_holds_the_end_of_a_shifted_map(shift, halo):
 
     geometry = _measure(Shifted(), (1, 1)).geometry
     assert geometry.halo == ((3, 3), halo)
+
+
+@pytest.mark.parametrize(("stride", "crop"), [(1, 4), (2, 3)])
+def test_a_network_that_crops_its_end_is_tiled(stride, crop):
+    """A tile reads as far ahead as is cropped, though its pixels depend on no more than a convolution takes."""
+    torch.manual_seed(0)
+    conv = nn.Conv1d(1, 1, 3, stride=stride, padding=1).double().requires_grad_(False)
+    net = lambda x: conv(x)[..., :-crop]  # noqa: E731
+    example = EXAMPLE.double()[:, :, 0]
+    geometry = measure_locality(lambda x: net(x.double()).float(), net, example.float(), (stride,)).geometry
+    assert geometry is not None
+    assert (geometry.stride, geometry.multiple) == ((stride,), (1,))
+    for image in (example, example[..., :-1]):
+        torch.testing.assert_close(tiled(net, image, 8, geometry), net(image))
 
 
 def test_a_line_has_no_width():

@@ -149,6 +149,18 @@ def test_a_tile_off_the_grid_is_refused(tile):
         tile_extents(tile, _geometry(8))
 
 
+@pytest.mark.parametrize("extent", [61, 63])
+@pytest.mark.parametrize("ceil", [False, True], ids=["rounds down", "rounds up"])
+def test_a_network_that_rounds_its_output_to_the_stride_is_stitched(extent, ceil):
+    """A map that is pooled and enlarged has a stride more or less than the image: no sign of a wrong scale."""
+    net = lambda x: F.interpolate(F.avg_pool1d(x, 4, ceil_mode=ceil), scale_factor=4.0)  # noqa: E731
+    image = torch.rand(1, 1, extent, generator=torch.Generator().manual_seed(0))
+    assert_close(
+        tiled(net, image, 16, Geometry(stride=(4,), halo=((0, 0),), scale=(Fraction(1),), multiple=(1,))),
+        net(image),
+    )
+
+
 @pytest.mark.parametrize("scale", [9999, 2, Fraction(1, 2), Fraction(1, 9999)])
 def test_a_scale_that_is_not_the_network_s_is_named(scale):
     """Whatever a file says of it, no image of another size is made, and no memory for one: NF115."""

@@ -386,7 +386,8 @@ def create(
     small = math.prod(shape) * dtype.itemsize < _CLASSIC_BYTES
     known = tags or placement.spacing or placement.channels or placement.channels_last
     bare = len(shape) > 1 and not known
-    if (bare or (shown and not (tags and tags.geo))) and dtype.name in _IMAGEJ and small:
+    held = dtype.name in _IMAGEJ and small and _is_in_order(axes)
+    if (bare or (shown and not (tags and tags.geo))) and held:
         return tifffile.memmap(
             path,
             shape=tuple(shape),
@@ -425,6 +426,12 @@ _IMAGEJ = ("uint8", "uint16", "float32")
 
 _CLASSIC_BYTES = (1 << 32) - (1 << 20)
 """Bytes of pixels that a TIFF holds which is no BigTIFF."""
+
+
+def _is_in_order(axes: str) -> bool:
+    """Tell whether axes are in the order that ImageJ's hyperstacks have: channels of a volume before Z are not."""
+    order = "TZCYX"
+    return set(axes) <= set(order) and [*axes] == sorted(axes, key=order.index)
 
 
 def _imagej(axes: str, placement: Placement, shown: tuple[float, float] | None) -> dict[str, Any]:

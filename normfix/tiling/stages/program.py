@@ -260,13 +260,12 @@ def _with_operands(
     def answered(site: str, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         answers[site] = _answer(next(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)))
 
+    # what the network's own hooks make of an operand is what its site is given, so they come before the mark
     handles = [
         hook
         for site in sites
         for hook in (
-            model.get_submodule(site).register_forward_pre_hook(
-                partial(mark, site), prepend=True, with_kwargs=True
-            ),
+            model.get_submodule(site).register_forward_pre_hook(partial(mark, site), with_kwargs=True),
             model.get_submodule(site).register_forward_hook(partial(answered, site), prepend=True),
         )
     ]

@@ -169,14 +169,15 @@ def _cells_per_block(f: Function, axis: int, reach: tuple[int, int], cross: Sequ
 
 
 def _cross_section(f: Function, ndim: int) -> tuple[int, ...]:
-    """Return the thinnest strip, in cells, that the stage runs on."""
+    """Return the thinnest strip, in cells, that the stage runs on and gives anything for."""
     example = f.example  # type: ignore[attr-defined]
     for cells in (2, 4, 8, 16, 32):
         try:
-            f(strip(example, (cells,) * ndim))
+            given = f(strip(example, (cells,) * ndim))
         except refusals():
             continue
-        return (cells,) * ndim
+        if given.numel():
+            return (cells,) * ndim
     raise NotInStages("NF324", "it runs on no small block.", where=f"stage {f.stage.number}")  # type: ignore[attr-defined]
 
 
