@@ -20,7 +20,7 @@ def demo(tmp_path_factory):
     """Run the demo once, on a part of its image."""
     folder = tmp_path_factory.mktemp("demo") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("normfix.demo.data.nuclei_image", lambda: nuclei_image()[:320, 704:1024])
+        patch.setattr("normfix.demo.data.nuclei_image", lambda: nuclei_image()[:384, 704:1088])
         return run_demo(str(folder)), folder
 
 
