@@ -622,6 +622,22 @@ def test_a_reader_that_stops_early_sees_no_error(tmp_path):
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("closed", [{1}, {0, 2}])
+def test_a_standard_file_that_is_closed_is_none_of_ours(run, monkeypatch, closed):
+    """The next file that is opened would get its number, and what libraries print: it is opened on nothing first."""
+    opened, fstat = [], os.fstat
+
+    def state(number):
+        if number in closed - set(opened):
+            raise OSError(9, "Bad file descriptor")
+        return fstat(number)
+
+    monkeypatch.setattr("normfix.cli.os.fstat", state)
+    monkeypatch.setattr("normfix.cli.os.open", lambda path, flags: opened.append(min(closed - set(opened))))
+    assert run("explain", "NF101").code == 0
+    assert set(opened) == closed
+
+
 # --- what it says ---
 
 
