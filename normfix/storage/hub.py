@@ -32,8 +32,8 @@ def push(folder: str | Path, name: str, *, private: bool = False, partial: bool 
         partial: push although the folder states no passed proof.
 
     Raises:
-        NormfixError: NF101, NF108, NF115 for a folder that is not whole, NF413 if it is not proved, if a file of it is a
-            link out of it, or if the hub refuses.
+        NormfixError: NF101, NF108, NF115 for a folder that is not whole, NF413 if it is not proved, a file of it is a
+            link out of it, or the hub refuses.
     """
     saved = read_manifest(Path(folder))
     sent = _sent(Path(folder), saved)
