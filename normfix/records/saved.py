@@ -93,6 +93,18 @@ class Probe(Record):
     sd: float
     values: tuple[float, ...]
 
+    @property
+    def problem(self) -> str:
+        """Say which numbers of it no probe has, or nothing."""
+        if not all(0 < n < 1 << 31 for n in self.shape):
+            return f"a probe of {str(self.shape)[:80]}"
+        if not 0 <= self.seed < 1 << 63:
+            return "a probe whose seed has more than 63 bits"
+        return "" if self.dtype in _REAL else f"a probe of {self.dtype[:80]}"
+
+
+_REAL = ("float64", "float32", "float16", "bfloat16")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saved(Record):
@@ -148,7 +160,7 @@ class Saved(Record):
 
     def _possible(self, where: str) -> Saved:
         """Return it, unless it states what no network has."""
-        problem = inconsistency(self.provenance.scan)
+        problem = inconsistency(self.provenance.scan) or ("" if self.probe is None else self.probe.problem)
         if problem:
             raise NormfixError(
                 "NF108",

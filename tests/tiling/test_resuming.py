@@ -181,6 +181,11 @@ def _chunk(stopped):
     return sorted(p for p in stopped.glob("0/values/*/c/**/*") if p.is_file())[0]
 
 
+def _described(stopped):
+    """Return the description of the map that the unfinished stage reads."""
+    return _chunk(stopped).parents[4] / "zarr.json"
+
+
 def _flip(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -197,6 +202,7 @@ def _flip(path):
         (lambda run: _chunk(run).unlink(), "NF330"),
         (lambda run: _chunk(run).write_bytes(_chunk(run).read_bytes()[:-7]), "NF330"),
         (lambda run: _flip(_chunk(run)), "NF330"),
+        (lambda run: _described(run).write_text("[" * 100_000), "NF330"),
     ],
 )
 def test_damage_is_found(bench, stopped, damage, code):
@@ -209,6 +215,22 @@ def test_damage_is_found(bench, stopped, damage, code):
 def _instead(path, make):
     path.unlink()
     make(path)
+
+
+def test_a_description_of_something_else_is_written_anew(bench, stopped):
+    """What is no layout has no values either, so its stage is not continued with other numbers."""
+    _described(stopped).write_text("3")
+    with pytest.raises(NormfixError, match="NF330"):
+        bench.calibrate(stopped.parent)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes")
+@pytest.mark.parametrize("find", [_chunk, _described])
+def test_a_value_that_is_a_pipe_is_not_waited_for(bench, stopped, find):
+    """So is what stands in place of a chunk or its array's description."""
+    _instead(find(stopped), os.mkfifo)
+    with pytest.raises(NormfixError, match="NF330"):
+        bench.calibrate(stopped.parent)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes")
