@@ -112,6 +112,7 @@ def main() -> None:
         _complain(text_of_error(error), debug=debug)
         code = 2
     except click.ClickException as error:
+        error.message = shown(error.message)
         error.show()
         code = error.exit_code
     except (click.exceptions.Abort, KeyboardInterrupt) as stop:

@@ -638,6 +638,19 @@ def test_a_standard_file_that_is_closed_is_none_of_ours(run, monkeypatch, closed
     assert set(opened) == closed
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("convert", "m", "x.npy", "--to", "frozen", "-o", "q", "--report", "a\x9b31m\x1b[2J.md"),
+        ("explain", "\u202eNF\x9b31m"),
+    ],
+)
+def test_wrong_usage_steers_no_terminal(run, words):
+    """What click says of words that the caller, or a pattern of the shell, gave is printable."""
+    done = run(*words)
+    assert (done.code, all(line.isprintable() for line in done.err.split("\n"))) == (2, True)
+
+
 # --- what it says ---
 
 
