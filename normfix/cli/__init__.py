@@ -5,6 +5,7 @@ Modules here import torch only inside the functions that need it, so help stays 
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -112,8 +113,9 @@ def main() -> None:
         _complain(text_of_error(error), debug=debug)
         code = 2
     except click.ClickException as error:
-        error.message = shown(error.message)
-        error.show()
+        said = io.StringIO()
+        error.show(said)
+        click.echo(shown(said.getvalue()), nl=False, err=True)
         code = error.exit_code
     except (click.exceptions.Abort, KeyboardInterrupt) as stop:
         _complain(" ".join(["Stopped; nothing was written.", *notes_of(stop)]))
