@@ -251,7 +251,8 @@ CODES: dict[str, str] = {
     "NF326": "Values between stages do not fit the memory budget. Raise it, or name a folder with room (and install "
     "normfix[stream] for zarr).",
     "NF327": "Reading or writing the values kept on disk failed: the disk is full, the folder is gone or may not be "
-    "written. Nothing half written is used; make room or name another folder with --store, and give the same command "
+    "written, or its normfix-run holds what normfix did not put there. "
+    "Nothing half written is used; make room or name another folder with --store, and give the same command "
     "again, which goes on where it stopped.",
     "NF328": "The store holds an unfinished run of something else: another network, other weights, images, blocks, "
     "threads or versions, which the message names. Nothing is mixed. Repeat the command that began it, name another "
@@ -301,7 +302,8 @@ CODES: dict[str, str] = {
     "NF412": "The original class, filled with the converted network's state, does not give the converted network's "
     "output, so nothing portable was written. Save the normfix folder instead.",
     "NF413": "Pushing goes through huggingface_hub: the folder must be one that normfix saved, its proof must have "
-    "passed, and the token (HF_TOKEN, or hf auth login) must be allowed to write to the repository.",
+    "passed, no file of it may be a link to one elsewhere, which would be published, and the token (HF_TOKEN, or hf "
+    "auth login) must be allowed to write to the repository.",
     "NF414": "Blocks have one size: tile=, or that of normfix.Blocks.",
     "NF420": "Exported programs (.pt2) are written and read from torch 2.8 on: before, their layout held pickles. With "
     "an older torch, and for a file of one, take the network itself or a saved folder, which need no newer torch. What "

@@ -5,6 +5,7 @@ Modules here import torch only inside the functions that need it, so help stays 
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -38,7 +39,15 @@ def _settings() -> Settings:
         name: {p.name for p in command.params if isinstance(p, click.Option) and p.name}
         for name, command in cli.commands.items()
     }
-    return read_settings(Path.cwd(), options)
+    try:
+        start = Path.cwd()
+    except OSError as error:  # MKL ends the process there, without a word of ours
+        raise NormfixError(
+            "NF337",
+            f"the folder that this command is run in is not there: {error.strerror}. Change to one that is, and "
+            "repeat the command.",
+        ) from error
+    return read_settings(start, options)
 
 
 def _show_settings(context: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -97,13 +106,16 @@ for command in (
 def main() -> None:
     """Run the command line and exit with its code; the only place where errors become text."""
     debug = "--debug" in sys.argv[1:]
+    _take_standard_files()
     try:
         code = cli.main(standalone_mode=False)
     except NormfixError as error:
         _complain(text_of_error(error), debug=debug)
         code = 2
     except click.ClickException as error:
-        error.show()
+        said = io.StringIO()
+        error.show(said)
+        click.echo(shown(said.getvalue()), nl=False, err=True)
         code = error.exit_code
     except (click.exceptions.Abort, KeyboardInterrupt) as stop:
         _complain(" ".join(["Stopped; nothing was written.", *notes_of(stop)]))
@@ -115,6 +127,15 @@ def main() -> None:
         _complain(text_of_error(error), debug=debug)
         code = 2
     sys.exit(code or 0)
+
+
+def _take_standard_files() -> None:
+    """Put nothing where a standard file is closed: the next file that is opened would be what a library prints into."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the least number that is free
 
 
 def _complain(text: str, *, debug: bool = False) -> None:

@@ -67,7 +67,8 @@ def read_settings(start: Path, options: Mapping[str, Collection[str]]) -> Settin
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise NormfixError("NF130", f"cannot read it as TOML: {error}.", where=str(path)) from error
-    table = content.get("tool", {}).get("normfix")
+    tools = content.get("tool")
+    table = tools.get("normfix") if isinstance(tools, dict) else None
     if table is None:
         return Settings(None, {})
     if not isinstance(table, dict):

@@ -179,7 +179,7 @@ def _swept(holder: Path) -> str:
         return ""
     if not names <= {_LOCK, _INSIDE} or _LOCK not in names:
         return "it holds what normfix did not put there"
-    with (holder / _LOCK).open("r+", encoding="utf-8") as file:
+    with (holder / _LOCK).open("r+", encoding="utf-8", errors="replace") as file:
         said = file.read(4096)
         if said and not _is_here(said, holder):
             return "it is a draft of another machine, whose runs are not seen from here"

@@ -38,7 +38,7 @@ from normfix.storage.certificate import ForeignProgramError, certificate_of, rea
 from normfix.storage.folder import GRAPH, MANIFEST, PROGRAM, WEIGHTS, digest_of, seeded_input, with_aliases
 from normfix.storage.opening import read_weights
 from normfix.storage.opening.workload import TooMuchError, Workload
-from normfix.storage.probe import ProbeError, require_probe
+from normfix.storage.probe import LARGEST_PROBE, ProbeError, require_probe
 from normfix.tiling.dependence import is_isolated
 from normfix.tiling.geometry import geometry_of, holds_stride, thinnest
 from normfix.tiling.grid import Geometry
@@ -230,9 +230,14 @@ class _Opened:
         geometry, caller = geometry_of(provenance.scan), Caller.of(provenance)
         if geometry is None:
             return _open("the folder states no geometry, so there are no windows to cut")
+        shape = (1, *provenance.scan.example[1:])
+        if math.prod(shape) > LARGEST_PROBE:
+            return _open(
+                f"its example has {math.prod(shape):,} values, and no more than {LARGEST_PROBE:,} are run"
+            )
         try:
             network = raised(program).double()
-            example = seeded_input((1, *provenance.scan.example[1:]), _NOISE, torch.float64)
+            example = seeded_input(shape, _NOISE, torch.float64)
             with self._bounded(example.numel()), exact_arithmetic():
                 wrong = _disagreement(
                     lambda x: caller.in_double(network, x),

@@ -62,8 +62,13 @@ class Record:
         return cls.from_json(parsed(text, where or cls.__name__), where)
 
     def dumps(self) -> str:
-        """Return the record as indented JSON text, the same bytes for equal records."""
-        return json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        """Return the record as indented JSON text, the same bytes for equal records; each line is printable.
+
+        What would steer a terminal, marks of direction and halves of characters (names that are not UTF-8) included, is
+        written by its number, which is the same text to whoever reads the JSON.
+        """
+        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+        return "\n".join(map(_escaped, text.split("\n"))) + "\n"
 
 
 def parsed(text: str, where: str) -> Any:
@@ -121,6 +126,13 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("a name stands twice in one object")
     return found
+
+
+def _escaped(line: str) -> str:
+    """Return a line of JSON whose unprintable characters, which stand in texts only, are written by their numbers."""
+    if line.isprintable():
+        return line
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in line)
 
 
 def _encode(value: object) -> Any:

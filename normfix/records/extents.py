@@ -19,6 +19,8 @@ LARGEST = 1 << 24
 """Pixels of the least image that is exact, 4096 x 4096 or 256 x 256 x 256: an image of one pixel is extended to it."""
 _WIDEST = 1 << 16
 """Pixels of a halo on one side of one axis."""
+_COUNTED = 1 << 31
+"""What an extent of an example is below: torch counts with 64 bits, and multiplies."""
 _SCALE = re.compile(r"[1-9]\d{0,3}(/[1-9]\d{0,3})?")
 """Output pixels per input pixel: a fraction of small numbers; `Fraction` reads 1e999999999, too."""
 
@@ -39,6 +41,8 @@ def inconsistency(scan: Scan) -> str:
 
 def _inconsistencies(scan: Scan) -> Iterator[str]:
     ndim = len(scan.example) - 2
+    if not all(0 < n < _COUNTED for n in scan.example):
+        yield f"an example of {_shown(scan.example)}"
     for name, values, least in _numbers(scan):
         if values is None:
             continue

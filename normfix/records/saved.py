@@ -93,6 +93,18 @@ class Probe(Record):
     sd: float
     values: tuple[float, ...]
 
+    @property
+    def problem(self) -> str:
+        """Say which numbers of it no probe has, or nothing."""
+        if not all(0 < n < 1 << 31 for n in self.shape):
+            return f"a probe of {str(self.shape)[:80]}"
+        if not 0 <= self.seed < 1 << 63:
+            return "a probe whose seed has more than 63 bits"
+        return "" if self.dtype in _REAL else f"a probe of {self.dtype[:80]}"
+
+
+_REAL = ("float64", "float32", "float16", "bfloat16")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saved(Record):
@@ -126,7 +138,7 @@ class Saved(Record):
         Raises:
             NormfixError: NF108 as from_json, and if no network has its geometry; NF115 if the statement was edited.
         """
-        saved = cls.read(data, where)
+        saved = cls._decoded(data, where)
         if saved.edited(data):
             raise NormfixError(
                 "NF115",
@@ -135,22 +147,31 @@ class Saved(Record):
                 "again with the options that you want.",
                 where=where,
             )
-        problem = inconsistency(saved.provenance.scan)
+        return saved._possible(where)
+
+    @classmethod
+    def read(cls, data: object, where: str) -> Saved:
+        """Build it from parsed JSON, edited or not.
+
+        Raises:
+            NormfixError: NF108 as from_json, and if no network has its geometry.
+        """
+        return cls._decoded(data, where)._possible(where)
+
+    def _possible(self, where: str) -> Saved:
+        """Return it, unless it states what no network has."""
+        problem = inconsistency(self.provenance.scan) or ("" if self.probe is None else self.probe.problem)
         if problem:
             raise NormfixError(
                 "NF108",
                 f"it says that the network has {problem}, which none has. The file was edited; make it again.",
                 where=where,
             )
-        return saved
+        return self
 
     @classmethod
-    def read(cls, data: object, where: str) -> Saved:
-        """Build it from parsed JSON, also of a version before there were checksums and certificates.
-
-        Raises:
-            NormfixError: NF108 as from_json.
-        """
+    def _decoded(cls, data: object, where: str) -> Saved:
+        """Decode it, also where a version wrote it before there were checksums and certificates."""
         if isinstance(data, Mapping):
             data = {"statement": "", "certificate": None, **data}
             calibration = data.get("calibration")

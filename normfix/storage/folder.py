@@ -30,6 +30,7 @@ from normfix.reporting.page import markdown
 from normfix.storage.instructions import arguments_of
 
 __all__ = [
+    "CARD",
     "GRAPH",
     "MANIFEST",
     "PROGRAM",
@@ -41,6 +42,7 @@ __all__ = [
     "program_beside",
     "read_manifest",
     "require_absent",
+    "require_unchanged",
     "seeded_input",
     "unchanging",
     "with_aliases",
@@ -155,7 +157,7 @@ def read_manifest(folder: Path) -> Saved:
     weights = folder / WEIGHTS
     if not weights.is_file():
         raise NormfixError("NF101", "the folder has no weights file.", where=str(weights))
-    _require_unchanged(weights, saved.sha256)
+    require_unchanged(weights, saved.sha256)
     return saved
 
 
@@ -207,11 +209,16 @@ def program_beside(folder: Path, saved: Saved) -> Path | None:
     path = folder / PROGRAM
     if not saved.program or not path.is_file():
         return None
-    _require_unchanged(path, saved.program)
+    require_unchanged(path, saved.program)
     return path
 
 
-def _require_unchanged(path: Path, sha256: str) -> None:
+def require_unchanged(path: Path, sha256: str) -> None:
+    """Refuse a file that is another than was saved.
+
+    Raises:
+        NormfixError: NF101 if it cannot be read, NF115.
+    """
     try:
         found = digest_of(path)
     except OSError as error:

@@ -219,7 +219,10 @@ def _open_program(path: Path, request: Request) -> Loaded:
     known = replace(saved.provenance, source=named)
     attach_(model, known)
     if saved.probe is not None and not model.unproved:
-        with Workload(path.stat().st_size, str(path), math.prod(saved.probe.shape)):
+        with (
+            _belonging(str(path)),
+            Workload(path.stat().st_size, str(path), math.prod(saved.probe.shape)),
+        ):
             require_probe(model, Caller.of(known), saved.probe, str(path))
     return Loaded(model, named, (*_unproved(model), *saved.doubt(str(path))))
 

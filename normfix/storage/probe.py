@@ -17,11 +17,11 @@ from normfix.records.saved import Probe, Provenance, Saved
 from normfix.records.verdicts import Proof
 from normfix.storage.folder import seeded_input
 
-__all__ = ["SEED", "ProbeError", "probe_of", "probed", "require_probe", "saved_inside"]
+__all__ = ["LARGEST_PROBE", "SEED", "ProbeError", "probe_of", "probed", "require_probe", "saved_inside"]
 
 SEED = 0
 _SAMPLES = 64
-_LARGEST_PROBE = 1 << 21
+LARGEST_PROBE = 1 << 21
 """Values of a probe: 128 pixels cubed; a file must not ask for more."""
 
 
@@ -35,7 +35,7 @@ def probe_of(model: nn.Module, caller: Caller, provenance: Provenance) -> Probe 
         return None
     dtype = home_of(model)[1]
     shape = (1, *provenance.scan.example[1:])
-    if math.prod(shape) > _LARGEST_PROBE:
+    if math.prod(shape) > LARGEST_PROBE:
         return None
     output = probed(model, caller, shape, SEED, dtype)
     return Probe(
@@ -74,7 +74,7 @@ def require_probe(model: nn.Module, caller: Caller, probe: Probe, where: str) ->
         ProbeError: NF115 if it gives another output.
         NormfixError: NF121 if the probe would not fit.
     """
-    if math.prod(probe.shape) > _LARGEST_PROBE:
+    if math.prod(probe.shape) > LARGEST_PROBE:
         raise NormfixError("NF121", f"its probe has the shape {probe.shape}. It is not made.", where=where)
     dtype: torch.dtype = getattr(torch, probe.dtype)
     output = probed(model, caller, probe.shape, probe.seed, dtype)

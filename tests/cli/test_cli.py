@@ -636,6 +636,35 @@ def test_a_reader_that_stops_early_sees_no_error(tmp_path):
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("closed", [{1}, {0, 2}])
+def test_a_standard_file_that_is_closed_is_none_of_ours(run, monkeypatch, closed):
+    """The next file that is opened would get its number, and what libraries print: it is opened on nothing first."""
+    opened, fstat = [], os.fstat
+
+    def state(number):
+        if number in closed - set(opened):
+            raise OSError(9, "Bad file descriptor")
+        return fstat(number)
+
+    monkeypatch.setattr("normfix.cli.os.fstat", state)
+    monkeypatch.setattr("normfix.cli.os.open", lambda path, flags: opened.append(min(closed - set(opened))))
+    assert run("explain", "NF101").code == 0
+    assert set(opened) == closed
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("convert", "m", "x.npy", "--to", "frozen", "-o", "q", "--report", "a\x9b31m\x1b[2J.md"),
+        ("explain", "\u202eNF\x9b31m"),
+    ],
+)
+def test_wrong_usage_steers_no_terminal(run, words):
+    """What click says of words that the caller, or a pattern of the shell, gave is printable."""
+    done = run(*words)
+    assert (done.code, all(line.isprintable() for line in done.err.split("\n"))) == (2, True)
+
+
 # --- what it says ---
 
 

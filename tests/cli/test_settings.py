@@ -1,8 +1,11 @@
 """pyproject.toml gives options their defaults, and decides nothing that runs or writes."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
-from normfix.cli import cli
+from normfix.cli import cli, main
 from normfix.cli.settings import NEVER, read_settings
 from normfix.errors import NormfixError
 
@@ -29,7 +32,7 @@ def test_the_nearest_file_above_counts(tmp_path):
     assert read_settings(tmp_path / "a" / "b", OPTIONS).path == tmp_path / "pyproject.toml"
 
 
-@pytest.mark.parametrize("text", ["", "[project]\nname = 'x'\n"])
+@pytest.mark.parametrize("text", ["", "[project]\nname = 'x'\n", "tool = 3\n"])
 def test_a_project_without_the_table_sets_nothing(tmp_path, text):
     """Other projects' files are no business of ours."""
     assert read_settings(written(tmp_path, text), OPTIONS).commands == {}
@@ -67,6 +70,19 @@ def test_a_setting_is_the_default_of_the_command(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("{")
     cli.main(["explain", "NF203", "--format", "text"], standalone_mode=False)
     assert capsys.readouterr().out.startswith("NF203")
+
+
+def test_a_folder_that_is_gone_is_an_error(monkeypatch, capsys):
+    """Where the working directory was removed, a command says so."""
+
+    def gone():
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(Path, "cwd", gone)
+    monkeypatch.setattr(sys, "argv", ["normfix", "explain", "NF101"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert (ended.value.code, capsys.readouterr().err[:5]) == (2, "NF337")
 
 
 def test_show_settings_prints_them(tmp_path, monkeypatch, capsys):

@@ -207,8 +207,14 @@ def _deep(holder, record):
     (holder / "lock").write_text("[" * 4000)
 
 
+def _no_text(holder, record):
+    (holder / "lock").write_bytes(b"\xff\xfe" + json.dumps(record).encode())
+
+
 @pytest.mark.skipif(os.name != "posix", reason="uname")
-@pytest.mark.parametrize("change", [_other_machine, _copied, _foreign, _unsigned, _deep, lambda h, r: None])
+@pytest.mark.parametrize(
+    "change", [_other_machine, _copied, _foreign, _unsigned, _deep, _no_text, lambda h, r: None]
+)
 def test_a_draft_that_is_not_certainly_dead_and_ours_is_left_and_named(tmp_path, caplog, change):
     """Another machine's, a copy, one with other files, without a mark or a lock file: it stays, and a line says so."""
     holder = _killed(tmp_path, change)

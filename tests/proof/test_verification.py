@@ -225,6 +225,27 @@ def test_a_stride_that_the_graph_cannot_refute_is_refuted_by_numbers(folder):
     assert outcome(normfix.verify(folder)) == ("failed", {("NF524", "numbers")})
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"stride": [0, 1]}, {"halo": []}, {"exact_sizes": [1 << 40, 1]}, {"example": [1, 1, 1 << 60, 8]}],
+)
+def test_a_geometry_that_no_network_has_is_refused(wrong, folder):
+    """Sealed again it is refused as it is when the folder is opened, not divided by or allocated."""
+    edited(folder, lambda data: scan_of(data).update(wrong))
+    for opened in (normfix.verify, normfix.load):
+        with pytest.raises(NormfixError) as refused:
+            opened(folder)
+        assert refused.value.code == "NF108"
+
+
+def test_an_example_that_is_huge_is_not_run(folder):
+    """Numbers are open then, and the other steps are taken."""
+    edited(folder, lambda data: scan_of(data).update(example=[1, 1, 30_000, 30_000]))
+    status, findings = outcome(normfix.verify(folder))
+    assert status != "passed"
+    assert ("NF526", "numbers") in findings
+
+
 @pytest.mark.slow
 def test_a_guard_that_nobody_states_is_no_pass(folder):
     """Taken out of the scan and of a certificate made anew, a condition of the program is open."""

@@ -1,6 +1,7 @@
 """Records are read strictly: what is not theirs is refused by its path."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -131,6 +132,15 @@ def test_a_record_cannot_be_changed():
 def test_text_beyond_ascii_stays_readable():
     """Names in any script are written as they are."""
     assert "Zellkörper" in Finding(code="NF203", where="Zellkörper", message="").dumps()
+
+
+@pytest.mark.parametrize("text", ["\x9b31m", "a\u202eb", "\x7f\u2028", "\U000e0041", "b\udcff"])
+def test_json_steers_no_terminal(text):
+    """Controls, marks of direction and bytes of names that are no UTF-8 are written by number and read back."""
+    written = Scaling(function=f"é{text}").dumps()
+    assert all(line.isprintable() for line in written.split("\n"))
+    assert "é" in written
+    assert json.loads(written)["function"] == f"é{text}"
 
 
 def test_numbers_that_json_lacks_are_not_written():

@@ -645,6 +645,35 @@ def test_what_falls_apart_or_multiplies_unseen_is_foreseen(call):
         assert refused.value.code == "NF144"
 
 
+_MANY = torch.zeros(1).expand(1, 1, 3000, 3000)
+
+
+@pytest.mark.parametrize("workload", [Workload, Foreseen])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: nn.functional.conv2d(_MANY.double(), torch.ones(1, 1, 11, 11).double()),
+        lambda: nn.functional.conv2d(_MANY.bfloat16(), torch.ones(1, 1, 15, 15).bfloat16()),
+        lambda: nn.functional.conv_transpose2d(_MANY[..., :900].half(), torch.ones(1, 1, 15, 15).half()),
+        lambda: nn.functional.conv3d(_MANY[:, :, None, :1000].double(), torch.ones(1, 1, 1, 7, 9).double()),
+        lambda: nn.functional.conv2d(_MANY.expand(1, 1, 3000, 3000), torch.ones(1, 1, 3, 3)),
+        lambda: torch.ops.aten._unique2(torch.zeros(1).expand(1 << 27)),
+    ],
+)
+def test_what_an_operation_takes_beside_its_output_is_foreseen(call, workload):
+    """Convolutions lay their input out by the places of the kernel, or in blocks; unique values are sorted first."""
+    with pytest.raises(NormfixError) as refused, torch.no_grad(), workload(0, "x"):
+        call()
+    assert refused.value.code == "NF144"
+
+
+def test_ordinary_convolutions_are_not_refused():
+    """Negative control: 64 channels of 256 x 256 pixels in float64, which are laid out in 300 MB, and a first layer."""
+    with torch.no_grad(), Foreseen(0, "x"):
+        nn.functional.conv2d(torch.ones(1, 64, 256, 256).double(), torch.ones(64, 64, 3, 3).double())
+        nn.functional.conv2d(torch.ones(2, 1, 512, 512), torch.ones(64, 1, 3, 3), padding=1)
+
+
 def test_ordinary_calls_of_that_kind_are_not_refused():
     """Negative control: the same operations on 64 pixels pass."""
     x = torch.ones(1, 8, 64, 64)

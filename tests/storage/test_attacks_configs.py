@@ -198,6 +198,28 @@ def test_what_names_a_place_is_refused_at_any_depth(args):
         require_inert(args, "config.json")
 
 
+@pytest.mark.parametrize("text", ["a" * 300_000, "a.b" * 100_000, "1:" * 150_000, ":" * 300_000])
+def test_a_long_text_is_read_once(text):
+    """Looking for an address takes time in proportion to the text: a letter repeated took minutes."""
+    began = time.process_time()
+    with contextlib.suppress(NormfixError):
+        require_inert({"activation": text}, "config.json")
+    assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize("text", ["aé::", "x y-2.z:b", "s3://b", " ~/x", "C:\\x", "a/b", "1a:2"])
+def test_an_address_is_known_from_its_colon(text):
+    """Read backwards from there, a scheme is what it was forwards."""
+    with pytest.raises(NormfixError, match="NF113"):
+        require_inert({"activation": text}, "config.json")
+
+
+@pytest.mark.parametrize("text", ["a ratio of 3:4", "1:2", ": x", "label: name", "a:", "_1:x"])
+def test_a_colon_alone_is_no_address(text):
+    """Negative control: no letter before the colon, or nothing behind it."""
+    require_inert({"activation": text}, "config.json")
+
+
 def test_the_caller_may_write_what_a_file_may_not():
     """A name of another place that the caller writes himself reaches the library."""
     smp = pytest.importorskip("segmentation_models_pytorch")

@@ -1,6 +1,7 @@
 """push and hf-hub: speak with a hub through huggingface_hub, here a stand-in on this machine."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from stand_in_hub import TOKEN, Hub
 from warm import warm_program
 
 import normfix
+from normfix import NormfixError
 
 ARCH = "factories:tiny_unet"
 DEMO = "normfix.demo.network:nuclei_unet"
@@ -109,6 +111,57 @@ def test_a_folder_that_is_not_whole_is_not_pushed(hub, fixed, tmp_path):
     (copy / "model.safetensors").write_bytes(b"\0" * 9)
     assert run(hub, tmp_path, "push", copy, "lab/new").returncode == 2
     assert "lab/new" not in hub.commits
+
+
+def _link(name):
+    """Return what puts a link to a file outside in a file's place."""
+
+    def change(folder, outside):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(outside)
+
+    return change
+
+
+def _other_graph(folder, outside):
+    (folder / "graph.pt2").write_bytes(outside.read_bytes())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links")
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [(_link("README.md"), "NF413"), (_link("graph.pt2"), "NF115"), (_other_graph, "NF115")],
+)
+def test_what_was_not_saved_together_is_not_sent(fixed, tmp_path, monkeypatch, change, code):
+    """A folder of somebody else's may hold a link to a file of the user's, or another program than was proved."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: pytest.fail("it speaks with the hub"))
+    (tmp_path / "id_rsa").write_text("private")
+    folder = Path(shutil.copytree(fixed, tmp_path / "copy"))
+    change(folder, tmp_path / "id_rsa")
+    with pytest.raises(NormfixError) as refused:
+        normfix.push(folder, "lab/new")
+    assert refused.value.code == code
+
+
+def test_files_that_normfix_did_not_save_stay(fixed, tmp_path, monkeypatch):
+    """Only what was saved is sent, and links into the hub's own cache are followed."""
+    import huggingface_hub
+
+    sent = {}
+    api = SimpleNamespace(
+        create_repo=lambda *a, **k: None,
+        upload_folder=lambda **k: sent.update(k) or SimpleNamespace(commit_url="there"),
+    )
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
+    (tmp_path / "blobs").mkdir()
+    folder = Path(shutil.copytree(fixed, tmp_path / "snapshots" / "abc"))
+    shutil.move(folder / "README.md", tmp_path / "blobs" / "1")
+    (folder / "README.md").symlink_to("../../blobs/1")
+    (folder / "program.pt2").write_bytes(b"not of this folder")
+    assert normfix.push(folder, "lab/new") == "there"
+    assert set(sent["allow_patterns"]) == {path.name for path in fixed.iterdir()}
 
 
 def test_a_hub_that_is_not_there_is_named(fixed, tmp_path):

@@ -24,6 +24,7 @@ from normfix.networks.graph.capture import export
 from normfix.networks.graph.program import ProgramNetwork, require_free
 from normfix.networks.graph.raising import raised
 from normfix.records.plans import Action
+from normfix.records.saved import statement_of
 from normfix.storage import saving
 from normfix.storage.loading import open_any
 from normfix.storage.opening import open_model
@@ -556,6 +557,26 @@ def test_an_edited_statement_in_a_program_is_noticed(fixed, tmp_path):
     with pytest.raises(NormfixError, match=r"NF115.*edited"):
         normfix.load(stating(fixed, tmp_path / "edited.pt2", no_halo))
     assert open_any(stating(fixed, tmp_path / "same.pt2", lambda _: None), Request()).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "code"),
+    [
+        ("dtype", "save", "NF108"),
+        ("shape", [1, 1, 64, 10**400], "NF108"),
+        ("seed", 1 << 80, "NF108"),
+        ("values", [1.0], "NF115"),
+    ],
+)
+def test_a_probe_that_none_is_does_not_end_inside_torch(fixed, tmp_path, name, value, code):
+    """An edited probe in a program, sealed again, is refused with a code, as it is in a folder."""
+
+    def change(known):
+        known["probe"][name] = value
+        known["statement"] = statement_of(known)
+
+    with pytest.raises(NormfixError, match=code):
+        normfix.load(stating(fixed, tmp_path / "edited.pt2", change))
 
 
 @pytest.mark.slow

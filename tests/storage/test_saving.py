@@ -708,7 +708,7 @@ def test_a_folder_that_changes_while_it_is_read_is_refused(copied, tmp_path, mon
     """Between the checksum and the reading, another file in the place of the first, or other bytes in it: NF115."""
     from normfix.storage import folder as rooms
 
-    checked, path = rooms._require_unchanged, copied / name
+    checked, path = rooms.require_unchanged, copied / name
 
     def then_swapped(asked, digest):
         checked(asked, digest)
@@ -721,5 +721,5 @@ def test_a_folder_that_changes_while_it_is_read_is_refused(copied, tmp_path, mon
                 "written": lambda: path.write_bytes(other.read_bytes()),
             }[swap]()
 
-    monkeypatch.setattr(rooms, "_require_unchanged", then_swapped)
+    monkeypatch.setattr(rooms, "require_unchanged", then_swapped)
     assert refusal(normfix.load, copied).code == "NF115"

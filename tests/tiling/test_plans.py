@@ -109,6 +109,39 @@ def test_what_cannot_be_believed_is_as_none(tmp_path, change):
     assert plans.kept(tmp_path) == []
 
 
+def _forged(reach):
+    return Reach(reach.grid, tuple((0, 0) for _ in reach.halo))
+
+
+def _coarser(reach):
+    return Reach(tuple(1 << 20 for _ in reach.grid), tuple((1 << 20, 1 << 20) for _ in reach.halo))
+
+
+def _of_three_axes(reach):
+    return Reach((*reach.grid, 1), (*reach.halo, (1, 1)))
+
+
+@pytest.mark.parametrize("forge", [_forged, _coarser, _of_three_axes])
+def test_a_plan_that_was_forged_is_measured_anew(folder, planned, monkeypatch, forge):
+    """One with every checksum right, that states another reach than the graph gives, changes no number."""
+    real = plans.kept(folder)
+    assert [reach for _, reach in real[0].stages if reach != forge(reach)]
+    stated = [plans.Plan("cut", tuple((name, forge(reach)) for name, reach in real[0].stages))]
+    monkeypatch.setattr(cache, "kept", lambda place: stated)
+    monkeypatch.setattr(scheduling, "_name", lambda *given: "cut")
+    assert planned() > 0
+
+
+def test_a_file_of_infinite_numbers_is_as_none(tmp_path):
+    """JSON names numbers that no integer is."""
+    plans.keep(tmp_path, [plans.Plan("cut", (("first", Reach((2, 2), ((3, 3), (4, 4)))),))])
+    content = json.loads((tmp_path / plans.FILE).read_text())
+    content["plans"][0]["stages"][0][1] = [float("inf"), 2]
+    content["sha256"] = plans._seal({name: value for name, value in content.items() if name != "sha256"})
+    (tmp_path / plans.FILE).write_text(json.dumps(content))
+    assert plans.kept(tmp_path) == []
+
+
 @pytest.mark.slow
 def test_other_weights_are_planned_anew(planned):
     """A plan is of the weights that it was proved with."""

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -180,6 +181,11 @@ def _chunk(stopped):
     return sorted(p for p in stopped.glob("0/values/*/c/**/*") if p.is_file())[0]
 
 
+def _described(stopped):
+    """Return the description of the map that the unfinished stage reads."""
+    return _chunk(stopped).parents[4] / "zarr.json"
+
+
 def _flip(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -196,6 +202,7 @@ def _flip(path):
         (lambda run: _chunk(run).unlink(), "NF330"),
         (lambda run: _chunk(run).write_bytes(_chunk(run).read_bytes()[:-7]), "NF330"),
         (lambda run: _flip(_chunk(run)), "NF330"),
+        (lambda run: _described(run).write_text("[" * 100_000), "NF330"),
     ],
 )
 def test_damage_is_found(bench, stopped, damage, code):
@@ -203,6 +210,59 @@ def test_damage_is_found(bench, stopped, damage, code):
     damage(stopped)
     with pytest.raises(NormfixError, match=code):
         bench.calibrate(stopped.parent)
+
+
+def _instead(path, make):
+    path.unlink()
+    make(path)
+
+
+def test_a_description_of_something_else_is_written_anew(bench, stopped):
+    """What is no layout has no values either, so its stage is not continued with other numbers."""
+    _described(stopped).write_text("3")
+    with pytest.raises(NormfixError, match="NF330"):
+        bench.calibrate(stopped.parent)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes")
+@pytest.mark.parametrize("find", [_chunk, _described])
+def test_a_value_that_is_a_pipe_is_not_waited_for(bench, stopped, find):
+    """So is what stands in place of a chunk or its array's description."""
+    _instead(find(stopped), os.mkfifo)
+    with pytest.raises(NormfixError, match="NF330"):
+        bench.calibrate(stopped.parent)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes")
+@pytest.mark.parametrize(
+    ("name", "make", "code"),
+    [
+        ("lock", lambda path: os.mkfifo(path), "NF327"),
+        ("0/manifest.json", lambda path: os.mkfifo(path), "NF329"),
+        ("0/journal.jsonl", lambda path: path.symlink_to("/dev/zero"), "NF329"),
+    ],
+)
+def test_what_is_no_file_is_not_waited_for(bench, stopped, name, make, code):
+    """A pipe where a run had a file is an error at once, and so is a device that never ends."""
+    _instead(stopped / name, make)
+    with pytest.raises(NormfixError, match=code):
+        bench.calibrate(stopped.parent)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links")
+@pytest.mark.parametrize("linked", [True, False])
+def test_what_is_the_user_s_is_not_deleted_with_a_run(bench, tmp_path, linked):
+    """A folder of the run's name, or a link of that name, that leads to other files: nothing is done there."""
+    store = tmp_path / "store"
+    store.mkdir()
+    mine = tmp_path / "scratch" if linked else store / "normfix-run"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("mine")
+    if linked:
+        (store / "normfix-run").symlink_to(mine)
+    with pytest.raises(NormfixError, match=r"NF327.*thesis"):
+        bench.calibrate(store)
+    assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
 
 
 def test_a_line_that_a_kill_cut_short_is_dropped(bench, stopped):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 from normfix.errors import NormfixError
@@ -23,8 +24,10 @@ _OPENS = re.compile(
 """Names of arguments that make a library open or fetch something."""
 _NUMBERED = re.compile(r"(?<!drop_)(path|file)$", re.IGNORECASE)
 """Of these, those under which a number stands for a file that is open."""
-_ADDRESS = re.compile(r"[A-Za-z][\w.+-]*:\S|[/\\]|^\s*[.~]")
-"""A scheme (hf-hub:, local-dir:, file:, https:), or a path."""
+_PATH = re.compile(r"[/\\]|^\s*[.~]")
+_SCHEME_BACKWARDS = re.compile(r"[\w.+-]*?[A-Za-z]")
+"""A scheme (hf-hub:, local-dir:, file:, https:) read backwards from its colon: searched for forwards, a text of one
+letter over and over would be read from each of them."""
 _ENDING = re.compile(
     r"\.(pt|pth|pt2|bin|ckpt|safetensors|pkl|pickle|npz?|json|ya?ml|tar|zip|gz|py|so|onnx|h5)\s*$", re.I
 )
@@ -60,8 +63,24 @@ def require_inert(args: Mapping[str, Any], where: str, *, sections: bool = False
     for name, value in _flat(args):
         if _OPENS.search(name) and _names_something(name, value, sections):
             raise _reaching(name, value, where)
-        if isinstance(value, str) and (_ADDRESS.search(value) or _ENDING.search(value)):
+        if isinstance(value, str) and (_is_address(value) or _ENDING.search(value)):
             raise _reaching(name, value, where)
+
+
+def _is_address(text: str) -> bool:
+    """Tell whether a text holds a scheme with something behind it, or is a path.
+
+    >>> _is_address("hf-hub:a/b"), _is_address("s3:b"), _is_address("a ratio of 3:4"), _is_address("~x")
+    (True, True, False, True)
+    """
+    # what follows a colon may be another
+    parts = text.replace("::", ":.:").split(":")
+    found = (
+        not after[:1].isspace() and _SCHEME_BACKWARDS.match(before[::-1])
+        for before, after in pairwise(parts)
+        if after
+    )
+    return any(found) or _PATH.search(text) is not None
 
 
 def require_small(args: Any, where: str, *, tensors: int, elements: int) -> None:

@@ -77,8 +77,8 @@ def build(source: Source, *, blank: bool = False, stored: Stored | None = None) 
         args = blanked(factory, args, defaults=library(source.spec) in FACTORIES)
     if stored is None:
         return built(factory, args, source.spec)
-    require_inert(args, source.spec)
     require_small(args, source.spec, tensors=stored.tensors, elements=stored.elements)
+    require_inert(args, source.spec)
     bound = Bounded(4 * stored.elements, source.spec)
     with torch_restored():
         return within(

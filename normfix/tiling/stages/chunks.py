@@ -34,6 +34,9 @@ Seals = dict[str, str]
 _EDGE = 128
 """Largest edge of a chunk: a window with a halo of a few pixels then reads little more than it needs."""
 
+_LONGEST = 1 << 16
+"""Bytes of the description of an array, which takes 700."""
+
 _CHECKSUM = 4
 """Bytes that a checksum adds to a chunk."""
 
@@ -89,14 +92,15 @@ class Chunked:
             (a // e * e, min(n, -(-b // e) * e))
             for (a, b), e, n in zip(spans, self._edges, self._shape, strict=True)
         ]
+        # before it is read: a pipe in place of a chunk would wait for ever
+        if not self.whole(index):
+            raise self._damaged("a chunk is missing")
         try:
             array = np.asarray(self._opened()[tuple(slice(a, b) for a, b in outer)])
         except OSError as error:
             raise self._failed(error) from error
-        except (ValueError, TypeError, LookupError, RuntimeError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
             raise self._damaged(str(error)) from error
-        if not self.whole(index):
-            raise self._damaged("a chunk is missing")
         for place, seal in self._sealed(array, outer):
             if self._seals.get(place) != seal:
                 raise self._damaged(f"chunk {place} is not the one that was written there")
@@ -146,12 +150,15 @@ class Chunked:
         return self._array
 
     def _is_there(self) -> bool:
-        if not (self._path / "zarr.json").exists():
+        said = self._path / "zarr.json"
+        if not os.path.lexists(said):
             return False
+        if said.is_symlink() or not said.is_file() or said.stat().st_size > _LONGEST:
+            raise self._damaged("its zarr.json is no file that was written there")
         try:
             array = self._opened()
             layout = tuple(array.shape), tuple(array.chunks), str(array.dtype)
-        except (ValueError, TypeError, LookupError):
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
             layout = None
         if layout != (self._shape, self._edges, _NUMPY[self._stored_as]):
             self._array = None

@@ -23,7 +23,7 @@ from normfix.errors import NormfixError
 from normfix.layers.laws import Observed, Part
 from normfix.layers.moments import Moments
 
-__all__ = ["Journal", "Unwritten", "Written"]
+__all__ = ["Journal", "Unwritten", "Written", "require_file"]
 
 Measured = dict[str, Any]
 """What was measured of a block, by site; under SEALS, the seals of the chunks that it wrote."""
@@ -139,8 +139,9 @@ class Written:
 
     def _lines(self) -> list[bytes]:
         """Return the lines whose sums are right; all but the last must be."""
-        if not self._path.exists():
+        if not os.path.lexists(self._path):
             return []
+        require_file(self._path)
         try:
             *whole, torn = self._path.read_bytes().split(b"\n")
         except OSError as error:
@@ -190,6 +191,21 @@ def _sum(before: bytes, line: bytes) -> bytes:
 
 
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Moments, Part, Observed)}
+
+
+def require_file(path: Path) -> None:
+    """Refuse what is no file of a run's own: a pipe waits for ever, a device never ends, a link leads elsewhere.
+
+    Raises:
+        NormfixError: NF329.
+    """
+    if path.is_symlink() or not path.is_file():
+        raise NormfixError(
+            "NF329",
+            f"it is no file that a run wrote, so the run cannot be continued. Delete {path.parent.parent} to start "
+            "anew.",
+            where=str(path),
+        )
 
 
 def encoded(value: Any) -> Any:

@@ -15,6 +15,7 @@ from normfix.errors import NormfixError
 from normfix.images.sources import Image
 from normfix.networks.devices import bytes_of
 from normfix.tiling.stages.chunks import sync
+from normfix.tiling.stages.journal import require_file
 from normfix.tiling.stages.schedule import Schedule
 
 __all__ = ["Parts", "describe", "digest_of_parts", "require_same", "write_manifest"]
@@ -64,10 +65,12 @@ def require_same(path: Path, parts: Parts) -> bool:
     Raises:
         NormfixError: NF328 if it is of something else, NF329 if it cannot be read.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return False
+    require_file(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            found = json.loads(file.read(_LONGEST))
         known = {str(name): str(value) for name, value in found["parts"].items()}
         told = found["digest"]
     except OSError as error:
@@ -91,6 +94,8 @@ def require_same(path: Path, parts: Parts) -> bool:
     return True
 
 
+_LONGEST = 1 << 24
+"""Characters of a manifest that are read; an image takes a hundred."""
 _SHOWN = ("versions", "blocks", "statistics", "precision", "threads", "processor")
 
 

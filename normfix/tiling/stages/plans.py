@@ -1,8 +1,8 @@
 """Plans of stages that outlast the process, in a file beside a saved network: what was measured and proved of a cut.
 
 Nothing of it is believed for its own sake. A plan counts for a cut whose graphs and weights have the fingerprints that
-it states, under the releases of normfix and torch that made it, in a file that nobody edited; anything else is measured
-and proved anew.
+it states, under the releases of normfix and torch that made it, in a file that nobody edited, as far as the graph of
+each stage gives the reach that it states; anything else is measured and proved anew.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def kept(folder: Path) -> list[Plan]:
     """Return the plans beside a network; none where there is no file, or one that cannot be believed."""
     path = folder / FILE
     try:
-        if path.stat().st_size > _LARGEST:
+        if not path.is_file() or path.stat().st_size > _LARGEST:
             return []
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("sha256") != _seal(content) or content["made_by"] != _made_by():
             return []
         return [_plan(one) for one in content["plans"][:_MOST]]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         return []
 
 

@@ -30,6 +30,7 @@ from normfix.networks.calling import refusals
 from normfix.networks.devices import CPU, bytes_of
 from normfix.networks.numerics import EXACT
 from normfix.records.derivations import Obstacle
+from normfix.records.spans import round_up
 from normfix.tiling.halo import DyeLost, DyeRefused, halo, interference, strip
 from normfix.tiling.reach.bounds import Bound, bound_between
 from normfix.tiling.reach.extents import Unsized
@@ -104,6 +105,20 @@ def measure_reach(
         grids.append(cells * pixels)
         halos.append((before * pixels, after * pixels))
     return Reach(tuple(grids), tuple(halos))
+
+
+def is_derived(reach: Reach, stage: Stage, image: Node) -> bool:
+    """Tell whether a reach that a file states is what the stage's graph gives, so that nothing need be measured."""
+    known, axes = _bound_of(stage, image), len(stage.grid)
+    if known is None or not known.is_whole or (len(reach.grid), len(reach.halo)) != (axes, axes):
+        return False
+    bound = known.halo(stage.grid)
+    return all(
+        pixels % known.lattice[axis] == 0
+        and reach.grid[axis] == pixels
+        and reach.halo[axis] == tuple(round_up(side, pixels) for side in bound[axis])
+        for axis, pixels in enumerate(stage.grid)
+    )
 
 
 def fingerprint(stage: Stage, maps: ProgramMaps, shapes: Shapes) -> str:

@@ -150,7 +150,7 @@ def _is_left(job: Job, error: BaseException) -> bool:
     """Tell whether something of this command is left to continue, and say so in the error."""
     if isinstance(error, TakenError) and error.kept is not None:
         return False  # its result lies under another name
-    whole = sum(f.read_bytes().count(b'"block":') for f in job.folder.glob("*/journal.jsonl"))
+    whole = sum(map(_blocks_in, job.folder.glob("*/journal.jsonl")))
     if not job.begun or not whole or isinstance(error, NotInStages):
         return False
     note = (
@@ -160,6 +160,13 @@ def _is_left(job: Job, error: BaseException) -> bool:
     # add_note of Python 3.11, as 3.10 can do it
     error.__notes__ = [*getattr(error, "__notes__", ()), note]
     return True
+
+
+def _blocks_in(journal: Path) -> int:
+    """Return how many blocks a journal holds; none where something else stands in its place."""
+    if journal.is_symlink() or not journal.is_file():
+        return 0
+    return journal.read_bytes().count(b'"block":')
 
 
 @contextmanager
@@ -181,6 +188,7 @@ def _held(folder: Path) -> IO[str]:
         with ExitStack() as stack:
             try:
                 folder.mkdir(exist_ok=True)
+                _require_ours(folder)
                 file = stack.enter_context((folder / "lock").open("a"))
                 if not lock(file):
                     break
@@ -196,6 +204,23 @@ def _held(folder: Path) -> IO[str]:
         "another process works there. Wait for it, or name another folder: --store FOLDER (store= in Python).",
         where=str(folder),
     )
+
+
+def _require_ours(folder: Path) -> None:
+    """Refuse a folder in which anything else lies: it would be deleted with the runs when they are done.
+
+    Raises:
+        NormfixError: NF327.
+    """
+    for entry in folder.iterdir():
+        kind = entry.is_file if entry.name == "lock" else entry.is_dir
+        if not _OURS.fullmatch(entry.name) or entry.is_symlink() or not kind():
+            raise NormfixError(
+                "NF327",
+                f"it holds {entry.name[:80]}, which normfix did not put there, and what is in it is deleted when a run "
+                "is done. Take that out, or name another folder: --store FOLDER (store= in Python).",
+                where=str(folder),
+            )
 
 
 def _failed(folder: Path, error: OSError) -> NormfixError:

@@ -27,7 +27,7 @@ from normfix.tiling.stages.execution import execute
 from normfix.tiling.stages.maps import ProgramMaps, find_maps
 from normfix.tiling.stages.plans import Plan
 from normfix.tiling.stages.program import Program, Shapes, Unguarded
-from normfix.tiling.stages.reach import Reach, fingerprint, in_dtype, measure_reach
+from normfix.tiling.stages.reach import Reach, fingerprint, in_dtype, is_derived, measure_reach
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.schedule import Schedule
 from normfix.tiling.stages.store import Kept, Store
@@ -64,7 +64,10 @@ def schedule(
         names = [fingerprint(stage, maps, shapes) for stage in stages]
         for name, stage in zip(names, stages, strict=True):
             if name not in known.reaches:
-                known.reaches[name] = _reach_of(stage, maps, shapes, program)
+                reach = known.stated.get(name)
+                if reach is None or not is_derived(reach, stage, program.image):
+                    reach = _reach_of(stage, maps, shapes, program)
+                known.reaches[name] = reach
         reaches = tuple(known.reaches[name] for name in names)
         planned = Schedule(program, maps, tuple(stages), reaches, program.device)
         plan = Plan(_name(planned, stride, ragged), tuple(zip(names, reaches, strict=True)))
@@ -80,21 +83,25 @@ def plans_of(program: Program) -> tuple[Plan, ...]:
 
 
 def recall_(program: Program, plans: Sequence[Plan]) -> None:
-    """Take plans for proved whose stages and cuts a program turns out to have."""
+    """Take plans for proved whose stages and cuts a program turns out to have.
+
+    Of what they state of a stage counts what its graph gives too; the rest is measured, and proved if it differs.
+    """
     known = _KNOWN.setdefault(program.body, _Known())
     for plan in plans:
         known.plans[plan.cut] = plan
-        known.reaches.update(plan.stages)
+        known.stated.update(plan.stages)
 
 
 @dataclass(slots=True)
 class _Known:
-    """What was measured of the stages of a program, by what they compute, and proved of its cuts.
+    """What was measured of the stages of a program, by what they compute, what a file states, and proved of its cuts.
 
     Most stages are the same whether statistics or outputs are wanted.
     """
 
     reaches: dict[str, Reach] = field(default_factory=dict)
+    stated: dict[str, Reach] = field(default_factory=dict)
     plans: dict[str, Plan] = field(default_factory=dict)
 
 
