@@ -155,7 +155,7 @@ def test_a_real_microscopy_image_keeps_its_values_through_every_format(tmp_path)
 
 def _ome_zarr(path, array, axes, scale, move, labels=()):
     group = zarr.create_group(store=str(path))
-    group.create_array("0", data=array, chunks=(1, 16, 16))
+    group.create_array("0", shape=array.shape, dtype=array.dtype, chunks=(1, 16, 16))[...] = array
     transforms = [{"type": "scale", "scale": scale}, {"type": "translation", "translation": move}]
     image = {"axes": axes, "datasets": [{"path": "0", "coordinateTransformations": transforms}]}
     channels = {"channels": [{"label": label} for label in labels]}

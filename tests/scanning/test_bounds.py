@@ -6,6 +6,7 @@ from branching import BY_PLACE, BY_SIZE, LOCAL, Branching
 
 from normfix.networks.calling import Caller
 from normfix.networks.graph.capture import exported
+from normfix.networks.releases import writes_archives
 from normfix.scanning.graph.bounds import read_sizes
 
 
@@ -51,18 +52,18 @@ def test_a_size_that_is_cut_is_a_condition(name, expected, earlier):
 
 
 @pytest.mark.parametrize(
-    ("cut", "expected"),
+    ("cut", "expected", "earlier"),
     [
-        (lambda x: x[..., :200], ["W <= 199"]),
-        (lambda x: x[..., -150:], ["W <= 149"]),
-        (lambda x: torch.cat([part.tanh() for part in x.split(120, 3)], 3), ["W <= 120"]),
-        (lambda x: x[..., 5:], []),
+        (lambda x: x[..., :200], ["W <= 199"], ["W < 200"]),
+        (lambda x: x[..., -150:], ["W <= 149"], ["W - 150 < 0"]),
+        (lambda x: torch.cat([part.tanh() for part in x.split(120, 3)], 3), ["W <= 120"], []),
+        (lambda x: x[..., 5:], [], []),
     ],
 )
-def test_what_takes_all_of_a_small_image_has_a_largest_one(cut, expected):
+def test_what_takes_all_of_a_small_image_has_a_largest_one(cut, expected, earlier):
     """A slice or a part that ends beyond the captured image cuts larger ones; control: one that cuts every image."""
     found = look(lambda x: torch.nn.functional.pad(y := cut(x), (0, x.shape[3] - y.shape[3])))
-    assert texts(found.conditions) == expected
+    assert texts(found.conditions) == (expected if writes_archives() else earlier or expected)
 
 
 def test_extents_that_were_taken_for_one_are_a_condition():

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from branching import BY_PLACE, BY_SIZE, BY_STATISTIC, BY_VALUE, LOCAL, Branching, tiles_of
+from optional import needs_newer_torch
 
 import normfix
 
@@ -102,7 +103,10 @@ def test_check_does_not_pass_where_another_network_runs(case):
 
 @pytest.mark.parametrize(
     ("name", "used"),
-    [("either", "measured"), pytest.param("nested", "graph", marks=pytest.mark.slow)],
+    [
+        pytest.param("either", "measured", marks=needs_newer_torch("leaves the proof of it inconclusive")),
+        pytest.param("nested", "graph", marks=pytest.mark.slow),
+    ],
 )
 def test_more_reach_at_other_sizes_is_said_as_a_size(name, used):
     """Strips on the other side of a branch may reach beyond the bound: no rule is blamed, and sizes are stated."""

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from factories import tiny_unet
+from optional import needs_programs
 from safetensors.torch import save
 from stand_in_hub import TOKEN, Hub
 from warm import warm_program
@@ -127,6 +128,7 @@ def _other_graph(folder, outside):
     (folder / "graph.pt2").write_bytes(outside.read_bytes())
 
 
+@needs_programs
 @pytest.mark.skipif(os.name != "posix", reason="links")
 @pytest.mark.parametrize(
     ("change", "code"),

@@ -702,6 +702,7 @@ def test_sizes_that_are_not_of_its_axes_are_refused(copied, changes):
     assert refusal(normfix.load, copied).code == "NF108"
 
 
+@needs_programs
 @pytest.mark.parametrize("name", [WEIGHTS, PROGRAM])
 @pytest.mark.parametrize("swap", ["replaced", "linked", "written"])
 def test_a_folder_that_changes_while_it_is_read_is_refused(copied, tmp_path, monkeypatch, name, swap):

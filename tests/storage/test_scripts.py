@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from monai.networks.nets import UNet
+from optional import needs_programs
 from torch import nn
 from torch.export import export
 
@@ -126,6 +127,7 @@ FORMS = {
 }
 
 
+@needs_programs
 @pytest.mark.parametrize(
     ("norm", "form"),
     [("instance", "scripted"), ("instance affine", "traced"), ("instance", "traced and frozen")]
@@ -323,6 +325,7 @@ def rewritten(path, member, change):
             archive.writestr(name, change(content) if name.endswith(member) else content)
 
 
+@needs_programs
 def test_what_runs_on_reading_is_refused_before_torch_reads_it(tmp_path, no_process):
     """Methods that torch calls while it reads, and objects of C++ classes in a pickle, are NF121."""
     path = tmp_path / "restoring.ts"
@@ -340,6 +343,7 @@ def test_what_runs_on_reading_is_refused_before_torch_reads_it(tmp_path, no_proc
     assert code_of(path) == "NF121"
 
 
+@needs_programs
 def test_hooks_and_damage_are_refused(tmp_path, no_process):
     """An archive whose hooks would be left out is NF123, one with a wrong checksum NF101."""
     path = tmp_path / "net.ts"
@@ -355,6 +359,7 @@ def test_hooks_and_damage_are_refused(tmp_path, no_process):
     assert code_of(path) == "NF101"
 
 
+@needs_programs
 def test_a_process_that_ends_is_a_refusal(tmp_path, monkeypatch):
     """If torch's reader crashes, or takes too long or too much, that is NF121 and no crash here."""
     path = tmp_path / "net.ts"

@@ -83,6 +83,10 @@ class Chunks(Store):
         """Refuse: images are only read."""
         raise NotImplementedError
 
+    async def set_partial_values(self, key_start_values: Iterable[tuple[str, int, bytes]]) -> None:
+        """Refuse: images are only read. Releases before zarr 3.1 ask for it."""
+        raise NotImplementedError
+
     async def delete(self, key: str) -> None:
         """Refuse: images are only read."""
         raise NotImplementedError
