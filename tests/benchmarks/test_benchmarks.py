@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 # the words after the file's name, what the last lines must match
-LONG = ("attention", "check", "streaming")
+LONG = ("attention", "check", "scan", "streaming")
 RUNS = {
     "attention": (
         ["--height", "32", "--width", "64", "--tile", "32", "--memory", "64"],

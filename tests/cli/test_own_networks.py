@@ -85,7 +85,11 @@ SOURCES = {
 
 
 @pytest.mark.parametrize(
-    "source", [pytest.param(s, marks=pytest.mark.zoo if s in ("module", "library") else ()) for s in SOURCES]
+    "source",
+    [
+        pytest.param(s, marks=pytest.mark.zoo if s in ("module", "library", "program") else ())
+        for s in SOURCES
+    ],
 )
 def test_what_convert_wrote_opens_as_it_prints(project, program, source):
     """The line of Python and the line of the shell, each in a fresh process."""

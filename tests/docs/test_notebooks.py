@@ -15,8 +15,8 @@ pytestmark = pytest.mark.slow
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 LARGEST = 400_000
-PAGES_TOO = ("02-convert", "03-finetune", "04-ci")
-"""What they show, pages of docs/ show as well, which each run of the tests follows."""
+PAGES_TOO = ("01-seams", "02-convert", "03-finetune", "04-ci")
+"""What they show, pages of docs/ show as well."""
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 

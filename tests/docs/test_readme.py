@@ -12,10 +12,15 @@ from warm import PROGRAM, warm_program
 pytestmark = pytest.mark.slow
 
 README = ROOT / "README.md"
+LONG = ("choosing", "programs", "streaming")
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=pytest.mark.zoo if p.stem in LONG else ()) for p in PAGES],
+    ids=lambda page: page.name,
+)
 def test_a_page_can_be_followed(page, tmp_path, monkeypatch, capsys):
     """Every normfix command exits with 0 and every Python block runs, in order, and prints what the README says.
 

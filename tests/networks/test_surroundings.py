@@ -115,9 +115,9 @@ def later():
     [
         pytest.param("torch.set_float32_matmul_precision('medium')", marks=pytest.mark.zoo),
         pytest.param("b.cuda.matmul.allow_tf32 = True", marks=pytest.mark.zoo),
-        "b.cuda.matmul.fp32_precision = 'tf32'",
+        pytest.param("b.cuda.matmul.fp32_precision = 'tf32'", marks=pytest.mark.zoo),
         pytest.param("b.mkldnn.fp32_precision = 'bf16'", marks=pytest.mark.zoo),
-        "b.fp32_precision = 'tf32'",
+        pytest.param("b.fp32_precision = 'tf32'", marks=pytest.mark.zoo),
         "torch.set_float32_matmul_precision('high'); b.mkldnn.matmul.fp32_precision = 'ieee'",
         "pass",
     ],

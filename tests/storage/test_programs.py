@@ -169,7 +169,7 @@ def test_a_program_equals_the_converted_module(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("decomposed", [False, pytest.param(True, marks=pytest.mark.zoo)])
 @pytest.mark.parametrize("name", named(*(n for n in NETWORKS if n not in ("layer over space", "BasicUNet"))))
 def test_a_program_is_converted_without_source(name, decomposed):
     """A program, decomposed or not, is converted and proved like the module, with the same constants."""

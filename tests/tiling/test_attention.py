@@ -93,7 +93,7 @@ _QUICK = ("fused", "matmul", "keys in rows", "einsum, turned")
 
 
 @pytest.mark.parametrize(
-    "form", [form if form in _QUICK else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
+    "form", [form if form in _QUICK else pytest.param(form, marks=pytest.mark.zoo) for form in FORMS]
 )
 def test_every_form_is_found(form):
     """The program attends to stored keys, and computes what the network does."""

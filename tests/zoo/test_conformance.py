@@ -35,6 +35,12 @@ REPRESENTATIVE = {
     "timm resnet18 classifier": "not dense",
     "torchvision resnet18 layer2": "local",
 }
+QUICK = (
+    "monai UNet instance 2D",
+    "monai SegResNet pixelshuffle 2D",
+    "timm resnet18 classifier",
+    "timm resnet18",
+)
 
 
 def _fares(name):
@@ -45,7 +51,9 @@ def _fares(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", REPRESENTATIVE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.zoo) for n in REPRESENTATIVE]
+)
 def test_a_representative_network_fares_as_it_should(name):
     """Scan, conversion and proof of the network end under the heading they should."""
     row = _fares(name)
