@@ -11,7 +11,7 @@ import pytest
 import torch
 from commands import Run
 from optional import skipping
-from warm import warm_python
+from warm import begin_warming, warm_python
 
 from normfix.storage import fresh
 
@@ -34,6 +34,7 @@ def _seeded() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _warm():
     """Let fresh processes begin with torch imported."""
+    begin_warming()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fresh, "interpreter", lambda: str(warm_python()))
         yield

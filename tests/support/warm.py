@@ -25,7 +25,7 @@ import traceback
 import types
 from pathlib import Path
 
-__all__ = ["PROGRAM", "warm_program", "warm_python"]
+__all__ = ["PROGRAM", "begin_warming", "warm_program", "warm_python"]
 
 PROGRAM = Path(sys.executable).with_name("normfix")
 
@@ -45,46 +45,57 @@ sys.exit(code)
 
 
 def warm_program() -> Path:
-    """Start the server of this process, once, and return the file to call; the program itself where that cannot be."""
+    """Return the file to call; the program itself where there is no server."""
     folder = _served()
     return folder / "bin" / "normfix" if folder else PROGRAM
 
 
 def warm_python() -> Path:
-    """Start the server of this process, once, and return the file to call; Python itself where that cannot be."""
+    """Return the file to call; Python itself where there is no server."""
     folder = _served()
     return folder / "python" if folder else Path(sys.executable)
 
 
 @functools.cache
-def _served() -> Path | None:
+def begin_warming() -> tuple[Path, subprocess.Popen] | None:
+    """Start the server of this process, once, without waiting for it; None where that cannot be.
+
+    Before any test: what one changes for itself is not what the server begins with.
+    """
     if not hasattr(os, "pidfd_open") or not hasattr(socket, "send_fds"):
         return None
-    folder = tempfile.TemporaryDirectory(prefix="nf")
-    atexit.register(folder.cleanup)
-    address = str(Path(folder.name) / "s")
+    holder = tempfile.TemporaryDirectory(prefix="nf")
+    atexit.register(holder.cleanup)
+    folder = Path(holder.name)
+    address, python = str(folder / "s"), folder / "python"
+    (folder / "bin").mkdir()
+    for path, first in ((folder / "bin" / "normfix", [str(PROGRAM)]), (python, [])):
+        text = CALLER.format(python=sys.executable, address=address, first=first)
+        path.write_text(text, encoding="utf-8")
+        path.chmod(0o755)
     server = subprocess.Popen(
-        [sys.executable, __file__, address, str(Path(address).with_name("python"))],
+        [sys.executable, __file__, address, str(python)],
         stdin=subprocess.PIPE,  # its end is this process's end
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONWARNINGS": ""},
     )
     atexit.register(_ended, server)
+    return folder, server
+
+
+@functools.cache
+def _served() -> Path | None:
+    if (begun := begin_warming()) is None:
+        return None
+    folder, server = begun
     assert server.stdout is not None
     assert server.stdout.readline() == b"ready\n"
-    made = Path(folder.name)
-    (made / "bin").mkdir()
-    for path, first in ((made / "bin" / "normfix", [str(PROGRAM)]), (made / "python", [])):
-        text = CALLER.format(python=sys.executable, address=address, first=first)
-        path.write_text(text, encoding="utf-8")
-        path.chmod(0o755)
-    return made
+    return folder
 
 
 def _ended(server: subprocess.Popen) -> None:
-    server.stdin.close()
-    server.wait(60)
-    server.stdout.close()
+    server.kill()
+    server.communicate()
 
 
 def _serve(address: str) -> tuple[list[str], list[int]] | None:
