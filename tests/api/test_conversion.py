@@ -463,6 +463,7 @@ def test_lost_interception_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         normfix.convert(build("functional"), image())
 
 
+@pytest.mark.slow
 def test_swapped_statistic_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Statistics stored at the wrong channels fail identity and residual."""
     from normfix.conversion import rewriting

@@ -179,6 +179,7 @@ def lightning_task(net, run):
     return Task()
 
 
+@pytest.mark.slow
 @ERRORS
 def test_lightning_trains_resumes_and_recalibrates(model, tmp_path):
     """A LightningModule: steps counted under accumulation, statistics measured before validation, state kept."""

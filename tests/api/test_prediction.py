@@ -168,6 +168,7 @@ def pooled():
     return normfix.convert(Pooled().eval(), image).model, image
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_change_that_nothing_prints_is_noticed(pooled, change):
     """Whatever a forward reads makes the geometry that travels out of date."""

@@ -38,6 +38,7 @@ def _statistics(model):
     return {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
 
 
+@pytest.mark.slow
 def test_calibrating_in_blocks_equals_passes(converted):
     """With and without `tile` the statistics agree to 1e-9 for several images, and the summary says which way."""
     images = [_image(40, 64, seed=2), 3 * _image(36, 20, seed=3)]
@@ -212,6 +213,7 @@ def test_what_an_image_or_an_output_does_not_show_is_captured_anew(change):
         assert_close(stages.model.get_buffer(name), expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_what_did_not_change_is_not_captured_again(monkeypatch):
     """Control: another image, other blocks and other weights take the capture of last time."""
     net = Bounded().double()
@@ -334,6 +336,7 @@ def test_valid_convolutions_run_in_stages(size, tile, tmp_path):
             assert_close(measured.model(image), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_network_that_leaves_nothing_of_a_small_block_runs_in_stages():
     """Strips that a crop leaves nothing of were measured all the same, which ended in an error of torch."""
     torch.manual_seed(0)
@@ -398,6 +401,7 @@ def test_blocks_have_one_size(converted, verb):
     assert normfix.Blocks(tile=32).sized(32) == normfix.Blocks(tile=32)
 
 
+@pytest.mark.slow
 def test_a_halo_of_the_caller_is_of_tiles(converted):
     """Stages measure their own halo, so another is refused with them."""
     with pytest.raises(NormfixError, match="NF410 halo=64: a halo belongs to engine tiles"):
@@ -461,6 +465,7 @@ def test_converting_within_a_budget(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layers",
     [

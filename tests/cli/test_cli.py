@@ -100,6 +100,7 @@ def examples() -> list[str]:
 # --- what it does ---
 
 
+@pytest.mark.slow
 def test_converting_works_in_a_fresh_process(fixed):
     """`normfix convert` on a TIFF exits 0 and leaves the three files."""
     assert names(fixed) == FILES

@@ -62,6 +62,7 @@ def test_reports_of_every_kind(run, image, tmp_path):
     assert ET.fromstring(cases).find(".//failure") is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "code"),
     [(("--tile", 32), 1), (("--tile", 128), 1), (("--tile", 32, "--threshold", 100), 1)],

@@ -179,6 +179,7 @@ def test_a_damaged_image_is_no_passed_check(run, fixed, images):
     assert f"Not checked: {images / 'b.npy'}." in err
 
 
+@pytest.mark.slow
 def test_each_image_has_a_report_of_its_own(run, fixed, images, tmp_path):
     """Named after it, in a folder that is made; pages have the picture."""
     flags = [word for ending in ("html", "xml") for word in ("--report", tmp_path / "new" / f"r.{ending}")]

@@ -93,6 +93,7 @@ def test_wrong_usage_exits_2_without_torch(answers):
     assert answers[:-1] == [" ".join(["2 False", *words]) for words in WRONG]
 
 
+@pytest.mark.slow
 def test_torch_would_be_seen(answers):
     """Negative control: what only the network's output can tell imports torch."""
     assert answers[-1].startswith("2 True")

@@ -90,6 +90,7 @@ def test_a_shared_affine_map_is_saved_for_each_norm(tmp_path):
     assert torch.equal(again(OTHER), done.model(OTHER))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [TwoNames, AliasedOwners])
 def test_masks_reach_a_norm_under_another_name(kind):
     """Pixels that a mask ignores are ignored in stages as in passes."""

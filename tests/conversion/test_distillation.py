@@ -144,6 +144,7 @@ def test_a_fit_that_only_gets_worse_changes_nothing(done, monkeypatch):
         torch.testing.assert_close(value, before[name], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_constants_that_are_worse_fail_the_step(done):
     """Control: the claim of the proof fails for constants that were spoiled after the fit."""
     summary = done.calibration.summary

@@ -78,6 +78,7 @@ def test_tiles_equal_the_originals_whole_image(done):
     assert apart(parts, expected) > 0.1
 
 
+@pytest.mark.slow
 def test_another_image_attends_to_the_keys_that_are_held(done):
     """Its tiles equal what attention to the first image's keys gives for it whole."""
     keys = held(done.model)
@@ -158,6 +159,7 @@ def test_what_is_held_is_measured_again(several, mistake):
     assert residual(summary, torch.float64).status == ("failed" if mistake else "passed")
 
 
+@pytest.mark.slow
 def test_a_bias_that_is_not_used_is_caught(several):
     """The proof holds the layer against the formula, which shares nothing with it."""
     net = copy.deepcopy(several.model)

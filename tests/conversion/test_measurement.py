@@ -51,6 +51,7 @@ def measured(converted):
     converted.model.load_state_dict(before, strict=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_measures_the_same(measured, way):
     """Stages, one block, a mask of nothing and a sample of everything give what passes give."""

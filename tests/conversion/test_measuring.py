@@ -108,6 +108,7 @@ def test_live_statistics_in_one_pass_are_something_else():
     assert ((live / expected - 1).abs()).max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_residual_is_zero_and_one(dtype):
     """Re-measured under the stored statistics, every site has mean shift 0 and variance ratio 1 to 1e-6."""

@@ -77,6 +77,7 @@ def test_means_and_targets_are_decided_anew(planned, image):
     assert normfix.convert(Deep(), image, to=replace(planned, decisions=spoiled)).proof.passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("action", [Action.KEEP, Action.REFUSE])
 def test_the_reason_follows_the_action(planned, action):
     """A site that a reviewer spares is kept as the plan says, not "refused" nor "made a constant"."""
@@ -88,6 +89,7 @@ def test_the_reason_follows_the_action(planned, action):
     assert "reviewed plan" in decision.reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("action", Action)
 @pytest.mark.parametrize("reason", ["by hand", "its statistic becomes a constant? Never."])
 def test_words_decide_nothing(planned, action, reason):
@@ -110,6 +112,7 @@ def test_a_plan_is_called_what_its_actions_are(planned):
     assert all("BatchRenorm" in d.reason for d in followed.decisions)
 
 
+@pytest.mark.slow
 def test_two_decisions_on_one_site_are_refused(planned):
     """A plan that says two things of one site is not followed in either."""
     first, *others = planned.decisions
@@ -144,6 +147,7 @@ def test_keep_patterns_must_match(planned, image):
         normfix.plan(normfix.scan(Deep(), image), keep=("decoder.*",))
 
 
+@pytest.mark.slow
 def test_a_plan_leaves_nothing_to_keep(planned, image):
     """Patterns beside a plan would be ignored, so they are refused."""
     with pytest.raises(normfix.NormfixError, match=r"NF205 keep=.*says already"):

@@ -110,6 +110,7 @@ def test_laws_differ(conversions):
             assert ((one - other).abs() / one).max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAWS)
 @torch.no_grad()
 def test_the_proof_holds_for_every_law(conversions, name):
@@ -222,6 +223,7 @@ def test_what_is_no_statistic_is_refused(text):
         parse_statistics(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["geometric", "median"])
 def test_windows_are_measured_in_stages_as_in_passes(conversions, name):
     """Blocks of windows give the constants of the windows themselves, for images that are read by window."""

@@ -25,6 +25,7 @@ def converted():
     return normfix.convert(Shallow().double(), _image(64, 48)).model
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("with_mask", [False, True])
 def test_a_sample_of_all_blocks_is_exact(converted, with_mask):

@@ -182,6 +182,7 @@ def test_scaling_per_tile_is_named_whatever_it_is_by(convolutions, scaling, widt
     assert found.record.findings == ()
 
 
+@pytest.mark.slow
 def test_a_filter_that_the_halo_is_wide_enough_for_is_no_cause(convolutions):
     """Control: near a window's cut it gives other values there, which are cropped with the halo."""
     found = diagnosed(

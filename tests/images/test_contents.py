@@ -208,6 +208,7 @@ def test_a_change_while_reading_is_found_with_its_time_put_back(
         _run(model, path, tmp_path, store=False, scaling=scaling)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".npy", ".tif", ".zarr", ".nii.gz"])
 def test_a_touch_while_reading_is_no_change(model, tmp_path, monkeypatch, suffix):
     """A file that was read whole and is touched or rewritten with the same values meanwhile is read on."""

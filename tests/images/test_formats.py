@@ -95,6 +95,7 @@ def test_slope_and_intercept_are_applied(tmp_path):
     np.testing.assert_allclose(found, image.get_fdata().T, atol=0.01)
 
 
+@pytest.mark.slow
 def test_channels_of_a_volume_come_back_last(tmp_path):
     """Four-dimensional NIfTI without a time unit is channels, which the prediction has in the same place."""
     data = RNG.random((6, 7, 8, 2)).astype(np.float32)

@@ -63,6 +63,7 @@ def test_the_sliding_window_does_not(converted, whole):
         assert apart(window(images(), converted.model), whole) > 100 * CLOSE
 
 
+@pytest.mark.slow
 def test_an_evaluator_runs_it_on_batches_with_their_metadata(converted):
     """A SupervisedEvaluator: batches of MetaTensors, under autocast, decollated with each image's own metadata."""
     two = images(2)

@@ -86,6 +86,7 @@ def test_a_product_over_space_larger_than_the_map_is_frozen():
     assert [d.site.id for d in done.plan.converted] == ["(root)/0/matmul/0"]
 
 
+@pytest.mark.slow
 @EVERY
 def test_the_batch_is_treated_image_by_image(models, kind):
     """Each image of a batch gives what it gives alone."""
@@ -345,6 +346,7 @@ def test_a_reviewed_plan_is_replayed():
     assert done.proof.step("tiles").status == "failed"
 
 
+@pytest.mark.slow
 def test_uncalled_norms_are_reported():
     """A norm that the network owns and never calls is named as uncalibrated."""
     scan = normfix.scan(HandNorm(spare=nn.InstanceNorm2d(4)), IMAGE)

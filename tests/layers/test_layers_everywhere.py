@@ -246,6 +246,7 @@ def test_a_changing_float_would_compile_again():
         run(torch.ones(2))
 
 
+@pytest.mark.slow
 @needs_newer_torch("such gradients are right without the guard")
 def test_a_checkpoint_inside_compiled_code_is_refused():
     """It would recompute from statistics that have moved: an error, not a wrong gradient."""
@@ -286,6 +287,7 @@ def test_without_the_guard_a_compiled_checkpoint_would_be_wrong(cut, monkeypatch
     assert (a["x"] - b["x"]).abs().max() > 1e-3 * b["x"].abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TWO_D)
 @pytest.mark.parametrize("strict", [pytest.param(True, marks=STRICT), False])
 def test_export_keeps_one_batch_norm_per_layer(kind, strict):

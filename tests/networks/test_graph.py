@@ -120,6 +120,7 @@ def test_captures_three_axes():
     assert captured.free == (0, 2, 3, 4)
 
 
+@pytest.mark.slow
 def test_leaves_the_network_alone():
     """Capturing changes neither weights, nor mode, nor hooks, nor the example."""
     model, image = Nasty().train(), IMAGE.clone()
@@ -178,6 +179,7 @@ def test_a_branch_on_values_is_a_reason():
     assert [f.code for f in look.findings] == ["NF221"]
 
 
+@pytest.mark.slow
 def test_a_fixed_size_falls_back():
     """A network of one size is captured at that size, with what can be free free."""
 
@@ -389,6 +391,7 @@ def test_what_a_later_reduction_absorbs_is_no_dispute():
     assert look.findings == ()
 
 
+@pytest.mark.slow
 def test_a_graph_that_cannot_be_read_takes_nothing_with_it(monkeypatch):
     """A fault while reading the graph is a finding, and the scan goes on."""
     from normfix.scanning.graph import look as looking

@@ -95,6 +95,7 @@ def test_a_decomposed_program_too(converted, name):
     assert_close(_output(done), _output(expected), **TOLERANCE[torch.float32])
 
 
+@pytest.mark.slow
 def test_two_images(converted):
     """The population's statistics of two unequal images are those of the module."""
     model, program, _ = converted("mean and variance")
@@ -114,6 +115,7 @@ def test_the_result_is_a_program_without_statistics(converted):
     assert not [n for n in program.graph.nodes if "linalg" in str(n.target)]
 
 
+@pytest.mark.slow
 def test_a_plan_is_replayed_on_a_program(converted):
     """A reviewed plan of a program goes through JSON and is carried out."""
     program = raised(converted("squeeze-excite")[1])
@@ -123,6 +125,7 @@ def test_a_plan_is_replayed_on_a_program(converted):
     assert done.proof.passed
 
 
+@pytest.mark.slow
 def test_a_module_called_twice_has_two_parts(converted):
     """Each call of a block has nodes of its own."""
     lifted = raised(converted("one block, two calls")[1])
@@ -165,6 +168,7 @@ def test_an_exchanged_call_is_caught(tmp_path, monkeypatch):
         normfix.load(tmp_path / "gains.pt2")
 
 
+@pytest.mark.slow
 def test_a_statistic_that_is_not_written_as_a_call_is_caught(converted, monkeypatch):
     """An operator that interception does not see is never left live without a word."""
     from normfix.networks.graph import calls

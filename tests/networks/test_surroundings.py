@@ -203,6 +203,7 @@ def test_errors_of_a_network_are_named(image, use, error):
     assert type(caught.value.__cause__) is type(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [TimeoutError("late"), MemoryError("full"), torch.OutOfMemoryError("full")])
 def test_a_stop_at_one_size_is_no_refusal_of_it(image, error):
     """Time-outs go on as they are and memory is NF250, where the scan would go on without a size it refuses."""

@@ -130,6 +130,7 @@ def test_a_saved_fine_tuned_network_proves_itself(bench, tmp_path, run):
     assert json.loads((tmp_path / "proof.json").read_text()) == json.loads(out)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_forms")
 def test_statistics_of_training_are_no_proof(trained, tmp_path, run):
     """Fine-tuned and not calibrated: the residual fails, exits 1 and names the next step."""
@@ -369,6 +370,7 @@ def test_stock_batch_norm_has_the_same_bits(bench, monkeypatch):
     assert forms.stock(bench).status == "failed"
 
 
+@pytest.mark.slow
 def test_the_original_class_where_it_has_a_place_for_the_statistics(bench, tmp_path, monkeypatch):
     """A batch norm's class takes them and a changed weight fails; an instance norm's does not apply."""
     assert forms.portable(bench).status == "inapplicable"

@@ -293,6 +293,7 @@ def test_a_live_norm_reaches_beyond_the_theoretical_field():
     assert _diagnose(plain_unet(), image).receptive_field.outside == 0
 
 
+@pytest.mark.slow
 def test_moments_and_spread_of_a_site():
     """The table of sites has the whole image's mean and how far a tile's mean strays, checked by hand."""
     net = nn.Sequential(nn.Conv2d(1, 1, 1), nn.InstanceNorm2d(1))

@@ -393,6 +393,7 @@ def test_a_measured_halo_is_undecided(tmp_path):
     assert any("measured up to" in assumed for assumed in found.assumed)
 
 
+@pytest.mark.slow
 def test_a_program_built_to_harm_is_not_opened(folder):
     """A graph that calls what is no operator of the list is refused with its own code."""
     changed_graph(

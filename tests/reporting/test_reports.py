@@ -81,6 +81,7 @@ def test_the_page_is_self_contained_and_small(page):
     assert all(link.startswith("data:image/png;base64,") for link in set(reader.links) - inside)
 
 
+@pytest.mark.slow
 def test_the_page_can_be_heard_and_tabbed(page):
     """A language, one h1, a way past the navigation, texts for pictures, scopes for headers, scrolling by key."""
     reader = Reader(page)

@@ -255,6 +255,7 @@ def test_tied_group_norms(image):
         assert normfix.convert(model, image, to).proof.passed
 
 
+@pytest.mark.slow
 def test_strides_that_are_no_power_of_two():
     """A network of stride 5 is measured and proved."""
     model = nn.Sequential(
@@ -422,6 +423,7 @@ def test_a_scripted_part_is_refused_by_name(image):
     assert not done.proof.passed
 
 
+@pytest.mark.slow
 def test_a_compiled_part_is_refused_by_name(image):
     """torch.compile hides the calls of a part as it does those of the whole."""
     model = nn.Sequential(conv(1, 4), torch.compile(nn.Sequential(nn.InstanceNorm2d(4))), conv(4, 1))
@@ -512,6 +514,7 @@ def unpooled(x):
     return F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("function", "reach"), [(blurred, 3), (shifted, 2), (unpooled, 3)])
 def test_what_is_local_is_not_refused(image, function, reach):
     """A constant that takes only its type or shape from the map is no statistic; unpooling reads its window."""

@@ -71,6 +71,7 @@ def test_extents_that_were_taken_for_one_are_a_condition():
     assert texts(look(BY_SIZE["square"].way, 96, 96).conditions) == ["H == W"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["padded to 16", "padded if odd", "windows", "plain", "replicated by hand"])
 def test_what_only_repeats_is_no_branch(name):
     """Padding to multiples leaves no branch and nothing open."""

@@ -189,6 +189,7 @@ class Mirrors(nn.Module):
         return x.flip(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("between", [nn.InstanceNorm2d(4), Centres(), Mirrors()])
 @pytest.mark.parametrize(("kind", "output"), [(Heads, "first"), (Deep, 0)])
 def test_what_another_output_alone_uses_is_left_alone(between, kind, output):

@@ -66,6 +66,7 @@ NAMED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMED)
 def test_names(name):
     """Each dependence on size or position is a finding that says what it is."""

@@ -113,6 +113,7 @@ def test_a_classifier_has_no_live_pool():
     assert [f.code for f in found.findings if f.code.startswith("NF24")] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "least"),
     [(plain_unet, 8), (DilatedStack, 1), (NeedsRoom, 21), (ValidConvolutions, 5)],

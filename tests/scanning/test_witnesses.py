@@ -169,6 +169,7 @@ class Chosen(nn.Module):
         return self.conv(x).argmax(1, keepdim=True)
 
 
+@pytest.mark.slow
 def test_a_bound_stands_where_the_dye_is_swallowed():
     """The graph needs no values: the halo is its bound, and nothing is said to be measured."""
     scan = normfix.scan(Chosen().eval(), torch.rand(1, 1, 64, 64))

@@ -380,6 +380,7 @@ def test_a_program_too_large_is_refused(tmp_path, name):
     assert refused.value.code == "NF144"
 
 
+@pytest.mark.slow
 def test_the_harmless_program_of_these_tests_opens(tmp_path):
     """Negative control of the attacks: what they change is right before."""
     (tmp_path / "p.pt2").write_bytes(good())

@@ -71,6 +71,7 @@ def test_an_smp_folder_opens(tmp_path):
     assert_same(roundtrip(opened.source, tmp_path / "smp", tmp_path), model)
 
 
+@pytest.mark.slow
 def test_a_torchvision_checkpoint_opens(tmp_path):
     """A checkpoint as torchvision's reference scripts write it opens with the factory's name."""
     pytest.importorskip("torchvision")
@@ -201,6 +202,7 @@ def test_a_pickle_in_a_transformers_folder_is_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of diffusers' own
 def test_a_diffusers_folder_opens(tmp_path):
     """diffusers' save_pretrained gives its network, and its config rebuilds it."""

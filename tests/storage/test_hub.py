@@ -166,6 +166,7 @@ def test_files_that_normfix_did_not_save_stay(fixed, tmp_path, monkeypatch):
     assert set(sent["allow_patterns"]) == {path.name for path in fixed.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_hub_that_is_not_there_is_named(fixed, tmp_path):
     """Pushing to where nothing answers is NF413 and exit 2, not a failure of normfix's own."""
     done = run(SimpleNamespace(address="http://127.0.0.1:9"), tmp_path, "push", fixed, "lab/nuclei")

@@ -161,6 +161,7 @@ def test_the_payload_runs_when_trusted(tmp_path):
     assert (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_a_trusted_pickle_gives_its_network(tmp_path, zipped):
     """With trust, a pickled module is the network that was pickled."""

@@ -368,6 +368,7 @@ def test_tiles_that_are_too_small_are_enlarged():
 # ---- refusals
 
 
+@pytest.mark.slow
 def test_fixed_sizes_are_refused_with_the_line():
     """A program of one size is refused, and the line in the message exports one that is not."""
     model = tiny_unet().eval()
@@ -398,6 +399,7 @@ def test_what_is_no_program_is_refused(tmp_path):
         open_program(tmp_path / "x.pt2", read_program)
 
 
+@pytest.mark.slow
 def test_a_program_is_no_network_with_modules(fixed):
     """Whoever asks for modules to swap is told that a program has none."""
     with pytest.raises(NormfixError, match="NF124"):

@@ -240,6 +240,7 @@ def test_a_factory_that_gives_another_network_is_noticed(done, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_shared_weights_are_stored_once(tmp_path):
     """A tied tensor is in the file once, and its other name is listed."""
     normfix.save(normfix.convert(Tied(), IMAGE), tmp_path / "fixed")
@@ -247,6 +248,7 @@ def test_shared_weights_are_stored_once(tmp_path):
     assert ("a.weight" in names) != ("b.weight" in names)
 
 
+@pytest.mark.slow
 def test_shared_weights_stay_shared(tmp_path):
     """A tied tensor is tied again after loading."""
     done = normfix.convert(Tied(), IMAGE)
@@ -285,6 +287,7 @@ def test_buffers_that_are_not_saved_take_the_saved_dtype(tmp_path):
     assert_same(normfix.load(tmp_path / "fixed", arch="factories:Gained"), done.model, OTHER.bfloat16())
 
 
+@pytest.mark.slow
 def test_batch_norms_need_no_images(tmp_path):
     """A network with running statistics is converted, saved and loaded without an image."""
     done = normfix.convert(batched())
@@ -591,6 +594,7 @@ def test_a_partial_conversion_is_saved_when_asked(tmp_path):
     assert_same(normfix.load(tmp_path / "fixed", arch=ARCH), done.model)
 
 
+@pytest.mark.slow
 def test_a_network_converted_twice_is_not_saved(done, tmp_path):
     """A second conversion's plan does not start at the original network: NF502, and nothing is left."""
     again = normfix.convert(done.model, IMAGE)
@@ -702,6 +706,7 @@ def test_sizes_that_are_not_of_its_axes_are_refused(copied, changes):
     assert refusal(normfix.load, copied).code == "NF108"
 
 
+@pytest.mark.slow
 @needs_programs
 @pytest.mark.parametrize("name", [WEIGHTS, PROGRAM])
 @pytest.mark.parametrize("swap", ["replaced", "linked", "written"])

@@ -127,6 +127,7 @@ FORMS = {
 }
 
 
+@pytest.mark.slow
 @needs_programs
 @pytest.mark.parametrize(
     ("norm", "form"),

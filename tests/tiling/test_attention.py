@@ -92,6 +92,7 @@ def test_large_products_do_not_overflow():
 _QUICK = ("fused", "matmul", "keys in rows", "einsum, turned")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form", [form if form in _QUICK else pytest.param(form, marks=pytest.mark.zoo) for form in FORMS]
 )

@@ -54,6 +54,7 @@ def planned(folder, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_a_later_process_plans_nothing(folder, planned):
     """The plan that was saved with a calibrated network serves the process that loads it."""
     assert (folder / plans.FILE).is_file()
@@ -121,6 +122,7 @@ def _of_three_axes(reach):
     return Reach((*reach.grid, 1), (*reach.halo, (1, 1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forge", [_forged, _coarser, _of_three_axes])
 def test_a_plan_that_was_forged_is_measured_anew(folder, planned, monkeypatch, forge):
     """One with every checksum right, that states another reach than the graph gives, changes no number."""

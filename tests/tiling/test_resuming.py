@@ -249,6 +249,7 @@ def test_what_is_no_file_is_not_waited_for(bench, stopped, name, make, code):
         bench.calibrate(stopped.parent)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="links")
 @pytest.mark.parametrize("linked", [True, False])
 def test_what_is_the_user_s_is_not_deleted_with_a_run(bench, tmp_path, linked):

@@ -129,6 +129,7 @@ def tangled():
     return Case(Tangled(), _images((48, 64)), (2, 2))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("tile", [5, 13, 32, 1000])
 def test_predictions_equal_the_original_for_any_block(unet, tile):
@@ -316,6 +317,7 @@ def test_what_blocks_would_get_wrong_is_refused(net, code):
         schedule(captured_program(net().eval(), Caller(), torch.rand(1, 1, 96, 64), []), stride=(2, 2))
 
 
+@pytest.mark.slow
 def test_a_halo_one_pixel_short_is_found(tangled):
     """The proof of a schedule fails if one stage's halo is one grid cell short on one side."""
     from dataclasses import replace

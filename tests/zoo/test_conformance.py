@@ -205,6 +205,7 @@ def test_a_missed_site_is_silently_wrong(monkeypatch):
     assert examine(SMALL)["category"] == "silently wrong"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", ["mean", "lost"])
 def test_a_wrong_conversion_that_was_passed_is_silently_wrong(monkeypatch, mistake):
     """Control: a statistic that is off by 1e-3, or live again, is found although the proof passed."""
@@ -225,6 +226,7 @@ def test_a_wrong_conversion_that_was_passed_is_silently_wrong(monkeypatch, mista
     assert ("tiles" in row["cause"]) is (mistake == "lost")
 
 
+@pytest.mark.slow
 def test_a_halo_that_is_short_is_silently_wrong(monkeypatch):
     """Control: the zoo's own tiles find a halo that is a pixel short, on either side."""
     scan = normfix.scan
