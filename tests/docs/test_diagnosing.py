@@ -54,7 +54,8 @@ def test_the_fixture_shown_works(pytester):
     """The test of the page passes when pytest runs it."""
     shown = next(block for block in blocks(CI, "python") if "def test_" in block)
     pytester.makepyfile(shown)
-    pytester.runpytest_inprocess("-p", "no:randomly").assert_outcomes(passed=1)
+    # in a process of its own: in this one pytester would forget modules that torch registers once
+    pytester.runpytest_subprocess("-p", "no:randomly").assert_outcomes(passed=1)
 
 
 @pytest.mark.parametrize("cause", ["halo", "phase", "last tile", "border padding", "tile scaling", "unknown"])
