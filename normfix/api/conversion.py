@@ -151,9 +151,7 @@ def convert(
     blocks = blocks or Blocks()
     taken = None if images is None else images_of(images, model, caller=caller)
     in_stages = taken is not None and (blocks.asked or taken.by_window)
-    first = None
-    if taken is not None:
-        first = middle_of(next(iter(taken))) if in_stages else taken.excerpt()
+    first, size = (None, None) if taken is None else _first_of(taken, in_stages=in_stages)
     ready = base_of(model, first, caller, as_trained=as_trained)
     base, caller, example = ready.network, ready.caller, ready.example
     durations = cache(partial(Durations.of, base, example, caller))
@@ -161,9 +159,8 @@ def convert(
     progress("scan", 0, 1)
     seen = _seen(ready, example, caller, halo, _kept(keys, to))
     progress("scan", 1, 1)
-    if taken is not None:
-        for finding in extension(next(iter(taken)).shape[2:], seen.geometry):
-            _LOG.warning(finding.line)
+    for finding in () if size is None else extension(size, seen.geometry):
+        _LOG.warning(finding.line)
     if not sized:
         statistics = replace(statistics, size=on_grid(statistics.size, seen.geometry))
     if isinstance(to, Plan):
@@ -301,6 +298,12 @@ def stored_statistics(model: nn.Module, plan: Plan) -> dict[str, tuple[Tensor, T
         if decision.measured and isinstance(mean, Tensor) and isinstance(var, Tensor):
             found[decision.site.id] = (mean.detach().clone(), var.detach().clone())
     return found
+
+
+def _first_of(taken: Images, *, in_stages: bool) -> tuple[Tensor, Sequence[int]]:
+    """Return what whole forward passes are made on, and the size of the image that it is of, which is read once."""
+    image = next(iter(taken))
+    return (middle_of if in_stages else whole)(image), image.shape[2:]
 
 
 def _seen(ready: Base, example: Tensor, caller: Caller, halo: HaloSource, keys: int | None) -> Scanned:

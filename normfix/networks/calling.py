@@ -17,6 +17,7 @@ from torch.nn.parameter import UninitializedBuffer
 from torch.overrides import TorchFunctionMode
 
 from normfix.errors import NormfixError
+from normfix.networks.numerics import HALF
 from normfix.networks.randomness import OwnRandomness
 from normfix.networks.releases import is_exporting
 from normfix.networks.slabs import in_slabs, is_convolution
@@ -381,7 +382,7 @@ def require_network(model: object) -> None:
 
 def is_halved(model: nn.Module) -> bool:
     """Tell whether any of a model is in half precision."""
-    return any(t.dtype in (torch.float16, torch.bfloat16) for t in (*model.parameters(), *model.buffers()))
+    return any(t.dtype in HALF for t in (*model.parameters(), *model.buffers()))
 
 
 def home_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -13,14 +13,14 @@ from typing import Any
 
 from normfix.records.sites import Scan
 
-__all__ = ["LARGEST", "inconsistency"]
+__all__ = ["LARGEST", "are_extents", "inconsistency"]
 
 LARGEST = 1 << 24
 """Pixels of the least image that is exact, 4096 x 4096 or 256 x 256 x 256: an image of one pixel is extended to it."""
 _WIDEST = 1 << 16
 """Pixels of a halo on one side of one axis."""
 _COUNTED = 1 << 31
-"""What an extent of an example is below: torch counts with 64 bits, and multiplies."""
+"""What an extent of an input is below: torch counts with 64 bits, and multiplies."""
 _SCALE = re.compile(r"[1-9]\d{0,3}(/[1-9]\d{0,3})?")
 """Output pixels per input pixel: a fraction of small numbers; `Fraction` reads 1e999999999, too."""
 
@@ -39,9 +39,14 @@ def inconsistency(scan: Scan) -> str:
     return next(_inconsistencies(scan), "")
 
 
+def are_extents(values: Sequence[int]) -> bool:
+    """Tell whether numbers may be the extents of an input: positive, and no more than torch can count with."""
+    return all(0 < n < _COUNTED for n in values)
+
+
 def _inconsistencies(scan: Scan) -> Iterator[str]:
     ndim = len(scan.example) - 2
-    if not all(0 < n < _COUNTED for n in scan.example):
+    if not are_extents(scan.example):
         yield f"an example of {_shown(scan.example)}"
     for name, values, least in _numbers(scan):
         if values is None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from normfix.errors import NormfixError
 from normfix.records.certificates import Certificate
 from normfix.records.encoding import Record
-from normfix.records.extents import inconsistency
+from normfix.records.extents import are_extents, inconsistency
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.plans import Plan
 from normfix.records.sites import Scan
@@ -96,7 +96,7 @@ class Probe(Record):
     @property
     def problem(self) -> str:
         """Say which numbers of it no probe has, or nothing."""
-        if not all(0 < n < 1 << 31 for n in self.shape):
+        if not are_extents(self.shape):
             return f"a probe of {str(self.shape)[:80]}"
         if not 0 <= self.seed < 1 << 63:
             return "a probe whose seed has more than 63 bits"

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 __all__ = ["interpreter", "run_alone", "run_fresh"]
@@ -24,14 +25,7 @@ def run_fresh(script: str, *words: str, seconds: float | None = None) -> str:
     """
     paths = os.pathsep.join(p or "." for p in sys.path)
     try:
-        result = subprocess.run(
-            [interpreter(), "-c", f"{_NOT_HERE}{script}", *words],
-            env={**os.environ, "PYTHONPATH": paths},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=seconds,
-        )
+        result = _run(["-c", f"{_NOT_HERE}{script}", *words], {**os.environ, "PYTHONPATH": paths}, seconds)
     except subprocess.TimeoutExpired:
         return f"it took longer than {seconds:.0f} seconds"
     if result.returncode and result.returncode == -getattr(signal, "SIGXCPU", 0):
@@ -44,19 +38,26 @@ def run_alone(script: Path, *words: str) -> tuple[str, str]:
 
     The reason is "" where it did not fail.
     """
-    result = subprocess.run(
-        [interpreter(), str(script), *words],
-        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = _run([str(script), *words], {k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
     return result.stdout, _reason(result)
 
 
 def interpreter() -> str:
     """Return the program that runs Python here."""
     return sys.executable
+
+
+def _run(
+    words: Sequence[str], environment: Mapping[str, str], seconds: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [interpreter(), *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=seconds,
+    )
 
 
 def _reason(result: subprocess.CompletedProcess[str]) -> str:

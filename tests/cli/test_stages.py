@@ -115,7 +115,6 @@ def test_convert_in_stages_writes_the_whole_image_s_statistics(folder):
     assert not (folder / "normfix-run").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("out", "words"),
     [

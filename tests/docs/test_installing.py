@@ -120,7 +120,6 @@ def _core():
     return re.findall(r'^  "(.*?)"', block, re.MULTILINE)
 
 
-@pytest.mark.slow
 @pytest.mark.zoo
 @pytest.mark.parametrize("other", OTHERS)
 def test_installing_beside_another_tool_moves_nothing_of_it(pip, tmp_path, other):

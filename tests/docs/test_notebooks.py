@@ -15,8 +15,6 @@ pytestmark = pytest.mark.slow
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 LARGEST = 400_000
-PAGES_TOO = ("01-seams", "02-convert", "03-finetune", "04-ci")
-"""What they show, pages of docs/ show as well."""
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -73,12 +71,8 @@ def test_all_are_here():
     assert len(named) == 4
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(p, marks=pytest.mark.zoo if p.stem in PAGES_TOO else ()) for p in NOTEBOOKS],
-    ids=lambda path: path.stem,
-)
+@pytest.mark.zoo  # what they show, pages of docs/ show as well
+@each
 def test_runs(path, tmp_path, monkeypatch):
     """Every cell runs without a warning, so every assertion in it holds, and every figure can be drawn."""
     monkeypatch.chdir(tmp_path)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from normfix.errors import NormfixError
+from normfix.tiling.stages.journal import is_own_file
 
 __all__ = ["Chunked", "Seals", "chunk_edge", "sync"]
 
@@ -153,7 +154,7 @@ class Chunked:
         said = self._path / "zarr.json"
         if not os.path.lexists(said):
             return False
-        if said.is_symlink() or not said.is_file() or said.stat().st_size > _LONGEST:
+        if not is_own_file(said) or said.stat().st_size > _LONGEST:
             raise self._damaged("its zarr.json is no file that was written there")
         try:
             array = self._opened()

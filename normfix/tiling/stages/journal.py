@@ -23,7 +23,7 @@ from normfix.errors import NormfixError
 from normfix.layers.laws import Observed, Part
 from normfix.layers.moments import Moments
 
-__all__ = ["Journal", "Unwritten", "Written", "require_file"]
+__all__ = ["Journal", "Unwritten", "Written", "is_own_file", "require_file"]
 
 Measured = dict[str, Any]
 """What was measured of a block, by site; under SEALS, the seals of the chunks that it wrote."""
@@ -193,13 +193,18 @@ def _sum(before: bytes, line: bytes) -> bytes:
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Moments, Part, Observed)}
 
 
+def is_own_file(path: Path) -> bool:
+    """Tell whether a file stands there: a pipe waits for ever, a device never ends, a link leads elsewhere."""
+    return path.is_file() and not path.is_symlink()
+
+
 def require_file(path: Path) -> None:
-    """Refuse what is no file of a run's own: a pipe waits for ever, a device never ends, a link leads elsewhere.
+    """Refuse what is no file of a run's own.
 
     Raises:
         NormfixError: NF329.
     """
-    if path.is_symlink() or not path.is_file():
+    if not is_own_file(path):
         raise NormfixError(
             "NF329",
             f"it is no file that a run wrote, so the run cannot be continued. Delete {path.parent.parent} to start "

@@ -24,7 +24,7 @@ from normfix.errors import NormfixError
 from normfix.images.drafts import TakenError
 from normfix.images.locks import lock
 from normfix.networks.devices import CPU
-from normfix.tiling.stages.journal import Journal, Unwritten, Written
+from normfix.tiling.stages.journal import Journal, Unwritten, Written, is_own_file
 from normfix.tiling.stages.manifest import Parts, digest_of_parts, require_same, write_manifest
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.store import Store
@@ -164,9 +164,7 @@ def _is_left(job: Job, error: BaseException) -> bool:
 
 def _blocks_in(journal: Path) -> int:
     """Return how many blocks a journal holds; none where something else stands in its place."""
-    if journal.is_symlink() or not journal.is_file():
-        return 0
-    return journal.read_bytes().count(b'"block":')
+    return journal.read_bytes().count(b'"block":') if is_own_file(journal) else 0
 
 
 @contextmanager
