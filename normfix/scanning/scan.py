@@ -18,6 +18,7 @@ from normfix.images.sources import middle_of
 from normfix.networks.behaviour import behaviour_of
 from normfix.networks.calling import Caller, class_of, is_halved, refusals
 from normfix.networks.copying import copy_of
+from normfix.networks.graph.capture import Captured
 from normfix.networks.numerics import exact_arithmetic
 from normfix.networks.surroundings import undisturbed
 from normfix.records.plans import Plan
@@ -172,7 +173,7 @@ def look(
         trial = decide(doubts.settled(merged.sites), model=name, to="frozen")
         bench = None
         if not trial.left_live and found.dense:
-            bench = _bench(probe, trial, found, caller, material, halo)
+            bench = _bench(probe, trial, found, caller, material, halo, graph_seen)
         sizes = _sizes(probe, caller, material, found, graph_seen, bench, fast=fast)
         stretches = bench.witness.stretches if bench else ()
         doubts = replace(doubts, bounds=sizes.conditions, placed=doubts.placed + stretches)
@@ -299,6 +300,13 @@ def _graph(
     if skipped:
         return Looked(name="graph", status="skipped", note=skipped)
     return graph_look(probe, caller, example, found.sites, one_size=found.other is None, known=found.runs)
+
+
+def _free(graph: GraphLook | Looked) -> Captured | None:
+    """Return the graph of the network as it is, where that leaves sizes free."""
+    if isinstance(graph, GraphLook) and any(dim >= 2 for dim in graph.free):
+        return graph.captured
+    return None
 
 
 def _sizes(
@@ -439,8 +447,10 @@ def _bench(
     caller: Caller,
     example: Tensor,
     halo: HaloSource,
+    graph: GraphLook | Looked,
 ) -> _Bench:
     frozen = rewrite_(probe, everything)
+    captured = None if everything.converted else _free(graph)
     targets = measured_targets(frozen, everything)
     known = found.runs
     if targets:
@@ -455,7 +465,7 @@ def _bench(
         lambda x: caller.in_double(double, x),
         double,
         example,
-        witness_of(frozen, caller, example, halo, known),
+        witness_of(frozen, caller, example, halo, known, captured),
         largest,
         known[0],
         behaviour_of(frozen),

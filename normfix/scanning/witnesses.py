@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from normfix.networks.calling import Caller, failures
-from normfix.networks.graph.capture import NotCaptured, capture
+from normfix.networks.graph.capture import Captured, NotCaptured, capture
 from normfix.records.derivations import Reach
 from normfix.records.sites import Finding
 from normfix.records.spans import in_strides
@@ -105,6 +105,7 @@ def witness_of(
     example: Tensor,
     source: HaloSource,
     known: Sequence[tuple[Tensor, Tensor]] = (),
+    captured: Captured | None = None,
 ) -> Witness:
     """Capture a network in which no statistic is live and derive its reach.
 
@@ -114,15 +115,16 @@ def witness_of(
         example: (1, C, *space); sizes are left free.
         source: "measured" keeps the bound from being used.
         known: images that it ran on before, each with what it gave.
+        captured: its graph, where that was captured before.
     """
     if caller.draws:
         return Witness(None, "it draws random numbers, which are others on a tile whatever the graph says")
-    captured = capture(network, caller, example, once=True, known=known)
-    if isinstance(captured, NotCaptured):
-        return Witness(None, captured.reason)
-    unbounded = Witness(None, chosen=source == "measured", program=captured.program)
+    found = captured or capture(network, caller, example, once=True, known=known)
+    if isinstance(found, NotCaptured):
+        return Witness(None, found.reason)
+    unbounded = Witness(None, chosen=source == "measured", program=found.program)
     try:
-        return replace(unbounded, found=bound_of(captured.program))
+        return replace(unbounded, found=bound_of(found.program))
     except Unsized as reason:
         return replace(unbounded, note=str(reason))
     except failures() as error:

@@ -66,6 +66,16 @@ def test_scan_runs_little(network, image):
     assert RUNS.total() <= 19
 
 
+@pytest.mark.parametrize(("norm", "captures"), [(nn.Identity, 1), (nn.InstanceNorm2d, 2)])
+def test_what_has_nothing_to_freeze_is_captured_once(image, monkeypatch, norm, captures):
+    """The graph that the census is held against is that of the reach, unless statistics are frozen first."""
+    made = []
+    export = torch.export.export
+    monkeypatch.setattr(torch.export, "export", lambda *a, **k: made.append(0) or export(*a, **k))
+    assert normfix.scan(Counting(norm), image).reach.used == "graph"
+    assert len(made) == captures
+
+
 @pytest.mark.parametrize("to", ["frozen", "batchrenorm"])
 def test_a_float64_copy_is_the_network_it_is_of(network, image, to):
     """A network that takes the state of another over computes in float64 what the other does; no other is taken."""

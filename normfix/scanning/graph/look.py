@@ -44,7 +44,7 @@ class GraphLook:
     ids of sites that the graph holds too, `unseen` live ones that it does not; `surplus` are nodes that the census
     has no site for. `disputed` are ids of sites that one look calls live and the other does not.
     `unknown` are operators whose locality nobody knows, with how many nodes have them, `sizes` what the graph says of
-    sizes. Findings say the same of all but the sizes in words.
+    sizes. Findings say the same of all but the sizes in words. `captured` is the graph itself, where there is one.
     """
 
     looked: Looked
@@ -56,6 +56,7 @@ class GraphLook:
     unknown: tuple[tuple[str, int], ...] = ()
     sizes: SizeLook = _NO_GRAPH
     findings: tuple[Finding, ...] = ()
+    captured: Captured | None = None
 
 
 def graph_look(
@@ -137,6 +138,7 @@ def compare_looks(captured: Captured, reading: NodeReading, sites: Sequence[Site
         unknown=reading.unknown,
         sizes=read_sizes(captured.program),
         findings=_findings(unseen, surplus, disputed, reading),
+        captured=captured,
     )
 
 
