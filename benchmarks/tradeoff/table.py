@@ -165,6 +165,8 @@ _MARKERS = {
     "distilled": "D",
     "blend": "P",
     "frozen, per image": "X",
+    "keys": "s",
+    "256 keys": "d",
     "batchrenorm, fine-tuned": "*",
     "prepared": "<",
     "prepared, recalibrated": ">",
