@@ -40,6 +40,8 @@ Where a slice ends, into how many parts a map falls, which number is the larger.
 """
 _CHOOSING = frozenset({"conv"})
 """Functions of torch's that ask for a size to choose one of several kernels, which all compute the same."""
+_DIAGONAL = ("tril", "triu")
+"""Operators that keep what is on one side of the diagonal, along which no strip goes."""
 _EVEN = frozenset(
     {"full", "zeros", "ones", "empty", "new_full", "new_zeros", "new_ones", "new_empty", "rand", "randn"}
 )
@@ -339,12 +341,17 @@ def _sizes_of(value: Any) -> Iterator[Any]:
 
 
 def _placed(program: ExportedProgram, image: Node) -> tuple[str, ...]:
-    """Return the lines where a map is made that follows the image's extent and not its values, and varies over it."""
+    """Return the lines where a map is made that follows the image's extent and not its values, and varies over it.
+
+    Keeping one side of the diagonal lays such a map over the image, whatever it is kept of.
+    """
     depends, varies, lines, space = {image}, set[Node](), [], _space(image)
     for node in program.graph.nodes:
         given = taken_by(node) if node.op == "call_function" else []
         if any(source in depends for source in given):
             depends.add(node)
+            if name_of(node).rstrip("_") in _DIAGONAL and _is_sized(node, space):
+                lines.append(_line(node))
         elif given and _is_sized(node, space) and any(source in varies for source in given):
             varies.add(node)
         elif node.op == "call_function" and _is_sized(node, space) and not _is_even(node, space):
