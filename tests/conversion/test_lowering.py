@@ -234,7 +234,7 @@ def test_data_flow_is_observed_on_an_example():
 
 
 def test_without_an_example_no_sequence_inside_another_class_is_folded():
-    """That class may run a part of the sequence alone; sequences in sequences run whole, unless one has a forward set."""
+    """That class may run a part of it alone; sequences in sequences run whole, unless one has a forward set."""
     inner = nn.Sequential(nn.Conv2d(3, 3, 1), FrozenNorm2d(3))
     model = _randomised(Peeking(inner))
     assert not fold(model).record.steps[0].done
