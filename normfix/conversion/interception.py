@@ -125,6 +125,9 @@ def _subclass(base: type[nn.Module]) -> type[nn.Module]:
 def _make_subclass(base: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if _PLANNED not in self.__dict__:
+            # made of a planned one by its class, as a slice of a sequence is: its calls are its owner's
+            return base.forward(self, *args, **kwargs)
         calls = _Calls(self)
         with calls:
             output = base.forward(self, *args, **kwargs)

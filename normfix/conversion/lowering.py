@@ -3,7 +3,8 @@
 `freeze` comes before both: BatchRenorm becomes the layer of constants that it is in eval.
 
 What a convolution's output is used for is observed on an example input, and the folded network is compared
-with the original there; without an example only neighbours in a plain nn.Sequential are folded. Whatever is
+with the original there; without an example only neighbours are folded in a network that is a plain nn.Sequential, or
+in one inside it. Whatever is
 left as it was is named, with the reason.
 """
 
@@ -253,8 +254,8 @@ def _why_not_folded(
         if observed:
             return "no convolution feeds only it or is fed only by it, so there is nothing to fold it into"
         return (
-            "no convolution is its neighbour in a plain nn.Sequential; give an example input, on which the "
-            "data flow can be observed"
+            "no convolution is its neighbour in a network that is a plain nn.Sequential throughout; give an example "
+            "input, on which the data flow can be observed"
         )
     if type(after) in TRANSPOSED:
         return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -28,11 +28,15 @@ def parents_of(model: nn.Module, child: nn.Module) -> list[nn.Module]:
 
 
 def neighbours(model: nn.Module) -> Flow:
-    """Read who feeds whom from plain sequences; a module with two places in the model has no neighbours."""
+    """Read who feeds whom from plain sequences; a module with two places in the model has no neighbours.
+
+    A sequence inside a module of another class has none either: that class's forward may take parts of it alone.
+    """
+    sequences = set(_sequences(model))
 
     def flow(norm: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
         parents = parents_of(model, norm)
-        if len(parents) != 1 or type(parents[0]) is not nn.Sequential:
+        if len(parents) != 1 or parents[0] not in sequences:
             return None, None
         row = [None, *parents[0], None]
         place = row.index(norm)
@@ -43,6 +47,14 @@ def neighbours(model: nn.Module) -> Flow:
         return before, after
 
     return flow
+
+
+def _sequences(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield a network and its parts as far as they are plain sequences all the way down, which run all they hold."""
+    if type(model) is nn.Sequential and "forward" not in model.__dict__:
+        yield model
+        for child in model:
+            yield from _sequences(child)
 
 
 def observe(model: nn.Module, run: Run) -> Flow:

@@ -157,6 +157,62 @@ def test_names_match_by_memory_and_not_by_spelling():
     assert "network.alias.0.weight" in programs._Names(net).of("n1")
 
 
+class Reads(nn.Module):
+    """Reads the affine map of its norm before the norm is called: to make another of it, or on the way to its map."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(1, 4, 3, padding=1), _affine(), nn.Conv2d(4, 1, 1)
+        self.way = way
+
+    def forward(self, x):
+        if self.way == "made":
+            made = {name: value * 2 for name, value in self.norm.named_parameters()}
+            return self.head(torch.func.functional_call(self.norm, made, (self.conv(x),)))
+        return self.head(self.norm(self.conv(x) * self.norm.weight[:, None, None]))
+
+
+def _affine():
+    norm = nn.InstanceNorm2d(4, affine=True)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    return norm
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "engine"), [("made", "stages"), ("on the way", "auto")])
+def test_state_that_is_read_before_its_norm_is_called(way, engine):
+    """What reads it waits for the statistic; an operand that is computed from it is measured in passes."""
+    net = Reads(way).double().eval()
+    own = normfix.predict(net, OTHER, tile=16, engine=engine, statistics="per-image")
+    assert_close(own, net(OTHER), **EXACT)
+
+
+class Tokens(nn.Module):
+    """Normalises positions as rows of a matrix, those of all images of a batch or of its only one."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm1d(4), nn.Conv2d(4, 1, 1)
+        self.norm.track_running_stats, self.norm.running_mean, self.norm.running_var = False, None, None
+        self.rows = rows
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.rows:
+            z = self.norm(y.permute(0, 2, 3, 1).reshape(-1, 4)).view(y.shape[0], *y.shape[2:], 4)
+            return self.head(z.permute(0, 3, 1, 2))
+        return self.head(self.norm(y.reshape(1, 4, -1)).view_as(y))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [True, pytest.param(False, marks=pytest.mark.zoo)])
+def test_positions_of_a_whole_batch_in_one_dimension(rows):
+    """They are positions of no single map, so that they are measured in passes; no size is made up."""
+    net = Tokens(rows).double().eval()
+    own = normfix.predict(net, OTHER, tile=16, statistics="per-image")
+    assert_close(own, net(OTHER), **EXACT)
+
+
 def test_a_batch_norm_called_twice_is_refused_by_name():
     """Running statistics of one module cannot be those of two operands, whichever way they are measured."""
 

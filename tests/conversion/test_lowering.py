@@ -51,6 +51,17 @@ class Block(nn.Module):
         return self.conv2(self.norm2(torch.relu_(self.norm1(self.conv1(x)))))
 
 
+class Peeking(nn.Module):
+    """Runs a sequence, and its first layer alone."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) + self.inner[0](x)
+
+
 class Skip(nn.Module):
     """The convolution's output is used beside the norm, too."""
 
@@ -220,6 +231,18 @@ def test_data_flow_is_observed_on_an_example():
     assert [s.done for s in seen.record.steps] == [True, False]
     assert "pads zeros" in seen.record.steps[1].detail
     assert_close(seen.model(X), model(X), **EXACT)
+
+
+def test_without_an_example_no_sequence_inside_another_class_is_folded():
+    """That class may run a part of it alone; sequences in sequences run whole, unless one has a forward set."""
+    inner = nn.Sequential(nn.Conv2d(3, 3, 1), FrozenNorm2d(3))
+    model = _randomised(Peeking(inner))
+    assert not fold(model).record.steps[0].done
+    assert_close(fold(model).model(X), model(X), rtol=0, atol=0)
+    nested = nn.Sequential(nn.ReLU(), inner)
+    assert fold(nested).record.complete
+    inner.forward = lambda x: inner[1](inner[0](x)) + inner[0](x)
+    assert not fold(nested).record.complete
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from branching import BY_PLACE, BY_SIZE, LOCAL, Branching
 
 from normfix.networks.calling import Caller
@@ -121,6 +122,24 @@ def test_the_larger_of_two_numbers_is_a_condition():
 def test_a_map_laid_over_the_image_is_said(name):
     """What a table or a ramp holds further out was not run."""
     assert any("laid over the image" in reason for reason in look(BY_PLACE[name].way).unknown)
+
+
+def places(x, used):
+    """Use what a pool says of where its maxima are."""
+    values, where = F.max_pool2d(x, 2, return_indices=True)
+    return used(values, where)
+
+
+@pytest.mark.parametrize(
+    "used",
+    [lambda v, i: v * (i > 20000), lambda v, i: v + v.flatten(2).gather(2, i.flatten(2) // 4).view_as(v)],
+    ids=["number", "gather"],
+)
+def test_places_of_maxima_that_are_numbers_are_a_map(used):
+    """They count pixels of the whole image, which strips of a few thousand do not show; control: unpooling."""
+    (reason,) = look(lambda x: places(x, used)).unknown
+    assert "laid over the image" in reason
+    assert look(lambda x: places(x, lambda v, i: F.max_unpool2d(v * 2, i, 2))).unknown == ()
 
 
 @pytest.mark.parametrize(

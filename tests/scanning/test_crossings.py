@@ -169,9 +169,14 @@ def test_geometry_follows_the_statistics(case, way, caplog):
         (lambda x: x * (1 + x.shape[3] // 64), ("W//64 + 1 == 2",)),
         (lambda x: x * min(x.shape[3].bit_length(), 6), ("W >= 36",)),
         (lambda x: x * torch.ones(x.shape[2:]).tril(), ("H == 64", "W == 96")),
+        (lambda x: x + x.triu(), ("H == 64", "W == 96")),
+        pytest.param(lambda x: x + x.clone().tril_(2), ("H == 64", "W == 96"), marks=pytest.mark.slow),
         (lambda x: x * torch.ones(x.shape[3]).sum() / torch.ones(x.shape[3]).sum(), ()),
+        pytest.param(
+            lambda x: x.permute(0, 2, 3, 1).tril(-1).permute(0, 3, 1, 2), (), marks=pytest.mark.slow
+        ),
     ],
-    ids=["number", "no graph", "diagonal", "cancelled"],
+    ids=["number", "no graph", "diagonal", "side of it", "side in place", "cancelled", "over channels"],
 )
 def test_windows_by_which_a_network_differs_are_conditions(way, expected):
     """A size in its arithmetic, sizes that no graph tells, a map that strips do not show; control: what cancels."""

@@ -278,6 +278,16 @@ class Twice(Nasty):
         return self.block(self.middle(self.block(x)) * 2)
 
 
+class Sliced(Nasty):
+    """Breaks one module, one place: a sequence runs whole, and slices of it, which are modules made anew."""
+
+    def __init__(self):
+        super().__init__(row=nn.Sequential(conv(4, 4), nn.InstanceNorm2d(4), nn.GELU(), nn.InstanceNorm2d(4)))
+
+    def body(self, x):
+        return self.row[1:](self.row[0](x) * 2) + self.row(x) + self.row[-1:](x)
+
+
 class SqueezeBlock(nn.Module):
     def __init__(self):
         super().__init__()
@@ -423,6 +433,7 @@ FROZEN = (
     Dead,
     KeywordOnly,
     Subclassed,
+    Sliced,
 )
 
 

@@ -9,6 +9,7 @@ argument is taken is a condition too. A largest extent that the graph holds for 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -40,6 +41,8 @@ Where a slice ends, into how many parts a map falls, which number is the larger.
 """
 _CHOOSING = frozenset({"conv"})
 """Functions of torch's that ask for a size to choose one of several kernels, which all compute the same."""
+_DIAGONAL = ("tril", "triu")
+"""Operators that keep what is on one side of the diagonal, along which no strip goes."""
 _EVEN = frozenset(
     {"full", "zeros", "ones", "empty", "new_full", "new_zeros", "new_ones", "new_empty", "rand", "randn"}
 )
@@ -339,18 +342,36 @@ def _sizes_of(value: Any) -> Iterator[Any]:
 
 
 def _placed(program: ExportedProgram, image: Node) -> tuple[str, ...]:
-    """Return the lines where a map is made that follows the image's extent and not its values, and varies over it."""
+    """Return the lines where a map is made that follows the image's extent and not its values, and varies over it.
+
+    Keeping one side of the diagonal lays such a map over the image, whatever it is kept of, and places of maxima are
+    one where anything but unpooling takes them.
+    """
     depends, varies, lines, space = {image}, set[Node](), [], _space(image)
     for node in program.graph.nodes:
         given = taken_by(node) if node.op == "call_function" else []
         if any(source in depends for source in given):
             depends.add(node)
+            if _is_sized(node, space) and (name_of(node).rstrip("_") in _DIAGONAL or _is_place(node)):
+                lines.append(_line(node))
         elif given and _is_sized(node, space) and any(source in varies for source in given):
             varies.add(node)
         elif node.op == "call_function" and _is_sized(node, space) and not _is_even(node, space):
             varies.add(node)
             lines.append(_line(node))
     return tuple(dict.fromkeys(line for line in lines if line))
+
+
+def _is_place(node: Node) -> bool:
+    """Tell whether a node is the places of a pool's maxima, counted over the whole image, and is used as numbers."""
+    if node.target is not operator.getitem or node.args[1] != 1:
+        return False
+    pool = node.args[0]
+    return (
+        isinstance(pool, Node)
+        and "max_pool" in name_of(pool)
+        and any("max_unpool" not in name_of(user) for user in node.users)
+    )
 
 
 def _is_even(node: Node, space: Collection[Any]) -> bool:

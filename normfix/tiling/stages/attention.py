@@ -13,7 +13,7 @@ not grow with the image.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -345,7 +345,10 @@ def _tokens(value: _Labelled) -> tuple[Node, int]:
 
 
 def _space_of(node: Node, dim: int, maps: ProgramMaps, shapes: Shapes) -> _Space | None:
-    """Return what tokens are the positions of: the nearest map with as many, at every size."""
+    """Return what tokens are the positions of: the nearest map with as many, at every size.
+
+    Tokens of all images of a batch, as `view(1, c, -1)` makes of them, are positions of none.
+    """
     pending, seen = [node], {node}
     for candidate in pending:
         found = maps.maps.get(candidate)
@@ -353,12 +356,19 @@ def _space_of(node: Node, dim: int, maps: ProgramMaps, shapes: Shapes) -> _Space
             extents = [shapes[candidate][d] for d in found.dims]
             pairs = zip(found.scale, extents, strict=True)
             grows = tuple((scale * math.prod(extents) / extent,) for scale, extent in pairs)
-            if shapes[node][dim] == math.prod(extents) and maps.scales[node] == grows:
+            as_many = shapes[node][dim] == math.prod(extents) and maps.scales[node] == grows
+            if as_many and _symbols(node, [dim]) <= _symbols(candidate, found.dims):
                 return _Space(candidate, tuple(sorted(found.dims)))
         fresh = [n for n in candidate.all_input_nodes if n in maps.moving and n not in seen]
         seen.update(fresh)
         pending += fresh
     return None
+
+
+def _symbols(value: Node, dims: Iterable[int]) -> set[Any]:
+    """Return the extents of the image, and the number of images, that some extents of a value are made of."""
+    sizes = [_shape(value)[dim] for dim in dims]
+    return {symbol for n in sizes if not isinstance(n, int) for symbol in n.node.expr.free_symbols}
 
 
 def _barred_(attention: _Attention, space: _Space) -> Node:

@@ -13,6 +13,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -124,16 +125,29 @@ def windowed(stage: Stage) -> frozenset[Node]:
 
 
 def _levels(program: Program, cuts: Sequence[Cut]) -> dict[Node, int]:
-    """Return how many barriers stand before each node."""
-    operand_of: dict[Node, list[Node]] = {}
+    """Return how many barriers stand before each node.
+
+    What reads a site's state may be computed before its operand is (`weight * 2`), and waits for it all the same.
+
+    Raises:
+        NotInStages: NF323 if an operand is computed from what is measured on it.
+    """
+    operands_of: dict[Node, list[Node]] = {}
     for one in cuts:
         for reader in one.readers:
-            operand_of.setdefault(reader, []).append(one.operand)
+            operands_of.setdefault(reader, []).append(one.operand)
+    before = {n: [*n.all_input_nodes, *operands_of.get(n, ())] for n in program.body.graph.nodes}
     levels: dict[Node, int] = {}
-    for node in program.body.graph.nodes:
-        before = [levels[n] for n in node.all_input_nodes]
-        after = [levels[n] + 1 for n in operand_of.get(node, ())]
-        levels[node] = max((0, *before, *after))
+    try:
+        for node in TopologicalSorter(before).static_order():
+            after = [levels[n] + 1 for n in operands_of.get(node, ())]
+            levels[node] = max((0, *(levels[n] for n in node.all_input_nodes), *after))
+    except CycleError as error:
+        raise NotInStages(
+            "NF323",
+            "what a site is measured on is computed from the state that holds its statistic.",
+            where=str(error.args[1][0]),
+        ) from error
     return levels
 
 
