@@ -328,7 +328,7 @@ class Arguments:
         """Return the images that files, folders and globs name."""
         from normfix.images.given import files_of
 
-        return files_of(
+        files = files_of(
             patterns,
             model,
             axes=self.axes,
@@ -338,6 +338,8 @@ class Arguments:
             part=self.part(),
             tell=note,
         )
+        _tell_repeated(files.paths)
+        return files
 
     def opener(self, model: nn.Module) -> Opener:
         """Return what opens one image after another, to be read by window."""
@@ -363,6 +365,7 @@ class Arguments:
         from normfix.images.names import find_images
 
         paths = find_images(patterns)
+        _tell_repeated(paths)
         opener, context = self.opener(model), click.get_current_context()
         opened: list[ScaledImage] = []
         for path in paths:
@@ -431,6 +434,14 @@ def _require_same(stated: Scaling, known: Scaling) -> None:
 def _words(scaling: Scaling) -> str:
     values = ",".join(f"{value:g}" for value in scaling.values)
     return scaling.function or f"{scaling.kind}{':' if values else ''}{values}"
+
+
+def _tell_repeated(paths: Sequence[Path]) -> None:
+    """Say which images are named several times."""
+    from normfix.images.names import repeated
+
+    for path, times in repeated(paths).items():
+        note(f"{path} is given {times} times, and counts as often.")
 
 
 def _tell(images: Sequence[ScaledImage]) -> None:

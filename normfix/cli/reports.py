@@ -13,6 +13,8 @@ from typing import Any
 
 import click
 
+from normfix.errors import printable
+
 __all__ = ["converting", "known_of", "reports_of", "wants_pictures"]
 
 _OTHERS = {"images", "tile", "halo", "threshold", "reports", "format_", "override_scale", "verbose"}
@@ -41,12 +43,14 @@ def known_of(path: Path) -> tuple[tuple[str, str], ...]:
     context = click.get_current_context()
     model = str(context.params["model"])
     freezing = ["normfix", "convert", model, str(path), *_words(context, _OTHERS | _OWN | {"model"})]
-    return (
-        ("model", model),
-        ("file", str(path)),
-        ("command", shlex.join(["normfix", str(context.info_name), *_words(context, {"format_"})])),
-        ("fix", f"{shlex.join(freezing)} --to frozen -o fixed{_ending(model)}"),
-    )
+    told = {
+        "model": model,
+        "file": str(path),
+        "command": shlex.join(["normfix", str(context.info_name), *_words(context, {"format_"})]),
+        "fix": f"{shlex.join(freezing)} --to frozen -o fixed{_ending(model)}",
+    }
+    # names of files may be no text, or steer the terminal that a report is read on
+    return tuple((name, printable(text)) for name, text in told.items())
 
 
 def _ending(model: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from normfix.errors import NormfixError
+from normfix.images.deadline import within
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -26,10 +27,15 @@ SETTINGS = "normfix.settings"
 """Where the context of a command keeps them."""
 
 NEVER = (
-    *("trust_pickle", "allow_classes", "allow_code", "arch", "arch_args", "preprocess", "metric"),
-    *("out", "partial", "revision", "converted", "labels", "reports", "store", "scheduler"),
+    *("trust_pickle", "allow_classes", "allow_code", "arch", "arch_args", "switches", "preprocess", "metric"),
+    *("out", "report", "reports", "give_back", "image", "store", "scheduler"),
+    *("partial", "revision", "converted", "labels"),
 )
 """Options that no file sets."""
+
+
+_SECONDS, _GROWTH = 5.0, 1 << 28
+"""Processor time and bytes for reading the file; a real one takes milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +62,8 @@ def read_settings(start: Path, options: Mapping[str, Collection[str]]) -> Settin
         options: the names of each command's options.
 
     Raises:
-        NormfixError: NF130 if the file is no TOML, NF131 for a name that is no option or may not be set there.
+        NormfixError: NF121 if reading it takes far more than it is worth, NF130 if the file is no TOML, NF131 for a
+            name that is no option or may not be set there.
     """
     path = next(
         (p / "pyproject.toml" for p in (start, *start.parents) if (p / "pyproject.toml").is_file()), None
@@ -64,7 +71,11 @@ def read_settings(start: Path, options: Mapping[str, Collection[str]]) -> Settin
     if path is None:
         return Settings(None, {})
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        # names of thousands of parts take memory by their square
+        content = within(
+            _SECONDS, lambda: tomllib.loads(text), str(path), growth=_GROWTH, instead="correct it"
+        )
     except (OSError, ValueError, RecursionError) as error:
         raise NormfixError("NF130", f"cannot read it as TOML: {error}.", where=str(path)) from error
     tools = content.get("tool")

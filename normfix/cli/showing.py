@@ -135,7 +135,7 @@ def write_choices(paths: Sequence[str], record: Any, places: Any) -> None:
 
 
 def _write(target: Path, text: str) -> None:
-    data = text.encode()
+    data = text.encode(errors="backslashreplace")
     if _holds(target, data):
         note(f"{target} is this report already.")
         return

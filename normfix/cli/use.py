@@ -45,7 +45,7 @@ class Threshold(click.ParamType):  # type: ignore[type-arg]
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """Parse, or fail with the reason."""
         try:
-            threshold = float(value)
+            threshold = math.nan if isinstance(value, bool) else float(value)
         except ValueError:
             threshold = math.nan
         if not 0 <= threshold < math.inf:

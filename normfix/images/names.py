@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from normfix.errors import NormfixError
 from normfix.images.endings import OUTPUTS, SUFFIXES, is_zarr, suffix_of
 from normfix.networks.naming import file_hint
 
-__all__ = ["find_images", "require_image_name"]
+__all__ = ["find_images", "repeated", "require_image_name"]
 
 
 def find_images(patterns: Sequence[str]) -> list[Path]:
@@ -29,6 +30,12 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
             raise NormfixError("NF101", _nothing(pattern), where=pattern)
         found += matched
     return found
+
+
+def repeated(paths: Sequence[Path]) -> dict[Path, int]:
+    """Return the images that are named several times, as by a pattern and by their own name, and how often each is."""
+    counts = Counter(path.resolve() for path in paths)
+    return {path: counts[path.resolve()] for path in dict.fromkeys(paths) if counts[path.resolve()] > 1}
 
 
 def require_image_name(path: Path) -> None:
@@ -50,7 +57,7 @@ def require_image_name(path: Path) -> None:
 def _matched(pattern: str) -> list[Path]:
     path = Path(pattern)
     if path.is_dir() and not is_zarr(path):
-        return sorted(p for p in path.iterdir() if suffix_of(p) in SUFFIXES)
+        return sorted(p for p in path.iterdir() if suffix_of(p) in SUFFIXES or is_zarr(p))
     if path.exists():
         return [path]
     return sorted(Path(p) for p in glob.glob(pattern, recursive=True))  # noqa: PTH207 - absolute globs
@@ -61,7 +68,7 @@ def _nothing(pattern: str) -> str:
     path = Path(pattern)
     try:
         if path.is_dir():
-            return f"the folder holds no image: no {', '.join(SUFFIXES)} file."
+            return f"the folder holds no image: no {', '.join(SUFFIXES)} file, and no folder in Zarr."
     except OSError:  # no folder can have such a name
         pass
     return f"there is no such image file.{file_hint(path)}"

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from normfix.cli import cli, main
@@ -10,6 +11,9 @@ from normfix.cli.settings import NEVER, read_settings
 from normfix.errors import NormfixError
 
 OPTIONS = {"check": {"tile", "scale", "format_", "arch", "trust_pickle"}, "scan": {"format_"}}
+REAL = {
+    name: {option.name for option in cli.commands[name].params} for name in ("convert", "demo", "give-back")
+}
 
 
 def written(folder, text):
@@ -48,13 +52,43 @@ def test_a_project_without_the_table_sets_nothing(tmp_path, text):
         ("[tool.normfix.scan]\ntile = 3\n", "NF131"),
         ("[tool.normfix]\ntrust-pickle = true\n", "NF131"),
         ("[tool.normfix.check]\narch = 'os:system'\n", "NF131"),
+        ("[tool.normfix]\nreport = '/tmp/x.json'\n", "NF131"),
+        ("[tool.normfix.convert]\ngive-back = '/tmp/x'\n", "NF131"),
+        ("[tool.normfix.demo]\nimage = '/tmp/x.png'\n", "NF131"),
+        ("[tool.normfix.give-back]\nswitches = ['checkpoint_path=/tmp/x']\n", "NF131"),
     ],
 )
 def test_what_no_file_may_set_is_refused(tmp_path, text, code):
-    """Broken files, unknown names, and options that run code are refused with the file's name."""
+    """Broken files, unknown names, and options that run code or write are refused with the file's name."""
     with pytest.raises(NormfixError, match=code) as caught:
-        read_settings(written(tmp_path, text), OPTIONS)
+        read_settings(written(tmp_path, text), OPTIONS | REAL)
     assert "pyproject.toml" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{} = 1", "a = {{ {} = 1 }}"], ids=["key", "inline"])
+def test_names_of_countless_parts_do_not_take_the_machine(tmp_path, monkeypatch, text):
+    """What took two gigabytes for 40 kB ends early."""
+    monkeypatch.setattr("normfix.cli.settings._SECONDS", 0.1)
+    with pytest.raises(NormfixError, match="NF121"):
+        read_settings(written(tmp_path, text.format(".".join("a" * 20000))), OPTIONS)
+
+
+def test_true_is_no_number_of_sd(tmp_path, monkeypatch, capsys):
+    """A threshold of 1 sd would pass nearly everything."""
+    monkeypatch.chdir(written(tmp_path, "[tool.normfix.check]\nthreshold = true\n"))
+    with pytest.raises(click.UsageError, match="finite number of sd"):
+        cli.main(["check", "net", "image.npy"], standalone_mode=False)
+
+
+def test_no_file_says_where_output_goes():
+    """Each option that takes a name and speaks of writing is on the list, whatever command has it."""
+    names = {
+        option.name
+        for command in cli.commands.values()
+        for option in command.params
+        if isinstance(option, click.Option) and not option.is_flag and "write" in str(option.help).lower()
+    }
+    assert {"out", "report", "reports", "give_back", "image"} <= names <= set(NEVER)
 
 
 def test_every_option_that_runs_code_is_on_the_list():

@@ -1,14 +1,16 @@
 """Several images with one start of the program: each whole or not at all, and one that fails loses no other."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 import tifffile
 import torch
-from optional import needs_programs
+from optional import needs_programs, needs_zarr, zarr
 
 import normfix
+from normfix.images.names import find_images
 
 pytestmark = needs_programs  # the folder holds no network that can be built without one
 RNG = np.random.default_rng(0)
@@ -193,3 +195,38 @@ def test_each_image_has_a_report_of_its_own(run, fixed, images, tmp_path):
         (tmp_path / f"new/r-{name}.xml").read_text().split('testcase classname="')[1][:400] for name in "abc"
     }
     assert len(cases) == 3
+
+
+@needs_zarr
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_folder_in_zarr_is_an_image_of_its_folder(tmp_path, version):
+    """Nothing of a folder of images is passed over because it is a folder itself; other folders are no images."""
+    np.save(tmp_path / "b.npy", PIXELS)
+    zarr.create_array(str(tmp_path / "a.zarr"), data=PIXELS, zarr_format=version)
+    zarr.create_group(str(tmp_path / "c"), zarr_format=version)
+    (tmp_path / "d").mkdir()
+    assert find_images([str(tmp_path)]) == [tmp_path / name for name in ("a.zarr", "b.npy", "c")]
+
+
+@pytest.mark.parametrize("again", ["a.tif", "*.tif", "link.tif"])
+def test_an_image_that_counts_twice_is_told(run, fixed, images, again):
+    """A pattern and a name, or a link, may name one image twice, which weighs its statistics."""
+    (images / "link.tif").symlink_to(images / "a.tif")
+    code, _, err = run("check", fixed, images / "a.tif", images / again, "--tile", 32)
+    assert code == 0
+    assert f"{images / 'a.tif'} is given {3 if again == '*.tif' else 2} times" in err
+
+
+@pytest.mark.parametrize("name", [b"\xff\xfe.npy", b"\x1b[31m.npy"], ids=["no-text", "escape"])
+def test_a_file_whose_name_is_no_text_has_reports(run, fixed, tmp_path, name):
+    """Names that are not in UTF-8, or steer a terminal, are written by number in each kind of report."""
+    path = tmp_path / os.fsdecode(name)
+    try:
+        np.save(path, PIXELS[:48, :48])
+    except (OSError, UnicodeError):
+        pytest.skip("the system takes no such name")
+    reports = [tmp_path / f"r{ending}" for ending in (".md", ".xml", ".html", ".json")]
+    words = [word for report in reports for word in ("--report", report)]
+    assert run("check", fixed, path, "--tile", 32, *words)[0] == 0
+    for report in reports:
+        assert "\x1b" not in report.read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import json
+import math
 import struct
 import sys
 import zlib
@@ -21,7 +22,7 @@ from normfix.demo.data import nuclei_image
 from normfix.errors import NormfixError
 from normfix.images.axes import write_image
 from normfix.images.files import open_windows, read_image
-from normfix.images.formats import open_file
+from normfix.images.formats import create, open_file
 from normfix.images.formats.opened import Choice
 from normfix.images.formats.placement import Placement
 from normfix.images.writing import OutputFile
@@ -526,3 +527,117 @@ def test_a_volume_without_a_place_is_written_as_a_tiff(channels, tmp_path):
         assert written.series[0].axes == ("ZYX" if channels == 1 else "CZYX")
         assert written.is_imagej == (channels == 1)
         np.testing.assert_array_equal(written.asarray(), volume.squeeze())
+
+
+def _created(path: Path, like: Path, *, stride: int = 1, shape: tuple[int, ...] = (4, 5), axes: str = "YX"):
+    """Write zeros where an image lies, one value for each `stride` pixels of it."""
+    with open_windows(like, ndim=len(axes.replace("C", "")), channels=1) as window:
+        placement = window.placement.scaled([Fraction(1, stride)] * (len(window.shape) - 1))
+    create(path, shape, np.dtype("f4"), axes, placement)[...] = 0
+    return path
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+@pytest.mark.parametrize("text", ["Gauß-Krüger|".encode(), "Gauß-Krüger|".encode("latin-1")])
+def test_names_in_a_geotiff_are_kept_byte_by_byte(tmp_path, text, stride):
+    """Keys count the bytes of a text, in whichever encoding it is; tifffile writes ASCII alone of what it decodes."""
+    tags = [*GEO[:2], (34735, 3, 8, (1, 1, 0, 1, 1026, 34737, len(text), 0), True), (34737, 2, 0, text, True)]
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((4, 5), np.float32), extratags=tags, metadata=None)
+    _created(tmp_path / "b.tif", tmp_path / "a.tif", stride=stride)
+    with tifffile.TiffFile(tmp_path / "a.tif") as given, tifffile.TiffFile(tmp_path / "b.tif") as found:
+        assert found.pages[0].tags[34737].value == given.pages[0].tags[34737].value
+        assert found.pages[0].tags[34737].count == len(text) + 1
+        assert found.pages[0].tags[34735].value == given.pages[0].tags[34735].value
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        (33550, 12, 1, 10.0, True),
+        (33550, 2, 0, "ten", True),
+        (33922, 12, 2, (0.0, 0.0), True),
+        (34735, 2, 0, "x", True),
+    ],
+)
+def test_tags_of_no_geotiff_are_left_out(tmp_path, tag):
+    """Tags of another type or length than GeoTIFF gives them end no prediction."""
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((4, 5), np.float32), extratags=[tag], metadata=None)
+    with tifffile.TiffFile(_created(tmp_path / "b.tif", tmp_path / "a.tif", stride=3)) as found:
+        assert tag[0] not in found.pages[0].tags
+
+
+def test_a_resolution_that_no_tag_can_say_is_left_out(tmp_path):
+    """Pixels become so small that their number per inch is no fraction of a TIFF any more."""
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((4, 5), np.float32), resolution=(4e9, 4e9), metadata=None)
+    with open_windows(tmp_path / "a.tif", ndim=2, channels=1) as window:
+        placement = window.placement.scaled([Fraction(3)] * 2)
+    create(tmp_path / "b.tif", (12, 15), np.dtype("f4"), "YX", placement)[...] = 0
+    assert read_image(tmp_path / "b.tif", ndim=2, channels=1).shape == (1, 12, 15)
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [("\x1b[31m", "\ufffd[31m"), ("DAPI\0", "DAPI\ufffd"), ("\ud800", "\ufffd")],
+    ids=["escape", "zero", "half"],
+)
+def test_names_of_channels_that_no_xml_holds_are_written_without_it(tmp_path, name, written):
+    """A TIFF that we write can be read: control characters and halves of pairs are replaced in its description."""
+    placement = Placement(channels=(name, "µ<&>"))
+    create(tmp_path / "a.tif", (2, 4, 5), np.dtype("f4"), "CYX", placement)[...] = 0
+    with open_windows(tmp_path / "a.tif", ndim=2, channels=2) as window:
+        assert window.placement.channels == (written, "µ<&>")
+
+
+@pytest.mark.parametrize(("size", "unit"), [("0", "mm"), ("-0.5", "µm"), ("nan", "µm"), ("1e400", "µm")])
+@pytest.mark.parametrize("suffix", [".tif", ".nii"])
+def test_sizes_of_pixels_that_are_none_are_not_believed(tmp_path, size, unit, suffix):
+    """A prediction of an OME-TIFF whose pixels have no positive size has no size, in every format."""
+    image = np.zeros((4, 5), np.float32)
+    described = {"axes": "YX", "PhysicalSizeX": 8.5, "PhysicalSizeXUnit": unit, "PhysicalSizeY": 8.5}
+    tifffile.imwrite(tmp_path / "a.ome.tif", image, metadata=described | {"PhysicalSizeYUnit": unit})
+    xml = tifffile.tiffcomment(tmp_path / "a.ome.tif")
+    tifffile.tiffcomment(tmp_path / "a.ome.tif", xml.replace('"8.5"', f'"{size}"').encode())
+    with open_windows(
+        _created(tmp_path / f"b{suffix}", tmp_path / "a.ome.tif"), ndim=2, channels=1
+    ) as window:
+        assert window.placement.spacing in ((), (1.0, 1.0))
+        assert window.placement.unit == ""
+
+
+@pytest.mark.parametrize("affine", [0.0, math.nan])
+def test_a_volume_that_lies_nowhere_has_a_prediction(tmp_path, affine):
+    """A header whose affine is flat or no number goes with a map of the same scale, and is left out of any other."""
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 5, 6), np.float32), np.eye(4)), tmp_path / "a.nii")
+    damaged = bytearray((tmp_path / "a.nii").read_bytes())
+    struct.pack_into("<12f", damaged, 280, *[affine] * 12)
+    (tmp_path / "a.nii").write_bytes(damaged)
+    for stride, shape in ((1, (6, 5, 4)), (2, (3, 3, 2))):
+        path = _created(
+            tmp_path / f"{stride}.nii", tmp_path / "a.nii", stride=stride, shape=shape, axes="ZYX"
+        )
+        assert nibabel.load(path).shape == shape[::-1]
+
+
+def test_an_axis_that_nifti_cannot_say_is_refused(tmp_path):
+    """32,767 pixels are the most; a coarser map of a longer volume in NIfTI-2 fits again."""
+    with pytest.raises(NormfixError, match=r"NF142 b\.nii: an axis of 32,768 pixels"):
+        create(tmp_path / "b.nii", (2, 32768), np.dtype("u1"), "YX", Placement())
+    nibabel.save(nibabel.Nifti2Image(np.zeros((40000, 2, 2), np.uint8), np.eye(4)), tmp_path / "a.nii")
+    path = _created(tmp_path / "c.nii", tmp_path / "a.nii", stride=2, shape=(1, 1, 20000), axes="ZYX")
+    assert nibabel.load(path).header.get_zooms() == (2, 2, 2)
+
+
+@pytest.mark.parametrize("kind", [nibabel.Nifti1Image, nibabel.Nifti2Image])
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_a_header_is_not_read_as_voxels(tmp_path, kind, suffix):
+    """nibabel begins where a header says, be it at byte 0, and gives values that are the header's own bytes."""
+    path = tmp_path / f"a{suffix}"
+    nibabel.save(kind(np.zeros((4, 5, 6), np.float32), np.eye(4)), path)
+    open_ = gzip.open if suffix == ".nii.gz" else open
+    with open_(path, "rb") as file:
+        damaged = bytearray(file.read())
+    struct.pack_into(*(("<f", damaged, 108) if kind is nibabel.Nifti1Image else ("<q", damaged, 168)), 0)
+    with open_(path, "wb") as file:
+        file.write(damaged)
+    with pytest.raises(NormfixError, match=r"NF101.*byte 0"):
+        open_file(path)

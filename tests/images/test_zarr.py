@@ -284,3 +284,18 @@ def test_missing_chunks_are_told(tmp_path, shards):
     edge = (shards or made.chunks)[0]
     assert not found[0, :edge, :edge].any()
     assert (found[0, edge:] == array[edge:]).all()
+
+
+@pytest.mark.parametrize("stray", ["01", "\u0661"], ids=["zero", "arabic"])
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_file_that_is_named_nearly_as_a_chunk_is_none(tmp_path, version, stray):
+    """Files called 01 or by digits of another script stand for no missing chunk."""
+    made = zarr.create_array(
+        str(tmp_path / "a.zarr"), data=np.ones((8, 8), "f4"), chunks=(4, 4), zarr_format=version
+    )
+    assert made.nchunks == 4
+    chunk = tmp_path / "a.zarr" / ("1.1" if version == 2 else "c/1/1")
+    chunk.rename(chunk.with_name(chunk.name[:-1] + stray))
+    with open_windows(tmp_path / "a.zarr", ndim=2, channels=1) as image:
+        (text,) = image.notes
+    assert text.startswith("1 of 4 chunks are missing")

@@ -240,7 +240,7 @@ def _listing(folder: Path, root: Path, layout: Layout) -> dict[str, tuple[int, i
         for entry in entries:
             names = [*parts, *([entry.name] if layout.separator == "/" else entry.name.split("."))]
             numbers = names[len(head) :]
-            if names[: len(head)] != head[: len(names)] or not all(n.isdecimal() for n in numbers):
+            if names[: len(head)] != head[: len(names)] or not all(map(_is_number, numbers)):
                 continue
             if len(numbers) < len(grid) and layout.separator == "/":
                 if len(names) < len(head) + len(grid) and entry.is_dir():
@@ -249,3 +249,8 @@ def _listing(folder: Path, root: Path, layout: Layout) -> dict[str, tuple[int, i
             elif len(numbers) == len(grid) and all(int(n) < m for n, m in zip(numbers, grid, strict=True)):
                 found[layout.separator.join(names)] = _stamp(Path(entry.path))
     return found
+
+
+def _is_number(text: str) -> bool:
+    """Tell whether a chunk's file can be numbered so: 01 is another file than 1, and no chunk."""
+    return text.isdecimal() and text == str(int(text[:20]))

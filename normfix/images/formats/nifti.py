@@ -30,10 +30,15 @@ class _Header:
 
     header: Any
 
-    def scaled(self, scale: Sequence[Fraction]) -> _Header:
-        """Return a header of voxels so much smaller, with the corner of the volume where it was."""
+    def scaled(self, scale: Sequence[Fraction]) -> _Header | None:
+        """Return a header of voxels so much smaller, with the corner of the volume where it was.
+
+        None where its affine lays all voxels in one plane, or nowhere.
+        """
         copied, affine = self.header.copy(), self.header.get_best_affine()
         ratio = np.array([1 / float(s) for s in reversed(scale)] + [1.0] * (3 - len(scale)))
+        if not np.isfinite(affine).all() or not np.linalg.det(affine[:3, :3]):
+            return None
         affine[:3, 3] += affine[:3, :3] @ ((ratio - 1) / 2)
         affine[:3, :3] *= ratio
         for get, put in ((copied["sform_code"], copied.set_sform), (copied["qform_code"], copied.set_qform)):
@@ -140,7 +145,7 @@ def _bound_extensions(path: Path) -> None:
     """Refuse extensions of the header that are longer than what lies before the values, which nibabel reads first.
 
     Raises:
-        NormfixError: NF121.
+        NormfixError: NF121; NF101 where nothing lies before the values, not the header either.
     """
     # Size of the header, type of its offset, and where that stands: NIfTI-1, NIfTI-2.
     kinds = {348: ("f", 108), 540: ("q", 168)}
@@ -154,6 +159,13 @@ def _bound_extensions(path: Path) -> None:
             kind, place = kinds[length]
             values = float(struct.unpack_from(f"{order}{kind}", head, place)[0])
             file.seek(length)
+            if values == 0:
+                raise NormfixError(
+                    "NF101",
+                    "its values are said to begin at byte 0, where its header is, which would be read as voxels. "
+                    "Write it again with the program that made it.",
+                    where=str(path),
+                )
             extended, count = file.read(1) not in (b"", b"\0"), 0
             problem = extended and not values <= _EXTENSIONS
             place = length + 4
@@ -176,6 +188,10 @@ def _bound_extensions(path: Path) -> None:
                     "built to harm.",
                     where=str(path),
                 )
+
+
+_LONGEST = (1 << 15) - 1
+"""Pixels of an axis that a header of NIfTI-1 can say."""
 
 
 def compress(path: Path) -> None:
@@ -203,7 +219,7 @@ def create(path: Path, shape: Sequence[int], dtype: np.dtype[Any], axes: str, pl
     native = placement.native
     header = (
         nibabel.Nifti1Header.from_header(native.header)
-        if isinstance(native, _Header)
+        if isinstance(native, _Header) and max(native.header.get_data_shape()) <= _LONGEST
         else _header(nibabel, placement, axes)
     )
     stored = [axes.index(letter) for letter in "XYZC" if letter in axes]
@@ -212,13 +228,20 @@ def create(path: Path, shape: Sequence[int], dtype: np.dtype[Any], axes: str, pl
         raise NormfixError(
             "NF142",
             "a stack along T has no place in NIfTI. Give a name ending in .tif or .zarr.",
-            where=str(path),
+            where=path.name,
         )
     if "C" in axes and len(extents) < 4:
         raise NormfixError(
             "NF142",
             "a plane with channels has no place in NIfTI. Give a name ending in .tif or .zarr.",
-            where=str(path),
+            where=path.name,
+        )
+    if max(extents) > _LONGEST:
+        raise NormfixError(
+            "NF142",
+            f"an axis of {max(extents):,} pixels has no place in NIfTI, whose axes end at {_LONGEST:,}. Give a name "
+            "ending in .tif or .zarr.",
+            where=path.name,
         )
     header.set_data_dtype(dtype)
     header.set_data_shape(extents)

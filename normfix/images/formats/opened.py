@@ -63,8 +63,8 @@ class Opened:
         mine = "".join(letter for letter in named if letter != "C")
         if mine not in (said, said.removeprefix("Z"), said.removesuffix("Z")):
             return Placement(channels_last=last)
-        dropped = len(said) - len(mine) if self.placement.spacing else 0
-        placement = replace(self.placement, channels_last=last)
+        placement = replace(self.placement.believed(), channels_last=last)
+        dropped = len(said) - len(mine) if placement.spacing else 0
         if dropped:  # a single slice
             placement = replace(
                 placement, spacing=placement.spacing[dropped:], origin=placement.origin[dropped:]

@@ -6,6 +6,7 @@ pixel's centre lies (d / s - d) / 2 from the image's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -34,6 +35,12 @@ class Placement:
     channels: tuple[str, ...] = ()
     channels_last: bool = False
     native: Any = None
+
+    def believed(self) -> Placement:
+        """Return it without sizes of pixels and places that are none: 0, negative, or not finite."""
+        if all(math.isfinite(d) and d > 0 for d in self.spacing) and all(map(math.isfinite, self.origin)):
+            return self
+        return replace(self, spacing=(), unit="", origin=())
 
     def scaled(self, scale: Sequence[Fraction]) -> Placement:
         """Return the placement of a map with so many pixels per pixel on each axis."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import lzma
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,9 @@ __all__ = ["create", "open_tiff"]
 _GEO = {33550: 12, 33922: 12, 34264: 12, 34735: 3, 34736: 12, 34737: 2}
 """Tags of GeoTIFF and their TIFF types: pixel scale, tie points, transformation, keys, doubles, text."""
 
+_LEAST = {33550: 3, 33922: 6, 34264: 16, 34735: 4, 34736: 1, 34737: 1}
+"""How many values such a tag has at least."""
+
 _PIXEL_SCALE, _TIE_POINTS = 33550, 33922
 
 
@@ -50,6 +54,10 @@ class _Tags:
             geo[_PIXEL_SCALE] = (x / right, y / down, z)
         size = self.resolution
         finer = None if size is None else (size[0] * right, size[1] * down)
+        if finer is not None and not all(
+            2**-32 < n < 2**32 for n in finer
+        ):  # what a fraction in a tag can say
+            finer = None
         return _Tags(finer, self.resolution_unit, tuple(geo.items()))
 
     def options(self) -> dict[str, Any]:
@@ -403,7 +411,7 @@ def create(
         described[f"PhysicalSize{letter}"] = size
         described[f"PhysicalSize{letter}Unit"] = UNITS[placement.unit]
     if "C" in axes and len(placement.channels) == shape[axes.index("C")]:
-        described["Channel"] = {"Name": list(placement.channels)}
+        described["Channel"] = {"Name": [_NO_XML.sub("\ufffd", name) for name in placement.channels]}
     if axes[-1] == "C":
         options["planarconfig"] = "contig"
         described["axes"] = axes = axes[:-1] + "S"
@@ -420,6 +428,9 @@ def create(
         **options,
     )
 
+
+_NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""What no XML can hold, not even as a number: a description with one of them is not read by anybody."""
 
 _IMAGEJ = ("uint8", "uint16", "float32")
 """Types of pixels that ImageJ's own TIFF holds."""
@@ -496,8 +507,21 @@ def _tags(page: Any) -> _Tags | None:
     x, y = value("XResolution"), value("YResolution")
     told = x is not None and y is not None and x != (1, 1) and 0 not in (*x, *y)
     size = (x[0] / x[1], y[0] / y[1]) if told else None
-    geo = tuple((code, value(code)) for code in _GEO if value(code) is not None)
+    geo = tuple((code, found) for code in _GEO if (found := _geo(page, code)) is not None)
     return _Tags(size, int(value("ResolutionUnit") or 1), geo) if size or geo else None
+
+
+def _geo(page: Any, code: int) -> Any:
+    """Return a tag of GeoTIFF, its text as the bytes that it is, whose places keys count; None for what is none."""
+    tag = page.tags.get(code)
+    kinds = {12: (11, 12)}.get(_GEO[code], (_GEO[code],))
+    if tag is None or int(tag.dtype) not in kinds or tag.count < _LEAST[code]:
+        return None
+    if _GEO[code] != 2:
+        return tag.value if isinstance(tag.value, tuple) else (tag.value,)
+    file = page.parent.filehandle
+    file.seek(tag.valueoffset)
+    return bytes(file.read(tag.valuebytecount)).rstrip(b"\0") or None
 
 
 @contextmanager
