@@ -209,7 +209,7 @@ def test_a_network_that_resizes_to_its_skip_takes_any_size():
 @pytest.mark.slow
 def test_places_of_maxima_are_refused():
     """They number positions of the whole image, which no block knows."""
-    with pytest.raises(NotInStages, match="NF32[34]"):
+    with pytest.raises(NotInStages, match=r"NF32[34]"):
         schedule(program(Indexed(), 32, 32), stride=(2, 2))
 
 
@@ -248,7 +248,7 @@ def test_planted_mistakes_are_caught(monkeypatch, pyramid, mistake):
 
 @pytest.mark.slow
 def test_an_unconverted_network_gives_its_whole_image_output():
-    """Pyramid pooling after an instance norm, at a size that neither stride nor bins divide; its tiles are another thing."""
+    """Pyramid pooling after an instance norm, at a size that neither stride nor bins divide; its tiles differ."""
     torch.manual_seed(0)
     net = Pyramid(mode="bilinear", align_corners=False, norm=True).double().eval()
     image = torch.rand(1, 1, 47, 70, dtype=torch.float64) + torch.linspace(0, 2, 70, dtype=torch.float64)

@@ -103,7 +103,7 @@ def maps_of(program: Program, example: Sequence[int]) -> ProgramMaps | None:
 
 
 def lattice(program: Program) -> tuple[int, ...]:
-    """Return per axis the pixels by which an image grows for every map to grow by whole positions; 1 if none are found."""
+    """Return per axis the pixels by which an image grows for all maps to grow whole; 1 if none are found."""
     tensors = [n.meta["val"] for n in program.body.graph.nodes if is_tensor_node(n)]
     shape = program.image.meta["val"].shape
     try:

@@ -111,8 +111,8 @@ def _taps(
 class Stretched:
     """A resized map as something that is kept: a window of it is computed from what its source has there.
 
-    `source` is a stored map or a value of a fixed size, None where it is the image, `pixels`; `given` and `taken` are the
-    shapes of source and result (N, C, *space).
+    `source` is a stored map or a value of a fixed size, None where it is the image, `pixels`; `given` and `taken` are
+    the shapes of source and result (N, C, *space).
     """
 
     source: Kept | Tensor | None
