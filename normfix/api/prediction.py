@@ -57,6 +57,9 @@ _LOG = logging.getLogger("normfix")
 _TILE = 256
 """Pixels per axis of a tile that nobody stated."""
 
+_WHOLE = frozenset({Family.ATTENTION, Family.POOL})
+"""What is of the whole image in stages, where no constant replaces it."""
+
 _FINEST = 32
 """Pixels for one position of an output, at most."""
 
@@ -291,21 +294,23 @@ class _Prediction:
         known = known_of(model, taken, forward_fn, output)
         exact = geometry_of(known.scan)
         sites = {site.id: site for site in known.scan.sites}
-        attends = any(sites[name].family is Family.ATTENTION for name in known.live)
+        in_stages = any(sites[name].family in _WHOLE and sites[name].refusal for name in known.live)
+        in_stages = in_stages or (exact is None and statistics == "per-image")
         # what stages cannot do either they name themselves
-        live = [name for name in known.live if not (attends and sites[name].refusal)]
+        live = [name for name in known.live if not (in_stages and sites[name].refusal)]
         geometry = with_halo(exact, halo)
-        if live or (geometry is None and not attends):
+        if live or (geometry is None and not in_stages):
             reasons = [f"{site} is live" for site in live[:3]] or [f.message for f in known.scan.findings]
             raise _not_tiled(known.scan, reasons)
         _require_proved(model, known.scan)
         image = images_of(taken, model, like=known.scan.example).only()
-        if attends:
+        if in_stages:
             if halo != "auto" or engine == "tiles":
                 raise NormfixError(
                     "NF410",
-                    "it attends to all positions, so no tile is enough: stages alone keep the keys of the whole "
-                    "image. Leave halo and engine out.",
+                    "pixels of it depend on all others, or on their place in the whole image (attention, pools to a "
+                    "fixed number of bins, aligned corners), so no tile is enough: stages alone keep what is of the "
+                    "whole image. Leave halo and engine out.",
                     where=f"engine={engine}, halo={halo}",
                 )
             ndim = len(image.shape) - 2

@@ -82,9 +82,11 @@ def measure_in_stages_(
     with ExitStack() as stack:
         for context in (evaluating(model), exact_arithmetic(), restoring_on_error(targets)):
             stack.enter_context(context)
-        stride = stride or usual_stride(ndim)
-        program = stack.enter_context(program_of(model, caller, tuple(paths.values()), images[0], stride))
-        planned = schedule_of(program, stride, images, measured=tuple(paths.values()), outputs=False)
+        taken, names = stride or usual_stride(ndim), tuple(paths.values())
+        program = stack.enter_context(program_of(model, caller, names, images[0], taken))
+        planned = schedule_of(
+            program, taken, images, measured=names, outputs=False, is_known=stride is not None
+        )
         measured = [statistic(target) for target in targets]
         store, journal = stack.enter_context(blocks.run(planned, images, measured))
         execute(

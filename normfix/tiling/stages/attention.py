@@ -24,8 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_leaves
 
-from normfix.networks.calling import refusals
-from normfix.tiling.stages.maps import ProgramMaps, find_maps
+from normfix.tiling.stages.maps import ProgramMaps, maps_of
 from normfix.tiling.stages.program import Cut, Program, Shapes, is_tensor_node
 from normfix.tiling.stages.tokens import ATTEND
 
@@ -48,7 +47,9 @@ def with_attention(program: Program, example: Sequence[int]) -> Program:
     """
     found = list(_attentions(program.body))
     ndim = len(example) - 2
-    maps = _maps(program, example) if found or any(_is_flat(c.operand, ndim) for c in program.cuts) else None
+    maps = (
+        maps_of(program, example) if found or any(_is_flat(c.operand, ndim) for c in program.cuts) else None
+    )
     if maps is None:
         return program
     shapes = program.shapes(example)
@@ -79,16 +80,6 @@ def with_attention(program: Program, example: Sequence[int]) -> Program:
 def _is_flat(value: Node, ndim: int) -> bool:
     """Tell whether fewer dimensions than space has follow the image's extents; the first may be the batch."""
     return sum(not isinstance(extent, int) for extent in _shape(value)[1:]) < ndim
-
-
-def _maps(program: Program, example: Sequence[int]) -> ProgramMaps | None:
-    """Return the program's maps, by a growth that it takes; None if it takes none."""
-    for step in (64, 32, 16, 8, 4, 2, 1):
-        try:
-            return find_maps(program, example, [step] * (len(example) - 2))
-        except refusals():
-            continue
-    return None
 
 
 def _spread_sites(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 from normfix.images.sources import Image, Span
 from normfix.networks.calling import refusals
 from normfix.networks.devices import moved
+from normfix.tiling.stages.bins import Bins, Partial
 from normfix.tiling.stages.chunks import Seals
 from normfix.tiling.stages.journal import SEALS
 from normfix.tiling.stages.maps import Map
@@ -118,6 +119,12 @@ class Given:
                 )
         return result[self.map.index(crop, result.dim())]
 
+    def binned(self, value: Tensor, block: Block, size: Sequence[int], bins: Bins) -> Partial:
+        """Return what a block's interior gives of bins."""
+        spans = dict(zip(self.map.dims, self.map.window(block.interior, size, self.shape), strict=True))
+        dims = sorted(spans)
+        return bins.partial(value, [spans[d] for d in dims], [self.shape[d] for d in dims])
+
 
 @dataclass(frozen=True, slots=True)
 class ImageWork:
@@ -125,7 +132,7 @@ class ImageWork:
 
     size: tuple[int, ...]
     reads: tuple[Read, ...]
-    whole: tuple[Tokens, ...]
+    whole: tuple[Tokens | Tensor, ...]
     told: tuple[Told, ...]
     gives: tuple[Given, ...]
     mask: Image | None = None
@@ -144,7 +151,7 @@ class Work:
     """A stage to be run over blocks; call it with the number of a block.
 
     `run` computes the values of a block on `device`, `parts` are by image, `measures` tell which of the values is
-    measured how, by site.
+    measured how, by site, `pools` which of them are put together to bins.
     """
 
     stage: int
@@ -153,6 +160,7 @@ class Work:
     measures: dict[str, tuple[int, Callable[[Tensor], Any]]]
     blocks: tuple[Block, ...]
     device: torch.device
+    pools: dict[str, tuple[int, Bins]] = field(default_factory=dict)
 
     def __call__(self, number: int) -> dict[str, Any]:
         """Compute one block, write its interior and return what was measured of it, and the seals of its chunks."""
@@ -174,6 +182,8 @@ class Work:
             site: measure(part.counting(position, kept[position], block))
             for site, (position, measure) in self.measures.items()
         }
+        for pool, (position, bins) in self.pools.items():
+            measured[pool] = part.gives[position].binned(kept[position], block, part.size, bins)
         return {**measured, SEALS: seals} if seals else measured
 
     def _computed(self, block: Block, values: Sequence[Any]) -> Sequence[Tensor]:

@@ -7,6 +7,7 @@ it: a copy, a twin, or the same one with other weights.
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,8 @@ from normfix.networks.examples import EXTENT
 from normfix.networks.provenance import kept_in
 from normfix.records.spans import round_up
 from normfix.tiling.stages.attention import with_attention
+from normfix.tiling.stages.maps import lattice
+from normfix.tiling.stages.overviews import with_overviews
 from normfix.tiling.stages.plans import keep, kept
 from normfix.tiling.stages.program import Program, captured_program, computes, marked, shows_at_once
 from normfix.tiling.stages.refusals import NotInStages
@@ -136,15 +139,16 @@ def _captured(model: nn.Module, caller: Caller, example: Tensor, sites: tuple[st
         NotInStages: NF320 if it does not compute the same then, and codes of captured_program.
     """
     program = captured_program(model, caller, example, sites)
-    barred = with_attention(program, example.shape)
-    if barred is not program and not computes(
-        barred.body, model, marked(caller, sites), example, guarded=False
+    attending = with_attention(program, example.shape)
+    if attending is not program and not computes(
+        attending.body, model, marked(caller, sites), example, guarded=False
     ):
         raise NotInStages(
             "NF320",
             "its attention is not what it was taken for.",
             where=type(original_of(model)).__name__,
         )
+    barred = with_overviews(attending, example.shape)
     folder = kept_in(original_of(model))
     if folder is not None:
         recall_(barred, kept(folder))
@@ -185,13 +189,28 @@ def schedule_of(
     *,
     measured: tuple[str, ...],
     outputs: bool,
+    is_known: bool = True,
 ) -> Schedule:
-    """Cut the program into stages, or take the schedule of last time."""
-    ragged = any(n % s for image in images for n, s in zip(image.shape[2:], stride, strict=True))
+    """Cut the program into stages, or take the schedule of last time.
+
+    Args:
+        program: of a network.
+        stride: of the network, or what is taken for it.
+        images: that it will run over.
+        measured: sites whose operands are measured.
+        outputs: whether what the network returns is computed.
+        is_known: whether the stride is the network's; if not, the images' own sizes are proved.
+    """
+    if not is_known:
+        stride = tuple(map(math.lcm, stride, lattice(program)))
+    given = {tuple(n % s for n, s in zip(image.shape[2:], stride, strict=True)) for image in images} - {
+        (0,) * len(stride)
+    }
+    rests = frozenset({tuple(s // 2 for s in stride)} if is_known and given else given)
     known = _SCHEDULES.setdefault(program.body, {})
-    key = (tuple(stride), ragged, measured, outputs)
+    key = (tuple(stride), rests, measured, outputs)
     if key not in known:
-        known[key] = schedule(program, stride=stride, ragged=ragged, measured=measured, outputs=outputs)
+        known[key] = schedule(program, stride=stride, rests=rests, measured=measured, outputs=outputs)
     return known[key]
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 
 import torch
@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from normfix.layers.affine import normalise, normalise_rectified
 from normfix.tiling.stages.maps import ProgramMaps
+from normfix.tiling.stages.overviews import Overview, overview_of, overviews
 from normfix.tiling.stages.program import Cut, Program, Shapes, is_tensor_node
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.reuse import reuse_
@@ -30,18 +31,20 @@ __all__ = ["Stage", "cut", "extent_of", "windowed"]
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stage: `run(*values, *whole, *sizes)` returns the values of `gives`.
+    """One stage: `run(*values, *whole, *overviews, *sizes)` returns the values of `gives`.
 
-    `reads` are stored values or the image, `whole` stored values that every block reads whole, `sizes` nodes that stand
-    for an extent of another value. `stores`
-    and `measures` are among `gives`; `measures` names the site of each. `grid` is in pixels per axis;
-    `weight` the bytes alive at once per pixel of the image.
+    `reads` are stored values, the image or stretches, `whole` stored values that every block reads whole, `overviews`
+    values of a fixed size, `sizes` nodes that stand for an extent of another value. `stores`
+    and `measures` are among `gives`; `measures` names the site of each, and `pools` are those that are put together of
+    what is among them. `before` computes the overviews that it reads; `after` those with sites, once it is done, one
+    after the other. `grid` is in pixels per axis; `weight` the bytes alive at once per pixel of the image.
     """
 
     number: int
     run: GraphModule
     reads: tuple[Node, ...]
     whole: tuple[Node, ...]
+    overviews: tuple[Node, ...]
     sizes: tuple[Node, ...]
     gives: tuple[Node, ...]
     stores: tuple[Node, ...]
@@ -49,6 +52,9 @@ class Stage:
     returns: tuple[Node, ...]
     grid: tuple[int, ...]
     weight: float
+    pools: tuple[Node, ...] = ()
+    before: Overview | None = None
+    after: tuple[Overview, ...] = ()
 
 
 def cut(
@@ -74,35 +80,43 @@ def cut(
         NormfixError: NF323 for a value that a later stage needs and that is no map over the image.
     """
     levels = _levels(program, cuts)
-    measures = {c.site: c.operand for c in cuts if c.site in set(measured)}
+    small = overviews(program, maps)
+    operands = {c.site: c.operand for c in cuts if c.site in set(measured)}
+    measures = {site: node for site, node in operands.items() if node not in small}
     returned = program.outputs if outputs else ()
     for node in (*measures.values(), *returned):
         _require_map(node, maps)
     wanted: dict[int, list[Node]] = {}
-    for node in (*measures.values(), *returned):
+    for node in (*operands.values(), *returned):
         wanted.setdefault(levels[node], []).append(node)
-    stored = _stored(program, maps, levels, wanted)
+    stored, pools = _stored(program, maps, levels, wanted)
     first = {node: levels[node] for node in stored}
     stages: list[Stage] = []
     for level in range(max(wanted) + 1):
         stores = tuple(n for n in stored if first[n] == level)
-        gives = tuple(dict.fromkeys((*wanted.get(level, ()), *stores)))
-        if not gives:
-            continue
-        available = {n for n in stored if first[n] < level} | {program.image}
-        stages.append(
-            _stage(
+        pooled = tuple(n for n in pools if levels[program.pools[n].operand] == level)
+        goals = (*(n for n in wanted.get(level, ()) if n not in small), *stores)
+        gives = tuple(dict.fromkeys((*goals, *(program.pools[n].operand for n in pooled))))
+        if gives:
+            available = {n for n in stored if first[n] < level} | {program.image}
+            stage = _stage(
                 program,
                 maps,
                 shapes,
                 number=len(stages),
                 gives=gives,
-                available=available,
+                available=available | {n for n in program.stretches if levels[n] <= level},
+                small=small,
                 stores=stores,
                 measures=tuple((site, n) for site, n in measures.items() if levels[n] == level),
                 returns=tuple(n for n in dict.fromkeys(returned) if levels[n] == level),
             )
-        )
+            stages.append(replace(stage, pools=pooled))
+        sites = [(site, n) for site, n in operands.items() if n in small and levels[n] == level]
+        if sites:
+            # what it is of was put together when the stage before was done
+            seen = overview_of(program, [n for _, n in sites], sites)
+            stages[-1] = replace(stages[-1], after=(*stages[-1].after, seen))
     return stages
 
 
@@ -153,33 +167,42 @@ def _levels(program: Program, cuts: Sequence[Cut]) -> dict[Node, int]:
 
 def _stored(
     program: Program, maps: ProgramMaps, levels: Mapping[Node, int], wanted: Mapping[int, Sequence[Node]]
-) -> list[Node]:
-    """Return the values to store, in the order of the graph.
+) -> tuple[list[Node], list[Node]]:
+    """Return the values to store and the pools to put together, in the order of the graph.
 
     From the last stage backwards: what a stage reads across a barrier is stored or computed again; what is
-    stored is wanted by the stage that computes it first.
+    stored or pooled is wanted by the stage that computes it first.
     """
     stored: set[Node] = set()
+    pools: set[Node] = set()
     leaves = _Leaves(program, maps)
     for level in sorted(range(max(wanted) + 1), reverse=True):
-        goals = [*wanted.get(level, ()), *(n for n in stored if levels[n] == level)]
+        operands = {program.pools[n].operand for n in pools}
+        goals = [*wanted.get(level, ()), *(n for n in (*stored, *operands) if levels[n] == level)]
         pending, seen = list(goals), set(goals)
         while pending:
             node = pending.pop()
-            for parent in node.all_input_nodes:
+            if node in program.pools:
+                pools.add(node)
+                continue
+            stretch = program.stretches.get(node)
+            for parent in node.all_input_nodes if stretch is None else (stretch.source,):
                 if parent in seen or parent not in maps.moving or parent is program.image:
                     continue
                 seen.add(parent)
                 # tokens have no place to be stored at, and are computed again
                 is_stored = (
-                    levels[parent] < level and parent in maps.maps and not leaves.is_recomputed(parent)
+                    levels[parent] < level
+                    and parent in maps.maps
+                    and parent not in program.stretches
+                    and not leaves.is_recomputed(parent)
                 )
-                if is_stored or parent in program.whole:
+                if is_stored or parent in program.whole or (stretch is not None and parent in maps.maps):
                     _require_map(parent, maps)
                     stored.add(parent)
                 else:
                     pending.append(parent)
-    return [n for n in program.body.graph.nodes if n in stored]
+    return [[n for n in program.body.graph.nodes if n in found] for found in (stored, pools)]
 
 
 class _Leaves:
@@ -242,13 +265,17 @@ def _stage(
     number: int,
     gives: tuple[Node, ...],
     available: set[Node],
+    small: frozenset[Node],
     stores: tuple[Node, ...],
     measures: tuple[tuple[str, Node], ...],
     returns: tuple[Node, ...],
 ) -> Stage:
-    inside, read, sizes = _inside(gives, available, maps)
-    reads = tuple(n for n in read if n not in program.whole)
+    inside, read, sizes = _inside(gives, available | small, maps)
+    reads = tuple(n for n in read if n not in program.whole and n not in small)
     whole = tuple(n for n in read if n in program.whole)
+    seen = tuple(n for n in read if n in small)
+    sources = (program.stretches[n].source for n in reads if n in program.stretches)
+    needed = tuple(dict.fromkeys((*seen, *(n for n in sources if n not in maps.maps))))
     for node in inside:
         if node in maps.moving and is_tensor_node(node) and not any(maps.scales[node]):
             raise NotInStages(
@@ -257,7 +284,7 @@ def _stage(
                 where=node.name,
             )
     graph = Graph()
-    copies: dict[Node, Node] = {n: graph.placeholder(n.name) for n in (*reads, *whole, *sizes)}
+    copies: dict[Node, Node] = {n: graph.placeholder(n.name) for n in (*reads, *whole, *seen, *sizes)}
     order = [n for n in program.body.graph.nodes if n in inside]
     for node in order:
         copies[node] = copy = graph.node_copy(node, lambda n: copies[n])
@@ -275,6 +302,8 @@ def _stage(
         run=GraphModule(program.body, graph),
         reads=reads,
         whole=whole,
+        overviews=seen,
+        before=overview_of(program, needed) if needed else None,
         sizes=sizes,
         gives=gives,
         stores=stores,

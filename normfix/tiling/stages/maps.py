@@ -15,9 +15,11 @@ from fractions import Fraction
 from torch.fx import Node
 
 from normfix.images.sources import Span
+from normfix.networks.calling import refusals
+from normfix.tiling.reach.extents import Unsized, lattice_of
 from normfix.tiling.stages.program import Program, Shapes, is_tensor_node
 
-__all__ = ["Map", "ProgramMaps", "find_maps", "map_of"]
+__all__ = ["Map", "ProgramMaps", "find_maps", "lattice", "map_of", "maps_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ def find_maps(program: Program, size: Sequence[int], step: Sequence[int]) -> Pro
         grown = list(size)
         grown[axis + 2] += step[axis]
         longer.append(program.shapes(grown))
-    moving = _computed_from(program, {program.image})
+    moving = _computed_from(program, {program.image, *program.stretches})
     maps, scales = {}, {}
     for node in here:
         if node not in moving or not is_tensor_node(node):
@@ -87,6 +89,27 @@ def find_maps(program: Program, size: Sequence[int], step: Sequence[int]) -> Pro
         if found is not None:
             maps[node] = found
     return ProgramMaps(maps, frozenset(moving), scales)
+
+
+def maps_of(program: Program, example: Sequence[int]) -> ProgramMaps | None:
+    """Return the program's maps, by a growth that it takes; None if it takes none."""
+    coarsest = [math.lcm(64, n) for n in lattice(program)]
+    for steps in (coarsest, *([n] * len(coarsest) for n in (64, 32, 16, 8, 4, 2, 1))):
+        try:
+            return find_maps(program, example, steps)
+        except refusals():
+            continue
+    return None
+
+
+def lattice(program: Program) -> tuple[int, ...]:
+    """Return per axis the pixels by which an image grows for all maps to grow whole; 1 if none are found."""
+    tensors = [n.meta["val"] for n in program.body.graph.nodes if is_tensor_node(n)]
+    shape = program.image.meta["val"].shape
+    try:
+        return lattice_of(shape, tensors).lattice
+    except Unsized:
+        return (1,) * (len(shape) - 2)
 
 
 def _growth(node: Node, here: Shapes, there: Shapes, step: int) -> dict[int, Fraction]:

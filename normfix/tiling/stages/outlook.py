@@ -140,6 +140,7 @@ def _seconds_per_pixel(stage: Stage, run: Run) -> float | None:
         torch.full(shape(node), 0.5, device=like.device).to(like.dtype)
         for node, like in zip(stage.reads, likes, strict=True)
     ]
+    values += [torch.full(run.shapes[0][node], 0.5, dtype=node.meta["val"].dtype) for node in stage.overviews]
     told = [shape(of)[dim] for of, dim in map(extent_of, stage.sizes)]
     try:
         with torch.no_grad():

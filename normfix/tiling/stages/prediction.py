@@ -66,7 +66,8 @@ def predict_in_stages(
         whole = image.padded((0,) * ndim if geometry is None else geometry.padding(image.shape[2:]))
         stride = geometry.stride if geometry is not None else usual_stride(ndim)
         program = stack.enter_context(program_of(twin, caller, tuple(sites), whole, stride))
-        planned = schedule_of(program, stride, [whole], measured=(), outputs=True)
+        is_known = geometry is not None
+        planned = schedule_of(program, stride, [whole], measured=(), outputs=True, is_known=is_known)
         lasts = blocks.store is not None
         result = program.outputs[0]
         space = None if whole.shape == image.shape else image.shape[2:]

@@ -28,14 +28,18 @@ from normfix.networks.calling import Unreached, failures, refusals
 from normfix.networks.graph.capture import WRAPPED, NotCaptured, capture
 from normfix.networks.graph.isolation import silence
 from normfix.networks.numerics import IDENTITY, deviation
+from normfix.tiling.stages.bins import Bins
 from normfix.tiling.stages.functional import make_functional_
 from normfix.tiling.stages.refusals import NotInStages
+from normfix.tiling.stages.stretches import Resizing
 
 __all__ = [
     "Cut",
+    "Pool",
     "Program",
     "Run",
     "Shapes",
+    "Stretch",
     "Unguarded",
     "captured_program",
     "computes",
@@ -58,13 +62,29 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
+class Pool:
+    """A pool of a map to a fixed number of bins, which are put together from blocks."""
+
+    operand: Node
+    bins: Bins
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """A map that is resized by its place in the whole image, from a map or a value of a fixed size."""
+
+    source: Node
+    resizing: Resizing
+
+
+@dataclass(frozen=True, slots=True)
 class Program:
     """A functional graph of a network.
 
     `body` holds the graph and, under `network.*`, the network's state; stages share it. `image` is the
     placeholder, `outputs` the tensors the network returns, in the order of their leaves. `whole` are values that are
     read of the whole image, wherever the block is; `flat` tells which dimensions (first, last) of a site's operand are
-    one dimension of tokens to the network.
+    one dimension of tokens to the network. `pools` and `stretches` are values that no block has by itself.
     """
 
     body: GraphModule
@@ -73,6 +93,8 @@ class Program:
     cuts: tuple[Cut, ...]
     whole: frozenset[Node] = frozenset()
     flat: dict[str, tuple[int, int]] = field(default_factory=dict)
+    pools: dict[Node, Pool] = field(default_factory=dict)
+    stretches: dict[Node, Stretch] = field(default_factory=dict)
     known: dict[tuple[int, ...], Shapes] = field(default_factory=dict, compare=False, repr=False)
     """Shapes by the size of the image: finding them takes as long as a pass."""
 

@@ -127,7 +127,8 @@ def fingerprint(stage: Stage, maps: ProgramMaps, shapes: Shapes) -> str:
     Statistics are no part of it: a norm by constants reads one position, whatever they are.
     """
     ends = [(maps.maps[node], tuple(shapes[node])) for node in (*stage.reads, *stage.whole, *stage.gives)]
-    found = hashlib.sha256(repr((stage.run.code, stage.grid, ends)).encode())
+    seen = [tuple(shapes[node]) for node in stage.overviews]
+    found = hashlib.sha256(repr((stage.run.code, stage.grid, ends, seen)).encode())
     weights = dict(stage.run.named_parameters(remove_duplicate=False))
     for name in sorted({str(node.target) for node in stage.run.graph.nodes if node.op == "get_attr"}):
         if name in weights:
@@ -138,7 +139,7 @@ def fingerprint(stage: Stage, maps: ProgramMaps, shapes: Shapes) -> str:
 def _bound_of(stage: Stage, image: Node) -> Bound | None:
     """Return what the stage's graph gives of its reach, None where it gives nothing."""
     try:
-        return bound_between(image, (*stage.reads, *stage.whole), stage.gives)
+        return bound_between(image, (*stage.reads, *stage.whole, *stage.overviews), stage.gives)
     except Unsized:
         return None
 
@@ -221,7 +222,8 @@ class _Cells:
         self._run = in_dtype(stage.run, dtype, device)
         channels = sum(p.channels for p in self._reads)
         generator = torch.Generator().manual_seed(0)
-        self._whole = [torch.randn(shapes[n], generator=generator).to(device, dtype) for n in stage.whole]
+        whole = (*stage.whole, *stage.overviews)
+        self._whole = [torch.randn(shapes[n], generator=generator).to(device, dtype) for n in whole]
         space = (_CELLS[self._ndim],) * self._ndim
         self.example = torch.randn(1, channels, *space, generator=generator, dtype=torch.float64)
         self.example = self.example.to(device, dtype)

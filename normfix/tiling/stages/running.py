@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
@@ -17,14 +17,17 @@ from normfix.errors import NormfixError
 from normfix.images.sources import Image
 from normfix.networks.devices import bytes_of
 from normfix.tiling.grid import Geometry, grid
+from normfix.tiling.stages.bins import Partial
 from normfix.tiling.stages.blocks import Block, Given, ImageWork, Read, Told, Work
 from normfix.tiling.stages.cutting import Stage, extent_of, windowed
 from normfix.tiling.stages.engines import Crew
 from normfix.tiling.stages.journal import SEALS, Journal, Measured
 from normfix.tiling.stages.masks import mask_of
+from normfix.tiling.stages.overviews import Overview
 from normfix.tiling.stages.program import Program, Shapes
 from normfix.tiling.stages.schedule import Schedule, block_extents
 from normfix.tiling.stages.store import Kept, Store
+from normfix.tiling.stages.stretches import Stretched
 from normfix.tiling.stages.tokens import Tokens
 
 __all__ = ["Run", "Sink", "Statistic", "kept_name"]
@@ -69,6 +72,7 @@ class Run:
     shapes: list[Shapes] = field(init=False)
     extents: list[tuple[int, ...]] = field(init=False)
     earlier: dict[str, list[tuple[Given, ImageWork, Block]]] = field(init=False)
+    pools: dict[tuple[int, Node], Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
         known: dict[tuple[int, ...], Shapes] = {}
@@ -77,7 +81,7 @@ class Run:
                 known[image.shape] = self.schedule.program.shapes(image.shape)
         self.shapes = [known[image.shape] for image in self.images]
         self.extents = block_extents(self.schedule, self.tile)
-        self.earlier = {}
+        self.earlier, self.pools = {}, {}
 
     def stage(self, stage: Stage, crew: Crew, tick: Callable[[int, int, int], None]) -> None:
         """Run what is left of a stage, settle its statistics and free what no later stage reads.
@@ -157,7 +161,36 @@ class Run:
             parts[block.image].append(measured[number])
         for site in work.measures:
             self.statistics[site].settle([[block[site] for block in image] for image in parts])
+        for node in stage.pools:
+            for image, blocks in enumerate(parts):
+                self.pools[image, node] = self._pooled(node, image, [block[_pool(node)] for block in blocks])
         self.settled()
+        for overview in stage.after:
+            self._settle_overview(overview)
+
+    def _pooled(self, node: Node, image: int, parts: Sequence[Partial]) -> Tensor:
+        """Return the bins of an image."""
+        pool = self.schedule.program.pools[node]
+        extents = self.shapes[image][pool.operand][-len(pool.bins.counts) :]
+        return pool.bins.merged(parts, extents, node.name).to(self.schedule.device)
+
+    def _settle_overview(self, overview: Overview) -> None:
+        """Measure sites whose operands are of the whole image already."""
+        values = [self._seen(overview, image) for image in range(len(self.images))]
+        for site, node in overview.measures:
+            if site in self.statistics:
+                measure = self.statistics[site].measure
+                self.statistics[site].settle([[measure(value[node])] for value in values])
+        self.settled()
+
+    def _seen(self, overview: Overview | None, image: int) -> dict[Node, Tensor]:
+        """Return overviews of an image."""
+        if overview is None:
+            return {}
+        pools = [self.pools[image, node] for node in overview.pools]
+        told = [self.shapes[image][of][dim] for of, dim in map(extent_of, overview.sizes)]
+        with torch.no_grad():
+            return dict(zip(overview.gives, overview.run(*pools, *told), strict=True))
 
     def _work(self, stage: Stage) -> Work:
         """Return a stage as work on blocks, with room for what it computes."""
@@ -166,8 +199,14 @@ class Run:
             for site, node in stage.measures
             if site in self.statistics
         }
+        program = self.schedule.program
+        pools = {
+            _pool(node): (stage.gives.index(program.pools[node].operand), program.pools[node].bins)
+            for node in stage.pools
+        }
         parts = tuple(self._part(stage, image) for image in range(len(self.images)))
-        return Work(stage.number, stage.run, parts, measures, tuple(self.blocks(stage)), self.schedule.device)
+        blocks = tuple(self.blocks(stage))
+        return Work(stage.number, stage.run, parts, measures, blocks, self.schedule.device, pools)
 
     def _measure(self, site: str) -> Callable[[Tensor], Any]:
         """Return what measures a site's operand, as the network has it."""
@@ -177,19 +216,39 @@ class Run:
     def _part(self, stage: Stage, image: int) -> ImageWork:
         shapes, maps = self.shapes[image], self.schedule.maps.maps
         lying = windowed(stage) if self.schedule.device.type == "cuda" else frozenset()
+        seen = self._seen(stage.before, image)
         reads = (
             Read(self.images[image], None, shapes[node])
             if node is self.schedule.program.image
-            else Read(self.store[_name(image, node)], maps[node], shapes[node], node in lying)
+            else Read(self._kept(image, node, seen), maps[node], shapes[node], node in lying)
             for node in stage.reads
         )
-        whole = (self._tokens(image, node) for node in stage.whole)
+        whole = (
+            *(self._tokens(image, node) for node in stage.whole),
+            *(seen[node] for node in stage.overviews),
+        )
         told = (Told(maps[of], shapes[of], dim) for of, dim in map(extent_of, stage.sizes))
         gives = (Given(n.name, maps[n], shapes[n], self._places(stage, image, n)) for n in stage.gives)
         source = self.images[image]
-        return ImageWork(
-            source.shape[2:], tuple(reads), tuple(whole), tuple(told), tuple(gives), mask_of(source)
+        return ImageWork(source.shape[2:], tuple(reads), whole, tuple(told), tuple(gives), mask_of(source))
+
+    def _kept(self, image: int, node: Node, seen: Mapping[Node, Tensor]) -> Kept:
+        """Return where a value that a stage reads is kept, or what computes it from what is."""
+        program, shapes = self.schedule.program, self.shapes[image]
+        stretch = program.stretches.get(node)
+        if stretch is None:
+            return self.store[_name(image, node)]
+        source = stretch.source
+        pixels = self.images[image] if source is program.image else None
+        kept = (
+            seen[source]
+            if source in seen
+            else None
+            if pixels is not None
+            else self.store[_name(image, source)]
         )
+        given, taken = shapes[source], shapes[node]
+        return Stretched(kept, stretch.resizing, given, taken, self.schedule.device, pixels)
 
     def _tokens(self, image: int, node: Node) -> Tokens:
         space = len(self.schedule.maps.maps[node].dims)
@@ -251,3 +310,8 @@ def _digest(program: Program) -> str:
 
 def _name(image: int, node: Node) -> str:
     return f"{image}-{node.name}"
+
+
+def _pool(node: Node) -> str:
+    """Return the name under which what a block gives of bins is noted; no module has this path."""
+    return f".pool.{node.name}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,9 +31,17 @@ class Schedule:
 
     def done_after(self, stage: Stage) -> list[Node]:
         """Return the stored values that no stage after this one reads."""
-        last = {node: later.number for later in self.stages for node in (*later.reads, *later.whole)}
-        held = dict.fromkeys((*stage.reads, *stage.whole, *stage.stores))
-        return [n for n in held if n is not self.program.image and last.get(n, -1) <= stage.number]
+        last = {node: later.number for later in self.stages for node in self._held(later)}
+        held = dict.fromkeys((*self._held(stage), *stage.stores))
+        return [n for n in held if last.get(n, -1) <= stage.number]
+
+    def _held(self, stage: Stage) -> Iterator[Node]:
+        """Yield the stored values that a stage reads: of a map that is resized, its source."""
+        for node in (*stage.reads, *stage.whole):
+            stretch = self.program.stretches.get(node)
+            source = node if stretch is None else stretch.source
+            if source is not self.program.image and source in self.maps.maps:
+                yield source
 
 
 def block_extents(schedule: Schedule, tile: Sequence[int]) -> list[tuple[int, ...]]:

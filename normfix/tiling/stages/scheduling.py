@@ -7,7 +7,7 @@ border and blocks that do not, and compares every value that any stage computes 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,6 +25,7 @@ from normfix.records.spans import round_up
 from normfix.tiling.stages.cutting import Stage, cut
 from normfix.tiling.stages.execution import execute
 from normfix.tiling.stages.maps import ProgramMaps, find_maps
+from normfix.tiling.stages.overviews import Overview, with_ragged
 from normfix.tiling.stages.plans import Plan
 from normfix.tiling.stages.program import Program, Shapes, Unguarded
 from normfix.tiling.stages.reach import Reach, fingerprint, in_dtype, is_derived, measure_reach
@@ -39,7 +40,7 @@ def schedule(
     program: Program,
     *,
     stride: Sequence[int],
-    ragged: bool = False,
+    rests: Collection[tuple[int, ...]] = (),
     measured: Sequence[str] = (),
     outputs: bool = True,
 ) -> Schedule:
@@ -48,7 +49,7 @@ def schedule(
     Args:
         program: of the network.
         stride: of the network per axis, or a multiple of it.
-        ragged: whether there are images whose sizes it does not divide; the proof covers them then.
+        rests: pixels per axis that images have beyond multiples of it; the proof covers them.
         measured: sites whose operands are measured.
         outputs: whether what the network returns is computed.
 
@@ -58,6 +59,11 @@ def schedule(
     known = _KNOWN.setdefault(program.body, _Known())
     size = _example_size(program, stride)
     maps = find_maps(program, size, [round_up(64, m) for m in stride])
+    resized = with_ragged(
+        program, maps, [(*size[:2], *map(sum, zip(size[2:], r, strict=True))) for r in rests]
+    )
+    if resized is not program:
+        program, maps = resized, find_maps(resized, size, [round_up(64, m) for m in stride])
     shapes = program.shapes(size)
     stages = cut(program, maps, shapes, cuts=program.cuts, measured=measured, outputs=outputs)
     with exact_arithmetic():
@@ -70,9 +76,9 @@ def schedule(
                 known.reaches[name] = reach
         reaches = tuple(known.reaches[name] for name in names)
         planned = Schedule(program, maps, tuple(stages), reaches, program.device)
-        plan = Plan(_name(planned, stride, ragged), tuple(zip(names, reaches, strict=True)))
+        plan = Plan(_name(planned, stride, rests), tuple(zip(names, reaches, strict=True)))
         if known.plans.get(plan.cut) != plan:
-            _prove(planned, stride, ragged)
+            _prove(planned, stride, rests)
             known.plans[plan.cut] = plan
     return planned
 
@@ -108,29 +114,36 @@ class _Known:
 _KNOWN: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
 
 
-def _name(planned: Schedule, stride: Sequence[int], ragged: bool) -> str:
+def _name(planned: Schedule, stride: Sequence[int], rests: Collection[tuple[int, ...]]) -> str:
     """Return what differs if another program is cut, or this one elsewhere."""
     cuts = [
         (
-            [[n.name for n in nodes] for nodes in (s.reads, s.whole, s.sizes, s.gives, s.stores, s.returns)],
+            [
+                [n.name for n in nodes]
+                for nodes in (s.reads, s.whole, s.overviews, s.sizes, s.gives, s.stores, s.returns)
+            ],
             [(site, node.name) for site, node in s.measures],
             s.run.code,
             reach,
+            [node.name for node in s.pools],
+            [] if s.before is None else [s.before.run.code],
+            [(seen.run.code, [(site, node.name) for site, node in seen.measures]) for seen in s.after],
         )
         for s, reach in zip(planned.stages, planned.reaches, strict=True)
     ]
-    parts = (planned.program.body.code, str(planned.device.type), tuple(stride), ragged, cuts)
+    resized = [(node.name, one.resizing) for node, one in planned.program.stretches.items()]
+    parts = (planned.program.body.code, resized, str(planned.device.type), tuple(stride), sorted(rests), cuts)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _prove(planned: Schedule, stride: Sequence[int], ragged: bool) -> None:
+def _prove(planned: Schedule, stride: Sequence[int], rests: Collection[tuple[int, ...]]) -> None:
     """Compare blocks with the whole along each axis.
 
     Raises:
         NotInStages: NF325.
     """
     for axis in range(len(stride)):
-        difference = max(_difference(planned, size) for size in _probe_sizes(planned, stride, axis, ragged))
+        difference = max(_difference(planned, size) for size in _probe_sizes(planned, stride, axis, rests))
         if not difference <= EXACT:
             raise NotInStages(
                 "NF325",
@@ -169,7 +182,13 @@ def largest_difference(planned: Schedule, size: Sequence[int], device: torch.dev
         planned,
         device=device,
         stages=tuple(
-            replace(stage, run=in_dtype(stage.run, torch.float64, device)) for stage in planned.stages
+            replace(
+                stage,
+                run=in_dtype(stage.run, torch.float64, device),
+                before=None if stage.before is None else _in_double(stage.before, device),
+                after=tuple(_in_double(overview, device) for overview in stage.after),
+            )
+            for stage in planned.stages
         ),
     )
     found: dict[Node, _Whole] = {}
@@ -192,6 +211,10 @@ def largest_difference(planned: Schedule, size: Sequence[int], device: torch.dev
     return worst
 
 
+def _in_double(overview: Overview, device: torch.device) -> Overview:
+    return replace(overview, run=in_dtype(overview.run, torch.float64, device))
+
+
 def _example_size(program: Program, stride: Sequence[int]) -> tuple[int, ...]:
     """Return a size (1, C, *space) that the program takes: the smallest power of two times the stride."""
     channels = int(program.image.meta["val"].shape[1])
@@ -208,16 +231,15 @@ def _example_size(program: Program, stride: Sequence[int]) -> tuple[int, ...]:
 
 
 def _probe_sizes(
-    planned: Schedule, stride: Sequence[int], axis: int, ragged: bool
+    planned: Schedule, stride: Sequence[int], axis: int, rests: Collection[tuple[int, ...]]
 ) -> Iterator[tuple[int, ...]]:
-    """Yield sizes of images with inner blocks along one axis in every stage; the second is ragged."""
+    """Yield sizes of images with inner blocks along one axis in every stage; those after the first are ragged."""
     size = list(_example_size(planned.program, stride))
     needed = max(3 * r.grid[axis] + sum(r.halo[axis]) for r in planned.reaches)
     size[axis + 2] = round_up(max(2 * needed, size[axis + 2]), stride[axis])
     yield tuple(size)
-    if ragged and stride[axis] > 1:
-        size[axis + 2] += stride[axis] // 2
-        yield tuple(size)
+    for rest in sorted({rest[axis] for rest in rests} - {0}):
+        yield (*size[: axis + 2], size[axis + 2] + rest, *size[axis + 3 :])
 
 
 class _Whole:
