@@ -10,7 +10,7 @@ argument is taken is a condition too. A largest extent that the graph holds for 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from pathlib import Path
@@ -20,8 +20,6 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
-from torch.fx.node import map_aggregate
-from torch.utils._pytree import tree_leaves
 
 from normfix.errors import PACKAGE, NormfixError
 from normfix.networks.graph.capture import image_of
@@ -29,6 +27,7 @@ from normfix.networks.graph.operators import name_of, taken_by, viewed_by
 from normfix.networks.releases import values_of
 from normfix.records.sizes import Condition
 from normfix.scanning.graph.formulas import NoText, text_of
+from normfix.scanning.graph.shifts import shifts
 
 __all__ = ["AXES", "KERNELS", "SizeLook", "read_sizes", "varied"]
 
@@ -52,13 +51,6 @@ _EXTENTS = (8, 12, 16, 24, 40, 64, 100, 160, 250, 400, 640, 1000, 1600, 2500, 40
 """Extents at which a condition is asked whether any image breaks it."""
 _PLACING = ("upsample", "_upsample", "arange", "linspace", "grid_sampler")
 """Operators whose numbers say where something is and not what."""
-_CUTS, _JOINS = frozenset({"slice", "narrow", "slice_scatter"}), frozenset({"cat"})
-_PADDED = frozenset(
-    {"pad", "constant_pad_nd", "conv1d", "conv2d", "conv3d", "convolution", "im2col", "roll"}
-    | {f"{kind}_pad{n}d" for kind in ("reflection", "replication") for n in (1, 2, 3)}
-    | {f"{kind}_pool{n}d" for kind in ("avg", "max") for n in (1, 2, 3)}
-)
-"""Operators whose lists of numbers say by how much they pad or move."""
 _PARTS = frozenset({"select", "slice", "narrow"})
 _VALUES = frozenset({"Tensor", "number", "float", "Optional[number]", "Optional[float]", "Optional[Tensor]"})
 """Types of an operator's arguments that values are made of; extents and places are SymInt."""
@@ -315,49 +307,9 @@ def _moved(program: ExportedProgram, reading: _Reading) -> Iterator[Condition]:
     is none.
     """
     for node in program.graph.nodes:
-        for formula in _shifts(node):
+        for formula in shifts(node):
             amounts = reading.number(formula, _line(node))
             yield from (c for c in amounts if not c.repeats(reading.extents))
-
-
-def _shifts(node: Node) -> Iterator[Any]:
-    """Yield the formulas of how far an operator moves what it is given: padding, beginnings, how much is cut."""
-    name = name_of(node)
-    if name in _CUTS:
-        source, dim, start, end, *_ = (*_arguments(node, name == "slice_scatter"), None, None)
-        yield from _formulas((start,))
-        if isinstance(end, torch.SymInt) and isinstance(extent := source.shape[dim], torch.SymInt):
-            yield extent.node.expr - end.node.expr
-    elif name in _JOINS:
-        parts = node.args[0]
-        dim = node.args[1] if len(node.args) > 1 else 0
-        extents = [part.meta["val"].shape[dim] for part in parts[:-1]]
-        begins = (sum(map(_expression, extents[: k + 1])) for k in range(len(extents)))
-        yield from (begin for begin in begins if not isinstance(begin, int))
-    elif name in _PADDED:
-        yield from _formulas(
-            tree_leaves([_value_of(a) for a in node.args[1:] if isinstance(a, list | tuple)])
-        )
-
-
-def _arguments(node: Node, scattered: bool) -> Iterator[Any]:
-    """Yield what a slice, narrow, or scattered slice is of, its dimension, where it begins and where it ends."""
-    source, *rest = (_value_of(a) for a in node.args)
-    yield source
-    yield from rest[1:] if scattered else rest
-
-
-def _value_of(argument: Any) -> Any:
-    """Return an argument with the values that its nodes stand for."""
-    return map_aggregate(argument, lambda a: a.meta.get("val") if isinstance(a, Node) else a)
-
-
-def _formulas(values: Iterable[Any]) -> Iterator[Any]:
-    yield from (value.node.expr for value in values if isinstance(value, torch.SymInt))
-
-
-def _expression(extent: Any) -> Any:
-    return extent.node.expr if isinstance(extent, torch.SymInt) else extent
 
 
 def _factors(node: Node) -> Iterator[Any]:
