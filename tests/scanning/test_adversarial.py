@@ -620,9 +620,16 @@ def test_what_is_no_map_says_what_it_is(layout):
 def test_a_map_whose_axes_are_turned_is_no_fault_of_a_rule(axes):
     """Height and width in each other's place, at any size, are said; turned back they are a map."""
     rank = len(axes)
-    stem = [nn.Conv2d, nn.Conv3d][rank - 4](1, 2, 3, padding=1)
-    turned = Through(lambda x: stem(x).permute(axes))
-    sample = torch.rand(1, 1, *(16, 24, 32)[: rank - 2])
+
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = [nn.Conv2d, nn.Conv3d][rank - 4](1, 2, 3, padding=1)
+
+        def forward(self, x):
+            return self.stem(x).permute(axes)
+
+    turned, sample = Turned(), torch.rand(1, 1, *(16, 24, 32)[: rank - 2])
     (finding,) = normfix.scan(turned, sample).findings
     assert (finding.code, "another order" in finding.message) == ("NF214", True)
     assert normfix.scan(turned, sample, forward_fn=lambda net, x: net(x).permute(axes)).tile_invariant
