@@ -38,7 +38,7 @@ def neighbours(model: nn.Module) -> Flow:
         parents = parents_of(model, norm)
         if len(parents) != 1 or parents[0] not in sequences:
             return None, None
-        row = [None, *parents[0], None]
+        row = [None, *parents[0]._modules.values(), None]
         place = row.index(norm)
         before, after = (
             module if module is not None and len(parents_of(model, module)) == 1 else None

@@ -229,6 +229,8 @@ def _measured(
                 single, double, example, grid, cross, felt, coarsest, both_ends=both_ends, bound=bound
             )
         except BoundExceededError:
+            if _is_turned(single, example, cross, grid):
+                return _turned()
             raise
         except refusals() as error:
             refusal = f"it runs on no strip of another length: {error}."
@@ -264,6 +266,25 @@ def not_dense(output: Sequence[int], follows: Collection[int], rank: int) -> Loc
             "Choose another output with --output, or features_only for timm networks."
         )
     return _none("NF214", "output", message)
+
+
+def _is_turned(f: Function, example: Tensor, cross: Sequence[int], grid: Sequence[int]) -> bool:
+    """Tell whether the output does not grow along the axis along which the image does, but along others."""
+    here = f(strip(example, cross)).shape[2:]
+    for axis, step in enumerate(grid):
+        longer = f(strip(example, [*cross[:axis], cross[axis] + 16 * step, *cross[axis + 1 :]])).shape[2:]
+        if longer[axis] == here[axis] and longer != here:
+            return True
+    return False
+
+
+def _turned() -> Locality:
+    return _none(
+        "NF214",
+        "output",
+        "its axes are those of the image in another order, so it is no map (N, C, *space) of it. Give "
+        "forward_fn=lambda net, x: net(x).transpose(2, 3) or a module that turns it back.",
+    )
 
 
 def cross_section(f: Function, example: Tensor, grid: Sequence[int]) -> tuple[int, ...] | None:

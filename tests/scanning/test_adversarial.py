@@ -615,6 +615,26 @@ def test_what_is_no_map_says_what_it_is(layout):
     assert words in finding.message
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [(0, 1, 3, 2), (0, 1, 3, 2, 4)], ids=["2d", "3d"])
+def test_a_map_whose_axes_are_turned_is_no_fault_of_a_rule(axes):
+    """Height and width in each other's place, at any size, are said; turned back they are a map."""
+    rank = len(axes)
+
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = [nn.Conv2d, nn.Conv3d][rank - 4](1, 2, 3, padding=1)
+
+        def forward(self, x):
+            return self.stem(x).permute(axes)
+
+    turned, sample = Turned(), torch.rand(1, 1, *(16, 24, 32)[: rank - 2])
+    (finding,) = normfix.scan(turned, sample).findings
+    assert (finding.code, "another order" in finding.message) == ("NF214", True)
+    assert normfix.scan(turned, sample, forward_fn=lambda net, x: net(x).permute(axes)).tile_invariant
+
+
 def test_a_norm_inside_a_call_says_how_it_is_written_out(image):
     """F.normalize over space hides its norm; the refusal says how to write it, and so written it is converted."""
     hidden = normfix.scan(Through(lambda x: F.normalize(x.flatten(2), dim=2).view_as(x)), image, fast=True)

@@ -124,6 +124,24 @@ def test_a_map_laid_over_the_image_is_said(name):
     assert any("laid over the image" in reason for reason in look(BY_PLACE[name].way).unknown)
 
 
+@pytest.mark.parametrize(
+    ("way", "expected"),
+    [
+        (lambda x, p: F.pad(x, (p, p, p, p), mode="reflect")[..., p:, p:], {"W//64 == 1"}),
+        (lambda x, p: F.conv2d(x, torch.ones(1, 1, 3, 3), padding=p + 1), {"W//64 + 1 == 2"}),
+        (lambda x, p: torch.cat([x.new_ones(*x.shape[:3], p), x], 3), {"W//64 == 1"}),
+        (lambda x, p: F.pad(x[..., : x.shape[3] - p], (2, 2)), {"W//64 == 1"}),
+        (lambda x, p: F.pad(x, (4, 4 + x.shape[3] % 2))[..., 4 : 4 + x.shape[3]], set()),
+        (lambda x, p: torch.cat([x[..., 1:], x.new_zeros(*x.shape[:3], 1)], 3).roll(2, 1), set()),
+    ],
+    ids=["padding", "of a convolution", "joined", "cut", "to a multiple", "by a constant"],
+)
+def test_what_moves_a_map_by_more_on_a_larger_image_is_tried(way, expected):
+    """A border that grows with the size looks the same on long strips; control: what repeats, constants."""
+    numbers = {t for t in texts(look(lambda x: way(x, x.shape[3] // 64)).lattice) if t.startswith("W//64")}
+    assert numbers == expected
+
+
 def places(x, used):
     """Use what a pool says of where its maxima are."""
     values, where = F.max_pool2d(x, 2, return_indices=True)

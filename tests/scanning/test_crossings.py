@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 from branching import BY_PLACE, BY_SIZE, BY_STATISTIC, BY_VALUE, LOCAL, Branching, tiles_of
 from optional import needs_newer_torch
 
@@ -163,12 +164,20 @@ def test_geometry_follows_the_statistics(case, way, caplog):
         assert difference(result, whole) < 1e-3
 
 
+def bordered(x, width):
+    """A mean of neighbours of a map with a border, which is the same whatever its width, but for none."""
+    y = F.avg_pool2d(F.pad(x, (width,) * 4, mode="replicate"), 3, 1, 1)
+    return y[..., width : y.shape[2] - width, width : y.shape[3] - width]
+
+
 @pytest.mark.parametrize(
     ("way", "expected"),
     [
         (lambda x: x * (1 + x.shape[3] // 64), ("W//64 + 1 == 2",)),
         (lambda x: x * min(x.shape[3].bit_length(), 6), ("W >= 36",)),
         (lambda x: x * torch.ones(x.shape[2:]).tril(), ("H == 64", "W == 96")),
+        (lambda x: bordered(x, x.shape[3] // 64), ("W//64 == 1",)),
+        pytest.param(lambda x: bordered(x, 3 + x.shape[3] % 2), (), marks=pytest.mark.slow),
         (lambda x: x + x.triu(), ("H == 64", "W == 96")),
         pytest.param(lambda x: x + x.clone().tril_(2), ("H == 64", "W == 96"), marks=pytest.mark.slow),
         (lambda x: x * torch.ones(x.shape[3]).sum() / torch.ones(x.shape[3]).sum(), ()),
@@ -176,7 +185,17 @@ def test_geometry_follows_the_statistics(case, way, caplog):
             lambda x: x.permute(0, 2, 3, 1).tril(-1).permute(0, 3, 1, 2), (), marks=pytest.mark.slow
         ),
     ],
-    ids=["number", "no graph", "diagonal", "side of it", "side in place", "cancelled", "over channels"],
+    ids=[
+        "number",
+        "no graph",
+        "diagonal",
+        "border",
+        "any border",
+        "side of it",
+        "side in place",
+        "cancelled",
+        "over channels",
+    ],
 )
 def test_windows_by_which_a_network_differs_are_conditions(way, expected):
     """A size in its arithmetic, sizes that no graph tells, a map that strips do not show; control: what cancels."""

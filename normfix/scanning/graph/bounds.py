@@ -27,6 +27,7 @@ from normfix.networks.graph.operators import name_of, taken_by, viewed_by
 from normfix.networks.releases import values_of
 from normfix.records.sizes import Condition
 from normfix.scanning.graph.formulas import NoText, text_of
+from normfix.scanning.graph.shifts import shifts
 
 __all__ = ["AXES", "KERNELS", "SizeLook", "read_sizes", "varied"]
 
@@ -98,6 +99,7 @@ def read_sizes(program: ExportedProgram) -> SizeLook:
             found[kind][condition] = None
         found[_Kind.BRANCH].update(dict.fromkeys(reading.limits(found[_Kind.BRANCH])))
         numbers = tuple(dict.fromkeys(_numbers(program, image, reading)))
+        found[_Kind.LATTICE].update(dict.fromkeys(_moved(program, reading)))
     built = [f"a number computed from the size is built in: {c.text}" for c in found[_Kind.BUILT]]
     placed = [f"a map is laid over the image at {line}" for line in _placed(program, image)]
     return SizeLook(
@@ -296,6 +298,18 @@ def _numbers(program: ExportedProgram, image: Node, reading: _Reading) -> Iterat
                 yield from reading.number(extent, _line(node))
         for formula in _factors(node):
             yield from reading.number(formula, _line(node))
+
+
+def _moved(program: ExportedProgram, reading: _Reading) -> Iterator[Condition]:
+    """Yield by how much maps are padded, cut or moved where that grows with the size.
+
+    A border may look the same from some width on, so that long strips do not show it. Padding to multiples repeats, and
+    is none.
+    """
+    for node in program.graph.nodes:
+        for formula in shifts(node):
+            amounts = reading.number(formula, _line(node))
+            yield from (c for c in amounts if not c.repeats(reading.extents))
 
 
 def _factors(node: Node) -> Iterator[Any]:
