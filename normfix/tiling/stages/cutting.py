@@ -34,10 +34,10 @@ class Stage:
 
     `reads` are stored values, the image, stretches or numbers, `whole` stored values that every block reads whole,
     `biases` compute those of pairs of positions, `overviews` are values of a fixed size, `sizes` nodes that stand for
-    an extent of another value. `stores` and `measures` are among `gives`; `measures` names the site of each, and `pools`
-    are those that are put together of what is among them. `before` computes the overviews that it reads; `after` those
-    with sites, once it is done, one after the other. `grid` is in pixels per axis; `weight` the bytes alive at once per
-    pixel of the image.
+    an extent of another value. `stores` and `measures` are among `gives`; `measures` names the site of each,
+    and `pools` are those that are put together of what is among them. `before` computes the overviews that it reads;
+    `after` those with sites, once it is done, one after the other. `grid` is in pixels per axis; `weight` the bytes
+    alive at once per pixel of the image.
     """
 
     number: int
