@@ -120,8 +120,9 @@ def predict(
         statistics: "auto" takes the stored ones, but of a network that was converted with per-image statistics those.
             "per-image" normalises the image (each of a batch) by its own statistics, measured over all of it before it
             is predicted, as the network did before it was converted to frozen statistics. With it a network that was
-            not converted gives what it gives for the whole image, and attention over all positions is kept: its keys
-            and values are those of the whole image then. Such a network runs in stages, at the sizes that it takes.
+            not converted gives what it gives for the whole image: attention over all positions, pools to a fixed number
+            of bins and maps resized with aligned corners are those of the whole image then. Such a network runs in
+            stages, at the sizes that it takes.
         blocks: how to run in stages, and how many tiles share a call; blocks are of `tile` if they state no size.
         forward_fn: `forward_fn(model, image)` for another calling convention.
         output: key or index of the output that counts.

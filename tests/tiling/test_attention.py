@@ -1,5 +1,6 @@
 """Attention over all positions in blocks: its keys and values are those of the whole image."""
 
+import math
 from functools import cache
 
 import pytest
@@ -13,10 +14,12 @@ from normfix.errors import NormfixError
 from normfix.networks.calling import Caller
 from normfix.tiling.stages import tokens
 from normfix.tiling.stages.attention import with_attention
+from normfix.tiling.stages.biases import Bias, Numbers
 from normfix.tiling.stages.program import captured_program
 from normfix.tiling.stages.refusals import NotInStages
+from normfix.tiling.stages.scheduling import largest_difference, schedule
 from normfix.tiling.stages.store import Store
-from normfix.tiling.stages.tokens import ATTEND, Tokens, attend_to_stored
+from normfix.tiling.stages.tokens import ATTEND, ATTEND_BIASED, Tokens, attend_to_stored
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGE = torch.randn(1, 1, 48, 60, generator=GENERATOR, dtype=torch.float64) + torch.linspace(
@@ -106,13 +109,45 @@ def test_every_form_is_found(form):
     assert float((given - expected).abs().max() / expected.std()) < (1e-6 if "before" in form else 1e-12)
 
 
-def _masked(q, k, v):
+def _offsets(q, k):
+    return torch.arange(q.shape[-2])[:, None] - torch.arange(k.shape[-2])
+
+
+def _lower(q, k, v):
     mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def _biased(q, k, v):
-    return (q @ k.transpose(-1, -2) + torch.arange(k.shape[-2]) * 0.1).softmax(-1) @ v
+def _causal(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def _sloping(q, k, v):
+    """A bias by distance, another slope for each head (ALiBi; Press et al., arXiv 2108.12409)."""
+    bias = -_offsets(q, k).abs() * torch.tensor([0.05, 0.3], dtype=q.dtype)[:, None, None]
+    return (q @ k.transpose(-1, -2) * 0.5 + bias).softmax(-1) @ v
+
+
+def _looked_up(q, k, v):
+    """A table of a bias per offset and head, the far ones alike (Shaw et al., arXiv 1803.02155)."""
+    table = torch.linspace(-2, 2, 62, dtype=q.dtype).sin().reshape(31, 2)
+    bias = table[_offsets(q, k).clamp(-15, 15) + 15].permute(2, 0, 1).unsqueeze(0)
+    return ((q @ k.transpose(-1, -2) + bias) * 0.5).softmax(-1) @ v
+
+
+def _near(q, k, v):
+    """Keys within a window of each query, below a bias of keys alone."""
+    scores = q @ k.transpose(-1, -2) + torch.arange(k.shape[-2]) * 0.01
+    return scores.masked_fill(_offsets(q, k).abs() > 9, -torch.inf).softmax(-1) @ v
+
+
+def _masked_by_the_image(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=q @ k.transpose(-1, -2) > -1)
+
+
+def _cumulated(q, k, v):
+    bias = _offsets(q, k).to(q.dtype).cumsum(-1) * 1e-3
+    return (q @ k.transpose(-1, -2) + bias).softmax(-1) @ v
 
 
 def _over_channels(q, k, v):
@@ -120,10 +155,55 @@ def _over_channels(q, k, v):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [_masked, _biased, _over_channels])
-def test_what_is_no_plain_attention_is_left(form):
-    """A mask, a bias by position and attention over channels are not taken for attention to all positions."""
-    assert not barriers(program(form))
+@pytest.mark.parametrize("form", [_masked_by_the_image, _cumulated, _over_channels])
+def test_what_is_not_of_positions_pair_by_pair_is_left(form):
+    """A mask by the image, a bias cumulated over keys and attention over channels are no attention to all positions."""
+    found = program(form)
+    assert not [n for n in found.body.graph.nodes if n.target in (ATTEND, ATTEND_BIASED)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "form",
+    [_causal, _sloping, *(pytest.param(f, marks=pytest.mark.zoo) for f in (_lower, _looked_up, _near))],
+)
+def test_masks_and_biases_of_positions_are_those_of_the_whole(form):
+    """Blocks have them by the place of their queries in the whole image, at another size than was captured."""
+    found = program(form)
+    assert len(found.biases) == len(found.numbers) == 1
+    with torch.no_grad():
+        given, expected = found.body(IMAGE)[0], of(form, norm=False)(IMAGE)
+    assert float((given - expected).abs().max() / expected.std()) < 1e-12
+    assert largest_difference(schedule(found, stride=(2, 2)), (1, 1, 46, 38)) < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", ["numbers of the block", "columns one off"])
+def test_a_wrong_offset_is_caught(monkeypatch, mistake):
+    """The proof finds a bias that is read at another place."""
+    found = with_attention(captured_program(of(_sloping, norm=False), Caller(), IMAGE, []), IMAGE.shape)
+    if mistake == "numbers of the block":
+        read = Numbers.read
+        monkeypatch.setattr(Numbers, "read", lambda self, index: read(self, index) - read(self, index).min())
+    else:
+        part = Bias.part
+        monkeypatch.setattr(
+            Bias, "part", lambda self, rows, columns: part(self, (rows + 1) % (rows.max() + 1), columns)
+        )
+    with pytest.raises(NotInStages, match="NF325"):
+        schedule(found, stride=(2, 2))
+
+
+def test_a_block_without_a_key_that_counts_adds_nothing(monkeypatch):
+    """Blocks of keys that a mask drops for all of a query merge with weight nought, whatever their order."""
+    monkeypatch.setattr(tokens, "_SCORES", 2000)
+    q, k, v = (x.double() for x in operands(torch.float32))
+    length = math.prod(k.shape[-3:-1])
+    mask = torch.arange(length) // 3 == (torch.arange(q.shape[-2]) % (length // 3))[:, None]
+    merged = tokens._Merged(q, 0.5)
+    merged.add(k.flatten(-3, -2), v.flatten(-3, -2), mask)
+    scores = (q @ k.flatten(-3, -2).transpose(-1, -2) * 0.5).masked_fill(~mask, -torch.inf)
+    torch.testing.assert_close(merged.result(), scores.softmax(-1) @ v.flatten(-3, -2), rtol=0, atol=1e-12)
 
 
 def _twice(q, k, v):
@@ -213,7 +293,7 @@ def test_planted_mistakes_are_caught(monkeypatch, mistake):
 def test_a_mask_is_refused_by_name():
     """What is not supported is named with its module, not computed."""
     with pytest.raises(NormfixError) as caught:
-        predicted(of(_masked))
+        predicted(of(_masked_by_the_image))
     assert caught.value.code in ("NF324", "NF409")
     assert "attention" in str(caught.value)
 

@@ -4,9 +4,10 @@ Queries, keys and values are tokens: positions of the image in one dimension. Ke
 are kept of the whole image; the queries of a block then attend to all of them. What is found is
 
     scaled_dot_product_attention(q, k, v)
-    softmax(s (q k^T)) v        products by matmul, bmm, baddbmm or einsum, either factor first, either one transposed
+    softmax(s (q k^T) + b) v    products by matmul, bmm, baddbmm or einsum, either factor first, either one transposed
 
-without mask, bias and dropout. Attention over windows, channels or a fixed number of tokens is none of it: its keys do
+without dropout. A mask, or a bias b, may be anything that is computed pair by pair from positions alone (`biases`), not
+from the image. Attention over windows, channels or a fixed number of tokens is none of it: its keys do
 not grow with the image.
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +25,11 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_leaves
 
+from normfix.tiling.stages.biases import Bias, NotByPairs
 from normfix.tiling.stages.maps import ProgramMaps, maps_of
+from normfix.tiling.stages.overviews import overview_of
 from normfix.tiling.stages.program import Cut, Program, Shapes, is_tensor_node
-from normfix.tiling.stages.tokens import ATTEND
+from normfix.tiling.stages.tokens import ATTEND, ATTEND_BIASED, NUMBERS
 
 __all__ = ["with_attention"]
 
@@ -55,6 +58,8 @@ def with_attention(program: Program, example: Sequence[int]) -> Program:
     shapes = program.shapes(example)
     cuts, flat = _spread_sites(program, maps, shapes)
     whole: list[Node] = []
+    biases: list[Node] = []
+    numbers: list[Node] = []
     replaced: set[Node] = set()
     for attention in found:
         if replaced.intersection(x.node for x in (attention.query, attention.key, attention.value)):
@@ -62,8 +67,16 @@ def with_attention(program: Program, example: Sequence[int]) -> Program:
         space = _space_of(*_tokens(attention.key), maps, shapes)
         if space is None or _space_of(*_tokens(attention.value), maps, shapes) is None:
             continue
-        barrier = _barred_(attention, space)
+        rows = None
+        if attention.terms:
+            rows = _space_of(attention.query.node, attention.query.labels.index(_QUERIES), maps, shapes)
+            if rows is None or not _are_of_positions(attention, program, maps, shapes):
+                continue
+        barrier = _barred_(attention, space, rows)
         replaced.add(attention.result.node)
+        if attention.terms:
+            biases.append(barrier.args[5])  # type: ignore[arg-type]
+            numbers += barrier.args[6].all_input_nodes  # type: ignore[union-attr]
         stored = [node for node in barrier.args[1:3] if isinstance(node, Node)]
         whole += stored
         cuts += [Cut(node.name, node, frozenset({barrier})) for node in stored]
@@ -74,7 +87,15 @@ def with_attention(program: Program, example: Sequence[int]) -> Program:
             node.target = _aten.reshape.default
     program.body.graph.lint()
     program.body.recompile()
-    return replace(program, cuts=tuple(cuts), whole=frozenset(whole), flat=flat, known={})
+    return replace(
+        program,
+        cuts=tuple(cuts),
+        whole=frozenset(whole),
+        flat=flat,
+        known={},
+        biases=frozenset(biases),
+        numbers=frozenset(numbers),
+    )
 
 
 def _is_flat(value: Node, ndim: int) -> bool:
@@ -122,6 +143,14 @@ class _Product(NamedTuple):
     scale: float
 
 
+class _Term(NamedTuple):
+    """What scores (*batch, L, K) are changed by: `added`, times a number; `kept` where true; `dropped` where true."""
+
+    kind: Literal["added", "kept", "dropped", "causal"]
+    node: Node | None
+    factor: float = 1.0
+
+
 class _Attention(NamedTuple):
     """softmax(scale query key^T) value: (*batch, L, E), (*batch, K, E) and (*batch, K, V), by the names of dimensions.
 
@@ -134,6 +163,7 @@ class _Attention(NamedTuple):
     result: _Labelled
     batch: tuple[str, ...]
     scale: float
+    terms: tuple[_Term, ...] = ()
 
 
 _QUERIES, _KEYS, _FEATURES, _VALUES = "queries", "keys", "features", "values"
@@ -154,14 +184,19 @@ def _attentions(body: GraphModule) -> Iterator[_Attention]:
 def _fused(node: Node) -> _Attention | None:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    unsupported = ("attn_mask", "dropout_p", "is_causal", "enable_gqa")
+    unsupported = ("dropout_p", "enable_gqa")
     query, key, value = (given[name] for name in names[:3])
     ranks = {_rank(x) for x in (query, key, value)}
     if any(given.get(name) for name in unsupported) or len(ranks) > 1:
         return None
     batch = tuple(f"batch{d}" for d in range(ranks.pop() - 2))
     scale = given.get("scale")
+    mask = given.get("attn_mask")
+    terms = [_Term("causal", None)] if given.get("is_causal") else []
+    if mask is not None:
+        terms.append(_Term("kept" if mask.meta["val"].dtype == torch.bool else "added", mask))
     return _Attention(
+        terms=tuple(terms),
         query=_Labelled(query, (*batch, _QUERIES, _FEATURES)),
         key=_Labelled(key, (*batch, _KEYS, _FEATURES)),
         value=_Labelled(value, (*batch, _KEYS, _VALUES)),
@@ -173,9 +208,10 @@ def _fused(node: Node) -> _Attention | None:
 
 def _written_out(softmax: Node) -> _Attention | None:
     """Return the attention around a softmax, None where there is none."""
-    first = _scores_of(softmax)
-    if first is None:
+    scores = _scores_of(softmax)
+    if scores is None:
         return None
+    first, terms = scores
     keys = first.result[int(softmax.args[1])]  # type: ignore[arg-type]
     key, query = (first.left, first.right) if keys in first.left.labels else (first.right, first.left)
     weights = _followed(_Labelled(softmax, first.result))
@@ -198,6 +234,8 @@ def _written_out(softmax: Node) -> _Attention | None:
     features = [label for label in query.labels if label not in first.result]
     if len(queries) != 1 or keys in result or sorted(result) != sorted((*batch, *queries, _VALUES)):
         return None
+    if terms and first.result != (*batch, *queries, keys):
+        return None
     renamed = {keys: _KEYS, queries[0]: _QUERIES, features[0]: _FEATURES}
     return _Attention(
         query=_renamed(query, renamed),
@@ -206,6 +244,7 @@ def _written_out(softmax: Node) -> _Attention | None:
         result=_renamed(_Labelled(next(iter(weights.node.users)), result), renamed),
         batch=batch,
         scale=first.scale,
+        terms=terms,
     )
 
 
@@ -213,22 +252,65 @@ def _renamed(value: _Labelled, names: dict[str, str]) -> _Labelled:
     return _Labelled(value.node, tuple(names.get(label, label) for label in value.labels))
 
 
-def _scores_of(softmax: Node) -> _Product | None:
-    """Return the product that a softmax is taken of, with the numbers that it is multiplied by on the way."""
+def _scores_of(softmax: Node) -> tuple[_Product, tuple[_Term, ...]] | None:
+    """Return the product that a softmax is taken of, with what it is multiplied by and changed by on the way."""
     node, factor = softmax.args[0], 1.0
+    terms: list[_Term] = []
     while isinstance(node, Node):
         product = _product_of(node)
         if product is not None:
-            return product._replace(scale=product.scale * factor)
+            return product._replace(scale=product.scale * factor), tuple(terms)
         number = node.args[1] if len(node.args) > 1 else None
         if node.target in (_aten.mul.Tensor, _aten.mul.Scalar) and isinstance(number, int | float):
             factor *= number
         elif node.target in (_aten.div.Tensor, _aten.div.Scalar) and isinstance(number, int | float):
             factor /= number
+        elif (changed := _changed(node, factor)) is not None:
+            term, node = changed
+            terms.append(term)
+            continue
         elif not _keeps(node):
             return None
         node = node.args[0]
     return None
+
+
+def _changed(node: Node, factor: float) -> tuple[_Term, Node] | None:
+    """Return what scores are changed by at a node, and the scores."""
+    if node.target is _aten.masked_fill.Scalar:
+        scores, mask, value = node.args
+        # so low that nothing of it is left after exponentials; of rows without a key the proof tells
+        if isinstance(value, int | float) and value * factor <= _NOUGHT:
+            return _Term("dropped", mask), scores  # type: ignore[arg-type, return-value]
+        return None
+    if node.target is not _aten.add.Tensor or node.kwargs or not all(isinstance(n, Node) for n in node.args):
+        return None
+    a, b = node.args
+    scores, other = (a, b) if _leads_to_product(a) else (b, a)  # type: ignore[arg-type]
+    return (_Term("added", other, factor), scores) if _leads_to_product(scores) else None  # type: ignore[arg-type, return-value]
+
+
+_NOUGHT = -1e4
+"""What scores are set to by masks, at most."""
+
+
+def _leads_to_product(node: Node) -> bool:
+    """Tell whether a value is a product, scaled or changed perhaps."""
+    pending: list[Any] = [node]
+    for candidate in pending:
+        if not isinstance(candidate, Node):
+            continue
+        if _product_of(candidate) is not None:
+            return True
+        scaled = candidate.target in (
+            _aten.mul.Tensor,
+            _aten.div.Tensor,
+            _aten.add.Tensor,
+            _aten.masked_fill.Scalar,
+        )
+        if scaled or _keeps(candidate):
+            pending += candidate.args[:2]
+    return False
 
 
 def _keeps(node: Node) -> bool:
@@ -362,7 +444,43 @@ def _symbols(value: Node, dims: Iterable[int]) -> set[Any]:
     return {symbol for n in sizes if not isinstance(n, int) for symbol in n.node.expr.free_symbols}
 
 
-def _barred_(attention: _Attention, space: _Space) -> Node:
+def _are_of_positions(attention: _Attention, program: Program, maps: ProgramMaps, shapes: Shapes) -> bool:
+    """Tell whether terms are computed from positions alone, pair by pair; each of queries and keys, in this order."""
+    pairs = [
+        shapes[x.node][x.labels.index(name)]
+        for x, name in ((attention.query, _QUERIES), (attention.key, _KEYS))
+    ]
+    for term in attention.terms:
+        if term.node is None:
+            continue
+        if term.node in maps.moving or not _aligns(shapes[term.node], pairs):
+            return False
+        if list(shapes[term.node][-2:]) != pairs:
+            continue  # of keys or queries alone: it is computed whole
+        seen = overview_of(program, [term.node])
+        told = tuple(shapes[of][dim] for of, dim in ((n.args[0], n.args[1]) for n in seen.sizes))  # type: ignore[index]
+        bias = Bias(seen.run, told)
+        device = program.device
+        rows = torch.tensor([0, pairs[0] // 3, pairs[0] - 1], device=device)
+        columns = slice(pairs[1] // 2, pairs[1])
+        try:
+            part = bias.part(rows, columns)
+        except NotByPairs:
+            return False
+        (whole,) = seen.run(*told)
+        if not torch.equal(
+            part.expand(*whole.shape[:-2], *part.shape[-2:]), whole[..., rows, :][..., columns]
+        ):
+            return False
+    return True
+
+
+def _aligns(shape: Sequence[int], pairs: Sequence[int]) -> bool:
+    """Tell whether the last dimensions are those of pairs, or stand for all of one."""
+    return all(n in (1, wanted) for n, wanted in zip(reversed(shape), reversed(pairs), strict=False))
+
+
+def _barred_(attention: _Attention, space: _Space, rows: _Space | None) -> Node:
     """Put the attention to stored keys and values in place of one; return it."""
     result = attention.result.node
     graph = result.graph
@@ -373,11 +491,71 @@ def _barred_(attention: _Attention, space: _Space) -> Node:
             _spread(_ordered(tokens, (*attention.batch, _KEYS, last)), -2, extents)
             for tokens, last in ((attention.key, _FEATURES), (attention.value, _VALUES))
         )
-        barrier = _call(graph, ATTEND, query, key, value, attention.scale, len(extents))
+        if rows is None:
+            barrier = _call(graph, ATTEND, query, key, value, attention.scale, len(extents))
+        else:
+            numbers = _call(
+                graph, _aten.reshape.default, _call(graph, NUMBERS, rows.map, list(rows.dims)), [-1]
+            )
+            bias = _bias(graph, attention)
+            barrier = _call(
+                graph, ATTEND_BIASED, query, key, value, attention.scale, len(extents), bias, numbers
+            )
         given = _Labelled(barrier, (*attention.batch, _QUERIES, _VALUES))
         result.replace_all_uses_with(_ordered(given, attention.result.labels))
     _prune_(result)
     return barrier
+
+
+def _bias(graph: Graph, attention: _Attention) -> Node:
+    """Return what is added to scores, or true where a key counts, (..., L, K)."""
+    added: Node | None = None
+    kept: Node | None = None
+    for term in attention.terms:
+        node = term.node
+        if node is None:
+            full = _filled(graph, _pairs(attention), attention.query.node, True, torch.bool)
+            node = _call(graph, _aten.tril.default, full)
+        if term.kind == "added":
+            node = node if term.factor == 1 else _call(graph, _aten.mul.Tensor, node, term.factor)
+            added = node if added is None else _call(graph, _aten.add.Tensor, added, node)
+        else:
+            node = _call(graph, _aten.logical_not.default, node) if term.kind == "dropped" else node
+            kept = node if kept is None else _call(graph, _aten.logical_and.default, kept, node)
+    if added is None or kept is None:
+        found = added or kept
+        assert found is not None
+        return _paired(graph, found, attention)
+    dropped = _call(graph, _aten.logical_not.default, kept)
+    return _call(graph, _aten.masked_fill.Scalar, _paired(graph, added, attention), dropped, -math.inf)
+
+
+def _pairs(attention: _Attention) -> list[Node]:
+    """Return how many queries and keys there are."""
+    sides = ((attention.query, _QUERIES), (attention.key, _KEYS))
+    return [_extent(side.node, side.labels.index(name)) for side, name in sides]
+
+
+def _paired(graph: Graph, node: Node, attention: _Attention) -> Node:
+    """Return a bias with a dimension of queries and one of keys."""
+    shape = list(_shape(node))
+    if len(shape) > 1 and 1 not in shape[-2:]:
+        return node
+    dtype = node.meta["val"].dtype
+    if dtype == torch.bool:
+        true = _filled(graph, _pairs(attention), attention.query.node, True, dtype)
+        return _call(graph, _aten.logical_and.default, node, true)
+    zeros = _filled(graph, _pairs(attention), attention.query.node, 0, dtype)
+    return _call(graph, _aten.add.Tensor, node, zeros)
+
+
+def _filled(graph: Graph, pairs: Sequence[Node], like: Node, value: Any, dtype: torch.dtype) -> Node:
+    """Return one value for every pair."""
+    device = like.meta["val"].device
+    node = graph.call_function(_aten.full.default, (list(pairs), value), {"dtype": dtype, "device": device})
+    with like.meta["val"].fake_mode:
+        node.meta["val"] = torch.full([n.meta["val"] for n in pairs], value, dtype=dtype, device=device)
+    return node
 
 
 def _prune_(node: Node) -> None:

@@ -51,8 +51,10 @@ class Bins:
         seen = torch.empty([len(axis) for axis in axes], dtype=torch.int64)
         for place in itertools.product(*(range(len(axis)) for axis in axes)):
             cut = [axis[i][1] for axis, i in zip(axes, place, strict=True)]
-            part = block[(..., *(slice(a, b) for a, b in cut))].flatten(len(shape))
-            value[(..., *place)] = part.sum(-1, dtype=wide) if self.kind == "mean" else part.amax(-1)
+            window: Any = (..., *(slice(a, b) for a, b in cut))
+            part = block[window].flatten(len(shape))
+            there: Any = (..., *place)
+            value[there] = part.sum(-1, dtype=wide) if self.kind == "mean" else part.amax(-1)
             seen[place] = math.prod(b - a for a, b in cut)
         first = [axis[0][0] for axis in axes]
         return {"first": first, "value": value, "seen": seen, "dtype": str(block.dtype)}
@@ -83,7 +85,7 @@ class Bins:
         Raises:
             NotInStages: NF325 if the blocks do not cover it so.
         """
-        one = parts[0]["value"]
+        one: Tensor = parts[0]["value"]
         start = 0 if self.kind == "mean" else -torch.inf
         whole = one.new_full((*one.shape[: -len(self.counts)], *self.counts), start)
         seen = torch.zeros(self.counts, dtype=torch.int64)
@@ -91,8 +93,9 @@ class Bins:
             value = part["value"].to(whole.device)
             places = zip(part["first"], part["seen"].shape, strict=True)
             index = tuple(slice(a, a + n) for a, n in places)
-            there = whole[(..., *index)]
-            whole[(..., *index)] = there + value if self.kind == "mean" else torch.maximum(there, value)
+            there: Any = (..., *index)
+            known = whole[there]
+            whole[there] = known + value if self.kind == "mean" else torch.maximum(known, value)
             seen[index] += part["seen"]
         sizes = self._sizes(extents)
         if not torch.equal(seen, sizes):

@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 from normfix.images.sources import Image, Span
 from normfix.networks.calling import refusals
 from normfix.networks.devices import moved
+from normfix.tiling.stages.biases import Bias
 from normfix.tiling.stages.bins import Bins, Partial
 from normfix.tiling.stages.chunks import Seals
 from normfix.tiling.stages.journal import SEALS
@@ -132,7 +133,7 @@ class ImageWork:
 
     size: tuple[int, ...]
     reads: tuple[Read, ...]
-    whole: tuple[Tokens | Tensor, ...]
+    whole: tuple[Tokens | Bias | Tensor, ...]
     told: tuple[Told, ...]
     gives: tuple[Given, ...]
     mask: Image | None = None

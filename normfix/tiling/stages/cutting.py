@@ -24,26 +24,28 @@ from normfix.tiling.stages.overviews import Overview, overview_of, overviews
 from normfix.tiling.stages.program import Cut, Program, Shapes, is_tensor_node
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.reuse import reuse_
-from normfix.tiling.stages.tokens import ATTEND, attend_to_stored
+from normfix.tiling.stages.tokens import ATTEND, ATTEND_BIASED, attend_to_stored, attend_to_stored_biased
 
 __all__ = ["Stage", "cut", "extent_of", "windowed"]
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stage: `run(*values, *whole, *overviews, *sizes)` returns the values of `gives`.
+    """One stage: `run(*values, *whole, *biases, *overviews, *sizes)` returns the values of `gives`.
 
-    `reads` are stored values, the image or stretches, `whole` stored values that every block reads whole, `overviews`
-    values of a fixed size, `sizes` nodes that stand for an extent of another value. `stores`
-    and `measures` are among `gives`; `measures` names the site of each, and `pools` are those that are put together of
-    what is among them. `before` computes the overviews that it reads; `after` those with sites, once it is done, one
-    after the other. `grid` is in pixels per axis; `weight` the bytes alive at once per pixel of the image.
+    `reads` are stored values, the image, stretches or numbers, `whole` stored values that every block reads whole,
+    `biases` compute those of pairs of positions, `overviews` are values of a fixed size, `sizes` nodes that stand for
+    an extent of another value. `stores` and `measures` are among `gives`; `measures` names the site of each,
+    and `pools` are those that are put together of what is among them. `before` computes the overviews that it reads;
+    `after` those with sites, once it is done, one after the other. `grid` is in pixels per axis; `weight` the bytes
+    alive at once per pixel of the image.
     """
 
     number: int
     run: GraphModule
     reads: tuple[Node, ...]
     whole: tuple[Node, ...]
+    biases: tuple[Overview, ...]
     overviews: tuple[Node, ...]
     sizes: tuple[Node, ...]
     gives: tuple[Node, ...]
@@ -105,7 +107,7 @@ def cut(
                 shapes,
                 number=len(stages),
                 gives=gives,
-                available=available | {n for n in program.stretches if levels[n] <= level},
+                available=available | {n for n in program.stretches if levels[n] <= level} | program.numbers,
                 small=small,
                 stores=stores,
                 measures=tuple((site, n) for site, n in measures.items() if levels[n] == level),
@@ -185,6 +187,8 @@ def _stored(
             if node in program.pools:
                 pools.add(node)
                 continue
+            if node in program.numbers:
+                continue
             stretch = program.stretches.get(node)
             for parent in node.all_input_nodes if stretch is None else (stretch.source,):
                 if parent in seen or parent not in maps.moving or parent is program.image:
@@ -195,6 +199,7 @@ def _stored(
                     levels[parent] < level
                     and parent in maps.maps
                     and parent not in program.stretches
+                    and parent not in program.numbers
                     and not leaves.is_recomputed(parent)
                 )
                 if is_stored or parent in program.whole or (stretch is not None and parent in maps.maps):
@@ -202,7 +207,8 @@ def _stored(
                     stored.add(parent)
                 else:
                     pending.append(parent)
-    return [[n for n in program.body.graph.nodes if n in found] for found in (stored, pools)]
+    order = list(program.body.graph.nodes)
+    return [n for n in order if n in stored], [n for n in order if n in pools]
 
 
 class _Leaves:
@@ -270,8 +276,9 @@ def _stage(
     measures: tuple[tuple[str, Node], ...],
     returns: tuple[Node, ...],
 ) -> Stage:
-    inside, read, sizes = _inside(gives, available | small, maps)
-    reads = tuple(n for n in read if n not in program.whole and n not in small)
+    inside, read, sizes = _inside(gives, available | small | program.biases, maps)
+    reads = tuple(n for n in read if n not in program.whole | small | program.biases)
+    biases = tuple(n for n in read if n in program.biases)
     whole = tuple(n for n in read if n in program.whole)
     seen = tuple(n for n in read if n in small)
     sources = (program.stretches[n].source for n in reads if n in program.stretches)
@@ -284,12 +291,16 @@ def _stage(
                 where=node.name,
             )
     graph = Graph()
-    copies: dict[Node, Node] = {n: graph.placeholder(n.name) for n in (*reads, *whole, *seen, *sizes)}
+    copies: dict[Node, Node] = {
+        n: graph.placeholder(n.name) for n in (*reads, *whole, *biases, *seen, *sizes)
+    }
     order = [n for n in program.body.graph.nodes if n in inside]
     for node in order:
         copies[node] = copy = graph.node_copy(node, lambda n: copies[n])
         if copy.target is ATTEND:
             copy.target = attend_to_stored
+        if copy.target is ATTEND_BIASED:
+            copy.target = attend_to_stored_biased
     graph.output(tuple(copies[n] for n in gives))
     reuse_(graph)
     if program.device.type != "cpu":
@@ -302,6 +313,7 @@ def _stage(
         run=GraphModule(program.body, graph),
         reads=reads,
         whole=whole,
+        biases=tuple(overview_of(program, [n]) for n in biases),
         overviews=seen,
         before=overview_of(program, needed) if needed else None,
         sizes=sizes,

@@ -167,7 +167,7 @@ def _pools(program: Program, ndim: int) -> Iterator[tuple[Node, Pool]]:
     """Yield the bins of maps: of a pool that gives their places too, its values, where nobody uses the places."""
     for node in program.body.graph.nodes:
         name = _name(node)
-        counts = node.args[1] if len(node.args) > 1 else None
+        counts: Any = node.args[1] if len(node.args) > 1 else None
         if name not in _MEANS | _MAXIMA or not _are_constant(counts, ndim):
             continue
         operand: Any = node.args[0]

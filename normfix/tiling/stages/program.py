@@ -84,7 +84,8 @@ class Program:
     `body` holds the graph and, under `network.*`, the network's state; stages share it. `image` is the
     placeholder, `outputs` the tensors the network returns, in the order of their leaves. `whole` are values that are
     read of the whole image, wherever the block is; `flat` tells which dimensions (first, last) of a site's operand are
-    one dimension of tokens to the network. `pools` and `stretches` are values that no block has by itself.
+    one dimension of tokens to the network. `pools` and `stretches` are values that no block has by itself; `biases` are
+    of pairs of positions, `numbers` those of the positions of a map.
     """
 
     body: GraphModule
@@ -94,6 +95,8 @@ class Program:
     whole: frozenset[Node] = frozenset()
     flat: dict[str, tuple[int, int]] = field(default_factory=dict)
     pools: dict[Node, Pool] = field(default_factory=dict)
+    biases: frozenset[Node] = frozenset()
+    numbers: frozenset[Node] = frozenset()
     stretches: dict[Node, Stretch] = field(default_factory=dict)
     known: dict[tuple[int, ...], Shapes] = field(default_factory=dict, compare=False, repr=False)
     """Shapes by the size of the image: finding them takes as long as a pass."""

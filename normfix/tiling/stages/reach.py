@@ -139,7 +139,11 @@ def fingerprint(stage: Stage, maps: ProgramMaps, shapes: Shapes) -> str:
 def _bound_of(stage: Stage, image: Node) -> Bound | None:
     """Return what the stage's graph gives of its reach, None where it gives nothing."""
     try:
-        return bound_between(image, (*stage.reads, *stage.whole, *stage.overviews), stage.gives)
+        return bound_between(
+            image,
+            (*stage.reads, *stage.whole, *(n for bias in stage.biases for n in bias.gives), *stage.overviews),
+            stage.gives,
+        )
     except Unsized:
         return None
 
@@ -222,8 +226,12 @@ class _Cells:
         self._run = in_dtype(stage.run, dtype, device)
         channels = sum(p.channels for p in self._reads)
         generator = torch.Generator().manual_seed(0)
-        whole = (*stage.whole, *stage.overviews)
-        self._whole = [torch.randn(shapes[n], generator=generator).to(device, dtype) for n in whole]
+        whole, seen = (
+            [torch.randn(shapes[n], generator=generator).to(device, dtype) for n in nodes]
+            for nodes in (stage.whole, stage.overviews)
+        )
+        # biases move no reach
+        self._whole = [*whole, *(None for _ in stage.biases), *seen]
         space = (_CELLS[self._ndim],) * self._ndim
         self.example = torch.randn(1, channels, *space, generator=generator, dtype=torch.float64)
         self.example = self.example.to(device, dtype)

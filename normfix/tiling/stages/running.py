@@ -17,6 +17,7 @@ from normfix.errors import NormfixError
 from normfix.images.sources import Image
 from normfix.networks.devices import bytes_of
 from normfix.tiling.grid import Geometry, grid
+from normfix.tiling.stages.biases import Bias, Numbers
 from normfix.tiling.stages.bins import Partial
 from normfix.tiling.stages.blocks import Block, Given, ImageWork, Read, Told, Work
 from normfix.tiling.stages.cutting import Stage, extent_of, windowed
@@ -188,9 +189,13 @@ class Run:
         if overview is None:
             return {}
         pools = [self.pools[image, node] for node in overview.pools]
-        told = [self.shapes[image][of][dim] for of, dim in map(extent_of, overview.sizes)]
+        told = self._told(overview, image)
         with torch.no_grad():
             return dict(zip(overview.gives, overview.run(*pools, *told), strict=True))
+
+    def _told(self, overview: Overview, image: int) -> tuple[int, ...]:
+        """Return the extents that an overview is told."""
+        return tuple(self.shapes[image][of][dim] for of, dim in map(extent_of, overview.sizes))
 
     def _work(self, stage: Stage) -> Work:
         """Return a stage as work on blocks, with room for what it computes."""
@@ -223,8 +228,9 @@ class Run:
             else Read(self._kept(image, node, seen), maps[node], shapes[node], node in lying)
             for node in stage.reads
         )
-        whole = (
+        whole: tuple[Tokens | Bias | Tensor, ...] = (
             *(self._tokens(image, node) for node in stage.whole),
+            *(Bias(seen.run, self._told(seen, image)) for seen in stage.biases),
             *(seen[node] for node in stage.overviews),
         )
         told = (Told(maps[of], shapes[of], dim) for of, dim in map(extent_of, stage.sizes))
@@ -236,6 +242,8 @@ class Run:
         """Return where a value that a stage reads is kept, or what computes it from what is."""
         program, shapes = self.schedule.program, self.shapes[image]
         stretch = program.stretches.get(node)
+        if node in program.numbers:
+            return Numbers(shapes[node], self.schedule.device)
         if stretch is None:
             return self.store[_name(image, node)]
         source = stretch.source

@@ -40,7 +40,11 @@ class Schedule:
         for node in (*stage.reads, *stage.whole):
             stretch = self.program.stretches.get(node)
             source = node if stretch is None else stretch.source
-            if source is not self.program.image and source in self.maps.maps:
+            if (
+                node not in self.program.numbers
+                and source is not self.program.image
+                and source in self.maps.maps
+            ):
                 yield source
 
 

@@ -126,6 +126,7 @@ def _name(planned: Schedule, stride: Sequence[int], rests: Collection[tuple[int,
             s.run.code,
             reach,
             [node.name for node in s.pools],
+            [bias.run.code for bias in s.biases],
             [] if s.before is None else [s.before.run.code],
             [(seen.run.code, [(site, node.name) for site, node in seen.measures]) for seen in s.after],
         )
@@ -185,6 +186,7 @@ def largest_difference(planned: Schedule, size: Sequence[int], device: torch.dev
             replace(
                 stage,
                 run=in_dtype(stage.run, torch.float64, device),
+                biases=tuple(_in_double(bias, device) for bias in stage.biases),
                 before=None if stage.before is None else _in_double(stage.before, device),
                 after=tuple(_in_double(overview, device) for overview in stage.after),
             )

@@ -85,8 +85,8 @@ class Resizing:
 class Taps(NamedTuple):
     """Per position of a result (n, k): the positions that it weighs, and their weights."""
 
-    index: Tensor
-    weight: Tensor
+    places: Tensor
+    weights: Tensor
 
 
 @lru_cache(maxsize=64)
@@ -128,14 +128,14 @@ class Stretched:
         windows = [s.indices(n)[:2] for s, n in zip(index[lead:], self.taken[lead:], strict=True)]
         # which dtype the source is kept in shows when it is read: rounded otherwise it may weigh a neighbour
         reach = [
-            (max(0, int(t.index.min()) - _NEIGHBOURS), min(n, int(t.index.max()) + 1 + _NEIGHBOURS))
+            (max(0, int(t.places.min()) - _NEIGHBOURS), min(n, int(t.places.max()) + 1 + _NEIGHBOURS))
             for t, n in zip(self._taps(windows, torch.float64), self.given[lead:], strict=True)
         ]
         x = self._window(reach)[index[:lead]]
         dtype = x.dtype
         x = x if dtype == torch.float64 else x.float()
         for axis, (taps, (first, _)) in enumerate(zip(self._taps(windows, x.dtype), reach, strict=True)):
-            x = _weighed(x, lead + axis, Taps(taps.index - first, taps.weight))
+            x = _weighed(x, lead + axis, Taps(taps.places - first, taps.weights))
         return x.to(dtype)
 
     def write(self, index: tuple[slice, ...], value: Tensor) -> None:
@@ -153,21 +153,21 @@ class Stretched:
         """Return what the source has in a window of space."""
         if self.pixels is not None:
             return moved(self.pixels.read(space), self.device)
-        index = (..., *(slice(a, b) for a, b in space))
+        lead = (slice(0, n) for n in self.given[: -len(space)])
+        index = (*lead, *(slice(a, b) for a, b in space))
         if isinstance(self.source, Tensor):
             return self.source[index]
         assert self.source is not None
-        lead = (slice(0, n) for n in self.given[: -len(space)])
-        return moved(self.source.read((*lead, *index[1:])), self.device)
+        return moved(self.source.read(index), self.device)
 
 
 def _weighed(x: Tensor, dim: int, taps: Taps) -> Tensor:
     """Return the sum of what is weighed along a dimension."""
     shape = [-1 if d == dim else 1 for d in range(x.dim())]
     total: Tensor | None = None
-    for index, weight in zip(taps.index.unbind(1), taps.weight.unbind(1), strict=True):
+    for index, weight in zip(taps.places.unbind(1), taps.weights.unbind(1), strict=True):
         part = x.index_select(dim, index)
-        if taps.index.shape[1] > 1 or bool((weight != 1).any()):
+        if taps.places.shape[1] > 1 or bool((weight != 1).any()):
             part = part * weight.reshape(shape)
         total = part if total is None else total + part
     assert total is not None

@@ -11,16 +11,25 @@ The weights of the blocks and the sum are float64, so that the number of blocks 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from normfix.networks.devices import moved
+from normfix.tiling.stages.biases import Bias
 from normfix.tiling.stages.store import Kept
 
-__all__ = ["ATTEND", "Tokens", "attend", "attend_to_stored"]
+__all__ = [
+    "ATTEND",
+    "ATTEND_BIASED",
+    "NUMBERS",
+    "Tokens",
+    "attend",
+    "attend_to_stored",
+    "attend_to_stored_biased",
+]
 
 _SCORES = 1 << 23
 """Products of a query and a key at a time, all heads together."""
@@ -87,6 +96,65 @@ def attend_to_stored(
     return found.result()
 
 
+@torch.library.custom_op("normfix::numbers", mutates_args=())
+def _numbers(x: Tensor, dims: Sequence[int]) -> Tensor:
+    """Return the numbers of the positions of a map, in the order of its tokens: of the extents of `dims`."""
+    extents = [x.shape[d] for d in dims]
+    return torch.arange(math.prod(extents), device=x.device).reshape(extents)
+
+
+@_numbers.register_fake
+def _(x: Tensor, dims: Sequence[int]) -> Tensor:
+    return x.new_empty([x.shape[d] for d in dims], dtype=torch.int64)
+
+
+NUMBERS = torch.ops.normfix.numbers.default
+
+
+@torch.library.custom_op("normfix::attend_biased", mutates_args=())
+def _attend_biased(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, space: int, bias: Tensor, numbers: Tensor
+) -> Tensor:
+    """Attend as `attend` does, with a bias (..., L, K) that is added, or a mask that is true where a key counts.
+
+    `numbers` (L,) are those of the queries among the ones that the bias has.
+    """
+    found = _Merged(query, scale)
+    found.add(_flat(keys, space), _flat(values, space), bias.index_select(-2, numbers))
+    return found.result()
+
+
+@_attend_biased.register_fake
+def _(
+    query: Tensor, keys: Tensor, values: Tensor, scale: float, space: int, bias: Tensor, numbers: Tensor
+) -> Tensor:
+    return query.new_empty((*query.shape[:-1], values.shape[-1]))
+
+
+ATTEND_BIASED = torch.ops.normfix.attend_biased.default
+
+
+def attend_to_stored_biased(
+    query: Tensor,
+    keys: Tokens | Tensor,
+    values: Tokens | Tensor,
+    scale: float,
+    space: int,
+    bias: Bias | None,
+    numbers: Tensor,
+) -> Tensor:
+    """Attend to what the store holds of the whole image; without a bias, which moves no reach, where there is none."""
+    if isinstance(keys, Tensor) or isinstance(values, Tensor) or bias is None:
+        return attend_to_stored(query, keys, values, scale, space)
+    found = _Merged(query, scale)
+    start = 0
+    most = found.keys_at_a_time
+    for k, v in zip(keys.bands(most), values.bands(most), strict=True):
+        found.add(k, v, bias.part(numbers, slice(start, start + k.shape[-2])))
+        start += k.shape[-2]
+    return found.result()
+
+
 class _Merged:
     """The attention of some queries, of the keys so far."""
 
@@ -103,16 +171,22 @@ class _Merged:
         """Return how many keys make a block."""
         return max(1, _SCORES // max(1, math.prod(self._query.shape[:-1])))
 
-    def add(self, keys: Tensor, values: Tensor) -> None:
-        """Take a block of keys (..., n, E) and their values (..., n, V)."""
+    def add(self, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> None:
+        """Take a block of keys (..., n, E) and their values (..., n, V), with a bias or mask (..., L, n) of theirs."""
         most = self.keys_at_a_time
+        start = 0
         for k, v in zip(torch.split(keys, most, -2), torch.split(values, most, -2), strict=True):
             scores = self._query @ k.to(self._query.dtype).transpose(-1, -2) * self._scale
-            largest = scores.amax(-1, keepdim=True)
+            if bias is not None:
+                scores = _biased(scores, bias[..., start : start + k.shape[-2]])
+                start += k.shape[-2]
+            # a query that no key of the block counts for has weights of nought
+            largest = scores.amax(-1, keepdim=True).clamp_min(_LEAST)
             weights = torch.exp(scores - largest)
             total = weights.sum(-1, keepdim=True).double()
             part = weights @ v.to(self._query.dtype)
-            self._merge(part.double() / total, largest.double() + total.log())
+            log = torch.where(total > 0, largest.double() + total.log(), _LEAST)
+            self._merge(part.double() / total.clamp_min(_SMALLEST), log)
 
     def result(self) -> Tensor:
         """Return (..., L, V)."""
@@ -126,6 +200,16 @@ class _Merged:
         total = torch.logaddexp(self._log, log)
         self._sum = self._sum * torch.exp(self._log - total) + part * torch.exp(log - total)
         self._log = total
+
+
+def _biased(scores: Tensor, bias: Tensor) -> Tensor:
+    if bias.dtype == torch.bool:
+        return scores.masked_fill(~bias, -math.inf)
+    return scores + bias.to(scores.dtype)
+
+
+_LEAST, _SMALLEST = -1e30, 1e-300
+"""Logarithm of a sum of exponentials that is nought, and what such a sum is divided by."""
 
 
 def _flat(x: Tensor, space: int) -> Tensor:

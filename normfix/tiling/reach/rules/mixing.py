@@ -105,10 +105,11 @@ def _attention(call: Call) -> list[Reading]:
 def _stored_attention(call: Call) -> list[Reading]:
     """Attention to keys and values that are held of the whole image, as a statistic is."""
     query, rank = call.tensor("query"), len(call.shape)
-    constants = [call.tensor(name) for name in ("keys", "values")]
+    constants = [x for name in ("keys", "values", "bias") if isinstance(x := call.get(name), Node)]
     return [
         ByDimension(query, (*(Along(d) for d in range(rank - 1)), WHOLE)),
         *(ByDimension(x, (NOTHING,) * len(call.extents(x))) for x in constants),
+        *(ByDimension(x, (Along(rank - 2),)) for x in [call.get("numbers")] if isinstance(x, Node)),
     ]
 
 
@@ -240,6 +241,7 @@ MIXING: dict[str, Rule] = {
     "einsum": _einsum,
     "scaled_dot_product_attention": _attention,
     "attend": _stored_attention,
+    "attend_biased": _stored_attention,
     **dict.fromkeys((*_ALONG, *_ALONG_TOO), _along),
     **dict.fromkeys((*_REDUCTIONS, *_REDUCTIONS_TOO, *_OTHERS), _reduction),
     "cosine_similarity": _of_two,

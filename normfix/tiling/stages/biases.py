@@ -1,0 +1,247 @@
+"""Masks and biases of attention that are computed from positions alone, for the queries of a block and a band of keys.
+
+A bias of every pair of positions is larger than any map. Where it is made pair by pair (distances, a table looked up by
+the offset, a comparison of numbers), the rows and columns that are asked for are enough of everything on the way: what
+holds a row and a column for each pair is narrowed to them, what holds one position per row or column is computed whole.
+
+    b[R, C] = f(x, y)[R, C] = f(x[R], y[C])        for f that works pair by pair
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+__all__ = ["Bias", "NotByPairs", "Numbers"]
+
+_aten = torch.ops.aten
+_SAME = frozenset({"clone", "alias", "contiguous", "detach", "to", "_to_copy", "type_as", "lift_fresh_copy"})
+_FILLED = frozenset({"full", "ones", "zeros", "new_full", "new_ones", "new_zeros"})
+
+
+class NotByPairs(Exception):  # noqa: N818 - a reason, not a fault
+    """A bias is made by an operator that does not work pair by pair."""
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """The numbers of the positions of a map in the order of its tokens, as something that is kept."""
+
+    shape: tuple[int, ...]
+    device: torch.device
+
+    def read(self, index: tuple[slice, ...]) -> Tensor:
+        """Return a window."""
+        total = torch.zeros((), dtype=torch.int64, device=self.device)
+        for cut, extent in zip(index, self.shape, strict=True):
+            total = total[..., None] * extent + torch.arange(extent, device=self.device)[cut]
+        return total
+
+    def write(self, index: tuple[slice, ...], value: Tensor) -> None:
+        """Refuse: they are computed."""
+        raise TypeError("numbers that are computed are not written to")
+
+
+@dataclass(slots=True)
+class Bias:
+    """The last value of a graph that takes extents: (..., queries, keys), by rows and columns of it."""
+
+    run: GraphModule
+    told: tuple[int, ...]
+    _whole: dict[Node, Any] = field(default_factory=dict)
+
+    def part(self, rows: Tensor, columns: slice) -> Tensor:
+        """Return the bias of some queries, by their numbers, to a band of keys.
+
+        Raises:
+            NotByPairs: it is not made pair by pair.
+        """
+        returned: Any = self.run.graph.output_node().args[0]
+        (value,) = returned
+        rank = value.meta["val"].dim()
+        result = _Narrowed(self, rows, columns).of(value, rank - 2, rank - 1)
+        assert isinstance(result, Tensor)
+        return result
+
+    def __getstate__(self) -> Any:
+        extents = {node.name: node.meta.get("val") for node in self.run.graph.nodes}
+        return self.run, self.told, {name: _like(value) for name, value in extents.items()}
+
+    def __setstate__(self, state: Any) -> None:
+        self.run, self.told, likes = state
+        self._whole = {}
+        for node in self.run.graph.nodes:
+            node.meta["val"] = likes[node.name]
+
+    def whole(self, node: Node) -> Any:
+        """Return a value of the graph, whole."""
+        if node not in self._whole:
+            self._whole[node] = self._computed(node)
+        return self._whole[node]
+
+    def _computed(self, node: Node) -> Any:
+        if node.op == "placeholder":
+            places = [n for n in self.run.graph.nodes if n.op == "placeholder"]
+            return self.told[places.index(node)]
+        if node.op == "get_attr":
+            return attrgetter(str(node.target))(self.run)
+        given: Any = map_arg((node.args, node.kwargs), self.whole)
+        target: Any = node.target
+        return target(*given[0], **given[1])
+
+
+def _like(value: Any) -> Any:
+    """Return what a node stands for with 2 in place of each extent that follows the image's."""
+    if not isinstance(value, Tensor):
+        return None
+    return torch.empty(
+        [n if isinstance(n, int) else 2 for n in value.shape], dtype=value.dtype, device="meta"
+    )
+
+
+class _Narrowed:
+    """Values of a graph at some rows and columns."""
+
+    def __init__(self, bias: Bias, rows: Tensor, columns: slice) -> None:
+        self._bias, self._rows = bias, rows
+        self._columns = torch.arange(columns.start, columns.stop, device=rows.device)
+
+    def of(self, node: Any, row: int | None, column: int | None) -> Any:
+        """Return a value whose dimensions `row` and `column` are narrowed; None is one that it does not have."""
+        if not isinstance(node, Node) or node.meta.get("val") is None:
+            return map_arg(node, self._bias.whole)
+        if row is None or column is None:
+            whole = self._bias.whole(node)
+            if row is not None:
+                return whole.index_select(row, self._rows)
+            return whole if column is None else whole.index_select(column, self._columns)
+        rule = self._rule(node)
+        return rule(node, row, column)
+
+    def _rule(self, node: Node) -> Callable[[Node, int, int], Any]:
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload):
+            raise NotByPairs(str(target))
+        name = target._schema.name.partition("::")[2]
+        if torch.Tag.pointwise in target.tags or name in (*_SAME, "expand"):
+            return self._broadcast
+        found = getattr(self, f"_{name}", None)
+        if name in _FILLED:
+            return self._filled
+        if found is None:
+            raise NotByPairs(name)
+        rule: Callable[[Node, int, int], Any] = found
+        return rule
+
+    def _broadcast(self, node: Node, row: int, column: int) -> Any:
+        """Operands are aligned at their last dimension."""
+        rank = node.meta["val"].dim()
+
+        def narrowed(operand: Node) -> Any:
+            value = operand.meta.get("val")
+            if not isinstance(value, Tensor):
+                return self._bias.whole(operand)
+            shift = rank - value.dim()
+            dims = (
+                d - shift if d >= shift and not _is_one(value, d - shift) else None for d in (row, column)
+            )
+            return self.of(operand, *dims)
+
+        target: Any = node.target
+        if target._schema.name == "aten::expand":
+            return self._expanded(node, narrowed(node.args[0]), row, column)  # type: ignore[arg-type]
+        given: Any = map_arg((node.args, node.kwargs), narrowed)
+        return target(*given[0], **given[1])
+
+    def _expanded(self, node: Node, value: Tensor, row: int, column: int) -> Tensor:
+        given: Any = map_arg(node.args[1], self._bias.whole)
+        sizes = list(given)
+        sizes[row], sizes[column] = len(self._rows), len(self._columns)
+        return value.expand(sizes)
+
+    def _filled(self, node: Node, row: int, column: int) -> Any:
+        place = 1 if str(node.target).startswith("aten.new_") else 0
+        given: Any = map_arg((node.args, node.kwargs), self._bias.whole)
+        args, kwargs = given
+        sizes = list(args[place])
+        sizes[row], sizes[column] = len(self._rows), len(self._columns)
+        target: Any = node.target
+        return target(*args[:place], sizes, *args[place + 1 :], **kwargs)
+
+    def _permute(self, node: Node, row: int, column: int) -> Any:
+        dims: Any = node.args[1]
+        order = [int(d) % node.meta["val"].dim() for d in dims]
+        return self.of(node.args[0], order[row], order[column]).permute(order)
+
+    def _transpose(self, node: Node, row: int, column: int) -> Any:
+        rank = node.meta["val"].dim()
+        a, b = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]
+        turned = {a: b, b: a}
+        return self.of(node.args[0], turned.get(row, row), turned.get(column, column)).transpose(a, b)
+
+    def _unsqueeze(self, node: Node, row: int, column: int) -> Any:
+        place = int(node.args[1]) % node.meta["val"].dim()  # type: ignore[arg-type]
+        return self.of(node.args[0], row - (row > place), column - (column > place)).unsqueeze(place)
+
+    def _squeeze(self, node: Node, row: int, column: int) -> Any:
+        source: Any = node.args[0]
+        if len(node.args) < 2 or not isinstance(node.args[1], int):
+            raise NotByPairs("squeeze")
+        place = node.args[1] % source.meta["val"].dim()
+        if source.meta["val"].dim() == node.meta["val"].dim():
+            return self.of(source, row, column)
+        return self.of(source, row + (row >= place), column + (column >= place)).squeeze(place)
+
+    def _select(self, node: Node, row: int, column: int) -> Any:
+        source: Any = node.args[0]
+        place, index = int(node.args[1]) % source.meta["val"].dim(), int(node.args[2])  # type: ignore[arg-type]
+        return self.of(source, row + (row >= place), column + (column >= place)).select(place, index)
+
+    def _index(self, node: Node, row: int, column: int) -> Any:
+        """Look a table up by one index, beside dimensions that are kept whole."""
+        arguments: Any = node.args
+        source, indices = arguments[0], list(arguments[1])
+        given = [d for d, index in enumerate(indices) if index is not None]
+        if len(given) != 1:
+            raise NotByPairs("index by several values")
+        (place,) = given
+        index: Any = indices[place]
+        lead = row - place, column - place
+        if min(lead) < 0 or max(lead) >= index.meta["val"].dim():
+            raise NotByPairs("index of what has pairs")
+        found = self._bias.whole(source)[(*[slice(None)] * place, self.of(index, *lead))]
+        assert isinstance(found, Tensor)
+        return found
+
+    def _embedding(self, node: Node, row: int, column: int) -> Any:
+        table, index = node.args[:2]
+        target: Any = node.target
+        return target(self._bias.whole(table), self.of(index, row, column))  # type: ignore[arg-type]
+
+    def _tril(self, node: Node, row: int, column: int) -> Any:
+        return self._triangle(node, row, column, lower=True)
+
+    def _triu(self, node: Node, row: int, column: int) -> Any:
+        return self._triangle(node, row, column, lower=False)
+
+    def _triangle(self, node: Node, row: int, column: int, *, lower: bool) -> Any:
+        rank = node.meta["val"].dim()
+        if (row, column) != (rank - 2, rank - 1):
+            raise NotByPairs("a triangle of other dimensions")
+        value = self.of(node.args[0], row, column)
+        diagonal = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+        offset = self._columns - self._rows[:, None]
+        held = offset <= diagonal if lower else offset >= diagonal
+        return torch.where(held, value, torch.zeros((), dtype=value.dtype, device=value.device))
+
+
+def _is_one(value: Tensor, dim: int) -> bool:
+    extent = value.shape[dim]
+    return isinstance(extent, int) and extent == 1
