@@ -238,7 +238,8 @@ class Piece:
     ) -> nn.Module:
         """Convert on the source's training region; a network whose attention stays live is converted in part."""
         given = normfix.Measured(images or self._images(self.source.train), how, keys=keys)
-        done = normfix.convert(model, given, to, as_trained=as_trained)
+        # a channel that never lights up in training is constant in calibration too
+        done = normfix.convert(model, given, to, as_trained=as_trained, allow_flat=True)
         if not (done.proof.passed or (done.proof.partial and not self.setting.dense)):
             raise click.ClickException(f"{self.name}, {to}: {done.proof}")
         return done.model.eval()
