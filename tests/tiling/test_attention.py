@@ -1,6 +1,7 @@
 """Attention over all positions in blocks: its keys and values are those of the whole image."""
 
 import math
+import pickle
 from functools import cache
 
 import pytest
@@ -15,6 +16,7 @@ from normfix.networks.calling import Caller
 from normfix.tiling.stages import tokens
 from normfix.tiling.stages.attention import with_attention
 from normfix.tiling.stages.biases import Bias, Numbers
+from normfix.tiling.stages.overviews import overview_of
 from normfix.tiling.stages.program import captured_program
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.scheduling import largest_difference, schedule
@@ -192,6 +194,21 @@ def test_a_wrong_offset_is_caught(monkeypatch, mistake):
         )
     with pytest.raises(NotInStages, match="NF325"):
         schedule(found, stride=(2, 2))
+
+
+@pytest.mark.slow
+def test_a_bias_travels_between_processes():
+    """It gives there what it gave here."""
+    found = program(_sloping)
+    (node,) = found.biases
+    shapes, seen = found.shapes(IMAGE.shape), overview_of(found, [node])
+    bias = Bias(seen.run, tuple(shapes[size.args[0]][size.args[1]] for size in seen.sizes))
+    there = pickle.loads(pickle.dumps(bias))
+    for one in (bias, there):
+        part = one.part(torch.tensor([0, 5, 7]), slice(3, 9))
+        assert torch.equal(
+            part, bias.whole(next(iter(seen.run.graph.output_node().args[0])))[..., [0, 5, 7], 3:9]
+        )
 
 
 def test_a_block_without_a_key_that_counts_adds_nothing(monkeypatch):

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_aggregate, map_arg
 
 __all__ = ["Bias", "NotByPairs", "Numbers"]
 
@@ -49,6 +49,33 @@ class Numbers:
         raise TypeError("numbers that are computed are not written to")
 
 
+class _Name:
+    """The name of a node, in place of it."""
+
+    def __init__(self, node: Node) -> None:
+        self.name = node.name
+
+
+class _Operator(NamedTuple):
+    """The name of an operator of torch, which cannot be sent itself."""
+
+    name: str
+    overload: str
+
+
+def _written(target: Any) -> Any:
+    if isinstance(target, torch._ops.OpOverload):
+        return _Operator(target._schema.name, target._overloadname)
+    return target
+
+
+def _read(target: Any) -> Any:
+    if not isinstance(target, _Operator):
+        return target
+    space, _, name = target.name.partition("::")
+    return getattr(getattr(getattr(torch.ops, space), name), target.overload)
+
+
 @dataclass(slots=True)
 class Bias:
     """The last value of a graph that takes extents: (..., queries, keys), by rows and columns of it."""
@@ -71,14 +98,28 @@ class Bias:
         return result
 
     def __getstate__(self) -> Any:
-        extents = {node.name: node.meta.get("val") for node in self.run.graph.nodes}
-        return self.run, self.told, {name: _like(value) for name, value in extents.items()}
+        # node by node: a graph that is written down as code loses what its values stand for
+        graph, named = self.run.graph, cast(Any, _Name)
+        nodes = [
+            (n.name, n.op, _written(n.target), *map_arg((n.args, n.kwargs), named), _like(n.meta.get("val")))
+            for n in graph.nodes
+        ]
+        held = {str(n.target): attrgetter(str(n.target))(self.run) for n in graph.nodes if n.op == "get_attr"}
+        return nodes, held, self.told
 
     def __setstate__(self, state: Any) -> None:
-        self.run, self.told, likes = state
+        nodes, held, self.told = state
         self._whole = {}
-        for node in self.run.graph.nodes:
-            node.meta["val"] = likes[node.name]
+        graph, known = Graph(), dict[str, Node]()
+
+        def there(value: Any) -> Any:
+            return known[value.name] if isinstance(value, _Name) else value
+
+        for name, op, target, args, kwargs, like in nodes:
+            given: Any = map_aggregate((args, kwargs), there)
+            known[name] = graph.create_node(op, _read(target), given[0], given[1], name)
+            known[name].meta["val"] = like
+        self.run = GraphModule(held, graph)
 
     def whole(self, node: Node) -> Any:
         """Return a value of the graph, whole."""
