@@ -379,8 +379,12 @@ def test_a_map_that_was_shifted_does_not_end_at_its_tile(shift: int):
 def test_every_rule_is_a_function_of_one_call():
     """The table holds functions by the name of an operator that torch has, or normfix's stages."""
     assert all(callable(rule) for rule in RULES.values())
-    # what a release is too old for, and attention to what stages hold
-    assert {name for name in RULES if not hasattr(torch.ops.aten, name)} <= {"_fused_rms_norm", "attend"}
+    # what a release is too old for, and attention to what stages hold, with biases or without
+    assert {name for name in RULES if not hasattr(torch.ops.aten, name)} <= {
+        "_fused_rms_norm",
+        "attend",
+        "attend_biased",
+    }
 
 
 _PARTS = {
