@@ -481,3 +481,18 @@ def test_a_saved_folder_may_name_factories_of_trusted_modules_only(tmp_path):
     assert refusal(normfix.load, tmp_path / "fixed").code == "NF113"
     assert refusal(normfix.load, tmp_path / "fixed", trust=["factor"]).code == "NF113"
     assert_same(normfix.load(tmp_path / "fixed", trust=["factories"]), done.model.eval())
+
+
+@pytest.mark.parametrize("config", [False, True])
+def test_a_folder_says_which_weights_it_holds(tmp_path, config):
+    """A folder without the names that libraries use is told of what is there, and of no config that is not."""
+    if config:
+        (tmp_path / "config.json").write_text('{"architecture": "x"}')
+    with pytest.raises(
+        NormfixError, match=r"NF101 .*no model\.safetensors and no pytorch_model\.bin\. "
+    ) as empty:
+        normfix.load(tmp_path, arch="torch.nn:Identity")
+    assert "config" not in str(empty.value)
+    torch.save({}, tmp_path / "net.pt")
+    with pytest.raises(NormfixError, match=r"NF101 .*but net\.pt, of which one may be given"):
+        normfix.load(tmp_path, arch="torch.nn:Identity")

@@ -19,6 +19,7 @@ from normfix.storage.opening.configs import read_json, read_mapping
 from normfix.storage.opening.pickles import read_torch
 from normfix.storage.opening.request import Request, unreadable
 from normfix.storage.opening.tensors import read_weights
+from normfix.storage.spec import ENDINGS
 
 __all__ = ["CONFIG", "config_of", "folder_weights", "require_complete", "settled", "weight_files"]
 
@@ -89,7 +90,13 @@ def weight_files(folder: Path, stem: str = "model") -> list[Path]:
             if not shards or any(Path(s).name != s or not (folder / s).is_file() for s in shards):
                 raise unreadable(index, "it names weights files that are not in this folder")
             return [folder / shard for shard in shards]
-    raise unreadable(folder, f"it holds a {CONFIG} but no weights ({stem}.safetensors or pytorch_model.bin)")
+    raise unreadable(folder, f"it holds no {stem}.safetensors and no pytorch_model.bin{_others_in(folder)}")
+
+
+def _others_in(folder: Path) -> str:
+    """Say which other files of weights a folder holds, which may be meant."""
+    names = sorted(path.name for path in folder.iterdir() if path.suffix in ENDINGS)
+    return f", but {', '.join(names[:6])}, of which one may be given" if names else ""
 
 
 def folder_weights(folder: Path, request: Request, stem: str = "model") -> dict[str, Tensor]:
