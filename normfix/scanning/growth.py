@@ -29,6 +29,11 @@ FIXED, REDUCED, SQUARED = 0.1, 0.75, 1.4
 _FEW, _COARSEST = 3, 4096
 """Pixels of growth that say little; largest common multiple, in pixels, of the factors of maps that is believed."""
 
+_WIDE = {1: 1024, 2: 256, 3: 64}
+"""Pixels by which an image grows at least to tell a coarse map from one of a fixed size, per number of axes."""
+_MOST = 1 << 20
+"""Pixels of the largest image that is run for that."""
+
 
 @dataclass(frozen=True, slots=True)
 class Pass:
@@ -43,18 +48,38 @@ def look_again(
     model: nn.Module,
     run: Run,
     example: Tensor,
-    functions: Sequence[str],
+    calls: Sequence[Call],
     follow: Follow = alone,
     exact: Sequence[int] = (),
 ) -> Pass | None:
     """Run at another size; None if the network accepts none of those tried with the same calls.
 
-    Sizes that are multiples of `exact`, per axis, are tried first: below them a network may be another one.
+    Sizes that are multiples of `exact`, per axis, are tried first: below them a network may be another one. A map that
+    is coarser than what the image grew by does not grow: where maps stay as they are, a far larger image tells whether
+    they are of one size.
     """
+    functions = [call.function for call in calls]
     looks = (
         _look(model, run, resized(example, trial), functions, follow) for trial in _trials(example, exact)
     )
-    return next((look for look in looks if look is not None), None)
+    near = next((look for look in looks if look is not None), None)
+    if near is None or not (still := _unmoved(calls, near.calls, example.dim())):
+        return near
+    wide = [n + max(n, _WIDE.get(example.dim() - 2, 0)) for n in example.shape[2:]]
+    if math.prod(wide) > _MOST:
+        return near
+    far = _look(model, run, resized(example, wide), functions, follow)
+    return near if far is None or _unmoved(calls, far.calls, example.dim()) >= still else far
+
+
+def _unmoved(here: Sequence[Call], there: Sequence[Call], rank: int) -> int:
+    """Count the maps of more than one position that are as large as at the other size."""
+    pairs = (
+        pair for a, b in zip(here, there, strict=True) for pair in zip(a.outputs, b.outputs, strict=False)
+    )
+    return sum(
+        len(a) == len(b) == rank and a[2:] == b[2:] and math.prod(a[2:]) > 1 and a[0] == 1 for a, b in pairs
+    )
 
 
 def ran_otherwise(
@@ -216,7 +241,7 @@ class Growth:
                     if pair not in maps:
                         given = zip(here.inputs, there.inputs, strict=False)
                         inputs = [(i[axis + 2], j[axis + 2]) for i, j in given if len(i) == len(j) == rank]
-                        maps[pair] = self._coarseness(axis, pair, inputs, maps)
+                        maps[pair] = self._coarseness(axis, pair, inputs, maps, here.numbers)
                     if maps[pair].denominator == 1:
                         common = math.lcm(found[axis], int(maps[pair]))
                         found[axis] = common if common <= _COARSEST else max(found[axis], int(maps[pair]))
@@ -228,11 +253,13 @@ class Growth:
         pair: tuple[int, int],
         inputs: Sequence[tuple[int, int]],
         known: Mapping[tuple[int, int], Fraction],
+        numbers: Sequence[float],
     ) -> Fraction:
         """Return image pixels per pixel of a map, from its extents at both sizes and those of what it was made of.
 
         Against its own input a map tells its factor at sizes that it does not divide, too: a convolution without
-        padding gives floor((n - k) / s) + 1 pixels.
+        padding gives floor((n - k) / s) + 1 pixels. Where few pixels leave several factors possible, one that the call
+        is given as a number is it, as a stride is.
         """
         (here, there), one = pair, Fraction(1)
         image = self._example.shape[axis + 2]
@@ -248,7 +275,10 @@ class Growth:
                 continue
             # of few pixels the growth tells little, the extent more
             ratios = [grown / change, max(given) / max(pair)]
-            for ratio in ratios if abs(change) > _FEW else reversed(ratios):
+            if abs(change) <= _FEW:
+                ratios.reverse()
+            nearest = ratios[0]
+            for ratio in (*sorted(numbers, key=lambda n: abs(n - nearest)), *ratios):
                 factor = max(1, round(ratio))
                 if abs(grown - factor * change) < factor:
                     return known[given] * factor

@@ -104,7 +104,7 @@ def survey(
     """
     calls, invocations, output = census(model, run, example, follow=follow)
     functions = [c.function for c in calls]
-    other = look_again(model, run, example, functions, follow, exact)
+    other = look_again(model, run, example, calls, follow, exact)
     smaller = other.example if other is not None and other.example.numel() < example.numel() else example
     passes = [] if other is None else [other]
 

@@ -7,6 +7,7 @@ import torch
 from networks import DilatedStack, HiddenLive, NeedsRoom, SwallowsDye, ValidConvolutions, plain_unet
 from optional import needs_newer_torch
 from torch import nn
+from torch.nn import functional as F
 from torchvision.ops import DeformConv2d
 
 import normfix
@@ -219,3 +220,27 @@ def test_a_network_that_forward_fn_runs_twice_is_refused_by_name():
     )
     assert len(flipped.live) == 2
     assert all("more than once" in site.refusal for site in flipped.live)
+
+
+@pytest.mark.parametrize(("stride", "extent"), [(50, 250), (60, 256), (80, 256)])
+def test_strides_that_sizes_leave_open_are_found(stride, extent):
+    """Few coarse pixels fit several factors, and a map coarser than what the image grows by does not grow at all."""
+    net = nn.Sequential(nn.Conv2d(1, 2, stride, stride), nn.ConvTranspose2d(2, 1, stride, stride))
+    found = normfix.scan(net.eval(), torch.rand(1, 1, extent, extent))
+    assert (found.stride, found.halo) == ((stride, stride), ((0, 0), (0, 0)))
+
+
+def test_a_map_of_one_size_is_told_from_a_coarse_one():
+    """Control: what no image makes larger, however far it grows, follows none."""
+
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Conv2d(1, 2, 3, padding=1)
+
+        def forward(self, x):
+            return F.adaptive_avg_pool2d(self.inner(x), 8)
+
+    found = normfix.scan(Fixed().eval(), torch.rand(1, 1, 64, 64))
+    assert not found.dense
+    assert "NF214" in {f.code for f in found.findings}
