@@ -93,7 +93,7 @@ def _draw(setting: str, batches: dict[int, Rows], path: Path) -> None:
 
     variants = list(next(iter(batches.values())))
     figure, (seams, accuracy, transfer) = plt.subplots(
-        1, 3, figsize=(12, 0.42 * len(variants) + 1.2), sharey=True, layout="constrained"
+        1, 3, figsize=(12, max(3.0, 0.42 * len(variants) + 1.2)), sharey=True, layout="constrained"
     )
     middle = 2 if 2 in batches else next(iter(batches))
     colors = dict(zip(sorted(batches), ("#9ecae1", "#3182bd", "#08306b"), strict=False))
@@ -118,8 +118,11 @@ def _draw(setting: str, batches: dict[int, Rows], path: Path) -> None:
     for panel in (seams, accuracy, transfer):
         panel.grid(axis="y", color="0.92")
         panel.spines[["top", "right"]].set_visible(False)
+    for panel in (seams, accuracy, transfer):
+        panel.locator_params(axis="x", nbins=6)
     for panel in (accuracy, transfer):  # below the axes, where no mark can be
-        panel.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.06))
+        below = -0.45 / figure.get_figheight()
+        panel.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, below))
     figure.suptitle(setting)
     figure.savefig(path, dpi=90)
     plt.close(figure)
@@ -136,10 +139,15 @@ def _draw_answer(figures: dict[str, dict[int, Rows]], path: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.lines import Line2D
 
+    columns = min(3, len(figures))
+    rows = -(-len(figures) // columns)
     figure, panels = plt.subplots(
-        1, len(figures), figsize=(4.6 * len(figures), 5), layout="constrained", squeeze=False
+        rows, columns, figsize=(4.6 * columns, 4.2 * rows + 0.8), layout="constrained", squeeze=False
     )
-    for panel, (setting, batches) in zip(panels[0], figures.items(), strict=True):
+    for unused in panels.flat[len(figures) :]:
+        unused.set_axis_off()
+    for panel, (setting, batches) in zip(panels.flat, figures.items(), strict=False):
+        panel.locator_params(axis="x", nbins=6)
         batch = 2 if 2 in batches else next(iter(batches))
         _draw_points(panel, batches[batch])
         panel.set_title(f"{setting}, batch {batch}")
