@@ -26,6 +26,16 @@ def net():
     return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.InstanceNorm2d(4), nn.Conv2d(4, 1, 1)).eval()
 
 
+@pytest.fixture(autouse=True)
+def as_in_a_new_process(monkeypatch):
+    """Loggers are as nobody has set them, whatever ran in this process before."""
+    monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)
+    for logger in map(logging.getLogger, ("normfix", "normfix.progress")):
+        for name, value in (("disabled", False), ("propagate", True), ("level", logging.NOTSET)):
+            monkeypatch.setattr(logger, name, value)
+        logger._cache.clear()
+
+
 def test_a_script_hears_of_each_stage(net, caplog):
     """At level INFO convert tells of its stages, each until it is done; nothing below INFO is needed."""
     with caplog.at_level(logging.INFO, logger="normfix"):
