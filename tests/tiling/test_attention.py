@@ -180,7 +180,7 @@ def test_masks_and_biases_of_positions_are_those_of_the_whole(form):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mistake", ["numbers of the block", "columns one off"])
+@pytest.mark.parametrize("mistake", ["numbers of the block", "rows one off"])
 def test_a_wrong_offset_is_caught(monkeypatch, mistake):
     """The proof finds a bias that is read at another place."""
     found = with_attention(captured_program(of(_sloping, norm=False), Caller(), IMAGE, []), IMAGE.shape)
