@@ -133,12 +133,13 @@ class Piece:
             self._add(norm, model, taken, adapts=norm.startswith("batch"))
             if self.setting.attends:
                 self._add_held(norm, model, taken)
-            elif norm in ("instance", "group", "batch"):
+                continue
+            if norm in ("instance", "group", "batch"):
                 frozen = self._converted(model, "frozen")
                 self._add(f"{norm} → frozen", frozen, taken, adapts=True)
                 if norm != "group" and self.setting.dense:
                     self._add_per_image(f"{norm} → frozen, per image", frozen, taken)
-            if norm in ("instance", "batch") and not self.setting.attends:
+            if norm in ("instance", "batch"):
                 converted = self._converted(model, "batchrenorm")
                 more = self._finetuned(converted, self.source.train)
                 self._add(f"{norm} → batchrenorm, fine-tuned", converted, taken + more, adapts=True)

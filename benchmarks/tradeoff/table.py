@@ -118,10 +118,9 @@ def _draw(setting: str, batches: dict[int, Rows], path: Path) -> None:
     for panel in (seams, accuracy, transfer):
         panel.grid(axis="y", color="0.92")
         panel.spines[["top", "right"]].set_visible(False)
-    for panel in (seams, accuracy, transfer):
         panel.locator_params(axis="x", nbins=6)
+    below = -0.45 / figure.get_figheight()
     for panel in (accuracy, transfer):  # below the axes, where no mark can be
-        below = -0.45 / figure.get_figheight()
         panel.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, below))
     figure.suptitle(setting)
     figure.savefig(path, dpi=90)

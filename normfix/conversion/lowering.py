@@ -3,9 +3,8 @@
 `freeze` comes before both: BatchRenorm becomes the layer of constants that it is in eval.
 
 What a convolution's output is used for is observed on an example input, and the folded network is compared
-with the original there; without an example only neighbours are folded in a network that is a plain nn.Sequential, or
-in one inside it. Whatever is
-left as it was is named, with the reason.
+with the original there; without an example only neighbours in a network that is a plain nn.Sequential throughout are
+folded. Whatever is left as it was is named, with the reason.
 """
 
 from __future__ import annotations

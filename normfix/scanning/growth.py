@@ -58,17 +58,14 @@ def look_again(
     is coarser than what the image grew by does not grow: where maps stay as they are, a far larger image tells whether
     they are of one size.
     """
-    functions = [call.function for call in calls]
-    looks = (
-        _look(model, run, resized(example, trial), functions, follow) for trial in _trials(example, exact)
-    )
+    looks = (_look(model, run, resized(example, trial), calls, follow) for trial in _trials(example, exact))
     near = next((look for look in looks if look is not None), None)
     if near is None or not (still := _unmoved(calls, near.calls, example.dim())):
         return near
     wide = [n + max(n, _WIDE.get(example.dim() - 2, 0)) for n in example.shape[2:]]
     if math.prod(wide) > _MOST:
         return near
-    far = _look(model, run, resized(example, wide), functions, follow)
+    far = _look(model, run, resized(example, wide), calls, follow)
     return near if far is None or _unmoved(calls, far.calls, example.dim()) >= still else far
 
 
@@ -104,23 +101,24 @@ def _trials(example: Tensor, exact: Sequence[int]) -> list[list[int]]:
     )
 
 
-def look_at_two(model: nn.Module, run: Run, example: Tensor, functions: Sequence[str]) -> Pass | None:
+def look_at_two(model: nn.Module, run: Run, example: Tensor, calls: Sequence[Call]) -> Pass | None:
     """Run on an example and its mirror image; None if the network does not take both with the same calls."""
-    return _look(model, run, torch.cat([example, example.flip(-1)]), functions)
+    return _look(model, run, torch.cat([example, example.flip(-1)]), calls)
 
 
 def _look(
     model: nn.Module,
     run: Run,
     example: Tensor,
-    functions: Sequence[str],
+    calls: Sequence[Call],
     follow: Follow = alone,
 ) -> Pass | None:
     try:
-        calls, _, output = census(model, run, example, follow=follow)
+        made, _, output = census(model, run, example, follow=follow)
     except refusals():  # the network does not take it
         return None
-    return Pass(example, calls, output) if [c.function for c in calls] == list(functions) else None
+    alike = [call.function for call in made] == [call.function for call in calls]
+    return Pass(example, made, output) if alike else None
 
 
 class Growth:

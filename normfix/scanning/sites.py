@@ -103,13 +103,12 @@ def survey(
         NormfixError: NF109 if the network does not run on the example.
     """
     calls, invocations, output = census(model, run, example, follow=follow)
-    functions = [c.function for c in calls]
     other = look_again(model, run, example, calls, follow, exact)
     smaller = other.example if other is not None and other.example.numel() < example.numel() else example
     passes = [] if other is None else [other]
 
     def two() -> Pass | None:
-        look = look_at_two(model, run, smaller, functions) if stacked else None
+        look = look_at_two(model, run, smaller, calls) if stacked else None
         passes.extend([] if look is None else [look])
         return look
 

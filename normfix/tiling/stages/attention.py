@@ -458,7 +458,7 @@ def _are_of_positions(attention: _Attention, program: Program, maps: ProgramMaps
         if list(shapes[term.node][-2:]) != pairs:
             continue  # of keys or queries alone: it is computed whole
         seen = overview_of(program, [term.node])
-        told = tuple(shapes[of][dim] for of, dim in ((n.args[0], n.args[1]) for n in seen.sizes))  # type: ignore[index]
+        told = seen.told(shapes)
         bias = Bias(seen.run, told)
         device = program.device
         rows = torch.tensor([0, pairs[0] // 3, pairs[0] - 1], device=device)

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 
+from normfix.networks.graph.operators import name_of
+
 __all__ = ["Bias", "NotByPairs", "Numbers"]
 
 _aten = torch.ops.aten
@@ -170,7 +172,7 @@ class _Narrowed:
         target = node.target
         if not isinstance(target, torch._ops.OpOverload):
             raise NotByPairs(str(target))
-        name = target._schema.name.partition("::")[2]
+        name = name_of(node)
         if torch.Tag.pointwise in target.tags or name in (*_SAME, "expand"):
             return self._broadcast
         found = getattr(self, f"_{name}", None)

@@ -57,7 +57,12 @@ class Bins:
             value[there] = part.sum(-1, dtype=wide) if self.kind == "mean" else part.amax(-1)
             seen[place] = math.prod(b - a for a, b in cut)
         first = [axis[0][0] for axis in axes]
-        return {"first": first, "value": value, "seen": seen, "dtype": str(block.dtype)}
+        return {
+            "first": first,
+            "value": value,
+            "seen": seen,
+            "dtype": str(block.dtype).removeprefix("torch."),
+        }
 
     def _touched(self, axis: int, span: Span, extent: int) -> list[tuple[int, Span]]:
         """Return the bins that a span meets, and what of the span is in them, counted from its start."""
@@ -101,7 +106,7 @@ class Bins:
         if not torch.equal(seen, sizes):
             raise NotInStages("NF325", "blocks do not cover each of its bins once.", where=where)
         mean = whole / sizes.to(whole.device) if self.kind == "mean" else whole
-        return mean.to(getattr(torch, one_dtype(parts)))
+        return mean.to(getattr(torch, parts[0]["dtype"]))
 
     def _sizes(self, extents: Sequence[int]) -> Tensor:
         """Return how many positions each bin has."""
@@ -111,8 +116,3 @@ class Bins:
             shape = [-1 if a == axis else 1 for a in range(len(self.counts))]
             sizes = sizes * torch.tensor([b - a for a, b in covers]).reshape(shape)
         return sizes
-
-
-def one_dtype(parts: Sequence[Partial]) -> str:
-    """Return the name of the dtype that blocks had."""
-    return str(parts[0]["dtype"]).removeprefix("torch.")

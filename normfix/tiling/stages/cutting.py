@@ -19,6 +19,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from normfix.layers.affine import normalise, normalise_rectified
+from normfix.networks.graph.operators import name_of
 from normfix.tiling.stages.maps import ProgramMaps
 from normfix.tiling.stages.overviews import Overview, overview_of, overviews
 from normfix.tiling.stages.program import Cut, Program, Shapes, is_tensor_node
@@ -26,7 +27,7 @@ from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.reuse import reuse_
 from normfix.tiling.stages.tokens import ATTEND, ATTEND_BIASED, attend_to_stored, attend_to_stored_biased
 
-__all__ = ["Stage", "cut", "extent_of", "windowed"]
+__all__ = ["Stage", "cut", "windowed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +121,6 @@ def cut(
             seen = overview_of(program, [n for _, n in sites], sites)
             stages[-1] = replace(stages[-1], after=(*stages[-1].after, seen))
     return stages
-
-
-def extent_of(size: Node) -> tuple[Node, int]:
-    """Return the value and the dimension whose extent a node stands for."""
-    of, dim = size.args[0], size.args[1]
-    assert isinstance(of, Node)
-    assert isinstance(dim, int)
-    return of, dim
 
 
 def windowed(stage: Stage) -> frozenset[Node]:
@@ -251,7 +244,7 @@ def _is_cheap(node: Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return False
-    return torch.Tag.pointwise in target.tags or target._schema.name.partition("::")[2] in _CHEAP
+    return torch.Tag.pointwise in target.tags or name_of(node) in _CHEAP
 
 
 def _require_map(node: Node, maps: ProgramMaps) -> None:

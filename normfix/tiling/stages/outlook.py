@@ -22,7 +22,8 @@ from normfix.networks.calling import refusals
 from normfix.networks.devices import synchronize
 from normfix.records.spans import round_up
 from normfix.tiling.stages.budget import Budget
-from normfix.tiling.stages.cutting import Stage, extent_of
+from normfix.tiling.stages.cutting import Stage
+from normfix.tiling.stages.program import extent_of
 from normfix.tiling.stages.running import Run
 
 __all__ = ["Clock", "Outlook", "Step", "Watch"]

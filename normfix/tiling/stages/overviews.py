@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from normfix.networks.graph.operators import name_of
 from normfix.tiling.reach.calls import Call, call_of
 from normfix.tiling.reach.extents import Unsized, lattice_of
 from normfix.tiling.reach.rules.resizing import is_stretched
 from normfix.tiling.stages.bins import Bins
 from normfix.tiling.stages.maps import ProgramMaps, maps_of
-from normfix.tiling.stages.program import Cut, Pool, Program, Shapes, Stretch
+from normfix.tiling.stages.program import Cut, Pool, Program, Shapes, Stretch, extent_of
 from normfix.tiling.stages.stretches import RESIZED, Resizing
 
 __all__ = ["Overview", "overview_of", "overviews", "with_overviews", "with_ragged"]
@@ -47,6 +48,10 @@ class Overview:
     sizes: tuple[Node, ...]
     gives: tuple[Node, ...]
     measures: tuple[tuple[str, Node], ...] = ()
+
+    def told(self, shapes: Shapes) -> tuple[int, ...]:
+        """Return the extents that it is told, of an image at which values have these shapes."""
+        return tuple(shapes[of][dim] for of, dim in map(extent_of, self.sizes))
 
 
 def with_overviews(program: Program, example: Sequence[int]) -> Program:
@@ -94,7 +99,7 @@ def with_ragged(program: Program, maps: ProgramMaps, sizes: Sequence[Sequence[in
     for size in sizes:
         shapes = program.shapes(size)
         for node in program.body.graph.nodes:
-            source = node.all_input_nodes[0] if _name(node) in RESIZED else node
+            source = node.all_input_nodes[0] if name_of(node) in RESIZED else node
             if source is node or node in program.stretches or not {node, source} <= maps.maps.keys():
                 continue
             stretch = _resized(node, source, program, ndim)
@@ -166,7 +171,7 @@ def overview_of(
 def _pools(program: Program, ndim: int) -> Iterator[tuple[Node, Pool]]:
     """Yield the bins of maps: of a pool that gives their places too, its values, where nobody uses the places."""
     for node in program.body.graph.nodes:
-        name = _name(node)
+        name = name_of(node)
         counts: Any = node.args[1] if len(node.args) > 1 else None
         if name not in _MEANS | _MAXIMA or not _are_constant(counts, ndim):
             continue
@@ -192,7 +197,7 @@ def _are_constant(counts: Any, ndim: int) -> bool:
 def _stretches(program: Program, ndim: int) -> Iterator[tuple[Node, Stretch]]:
     """Yield the maps that are resized by their place in the whole image: others are so by a factor of their own."""
     for node in program.body.graph.nodes:
-        if _name(node) not in RESIZED:
+        if name_of(node) not in RESIZED:
             continue
         source = node.all_input_nodes[0]
         extents = source.meta["val"].shape
@@ -223,8 +228,3 @@ def _resized(node: Node, source: Node, program: Program, ndim: int) -> Stretch:
 
 _FACTORS = {1: ("scales",), 2: ("scales_h", "scales_w"), 3: ("scales_d", "scales_h", "scales_w")}
 """Names of stated factors, by the number of axes."""
-
-
-def _name(node: Node) -> str:
-    target = node.target
-    return target._schema.name.partition("::")[2] if isinstance(target, torch._ops.OpOverload) else ""

@@ -27,6 +27,7 @@ from normfix.layers.affine import as_in_graphs
 from normfix.networks.calling import Unreached, failures, refusals
 from normfix.networks.graph.capture import WRAPPED, NotCaptured, capture
 from normfix.networks.graph.isolation import silence
+from normfix.networks.graph.operators import name_of
 from normfix.networks.numerics import IDENTITY, deviation
 from normfix.tiling.stages.bins import Bins
 from normfix.tiling.stages.functional import make_functional_
@@ -43,6 +44,7 @@ __all__ = [
     "Unguarded",
     "captured_program",
     "computes",
+    "extent_of",
     "is_tensor_node",
     "marked",
     "shows_at_once",
@@ -407,13 +409,20 @@ _NORMS = frozenset({"batch_norm", "_native_batch_norm_legit_no_training"})
 _CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution"})
 
 
+def extent_of(size: Node) -> tuple[Node, int]:
+    """Return the value and the dimension whose extent a node stands for."""
+    of, dim = size.args[0], size.args[1]
+    assert isinstance(of, Node)
+    assert isinstance(dim, int)
+    return of, dim
+
+
 def _cuts_of_layers(body: GraphModule) -> tuple[Cut, ...]:
     """Return cuts for a network without sites: before its norms, or after its convolutions."""
-    calls = [n for n in body.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
-    norms = [n for n in calls if n.target._schema.name.partition("::")[2] in _NORMS]
+    norms = [n for n in body.graph.nodes if name_of(n) in _NORMS]
     if norms:
         return tuple(Cut(n.name, n.args[0], frozenset({n})) for n in norms if isinstance(n.args[0], Node))
-    convolutions = [n for n in calls if n.target._schema.name.partition("::")[2] in _CONVOLUTIONS]
+    convolutions = [n for n in body.graph.nodes if name_of(n) in _CONVOLUTIONS]
     return tuple(Cut(n.name, n, frozenset(n.users)) for n in convolutions)
 
 

@@ -20,12 +20,12 @@ from normfix.tiling.grid import Geometry, grid
 from normfix.tiling.stages.biases import Bias, Numbers
 from normfix.tiling.stages.bins import Partial
 from normfix.tiling.stages.blocks import Block, Given, ImageWork, Read, Told, Work
-from normfix.tiling.stages.cutting import Stage, extent_of, windowed
+from normfix.tiling.stages.cutting import Stage, windowed
 from normfix.tiling.stages.engines import Crew
 from normfix.tiling.stages.journal import SEALS, Journal, Measured
 from normfix.tiling.stages.masks import mask_of
 from normfix.tiling.stages.overviews import Overview
-from normfix.tiling.stages.program import Program, Shapes
+from normfix.tiling.stages.program import Program, Shapes, extent_of
 from normfix.tiling.stages.schedule import Schedule, block_extents
 from normfix.tiling.stages.store import Kept, Store
 from normfix.tiling.stages.stretches import Stretched
@@ -189,13 +189,9 @@ class Run:
         if overview is None:
             return {}
         pools = [self.pools[image, node] for node in overview.pools]
-        told = self._told(overview, image)
+        told = overview.told(self.shapes[image])
         with torch.no_grad():
             return dict(zip(overview.gives, overview.run(*pools, *told), strict=True))
-
-    def _told(self, overview: Overview, image: int) -> tuple[int, ...]:
-        """Return the extents that an overview is told."""
-        return tuple(self.shapes[image][of][dim] for of, dim in map(extent_of, overview.sizes))
 
     def _work(self, stage: Stage) -> Work:
         """Return a stage as work on blocks, with room for what it computes."""
@@ -230,7 +226,7 @@ class Run:
         )
         whole: tuple[Tokens | Bias | Tensor, ...] = (
             *(self._tokens(image, node) for node in stage.whole),
-            *(Bias(seen.run, self._told(seen, image)) for seen in stage.biases),
+            *(Bias(one.run, one.told(shapes)) for one in stage.biases),
             *(seen[node] for node in stage.overviews),
         )
         told = (Told(maps[of], shapes[of], dim) for of, dim in map(extent_of, stage.sizes))
