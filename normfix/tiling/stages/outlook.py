@@ -136,12 +136,13 @@ def _seconds_per_pixel(stage: Stage, run: Run) -> float | None:
             extents[dim] = int(n * scale)
         return extents
 
-    likes = [node.meta["val"] for node in stage.reads]
+    given = [(node, shape(node)) for node in stage.reads]
+    given += [(node, list(run.shapes[0][node])) for node in stage.overviews]
+    likes = [node.meta["val"] for node, _ in given]
     values = [
-        torch.full(shape(node), 0.5, device=like.device).to(like.dtype)
-        for node, like in zip(stage.reads, likes, strict=True)
+        torch.full(extents, 0.5, device=like.device).to(like.dtype)
+        for (_, extents), like in zip(given, likes, strict=True)
     ]
-    values += [torch.full(run.shapes[0][node], 0.5, dtype=node.meta["val"].dtype) for node in stage.overviews]
     told = [shape(of)[dim] for of, dim in map(extent_of, stage.sizes)]
     try:
         with torch.no_grad():
