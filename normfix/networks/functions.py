@@ -24,6 +24,7 @@ __all__ = [
     "DIRECT",
     "NORMS",
     "arguments_of",
+    "axes_of_pool",
     "bound",
     "by_position",
     "operand_of",
@@ -208,6 +209,11 @@ def tokens_of(name: str, rank: int) -> int:
     return 0 if name == "multi_head_attention_forward" else rank - 2
 
 
+def axes_of_pool(name: str) -> int:
+    """Return over how many axes a pool is taken, by the name of the function: of places too, or of values alone."""
+    return next(n for n in (1, 2, 3) if f"_pool{n}d" in name)
+
+
 def reduced_by(name: str, given: Mapping[str, Any], rank: int) -> tuple[int, ...] | None:
     """Return the dimensions that a call reduces, counted from the front; None if its arguments do not say.
 
@@ -217,7 +223,7 @@ def reduced_by(name: str, given: Mapping[str, Any], rank: int) -> tuple[int, ...
         rank: of the operand.
     """
     if name in _POOLING:
-        return tuple(range(rank - int(name[-2]), rank))
+        return tuple(range(rank - axes_of_pool(name), rank))
     if name not in _REDUCING:
         return None
     dim = given.get("dim")

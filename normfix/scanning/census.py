@@ -82,7 +82,8 @@ class Call:
     owner's calls of this function in this invocation. `arguments` are bound by name for norms and reducing
     functions only, tensors replaced by Shaped. `operand` tells which of the tensors among the arguments is
     the first that depends on the input, of shape `inputs[0]`. `reads` and `writes` are serial numbers of memory
-    that depends on the input. `numbers` are the Python numbers among the arguments, `kinds` the outputs' dtypes.
+    that depends on the input. `numbers` are the Python numbers among the arguments and steps of slices, `kinds` the
+    outputs' dtypes.
     `returned` tells that the result that counts holds an output of this call, `checkpointed` names the modules
     whose forward recomputes this call by an activation checkpoint, `hooked` that a hook of the root makes it,
     outside of every forward.
@@ -281,7 +282,7 @@ class Recorder(TorchFunctionMode):
                 outputs=tuple(tuple(t.shape) for t in results),
                 reads=reads,
                 writes=tuple(self.mark(t) for t in results) if dependent else (),
-                numbers=tuple(float(v) for v in tree_leaves((args, kwargs)) if type(v) in (int, float)),
+                numbers=_numbers(args, kwargs),
                 kinds=tuple(_kind(t.dtype) for t in results),
                 operand=operand,
                 checkpointed=tuple(f.path for f in self.frames if f.checkpoints < checkpoints),
@@ -304,6 +305,13 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, Tensor):
             return Shaped(tuple(value.shape), self.depends(value))
         return value
+
+
+def _numbers(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[float, ...]:
+    """Return the numbers among a call's arguments, and the steps of its slices, which are strides."""
+    given = tree_leaves((args, kwargs))
+    steps = (v.step for v in given if isinstance(v, slice) and isinstance(v.step, int))
+    return tuple(float(v) for v in (*given, *steps) if type(v) in (int, float))
 
 
 def _memory(tensor: Tensor) -> tuple[int, object]:

@@ -80,7 +80,8 @@ def _before(softmax: int, calls: Sequence[Call]) -> int | None:
     """Return the product that a softmax is taken of, through what keeps its dimensions."""
     position = softmax
     while True:
-        read = calls[position].reads[0]
+        # what positions alone make is read of no activation
+        read = next(iter(calls[position].reads), None)
         made = (p for p in reversed(range(position)) if read in calls[p].writes)
         position = next(made, -1)
         if position < 0:

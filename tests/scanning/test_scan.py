@@ -232,6 +232,45 @@ def test_strides_that_sizes_leave_open_are_found(stride, extent):
     assert (found.stride, found.halo) == ((stride, stride), ((0, 0), (0, 0)))
 
 
+@pytest.mark.parametrize(("step", "first", "size"), [(25, 0, (101, 77)), (50, 3, (256, 256))])
+def test_strides_made_by_slicing_are_found(step, first, size):
+    """At sizes that they divide or not: the step of a slice is a stride that a call is given."""
+
+    class Sliced(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Conv2d(1, 2, 3, padding=1)
+
+        def forward(self, x):
+            return self.inner(x)[..., first::step, first::step]
+
+    assert normfix.scan(Sliced().eval(), torch.rand(1, 1, *size)).stride == (step, step)
+
+
+class Kept(nn.Module):
+    """Maxima of bins whose places are thrown away."""
+
+    def forward(self, x):
+        value, _ = F.adaptive_max_pool2d(x, 4, return_indices=True)
+        return x + F.interpolate(value, size=x.shape[2:])
+
+
+class Biased(nn.Module):
+    """Attention whose bias is a softmax over numbers of positions."""
+
+    def forward(self, x):
+        tokens, numbers = x.flatten(2).mT, torch.arange(x.shape[2] * x.shape[3]) * 0.01
+        bias = (numbers[:, None] - numbers).softmax(-1)
+        return F.scaled_dot_product_attention(tokens, tokens, tokens, bias).mT.reshape(x.shape)
+
+
+@pytest.mark.parametrize("net", [Kept, Biased])
+def test_what_is_made_by_a_function_with_places_or_of_positions_is_a_site(net):
+    """The whole extent counts in both, and no constant stands for it."""
+    (site,) = normfix.scan(net().eval(), torch.rand(1, 1, 32, 32)).live
+    assert site.refusal
+
+
 def test_a_map_of_one_size_is_told_from_a_coarse_one():
     """Control: what no image makes larger, however far it grows, follows none."""
 

@@ -143,6 +143,14 @@ def _near(q, k, v):
     return scores.masked_fill(_offsets(q, k).abs() > 9, -torch.inf).softmax(-1) @ v
 
 
+def _in_a_square(q, k, v):
+    """Keys within a window of each query along both axes, itself left out: masks that are put together."""
+    y, x = torch.arange(k.shape[-2]) // 3, torch.arange(k.shape[-2]) % 3
+    near = ((y[:, None] - y).abs() <= 2) & ((x[:, None] - x).abs() <= 1) | (y[:, None] == y)
+    mask = near & ~torch.eye(q.shape[-2], k.shape[-2], dtype=torch.bool)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
 def _masked_by_the_image(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=q @ k.transpose(-1, -2) > -1)
 
@@ -167,7 +175,12 @@ def test_what_is_not_of_positions_pair_by_pair_is_left(form):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "form",
-    [_causal, _sloping, *(pytest.param(f, marks=pytest.mark.zoo) for f in (_lower, _looked_up, _near))],
+    [
+        _causal,
+        _in_a_square,
+        _sloping,
+        *(pytest.param(f, marks=pytest.mark.zoo) for f in (_lower, _looked_up, _near)),
+    ],
 )
 def test_masks_and_biases_of_positions_are_those_of_the_whole(form):
     """Blocks have them by the place of their queries in the whole image, at another size than was captured."""

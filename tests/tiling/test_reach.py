@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -426,3 +427,16 @@ def test_a_bound_of_any_chain_holds(parts: list[tuple[str, int, int]]):
         before, after = true_reach(net, bound, 1, length, cross=64, tile=tile)
         assert bound.halo(bound.lattice)[1][0] >= before
         assert bound.halo(bound.lattice)[1][1] >= after
+
+
+@pytest.mark.parametrize("strides", [(50,), (2, 25), (6, 35)])
+def test_the_lattice_of_coarse_strides_is_the_least(strides):
+    """No prime of 50 alone makes a line of ceil(n / 50)."""
+
+    class Sliced(nn.Module):
+        def forward(self, x):
+            for stride in strides:
+                x = x[..., ::stride, :]
+            return x
+
+    assert bound_for(Sliced(), (1, 1, 700, 16)).lattice[0] == math.prod(strides)

@@ -31,6 +31,8 @@ from normfix.layers.moments import measure, merge
 from normfix.networks.calling import Caller
 from normfix.networks.graph.raising import unlifted
 from normfix.scanning.sites import survey
+from normfix.tiling.stages import reach as reaches_of
+from normfix.tiling.stages import scheduling
 from normfix.tiling.stages.engines import Local
 from normfix.tiling.stages.execution import execute
 from normfix.tiling.stages.program import captured_program
@@ -315,6 +317,57 @@ def test_what_blocks_would_get_wrong_is_refused(net, code):
     torch.manual_seed(0)
     with pytest.raises(NormfixError, match=code):
         schedule(captured_program(net().eval(), Caller(), torch.rand(1, 1, 96, 64), []), stride=(2, 2))
+
+
+class Placed(nn.Module):
+    """Looks at the place of each row: `rows(numbers)` says which row is read for each."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.conv, self.rows = nn.Conv2d(1, 1, 3, padding=1), rows
+
+    def forward(self, x):
+        x = self.conv(x)
+        return x + x[:, :, self.rows(torch.arange(x.shape[2]))]
+
+
+class MaskedLate(Placed):
+    """Doubles the rows from one on."""
+
+    def forward(self, x):
+        x = self.conv(x)
+        return torch.where((torch.arange(x.shape[2]) >= self.rows)[:, None], 2 * x, x)
+
+
+@pytest.mark.parametrize(
+    "net", [MaskedLate(700), Placed(lambda n: n.clamp(max=700))], ids=["a mask", "rows that are read"]
+)
+@pytest.mark.parametrize("largest", [1 << 18, 1])
+def test_places_that_count_far_from_the_corner_alone_are_found(monkeypatch, net, largest):
+    """No short strip shows them, so what is made of places is proved at the image's size, or on strips as long."""
+    monkeypatch.setattr(scheduling, "_LARGEST", largest)
+    program = captured_program(net.eval(), Caller(), torch.rand(1, 1, 32, 32), [])
+    planned = schedule(program, stride=(1, 1))
+    scheduling.require_as_large(planned, (1, 1), (700, 20))
+    with pytest.raises(NormfixError, match=r"NF325 size \(705, \d+\)"):
+        scheduling.require_as_large(planned, (1, 1), (705, 20))
+
+
+def test_places_that_count_relative_to_a_block_are_exact():
+    """Control: each row reads its neighbour by number."""
+    net = Placed(lambda n: (n + 1).clamp(max=n.shape[0] - 1))
+    program = captured_program(net.eval(), Caller(), torch.rand(1, 1, 32, 32), [])
+    scheduling.require_as_large(schedule(program, stride=(1, 1)), (1, 1), (705, 20))
+
+
+def test_blocks_that_are_too_large_to_be_compared_are_refused(monkeypatch):
+    """Where maps start together every many pixels only, memory would not do."""
+    monkeypatch.setattr(reaches_of, "_MOST", 1 << 11)
+    program = captured_program(nn.Conv2d(1, 1, 3, 2).eval(), Caller(), torch.rand(1, 1, 32, 32), [])
+    with pytest.raises(
+        NormfixError, match="NF324 stage 0: its maps start at whole positions every 2x2 pixels"
+    ):
+        schedule(program, stride=(2, 2))
 
 
 @pytest.mark.slow

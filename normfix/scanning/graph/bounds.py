@@ -23,7 +23,8 @@ from torch.fx import Node
 
 from normfix.errors import PACKAGE, NormfixError
 from normfix.networks.graph.capture import image_of
-from normfix.networks.graph.operators import name_of, taken_by, viewed_by
+from normfix.networks.graph.extents import is_even, is_sized, space_of
+from normfix.networks.graph.operators import name_of, taken_by
 from normfix.networks.releases import values_of
 from normfix.records.sizes import Condition
 from normfix.scanning.graph.formulas import NoText, text_of
@@ -44,9 +45,6 @@ _CHOOSING = frozenset({"conv"})
 """Functions of torch's that ask for a size to choose one of several kernels, which all compute the same."""
 _DIAGONAL = ("tril", "triu")
 """Operators that keep what is on one side of the diagonal, along which no strip goes."""
-_EVEN = frozenset(
-    {"full", "zeros", "ones", "empty", "new_full", "new_zeros", "new_ones", "new_empty", "rand", "randn"}
-)
 _EXTENTS = (8, 12, 16, 24, 40, 64, 100, 160, 250, 400, 640, 1000, 1600, 2500, 4000, 10_000, 100_000, 1 << 20)
 """Extents at which a condition is asked whether any image breaks it."""
 _PLACING = ("upsample", "_upsample", "arange", "linspace", "grid_sampler")
@@ -284,14 +282,14 @@ def _numbers(program: ExportedProgram, image: Node, reading: _Reading) -> Iterat
     They are arguments such as 1 + w // 64 in `y * (1 + w // 64)`, and what sums and counts make of maps that
     follow the image's extent and not its values, as `torch.ones(w).sum()` does.
     """
-    depends, sized, space = {image}, set[Node](), _space(image)
+    depends, sized, space = {image}, set[Node](), space_of(image)
     for node in program.graph.nodes:
         if node.op != "call_function" or not _is_tensor(node):
             continue
         given = taken_by(node)
         if any(source in depends for source in given):
             depends.add(node)
-        elif _is_sized(node, space):
+        elif is_sized(node, space):
             sized.add(node)
         elif extents := [n for source in given if source in sized for n in _sizes_of(source.meta["val"])]:
             for extent in extents:
@@ -361,16 +359,16 @@ def _placed(program: ExportedProgram, image: Node) -> tuple[str, ...]:
     Keeping one side of the diagonal lays such a map over the image, whatever it is kept of, and places of maxima are
     one where anything but unpooling takes them.
     """
-    depends, varies, lines, space = {image}, set[Node](), [], _space(image)
+    depends, varies, lines, space = {image}, set[Node](), [], space_of(image)
     for node in program.graph.nodes:
         given = taken_by(node) if node.op == "call_function" else []
         if any(source in depends for source in given):
             depends.add(node)
-            if _is_sized(node, space) and (name_of(node).rstrip("_") in _DIAGONAL or _is_place(node)):
+            if is_sized(node, space) and (name_of(node).rstrip("_") in _DIAGONAL or _is_place(node)):
                 lines.append(_line(node))
-        elif given and _is_sized(node, space) and any(source in varies for source in given):
+        elif given and is_sized(node, space) and any(source in varies for source in given):
             varies.add(node)
-        elif node.op == "call_function" and _is_sized(node, space) and not _is_even(node, space):
+        elif node.op == "call_function" and is_sized(node, space) and not is_even(node, space):
             varies.add(node)
             lines.append(_line(node))
     return tuple(dict.fromkeys(line for line in lines if line))
@@ -386,36 +384,6 @@ def _is_place(node: Node) -> bool:
         and "max_pool" in name_of(pool)
         and any("max_unpool" not in name_of(user) for user in node.users)
     )
-
-
-def _is_even(node: Node, space: Collection[Any]) -> bool:
-    """Tell whether a map of the image's extent has one value throughout, if the maps that it is made of have."""
-    name, viewed = name_of(node), viewed_by(node)
-    if name == "expand":
-        source, shape = taken_by(node)[0].meta["val"].shape, node.meta["val"].shape
-        pairs = zip(shape[len(shape) - len(source) :], source, strict=True)
-        return all(isinstance(n, int) or not isinstance(m, int) or m == 1 for n, m in pairs)
-    pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-    return (
-        pointwise
-        or name in _EVEN
-        or name.endswith("_like")
-        or (viewed is not None and _is_sized(viewed, space))
-    )
-
-
-def _space(image: Node) -> frozenset[Any]:
-    """Return the symbols of the image's free extents over space."""
-    extents = image.meta["val"].shape[2:]
-    return frozenset(s for n in extents if not isinstance(n, int) for s in n.node.expr.free_symbols)
-
-
-def _is_sized(node: Node, space: Collection[Any]) -> bool:
-    """Tell whether a tensor follows the image's extent; a batch of vectors does not."""
-    value = node.meta.get("val")
-    extents: Sequence[Any] = value.shape if isinstance(value, Tensor) else ()
-    free = (n.node.expr.free_symbols for n in extents if not isinstance(n, int))
-    return any(symbol in space for symbols in free for symbol in symbols)
 
 
 def _line(node: Node) -> str:

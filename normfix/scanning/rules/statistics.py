@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from normfix.networks.functions import ATTENTION, COUNTED, reduced_by
+from normfix.networks.functions import ATTENTION, COUNTED, axes_of_pool, reduced_by
 from normfix.records.sites import Family, Law, StatisticSpec
 from normfix.scanning.census import Call, Shaped
 from normfix.scanning.growth import FIXED, REDUCED, Growth
@@ -90,7 +90,7 @@ def refusal_of(
         return _HIDDEN_NORM
     if role in _REFUSALS:
         return _REFUSALS[role]
-    if "_pool" in call.function and math.prod(call.outputs[0][-int(call.function[-2]) :]) > 1:
+    if "_pool" in call.function and math.prod(call.outputs[0][-axes_of_pool(call.function) :]) > 1:
         return _LAYOUT
     if call.function not in _NAMES or call.function in ATTENTION:  # which is held, if at all, by its keys
         return f"normfix has no rule for {call.function} over space"

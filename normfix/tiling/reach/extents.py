@@ -8,6 +8,7 @@ divided and told apart by integer arithmetic alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -182,11 +183,13 @@ def _finer(sizes: Sizes, shape: Sequence[Any], expr: Any, axis: int) -> Iterator
     # a factor that was given as a number, such as 0.5
     factors = [Fraction(float(n)).limit_denominator(_LARGEST) for n in expr.atoms(sympy.Float)]
     numbers |= {part for factor in factors for part in (factor.denominator, factor.numerator)}
-    for prime in sorted({p for n in numbers if n > 1 for p in sympy.primefactors(n)}):
-        lattice = list(sizes.lattice)
-        lattice[axis] *= prime
-        if lattice[axis] <= _LARGEST:
-            yield Sizes(shape, lattice)
+    known = sizes.lattice[axis]
+    units = {known * p for n in numbers if n > 1 for p in sympy.primefactors(n)}
+    # of a stride such as 50 no prime alone makes a line
+    units |= {math.lcm(known, n) for n in numbers if n > 1}
+    for unit in sorted(units - {known}):
+        if unit <= _LARGEST:
+            yield Sizes(shape, [*sizes.lattice[:axis], unit, *sizes.lattice[axis + 1 :]])
 
 
 def _factor(extent: Any) -> int:

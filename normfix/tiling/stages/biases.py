@@ -25,6 +25,9 @@ __all__ = ["Bias", "NotByPairs", "Numbers"]
 
 _aten = torch.ops.aten
 _SAME = frozenset({"clone", "alias", "contiguous", "detach", "to", "_to_copy", "type_as", "lift_fresh_copy"})
+_LOGICAL = frozenset({"__and__", "__or__", "__xor__", "rsub"})
+"""Work pair by pair, without torch's tag for it in every version."""
+
 _FILLED = frozenset({"full", "ones", "zeros", "new_full", "new_ones", "new_zeros"})
 
 
@@ -173,7 +176,7 @@ class _Narrowed:
         if not isinstance(target, torch._ops.OpOverload):
             raise NotByPairs(str(target))
         name = name_of(node)
-        if torch.Tag.pointwise in target.tags or name in (*_SAME, "expand"):
+        if torch.Tag.pointwise in target.tags or name in (*_SAME, *_LOGICAL, "expand"):
             return self._broadcast
         found = getattr(self, f"_{name}", None)
         if name in _FILLED:
@@ -217,6 +220,11 @@ class _Narrowed:
         sizes[row], sizes[column] = len(self._rows), len(self._columns)
         target: Any = node.target
         return target(*args[:place], sizes, *args[place + 1 :], **kwargs)
+
+    def _eye(self, node: Node, row: int, column: int) -> Any:
+        one, off = torch.ones((), dtype=node.meta["val"].dtype, device=self._rows.device), row > column
+        rows, columns = (self._columns, self._rows) if off else (self._rows, self._columns)
+        return torch.where(rows[:, None] == columns, one, torch.zeros_like(one))
 
     def _permute(self, node: Node, row: int, column: int) -> Any:
         dims: Any = node.args[1]

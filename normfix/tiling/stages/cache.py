@@ -34,7 +34,7 @@ from normfix.tiling.stages.plans import keep, kept
 from normfix.tiling.stages.program import Program, captured_program, computes, marked, shows_at_once
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.schedule import Schedule
-from normfix.tiling.stages.scheduling import plans_of, recall_, schedule
+from normfix.tiling.stages.scheduling import plans_of, recall_, require_as_large, schedule
 
 __all__ = ["hand_on", "is_captured", "keep_plans", "program_of", "schedule_of", "usual_stride"]
 
@@ -211,6 +211,8 @@ def schedule_of(
     key = (tuple(stride), rests, measured, outputs)
     if key not in known:
         known[key] = schedule(program, stride=stride, rests=rests, measured=measured, outputs=outputs)
+    longest = [max(extents) for extents in zip(*(image.shape[2:] for image in images), strict=True)]
+    require_as_large(known[key], stride, longest)
     return known[key]
 
 

@@ -19,6 +19,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from normfix.layers.affine import normalise, normalise_rectified
+from normfix.networks.graph.extents import is_even, is_sized, space_of
 from normfix.networks.graph.operators import name_of
 from normfix.tiling.stages.maps import ProgramMaps
 from normfix.tiling.stages.overviews import Overview, overview_of, overviews
@@ -39,7 +40,7 @@ class Stage:
     an extent of another value. `stores` and `measures` are among `gives`; `measures` names the site of each,
     and `pools` are those that are put together of what is among them. `before` computes the overviews that it reads;
     `after` those with sites, once it is done, one after the other. `grid` is in pixels per axis; `weight` the bytes
-    alive at once per pixel of the image.
+    alive at once per pixel of the image. `is_laid` tells that it makes values of the places of pixels, such as a mask.
     """
 
     number: int
@@ -58,6 +59,7 @@ class Stage:
     pools: tuple[Node, ...] = ()
     before: Overview | None = None
     after: tuple[Overview, ...] = ()
+    is_laid: bool = False
 
 
 def cut(
@@ -315,8 +317,15 @@ def _stage(
         measures=measures,
         returns=returns,
         grid=maps.grid(values, ndim),
+        is_laid=any(_is_laid(n, program.image) for n in inside - maps.moving),
         weight=_weight(order, reads, gives, shapes) / math.prod(shapes[program.image][2:]),
     )
+
+
+def _is_laid(node: Node, image: Node) -> bool:
+    """Tell whether a value follows the image's extents alone and varies over it, as numbers of positions do."""
+    space = space_of(image)
+    return node.op == "call_function" and is_sized(node, space) and not is_even(node, space)
 
 
 def _multiply_(graph: Graph) -> None:

@@ -50,6 +50,9 @@ _NEAR, _AFAR = 32, 128
 _CELLS = {1: 32, 2: 32, 3: 8}
 """Cells per axis of the noise that strips are made of, per number of axes: a cell has as many pixels as its grid."""
 
+_MOST = 1 << 30
+"""Values of the noise that strips are made of, at most: 8 GiB of float64."""
+
 _MULTIPLES = (1, 2, 4, 8, 16)
 """Numbers of cells that a stage is tried to be cut at, until it runs on strips of such lengths."""
 
@@ -233,6 +236,14 @@ class _Cells:
         # biases move no reach
         self._whole = [*whole, *(None for _ in stage.biases), *seen]
         space = (_CELLS[self._ndim],) * self._ndim
+        if channels * math.prod(space) > _MOST:
+            side = "x".join(map(str, stage.grid))
+            raise NotInStages(
+                "NF324",
+                f"its maps start at whole positions every {side} pixels only, and blocks of so many are too large to "
+                "be compared.",
+                where=f"stage {stage.number}",
+            )
         self.example = torch.randn(1, channels, *space, generator=generator, dtype=torch.float64)
         self.example = self.example.to(device, dtype)
 

@@ -7,6 +7,7 @@ border and blocks that do not, and compares every value that any stage computes 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -33,7 +34,7 @@ from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.schedule import Schedule
 from normfix.tiling.stages.store import Kept, Store
 
-__all__ = ["largest_difference", "plans_of", "recall_", "schedule"]
+__all__ = ["largest_difference", "plans_of", "recall_", "require_as_large", "schedule"]
 
 
 def schedule(
@@ -83,6 +84,40 @@ def schedule(
     return planned
 
 
+def require_as_large(planned: Schedule, stride: Sequence[int], image: Sequence[int]) -> None:
+    """Prove a schedule at an image's size, where a stage makes values of the places of pixels.
+
+    What such values are far from the image's corner no short strip shows: a mask that begins at the thousandth row.
+    Images of over 2^18 pixels are proved on strips that are as long along one axis each.
+
+    Args:
+        planned: as `schedule` returned it.
+        stride: as `schedule` was given it.
+        image: pixels per axis.
+
+    Raises:
+        NotInStages: NF325.
+    """
+    if not any(stage.is_laid for stage in planned.stages):
+        return
+    known = _KNOWN.setdefault(planned.program.body, _Known())
+    gives = tuple(node.name for stage in planned.stages for node in stage.gives)
+    thin = list(_example_size(planned.program, stride))
+    sizes = [(*thin[:2], *image)]
+    if math.prod(image) > _LARGEST:
+        sizes = [(*thin[: d + 2], n, *thin[d + 3 :]) for d, n in enumerate(image)]
+    for size in sizes:
+        if (gives, size) in known.sizes:
+            continue
+        try:
+            with exact_arithmetic():
+                difference = _difference(planned, size)
+        except refusals() as error:
+            raise NotInStages("NF325", f"it does not run: {error}", where=f"size {size[2:]}") from error
+        _require_exact(difference, f"size {size[2:]}")
+        known.sizes.add((gives, size))
+
+
 def plans_of(program: Program) -> tuple[Plan, ...]:
     """Return what was proved of a program, in this process or as `recall_` was told."""
     return tuple(_KNOWN[program.body].plans.values()) if program.body in _KNOWN else ()
@@ -103,13 +138,17 @@ def recall_(program: Program, plans: Sequence[Plan]) -> None:
 class _Known:
     """What was measured of the stages of a program, by what they compute, what a file states, and proved of its cuts.
 
-    Most stages are the same whether statistics or outputs are wanted.
+    `sizes` were proved of what stages give besides. Most stages are the same whether statistics or outputs are wanted.
     """
 
     reaches: dict[str, Reach] = field(default_factory=dict)
     stated: dict[str, Reach] = field(default_factory=dict)
     plans: dict[str, Plan] = field(default_factory=dict)
+    sizes: set[tuple[tuple[str, ...], tuple[int, ...]]] = field(default_factory=set)
 
+
+_LARGEST = 1 << 18
+"""Pixels of an image that is proved whole where a stage makes values of places, at most."""
 
 _KNOWN: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
 
@@ -145,12 +184,16 @@ def _prove(planned: Schedule, stride: Sequence[int], rests: Collection[tuple[int
     """
     for axis in range(len(stride)):
         difference = max(_difference(planned, size) for size in _probe_sizes(planned, stride, axis, rests))
-        if not difference <= EXACT:
-            raise NotInStages(
-                "NF325",
-                f"blocks differ from the whole by {difference:.1g} of the largest value (float64).",
-                where=f"axis {axis}",
-            )
+        _require_exact(difference, f"axis {axis}")
+
+
+def _require_exact(difference: float, where: str) -> None:
+    if not difference <= EXACT:
+        raise NotInStages(
+            "NF325",
+            f"blocks differ from the whole by {difference:.1g} of the largest value (float64).",
+            where=where,
+        )
 
 
 def _reach_of(stage: Stage, maps: ProgramMaps, shapes: Shapes, program: Program) -> Reach:
