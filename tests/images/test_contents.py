@@ -287,3 +287,19 @@ def test_a_walk_for_the_scale_is_the_walk_for_the_contents(tmp_path, monkeypatch
         assert image.fingerprint() == first
         list(image.pieces())
     assert len(reads) == 2
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".nii"])
+def test_what_was_read_stays_what_it_was(tmp_path, suffix):
+    """A mapped file would be read where its values are used, after it was looked at for changes."""
+    path = tmp_path / f"image{suffix}"
+    if suffix == ".npy":
+        np.save(path, ARRAY)
+    else:
+        nibabel.save(nibabel.Nifti1Image(ARRAY.T, np.eye(4)), path)
+    with open_windows(path, ndim=2, channels=1) as window:
+        values = window.read([(0, 48), (0, 44)])
+        with path.open("r+b") as file:
+            file.seek(-ARRAY.nbytes, os.SEEK_END)
+            file.write(bytes(ARRAY.nbytes))
+        np.testing.assert_array_equal(values[0], ARRAY)

@@ -57,7 +57,7 @@ def open_file(path: Path, choice: Choice | None = None) -> Opened:
                 return open_nifti(path)
             case ".npy":
                 # np.load would open archives and pickles of any name too.
-                return Opened(np.lib.format.open_memmap(path, "r"))
+                return Opened(_Mapped(np.lib.format.open_memmap(path, "r")))
             case ".png":
                 from normfix.images.formats.png import open_png
 
@@ -76,6 +76,21 @@ def open_file(path: Path, choice: Choice | None = None) -> Opened:
     except Exception as error:
         raise unreadable(path, error) from error
     raise NormfixError("NF101", f"it is no {', '.join(SUFFIXES)} or Zarr image.", where=str(path))
+
+
+class _Mapped:
+    """Values of a mapped file, read when a window is asked for.
+
+    A view would be read where it is used, after the file was looked at for changes (normfix.images.contents).
+    """
+
+    def __init__(self, values: np.memmap[Any, Any]) -> None:
+        self._values = values
+        self.shape: tuple[int, ...] = values.shape
+        self.dtype = values.dtype
+
+    def __getitem__(self, index: Any) -> Any:
+        return np.array(self._values[index])
 
 
 def unreadable(path: Path, error: Exception) -> NormfixError:
