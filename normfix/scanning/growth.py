@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from normfix.networks.calling import refusals, resized
+from normfix.networks.functions import ATTENTION, tokens_of
 from normfix.scanning.census import Call, Follow, alone, census
 
 __all__ = ["FIXED", "REDUCED", "SQUARED", "Growth", "Pass", "look_again", "look_at_two", "ran_otherwise"]
@@ -31,8 +32,8 @@ _FEW, _COARSEST = 3, 4096
 
 _WIDE = {1: 1024, 2: 256, 3: 64}
 """Pixels by which an image grows at least to tell a coarse map from one of a fixed size, per number of axes."""
-_MOST = 1 << 20
-"""Pixels of the largest image that is run for that."""
+_MOST, _MOST_PAIRED = 1 << 20, 1 << 13
+"""Pixels of the largest image that is run for that; where pixels are compared with pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ def look_again(
     if near is None or not (still := _unmoved(calls, near.calls, example.dim())):
         return near
     wide = [n + max(n, _WIDE.get(example.dim() - 2, 0)) for n in example.shape[2:]]
-    if math.prod(wide) > _MOST:
+    if math.prod(wide) > (_MOST_PAIRED if _compares_pixels(calls, near.calls) else _MOST):
         return near
     far = _look(model, run, resized(example, wide), calls, follow)
     return near if far is None or _unmoved(calls, far.calls, example.dim()) >= still else far
@@ -74,9 +75,17 @@ def _unmoved(here: Sequence[Call], there: Sequence[Call], rank: int) -> int:
     pairs = (
         pair for a, b in zip(here, there, strict=True) for pair in zip(a.outputs, b.outputs, strict=False)
     )
-    return sum(
-        len(a) == len(b) == rank and a[2:] == b[2:] and math.prod(a[2:]) > 1 and a[0] == 1 for a, b in pairs
-    )
+    return sum(a == b and len(a) == rank and math.prod(a[2:]) > 1 and a[0] == 1 for a, b in pairs)
+
+
+def _compares_pixels(here: Sequence[Call], there: Sequence[Call]) -> bool:
+    """Tell whether a call is an attention that has more or fewer tokens at the other size: its work is of all pairs."""
+
+    def tokens(call: Call) -> int:
+        shape = call.inputs[0]
+        return shape[tokens_of(call.function, len(shape))]
+
+    return any(a.function in ATTENTION and tokens(a) != tokens(b) for a, b in zip(here, there, strict=True))
 
 
 def ran_otherwise(

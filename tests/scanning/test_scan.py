@@ -15,6 +15,8 @@ from normfix.cli.texts import scan_text
 from normfix.networks.calling import Caller
 from normfix.networks.releases import is_exporting
 from normfix.records.sites import Scan
+from normfix.scanning.census import census
+from normfix.scanning.growth import look_again
 from normfix.scanning.sites import survey
 
 
@@ -244,3 +246,30 @@ def test_a_map_of_one_size_is_told_from_a_coarse_one():
     found = normfix.scan(Fixed().eval(), torch.rand(1, 1, 64, 64))
     assert not found.dense
     assert "NF214" in {f.code for f in found.findings}
+
+
+@pytest.mark.parametrize("kind", ["pixels", "pixels, torch's module", "no attention"])
+def test_no_attention_is_run_on_a_far_larger_image(kind):
+    """A map that stays as it is calls for a larger image, but not where each pixel is compared with all."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.MultiheadAttention(4, 1, batch_first=True)
+
+        def forward(self, x):
+            tokens = x.flatten(2).mT
+            if kind == "pixels":
+                tokens = F.scaled_dot_product_attention(tokens, tokens, tokens)
+            elif kind != "no attention":
+                tokens = self.module(tokens, tokens, tokens)[0]
+            return tokens.mT.unflatten(2, x.shape[2:]) + F.adaptive_avg_pool2d(x, 2).relu().mean()
+
+    net, example, extents = Net().eval(), torch.rand(1, 4, 16, 16), []
+
+    def run(model, x):
+        extents.append(x.shape[2])
+        return model(x)
+
+    look_again(net, run, example, census(net, run, example)[0])
+    assert (max(extents) >= 256) == (kind == "no attention")
