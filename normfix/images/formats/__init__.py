@@ -13,6 +13,7 @@ import numpy as np
 
 from normfix.errors import NormfixError
 from normfix.images.endings import SUFFIXES, is_zarr, suffix_of
+from normfix.images.formats.npy import open_npy
 from normfix.images.formats.opened import ArrayLike, Choice, Opened
 from normfix.images.formats.placement import Placement
 from normfix.images.formats.zarr_layout import require_zarr
@@ -56,8 +57,7 @@ def open_file(path: Path, choice: Choice | None = None) -> Opened:
 
                 return open_nifti(path)
             case ".npy":
-                # np.load would open archives and pickles of any name too.
-                return Opened(_Mapped(np.lib.format.open_memmap(path, "r")))
+                return open_npy(path)
             case ".png":
                 from normfix.images.formats.png import open_png
 
@@ -76,21 +76,6 @@ def open_file(path: Path, choice: Choice | None = None) -> Opened:
     except Exception as error:
         raise unreadable(path, error) from error
     raise NormfixError("NF101", f"it is no {', '.join(SUFFIXES)} or Zarr image.", where=str(path))
-
-
-class _Mapped:
-    """Values of a mapped file, read when a window is asked for.
-
-    A view would be read where it is used, after the file was looked at for changes (normfix.images.contents).
-    """
-
-    def __init__(self, values: np.memmap[Any, Any]) -> None:
-        self._values = values
-        self.shape: tuple[int, ...] = values.shape
-        self.dtype = values.dtype
-
-    def __getitem__(self, index: Any) -> Any:
-        return np.array(self._values[index])
 
 
 def unreadable(path: Path, error: Exception) -> NormfixError:
