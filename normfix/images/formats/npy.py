@@ -65,7 +65,7 @@ class _Values:
         if not found.size:
             return found
         steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-        space = memoryview(found.reshape(-1).view(np.uint8))
+        space = found.reshape(-1).view(np.uint8).data
         starts = product(*(range(start, stop) for start, stop in spans[:last]))
         with self.path.open("rb", buffering=0) as file:
             for number, outer in enumerate(starts):
