@@ -7,6 +7,7 @@ normfix_threshold, are its defaults; what a test passes itself counts more.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from normfix.reporting.maps import Maps
 
 __all__ = ["tile_invariant"]
+
+_LONGEST = 150
+"""Characters of a page's name: most systems have 255 bytes."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -69,9 +73,13 @@ def tile_invariant(request: pytest.FixtureRequest) -> Callable[..., Verdict]:
             # it says what to do; where normfix found out is of no use to a suite
             raise error.with_traceback(None) from None
         if not verdict.passed:
-            if folder:
-                _write(Path(folder), request.node.nodeid, verdict, *views[:1])
-            raise AssertionError(explanation(verdict))
+            said = explanation(verdict)
+            try:
+                if folder:
+                    _write(Path(folder), request.node.nodeid, verdict, *views[:1])
+            except OSError as error:  # the test fails for what it asserts, whatever becomes of its page
+                said += f"\n--normfix-report {folder}: no page was written: {error.strerror or error}."
+            raise AssertionError(said)
         return verdict
 
     return fixture
@@ -94,4 +102,6 @@ def _write(folder: Path, test: str, verdict: Verdict, maps: Maps | None = None) 
 
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"\W+", "-", test).strip("-")
+    if "[" in test or len(name) > _LONGEST:  # cases may differ in signs alone, and be of any length
+        name = f"{name[:_LONGEST]}-{hashlib.sha256(test.encode()).hexdigest()[:8]}"
     (folder / f"{name}.html").write_text(text_of(".html", verdict, maps), encoding="utf-8")

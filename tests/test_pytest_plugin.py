@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from normfix import pytest_plugin
 from normfix.networks.quiet_imports import import_compiler
+from normfix.proof.check import check
 
 pytest_plugins = ("pytester",)
 
@@ -155,3 +157,23 @@ def test_a_suite_that_does_not_use_it_is_unchanged(pytester):
         line for line in told(plain) if "setup" not in line and "teardown" not in line
     ]
     assert used.errlines == plain.errlines
+
+
+def test_a_page_that_cannot_be_written_does_not_hide_why_the_test_fails(pytester):
+    """A file has the name of the folder."""
+    write(pytester, "InstanceNorm2d", ", tile=32")
+    (pytester.path / "taken").write_text("")
+    result = pytester.runpytest_inprocess("-p", "no:randomly", "--normfix-report", "taken")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        ["*AssertionError: failed: 1 statistic*", "*--normfix-report taken: no page*"]
+    )
+
+
+def test_cases_have_pages_of_their_own(tmp_path):
+    """Names of cases may differ in signs alone, and be longer than a file's name."""
+    verdict = check(nn.Conv2d(1, 1, 3, padding=1), torch.rand(1, 1, 8, 8), tile=32)
+    for test in ("t.py::t[a/b]", "t.py::t[a-b]", f"t.py::t[{'x' * 300}]", "t.py::t"):
+        pytest_plugin._write(tmp_path, test, verdict)
+    assert len(list(tmp_path.iterdir())) == 4
+    assert (tmp_path / "t-py-t.html").exists()

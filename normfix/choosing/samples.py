@@ -14,6 +14,7 @@ from torch import Tensor
 
 from normfix.choosing.bench import Sample
 from normfix.errors import NormfixError
+from normfix.images.axes import digest_of_array
 from normfix.images.collections import Images
 from normfix.images.sources import Image, Span, TensorImage, whole
 from normfix.tiling.grid import Geometry
@@ -116,20 +117,33 @@ def _tiles(space: Sequence[int], window: Sequence[int]) -> list[tuple[Span, ...]
 
 
 def folds_of(samples: Sequence[Sample], geometry: Geometry) -> list[Fold]:
-    """Return what is held out in turn.
+    """Return what is held out in turn; an image that is there twice is held out with its copies.
 
     Raises:
         NormfixError: NF556 for one image that is too small to be halved.
     """
-    if len(samples) == 1:
-        one, other = _halves(samples[0], geometry)
-        return [Fold((one,), (other,)), Fold((other,), (one,))]
-    count = min(_FOLDS, len(samples))
-    return [Fold(tuple(_without(samples, k, count)), tuple(samples[k::count])) for k in range(count)]
+    images = _distinct(samples)
+    if len(images) == 1:
+        halves = [_halves(sample, geometry) for sample in samples]
+        one, other = tuple(first for first, _ in halves), tuple(second for _, second in halves)
+        return [Fold(one, other), Fold(other, one)]
+    count = min(_FOLDS, len(images))
+    parts = [tuple(sample for copies in images[k::count] for sample in copies) for k in range(count)]
+    return [Fold(tuple(_without(parts, k)), judged) for k, judged in enumerate(parts)]
 
 
-def _without(samples: Sequence[Sample], k: int, count: int) -> Iterator[Sample]:
-    return (sample for number, sample in enumerate(samples) if number % count != k)
+def _distinct(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Return the images, each with its copies: under another name a file is the same image."""
+    images: dict[tuple[torch.Size, bytes], list[Sample]] = {}
+    for sample in samples:
+        pixels = sample.pixels.detach().cpu()
+        digest = digest_of_array(pixels.double().numpy())  # numpy has no bfloat16
+        images.setdefault((pixels.shape, digest), []).append(sample)
+    return list(images.values())
+
+
+def _without(parts: Sequence[Sequence[Sample]], k: int) -> Iterator[Sample]:
+    return (sample for number, part in enumerate(parts) if number != k for sample in part)
 
 
 def _halves(sample: Sample, geometry: Geometry) -> tuple[Sample, Sample]:

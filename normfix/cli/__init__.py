@@ -123,10 +123,24 @@ def main() -> None:
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except Exception as error:  # noqa: BLE001 - the boundary
+    except SystemExit as stop:
+        if "_NORMFIX_COMPLETE" in os.environ:  # click's answer to a shell ends so
+            raise
+        _complain(str(_ended(stop)), debug=debug)
+        code = 2
+    except BaseException as error:  # noqa: BLE001 - the boundary
         _complain(text_of_error(error), debug=debug)
         code = 2
     sys.exit(code or 0)
+
+
+def _ended(stop: SystemExit) -> NormfixError:
+    """Return the error for code of a network or a metric that ends the program: its code would pass for ours."""
+    return NormfixError(
+        "NF109",
+        f"code that normfix called ended the program (SystemExit, {stop.code}), so there is no result. Take sys.exit "
+        "out of what the network runs; `normfix --debug COMMAND ...` shows where it is.",
+    )
 
 
 def _take_standard_files() -> None:

@@ -75,7 +75,13 @@ class Threshold(click.ParamType):  # type: ignore[type-arg]
     type=Threshold(),
     help="Measure a random sample of blocks, not all, until every standard error is at most this many sd.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the sample.")
+@click.option(
+    "--seed",
+    type=click.IntRange(-(1 << 63), (1 << 63) - 1),
+    default=0,
+    show_default=True,
+    help="Of the sample.",
+)
 @click.option(
     "--allow-flat",
     is_flag=True,

@@ -89,6 +89,10 @@ def measure_sampled_(
             else "give the largest standard error to stop at, in sd, such as 0.01.",
             where=f"sample={sample.tolerance!r}",
         )
+    if not -(1 << 63) <= sample.seed < 1 << 63:
+        raise NormfixError(
+            "NF140", "a seed is an integer of 64 bits, such as 0.", where=f"seed={str(sample.seed)[:80]}"
+        )
     for target in targets:
         if isinstance(target, KeysTarget | StatisticTarget) and target.spec.law not in ESTIMATED:
             raise NormfixError(

@@ -20,7 +20,7 @@ from normfix.giving.alone import alone_sd
 from normfix.giving.bench import Work
 from normfix.giving.card import card_of
 from normfix.giving.formats import Library
-from normfix.giving.gift import Gift
+from normfix.giving.gift import Gift, replaced
 from normfix.giving.matching import built, matched
 from normfix.giving.originals import Original, Stock, require_allowed
 from normfix.images.drafts import UnwritableError
@@ -132,7 +132,8 @@ def _written(
     draft: Path, target: Path, library: Library, offers: Sequence[_Offer], known: Provenance
 ) -> GivenBack:
     """Write the library's files and the card beside them, and let the library alone read them back."""
-    changes = library.write(draft, [offer.gift for offer in offers])
+    gifts = [offer.gift for offer in offers]
+    changes = (*library.write(draft, gifts), *(change for gift in gifts for change in replaced(gift)))
     alone = [offer.alone(draft, library.LOADER) for offer in offers]
     record = GivenBack(
         folder=str(target),

@@ -19,8 +19,19 @@ from normfix.records.returns import Change
 from normfix.records.saved import Provenance, Source
 from normfix.records.verdicts import Verdict
 from normfix.storage.opening.packages import leads_out
+from normfix.storage.opening.state_dicts import entries, prefixes
 
-__all__ = ["Gift", "changed", "config_changes", "copied", "key_changes", "other_weights", "write_tensors"]
+__all__ = [
+    "Gift",
+    "agrees",
+    "changed",
+    "config_changes",
+    "copied",
+    "key_changes",
+    "other_weights",
+    "replaced",
+    "write_tensors",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +89,36 @@ def key_changes(file: str, before: Iterable[str], after: Iterable[str]) -> tuple
     added = [Change(file=file, kind="added", name=name) for name in new if name not in set(old)]
     removed = [Change(file=file, kind="removed", name=name) for name in old if name not in set(new)]
     return (*removed, *added)
+
+
+def replaced(gift: Gift) -> tuple[Change, ...]:
+    """Return that the original holds other weights than those that were converted, where it does.
+
+    Its file then gets weights that never stood in it: of a network that was trained further, or of another one.
+    """
+    if not isinstance(gift.checkpoint, Mapping):
+        return ()
+    fitting = [
+        (held, prefix)
+        for held in entries(gift.checkpoint).values()
+        for prefix in prefixes(held, gift.names_before)
+    ]
+    if not fitting or any(agrees(held, prefix, gift.state) for held, prefix in fitting):
+        return ()
+    reason = "weights of the original had other values: trained further since, or converted from another file"
+    return (Change(file=gift.file, kind="replaced", name="weights", after=reason),)
+
+
+def agrees(held: Mapping[str, Tensor], prefix: str, state: Mapping[str, Tensor]) -> bool:
+    """Tell whether all weights of more than one axis that have the same name are the same."""
+    shared = [
+        (held[prefix + name], tensor)
+        for name, tensor in state.items()
+        if tensor.dim() > 1 and prefix + name in held
+    ]
+    return bool(shared) and all(
+        one.shape == other.shape and torch.equal(one.to(other), other) for one, other in shared
+    )
 
 
 def copied(original: Path, draft: Path, leave: Callable[[Path], str]) -> list[Change]:

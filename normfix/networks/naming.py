@@ -6,12 +6,14 @@ search. Only names that the caller wrote may come here: what a file names is nev
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.machinery import PathFinder
 from itertools import islice
@@ -33,6 +35,7 @@ __all__ = [
     "named",
     "require_findable",
     "source_hint",
+    "staying",
 ]
 
 _NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -80,20 +83,44 @@ def named(name: str) -> Any:
     """
     file = file_named(name)
     if file is not None:
-        attribute, module = name.rpartition(":")[2], _module_of(file, name)
+        attribute = name.rpartition(":")[2]
+        with staying(name):
+            module = _module_of(file, name)
     else:
         place, _, attribute = name.partition(":")
         if not attribute:
             raise UnknownNameError(
-                "NF111", f"it has not the form module:name.{source_hint(name)}", where=printable(name[:200])
+                "NF111",
+                f"it has not the form module:name.{source_hint(name)} Say which class or function in it builds the "
+                "network: path/to/file.py:Name.",
+                where=printable(name[:200]),
             )
-        module = _module(place, name)
+        with staying(name):
+            module = _module(place, name)
     found: Any = module
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise _without(module, found, part, name)
         found = getattr(found, part)
     return found
+
+
+@contextmanager
+def staying(name: str) -> Iterator[None]:
+    """Refuse code of the caller's that ends the program: whoever waits for the exit code takes it for a result.
+
+    Raises:
+        UnknownNameError: NF111.
+    """
+    try:
+        yield
+    except SystemExit as stop:
+        raise UnknownNameError(
+            "NF111",
+            f"it ends the program (SystemExit, {printable(str(stop.code))[:80]}) where it is imported or builds the "
+            'network, so nothing was done. What it does as a script belongs under: if __name__ == "__main__".',
+            where=printable(name[:200]),
+        ) from stop
 
 
 def require_findable(name: str) -> None:
@@ -205,7 +232,9 @@ def _imported_from(file: Path, place: str, name: str) -> ModuleType | None:
 
 def _loaded(file: Path, name: str) -> ModuleType:
     """Load a file whose name another module has, or which no module can have."""
-    alias = f"_normfix_{re.sub(r'[^0-9A-Za-z_]', '_', str(file))}"
+    # files of which only signs differ, a-b.py and a b.py, are two modules
+    digest = hashlib.sha256(str(file).encode(errors="surrogateescape")).hexdigest()[:8]
+    alias = f"_normfix_{re.sub(r'[^0-9A-Za-z_]', '_', str(file))}_{digest}"
     if alias in sys.modules:
         return sys.modules[alias]
     spec = importlib.util.spec_from_file_location(alias, file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -96,9 +97,9 @@ def check(
         >>> normfix.check(net, torch.rand(1, 1, 128, 128), tile=32).status
         'failed'
     """
-    if threshold is not None and not threshold >= 0:
+    if threshold is not None and not 0 <= threshold < math.inf:
         raise NormfixError(
-            "NF410", "a threshold is a number of sd, 0 or more.", where=f"threshold={threshold}"
+            "NF410", "a threshold is a finite number of sd, 0 or more.", where=f"threshold={threshold}"
         )
     if not isinstance(model, nn.Module) and callable(model):
         return check_pipeline(

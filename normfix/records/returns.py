@@ -17,11 +17,12 @@ class Change(Record):
     """One thing in which a written file differs from the original's.
 
     `kind` "config" is a value of a configuration, before and after as JSON; "added" and "removed" are names in the
-    weights; "left out" is a file that was not copied, with the reason in `after`.
+    weights; "replaced" are weights with other values than the original's, beside the constants; "left out" is a file
+    that was not copied. `after` has the reason.
     """
 
     file: str
-    kind: Literal["config", "added", "removed", "left out"]
+    kind: Literal["config", "added", "removed", "replaced", "left out"]
     name: str
     before: str = ""
     after: str = ""
@@ -32,7 +33,7 @@ class Change(Record):
         if self.kind == "config":
             was = f"- {self.file}: {self.name} = {self.before}\n" if self.before else ""
             return f"{was}+ {self.file}: {self.name} = {self.after}"
-        sign = "+" if self.kind == "added" else "-"
+        sign = {"added": "+", "replaced": "~"}.get(self.kind, "-")
         return f"{sign} {self.file}: {self.name}" + (f" ({self.after})" if self.after else "")
 
 

@@ -15,6 +15,9 @@ __all__ = ["interpreter", "run_alone", "run_fresh"]
 _NOT_HERE = "import sys; sys.path[:] = filter(None, sys.path)\n"
 """Python puts the working directory first for a command."""
 
+_END = "normfix: all of it was run"
+"""Printed last: a network's code can end the process before, and well."""
+
 
 def run_fresh(script: str, *words: str, seconds: float | None = None) -> str:
     """Run a script in a fresh process that finds modules where this one does; return '' or why it failed.
@@ -25,11 +28,14 @@ def run_fresh(script: str, *words: str, seconds: float | None = None) -> str:
     """
     paths = os.pathsep.join(p or "." for p in sys.path)
     try:
-        result = _run(["-c", f"{_NOT_HERE}{script}", *words], {**os.environ, "PYTHONPATH": paths}, seconds)
+        whole = f"{_NOT_HERE}{script}\nprint({_END!r})\n"
+        result = _run(["-c", whole, *words], {**os.environ, "PYTHONPATH": paths}, seconds)
     except subprocess.TimeoutExpired:
         return f"it took longer than {seconds:.0f} seconds"
     if result.returncode and result.returncode == -getattr(signal, "SIGXCPU", 0):
         return "it computed for longer than it may"
+    if not result.returncode and _END not in result.stdout:
+        return "what it ran ended the process before it was done"
     return _reason(result)
 
 

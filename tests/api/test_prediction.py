@@ -319,7 +319,7 @@ def test_impossible_tile(converted, image, tile):
         normfix.check(converted, image, tile=tile)
 
 
-@pytest.mark.parametrize("threshold", [float("nan"), -1.0])
+@pytest.mark.parametrize("threshold", [float("nan"), float("inf"), -1.0])
 def test_impossible_threshold(converted, image, threshold):
     """A threshold that nothing could exceed, or everything, is refused."""
     with pytest.raises(normfix.NormfixError, match="NF410"):

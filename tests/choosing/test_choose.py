@@ -368,3 +368,24 @@ def test_a_bench_is_scanned_once(images, monkeypatch):
     normfix.choose(network(), images[0][0], window=SIZE)
     assert len(calls) == 1
     assert Bench.of(network(), images[0][0], Caller()).geometry.stride == (1, 1)
+
+
+def _named(folds):
+    return [tuple("".join(s.name for s in part) for part in (fold.measured, fold.judged)) for fold in folds]
+
+
+def test_an_image_is_not_judged_on_a_copy_of_it():
+    """A file that is given twice, under two names, is held out with its copy."""
+    one, other = torch.rand(2, 1, 1, 8, 8)
+    geometry = Geometry(stride=(1, 1), halo=((0, 0),) * 2, scale=(Fraction(1),) * 2, multiple=(1, 1))
+    images = [Sample(name, x.clone()) for name, x in (("a", one), ("b", other), ("A", one))]
+    assert _named(folds_of(images, geometry)) == [("b", "aA"), ("aA", "b")]
+
+
+def test_copies_of_one_image_are_one_image():
+    """It is measured on one half and judged on the other, with the labels of each."""
+    x = torch.rand(1, 1, 8, 8)
+    geometry = Geometry(stride=(1, 1), halo=((0, 0),) * 2, scale=(Fraction(1),) * 2, multiple=(1, 1))
+    folds = folds_of([Sample("a", x), Sample("b", x.clone())], geometry)
+    assert [s.name for s in folds[0].judged] == ["a, half 1", "b, half 1"]
+    assert all(torch.equal(s.pixels, x[:, :, :4]) for s in folds[0].measured)

@@ -87,6 +87,12 @@ def test_a_tolerance_is_a_positive_number(converted, tolerance):
         normfix.calibrate(converted, _image(64, 48), sample=tolerance)
 
 
+def test_a_seed_has_64_bits(converted):
+    """torch takes no other."""
+    with pytest.raises(NormfixError, match="NF140 seed=1000"):
+        normfix.calibrate(converted, _image(64, 48), sample=0.1, seed=10**30)
+
+
 def test_a_maximum_is_not_estimated():
     """A statistic that a sample says nothing of is refused by name."""
 

@@ -135,3 +135,18 @@ def test_a_weight_that_was_changed_in_the_file_is_caught(tmp_path, done, monkeyp
     with pytest.raises(normfix.NormfixError, match="NF554"):
         normfix.give_back(done, tmp_path / "back", "switchable:generator", {}, original=path)
     assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_original_with_other_weights_is_said_to_be(tmp_path, done, nested):
+    """It may have been trained further, or be another network's: what its file gets never stood in it."""
+    path = tmp_path / "net.pth"
+    for factor, told in ((1.0, []), (1.5, ["weights"])):
+        state = {name: factor * tensor for name, tensor in state_of(done).items()}
+        torch.save(
+            {"epoch": 3, "state_dict": {f"net.{k}": v for k, v in state.items()}} if nested else state, path
+        )
+        record = normfix.give_back(
+            done, tmp_path / f"back-{factor}", "switchable:generator", {}, original=path
+        )
+        assert [change.name for change in record.changes if change.kind == "replaced"] == told

@@ -17,6 +17,7 @@ import normfix
 from normfix.errors import NormfixError
 from normfix.images.collections import ImageFiles
 from normfix.images.files import open_windows
+from normfix.images.formats.npy import open_npy
 from normfix.records.saved import Scaling
 from normfix.tiling.stages.blocks import Work
 
@@ -287,3 +288,50 @@ def test_a_walk_for_the_scale_is_the_walk_for_the_contents(tmp_path, monkeypatch
         assert image.fingerprint() == first
         list(image.pieces())
     assert len(reads) == 2
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".nii"])
+def test_what_was_read_stays_what_it_was(tmp_path, suffix):
+    """A mapped file would be read where its values are used, after it was looked at for changes."""
+    path = tmp_path / f"image{suffix}"
+    if suffix == ".npy":
+        np.save(path, ARRAY)
+    else:
+        nibabel.save(nibabel.Nifti1Image(ARRAY.T, np.eye(4)), path)
+    with open_windows(path, ndim=2, channels=1) as window:
+        values = window.read([(0, 48), (0, 44)])
+        with path.open("r+b") as file:
+            file.seek(-ARRAY.nbytes, os.SEEK_END)
+            file.write(bytes(ARRAY.nbytes))
+        np.testing.assert_array_equal(values[0], ARRAY)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_windows_of_a_npy_are_those_of_its_array(tmp_path, order):
+    """Whatever is cut, along whichever axis runs fastest."""
+    array = np.asarray(RNG.integers(0, 99, (3, 7, 5, 6)), ">i2", order=order)
+    np.save(tmp_path / "image.npy", array)
+    values = open_npy(tmp_path / "image.npy").array
+    assert (values.shape, values.dtype) == (array.shape, array.dtype)
+    whole = slice(None)
+    for index in (
+        (whole,) * 4,
+        (1, whole, whole, whole),
+        (slice(1, 3), slice(2, 6), slice(0, 5), slice(0, 6)),
+        (whole, slice(2, 3), slice(1, 5), slice(3, 5)),
+        (2, slice(0, 7), 4, slice(5, 9)),
+        (whole, slice(3, 3), whole, whole),
+    ):
+        np.testing.assert_array_equal(values[index], array[index])
+
+
+def test_a_file_that_is_cut_short_while_it_is_read_is_refused(tmp_path):
+    """Values of a mapped file that are no longer there end the process (SIGBUS)."""
+    path = tmp_path / "image.npy"
+    np.save(path, np.zeros((64, 4096), np.float32))
+    with open_windows(path, ndim=2, channels=1) as window:
+        os.truncate(path, 200)
+        with pytest.raises(NormfixError, match=r"NF101.*ends before its values do"):
+            window.raw([(0, 64), (0, 4096)])
+        with pytest.raises(NormfixError, match="NF331"):
+            window.read([(0, 64), (0, 4096)])

@@ -106,3 +106,35 @@ def test_only_what_leads_back_to_a_class_or_function_is_its_name():
     """Functions within functions have none."""
     assert name_of(tiny_unet) == "factories:tiny_unet"
     assert name_of(lambda: tiny_unet()) is None
+
+
+def test_files_of_which_only_signs_differ_are_two_modules(here):
+    """Neither is a name of Python, so both are loaded under one that is made up."""
+    for name in ("a-b.py", "a b.py"):
+        (here / name).write_text(f"WHERE = {name!r}\n")
+    assert [named(f"{here / name}:WHERE") for name in ("a-b.py", "a b.py")] == ["a-b.py", "a b.py"]
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("import sys\nsys.exit()\n", "ends.py:Net"),
+        ("def build():\n    raise SystemExit('0')\n", "ends.py:build"),
+        ("from torch.nn import Identity\nnetwork = Identity()\n", "ends.py:network"),
+    ],
+    ids=["a script", "a factory", "no factory"],
+)
+def test_code_that_ends_the_program_is_no_success(here, run, source, name):
+    """Whoever waits for exit code 0 would take it for a check that passed."""
+    (here / "ends.py").write_text(source)
+    code, _, error = run("scan", name, "--input", "1x1x8x8")
+    assert (code, error[:5]) == (2, "NF111"), error
+
+
+def test_a_network_that_ends_the_program_is_no_success(here, run):
+    """Also where it is only run."""
+    (here / "quits.py").write_text(
+        "from torch import nn\nclass Net(nn.Identity):\n    def forward(self, x):\n        raise SystemExit\n"
+    )
+    code, _, error = run("scan", "quits.py:Net", "--input", "1x1x8x8")
+    assert (code, error[:5]) == (2, "NF109"), error

@@ -23,6 +23,7 @@ from normfix.networks.provenance import provenance_of
 from normfix.records.saved import statement_of
 from normfix.storage import saving
 from normfix.storage.folder import MANIFEST, PROGRAM, WEIGHTS, appearing
+from normfix.storage.fresh import run_fresh
 from normfix.storage.loading import open_any
 from normfix.storage.opening.request import Request
 
@@ -729,3 +730,9 @@ def test_a_folder_that_changes_while_it_is_read_is_refused(copied, tmp_path, mon
 
     monkeypatch.setattr(rooms, "require_unchanged", then_swapped)
     assert refusal(normfix.load, copied).code == "NF115"
+
+
+def test_a_fresh_process_that_ends_early_has_read_nothing_back():
+    """A network's code can end it, and well: then nothing was compared."""
+    assert "before it was done" in run_fresh("raise SystemExit(0)\n")
+    assert run_fresh("print('a word of its own')") == ""

@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from normfix.giving.formats import plain
 from normfix.giving.formats.plain import builder, candidates, weights
-from normfix.giving.gift import Gift, changed, config_changes, key_changes, write_tensors
+from normfix.giving.gift import Gift, agrees, changed, config_changes, key_changes, write_tensors
 from normfix.giving.refusals import NotGiven
 from normfix.records.returns import Change
 from normfix.records.sites import Scan
@@ -135,7 +133,7 @@ def _spot(gift: Gift) -> Spot:
         for name, held in entries(gift.checkpoint).items()
         for prefix in prefixes(held, gift.names_before)
     }
-    same = [spot for spot, held in fitting.items() if _agrees(held, spot.prefix, gift.state)]
+    same = [spot for spot, held in fitting.items() if agrees(held, spot.prefix, gift.state)]
     if same or len(fitting) == 1:
         return [*same, *fitting][0]
     raise NotGiven(
@@ -143,16 +141,4 @@ def _spot(gift: Gift) -> Spot:
         f"of what it holds, {len(fitting)} sets of weights fit the network and none are those that were converted, so "
         "which to swap is not certain. Give the file that was converted.",
         where=gift.file,
-    )
-
-
-def _agrees(held: Mapping[str, Tensor], prefix: str, state: Mapping[str, Tensor]) -> bool:
-    """Tell whether all weights of more than one axis that have the same name are the same."""
-    shared = [
-        (held[prefix + name], tensor)
-        for name, tensor in state.items()
-        if tensor.dim() > 1 and prefix + name in held
-    ]
-    return bool(shared) and all(
-        one.shape == other.shape and torch.equal(one.to(other), other) for one, other in shared
     )

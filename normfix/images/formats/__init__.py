@@ -13,6 +13,7 @@ import numpy as np
 
 from normfix.errors import NormfixError
 from normfix.images.endings import SUFFIXES, is_zarr, suffix_of
+from normfix.images.formats.npy import open_npy
 from normfix.images.formats.opened import ArrayLike, Choice, Opened
 from normfix.images.formats.placement import Placement
 from normfix.images.formats.zarr_layout import require_zarr
@@ -56,8 +57,7 @@ def open_file(path: Path, choice: Choice | None = None) -> Opened:
 
                 return open_nifti(path)
             case ".npy":
-                # np.load would open archives and pickles of any name too.
-                return Opened(np.lib.format.open_memmap(path, "r"))
+                return open_npy(path)
             case ".png":
                 from normfix.images.formats.png import open_png
 

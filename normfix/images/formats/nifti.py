@@ -101,7 +101,8 @@ def open_nifti(path: Path) -> Opened:
     """Open a .nii to be read by window; a .nii.gz too, one window after the other from the start."""
     nibabel = _nibabel(path)
     _bound_extensions(path)
-    image = nibabel.load(path)
+    # mapped values would be read after the file was looked at for changes (normfix.images.contents)
+    image = nibabel.load(path, mmap=False)
     if not path.name.lower().endswith(".gz"):
         return _opened(image, _Volume(image))
     stream = gzip.open(path)  # noqa: SIM115 - open as long as windows are read

@@ -22,7 +22,7 @@ from torch import nn
 from normfix.errors import NormfixError, printable
 from normfix.images.deadline import within
 from normfix.images.headroom import lacks_memory
-from normfix.networks.naming import UnknownNameError, named
+from normfix.networks.naming import UnknownNameError, named, staying
 from normfix.networks.quiet_imports import import_compiler
 from normfix.records.saved import Source
 from normfix.storage.opening.allocation import (
@@ -143,8 +143,16 @@ def built(factory: Callable[..., Any], args: Mapping[str, Any], spec: str = "arc
     Raises:
         NormfixError: NF111 if it fails or gives something else.
     """
+    if isinstance(factory, nn.Module):
+        raise NormfixError(
+            "NF111",
+            "it is a network, not what builds one, and normfix builds it anew to compare. Give its class, or a "
+            f"function that returns it: def build(): return {type(factory).__name__}(...).",
+            where=spec,
+        )
     try:
-        model = factory(**args)
+        with staying(spec):
+            model = factory(**args)
     except NormfixError:
         raise
     except ModuleNotFoundError as error:
