@@ -124,7 +124,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except SystemExit as stop:
-        if "_NORMFIX_COMPLETE" in os.environ:  # click's answer to a shell ends so
+        if _is_of_click(stop):  # it answers a shell, or nobody reads any more
             raise
         _complain(str(_ended(stop)), debug=debug)
         code = 2
@@ -132,6 +132,12 @@ def main() -> None:
         _complain(text_of_error(error), debug=debug)
         code = 2
     sys.exit(code or 0)
+
+
+def _is_of_click(stop: SystemExit) -> bool:
+    """Tell whether click itself ended the program, not code that a command called."""
+    *_, (frame, _) = traceback.walk_tb(stop.__traceback__)
+    return str(frame.f_globals.get("__name__")).partition(".")[0] == "click"
 
 
 def _ended(stop: SystemExit) -> NormfixError:
