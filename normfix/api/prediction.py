@@ -44,6 +44,7 @@ from normfix.scanning.scan import look
 from normfix.tiling.domain import extension, judge_size
 from normfix.tiling.geometry import geometry_of
 from normfix.tiling.grid import Geometry
+from normfix.tiling.lengths import along
 from normfix.tiling.stages.cache import is_captured
 from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stages.prediction import predict_in_stages, tell_fallback
@@ -358,10 +359,42 @@ class _Prediction:
                     raise
                 tell_fallback("the image is read whole and predicted in tiles", error)
         assert geometry is not None
+        self._require_alike(geometry, tile)
         twin = twin_of(model)
         with exact_arithmetic():
             image = whole(self.image)
             return tiled(lambda x: caller(twin, x), image, tile, geometry, batch=self.blocks.batch)
+
+    def _require_alike(self, geometry: Geometry, tile: Sequence[int]) -> None:
+        """Refuse an image longer than what was compared, without a graph that tells sizes, if strips as long differ.
+
+        Raises:
+            NormfixError: NF264.
+        """
+        size, sizes = self.image.shape[2:], self.known.scan.sizes
+        if sizes is None or not sizes.exceeded(size):
+            return
+        example = middle_of(self.image)[:1].to(*home_of(self.model)).double()
+        double = double_of(self.model)
+        try:
+            with exact_arithmetic():
+                differing = along(
+                    lambda x: self.known.caller.exactly(double, x),
+                    example,
+                    size,
+                    tile,
+                    geometry,
+                    sizes.extents,
+                )
+        except refusals():  # it takes no strip, which says nothing of its tiles
+            return
+        if differing is not None:
+            raise NormfixError(
+                "NF264",
+                f"tiles differ from the whole on a strip of {'x'.join(map(str, differing))} pixels, while they "
+                f"equalled it up to {'x'.join(map(str, sizes.extents))}: {sizes.unknown[0].rstrip('.')}.",
+                where=self.known.scan.model,
+            )
 
     @property
     def scale(self) -> tuple[Fraction, ...]:

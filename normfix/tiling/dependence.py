@@ -33,7 +33,7 @@ from normfix.tiling.dye.twins import holds_nan
 from normfix.tiling.grid import Geometry
 from normfix.tiling.halo import AMPLIFICATION, DyeRefused, strip, texture
 
-__all__ = ["FAR", "agrees", "far", "followed", "is_isolated", "is_steady", "shortest"]
+__all__ = ["FAR", "agrees", "alike", "far", "followed", "is_isolated", "is_steady", "shortest"]
 
 FAR = 4096
 """Pixels of the longest strip on which windows are compared, if that is no more than 2^18 pixels in all."""
@@ -165,7 +165,7 @@ def agrees(
         first = before if start else 0
         width = int(((extent if start == last else reads - after) - first) * scale)
         a = whole.narrow(axis + 2, int((start + first) * scale), width)
-        if not _alike(a, part.narrow(axis + 2, int(first * scale), width)):
+        if not alike(a, part.narrow(axis + 2, int(first * scale), width)):
             return False
     return True
 
@@ -203,12 +203,12 @@ def _holds(
         for change in changes:
             loud = change(x)
             loud.narrow(*window).copy_(x.narrow(*window))
-            if not _alike(quiet, f(loud).narrow(*kept)):
+            if not alike(quiet, f(loud).narrow(*kept)):
                 return False
     return True
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
+def alike(a: Tensor, b: Tensor) -> bool:
     """Compare relative to the larger; what is not finite must be so in both, in the same places."""
     finite = a.isfinite()
     if not torch.equal(finite, b.isfinite()):

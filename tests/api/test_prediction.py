@@ -9,7 +9,18 @@ from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
-from networks import Blocks, Extractor, Resized, UNet, ValidUNet, max_pool, nearest, strided
+from networks import (
+    Blocks,
+    Extractor,
+    MaskedLate,
+    ReadByNumber,
+    Resized,
+    UNet,
+    ValidUNet,
+    max_pool,
+    nearest,
+    strided,
+)
 from optional import needs_zarr
 from torch import nn
 
@@ -521,3 +532,22 @@ def test_the_rounded_halo_is_enough_for_any_tool(make, scale):
         )
     assert float((exact - whole).abs().max() / whole.std()) < 1e-11
     assert float((short - whole).abs().max() / whole.std()) > 1e-11
+
+
+@pytest.mark.parametrize("engine", ["auto", "tiles"])
+@pytest.mark.parametrize(
+    "net",
+    [MaskedLate(700), ReadByNumber(lambda n: n.clamp(max=700))],
+    ids=["a mask", "rows that are read"],
+)
+def test_places_that_count_far_from_the_corner_alone_are_refused(net, engine):
+    """What was compared is shorter, and shows nothing: tiles are held against the whole on a strip as long."""
+    with pytest.raises(normfix.NormfixError, match=r"NF264 .*a strip of 720x\d+ pixels.*laid over the image"):
+        normfix.predict(net.eval(), torch.rand(1, 1, 720, 20), tile=16, engine=engine)
+
+
+def test_a_mask_that_begins_beyond_the_image_is_no_harm():
+    """Control: of the same network an image that ends before the mask is predicted as the whole."""
+    net, image = MaskedLate(700).eval(), torch.rand(1, 1, 600, 20)
+    with torch.no_grad():
+        assert (normfix.predict(net, image, tile=16, engine="tiles") - net(image)).abs().max() < 1e-6

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from networks import TOLERANCE
+from networks import TOLERANCE, MaskedLate, ReadByNumber
 from optional import needs_newer_torch
 from streamed_networks import (
     Anisotropic3d,
@@ -319,28 +319,8 @@ def test_what_blocks_would_get_wrong_is_refused(net, code):
         schedule(captured_program(net().eval(), Caller(), torch.rand(1, 1, 96, 64), []), stride=(2, 2))
 
 
-class Placed(nn.Module):
-    """Looks at the place of each row: `rows(numbers)` says which row is read for each."""
-
-    def __init__(self, rows):
-        super().__init__()
-        self.conv, self.rows = nn.Conv2d(1, 1, 3, padding=1), rows
-
-    def forward(self, x):
-        x = self.conv(x)
-        return x + x[:, :, self.rows(torch.arange(x.shape[2]))]
-
-
-class MaskedLate(Placed):
-    """Doubles the rows from one on."""
-
-    def forward(self, x):
-        x = self.conv(x)
-        return torch.where((torch.arange(x.shape[2]) >= self.rows)[:, None], 2 * x, x)
-
-
 @pytest.mark.parametrize(
-    "net", [MaskedLate(700), Placed(lambda n: n.clamp(max=700))], ids=["a mask", "rows that are read"]
+    "net", [MaskedLate(700), ReadByNumber(lambda n: n.clamp(max=700))], ids=["a mask", "rows that are read"]
 )
 @pytest.mark.parametrize("largest", [1 << 18, 1])
 def test_places_that_count_far_from_the_corner_alone_are_found(monkeypatch, net, largest):
@@ -355,7 +335,7 @@ def test_places_that_count_far_from_the_corner_alone_are_found(monkeypatch, net,
 
 def test_places_that_count_relative_to_a_block_are_exact():
     """Control: each row reads its neighbour by number."""
-    net = Placed(lambda n: (n + 1).clamp(max=n.shape[0] - 1))
+    net = ReadByNumber(lambda n: (n + 1).clamp(max=n.shape[0] - 1))
     program = captured_program(net.eval(), Caller(), torch.rand(1, 1, 32, 32), [])
     scheduling.require_as_large(schedule(program, stride=(1, 1)), (1, 1), (705, 20))
 
