@@ -221,9 +221,9 @@ CODES: dict[str, str] = {
     "connection that is resized. There an image is extended at its end by its edge pixels to the next size that is "
     "exact, measured and predicted so, and the result cut back. Crop or extend images yourself to multiples of the "
     "stride to decide what is at the border.",
-    "NF264": "No captured graph tells how the network treats sizes, and on a strip as long as the image its tiles "
-    "differ from the whole, though they equalled it on what was compared before: something in it goes by the place of "
-    "a pixel in the whole image, such as a mask from a row on. Take that out, or predict the image whole.",
+    "NF264": "No captured graph tells how the network treats sizes, and at the image's size, or on a strip as long, "
+    "its tiles differ from the whole, though they equalled it on what was compared before: something in it goes by the "
+    "place of a pixel in the whole image, such as a mask from a row on. Take that out, or predict the image whole.",
     "NF224": "A program (.pt2) could not be read, or is not what torch.export.save writes for one image and "
     "the tensors it holds.",
     "NF225": "The network cannot be written as an exported program: torch.export failed, or something in it "

@@ -9,7 +9,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ from normfix.scanning.scan import look
 from normfix.tiling.domain import extension, judge_size
 from normfix.tiling.geometry import geometry_of
 from normfix.tiling.grid import Geometry
-from normfix.tiling.lengths import along
+from normfix.tiling.lengths import differing
 from normfix.tiling.stages.cache import is_captured
 from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stages.prediction import predict_in_stages, tell_fallback
@@ -60,6 +61,9 @@ _TILE = 256
 
 _WHOLE = frozenset({Family.ATTENTION, Family.POOL})
 """What is of the whole image in stages, where no constant replaces it."""
+
+_HELD: WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = WeakKeyDictionary()
+"""At which sizes tiles of a network were held against its whole, and equalled it."""
 
 _FINEST = 32
 """Pixels for one position of an output, at most."""
@@ -366,7 +370,7 @@ class _Prediction:
             return tiled(lambda x: caller(twin, x), image, tile, geometry, batch=self.blocks.batch)
 
     def _require_alike(self, geometry: Geometry, tile: Sequence[int]) -> None:
-        """Refuse an image longer than what was compared, without a graph that tells sizes, if strips as long differ.
+        """Refuse an image larger than what was compared, with no graph that tells sizes, if tiles of its size differ.
 
         Raises:
             NormfixError: NF264.
@@ -374,11 +378,17 @@ class _Prediction:
         size, sizes = self.image.shape[2:], self.known.scan.sizes
         if sizes is None or not sizes.exceeded(size):
             return
+        held, what = (
+            _HELD.setdefault(self.model, set()),
+            (self.known.scan, tuple(size), tuple(tile), geometry),
+        )
+        if what in held:
+            return
         example = middle_of(self.image)[:1].to(*home_of(self.model)).double()
         double = double_of(self.model)
         try:
             with exact_arithmetic():
-                differing = along(
+                found = differing(
                     lambda x: self.known.caller.exactly(double, x),
                     example,
                     size,
@@ -388,13 +398,14 @@ class _Prediction:
                 )
         except refusals():  # it takes no strip, which says nothing of its tiles
             return
-        if differing is not None:
+        if found is not None:
             raise NormfixError(
                 "NF264",
-                f"tiles differ from the whole on a strip of {'x'.join(map(str, differing))} pixels, while they "
-                f"equalled it up to {'x'.join(map(str, sizes.extents))}: {sizes.unknown[0].rstrip('.')}.",
+                f"tiles differ from the whole at {'x'.join(map(str, found))} pixels, while they equalled it up to "
+                f"{'x'.join(map(str, sizes.extents))}: {sizes.unknown[0].rstrip('.')}.",
                 where=self.known.scan.model,
             )
+        held.add(what)
 
     @property
     def scale(self) -> tuple[Fraction, ...]:

@@ -1,12 +1,13 @@
-"""Tiles against the whole on strips that are as long as an image, where no graph tells how a network treats its size.
+"""Tiles against the whole at an image's size, or on strips as long, where no graph tells how a network treats sizes.
 
-A mask that begins at the thousandth row, or rows read by number, no short strip shows. The strip is thin across, so
-that its whole costs little whatever the image does.
+A mask that begins at the thousandth row, or rows read by number, no short strip shows. A strip is thin across, so that
+its whole costs little whatever the image does; what begins far along both axes at once shows on small images alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,10 +19,13 @@ from normfix.tiling.grid import Geometry
 from normfix.tiling.halo import strip, texture
 from normfix.tiling.stitching import tiled
 
-__all__ = ["along"]
+__all__ = ["LARGEST", "differing"]
+
+LARGEST = 1 << 18
+"""Pixels of the largest image that is compared whole; of larger ones strips are."""
 
 
-def along(
+def differing(
     f: Callable[[Tensor], Tensor],
     example: Tensor,
     size: Sequence[int],
@@ -29,26 +33,17 @@ def along(
     geometry: Geometry,
     compared: Sequence[int],
 ) -> tuple[int, ...] | None:
-    """Return the extents of a strip, as long as the image, whose tiles differ from it; None if there is none.
+    """Return the extents of an image at which tiles differ from the whole; None if there are none.
 
     Args:
         f: the network in float64.
-        example: (1, C, *space) in float64, the material of the strips.
+        example: (1, C, *space) in float64, the material of what is compared.
         size: pixels of the image per spatial axis.
         tile: pixels per spatial axis.
         geometry: of the network.
-        compared: pixels per axis of what was compared before: axes that are no longer are left out.
+        compared: pixels per axis of what was compared before: there are no strips along axes that are no longer.
     """
-    cross = cross_section(f, example, geometry.stride)
-    if cross is None:  # it runs on no strip
-        return None
-    for axis, (n, most) in enumerate(zip(size, compared, strict=True)):
-        if n <= most:
-            continue
-        extents = tuple(
-            round_up(n if other == axis else m, multiple)
-            for other, (m, multiple) in enumerate(zip(cross, geometry.multiple, strict=True))
-        )
+    for extents in _trials(f, example, size, geometry, compared):
         x = strip(example, extents) + texture(example, extents)
         with torch.no_grad():
             whole = f(x)
@@ -56,3 +51,21 @@ def along(
             if whole.is_floating_point() and not alike(tiled(f, x, tile, geometry), whole):
                 return extents
     return None
+
+
+def _trials(
+    f: Callable[[Tensor], Tensor],
+    example: Tensor,
+    size: Sequence[int],
+    geometry: Geometry,
+    compared: Sequence[int],
+) -> Iterator[tuple[int, ...]]:
+    exact = tuple(map(round_up, size, geometry.multiple))
+    if math.prod(exact) <= LARGEST:
+        yield exact
+        return
+    cross = cross_section(f, example, geometry.stride)
+    for axis, (n, most) in enumerate(zip(size, compared, strict=True)):
+        if cross is not None and n > most:  # else it runs on no strip, or is known at this length
+            thin = tuple(map(round_up, cross, geometry.multiple))
+            yield (*thin[:axis], exact[axis], *thin[axis + 1 :])

@@ -25,7 +25,9 @@ from optional import needs_zarr
 from torch import nn
 
 import normfix
+from normfix.api import prediction
 from normfix.networks.provenance import attach_, is_current, provenance_of
+from normfix.tiling import lengths
 
 
 class Two(nn.Module):
@@ -534,20 +536,42 @@ def test_the_rounded_halo_is_enough_for_any_tool(make, scale):
     assert float((short - whole).abs().max() / whole.std()) > 1e-11
 
 
+@pytest.mark.parametrize("largest", [1 << 18, 1])
 @pytest.mark.parametrize("engine", ["auto", "tiles"])
 @pytest.mark.parametrize(
     "net",
     [MaskedLate(700), ReadByNumber(lambda n: n.clamp(max=700))],
     ids=["a mask", "rows that are read"],
 )
-def test_places_that_count_far_from_the_corner_alone_are_refused(net, engine):
-    """What was compared is shorter, and shows nothing: tiles are held against the whole on a strip as long."""
-    with pytest.raises(normfix.NormfixError, match=r"NF264 .*a strip of 720x\d+ pixels.*laid over the image"):
+def test_places_that_count_far_from_the_corner_alone_are_refused(monkeypatch, net, engine, largest):
+    """What was compared is shorter, and shows nothing: tiles are held against the whole at the size, or on a strip."""
+    monkeypatch.setattr(lengths, "LARGEST", largest)
+    with pytest.raises(normfix.NormfixError, match=r"NF264 .* at 720x\d+ pixels.*laid over the image"):
         normfix.predict(net.eval(), torch.rand(1, 1, 720, 20), tile=16, engine=engine)
 
 
-def test_a_mask_that_begins_beyond_the_image_is_no_harm():
-    """Control: of the same network an image that ends before the mask is predicted as the whole."""
+class _Cornered(MaskedLate):
+    """Doubles what is far along both axes."""
+
+    def forward(self, x):
+        x = self.conv(x)
+        rows, columns = torch.arange(x.shape[2])[:, None], torch.arange(x.shape[3])
+        return torch.where(rows + columns >= self.rows, 2 * x, x)
+
+
+def test_a_corner_far_along_both_axes_is_refused():
+    """No strip shows it, the image's own size does."""
+    net = _Cornered(700).eval()
+    with pytest.raises(normfix.NormfixError, match=r"NF264 .* at 400x400 pixels"):
+        normfix.predict(net, torch.rand(1, 1, 400, 400), tile=64, engine="tiles")
+
+
+def test_a_size_at_which_tiles_were_compared_is_not_compared_again(monkeypatch):
+    """Control: of a network with a mask an image that ends before it is predicted as the whole."""
     net, image = MaskedLate(700).eval(), torch.rand(1, 1, 600, 20)
     with torch.no_grad():
         assert (normfix.predict(net, image, tile=16, engine="tiles") - net(image)).abs().max() < 1e-6
+        monkeypatch.setattr(prediction, "differing", lambda *_: pytest.fail("compared"))
+        normfix.predict(net, image, tile=16, engine="tiles")
+        with pytest.raises(pytest.fail.Exception, match="compared"):
+            normfix.predict(net, image[:, :, :-1], tile=16, engine="tiles")

@@ -325,7 +325,7 @@ def test_what_blocks_would_get_wrong_is_refused(net, code):
 @pytest.mark.parametrize("largest", [1 << 18, 1])
 def test_places_that_count_far_from_the_corner_alone_are_found(monkeypatch, net, largest):
     """No short strip shows them, so what is made of places is proved at the image's size, or on strips as long."""
-    monkeypatch.setattr(scheduling, "_LARGEST", largest)
+    monkeypatch.setattr(scheduling, "LARGEST", largest)
     program = captured_program(net.eval(), Caller(), torch.rand(1, 1, 32, 32), [])
     planned = schedule(program, stride=(1, 1))
     scheduling.require_as_large(planned, (1, 1), (700, 20))

@@ -23,6 +23,7 @@ from normfix.networks.calling import refusals
 from normfix.networks.devices import CPU
 from normfix.networks.numerics import EXACT, exact_arithmetic
 from normfix.records.spans import round_up
+from normfix.tiling.lengths import LARGEST
 from normfix.tiling.stages.cutting import Stage, cut
 from normfix.tiling.stages.execution import execute
 from normfix.tiling.stages.maps import ProgramMaps, find_maps
@@ -88,7 +89,7 @@ def require_as_large(planned: Schedule, stride: Sequence[int], image: Sequence[i
     """Prove a schedule at an image's size, where a stage makes values of the places of pixels.
 
     What such values are far from the image's corner no short strip shows: a mask that begins at the thousandth row.
-    Images of over 2^18 pixels are proved on strips that are as long along one axis each.
+    Images of more than LARGEST pixels are proved on strips that are as long along one axis each.
 
     Args:
         planned: as `schedule` returned it.
@@ -104,7 +105,7 @@ def require_as_large(planned: Schedule, stride: Sequence[int], image: Sequence[i
     gives = tuple(node.name for stage in planned.stages for node in stage.gives)
     thin = list(_example_size(planned.program, stride))
     sizes = [(*thin[:2], *image)]
-    if math.prod(image) > _LARGEST:
+    if math.prod(image) > LARGEST:
         sizes = [(*thin[: d + 2], n, *thin[d + 3 :]) for d, n in enumerate(image)]
     for size in sizes:
         if (gives, size) in known.sizes:
@@ -146,9 +147,6 @@ class _Known:
     plans: dict[str, Plan] = field(default_factory=dict)
     sizes: set[tuple[tuple[str, ...], tuple[int, ...]]] = field(default_factory=set)
 
-
-_LARGEST = 1 << 18
-"""Pixels of an image that is proved whole where a stage makes values of places, at most."""
 
 _KNOWN: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
 
