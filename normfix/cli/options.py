@@ -56,12 +56,21 @@ class ArgumentsJson(click.ParamType):  # type: ignore[type-arg]
         if isinstance(value, Mapping):
             return value
         try:
-            parsed = json.loads(value)
+            parsed = json.loads(value, object_pairs_hook=_distinct)
         except (ValueError, RecursionError) as error:
             self.fail(f"not JSON: {error}", param, ctx)
         if not isinstance(parsed, dict):
             self.fail("give an object such as '{\"in_channels\": 1}'", param, ctx)
         return cast(Mapping[str, Any], parsed)
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of which each key stands once: of two values the second would be taken without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in found if keys.count(key) > 1)!r} stands twice")
+    return found
 
 
 class Channels(click.ParamType):  # type: ignore[type-arg]

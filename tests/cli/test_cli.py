@@ -718,9 +718,11 @@ def test_version_is_printed(run):
     assert run("--version").code == 0
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "3", "null", ""])
+@pytest.mark.parametrize(
+    "text", ["{", "[1]", "3", "null", "", '{"width": 4, "width": 8}', '{"a": {"b": 1, "c": 2, "b": 1}}']
+)
 def test_arguments_must_be_a_json_object(text):
-    """--arch-args takes an object and nothing else."""
+    """--arch-args takes an object and nothing else, in which no key stands twice."""
     with pytest.raises(click.BadParameter):
         ArgumentsJson().convert(text, None, None)
 
