@@ -378,10 +378,8 @@ class _Prediction:
         size, sizes = self.image.shape[2:], self.known.scan.sizes
         if sizes is None or not sizes.exceeded(size):
             return
-        held, what = (
-            _HELD.setdefault(self.model, set()),
-            (self.known.scan, tuple(size), tuple(tile), geometry),
-        )
+        held = _HELD.setdefault(self.model, set())
+        what = (self.known.scan, tuple(size), tuple(tile), geometry)
         if what in held:
             return
         example = middle_of(self.image)[:1].to(*home_of(self.model)).double()

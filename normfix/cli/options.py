@@ -20,6 +20,7 @@ from normfix.cli.settings import SETTINGS
 from normfix.cli.showing import Command, note
 from normfix.errors import NormfixError
 from normfix.networks.naming import require_findable
+from normfix.records.encoding import once
 from normfix.records.saved import Scaling
 from normfix.records.scalings import parse_scaling
 from normfix.storage.spec import require_no_revision, require_spec
@@ -56,21 +57,12 @@ class ArgumentsJson(click.ParamType):  # type: ignore[type-arg]
         if isinstance(value, Mapping):
             return value
         try:
-            parsed = json.loads(value, object_pairs_hook=_distinct)
+            parsed = json.loads(value, object_pairs_hook=once)
         except (ValueError, RecursionError) as error:
             self.fail(f"not JSON: {error}", param, ctx)
         if not isinstance(parsed, dict):
             self.fail("give an object such as '{\"in_channels\": 1}'", param, ctx)
         return cast(Mapping[str, Any], parsed)
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of which each key stands once: of two values the second would be taken without a word."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in found if keys.count(key) > 1)!r} stands twice")
-    return found
 
 
 class Channels(click.ParamType):  # type: ignore[type-arg]

@@ -27,6 +27,7 @@ __all__ = [
     "changed",
     "config_changes",
     "copied",
+    "fitting",
     "key_changes",
     "other_weights",
     "replaced",
@@ -98,15 +99,18 @@ def replaced(gift: Gift) -> tuple[Change, ...]:
     """
     if not isinstance(gift.checkpoint, Mapping):
         return ()
-    fitting = [
-        (held, prefix)
-        for held in entries(gift.checkpoint).values()
-        for prefix in prefixes(held, gift.names_before)
-    ]
-    if not fitting or any(agrees(held, prefix, gift.state) for held, prefix in fitting):
+    same = [agrees(held, prefix, gift.state) for _, prefix, held in fitting(gift)]
+    if not same or any(same):
         return ()
     reason = "weights of the original had other values: trained further since, or converted from another file"
     return (Change(file=gift.file, kind="replaced", name="weights", after=reason),)
+
+
+def fitting(gift: Gift) -> Iterator[tuple[str, str, Mapping[str, Tensor]]]:
+    """Yield the weights of the original that fit the network: where they stand, the prefix of their names, they."""
+    for name, held in entries(gift.checkpoint).items():
+        for prefix in prefixes(held, gift.names_before):
+            yield name, prefix, held
 
 
 def agrees(held: Mapping[str, Tensor], prefix: str, state: Mapping[str, Tensor]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing_extensions import Self
 from normfix.errors import NormfixError
 from normfix.records.choices import StrEnum
 
-__all__ = ["SCHEMA", "Record", "once", "parsed", "read_text"]
+__all__ = ["SCHEMA", "Record", "once", "parsed", "read_text", "require_different"]
 
 SCHEMA = 1
 """Version of the JSON of plans and saved folders."""
@@ -124,8 +124,21 @@ def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name stands twice in one object")
+        require_different(name for name, _ in pairs)
     return found
+
+
+def require_different(names: Iterable[Any]) -> None:
+    """Refuse names of one object of which one stands twice.
+
+    Raises:
+        ValueError: with the name.
+    """
+    seen: set[Any] = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"the name {str(name)[:40]!r} stands twice in one object")
+        seen.add(name)
 
 
 def _escaped(line: str) -> str:

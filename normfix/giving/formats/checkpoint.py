@@ -17,12 +17,11 @@ from safetensors.torch import save_file
 
 from normfix.giving.formats import plain
 from normfix.giving.formats.plain import builder, candidates, weights
-from normfix.giving.gift import Gift, agrees, changed, config_changes, key_changes, write_tensors
+from normfix.giving.gift import Gift, agrees, changed, config_changes, fitting, key_changes, write_tensors
 from normfix.giving.refusals import NotGiven
 from normfix.records.returns import Change
 from normfix.records.sites import Scan
 from normfix.storage.opening.formats import lightning, safetensors_file, torch_file
-from normfix.storage.opening.state_dicts import entries, prefixes
 
 __all__ = [
     "LOADER",
@@ -128,17 +127,15 @@ def _spot(gift: Gift) -> Spot:
     Raises:
         NotGiven: NF553 if none fit, or several and none are those.
     """
-    fitting = {
-        Spot(tuple(name.split(".")) if name else (), prefix): held
-        for name, held in entries(gift.checkpoint).items()
-        for prefix in prefixes(held, gift.names_before)
+    found = {
+        Spot(tuple(name.split(".")) if name else (), prefix): held for name, prefix, held in fitting(gift)
     }
-    same = [spot for spot, held in fitting.items() if agrees(held, spot.prefix, gift.state)]
-    if same or len(fitting) == 1:
-        return [*same, *fitting][0]
+    same = [spot for spot, held in found.items() if agrees(held, spot.prefix, gift.state)]
+    if same or len(found) == 1:
+        return [*same, *found][0]
     raise NotGiven(
         "NF553",
-        f"of what it holds, {len(fitting)} sets of weights fit the network and none are those that were converted, so "
+        f"of what it holds, {len(found)} sets of weights fit the network and none are those that were converted, so "
         "which to swap is not certain. Give the file that was converted.",
         where=gift.file,
     )

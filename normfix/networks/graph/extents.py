@@ -14,14 +14,24 @@ from torch.fx import Node
 
 from normfix.networks.graph.operators import name_of, taken_by, viewed_by
 
-__all__ = ["is_even", "is_sized", "space_of"]
+__all__ = ["is_laid", "is_sized", "space_of"]
 
 _EVEN = frozenset(
     {"full", "zeros", "ones", "empty", "new_full", "new_zeros", "new_ones", "new_empty", "rand", "randn"}
 )
 
 
-def is_even(node: Node, space: Collection[Any]) -> bool:
+def is_laid(node: Node, space: Collection[Any]) -> bool:
+    """Tell whether a map of the image's extent varies over it, as numbers of positions do, if what it is of does not.
+
+    Args:
+        node: computed from the image's extents alone.
+        space: as `space_of` returns it.
+    """
+    return node.op == "call_function" and is_sized(node, space) and not _is_even(node, space)
+
+
+def _is_even(node: Node, space: Collection[Any]) -> bool:
     """Tell whether a map of the image's extent has one value throughout, if the maps that it is made of have."""
     name, viewed = name_of(node), viewed_by(node)
     if name == "expand":

@@ -23,7 +23,7 @@ from torch.fx import Node
 
 from normfix.errors import PACKAGE, NormfixError
 from normfix.networks.graph.capture import image_of
-from normfix.networks.graph.extents import is_even, is_sized, space_of
+from normfix.networks.graph.extents import is_laid, is_sized, space_of
 from normfix.networks.graph.operators import name_of, taken_by
 from normfix.networks.releases import values_of
 from normfix.records.sizes import Condition
@@ -368,7 +368,7 @@ def _placed(program: ExportedProgram, image: Node) -> tuple[str, ...]:
                 lines.append(_line(node))
         elif given and is_sized(node, space) and any(source in varies for source in given):
             varies.add(node)
-        elif node.op == "call_function" and is_sized(node, space) and not is_even(node, space):
+        elif is_laid(node, space):
             varies.add(node)
             lines.append(_line(node))
     return tuple(dict.fromkeys(line for line in lines if line))

@@ -12,6 +12,7 @@ from typing import Any
 
 from normfix.errors import NormfixError
 from normfix.images.deadline import within
+from normfix.records.encoding import once, require_different
 from normfix.storage.opening.request import unreadable
 
 __all__ = ["read_json", "read_mapping", "read_yaml"]
@@ -40,7 +41,7 @@ def read_json(path: Path) -> Any:
     """Return what a JSON file holds; NF101 if it cannot be read."""
     try:
         text = _text(path, _LARGEST)
-        return within(_SECONDS, lambda: json.loads(text, object_pairs_hook=_once), str(path))
+        return within(_SECONDS, lambda: json.loads(text, object_pairs_hook=once), str(path))
     except (OSError, ValueError, RecursionError) as error:
         raise unreadable(path, error) from error
 
@@ -73,25 +74,12 @@ def _require_once(node: Any) -> None:
 
     if isinstance(node, yaml.MappingNode):
         names = [key.value for key, _ in node.value if isinstance(key.value, Hashable)]
-        _require_different(names)
+        require_different(names)
         for _, value in node.value:
             _require_once(value)
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
             _require_once(value)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    _require_different([name for name, _ in pairs])
-    return dict(pairs)
-
-
-def _require_different(names: list[Any]) -> None:
-    seen: set[Any] = set()
-    for name in names:
-        if name in seen:
-            raise ValueError(f"the name {str(name)[:40]!r} stands twice in one object")
-        seen.add(name)
 
 
 def _text(path: Path, largest: int) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from normfix.layers.affine import normalise, normalise_rectified
-from normfix.networks.graph.extents import is_even, is_sized, space_of
+from normfix.networks.graph.extents import is_laid, space_of
 from normfix.networks.graph.operators import name_of
 from normfix.tiling.stages.maps import ProgramMaps
 from normfix.tiling.stages.overviews import Overview, overview_of, overviews
@@ -303,6 +303,7 @@ def _stage(
     graph.lint()
     ndim = len(maps.maps[program.image].dims)
     values = [n for n in (*order, *reads) if n in maps.moving]
+    space = space_of(program.image)
     return Stage(
         number=number,
         run=GraphModule(program.body, graph),
@@ -317,15 +318,9 @@ def _stage(
         measures=measures,
         returns=returns,
         grid=maps.grid(values, ndim),
-        is_laid=any(_is_laid(n, program.image) for n in inside - maps.moving),
+        is_laid=any(is_laid(n, space) for n in inside - maps.moving),
         weight=_weight(order, reads, gives, shapes) / math.prod(shapes[program.image][2:]),
     )
-
-
-def _is_laid(node: Node, image: Node) -> bool:
-    """Tell whether a value follows the image's extents alone and varies over it, as numbers of positions do."""
-    space = space_of(image)
-    return node.op == "call_function" and is_sized(node, space) and not is_even(node, space)
 
 
 def _multiply_(graph: Graph) -> None:
