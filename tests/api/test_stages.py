@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 import normfix
 from normfix import Blocks
+from normfix.api import prediction
 from normfix.errors import NormfixError
 from normfix.images.scaling import scaled
 from normfix.records.saved import Scaling
@@ -118,6 +119,98 @@ def test_per_image_statistics_are_the_original_network(converted, engine):
     assert_close(own, converted.original(other), **TOLERANCE[torch.float64])
     stored = normfix.predict(converted.model, other, tile=16, engine=engine)
     assert (stored - own).abs().max() > 0.1  # the statistics do matter on this image
+
+
+class _Walks:
+    """A watch that counts how often the stages are begun."""
+
+    timed = False
+
+    def __init__(self):
+        self.count = 0
+
+    def begin(self, outlook):
+        self.count += 1
+
+    def block(self, step):
+        """Expect nothing of a block."""
+
+
+class Switched(nn.Module):
+    """Takes another branch, with a norm of its own, where an image is bright."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 1, 3, padding=1)
+        self.dark, self.bright = nn.InstanceNorm2d(3), nn.InstanceNorm2d(3, affine=True)
+
+    def forward(self, x):
+        norm = self.bright if float(x.amax()) > 1 else self.dark
+        return self.head(norm(self.stem(x)).relu() ** 2)
+
+
+def _counted(monkeypatch, module, name):
+    """Count the calls of a function of a module."""
+    calls, function = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args, **kw: calls.append(name) or function(*args, **kw))
+    return calls
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize(("make", "walks"), [(TwoLevels, 1), (Squeezed, 2)])
+def test_statistics_of_the_image_are_measured_on_the_way(make, walks, monkeypatch):
+    """One walk measures and predicts, unless statistics may move the geometry; the next image is not scanned for."""
+    torch.manual_seed(0)
+    net = type("Own", (make,), {})().double().eval()  # of which no other test leaves a capture
+    scans, captures = (
+        _counted(monkeypatch, prediction, "look"),
+        _counted(monkeypatch, cache, "captured_program"),
+    )
+    for seed, scale in ((3, 1), (4, 5)):
+        image, watch = scale * _image(48, 80, seed=seed), _Walks()
+        options = {"engine": "stages", "statistics": "per-image", "blocks": Blocks(watch=watch)}
+        own = normfix.predict(net, image, tile=16, **options)
+        assert_close(own, net(image), **TOLERANCE[torch.float64])
+        assert watch.count == walks
+        assert len(scans) == 1
+        assert len(captures) == 1
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_what_is_held_of_a_network_is_of_its_present_values(monkeypatch):
+    """A weight that changed in place is scanned anew and counts; what did not change is not scanned."""
+    torch.manual_seed(0)
+    net, image = TwoLevels().double().eval(), _image(48, 80)
+    scans = _counted(monkeypatch, prediction, "look")
+    predicted = []
+    for factor, seen in ((1, 1), (1, 1), (-2, 2)):
+        net.head.weight.data.mul_(factor)
+        own = normfix.predict(net, image, tile=16, statistics="per-image")
+        assert_close(own, net(image), **TOLERANCE[torch.float64])
+        assert len(scans) == seen
+        predicted.append(own)
+    assert torch.equal(*predicted[:2])
+    assert (predicted[2] - predicted[1]).abs().max() > 0.1
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_an_image_that_takes_another_branch_is_not_predicted_by_the_first():
+    """What is held of one image is of another too only where the network computes the same; else it is refused."""
+    torch.manual_seed(0)
+    net = Switched().double().eval()
+    outcomes = []
+    for image in (_image(48, 80) / 2, 4 * _image(48, 80, seed=2), _image(48, 80, seed=3) / 2):
+        try:
+            own = normfix.predict(net, image, tile=16, statistics="per-image")
+        except NormfixError as error:
+            outcomes.append(error.code)
+            continue
+        outcomes.append("right")
+        assert_close(own, net(image), **TOLERANCE[torch.float64])
+    assert outcomes[0] == outcomes[2] == "right"
 
 
 @pytest.mark.slow

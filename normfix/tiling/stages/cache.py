@@ -217,11 +217,12 @@ def schedule_of(
 
 
 def hand_on(model: nn.Module, copied: nn.Module) -> None:
-    """Let a copy keep the captures of the network that it was made of, which may live shorter."""
+    """Let another network keep the captures of one that may live shorter: a copy those of what it was made of."""
     with _LOCK:
-        captures = _CAPTURES.get(original_of(model))
+        captures = _CAPTURES.get(original_of(model), ())
         if captures:
-            _CAPTURES[copied] = captures[:_KEPT]
+            own = (c for c in _CAPTURES.get(copied, ()) if all(c is not capture for capture in captures))
+            _CAPTURES[copied] = [*captures, *own][:_KEPT]
 
 
 def keep_plans(model: nn.Module, folder: Path) -> None:
