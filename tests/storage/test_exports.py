@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -138,6 +139,61 @@ def test_a_size_that_was_not_tried_is_said(tmp_path):
     export = normfix.save(normfix.convert(Counting(400), IMAGE), tmp_path / "fixed.ts")
     assert any("up to 192x192" in words for words in export.sizes)
     assert "Only for up to 192x192" in export.words
+
+
+class Fitting(nn.Module):
+    """Python pads to what the stride needs, or counts images: a trace does as it did for the image it was made with."""
+
+    def __init__(self, most=9):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.up = (
+            nn.Conv2d(1, 2, 3, 2, 1),
+            nn.InstanceNorm2d(2),
+            nn.ConvTranspose2d(2, 1, 2, 2),
+        )
+        self.most = most
+
+    def forward(self, x):
+        height, width = x.shape[2:]
+        if height % 2 or width % 2:
+            x = F.pad(x, (0, width % 2, 0, height % 2), mode="replicate")
+        y = self.up(self.norm(self.conv(x)))[..., :height, :width]
+        return y * 2 if len(x) > self.most else y
+
+
+@pytest.fixture(scope="module")
+def fitting():
+    """Return a conversion of a network that pads to multiples of 2."""
+    return normfix.convert(Fitting().eval(), IMAGE[..., :48, :40])
+
+
+def test_sizes_between_the_multiples_that_are_compared_are_tried(fitting, tmp_path):
+    """A trace without the padding that other sizes need is said to be for multiples of the stride alone."""
+    export = normfix.save(fitting, tmp_path / "fixed.ts")
+    assert export.sizes == ("sizes that are multiples of 2x2, where alone it was the network",)
+    odd = IMAGE[..., :41, :39]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.jit.load is deprecated
+        traced = torch.jit.load(tmp_path / "fixed.ts")
+    assert not torch.allclose(traced(odd), fitting.model(odd), atol=1e-3)
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_sizes_between_multiples_are_compared_where_the_form_takes_them(grouped, tmp_path):
+    """ONNX computes sizes itself, here too, and nothing is said."""
+    export = normfix.save(grouped, tmp_path / "fixed.onnx")
+    assert (export.sizes, export.shapes[-1][2] % 2) == ((), 1)
+
+
+@pytest.mark.slow
+def test_a_trace_that_is_tied_to_few_images_is_not_kept(fitting, tmp_path):
+    """A network that does otherwise with three images is tried with three."""
+    model = copy.deepcopy(fitting.model)
+    model.most = 2
+    with pytest.raises(NormfixError, match=r"NF591.*on an input of 3x1x"):
+        normfix.save(replace(fitting, model=model), tmp_path / "fixed.ts")
 
 
 @both
