@@ -123,6 +123,8 @@ def predict_command(
     Example:
       normfix predict fixed nuclei.tif -o prediction.tif
     """
+    if not out:  # the working directory, as a path
+        raise click.UsageError("-o is empty: name a file or a folder")
     arguments = Arguments.take(options, images)
     Rendering.parse(as_, logits)
     require_cluster("dask" if engine == "dask" else "local", options["scheduler"], options["store"])
