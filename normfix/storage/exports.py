@@ -33,12 +33,13 @@ from normfix.records.exports import Export
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.saved import Provenance
 from normfix.records.sites import Scan
+from normfix.records.spans import round_up
 from normfix.records.verdicts import Proof
 from normfix.storage.folder import MANIFEST, seeded_input
 from normfix.storage.fresh import run_alone
 from normfix.storage.probe import SEED, saved_inside
 from normfix.tiling.geometry import geometry_of, thinnest
-from normfix.tiling.grid import Tile, grid, round_up
+from normfix.tiling.grid import Tile, grid
 from normfix.tiling.strips import longer_than_windows
 
 __all__ = ["is_export_name", "require_exporter", "write_export"]
