@@ -251,13 +251,16 @@ def write_stack(
         NormfixError: codes of `write_prediction`.
     """
     rendering = Rendering.parse(as_, logits)
-    with OutputFile(out, allow_nonfinite=allow_nonfinite, stack=stack, rendering=rendering) as file:
+    store = (options.get("blocks") or Blocks()).store
+    with (
+        resumable(store),  # all planes: what is done again begins with the first
+        OutputFile(out, allow_nonfinite=allow_nonfinite, stack=stack, rendering=rendering) as file,
+    ):
         for number, plane in enumerate(planes):
             job = _Prediction.of(model, plane, tile, **options)
             file.plane = number
             file.place(plane.placement.scaled((*[Fraction(1)] * (stack[0] == "Z"), *job.scale)))
-            with resumable(job.blocks.store):
-                job.write(file)
+            job.write(file)
     return file.written
 
 
