@@ -613,3 +613,40 @@ def test_classes_are_compared_at_an_images_size():
     assert torch.equal(
         normfix.predict(net, image[:, :, :700], tile=16, engine="tiles"), net(image[:, :, :700])
     )
+
+
+class _Shifted(ReadByNumber):
+    """Reads the row so many below each that a buffer says."""
+
+    def __init__(self):
+        super().__init__(lambda n: (n + self.below).clamp(max=n.shape[0] - 1))
+        self.register_buffer("below", torch.tensor(1))
+        self.norm = nn.InstanceNorm2d(1)
+
+    def forward(self, x):
+        return super().forward(self.norm(x))
+
+
+def test_rows_that_change_in_place_are_measured_again():
+    """The halo that travels with a network is that of the whole numbers that it held then."""
+    image = torch.rand(1, 1, 96, 16)
+    net = normfix.convert(_Shifted().eval(), image).model
+    for below in (1, 20):
+        net.below.fill_(below)
+        with torch.no_grad():
+            assert (normfix.predict(net, image, tile=16, engine="tiles") - net(image)).abs().max() < 1e-5
+
+
+class _Picked(MaskedLate):
+    """Adds one row to all."""
+
+    def forward(self, x):
+        x = self.conv(x)
+        return x + x.index_select(2, torch.tensor([self.rows]))
+
+
+@pytest.mark.parametrize("statistics", ["auto", "per-image"])
+def test_a_row_that_is_picked_by_number_is_refused_with_a_code(statistics):
+    """On the short strips that are tried the network has no such row."""
+    with pytest.raises(normfix.NormfixError, match="NF"):
+        normfix.predict(_Picked(40).eval(), torch.rand(1, 1, 80, 24), tile=16, statistics=statistics)
