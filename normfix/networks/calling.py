@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 
-REFUSALS = (NormfixError, RuntimeError, ValueError, AssertionError, IndexError)
+REFUSALS = (NormfixError, RuntimeError, ValueError, AssertionError)
 """What a network may raise that does not take a size it is tried with; to be caught by `refusals`."""
 
 
