@@ -27,6 +27,7 @@ from normfix.images.rendering import Logits, Rendering
 from normfix.images.sources import Image, TensorImage, middle_of, whole
 from normfix.images.windows import ScaledImage
 from normfix.images.writing import OutputFile
+from normfix.networks.behaviour import state_of
 from normfix.networks.calling import Caller, home_of, refusals
 from normfix.networks.copying import copy_of, double_of, twin_of
 from normfix.networks.numerics import exact_arithmetic, require_finite
@@ -63,7 +64,7 @@ _WHOLE = frozenset({Family.ATTENTION, Family.POOL})
 """What is of the whole image in stages, where no constant replaces it."""
 
 _HELD: WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = WeakKeyDictionary()
-"""At which sizes tiles of a network were held against its whole, and equalled it."""
+"""At which sizes and with which values tiles of a network were held against its whole, and equalled it."""
 
 _FINEST = 32
 """Pixels for one position of an output, at most."""
@@ -382,7 +383,7 @@ class _Prediction:
         if sizes is None or not sizes.exceeded(size):
             return
         held = _HELD.setdefault(self.model, set())
-        what = (self.known.scan, tuple(size), tuple(tile), geometry)
+        what = (self.known.scan, tuple(size), tuple(tile), geometry, repr(state_of(self.model)))
         if what in held:
             return
         example = middle_of(self.image)[:1].to(*home_of(self.model)).double()
