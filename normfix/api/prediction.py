@@ -66,7 +66,7 @@ _WHOLE = frozenset({Family.ATTENTION, Family.POOL})
 """What is of the whole image in stages, where no constant replaces it."""
 
 _HELD: WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = WeakKeyDictionary()
-"""At which sizes tiles of a network were held against its whole, and equalled it."""
+"""At which sizes and with which values tiles of a network were held against its whole, and equalled it."""
 
 _PLANNED: WeakKeyDictionary[nn.Module, tuple[object, Scan, Plan]] = WeakKeyDictionary()
 """What is held of networks that were not converted, and of what modules and values."""
@@ -257,13 +257,16 @@ def write_stack(
         NormfixError: codes of `write_prediction`.
     """
     rendering = Rendering.parse(as_, logits)
-    with OutputFile(out, allow_nonfinite=allow_nonfinite, stack=stack, rendering=rendering) as file:
+    store = (options.get("blocks") or Blocks()).store
+    with (
+        resumable(store),  # all planes: what is done again begins with the first
+        OutputFile(out, allow_nonfinite=allow_nonfinite, stack=stack, rendering=rendering) as file,
+    ):
         for number, plane in enumerate(planes):
             job = _Prediction.of(model, plane, tile, **options)
             file.plane = number
             file.place(plane.placement.scaled((*[Fraction(1)] * (stack[0] == "Z"), *job.scale)))
-            with resumable(job.blocks.store):
-                job.write(file)
+            job.write(file)
     return file.written
 
 
@@ -416,7 +419,7 @@ class _Prediction:
         if sizes is None or not sizes.exceeded(size):
             return
         held = _HELD.setdefault(self.model, set())
-        what = (self.known.scan, tuple(size), tuple(tile), geometry)
+        what = (self.known.scan, tuple(size), tuple(tile), geometry, repr(state_of(self.model)))
         if what in held:
             return
         example = middle_of(self.image)[:1].to(*home_of(self.model)).double()

@@ -389,8 +389,10 @@ class Arguments:
         return list(opened)
 
     def _place_(self, model: nn.Module) -> None:
+        from normfix.networks.calling import require_network
         from normfix.networks.devices import AUTO, chosen, described
 
+        require_network(model)
         device = chosen(self.device)
         if self.device == AUTO and device is not None and device.type != "cpu":
             note(f"computing on {described(device)}; --device cpu computes on the CPU")

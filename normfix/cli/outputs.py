@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import zipfile
 from collections.abc import Callable, Iterator
@@ -44,12 +45,25 @@ def tell(place: Naming, how: str = "") -> None:
 
 
 def is_saved(path: Path) -> bool:
-    """Tell whether something may be a folder or program that was saved."""
+    """Tell whether something may be a folder, program or form for another runtime that was saved."""
     if path.is_symlink():
         return False
     if path.is_dir():
         return any((path / name).is_file() for name in _FILES)
-    return path.suffix == ".pt2" and zipfile.is_zipfile(path)
+    if not path.is_file():  # a pipe would be waited for
+        return False
+    if path.suffix == ".onnx":
+        return _speaks_of_normfix(path)
+    return path.suffix in (".pt2", ".ts") and zipfile.is_zipfile(path)
+
+
+def _speaks_of_normfix(path: Path) -> bool:
+    """Tell whether a file holds the name of normfix's record, which stands at the end of an ONNX that it wrote."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.rfind(b"normfix.json") >= 0
+    except (OSError, ValueError):  # it cannot be read, or nothing is in it
+        return False
 
 
 def is_given(path: Path) -> bool:

@@ -123,6 +123,8 @@ def predict_command(
     Example:
       normfix predict fixed nuclei.tif -o prediction.tif
     """
+    if not out:  # the working directory, as a path
+        raise click.UsageError("-o is empty: name a file or a folder")
     arguments = Arguments.take(options, images)
     Rendering.parse(as_, logits)
     require_cluster("dask" if engine == "dask" else "local", options["scheduler"], options["store"])
@@ -170,12 +172,14 @@ def _predict_each(opened: Callable[[], _Run], paths: Sequence[Path], folder: Pat
     run = opened()
 
     from normfix.api.prediction import NotTiledError
+    from normfix.tiling.stages.resuming import resumable
 
     fresh = not folder.exists()
     folder.mkdir(exist_ok=True)
 
     def work(number: int, path: Path) -> None:
-        with output(str(targets[number]), is_image) as place:
+        target = targets[number]
+        with output(str(target), is_image) as place, resumable(run.settings["blocks"].store, target.name):
             run.predict(path, place)
 
     try:

@@ -81,12 +81,20 @@ def structure_of(model: nn.Module) -> str:
         [(path, type(module), picture.attributes(module)) for path, module in modules],
         [picture.code(kind) for kind in kinds if not kind.__module__.startswith(_LIBRARIES)],
         [
-            (name, tuple(t.shape))
+            (name, tuple(t.shape), _numbers(name, t))
             for name, t in model.state_dict(keep_vars=True).items()
             if isinstance(t, Tensor)
         ],
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _numbers(name: str, value: Tensor) -> object:
+    """Return what differs if whole numbers do that a network holds, such as rows to be read; None for all else."""
+    if value.is_floating_point() or value.is_complex() or name.rpartition(".")[2] == "num_batches_tracked":
+        return None
+    found = digest_of_tensor(value)
+    return found if isinstance(found, str) else None
 
 
 class _Picture:

@@ -36,6 +36,7 @@ __all__ = [
     "failures",
     "home_of",
     "is_halved",
+    "once_each",
     "refusals",
     "require_network",
     "resized",
@@ -357,7 +358,24 @@ def _fill_buffers_(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             if name in values and buffer.shape == values[name].shape:
-                buffer.copy_(values[name])
+                place, value = once_each(buffer, values[name])
+                place.copy_(value)
+
+
+def once_each(place: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both without what `place` repeats, if `value` does too: torch does not write where elements are shared.
+
+    >>> place, value = once_each(torch.zeros(1, 3).expand(2, 3), torch.ones(2, 3))
+    >>> tuple(place.shape), tuple(value.shape)
+    ((1, 3), (1, 3))
+    """
+    for dim, (n, step) in enumerate(zip(place.shape, place.stride(), strict=True)):
+        if n < 2 or step:
+            continue
+        first = value.narrow(dim, 0, 1)
+        if not value.stride(dim) or torch.equal(first.expand_as(value), value):
+            place, value = place.narrow(dim, 0, 1), first
+    return place, value
 
 
 def require_network(model: object) -> None:
@@ -374,10 +392,36 @@ def require_network(model: object) -> None:
             f"torch.compile hides the calls of {compiled[0] or 'the network'}. Give the network before it (its "
             "_orig_mod), compile the result."
         )
+    elif ring := _ring(model):
+        reason = (
+            f"its part {ring} holds itself, directly or through others, which neither torch (train, to) nor normfix "
+            "can walk through. Keep what it refers to in a list or tuple, which registers nothing."
+        )
     elif any(t.is_meta for t in (*model.parameters(), *model.buffers())):
         reason = "it has tensors on the meta device, which hold no data. Load its weights first."
     if reason:
         raise NormfixError("NF118", reason, where=type(model).__name__)
+
+
+def _ring(model: nn.Module) -> str:
+    """Return the path of a module that is among its own parts, if any."""
+    above: set[int] = set()
+    done: set[int] = set()
+
+    def found(module: nn.Module, path: str) -> str:
+        if id(module) in above:
+            return path
+        if id(module) in done:
+            return ""
+        above.add(id(module))
+        try:
+            parts = ((name, part) for name, part in module._modules.items() if part is not None)
+            return next(filter(None, (found(part, f"{path}.{name}".lstrip(".")) for name, part in parts)), "")
+        finally:
+            above.discard(id(module))
+            done.add(id(module))
+
+    return found(model, "")
 
 
 def is_halved(model: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from normfix.errors import NormfixError
 from normfix.networks.behaviour import SAID, behaviour_of
-from normfix.networks.calling import failures, home_of, require_network
+from normfix.networks.calling import failures, home_of, once_each, require_network
 
 __all__ = ["as_trained_copy", "copy_of", "cpu_twin_of", "double_of", "original_of", "twin_of"]
 
@@ -84,7 +84,8 @@ def double_of(model: nn.Module, spare: nn.Module | None = None) -> nn.Module:
         return copy_of(model).double()
     with torch.no_grad():
         for name, mine in own.items():
-            mine.copy_(theirs[name])
+            place, value = once_each(mine, theirs[name])
+            place.copy_(value)
     for copied, module in zip(spare.modules(), model.modules(), strict=True):
         copied.training = module.training
     return spare

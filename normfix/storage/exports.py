@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from normfix.records.exports import Export
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.saved import Provenance
 from normfix.records.sites import Scan
+from normfix.records.spans import round_up
 from normfix.records.verdicts import Proof
 from normfix.storage.folder import MANIFEST, seeded_input
 from normfix.storage.fresh import run_alone
@@ -132,12 +134,19 @@ def write_export(
                 where=str(path),
             ) from error
         cases, note = _cases(model, caller, provenance, example, free)
+        between = _between(model, caller, provenance.scan, example, free)
     try:
         with drafting(path) as draft:
             draft.write_bytes(content)
-            differences = _alone(draft, cases, packages=_packages(model, path.suffix))
+            tried = [*cases, *between]
+            differences = _alone(draft, tried, packages=_packages(model, path.suffix))
             sizes = _sizes(provenance.scan, path.suffix)
-            return replace(_judged(path, versions, free, cases, differences, note), sizes=sizes)
+            if any(
+                _is_off(case, pair) for case, pair in zip(between, differences[len(cases) :], strict=True)
+            ):
+                tried = cases
+                sizes = (f"{_unit_words(provenance.scan)}, where alone it was the network", *sizes)
+            return replace(_judged(path, versions, free, tried, differences[: len(tried)], note), sizes=sizes)
     except OSError as error:
         raise cannot_write(path, error) from error
 
@@ -198,13 +207,17 @@ def _grown(example: Tensor, free: tuple[int, ...]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Case:
-    """An input, what the network gives for it, the largest difference that is rounding there, tiles to cut it into."""
+    """An input, what the network gives for it, the largest difference that is rounding there, tiles to cut it into.
+
+    Where it `may_fail`, the form need not run on it.
+    """
 
     image: Tensor
     output: Tensor
     sd: float
     limit: float
     tiles: tuple[Tile, ...] = ()
+    may_fail: bool = False
 
     def arrays(self, number: int) -> Mapping[str, np.ndarray]:
         """Return it as the script takes it."""
@@ -213,6 +226,7 @@ class _Case:
         return {
             f"{number}.input": self.image.numpy(),
             f"{number}.output": self.output.numpy(),
+            f"{number}.may_fail": np.array(self.may_fail),
             f"{number}.tiles": np.array(tiles, dtype=np.int64).reshape(len(tiles), 3, len(sizes), 2),
         }
 
@@ -231,10 +245,12 @@ def _ends(tile: Tile, sizes: torch.Size) -> list[list[tuple[int, int]]]:
 def _cases(
     model: nn.Module, caller: Caller, provenance: Provenance, example: Tensor, free: tuple[int, ...]
 ) -> tuple[list[_Case], str]:
-    """Return what to run: the example, another size and batch, and a strip cut into tiles along each axis."""
+    """Return what to run: the example, another size and batch, three images, a strip cut into tiles along each axis."""
     double = double_of(model)
     case = partial(_case, partial(caller, model), partial(caller.in_double, double))
     images = [example, *([_grown(example, free)] if free else [])]
+    if 0 in free:
+        images.append(seeded_input((3, *example.shape[1:]), SEED + 1, example.dtype))
     cases = [case(image) for image in images if image is example or _runs(AsFunction(model, caller), image)]
     geometry = geometry_of(provenance.scan)
     space = tuple(range(2, example.dim()))
@@ -251,6 +267,41 @@ def _cases(
             image, tile = longer_than_windows(example, geometry, axis, thin)
             cases.append(case(image, tuple(grid(image.shape[2:], tile, geometry))))
     return cases, note
+
+
+def _between(
+    model: nn.Module, caller: Caller, scan: Scan, example: Tensor, free: tuple[int, ...]
+) -> list[_Case]:
+    """Return an image whose extents lie between the multiples that all others have, if the network takes it.
+
+    Padding that Python computes from a size is a constant in a form, and none at these multiples.
+    """
+    grown = [d - 2 for d in free if d >= 2]
+    units = _units(scan)
+    shape = list(example.shape)
+    for axis in grown:
+        shape[2 + axis] = round_up(shape[2 + axis], units[axis]) + units[axis] + (units[axis] > 1)
+    image = seeded_input(tuple(shape), SEED + 2, example.dtype)
+    if all(units[axis] == 1 for axis in grown) or not _runs(AsFunction(model, caller), image):
+        return []
+    double = partial(caller.in_double, double_of(model))
+    return [replace(_case(partial(caller, model), double, image), may_fail=True)]
+
+
+def _units(scan: Scan) -> tuple[int, ...]:
+    """Return per axis what extents are multiples of at which tiles begin and end; 1 where that is not known."""
+    geometry = geometry_of(scan)
+    if geometry is None:
+        return (1,) * (len(scan.example) - 2)
+    return tuple(map(math.lcm, geometry.stride, geometry.multiple))
+
+
+def _unit_words(scan: Scan) -> str:
+    return f"sizes that are multiples of {'x'.join(map(str, _units(scan)))}"
+
+
+def _is_off(case: _Case, pair: list[float]) -> bool:
+    return pair[0] / case.sd > case.limit
 
 
 def _case(

@@ -575,3 +575,63 @@ def test_a_size_at_which_tiles_were_compared_is_not_compared_again(monkeypatch):
         normfix.predict(net, image, tile=16, engine="tiles")
         with pytest.raises(pytest.fail.Exception, match="compared"):
             normfix.predict(net, image[:, :, :-1], tile=16, engine="tiles")
+
+
+class _Told(MaskedLate):
+    """Doubles the rows from one on that a buffer says, and may give a class."""
+
+    def __init__(self, rows, *, classes=False):
+        super().__init__(rows)
+        self.classes = classes
+        self.register_buffer("first", torch.tensor(float(rows)))
+
+    def forward(self, x):
+        x = self.conv(x)
+        x = torch.where((torch.arange(x.shape[2]) >= self.first)[:, None], 2 - x, x)
+        return (x > 0.5).to(torch.uint8) if self.classes else x
+
+
+@pytest.mark.parametrize(("engine", "code"), [("tiles", "NF264"), ("stages", "NF325")])
+def test_values_that_change_in_place_are_compared_again(engine, code):
+    """A size is known with the values that the network had then; the stages are as they were."""
+    net, image = _Told(900).eval(), torch.rand(1, 1, 700, 20)
+    with torch.no_grad():
+        assert (normfix.predict(net, image, tile=16, engine=engine) - net(image)).abs().max() < 1e-6
+    converted = normfix.convert(net, image[:, :, :64]).model
+    for one in (net, converted):
+        normfix.predict(one, image, tile=16, engine=engine)
+        one.first.fill_(500)
+        with pytest.raises(normfix.NormfixError, match=code):
+            normfix.predict(one, image, tile=16, engine=engine)
+
+
+def test_classes_are_compared_at_an_images_size():
+    """They differ or they do not; control: a mask that begins behind the image."""
+    net, image = _Told(700, classes=True).eval(), torch.rand(1, 1, 720, 20)
+    with pytest.raises(normfix.NormfixError, match="NF264"):
+        normfix.predict(net, image, tile=16, engine="tiles")
+    assert torch.equal(
+        normfix.predict(net, image[:, :, :700], tile=16, engine="tiles"), net(image[:, :, :700])
+    )
+
+
+class _Shifted(ReadByNumber):
+    """Reads the row so many below each that a buffer says."""
+
+    def __init__(self):
+        super().__init__(lambda n: (n + self.below).clamp(max=n.shape[0] - 1))
+        self.register_buffer("below", torch.tensor(1))
+        self.norm = nn.InstanceNorm2d(1)
+
+    def forward(self, x):
+        return super().forward(self.norm(x))
+
+
+def test_rows_that_change_in_place_are_measured_again():
+    """The halo that travels with a network is that of the whole numbers that it held then."""
+    image = torch.rand(1, 1, 96, 16)
+    net = normfix.convert(_Shifted().eval(), image).model
+    for below in (1, 20):
+        net.below.fill_(below)
+        with torch.no_grad():
+            assert (normfix.predict(net, image, tile=16, engine="tiles") - net(image)).abs().max() < 1e-5

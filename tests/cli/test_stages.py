@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from click import Abort
 from click.testing import CliRunner
 from factories import tiny_unet
 from optional import zarr
@@ -165,6 +166,42 @@ def test_a_run_that_was_killed_after_naming_its_output_is_done(folder, monkeypat
     assert "Nothing was written" in _run(*words).stderr
     assert not computed
     assert not (folder / "normfix-run").exists()
+
+
+@pytest.mark.parametrize("out", ["predictions", "stack.npy"])
+def test_several_images_go_on_where_the_last_of_them_was_stopped(folder, monkeypatch, out):
+    """What is done before is done again, and does not meet the run of another image; a stack's planes likewise."""
+    image = tifffile.imread(folder / "image.tif")[:48, :40]
+    for number in range(2):
+        np.save(folder / f"im{number}.npy", image * (number + 1))
+    np.save(folder / "planes.npy", np.stack([image, image * 2]))
+    given = (folder / "im0.npy", folder / "im1.npy") if out == "predictions" else (folder / "planes.npy",)
+    words = ("predict", folder / "fixed", *given, "--tile", 32, "--engine", "stages")
+    words = (*words, *(("--slices", "Z", "--axes", "ZYX") if out == "stack.npy" else ()))
+    computed = []
+    compute = Written.note
+
+    def note(self, *given):
+        if len(computed) == limit:
+            raise KeyboardInterrupt
+        computed.append(given)
+        compute(self, *given)
+
+    monkeypatch.setattr(Written, "note", note)
+    limit = -1
+    _run(*words, "--store", folder, "-o", folder / f"expected-{out}")
+    count, limit = len(computed), len(computed) * 3 // 4
+    computed.clear()
+    store = folder / f"store-{out}"
+    store.mkdir()
+    with pytest.raises((KeyboardInterrupt, Abort)):
+        _run(*words, "--store", store, "-o", folder / out)
+    limit = -1
+    computed.clear()
+    _run(*words, "--store", store, "-o", folder / out)
+    assert len(computed) <= (count // 4 if out == "stack.npy" else count * 3 // 4) + 1
+    assert not list(store.iterdir())
+    assert _bytes(folder / out) == _bytes(folder / f"expected-{out}")
 
 
 def test_options_of_stages_mean_stages(folder):

@@ -45,6 +45,7 @@ WRONG = [
     ["diagnose", MODEL, IMAGE, "--scale-tiles", "minmax"],
     ["predict", MODEL, "no.png", "-o", "p.tif"],
     ["predict", MODEL, IMAGE, "-o", "p.png"],
+    ["predict", MODEL, "other/image.npy", "-o", ""],
     ["predict", MODEL, IMAGE, IMAGE, "-o", "p.tif"],
     ["predict", MODEL, IMAGE, "other/image.npy", "-o", "out"],
     ["predict", MODEL, IMAGE, "-o", "p.tif", "--as", "colours"],

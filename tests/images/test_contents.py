@@ -17,6 +17,7 @@ import normfix
 from normfix.errors import NormfixError
 from normfix.images.collections import ImageFiles
 from normfix.images.files import open_windows
+from normfix.images.formats import npy
 from normfix.images.formats.npy import open_npy
 from normfix.records.saved import Scaling
 from normfix.tiling.stages.blocks import Work
@@ -323,6 +324,52 @@ def test_windows_of_a_npy_are_those_of_its_array(tmp_path, order):
         (whole, slice(3, 3), whole, whole),
     ):
         np.testing.assert_array_equal(values[index], array[index])
+
+
+@pytest.mark.parametrize(("gap", "room"), [(0, 1), (6, 40), (4096, 1 << 20)])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_runs_of_a_npy_that_are_read_together_are_the_same_values(tmp_path, monkeypatch, gap, room, order):
+    """Whether each run is read alone, some over a gap, or all at once."""
+    monkeypatch.setattr(npy, "_GAP", gap)
+    monkeypatch.setattr(npy, "_ROOM", room)
+    array = np.asarray(RNG.integers(0, 99, (3, 7, 5, 6)), ">i2", order=order)
+    np.save(tmp_path / "image.npy", array)
+    values = open_npy(tmp_path / "image.npy").array
+    for index in (
+        (slice(0, 3), slice(0, 7), slice(0, 5), slice(2, 3)),
+        (slice(0, 1), slice(2, 7), slice(1, 4), slice(1, 6)),
+        (2, slice(1, 6), 4, slice(0, 5)),
+    ):
+        np.testing.assert_array_equal(values[index], array[index])
+
+
+def test_one_channel_of_an_interleaved_npy_is_not_read_value_by_value(tmp_path, monkeypatch):
+    """A seek for each pixel takes 25 seconds for 1500 x 1500 pixels."""
+    np.save(tmp_path / "rgb.npy", np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3))
+    values = open_npy(tmp_path / "rgb.npy").array
+    reads = []
+    fill = npy._fill
+    monkeypatch.setattr(npy, "_fill", lambda file, values: (reads.append(1), fill(file, values)))
+    assert values[:, :, 1:2].shape == (64, 64, 1)
+    assert len(reads) == 1
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_long_header_of_a_npy_is_refused_unread(tmp_path, version):
+    """numpy reads 4 GB of a sparse file before it says that a header is too long."""
+    path = tmp_path / "image.npy"
+    path.write_bytes(b"\x93NUMPY" + bytes([version, 0]) + (0xFFFFFFF0).to_bytes(4, "little"))
+    with pytest.raises(NormfixError, match=r"NF101.*its header has 4,294,967,280 bytes"):
+        open_windows(path, ndim=2, channels=1)
+
+
+def test_values_behind_the_array_of_a_npy_are_said(tmp_path):
+    """numpy.save puts several arrays into one file, of which the first is read."""
+    with (tmp_path / "two.npy").open("wb") as file:
+        np.save(file, ARRAY)
+        np.save(file, ARRAY)
+    with open_windows(tmp_path / "two.npy", ndim=2, channels=1) as window:
+        assert window.notes == (f"{ARRAY.nbytes + 128:,} bytes behind its array are not read.",)
 
 
 def test_a_file_that_is_cut_short_while_it_is_read_is_refused(tmp_path):

@@ -67,6 +67,18 @@ def test_what_takes_all_of_a_small_image_has_a_largest_one(cut, expected, earlie
     assert texts(found.conditions) == (expected if writes_archives() else earlier or expected)
 
 
+def test_a_slice_of_all_pixels_in_a_row_has_a_largest_image():
+    """Rows and columns that are laid end to end have no largest extent each; torch asks for their product."""
+
+    def ends(x):
+        flat = x.flatten(2)
+        return torch.cat([flat[..., :150_000].tanh(), flat[..., 150_000:]], 2).reshape(x.shape)
+
+    found = texts(look(ends).conditions)
+    assert found
+    assert all("H*W" in text for text in found)
+
+
 def test_extents_that_were_taken_for_one_are_a_condition():
     """A network that asks whether the image is square, captured on a square one, is known for squares."""
     assert texts(look(BY_SIZE["square"].way, 96, 96).conditions) == ["H == W"]

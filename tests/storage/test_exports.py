@@ -1,8 +1,10 @@
 """ONNX and TorchScript out: run by their own runtimes in a fresh process, or not kept."""
 
 import copy
+import os
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch import nn
 import normfix
 from normfix import NormfixError
 from normfix.cli import cli
+from normfix.cli.outputs import is_saved
 from normfix.networks.provenance import attach_, provenance_of
 from normfix.scanning.crossings import Crossings
 from normfix.storage import exports
@@ -140,6 +143,61 @@ def test_a_size_that_was_not_tried_is_said(tmp_path):
     assert "Only for up to 192x192" in export.words
 
 
+class Fitting(nn.Module):
+    """Python pads to what the stride needs, or counts images: a trace does as it did for the image it was made with."""
+
+    def __init__(self, most=9):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.up = (
+            nn.Conv2d(1, 2, 3, 2, 1),
+            nn.InstanceNorm2d(2),
+            nn.ConvTranspose2d(2, 1, 2, 2),
+        )
+        self.most = most
+
+    def forward(self, x):
+        height, width = x.shape[2:]
+        if height % 2 or width % 2:
+            x = F.pad(x, (0, width % 2, 0, height % 2), mode="replicate")
+        y = self.up(self.norm(self.conv(x)))[..., :height, :width]
+        return y * 2 if len(x) > self.most else y
+
+
+@pytest.fixture(scope="module")
+def fitting():
+    """Return a conversion of a network that pads to multiples of 2."""
+    return normfix.convert(Fitting().eval(), IMAGE[..., :48, :40])
+
+
+def test_sizes_between_the_multiples_that_are_compared_are_tried(fitting, tmp_path):
+    """A trace without the padding that other sizes need is said to be for multiples of the stride alone."""
+    export = normfix.save(fitting, tmp_path / "fixed.ts")
+    assert export.sizes == ("sizes that are multiples of 2x2, where alone it was the network",)
+    odd = IMAGE[..., :41, :39]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.jit.load is deprecated
+        traced = torch.jit.load(tmp_path / "fixed.ts")
+    assert not torch.allclose(traced(odd), fitting.model(odd), atol=1e-3)
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_sizes_between_multiples_are_compared_where_the_form_takes_them(grouped, tmp_path):
+    """ONNX computes sizes itself, here too, and nothing is said."""
+    export = normfix.save(grouped, tmp_path / "fixed.onnx")
+    assert (export.sizes, export.shapes[-1][2] % 2) == ((), 1)
+
+
+@pytest.mark.slow
+def test_a_trace_that_is_tied_to_few_images_is_not_kept(fitting, tmp_path):
+    """A network that does otherwise with three images is tried with three."""
+    model = copy.deepcopy(fitting.model)
+    model.most = 2
+    with pytest.raises(NormfixError, match=r"NF591.*on an input of 3x1x"):
+        normfix.save(replace(fitting, model=model), tmp_path / "fixed.ts")
+
+
 @both
 @pytest.mark.slow
 def test_a_form_of_other_weights_is_not_kept(volume, suffix, tmp_path, monkeypatch):
@@ -200,7 +258,10 @@ def test_bfloat16_is_refused_by_name(tmp_path):
 
 @pytest.mark.slow
 def test_the_command_line_says_what_it_wrote(tmp_path, monkeypatch, capsys):
-    """convert -o FILE.ts exits 0, names torch's version and what is free; over a file it exits with NF114."""
+    """convert -o FILE.ts exits 0, names torch's version and what is free. Another one is kept under another name.
+
+    torch numbers the classes of a trace on in one process, so this one is another; in two processes it is the same.
+    """
     monkeypatch.chdir(tmp_path)
     np.save("image.npy", IMAGE[0, 0].numpy())
     words = [
@@ -215,9 +276,32 @@ def test_the_command_line_says_what_it_wrote(tmp_path, monkeypatch, capsys):
     assert cli.main([*words, "-o", "fixed.ts"], standalone_mode=False) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert f"torchscript (torch {torch.__version__}), free: batch, height, width" in said
-    with pytest.raises(NormfixError) as info:
+    with pytest.raises(NormfixError, match=r"NF114.*What this run made is fixed-2\.ts"):
         cli.main([*words, "-o", "fixed.ts"], standalone_mode=False)
-    assert info.value.code == "NF114"
+
+
+@pytest.mark.parametrize("content", [b"", b"mine", None])
+@pytest.mark.parametrize("suffix", [".onnx", ".ts", ".pt2"])
+def test_what_is_no_form_is_refused_before_anything_is_computed(content, suffix, tmp_path):
+    """A file that is no form of normfix's keeps its name, and a pipe is not waited for."""
+    path = tmp_path / f"mine{suffix}"
+    if content is not None:
+        path.write_bytes(content)
+    elif hasattr(os, "mkfifo"):
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    assert not is_saved(path)
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_an_onnx_has_the_same_bytes_each_time(grouped, tmp_path):
+    """So a command that is given again can tell its own output."""
+    for name in ("one.onnx", "two.onnx"):
+        normfix.save(grouped, tmp_path / name)
+    assert is_saved(tmp_path / "one.onnx")
+    assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "two.onnx").read_bytes()
 
 
 def volume_with(network, factor):

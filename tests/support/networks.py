@@ -452,3 +452,28 @@ class MaskedLate(ReadByNumber):
     def forward(self, x):
         x = self.conv(x)
         return torch.where((torch.arange(x.shape[2]) >= self.rows)[:, None], 2 * x, x)
+
+
+class CountedLate(ReadByNumber):
+    """Doubles the rows from one on, by counting those whose values are equal to themselves."""
+
+    def forward(self, x):
+        x = self.conv(x)
+        return torch.where((x == x).cumsum(2) > self.rows, 2 * x, x)
+
+
+class Below(ReadByNumber):
+    """Adds what is so many rows or more below the diagonal."""
+
+    def forward(self, x):
+        x = self.conv(x)
+        return x + torch.tril(x, -self.rows)
+
+
+class PooledLate(ReadByNumber):
+    """Doubles the rows from one on, by the places of maxima, which count over an image of 20 columns."""
+
+    def forward(self, x):
+        x = self.conv(x)
+        places = F.max_pool2d(x, 1, return_indices=True)[1]
+        return torch.where(places >= 20 * self.rows, 2 * x, x)

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from networks import TOLERANCE, MaskedLate, ReadByNumber
+from networks import TOLERANCE, Below, CountedLate, MaskedLate, PooledLate, ReadByNumber
 from optional import needs_newer_torch
 from streamed_networks import (
     Anisotropic3d,
@@ -320,9 +320,17 @@ def test_what_blocks_would_get_wrong_is_refused(net, code):
 
 
 @pytest.mark.parametrize(
-    "net", [MaskedLate(700), ReadByNumber(lambda n: n.clamp(max=700))], ids=["a mask", "rows that are read"]
+    ("net", "largest"),
+    [
+        (MaskedLate(700), 1 << 18),
+        (MaskedLate(700), 1),
+        (ReadByNumber(lambda n: n.clamp(max=700)), 1 << 18),
+        (CountedLate(700), 1),
+        (Below(700), 1),
+        (PooledLate(700), 1 << 18),
+    ],
+    ids=["a mask", "a mask on strips", "rows that are read", "a count", "below the diagonal", "maxima"],
 )
-@pytest.mark.parametrize("largest", [1 << 18, 1])
 def test_places_that_count_far_from_the_corner_alone_are_found(monkeypatch, net, largest):
     """No short strip shows them, so what is made of places is proved at the image's size, or on strips as long."""
     monkeypatch.setattr(scheduling, "LARGEST", largest)

@@ -20,6 +20,14 @@ from normfix.images.formats.opened import Opened
 
 __all__ = ["open_npy"]
 
+_HEADER = 10_000
+"""Bytes of a header that numpy reads."""
+
+_GAP, _ROOM = 1 << 12, 1 << 20
+"""Bytes between two runs that are read over, since seeking costs more, and how many are read at once with such gaps:
+one channel of an interleaved image, a column of a volume.
+"""
+
 
 def open_npy(path: Path) -> Opened:
     """Open an array that numpy.save wrote; no pickle in it is read.
@@ -27,11 +35,27 @@ def open_npy(path: Path) -> Opened:
     Raises:
         ValueError: if it is none, or holds objects; OSError if it cannot be read.
     """
+    _require_short_header(path)
     # np.load would open archives and pickles of any name too; of the map only what its header says is kept
     mapped = np.lib.format.open_memmap(path, "r")
-    return Opened(
-        _Values(path.resolve(), mapped.shape, mapped.dtype, mapped.offset, mapped.flags.f_contiguous)
-    )
+    values = _Values(path.resolve(), mapped.shape, mapped.dtype, mapped.offset, mapped.flags.f_contiguous)
+    behind = path.stat().st_size - mapped.offset - mapped.nbytes
+    notes = (f"{behind:,} bytes behind its array are not read.",) if behind > 0 else ()
+    return Opened(values, notes=notes)
+
+
+def _require_short_header(path: Path) -> None:
+    """Refuse a header that numpy would read whole before it refuses it: of a sparse file any size costs nothing.
+
+    Raises:
+        ValueError: if it is too long.
+    """
+    with path.open("rb") as file:
+        start = file.read(12)
+    # the magic and the version, then the length in two bytes, and since version 2 in four
+    length = int.from_bytes(start[8:12], "little")
+    if start[6:7] > b"\x01" and length > _HEADER:
+        raise ValueError(f"its header has {length:,} bytes, where {_HEADER:,} are read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,30 +83,58 @@ class _Values:
         """Read a window run by run: of the innermost axes, all that is whole and a part of the one around them."""
         extents = [max(0, stop - start) for start, stop in spans]
         found = np.empty(extents, self.dtype)
-        cut = [axis for axis, extent in enumerate(extents) if extent != shape[axis]]
-        last = cut[-1] if cut else 0
-        length = math.prod(extents[last:]) * self.dtype.itemsize
         if not found.size:
             return found
-        steps = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-        space = found.reshape(-1).view(np.uint8).data
-        starts = product(*(range(start, stop) for start, stop in spans[:last]))
+        cut = [axis for axis, extent in enumerate(extents) if extent != shape[axis]]
+        last = cut[-1] if cut else 0
+        steps = [math.prod(shape[axis + 1 :]) * self.dtype.itemsize for axis in range(len(shape))]
+        around = _around(last, extents, steps)
         with self.path.open("rb", buffering=0) as file:
-            for number, outer in enumerate(starts):
-                place = sum(
-                    n * step for n, step in zip((*outer, spans[last][0]), steps[: last + 1], strict=True)
-                )
-                file.seek(self.offset + place * self.dtype.itemsize)
-                _fill(file, space[number * length : (number + 1) * length])
+            for outer in product(*(range(extent) for extent in extents[:around])):
+                place = self.offset + spans[around][0] * steps[around]
+                place += sum((spans[axis][0] + n) * steps[axis] for axis, n in enumerate(outer))
+                if around == last:
+                    file.seek(place)
+                    _fill(file, found[outer])
+                else:
+                    _fill_with_gaps(file, place, found[outer], shape[around + 1 :], spans[around + 1 :])
         return found
 
 
-def _fill(file: Any, space: memoryview) -> None:
-    """Read until a piece of memory is full.
+def _around(last: int, extents: Sequence[int], steps: Sequence[int]) -> int:
+    """Return the axis along which runs follow each other so closely that what lies between them is read too."""
+    axis, run = last, extents[last] * steps[last]
+    while axis and steps[axis - 1] <= _ROOM and steps[axis - 1] - run <= _GAP:
+        axis -= 1
+        run += (extents[axis] - 1) * steps[axis]
+    return axis
+
+
+def _fill_with_gaps(
+    file: Any,
+    place: int,
+    values: NDArray[Any],
+    shape: Sequence[int],
+    spans: Sequence[tuple[int, int]],
+) -> None:
+    """Read slices of a shape whole, some at a time, and keep a window of each."""
+    inner = tuple(slice(*span) for span in spans)
+    size = math.prod(shape) * values.itemsize
+    file.seek(place)
+    for first in range(0, len(values), max(1, _ROOM // size)):
+        some = values[first : first + max(1, _ROOM // size)]
+        read = np.empty((len(some), *shape), values.dtype)
+        _fill(file, read)
+        some[...] = read[(slice(None), *inner)]
+
+
+def _fill(file: Any, values: NDArray[Any]) -> None:
+    """Read until an array is full, which lies in one piece.
 
     Raises:
         EOFError: if the file ends before.
     """
+    space = values.reshape(-1).view(np.uint8).data
     while space:
         count = file.readinto(space)
         if not count:

@@ -9,7 +9,6 @@ argument is taken is a condition too. A largest extent that the graph holds for 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -23,7 +22,7 @@ from torch.fx import Node
 
 from normfix.errors import PACKAGE, NormfixError
 from normfix.networks.graph.capture import image_of
-from normfix.networks.graph.extents import is_laid, is_sized, space_of
+from normfix.networks.graph.extents import is_sized, laid, space_of
 from normfix.networks.graph.operators import name_of, taken_by
 from normfix.networks.releases import values_of
 from normfix.records.sizes import Condition
@@ -41,10 +40,10 @@ _MEANT = frozenset({"slice_forward", "split", "_tensor_min_max"})
 
 Where a slice ends, into how many parts a map falls, which number is the larger.
 """
+_ENDING = "_compute_slice_index"
+"""The one that asks where a slice ends in later releases: of one extent alone that is its limit as well."""
 _CHOOSING = frozenset({"conv"})
 """Functions of torch's that ask for a size to choose one of several kernels, which all compute the same."""
-_DIAGONAL = ("tril", "triu")
-"""Operators that keep what is on one side of the diagonal, along which no strip goes."""
 _EXTENTS = (8, 12, 16, 24, 40, 64, 100, 160, 250, 400, 640, 1000, 1600, 2500, 4000, 10_000, 100_000, 1 << 20)
 """Extents at which a condition is asked whether any image breaks it."""
 _PLACING = ("upsample", "_upsample", "arange", "linspace", "grid_sampler")
@@ -150,7 +149,8 @@ class _Reading:
             frame = _frame(guard)
             file = str(getattr(frame, "filename", ""))
             if file.startswith(_TORCH):
-                if getattr(frame, "name", "") in _MEANT:
+                name = getattr(frame, "name", "")
+                if name in _MEANT or (name == _ENDING and len(guard.expr.free_symbols) > 1):
                     yield guard.expr, ""
             elif not file.startswith(str(PACKAGE)):
                 yield guard.expr, f"{'/'.join(Path(file).parts[-2:])}:{frame.lineno}" if frame else ""
@@ -354,36 +354,8 @@ def _sizes_of(value: Any) -> Iterator[Any]:
 
 
 def _placed(program: ExportedProgram, image: Node) -> tuple[str, ...]:
-    """Return the lines where a map is made that follows the image's extent and not its values, and varies over it.
-
-    Keeping one side of the diagonal lays such a map over the image, whatever it is kept of, and places of maxima are
-    one where anything but unpooling takes them.
-    """
-    depends, varies, lines, space = {image}, set[Node](), [], space_of(image)
-    for node in program.graph.nodes:
-        given = taken_by(node) if node.op == "call_function" else []
-        if any(source in depends for source in given):
-            depends.add(node)
-            if is_sized(node, space) and (name_of(node).rstrip("_") in _DIAGONAL or _is_place(node)):
-                lines.append(_line(node))
-        elif given and is_sized(node, space) and any(source in varies for source in given):
-            varies.add(node)
-        elif is_laid(node, space):
-            varies.add(node)
-            lines.append(_line(node))
-    return tuple(dict.fromkeys(line for line in lines if line))
-
-
-def _is_place(node: Node) -> bool:
-    """Tell whether a node is the places of a pool's maxima, counted over the whole image, and is used as numbers."""
-    if node.target is not operator.getitem or node.args[1] != 1:
-        return False
-    pool = node.args[0]
-    return (
-        isinstance(pool, Node)
-        and "max_pool" in name_of(pool)
-        and any("max_unpool" not in name_of(user) for user in node.users)
-    )
+    """Return the lines where a map is made that follows the image's extent and not its values, and varies over it."""
+    return tuple(dict.fromkeys(line for line in map(_line, laid(program.graph, image)) if line))
 
 
 def _line(node: Node) -> str:

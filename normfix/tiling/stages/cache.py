@@ -34,7 +34,7 @@ from normfix.tiling.stages.plans import keep, kept
 from normfix.tiling.stages.program import Program, captured_program, computes, marked, shows_at_once
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.schedule import Schedule
-from normfix.tiling.stages.scheduling import plans_of, recall_, require_as_large, schedule
+from normfix.tiling.stages.scheduling import plans_of, recall_, require_as_large, schedule, told
 
 __all__ = ["hand_on", "is_captured", "keep_plans", "program_of", "schedule_of", "usual_stride"]
 
@@ -66,7 +66,7 @@ _KEPT = 2
 
 _LOCK = threading.Lock()
 _CAPTURES: weakref.WeakKeyDictionary[nn.Module, list[_Capture]] = weakref.WeakKeyDictionary()
-_SCHEDULES: weakref.WeakKeyDictionary[Any, dict[object, Schedule]] = weakref.WeakKeyDictionary()
+_SCHEDULES: weakref.WeakKeyDictionary[Any, dict[object, tuple[Schedule, str]]] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
@@ -209,11 +209,12 @@ def schedule_of(
     rests = frozenset({tuple(s // 2 for s in stride)} if is_known and given else given)
     known = _SCHEDULES.setdefault(program.body, {})
     key = (tuple(stride), rests, measured, outputs)
-    if key not in known:
-        known[key] = schedule(program, stride=stride, rests=rests, measured=measured, outputs=outputs)
+    if key not in known or known[key][1] != told(known[key][0]):
+        planned = schedule(program, stride=stride, rests=rests, measured=measured, outputs=outputs)
+        known[key] = planned, told(planned)
     longest = [max(extents) for extents in zip(*(image.shape[2:] for image in images), strict=True)]
-    require_as_large(known[key], stride, longest)
-    return known[key]
+    require_as_large(known[key][0], stride, longest)
+    return known[key][0]
 
 
 def hand_on(model: nn.Module, copied: nn.Module) -> None:

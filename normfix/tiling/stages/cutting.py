@@ -19,7 +19,6 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from normfix.layers.affine import normalise, normalise_rectified
-from normfix.networks.graph.extents import is_laid, space_of
 from normfix.networks.graph.operators import name_of
 from normfix.tiling.stages.maps import ProgramMaps
 from normfix.tiling.stages.overviews import Overview, overview_of, overviews
@@ -303,7 +302,6 @@ def _stage(
     graph.lint()
     ndim = len(maps.maps[program.image].dims)
     values = [n for n in (*order, *reads) if n in maps.moving]
-    space = space_of(program.image)
     return Stage(
         number=number,
         run=GraphModule(program.body, graph),
@@ -318,7 +316,7 @@ def _stage(
         measures=measures,
         returns=returns,
         grid=maps.grid(values, ndim),
-        is_laid=any(is_laid(n, space) for n in inside - maps.moving),
+        is_laid=not maps.laid.isdisjoint(inside),
         weight=_weight(order, reads, gives, shapes) / math.prod(shapes[program.image][2:]),
     )
 

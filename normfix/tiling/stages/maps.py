@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from normfix.images.sources import Span
 from normfix.networks.calling import refusals
+from normfix.networks.graph.extents import laid
 from normfix.tiling.reach.extents import Unsized, lattice_of
 from normfix.tiling.stages.program import Program, Shapes, is_tensor_node
 
@@ -55,11 +56,15 @@ class Map:
 
 @dataclass(frozen=True, slots=True)
 class ProgramMaps:
-    """The maps of a program; `scales` are those of every value, also of what is no map."""
+    """The maps of a program; `scales` are those of every value, also of what is no map.
+
+    `laid` are values of the places of pixels, such as a mask.
+    """
 
     maps: Mapping[Node, Map]
     moving: frozenset[Node]
     scales: Mapping[Node, tuple[tuple[Fraction, ...], ...]]
+    laid: frozenset[Node]
 
     def grid(self, nodes: Sequence[Node], ndim: int) -> tuple[int, ...]:
         """Return per axis the number of pixels on which all these values start at whole positions."""
@@ -88,7 +93,8 @@ def find_maps(program: Program, size: Sequence[int], step: Sequence[int]) -> Pro
         found = map_of(growth)
         if found is not None:
             maps[node] = found
-    return ProgramMaps(maps, frozenset(moving), scales)
+    placed = frozenset(laid(program.body.graph, program.image, program.stretches))
+    return ProgramMaps(maps, frozenset(moving), scales, placed)
 
 
 def maps_of(program: Program, example: Sequence[int]) -> ProgramMaps | None:

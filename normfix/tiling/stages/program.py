@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from normfix.errors import NormfixError
 from normfix.layers.affine import as_in_graphs
-from normfix.networks.calling import Unreached, failures, refusals
+from normfix.networks.calling import Unreached, failures, once_each, refusals
 from normfix.networks.graph.capture import WRAPPED, NotCaptured, capture
 from normfix.networks.graph.isolation import silence
 from normfix.networks.graph.operators import name_of
@@ -151,7 +151,7 @@ class Program:
             if given is not None and given.shape == mine.shape:
                 # a list of several dtypes, counters among weights, is copied one by one
                 kinds.setdefault((mine.dtype, given.dtype, mine.device, given.device), []).append(
-                    (mine, given)
+                    once_each(mine, given)
                 )
 
         def take() -> None:

@@ -26,6 +26,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 
 from normfix.errors import NormfixError
+from normfix.layers.affine import normalise, normalise_rectified
 from normfix.networks.calling import refusals
 from normfix.networks.devices import CPU, bytes_of
 from normfix.networks.numerics import EXACT
@@ -40,7 +41,7 @@ from normfix.tiling.stages.program import Shapes
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stride import common_unit, cutting_grid, smallest_stride
 
-__all__ = ["Reach", "fingerprint", "in_dtype", "measure_reach"]
+__all__ = ["Reach", "fingerprint", "in_dtype", "is_bounded", "is_derived", "measure_reach", "values_of"]
 
 Function = Callable[[Tensor], Tensor]
 
@@ -124,10 +125,17 @@ def is_derived(reach: Reach, stage: Stage, image: Node) -> bool:
     )
 
 
-def fingerprint(stage: Stage, maps: ProgramMaps, shapes: Shapes) -> str:
+def is_bounded(stage: Stage, image: Node) -> bool:
+    """Tell whether a stage's graph bounds what it reads, so that nothing of it need be measured."""
+    known = _bound_of(stage, image)
+    return known is not None and known.is_whole
+
+
+def fingerprint(stage: Stage, maps: ProgramMaps, shapes: Shapes, *, bounded: bool = True) -> str:
     """Return what differs if a stage computes something else, or the same with other weights.
 
-    Statistics are no part of it: a norm by constants reads one position, whatever they are.
+    Statistics are no part of it: a norm by constants reads one position, whatever they are. Other values are where the
+    graph does not bound what is read, as `is_bounded` says: rows that are read by number may be held.
     """
     ends = [(maps.maps[node], tuple(shapes[node])) for node in (*stage.reads, *stage.whole, *stage.gives)]
     seen = [tuple(shapes[node]) for node in stage.overviews]
@@ -136,7 +144,27 @@ def fingerprint(stage: Stage, maps: ProgramMaps, shapes: Shapes) -> str:
     for name in sorted({str(node.target) for node in stage.run.graph.nodes if node.op == "get_attr"}):
         if name in weights:
             found.update(bytes_of(weights[name]))
+    if not bounded:
+        found.update(values_of(stage).encode())
     return found.hexdigest()
+
+
+def values_of(stage: Stage) -> str:
+    """Return what differs if a stage holds other values, but for statistics of its norms."""
+    found = hashlib.sha256()
+    for node in stage.run.graph.nodes:
+        if node.op == "get_attr" and not all(_is_statistic(node, user) for user in node.users):
+            value = attrgetter(str(node.target))(stage.run)
+            if isinstance(value, Tensor):
+                found.update(bytes_of(value))
+    return found.hexdigest()
+
+
+def _is_statistic(node: Node, user: Node) -> bool:
+    """Tell whether a norm takes a value for a statistic alone."""
+    places = [place for place, given in enumerate(user.args) if given is node]
+    normalises = user.target in (torch.ops.aten.batch_norm.default, normalise, normalise_rectified)
+    return normalises and set(places) <= {3, 4}
 
 
 def _bound_of(stage: Stage, image: Node) -> Bound | None:

@@ -2,11 +2,14 @@
 
 A command that was stopped, by a kill, a full disk or Ctrl-C, leaves its folder; the same command finds it and goes on.
 Runs are numbered in the order in which the command makes them, and each must be the one it was. What is not
-measured by blocks is done again. The folder is deleted when the whole command is done.
+measured by blocks is done again. The folder is deleted when the whole command is done. A command that makes several
+things, such as predictions of a folder of images, has runs of their own for each: whatever is done of them first is
+done anew beside what was made, and must not meet the run of another.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -34,8 +37,9 @@ __all__ = ["Job", "resumable", "run_of"]
 FOLDER = "normfix-run"
 
 _DONE = re.compile(rf"\.{FOLDER}-done-[0-9]+")
-_OURS = re.compile("[0-9]+|lock")
-"""What is in the folder of a command: its runs."""
+_RUN = re.compile("((?:[0-9a-f]{16}-)?)[0-9]+")
+"""What is in the folder of a command: its runs, behind a digest of what they make where it makes several things."""
+_LOCK = "lock"
 
 _ATTEMPTS = 20
 _LOG = logging.getLogger("normfix")
@@ -51,12 +55,30 @@ class Given:
 
 
 class Job:
-    """The runs of one command; `begun` tells whether one of them was found to be this command's, or made."""
+    """The runs of one command, or for a part of it; `begun` tells whether one was found to be this one's, or made."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, part: str = "") -> None:
         self.folder = folder
         self.begun = False
+        self._prefix = (
+            f"{hashlib.sha256(part.encode(errors='surrogateescape')).hexdigest()[:16]}-" if part else ""
+        )
         self._runs = 0
+
+    @property
+    def own(self) -> list[Path]:
+        """Return the folders of its runs, also those that an earlier process made."""
+        found = [path for path in self.folder.iterdir() if self._is_own(path.name)]
+        return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+    @property
+    def is_alone(self) -> bool:
+        """Tell whether the folder holds no other runs."""
+        return all(path.name == _LOCK or self._is_own(path.name) for path in self.folder.iterdir())
+
+    def _is_own(self, name: str) -> bool:
+        match = _RUN.fullmatch(name)
+        return match is not None and match[1] == self._prefix
 
     @contextmanager
     def run(self, parts: Parts) -> Iterator[Given]:
@@ -66,7 +88,7 @@ class Job:
             NormfixError: NF328 if the folder holds another run in its place, NF329 if it is damaged, NF327 if it
                 cannot be written.
         """
-        place = self.folder / str(self._runs)
+        place = self.folder / f"{self._prefix}{self._runs}"
         self._runs += 1
         if not require_same(place / "manifest.json", parts):
             shutil.rmtree(place, ignore_errors=True)
@@ -88,10 +110,11 @@ _CURRENT: ContextVar[Job | None] = ContextVar("normfix_job", default=None)
 
 
 @contextmanager
-def resumable(store: Path | None) -> Iterator[None]:
-    """Let the runs inside be continued by a later process that gets here with the same store.
+def resumable(store: Path | None, part: str = "") -> Iterator[None]:
+    """Let the runs inside be continued by a later process that gets here with the same store, for the same part.
 
-    Nested, the outermost counts: what it encloses is done when it is done. Without a store nothing is kept.
+    Nested, the outermost counts: what it encloses is done when it is done. Without a store nothing is kept. `part` is
+    what a command that makes several things, one after the other, calls the one that is made inside.
 
     Raises:
         NormfixError: NF326 if there is no such folder, NF327 if it cannot be written, NF332 if another process works
@@ -101,7 +124,8 @@ def resumable(store: Path | None) -> Iterator[None]:
         yield
         return
     with _locked(store) as folder:
-        job, others = Job(folder), any(folder.glob("*/manifest.json"))
+        job = Job(folder, part)
+        others = any((path / "manifest.json").exists() for path in job.own)
         token = _CURRENT.set(job)
         keep = False
         try:
@@ -112,7 +136,7 @@ def resumable(store: Path | None) -> Iterator[None]:
         finally:
             _CURRENT.reset(token)
             if not keep and (job.begun or not others):
-                _remove(folder)
+                _clear(job)
 
 
 @contextmanager
@@ -150,7 +174,7 @@ def _is_left(job: Job, error: BaseException) -> bool:
     """Tell whether something of this command is left to continue, and say so in the error."""
     if isinstance(error, TakenError) and error.kept is not None:
         return False  # its result lies under another name
-    whole = sum(map(_blocks_in, job.folder.glob("*/journal.jsonl")))
+    whole = sum(_blocks_in(path / "journal.jsonl") for path in job.own)
     if not job.begun or not whole or isinstance(error, NotInStages):
         return False
     note = (
@@ -187,10 +211,10 @@ def _held(folder: Path) -> IO[str]:
             try:
                 folder.mkdir(exist_ok=True)
                 _require_ours(folder)
-                file = stack.enter_context((folder / "lock").open("a"))
+                file = stack.enter_context((folder / _LOCK).open("a"))
                 if not lock(file):
                     break
-                if os.path.samestat(os.fstat(file.fileno()), (folder / "lock").stat()):
+                if os.path.samestat(os.fstat(file.fileno()), (folder / _LOCK).stat()):
                     stack.pop_all()
                     return file
             except FileNotFoundError:  # another process finished in between
@@ -211,8 +235,8 @@ def _require_ours(folder: Path) -> None:
         NormfixError: NF327.
     """
     for entry in folder.iterdir():
-        kind = entry.is_file if entry.name == "lock" else entry.is_dir
-        if not _OURS.fullmatch(entry.name) or entry.is_symlink() or not kind():
+        kind = entry.is_file if entry.name == _LOCK else entry.is_dir
+        if not _is_ours(entry.name) or entry.is_symlink() or not kind():
             raise NormfixError(
                 "NF327",
                 f"it holds {entry.name[:80]}, which normfix did not put there, and what is in it is deleted when a run "
@@ -230,9 +254,33 @@ def _failed(folder: Path, error: OSError) -> NormfixError:
     )
 
 
+def _is_ours(name: str) -> bool:
+    return name == _LOCK or _RUN.fullmatch(name) is not None
+
+
+def _clear(job: Job) -> None:
+    """Delete the runs, and their folder where it holds no others."""
+    if job.is_alone:
+        _remove(job.folder)
+        return
+    done = _done(job.folder)
+    try:
+        done.mkdir(exist_ok=True)
+        for run in reversed(job.own):  # a run without an earlier one is none
+            run.replace(done / run.name)
+    except OSError as error:
+        _LOG.warning("%s could not be emptied: %s.", job.folder, error.strerror or error)
+    shutil.rmtree(done, ignore_errors=True)
+    _LOG.warning("%s holds unfinished runs of something else. Repeat the command, or delete it.", job.folder)
+
+
+def _done(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}-done-{os.getpid()}")
+
+
 def _remove(folder: Path) -> None:
     """Delete the folder; it loses its name first, so that half of it is never taken for a run."""
-    done = folder.with_name(f".{folder.name}-done-{os.getpid()}")
+    done = _done(folder)
     try:
         folder.replace(done)
     except OSError as error:
@@ -256,8 +304,8 @@ def _empty(folder: Path) -> None:
 def _give_up(folder: Path) -> None:
     """Delete a folder in which nothing but its lock is left; where another has that open, Windows refuses."""
     with suppress(OSError):
-        if [path.name for path in folder.iterdir()] == ["lock"]:
-            (folder / "lock").unlink()
+        if [path.name for path in folder.iterdir()] == [_LOCK]:
+            (folder / _LOCK).unlink()
             folder.rmdir()
 
 
@@ -265,7 +313,7 @@ def _sweep(store: Path) -> None:
     """Delete the finished runs whose processes were killed while they did so."""
     for path in store.iterdir():
         if _DONE.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            if all(_OURS.fullmatch(entry.name) for entry in path.iterdir()):
+            if all(_is_ours(entry.name) for entry in path.iterdir()):
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 _LOG.warning("%s is left alone: it holds what normfix did not put there.", path)

@@ -30,12 +30,20 @@ from normfix.tiling.stages.maps import ProgramMaps, find_maps
 from normfix.tiling.stages.overviews import Overview, with_ragged
 from normfix.tiling.stages.plans import Plan
 from normfix.tiling.stages.program import Program, Shapes, Unguarded
-from normfix.tiling.stages.reach import Reach, fingerprint, in_dtype, is_derived, measure_reach
+from normfix.tiling.stages.reach import (
+    Reach,
+    fingerprint,
+    in_dtype,
+    is_bounded,
+    is_derived,
+    measure_reach,
+    values_of,
+)
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.schedule import Schedule
 from normfix.tiling.stages.store import Kept, Store
 
-__all__ = ["largest_difference", "plans_of", "recall_", "require_as_large", "schedule"]
+__all__ = ["largest_difference", "plans_of", "recall_", "require_as_large", "schedule", "told"]
 
 
 def schedule(
@@ -69,7 +77,9 @@ def schedule(
     shapes = program.shapes(size)
     stages = cut(program, maps, shapes, cuts=program.cuts, measured=measured, outputs=outputs)
     with exact_arithmetic():
-        names = [fingerprint(stage, maps, shapes) for stage in stages]
+        names = [
+            fingerprint(stage, maps, shapes, bounded=known.bounds(stage, program.image)) for stage in stages
+        ]
         for name, stage in zip(names, stages, strict=True):
             if name not in known.reaches:
                 reach = known.stated.get(name)
@@ -86,10 +96,11 @@ def schedule(
 
 
 def require_as_large(planned: Schedule, stride: Sequence[int], image: Sequence[int]) -> None:
-    """Prove a schedule at an image's size, where a stage makes values of the places of pixels.
+    """Prove a schedule at an image's size, where a stage makes values of places, or its graph does not bound its reach.
 
-    What such values are far from the image's corner no short strip shows: a mask that begins at the thousandth row.
-    Images of more than LARGEST pixels are proved on strips that are as long along one axis each.
+    What such values are far from the image's corner no short strip shows: a mask that begins at the thousandth row, or
+    a count of rows that is compared with a thousand. Images of more than LARGEST pixels are proved on strips that are
+    as long along one axis each.
 
     Args:
         planned: as `schedule` returned it.
@@ -99,10 +110,10 @@ def require_as_large(planned: Schedule, stride: Sequence[int], image: Sequence[i
     Raises:
         NotInStages: NF325.
     """
-    if not any(stage.is_laid for stage in planned.stages):
-        return
     known = _KNOWN.setdefault(planned.program.body, _Known())
-    gives = tuple(node.name for stage in planned.stages for node in stage.gives)
+    if not any(stage.is_laid or not known.bounds(stage, planned.program.image) for stage in planned.stages):
+        return
+    gives = (*(node.name for stage in planned.stages for node in stage.gives), told(planned))
     thin = list(_example_size(planned.program, stride))
     sizes = [(*thin[:2], *image)]
     if math.prod(image) > LARGEST:
@@ -117,6 +128,18 @@ def require_as_large(planned: Schedule, stride: Sequence[int], image: Sequence[i
             raise NotInStages("NF325", f"it does not run: {error}", where=f"size {size[2:]}") from error
         _require_exact(difference, f"size {size[2:]}")
         known.sizes.add((gives, size))
+
+
+def told(planned: Schedule) -> str:
+    """Return what differs if values change that count for what was measured and proved of a schedule.
+
+    They are those that stand beside the places of pixels, or that may say by number which pixels are read.
+    """
+    known = _KNOWN.setdefault(planned.program.body, _Known())
+    image = planned.program.image
+    return "".join(
+        values_of(stage) for stage in planned.stages if stage.is_laid or not known.bounds(stage, image)
+    )
 
 
 def plans_of(program: Program) -> tuple[Plan, ...]:
@@ -140,12 +163,20 @@ class _Known:
     """What was measured of the stages of a program, by what they compute, what a file states, and proved of its cuts.
 
     `sizes` were proved of what stages give besides. Most stages are the same whether statistics or outputs are wanted.
+    `bounded` tells of stages, by their graphs, whether these bound what is read.
     """
 
     reaches: dict[str, Reach] = field(default_factory=dict)
     stated: dict[str, Reach] = field(default_factory=dict)
     plans: dict[str, Plan] = field(default_factory=dict)
     sizes: set[tuple[tuple[str, ...], tuple[int, ...]]] = field(default_factory=set)
+    bounded: WeakKeyDictionary[Any, bool] = field(default_factory=WeakKeyDictionary)
+
+    def bounds(self, stage: Stage, image: Node) -> bool:
+        """Tell whether a stage's graph bounds what it reads."""
+        if stage.run not in self.bounded:
+            self.bounded[stage.run] = is_bounded(stage, image)
+        return self.bounded[stage.run]
 
 
 _KNOWN: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
