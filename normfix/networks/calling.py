@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 
-REFUSALS = (NormfixError, RuntimeError, ValueError, AssertionError)
+REFUSALS = (NormfixError, RuntimeError, ValueError, AssertionError, IndexError)
 """What a network may raise that does not take a size it is tried with; to be caught by `refusals`."""
 
 
