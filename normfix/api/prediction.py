@@ -28,7 +28,7 @@ from normfix.images.rendering import Logits, Rendering
 from normfix.images.sources import Image, TensorImage, middle_of, whole
 from normfix.images.windows import ScaledImage
 from normfix.images.writing import OutputFile
-from normfix.networks.behaviour import behaviour_of, state_of
+from normfix.networks.behaviour import behaviour_of, is_open, state_of
 from normfix.networks.calling import Caller, home_of, refusals
 from normfix.networks.copying import copy_of, double_of, original_of, twin_of
 from normfix.networks.intake import is_lazy
@@ -537,7 +537,10 @@ def _planned(model: nn.Module, base: Base, shape: tuple[int, ...]) -> tuple[Scan
     What another image would show of it, as a network that is converted does not look for either, its identity and
     the stages' program are compared on.
     """
-    key = None if is_lazy(model) else (behaviour_of(model), state_of(model), base.caller, shape)
+    key = None
+    # a function of the caller's may read anything
+    if not is_lazy(model) and base.caller.forward_fn is None and is_open(model):
+        key = behaviour_of(model), state_of(model), base.caller, shape
     last = _PLANNED.get(model)
     if last is None or key is None or last[0] != key:
         scan = look(base.copy(), base.example, base.caller).scan

@@ -1,6 +1,8 @@
 """calibrate, predict and convert in stages: the same numbers as without, in less memory."""
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 from types import MethodType
 
@@ -211,6 +213,80 @@ def test_an_image_that_takes_another_branch_is_not_predicted_by_the_first():
         outcomes.append("right")
         assert_close(own, net(image), **TOLERANCE[torch.float64])
     assert outcomes[0] == outcomes[2] == "right"
+
+
+class Smooths(nn.Module):
+    """Averages over as many pixels as an object says that Python does not see into."""
+
+    def __init__(self, setting):
+        super().__init__()
+        self.stem, self.norm, self.setting = nn.Conv2d(1, 3, 3), nn.InstanceNorm2d(3), setting
+
+    def forward(self, x):
+        size = self.setting.size
+        return nn.functional.avg_pool2d(self.norm(self.stem(x)).relu() ** 2, size, 1, size // 2)
+
+
+class _Setting:
+    __slots__ = ("size",)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "is_held_by", ["network", "function", "function of a network without live statistics"]
+)
+def test_what_changes_in_place_unseen_is_scanned_for_anew(is_held_by):
+    """A halo is not kept that hangs on what may change in place and compare equal: tiles would differ."""
+    torch.manual_seed(0)
+    setting, image, options = _Setting(), _image(48, 80), {}
+    if is_held_by == "network":
+        net = Smooths(setting).double().eval()
+    else:
+        norm = nn.InstanceNorm2d(3) if is_held_by == "function" else nn.BatchNorm2d(3)
+        net = nn.Sequential(nn.Conv2d(1, 3, 3), norm, nn.ReLU()).double().eval()
+        options["forward_fn"] = lambda model, x: nn.functional.avg_pool2d(
+            model(x), setting.size, 1, setting.size // 2
+        )
+    for setting.size in (3, 9):
+        kind = "stored" if "without" in is_held_by else "per-image"
+        own = normfix.predict(net, image, tile=16, engine="tiles", statistics=kind, **options)
+        whole = options["forward_fn"](net, image) if options else net(image)
+        assert_close(own, whole, **TOLERANCE[torch.float64])
+
+
+class _Doubling:
+    def __init__(self, model):
+        self.model = model
+
+    def call(self, model, x):
+        return 2 * model(x)
+
+    def closure(self):
+        return lambda model, x: (self.model is not None) * model(x)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("statistics", ["stored", "per-image"])
+@pytest.mark.parametrize("form", ["closure", "method"])
+def test_what_is_kept_of_a_network_does_not_keep_it(statistics, form):
+    """A network goes that the function refers to by which it is called, though its captures are found again."""
+    net = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2) if statistics == "stored" else nn.InstanceNorm2d(2)
+    )
+    net.double().eval()
+    owner = _Doubling(net)
+    function = owner.call if form == "method" else owner.closure()
+    for _ in range(2):
+        normfix.predict(
+            net, _image(32, 48), tile=16, engine="stages", statistics=statistics, forward_fn=function
+        )
+    assert net in cache._CAPTURES
+    gone = weakref.ref(net)
+    del net, owner, function
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.slow
