@@ -20,6 +20,7 @@ from normfix.conversion.measurement import measure_
 from normfix.conversion.measuring import freeze_sites_
 from normfix.conversion.planning import decide
 from normfix.conversion.rewriting import rewrite, rewrite_
+from normfix.conversion.staged import predict_measured_
 from normfix.conversion.targets import measured_targets
 from normfix.errors import NormfixError
 from normfix.images.given import Given, images_of, opened
@@ -27,9 +28,10 @@ from normfix.images.rendering import Logits, Rendering
 from normfix.images.sources import Image, TensorImage, middle_of, whole
 from normfix.images.windows import ScaledImage
 from normfix.images.writing import OutputFile
-from normfix.networks.behaviour import state_of
+from normfix.networks.behaviour import behaviour_of, is_open, state_of
 from normfix.networks.calling import Caller, home_of, refusals
-from normfix.networks.copying import copy_of, double_of, twin_of
+from normfix.networks.copying import copy_of, double_of, original_of, twin_of
+from normfix.networks.intake import is_lazy
 from normfix.networks.numerics import exact_arithmetic, require_finite
 from normfix.networks.provenance import attach_, provenance_of
 from normfix.networks.surroundings import undisturbed
@@ -41,13 +43,13 @@ from normfix.records.spans import round_up
 from normfix.records.verdicts import ProofStep
 from normfix.scanning.base import Base, base_of
 from normfix.scanning.known import ForwardFn, Known, known_of, with_halo
-from normfix.scanning.renewal import renewed
+from normfix.scanning.renewal import keeps_geometry, renewed
 from normfix.scanning.scan import look
 from normfix.tiling.domain import extension, judge_size
 from normfix.tiling.geometry import geometry_of
 from normfix.tiling.grid import Geometry
 from normfix.tiling.lengths import differing
-from normfix.tiling.stages.cache import is_captured
+from normfix.tiling.stages.cache import hand_on, is_captured
 from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stages.prediction import predict_in_stages, tell_fallback
 from normfix.tiling.stages.refusals import NotInStages
@@ -65,6 +67,9 @@ _WHOLE = frozenset({Family.ATTENTION, Family.POOL})
 
 _HELD: WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = WeakKeyDictionary()
 """At which sizes and with which values tiles of a network were held against its whole, and equalled it."""
+
+_PLANNED: WeakKeyDictionary[nn.Module, tuple[object, Scan, Plan]] = WeakKeyDictionary()
+"""What is held of networks that were not converted, and of what modules and values."""
 
 _FINEST = 32
 """Pixels for one position of an output, at most."""
@@ -269,6 +274,8 @@ def write_stack(
 class _Prediction:
     """What to predict, checked."""
 
+    owner: nn.Module
+    """The caller's network, which keeps what is captured of copies."""
     model: nn.Module
     image: Image
     known: Known
@@ -295,7 +302,7 @@ class _Prediction:
         _require_one_of(("auto", "stages", "tiles"), engine=engine)
         _require_one_of(("auto", "stored", "per-image"), statistics=statistics)
         blocks = (blocks or Blocks()).sized(tile)
-        caller = Caller.of(provenance_of(model), forward_fn, output)
+        owner, caller = model, Caller.of(provenance_of(model), forward_fn, output)
         taken = images_of(given, model, caller=caller)
         if statistics == "auto":
             statistics = _stated(model)
@@ -326,7 +333,7 @@ class _Prediction:
             ndim = len(image.shape) - 2
             blocks = replace(blocks, tile=_TILE if blocks.tile is None else blocks.extents(ndim))
             _require_inside(known.scan, image.shape, image.shape[2:], _free(ndim))
-            return cls(model, image, known, None, blocks, "stages", statistics)
+            return cls(owner, model, image, known, None, blocks, "stages", statistics)
         assert geometry is not None
         assert exact is not None
         _require_enough(geometry, exact)
@@ -340,7 +347,7 @@ class _Prediction:
         if halo != "auto":
             engine = "tiles"
         _require_inside(known.scan, image.shape, blocks.extents(len(geometry.stride)), geometry)
-        return cls(model, image, known, geometry, blocks, engine, statistics)
+        return cls(owner, model, image, known, geometry, blocks, engine, statistics)
 
     def run(self, out: OutputFile | None = None) -> Tensor | None:
         """Predict by one engine; the result, or None if it went to `out`."""
@@ -348,7 +355,7 @@ class _Prediction:
             if self.image.shape[0] > 1:  # a batch shares nothing
                 each = [replace(self, image=TensorImage(x)).run() for x in torch.split(whole(self.image), 1)]
                 return torch.cat([y for y in each if y is not None])
-            return replace(self._fitted(), statistics="stored").run(out)
+            return self._of_the_image(out)
         model, caller, geometry = self.model, self.known.caller, self.geometry
         tile = self.blocks.extents(len(self.image.shape) - 2)
         if self.engine == "stages" or (self.engine == "auto" and self._pays(tile)):
@@ -372,6 +379,35 @@ class _Prediction:
         with exact_arithmetic():
             image = whole(self.image)
             return tiled(lambda x: caller(twin, x), image, tile, geometry, batch=self.blocks.batch)
+
+    def _of_the_image(self, out: OutputFile | None) -> Tensor | None:
+        """Predict by the image's own statistics: as they are measured, where no geometry hangs on them."""
+        provenance = provenance_of(self.model)
+        assert provenance is not None
+        if self.engine != "tiles":
+            model, caller = copy_of(self.model), self.known.caller
+            targets = measured_targets(model, provenance.plan)
+            if targets and keeps_geometry(model, provenance, middle_of(self.image), caller):
+                try:
+                    return predict_measured_(
+                        model,
+                        targets,
+                        self.image,
+                        caller,
+                        self.blocks,
+                        geometry=self.geometry,
+                        sites=self.known.layers,
+                        out=out,
+                    )
+                except NotInStages:  # what follows says why
+                    pass
+                finally:
+                    hand_on(model, original_of(self.owner))
+        fitted = self._fitted()
+        try:
+            return replace(fitted, statistics="stored").run(out)
+        finally:
+            hand_on(fitted.model, original_of(self.owner))
 
     def _require_alike(self, geometry: Geometry, tile: Sequence[int]) -> None:
         """Refuse an image larger than what was compared, with no graph that tells sizes, if tiles of its size differ.
@@ -477,45 +513,61 @@ def _stated(model: nn.Module) -> Literal["stored", "per-image"]:
 
 
 def _held(model: nn.Module, image: Tensor, caller: Caller) -> nn.Module:
-    """Return a copy of a network that was not converted, with frozen layers whose statistics are yet to be measured.
+    """Return a copy of a network that was not converted, its layers frozen at statistics of a part of the image.
 
     Raises:
         NormfixError: NF409 if it does not compute what the network computes once they are.
     """
     base = base_of(model, image, caller)
-    scan = look(base.copy(), base.example, base.caller).scan
-    plan = decide(scan.sites, model=scan.model, to="frozen")
-    _require_identity(base, scan, plan)
+    scan, plan = _planned(model, base, tuple(image.shape))
+    frozen = _require_identity(base, scan, plan)
     held = rewrite_(base.copy(), plan).eval()
+    with torch.no_grad():  # what is captured and proved of it divides by them, so zeros and ones will not do
+        for target, theirs in zip(measured_targets(held, plan), measured_targets(frozen, plan), strict=True):
+            target.module.load_state_dict(theirs.module.state_dict())
     stated = None if caller.output is None else str(caller.output)
     source = Source(kind="object", spec=f"{type(model).__module__}:{type(model).__qualname__}")
     attach_(held, Provenance(plan=plan, scan=scan, scaling=Scaling(), source=source, output=stated))
     return held
 
 
-def _require_identity(base: Base, scan: Scan, plan: Plan) -> None:
-    """Refuse a network that its frozen layers do not reproduce where they are measured on one image alone.
+def _planned(model: nn.Module, base: Base, shape: tuple[int, ...]) -> tuple[Scan, Plan]:
+    """Return what is held of a network, as before for one of the same modules and values and an image of this shape.
+
+    What another image would show of it, as a network that is converted does not look for either, its identity and
+    the stages' program are compared on.
+    """
+    key = None
+    # a function of the caller's may read anything
+    if not is_lazy(model) and base.caller.forward_fn is None and is_open(model):
+        key = behaviour_of(model), state_of(model), base.caller, shape
+    last = _PLANNED.get(model)
+    if last is None or key is None or last[0] != key:
+        scan = look(base.copy(), base.example, base.caller).scan
+        last = _PLANNED[model] = key, scan, decide(scan.sites, model=scan.model, to="frozen")
+    return last[1], last[2]
+
+
+def _require_identity(base: Base, scan: Scan, plan: Plan) -> nn.Module:
+    """Return a network with frozen layers; refuse one that they do not reproduce where they are measured.
 
     It is what `normfix.convert` proves; in float64, where the network computes in it, so that nothing is rounding.
     """
 
-    def frozen(network: nn.Module, image: Tensor) -> nn.Module:
-        copied = rewrite(network, plan).eval()
-        freeze_sites_(copied, measured_targets(copied, plan), image, base.caller.exactly)
-        return copied
-
-    def compared(network: nn.Module, image: Tensor) -> ProofStep:
-        outputs = [base.caller.exactly(net, image) for net in (frozen(network, image), network)]
+    def compared(network: nn.Module, image: Tensor) -> tuple[ProofStep, nn.Module]:
+        frozen = rewrite(network, plan).eval()
+        freeze_sites_(frozen, measured_targets(frozen, plan), image, base.caller.exactly)
+        outputs = [base.caller.exactly(net, image) for net in (frozen, network)]
         ours, own = (y if y.is_floating_point() else y.double() for y in outputs)  # classes
-        return identity(ours, own)
+        return identity(ours, own), frozen
 
     network = copy_of(base.network).eval()
     example = base.example[:1].to(*home_of(network))
     with torch.no_grad(), exact_arithmetic():
         try:
-            step = compared(double_of(network), example.double())
+            step, frozen = compared(double_of(network), example.double())
         except refusals():
-            step = compared(network, example)
+            step, frozen = compared(network, example)
     if step.status == "failed":
         distance = step.note or f"{step.value:.2g} sd"
         raise NotTiledError(
@@ -525,6 +577,7 @@ def _require_identity(base: Base, scan: Scan, plan: Plan) -> None:
             "batch. Predict the image whole.",
             where=scan.model,
         )
+    return frozen
 
 
 def _require_proved(model: nn.Module, scan: Scan) -> None:

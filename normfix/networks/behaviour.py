@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from functools import cache, partial
-from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from normfix.networks.devices import bytes_of
 
-__all__ = ["SAID", "behaviour_of", "digest_of_tensor", "state_of", "structure_of"]
+__all__ = ["SAID", "behaviour_of", "digest_of_tensor", "is_open", "state_of", "structure_of"]
 
 SAID = (
     "_normfix_provenance",
@@ -59,6 +59,18 @@ def behaviour_of(model: nn.Module) -> object:
         [picture.code(kind) for kind in dict.fromkeys(type(module) for _, module in modules)],
         [(name, picture.number(t), t.shape, t.is_floating_point()) for name, t in tensors],
     )
+
+
+def is_open(model: nn.Module) -> bool:
+    """Tell whether `behaviour_of` sees into all that the modules of a network hold.
+
+    What it knows by its identity alone, as an object with slots, may change in place and compare equal.
+    """
+    modules = [*model.named_modules(remove_duplicate=False)]
+    picture = _Picture({id(module): path for path, module in modules})
+    for _, module in modules:
+        picture.attributes(module)
+    return not picture.hides
 
 
 def state_of(model: nn.Module) -> object:
@@ -107,6 +119,8 @@ class _Picture:
         self._modules = modules
         self._numbers: dict[int, int] = {}
         self._functions: set[int] = set()
+        self.hides = False
+        """Whether it met what may change in place and is known by its identity."""
 
     def number(self, value: object) -> int:
         """Return a number that tells an object from the others: one object under two names has one."""
@@ -138,6 +152,7 @@ class _Picture:
         if isinstance(value, nn.Module) and id(value) in self._modules:
             return type(value), self._modules[id(value)]
         if len(above) > _DEEPEST or isinstance(value, type | nn.Module | ModuleType):
+            self.hides = self.hides or not isinstance(value, type)
             return type(value), self._hidden(value)
         if isinstance(value, Tensor):  # no part of a state dict
             return self._tensor(value)
@@ -177,6 +192,7 @@ class _Picture:
             return [getattr(value, field.name) for field in fields(value)]
         if self._shows(value):
             return [self.number(value), vars(value)]
+        self.hides = self.hides or not isinstance(value, BuiltinFunctionType)
         return [self._hidden(value)]
 
     def _read_by(self, function: FunctionType) -> Iterator[object]:

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from types import CodeType, TracebackType
+from types import CodeType, MethodType, TracebackType
 from typing import Any
+from weakref import WeakMethod, ref
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ __all__ = [
 ]
 
 
-REFUSALS = (NormfixError, RuntimeError, ValueError, AssertionError)
+REFUSALS = (NormfixError, RuntimeError, ValueError, AssertionError, IndexError)
 """What a network may raise that does not take a size it is tried with; to be caught by `refusals`."""
 
 
@@ -137,6 +138,11 @@ class Caller:
         if known is None:
             return cls(forward_fn, output)
         return cls(forward_fn, known.output if output is None else output, known.scan.draws)
+
+    @property
+    def likeness(self) -> object:
+        """Return what compares equal for callers that call alike, and keeps alive nothing that their function holds."""
+        return _reference(self.forward_fn), self.output, self.draws, self.wide
 
     def __call__(self, model: nn.Module, image: Tensor) -> Tensor:
         """Return the output tensor for an image (N, C, *space).
@@ -245,6 +251,16 @@ class Caller:
             f"the network returned {choices}, and output={self.output!r} names no tensor in it. "
             "Choose one with --output KEY or --output INDEX (output= in Python).",
         )
+
+
+def _reference(function: Callable[..., Any] | None) -> object:
+    """Return what stands for a function as long as it lives; for one that nothing can refer to so, like no other."""
+    if function is None:
+        return None
+    try:
+        return (WeakMethod if isinstance(function, MethodType) else ref)(function)
+    except TypeError:
+        return object()
 
 
 def _is_control_flow(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from normfix.errors import NormfixError
 from normfix.images.collections import Images
 from normfix.images.given import GivenImages, images_of
-from normfix.networks.behaviour import behaviour_of, digest_of_tensor, state_of
+from normfix.networks.behaviour import behaviour_of, digest_of_tensor, is_open, state_of
 from normfix.networks.calling import Caller
 from normfix.networks.copying import original_of
 from normfix.networks.graph.program import require_free
@@ -59,16 +59,18 @@ _LAST: WeakKeyDictionary[nn.Module, tuple[object, Known]] = WeakKeyDictionary()
 def _scanned(model: nn.Module, image: Tensor, caller: Caller) -> Known:
     """Scan a network, or recall the last scan: of the same modules, values and image, so that nothing can differ."""
     owner = original_of(model)
-    key = (
-        None
-        if is_lazy(owner)
-        else (behaviour_of(owner), state_of(owner), caller, image.shape, digest_of_tensor(image))
-    )
+    key = None
+    # a function of the caller's may read anything
+    if not is_lazy(owner) and caller.forward_fn is None and is_open(owner):
+        key = behaviour_of(owner), state_of(owner), caller, image.shape, digest_of_tensor(image)
     last = _LAST.get(owner)
     if last is None or key is None or last[0] != key:
         base = base_of(model, image, caller)
         scan = look(base.copy(), base.example, base.caller).scan
-        last = _LAST[owner] = key, Known(base.caller, scan, tuple(site.id for site in scan.live))
+        known = Known(base.caller, scan, tuple(site.id for site in scan.live))
+        if key is None:  # nor is it kept: it may hold the network, and then neither would ever go
+            return known
+        last = _LAST[owner] = key, known
     return last[1]
 
 

@@ -39,7 +39,7 @@ from normfix.tiling.dependence import is_isolated
 from normfix.tiling.geometry import geometry_of, holds_stride, thinnest
 from normfix.tiling.grid import Geometry
 
-__all__ = ["renew_", "renewed"]
+__all__ = ["keeps_geometry", "renew_", "renewed"]
 
 _LOG = logging.getLogger("normfix")
 
@@ -66,25 +66,41 @@ def renewed(model: nn.Module, known: Provenance, image: Tensor, caller: Caller) 
     Arguments as for `renew_`.
     """
     scan, geometry = known.scan, geometry_of(known.scan)
-    others = any(decision.site.statistic is not None for decision in known.plan.converted)
-    if geometry is None or known.plan.left_live:
-        return scan
-    decision = (structure_of(model), caller, tuple(image.shape), image.dtype)
-    decides = _DECIDES.get(decision)
-    if decides is False and not others:
+    if geometry is None or keeps_geometry(model, known, image, caller):
         return scan
     example = fitting_example(model, image, Intake(model, caller))
+    decides = _is_deciding(model, image, caller)
     with exact_arithmetic():
-        if decides is None:
-            decides = _decides(model, example[:1].detach(), caller)
-            _remember(decision, decides)
-        if not decides and (not others or _holds(model, example[:1].detach(), caller, geometry)):
+        if not decides and _holds(model, example[:1].detach(), caller, geometry):
             return scan
     base = base_of(model, example, caller)
     found = look(base.copy(), base.example, base.caller).scan
     if geometry_of(found) == geometry:
         return scan
     return _changed(scan, found)
+
+
+def keeps_geometry(model: nn.Module, known: Provenance, image: Tensor, caller: Caller) -> bool:
+    """Tell whether the geometry of a converted model is that of its scan whatever its statistics are.
+
+    Arguments as for `renew_`.
+    """
+    if geometry_of(known.scan) is None or known.plan.left_live:  # none that statistics could change
+        return True
+    others = any(decision.site.statistic is not None for decision in known.plan.converted)
+    return not others and not _is_deciding(model, image, caller)
+
+
+def _is_deciding(model: nn.Module, image: Tensor, caller: Caller) -> bool:
+    """Tell whether the network decides by values, as it was found before or on a part of an image."""
+    decision = (structure_of(model), caller, tuple(image.shape), image.dtype)
+    decides = _DECIDES.get(decision)
+    if decides is None:
+        example = fitting_example(model, image, Intake(model, caller))
+        with exact_arithmetic():
+            decides = _decides(model, example[:1].detach(), caller)
+        _remember(decision, decides)
+    return decides
 
 
 def _changed(scan: Scan, found: Scan) -> Scan:

@@ -348,13 +348,15 @@ def _along_axes(
                 reach, swallowed = bound.along(axis, grid), True
             like = (None, None) if reach is None else seen.get((grid, scale, reach), (None, None))
             held = None if reach is None else line.held(grid, reach)
-            unit = None if reach is None else line.unit(grid, held or reach, like[0])
+            asked = grid, held or reach or (0, 0), like[0]
+            unit = None if reach is None else line.unit(*asked)
             if reach is not None and unit is not None and grid % unit:
                 # the dye's edges lay on no lattice of the network's: once more, on it
                 grid = coarser[fine, scale] = math.lcm(grid, unit)
                 reach = line.reach(grid) if bound is None or not swallowed else bound.along(axis, grid)
                 held = None if reach is None else line.held(grid, reach)
-                unit = None if reach is None else line.unit(grid, held or reach, unit)
+                asked = grid, held or reach or (0, 0), unit
+                unit = None if reach is None else line.unit(*asked)
         except DyeLost:
             return _none(
                 "NF216",
@@ -388,6 +390,8 @@ def _along_axes(
         if bound is not None:
             reach = line.required(unit, reach)
         reach = reach[0], max(reach[1], line.cropped(unit, around, reach[1]))
+        if line.directly(*asked) is None and not line.holds(unit, reach):
+            return _none("NF213", name, line.obstacle(grid, reach), blind=True)
         multiple = exact_multiple(
             exact, example.double(), axis, unit, scale, around, cross, single, like=like[1]
         )
@@ -519,10 +523,7 @@ class _Line:
         It divides the grid, or is that of a lattice which the network pads its input to. There the halo is known but
         for a step of the lattice, which is added to what is not compared.
         """
-        settled = self._is_settled(grid)
-        if like and self._common(like, self.around(grid, reach), settled=True, short=settled):
-            return like
-        unit = self._common(grid, self.around(grid, reach), settled=settled, short=settled)
+        unit = self.directly(grid, reach, like)
         if unit is not None:
             return unit
         for lattice in lattices(grid):
@@ -536,6 +537,13 @@ class _Line:
             if unit is not None and self._cuts_at(unit, around):
                 return unit
         return None
+
+    def directly(self, grid: int, reach: tuple[int, int], like: int | None) -> int | None:
+        """Return the unit as `unit` does, if it divides the grid."""
+        settled = self._is_settled(grid)
+        if like and self._common(like, self.around(grid, reach), settled=True, short=settled):
+            return like
+        return self._common(grid, self.around(grid, reach), settled=settled, short=settled)
 
     def seen(self, unit: int, around: tuple[int, int]) -> Tensor:
         """Return a strip that windows at the unit were compared on, as a rule."""
@@ -557,6 +565,13 @@ class _Line:
     def wraps_nowhere(self, grid: int, reach: tuple[int, int], unit: int) -> bool:
         """Tell whether windows from the start of the image, and to its end, give what the whole gives there."""
         return self._cuts_at(unit, self.around(grid, reach))
+
+    def holds(self, unit: int, reach: tuple[int, int]) -> bool:
+        """Tell whether windows at a unit that was found beyond a step of a lattice hold with the halo itself.
+
+        What is at one place of the image, such as a row that is read by its number, hides in that step.
+        """
+        return self._cuts_at(unit, (round_up(reach[0], unit), round_up(reach[1], unit)))
 
     def obstacle(self, grid: int, reach: tuple[int, int]) -> str:
         """Say why there is no unit."""

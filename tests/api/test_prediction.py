@@ -635,3 +635,18 @@ def test_rows_that_change_in_place_are_measured_again():
         net.below.fill_(below)
         with torch.no_grad():
             assert (normfix.predict(net, image, tile=16, engine="tiles") - net(image)).abs().max() < 1e-5
+
+
+class _Picked(MaskedLate):
+    """Adds one row to all."""
+
+    def forward(self, x):
+        x = self.conv(x)
+        return x + x.index_select(2, torch.tensor([self.rows]))
+
+
+@pytest.mark.parametrize("statistics", ["auto", "per-image"])
+def test_a_row_that_is_picked_by_number_is_refused_with_a_code(statistics):
+    """On the short strips that are tried the network has no such row."""
+    with pytest.raises(normfix.NormfixError, match="NF"):
+        normfix.predict(_Picked(40).eval(), torch.rand(1, 1, 80, 24), tile=16, statistics=statistics)

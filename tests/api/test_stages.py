@@ -1,6 +1,8 @@
 """calibrate, predict and convert in stages: the same numbers as without, in less memory."""
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 from types import MethodType
 
@@ -15,6 +17,7 @@ from torch.testing import assert_close
 
 import normfix
 from normfix import Blocks
+from normfix.api import prediction
 from normfix.errors import NormfixError
 from normfix.images.scaling import scaled
 from normfix.records.saved import Scaling
@@ -118,6 +121,172 @@ def test_per_image_statistics_are_the_original_network(converted, engine):
     assert_close(own, converted.original(other), **TOLERANCE[torch.float64])
     stored = normfix.predict(converted.model, other, tile=16, engine=engine)
     assert (stored - own).abs().max() > 0.1  # the statistics do matter on this image
+
+
+class _Walks:
+    """A watch that counts how often the stages are begun."""
+
+    timed = False
+
+    def __init__(self):
+        self.count = 0
+
+    def begin(self, outlook):
+        self.count += 1
+
+    def block(self, step):
+        """Expect nothing of a block."""
+
+
+class Switched(nn.Module):
+    """Takes another branch, with a norm of its own, where an image is bright."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 1, 3, padding=1)
+        self.dark, self.bright = nn.InstanceNorm2d(3), nn.InstanceNorm2d(3, affine=True)
+
+    def forward(self, x):
+        norm = self.bright if float(x.amax()) > 1 else self.dark
+        return self.head(norm(self.stem(x)).relu() ** 2)
+
+
+def _counted(monkeypatch, module, name):
+    """Count the calls of a function of a module."""
+    calls, function = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args, **kw: calls.append(name) or function(*args, **kw))
+    return calls
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize(("make", "walks"), [(TwoLevels, 1), (Squeezed, 2)])
+def test_statistics_of_the_image_are_measured_on_the_way(make, walks, monkeypatch):
+    """One walk measures and predicts, unless statistics may move the geometry; the next image is not scanned for."""
+    torch.manual_seed(0)
+    net = type("Own", (make,), {})().double().eval()  # of which no other test leaves a capture
+    scans, captures = (
+        _counted(monkeypatch, prediction, "look"),
+        _counted(monkeypatch, cache, "captured_program"),
+    )
+    for seed, scale in ((3, 1), (4, 5)):
+        image, watch = scale * _image(48, 80, seed=seed), _Walks()
+        options = {"engine": "stages", "statistics": "per-image", "blocks": Blocks(watch=watch)}
+        own = normfix.predict(net, image, tile=16, **options)
+        assert_close(own, net(image), **TOLERANCE[torch.float64])
+        assert watch.count == walks
+        assert len(scans) == 1
+        assert len(captures) == 1
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_what_is_held_of_a_network_is_of_its_present_values(monkeypatch):
+    """A weight that changed in place is scanned anew and counts; what did not change is not scanned."""
+    torch.manual_seed(0)
+    net, image = TwoLevels().double().eval(), _image(48, 80)
+    scans = _counted(monkeypatch, prediction, "look")
+    predicted = []
+    for factor, seen in ((1, 1), (1, 1), (-2, 2)):
+        net.head.weight.data.mul_(factor)
+        own = normfix.predict(net, image, tile=16, statistics="per-image")
+        assert_close(own, net(image), **TOLERANCE[torch.float64])
+        assert len(scans) == seen
+        predicted.append(own)
+    assert torch.equal(*predicted[:2])
+    assert (predicted[2] - predicted[1]).abs().max() > 0.1
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_an_image_that_takes_another_branch_is_not_predicted_by_the_first():
+    """What is held of one image is of another too only where the network computes the same; else it is refused."""
+    torch.manual_seed(0)
+    net = Switched().double().eval()
+    outcomes = []
+    for image in (_image(48, 80) / 2, 4 * _image(48, 80, seed=2), _image(48, 80, seed=3) / 2):
+        try:
+            own = normfix.predict(net, image, tile=16, statistics="per-image")
+        except NormfixError as error:
+            outcomes.append(error.code)
+            continue
+        outcomes.append("right")
+        assert_close(own, net(image), **TOLERANCE[torch.float64])
+    assert outcomes[0] == outcomes[2] == "right"
+
+
+class Smooths(nn.Module):
+    """Averages over as many pixels as an object says that Python does not see into."""
+
+    def __init__(self, setting):
+        super().__init__()
+        self.stem, self.norm, self.setting = nn.Conv2d(1, 3, 3), nn.InstanceNorm2d(3), setting
+
+    def forward(self, x):
+        size = self.setting.size
+        return nn.functional.avg_pool2d(self.norm(self.stem(x)).relu() ** 2, size, 1, size // 2)
+
+
+class _Setting:
+    __slots__ = ("size",)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "is_held_by", ["network", "function", "function of a network without live statistics"]
+)
+def test_what_changes_in_place_unseen_is_scanned_for_anew(is_held_by):
+    """A halo is not kept that hangs on what may change in place and compare equal: tiles would differ."""
+    torch.manual_seed(0)
+    setting, image, options = _Setting(), _image(48, 80), {}
+    if is_held_by == "network":
+        net = Smooths(setting).double().eval()
+    else:
+        norm = nn.InstanceNorm2d(3) if is_held_by == "function" else nn.BatchNorm2d(3)
+        net = nn.Sequential(nn.Conv2d(1, 3, 3), norm, nn.ReLU()).double().eval()
+        options["forward_fn"] = lambda model, x: nn.functional.avg_pool2d(
+            model(x), setting.size, 1, setting.size // 2
+        )
+    for setting.size in (3, 9):
+        kind = "stored" if "without" in is_held_by else "per-image"
+        own = normfix.predict(net, image, tile=16, engine="tiles", statistics=kind, **options)
+        whole = options["forward_fn"](net, image) if options else net(image)
+        assert_close(own, whole, **TOLERANCE[torch.float64])
+
+
+class _Doubling:
+    def __init__(self, model):
+        self.model = model
+
+    def call(self, model, x):
+        return 2 * model(x)
+
+    def closure(self):
+        return lambda model, x: (self.model is not None) * model(x)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("statistics", ["stored", "per-image"])
+@pytest.mark.parametrize("form", ["closure", "method"])
+def test_what_is_kept_of_a_network_does_not_keep_it(statistics, form):
+    """A network goes that the function refers to by which it is called, though its captures are found again."""
+    net = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2) if statistics == "stored" else nn.InstanceNorm2d(2)
+    )
+    net.double().eval()
+    owner = _Doubling(net)
+    function = owner.call if form == "method" else owner.closure()
+    for _ in range(2):
+        normfix.predict(
+            net, _image(32, 48), tile=16, engine="stages", statistics=statistics, forward_fn=function
+        )
+    assert net in cache._CAPTURES
+    gone = weakref.ref(net)
+    del net, owner, function
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.slow

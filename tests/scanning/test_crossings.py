@@ -175,11 +175,11 @@ def bordered(x, width):
     [
         (lambda x: x * (1 + x.shape[3] // 64), ("W//64 + 1 == 2",)),
         (lambda x: x * min(x.shape[3].bit_length(), 6), ("W >= 36",)),
-        (lambda x: x * torch.ones(x.shape[2:]).tril(), ("H == 64", "W == 96")),
+        (lambda x: x * torch.ones(x.shape[2:]).tril(), None),
         (lambda x: bordered(x, x.shape[3] // 64), ("W//64 == 1",)),
         pytest.param(lambda x: bordered(x, 3 + x.shape[3] % 2), (), marks=pytest.mark.slow),
-        (lambda x: x + x.triu(), ("H == 64", "W == 96")),
-        pytest.param(lambda x: x + x.clone().tril_(2), ("H == 64", "W == 96"), marks=pytest.mark.slow),
+        (lambda x: x + x.triu(), None),
+        pytest.param(lambda x: x + x.clone().tril_(2), None, marks=pytest.mark.slow),
         (lambda x: x * torch.ones(x.shape[3]).sum() / torch.ones(x.shape[3]).sum(), ()),
         pytest.param(
             lambda x: x.permute(0, 2, 3, 1).tril(-1).permute(0, 3, 1, 2), (), marks=pytest.mark.slow
@@ -198,6 +198,13 @@ def bordered(x, width):
     ],
 )
 def test_windows_by_which_a_network_differs_are_conditions(way, expected):
-    """A size in its arithmetic, sizes that no graph tells, a map that strips do not show; control: what cancels."""
+    """A size in its arithmetic, sizes that no graph tells, a map that strips do not show; control: what cancels.
+
+    What lies on one side of a diagonal moves with no window at all, so there is no geometry.
+    """
     scan = normfix.scan(Branching(way).eval(), torch.rand(1, 1, 64, 96))
+    if expected is None:
+        assert scan.halo is None
+        assert [finding.code for finding in scan.findings if finding.code == "NF213"]
+        return
     assert tuple(c.text for c in scan.sizes.conditions) == expected

@@ -31,7 +31,8 @@ from networks import (
 )
 from torch import nn
 
-from normfix.tiling.geometry import _wide, cross_section, holds_stride, measure_locality
+import normfix
+from normfix.tiling.geometry import _wide, cross_section, geometry_of, holds_stride, measure_locality
 from normfix.tiling.grid import Geometry
 from normfix.tiling.stitching import tiled
 
@@ -40,6 +41,33 @@ EXAMPLE = torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(1))
 
 def _measure(net, dilution, example=EXAMPLE):
     return measure_locality(*functions(net), example, dilution)
+
+
+class _Numbered(nn.Module):
+    """Reads a column by its number: alone, or beside a map that moves with the image."""
+
+    def __init__(self, number, alone):
+        super().__init__()
+        self.number, self.alone = number, alone
+        self.inner, self.outer = nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 1, 3, padding=1)
+
+    def forward(self, x):
+        y = self.inner(x)
+        mark = torch.zeros(x.shape[-1], dtype=x.dtype).index_fill_(0, torch.tensor([self.number]), 1)
+        return self.outer(y * mark if self.alone else y + y.relu() * mark)
+
+
+@pytest.mark.parametrize(("number", "alone"), [(5, True), (9, False)])
+def test_a_column_that_is_read_by_its_number_is_in_every_tile_or_there_are_none(number, alone):
+    """A step of a lattice, in which nothing is compared, does not hide it where the halo leaves it in."""
+    torch.manual_seed(0)
+    net = _Numbered(number, alone).double().eval()
+    image = EXAMPLE.double().repeat(1, 1, 2, 5)
+    geometry = geometry_of(normfix.scan(net, EXAMPLE.double()))
+    if geometry is not None:
+        with torch.no_grad():
+            difference = (tiled(net, image, 64, geometry) - net(image)).abs().max()
+        assert difference < 1e-12
 
 
 @pytest.mark.parametrize(

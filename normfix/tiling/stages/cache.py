@@ -96,7 +96,7 @@ def program_of(
         )
     owner = original_of(model)
     ndim = len(image.shape) - 2
-    key = (caller, sites, *_kind(model), ndim)
+    key = (caller.likeness, sites, *_kind(model), ndim)
     window = [(0, min(n, round_up(EXTENT[ndim], m))) for n, m in zip(image.shape[2:], stride, strict=True)]
     # of this image: what an earlier one did not reach (a bound, a branch) it may
     example = image.read(window)[:1].clone()
@@ -116,7 +116,7 @@ def program_of(
 
 def is_captured(model: nn.Module, caller: Caller, sites: Sequence[str]) -> bool:
     """Tell whether a capture is there that was made of a network that behaves alike; it may be no use any more."""
-    key = (caller, tuple(sites), *_kind(model))
+    key = (caller.likeness, tuple(sites), *_kind(model))
     return any(capture.key[: len(key)] == key for capture in _captures())
 
 
@@ -218,11 +218,12 @@ def schedule_of(
 
 
 def hand_on(model: nn.Module, copied: nn.Module) -> None:
-    """Let a copy keep the captures of the network that it was made of, which may live shorter."""
+    """Let another network keep the captures of one that may live shorter: a copy those of what it was made of."""
     with _LOCK:
-        captures = _CAPTURES.get(original_of(model))
+        captures = _CAPTURES.get(original_of(model), ())
         if captures:
-            _CAPTURES[copied] = captures[:_KEPT]
+            own = (c for c in _CAPTURES.get(copied, ()) if all(c is not capture for capture in captures))
+            _CAPTURES[copied] = [*captures, *own][:_KEPT]
 
 
 def keep_plans(model: nn.Module, folder: Path) -> None:

@@ -19,7 +19,7 @@ from normfix.tiling.stages.cache import program_of, schedule_of, usual_stride
 from normfix.tiling.stages.execution import execute
 from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stages.placing import Destination
-from normfix.tiling.stages.running import kept_name
+from normfix.tiling.stages.running import Statistic, kept_name
 
 __all__ = ["predict_in_stages", "tell_fallback"]
 
@@ -40,17 +40,19 @@ def predict_in_stages(
     *,
     geometry: Geometry | None,
     sites: Sequence[str] = (),
+    statistics: Sequence[Statistic] = (),
     out: OutputFile | None = None,
 ) -> Tensor | None:
     """Predict an image stage by stage over blocks.
 
     Args:
-        model: without live statistics.
+        model: without live statistics; in eval mode, where statistics of it are to be measured.
         image: of any size; extended to one the network is exact at, and the result cut back.
         caller: calls the model and picks the output.
         blocks: how to run in stages.
         geometry: of the network; None where it has none, so that the image is taken as it is.
         sites: paths of the layers to cut at; default: before norms, or after convolutions.
+        statistics: what is measured of this image on the way, each before it is read; its sites are among `sites`.
         out: where the prediction goes; default: into memory.
 
     Returns:
@@ -60,24 +62,28 @@ def predict_in_stages(
         NotInStages: NF320 to NF325 where this network cannot run so.
     """
     ndim = len(image.shape) - 2
-    twin = twin_of(model)
+    # what a statistic is written to is the model's own
+    network = model if statistics else twin_of(model)
     with ExitStack() as stack:
         stack.enter_context(exact_arithmetic())
         whole = image.padded((0,) * ndim if geometry is None else geometry.padding(image.shape[2:]))
         stride = geometry.stride if geometry is not None else usual_stride(ndim)
-        program = stack.enter_context(program_of(twin, caller, tuple(sites), whole, stride))
+        program = stack.enter_context(program_of(network, caller, tuple(sites), whole, stride))
         is_known = geometry is not None
-        planned = schedule_of(program, stride, [whole], measured=(), outputs=True, is_known=is_known)
+        measured = tuple(statistic.site for statistic in statistics)
+        planned = schedule_of(program, stride, [whole], measured=measured, outputs=True, is_known=is_known)
         lasts = blocks.store is not None
         result = program.outputs[0]
         space = None if whole.shape == image.shape else image.shape[2:]
         place = Destination(result, space, planned.maps.maps[result].scale, home_of(model)[0], out)
-        store, journal = stack.enter_context(blocks.run(planned, [whole], ()))
+        store, journal = stack.enter_context(blocks.run(planned, [whole], statistics))
         execute(
             planned,
             [whole],
             tile=blocks.extents(ndim),
             store=store,
+            statistics=statistics,
+            settled=program.following_(network),
             sink=place.wait if lasts else place.take,
             keep=[place.node] if lasts else [],
             engine=blocks.crew,
