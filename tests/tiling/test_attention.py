@@ -76,8 +76,8 @@ def operands(dtype, spread=3.0, width=4):
 def test_blocks_of_keys_merge_to_attention(monkeypatch, dtype, rounding, most, width):
     """However few keys are taken at a time, the attention is about as close to exact as torch's own of all of them.
 
-    Values as wide as the keys take torch's kernel, others are written out. Of 300 draws in float32 neither was more than
-    3 times as far as torch's own, 1.0 and 1.1 times in the mean.
+    Values as wide as the keys take torch's kernel, others are written out. Of 300 draws in float32 neither was more
+    than 3 times as far as torch's own, 1.0 and 1.1 times in the mean.
     """
     monkeypatch.setattr(tokens, "_SCORES", most)
     q, k, v = operands(dtype, width=width)
