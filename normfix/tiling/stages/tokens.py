@@ -206,9 +206,9 @@ class _Merged:
         query, keys, values = (x.reshape(1, -1, *x.shape[-2:]) for x in (self._query, keys, values))
         if self._level is None:
             # the logarithms are rounded to the dtype: from about their own height on, so that little is lost
-            self._level = (query @ keys[..., :_LEVELLED, :].transpose(-1, -2)).amax(
-                -1, keepdim=True
-            ) * self._scale
+            products = query @ keys[..., :_LEVELLED, :].transpose(-1, -2)
+            level = products.amax(-1, keepdim=True) * self._scale
+            self._level = torch.nan_to_num(level, nan=0.0, posinf=0.0, neginf=0.0)
         part, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, keys, values, attn_mask=-self._level, scale=self._scale
         )
