@@ -34,6 +34,9 @@ __all__ = [
 _SCORES = 1 << 23
 """Products of a query and a key at a time, all heads together."""
 
+_LEVELLED = 64
+"""Keys whose largest product with a query tells about how large those of others are."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
@@ -165,6 +168,7 @@ class _Merged:
         self._scale = scale
         self._sum: Tensor | None = None
         self._log: Tensor | None = None
+        self._level: Tensor | None = None
 
     @property
     def keys_at_a_time(self) -> int:
@@ -173,20 +177,43 @@ class _Merged:
 
     def add(self, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> None:
         """Take a block of keys (..., n, E) and their values (..., n, V), with a bias or mask (..., L, n) of theirs."""
+        if bias is None and _is_fused(self._query, keys, values):
+            part, log = self._fused(keys.to(self._query.dtype), values.to(self._query.dtype))
+            self._merge(part.double(), log.double())
+            return
         most = self.keys_at_a_time
         start = 0
         for k, v in zip(torch.split(keys, most, -2), torch.split(values, most, -2), strict=True):
-            scores = self._query @ k.to(self._query.dtype).transpose(-1, -2) * self._scale
+            # in place: the products are more than the caches hold
+            scores = (self._query @ k.to(self._query.dtype).transpose(-1, -2)).mul_(self._scale)
             if bias is not None:
                 scores = _biased(scores, bias[..., start : start + k.shape[-2]])
                 start += k.shape[-2]
             # a query that no key of the block counts for has weights of nought
             largest = scores.amax(-1, keepdim=True).clamp_min(_LEAST)
-            weights = torch.exp(scores - largest)
+            weights = scores.sub_(largest).exp_()
             total = weights.sum(-1, keepdim=True).double()
             part = weights @ v.to(self._query.dtype)
             log = torch.where(total > 0, largest.double() + total.log(), _LEAST)
             self._merge(part.double() / total.clamp_min(_SMALLEST), log)
+
+    def _fused(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the attention (..., L, V) of a block and the logarithms (..., L, 1) of its sums of exponentials.
+
+        The logarithms are less by the same of each query in every block, which merging takes no notice of.
+        """
+        # (1, heads, L, E), as the kernel takes them
+        query, keys, values = (x.reshape(1, -1, *x.shape[-2:]) for x in (self._query, keys, values))
+        if self._level is None:
+            # the logarithms are rounded to the dtype: from about their own height on, so that little is lost
+            products = query @ keys[..., :_LEVELLED, :].transpose(-1, -2)
+            level = products.amax(-1, keepdim=True) * self._scale
+            self._level = torch.nan_to_num(level, nan=0.0, posinf=0.0, neginf=0.0)
+        part, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, keys, values, attn_mask=-self._level, scale=self._scale
+        )
+        shape = self._query.shape
+        return part.reshape(shape), log.reshape(*shape[:-1], 1)
 
     def result(self) -> Tensor:
         """Return (..., L, V)."""
@@ -200,6 +227,16 @@ class _Merged:
         total = torch.logaddexp(self._log, log)
         self._sum = self._sum * torch.exp(self._log - total) + part * torch.exp(log - total)
         self._log = total
+
+
+def _is_fused(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Tell whether torch's own kernel for attention on a CPU takes these; of others none tells what blocks merge by."""
+    return (
+        query.device.type == "cpu"
+        and query.shape[-1] == values.shape[-1]
+        and query.shape[:-2] == keys.shape[:-2] == values.shape[:-2]
+        and min(query.numel(), keys.numel()) > 0
+    )
 
 
 def _biased(scores: Tensor, bias: Tensor) -> Tensor:
