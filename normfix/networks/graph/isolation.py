@@ -57,7 +57,8 @@ def _unheard() -> Iterator[None]:
     """Ignore warnings and quiet loggers; other filters, and those that others set meanwhile, stay."""
     loggers = [logging.getLogger(name) for name in _LOUD]
     levels = [logger.level for logger in loggers]
-    nested = _EVERYTHING in warnings.filters
+    held: list[Any] = warnings.filters  # type: ignore[assignment]
+    nested = _EVERYTHING in held
     try:
         if not nested:
             warnings.filters.insert(0, _EVERYTHING)  # type: ignore[attr-defined]
@@ -67,8 +68,10 @@ def _unheard() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        if not nested and _EVERYTHING in warnings.filters:
-            warnings.filters.remove(_EVERYTHING)  # type: ignore[attr-defined]
+        # catch_warnings of another thread puts this list back later
+        for filters in () if nested else (held, warnings.filters):
+            if _EVERYTHING in filters:
+                filters.remove(_EVERYTHING)  # type: ignore[union-attr]
 
 
 @contextmanager
