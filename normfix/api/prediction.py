@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -21,17 +21,16 @@ from normfix.conversion.measuring import freeze_sites_
 from normfix.conversion.planning import decide
 from normfix.conversion.rewriting import rewrite, rewrite_
 from normfix.conversion.staged import predict_measured_
-from normfix.conversion.targets import measured_targets
+from normfix.conversion.targets import Target, measured_targets
 from normfix.errors import NormfixError
 from normfix.images.given import Given, images_of, opened
 from normfix.images.rendering import Logits, Rendering
 from normfix.images.sources import Image, TensorImage, middle_of, whole
 from normfix.images.windows import ScaledImage
 from normfix.images.writing import OutputFile
-from normfix.networks.behaviour import behaviour_of, is_open, state_of
+from normfix.networks.behaviour import state_of
 from normfix.networks.calling import Caller, home_of, refusals
 from normfix.networks.copying import copy_of, double_of, original_of, twin_of
-from normfix.networks.intake import is_lazy
 from normfix.networks.numerics import exact_arithmetic, require_finite
 from normfix.networks.provenance import attach_, provenance_of
 from normfix.networks.surroundings import undisturbed
@@ -42,7 +41,7 @@ from normfix.records.sites import Family, Scan
 from normfix.records.spans import round_up
 from normfix.records.verdicts import ProofStep
 from normfix.scanning.base import Base, base_of
-from normfix.scanning.known import ForwardFn, Known, known_of, with_halo
+from normfix.scanning.known import ForwardFn, Known, known_of, scanned_of, with_halo
 from normfix.scanning.renewal import keeps_geometry, renewed
 from normfix.scanning.scan import look
 from normfix.tiling.domain import extension, judge_size
@@ -384,11 +383,15 @@ class _Prediction:
         """Predict by the image's own statistics: as they are measured, where no geometry hangs on them."""
         provenance = provenance_of(self.model)
         assert provenance is not None
-        if self.engine != "tiles":
-            model, caller = copy_of(self.model), self.known.caller
-            targets = measured_targets(model, provenance.plan)
-            if targets and keeps_geometry(model, provenance, middle_of(self.image), caller):
-                try:
+        model, caller = copy_of(self.model), self.known.caller
+        targets = measured_targets(model, provenance.plan)
+        try:
+            if (
+                self.engine != "tiles"
+                and targets
+                and keeps_geometry(model, provenance, middle_of(self.image), caller)
+            ):
+                with suppress(NotInStages):  # what follows says why
                     return predict_measured_(
                         model,
                         targets,
@@ -399,15 +402,9 @@ class _Prediction:
                         sites=self.known.layers,
                         out=out,
                     )
-                except NotInStages:  # what follows says why
-                    pass
-                finally:
-                    hand_on(model, original_of(self.owner))
-        fitted = self._fitted()
-        try:
-            return replace(fitted, statistics="stored").run(out)
+            return replace(self._fitted_(model, targets), statistics="stored").run(out)
         finally:
-            hand_on(fitted.model, original_of(self.owner))
+            hand_on(model, original_of(self.owner))
 
     def _require_alike(self, geometry: Geometry, tile: Sequence[int]) -> None:
         """Refuse an image larger than what was compared, with no graph that tells sizes, if tiles of its size differ.
@@ -419,7 +416,7 @@ class _Prediction:
         if sizes is None or not sizes.exceeded(size):
             return
         held = _HELD.setdefault(self.model, set())
-        what = (self.known.scan, tuple(size), tuple(tile), geometry, repr(state_of(self.model)))
+        what = (self.known.scan, tuple(size), tuple(tile), geometry, state_of(self.model))
         if what in held:
             return
         example = middle_of(self.image)[:1].to(*home_of(self.model)).double()
@@ -482,16 +479,15 @@ class _Prediction:
         captured = is_captured(self.model, self.known.caller, self.known.layers)
         return pixels // _SHARE if captured else _PAYS_ON_A_GPU
 
-    def _fitted(self) -> _Prediction:
-        """Return the prediction by a copy of the model that has the statistics of this image, and their geometry.
+    def _fitted_(self, model: nn.Module, targets: Sequence[Target]) -> _Prediction:
+        """Return the prediction by a copy of the model that is given the image's statistics, and their geometry.
 
         Raises:
             NormfixError: NF409 if no geometry holds under them.
         """
         provenance = provenance_of(self.model)
         assert provenance is not None
-        model, caller = copy_of(self.model), self.known.caller
-        targets = measured_targets(model, provenance.plan)
+        caller = self.known.caller
         if targets:
             image = images_of(self.image, model)
             measure_(model, targets, image, caller, self.blocks, geometry=self.geometry)
@@ -537,15 +533,14 @@ def _planned(model: nn.Module, base: Base, shape: tuple[int, ...]) -> tuple[Scan
     What another image would show of it, as a network that is converted does not look for either, its identity and
     the stages' program are compared on.
     """
-    key = None
-    # a function of the caller's may read anything
-    if not is_lazy(model) and base.caller.forward_fn is None and is_open(model):
-        key = behaviour_of(model), state_of(model), base.caller, shape
-    last = _PLANNED.get(model)
-    if last is None or key is None or last[0] != key:
-        scan = look(base.copy(), base.example, base.caller).scan
-        last = _PLANNED[model] = key, scan, decide(scan.sites, model=scan.model, to="frozen")
-    return last[1], last[2]
+    same, last = scanned_of(model, base.caller), _PLANNED.get(model)
+    if same is not None and last is not None and last[0] == (same, shape):
+        return last[1], last[2]
+    scan = look(base.copy(), base.example, base.caller).scan
+    plan = decide(scan.sites, model=scan.model, to="frozen")
+    if same is not None:
+        _PLANNED[model] = (same, shape), scan, plan
+    return scan, plan
 
 
 def _require_identity(base: Base, scan: Scan, plan: Plan) -> nn.Module:

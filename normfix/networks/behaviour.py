@@ -76,7 +76,7 @@ def is_open(model: nn.Module) -> bool:
 def state_of(model: nn.Module) -> object:
     """Return what compares equal as long as the parameters and buffers of a network have the same values."""
     tensors = (*model.named_parameters(), *model.named_buffers())
-    return [(name, t.dtype, t.device, digest_of_tensor(t)) for name, t in tensors]
+    return tuple((name, t.dtype, t.device, digest_of_tensor(t)) for name, t in tensors)
 
 
 def structure_of(model: nn.Module) -> str:

@@ -23,7 +23,7 @@ from normfix.scanning.base import base_of
 from normfix.scanning.scan import look
 from normfix.tiling.grid import Geometry
 
-__all__ = ["ForwardFn", "Known", "known_of", "with_halo"]
+__all__ = ["ForwardFn", "Known", "known_of", "scanned_of", "with_halo"]
 
 ForwardFn = Callable[[nn.Module, Tensor], Any]
 
@@ -59,10 +59,8 @@ _LAST: WeakKeyDictionary[nn.Module, tuple[object, Known]] = WeakKeyDictionary()
 def _scanned(model: nn.Module, image: Tensor, caller: Caller) -> Known:
     """Scan a network, or recall the last scan: of the same modules, values and image, so that nothing can differ."""
     owner = original_of(model)
-    key = None
-    # a function of the caller's may read anything
-    if not is_lazy(owner) and caller.forward_fn is None and is_open(owner):
-        key = behaviour_of(owner), state_of(owner), caller, image.shape, digest_of_tensor(image)
+    same = scanned_of(owner, caller)
+    key = None if same is None else (same, image.shape, digest_of_tensor(image))
     last = _LAST.get(owner)
     if last is None or key is None or last[0] != key:
         base = base_of(model, image, caller)
@@ -72,6 +70,17 @@ def _scanned(model: nn.Module, image: Tensor, caller: Caller) -> Known:
             return known
         last = _LAST[owner] = key, known
     return last[1]
+
+
+def scanned_of(model: nn.Module, caller: Caller) -> object:
+    """Return what compares equal as long as a network has the modules and values that it was scanned with.
+
+    Returns:
+        None where no scan is to be kept: nothing shows all that the network or a function of the caller's reads.
+    """
+    if is_lazy(model) or caller.forward_fn is not None or not is_open(model):
+        return None
+    return behaviour_of(model), state_of(model), caller
 
 
 def _as_index(output: str | None) -> int | None:

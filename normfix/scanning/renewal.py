@@ -66,10 +66,12 @@ def renewed(model: nn.Module, known: Provenance, image: Tensor, caller: Caller) 
     Arguments as for `renew_`.
     """
     scan, geometry = known.scan, geometry_of(known.scan)
-    if geometry is None or keeps_geometry(model, known, image, caller):
+    if geometry is None or known.plan.left_live:
+        return scan
+    decides = _is_deciding(model, image, caller)
+    if not decides and not _freezes_others(known):
         return scan
     example = fitting_example(model, image, Intake(model, caller))
-    decides = _is_deciding(model, image, caller)
     with exact_arithmetic():
         if not decides and _holds(model, example[:1].detach(), caller, geometry):
             return scan
@@ -87,8 +89,12 @@ def keeps_geometry(model: nn.Module, known: Provenance, image: Tensor, caller: C
     """
     if geometry_of(known.scan) is None or known.plan.left_live:  # none that statistics could change
         return True
-    others = any(decision.site.statistic is not None for decision in known.plan.converted)
-    return not others and not _is_deciding(model, image, caller)
+    return not _freezes_others(known) and not _is_deciding(model, image, caller)
+
+
+def _freezes_others(known: Provenance) -> bool:
+    """Tell whether statistics are frozen that are no norms."""
+    return any(decision.site.statistic is not None for decision in known.plan.converted)
 
 
 def _is_deciding(model: nn.Module, image: Tensor, caller: Caller) -> bool:

@@ -19,7 +19,7 @@ from normfix.tiling.grid import Geometry
 from normfix.tiling.halo import strip, texture
 from normfix.tiling.stitching import tiled
 
-__all__ = ["LARGEST", "differing"]
+__all__ = ["LARGEST", "differing", "strips_along"]
 
 LARGEST = 1 << 18
 """Pixels of the largest image that is compared whole; of larger ones strips are."""
@@ -51,6 +51,15 @@ def differing(
     return None
 
 
+def strips_along(size: Sequence[int], thin: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return for each axis the extents of a strip that is as long as an image along it, and thin across.
+
+    >>> strips_along((600, 800), (16, 16))
+    [(600, 16), (16, 800)]
+    """
+    return [(*thin[:axis], n, *thin[axis + 1 :]) for axis, n in enumerate(size)]
+
+
 def _trials(
     f: Callable[[Tensor], Tensor],
     example: Tensor,
@@ -63,7 +72,9 @@ def _trials(
         yield exact
         return
     cross = cross_section(f, example, geometry.stride)
-    for axis, (n, most) in enumerate(zip(size, compared, strict=True)):
-        if cross is not None and n > most:  # else it runs on no strip, or is known at this length
-            thin = tuple(map(round_up, cross, geometry.multiple))
-            yield (*thin[:axis], exact[axis], *thin[axis + 1 :])
+    if cross is None:  # it runs on no strip
+        return
+    thin = tuple(map(round_up, cross, geometry.multiple))
+    for extents, n, most in zip(strips_along(exact, thin), size, compared, strict=True):
+        if n > most:
+            yield extents

@@ -23,7 +23,7 @@ from normfix.networks.calling import refusals
 from normfix.networks.devices import CPU
 from normfix.networks.numerics import EXACT, exact_arithmetic
 from normfix.records.spans import round_up
-from normfix.tiling.lengths import LARGEST
+from normfix.tiling.lengths import LARGEST, strips_along
 from normfix.tiling.stages.cutting import Stage, cut
 from normfix.tiling.stages.execution import execute
 from normfix.tiling.stages.maps import ProgramMaps, find_maps
@@ -114,11 +114,9 @@ def require_as_large(planned: Schedule, stride: Sequence[int], image: Sequence[i
     if not any(stage.is_laid or not known.bounds(stage, planned.program.image) for stage in planned.stages):
         return
     gives = (*(node.name for stage in planned.stages for node in stage.gives), told(planned))
-    thin = list(_example_size(planned.program, stride))
-    sizes = [(*thin[:2], *image)]
-    if math.prod(image) > LARGEST:
-        sizes = [(*thin[: d + 2], n, *thin[d + 3 :]) for d, n in enumerate(image)]
-    for size in sizes:
+    thin = _example_size(planned.program, stride)
+    for space in [image] if math.prod(image) <= LARGEST else strips_along(image, thin[2:]):
+        size = (*thin[:2], *space)
         if (gives, size) in known.sizes:
             continue
         try:
