@@ -319,3 +319,14 @@ def test_filters_that_others_set_meanwhile_stay():
                 warnings.warn("unheard", stacklevel=1)
         assert next(item for item in warnings.filters if item not in before)[1].pattern == "set meanwhile"
         assert [item for item in warnings.filters if item in before] == before
+
+
+def test_nothing_is_silenced_once_another_thread_has_put_its_filters_back():
+    """It copied the list while a capture's filter was in it, and puts the list itself back when that has ended."""
+    before, elsewhere = list(warnings.filters), warnings.catch_warnings()
+    with silence():
+        elsewhere.__enter__()
+        assert list(warnings.filters) != before
+    assert list(warnings.filters) == before
+    elsewhere.__exit__(None, None, None)
+    assert list(warnings.filters) == before
