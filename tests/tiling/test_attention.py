@@ -89,6 +89,20 @@ def test_blocks_of_keys_merge_to_attention(monkeypatch, dtype, rounding, most, w
     assert float((given - expected).abs().max()) < 3 * theirs + rounding
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("apart", ["queries", "keys", "values"])
+def test_features_are_read_where_they_lie(apart, dtype):
+    """Tokens of a convolution, as `flatten(2).transpose(1, 2)` makes them: a channel's positions are neighbours."""
+    q, k, v = operands(dtype, width=5)
+    given = {"queries": q, "keys": k, "values": v}
+    given[apart] = given[apart].transpose(-1, -2).contiguous().transpose(-1, -2)
+    found = tokens.attend(*given.values(), 0.4, 2)
+    assert torch.allclose(found, tokens.attend(q, k, v, 0.4, 2), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(
+        found.double(), exact(q, k.flatten(2, 3), v.flatten(2, 3), 0.4), rtol=1e-5, atol=1e-6
+    )
+
+
 @pytest.mark.parametrize("width", [4, 5])
 def test_large_products_do_not_overflow(monkeypatch, width):
     """Scores whose exponentials are no floats merge like others, to the rounding of the scores themselves."""

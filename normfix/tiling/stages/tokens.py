@@ -202,8 +202,10 @@ class _Merged:
 
         The logarithms are less by the same of each query in every block, which merging takes no notice of.
         """
-        # (1, heads, L, E), as the kernel takes them
-        query, keys, values = (x.reshape(1, -1, *x.shape[-2:]) for x in (self._query, keys, values))
+        # (1, heads, L, E), as the kernel takes them: it reads features as neighbours, wherever they lie
+        query, keys, values = (
+            x.contiguous().reshape(1, -1, *x.shape[-2:]) for x in (self._query, keys, values)
+        )
         if self._level is None:
             # the logarithms are rounded to the dtype: from about their own height on, so that little is lost
             products = query @ keys[..., :_LEVELLED, :].transpose(-1, -2)
