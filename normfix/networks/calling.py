@@ -209,11 +209,11 @@ class Caller:
     def in_double(self, model: nn.Module, image: Tensor) -> Tensor:
         """Return the output of a float64 model for a float64 image, without casts to less on the way."""
         with _StaysWide(torch.float64):
-            return self(model, image)
+            return _numbers(self(model, image))
 
     def exactly(self, model: nn.Module, image: Tensor) -> Tensor:
         """Return the output as the network computes it, but in float64 throughout if it is a float64 network."""
-        return (self.in_double if image.dtype == torch.float64 else self)(model, image)
+        return self.in_double(model, image) if image.dtype == torch.float64 else _numbers(self(model, image))
 
     def pick(self, result: Any) -> Tensor:
         """Return the tensor that `output` names in what the model returned."""
@@ -221,7 +221,7 @@ class Caller:
             found = result
         else:
             key = self.output
-            if isinstance(key, str) and key.isdigit() and not isinstance(result, Mapping):
+            if isinstance(key, str) and key.isdigit() and not (isinstance(result, Mapping) and key in result):
                 key = int(key)
             if key in _names(result):
                 key = _names(result).index(key)
@@ -270,6 +270,11 @@ def _opened(result: Any) -> Any:
     if not is_dataclass(result) or isinstance(result, type | Mapping):
         return result
     return {field.name: _opened(getattr(result, field.name)) for field in fields(result)}
+
+
+def _numbers(value: Tensor) -> Tensor:
+    """Return truth values as the numbers 0 and 1, which can be subtracted."""
+    return value.to(torch.uint8) if value.dtype == torch.bool else value
 
 
 def _names(result: Any) -> tuple[Any, ...]:
