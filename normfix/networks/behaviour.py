@@ -1,25 +1,33 @@
 """What makes a network compute what it computes, besides the values of its tensors: something to compare.
 
-Modules and their attributes, hooks, and the code of their classes and functions, with what it closes over and the
-plain values and functions of its own module that it reads by name. A copy of a network compares equal to it, as long as
-neither was changed. Two that compare equal may still differ in what is not looked at: variables of other modules,
+Modules and their attributes, hooks, and the code of their classes and functions, with what it closes over and what it
+reads by name (`reading`). A copy of a network compares equal to it, as long as neither was changed. Two that compare
+equal may still differ in what is not looked at: variables of installed libraries,
 globals that code writes itself or that hold other objects, and memory of foreign libraries.
 """
 
 from __future__ import annotations
 
-import dis
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from functools import cache, partial
+from functools import partial
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from normfix.networks.devices import bytes_of
+from normfix.networks.reading import (
+    LIBRARIES,
+    OURS,
+    VALUES,
+    held_by,
+    is_mutable,
+    plain_of,
+    read_by,
+    written_by,
+)
 
 __all__ = ["SAID", "behaviour_of", "digest_of_tensor", "is_open", "state_of", "structure_of"]
 
@@ -35,7 +43,6 @@ SAID = (
 _ELSEWHERE = frozenset({"_parameters", "_buffers", "_modules", "training", *SAID})
 """What state dicts hold, what differs in a twin, and what is said of a network and computes nothing."""
 
-_VALUES = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.memory_format)
 _DEEPEST = 8
 
 
@@ -91,7 +98,7 @@ def structure_of(model: nn.Module) -> str:
     parts = (
         repr(model),
         [(path, type(module), picture.attributes(module)) for path, module in modules],
-        [picture.code(kind) for kind in kinds if not kind.__module__.startswith(_LIBRARIES)],
+        [picture.code(kind) for kind in kinds if not kind.__module__.startswith(LIBRARIES)],
         [
             (name, tuple(t.shape), _numbers(name, t))
             for name, t in model.state_dict(keep_vars=True).items()
@@ -145,14 +152,16 @@ class _Picture:
         """Return the picture of a value; of what holds itself where, of what is nested deeply its identity."""
         if isinstance(value, CodeType):
             return self._instructions(value)
-        if value is None or isinstance(value, _VALUES):
+        if value is None or isinstance(value, VALUES):
             return type(value), repr(value) if isinstance(value, float) else value
         if id(value) in above:
             return type(value), "above", above.index(id(value))
         if isinstance(value, nn.Module) and id(value) in self._modules:
             return type(value), self._modules[id(value)]
-        if len(above) > _DEEPEST or isinstance(value, type | nn.Module | ModuleType):
-            self.hides = self.hides or not isinstance(value, type)
+        if isinstance(value, type):
+            return type(value), self._hidden(value), self._of(plain_of(value), (*above, id(value)))
+        if len(above) > _DEEPEST or isinstance(value, nn.Module | ModuleType):
+            self.hides = True
             return type(value), self._hidden(value)
         if isinstance(value, Tensor):  # no part of a state dict
             return self._tensor(value)
@@ -174,7 +183,7 @@ class _Picture:
                     value.__defaults__,
                     value.__kwdefaults__,
                     *map(_content, value.__closure__ or ()),
-                    *self._read_by(value),
+                    *(part for pair in read_by(value, self._functions) for part in pair),
                 ]
             case MethodType():
                 return [value.__func__, value.__self__]
@@ -190,26 +199,11 @@ class _Picture:
             return [value.shape, str(value.dtype), value.tobytes()]
         if getattr(getattr(type(value), "__dataclass_params__", None), "frozen", False):
             return [getattr(value, field.name) for field in fields(value)]
-        if self._shows(value):
-            return [self.number(value), vars(value)]
+        held = self._held(value)
+        if held is not None:
+            return [self.number(value), held]
         self.hides = self.hides or not isinstance(value, BuiltinFunctionType)
         return [self._hidden(value)]
-
-    def _read_by(self, function: FunctionType) -> Iterator[object]:
-        """Yield the globals that a function reads, with their names: of a function once, of its own module alone."""
-        if not function.__module__ or function.__module__.startswith(_LIBRARIES):
-            return
-        names, changes = _globals_read(function.__code__)
-        for name in names:
-            value = function.__globals__.get(name)
-            if isinstance(value, FunctionType):
-                if value.__module__ != function.__module__ or id(value) in self._functions:
-                    continue
-                self._functions.add(id(value))
-            elif not isinstance(value, Tensor) and (not _is_plain(value) or (changes and _is_mutable(value))):
-                continue
-            yield name
-            yield value
 
     def _tensor(self, value: Tensor) -> object:
         return self.number(value), value.shape, value.dtype, digest_of_tensor(value)
@@ -217,8 +211,8 @@ class _Picture:
     def _instructions(self, code: CodeType) -> object:
         return code
 
-    def _shows(self, value: object) -> bool:
-        return _shows_all(value)
+    def _held(self, value: object) -> dict[str, object] | None:
+        return held_by(value)
 
     def _hidden(self, value: object) -> object:
         """Return what stands for a value that Python does not show."""
@@ -231,15 +225,15 @@ class _LastingPicture(_Picture):
     def attributes(self, module: nn.Module) -> object:
         held = vars(module)
         hooks = [self._of([*held[name].values()]) for name in ("_forward_hooks", "_forward_pre_hooks")]
-        if type(module).__module__.startswith(_OURS):
+        if type(module).__module__.startswith(OURS):
             return hooks, self._of(held.get("forward"))
         kind: type = type(module)
-        written, changed = _written(kind)
+        written, changed = written_by(kind)
         passing = _ALL_HAVE | written
         stay = (
             (name, value)
             for name, value in held.items()
-            if name not in passing and not (name in changed and _is_mutable(value))
+            if name not in passing and not (name in changed and is_mutable(value))
         )
         return hooks, [(name, self._of(value)) for name, value in stay]
 
@@ -250,104 +244,15 @@ class _LastingPicture(_Picture):
     def _instructions(self, code: CodeType) -> object:
         return code.co_code.hex(), code.co_names, [self._of(constant) for constant in code.co_consts]
 
-    def _shows(self, value: object) -> bool:
-        return hasattr(value, "__dict__")
+    def _held(self, value: object) -> dict[str, object] | None:
+        held = held_by(value)
+        return getattr(value, "__dict__", None) if held is None else held
 
     def _hidden(self, value: object) -> object:
         return getattr(value, "__module__", None), getattr(value, "__qualname__", None)
 
 
-_OURS = "normfix."
-_LIBRARIES = (_OURS, "torch.")
 _ALL_HAVE = frozenset((*vars(nn.Module()), *SAID))
-_CHANGING = frozenset(("append", "extend", "insert", "pop", "popitem", "update", "setdefault", "clear"))
-
-
-def _is_mutable(value: object) -> bool:
-    return value is not None and not isinstance(value, (*_VALUES, tuple))
-
-
-@cache
-def _written(kind: type) -> tuple[frozenset[str], frozenset[str]]:
-    """Return attributes that forward and the methods it names write, and those that they may change in place."""
-    own = [c for c in kind.__mro__ if c not in nn.Module.__mro__]
-    stored, changed, seen = set[str](), set[str](), set[str]()
-    left = {"forward"}
-    while left:
-        name = left.pop()
-        seen.add(name)
-        for function in (vars(c).get(name) for c in own):
-            for code in _codes(function):
-                for names, operations, arguments in _lines(code):
-                    stored.update(arguments)
-                    if _CHANGING & names or "STORE_SUBSCR" in operations:
-                        changed.update(names)
-                left.update({*code.co_names} - seen)
-    return frozenset(stored), frozenset(changed)
-
-
-def _lines(code: CodeType) -> Iterator[tuple[set[str], set[str], set[str]]]:
-    """Yield the attributes that each line of code names, its operations, and the attributes that it writes."""
-    starts = dict(dis.findlinestarts(code))
-    names, operations, written = set[str](), set[str](), set[str]()
-    for step in dis.get_instructions(code):
-        if step.offset in starts:
-            yield names, operations, written
-            names, operations, written = set(), set(), set()
-        operations.add(step.opname)
-        if step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            names.add(step.argval)
-        elif step.opname == "STORE_ATTR":
-            written.add(step.argval)
-    yield names, operations, written
-
-
-@cache
-def _globals_read(code: CodeType) -> tuple[tuple[str, ...], bool]:
-    """Return the globals that code reads and does not write, and whether it may change something in place."""
-    read, written, changes = dict[str, None](), set[str](), False
-    for inner in _nested(code):
-        for step in dis.get_instructions(inner):
-            match step.opname:
-                case "LOAD_GLOBAL" | "LOAD_NAME":
-                    read[step.argval] = None
-                case "STORE_GLOBAL":
-                    written.add(step.argval)
-                case "STORE_SUBSCR" | "STORE_ATTR":
-                    changes = True
-        changes = changes or not _CHANGING.isdisjoint(inner.co_names)
-    return tuple(name for name in read if name not in written), changes
-
-
-def _is_plain(value: object) -> bool:
-    """Tell whether a value, or all that a collection or an object holds, are numbers, texts and the like."""
-    match value:
-        case Mapping():
-            held: Iterable[object] = value.values()
-        case list() | tuple() | set() | frozenset():
-            held = value
-        case SimpleNamespace():
-            held = vars(value).values()
-        case _ if not isinstance(value, type | FunctionType | ModuleType | nn.Module) and _shows_all(value):
-            held = vars(value).values()
-        case _:
-            return isinstance(value, _VALUES)
-    return all(isinstance(one, (*_VALUES, type(None))) for one in held)
-
-
-def _codes(function: object) -> Iterator[CodeType]:
-    """Yield the code of a function and of those that it defines."""
-    if isinstance(function, FunctionType):
-        yield from _nested(function.__code__)
-
-
-def _nested(outer: CodeType) -> Iterator[CodeType]:
-    """Yield code and that of the functions that it defines."""
-    left = [outer]
-    while left:
-        code = left.pop()
-        yield code
-        left += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
 
 
 def digest_of_tensor(value: Tensor) -> object:
@@ -356,14 +261,6 @@ def digest_of_tensor(value: Tensor) -> object:
         return hashlib.sha256(bytes_of(value)).hexdigest()
     except (RuntimeError, NotImplementedError, TypeError):  # on no device, sparse, quantised
         return id(value)
-
-
-def _shows_all(value: object) -> bool:
-    """Tell whether an object holds all that it is in its __dict__: it is pickled as `object` is, and has no slots."""
-    kind = type(value)
-    plain = kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__
-    slots = any(vars(c).get("__slots__") for c in kind.__mro__)
-    return plain and not slots and hasattr(value, "__dict__")
 
 
 def _content(cell: Any) -> object:

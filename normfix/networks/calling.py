@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from types import CodeType, MethodType, TracebackType
 from typing import Any
 from weakref import WeakMethod, ref
@@ -117,7 +117,7 @@ class Caller:
 
     Args:
         forward_fn: `forward_fn(model, image)` for any other calling convention; None means `model(image)`.
-        output: key or index where the model returns a mapping or a sequence.
+        output: key, name or index where the model returns a mapping, a dataclass, a named tuple or a sequence.
         draws: the network draws random numbers: it gets the same ones in every call, from no generator of torch's.
         wide: the network casts to half precision whatever its weights are, and is run in float32.
     """
@@ -155,6 +155,14 @@ class Caller:
 
     def everything(self, model: nn.Module, image: Tensor) -> Any:
         """Return all that the network returns for an image (N, C, *space); raises as a call does, but NF110."""
+        return _opened(self._returned(model, image))
+
+    def is_open(self, model: nn.Module, image: Tensor) -> bool:
+        """Tell whether a program that the network is exported as returns what it does: no class of somebody's own."""
+        result = self._returned(model, image)
+        return _opened(result) is result and not _names(result)
+
+    def _returned(self, model: nn.Module, image: Tensor) -> Any:
         try:
             with ExitStack() as around:
                 around.enter_context(as_given(image.device))
@@ -201,11 +209,11 @@ class Caller:
     def in_double(self, model: nn.Module, image: Tensor) -> Tensor:
         """Return the output of a float64 model for a float64 image, without casts to less on the way."""
         with _StaysWide(torch.float64):
-            return self(model, image)
+            return _numbers(self(model, image))
 
     def exactly(self, model: nn.Module, image: Tensor) -> Tensor:
         """Return the output as the network computes it, but in float64 throughout if it is a float64 network."""
-        return (self.in_double if image.dtype == torch.float64 else self)(model, image)
+        return self.in_double(model, image) if image.dtype == torch.float64 else _numbers(self(model, image))
 
     def pick(self, result: Any) -> Tensor:
         """Return the tensor that `output` names in what the model returned."""
@@ -213,8 +221,10 @@ class Caller:
             found = result
         else:
             key = self.output
-            if isinstance(key, str) and key.isdigit() and not isinstance(result, Mapping):
+            if isinstance(key, str) and key.isdigit() and not (isinstance(result, Mapping) and key in result):
                 key = int(key)
+            if key in _names(result):
+                key = _names(result).index(key)
             try:
                 found = result[key]
             except (KeyError, IndexError, TypeError) as error:
@@ -242,6 +252,8 @@ class Caller:
     def _not_found(self, result: Any) -> NormfixError:
         if isinstance(result, Mapping):
             choices = f"a mapping with keys {', '.join(map(repr, result))}"
+        elif _names(result):
+            choices = f"a named tuple of {', '.join(map(repr, _names(result)))}"
         elif isinstance(result, Sequence):
             choices = f"a sequence of {len(result)}"
         else:
@@ -251,6 +263,23 @@ class Caller:
             f"the network returned {choices}, and output={self.output!r} names no tensor in it. "
             "Choose one with --output KEY or --output INDEX (output= in Python).",
         )
+
+
+def _opened(result: Any) -> Any:
+    """Return a dataclass as the mapping of its fields: what is captured and watched is what stands in containers."""
+    if not is_dataclass(result) or isinstance(result, type | Mapping):
+        return result
+    return {field.name: _opened(getattr(result, field.name)) for field in fields(result)}
+
+
+def _numbers(value: Tensor) -> Tensor:
+    """Return truth values as the numbers 0 and 1, which can be subtracted."""
+    return value.to(torch.uint8) if value.dtype == torch.bool else value
+
+
+def _names(result: Any) -> tuple[Any, ...]:
+    """Return the names of a named tuple's parts."""
+    return getattr(result, "_fields", ()) if isinstance(result, tuple) else ()
 
 
 def _reference(function: Callable[..., Any] | None) -> object:

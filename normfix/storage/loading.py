@@ -191,7 +191,9 @@ def _open_beside(path: Path, saved: Saved) -> Loaded:
     """Open the program beside the weights, where the folder does not say how to build the network."""
     known = saved.provenance
     with _belonging(str(path)):
-        program, _ = open_program(path, read_program)
+        program, inside = open_program(path, read_program)
+        if inside is not None:  # it may return what counts alone
+            known = replace(known, output=inside.provenance.output)
         attach_(program, known)
         if saved.probe is not None and not program.unproved:
             with Workload(path.stat().st_size, str(path), math.prod(saved.probe.shape)):

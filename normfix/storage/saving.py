@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from normfix.conversion.results import Calibration, Conversion
 from normfix.errors import NormfixError
 from normfix.images.drafts import UnwritableError
-from normfix.networks.calling import Caller, home_of
+from normfix.networks.calling import Caller, evaluating, home_of
 from normfix.networks.copying import copy_of, cpu_twin_of
 from normfix.networks.graph.raising import unlifted
 from normfix.networks.numerics import IDENTITY
@@ -257,10 +257,14 @@ class _Exported:
 def _exported(model: nn.Module, caller: Caller, provenance: Provenance) -> _Exported:
     """Export a converted network on the CPU."""
     model = cpu_twin_of(model)  # a program of the CPU runs everywhere, and can be moved
-    run = None if caller.forward_fn is None else caller
     shape = (1, *provenance.scan.example[1:])
     device, dtype = home_of(model)
-    return _Exported(export_program(model, run, seeded_input(shape, SEED, dtype).to(device)), model, run)
+    image = seeded_input(shape, SEED, dtype).to(device)
+    run: Caller | None = caller
+    if caller.forward_fn is None:
+        with evaluating(model), torch.no_grad():
+            run = None if caller.is_open(model, image) else caller
+    return _Exported(export_program(model, run, image), model, run)
 
 
 def _parts(

@@ -233,6 +233,32 @@ def test_a_changed_object_is_measured_anew(pooled):
     assert largest(model, pooled[1]) < 1e-5
 
 
+class Decides(nn.Sequential):
+    """Gives a mask, as truth values or in a mapping with numbers for keys."""
+
+    def __init__(self, give):
+        super().__init__(nn.Conv2d(1, 2, 3, padding=1), nn.InstanceNorm2d(2), nn.Conv2d(2, 1, 3, padding=1))
+        self.give = give
+
+    def forward(self, x):
+        return self.give(super().forward(x) > 0)
+
+
+@pytest.mark.parametrize(("give", "output"), [(lambda y: y, None), (lambda y: {0: y, 1: y.sum()}, 0)])
+def test_truth_values_are_predicted(give, output):
+    """By tiles and per image, as the network gives them."""
+    network, image = Decides(give).eval(), torch.randn(1, 1, 40, 48)
+    with torch.no_grad():
+        expected = network(image) if output is None else network(image)[output]
+    model = normfix.convert(network, image, output=output).model
+    assert provenance_of(model).scan.halo == ((2, 2), (2, 2))
+    tiles = normfix.predict(model, image, tile=16)
+    live = normfix.predict(network, image, tile=16, statistics="per-image", output=output)
+    for given in (tiles, live):
+        assert given.dtype == torch.bool
+        assert torch.equal(given, expected)
+
+
 @pytest.mark.slow
 def test_each_of_a_batch_has_its_own_statistics(network, image):
     """Statistics per image share nothing, as the norms of the original did not."""

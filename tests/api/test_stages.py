@@ -570,6 +570,10 @@ def test_blocks_have_one_size(converted, verb):
     assert normfix.Blocks(tile=32).sized(32) == normfix.Blocks(tile=32)
 
 
+def test_a_store_is_named_by_a_text_too(tmp_path):
+    assert normfix.Blocks(store=str(tmp_path)) == normfix.Blocks(store=tmp_path)
+
+
 @pytest.mark.slow
 def test_a_halo_of_the_caller_is_of_tiles(converted):
     """Stages measure their own halo, so another is refused with them."""

@@ -1,5 +1,6 @@
 """A saved folder is whole, belongs together, loads strictly, and appears only when it was read back."""
 
+import collections
 import hashlib
 import json
 import math
@@ -7,7 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import hostile
@@ -129,6 +130,42 @@ def test_a_network_whose_program_runs_on_one_size_alone_is_saved_without_program
     assert not (tmp_path / "fixed" / PROGRAM).exists()
     again = normfix.load(tmp_path / "fixed", model=network())
     assert torch.equal(again(OTHER), done.model(OTHER))
+
+
+@dataclass
+class Found:
+    """What a network of somebody's own returns."""
+
+    logits: torch.Tensor
+    loss: torch.Tensor | None = None
+
+
+class Returns(torch.nn.Sequential):
+    """Returns its output in a class."""
+
+    def __init__(self, kind):
+        super().__init__(torch.nn.Conv2d(1, 2, 3, padding=1), torch.nn.InstanceNorm2d(2))
+        self.kind = kind
+
+    def forward(self, x):
+        return self.kind(super().forward(x), None)
+
+
+@pytest.mark.parametrize("kind", [Found, collections.namedtuple("Named", "logits loss")])
+def test_an_output_in_a_class_is_chosen_by_its_name(kind, tmp_path):
+    """In every verb, and in the program, which holds no class and returns what counts."""
+    network = Returns(kind).eval()
+    with pytest.raises(NormfixError, match=r"NF110.*'logits', 'loss'"):
+        normfix.scan(network, IMAGE)
+    done = normfix.convert(network, IMAGE, output="logits")
+    assert done.proof.passed
+    expected = network(IMAGE).logits
+    live = normfix.predict(network, IMAGE, 32, statistics="per-image", output="logits")
+    for given in (live, normfix.predict(done.model, IMAGE, 32)):
+        torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
+    normfix.save(done, tmp_path / "fixed")
+    if (tmp_path / "fixed" / PROGRAM).exists():
+        assert_same(normfix.load(tmp_path / "fixed"), lambda image: done.model(image).logits)
 
 
 def test_a_network_that_cannot_be_exported_is_saved_without_program(tmp_path, monkeypatch):

@@ -21,7 +21,13 @@ from normfix.tiling.stages.program import captured_program
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.scheduling import largest_difference, schedule
 from normfix.tiling.stages.store import Store
-from normfix.tiling.stages.tokens import ATTEND, ATTEND_BIASED, Tokens, attend_to_stored
+from normfix.tiling.stages.tokens import (
+    ATTEND,
+    ATTEND_BIASED,
+    Tokens,
+    attend_to_stored,
+    attend_to_stored_biased,
+)
 
 GENERATOR = torch.Generator().manual_seed(0)
 IMAGE = torch.randn(1, 1, 48, 60, generator=GENERATOR, dtype=torch.float64) + torch.linspace(
@@ -87,6 +93,18 @@ def test_blocks_of_keys_merge_to_attention(monkeypatch, dtype, rounding, most, w
     theirs = float((F.scaled_dot_product_attention(q, *flat, scale=0.4) - expected).abs().max())
     assert given.dtype == dtype
     assert float((given - expected).abs().max()) < 3 * theirs + rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("apart", ["queries", "keys", "values"])
+def test_features_are_read_where_they_lie(apart, dtype):
+    """Tokens of a convolution, as `flatten(2).transpose(1, 2)` makes them: a channel's positions are neighbours."""
+    q, k, v = operands(dtype, width=5)
+    given = {"queries": q, "keys": k, "values": v}
+    given[apart] = given[apart].transpose(-1, -2).contiguous().transpose(-1, -2)
+    found = tokens.attend(*given.values(), 0.4, 2)
+    assert torch.equal(found, tokens.attend(q, k, v, 0.4, 2))
+    assert (found - exact(q, k.flatten(2, 3), v.flatten(2, 3), 0.4)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("width", [4, 5])
@@ -241,6 +259,36 @@ def test_a_block_without_a_key_that_counts_adds_nothing(monkeypatch):
     merged.add(k.flatten(-3, -2), v.flatten(-3, -2), mask)
     scores = (q @ k.flatten(-3, -2).transpose(-1, -2) * 0.5).masked_fill(~mask, -torch.inf)
     torch.testing.assert_close(merged.result(), scores.softmax(-1) @ v.flatten(-3, -2), rtol=0, atol=1e-12)
+
+
+def _to_itself(q, k, v):
+    """Each position attends to itself alone: others are set to a score that is no infinity."""
+    n = torch.arange(q.shape[-2])
+    return ((q @ k.transpose(-1, -2)).masked_fill(n[:, None] != n, -1e4)).softmax(-1) @ v
+
+
+class Itself:
+    """A mask by which each position attends to itself alone."""
+
+    def part(self, rows, columns):
+        return rows[:, None] == torch.arange(columns.start, columns.stop)
+
+
+def test_scores_as_low_as_what_a_mask_sets_are_refused():
+    """Beside such a score the keys that the mask sets count as well, which no noise of a proof need show."""
+    (attend,) = [n for n in program(_to_itself).body.graph.nodes if n.target is ATTEND_BIASED]
+    floor = attend.args[-1]
+    assert floor == -1e4
+    q = torch.ones(1, 2, 3, 4, dtype=torch.float64)
+    held = [stored(sign * q.reshape(1, 2, 1, 3, 4)) for sign in (-1, 1)]
+
+    def attended(scale, floor):
+        return attend_to_stored_biased(q, *held, scale, 2, Itself(), torch.arange(3), floor)
+
+    assert torch.equal(attended(2480.0, floor), q)
+    assert torch.equal(attended(2490.0, -math.inf), q)
+    with pytest.raises(NotInStages, match=r"NF324.*-10000"):
+        attended(2490.0, floor)
 
 
 def _twice(q, k, v):

@@ -144,7 +144,10 @@ class _Product(NamedTuple):
 
 
 class _Term(NamedTuple):
-    """What scores (*batch, L, K) are changed by: `added`, times a number; `kept` where true; `dropped` where true."""
+    """What scores (*batch, L, K) are changed by: `added`, times a number; `kept` where true; `dropped` where true.
+
+    Scores that are dropped are set to the factor.
+    """
 
     kind: Literal["added", "kept", "dropped", "causal"]
     node: Node | None
@@ -279,9 +282,9 @@ def _changed(node: Node, factor: float) -> tuple[_Term, Node] | None:
     """Return what scores are changed by at a node, and the scores."""
     if node.target is _aten.masked_fill.Scalar:
         scores, mask, value = node.args
-        # so low that nothing of it is left after exponentials; of rows without a key the proof tells
+        # so low that nothing of it is left after exponentials, which is held against the scores where it runs
         if isinstance(value, int | float) and value * factor <= _NOUGHT:
-            return _Term("dropped", mask), scores  # type: ignore[arg-type, return-value]
+            return _Term("dropped", mask, value * factor), scores  # type: ignore[arg-type, return-value]
         return None
     if node.target is not _aten.add.Tensor or node.kwargs or not all(isinstance(n, Node) for n in node.args):
         return None
@@ -498,13 +501,24 @@ def _barred_(attention: _Attention, space: _Space, rows: _Space | None) -> Node:
                 graph, _aten.reshape.default, _call(graph, NUMBERS, rows.map, list(rows.dims)), [-1]
             )
             bias = _bias(graph, attention)
+            floor = _floor_of(attention.terms)
             barrier = _call(
-                graph, ATTEND_BIASED, query, key, value, attention.scale, len(extents), bias, numbers
+                graph, ATTEND_BIASED, query, key, value, attention.scale, len(extents), bias, numbers, floor
             )
         given = _Labelled(barrier, (*attention.batch, _QUERIES, _VALUES))
         result.replace_all_uses_with(_ordered(given, attention.result.labels))
     _prune_(result)
     return barrier
+
+
+def _floor_of(terms: Sequence[_Term]) -> float:
+    """Return what masks set scores to, at most; what is added afterwards may raise them by half."""
+    floors = [-math.inf]
+    for place, term in enumerate(terms):
+        if term.kind == "dropped":
+            raised = any(later.kind == "added" for later in terms[:place])
+            floors.append(term.factor / 2 if raised else term.factor)
+    return max(floors)
 
 
 def _bias(graph: Graph, attention: _Attention) -> Node:

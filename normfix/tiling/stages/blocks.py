@@ -196,6 +196,8 @@ class Work:
         with torch.no_grad():
             try:
                 results: Sequence[Tensor] = self.run(*values)
+            except NotInStages:  # of the values it met
+                raise
             except refusals() as error:
                 raise NotInStages(
                     "NF325",

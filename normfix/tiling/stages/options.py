@@ -69,6 +69,8 @@ class Blocks:
     batch: int | None = None
 
     def __post_init__(self) -> None:
+        if self.store is not None:  # a text is a path everywhere
+            object.__setattr__(self, "store", Path(self.store))
         require_cluster(self.engine, self.scheduler, self.store)
         if self.workers < 1:
             raise NormfixError("NF410", "give 1 or more.", where=f"workers={self.workers!r}")

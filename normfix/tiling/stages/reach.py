@@ -281,7 +281,12 @@ class _Cells:
         values = [p.unpack(part) for p, part in zip(self._reads, parts, strict=True)]
         with torch.no_grad():
             results = self._run(*values, *self._whole, *(self._extent(n, extents) for n, _, _ in self._sizes))
-        return torch.cat([p.pack(r, extents) for p, r in zip(self._gives, results, strict=True)], 1)
+        # truth values as numbers, which can be subtracted
+        packed = (
+            p.pack(r.to(torch.uint8) if r.dtype == torch.bool else r, extents)
+            for p, r in zip(self._gives, results, strict=True)
+        )
+        return torch.cat([*packed], 1)
 
     def _extent(self, node: Node, cells: Sequence[int]) -> int:
         _, found, shape = next(entry for entry in self._sizes if entry[0] is node)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from normfix.networks.devices import moved
 from normfix.tiling.stages.biases import Bias
+from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.store import Kept
 
 __all__ = [
@@ -116,11 +117,18 @@ NUMBERS = torch.ops.normfix.numbers.default
 
 @torch.library.custom_op("normfix::attend_biased", mutates_args=())
 def _attend_biased(
-    query: Tensor, keys: Tensor, values: Tensor, scale: float, space: int, bias: Tensor, numbers: Tensor
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    space: int,
+    bias: Tensor,
+    numbers: Tensor,
+    floor: float,
 ) -> Tensor:
     """Attend as `attend` does, with a bias (..., L, K) that is added, or a mask that is true where a key counts.
 
-    `numbers` (L,) are those of the queries among the ones that the bias has.
+    `numbers` (L,) are those of the queries among the ones that the bias has; `floor` is what a mask sets scores to.
     """
     found = _Merged(query, scale)
     found.add(_flat(keys, space), _flat(values, space), bias.index_select(-2, numbers))
@@ -129,7 +137,14 @@ def _attend_biased(
 
 @_attend_biased.register_fake
 def _(
-    query: Tensor, keys: Tensor, values: Tensor, scale: float, space: int, bias: Tensor, numbers: Tensor
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    space: int,
+    bias: Tensor,
+    numbers: Tensor,
+    floor: float,
 ) -> Tensor:
     return query.new_empty((*query.shape[:-1], values.shape[-1]))
 
@@ -145,8 +160,13 @@ def attend_to_stored_biased(
     space: int,
     bias: Bias | None,
     numbers: Tensor,
+    floor: float,
 ) -> Tensor:
-    """Attend to what the store holds of the whole image; without a bias, which moves no reach, where there is none."""
+    """Attend to what the store holds of the whole image; without a bias, which moves no reach, where there is none.
+
+    Raises:
+        NotInStages: NF324 where a query scores so low that keys which a mask sets to the floor count as well.
+    """
     if isinstance(keys, Tensor) or isinstance(values, Tensor) or bias is None:
         return attend_to_stored(query, keys, values, scale, space)
     found = _Merged(query, scale)
@@ -155,6 +175,7 @@ def attend_to_stored_biased(
     for k, v in zip(keys.bands(most), values.bands(most), strict=True):
         found.add(k, v, bias.part(numbers, slice(start, start + k.shape[-2])))
         start += k.shape[-2]
+    found.require_above(floor)
     return found.result()
 
 
@@ -202,8 +223,10 @@ class _Merged:
 
         The logarithms are less by the same of each query in every block, which merging takes no notice of.
         """
-        # (1, heads, L, E), as the kernel takes them
-        query, keys, values = (x.reshape(1, -1, *x.shape[-2:]) for x in (self._query, keys, values))
+        # (1, heads, L, E), as the kernel takes them: it reads features as neighbours, wherever they lie
+        query, keys, values = (
+            x.contiguous().reshape(1, -1, *x.shape[-2:]) for x in (self._query, keys, values)
+        )
         if self._level is None:
             # the logarithms are rounded to the dtype: from about their own height on, so that little is lost
             products = query @ keys[..., :_LEVELLED, :].transpose(-1, -2)
@@ -214,6 +237,21 @@ class _Merged:
         )
         shape = self._query.shape
         return part.reshape(shape), log.reshape(*shape[:-1], 1)
+
+    def require_above(self, floor: float) -> None:
+        """Refuse scores so low that a key whose score is the floor counts beside them.
+
+        Raises:
+            NotInStages: NF324.
+        """
+        assert self._log is not None
+        if floor > -math.inf and not bool((self._log > floor + _NOTHING).all()):
+            raise NotInStages(
+                "NF324",
+                f"a position scores about as low with all keys as its mask sets keys to that do not count ({floor:g}), "
+                "so these count as well. Set them to -inf, or predict the image whole.",
+                where="attention",
+            )
 
     def result(self) -> Tensor:
         """Return (..., L, V)."""
@@ -244,6 +282,9 @@ def _biased(scores: Tensor, bias: Tensor) -> Tensor:
         return scores.masked_fill(~bias, -math.inf)
     return scores + bias.to(scores.dtype)
 
+
+_NOTHING = 60.0
+"""Scores lower than others by this count nothing in float64, a million keys of them together: 1e6 exp(-60) is 1e-20."""
 
 _LEAST, _SMALLEST = -1e30, 1e-300
 """Logarithm of a sum of exponentials that is nought, and what such a sum is divided by."""
