@@ -1,11 +1,12 @@
 """Whole images of an autoencoder with attention that nobody converted: memory and time against one untiled pass.
 
     python benchmarks/attention.py --memory 8
+    python benchmarks/attention.py --network diffusers
 
 Predicts in stages within so many GiB, and another image after it, for which nothing is scanned and captured; tries the
 untiled pass within as many, makes it without a limit, and says how far apart the two are. MONAI's AutoencoderKL writes
 its attention out, so an untiled pass holds all products of two positions: of an image of 256 x 512 pixels 32,768
-tokens, 4.3 GB each time. Processor time on one thread.
+tokens, 4.3 GB each time. That of diffusers calls torch's kernel, which holds none. Processor time on one thread.
 """
 
 from __future__ import annotations
@@ -32,16 +33,35 @@ class Reconstruction(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Return (N, C, *space)."""
-        given: Tensor = self.autoencoder.reconstruct(image)  # type: ignore[operator]
+        autoencoder: Any = self.autoencoder
+        given: Tensor = (
+            autoencoder.reconstruct(image)
+            if hasattr(autoencoder, "reconstruct")
+            else autoencoder(image).sample
+        )
         return given
 
 
-def autoencoder() -> nn.Module:
-    """Return what a small AutoencoderKL makes of an image; it attends to all positions at half the extent, twice."""
+def of_diffusers() -> nn.Module:
+    """Return a small AutoencoderKL of diffusers; it attends to all positions at half the extent, twice."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        in_channels=1,
+        out_channels=1,
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=(8, 16),
+        latent_channels=2,
+        norm_num_groups=4,
+    )
+
+
+def of_monai() -> nn.Module:
+    """Return a small AutoencoderKL of MONAI; it attends to all positions at half the extent, twice."""
     from monai.networks.nets import AutoencoderKL
 
-    torch.manual_seed(0)
-    network = AutoencoderKL(
+    return AutoencoderKL(
         spatial_dims=2,
         in_channels=1,
         out_channels=1,
@@ -53,7 +73,9 @@ def autoencoder() -> nn.Module:
         with_encoder_nonlocal_attn=False,
         with_decoder_nonlocal_attn=False,
     )
-    return Reconstruction(network).eval()
+
+
+NETWORKS = {"monai": of_monai, "diffusers": of_diffusers}
 
 
 def spent(work: Callable[[], Any]) -> tuple[Any, float]:
@@ -82,13 +104,19 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=256)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--tile", type=int, default=128)
+    parser.add_argument("--network", choices=NETWORKS, default="monai")
     parser.add_argument("--memory", type=int, default=8, help="GiB that the process may take")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    net = autoencoder()
+    torch.manual_seed(0)
+    net = Reconstruction(NETWORKS[given.network]()).eval()
     image = torch.rand(1, 1, given.height, given.width, generator=torch.Generator().manual_seed(1))
     image += torch.linspace(0, 1, given.width)
-    row: dict[str, Any] = {"size": [given.height, given.width], "limit_GiB": given.memory}
+    row: dict[str, Any] = {
+        "network": given.network,
+        "size": [given.height, given.width],
+        "limit_GiB": given.memory,
+    }
     limited(given.memory)
     ours, row["staged_s"] = spent(lambda: normfix.predict(net, image, given.tile, statistics="per-image"))
     row["staged_MiB"] = peak()

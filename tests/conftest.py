@@ -10,6 +10,7 @@ os.environ.setdefault(
 import pytest
 import torch
 from commands import Run
+from kept_operators import keep_operators
 from optional import skipping
 from warm import begin_warming, warm_python
 
@@ -17,6 +18,7 @@ from normfix.storage import fresh
 
 INTERPRETER = fresh.interpreter
 torch.set_num_threads(1)
+keep_operators()
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -31,6 +31,7 @@ from normfix.images.writing import OutputFile
 from normfix.networks.behaviour import state_of
 from normfix.networks.calling import Caller, home_of, refusals
 from normfix.networks.copying import copy_of, double_of, original_of, twin_of
+from normfix.networks.examples import half_of, middle
 from normfix.networks.numerics import exact_arithmetic, require_finite
 from normfix.networks.provenance import attach_, provenance_of
 from normfix.networks.surroundings import undisturbed
@@ -67,7 +68,7 @@ _WHOLE = frozenset({Family.ATTENTION, Family.POOL})
 _HELD: WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = WeakKeyDictionary()
 """At which sizes and with which values tiles of a network were held against its whole, and equalled it."""
 
-_PLANNED: WeakKeyDictionary[nn.Module, tuple[object, Scan, Plan]] = WeakKeyDictionary()
+_PLANNED: WeakKeyDictionary[nn.Module, _Planned] = WeakKeyDictionary()
 """What is held of networks that were not converted, and of what modules and values."""
 
 _FINEST = 32
@@ -267,6 +268,18 @@ def write_stack(
             file.place(plane.placement.scaled((*[Fraction(1)] * (stack[0] == "Z"), *job.scale)))
             job.write(file)
     return file.written
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """What was held of a network at statistics of an image of a shape."""
+
+    of: tuple[object, torch.Size]
+    """The modules and values, and the shape."""
+    scan: Scan
+    plan: Plan
+    extents: torch.Size
+    """Of the part of the image that the network was scanned with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -511,12 +524,29 @@ def _stated(model: nn.Module) -> Literal["stored", "per-image"]:
 def _held(model: nn.Module, image: Tensor, caller: Caller) -> nn.Module:
     """Return a copy of a network that was not converted, its layers frozen at statistics of a part of the image.
 
+    For another image of this shape, while modules and values are the same, what is held is as before, and a smaller
+    part shows that the network is. What else such an image would show, as a network that is converted does not look for
+    either, its identity and the stages' program are compared on.
+
     Raises:
         NormfixError: NF409 if it does not compute what the network computes once they are.
     """
-    base = base_of(model, image, caller)
-    scan, plan = _planned(model, base, tuple(image.shape))
-    frozen = _require_identity(base, scan, plan)
+    same = scanned_of(model, caller)
+    known = _PLANNED.get(model)
+    if known is None or same is None or known.of != (same, image.shape):
+        base = base_of(model, image, caller)
+        scan = look(base.copy(), base.example, base.caller).scan
+        plan = decide(scan.sites, model=scan.model, to="frozen")
+        frozen = _require_identity(base, scan, plan, base.example)
+        if same is not None:
+            _PLANNED[model] = _Planned((same, image.shape), scan, plan, base.example.shape[2:])
+    else:
+        scan, plan = known.scan, known.plan
+        base = base_of(model, image, caller, example=middle(image, known.extents))
+        try:
+            frozen = _require_identity(base, scan, plan, half_of(base.example))
+        except refusals():  # more of it decides
+            frozen = _require_identity(base, scan, plan, base.example)
     held = rewrite_(base.copy(), plan).eval()
     with torch.no_grad():  # what is captured and proved of it divides by them, so zeros and ones will not do
         for target, theirs in zip(measured_targets(held, plan), measured_targets(frozen, plan), strict=True):
@@ -527,23 +557,7 @@ def _held(model: nn.Module, image: Tensor, caller: Caller) -> nn.Module:
     return held
 
 
-def _planned(model: nn.Module, base: Base, shape: tuple[int, ...]) -> tuple[Scan, Plan]:
-    """Return what is held of a network, as before for one of the same modules and values and an image of this shape.
-
-    What another image would show of it, as a network that is converted does not look for either, its identity and
-    the stages' program are compared on.
-    """
-    same, last = scanned_of(model, base.caller), _PLANNED.get(model)
-    if same is not None and last is not None and last[0] == (same, shape):
-        return last[1], last[2]
-    scan = look(base.copy(), base.example, base.caller).scan
-    plan = decide(scan.sites, model=scan.model, to="frozen")
-    if same is not None:
-        _PLANNED[model] = (same, shape), scan, plan
-    return scan, plan
-
-
-def _require_identity(base: Base, scan: Scan, plan: Plan) -> nn.Module:
+def _require_identity(base: Base, scan: Scan, plan: Plan, image: Tensor) -> nn.Module:
     """Return a network with frozen layers; refuse one that they do not reproduce where they are measured.
 
     It is what `normfix.convert` proves; in float64, where the network computes in it, so that nothing is rounding.
@@ -557,7 +571,7 @@ def _require_identity(base: Base, scan: Scan, plan: Plan) -> nn.Module:
         return identity(ours, own), frozen
 
     network = copy_of(base.network).eval()
-    example = base.example[:1].to(*home_of(network))
+    example = image[:1].to(*home_of(network))
     with torch.no_grad(), exact_arithmetic():
         try:
             step, frozen = compared(double_of(network), example.double())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,7 @@ from normfix.errors import NormfixError
 from normfix.networks.graph.program import ProgramNetwork
 from normfix.networks.intake import Intake
 
-__all__ = ["EXTENT", "default_example", "fitting_example", "probing_part"]
+__all__ = ["EXTENT", "default_example", "fitting_example", "half_of", "middle", "probing_part"]
 
 EXTENT = {1: 1024, 2: 256, 3: 64}
 """Pixels per axis of the larger of an example and what the network makes of it, per number of axes."""
@@ -52,6 +54,18 @@ def fitting_example(model: nn.Module, image: Tensor, intake: Intake) -> Tensor:
     return image[:1]
 
 
+def middle(image: Tensor, extents: Sequence[int]) -> Tensor:
+    """Return the middle of an image that has these extents."""
+    for axis, extent in enumerate(extents, start=2):
+        image = image.narrow(axis, (image.shape[axis] - extent) // 2, extent)
+    return image[:1]
+
+
+def half_of(example: Tensor) -> Tensor:
+    """Return the middle of an example, of half the extent that one has at most, for a network that is known."""
+    return _middle(example, EXTENT[min(3, example.dim() - 2)] // 2)
+
+
 def probing_part(example: Tensor) -> Tensor:
     """Return the middle of an example, small enough to try what a network does at little cost."""
     return _middle(example, _PROBE[min(3, example.dim() - 2)])
@@ -68,8 +82,5 @@ def _affordable(intake: Intake, example: Tensor) -> Tensor:
 
 
 def _middle(image: Tensor, most: int) -> Tensor:
-    for axis in range(2, image.dim()):
-        n = min(image.shape[axis], most)
-        n = n // 64 * 64 or n // 32 * 32 or n
-        image = image.narrow(axis, (image.shape[axis] - n) // 2, n)
-    return image[:1]
+    shorter = [min(n, most) for n in image.shape[2:]]
+    return middle(image, [n // 64 * 64 or n // 32 * 32 or n for n in shorter])

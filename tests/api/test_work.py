@@ -114,6 +114,36 @@ def test_a_network_is_scanned_once_for_one_image(image):
     assert runs(image + 1) == again
 
 
+class Sized(nn.Module):
+    """Counts its runs by the shorter extent, and takes no image that is narrower than `least`."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.layers, self.least = Counting().layers, least
+
+    def forward(self, x):
+        if x.shape[-1] < self.least:
+            raise ValueError("too narrow")
+        if type(x.shape[-1]) is int:  # while it is captured it is a symbol
+            RUNS[min(x.shape[2:])] += 1
+        return self.layers(x)
+
+
+@pytest.mark.parametrize(("least", "widest"), [(0, 128), (160, 256)])
+def test_another_image_is_tried_on_a_small_part(least, widest):
+    """Of the first a part of 256 pixels, of the next 128 where it takes that; the result is the network's own."""
+    RUNS.clear()
+    net = Sized(least).eval()
+    first, then = torch.rand(2, 1, 1, 320, 288)
+    normfix.predict(net, first, 96, statistics="per-image")
+    assert max(n for n in RUNS if isinstance(n, int)) >= 256
+    RUNS.clear()
+    found = normfix.predict(net, then * 3 + 1, 96, statistics="per-image")
+    assert max(n for n in RUNS if isinstance(n, int)) == widest
+    with torch.no_grad():
+        torch.testing.assert_close(found, net(then * 3 + 1))
+
+
 class Holder:
     """An object beside the modules."""
 

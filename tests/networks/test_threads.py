@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from optional import needs_newer_torch, needs_programs
@@ -319,3 +320,46 @@ def test_filters_that_others_set_meanwhile_stay():
                 warnings.warn("unheard", stacklevel=1)
         assert next(item for item in warnings.filters if item not in before)[1].pattern == "set meanwhile"
         assert [item for item in warnings.filters if item in before] == before
+
+
+def test_nothing_is_silenced_once_another_thread_has_put_its_filters_back():
+    """It copied the list while a capture's filter was in it, and puts the list itself back when that has ended."""
+    before, elsewhere = list(warnings.filters), warnings.catch_warnings()
+    with silence():
+        elsewhere.__enter__()
+        assert list(warnings.filters) != before
+    assert list(warnings.filters) == before
+    elsewhere.__exit__(None, None, None)
+    assert list(warnings.filters) == before
+
+
+def test_a_formula_is_simplified_once_while_nothing_else_is_known_of_its_symbols(monkeypatch):
+    """In the thread that traces: torch forgets with each thing that it learns, of whatever symbol."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv, ValueRanges
+
+    asked = []
+    simplify = ShapeEnv.simplify
+    monkeypatch.setattr(
+        ShapeEnv, "simplify", lambda self, *a, **k: asked.append(a) or simplify(self, *a, **k)
+    )
+    counted = ShapeEnv.simplify
+    env, symbol, other = ShapeEnv(), sympy.Symbol("s", integer=True), sympy.Symbol("t", integer=True)
+    env.var_to_range[symbol] = env.var_to_range[other] = ValueRanges(2, 100)
+    with silence():
+        found = [env.simplify(symbol * 2 + 1) for _ in range(3)]
+        assert (len(asked), len({*found})) == (1, 1)
+        env.var_to_range[other] = ValueRanges(2, 50)
+        env.simplify(symbol * 2 + 1)
+        assert len(asked) == 1
+        env.var_to_range[symbol] = ValueRanges(2, 50)
+        env.simplify(symbol * 2 + 1)
+        ShapeEnv().simplify(symbol * 2 + 1)
+        assert len(asked) == 3
+        thread = threading.Thread(target=lambda: [env.simplify(symbol * 2 + 1) for _ in range(2)])
+        thread.start()
+        thread.join()
+        assert len(asked) == 5
+        env.replacements[symbol] = sympy.Integer(4)
+        env._update_version_counter()
+        assert env.simplify(symbol * 2 + 1) == 9
+    assert ShapeEnv.simplify is counted

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 
 import pytest
 import torch
@@ -217,6 +218,17 @@ def test_a_foreign_operator_that_moves_every_pixel_is_global(library):
     """A small change of one pixel that changes all outputs is found without NaN."""
     seen = _look(lambda x: library.centre(x))
     assert [s.op for s in seen.found] == ["strangers::centre"]
+
+
+def test_an_operator_that_is_gone_is_no_other_object(library):
+    """Its number stays in TorchScript's table, so nothing else may get it."""
+    packet = library.double._op
+    assert torch.jit._builtins._find_builtin(packet) == "strangers::double"
+    packet = weakref.ref(packet)
+    with torch.library._scoped_library("strangers", "FRAGMENT") as lib:
+        lib.define("double.again(Tensor x, int n) -> Tensor")  # replaces the packet's operator
+    gc.collect()
+    assert packet() is not None
 
 
 def test_swallowed_dye_is_recorded():

@@ -78,8 +78,9 @@ def _unheard() -> Iterator[None]:
 def _tracing_here(*, backends_off: bool) -> Iterator[None]:
     """Let what a trace in this thread switches for the process hold in this thread only.
 
-    Methods of nn.Module are patched, torch.compiler.is_compiling() answers yes, and oneDNN and cuDNN are off, so that
-    none of their own operators gets into the graph. Those two are no thread's own: they stay on unless asked for.
+    In it formulas of sizes are simplified once. Methods of nn.Module are patched, torch.compiler.is_compiling()
+    answers yes, and oneDNN and cuDNN are off, so that none of their own operators gets into the graph. Those two are
+    no thread's own: they stay on unless asked for.
     """
     exporter = importlib.import_module("torch.export._trace")  # after import_compiler: it brings the compiler
     here, tracer = threading.get_ident(), torch.fx._symbolic_trace._Patcher
@@ -101,6 +102,9 @@ def _tracing_here(*, backends_off: bool) -> Iterator[None]:
     else:  # before torch 2.7 the flag is set by what cannot be replaced, so its reader is
         asked = torch.compiler.is_compiling
         replaced.append((torch.compiler, "is_compiling", _only_in(here, asked, _nobody_compiles)))
+    shapes = importlib.import_module("torch.fx.experimental.symbolic_shapes").ShapeEnv
+    simplify = shapes.simplify
+    replaced.append((shapes, "simplify", _only_in(here, _simplified_once(simplify), simplify)))
     with ExitStack() as stack:
         for owner, name, value in replaced:
             stack.callback(setattr, owner, name, getattr(owner, name))
@@ -127,6 +131,28 @@ def _compiling_here() -> Iterator[None]:
     finally:
         for flag, value in before.items():
             setattr(torch.compiler, flag, value)
+
+
+def _simplified_once(simplify: Callable[..., Any]) -> Callable[..., Any]:
+    """Remember how formulas were simplified for as long as nothing else is known of their own symbols.
+
+    torch forgets all of it, and simplifies all that it knows of sizes again, at each of the hundreds of things that a
+    trace learns. What was found stays true, as facts are only added: at worst it could be shorter by now. Half of the
+    time in which networks with windows are captured went there.
+    """
+    known: dict[Any, Any] = {}
+
+    def remembered(self: Any, formula: Any, *args: Any, **kwargs: Any) -> Any:
+        symbols = sorted(getattr(formula, "free_symbols", ()), key=str)
+        if not symbols:  # numbers equal truth values
+            return simplify(self, formula, *args, **kwargs)
+        facts = tuple((self.replacements.get(s), self.var_to_range.get(s)) for s in symbols)
+        key = (self, formula, facts, args, *sorted(kwargs.items()))
+        if key not in known:
+            known[key] = simplify(self, formula, *args, **kwargs)
+        return known[key]
+
+    return remembered
 
 
 def _nobody_compiles() -> bool:

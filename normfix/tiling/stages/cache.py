@@ -31,7 +31,15 @@ from normfix.tiling.stages.attention import with_attention
 from normfix.tiling.stages.maps import lattice
 from normfix.tiling.stages.overviews import with_overviews
 from normfix.tiling.stages.plans import keep, kept
-from normfix.tiling.stages.program import Program, captured_program, computes, marked, shows_at_once
+from normfix.tiling.stages.program import (
+    Program,
+    agree,
+    captured_program,
+    compared,
+    computes,
+    marked,
+    shows_at_once,
+)
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.schedule import Schedule
 from normfix.tiling.stages.scheduling import plans_of, recall_, require_as_large, schedule, told
@@ -56,9 +64,13 @@ class _Capture:
         """Tell whether the program, with the model's present weights, computes what the model does at every site."""
         self.program.refresh_(model)
         body, run = self.program.body, marked(caller, sites)
-        return shows_at_once(body, model, run, example) or computes(
-            body, model, run, _telling(model, caller, example)
-        )
+        if shows_at_once(body, model, run, example):
+            return True
+        if not _is_flat(example):
+            pairs = compared(body, model, run, example)
+            if pairs is None or all(bool(torch.isfinite(theirs).all()) for _, theirs in pairs):
+                return agree(pairs)
+        return computes(body, model, run, _noise_like(example))
 
 
 _KEPT = 2
@@ -97,15 +109,23 @@ def program_of(
     owner = original_of(model)
     ndim = len(image.shape) - 2
     key = (caller.likeness, sites, *_kind(model), ndim)
-    window = [(0, min(n, round_up(EXTENT[ndim], m))) for n, m in zip(image.shape[2:], stride, strict=True)]
-    # of this image: what an earlier one did not reach (a bound, a branch) it may
-    example = image.read(window)[:1].clone()
+
+    def part(extent: int) -> Tensor:
+        # of this image: what an earlier one did not reach (a bound, a branch) it may
+        window = [(0, min(n, round_up(extent, m))) for n, m in zip(image.shape[2:], stride, strict=True)]
+        return image.read(window)[:1].clone()
+
     known = _borrowed(owner, key)
     try:
-        if known is not None and not known.still_holds(model, caller, sites, example):
+        # a smaller part may be none for the program: more of it decides
+        if known is not None and not any(
+            known.still_holds(model, caller, sites, part(extent))
+            for extent in (EXTENT[ndim] // 2, EXTENT[ndim])
+        ):
             _give_back(owner, known, keep=False)
             known = None
         if known is None:
+            example = part(EXTENT[ndim])
             known = _Capture(key, _captured(model, caller, _telling(model, caller, example), sites))
             known.lock.acquire()
         yield known.program
@@ -173,11 +193,19 @@ def _give_back(owner: nn.Module, used: _Capture, *, keep: bool = True) -> None:
 
 def _telling(model: nn.Module, caller: Caller, example: Tensor) -> Tensor:
     """Return an example that a program can be compared on: noise, where the image is flat or the network overflows."""
-    if bool((example != example.flatten()[0]).any()):
+    if not _is_flat(example):
         with torch.no_grad():
             values = [v for v in tree_leaves(caller(model, example)) if isinstance(v, Tensor)]
         if all(bool(torch.isfinite(value).all()) for value in values):
             return example
+    return _noise_like(example)
+
+
+def _is_flat(example: Tensor) -> bool:
+    return not bool((example != example.flatten()[0]).any())
+
+
+def _noise_like(example: Tensor) -> Tensor:
     noise = torch.randn(example.shape, generator=torch.Generator().manual_seed(0))
     return noise.to(example.device, example.dtype)
 

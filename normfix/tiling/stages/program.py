@@ -42,7 +42,9 @@ __all__ = [
     "Shapes",
     "Stretch",
     "Unguarded",
+    "agree",
     "captured_program",
+    "compared",
     "computes",
     "extent_of",
     "is_tensor_node",
@@ -203,8 +205,7 @@ def computes(body: GraphModule, model: nn.Module, run: Run, example: Tensor, *, 
         example: (N, C, *space).
         guarded: hold the body to the sizes that it was captured for, too.
     """
-    pairs = _pairs(body, model, run, example, guarded)
-    return pairs is not None and all(_are_same(a, e) for a, e in pairs)
+    return agree(compared(body, model, run, example, guarded))
 
 
 def shows_at_once(body: GraphModule, model: nn.Module, run: Run, example: Tensor) -> bool:
@@ -215,15 +216,15 @@ def shows_at_once(body: GraphModule, model: nn.Module, run: Run, example: Tensor
     if example.device.type != "cuda":
         return False
     near = [(example != example.flatten()[0]).any()]
-    for a, e in _pairs(body, model, run, example, guarded=True) or ():
+    for a, e in compared(body, model, run, example) or ():
         exact = e.double()
         bound = exact.std(correction=0) * IDENTITY.get(e.dtype, 0.0)
         near.append((a.double() - exact).abs().max() <= bound)
     return len(near) > 1 and len({n.device for n in near}) == 1 and bool(torch.stack(near).all())
 
 
-def _pairs(
-    body: GraphModule, model: nn.Module, run: Run, example: Tensor, guarded: bool
+def compared(
+    body: GraphModule, model: nn.Module, run: Run, example: Tensor, guarded: bool = True
 ) -> list[tuple[Tensor, Tensor]] | None:
     """Return what a body and a model give, tensor by tensor; None where one does not run or they cannot be the same."""
     try:
@@ -236,6 +237,11 @@ def _pairs(
     if len(actual) != len(expected) or any(a.shape != e.shape for a, e in zip(actual, expected, strict=True)):
         return None
     return list(zip(actual, expected, strict=True))
+
+
+def agree(pairs: list[tuple[Tensor, Tensor]] | None) -> bool:
+    """Tell whether what a body and a model gave is the same."""
+    return pairs is not None and all(_are_same(a, e) for a, e in pairs)
 
 
 def _are_same(a: Tensor, e: Tensor) -> bool:
