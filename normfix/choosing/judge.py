@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -38,7 +37,8 @@ class Judge:
         """Return the accuracy where there are labels, else the agreement.
 
         Raises:
-            NormfixError: NF557 for labels that this output has no Dice with, NF604 for labels of another size.
+            NormfixError: NF557 for labels that this output has no Dice with and for a metric that gives no number,
+                NF604 for labels of another size.
         """
         if not self.labelled:
             return self.agreement(sample, prediction)
@@ -54,8 +54,6 @@ class Judge:
                 "leave labels out and give a window.",
                 where="labels",
             )
-        if not math.isfinite(found):
-            raise NormfixError("NF557", f"the metric gave {found}, which is no score.", where=sample.name)
         return found
 
     def agreement(self, sample: Sample, prediction: Tensor) -> float:

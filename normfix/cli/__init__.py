@@ -118,7 +118,7 @@ def main() -> None:
         click.echo(shown(said.getvalue()), nl=False, err=True)
         code = error.exit_code
     except (click.exceptions.Abort, KeyboardInterrupt) as stop:
-        _complain(" ".join(["Stopped; nothing was written.", *notes_of(stop)]))
+        _complain(" ".join(["Stopped; no output is half written.", *notes_of(stop)]))
         code = 130
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

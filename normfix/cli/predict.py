@@ -176,14 +176,21 @@ def _predict_each(opened: Callable[[], _Run], paths: Sequence[Path], folder: Pat
 
     fresh = not folder.exists()
     folder.mkdir(exist_ok=True)
+    made: list[Path] = []
 
     def work(number: int, path: Path) -> None:
         target = targets[number]
         with output(str(target), is_image) as place, resumable(run.settings["blocks"].store, target.name):
             run.predict(path, place)
+        made.append(target)
 
     try:
         failed = each(paths, work, hopeless=(NotTiledError,))
+    except KeyboardInterrupt:
+        note(
+            f"{len(made)} of {len(paths)} images were predicted before, to {folder}; the same command goes on."
+        )
+        raise
     finally:
         if fresh and not any(folder.iterdir()):
             folder.rmdir()

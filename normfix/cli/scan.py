@@ -9,6 +9,7 @@ import click
 from normfix.cli.options import Arguments, halo_option, model_options
 from normfix.cli.showing import format_option, show, telling
 from normfix.cli.texts import scan_text
+from normfix.records.extents import are_extents
 
 if TYPE_CHECKING:
     from normfix.records.sites import Scan
@@ -107,6 +108,6 @@ def _shape(text: str) -> tuple[int, ...]:
         shape = tuple(int(n) for n in text.lower().split("x"))
     except ValueError:
         shape = ()
-    if len(shape) < 3 or min(shape) < 1:
+    if len(shape) < 3 or not are_extents(shape):
         raise click.BadParameter(f"{text!r} is no shape like 1x3x512x512", param_hint="--input")
     return shape

@@ -6,6 +6,7 @@ image, right or wrong; only labels tell which.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from normfix.errors import NormfixError
+from normfix.networks.calling import failures
 from normfix.proof.indicators import foregrounds
 from normfix.records.diagnoses import AccuracyRow, Kind
 from normfix.tiling.grid import at
@@ -51,7 +53,7 @@ class Labels:
             NormfixError: NF604 if the extents differ, or class numbers shall judge several channels that are
                 each a mask of their own.
         """
-        values = torch.as_tensor(np.require(np.asarray(given), requirements="W"))
+        values = _numbers(given)
         if values.dim() == len(size) + 2 and values.shape[0] == 1:
             values = values[0]
         if tuple(values.shape[-len(size) :]) != tuple(size) or values.dim() not in (len(size), len(size) + 1):
@@ -72,10 +74,14 @@ class Labels:
         return cls(values, kind, metric)
 
     def row(self, name: str, prediction: Tensor) -> AccuracyRow:
-        """Judge one prediction (1, C, *space)."""
+        """Judge one prediction (1, C, *space).
+
+        Raises:
+            NormfixError: NF557 for a metric that fails or gives no number.
+        """
         own = None
         if self.metric is not None:
-            own = float(self.metric(prediction[0].float().cpu().numpy(), self.values.numpy()))
+            own = _scored(self.metric, prediction[0].float().cpu().numpy(), self.values.numpy())
         return AccuracyRow(prediction=name, dice=self._dice(prediction, self.values), metric=own)
 
     def dice_of_patches(
@@ -107,3 +113,41 @@ class Labels:
             both = int(((mine == true) & (mine > 0)).sum())
         total = int((mine > 0).sum()) + int((true > 0).sum())
         return 2 * both / total if total else 1.0
+
+
+def _numbers(given: Any) -> Tensor:
+    """Return labels in a type that torch compares: it only holds unsigned integers of more than 8 bits.
+
+    Raises:
+        NormfixError: NF604 for what are no real numbers.
+    """
+    values = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
+    if values.dtype.kind not in "biuf":
+        raise NormfixError(
+            "NF604", f"labels are class numbers or masks, and these are {values.dtype}.", where="labels"
+        )
+    if values.dtype.kind == "u" and values.dtype.itemsize > 1:
+        largest = np.asarray(np.iinfo(np.int64).max, np.uint64)
+        values = np.minimum(values, largest).astype(np.int64)
+    native = values.astype(values.dtype.newbyteorder("="), copy=False)
+    return torch.as_tensor(np.require(native, requirements="W"))
+
+
+def _scored(metric: Metric, prediction: NDArray[Any], labels: NDArray[Any]) -> float:
+    """Return what the caller's metric gives, which may change its arguments: others are judged by them too."""
+    where = f"metric {getattr(metric, '__name__', type(metric).__name__)}"
+    try:
+        found = float(metric(prediction.copy(), labels.copy()))
+    except NormfixError:
+        raise
+    except failures() as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise NormfixError(
+            "NF557",
+            f"it is to return one number for prediction and labels, arrays {prediction.shape} and {labels.shape}, and "
+            f"failed: {reason}.",
+            where=where,
+        ) from error
+    if not math.isfinite(found):
+        raise NormfixError("NF557", f"the metric gave {found}, which is no score.", where=where)
+    return found

@@ -19,7 +19,7 @@ from normfix.records.returns import Change
 from normfix.records.saved import Provenance, Source
 from normfix.records.verdicts import Verdict
 from normfix.storage.opening.packages import leads_out
-from normfix.storage.opening.state_dicts import entries, prefixes
+from normfix.storage.opening.state_dicts import places, prefixes
 
 __all__ = [
     "Gift",
@@ -106,11 +106,11 @@ def replaced(gift: Gift) -> tuple[Change, ...]:
     return (Change(file=gift.file, kind="replaced", name="weights", after=reason),)
 
 
-def fitting(gift: Gift) -> Iterator[tuple[str, str, Mapping[str, Tensor]]]:
-    """Yield the weights of the original that fit the network: where they stand, the prefix of their names, they."""
-    for name, held in entries(gift.checkpoint).items():
+def fitting(gift: Gift) -> Iterator[tuple[tuple[str, ...], str, Mapping[str, Tensor]]]:
+    """Yield the weights of the original that fit the network: the keys to them, the prefix of their names, they."""
+    for place, held in places(gift.checkpoint):
         for prefix in prefixes(held, gift.names_before):
-            yield name, prefix, held
+            yield place, prefix, held
 
 
 def agrees(held: Mapping[str, Tensor], prefix: str, state: Mapping[str, Tensor]) -> bool:

@@ -13,11 +13,11 @@ from typing import Any
 
 from normfix.records.sites import Scan
 
-__all__ = ["LARGEST", "are_extents", "inconsistency"]
+__all__ = ["LARGEST", "WIDEST", "are_extents", "inconsistency"]
 
 LARGEST = 1 << 24
 """Pixels of the least image that is exact, 4096 x 4096 or 256 x 256 x 256: an image of one pixel is extended to it."""
-_WIDEST = 1 << 16
+WIDEST = 1 << 16
 """Pixels of a halo on one side of one axis."""
 _COUNTED = 1 << 31
 """What an extent of an input is below: torch counts with 64 bits, and multiplies."""
@@ -57,7 +57,7 @@ def _inconsistencies(scan: Scan) -> Iterator[str]:
             yield f"{name} of {_shown(values)}"
     for name, halo in (("a halo", scan.halo), ("a rounded halo", scan.halo_rounded)):
         sides = [side for pair in halo or () for side in pair]
-        if halo is not None and (len(halo) != ndim or any(not 0 <= side <= _WIDEST for side in sides)):
+        if halo is not None and (len(halo) != ndim or any(not 0 <= side <= WIDEST for side in sides)):
             yield f"{name} of {_shown(halo)} for {ndim} axes"
     for name, extents in (
         ("a stride", scan.stride),

@@ -18,6 +18,7 @@ from normfix.networks.copying import original_of
 from normfix.networks.graph.program import require_free
 from normfix.networks.intake import is_lazy
 from normfix.networks.provenance import is_current, provenance_of
+from normfix.records.extents import WIDEST
 from normfix.records.sites import Scan
 from normfix.scanning.base import base_of
 from normfix.scanning.scan import look
@@ -91,14 +92,17 @@ def with_halo(geometry: Geometry | None, halo: object) -> Geometry | None:
     """Return the geometry with a halo of the caller's on every side, one for all axes or one for each.
 
     Raises:
-        NormfixError: NF410 for what is neither "auto" nor a number of pixels, or one per axis.
+        NormfixError: NF410 for what is neither "auto" nor a number of pixels that a halo can have, or one per axis.
     """
     if halo == "auto":
         return geometry
     ndim = None if geometry is None else len(geometry.stride)
     pixels: tuple[Any, ...] = tuple(halo) if isinstance(halo, list | tuple) else (halo,) * (ndim or 1)
-    if not all(type(n) is int and n >= 0 for n in pixels) or (ndim and len(pixels) != ndim) or not pixels:
+    given = bool(pixels) and all(type(n) is int and 0 <= n <= WIDEST for n in pixels)
+    if not given or (ndim and len(pixels) != ndim):
         raise NormfixError(
-            "NF410", "give 'auto', a number of pixels, 0 or more, or one per axis.", where=f"halo={halo!r}"
+            "NF410",
+            f"give 'auto', a number of pixels from 0 to {WIDEST}, or one per axis.",
+            where=f"halo={halo!r}",
         )
     return geometry and replace(geometry, halo=tuple((n, n) for n in pixels))

@@ -316,7 +316,9 @@ def test_less_halo_than_needed_is_refused(converted, image):
     assert normfix.predict(converted, image, tile=32, halo=16).shape == (1, 2, 96, 128)
 
 
-@pytest.mark.parametrize("halo", [-1, 1.5, None, "x", (3, 3, 3), (), (3, -1), (3, "a"), True])
+@pytest.mark.parametrize(
+    "halo", [-1, 1.5, None, "x", (3, 3, 3), (), (3, -1), (3, "a"), True, 10**22, (3, 65_537)]
+)
 def test_impossible_halo(converted, image, halo):
     """A halo that is no number of pixels, nor one per axis, is refused with a code."""
     with pytest.raises(normfix.NormfixError, match="NF410"):

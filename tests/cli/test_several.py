@@ -230,3 +230,24 @@ def test_a_file_whose_name_is_no_text_has_reports(run, fixed, tmp_path, name):
     assert run("check", fixed, path, "--tile", 32, *words)[0] == 0
     for report in reports:
         assert "\x1b" not in report.read_text(encoding="utf-8")
+
+
+def test_what_ctrl_c_leaves_is_said(run, fixed, images, tmp_path, monkeypatch):
+    """Predictions of the images before stay, whole, and the same command makes the rest."""
+    from normfix.cli import predict
+
+    begun = predict._Run.predict
+
+    def stopped(self, path, place):
+        if path.name == "c.tiff":
+            raise KeyboardInterrupt
+        return begun(self, path, place)
+
+    words = ("predict", fixed, images, "--tile", 32, "-o", tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr(predict._Run, "predict", stopped)
+        code, _, err = run(*words)
+    assert (code, names(tmp_path / "out")) == (130, {"a.tif", "b.npy"})
+    assert "2 of 3 images were predicted before" in err
+    assert "nothing was written" not in err
+    assert run(*words)[0] == 0

@@ -69,7 +69,7 @@ def test_predict_in_stages_writes_what_tiles_write(folder, monkeypatch, capsys):
         main()
     assert ended.value.code == 130
     said = capsys.readouterr().err
-    assert "Stopped; nothing was written. 20 blocks are kept in" in said
+    assert "Stopped; no output is half written. 20 blocks are kept in" in said
     assert "The same command goes on from there" in said
     assert not (folder / "stages.npy").exists()
     monkeypatch.setattr(Written, "note", compute)

@@ -24,6 +24,7 @@ WRONG = [
     ["scan", "nowhere.py:Net"],
     ["scan", "weights.pth", "--arch", "nowhere:Net"],
     ["scan", MODEL, "--input", "64"],
+    ["scan", MODEL, "--input", "9223372036854775808x1x8x8"],
     ["plan", "no.pth", "--to", "frozen"],
     ["convert", MODEL, "no.png", "--to", "frozen", "-o", "out"],
     ["convert", MODEL, IMAGE, "--to", "frozen", "-o", "taken"],

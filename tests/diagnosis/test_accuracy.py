@@ -1,5 +1,6 @@
 """Labels judge what the output means, or are refused."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,3 +39,50 @@ def test_a_kind_that_is_none_is_refused():
     """A slip would be read as numbers without a Dice."""
     with pytest.raises(NormfixError, match="NF580"):
         normfix.diagnose(torch.nn.Conv2d(1, 1, 3), torch.rand(1, 1, 32, 32), 16, kind="loggits")
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.uint64, ">i2", ">f4", bool])
+@pytest.mark.parametrize("kind", ["logits", "labels"])
+def test_labels_of_every_type_of_number_judge(dtype, kind):
+    """Instance labels are unsigned integers of 16 bits and more, which torch does not compare."""
+    values = (CLASSES.numpy() > 0).astype(dtype)
+    if dtype == np.uint64:
+        values[0, 1] = 2**64 - 1 if kind == "logits" else 1
+    truth = Labels.of(values, (4, 4), kind, None)
+    perfect = (CLASSES > 0)[None, None]
+    assert truth.row("perfect", perfect.long() if kind == "labels" else perfect * 2.0 - 1).dice == 1
+
+
+def test_labels_that_are_no_numbers_are_refused():
+    """Names of classes are no class numbers."""
+    with pytest.raises(NormfixError, match=r"NF604 labels: .*U1"):
+        Labels.of(np.full((4, 4), "a"), (4, 4), "scores", None)
+
+
+def _missing(prediction, labels):
+    raise KeyError("k")
+
+
+@pytest.mark.parametrize(
+    ("metric", "reason"),
+    [(_missing, "KeyError"), (lambda p, t: p, "failed"), (lambda p, t: float("nan"), "gave nan")],
+)
+def test_a_metric_without_a_number_is_named(metric, reason):
+    """What the caller's function raises, or returns in place of a number."""
+    truth = Labels.of(CLASSES, (4, 4), "regression", metric)
+    with pytest.raises(NormfixError, match=rf"NF557 metric .*{reason}"):
+        truth.row("any", torch.rand(1, 1, 4, 4))
+
+
+def test_a_metric_may_change_its_arguments():
+    """Other predictions are judged by the labels, and judged again, so it gets copies."""
+
+    def metric(prediction, labels):
+        prediction *= 0
+        labels *= 0
+        return 1
+
+    given, prediction = CLASSES.clone(), torch.ones(1, 1, 4, 4)
+    Labels.of(given, (4, 4), "regression", metric).row("any", prediction)
+    assert torch.equal(given, CLASSES)
+    assert bool((prediction == 1).all())

@@ -150,3 +150,28 @@ def test_an_original_with_other_weights_is_said_to_be(tmp_path, done, nested):
             done, tmp_path / f"back-{factor}", "switchable:generator", {}, original=path
         )
         assert [change.name for change in record.changes if change.kind == "replaced"] == told
+
+
+@pytest.mark.parametrize(
+    "key", ["generator.v2", ".", "a..b", " "], ids=["dot within", "dot alone", "two dots", "space"]
+)
+def test_weights_may_stand_under_a_key_with_dots(tmp_path, done, key):
+    """The keys to them are keys, not a name that is cut at its dots."""
+    path = tmp_path / "w.pth"
+    torch.save({key: state_of(done), "epoch": 3}, path)
+    normfix.give_back(done, tmp_path / "back", "switchable:generator", {}, original=path)
+    content = torch.load(tmp_path / "back" / "w.pth", weights_only=True)
+    assert set(content) == {key, "epoch"}
+    generator = switchable.generator(norm="batch")
+    generator.load_state_dict(content[key], strict=True)
+    assert same(generator, done)
+
+
+def test_two_sets_of_one_name_are_two(tmp_path, done):
+    """A key with a dot and a nested key: which is meant is asked, where the later one was taken without a word."""
+    path, other = tmp_path / "w.pth", {name: 2 * tensor for name, tensor in state_of(done).items()}
+    torch.save({"a.b": state_of(done), "a": {"b": other}}, path)
+    with pytest.raises(normfix.NormfixError, match="NF119"):
+        normfix.load(path, arch="switchable:generator")
+    model = normfix.load(path, arch="switchable:generator", weights="a.b")
+    assert torch.equal(next(model.parameters()), next(iter(state_of(done).values())))

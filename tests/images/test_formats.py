@@ -7,6 +7,7 @@ import math
 import struct
 import sys
 import zlib
+from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
 
@@ -641,3 +642,22 @@ def test_a_header_is_not_read_as_voxels(tmp_path, kind, suffix):
         file.write(damaged)
     with pytest.raises(NormfixError, match=r"NF101.*byte 0"):
         open_file(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"photometric": "miniswhite"}, "0 is white"),
+        ({"photometric": "palette", "colormap": np.zeros((3, 256), np.uint16)}, "table of colours"),
+        ({"photometric": "minisblack", "extratags": [(274, 3, 1, 3, True)]}, "turned or mirrored"),
+        ({"photometric": "minisblack", "extratags": [(274, 3, 1, 1, True)]}, ""),
+    ],
+)
+def test_a_tiff_that_viewers_show_otherwise_is_told(tmp_path, options, said):
+    """It is read as it is stored; what it says of showing it is a note."""
+    pixels = np.arange(48, dtype=np.uint8).reshape(6, 8)
+    tifffile.imwrite(tmp_path / "a.tif", pixels, **options)
+    with closing(open_file(tmp_path / "a.tif")) as opened:
+        assert np.array_equal(np.asarray(opened.array), pixels)
+        assert len(opened.notes) == bool(said)
+        assert said in "".join(opened.notes)

@@ -611,3 +611,24 @@ def test_a_weight_in_two_files_of_a_folder_is_refused(tmp_path, ending):
     write({name: torch.zeros(1) for name in "bc"}, tmp_path / f"1.{ending}")
     with pytest.raises(NormfixError, match=r"NF101.*holds b as well"):
         folder_weights(tmp_path, Request())
+
+
+def test_of_a_fold_the_checkpoint_that_nnunet_loads_comes_first(tmp_path):
+    """Where the last epoch is the best, both hold the same weights, and the constants go to the one that is loaded."""
+    from normfix.storage.opening.formats.nnunet import checkpoint_of, checkpoints_of
+
+    for name in (
+        "fold_1/checkpoint_best",
+        "fold_0/checkpoint_best",
+        "fold_0/checkpoint_final",
+        "fold_1/checkpoint_a",
+    ):
+        path = tmp_path / f"{name}.pth"
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    found = [path.relative_to(tmp_path).as_posix() for path in checkpoints_of(tmp_path)]
+    assert found == [
+        f"fold_{name}.pth"
+        for name in ("0/checkpoint_final", "0/checkpoint_best", "1/checkpoint_a", "1/checkpoint_best")
+    ]
+    assert checkpoint_of(tmp_path) == tmp_path / "fold_0" / "checkpoint_final.pth"

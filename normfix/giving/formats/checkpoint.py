@@ -127,9 +127,7 @@ def _spot(gift: Gift) -> Spot:
     Raises:
         NotGiven: NF553 if none fit, or several and none are those.
     """
-    found = {
-        Spot(tuple(name.split(".")) if name else (), prefix): held for name, prefix, held in fitting(gift)
-    }
+    found = {Spot(place, prefix): held for place, prefix, held in fitting(gift)}
     same = [spot for spot, held in found.items() if agrees(held, spot.prefix, gift.state)]
     if same or len(found) == 1:
         return [*same, *found][0]

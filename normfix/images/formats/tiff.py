@@ -147,9 +147,26 @@ def _opened(file: Any, path: Path, choice: Choice) -> Opened:
     placement = _placement(file, series[number], number)
     if choice.level:
         placement = placement.of_level(_extents(levels[0]), _extents(level))
-    note = f"{missing:,} of {segments:,} tiles or strips are missing and read as {level.keyframe.nodata}."
-    pages = _Pages(level, sparse=missing > 0)
-    return Opened(pages, level.axes, placement, file.close, notes=(note,) if missing else ())
+    notes = _unlike_shown(level.keyframe)
+    if missing:
+        lacking = (
+            f"{missing:,} of {segments:,} tiles or strips are missing and read as {level.keyframe.nodata}."
+        )
+        notes = (lacking, *notes)
+    return Opened(_Pages(level, sparse=missing > 0), level.axes, placement, file.close, notes=notes)
+
+
+def _unlike_shown(page: Any) -> tuple[str, ...]:
+    """Return in what a page is read otherwise than viewers show it and libraries for pictures read it."""
+    notes = []
+    if page.photometric == 0:
+        notes.append("it says that 0 is white, for which viewers invert it; it is read as it is stored.")
+    if page.photometric == 3:
+        notes.append("its values are places in a table of colours, and are read as numbers.")
+    tag = page.tags.get("Orientation")
+    if tag is not None and tag.value != 1:
+        notes.append("it says to show it turned or mirrored; it is read as it is stored.")
+    return tuple(notes)
 
 
 def _missing(level: Any, path: Path) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from normfix.storage.opening.allocation import Stored
 from normfix.storage.opening.factories import build, rebuild
 from normfix.storage.opening.request import Loaded, Request
 
-__all__ = ["entries", "fill_", "filled", "prefixes", "weights_in"]
+__all__ = ["entries", "fill_", "filled", "places", "prefixes", "weights_in"]
 
 Weights = Mapping[str, Tensor]
 
@@ -82,18 +82,28 @@ def weights_in(content: Any, path: Path, request: Request) -> dict[str, Weights]
 
 def entries(content: Any, depth: int = _DEPTH) -> dict[str, Weights]:
     """Return every state dict in a nested mapping by its dotted place; "" if it is one itself."""
-    return dict(_entries(content, (), depth))
+    found: dict[str, Weights] = {}
+    for place, weights in places(content, depth):
+        name = ".".join(place)
+        # a key that holds dots may have the name of a nested one
+        found[name if name not in found else f"{name} ({len(found) + 1})"] = weights
+    return found
 
 
-def _entries(content: Any, place: tuple[str, ...], depth: int) -> Iterator[tuple[str, Weights]]:
+def places(content: Any, depth: int = _DEPTH) -> Iterator[tuple[tuple[str, ...], Weights]]:
+    """Yield every state dict in a nested mapping, each with the keys that lead to it."""
+    return _places(content, (), depth)
+
+
+def _places(content: Any, place: tuple[str, ...], depth: int) -> Iterator[tuple[tuple[str, ...], Weights]]:
     if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
         return
     if content and all(isinstance(value, Tensor) for value in content.values()):
-        yield ".".join(place), content
+        yield place, content
     elif depth:
         for key, value in content.items():
             if not any(word in key.lower() for word in _TRAINING):
-                yield from _entries(value, (*place, key), depth - 1)
+                yield from _places(value, (*place, key), depth - 1)
 
 
 def _choice(found: dict[str, Weights], wanted: str | None) -> tuple[dict[str, Weights], str | None]:

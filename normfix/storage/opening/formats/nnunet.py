@@ -35,6 +35,7 @@ _CLASSES = ("PlainConvUNet", "ResidualEncoderUNet", "ResidualUNet")
 _HOME = "dynamic_network_architectures.architectures.unet"
 _PACKAGE = "dynamic_network_architectures."
 _STANDARD = "nnUNetTrainer"
+_LOADED = "checkpoint_final.pth"
 _MOST = 32
 """The most configurations that one inherits from, and the most stages of one of old."""
 _LAYERS: Mapping[str, tuple[str, ...]] = {
@@ -218,11 +219,15 @@ def folder_of(path: Path) -> Path | None:
 
 
 def checkpoints_of(folder: Path, name: str = "*") -> tuple[Path, ...]:
-    """Return the checkpoint itself, or those of all folds in a folder."""
+    """Return the checkpoint itself, or those of all folds in a folder, of each first what nnU-Net loads."""
     if folder.is_file():
         return (folder,)
+    found = sorted(
+        folder.glob(f"fold_*/checkpoint_{name}.pth"),
+        key=lambda path: (path.parent, path.name != _LOADED, path.name),
+    )
     # opening a pipe waits for ever
-    return tuple(path for path in sorted(folder.glob(f"fold_*/checkpoint_{name}.pth")) if path.is_file())
+    return tuple(path for path in found if path.is_file())
 
 
 def checkpoint_of(folder: Path) -> Path:
