@@ -524,9 +524,9 @@ def _stated(model: nn.Module) -> Literal["stored", "per-image"]:
 def _held(model: nn.Module, image: Tensor, caller: Caller) -> nn.Module:
     """Return a copy of a network that was not converted, its layers frozen at statistics of a part of the image.
 
-    For another image of this shape, while modules and values are the same, what is held is as before, and a smaller
-    part shows that the network is. What else such an image would show, as a network that is converted does not look for
-    either, its identity and the stages' program are compared on.
+    For another image of this shape, while modules and values are the same, what is held is as before. What else such an
+    image would show, as a network that is converted does not look for either, its identity and the stages' program are
+    compared on.
 
     Raises:
         NormfixError: NF409 if it does not compute what the network computes once they are.
@@ -537,16 +537,15 @@ def _held(model: nn.Module, image: Tensor, caller: Caller) -> nn.Module:
         base = base_of(model, image, caller)
         scan = look(base.copy(), base.example, base.caller).scan
         plan = decide(scan.sites, model=scan.model, to="frozen")
-        frozen = _require_identity(base, scan, plan, base.example)
         if same is not None:
             _PLANNED[model] = _Planned((same, image.shape), scan, plan, base.example.shape[2:])
     else:
         scan, plan = known.scan, known.plan
         base = base_of(model, image, caller, example=middle(image, known.extents))
-        try:
-            frozen = _require_identity(base, scan, plan, half_of(base.example))
-        except refusals():  # more of it decides
-            frozen = _require_identity(base, scan, plan, base.example)
+    try:
+        frozen = _require_identity(base, scan, plan, half_of(base.example))
+    except refusals():  # more of it decides
+        frozen = _require_identity(base, scan, plan, base.example)
     held = rewrite_(base.copy(), plan).eval()
     with torch.no_grad():  # what is captured and proved of it divides by them, so zeros and ones will not do
         for target, theirs in zip(measured_targets(held, plan), measured_targets(frozen, plan), strict=True):
