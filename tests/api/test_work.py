@@ -131,7 +131,7 @@ class Sized(nn.Module):
 
 @pytest.mark.parametrize(("least", "widest"), [(0, 128), (160, 256)])
 def test_another_image_is_tried_on_a_small_part(least, widest):
-    """Of the first a part of 256 pixels, of the next 128 where it takes that; the result is the network's own."""
+    """The first is scanned on 256 pixels; the next on 128 where it takes that. The result is the network's own."""
     RUNS.clear()
     net = Sized(least).eval()
     first, then = torch.rand(2, 1, 1, 320, 288)
