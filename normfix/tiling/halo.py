@@ -72,6 +72,7 @@ def halo(
     expected: tuple[int, int] | None = None,
     felt: Felt | None = None,
     least: int = 0,
+    farthest: int | None = None,
 ) -> tuple[int, int] | None:
     """Measure how far outside a tile, in input pixels, its output depends on the input along one axis.
 
@@ -85,6 +86,7 @@ def halo(
         expected: what another axis gave; if this one agrees, it needs no second strip.
         felt: tells which pixels of the output depend on a region, in place of the NaN in the output.
         least: pixels of the sea that must have agreed at least: a single tap as far away as that is seen.
+        farthest: pixels of shore at which it is given up; default: by how the dependence is told.
 
     Returns:
         (before, after), negative where a tile does not depend on its own edge; None if the dye reaches
@@ -99,12 +101,12 @@ def halo(
     shore = sea // 2
     if expected is not None:
         sea, shore = 2 * sea, max(0, *expected) + grid
-    most, farthest = (_LARGEST_SEA, _LARGEST_SHORE) if felt is None else (2 * _LARGEST_FELT, _LARGEST_FELT)
+    most, usual = (_LARGEST_SEA, _LARGEST_SHORE) if felt is None else (2 * _LARGEST_FELT, _LARGEST_FELT)
     least = round_up(min(least, most // 2), grid)
     while sea <= most:
         reach = _reach(f, example, axis, grid, sea, shore, scale, cross, felt)
         if reach is None:
-            if shore >= farthest:
+            if shore >= (farthest or usual):
                 return None
             shore = 2 * shore
             continue

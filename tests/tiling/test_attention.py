@@ -13,11 +13,12 @@ from torch import nn
 import normfix
 from normfix.errors import NormfixError
 from normfix.networks.calling import Caller
-from normfix.tiling.stages import tokens
+from normfix.tiling.stages import scheduling, tokens
 from normfix.tiling.stages.attention import with_attention
 from normfix.tiling.stages.biases import Bias, Numbers
 from normfix.tiling.stages.overviews import overview_of
 from normfix.tiling.stages.program import captured_program
+from normfix.tiling.stages.reach import _DOUBTFUL, _Cells
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.scheduling import largest_difference, schedule
 from normfix.tiling.stages.store import Store
@@ -374,13 +375,25 @@ def test_planted_mistakes_are_caught(monkeypatch, mistake):
     assert caught.value.code in ("NF320", "NF325")
 
 
-@pytest.mark.zoo
-def test_a_mask_is_refused_by_name():
-    """What is not supported is named with its module, not computed."""
-    with pytest.raises(NormfixError) as caught:
-        predicted(of(_masked_by_the_image))
-    assert caught.value.code in ("NF324", "NF409")
-    assert "attention" in str(caught.value)
+@pytest.mark.parametrize("form", [_masked_by_the_image, _cumulated])
+def test_a_mask_is_refused_by_name(monkeypatch, form):
+    """What is not supported is named, not computed: once, on strips that are short as its graph has no bound."""
+    lengths, refused = [], []
+    run, measure = _Cells.__call__, scheduling.measure_reach
+
+    def measured(stage, *rest):
+        try:
+            return measure(stage, *rest)
+        except NotInStages:
+            refused.append(stage.number)
+            raise
+
+    monkeypatch.setattr(_Cells, "__call__", lambda self, x: lengths.append(max(x.shape[2:])) or run(self, x))
+    monkeypatch.setattr(scheduling, "measure_reach", measured)
+    with pytest.raises(NotInStages, match=r"NF324.*no halo is enough \(aten\.(scaled_dot|matmul)"):
+        predicted(of(form))
+    assert len(refused) == 1
+    assert max(lengths) == 256 + 2 * _DOUBTFUL
 
 
 @pytest.mark.slow

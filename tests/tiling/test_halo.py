@@ -99,6 +99,23 @@ def test_a_live_statistic_has_no_halo():
     assert halo(single, EXAMPLE, 0, 1, Fraction(1), CROSS) is None
 
 
+def test_what_may_well_be_global_is_given_up_on_shorter_strips():
+    """Where nothing shows that it is, reaches of thousands of pixels are measured."""
+    lengths = []
+
+    def seen(network):
+        single, _ = functions(network)
+        return lambda x: lengths.append(x.shape[2]) or single(x)
+
+    assert halo(seen(LiveInstance()), EXAMPLE, 0, 1, Fraction(1), CROSS, farthest=512) is None
+    assert max(lengths) == 256 + 2 * 512
+    wide = nn.Conv2d(1, 1, 3, padding=400, dilation=400)
+    assert halo(seen(wide), EXAMPLE[:, :1], 0, 1, Fraction(1), CROSS, farthest=512) == (400, 400)
+    lengths.clear()
+    assert halo(seen(LiveInstance()), EXAMPLE, 0, 1, Fraction(1), CROSS) is None
+    assert max(lengths) > 8000
+
+
 def test_dye_that_is_swallowed_is_not_a_halo_of_zero():
     """A network that answers with labels raises instead of looking as if it had no reach."""
     single, _ = functions(SwallowsDye())

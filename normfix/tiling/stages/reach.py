@@ -48,6 +48,9 @@ Function = Callable[[Tensor], Tensor]
 _NEAR, _AFAR = 32, 128
 """Cells that are amplified on each side of a block's window, where its graph bounds what it reads, and where not."""
 
+_DOUBTFUL = 1024
+"""Cells of shore at which a stage is given up that its graph has no bound for: attention takes their square."""
+
 _CELLS = {1: 32, 2: 32, 3: 8}
 """Cells per axis of the noise that strips are made of, per number of axes: a cell has as many pixels as its grid."""
 
@@ -184,7 +187,7 @@ def _shown(
 ) -> tuple[int, int]:
     """Return the halo in cells as the dye shows it; obstacles are what the graph has against a bound."""
     try:
-        found = halo(f, f.example, axis, 1, Fraction(1), cross)
+        found = halo(f, f.example, axis, 1, Fraction(1), cross, farthest=_DOUBTFUL if obstacles else None)
     except DyeLost:
         raise _refused(stage, axis, "no dye arrives at its output, so its halo cannot be read") from None
     except DyeRefused as error:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -84,7 +85,7 @@ def schedule(
             if name not in known.reaches:
                 reach = known.stated.get(name)
                 if reach is None or not is_derived(reach, stage, program.image):
-                    reach = _reach_of(stage, maps, shapes, program)
+                    reach = known.measured(name, partial(_reach_of, stage, maps, shapes, program))
                 known.reaches[name] = reach
         reaches = tuple(known.reaches[name] for name in names)
         planned = Schedule(program, maps, tuple(stages), reaches, program.device)
@@ -160,15 +161,30 @@ def recall_(program: Program, plans: Sequence[Plan]) -> None:
 class _Known:
     """What was measured of the stages of a program, by what they compute, what a file states, and proved of its cuts.
 
-    `sizes` were proved of what stages give besides. Most stages are the same whether statistics or outputs are wanted.
-    `bounded` tells of stages, by their graphs, whether these bound what is read.
+    `sizes` were proved of what stages give besides, `refused` says of stages why they have no reach. Most stages are
+    the same whether statistics or outputs are wanted. `bounded` tells of stages, by their graphs, whether these bound
+    what is read.
     """
 
     reaches: dict[str, Reach] = field(default_factory=dict)
+    refused: dict[str, NotInStages] = field(default_factory=dict)
     stated: dict[str, Reach] = field(default_factory=dict)
     plans: dict[str, Plan] = field(default_factory=dict)
     sizes: set[tuple[tuple[str, ...], tuple[int, ...]]] = field(default_factory=set)
     bounded: WeakKeyDictionary[Any, bool] = field(default_factory=WeakKeyDictionary)
+
+    def measured(self, name: str, measure: Callable[[], Reach]) -> Reach:
+        """Return a stage's reach, or refuse it as the last time.
+
+        Raises:
+            NotInStages: as `measure_reach`.
+        """
+        if name not in self.refused:
+            try:
+                return measure()
+            except NotInStages as error:
+                self.refused[name] = error
+        raise self.refused[name].with_traceback(None)
 
     def bounds(self, stage: Stage, image: Node) -> bool:
         """Tell whether a stage's graph bounds what it reads."""
