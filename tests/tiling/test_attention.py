@@ -13,11 +13,12 @@ from torch import nn
 import normfix
 from normfix.errors import NormfixError
 from normfix.networks.calling import Caller
+from normfix.tiling.stages import cache as capturing
 from normfix.tiling.stages import scheduling, tokens
 from normfix.tiling.stages.attention import with_attention
 from normfix.tiling.stages.biases import Bias, Numbers
 from normfix.tiling.stages.overviews import overview_of
-from normfix.tiling.stages.program import captured_program
+from normfix.tiling.stages.program import captured_program, computes, marked
 from normfix.tiling.stages.reach import _DOUBTFUL, _Cells
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.scheduling import largest_difference, schedule
@@ -341,6 +342,39 @@ def test_an_unconverted_network_gives_its_whole_image_output(net):
     assert float((given - expected).abs().max() / expected.std()) < 1e-9
     tiles = torch.cat([whole(net, part) for part in IMAGE.split(20, 3)], 3)
     assert float((tiles - expected).abs().max() / expected.std()) > 0.1
+
+
+class Far(nn.Module):
+    """Attention whose output varies by less than it is rounded to."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = of("matmul")
+
+    def forward(self, x):
+        return self.seen(x) + 3e4
+
+
+@pytest.mark.parametrize("off", [1.0, 1.01])
+def test_what_differs_by_rounding_alone_is_told_in_float64(monkeypatch, off):
+    """An attention that is off by a hundredth is another, however its output is rounded."""
+
+    def found(captured, shape):
+        barred = with_attention(captured, shape)
+        for node in barriers(barred):
+            node.update_arg(3, node.args[3] * off)
+        barred.body.recompile()
+        return barred
+
+    monkeypatch.setattr(capturing, "with_attention", found)
+    net, image = Far().float(), IMAGE.float()
+    assert float(whole(net, image).std()) < 1e4 * torch.finfo(torch.float32).eps * 3e4
+    if off == 1:
+        again = capturing._captured(net, Caller(), image, ())
+        assert not computes(again.body, net, marked(Caller(), ()), image, guarded=False)
+    else:
+        with pytest.raises(NotInStages, match="NF320"):
+            capturing._captured(net, Caller(), image, ())
 
 
 @pytest.mark.slow

@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from normfix.images.sources import Image
 from normfix.networks.behaviour import behaviour_of
-from normfix.networks.calling import Caller
-from normfix.networks.copying import original_of
+from normfix.networks.calling import Caller, failures
+from normfix.networks.copying import double_of, original_of
 from normfix.networks.examples import EXTENT
 from normfix.networks.provenance import kept_in
 from normfix.records.spans import round_up
@@ -40,6 +41,7 @@ from normfix.tiling.stages.program import (
     marked,
     shows_at_once,
 )
+from normfix.tiling.stages.reach import in_dtype
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.schedule import Schedule
 from normfix.tiling.stages.scheduling import plans_of, recall_, require_as_large, schedule, told
@@ -69,7 +71,9 @@ class _Capture:
         if not _is_flat(example):
             pairs = compared(body, model, run, example)
             if pairs is None or all(bool(torch.isfinite(theirs).all()) for _, theirs in pairs):
-                return agree(pairs)
+                return agree(pairs) or (
+                    pairs is not None and _agree_in_double(body, model, caller, sites, example)
+                )
         return computes(body, model, run, _noise_like(example))
 
 
@@ -160,8 +164,10 @@ def _captured(model: nn.Module, caller: Caller, example: Tensor, sites: tuple[st
     """
     program = captured_program(model, caller, example, sites)
     attending = with_attention(program, example.shape)
-    if attending is not program and not computes(
-        attending.body, model, marked(caller, sites), example, guarded=False
+    if (
+        attending is not program
+        and not computes(attending.body, model, marked(caller, sites), example, guarded=False)
+        and not _agree_in_double(attending.body, model, caller, sites, example)
     ):
         raise NotInStages(
             "NF320",
@@ -173,6 +179,19 @@ def _captured(model: nn.Module, caller: Caller, example: Tensor, sites: tuple[st
     if folder is not None:
         recall_(barred, kept(folder))
     return barred
+
+
+def _agree_in_double(
+    body: GraphModule, model: nn.Module, caller: Caller, sites: tuple[str, ...], example: Tensor
+) -> bool:
+    """Tell whether a body computes what a model does in float64, where rounding is as large as what varies."""
+    if example.dtype == torch.float64:
+        return False
+    try:
+        wide, double = in_dtype(body, torch.float64, example.device), double_of(model)
+        return computes(wide, double, marked(caller.in_double, sites), example.double(), guarded=False)
+    except failures():  # a device or a network may have no float64
+        return False
 
 
 def _borrowed(owner: nn.Module, key: tuple[object, ...]) -> _Capture | None:
