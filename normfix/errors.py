@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["CODES", "PACKAGE", "NormfixError", "printable", "shown"]
+__all__ = ["CODES", "PACKAGE", "NormfixError", "printable", "reason_of", "shown"]
 
 PACKAGE = Path(__file__).parent
 """Where this package lies: a frame below it is ours, any other the user's or a library's."""
@@ -457,6 +457,15 @@ class NormfixError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.code, self.message, self.where), vars(self)
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what an error of other code is and says, in one line that is not long.
+
+    >>> reason_of(ValueError("no\n  such size"))
+    'ValueError: no such size'
+    """
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def printable(text: str) -> str:

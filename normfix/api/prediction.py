@@ -542,10 +542,13 @@ def _held(model: nn.Module, image: Tensor, caller: Caller) -> nn.Module:
     else:
         scan, plan = known.scan, known.plan
         base = base_of(model, image, caller, example=middle(image, known.extents))
+    part = half_of(base.example)
     try:
-        frozen = _require_identity(base, scan, plan, half_of(base.example))
-    except refusals():  # more of it decides
-        frozen = _require_identity(base, scan, plan, base.example)
+        frozen = _require_identity(base, scan, plan, part)
+    except refusals():
+        if part.shape == base.example.shape:
+            raise
+        frozen = _require_identity(base, scan, plan, base.example)  # more of it decides
     held = rewrite_(base.copy(), plan).eval()
     with torch.no_grad():  # what is captured and proved of it divides by them, so zeros and ones will not do
         for target, theirs in zip(measured_targets(held, plan), measured_targets(frozen, plan), strict=True):

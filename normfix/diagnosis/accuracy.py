@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from normfix.errors import NormfixError
+from normfix.errors import NormfixError, reason_of
 from normfix.networks.calling import failures
 from normfix.proof.indicators import foregrounds
 from normfix.records.diagnoses import AccuracyRow, Kind
@@ -141,7 +141,7 @@ def _scored(metric: Metric, prediction: NDArray[Any], labels: NDArray[Any]) -> f
     except NormfixError:
         raise
     except failures() as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = reason_of(error)
         raise NormfixError(
             "NF557",
             f"it is to return one number for prediction and labels, arrays {prediction.shape} and {labels.shape}, and "

@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from normfix.errors import NormfixError
+from normfix.errors import NormfixError, reason_of
 from normfix.networks.calling import failures
 from normfix.networks.naming import named
 from normfix.records.saved import Scaling
@@ -164,7 +164,7 @@ def _preprocessed(array: Array, name: str, where: str) -> Array:
     try:
         result = np.asarray(function(array.copy()))
     except failures() as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = reason_of(error)
         raise NormfixError(
             "NF107", f"{name} failed on an array {array.shape} of {array.dtype}: {reason}.", where=where
         ) from error

@@ -29,7 +29,7 @@ from normfix.networks.reading import (
     written_by,
 )
 
-__all__ = ["SAID", "behaviour_of", "digest_of_tensor", "is_open", "state_of", "structure_of"]
+__all__ = ["SAID", "behaviour_of", "digest_of_tensor", "open_behaviour_of", "state_of", "structure_of"]
 
 SAID = (
     "_normfix_provenance",
@@ -52,32 +52,36 @@ def behaviour_of(model: nn.Module) -> object:
     Values of parameters and buffers are no part of it, nor their dtypes and devices; their names and shapes are, and
     which of them are one.
     """
+    return _behaviour(model)[0]
+
+
+def open_behaviour_of(model: nn.Module) -> object | None:
+    """Return `behaviour_of` where it sees into all that the modules of a network hold, else None.
+
+    What it knows by its identity alone, as an object with slots, may change in place and compare equal.
+    """
+    behaviour, hides = _behaviour(model)
+    return None if hides else behaviour
+
+
+def _behaviour(model: nn.Module) -> tuple[object, bool]:
+    """Return `behaviour_of`, and whether modules hold what it does not see into."""
     modules = [*model.named_modules(remove_duplicate=False)]
     picture = _Picture(dict(reversed([(id(module), path) for path, module in modules])))
     tensors = (
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     )
-    return (
-        [
-            (path, picture.number(module), type(module), picture.attributes(module))
-            for path, module in modules
-        ],
+    attributes = [
+        (path, picture.number(module), type(module), picture.attributes(module)) for path, module in modules
+    ]
+    hides = picture.hides  # before their code: what that refers to is not held by them
+    behaviour = (
+        attributes,
         [picture.code(kind) for kind in dict.fromkeys(type(module) for _, module in modules)],
         [(name, picture.number(t), t.shape, t.is_floating_point()) for name, t in tensors],
     )
-
-
-def is_open(model: nn.Module) -> bool:
-    """Tell whether `behaviour_of` sees into all that the modules of a network hold.
-
-    What it knows by its identity alone, as an object with slots, may change in place and compare equal.
-    """
-    modules = [*model.named_modules(remove_duplicate=False)]
-    picture = _Picture({id(module): path for path, module in modules})
-    for _, module in modules:
-        picture.attributes(module)
-    return not picture.hides
+    return behaviour, hides
 
 
 def state_of(model: nn.Module) -> object:

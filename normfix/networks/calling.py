@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 from torch.overrides import TorchFunctionMode
 
-from normfix.errors import NormfixError
-from normfix.networks.numerics import HALF
+from normfix.errors import NormfixError, reason_of
+from normfix.networks.numerics import HALF, as_numbers
 from normfix.networks.randomness import OwnRandomness
 from normfix.networks.releases import is_exporting
 from normfix.networks.slabs import in_slabs, is_convolution
@@ -177,7 +177,7 @@ class Caller:
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise OutOfMemory(
                 "NF250",
-                f"memory ran out on an input of shape {_shape(image)}{_layer(model, error)}: {_reason(error)}. "
+                f"memory ran out on an input of shape {_shape(image)}{_layer(model, error)}: {reason_of(error)}. "
                 "Give a smaller --input or image, or compute on another device.",
                 where=type(model).__name__,
             ) from error
@@ -193,7 +193,7 @@ class Caller:
             raise NotTaken(
                 "NF109",
                 f"the network does not run on an input of shape {_shape(image)}{_layer(model, error)}: "
-                f"{_reason(error)}. {self._way_on(model, error)}",
+                f"{reason_of(error)}. {self._way_on(model, error)}",
                 where=type(model).__name__,
             ) from error
 
@@ -209,11 +209,13 @@ class Caller:
     def in_double(self, model: nn.Module, image: Tensor) -> Tensor:
         """Return the output of a float64 model for a float64 image, without casts to less on the way."""
         with _StaysWide(torch.float64):
-            return _numbers(self(model, image))
+            return as_numbers(self(model, image))
 
     def exactly(self, model: nn.Module, image: Tensor) -> Tensor:
         """Return the output as the network computes it, but in float64 throughout if it is a float64 network."""
-        return self.in_double(model, image) if image.dtype == torch.float64 else _numbers(self(model, image))
+        return (
+            self.in_double(model, image) if image.dtype == torch.float64 else as_numbers(self(model, image))
+        )
 
     def pick(self, result: Any) -> Tensor:
         """Return the tensor that `output` names in what the model returned."""
@@ -272,11 +274,6 @@ def _opened(result: Any) -> Any:
     return {field.name: _opened(getattr(result, field.name)) for field in fields(result)}
 
 
-def _numbers(value: Tensor) -> Tensor:
-    """Return truth values as the numbers 0 and 1, which can be subtracted."""
-    return value.to(torch.uint8) if value.dtype == torch.bool else value
-
-
 def _names(result: Any) -> tuple[Any, ...]:
     """Return the names of a named tuple's parts."""
     return getattr(result, "_fields", ()) if isinstance(result, tuple) else ()
@@ -310,10 +307,6 @@ def _further_inputs(model: nn.Module) -> list[inspect.Parameter]:
 
 def _shape(image: Tensor) -> str:
     return "x".join(map(str, image.shape))
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _layer(model: nn.Module, error: BaseException) -> str:

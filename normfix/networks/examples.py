@@ -62,7 +62,7 @@ def middle(image: Tensor, extents: Sequence[int]) -> Tensor:
 
 
 def half_of(example: Tensor) -> Tensor:
-    """Return the middle of an example, of half the extent that one has at most, for a network that is known."""
+    """Return the middle of an example, of half the extent that one has at most, where less of it tells as much."""
     return _middle(example, EXTENT[min(3, example.dim() - 2)] // 2)
 
 

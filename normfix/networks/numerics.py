@@ -18,6 +18,7 @@ __all__ = [
     "EXACT",
     "HALF",
     "IDENTITY",
+    "as_numbers",
     "deviation",
     "exact_arithmetic",
     "require_finite",
@@ -47,6 +48,11 @@ IDENTITY: dict[torch.dtype, float] = {
     torch.float16: _ROUNDINGS * 2.0**-11,
 }
 """The largest difference, in sd of the output, at which two computations count as the same function, on any device."""
+
+
+def as_numbers(value: Tensor) -> Tensor:
+    """Return truth values as the numbers 0 and 1, which can be subtracted; all else as it is."""
+    return value.to(torch.uint8) if value.dtype == torch.bool else value
 
 
 def deviation(actual: Tensor, expected: Tensor, sd: float) -> tuple[float, float]:

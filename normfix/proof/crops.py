@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normfix.errors import NormfixError
+from normfix.errors import NormfixError, reason_of
 from normfix.networks.calling import failures
 from normfix.proof.indicators import compare, differences, recognise, spread_of
 
@@ -74,7 +74,7 @@ def predicted(predict: Predicts, image: Any, space: int) -> Tensor:
     except NormfixError:
         raise
     except failures() as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200].rstrip('.')}"
+        reason = reason_of(error).rstrip(".")
         raise _unfit(f"it failed on an image of shape {tuple(image.shape)}: {reason}") from error
     output = answer.detach().cpu() if isinstance(answer, Tensor) else _tensor(answer)
     size = tuple(image.shape[-space:])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from normfix.errors import NormfixError
 from normfix.images.collections import Images
 from normfix.images.given import GivenImages, images_of
-from normfix.networks.behaviour import behaviour_of, digest_of_tensor, is_open, state_of
+from normfix.networks.behaviour import digest_of_tensor, open_behaviour_of, state_of
 from normfix.networks.calling import Caller
 from normfix.networks.copying import original_of
 from normfix.networks.graph.program import require_free
@@ -79,9 +79,10 @@ def scanned_of(model: nn.Module, caller: Caller) -> object:
     Returns:
         None where no scan is to be kept: nothing shows all that the network or a function of the caller's reads.
     """
-    if is_lazy(model) or caller.forward_fn is not None or not is_open(model):
+    if is_lazy(model) or caller.forward_fn is not None:
         return None
-    return behaviour_of(model), state_of(model), caller
+    behaviour = open_behaviour_of(model)
+    return None if behaviour is None else (behaviour, state_of(model), caller)
 
 
 def _as_index(output: str | None) -> int | None:

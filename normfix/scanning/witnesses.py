@@ -14,6 +14,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from normfix.errors import reason_of
 from normfix.networks.calling import Caller, failures
 from normfix.networks.graph.capture import Captured, NotCaptured, capture
 from normfix.records.derivations import Reach
@@ -129,7 +130,7 @@ def witness_of(
         return replace(unbounded, note=str(reason))
     except failures() as error:
         # one witness never takes the other with it
-        failed = f"deriving failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        failed = f"deriving failed: {reason_of(error)}"
         return replace(unbounded, note=failed)
 
 

@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
-from normfix.errors import NormfixError
+from normfix.errors import NormfixError, reason_of
 from normfix.images.drafts import UnwritableError
 from normfix.networks.calling import Caller, failures
 from normfix.networks.devices import bytes_of
@@ -182,7 +182,7 @@ def _derived(
     except Unsized as reason:
         return Derivation(output=output, counts=counts, note=str(reason))
     except failures() as error:
-        reason_ = f"deriving failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason_ = f"deriving failed: {reason_of(error)}"
         return Derivation(output=output, counts=counts, note=reason_)
 
 

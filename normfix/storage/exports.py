@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from normfix.errors import NormfixError
+from normfix.errors import NormfixError, reason_of
 from normfix.images.drafts import cannot_write, drafting, require_unnamed
 from normfix.networks.calling import Caller, evaluating, failures, home_of, refusals
 from normfix.networks.copying import cpu_twin_of, double_of
@@ -126,7 +126,7 @@ def write_export(
         except NormfixError:
             raise
         except failures() as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            reason = reason_of(error)
             raise NotExported(
                 "NF590",
                 f"torch {torch.__version__} does not write it as {path.suffix}: {reason}. Save a program (-o FILE.pt2) "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from normfix.conversion.rewriting import rewrite
-from normfix.errors import NormfixError
+from normfix.errors import NormfixError, reason_of
 from normfix.networks.calling import Caller, failures
 from normfix.networks.copying import copy_of
 from normfix.networks.devices import chosen
@@ -269,7 +269,7 @@ def _belonging(where: str) -> Iterator[None]:
     except NormfixError:
         raise
     except failures() as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = reason_of(error)
         raise NormfixError(
             "NF115",
             f"plan, weights and probe cannot be carried out on this network: {reason}. The folder was changed, "

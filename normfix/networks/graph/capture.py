@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 
+from normfix.errors import reason_of
 from normfix.networks.calling import failures, resized
 from normfix.networks.graph.detaching import TracedData
 from normfix.networks.graph.isolation import silence
@@ -115,7 +116,7 @@ def capture(
         with exact_arithmetic():
             return _captured(network, example[:1].detach(), one_size=one_size, once=once, known=known)
     except failures() as error:  # torch.export runs the network's code and may raise anything
-        return NotCaptured(_line(error))
+        return NotCaptured(reason_of(error))
 
 
 def exported(
@@ -129,7 +130,7 @@ def exported(
         with exact_arithmetic():
             return export(AsFunction(model, run).eval(), example[:1].detach(), one_size=one_size)
     except failures() as error:
-        return NotCaptured(_line(error))
+        return NotCaptured(reason_of(error))
 
 
 def export(module: nn.Module, example: Tensor, *, one_size: bool = False) -> ExportedProgram:
@@ -304,7 +305,3 @@ def _sizes(value: Any, replaced: dict[Any, int] | None = None) -> tuple[int, ...
         resolved = n.node.expr.subs(known)
         sizes.append(int(resolved) if resolved.is_number else 1)  # depends on the values of data
     return tuple(sizes)
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

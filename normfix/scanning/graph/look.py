@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from normfix.errors import reason_of
 from normfix.networks.calling import failures
 from normfix.networks.graph.capture import Captured, NotCaptured, capture, exported
 from normfix.records.sites import Finding, Looked, Site
@@ -87,7 +88,7 @@ def graph_look(
     try:
         return compare_looks(captured, read_sites(captured, model), sites)
     except failures() as error:  # one look never takes the others with it
-        reason = f"reading the graph failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"reading the graph failed: {reason_of(error)}"
         finding = Finding(code="NF229", where="graph", message=f"{reason}. The other looks carry on.")
         return GraphLook(Looked(name="graph", status="failed", note=reason), findings=(finding,))
 

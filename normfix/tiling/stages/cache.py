@@ -70,10 +70,10 @@ class _Capture:
             return True
         if not _is_flat(example):
             pairs = compared(body, model, run, example)
-            if pairs is None or all(bool(torch.isfinite(theirs).all()) for _, theirs in pairs):
-                return agree(pairs) or (
-                    pairs is not None and _agree_in_double(body, model, caller, sites, example)
-                )
+            if pairs is None:
+                return False
+            if all(bool(torch.isfinite(theirs).all()) for _, theirs in pairs):
+                return agree(pairs) or _agree_in_double(body, model, caller, sites, example)
         return computes(body, model, run, _noise_like(example))
 
 
@@ -114,22 +114,25 @@ def program_of(
     ndim = len(image.shape) - 2
     key = (caller.likeness, sites, *_kind(model), ndim)
 
-    def part(extent: int) -> Tensor:
+    def part(extents: Sequence[int]) -> Tensor:
         # of this image: what an earlier one did not reach (a bound, a branch) it may
-        window = [(0, min(n, round_up(extent, m))) for n, m in zip(image.shape[2:], stride, strict=True)]
-        return image.read(window)[:1].clone()
+        return image.read([(0, extent) for extent in extents])[:1].clone()
 
+    small, large = (
+        tuple(min(n, round_up(most, m)) for n, m in zip(image.shape[2:], stride, strict=True))
+        for most in (EXTENT[ndim] // 2, EXTENT[ndim])
+    )
     known = _borrowed(owner, key)
     try:
         # a smaller part may be none for the program: more of it decides
         if known is not None and not any(
-            known.still_holds(model, caller, sites, part(extent))
-            for extent in (EXTENT[ndim] // 2, EXTENT[ndim])
+            known.still_holds(model, caller, sites, part(extents))
+            for extents in dict.fromkeys((small, large))
         ):
             _give_back(owner, known, keep=False)
             known = None
         if known is None:
-            example = part(EXTENT[ndim])
+            example = part(large)
             known = _Capture(key, _captured(model, caller, _telling(model, caller, example), sites))
             known.lock.acquire()
         yield known.program

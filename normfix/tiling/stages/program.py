@@ -205,7 +205,8 @@ def computes(body: GraphModule, model: nn.Module, run: Run, example: Tensor, *, 
         example: (N, C, *space).
         guarded: hold the body to the sizes that it was captured for, too.
     """
-    return agree(compared(body, model, run, example, guarded))
+    pairs = compared(body, model, run, example, guarded)
+    return pairs is not None and agree(pairs)
 
 
 def shows_at_once(body: GraphModule, model: nn.Module, run: Run, example: Tensor) -> bool:
@@ -239,9 +240,9 @@ def compared(
     return list(zip(actual, expected, strict=True))
 
 
-def agree(pairs: list[tuple[Tensor, Tensor]] | None) -> bool:
+def agree(pairs: list[tuple[Tensor, Tensor]]) -> bool:
     """Tell whether what a body and a model gave is the same."""
-    return pairs is not None and all(_are_same(a, e) for a, e in pairs)
+    return all(_are_same(a, e) for a, e in pairs)
 
 
 def _are_same(a: Tensor, e: Tensor) -> bool:

@@ -29,7 +29,7 @@ from normfix.errors import NormfixError
 from normfix.layers.affine import normalise, normalise_rectified
 from normfix.networks.calling import refusals
 from normfix.networks.devices import CPU, bytes_of
-from normfix.networks.numerics import EXACT
+from normfix.networks.numerics import EXACT, as_numbers
 from normfix.records.derivations import Obstacle
 from normfix.records.spans import round_up
 from normfix.tiling.halo import DyeLost, DyeRefused, halo, interference, strip
@@ -284,12 +284,8 @@ class _Cells:
         values = [p.unpack(part) for p, part in zip(self._reads, parts, strict=True)]
         with torch.no_grad():
             results = self._run(*values, *self._whole, *(self._extent(n, extents) for n, _, _ in self._sizes))
-        # truth values as numbers, which can be subtracted
-        packed = (
-            p.pack(r.to(torch.uint8) if r.dtype == torch.bool else r, extents)
-            for p, r in zip(self._gives, results, strict=True)
-        )
-        return torch.cat([*packed], 1)
+        packed = [p.pack(as_numbers(r), extents) for p, r in zip(self._gives, results, strict=True)]
+        return torch.cat(packed, 1)
 
     def _extent(self, node: Node, cells: Sequence[int]) -> int:
         _, found, shape = next(entry for entry in self._sizes if entry[0] is node)

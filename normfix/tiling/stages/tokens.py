@@ -78,11 +78,12 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float, space: int
     return found.result()
 
 
-@attend.register_fake
-def _(query: Tensor, keys: Tensor, values: Tensor, scale: float, space: int) -> Tensor:
+def _attended(query: Tensor, keys: Tensor, values: Tensor, *others: object) -> Tensor:
+    """Return what stands for an attention while a graph is captured, with a bias or without."""
     return query.new_empty((*query.shape[:-1], values.shape[-1]))
 
 
+attend.register_fake(_attended)
 ATTEND = torch.ops.normfix.attend.default
 
 
@@ -135,20 +136,7 @@ def _attend_biased(
     return found.result()
 
 
-@_attend_biased.register_fake
-def _(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scale: float,
-    space: int,
-    bias: Tensor,
-    numbers: Tensor,
-    floor: float,
-) -> Tensor:
-    return query.new_empty((*query.shape[:-1], values.shape[-1]))
-
-
+_attend_biased.register_fake(_attended)
 ATTEND_BIASED = torch.ops.normfix.attend_biased.default
 
 
@@ -224,6 +212,7 @@ class _Merged:
         The logarithms are less by the same of each query in every block, which merging takes no notice of.
         """
         # (1, heads, L, E), as the kernel takes them: it reads features as neighbours, wherever they lie
+        self._query = self._query.contiguous()  # once, for all blocks of keys
         query, keys, values = (
             x.contiguous().reshape(1, -1, *x.shape[-2:]) for x in (self._query, keys, values)
         )
