@@ -23,7 +23,7 @@ from normfix.networks.graph.parts import owner_of
 from normfix.records.derivations import Obstacle, PathStep
 from normfix.records.spans import Spans
 from normfix.tiling.reach.calls import tensor_of
-from normfix.tiling.reach.derivation import Derived, Reached, Trail, between, derive
+from normfix.tiling.reach.derivation import Derived, Reached, Trail, between, depends, derive
 from normfix.tiling.reach.extents import Unsized, lattice_of
 from normfix.tiling.reach.needs import Interval
 
@@ -205,9 +205,20 @@ def bound_between(image: Node, sources: Sequence[Node], results: Sequence[Node])
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
-    """Return a program in which nothing is written to what others read."""
+    """Return a program in which nothing that depends on the image is written to what others read.
+
+    What is written elsewhere, as a mask of windows is from zeros and numbers, stays: no value of it counts, and torch
+    takes as long to rewrite a program as it took to capture it.
+    """
     places = {node: place for place, node in enumerate(program.graph.nodes)}
-    if not any(_changes_others(node, places) for node in places):
+    moved = {image_of(program)}
+    for node in places:
+        if node.op == "placeholder" or not depends(node, moved):
+            continue
+        if _changes_others(node, places):
+            break
+        moved.add(node)
+    else:
         return program
     with silence(), torch.no_grad():
         functional: ExportedProgram = program.run_decompositions({})
