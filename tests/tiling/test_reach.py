@@ -87,6 +87,13 @@ def _bordered(x: Tensor) -> Tensor:
     return x + F.avg_pool2d(x, 5, 1, 2) * mask
 
 
+def _masked(x: Tensor) -> Tensor:
+    """Scores are masked in place, as attention in windows does it."""
+    y = F.avg_pool2d(x, 3, 1, 1)
+    y.masked_fill_(x.new_zeros(x.shape[2:]) > 0, -torch.inf)
+    return y
+
+
 def _coded(x: Tensor) -> Tensor:
     """Each pixel becomes the code next to it, as in vector quantisation."""
     codes = torch.linspace(-3, 3, 5).to(x)[:, None]
@@ -262,6 +269,24 @@ def test_what_is_written_into_a_mask_needs_no_second_trace(monkeypatch: pytest.M
     assert not rewritten
     assert bound_for(Function(_pasted), (1, 1, 32, 48)).halo((1, 1)) == ((1, 0), (0, 0))
     assert len(rewritten) == 1
+    assert bound_for(Function(_masked), (1, 1, 32, 48)).halo((1, 1)) == ((1, 1), (1, 1))
+    assert len(rewritten) == 1
+
+
+def _shifted_into(x: Tensor, part: Callable[[Tensor], Tensor]) -> Tensor:
+    y = 2 * x
+    part(y).add_(F.pad(y, (7, 0, 5, 0))[..., : x.shape[2], : x.shape[3]])
+    return y + 1
+
+
+@pytest.mark.parametrize(
+    "part",
+    [lambda y: y.chunk(1, 1)[0], lambda y: y.split(1, 1)[0], lambda y: y.contiguous(), lambda y: y[:, :1]],
+    ids=["chunk", "split", "the same", "slice"],
+)
+def test_what_is_written_by_another_name_counts(part: Callable[[Tensor], Tensor]):
+    bound = bound_for(Function(lambda x: _shifted_into(x, part)), (1, 1, 32, 48))
+    assert bound.halo((1, 1)) == ((5, 0), (7, 0))
 
 
 LOOSE: dict[str, Callable[[], nn.Module]] = {

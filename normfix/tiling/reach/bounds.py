@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,6 +27,7 @@ from normfix.tiling.reach.calls import tensor_of
 from normfix.tiling.reach.derivation import Derived, Reached, Trail, between, depends, derive
 from normfix.tiling.reach.extents import Unsized, lattice_of
 from normfix.tiling.reach.needs import Interval
+from normfix.tiling.reach.rules.pointwise import keeps_place
 
 __all__ = ["Bound", "bound_between", "bound_of"]
 
@@ -230,17 +232,18 @@ def _changes_others(node: Node, places: Mapping[Node, int]) -> bool:
     target = node.target
     if not isinstance(target, OpOverload):
         return isinstance(target, torch._ops.HigherOrderOperator)
-    if not target._schema.is_mutable or (
-        torch.Tag.pointwise in target.tags and len(node.all_input_nodes) == 1
-    ):
+    local = keeps_place(target)
+    if not target._schema.is_mutable or (local and len(node.all_input_nodes) == 1):
         return False
     written = node.args[0] if node.args else None
-    if torch.Tag.pointwise not in target.tags or not isinstance(written, Node) or _is_view(written):
+    if not local or not isinstance(written, Node) or _is_view(written):
         return True
     return any(places[user] > places[node] or _is_view(user) for user in written.users)
 
 
 def _is_view(node: Node) -> bool:
+    if node.target is operator.getitem and isinstance(node.args[0], Node):
+        return _is_view(node.args[0])  # of parts, as chunk and split give them
     return node.op == "placeholder" or (
         isinstance(node.target, OpOverload) and operators.is_view(node.target)
     )
