@@ -31,6 +31,7 @@ from normfix.layers.moments import measure, merge
 from normfix.networks.calling import Caller
 from normfix.networks.graph.raising import unlifted
 from normfix.scanning.sites import survey
+from normfix.tiling.stages import maps as maps_of_stages
 from normfix.tiling.stages import reach as reaches_of
 from normfix.tiling.stages import scheduling
 from normfix.tiling.stages.engines import Local
@@ -356,6 +357,43 @@ def test_blocks_that_are_too_large_to_be_compared_are_refused(monkeypatch):
         NormfixError, match="NF324 stage 0: its maps start at whole positions every 2x2 pixels"
     ):
         schedule(program, stride=(2, 2))
+
+
+class PaddedAgain(nn.Module):
+    """As MedNeXt does it: a transposed convolution ends a position short, a norm later a row in front makes up for it.
+
+    `gated` takes a statistic of the short map by hand and applies it pixel by pixel, which reads nothing around.
+    """
+
+    def __init__(self, kernel=3, *, gated=False):
+        super().__init__()
+        self.first, self.gated = nn.Conv2d(1, 2, 3, padding=1), gated
+        self.down = nn.Conv2d(2, 2, 3, 2, 1)
+        self.up = nn.ConvTranspose2d(2, 2, kernel, 2, padding=kernel // 2)
+        self.norm, self.last = nn.GroupNorm(2, 2), nn.Conv2d(2, 1, 1)
+
+    def forward(self, x):
+        y = self.first(x)
+        z = self.norm(self.up(self.down(y)))
+        if self.gated:
+            z = torch.nn.functional.gelu(z)
+            z = z * (z**2).mean((2, 3), keepdim=True).sqrt()
+        return self.last(y + nn.functional.pad(z, (1, 0, 1, 0)))
+
+
+@pytest.mark.parametrize("form", [{}, {"kernel": 5}, {"gated": True}], ids=["three", "five", "gated"])
+@torch.no_grad()
+def test_maps_that_are_a_position_short_between_stages(monkeypatch, form):
+    """Blocks are given of them what a window of the image would have made, not a position more."""
+    torch.manual_seed(0)
+    (image,) = _images((48, 80))
+    net = PaddedAgain(**form).double().eval()
+    in_stages = {"tile": 16, "statistics": "per-image", "engine": "stages"}
+    with monkeypatch.context() as planted:  # as long as the scale says
+        planted.setattr(maps_of_stages, "_lost", lambda found, *_: (0,) * len(found.dims))
+        with pytest.raises(NormfixError, match="NF324 stage 1: it runs on no small block"):
+            normfix.predict(net, image, **in_stages)
+    assert (normfix.predict(net, image, **in_stages) - net(image)).abs().max() < 1e-12
 
 
 @pytest.mark.slow

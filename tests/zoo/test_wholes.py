@@ -30,6 +30,8 @@ EXACT = (
     "monai BasicUNet instance affine 2D",
     "monai DynUNet residual 2D",
     "monai HighResNet instance 2D",
+    "monai MedNeXt global response 2D",
+    "monai MedNeXt group 2D",
     "monai SegResNet group 2D",
     "monai UNet instance 2D",
     "monai UNet residual units 2D",

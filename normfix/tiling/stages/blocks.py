@@ -63,7 +63,7 @@ class Read:
         """Return what a block reads of it, on a device."""
         if self.map is None:
             return moved(self.kept.read(block.window), device)  # type: ignore[arg-type]
-        spans = self.map.window(block.window, size, self.shape)
+        spans = self.map.taken(block.window, size, self.shape)
         kept = self.kept.read(self.map.index(spans, len(self.shape)))  # type: ignore[arg-type]
         value = moved(kept, device)
         return value if self.lies else value.contiguous()
@@ -81,7 +81,7 @@ class Told:
         """Return the extent as it is in the window."""
         if self.dim not in self.map.dims:
             return self.shape[self.dim]
-        start, stop = self.map.window(block.window, size, self.shape)[self.map.dims.index(self.dim)]
+        start, stop = self.map.taken(block.window, size, self.shape)[self.map.dims.index(self.dim)]
         return stop - start
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from torch.fx import Node
@@ -25,10 +25,15 @@ __all__ = ["Map", "ProgramMaps", "find_maps", "lattice", "map_of", "maps_of"]
 
 @dataclass(frozen=True, slots=True)
 class Map:
-    """A value over the image: per axis its dimension and its positions per image pixel."""
+    """A value over the image: per axis its dimension and its positions per image pixel.
+
+    `lost` are the positions, per axis, by which it is shorter than the image times its scale, as behind a convolution
+    without padding.
+    """
 
     dims: tuple[int, ...]
     scale: tuple[Fraction, ...]
+    lost: tuple[int, ...] = ()
 
     def window(self, image: Sequence[Span], size: Sequence[int], shape: Sequence[int]) -> tuple[Span, ...]:
         """Return what a window of the image is in this map.
@@ -45,6 +50,19 @@ class Map:
             last = shape[d] if stop >= n else min(shape[d], stop * up // down)
             spans.append((start * up // down, last))
         return tuple(spans)
+
+    def taken(self, image: Sequence[Span], size: Sequence[int], shape: Sequence[int]) -> tuple[Span, ...]:
+        """Return what a window of the image would have made of this map: as `window`, without what is lost at its end.
+
+        What pads the map again, or adds it to another, is then given the extents that it has of the whole.
+        """
+        spans = self.window(image, size, shape)
+        ends = [stop < n for (_, stop), n in zip(image, size, strict=True)]
+        lost = self.lost or (0,) * len(spans)
+        return tuple(
+            (start, stop - less if inside else stop)
+            for (start, stop), inside, less in zip(spans, ends, lost, strict=True)
+        )
 
     def index(self, spans: Sequence[Span], rank: int) -> tuple[slice, ...]:
         """Return the index of a tensor of this rank that takes the spans along the map's dimensions."""
@@ -92,7 +110,7 @@ def find_maps(program: Program, size: Sequence[int], step: Sequence[int]) -> Pro
         scales[node] = tuple(tuple(found.values()) for found in growth)
         found = map_of(growth)
         if found is not None:
-            maps[node] = found
+            maps[node] = replace(found, lost=_lost(found, here[node], size))
     placed = frozenset(laid(program.body.graph, program.image, program.stretches))
     return ProgramMaps(maps, frozenset(moving), scales, placed)
 
@@ -122,6 +140,12 @@ def _growth(node: Node, here: Shapes, there: Shapes, step: int) -> dict[int, Fra
     """Return per dimension that grows how much it grows per pixel."""
     pairs = enumerate(zip(here[node], there[node], strict=True))
     return {dim: Fraction(after - before, step) for dim, (before, after) in pairs if after != before}
+
+
+def _lost(found: Map, shape: Sequence[int], size: Sequence[int]) -> tuple[int, ...]:
+    """Return by how many positions a map is shorter than its scale says; 0 where it starts at no whole ones."""
+    lacks = [n * s - shape[d] for n, d, s in zip(size[2:], found.dims, found.scale, strict=True)]
+    return tuple(int(n) if n > 0 and n.denominator == 1 else 0 for n in lacks)
 
 
 def map_of(growth: Sequence[Mapping[int, Fraction]]) -> Map | None:

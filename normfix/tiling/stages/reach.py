@@ -31,7 +31,7 @@ from normfix.networks.calling import refusals
 from normfix.networks.devices import CPU, bytes_of
 from normfix.networks.numerics import EXACT, as_numbers
 from normfix.records.derivations import Obstacle
-from normfix.records.spans import round_up
+from normfix.records.spans import Spans, round_up
 from normfix.tiling.halo import DyeLost, DyeRefused, halo, interference, strip
 from normfix.tiling.reach.bounds import Bound, bound_between
 from normfix.tiling.reach.extents import Unsized
@@ -86,14 +86,15 @@ def measure_reach(
     """
     double = _Cells(stage, maps, shapes, image, torch.float64, device)
     known = _bound_of(stage, image)
-    bound = known.halo(stage.grid) if known is not None and known.is_whole else None
+    bound = _bounds(known, stage, maps)
     single = _Cells(stage, maps, shapes, image, torch.float32) if bound is None else None
     cross = _cross_section(double, len(stage.grid))
     grids, halos = [], []
     for axis, pixels in enumerate(stage.grid):
         if bound is None:
             assert single is not None
-            reach = _shown(single, stage, axis, cross, () if known is None else known.obstacles())
+            before, after = _shown(single, stage, axis, cross, () if known is None else known.obstacles())
+            reach = before, after - (-_lacking(stage, maps)[axis] // pixels)
         else:
             reach = -(-bound[axis][0] // pixels), -(-bound[axis][1] // pixels)
         settled = bound is not None and known is not None and pixels % known.lattice[axis] == 0
@@ -114,12 +115,12 @@ def measure_reach(
     return Reach(tuple(grids), tuple(halos))
 
 
-def is_derived(reach: Reach, stage: Stage, image: Node) -> bool:
+def is_derived(reach: Reach, stage: Stage, maps: ProgramMaps, image: Node) -> bool:
     """Tell whether a reach that a file states is what the stage's graph gives, so that nothing need be measured."""
     known, axes = _bound_of(stage, image), len(stage.grid)
-    if known is None or not known.is_whole or (len(reach.grid), len(reach.halo)) != (axes, axes):
+    bound = _bounds(known, stage, maps)
+    if known is None or bound is None or (len(reach.grid), len(reach.halo)) != (axes, axes):
         return False
-    bound = known.halo(stage.grid)
     return all(
         pixels % known.lattice[axis] == 0
         and reach.grid[axis] == pixels
@@ -180,6 +181,25 @@ def _bound_of(stage: Stage, image: Node) -> Bound | None:
         )
     except Unsized:
         return None
+
+
+def _bounds(known: Bound | None, stage: Stage, maps: ProgramMaps) -> Spans | None:
+    """Return what a block reads beyond itself at most, per axis in pixels; None where its graph does not bound it."""
+    if known is None or not known.is_whole:
+        return None
+    lacking = _lacking(stage, maps)
+    return tuple((b, a + n) for (b, a), n in zip(known.halo(stage.grid), lacking, strict=True))
+
+
+def _lacking(stage: Stage, maps: ProgramMaps) -> tuple[int, ...]:
+    """Return per axis the pixels by which results end before the block where what it reads does, at most."""
+    if not any(any(maps.maps[node].lost) for node in stage.reads):
+        return (0,) * len(stage.grid)
+    results = [maps.maps[node] for node in stage.gives]
+    return tuple(
+        max((math.ceil(found.lost[axis] / found.scale[axis]) for found in results), default=0)
+        for axis in range(len(stage.grid))
+    )
 
 
 def _shown(
@@ -285,7 +305,9 @@ class _Cells:
         with torch.no_grad():
             results = self._run(*values, *self._whole, *(self._extent(n, extents) for n, _, _ in self._sizes))
         packed = [p.pack(as_numbers(r), extents) for p, r in zip(self._gives, results, strict=True)]
-        return torch.cat(packed, 1)
+        # where one of them ends before the others, cells that all of them have
+        whole = tuple(map(min, zip(*(p.shape[2:] for p in packed), strict=True)))
+        return torch.cat([p[(..., *(slice(n) for n in whole))] for p in packed], 1)
 
     def _extent(self, node: Node, cells: Sequence[int]) -> int:
         _, found, shape = next(entry for entry in self._sizes if entry[0] is node)
@@ -293,7 +315,7 @@ class _Cells:
         assert isinstance(dim, int)
         if dim in found.dims:
             axis = found.dims.index(dim)
-            return int(cells[axis] * self.stage.grid[axis] * found.scale[axis])
+            return int(cells[axis] * self.stage.grid[axis] * found.scale[axis]) - found.lost[axis]
         return shape[dim]
 
 
@@ -304,17 +326,20 @@ class _Packing:
         self._pixels = tuple(int(g * s) for g, s in zip(grid, found.scale, strict=True))
         others = [d for d in range(len(shape)) if d not in found.dims]
         self._rest = tuple(shape[d] for d in others)
+        self._lost = found.lost
         self._order = (*others, *found.dims)
         self.channels = math.prod(self._rest) * math.prod(self._pixels)
 
     def unpack(self, cells: Tensor) -> Tensor:
-        """(1, channels, *cells) -> the value on these cells."""
+        """(1, channels, *cells) -> the value on these cells, without what the map loses at its end."""
         ndim, extents = len(self._pixels), cells.shape[2:]
         x = cells.reshape(*self._rest, *self._pixels, *extents)
         lead = len(self._rest)
         pairs = [d for axis in range(ndim) for d in (lead + ndim + axis, lead + axis)]
         x = x.permute(*range(lead), *pairs)  # (*rest, c0, k0, c1, k1, ...)
         x = x.reshape(*self._rest, *(c * k for c, k in zip(extents, self._pixels, strict=True)))
+        for axis, less in enumerate(self._lost, start=lead):
+            x = x.narrow(axis, 0, x.shape[axis] - less)
         inverse = [self._order.index(d) for d in range(len(self._order))]
         return x.permute(*inverse).contiguous()
 

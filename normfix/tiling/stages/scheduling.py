@@ -84,7 +84,7 @@ def schedule(
         for name, stage in zip(names, stages, strict=True):
             if name not in known.reaches:
                 reach = known.stated.get(name)
-                if reach is None or not is_derived(reach, stage, program.image):
+                if reach is None or not is_derived(reach, stage, maps, program.image):
                     reach = known.measured(name, partial(_reach_of, stage, maps, shapes, program))
                 known.reaches[name] = reach
         reaches = tuple(known.reaches[name] for name in names)
