@@ -104,6 +104,8 @@ class Program:
     stretches: dict[Node, Stretch] = field(default_factory=dict)
     known: dict[tuple[int, ...], Shapes] = field(default_factory=dict, compare=False, repr=False)
     """Shapes by the size of the image: finding them takes as long as a pass."""
+    taken: dict[tuple[int, ...], bool] = field(default_factory=dict, compare=False, repr=False)
+    """Whether the conditions of the capture hold, by the size of the image."""
 
     @property
     def device(self) -> torch.device:
@@ -121,6 +123,20 @@ class Program:
         if size not in self.known:
             self.known[size] = self._shapes(size)
         return self.known[size]
+
+    def takes(self, size: Sequence[int]) -> bool:
+        """Tell whether an image of this shape is within the conditions that the network was captured under."""
+        size = tuple(size)
+        if size not in self.taken:
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode, silence(), torch.no_grad():
+                image = torch.empty(size, dtype=self.image.meta["val"].dtype, device=self.device)
+                try:
+                    self.body(mode.from_tensor(image))
+                except failures():
+                    self.taken[size] = False
+                else:
+                    self.taken[size] = True
+        return self.taken[size]
 
     def _shapes(self, size: tuple[int, ...]) -> Shapes:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, silence():
