@@ -85,6 +85,24 @@ def test_tiles_are_of_the_network_as_it_is_set_now(blur, widen, monkeypatch):
         RADIUS.reset(before)
 
 
+def test_calibration_does_not_make_a_network_known():
+    """One that is set otherwise when it is calibrated, by copy or in place, is scanned again afterwards."""
+    torch.manual_seed(0)
+    image = torch.rand(1, 1, 64, 64, dtype=torch.float64)
+    model = normfix.convert(Blurring(by_context).double().eval(), image).model
+    assert is_current(normfix.calibrate(model, image + 1).model)
+    before = RADIUS.set(7)
+    try:
+        copied = normfix.calibrate(model, image * 2).model
+        normfix.calibrate_(model, image * 2)
+        for net in (copied, model):
+            with torch.no_grad():
+                expected = net(image)
+            torch.testing.assert_close(normfix.predict(net, image, 16, engine="tiles"), expected)
+    finally:
+        RADIUS.reset(before)
+
+
 def test_keys_that_are_attributes_are_read():
     """An object whose attributes are its keys answers unknown ones by KeyError, and is looked at none the less."""
     image = torch.rand(1, 1, 48, 48)
