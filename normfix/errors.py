@@ -43,7 +43,7 @@ CODES: dict[str, str] = {
     "it accepts: --input 1x3x512x512 (channels and sizes as it was trained), or forward_fn in "
     "Python.",
     "NF110": "The network returns several things; --output KEY (a mapping) or --output INDEX (a sequence) "
-    "says which counts.",
+    "says which counts. Complex outputs are given as real channels, by forward_fn in Python.",
     "NF111": "The factory that should build the network could not be imported or failed. Check the name, "
     "--arch-args, and that its package is installed here.",
     "NF112": "A state dict holds tensors, not the network. Name the network: --arch pkg.module:factory or "

@@ -148,7 +148,7 @@ class Caller:
         """Return the output tensor for an image (N, C, *space).
 
         Raises:
-            NormfixError: NF109 if the network fails on the image, NF110 if `output` does not lead to a tensor.
+            NormfixError: NF109 if the network fails on the image, NF110 if `output` leads to no tensor of real numbers.
             OutOfMemory: NF250 if memory runs out.
         """
         return self.pick(self.everything(model, image))
@@ -233,6 +233,12 @@ class Caller:
                 raise self._not_found(result) from error
         if not isinstance(found, Tensor):
             raise self._not_found(result)
+        if found.is_complex():
+            raise NormfixError(
+                "NF110",
+                "the output that counts is complex, and predictions are real numbers. Give its parts as channels, in "
+                "Python: forward_fn=lambda net, image: torch.view_as_real(net(image)).movedim(-1, 1).flatten(1, 2).",
+            )
         return found
 
     def _way_on(self, model: nn.Module, error: Exception) -> str:
