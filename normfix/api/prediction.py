@@ -18,7 +18,7 @@ from typing_extensions import Unpack
 
 from normfix.conversion.measurement import measure_
 from normfix.conversion.measuring import freeze_sites_
-from normfix.conversion.multiplicity import have_as_many
+from normfix.conversion.multiplicity import have_as_many, of_single_images, several
 from normfix.conversion.planning import decide
 from normfix.conversion.rewriting import rewrite, rewrite_
 from normfix.conversion.staged import predict_measured_
@@ -400,13 +400,11 @@ class _Prediction:
         model, caller = copy_of(self.model), self.known.caller
         targets = measured_targets(model, provenance.plan)
         example = self.known.scan.example
-        single, sizes = _of_single_images(model.eval(), provenance.plan), (example, self.image.shape)
+        single, sizes = of_single_images(model.eval(), provenance.plan), (example, self.image.shape)
         if have_as_many(original_of(self.owner), model, single, caller, sizes) is False:
             raise NotTiledError(
                 "NF409",
-                f"an image of {'x'.join(map(str, self.image.shape[2:]))} pixels has several of a statistic of which "
-                f"one of {'x'.join(map(str, example[2:]))} has one, such as one of each block of pixels that is "
-                "stacked as a batch, and one constant stands for it. Predict the image whole.",
+                several(self.image.shape, example),
                 where=self.known.scan.model,
             )
         try:
@@ -555,7 +553,7 @@ def _held(model: nn.Module, image: Tensor, caller: Caller) -> nn.Module:
         base = base_of(model, image, caller, example=middle(image, known.extents))
     held = rewrite_(base.copy(), plan).eval()
     part = half_of(base.example)
-    single = _of_single_images(held, plan)
+    single = of_single_images(held, plan)
     if not have_as_many(original_of(model), held, single, base.caller, (part.shape, image.shape)):
         part = base.example
     try:
@@ -571,12 +569,6 @@ def _held(model: nn.Module, image: Tensor, caller: Caller) -> nn.Module:
     source = Source(kind="object", spec=f"{type(model).__module__}:{type(model).__qualname__}")
     attach_(held, Provenance(plan=plan, scan=scan, scaling=Scaling(), source=source, output=stated))
     return held
-
-
-def _of_single_images(model: nn.Module, plan: Plan) -> list[Target]:
-    """Return the targets whose statistics are of one image alone, whatever it is stacked with."""
-    batch = {decision.site.id for decision in plan.converted if decision.site.family is Family.BATCH}
-    return [target for target in measured_targets(model, plan) if target.name not in batch]
 
 
 def _require_identity(base: Base, scan: Scan, plan: Plan, image: Tensor) -> nn.Module:

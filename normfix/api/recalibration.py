@@ -15,6 +15,7 @@ from normfix.conversion.conformity import moved, stored_moments
 from normfix.conversion.flatness import all_empty, flat_before, judged
 from normfix.conversion.masks import Mask
 from normfix.conversion.measurement import measure_
+from normfix.conversion.multiplicity import have_as_many, of_single_images, several
 from normfix.conversion.results import Calibration
 from normfix.conversion.sampling import Sample
 from normfix.conversion.targets import NormTarget, Target, planned_targets
@@ -105,7 +106,8 @@ def calibrate(
     Raises:
         NormfixError: NF302 if the network has live statistics, or none at all; NF301 and codes of the images; NF326
             to NF332 of the store; NF333 to NF336 of the cluster; NF137, NF138 and NF139 of the masks; NF140 of
-            the sample; NF231 for a statistic without spread.
+            the sample; NF231 for a statistic without spread; NF409 for an image with several of a statistic of which
+            the network was converted with one.
     """
     measured = _measured(
         model,
@@ -239,6 +241,11 @@ def _measured(
         statistics=WHOLE if known is None else known.statistics,
         progress=progress,
     )
+    if known is not None:
+        single = of_single_images(model.eval(), known.plan)
+        for shape in dict.fromkeys(summary.images):
+            if have_as_many(original, model, single, caller, (known.scan.example, shape)) is False:
+                raise NormfixError("NF409", several(shape, known.scan.example), where=known.scan.model)
     first = taken.excerpt()[:1]
     judgement = judged(
         model,

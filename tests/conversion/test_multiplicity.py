@@ -1,5 +1,7 @@
 """An image may have several of a statistic of which a part of it has one."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from normfix.conversion.targets import measured_targets
 from normfix.images.sources import TensorImage
 from normfix.networks.calling import Caller
 from normfix.tiling.stages.cache import program_of
+from normfix.tiling.stages.refusals import NotInStages
 
 
 class InBlocks(nn.Module):
@@ -32,12 +35,12 @@ class InBlocks(nn.Module):
 class Halves(nn.Module):
     """Stacks the halves of what is wide."""
 
-    def __init__(self, inner):
+    def __init__(self, inner, widest=160):
         super().__init__()
-        self.inner = inner
+        self.inner, self.widest = inner, widest
 
     def forward(self, x):
-        if x.shape[-1] > 160:
+        if x.shape[-1] > self.widest:
             return torch.cat(self.inner(torch.cat(x.chunk(2, -1))).chunk(2), -1)
         return self.inner(x)
 
@@ -56,9 +59,29 @@ def test_a_converted_network_has_one_statistic_of_what_its_example_has():
     torch.manual_seed(0)
     network = InBlocks(nn.Conv1d(1, 2, 3, padding=1), nn.InstanceNorm1d(2), width=256)
     model = normfix.convert(network.eval(), torch.rand(1, 1, 256)).model
-    with pytest.raises(normfix.NormfixError, match="several of a statistic") as caught:
+    with pytest.raises(normfix.NormfixError, match=r"NF409.*several of a statistic"):
         normfix.predict(model, torch.rand(1, 1, 512), 256, statistics="per-image")
-    assert caught.value.code == "NF409"
+    with pytest.raises(normfix.NormfixError, match=r"NF409.*several of a statistic"):
+        normfix.calibrate(model, torch.rand(1, 1, 512))
+
+
+class Pooled(nn.Module):
+    """Divides by the mean of windows as large as the image, up to a bound."""
+
+    def forward(self, x):
+        least = min(96, *x.shape[2:])
+        return x / (
+            1 + nn.functional.avg_pool2d(x.abs(), least, least, ceil_mode=True).mean((2, 3), keepdim=True)
+        )
+
+
+def test_windows_that_an_image_has_several_of_are_no_mean_of_it():
+    """A pool over all of the example is one over parts of a larger image, wherever the branch by size is taken."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), Pooled()).eval()
+    model = normfix.convert(network, torch.rand(1, 1, 64, 64)).model
+    with pytest.raises(normfix.NormfixError, match=r"NF409.*several of a statistic"):
+        normfix.predict(model, torch.rand(1, 1, 128, 128), 32, statistics="per-image")
 
 
 def test_statistics_are_counted_without_numbers():
@@ -87,3 +110,15 @@ def test_a_program_knows_the_sizes_that_it_was_captured_for():
     with program_of(network, Caller(), (), TensorImage(torch.rand(1, 1, 32, 256)), (32, 32)) as other:
         assert other is not program
         assert other.takes((1, 1, 32, 256))
+
+
+@pytest.mark.parametrize(("inner", "same"), [(nn.ReLU(), True), (nn.Softmax(-1), False)])
+def test_beyond_a_branch_a_program_is_used_where_it_computes_the_same(inner, same):
+    """An image wider than what is captured is on the other side: the halves of a pointwise layer are its whole."""
+    network = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), Halves(inner, widest=300)).eval()
+    image = TensorImage(torch.rand(1, 1, 32, 320))
+    with (
+        nullcontext() if same else pytest.raises(NotInStages, match="NF321.*branch by size"),
+        program_of(network, Caller(), (), image, (32, 32)) as program,
+    ):
+        assert program.takes((1, 1, 32, 256))

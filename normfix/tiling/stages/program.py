@@ -128,15 +128,24 @@ class Program:
         """Tell whether an image of this shape is within the conditions that the network was captured under."""
         size = tuple(size)
         if size not in self.taken:
-            with FakeTensorMode(allow_non_fake_inputs=True) as mode, silence(), torch.no_grad():
-                image = torch.empty(size, dtype=self.image.meta["val"].dtype, device=self.device)
-                try:
-                    self.body(mode.from_tensor(image))
-                except failures():
-                    self.taken[size] = False
-                else:
-                    self.taken[size] = True
+            self.taken[size] = self._takes(size)
         return self.taken[size]
+
+    def _takes(self, size: tuple[int, ...]) -> bool:
+        # where torch keeps conditions in a module of their own nothing else need run
+        nodes = [n for n in self.body.graph.nodes if n.op == "call_module"]
+        alone = bool(nodes) and all(n.all_input_nodes == [self.image] for n in nodes)
+        conditions = [self.body.get_submodule(str(n.target)) for n in nodes] if alone else [self.body]
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, silence(), torch.no_grad():
+            image = mode.from_tensor(
+                torch.empty(size, dtype=self.image.meta["val"].dtype, device=self.device)
+            )
+            try:
+                for condition in conditions:
+                    condition(image)
+            except failures():
+                return False
+        return True
 
     def _shapes(self, size: tuple[int, ...]) -> Shapes:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, silence():
