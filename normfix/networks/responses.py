@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from normfix.networks.behaviour import OURS, state_of
+from normfix.networks.behaviour import state_of
 from normfix.networks.calling import Caller, home_of, refusals
 from normfix.networks.copying import original_of, twin_of
 from normfix.networks.numerics import IDENTITY, deviation, exact_arithmetic
+from normfix.networks.reading import LIBRARIES
 
 __all__ = ["Response", "is_as_known", "response_of"]
 
@@ -47,7 +48,7 @@ class Response:
             return False
         mine, theirs = mine.masked_fill(~finite, 0), theirs.masked_fill(~finite, 0)
         sd = float(mine.double().std(correction=0)) or 1.0
-        return deviation(mine, theirs, sd)[0] <= IDENTITY.get(self.values.dtype, 0.0)
+        return deviation(mine, theirs, sd)[0] <= IDENTITY.get(mine.dtype, 0.0)
 
 
 def response_of(model: nn.Module, caller: Caller, shape: Sequence[int]) -> Response:
@@ -110,7 +111,7 @@ def _is_set_anew(model: nn.Module, before: object, now: object) -> bool:
     own = {
         f"{path}.{name}" if path else name
         for path, module in model.named_modules()
-        if not isinstance(module, _NormBase) and not type(module).__module__.startswith((OURS, "torch."))
+        if not isinstance(module, _NormBase) and not type(module).__module__.startswith(LIBRARIES)
         for name, _ in module.named_buffers(recurse=False)
     }
     were = {name: rest for name, *rest in before}  # type: ignore[attr-defined]

@@ -118,7 +118,7 @@ def test_beyond_a_branch_a_program_is_used_where_it_computes_the_same(inner, sam
     network = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), Halves(inner, widest=300)).eval()
     image = TensorImage(torch.rand(1, 1, 32, 320))
     with (
-        nullcontext() if same else pytest.raises(NotInStages, match="NF321.*branch by size"),
+        nullcontext() if same else pytest.raises(NotInStages, match=r"NF321.*branch by size"),
         program_of(network, Caller(), (), image, (32, 32)) as program,
     ):
         assert program.takes((1, 1, 32, 256))
