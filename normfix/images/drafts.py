@@ -47,6 +47,8 @@ _PATIENCE = 5.0
 _UUID = re.compile(rb"urn:uuid:[0-9a-f-]{36}")
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)
 """What renaming says where something has the name."""
+_NO_SUCH_CALL = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+"""What a file system says that takes no room in advance."""
 
 _LOG = logging.getLogger("normfix")
 
@@ -144,7 +146,11 @@ def reserve(path: Path) -> None:
     """Take a mapped file's room now: on a disk that fills up later, writing to it would end the process."""
     if path.is_file() and hasattr(os, "posix_fallocate"):
         with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            try:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            except OSError as error:
+                if error.errno not in _NO_SUCH_CALL:
+                    raise
 
 
 def sweep(folder: Path) -> None:
@@ -261,8 +267,10 @@ def _made(parent: Path) -> tuple[Path, IO[str]]:
 
 
 def _remove(holder: Path) -> None:
-    """Delete a draft; its lock file goes last, so that half of it is known for what it is."""
+    """Delete a draft; its lock file goes last, so that half of it is known for what it is, and swept by the next run."""
     shutil.rmtree(holder / _INSIDE, ignore_errors=True)
+    if os.path.lexists(holder / _INSIDE):
+        return
     with suppress(OSError):
         (holder / _LOCK).unlink()
     with suppress(OSError):
