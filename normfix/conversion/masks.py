@@ -57,8 +57,8 @@ def masked(images: Sequence[Image], mask: Mask | Sequence[Mask], opened: ExitSta
         if source.shape != (1, 1, *image.shape[2:]) or image.shape[0] != 1:
             raise NormfixError(
                 "NF137",
-                f"the mask is {tuple(source.shape)} and its image {tuple(image.shape)} (N, C, *space). A mask has the extents of "
-                "one image, without channels.",
+                f"the mask is {tuple(source.shape)} and its image {tuple(image.shape)} (N, C, *space). A mask has the "
+                "extents of one image, without channels.",
                 where=where,
             )
         both = Masked(image, source)

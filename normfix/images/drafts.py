@@ -267,7 +267,7 @@ def _made(parent: Path) -> tuple[Path, IO[str]]:
 
 
 def _remove(holder: Path) -> None:
-    """Delete a draft; its lock file goes last, so that half of it is known for what it is, and swept by the next run."""
+    """Delete a draft; its lock file goes last, so that half of it is known for what it is and swept."""
     shutil.rmtree(holder / _INSIDE, ignore_errors=True)
     if os.path.lexists(holder / _INSIDE):
         return
