@@ -33,7 +33,10 @@ def demo_command(out: str, image: str | None, format_: str) -> int:
 
     if image is not None:
         _write_image(Path(image))
-        note(f"Wrote {image}: fluorescent nuclei, 512 x 512, uint8.")
+        text = f"Wrote {image}: fluorescent nuclei, 512 x 512, uint8."
+        note(text)
+        if format_ == "json":
+            show(Shown(passed=True, page="", text=text), "", format_)
         return 0
     require_unnamed(Path(out))
     from normfix.demo import run_demo

@@ -619,6 +619,14 @@ def test_what_the_system_refuses_is_said_in_its_words(run, monkeypatch):
     assert (done.code, "NF337 /tmp/somewhere: the system refused: No space left" in done.err) == (2, True)
 
 
+def test_the_demo_s_image_has_a_record(run, monkeypatch, tmp_path):
+    """As each command with --format json, it prints one document."""
+    monkeypatch.setattr("normfix.demo.data.nuclei_image", lambda: np.zeros((600, 600), np.uint8))
+    done = run("demo", "--image", tmp_path / "n.png", "--format", "json")
+    assert json.loads(done.out)["passed"]
+    assert (tmp_path / "n.png").is_file()
+
+
 @pytest.mark.parametrize("of", ["python", "numpy", "torch", "system"])
 def test_memory_that_runs_out_is_no_fault_of_ours(run, monkeypatch, of):
     """Whoever asked for it, it is NF250 with what to do; torch's allocator on the CPU has no class for it."""
