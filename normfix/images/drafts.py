@@ -47,6 +47,7 @@ _PATIENCE = 5.0
 _UUID = re.compile(rb"urn:uuid:[0-9a-f-]{36}")
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)
 """What renaming says where something has the name."""
+_OTHER = "it exists and is not what this command makes"
 _NO_SUCH_CALL = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 """What a file system says that takes no room in advance."""
 
@@ -88,10 +89,13 @@ def drafting(target: Path) -> Iterator[Path]:
     """
     sweep(target.parent)
     _require_possible(target)
+    existed = os.path.lexists(target)
     with _holder(target) as inside:
         draft = inside / target.name
         yield draft
-        _appear(draft, target, "another run or program gave it this name in the meantime")
+        _appear(
+            draft, target, _OTHER if existed else "another run or program gave it this name in the meantime"
+        )
 
 
 @contextmanager
@@ -118,7 +122,7 @@ def naming(target: Path) -> Iterator[Naming]:
             return
         place.again = _same(place.path, target)
         if not place.again:
-            _appear(place.path, target, "it exists and is not what this command makes")
+            _appear(place.path, target, _OTHER)
 
 
 def require_unnamed(target: Path) -> None:

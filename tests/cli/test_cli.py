@@ -622,9 +622,12 @@ def test_what_the_system_refuses_is_said_in_its_words(run, monkeypatch):
 def test_the_demo_s_image_has_a_record(run, monkeypatch, tmp_path):
     """As each command with --format json, it prints one document."""
     monkeypatch.setattr("normfix.demo.data.nuclei_image", lambda: np.zeros((600, 600), np.uint8))
-    done = run("demo", "--image", tmp_path / "n.png", "--format", "json")
-    assert json.loads(done.out)["passed"]
-    assert (tmp_path / "n.png").is_file()
+    for said in ("Wrote", "Done before"):
+        done = run("demo", "--image", tmp_path / "n.png", "--format", "json")
+        assert json.loads(done.out)["passed"]
+        assert said in done.err
+    monkeypatch.setattr("normfix.demo.data.nuclei_image", lambda: np.ones((600, 600), np.uint8))
+    assert_refused(run("demo", "--image", tmp_path / "n.png"), "NF114")
 
 
 @pytest.mark.parametrize("of", ["python", "numpy", "torch", "system"])

@@ -445,3 +445,41 @@ def test_live_norms_are_refused_with_stored_statistics(net):
     with pytest.raises(NormfixError) as caught:
         normfix.predict(net, IMAGE, tile=16)
     assert caught.value.code == "NF409"
+
+
+class Timed:
+    """A watch that wants to know how long it takes, as that of the command line does."""
+
+    timed = True
+
+    def begin(self, outlook):
+        self.outlook = outlook
+
+    def block(self, step):
+        self.last = step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["fused", _causal])
+def test_a_watch_that_wants_seconds_is_told_of_stages(form):
+    """No trial has the keys of the whole image, so the time is not known; how far the run is, is."""
+    net, watch = of(form), Timed()
+    found = normfix.predict(
+        net, IMAGE, statistics="per-image", blocks=normfix.Blocks(tile=16, watch=watch), engine="stages"
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(found, net(IMAGE), rtol=0, atol=1e-9)
+    assert watch.outlook.seconds is None
+    assert (watch.last.done, watch.last.stage) == (watch.last.blocks, watch.outlook.stages - 1)
+
+
+@pytest.mark.parametrize("form", ["fused", _causal])
+def test_a_stage_with_attention_can_be_sent(form):
+    """What a worker of a cluster makes of a stage computes the same: the call is not traced through."""
+    found = schedule(program(form), stride=(2, 2))
+    calls = (attend_to_stored, attend_to_stored_biased)
+    kinds = [
+        [n.target for n in pickle.loads(pickle.dumps(stage.run)).graph.nodes if n.target in calls]
+        for stage in found.stages
+    ]
+    assert sum(kinds, []) == [attend_to_stored if form == "fused" else attend_to_stored_biased]
