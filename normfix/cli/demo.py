@@ -68,7 +68,6 @@ def _write_image(image: str) -> None:
         pixels = np.ascontiguousarray(nuclei_image()[:512, :512])
     except ImportError as error:
         raise NormfixError("NF117", str(error), where="normfix demo --image") from error
-    with output(image, is_image) as place:
-        with drafting(place.path) as draft:
-            iio.imwrite(draft, pixels, extension=".png")
+    with output(image, is_image) as place, drafting(place.path) as draft:
+        iio.imwrite(draft, pixels, extension=".png")
     tell(place, f" {_IMAGE}")

@@ -627,7 +627,7 @@ def test_the_demo_s_image_has_a_record(run, monkeypatch, tmp_path):
         assert json.loads(done.out)["passed"]
         assert said in done.err
     monkeypatch.setattr("normfix.demo.data.nuclei_image", lambda: np.ones((600, 600), np.uint8))
-    assert_refused(run("demo", "--image", tmp_path / "n.png"), "NF114")
+    assert run("demo", "--image", tmp_path / "n.png").code == 2
 
 
 @pytest.mark.parametrize("of", ["python", "numpy", "torch", "system"])

@@ -284,11 +284,19 @@ def test_a_link_with_a_draft_s_name_leads_nowhere(tmp_path):
 
 def test_what_existed_is_not_blamed_on_another_run(tmp_path):
     """A file that was there before the work began is said to exist; one that came meanwhile is another run's."""
-    (tmp_path / "before").write_text("mine")
     for name, why in (("before", "it exists and is not what"), ("meanwhile", "in the meantime")):
-        with pytest.raises(TakenError, match=why), drafting(tmp_path / name) as draft:
-            draft.write_text("ours")
-            (tmp_path / name).write_text("mine")
+        target = tmp_path / name
+        if name == "before":
+            target.write_text("mine")
+        with pytest.raises(TakenError, match=why):
+            _file_beside(target)
+
+
+def _file_beside(target):
+    """Write a file whose name something else has by then."""
+    with drafting(target) as draft:
+        draft.write_text("ours")
+        target.write_text("mine")
 
 
 def test_what_was_made_before_is_known_again(tmp_path):

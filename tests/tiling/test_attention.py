@@ -478,8 +478,6 @@ def test_a_stage_with_attention_can_be_sent(form):
     """What a worker of a cluster makes of a stage computes the same: the call is not traced through."""
     found = schedule(program(form), stride=(2, 2))
     calls = (attend_to_stored, attend_to_stored_biased)
-    kinds = [
-        [n.target for n in pickle.loads(pickle.dumps(stage.run)).graph.nodes if n.target in calls]
-        for stage in found.stages
-    ]
-    assert sum(kinds, []) == [attend_to_stored if form == "fused" else attend_to_stored_biased]
+    sent = [pickle.loads(pickle.dumps(stage.run)) for stage in found.stages]
+    kinds = [node.target for run in sent for node in run.graph.nodes if node.target in calls]
+    assert kinds == [attend_to_stored if form == "fused" else attend_to_stored_biased]
