@@ -14,6 +14,7 @@ import torch
 from torch._ops import OpOverload
 
 __all__ = [
+    "NEIGHBOURHOODS",
     "RESIZING_POOLS",
     "at_risk",
     "chooses",
@@ -55,6 +56,10 @@ _LOCAL = frozenset(
         "aten::_upsample_bicubic2d_aa",
     }
 )
+NEIGHBOURHOODS = frozenset(
+    f"natten::{backend}na{axes}d_forward" for backend in ("", "reference_") for axes in (1, 2, 3)
+)
+"""Neighbourhood attention of NATTEN: each position attends to a window around it."""
 _POOLS = frozenset(
     {
         "aten::avg_pool2d",
@@ -281,8 +286,9 @@ def is_pointwise(op: OpOverload) -> bool:
 
 
 def is_foreign(op: OpOverload) -> bool:
-    """Tell whether the operator is neither torch's own nor ours: nothing is known of what it does."""
-    return name_of(op).partition("::")[0] not in ("aten", "prims", "normfix")
+    """Tell whether the operator is neither torch's own nor ours nor known by name: nobody says what it does."""
+    name = name_of(op)
+    return name.partition("::")[0] not in ("aten", "prims", "normfix") and name not in NEIGHBOURHOODS
 
 
 def is_unpooling(op: OpOverload) -> bool:

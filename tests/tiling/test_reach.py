@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from optional import needs_newer_torch
 from reaching import Function, bound_for, true_reach
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from normfix.tiling.reach.extents import Unsized
 from normfix.tiling.reach.rules import RULES
@@ -75,6 +77,21 @@ def _pasted(x: Tensor) -> Tensor:
     y = torch.zeros_like(x)
     y[..., 1:, :] = x[..., :-1, :]
     return x + y
+
+
+def _bordered(x: Tensor) -> Tensor:
+    """A mask is made of zeros, and numbers are written into parts of it."""
+    mask = x.new_zeros(x.shape[2:])
+    mask[2:] = 1
+    mask[:, -3:] += 2
+    return x + F.avg_pool2d(x, 5, 1, 2) * mask
+
+
+def _masked(x: Tensor) -> Tensor:
+    """Scores are masked in place, as attention in windows does it."""
+    y = F.avg_pool2d(x, 3, 1, 1)
+    y.masked_fill_(x.new_zeros(x.shape[2:]) > 0, -torch.inf)
+    return y
 
 
 def _coded(x: Tensor) -> Tensor:
@@ -169,6 +186,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "rare mask": (lambda: Function(lambda x: x.masked_fill(F.max_pool2d(x, 7, 1, 3) > 900, 0.0)), 1),
     "written in place": (lambda: Function(_written), 1),
     "pasted": (lambda: Function(_pasted), 1),
+    "bordered": (lambda: Function(_bordered), 1),
     "einsum": (
         lambda: Function(
             lambda x: torch.einsum("bchw,dc->bdhw", F.avg_pool2d(x, 3, 1, 1), torch.ones(2, 1).to(x))
@@ -235,6 +253,40 @@ def test_a_bound_is_the_truth_of_brute_force(name: str):
     for axis in (0, 1):
         truth = true_reach(module, bound, axis, 48, channels=channels, cross=16)
         assert bound.halo(bound.lattice)[axis] == truth
+
+
+def test_what_is_written_into_a_mask_needs_no_second_trace(monkeypatch: pytest.MonkeyPatch):
+    """Rewriting a program takes as long as capturing it; it is done where the image's values are written."""
+    rewritten = []
+    rewrite = ExportedProgram.run_decompositions
+
+    def counted(program: ExportedProgram, *args: Any) -> ExportedProgram:
+        rewritten.append(program)
+        return rewrite(program, *args)
+
+    monkeypatch.setattr(ExportedProgram, "run_decompositions", counted)
+    assert bound_for(Function(_bordered), (1, 1, 32, 48)).halo((1, 1)) == ((2, 2), (2, 2))
+    assert not rewritten
+    assert bound_for(Function(_pasted), (1, 1, 32, 48)).halo((1, 1)) == ((1, 0), (0, 0))
+    assert len(rewritten) == 1
+    assert bound_for(Function(_masked), (1, 1, 32, 48)).halo((1, 1)) == ((1, 1), (1, 1))
+    assert len(rewritten) == 1
+
+
+def _shifted_into(x: Tensor, part: Callable[[Tensor], Tensor]) -> Tensor:
+    y = 2 * x
+    part(y).add_(F.pad(y, (7, 0, 5, 0))[..., : x.shape[2], : x.shape[3]])
+    return y + 1
+
+
+@pytest.mark.parametrize(
+    "part",
+    [lambda y: y.chunk(1, 1)[0], lambda y: y.split(1, 1)[0], lambda y: y.contiguous(), lambda y: y[:, :1]],
+    ids=["chunk", "split", "the same", "slice"],
+)
+def test_what_is_written_by_another_name_counts(part: Callable[[Tensor], Tensor]):
+    bound = bound_for(Function(lambda x: _shifted_into(x, part)), (1, 1, 32, 48))
+    assert bound.halo((1, 1)) == ((5, 0), (7, 0))
 
 
 LOOSE: dict[str, Callable[[], nn.Module]] = {

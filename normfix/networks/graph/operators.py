@@ -15,6 +15,8 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
+from normfix.networks import operators
+
 __all__ = [
     "Normalisation",
     "along",
@@ -165,7 +167,7 @@ def is_local(node: Node, space: frozenset[int] = frozenset()) -> bool:
     if not isinstance(target, OpOverload):
         return True  # arithmetic on sizes, getitem
     if target.namespace not in ("aten", "prim", "prims"):
-        return False
+        return operators.name_of(target) in operators.NEIGHBOURHOODS
     name = name_of(node).rstrip("_")
     if name in _PICKING | _PICKING_DIM:
         return not set(_picked(node, name)) & space

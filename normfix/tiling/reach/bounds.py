@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,9 +24,10 @@ from normfix.networks.graph.parts import owner_of
 from normfix.records.derivations import Obstacle, PathStep
 from normfix.records.spans import Spans
 from normfix.tiling.reach.calls import tensor_of
-from normfix.tiling.reach.derivation import Derived, Reached, Trail, between, derive
+from normfix.tiling.reach.derivation import Derived, Reached, Trail, between, depends, derive
 from normfix.tiling.reach.extents import Unsized, lattice_of
 from normfix.tiling.reach.needs import Interval
+from normfix.tiling.reach.rules.pointwise import keeps_place
 
 __all__ = ["Bound", "bound_between", "bound_of"]
 
@@ -205,9 +207,20 @@ def bound_between(image: Node, sources: Sequence[Node], results: Sequence[Node])
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
-    """Return a program in which nothing is written to what others read."""
+    """Return a program in which nothing that depends on the image is written to what others read.
+
+    What is written elsewhere, as a mask of windows is from zeros and numbers, stays: no value of it counts, and torch
+    takes as long to rewrite a program as it took to capture it.
+    """
     places = {node: place for place, node in enumerate(program.graph.nodes)}
-    if not any(_changes_others(node, places) for node in places):
+    moved = {image_of(program)}
+    for node in places:
+        if node.op == "placeholder" or not depends(node, moved):
+            continue
+        if _changes_others(node, places):
+            break
+        moved.add(node)
+    else:
         return program
     with silence(), torch.no_grad():
         functional: ExportedProgram = program.run_decompositions({})
@@ -219,17 +232,18 @@ def _changes_others(node: Node, places: Mapping[Node, int]) -> bool:
     target = node.target
     if not isinstance(target, OpOverload):
         return isinstance(target, torch._ops.HigherOrderOperator)
-    if not target._schema.is_mutable or (
-        torch.Tag.pointwise in target.tags and len(node.all_input_nodes) == 1
-    ):
+    local = keeps_place(target)
+    if not target._schema.is_mutable or (local and len(node.all_input_nodes) == 1):
         return False
     written = node.args[0] if node.args else None
-    if torch.Tag.pointwise not in target.tags or not isinstance(written, Node) or _is_view(written):
+    if not local or not isinstance(written, Node) or _is_view(written):
         return True
     return any(places[user] > places[node] or _is_view(user) for user in written.users)
 
 
 def _is_view(node: Node) -> bool:
+    if node.target is operator.getitem and isinstance(node.args[0], Node):
+        return _is_view(node.args[0])  # of parts, as chunk and split give them
     return node.op == "placeholder" or (
         isinstance(node.target, OpOverload) and operators.is_view(node.target)
     )

@@ -17,13 +17,16 @@ from normfix.tiling.reach.extents import Sizes, Unsized, Vector
 
 __all__ = ["Call", "call_of", "tensor_of"]
 
+_KNOWN = frozenset({"aten", "normfix", "natten"})
+"""Namespaces of operators that rules know, by their names."""
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
     """A call whose result is one tensor.
 
     `node` stands for the result: the call itself, or what is taken as number `item` out of what it returns. `name` is
-    the operator's name without namespace and overload, "" where it is none of torch.
+    the operator's name without namespace and overload, "" where rules know none of its namespace.
     """
 
     node: Node
@@ -104,7 +107,7 @@ def call_of(node: Node, sizes: Sizes) -> Call:
     if node.target is operator.getitem and isinstance(node.args[0], Node):
         origin, item = node.args[0], int(node.args[1])  # type: ignore[arg-type]
     target = origin.target
-    if not isinstance(target, OpOverload) or target.namespace not in ("aten", "normfix"):
+    if not isinstance(target, OpOverload) or target.namespace not in _KNOWN:
         return Call(node, origin, "", item, {}, sizes)
     name = target._schema.name.partition("::")[2]
     return Call(node, origin, name, item, dict(_named(origin, target)), sizes)

@@ -11,7 +11,7 @@ followed.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -26,7 +26,7 @@ from normfix.tiling.reach.needs import Boundless, Interval, Need, Span, hull, un
 from normfix.tiling.reach.rules import rule_of
 from normfix.tiling.reach.rules.resizing import is_stretched
 
-__all__ = ["Derived", "Reached", "Step", "Trail", "between", "derive"]
+__all__ = ["Derived", "Reached", "Step", "Trail", "between", "depends", "derive"]
 
 _SHAPE_ONLY = frozenset({"sym_size", "sym_numel", "sym_stride", "sym_storage_offset", "size", "numel"}) | {
     "zeros_like",
@@ -234,6 +234,18 @@ def between(sources: Collection[Node], results: Sequence[Node]) -> list[Node]:
     return sorted(found)
 
 
+def depends(node: Node, known: Container[Node]) -> bool:
+    """Tell whether a node's values depend on those of nodes that are known to depend on the image's."""
+    if node.op != "call_function":
+        return node.op in ("call_module", "call_method") and any(n in known for n in node.all_input_nodes)
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None and schema.name.partition("::")[2] in _SHAPE_ONLY:
+        return False
+    if node.target is operator.getitem:
+        return node.args[0] in known
+    return any(n in known for n in node.all_input_nodes)
+
+
 def derive(nodes: Sequence[Node], sources: Collection[Node], sizes: Sizes) -> Derived:
     """Read a graph.
 
@@ -250,7 +262,7 @@ def derive(nodes: Sequence[Node], sources: Collection[Node], sizes: Sizes) -> De
         if node in sources:
             layouts[node] = tuple(frame_of(n, sizes) for n in sizes.shape(_tensor(node)))
             continue
-        if node.op == "output" or not _depends(node, layouts):
+        if node.op == "output" or not depends(node, layouts):
             continue
         if isinstance(node.meta.get("val"), list | tuple):
             layouts[node] = ()  # of several: each is read where it is taken out
@@ -320,18 +332,6 @@ def _layout(call: Call, readings: Sequence[Reading], layouts: Mapping[Node, Layo
 
 def _operands(node: Node) -> Iterator[Node]:
     yield from dict.fromkeys(nodes_in((node.args, node.kwargs)))
-
-
-def _depends(node: Node, layouts: Mapping[Node, Layout]) -> bool:
-    """Tell whether a node's values depend on a source's."""
-    if node.op != "call_function":
-        return node.op in ("call_module", "call_method") and any(n in layouts for n in node.all_input_nodes)
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None and schema.name.partition("::")[2] in _SHAPE_ONLY:
-        return False
-    if node.target is operator.getitem:
-        return node.args[0] in layouts
-    return any(n in layouts for n in node.all_input_nodes)
 
 
 def _is_circular(call: Call) -> bool:

@@ -3,6 +3,7 @@
 Along(d)          from the same position along dimension d of the result
 Window(d, reads)  from an interval around it
 Reflected(d, ..)  from the position it is shifted to, or from its mirror image inside the nearer border
+Inward(d, ..)     from an interval around it, pushed inside where it would go beyond a border
 Mirror(d)         from the opposite position
 WHOLE             from everything
 NOTHING           from nothing: one value stands for all, or none is read
@@ -25,6 +26,7 @@ __all__ = [
     "WHOLE",
     "Along",
     "ByDimension",
+    "Inward",
     "Link",
     "Mirror",
     "Nothing",
@@ -77,6 +79,16 @@ class Reflected:
 
 
 @dataclass(frozen=True, slots=True)
+class Inward:
+    """`before` to `after` positions around it; near a border up to `span` inside, counted from the border."""
+
+    dim: int
+    before: int
+    after: int
+    span: int
+
+
+@dataclass(frozen=True, slots=True)
 class Mirror:
     """The opposite position."""
 
@@ -95,7 +107,7 @@ class Nothing:
     """Nothing that has a place."""
 
 
-Link = Along | Window | Reflected | Mirror | Whole | Nothing
+Link = Along | Window | Reflected | Inward | Mirror | Whole | Nothing
 WHOLE, NOTHING = Whole(), Nothing()
 
 
@@ -155,40 +167,46 @@ def _carried(link: Link, frame: Frame, need: Need, result: Layout, call: Call) -
         return spans
     if given == frame and isinstance(link, Mirror) and len(frame) == 1:
         return {number: span.flipped() for number, span in spans.items()}
-    if isinstance(link, Along | Window | Reflected) and len(given) == len(frame) == 1:
+    if isinstance(link, Along | Window | Reflected | Inward) and len(given) == len(frame) == 1:
         span = moved(_reads(link), given[0], frame[0], spans.get(0))
         if span is not None:
-            return {0: _reflected(span, link, frame[0], call)}
+            return {0: _at_borders(span, link, frame[0], call)}
     return whole(frame, Boundless(call.origin, "what it reads does not move with the image"))
 
 
-def _reads(link: Along | Window | Reflected) -> Reads:
-    if isinstance(link, Window):
-        return link.reads
-    shift = link.before if isinstance(link, Reflected) else 0
-    return lambda given: (given[0] - shift, given[1] - shift)
+def _reads(link: Along | Window | Reflected | Inward) -> Reads:
+    match link:
+        case Window():
+            return link.reads
+        case Inward(before=before, after=after):
+            return lambda given: (given[0] - before, given[1] + after)
+        case Reflected(before=shift):
+            return lambda given: (given[0] - shift, given[1] - shift)
+    return lambda given: given
 
 
-def _reflected(span: Span, link: Link, factor: Factor, call: Call) -> Span:
-    """Return a span that holds the mirror images of what the first tile reads in front, and the last behind."""
+def _at_borders(span: Span, link: Link, factor: Factor, call: Call) -> Span:
+    """Return a span that holds what the first tile reads inside in place of what lies in front, and the last behind."""
     growth = call.sizes.growth(factor.extent)
-    if not isinstance(link, Reflected) or growth is None:
+    if not isinstance(link, Reflected | Inward) or growth is None:
         return span
     end = growth.step + growth.rest - 1
+    turned = link if isinstance(link, Inward) else Reflected(link.dim, link.after, link.before)
     return Span(
-        span.fore and _inside(span.fore, end, link.before, link.after),
-        span.back and _inside(span.back, end, link.after, link.before),
+        span.fore and _inside(span.fore, end, link),
+        span.back and _inside(span.back, end, turned),
         span.boundless,
     )
 
 
-def _inside(interval: Interval, end: int, front: int, behind: int) -> Interval:
-    """Return an interval with the mirror images of what lies before 0 and after the end of the last tile."""
+def _inside(interval: Interval, end: int, link: Reflected | Inward) -> Interval:
+    """Return an interval with what is read inside for what lies before 0 and after the end of the last tile."""
     first, last = interval
-    if first < 0:
-        last = max(last, min(front, -first))
-    if interval[1] > end:
-        first = min(first, end - min(behind, interval[1] - end))
+    front, behind = -first, interval[1] - end
+    if front > 0:
+        last = max(last, link.span if isinstance(link, Inward) else min(link.before, front))
+    if behind > 0:
+        first = min(first, end - (link.span if isinstance(link, Inward) else min(link.after, behind)))
     return first, last
 
 

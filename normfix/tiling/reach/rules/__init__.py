@@ -12,6 +12,7 @@ from normfix.tiling.reach.calls import Call
 from normfix.tiling.reach.rules.indices import INDICES
 from normfix.tiling.reach.rules.mixing import MIXING
 from normfix.tiling.reach.rules.moves import MOVES
+from normfix.tiling.reach.rules.neighbours import NEIGHBOURS
 from normfix.tiling.reach.rules.patches import PATCHES
 from normfix.tiling.reach.rules.pointwise import is_pointwise, pointwise
 from normfix.tiling.reach.rules.resizing import RESIZING
@@ -21,7 +22,16 @@ from normfix.tiling.reach.rules.windows import WINDOWS
 
 __all__ = ["RULES", "rule_of"]
 
-RULES: Mapping[str, Rule] = {**WINDOWS, **RESIZING, **MOVES, **SHAPES, **MIXING, **PATCHES, **INDICES}
+RULES: Mapping[str, Rule] = {
+    **WINDOWS,
+    **RESIZING,
+    **MOVES,
+    **SHAPES,
+    **MIXING,
+    **PATCHES,
+    **INDICES,
+    **NEIGHBOURS,
+}
 
 
 def rule_of(call: Call) -> Rule | None:

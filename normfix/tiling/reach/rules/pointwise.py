@@ -12,7 +12,7 @@ from normfix.tiling.reach.calls import Call, tensor_of
 from normfix.tiling.reach.links import NOTHING, ByDimension, Reading, Unread
 from normfix.tiling.reach.rules.rule import aligned, kept
 
-__all__ = ["is_pointwise", "pointwise"]
+__all__ = ["is_pointwise", "keeps_place", "pointwise"]
 
 _UNTAGGED = frozenset(
     {
@@ -50,9 +50,14 @@ _OF_SHAPE_ALONE = frozenset({"type_as", "expand_as", "view_as"})
 def is_pointwise(call: Call) -> bool:
     """Tell whether each position of the result is computed from the same of the operands."""
     target = call.origin.target
-    tagged = isinstance(target, OpOverload) and torch.Tag.pointwise in target.tags
-    return bool(call.name) and (
-        tagged or call.name.removesuffix("_") in _UNTAGGED or call.name in _OF_SHAPE_ALONE
+    return bool(call.name) and isinstance(target, OpOverload) and keeps_place(target)
+
+
+def keeps_place(target: OpOverload) -> bool:
+    """Tell the same of an operator, also of one that writes in place."""
+    name = target._schema.name.partition("::")[2]
+    return (
+        torch.Tag.pointwise in target.tags or name.removesuffix("_") in _UNTAGGED or name in _OF_SHAPE_ALONE
     )
 
 
