@@ -37,6 +37,7 @@ __all__ = [
     "failures",
     "home_of",
     "is_halved",
+    "is_out_of_memory",
     "once_each",
     "refusals",
     "require_network",
@@ -63,6 +64,14 @@ class Unreached(NormfixError):  # noqa: N818 - what happened, as its siblings ar
 
 class OutOfMemory(NormfixError):  # noqa: N818 - what happened, as its siblings are named
     """The machine, not the network, refused an input."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory ran out, of the machine or of a device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError | OutOfMemory):
+        return True
+    # torch's allocator on the CPU has no class for it, only these words
+    return type(error) is RuntimeError and "DefaultCPUAllocator: " in str(error)
 
 
 _STOPS = (TimeoutError, MemoryError, torch.OutOfMemoryError, OutOfMemory)
@@ -175,13 +184,10 @@ class Caller:
         except NormfixError:
             raise
         except (MemoryError, torch.OutOfMemoryError) as error:
-            raise OutOfMemory(
-                "NF250",
-                f"memory ran out on an input of shape {_shape(image)}{_layer(model, error)}: {reason_of(error)}. "
-                "Give a smaller --input or image, or compute on another device.",
-                where=type(model).__name__,
-            ) from error
+            raise _out_of_memory(model, image, error) from error
         except failures() as error:
+            if is_out_of_memory(error):
+                raise _out_of_memory(model, image, error) from error
             if _is_control_flow(error):
                 raise ControlFlow(
                     "NF575",
@@ -293,6 +299,15 @@ def _reference(function: Callable[..., Any] | None) -> object:
         return (WeakMethod if isinstance(function, MethodType) else ref)(function)
     except TypeError:
         return object()
+
+
+def _out_of_memory(model: nn.Module, image: Tensor, error: BaseException) -> OutOfMemory:
+    return OutOfMemory(
+        "NF250",
+        f"memory ran out on an input of shape {_shape(image)}{_layer(model, error)}: {reason_of(error)}. "
+        "Give a smaller --input or image, or compute on another device.",
+        where=type(model).__name__,
+    )
 
 
 def _is_control_flow(error: BaseException) -> bool:
