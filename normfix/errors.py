@@ -43,7 +43,7 @@ CODES: dict[str, str] = {
     "it accepts: --input 1x3x512x512 (channels and sizes as it was trained), or forward_fn in "
     "Python.",
     "NF110": "The network returns several things; --output KEY (a mapping) or --output INDEX (a sequence) "
-    "says which counts.",
+    "says which counts. Complex outputs are given as real channels, by forward_fn in Python.",
     "NF111": "The factory that should build the network could not be imported or failed. Check the name, "
     "--arch-args, and that its package is installed here.",
     "NF112": "A state dict holds tensors, not the network. Name the network: --arch pkg.module:factory or "
@@ -190,8 +190,9 @@ CODES: dict[str, str] = {
     "with normfix calibrate MODEL IMAGES -o OUT (run.recalibrate(images) in Python), then prove OUT on the same "
     "images. If nothing was trained, it was calibrated on other images, or its original's running statistics "
     "were carried over, which are those of its training data.",
-    "NF250": "Memory ran out while the network was run. That says nothing about which inputs it takes, so nothing was "
-    "concluded from it. Give a smaller --input or image, smaller tiles, or compute on another device.",
+    "NF250": "Memory ran out, mostly while the network was run. That says nothing about which inputs it takes, so "
+    "nothing was concluded from it, and no output is half written. Give a smaller --input or image, smaller tiles, "
+    "read images by window (--engine stages with --budget), or compute on another device.",
     "NF251": "The graph bounds how far an output depends on its input, and the dye shows that it depends on more. The "
     "dye runs the network itself, so a rule by which normfix derives the bound is wrong. Nothing that follows from the "
     "bound can be relied on. --halo measured takes what the dye shows; please report it.",

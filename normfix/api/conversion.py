@@ -33,6 +33,7 @@ from normfix.networks.copying import double_of
 from normfix.networks.graph.program import require_free
 from normfix.networks.numerics import HALF, exact_arithmetic
 from normfix.networks.provenance import attach_, declared_scaling, declared_window
+from normfix.networks.responses import is_as_known
 from normfix.networks.surroundings import undisturbed
 from normfix.proof.check import with_reach
 from normfix.proof.indicators import recognise
@@ -255,6 +256,7 @@ def convert(
     if model.training:
         _LOG.warning("The network was in train mode; it was converted, and is returned, in eval mode.")
     converted.eval()
+    is_as_known(converted, caller, scan.example)  # what it gives now is known from here on
     calibration = None if summary is None else Calibration(converted, summary)
     return Conversion(converted, plan, scan, calibration, proof, caller, base)
 

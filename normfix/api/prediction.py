@@ -18,6 +18,7 @@ from typing_extensions import Unpack
 
 from normfix.conversion.measurement import measure_
 from normfix.conversion.measuring import freeze_sites_
+from normfix.conversion.multiplicity import have_as_many, of_single_images, several
 from normfix.conversion.planning import decide
 from normfix.conversion.rewriting import rewrite, rewrite_
 from normfix.conversion.staged import predict_measured_
@@ -398,6 +399,14 @@ class _Prediction:
         assert provenance is not None
         model, caller = copy_of(self.model), self.known.caller
         targets = measured_targets(model, provenance.plan)
+        example = self.known.scan.example
+        single, sizes = of_single_images(model.eval(), provenance.plan), (example, self.image.shape)
+        if have_as_many(original_of(self.owner), model, single, caller, sizes) is False:
+            raise NotTiledError(
+                "NF409",
+                several(self.image.shape, example),
+                where=self.known.scan.model,
+            )
         try:
             if (
                 self.engine != "tiles"
@@ -531,7 +540,7 @@ def _held(model: nn.Module, image: Tensor, caller: Caller) -> nn.Module:
     Raises:
         NormfixError: NF409 if it does not compute what the network computes once they are.
     """
-    same = scanned_of(model, caller)
+    same = scanned_of(model, caller, image.shape)
     known = _PLANNED.get(model)
     if known is None or same is None or known.of != (same, image.shape):
         base = base_of(model, image, caller)
@@ -542,14 +551,17 @@ def _held(model: nn.Module, image: Tensor, caller: Caller) -> nn.Module:
     else:
         scan, plan = known.scan, known.plan
         base = base_of(model, image, caller, example=middle(image, known.extents))
+    held = rewrite_(base.copy(), plan).eval()
     part = half_of(base.example)
+    single = of_single_images(held, plan)
+    if not have_as_many(original_of(model), held, single, base.caller, (part.shape, image.shape)):
+        part = base.example
     try:
         frozen = _require_identity(base, scan, plan, part)
     except refusals():
         if part.shape == base.example.shape:
             raise
         frozen = _require_identity(base, scan, plan, base.example)  # more of it decides
-    held = rewrite_(base.copy(), plan).eval()
     with torch.no_grad():  # what is captured and proved of it divides by them, so zeros and ones will not do
         for target, theirs in zip(measured_targets(held, plan), measured_targets(frozen, plan), strict=True):
             target.module.load_state_dict(theirs.module.state_dict())

@@ -15,6 +15,7 @@ from normfix.conversion.conformity import moved, stored_moments
 from normfix.conversion.flatness import all_empty, flat_before, judged
 from normfix.conversion.masks import Mask
 from normfix.conversion.measurement import measure_
+from normfix.conversion.multiplicity import have_as_many, of_single_images, several
 from normfix.conversion.results import Calibration
 from normfix.conversion.sampling import Sample
 from normfix.conversion.targets import NormTarget, Target, planned_targets
@@ -25,7 +26,8 @@ from normfix.layers import FrozenStatistic, HeldTokens
 from normfix.layers.moments import Moments
 from normfix.networks.calling import Caller
 from normfix.networks.copying import copy_of, twin_of
-from normfix.networks.provenance import provenance_of, rescale_
+from normfix.networks.provenance import outdate_, provenance_of, rescale_
+from normfix.networks.responses import is_as_known
 from normfix.networks.surroundings import undisturbed
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.progress import Progress, logged
@@ -104,7 +106,8 @@ def calibrate(
     Raises:
         NormfixError: NF302 if the network has live statistics, or none at all; NF301 and codes of the images; NF326
             to NF332 of the store; NF333 to NF336 of the cluster; NF137, NF138 and NF139 of the masks; NF140 of
-            the sample; NF231 for a statistic without spread.
+            the sample; NF231 for a statistic without spread; NF409 for an image with several of a statistic of which
+            the network was converted with one.
     """
     measured = _measured(
         model,
@@ -144,7 +147,10 @@ def calibrate_(
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """What was measured in a twin of a network, its call, a part of the first image, and the scaling of files."""
+    """What was measured in a twin of a network, its call, a part of the first image, and the scaling of files.
+
+    `is_known` tells whether the network was, before, what it was when its geometry was measured.
+    """
 
     twin: nn.Module
     summary: CalibrationSummary
@@ -152,6 +158,7 @@ class _Measured:
     caller: Caller
     image: Tensor
     scaling: Scaling | None
+    is_known: bool
 
     def take_over_(self, model: nn.Module) -> None:
         """Write the statistics into a network's own layers, and what depends on them into what travels with it."""
@@ -168,6 +175,10 @@ class _Measured:
         if self.scaling is not None:
             rescale_(model, self.scaling)
         renew_(model, self.image, self.caller)
+        # under the new statistics it gives something else, which is remembered: of the old ones nothing tells any more
+        known = provenance_of(model)
+        if known is not None and not (self.is_known and is_as_known(model, self.caller, known.scan.example)):
+            outdate_(model)
 
 
 def _measured(
@@ -191,6 +202,7 @@ def _measured(
     caller = Caller.of(known, forward_fn, output)
     taken = images_of(images, model, like=known.scan.example if known else None, caller=caller)
     geometry = geometry_of(known.scan) if known is not None else None
+    is_known = known is None or is_as_known(original, caller, known.scan.example)
     for finding in extension(next(iter(taken)).shape[2:], geometry):
         _LOG.warning(finding.line)
     targets: Sequence[Target]
@@ -229,6 +241,11 @@ def _measured(
         statistics=WHOLE if known is None else known.statistics,
         progress=progress,
     )
+    if known is not None:
+        single = of_single_images(model.eval(), known.plan)
+        for shape in dict.fromkeys(summary.images):
+            if have_as_many(original, model, single, caller, (known.scan.example, shape)) is False:
+                raise NormfixError("NF409", several(shape, known.scan.example), where=known.scan.model)
     first = taken.excerpt()[:1]
     judgement = judged(
         model,
@@ -246,7 +263,7 @@ def _measured(
         _LOG.warning(finding.line)
     judgement = replace(judgement, findings=(*judgement.findings, *unlike))
     scaling = images.scaling if isinstance(images, ImageFiles) else None
-    return _Measured(model, judgement, targets, caller, first, scaling)
+    return _Measured(model, judgement, targets, caller, first, scaling, is_known)
 
 
 def _is_trained(known: Provenance | None, site: str) -> bool:

@@ -7,11 +7,14 @@ from pathlib import Path
 import click
 
 from normfix.cli.answers import Shown
+from normfix.cli.outputs import is_image, output, tell
 from normfix.cli.showing import format_option, show
 from normfix.errors import NormfixError
 from normfix.images.drafts import require_unnamed
 
 __all__ = ["demo_command"]
+
+_IMAGE = "Fluorescent nuclei, 512 x 512, uint8."
 
 
 @click.command("demo")
@@ -32,8 +35,9 @@ def demo_command(out: str, image: str | None, format_: str) -> int:
     from normfix.cli.showing import note, steps
 
     if image is not None:
-        _write_image(Path(image))
-        note(f"Wrote {image}: fluorescent nuclei, 512 x 512, uint8.")
+        _write_image(image)
+        if format_ == "json":
+            show(Shown(passed=True, page="", text=f"{image}: {_IMAGE}"), "", format_)
         return 0
     require_unnamed(Path(out))
     from normfix.demo import run_demo
@@ -45,7 +49,7 @@ def demo_command(out: str, image: str | None, format_: str) -> int:
     return 0 if result.passed else 1
 
 
-def _write_image(target: Path) -> None:
+def _write_image(image: str) -> None:
     """Write the upper left of mahotas' picture of nuclei as a PNG file.
 
     Raises:
@@ -57,11 +61,13 @@ def _write_image(target: Path) -> None:
     from normfix.demo.data import nuclei_image
     from normfix.images.drafts import drafting
 
+    target = Path(image)
     if target.suffix.lower() != ".png":
         raise NormfixError("NF114", "give a name that ends in .png.", where=str(target))
     try:
         pixels = np.ascontiguousarray(nuclei_image()[:512, :512])
     except ImportError as error:
         raise NormfixError("NF117", str(error), where="normfix demo --image") from error
-    with drafting(target) as draft:
+    with output(image, is_image) as place, drafting(place.path) as draft:
         iio.imwrite(draft, pixels, extension=".png")
+    tell(place, f" {_IMAGE}")

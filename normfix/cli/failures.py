@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def each(
 def _unforeseen(error: BaseException) -> NormfixError:
     """Return the error for what the system refused, or normfix did wrong, where nobody expected it."""
     shows = "`normfix --debug COMMAND ...` shows where"
-    if isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, OSError) and error.errno not in (None, errno.ENOMEM):
         return NormfixError(
             "NF337",
             f"the system refused: {' '.join((error.strerror or str(error)).split())[:300]}. No output is half "
@@ -53,4 +54,18 @@ def _unforeseen(error: BaseException) -> NormfixError:
             where="" if error.filename is None else str(error.filename),
         )
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if _is_out_of_memory(error):
+        return NormfixError(
+            "NF250",
+            f"memory ran out ({reason.removesuffix(': ')}). No output is half written. Free memory or raise its limit, "
+            f"give a smaller --tile, or read images by window (--engine stages with --budget); {shows}.",
+        )
     return NormfixError("NF901", f"{reason}. Nothing was written; {shows}.")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    from normfix.networks.calling import is_out_of_memory
+
+    return is_out_of_memory(error)

@@ -7,7 +7,7 @@ masks.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,7 @@ def masked(images: Sequence[Image], mask: Mask | Sequence[Mask], opened: ExitSta
         NormfixError: NF137 for another number of masks or other extents than the images', NF138 for an image that
             is ignored altogether, NF101 for a file that cannot be read.
     """
-    single = isinstance(mask, Tensor | np.ndarray | Path | str) or hasattr(mask, "padded")
-    masks: Sequence[Any] = [mask] if single else list(mask)  # type: ignore[arg-type]
+    masks = [_taken(one, number) for number, one in enumerate(_listed(mask))]
     if len(masks) != len(images):
         raise NormfixError(
             "NF137",
@@ -58,8 +57,8 @@ def masked(images: Sequence[Image], mask: Mask | Sequence[Mask], opened: ExitSta
         if source.shape != (1, 1, *image.shape[2:]) or image.shape[0] != 1:
             raise NormfixError(
                 "NF137",
-                f"the mask is {source.shape[2:]} and its image {image.shape} (N, C, *space). A mask has the extents of "
-                "one image, without channels.",
+                f"the mask is {tuple(source.shape)} and its image {tuple(image.shape)} (N, C, *space). A mask has the "
+                "extents of one image, without channels.",
                 where=where,
             )
         both = Masked(image, source)
@@ -71,6 +70,35 @@ def masked(images: Sequence[Image], mask: Mask | Sequence[Mask], opened: ExitSta
             )
         found.append(both)
     return found
+
+
+def _listed(mask: Mask | Sequence[Mask]) -> list[Any]:
+    """Return masks as a list of them; what is no collection is one."""
+    single = isinstance(mask, Tensor | Path | str) or hasattr(mask, "padded") or _is_array(mask)
+    return [mask] if single or not isinstance(mask, Iterable) else list(mask)
+
+
+def _taken(mask: Any, number: int) -> Mask:
+    """Return a mask as a tensor of truth values, or as the name or window that it is."""
+    if isinstance(mask, Path | str) or hasattr(mask, "padded"):
+        return mask  # type: ignore[no-any-return]
+    if isinstance(mask, Tensor):
+        return (mask.to_dense() if mask.layout != torch.strided else mask) != 0
+    if _is_array(mask):
+        array = np.asarray(mask)
+        if array.dtype.kind in "buifcO":
+            return torch.as_tensor(np.asarray(array != 0, dtype=bool))
+    raise NormfixError(
+        "NF137",
+        f"a mask is a tensor, an array of numbers or a file, not {type(mask).__name__}; of an image without one give "
+        "a mask of zeros.",
+        where=f"mask {number}",
+    )
+
+
+def _is_array(mask: object) -> bool:
+    """Tell whether it is an array of numpy, zarr, h5py, dask or the like."""
+    return all(hasattr(mask, name) for name in ("shape", "dtype", "__array__"))
 
 
 def open_mask(path: Path, ndim: int, axes: str | None = None) -> ScaledImage:
@@ -119,9 +147,8 @@ def _source(mask: Mask, ndim: int, opened: ExitStack) -> Image:
     """Return a mask as (1, 1, *space) to be read by window."""
     if isinstance(mask, Path | str):
         return opened.enter_context(open_mask(Path(mask), ndim))
-    if isinstance(mask, Tensor | np.ndarray):
-        ignored = torch.as_tensor(np.asarray(mask) != 0) if isinstance(mask, np.ndarray) else mask != 0
-        space = ignored.shape[max(0, ignored.dim() - ndim) :]
-        fits = len(space) == ndim and math.prod(space) == ignored.numel()
-        return TensorImage(ignored.reshape(1, 1, *space) if fits else ignored)
-    return mask
+    if isinstance(mask, Tensor):
+        space = mask.shape[max(0, mask.dim() - ndim) :]
+        fits = len(space) == ndim and math.prod(space) == mask.numel()
+        return TensorImage(mask.reshape(1, 1, *space) if fits else mask)
+    return mask  # type: ignore[return-value]

@@ -81,7 +81,7 @@ def measure_sampled_(
         NormfixError: NF140 for a tolerance that is none or a network without halo, NF139 for a statistic that a
             sample says nothing of.
     """
-    if geometry is None or not 0 < sample.tolerance < math.inf:
+    if geometry is None or not _is_tolerance(sample.tolerance):
         raise NormfixError(
             "NF140",
             "blocks can be drawn only from the image of a converted network whose halo is known."
@@ -89,7 +89,7 @@ def measure_sampled_(
             else "give the largest standard error to stop at, in sd, such as 0.01.",
             where=f"sample={sample.tolerance!r}",
         )
-    if not -(1 << 63) <= sample.seed < 1 << 63:
+    if type(sample.seed) is not int or not -(1 << 63) <= sample.seed < 1 << 63:
         raise NormfixError(
             "NF140", "a seed is an integer of 64 bits, such as 0.", where=f"seed={str(sample.seed)[:80]}"
         )
@@ -122,6 +122,10 @@ def measure_sampled_(
         blocks=count, of=len(population), tolerance=sample.tolerance, error=worst, seed=sample.seed
     )
     return replace(summary, images=tuple(image.shape for image in images), sample=drawn)
+
+
+def _is_tolerance(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _blocks(images: Sequence[Image], tile: Sequence[int], geometry: Geometry) -> list[Masked]:

@@ -47,6 +47,9 @@ _PATIENCE = 5.0
 _UUID = re.compile(rb"urn:uuid:[0-9a-f-]{36}")
 _TAKEN = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)
 """What renaming says where something has the name."""
+_OTHER = "it exists and is not what this command makes"
+_NO_SUCH_CALL = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+"""What a file system says that takes no room in advance."""
 
 _LOG = logging.getLogger("normfix")
 
@@ -86,10 +89,13 @@ def drafting(target: Path) -> Iterator[Path]:
     """
     sweep(target.parent)
     _require_possible(target)
+    existed = os.path.lexists(target)
     with _holder(target) as inside:
         draft = inside / target.name
         yield draft
-        _appear(draft, target, "another run or program gave it this name in the meantime")
+        _appear(
+            draft, target, _OTHER if existed else "another run or program gave it this name in the meantime"
+        )
 
 
 @contextmanager
@@ -116,7 +122,7 @@ def naming(target: Path) -> Iterator[Naming]:
             return
         place.again = _same(place.path, target)
         if not place.again:
-            _appear(place.path, target, "it exists and is not what this command makes")
+            _appear(place.path, target, _OTHER)
 
 
 def require_unnamed(target: Path) -> None:
@@ -144,7 +150,11 @@ def reserve(path: Path) -> None:
     """Take a mapped file's room now: on a disk that fills up later, writing to it would end the process."""
     if path.is_file() and hasattr(os, "posix_fallocate"):
         with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            try:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            except OSError as error:
+                if error.errno not in _NO_SUCH_CALL:
+                    raise
 
 
 def sweep(folder: Path) -> None:
@@ -261,8 +271,10 @@ def _made(parent: Path) -> tuple[Path, IO[str]]:
 
 
 def _remove(holder: Path) -> None:
-    """Delete a draft; its lock file goes last, so that half of it is known for what it is."""
+    """Delete a draft; its lock file goes last, so that half of it is known for what it is and swept."""
     shutil.rmtree(holder / _INSIDE, ignore_errors=True)
+    if os.path.lexists(holder / _INSIDE):
+        return
     with suppress(OSError):
         (holder / _LOCK).unlink()
     with suppress(OSError):

@@ -20,6 +20,7 @@ from normfix.networks.calling import home_of
 from normfix.networks.intake import Intake
 from normfix.networks.provenance import declared_scaling, provenance_of
 from normfix.records.saved import Scaling
+from normfix.records.scalings import parse_scaling
 
 __all__ = ["Opener", "open_image", "scaling_of"]
 
@@ -31,7 +32,7 @@ def open_image(
     axes: str | None = None,
     level: int = 0,
     series: str | None = None,
-    scaling: Scaling | None = None,
+    scaling: Scaling | str | None = None,
     channels: Sequence[int] = (),
 ) -> ScaledImage:
     """Open an image to be read by window, scaled over all of it, for a model.
@@ -42,7 +43,7 @@ def open_image(
         axes: one letter per array axis, C for channels, Z Y X for space.
         level: of a pyramid, 0 is the finest.
         series: name or number of the image, where a file holds several.
-        scaling: default: what travels with the model.
+        scaling: such as "unit", "zscore" or "percentile:1,99.8"; default: what travels with the model.
         channels: numbers of those to take, in this order; default: all.
 
     Raises:
@@ -55,7 +56,8 @@ def open_image(
         (1, 1, 300, 200)
     """
     part = Part(channels=tuple(channels))
-    return Opener(model, axes=axes, level=level, series=series, scaling=scaling, part=part).open(image)
+    stated = parse_scaling(scaling) if isinstance(scaling, str) else scaling
+    return Opener(model, axes=axes, level=level, series=series, scaling=stated, part=part).open(image)
 
 
 def scaling_of(model: nn.Module) -> Scaling | None:

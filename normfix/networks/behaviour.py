@@ -199,7 +199,7 @@ class _Picture:
                 return [value.func, value.args, value.keywords]
             case SimpleNamespace():
                 return [vars(value)]
-        if hasattr(value, "__array_interface__"):
+        if hasattr(type(value), "__array_interface__"):
             return [value.shape, str(value.dtype), value.tobytes()]
         if getattr(getattr(type(value), "__dataclass_params__", None), "frozen", False):
             return [getattr(value, field.name) for field in fields(value)]

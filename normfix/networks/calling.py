@@ -37,6 +37,7 @@ __all__ = [
     "failures",
     "home_of",
     "is_halved",
+    "is_out_of_memory",
     "once_each",
     "refusals",
     "require_network",
@@ -63,6 +64,14 @@ class Unreached(NormfixError):  # noqa: N818 - what happened, as its siblings ar
 
 class OutOfMemory(NormfixError):  # noqa: N818 - what happened, as its siblings are named
     """The machine, not the network, refused an input."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory ran out, of the machine or of a device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError | OutOfMemory):
+        return True
+    # torch's allocator on the CPU has no class for it, only these words
+    return type(error) is RuntimeError and "DefaultCPUAllocator: " in str(error)
 
 
 _STOPS = (TimeoutError, MemoryError, torch.OutOfMemoryError, OutOfMemory)
@@ -148,7 +157,7 @@ class Caller:
         """Return the output tensor for an image (N, C, *space).
 
         Raises:
-            NormfixError: NF109 if the network fails on the image, NF110 if `output` does not lead to a tensor.
+            NormfixError: NF109 if the network fails on the image, NF110 if `output` leads to no tensor of real numbers.
             OutOfMemory: NF250 if memory runs out.
         """
         return self.pick(self.everything(model, image))
@@ -175,13 +184,10 @@ class Caller:
         except NormfixError:
             raise
         except (MemoryError, torch.OutOfMemoryError) as error:
-            raise OutOfMemory(
-                "NF250",
-                f"memory ran out on an input of shape {_shape(image)}{_layer(model, error)}: {reason_of(error)}. "
-                "Give a smaller --input or image, or compute on another device.",
-                where=type(model).__name__,
-            ) from error
+            raise _out_of_memory(model, image, error) from error
         except failures() as error:
+            if is_out_of_memory(error):
+                raise _out_of_memory(model, image, error) from error
             if _is_control_flow(error):
                 raise ControlFlow(
                     "NF575",
@@ -233,6 +239,12 @@ class Caller:
                 raise self._not_found(result) from error
         if not isinstance(found, Tensor):
             raise self._not_found(result)
+        if found.is_complex():
+            raise NormfixError(
+                "NF110",
+                "the output that counts is complex, and predictions are real numbers. Give its parts as channels, in "
+                "Python: forward_fn=lambda net, image: torch.view_as_real(net(image)).movedim(-1, 1).flatten(1, 2).",
+            )
         return found
 
     def _way_on(self, model: nn.Module, error: Exception) -> str:
@@ -287,6 +299,15 @@ def _reference(function: Callable[..., Any] | None) -> object:
         return (WeakMethod if isinstance(function, MethodType) else ref)(function)
     except TypeError:
         return object()
+
+
+def _out_of_memory(model: nn.Module, image: Tensor, error: BaseException) -> OutOfMemory:
+    return OutOfMemory(
+        "NF250",
+        f"memory ran out on an input of shape {_shape(image)}{_layer(model, error)}: {reason_of(error)}. "
+        "Give a smaller --input or image, or compute on another device.",
+        where=type(model).__name__,
+    )
 
 
 def _is_control_flow(error: BaseException) -> bool:

@@ -24,6 +24,7 @@ __all__ = [
     "is_current",
     "keep_in_",
     "kept_in",
+    "outdate_",
     "provenance_of",
     "rescale_",
 ]
@@ -40,6 +41,12 @@ def attach_(model: nn.Module, provenance: Provenance) -> None:
 def is_current(model: nn.Module) -> bool:
     """Tell whether the model has the modules, attributes and hooks it was converted with; weights may have changed."""
     return model.__dict__.get(_STRUCTURE) == structure_of(model)
+
+
+def outdate_(model: nn.Module) -> None:
+    """Say in place that the network is set otherwise than when it was converted: its geometry no longer counts."""
+    if _STRUCTURE in model.__dict__:
+        model.__dict__[_STRUCTURE] = None
 
 
 def provenance_of(model: nn.Module) -> Provenance | None:

@@ -7,6 +7,7 @@ Values are looked at if they are plain: numbers, texts, arrays, tensors, and wha
 from __future__ import annotations
 
 import dis
+import inspect
 import os
 import sys
 import sysconfig
@@ -81,7 +82,9 @@ def _valued(
         if id(value) not in seen and (value.__module__ == home or _is_own(value.__module__)):
             seen.add(id(value))
             yield name, value
-    elif isinstance(getattr(value, "__wrapped__", None), FunctionType):  # that caches what it gave
+    elif isinstance(
+        inspect.getattr_static(value, "__wrapped__", None), FunctionType
+    ):  # that caches what it gave
         yield from _valued(name, value.__wrapped__, home, reads, seen)  # type: ignore[attr-defined]
     elif isinstance(value, Tensor) or (_is_plain(value) and not (reads.changes and is_mutable(value))):
         yield name, value

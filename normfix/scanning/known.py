@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,6 +18,7 @@ from normfix.networks.copying import original_of
 from normfix.networks.graph.program import require_free
 from normfix.networks.intake import is_lazy
 from normfix.networks.provenance import is_current, provenance_of
+from normfix.networks.responses import is_as_known, response_of
 from normfix.records.extents import WIDEST
 from normfix.records.sites import Scan
 from normfix.scanning.base import base_of
@@ -46,9 +47,11 @@ def known_of(
     require_free(model)
     known = provenance_of(model)
     if known is not None and is_current(model) and output in (None, known.output, _as_index(known.output)):
-        left = tuple(d.site.id for d in known.plan.left_live)
-        layers = tuple(d.target for d in known.plan.converted)
-        return Known(Caller.of(known, forward_fn), known.scan, left, layers)
+        caller = Caller.of(known, forward_fn)
+        if is_as_known(model, caller, known.scan.example):
+            left = tuple(d.site.id for d in known.plan.left_live)
+            layers = tuple(d.target for d in known.plan.converted)
+            return Known(caller, known.scan, left, layers)
     caller = Caller.of(known, forward_fn, output)
     return _scanned(model, images_of(image, model, caller=caller).excerpt(), caller)
 
@@ -60,7 +63,7 @@ _LAST: WeakKeyDictionary[nn.Module, tuple[object, Known]] = WeakKeyDictionary()
 def _scanned(model: nn.Module, image: Tensor, caller: Caller) -> Known:
     """Scan a network, or recall the last scan: of the same modules, values and image, so that nothing can differ."""
     owner = original_of(model)
-    same = scanned_of(owner, caller)
+    same = scanned_of(owner, caller, image.shape)
     key = None if same is None else (same, image.shape, digest_of_tensor(image))
     last = _LAST.get(owner)
     if last is None or key is None or last[0] != key:
@@ -73,8 +76,13 @@ def _scanned(model: nn.Module, image: Tensor, caller: Caller) -> Known:
     return last[1]
 
 
-def scanned_of(model: nn.Module, caller: Caller) -> object:
+def scanned_of(model: nn.Module, caller: Caller, shape: Sequence[int]) -> object:
     """Return what compares equal as long as a network has the modules and values that it was scanned with.
+
+    Args:
+        model: a network.
+        caller: calls it.
+        shape: (N, C, *space) of an image that it takes.
 
     Returns:
         None where no scan is to be kept: nothing shows all that the network or a function of the caller's reads.
@@ -82,7 +90,9 @@ def scanned_of(model: nn.Module, caller: Caller) -> object:
     if is_lazy(model) or caller.forward_fn is not None:
         return None
     behaviour = open_behaviour_of(model)
-    return None if behaviour is None else (behaviour, state_of(model), caller)
+    return (
+        None if behaviour is None else (behaviour, state_of(model), caller, response_of(model, caller, shape))
+    )
 
 
 def _as_index(output: str | None) -> int | None:

@@ -100,5 +100,6 @@ def probed(model: nn.Module, caller: Caller, shape: tuple[int, ...], seed: int, 
 
 def _samples(output: Tensor) -> tuple[float, ...]:
     flat = output.double().flatten()
-    places = torch.linspace(0, len(flat) - 1, _SAMPLES).long()
+    # in float32 whatever the default is, as folders were written, which rounds up beyond 2**24
+    places = torch.linspace(0, len(flat) - 1, _SAMPLES, dtype=torch.float32).long().clamp(max=len(flat) - 1)
     return tuple(float(v) for v in flat[places])

@@ -52,12 +52,12 @@ def image():
 def test_convert_runs_and_copies_little(network, image):
     """To scan, calibrate and prove four layers on a small image: 9 of the runs are tiles, 9 strips of the geometry.
 
-    The copies are the original, the result, one in which all is frozen, that in float64, and that for the graph, which
-    tells its reach and the sizes that it holds for.
+    The copies are the original, the result, one in which all is frozen, that in float64, that for the graph, which
+    tells its reach and the sizes that it holds for, and the one that tells what the result gives, to be known again.
     """
     assert normfix.convert(network, image).proof.passed
-    assert RUNS.total() <= 40
-    assert COPIES.total() <= 5
+    assert RUNS.total() <= 41
+    assert COPIES.total() <= 6
 
 
 def test_scan_runs_little(network, image):
@@ -124,7 +124,7 @@ class Sized(nn.Module):
     def forward(self, x):
         if x.shape[-1] < self.least:
             raise ValueError("too narrow")
-        if type(x.shape[-1]) is int:  # while it is captured it is a symbol
+        if type(x.shape[-1]) is int and type(x) is torch.Tensor:  # while it is captured it is a symbol
             RUNS[min(x.shape[2:])] += 1
         return self.layers(x)
 

@@ -619,6 +619,33 @@ def test_what_the_system_refuses_is_said_in_its_words(run, monkeypatch):
     assert (done.code, "NF337 /tmp/somewhere: the system refused: No space left" in done.err) == (2, True)
 
 
+def test_the_demo_s_image_has_a_record(run, monkeypatch, tmp_path):
+    """As each command with --format json, it prints one document."""
+    monkeypatch.setattr("normfix.demo.data.nuclei_image", lambda: np.zeros((600, 600), np.uint8))
+    for said in ("Wrote", "Done before"):
+        done = run("demo", "--image", tmp_path / "n.png", "--format", "json")
+        assert json.loads(done.out)["passed"]
+        assert said in done.err
+    monkeypatch.setattr("normfix.demo.data.nuclei_image", lambda: np.ones((600, 600), np.uint8))
+    assert run("demo", "--image", tmp_path / "n.png").code == 2
+
+
+@pytest.mark.parametrize("of", ["python", "numpy", "torch", "system"])
+def test_memory_that_runs_out_is_no_fault_of_ours(run, monkeypatch, of):
+    """Whoever asked for it, it is NF250 with what to do; torch's allocator on the CPU has no class for it."""
+
+    def empty(*args, **options):
+        if of == "python":
+            raise MemoryError
+        if of == "system":
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return np.empty(1 << 60, "uint8") if of == "numpy" else torch.empty(1 << 60)
+
+    monkeypatch.setattr("normfix.scanning.scan.scan", empty)
+    done = run("scan", ARCH, "--input", "1x1x64x64")
+    assert (done.code, done.err[:5], "No output is half written" in done.err) == (2, "NF250", True)
+
+
 def test_stopping_exits_130(run, monkeypatch):
     """Ctrl-C is no failure of normfix's, and leaves no traceback."""
 

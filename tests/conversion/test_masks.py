@@ -152,8 +152,11 @@ def test_a_hand_written_mean_is_masked_and_a_norm_refused(tile):
         (np.zeros((2, 64, 48)), "NF137"),
         ([np.zeros((64, 48))] * 2, "NF137"),
         (np.indices((64, 48)).sum(0) % 4 == 0, "NF138"),
+        ([None], "NF137"),
+        (True, "NF137"),
+        (np.full((64, 48), "x"), "NF137"),
     ],
-    ids=["all", "turned", "channels", "two", "scattered"],
+    ids=["all", "turned", "channels", "two", "scattered", "none", "number", "words"],
 )
 def test_masks_that_do_not_fit_are_refused(converted, mask, code):
     """A mask of everything, of other extents or number, or of a pixel in every cell is an error with a code."""
@@ -163,6 +166,28 @@ def test_masks_that_do_not_fit_are_refused(converted, mask, code):
             normfix.calibrate_(converted.model, _image(64, 48), tile, mask=mask)
         assert caught.value.code == code
     assert all(torch.equal(converted.model.get_buffer(name), value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("kind", ["sparse", "listing"])
+def test_a_mask_is_one_in_whatever_holds_its_numbers(converted, kind):
+    """A sparse tensor, and an array of another library, ignore what the same numbers of numpy's ignore."""
+
+    class Listing:
+        """As Zarr, h5py and dask have them: shape, dtype, and numpy's way to read it."""
+
+        shape, dtype = (64, 48), np.dtype("uint8")
+
+        def __array__(self, dtype=None, copy=None):
+            return ignored
+
+        def __iter__(self):
+            return iter(ignored)
+
+    ignored = np.zeros((64, 48), np.uint8)
+    ignored[:20] = 1
+    mask = torch.from_numpy(ignored).to_sparse() if kind == "sparse" else Listing()
+    done, expected = (normfix.calibrate(converted.model, _image(64, 48), mask=m) for m in (mask, ignored))
+    assert done.summary.ignored == expected.summary.ignored == (20 * 48,)
 
 
 @pytest.mark.slow

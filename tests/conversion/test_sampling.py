@@ -80,17 +80,18 @@ def test_errors_cover_what_they_should():
     assert (naive / trials < 0.6)[0]
 
 
-@pytest.mark.parametrize("tolerance", [0.0, float("nan"), -1.0])
+@pytest.mark.parametrize("tolerance", [0.0, float("nan"), -1.0, "x"])
 def test_a_tolerance_is_a_positive_number(converted, tolerance):
     """Anything else is refused."""
     with pytest.raises(NormfixError, match="NF140"):
         normfix.calibrate(converted, _image(64, 48), sample=tolerance)
 
 
-def test_a_seed_has_64_bits(converted):
+@pytest.mark.parametrize("seed", [10**30, 1.5, True, None])
+def test_a_seed_is_a_whole_number_of_64_bits(converted, seed):
     """torch takes no other."""
-    with pytest.raises(NormfixError, match="NF140 seed=1000"):
-        normfix.calibrate(converted, _image(64, 48), sample=0.1, seed=10**30)
+    with pytest.raises(NormfixError, match=f"NF140 seed={str(seed)[:4]}"):
+        normfix.calibrate(converted, _image(64, 48), sample=0.1, seed=seed)
 
 
 def test_a_maximum_is_not_estimated():

@@ -4,10 +4,12 @@ import errno
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import pytest
 from normfix.cli.showing import require_reports, write_reports
 from normfix.errors import NormfixError
 from normfix.images.axes import write_image
-from normfix.images.drafts import TakenError, UnwritableError, drafting, naming, sweep
+from normfix.images.drafts import TakenError, UnwritableError, drafting, naming, reserve, sweep
 from normfix.images.files import read_image
 from normfix.images.locks import lock
 from normfix.records.encoding import Record
@@ -231,6 +233,33 @@ def test_a_draft_that_is_dead_and_ours_goes(tmp_path, caplog):
     assert (list(tmp_path.iterdir()), caplog.text) == ([], "")
 
 
+@pytest.mark.parametrize("when", ["writing", "named"])
+def test_a_draft_that_could_not_be_deleted_goes_with_the_next_run(tmp_path, monkeypatch, when):
+    """Where too many files were open to list it, or something within may not be deleted, its lock file stays too."""
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", lambda path, ignore_errors: None)
+        with suppress(ZeroDivisionError), drafting(tmp_path / "first") as draft:
+            draft.mkdir()
+            if when == "writing":
+                raise ZeroDivisionError
+    assert len(_drafts(tmp_path)) == 1
+    _file(tmp_path / "second", "2")
+    assert {p.name for p in tmp_path.iterdir()} == {"second", *(["first"] if when == "named" else [])}
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOSPC])
+def test_a_file_system_need_not_take_room_in_advance(tmp_path, monkeypatch, number):
+    """One that knows no such call is written to all the same; one that is full is an error."""
+
+    def refuse(*of):
+        raise OSError(number, os.strerror(number))
+
+    (tmp_path / "map").write_bytes(b"1234")
+    monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
+    with pytest.raises(OSError, match="No space") if number == errno.ENOSPC else nullcontext():
+        reserve(tmp_path / "map")
+
+
 @pytest.mark.parametrize(
     "name", [".normfix-draft-mine", ".out-abcd1234", "normfix-draft-0123456789abcdef", ".keep"]
 )
@@ -251,6 +280,23 @@ def test_a_link_with_a_draft_s_name_leads_nowhere(tmp_path):
     (tmp_path / "out" / ".normfix-draft-0123456789abcdef").symlink_to(tmp_path / "photos")
     sweep(tmp_path / "out")
     assert (tmp_path / "photos" / "lock").exists()
+
+
+def test_what_existed_is_not_blamed_on_another_run(tmp_path):
+    """A file that was there before the work began is said to exist; one that came meanwhile is another run's."""
+    for name, why in (("before", "it exists and is not what"), ("meanwhile", "in the meantime")):
+        target = tmp_path / name
+        if name == "before":
+            target.write_text("mine")
+        with pytest.raises(TakenError, match=why):
+            _file_beside(target)
+
+
+def _file_beside(target):
+    """Write a file whose name something else has by then."""
+    with drafting(target) as draft:
+        draft.write_text("ours")
+        target.write_text("mine")
 
 
 def test_what_was_made_before_is_known_again(tmp_path):

@@ -207,7 +207,10 @@ def test_an_extended_image_is_extended_further():
     """Twice is the sum, in memory and by window: once exact, an image stays what it is."""
     array = np.arange(30, dtype=np.float32).reshape(5, 6)
     net = torch.nn.Conv2d(1, 1, 3)
-    for image in (normfix.open_image(array, net), TensorImage(torch.from_numpy(array)[None, None])):
+    for image in (
+        normfix.open_image(array, net, scaling="0,1"),
+        TensorImage(torch.from_numpy(array)[None, None]),
+    ):
         twice = image.padded((3, 0)).padded((0, 2))
         assert twice.shape == (1, 1, 8, 8)
         assert twice.padded((0, 0)).shape == (1, 1, 8, 8)

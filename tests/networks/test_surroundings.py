@@ -203,8 +203,17 @@ def test_errors_of_a_network_are_named(image, use, error):
     assert type(caught.value.__cause__) is type(error)
 
 
+def _full():
+    """Return what torch raises where the machine's memory does not suffice."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60)
+    return caught.value
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("error", [TimeoutError("late"), MemoryError("full"), torch.OutOfMemoryError("full")])
+@pytest.mark.parametrize(
+    "error", [TimeoutError("late"), MemoryError("full"), torch.OutOfMemoryError("full"), _full()], ids=type
+)
 def test_a_stop_at_one_size_is_no_refusal_of_it(image, error):
     """Time-outs go on as they are and memory is NF250, where the scan would go on without a size it refuses."""
     named = (normfix.NormfixError, "NF250") if not isinstance(error, TimeoutError) else (TimeoutError, "late")

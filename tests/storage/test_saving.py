@@ -228,6 +228,18 @@ def test_a_network_loads_from_a_fresh_base(folder, done):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_network_loads_whatever_the_default_dtype_is(folder, done, dtype):
+    """Where the probe's output is looked at does not depend on it: places in 16 bits lay beyond the end."""
+    torch.set_default_dtype(dtype)
+    try:
+        loaded = normfix.load(folder, model=tiny_unet().float())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(loaded, done.model)
+
+
+@pytest.mark.slow
 def test_a_network_loads_from_an_architecture(folder, done):
     """The folder and a repeated factory give the converted network."""
     assert_same(normfix.load(folder, arch=ARCH), done.model)

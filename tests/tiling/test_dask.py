@@ -2,12 +2,15 @@
 
 import os
 import signal
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from attentive import Attends
 from distributed import KilledWorker, LocalCluster
 from streamed_networks import Squeezed, Tangled
+from torch.nn.functional import scaled_dot_product_attention
 
 import normfix
 from normfix import Blocks
@@ -73,6 +76,18 @@ def test_statistics_that_are_no_norms_travel(cluster, tmp_path):
     expected = _calibrated(squeezed, images)
     there = {"store": tmp_path, "engine": "dask", "scheduler": cluster.scheduler_address}
     _same(_calibrated(squeezed, images, **there), expected)
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_travels(cluster, tmp_path, causal):
+    """Keys and values that are stored, and a mask made pair by pair, are read by workers, to the same bits."""
+    net = Attends(partial(scaled_dot_product_attention, is_causal=causal)).eval()
+    own = {"statistics": "per-image", "engine": "stages"}
+    there = {"store": tmp_path, "engine": "dask", "scheduler": cluster.scheduler_address}
+    expected = normfix.predict(net, _image(2), tile=16, **own)
+    assert torch.equal(normfix.predict(net, _image(2), blocks=Blocks(tile=16, **there), **own), expected)
+    assert not list(tmp_path.iterdir())
 
 
 class Killer:

@@ -42,3 +42,26 @@ def test_the_oldest_is_forgotten(monkeypatch):
     for image in (a, b, a, c, a, b):
         f(image)
     assert len(runs) == 4
+
+
+def test_of_many_images_only_the_like_are_compared(monkeypatch):
+    """Each tile of thousands is held against those that may be equal to it, not against all before it."""
+    compared = []
+    equal = torch.equal
+    monkeypatch.setattr(torch, "equal", lambda a, b: compared.append(1) or equal(a, b))
+    runs, recalling = _counted()
+    images = torch.rand(50, 1, 1, 4, 4)
+    for image in [*images, *images, images[0] + 1]:
+        assert equal(recalling(image), image * 2)
+    assert (len(runs), len(compared)) == (51, 50)
+
+
+def test_images_that_look_alike_at_a_glance_are_told_apart():
+    """One whose sum and corners are another's gets its own answer, as does one with NaN, equal to nothing."""
+    runs, recalling = _counted()
+    one = torch.tensor([[[[1.0, 2.0, 3.0, 4.0]]]])
+    for image in (one, one[..., [0, 2, 1, 3]], one):
+        assert torch.equal(recalling(image), image * 2)
+    for _ in range(2):
+        recalling(one * float("nan"))
+    assert len(runs) == 5

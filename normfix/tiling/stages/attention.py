@@ -146,10 +146,10 @@ class _Product(NamedTuple):
 class _Term(NamedTuple):
     """What scores (*batch, L, K) are changed by: `added`, times a number; `kept` where true; `dropped` where true.
 
-    Scores that are dropped are set to the factor.
+    Scores that are dropped are set to the factor, and so are those that are not `chosen`.
     """
 
-    kind: Literal["added", "kept", "dropped", "causal"]
+    kind: Literal["added", "kept", "chosen", "dropped", "causal"]
     node: Node | None
     factor: float = 1.0
 
@@ -286,6 +286,11 @@ def _changed(node: Node, factor: float) -> tuple[_Term, Node] | None:
         if isinstance(value, int | float) and value * factor <= _NOUGHT:
             return _Term("dropped", mask, value * factor), scores  # type: ignore[arg-type, return-value]
         return None
+    if node.target is _aten.where.ScalarOther:
+        mask, scores, value = node.args
+        if isinstance(value, int | float) and value * factor <= _NOUGHT:
+            return _Term("chosen", mask, value * factor), scores  # type: ignore[arg-type, return-value]
+        return None
     if node.target is not _aten.add.Tensor or node.kwargs or not all(isinstance(n, Node) for n in node.args):
         return None
     a, b = node.args
@@ -311,6 +316,8 @@ def _leads_to_product(node: Node) -> bool:
             _aten.add.Tensor,
             _aten.masked_fill.Scalar,
         )
+        if candidate.target is _aten.where.ScalarOther:
+            pending.append(candidate.args[1])
         if scaled or _keeps(candidate):
             pending += candidate.args[:2]
     return False
@@ -515,7 +522,7 @@ def _floor_of(terms: Sequence[_Term]) -> float:
     """Return what masks set scores to, at most; what is added afterwards may raise them by half."""
     floors = [-math.inf]
     for place, term in enumerate(terms):
-        if term.kind == "dropped":
+        if term.kind in ("dropped", "chosen"):
             raised = any(later.kind == "added" for later in terms[:place])
             floors.append(term.factor / 2 if raised else term.factor)
     return max(floors)

@@ -26,7 +26,10 @@ __all__ = ["Bias", "NotByPairs", "Numbers"]
 _aten = torch.ops.aten
 _SAME = frozenset({"clone", "alias", "contiguous", "detach", "to", "_to_copy", "type_as", "lift_fresh_copy"})
 _LOGICAL = frozenset({"__and__", "__or__", "__xor__", "rsub"})
-"""Work pair by pair, without torch's tag for it in every version."""
+_UNTAGGED = frozenset(
+    {"where", "masked_fill", "floor_divide", "less", "greater", "subtract", "multiply", "divide"}
+)
+"""Work pair by pair, without torch's tag for it in every version or overload."""
 
 _FILLED = frozenset({"full", "ones", "zeros", "new_full", "new_ones", "new_zeros"})
 
@@ -176,7 +179,7 @@ class _Narrowed:
         if not isinstance(target, torch._ops.OpOverload):
             raise NotByPairs(str(target))
         name = name_of(node)
-        if torch.Tag.pointwise in target.tags or name in (*_SAME, *_LOGICAL, "expand"):
+        if torch.Tag.pointwise in target.tags or name in (*_SAME, *_LOGICAL, *_UNTAGGED, "expand"):
             return self._broadcast
         found = getattr(self, f"_{name}", None)
         if name in _FILLED:

@@ -10,7 +10,7 @@ import itertools
 import math
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from normfix.networks.copying import double_of, original_of
 from normfix.networks.examples import EXTENT
 from normfix.networks.provenance import kept_in
 from normfix.records.spans import round_up
+from normfix.tiling.lengths import LARGEST, strips_along
 from normfix.tiling.stages.attention import with_attention
 from normfix.tiling.stages.maps import lattice
 from normfix.tiling.stages.overviews import with_overviews
@@ -75,6 +76,31 @@ class _Capture:
             if all(bool(torch.isfinite(theirs).all()) for _, theirs in pairs):
                 return agree(pairs) or _agree_in_double(body, model, caller, sites, example)
         return computes(body, model, run, _noise_like(example))
+
+    def agrees(self, model: nn.Module, caller: Caller, sites: tuple[str, ...], example: Tensor) -> bool:
+        """Tell whether the program computes what the model does beyond the conditions that it was captured under."""
+        self.program.refresh_(model)
+        body, run = self.program.body, marked(caller, sites)
+        return computes(body, model, run, example, guarded=False) or _agree_in_double(
+            body, model, caller, sites, example
+        )
+
+
+def _speaks_for(program: Program, image: Image, agrees: Callable[[Tensor], bool]) -> bool:
+    """Tell whether a program is the network at an image's size: within its conditions, or where it computes the same.
+
+    Beyond them it is compared on the image, or on strips as long that are beyond them too.
+    """
+    size = (1, *image.shape[1:])
+    if program.takes(size):
+        return True
+    space = size[2:]
+    thin = [min(n, EXTENT[len(space)]) for n in space]
+    parts = [space] if math.prod(space) <= LARGEST else strips_along(space, thin)
+    beyond = [part for part in parts if not program.takes((1, size[1], *part))]
+    found = bool(beyond) and all(agrees(image.read([(0, n) for n in part])[:1].clone()) for part in beyond)
+    program.taken[size] = found
+    return found
 
 
 _KEPT = 2
@@ -125,9 +151,14 @@ def program_of(
     known = _borrowed(owner, key)
     try:
         # a smaller part may be none for the program: more of it decides
-        if known is not None and not any(
-            known.still_holds(model, caller, sites, part(extents))
-            for extents in dict.fromkeys((small, large))
+        if known is not None and not (
+            known.program.takes(
+                (1, image.shape[1], *large)
+            )  # a branch by size, which the smaller part cannot tell
+            and any(
+                known.still_holds(model, caller, sites, part(extents))
+                for extents in dict.fromkeys((small, large))
+            )
         ):
             _give_back(owner, known, keep=False)
             known = None
@@ -135,6 +166,13 @@ def program_of(
             example = part(large)
             known = _Capture(key, _captured(model, caller, _telling(model, caller, example), sites))
             known.lock.acquire()
+        if not _speaks_for(known.program, image, lambda x: known.agrees(model, caller, sites, x)):
+            raise NotInStages(
+                "NF321",
+                "it was captured on another side of a branch by size than an image of "
+                f"{'x'.join(map(str, image.shape[2:]))} pixels is on, and nothing shows that both compute the same.",
+                where=type(owner).__name__,
+            )
         yield known.program
     finally:
         if known is not None:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from normfix.layers.affine import normalise, normalise_rectified
@@ -291,10 +293,10 @@ def _stage(
     order = [n for n in program.body.graph.nodes if n in inside]
     for node in order:
         copies[node] = copy = graph.node_copy(node, lambda n: copies[n])
-        if copy.target is ATTEND:
-            copy.target = attend_to_stored
-        if copy.target is ATTEND_BIASED:
-            copy.target = attend_to_stored_biased
+        if copy.target in _STORED:
+            copy.target = _STORED[copy.target]
+            # a worker that a graph is sent to traces its code, and is not to look into this call
+            copy.meta["is_wrapped"] = True
     graph.output(tuple(copies[n] for n in gives))
     reuse_(graph)
     if program.device.type != "cpu":
@@ -338,6 +340,9 @@ def _multiply_(graph: Graph) -> None:
 
 _RECTIFIED = (torch.ops.aten.relu.default, torch.ops.aten.relu_.default)
 
+
+_STORED: dict[Any, Callable[..., Tensor]] = {ATTEND: attend_to_stored, ATTEND_BIASED: attend_to_stored_biased}
+"""What an attention is in a stage: keys and values are read band by band."""
 
 _BATCH_NORM = 9
 """Arguments of aten.batch_norm."""

@@ -127,6 +127,8 @@ _TRIAL = "trial"
 
 def _seconds_per_pixel(stage: Stage, run: Run) -> float | None:
     """Time a stage on a window that is small but has its shape; None if it does not run on such a window."""
+    if stage.whole or stage.biases:  # its keys are those of the whole image, whatever the window
+        return None
     maps, grid = run.schedule.maps.maps, run.schedule.reaches[stage.number].grid
     window = _window(run.extents[stage.number], grid, run.images[0].shape[2:])
 

@@ -104,6 +104,8 @@ class Program:
     stretches: dict[Node, Stretch] = field(default_factory=dict)
     known: dict[tuple[int, ...], Shapes] = field(default_factory=dict, compare=False, repr=False)
     """Shapes by the size of the image: finding them takes as long as a pass."""
+    taken: dict[tuple[int, ...], bool] = field(default_factory=dict, compare=False, repr=False)
+    """Whether the conditions of the capture hold, by the size of the image."""
 
     @property
     def device(self) -> torch.device:
@@ -121,6 +123,29 @@ class Program:
         if size not in self.known:
             self.known[size] = self._shapes(size)
         return self.known[size]
+
+    def takes(self, size: Sequence[int]) -> bool:
+        """Tell whether an image of this shape is within the conditions that the network was captured under."""
+        size = tuple(size)
+        if size not in self.taken:
+            self.taken[size] = self._takes(size)
+        return self.taken[size]
+
+    def _takes(self, size: tuple[int, ...]) -> bool:
+        # where torch keeps conditions in a module of their own nothing else need run
+        nodes = [n for n in self.body.graph.nodes if n.op == "call_module"]
+        alone = bool(nodes) and all(n.all_input_nodes == [self.image] for n in nodes)
+        conditions = [self.body.get_submodule(str(n.target)) for n in nodes] if alone else [self.body]
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, silence(), torch.no_grad():
+            image = mode.from_tensor(
+                torch.empty(size, dtype=self.image.meta["val"].dtype, device=self.device)
+            )
+            try:
+                for condition in conditions:
+                    condition(image)
+            except failures():
+                return False
+        return True
 
     def _shapes(self, size: tuple[int, ...]) -> Shapes:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, silence():

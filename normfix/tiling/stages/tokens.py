@@ -1,11 +1,13 @@
 """Attention to keys that are stored: exact, in bounded memory, block of keys by block of keys.
 
-softmax(q k^T s) v over all keys is put together from blocks of them: each gives its own attention and the logarithm of
-its sum of exponentials, and these merge as (Milakov and Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135)
+softmax(q k^T s) v over all keys is put together from blocks of them: each gives its own attention o, its largest
+score m and the sum t of exponentials of its scores less m. These merge as (Milakov and Gimelshein, arXiv 1805.02867;
+Dao et al., arXiv 2205.14135)
 
-    l = log(sum_b exp(l_b))        o = sum_b exp(l_b - l) o_b
+    m = max_b m_b        t = sum_b exp(m_b - m) t_b        o = sum_b exp(m_b - m) t_b / t  o_b
 
-The weights of the blocks and the sum are float64, so that the number of blocks does not show.
+The weights of the blocks and the sums are float64, so that the number of blocks does not show. One number m + log(t)
+would not do: where a mask sets all scores of a query to -1e9 or lower, the logarithm is lost in it.
 """
 
 from __future__ import annotations
@@ -176,7 +178,8 @@ class _Merged:
         self._query = query if query.dtype == torch.float64 else query.float()
         self._scale = scale
         self._sum: Tensor | None = None
-        self._log: Tensor | None = None
+        self._largest: Tensor | None = None
+        self._total: Tensor | None = None
         self._level: Tensor | None = None
 
     @property
@@ -188,7 +191,7 @@ class _Merged:
         """Take a block of keys (..., n, E) and their values (..., n, V), with a bias or mask (..., L, n) of theirs."""
         if bias is None and _is_fused(self._query, keys, values):
             part, log = self._fused(keys.to(self._query.dtype), values.to(self._query.dtype))
-            self._merge(part.double(), log.double())
+            self._merge(part.double(), log.double(), torch.ones_like(log, dtype=torch.float64))
             return
         most = self.keys_at_a_time
         start = 0
@@ -199,12 +202,11 @@ class _Merged:
                 scores = _biased(scores, bias[..., start : start + k.shape[-2]])
                 start += k.shape[-2]
             # a query that no key of the block counts for has weights of nought
-            largest = scores.amax(-1, keepdim=True).clamp_min(_LEAST)
+            largest = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).min)
             weights = scores.sub_(largest).exp_()
             total = weights.sum(-1, keepdim=True).double()
             part = weights @ v.to(self._query.dtype)
-            log = torch.where(total > 0, largest.double() + total.log(), _LEAST)
-            self._merge(part.double() / total.clamp_min(_SMALLEST), log)
+            self._merge(part.double() / total.clamp_min(_SMALLEST), largest.double(), total)
 
     def _fused(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return the attention (..., L, V) of a block and the logarithms (..., L, 1) of its sums of exponentials.
@@ -233,8 +235,9 @@ class _Merged:
         Raises:
             NotInStages: NF324.
         """
-        assert self._log is not None
-        if floor > -math.inf and not bool((self._log > floor + _NOTHING).all()):
+        assert self._largest is not None
+        assert self._total is not None
+        if floor > -math.inf and not bool((self._largest + self._total.log() > floor + _NOTHING).all()):
             raise NotInStages(
                 "NF324",
                 f"a position scores about as low with all keys as its mask sets keys to that do not count ({floor:g}), "
@@ -247,13 +250,15 @@ class _Merged:
         assert self._sum is not None
         return self._sum.to(self._dtype)
 
-    def _merge(self, part: Tensor, log: Tensor) -> None:
-        if self._sum is None or self._log is None:
-            self._sum, self._log = part, log
+    def _merge(self, part: Tensor, largest: Tensor, total: Tensor) -> None:
+        if self._sum is None or self._largest is None or self._total is None:
+            self._sum, self._largest, self._total = part, largest, total
             return
-        total = torch.logaddexp(self._log, log)
-        self._sum = self._sum * torch.exp(self._log - total) + part * torch.exp(log - total)
-        self._log = total
+        level = torch.maximum(self._largest, largest)
+        before, now = self._total * torch.exp(self._largest - level), total * torch.exp(largest - level)
+        self._largest, self._total = level, before + now
+        counted = self._total.clamp_min(_SMALLEST)
+        self._sum = self._sum * (before / counted) + part * (now / counted)
 
 
 def _is_fused(query: Tensor, keys: Tensor, values: Tensor) -> bool:
@@ -275,8 +280,8 @@ def _biased(scores: Tensor, bias: Tensor) -> Tensor:
 _NOTHING = 60.0
 """Scores lower than others by this count nothing in float64, a million keys of them together: 1e6 exp(-60) is 1e-20."""
 
-_LEAST, _SMALLEST = -1e30, 1e-300
-"""Logarithm of a sum of exponentials that is nought, and what such a sum is divided by."""
+_SMALLEST = 1e-300
+"""What a sum of exponentials that is nought is divided by."""
 
 
 def _flat(x: Tensor, space: int) -> Tensor:

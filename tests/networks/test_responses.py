@@ -1,0 +1,135 @@
+"""What a network gives for noise tells settings apart that nothing in it shows."""
+
+from contextvars import ContextVar
+
+import pytest
+import torch
+from torch import nn
+
+import normfix
+from normfix.networks.calling import Caller
+from normfix.networks.provenance import is_current
+from normfix.networks.responses import Response, is_as_known, response_of
+
+RADIUS = ContextVar("RADIUS", default=1)
+POOLS = {"blur": nn.AvgPool2d(3, 1, 1)}
+
+
+class Options(dict):
+    """Keys as attributes, as configurations of many projects are."""
+
+    __getattr__ = dict.__getitem__
+
+
+OPTIONS = Options(radius=1)
+
+
+class Blurring(nn.Module):
+    """Convolves, normalises and blurs, by what it is told elsewhere."""
+
+    def __init__(self, blur):
+        super().__init__()
+        self.stem, self.norm, self.blur = nn.Conv2d(1, 2, 3, padding=1), nn.InstanceNorm2d(2), blur
+        self.register_buffer("rows", torch.ones(1))
+
+    def forward(self, x):
+        return self.blur(self, self.norm(self.stem(x)))
+
+
+def pooled(x, radius):
+    return nn.functional.avg_pool2d(x, 2 * radius + 1, 1, radius)
+
+
+def by_context(_, x):
+    return pooled(x, RADIUS.get())
+
+
+def by_module(_, x):
+    return POOLS["blur"](x)
+
+
+def by_buffer(self, x):
+    return pooled(x, int(self.rows))
+
+
+def by_options(_, x):
+    return pooled(x, OPTIONS.radius)
+
+
+def widen_pool(_, patch):
+    patch.setitem(POOLS, "blur", nn.AvgPool2d(15, 1, 7))
+
+
+@pytest.mark.parametrize(
+    ("blur", "widen"),
+    [
+        (by_context, lambda net, patch: RADIUS.set(7)),
+        (by_module, widen_pool),
+        (by_buffer, lambda net, patch: net.rows.fill_(7)),
+    ],
+    ids=["context", "module elsewhere", "buffer"],
+)
+def test_tiles_are_of_the_network_as_it_is_set_now(blur, widen, monkeypatch):
+    """A wider blur after the conversion gives wider halos, although no picture of the network shows it."""
+    torch.manual_seed(0)
+    image = torch.rand(1, 1, 64, 64, dtype=torch.float64)
+    model = normfix.convert(Blurring(blur).double().eval(), image).model
+    before = RADIUS.set(1)
+    try:
+        widen(model, monkeypatch)
+        assert is_current(model)
+        with torch.no_grad():
+            expected = model(image)
+        torch.testing.assert_close(normfix.predict(model, image, 16, engine="tiles"), expected)
+    finally:
+        RADIUS.reset(before)
+
+
+def test_calibration_does_not_make_a_network_known():
+    """One that is set otherwise when it is calibrated, by copy or in place, is scanned again afterwards."""
+    torch.manual_seed(0)
+    image = torch.rand(1, 1, 64, 64, dtype=torch.float64)
+    model = normfix.convert(Blurring(by_context).double().eval(), image).model
+    assert is_current(normfix.calibrate(model, image + 1).model)
+    before = RADIUS.set(7)
+    try:
+        copied = normfix.calibrate(model, image * 2).model
+        normfix.calibrate_(model, image * 2)
+        for net in (copied, model):
+            with torch.no_grad():
+                expected = net(image)
+            torch.testing.assert_close(normfix.predict(net, image, 16, engine="tiles"), expected)
+    finally:
+        RADIUS.reset(before)
+
+
+def test_keys_that_are_attributes_are_read():
+    """An object whose attributes are its keys answers unknown ones by KeyError, and is looked at none the less."""
+    image = torch.rand(1, 1, 48, 48)
+    assert normfix.convert(Blurring(by_options).eval(), image).proof.passed
+
+
+def test_weights_are_no_settings():
+    """A network that was trained on, moved or rounded is as known; the same weights set otherwise are not."""
+    net, shape = Blurring(by_context).eval(), (1, 1, 32, 32)
+    assert is_as_known(net, Caller(), shape)
+    with torch.no_grad():
+        net.stem.weight.mul_(2)
+    assert is_as_known(net, Caller(), shape)
+    assert is_as_known(net.double(), Caller(), shape)
+    before = RADIUS.set(2)
+    assert not is_as_known(net, Caller(), shape)
+    RADIUS.reset(before)
+    assert is_as_known(net, Caller(), shape)
+
+
+def test_responses_differ_by_more_than_rounding():
+    """What is not finite must be so in both; a network that takes no noise of this size gave nothing."""
+    values = torch.tensor([1.0, 2.0, torch.nan])
+    assert Response(values) == Response(values * (1 + 1e-7))
+    assert Response(values) != Response(values * 1.01)
+    assert Response(values) != Response(values.nan_to_num())
+    assert Response(values) != Response(values.double())
+    assert Response(values) != Response(None)
+    assert Response(values) != values
+    assert response_of(nn.Linear(3, 3), Caller(), (1, 1, 8, 8)) == Response(None)
