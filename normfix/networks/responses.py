@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from normfix.networks.alone import run_alone
 from normfix.networks.behaviour import state_of
 from normfix.networks.calling import Caller, home_of, refusals
 from normfix.networks.copying import original_of, twin_of
@@ -58,13 +59,16 @@ def response_of(model: nn.Module, caller: Caller, shape: Sequence[int]) -> Respo
         model: not modified.
         caller: calls it.
         shape: (N, C, *space) of what it takes; the noise is smaller.
+
+    Raises:
+        NormfixError: NF208 if a copy of it runs the network's own modules.
     """
     most = _EXTENTS[min(3, len(shape) - 2)]
     extents = (1, shape[1], *(min(n, most) for n in shape[2:]))
     noise = torch.randn(extents, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     try:
         with exact_arithmetic():
-            given = caller(twin_of(model), noise.to(*home_of(model)))
+            given = run_alone(twin_of(model), model, caller, noise.to(*home_of(model)))
     except refusals():  # it takes another size
         return Response(None)
     return Response(given.detach().cpu())
