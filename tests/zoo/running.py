@@ -104,12 +104,13 @@ def done_before(results: Path) -> dict[str, dict[str, Any]]:
 def _reason(row: dict[str, Any]) -> str:
     """Say where a network was when its time was over, and what one forward pass of it costs."""
     place = f", in {row['place']}" if "place" in row else ""
-    passes = row.get("pass_s")
-    cost = (
-        f"; a pass of the example takes {passes[0]} s in float32 and {passes[1]} s in float64"
-        if passes
-        else ""
-    )
+    match row.get("pass_s"):
+        case [single, double]:
+            cost = f"; a pass of the example takes {single} s in float32 and {double} s in float64"
+        case float() as untiled:
+            cost = f"; the untiled pass takes {untiled} s"
+        case _:
+            cost = ""
     return place + cost
 
 

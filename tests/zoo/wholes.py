@@ -124,7 +124,7 @@ def _examine(entry: Entry, row: dict[str, Any], report: Callable[[dict[str, Any]
     with torch.no_grad():
         try:
             untiled = run(model, image)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, AssertionError) as error:
             row |= {"category": "one size", "cause": f"{error}"[:600]}
             return
     row["pass_s"] = round(time.process_time() - start, 2)
