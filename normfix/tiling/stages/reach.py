@@ -306,8 +306,9 @@ class _Cells:
             results = self._run(*values, *self._whole, *(self._extent(n, extents) for n, _, _ in self._sizes))
         packed = [p.pack(as_numbers(r), extents) for p, r in zip(self._gives, results, strict=True)]
         # where one of them ends before the others, cells that all of them have
-        whole = tuple(map(min, zip(*(p.shape[2:] for p in packed), strict=True)))
-        return torch.cat([p[(..., *(slice(n) for n in whole))] for p in packed], 1)
+        whole = map(min, zip(*(p.shape[2:] for p in packed), strict=True))
+        kept = (slice(None), slice(None), *map(slice, whole))
+        return torch.cat([p[kept] for p in packed], 1)
 
     def _extent(self, node: Node, cells: Sequence[int]) -> int:
         _, found, shape = next(entry for entry in self._sizes if entry[0] is node)
