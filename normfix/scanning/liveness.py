@@ -53,6 +53,9 @@ _CONTRACTING = frozenset({"matmul", "mm", "mv", "bmm", "baddbmm", "einsum", "ten
 _SHAPING = frozenset({"__getitem__", "interpolate", "upsample", "size", "expand", "expand_as", "pad"})
 _PICKING = frozenset({"narrow", "select", "index_select", "split", "chunk", "unbind", "gather", "take", "t"})
 
+_MADE = frozenset({"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"})
+"""What takes a tensor's dtype and device, and none of its values."""
+
 _RESIZING = frozenset({"interpolate", "upsample"})
 _PLACED = (
     (_PICKING - {"t"}) | _RESIZING | frozenset({"__getitem__", "take_along_dim", "diagonal", "as_strided"})
@@ -162,6 +165,8 @@ def _role(position: int, call: Call, growth: Growth) -> Role | None:
     if name in _SHAPING or name in _PICKING or not call.outputs:
         return None
     if into < FIXED:
+        return None
+    if out < FIXED and name in _MADE:
         return None
     if out < FIXED:
         return Role.TOTAL if (name in _CONTRACTING and growth.two_sizes) or _smaller(call) else None

@@ -304,7 +304,23 @@ def side():
     return nn.Conv2d(4, 4, 7, padding=3)
 
 
+def _blurred(net, x):
+    """The kernel is made at each pass, of the dtype and on the device of the map."""
+    kernel = x.new_zeros((4, 4, 3, 3))
+    each = torch.arange(4)
+    kernel[each, each] = x.new_tensor([1.0, 2.0, 1.0]).outer(x.new_full((3,), 1 / 12))
+    return F.conv2d(x, kernel, padding=1)
+
+
+def _gathered(net, x):
+    """Means of the map are put into a tensor that is made at each pass."""
+    means = x.new_zeros((x.shape[0], 4, 1, 1))
+    means[:, ::2] = x[:, ::2].mean((2, 3), keepdim=True)
+    return x - means
+
+
 LOCAL = {
+    "a kernel that is made anew": lambda: Between(_blurred),
     "adaptive max, half": lambda: Between(pooled(F.adaptive_max_pool2d, 2)),
     "adaptive max, a quarter": lambda: Between(pooled(F.adaptive_max_pool2d, 4)),
     "adaptive average, a quarter": lambda: Between(pooled(F.adaptive_avg_pool2d, 4)),
@@ -342,6 +358,7 @@ LOCAL = {
 }
 
 GLOBAL = {
+    "means put into what is made anew": lambda: Between(_gathered),
     "adaptive max to a fixed size": lambda: Between(fixed_pool(F.adaptive_max_pool2d)),
     "adaptive average to a fixed size": lambda: Between(fixed_pool(F.adaptive_avg_pool2d)),
     "adaptive max, one axis fixed": lambda: Between(half_fixed),

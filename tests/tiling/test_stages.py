@@ -396,6 +396,33 @@ def test_maps_that_are_a_position_short_between_stages(monkeypatch, form):
     assert (normfix.predict(net, image, **in_stages) - net(image)).abs().max() < 1e-12
 
 
+class MakesItsKernel(nn.Module):
+    """As UNet1DModel of diffusers does it: the kernel that halves a map is made of the map's dtype at each pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = (
+            nn.Conv2d(1, 2, 3, padding=1),
+            nn.GroupNorm(2, 2),
+            nn.Conv2d(2, 1, 1),
+        )
+        self.register_buffer("taps", torch.tensor([0.25, 0.75, 0.75, 0.25]).outer(torch.ones(4) / 4))
+
+    def forward(self, x):
+        x = self.norm(self.first(x))
+        kernel, each = x.new_zeros((2, 2, 4, 4)), torch.arange(2)
+        kernel[each, each] = self.taps.to(x)
+        return self.last(torch.nn.functional.conv2d(x, kernel, stride=2, padding=1))
+
+
+@torch.no_grad()
+def test_a_kernel_that_is_made_at_each_pass_is_no_map():
+    torch.manual_seed(0)
+    net, (image,) = MakesItsKernel().double().eval(), _images((32, 48))
+    given = normfix.predict(net, image, tile=16, statistics="per-image", engine="stages")
+    assert (given - net(image)).abs().max() < 1e-12
+
+
 @pytest.mark.slow
 def test_a_halo_one_pixel_short_is_found(tangled):
     """The proof of a schedule fails if one stage's halo is one grid cell short on one side."""

@@ -8,7 +8,7 @@ the image that starts on the grid of all scales starts each map at a whole posit
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -17,6 +17,7 @@ from torch.fx import Node
 from normfix.images.sources import Span
 from normfix.networks.calling import refusals
 from normfix.networks.graph.extents import laid
+from normfix.networks.graph.operators import taken_by
 from normfix.tiling.reach.extents import Unsized, lattice_of
 from normfix.tiling.stages.program import Program, Shapes, is_tensor_node
 
@@ -101,7 +102,9 @@ def find_maps(program: Program, size: Sequence[int], step: Sequence[int]) -> Pro
         grown = list(size)
         grown[axis + 2] += step[axis]
         longer.append(program.shapes(grown))
-    moving = _computed_from(program, {program.image, *program.stretches})
+    blank = (n for n in here if n.op == "call_function" and not taken_by(n))
+    still = {n for n in blank if all(here[n] == there[n] for there in longer)}
+    moving = _computed_from(program, {program.image, *program.stretches}, still)
     maps, scales = {}, {}
     for node in here:
         if node not in moving or not is_tensor_node(node):
@@ -159,12 +162,20 @@ def map_of(growth: Sequence[Mapping[int, Fraction]]) -> Map | None:
     return Map(dims, scale)
 
 
-def _computed_from(program: Program, sources: set[Node]) -> set[Node]:
-    """Return the tensors that are computed from the sources' values (not from their sizes alone)."""
+def _computed_from(program: Program, sources: set[Node], still: Collection[Node]) -> set[Node]:
+    """Return the tensors that are computed from the sources' values (not from their sizes alone).
+
+    Args:
+        program: whose tensors.
+        sources: what they are computed from.
+        still: nodes that take a dtype and a device from what they are given, and no more.
+    """
     found = set(sources)
     for node in program.body.graph.nodes:
-        if node in found or (
-            not is_tensor_node(node) and not isinstance(node.meta.get("val"), (tuple, list))
+        if (
+            node in found
+            or node in still
+            or (not is_tensor_node(node) and not isinstance(node.meta.get("val"), (tuple, list)))
         ):
             continue
         if any(parent in found for parent in node.all_input_nodes):
