@@ -18,7 +18,7 @@ from typing_extensions import Unpack
 
 from normfix.conversion.measurement import measure_
 from normfix.conversion.measuring import freeze_sites_
-from normfix.conversion.multiplicity import have_as_many, of_single_images, several
+from normfix.conversion.multiplicity import have_as_many, objection, of_single_images
 from normfix.conversion.planning import decide
 from normfix.conversion.rewriting import rewrite, rewrite_
 from normfix.conversion.staged import predict_measured_
@@ -399,14 +399,10 @@ class _Prediction:
         assert provenance is not None
         model, caller = copy_of(self.model), self.known.caller
         targets = measured_targets(model, provenance.plan)
-        example = self.known.scan.example
-        single, sizes = of_single_images(model.eval(), provenance.plan), (example, self.image.shape)
-        if have_as_many(original_of(self.owner), model, single, caller, sizes) is False:
-            raise NotTiledError(
-                "NF409",
-                several(self.image.shape, example),
-                where=self.known.scan.model,
-            )
+        scan, owner = self.known.scan, original_of(self.owner)
+        reason = objection(owner, model.eval(), provenance.plan, caller, scan.example, self.image.shape)
+        if reason:
+            raise NotTiledError("NF409", reason, where=scan.model)
         try:
             if (
                 self.engine != "tiles"

@@ -15,7 +15,7 @@ from normfix.conversion.conformity import moved, stored_moments
 from normfix.conversion.flatness import all_empty, flat_before, judged
 from normfix.conversion.masks import Mask
 from normfix.conversion.measurement import measure_
-from normfix.conversion.multiplicity import have_as_many, of_single_images, several
+from normfix.conversion.multiplicity import objection
 from normfix.conversion.results import Calibration
 from normfix.conversion.sampling import Sample
 from normfix.conversion.targets import NormTarget, Target, planned_targets
@@ -242,10 +242,10 @@ def _measured(
         progress=progress,
     )
     if known is not None:
-        single = of_single_images(model.eval(), known.plan)
         for shape in dict.fromkeys(summary.images):
-            if have_as_many(original, model, single, caller, (known.scan.example, shape)) is False:
-                raise NormfixError("NF409", several(shape, known.scan.example), where=known.scan.model)
+            reason = objection(original, model.eval(), known.plan, caller, known.scan.example, shape)
+            if reason:
+                raise NormfixError("NF409", reason, where=known.scan.model)
     first = taken.excerpt()[:1]
     judgement = judged(
         model,

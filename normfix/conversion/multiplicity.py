@@ -23,7 +23,7 @@ from normfix.networks.numerics import exact_arithmetic
 from normfix.records.plans import Plan
 from normfix.records.sites import Family
 
-__all__ = ["have_as_many", "of_single_images", "several"]
+__all__ = ["have_as_many", "objection", "of_single_images"]
 
 _Several = dict[str, tuple[bool, ...]]
 
@@ -37,8 +37,26 @@ def of_single_images(model: nn.Module, plan: Plan) -> list[Target]:
     return [target for target in measured_targets(model, plan) if target.name not in batch]
 
 
-def several(image: Sequence[int], example: Sequence[int]) -> str:
-    """Say that an image has several of a statistic of which the example has one, and what to do."""
+def objection(
+    owner: nn.Module,
+    model: nn.Module,
+    plan: Plan,
+    caller: Caller,
+    example: Sequence[int],
+    image: Sequence[int],
+) -> str:
+    """Say where an image has several of a statistic of which the example has one, and what to do; "" where it has not.
+
+    Args:
+        owner: as for `have_as_many`.
+        model: a copy of it in which the plan is carried out; in eval mode.
+        plan: by which it was converted.
+        caller: calls it.
+        example: (N, C, *space) of what it was scanned with.
+        image: (N, C, *space) of what is asked.
+    """
+    if have_as_many(owner, model, of_single_images(model, plan), caller, (example, image)) is not False:
+        return ""
     return (
         f"an image of {'x'.join(map(str, image[2:]))} pixels has several of a statistic of which one of "
         f"{'x'.join(map(str, example[2:]))} has one, such as one of each block of pixels that is stacked as a batch, "

@@ -166,10 +166,9 @@ def _role(position: int, call: Call, growth: Growth) -> Role | None:
         return None
     if into < FIXED:
         return None
-    if out < FIXED and name in _MADE:
-        return None
     if out < FIXED:
-        return Role.TOTAL if (name in _CONTRACTING and growth.two_sizes) or _smaller(call) else None
+        total = (name in _CONTRACTING and growth.two_sizes) or _smaller(call)
+        return Role.TOTAL if total and name not in _MADE else None
     pairs = out > SQUARED * max(1.0, into) and not _slides(call)
     if name in ATTENTION and not call.operand and len(call.reads) == 1:
         return None  # queries alone are of the image

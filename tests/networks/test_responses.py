@@ -60,6 +60,13 @@ def widen_pool(_, patch):
     patch.setitem(POOLS, "blur", nn.AvgPool2d(15, 1, 7))
 
 
+def assert_tiles_equal_the_whole(net, image):
+    """Tiles are what the network gives now for the whole."""
+    with torch.no_grad():
+        expected = net(image)
+    torch.testing.assert_close(normfix.predict(net, image, 16, engine="tiles"), expected)
+
+
 @pytest.mark.parametrize(
     ("blur", "widen"),
     [
@@ -78,9 +85,7 @@ def test_tiles_are_of_the_network_as_it_is_set_now(blur, widen, monkeypatch):
     try:
         widen(model, monkeypatch)
         assert is_current(model)
-        with torch.no_grad():
-            expected = model(image)
-        torch.testing.assert_close(normfix.predict(model, image, 16, engine="tiles"), expected)
+        assert_tiles_equal_the_whole(model, image)
     finally:
         RADIUS.reset(before)
 
@@ -95,10 +100,8 @@ def test_calibration_does_not_make_a_network_known():
     try:
         copied = normfix.calibrate(model, image * 2).model
         normfix.calibrate_(model, image * 2)
-        for net in (copied, model):
-            with torch.no_grad():
-                expected = net(image)
-            torch.testing.assert_close(normfix.predict(net, image, 16, engine="tiles"), expected)
+        assert_tiles_equal_the_whole(copied, image)
+        assert_tiles_equal_the_whole(model, image)
     finally:
         RADIUS.reset(before)
 

@@ -390,7 +390,7 @@ def test_maps_that_are_a_position_short_between_stages(monkeypatch, form):
     net = PaddedAgain(**form).double().eval()
     in_stages = {"tile": 16, "statistics": "per-image", "engine": "stages"}
     with monkeypatch.context() as planted:  # as long as the scale says
-        planted.setattr(maps_of_stages, "_lost", lambda found, *_: (0,) * len(found.dims))
+        planted.setattr(maps_of_stages, "_lost", lambda dims, *_: (0,) * len(dims))
         with pytest.raises(NormfixError, match="NF324 stage 1: it runs on no small block"):
             normfix.predict(net, image, **in_stages)
     assert (normfix.predict(net, image, **in_stages) - net(image)).abs().max() < 1e-12

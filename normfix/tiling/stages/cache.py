@@ -150,11 +150,9 @@ def program_of(
     )
     known = _borrowed(owner, key)
     try:
-        # a smaller part may be none for the program: more of it decides
+        # a branch by size the smaller part cannot tell; and it may be none for the program: more of it decides
         if known is not None and not (
-            known.program.takes(
-                (1, image.shape[1], *large)
-            )  # a branch by size, which the smaller part cannot tell
+            known.program.takes((1, image.shape[1], *large))
             and any(
                 known.still_holds(model, caller, sites, part(extents))
                 for extents in dict.fromkeys((small, large))

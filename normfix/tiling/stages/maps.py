@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 
 from torch.fx import Node
@@ -21,7 +21,7 @@ from normfix.networks.graph.operators import taken_by
 from normfix.tiling.reach.extents import Unsized, lattice_of
 from normfix.tiling.stages.program import Program, Shapes, is_tensor_node
 
-__all__ = ["Map", "ProgramMaps", "find_maps", "lattice", "map_of", "maps_of"]
+__all__ = ["Map", "ProgramMaps", "find_maps", "lattice", "maps_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Map:
 
     dims: tuple[int, ...]
     scale: tuple[Fraction, ...]
-    lost: tuple[int, ...] = ()
+    lost: tuple[int, ...]
 
     def window(self, image: Sequence[Span], size: Sequence[int], shape: Sequence[int]) -> tuple[Span, ...]:
         """Return what a window of the image is in this map.
@@ -59,10 +59,9 @@ class Map:
         """
         spans = self.window(image, size, shape)
         ends = [stop < n for (_, stop), n in zip(image, size, strict=True)]
-        lost = self.lost or (0,) * len(spans)
         return tuple(
             (start, stop - less if inside else stop)
-            for (start, stop), inside, less in zip(spans, ends, lost, strict=True)
+            for (start, stop), inside, less in zip(spans, ends, self.lost, strict=True)
         )
 
     def index(self, spans: Sequence[Span], rank: int) -> tuple[slice, ...]:
@@ -111,9 +110,9 @@ def find_maps(program: Program, size: Sequence[int], step: Sequence[int]) -> Pro
             continue
         growth = [_growth(node, here, there, n) for there, n in zip(longer, step, strict=True)]
         scales[node] = tuple(tuple(found.values()) for found in growth)
-        found = map_of(growth)
+        found = _map_of(growth, here[node], size)
         if found is not None:
-            maps[node] = replace(found, lost=_lost(found, here[node], size))
+            maps[node] = found
     placed = frozenset(laid(program.body.graph, program.image, program.stretches))
     return ProgramMaps(maps, frozenset(moving), scales, placed)
 
@@ -145,21 +144,25 @@ def _growth(node: Node, here: Shapes, there: Shapes, step: int) -> dict[int, Fra
     return {dim: Fraction(after - before, step) for dim, (before, after) in pairs if after != before}
 
 
-def _lost(found: Map, shape: Sequence[int], size: Sequence[int]) -> tuple[int, ...]:
+def _lost(
+    dims: Sequence[int], scale: Sequence[Fraction], shape: Sequence[int], size: Sequence[int]
+) -> tuple[int, ...]:
     """Return by how many positions a map is shorter than its scale says; 0 where it starts at no whole ones."""
-    lacks = [n * s - shape[d] for n, d, s in zip(size[2:], found.dims, found.scale, strict=True)]
+    lacks = [n * s - shape[d] for n, d, s in zip(size[2:], dims, scale, strict=True)]
     return tuple(int(n) if n > 0 and n.denominator == 1 else 0 for n in lacks)
 
 
-def map_of(growth: Sequence[Mapping[int, Fraction]]) -> Map | None:
-    """Return the map whose axes each grow along one dimension of their own; see `_growth`."""
+def _map_of(
+    growth: Sequence[Mapping[int, Fraction]], shape: Sequence[int], size: Sequence[int]
+) -> Map | None:
+    """Return the map, of this shape at a size of the image, whose axes each grow along one dimension of their own."""
     if any(len(found) != 1 for found in growth):
         return None
     dims = tuple(next(iter(found)) for found in growth)
     scale = tuple(next(iter(found.values())) for found in growth)
     if len(set(dims)) != len(dims) or any(s <= 0 for s in scale):
         return None
-    return Map(dims, scale)
+    return Map(dims, scale, _lost(dims, scale, shape, size))
 
 
 def _computed_from(program: Program, sources: set[Node], still: Collection[Node]) -> set[Node]:
