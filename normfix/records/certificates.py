@@ -57,6 +57,7 @@ class Derivation(Record):
     offset: tuple[int, ...] = ()
     obstacles: tuple[Obstacle, ...] = ()
     wraps: tuple[Obstacle, ...] = ()
+    shifts: tuple[Obstacle, ...] = ()
     paths: tuple[tuple[tuple[PathStep, ...], tuple[PathStep, ...]], ...] = ()
     note: str = ""
 

@@ -30,7 +30,7 @@ class Doubts:
     knows, `placed` the findings about calls that take place or size into account, `bounds` the conditions on the
     size by which the network branches. `causes` are findings that count only where there is no geometry.
     `swallowed` and `compared` tell that NaN may show too short a halo, `wraps` that a call shifts a map around its
-    border.
+    border; `rolled` are the findings about such calls among those of `placed`.
     """
 
     sites: frozenset[str]
@@ -41,10 +41,15 @@ class Doubts:
     swallowed: bool = False
     compared: bool = False
     wraps: bool = False
+    rolled: tuple[Finding, ...] = ()
 
     def __bool__(self) -> bool:
         """Tell whether there is any."""
         return bool(self.sites or self.operations or self.placed or self.bounds)
+
+    def but_shifts(self) -> Doubts:
+        """Return them without shifts around the border, where the graph tells all of these but what masks hide."""
+        return replace(self, placed=tuple(f for f in self.placed if f not in self.rolled), rolled=())
 
     def settled(self, sites: Sequence[Site]) -> tuple[Site, ...]:
         """Return the sites with those in doubt not live."""

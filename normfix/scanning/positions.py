@@ -79,6 +79,11 @@ class Positions:
         """
         return self._found(two_sizes, _judge)
 
+    def shifts(self) -> tuple[Finding, ...]:
+        """Return what `findings` says of shifts around the border."""
+        notes = [note for note in self._runs[0] if note.what == "rolled"]
+        return _grouped([(note, text) for note in notes if (text := _judge(note, None))])
+
     def causes(self, *, two_sizes: bool) -> tuple[Finding, ...]:
         """Return findings about calls that are harmless in most networks, for one that has no geometry."""
         return self._found(two_sizes, _cause) if two_sizes else ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from normfix.networks.copying import copy_of
 from normfix.networks.graph.capture import Captured
 from normfix.networks.numerics import exact_arithmetic
 from normfix.networks.surroundings import undisturbed
+from normfix.records.derivations import masked
 from normfix.records.plans import Plan
 from normfix.records.sites import Finding, Looked, Scan, Site
 from normfix.records.sizes import Condition, ProvedSizes
@@ -168,6 +169,7 @@ def look(
             swallowed=dyed.swallowed,
             compared=dyed.compared,
             wraps=positions.may_wrap(),
+            rolled=positions.shifts(),
         )
         # as if every doubt were unfounded
         trial = decide(doubts.settled(merged.sites), model=name, to="frozen")
@@ -185,7 +187,7 @@ def look(
             axes=AXES[material.dim()],
             conditions=(*seen.bounds, *seen.differing),
             crossed=tuple(bound for bound in sizes.conditions if bound not in seen.bounds),
-            unknown=(*sizes.unknown, *(f"{f.where}: {f.message}" for f in doubts.placed)),
+            unknown=(*sizes.unknown, *_unknown(doubts, seen.bench)),
             extents=tuple(map(max, material.shape[2:], run.extents)),
             pixels=max(math.prod(material.shape[2:]), run.pixels),
         )
@@ -246,10 +248,11 @@ def _measured(
     fast: bool,
 ) -> _Measured:
     """Measure the geometry as if every doubt were unfounded, and settle those that the measurement shows to be."""
-    sites = doubts.settled(merged.sites)
+    sites, every = doubts.settled(merged.sites), doubts
     if bench is None:
         locality = _unmeasured(trial, found, material)
     else:
+        doubts = _of_bench(every, bench)
         try:
             locality = bench.measured(found.dilution, doubts, fast=fast)
         except BoundExceededError:
@@ -257,6 +260,7 @@ def _measured(
                 raise
             # strips are of other sizes, for which the network is not that of the graph
             bench = replace(bench, witness=bench.witness.of_other_sizes())
+            doubts = _of_bench(every, bench)
             locality = bench.measured(found.dilution, doubts, fast=fast)
     beyond = () if bench is None else bench.witness.findings(locality)
     crossings = None if bench is None or locality.geometry is None else bench.crossings(locality)
@@ -292,6 +296,19 @@ def _measured(
         largest,
         bench,
     )
+
+
+def _of_bench(doubts: Doubts, bench: _Bench | None) -> Doubts:
+    """Return what is in doubt beside what the graph of a bench bounds."""
+    bounded = bench is not None and bench.witness.bound is not None
+    return doubts.but_shifts() if bounded else doubts
+
+
+def _unknown(doubts: Doubts, bench: _Bench | None) -> Iterator[str]:
+    """Yield what no condition on the size tells."""
+    yield from (f"{f.where}: {f.message}" for f in _of_bench(doubts, bench).placed)
+    if bench is not None and bench.witness.bound is not None and bench.witness.bound.shifts:
+        yield masked(bench.witness.bound.shifts)
 
 
 def _graph(

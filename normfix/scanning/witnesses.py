@@ -47,7 +47,8 @@ class Witness:
     @property
     def bound(self) -> Bound | None:
         """Return the bound that is the halo, None where it is to be measured."""
-        return self.found if self.found is not None and self.found.is_whole and not self.chosen else None
+        found = self.found
+        return found if found is not None and found.is_whole_if_masked and not self.chosen else None
 
     @property
     def stretches(self) -> tuple[Finding, ...]:

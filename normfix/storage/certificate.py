@@ -24,6 +24,7 @@ from normfix.networks.calling import Caller, failures
 from normfix.networks.devices import bytes_of
 from normfix.networks.graph.isolation import silence
 from normfix.records.certificates import Certificate, CertifiedSite, Constant, Derivation
+from normfix.records.derivations import masked
 from normfix.records.plans import Plan
 from normfix.records.saved import Provenance
 from normfix.records.sites import Scan
@@ -191,6 +192,8 @@ def _assumed(scan: Scan, *, repeats: bool) -> tuple[str, ...]:
     assumed = ["the network runs in eval mode"]
     if scan.reach is not None and scan.reach.used == "measured":
         assumed.append(f"the halo is {scan.reach.words}")
+    elif scan.reach is not None and scan.reach.shifts:
+        assumed.append(masked(scan.reach.shifts))
     assumed += [
         f"the {look.name} look {look.status}: {look.note}" for look in scan.looks if look.status != "done"
     ]

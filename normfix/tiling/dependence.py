@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -33,12 +34,12 @@ from normfix.tiling.dye.twins import holds_nan
 from normfix.tiling.grid import Geometry
 from normfix.tiling.halo import AMPLIFICATION, DyeRefused, strip, texture
 
-__all__ = ["FAR", "agrees", "alike", "far", "followed", "is_isolated", "is_steady", "shortest"]
+__all__ = ["FAR", "agrees", "alike", "borders_hold", "far", "followed", "is_isolated", "is_steady", "shortest"]
 
 FAR = 4096
 """Pixels of the longest strip on which windows are compared, if that is no more than 2^18 pixels in all."""
 
-_MOST, _TILE = 1 << 18, 32
+_MOST, _TILE, _SEA = 1 << 18, 32, 128
 
 Function = Callable[[Tensor], Tensor]
 Change = Callable[[Tensor], Tensor]
@@ -192,7 +193,7 @@ def _holds(
     changes: Sequence[Change],
 ) -> bool:
     scale, (before, tile, after) = geometry.scale[axis], _reads(geometry, axis)
-    sea, size = round_up(max(128, before, after), geometry.stride[axis]), [*cross]
+    sea, size = round_up(max(_SEA, before, after), geometry.stride[axis]), [*cross]
     size[axis] = sea + before + tile + after + sea
     window = (axis + 2, sea, before + tile + after)
     kept = (axis + 2, int((sea + before) * scale), int(tile * scale))
@@ -204,6 +205,51 @@ def _holds(
             loud = change(x)
             loud.narrow(*window).copy_(x.narrow(*window))
             if not alike(quiet, f(loud).narrow(*kept)):
+                return False
+    return True
+
+
+def borders_hold(
+    f: Function,
+    example: Tensor,
+    axis: int,
+    grid: int,
+    scale: Fraction,
+    reach: tuple[int, int],
+    cross: Sequence[int],
+) -> bool:
+    """Tell whether the first and the last tile hold their values while everything beyond their halo is made huge.
+
+    A tile inside does not show what looks past a border to the other one, nor do images of ordinary numbers if a gate
+    (a ReLU, a comparison, a maximum) hides it.
+
+    Args:
+        f: the network in float64.
+        example: (1, C, *space) in float64, the material of the strip.
+        axis: spatial axis, from 0.
+        grid: the stride along this axis.
+        scale: output pixels per input pixel.
+        reach: the halo, (before, after) in multiples of the stride.
+        cross: extents of the other axes.
+    """
+    before, after = reach
+    tile = round_up(max(_TILE, before, after), grid)
+    size = [*cross]
+    size[axis] = length = 2 * tile + max(before, after) + round_up(max(_SEA, before, after), grid)
+    x = strip(example, size) + texture(example, size)
+    quiet = f(x)
+    first, last = int(tile * scale), int((length - tile) * scale)
+    ends = (
+        ((0, tile + after), (0, min(first, quiet.shape[axis + 2]))),
+        ((length - tile - before, tile + before), (last, max(0, quiet.shape[axis + 2] - last))),
+    )
+    for window, kept in ends:
+        if kept[1] == 0:  # a network that crops its end
+            continue
+        for change in _CHANGES[:2]:
+            loud = change(x)
+            loud.narrow(axis + 2, *window).copy_(x.narrow(axis + 2, *window))
+            if not alike(quiet.narrow(axis + 2, *kept), f(loud).narrow(axis + 2, *kept)):
                 return False
     return True
 

@@ -21,7 +21,7 @@ from normfix.errors import NormfixError
 from normfix.networks.calling import refusals
 from normfix.records.sites import Finding, Scan
 from normfix.records.spans import Spans, in_strides, round_up
-from normfix.tiling.dependence import followed, is_isolated, is_steady
+from normfix.tiling.dependence import borders_hold, followed, is_isolated, is_steady
 from normfix.tiling.grid import Geometry
 from normfix.tiling.halo import DyeLost, DyeRefused, Felt, halo, halo_within, strip
 from normfix.tiling.reach.bounds import Bound
@@ -127,7 +127,8 @@ def measure_locality(
     short = tried and not _is_isolated(double, example, plain)
     if not (doubtful or tried or plain.blind) or _is_label(single(example)):
         return plain
-    alike = plain.geometry is not None and _is_followed(single, example, plain)
+    # within a bound, how far the dye goes when it is followed adds nothing
+    alike = plain.geometry is not None and (bound is not None or _is_followed(single, example, plain))
     other = plain if alike else measured(felt=followed)
     if not (doubtful or short or plain.blind):
         return other if _covers(other, plain) else plain
@@ -381,7 +382,7 @@ def _along_axes(
                 "its output depends on the whole extent along this axis although no known "
                 "statistic is live, so no halo is enough.",
             )
-        if unit is None or held is None or (both_ends and not line.wraps_nowhere(grid, held, unit)):
+        if unit is None or held is None or not line.ends_hold(grid, held, unit, both_ends=both_ends):
             return _none("NF213", name, line.obstacle(grid, held or reach), blind=True)
         expected = reach
         around = line.around(grid, held)
@@ -562,9 +563,18 @@ class _Line:
         """Tell whether no unit is finer or coarser: extents are lines on the grid of the coarsest map."""
         return self.bound is not None and self.bound.lattice[self.axis] == grid == self.coarsest
 
-    def wraps_nowhere(self, grid: int, reach: tuple[int, int], unit: int) -> bool:
-        """Tell whether windows from the start of the image, and to its end, give what the whole gives there."""
-        return self._cuts_at(unit, self.around(grid, reach))
+    def ends_hold(self, grid: int, reach: tuple[int, int], unit: int, *, both_ends: bool) -> bool:
+        """Tell whether nothing looks past one border to the other.
+
+        Windows from the start of the image, and to its end, must give what the whole gives there, if `both_ends`; and
+        without a bound, they must do so whatever is beyond them.
+        """
+        around = self.around(grid, reach)
+        if both_ends and not self._cuts_at(unit, around):
+            return False
+        return self.bound is not None or borders_hold(
+            self.double, self.example.double(), self.axis, grid, self.scale, around, self.cross
+        )
 
     def holds(self, unit: int, reach: tuple[int, int]) -> bool:
         """Tell whether windows at a unit that was found beyond a step of a lattice hold with the halo itself.

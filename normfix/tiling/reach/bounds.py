@@ -23,7 +23,8 @@ from normfix.networks.graph.isolation import silence
 from normfix.networks.graph.parts import owner_of
 from normfix.records.derivations import Obstacle, PathStep
 from normfix.records.spans import Spans
-from normfix.tiling.reach.calls import tensor_of
+from normfix.tiling.reach.calls import call_of, tensor_of
+from normfix.tiling.reach.cyclic import open_shifts
 from normfix.tiling.reach.derivation import Derived, Reached, Trail, between, depends, derive
 from normfix.tiling.reach.extents import Unsized, lattice_of
 from normfix.tiling.reach.needs import Interval
@@ -39,7 +40,8 @@ _PHASES = 64
 class Bound:
     """How far maps reach into the maps that they are computed from, in pixels of the image that all lie over.
 
-    `scale` and `offset` are those of the first result: it has scale n + offset positions.
+    `scale` and `offset` are those of the first result: it has scale n + offset positions. `masked` are cyclic shifts
+    that let nothing of the opposite border in if their masks hide it.
     """
 
     derived: Derived
@@ -47,6 +49,7 @@ class Bound:
     results: tuple[Node, ...]
     scale: tuple[Fraction, ...]
     offset: tuple[int, ...]
+    masked: tuple[Node, ...] = ()
 
     @property
     def lattice(self) -> tuple[int, ...]:
@@ -56,7 +59,13 @@ class Bound:
     @property
     def wraps(self) -> tuple[Obstacle, ...]:
         """Return what reads the opposite border."""
-        return tuple(_obstacle(node, "it reads the opposite border") for node in self.derived.wraps)
+        opened = (node for node in self.derived.wraps if node not in self.masked)
+        return tuple(_obstacle(node, "it reads the opposite border") for node in opened)
+
+    @property
+    def shifts(self) -> tuple[Obstacle, ...]:
+        """Return the cyclic shifts whose masks hide the opposite border, which no graph tells."""
+        return tuple(_obstacle(node, "a mask hides the opposite border") for node in self.masked)
 
     @property
     def stretches(self) -> tuple[Obstacle, ...]:
@@ -75,6 +84,11 @@ class Bound:
     def is_whole(self) -> bool:
         """Tell whether it holds for all that is read: nothing is unbounded, and nothing comes from the other border."""
         return not self.derived.wraps and not self.obstacles()
+
+    @property
+    def is_whole_if_masked(self) -> bool:
+        """Tell whether it does if masks hide what cyclic shifts bring around the border."""
+        return not self.wraps and not self.obstacles()
 
     def halo(self, stride: Sequence[int]) -> Spans:
         """Return what a tile reads (before, after) if tiles start at multiples of a stride.
@@ -105,6 +119,7 @@ class Bound:
             "offset": self.offset,
             "obstacles": obstacles,
             "wraps": self.wraps,
+            "shifts": self.shifts,
             "paths": () if obstacles else self.paths(),
         }
 
@@ -201,9 +216,10 @@ def bound_between(image: Node, sources: Sequence[Node], results: Sequence[Node])
     offset = derived.offset(results[0]) if layouts else None
     if not layouts or None in layouts or offset is None or layouts[0] is None:
         raise Unsized("the output is no map over the image")
-    return Bound(
-        derived, tuple(sources), tuple(r for r in results if r in derived.layouts), layouts[0], offset
-    )
+    mine = tuple(r for r in results if r in derived.layouts)
+    opened = open_shifts(derived.order, derived.readings, derived.layouts, mine, derived.sizes)
+    masked = tuple(n for n in derived.wraps if n not in opened and call_of(n, derived.sizes).name == "roll")
+    return Bound(derived, tuple(sources), mine, layouts[0], offset, masked)
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:

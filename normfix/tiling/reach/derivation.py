@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from normfix.tiling.reach.calls import Call, call_of, nodes_in, tensor_of
 from normfix.tiling.reach.extents import Sizes, Unsized
-from normfix.tiling.reach.frames import Frame, Layout, Opaque, Space, frame_of
+from normfix.tiling.reach.frames import Frame, Layout, Opaque, Space, frame_of, is_plain
 from normfix.tiling.reach.links import Reading, whole
 from normfix.tiling.reach.needs import Boundless, Interval, Need, Span, hull, united
 from normfix.tiling.reach.rules import rule_of
@@ -271,7 +271,7 @@ def derive(nodes: Sequence[Node], sources: Collection[Node], sizes: Sizes) -> De
         order.append(node)
         readings[node] = _read(call, layouts)
         layouts[node] = _layout(call, readings[node], layouts)
-        if call.name == "roll" or _is_circular(call):
+        if _is_rolled(call, layouts) or _is_circular(call):
             wraps.append(node)
     flips = tuple(node for node in order if call_of(node, sizes).name == "flip")
     stretches = tuple(node for node in order if _is_stretched(call_of(node, sizes)))
@@ -332,6 +332,15 @@ def _layout(call: Call, readings: Sequence[Reading], layouts: Mapping[Node, Layo
 
 def _operands(node: Node) -> Iterator[Node]:
     yield from dict.fromkeys(nodes_in((node.args, node.kwargs)))
+
+
+def _is_rolled(call: Call, layouts: Mapping[Node, Layout]) -> bool:
+    """Tell whether a call moves a map around its border; channels have none."""
+    if call.name != "roll":
+        return False
+    layout, given = layouts[call.tensor("self")], call.get("dims", ())
+    dims = [call.dim(d, len(layout)) for d in (given if isinstance(given, list | tuple) else [given])]
+    return any(not is_plain(layout[dim]) for dim in dims or range(len(layout)))
 
 
 def _is_circular(call: Call) -> bool:
