@@ -34,7 +34,17 @@ from normfix.tiling.dye.twins import holds_nan
 from normfix.tiling.grid import Geometry
 from normfix.tiling.halo import AMPLIFICATION, DyeRefused, strip, texture
 
-__all__ = ["FAR", "agrees", "alike", "borders_hold", "far", "followed", "is_isolated", "is_steady", "shortest"]
+__all__ = [
+    "FAR",
+    "agrees",
+    "alike",
+    "borders_hold",
+    "far",
+    "followed",
+    "is_isolated",
+    "is_steady",
+    "shortest",
+]
 
 FAR = 4096
 """Pixels of the longest strip on which windows are compared, if that is no more than 2^18 pixels in all."""

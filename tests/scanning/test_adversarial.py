@@ -487,6 +487,45 @@ def test_scan_does_not_call_wrapping_invariant(image, wrap):
     assert not scan.tile_invariant
 
 
+def _columns(x, places):
+    return x[..., places % x.shape[3]]
+
+
+_BEYOND = {
+    "rolled": lambda x: x.roll(5, 3),
+    "joined": lambda x: torch.cat([x[..., 5:], x[..., :5]], -1),
+    "padded": lambda x: F.pad(x, (2, 2, 0, 0), "circular")[..., 4:],
+    "indexed": lambda x: _columns(x, torch.arange(x.shape[3]) + 7),
+    "counted from the end": lambda x: x[..., torch.arange(x.shape[3]) - 3],
+}
+_GATES = {
+    "a rectifier": lambda x, y: x + F.relu(y - 1000),
+    "a comparison": lambda x, y: torch.where(y < -1000, y, x),
+    "a maximum": lambda x, y: torch.maximum(x, y - 1000),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("beyond", "gate"),
+    [*((beyond, "a rectifier") for beyond in _BEYOND), ("rolled", "a comparison"), ("joined", "a maximum")],
+)
+def test_no_gate_hides_the_other_border(image, beyond, gate):
+    """What the image's own values keep shut opens on another one, and a tile at the border is another then."""
+    net = Through(lambda x: _GATES[gate](x, _BEYOND[beyond](x))).eval()
+    scan = normfix.scan(net, image)
+    assert not scan.tile_invariant
+    assert scan.halo is None
+
+
+@pytest.mark.slow
+def test_what_is_brought_around_the_border_and_cut_off_is_local(image):
+    """Control: a shift by roll whose wrapped part is replaced by zeros."""
+    scan = normfix.scan(Through(lambda x: F.pad(x.roll(5, 3)[..., 5:], (5, 0))).eval(), image)
+    assert scan.tile_invariant
+    assert scan.halo[1] == (7, 1)
+
+
 class Through(nn.Module):
     """A convolution, a function of the map, a convolution."""
 

@@ -117,6 +117,35 @@ def test_padding_to_a_lattice_is_tile_invariant_at_every_example(make, extent):
     assert {finding.code for finding in scan.findings} <= {"NF252"}
 
 
+@pytest.mark.slow
+def test_what_is_shifted_and_masked_is_bounded_by_the_graph():
+    """The graph bounds what windows read; that their masks hide the other border it does not tell."""
+    scan = normfix.scan(ShiftedWindows().eval(), torch.randn(1, 1, 64, 64))
+    assert scan.tile_invariant
+    assert scan.reach.used == "graph"
+    assert scan.reach.wraps == ()
+    assert len(scan.reach.shifts) == 2
+    assert scan.halo == scan.reach.bound == ((5, 5), (5, 5))
+    assert "masks hide what aten.roll.default" in scan.reach.words
+    assert [text for text in scan.sizes.unknown if "masks hide" in text]
+
+
+class _Misplaced(ShiftedWindows):
+    """Masks a pair of rows beside those that were brought around the border."""
+
+    def _mask(self, x, shift):
+        return super()._mask(x, shift - 1)
+
+
+@pytest.mark.slow
+def test_a_mask_at_another_place_hides_no_border():
+    """Control: its graph is like that of one whose mask is right; windows are compared with the whole."""
+    scan = normfix.scan(_Misplaced().eval(), torch.randn(1, 1, 64, 64))
+    assert len(scan.reach.shifts) == 2
+    assert not scan.tile_invariant
+    assert "NF213" in {finding.code for finding in scan.findings}
+
+
 def test_a_shift_without_a_mask_stays_a_finding():
     """Control: what rolls around the border without a mask has no geometry, and is named."""
     net = Around(lambda self, y: y + torch.roll(y, 2, -1))

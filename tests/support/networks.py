@@ -216,7 +216,7 @@ class ShiftedWindows(nn.Module):
         for number, (rows, columns) in enumerate((a, b) for a in parts for b in parts):
             regions[:, rows, columns] = number
         cut = self._cut(regions)[..., 0]
-        return torch.where(cut[:, None] == cut[:, :, None], 0.0, -1000.0).to(x.dtype)
+        return torch.where(cut[:, None] == cut[:, :, None], 0.0, -torch.inf).to(x.dtype)
 
     def _attend(self, x, projection, shift):
         n, h, w, c = x.shape
