@@ -43,6 +43,7 @@ __all__ = [
     "followed",
     "is_isolated",
     "is_steady",
+    "knows_no_place",
     "shortest",
 ]
 
@@ -50,6 +51,8 @@ FAR = 4096
 """Pixels of the longest strip on which windows are compared, if that is no more than 2^18 pixels in all."""
 
 _MOST, _TILE, _SEA = 1 << 18, 32, 128
+_APART, _APART_COARSE, _FINE = 37, 7, 4
+"""Strides between two windows, primes so that no lattice hides them; the second above a stride of so many pixels."""
 
 Function = Callable[[Tensor], Tensor]
 Change = Callable[[Tensor], Tensor]
@@ -81,6 +84,9 @@ _IMAGES: tuple[Change, ...] = (
     lambda x: (x - x.mean()).cumsum(-2 if x.dim() > 3 else -1),
 )
 """Images of several magnitudes and textures made from one: a reach that follows the values shows on one of them."""
+
+_MAGNITUDES: tuple[Change, ...] = (lambda x: x * 1e4, lambda x: x * 1e9, lambda x: x * -1e9)
+"""What opens the gates of a network: a threshold between ordinary numbers and these is passed on one of them."""
 
 
 def followed(f: Function, x: Tensor, axis: int, first: int, extent: int) -> Tensor:
@@ -154,17 +160,44 @@ def shortest(geometry: Geometry, cross: Sequence[int], axis: int, tile: int = _T
     return (*cross[:axis], length, *cross[axis + 1 :])
 
 
+def knows_no_place(f: Function, example: Tensor, geometry: Geometry, cross: Sequence[int]) -> bool:
+    """Tell whether windows of short strips give what the strip gives there, on images of several magnitudes.
+
+    Arguments as for is_steady. What is computed with a place or the size behind a gate (a ReLU, a comparison) shows on
+    images that open it. One on which the last bit counts (the sine of a large number) tells nothing.
+    """
+
+    def agree(axis: int, image: Change) -> bool:
+        stride = geometry.stride[axis]
+        tile = stride * (_APART if stride <= _FINE else _APART_COARSE)
+        size = shortest(geometry, cross, axis, tile)
+        if agrees(f, example, axis, geometry, size, tile, image=image):
+            return True
+        x = image(strip(example, size) + texture(example, size))
+        return not alike(f(x), f(x * (1 + 2**-48)))
+
+    with np.errstate(all="ignore"):
+        return all(agree(axis, image) for axis in range(len(geometry.stride)) for image in _MAGNITUDES)
+
+
 def agrees(
-    f: Function, example: Tensor, axis: int, geometry: Geometry, size: Sequence[int], tile: int = _TILE
+    f: Function,
+    example: Tensor,
+    axis: int,
+    geometry: Geometry,
+    size: Sequence[int],
+    tile: int = _TILE,
+    *,
+    image: Change = lambda x: x,
 ) -> bool:
     """Compare windows at the front, in the middle and at the end of a strip of some extents with the strip.
 
-    Of the shortest strips two windows make up the whole.
+    Of the shortest strips two windows make up the whole. `image` is what becomes of the strip before.
     """
     stride, scale, length = geometry.stride[axis], geometry.scale[axis], size[axis]
     before, tile, after = _reads(geometry, axis, tile)
     reads = before + tile + after
-    x = strip(example, size) + texture(example, size)
+    x = image(strip(example, size) + texture(example, size))
     whole = f(x)
     last = (length - reads) // stride * stride
     starts = [0, last // 2 // stride * stride, last]

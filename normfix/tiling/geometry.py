@@ -21,7 +21,7 @@ from normfix.errors import NormfixError
 from normfix.networks.calling import refusals
 from normfix.records.sites import Finding, Scan
 from normfix.records.spans import Spans, in_strides, round_up
-from normfix.tiling.dependence import borders_hold, followed, is_isolated, is_steady
+from normfix.tiling.dependence import borders_hold, followed, is_isolated, is_steady, knows_no_place
 from normfix.tiling.grid import Geometry
 from normfix.tiling.halo import DyeLost, DyeRefused, Felt, halo, halo_within, strip
 from normfix.tiling.reach.bounds import Bound
@@ -99,6 +99,8 @@ def measure_locality(
 ) -> Locality:
     """Measure a network in which no statistic is live.
 
+    Where it may be computed with a place or the size, windows must agree on images of several magnitudes as well.
+
     Where NaN is swallowed or must not be seen, the dye is followed instead, and what that gives must be steady.
 
     Args:
@@ -119,7 +121,43 @@ def measure_locality(
     Raises:
         BoundExceededError: NF251.
     """
-    example = example[:1]
+    found = _settled(
+        single,
+        double,
+        example[:1],
+        dilution,
+        doubtful=doubtful,
+        trial=trial,
+        foreign=foreign,
+        swallowed=swallowed,
+        compared=compared,
+        both_ends=both_ends,
+        bound=bound,
+    )
+    if found.geometry is None or (bound is not None and not bound.knows_places):
+        return found
+    try:
+        placed = not knows_no_place(double, example[:1].double(), found.geometry, found.cross)
+    except refusals():  # it takes no strip as short as that
+        return found
+    return _placed() if placed else found
+
+
+def _settled(
+    single: Function,
+    double: Function,
+    example: Tensor,
+    dilution: Sequence[int],
+    *,
+    doubtful: bool,
+    trial: bool,
+    foreign: bool,
+    swallowed: bool,
+    compared: bool,
+    both_ends: bool,
+    bound: Bound | None,
+) -> Locality:
+    """Measure it, and what is in doubt until it is steady; see measure_locality."""
     measured = partial(_measured, single, double, example, dilution, both_ends=both_ends, bound=bound)
     plain = Locality(None, (), blind=True) if trial else measured()
     foreign = foreign or plain.foreign
@@ -134,6 +172,16 @@ def measure_locality(
         return other if _covers(other, plain) else plain
     steady = (wide for wide in (other, _wider(other)) if _is_steady(double, example, wide, thorough=foreign))
     return next((replace(wide, steady=True) for wide in steady), _boundless() if short else plain)
+
+
+def _placed() -> Locality:
+    return _none(
+        "NF213",
+        "(all axes)",
+        "windows give what the whole gives there on the image, but not where its values are larger: behind a gate (a "
+        "ReLU, a comparison) something depends on the place of a pixel or on the size (coordinates, a stretched table, "
+        "a division by H*W). Take it out, or keep to one tile size.",
+    )
 
 
 def _boundless() -> Locality:

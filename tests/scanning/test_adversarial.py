@@ -526,6 +526,35 @@ def test_what_is_brought_around_the_border_and_cut_off_is_local(image):
     assert scan.halo[1] == (7, 1)
 
 
+_PLACES = {
+    "a ramp": lambda x: x * torch.linspace(0, 1, x.shape[-1]),
+    "every third column": lambda x: x * (torch.arange(x.shape[-1]) % 3 == 0),
+    "a running sum of ones": lambda x: x * torch.ones_like(x[:, :1]).cumsum(-1),
+    "a stretched table": lambda x: x * F.interpolate(torch.eye(4)[None, None], size=x.shape[2:]),
+    "a triangle": lambda x: x.tril(),
+    "the size": lambda x: 100 * x / x.shape[-1],
+    "corners aligned": lambda x: F.interpolate(
+        F.avg_pool2d(x, 2), size=x.shape[2:], mode="bilinear", align_corners=True
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", _PLACES)
+def test_no_gate_hides_a_place_or_the_size(image, place):
+    """As above, of what is computed with the place of a pixel: the gate is shut on the image at hand."""
+    net = Through(lambda x: x + F.relu(_PLACES[place](x) - 1000)).eval()
+    scan = normfix.scan(net, image)
+    assert not scan.tile_invariant
+
+
+@pytest.mark.slow
+def test_sines_of_large_numbers_tell_nothing(image):
+    """Control: where the last bit of a value counts, images of other magnitudes are no evidence."""
+    net = Through(lambda x: torch.sin(30 * x) + 0 * torch.arange(x.shape[-1])).eval()
+    assert normfix.scan(net, image).tile_invariant
+
+
 class Through(nn.Module):
     """A convolution, a function of the map, a convolution."""
 

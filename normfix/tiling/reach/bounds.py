@@ -28,6 +28,7 @@ from normfix.tiling.reach.cyclic import open_shifts
 from normfix.tiling.reach.derivation import Derived, Reached, Trail, between, depends, derive
 from normfix.tiling.reach.extents import Unsized, lattice_of
 from normfix.tiling.reach.needs import Interval
+from normfix.tiling.reach.places import placed_calls
 from normfix.tiling.reach.rules.pointwise import keeps_place
 
 __all__ = ["Bound", "bound_between", "bound_of"]
@@ -41,7 +42,7 @@ class Bound:
     """How far maps reach into the maps that they are computed from, in pixels of the image that all lie over.
 
     `scale` and `offset` are those of the first result: it has scale n + offset positions. `masked` are cyclic shifts
-    that let nothing of the opposite border in if their masks hide it.
+    that let nothing of the opposite border in if their masks hide it, `masks` the calls that apply these.
     """
 
     derived: Derived
@@ -50,6 +51,7 @@ class Bound:
     scale: tuple[Fraction, ...]
     offset: tuple[int, ...]
     masked: tuple[Node, ...] = ()
+    masks: tuple[Node, ...] = ()
 
     @property
     def lattice(self) -> tuple[int, ...]:
@@ -89,6 +91,17 @@ class Bound:
     def is_whole_if_masked(self) -> bool:
         """Tell whether it does if masks hide what cyclic shifts bring around the border."""
         return not self.wraps and not self.obstacles()
+
+    @property
+    def knows_places(self) -> bool:
+        """Tell whether something is computed with a place or with the image's size, masks of shifts aside."""
+        if self.derived.stretches:
+            return True
+        nodes = self.results[
+            0
+        ].graph.nodes  # also those that write into a constant, which nothing is computed from
+        found = placed_calls(nodes, self.derived.layouts, self.derived.sizes, self.masks)
+        return next(found, None) is not None
 
     def halo(self, stride: Sequence[int]) -> Spans:
         """Return what a tile reads (before, after) if tiles start at multiples of a stride.
@@ -217,9 +230,9 @@ def bound_between(image: Node, sources: Sequence[Node], results: Sequence[Node])
     if not layouts or None in layouts or offset is None or layouts[0] is None:
         raise Unsized("the output is no map over the image")
     mine = tuple(r for r in results if r in derived.layouts)
-    opened = open_shifts(derived.order, derived.readings, derived.layouts, mine, derived.sizes)
+    opened, masks = open_shifts(derived.order, derived.readings, derived.layouts, mine, derived.sizes)
     masked = tuple(n for n in derived.wraps if n not in opened and call_of(n, derived.sizes).name == "roll")
-    return Bound(derived, tuple(sources), mine, layouts[0], offset, masked)
+    return Bound(derived, tuple(sources), mine, layouts[0], offset, masked, tuple(masks))
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:

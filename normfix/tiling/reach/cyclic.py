@@ -72,8 +72,8 @@ def open_shifts(
     layouts: Mapping[Node, Layout],
     results: Collection[Node],
     sizes: Sizes,
-) -> frozenset[Node]:
-    """Return the cyclic shifts through which the opposite border may be read.
+) -> tuple[frozenset[Node], frozenset[Node]]:
+    """Return the cyclic shifts through which the opposite border may be read, and the calls that apply masks.
 
     Args:
         order: calls that depend on the image, as they run.
@@ -84,6 +84,7 @@ def open_shifts(
     """
     states: dict[Node, _State] = {}
     found: set[Node] = set()
+    masks: dict[Node, frozenset[Node]] = {}
     for node in order:
         call = call_of(node, sizes)
         given = [(r, states[r.operand]) for r in readings[node] if r.operand in states]
@@ -100,8 +101,11 @@ def open_shifts(
             continue
         if state.turned:
             states[node] = state
+        if given and _masks(call, state, layouts):
+            masks[node] = state.shifts
     found.update(*(states[node].shifts for node in results if node in states))
-    return frozenset(found)
+    hiding = frozenset(node for node, shifts in masks.items() if not shifts & found)
+    return frozenset(found), hiding
 
 
 def _rolled(call: Call, state: _State | None, layout: Layout) -> _State:
@@ -153,6 +157,13 @@ def _carried(call: Call, given: Sequence[tuple[Reading, _State]], layouts: Mappi
     dims = tuple(found.get(dim) or _factors(frame) for dim, frame in enumerate(layouts[call.node]))
     shifts = frozenset[Node]().union(*(state.shifts for _, state in given))
     return _State(given[0][1].turned, shifts, dims, _pairs(call, given, dims, layouts))
+
+
+def _masks(call: Call, state: _State, layouts: Mapping[Node, Layout]) -> bool:
+    """Tell whether a call applies a mask to scores."""
+    if call.name == _FUSED:
+        return _may_mix(call, (), layouts)
+    return state.pairs == "scores" and any(_follows_size(call, node, layouts) for node in call.operands)
 
 
 def _may_mix(call: Call, known: Collection[str], layouts: Mapping[Node, Layout]) -> bool:
