@@ -22,6 +22,8 @@ PLACED: dict[str, Callable[[Tensor], Tensor]] = {
     "divided by the size": lambda x: x / x.shape[-1],
     "times the number of pixels": lambda x: x * x.shape[-1] * x.shape[-2],
     "filled with the size": lambda x: x + torch.full((1,), x.shape[-1]),
+    "a repeated pattern": lambda x: x * torch.arange(3.0).repeat((x.shape[-1] + 2) // 3)[: x.shape[-1]],
+    "a row of a table": lambda x: x + torch.arange(4096.0)[x.shape[-1] : x.shape[-1] + 1],
     "corners aligned": lambda x: F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True),
 }
 UNPLACED: dict[str, Callable[[Tensor], Tensor]] = {
@@ -31,6 +33,9 @@ UNPLACED: dict[str, Callable[[Tensor], Tensor]] = {
     "a view by its size": lambda x: x.reshape(x.shape[0], -1, x.shape[-1]).view_as(x),
     "padded to a lattice": lambda x: F.pad(x, (0, -x.shape[-1] % 8))[..., : x.shape[-1]],
     "doubled": lambda x: F.interpolate(x, scale_factor=2, mode="bilinear"),
+    "a table that is detached": lambda x: (x.unflatten(-1, (-1, 4)) * torch.arange(4.0).detach_()).flatten(
+        -2
+    ),
     "a kernel": lambda x: F.conv2d(x, torch.arange(9.0).view(1, 1, 3, 3), padding=1),
 }
 

@@ -37,7 +37,8 @@ _FILLED = frozenset(
     "new_empty",
     "empty_like",
 }
-_SPREAD = frozenset(SHAPES) | {"slice", "narrow", "select", "repeat", "split", "chunk", "unbind"}
+_PARTS = frozenset({"slice", "narrow", "select", "split", "split_with_sizes", "chunk", "unbind"})
+_SPREAD = frozenset(SHAPES) | _PARTS
 """What leaves a constant even that was."""
 _TRIANGLES = frozenset({"tril", "triu"})
 
@@ -68,7 +69,7 @@ def placed_calls(
             kinds[node] = _kind(node, kinds, sizes)
         except Unsized:
             kinds[node] = "placed"
-        if isinstance(node.target, OpOverload) and operators.written(node.target):
+        if kinds[node] != "fixed" and isinstance(node.target, OpOverload) and operators.written(node.target):
             # every view of what is written part by part
             whole = _origin(node)
             kinds.update({known: "placed" for known in kinds if _origin(known) is whole})
@@ -93,9 +94,11 @@ def _kind(node: Node, kinds: Mapping[Node, _Kind], sizes: Sizes) -> _Kind:
     if call.name in _FILLED:
         fill = call.get("fill_value", call.get("s"))
         return "even" if _is_fixed(_value(fill), sizes) else "placed"
-    if is_pointwise(call) or call.name in _SPREAD:
-        return of if of == "placed" or _extents_fixed(call) else "even"
     sized = any(kinds.get(n) == "placed" for n in call.operands)
+    if is_pointwise(call) or call.name in _SPREAD:
+        if of == "fixed" and sized and call.name in _PARTS:
+            return "placed"
+        return of if of == "placed" or _extents_fixed(call) else "even"
     return "fixed" if of == "fixed" and not sized and _extents_fixed(call) else "placed"
 
 
