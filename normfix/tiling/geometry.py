@@ -21,7 +21,7 @@ from normfix.errors import NormfixError
 from normfix.networks.calling import refusals
 from normfix.records.sites import Finding, Scan
 from normfix.records.spans import Spans, in_strides, round_up
-from normfix.tiling.dependence import borders_hold, followed, is_isolated, is_steady, knows_no_place
+from normfix.tiling.dependence import borders_hold, followed, hides_no_place, is_isolated, is_steady
 from normfix.tiling.grid import Geometry
 from normfix.tiling.halo import DyeLost, DyeRefused, Felt, halo, halo_within, strip
 from normfix.tiling.reach.bounds import Bound
@@ -137,10 +137,10 @@ def measure_locality(
     if found.geometry is None or (bound is not None and not bound.knows_places):
         return found
     try:
-        placed = not knows_no_place(double, example[:1].double(), found.geometry, found.cross)
+        hidden = not hides_no_place(double, example[:1].double(), found.geometry, found.cross)
     except refusals():  # it takes no strip as short as that
         return found
-    return _placed() if placed else found
+    return _hidden() if hidden else found
 
 
 def _settled(
@@ -174,7 +174,7 @@ def _settled(
     return next((replace(wide, steady=True) for wide in steady), _boundless() if short else plain)
 
 
-def _placed() -> Locality:
+def _hidden() -> Locality:
     return _none(
         "NF213",
         "(all axes)",
