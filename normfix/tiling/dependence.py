@@ -33,7 +33,7 @@ from normfix.tiling.dye.twins import holds_nan
 from normfix.tiling.grid import Geometry
 from normfix.tiling.halo import AMPLIFICATION, DyeRefused, strip, texture
 
-__all__ = ["FAR", "agrees", "alike", "far", "followed", "is_isolated", "is_steady", "shortest"]
+__all__ = ["FAR", "agrees", "alike", "far", "followed", "is_isolated", "is_steady", "magnitudes", "shortest"]
 
 FAR = 4096
 """Pixels of the longest strip on which windows are compared, if that is no more than 2^18 pixels in all."""
@@ -70,6 +70,15 @@ _IMAGES: tuple[Change, ...] = (
     lambda x: (x - x.mean()).cumsum(-2 if x.dim() > 3 else -1),
 )
 """Images of several magnitudes and textures made from one: a reach that follows the values shows on one of them."""
+
+
+def magnitudes(image: Tensor) -> tuple[Tensor, ...]:
+    """Return an image and the same in other magnitudes: what a bound does shows beyond it alone.
+
+    >>> [float(x) for x in magnitudes(torch.ones(1))]
+    [1.0, 1000.0, -30.0]
+    """
+    return tuple(change(image) for change in _IMAGES[:3]) if image.is_floating_point() else (image,)
 
 
 def followed(f: Function, x: Tensor, axis: int, first: int, extent: int) -> Tensor:
