@@ -214,10 +214,10 @@ CODES: dict[str, str] = {
     "NF261": "The image is of a size that was not proved: no captured graph tells how the network treats sizes, and "
     "it is larger than what was compared; or it lies beyond a branch on the size, on both sides of which tiles "
     "equalled the whole where they were tried. normfix check compares tiles with the whole at this very size.",
-    "NF262": "What the network does is switched by a statistic: a branch that was shut when it was converted is open "
-    "under the statistics of now, or the other way round. Its stride and halo were measured anew; where none hold, "
-    "tiles do not equal the whole image any more and it is not predicted in tiles. normfix calibrate and --statistics "
-    "per-image do this.",
+    "NF262": "What the network does is switched by a statistic or a weight: a branch that was shut when it was "
+    "converted is open under those of now, or the other way round. Its stride, halo and sizes were measured anew; "
+    "where none hold, tiles do not equal the whole image any more and it is not predicted in tiles. normfix calibrate, "
+    "--statistics per-image and training do this.",
     "NF263": "At sizes that the network's stride does not divide it may compute what no tiles give, such as a skip "
     "connection that is resized. There an image is extended at its end by its edge pixels to the next size that is "
     "exact, measured and predicted so, and the result cut back. Crop or extend images yourself to multiples of the "

@@ -256,7 +256,7 @@ def convert(
     if model.training:
         _LOG.warning("The network was in train mode; it was converted, and is returned, in eval mode.")
     converted.eval()
-    is_as_known(converted, caller, scan.example)  # what it gives now is known from here on
+    is_as_known(converted, caller, scan.example, scan.sizes)  # what it gives now is known from here on
     calibration = None if summary is None else Calibration(converted, summary)
     return Conversion(converted, plan, scan, calibration, proof, caller, base)
 

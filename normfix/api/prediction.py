@@ -536,13 +536,14 @@ def _held(model: nn.Module, image: Tensor, caller: Caller) -> nn.Module:
     Raises:
         NormfixError: NF409 if it does not compute what the network computes once they are.
     """
-    same = scanned_of(model, caller, image.shape)
     known = _PLANNED.get(model)
+    same = scanned_of(model, caller, image.shape, None if known is None else known.scan)
     if known is None or same is None or known.of != (same, image.shape):
         base = base_of(model, image, caller)
         scan = look(base.copy(), base.example, base.caller).scan
         plan = decide(scan.sites, model=scan.model, to="frozen")
         if same is not None:
+            same = scanned_of(model, caller, image.shape, scan)
             _PLANNED[model] = _Planned((same, image.shape), scan, plan, base.example.shape[2:])
     else:
         scan, plan = known.scan, known.plan

@@ -33,6 +33,7 @@ from normfix.records.measurements import CalibrationSummary
 from normfix.records.progress import Progress, logged
 from normfix.records.saved import Provenance, Scaling
 from normfix.records.sites import Family
+from normfix.records.sizes import ProvedSizes
 from normfix.records.statistics import WHOLE
 from normfix.scanning.base import base_of
 from normfix.scanning.known import ForwardFn
@@ -177,7 +178,7 @@ class _Measured:
         renew_(model, self.image, self.caller)
         # under the new statistics it gives something else, which is remembered: of the old ones nothing tells any more
         known = provenance_of(model)
-        if known is not None and not (self.is_known and is_as_known(model, self.caller, known.scan.example)):
+        if known is not None and not (self.is_known and is_as_known(model, self.caller, *_scanned(known))):
             outdate_(model)
 
 
@@ -202,7 +203,7 @@ def _measured(
     caller = Caller.of(known, forward_fn, output)
     taken = images_of(images, model, like=known.scan.example if known else None, caller=caller)
     geometry = geometry_of(known.scan) if known is not None else None
-    is_known = known is None or is_as_known(original, caller, known.scan.example)
+    is_known = known is None or is_as_known(original, caller, *_scanned(known))
     for finding in extension(next(iter(taken)).shape[2:], geometry):
         _LOG.warning(finding.line)
     targets: Sequence[Target]
@@ -264,6 +265,11 @@ def _measured(
     judgement = replace(judgement, findings=(*judgement.findings, *unlike))
     scaling = images.scaling if isinstance(images, ImageFiles) else None
     return _Measured(model, judgement, targets, caller, first, scaling, is_known)
+
+
+def _scanned(known: Provenance) -> tuple[tuple[int, ...], ProvedSizes | None]:
+    """Return the shape that a network was scanned with, and the sizes that the scan speaks for."""
+    return known.scan.example, known.scan.sizes
 
 
 def _is_trained(known: Provenance | None, site: str) -> bool:

@@ -20,6 +20,7 @@ from normfix.conversion.keys import KeysTarget
 from normfix.conversion.rewriting import layer_of, set_statistics_
 from normfix.errors import NormfixError
 from normfix.layers import ChannelNorm, FrozenStatistic, HeldTokens
+from normfix.layers.constant import fitting
 from normfix.layers.laws import Observed, Part, finalise
 from normfix.layers.laws import merge as merge_parts
 from normfix.layers.laws import observe as observe_part
@@ -289,7 +290,7 @@ class StatisticTarget:
 
     def _fitting(self, population: Sequence[Tensor]) -> list[Tensor]:
         """Return values in the dtypes that they are kept in, where they are finite."""
-        found = [p.to(v.dtype) for p, v in zip(population, self.module.values(), strict=True)]
+        found = [fitting(p, v.dtype) for p, v in zip(population, self.module.values(), strict=True)]
         _require_finite(self.name, **{f"value {number}": value for number, value in enumerate(found)})
         return found
 

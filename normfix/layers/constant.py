@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Extreme", "Extremes", "FrozenStatistic"]
+__all__ = ["Extreme", "Extremes", "FrozenStatistic", "fitting"]
 
 
 class Extreme(NamedTuple):
@@ -27,6 +27,16 @@ class Extremes(NamedTuple):
 
     min: Tensor
     max: Tensor
+
+
+def fitting(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a value in a dtype: the nearest whole numbers where that holds no others.
+
+    >>> fitting(torch.tensor(1.9999999), torch.int64)
+    tensor(2)
+    """
+    whole = value.is_floating_point() and not dtype.is_floating_point and not dtype.is_complex
+    return (value.round() if whole else value).to(dtype)
 
 
 class FrozenStatistic(nn.Module):
@@ -95,9 +105,9 @@ class FrozenStatistic(nn.Module):
 
     @torch.no_grad()
     def set_values_(self, *values: Tensor) -> None:
-        """Store results in place, each with the elements of the planned shape."""
+        """Store results in place, each with the elements of the planned shape; what holds whole numbers the nearest."""
         for stored, given in zip(self.values(), values, strict=True):
-            stored.copy_(given.reshape(stored.shape))
+            stored.copy_(fitting(given, stored.dtype).reshape(stored.shape))
 
     def extra_repr(self) -> str:
         """Show what is held."""

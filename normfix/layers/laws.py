@@ -1,9 +1,9 @@
 """Population laws: how the statistics of several parts become the statistic of their union.
 
-With n values in a part, mean m, sum of squared deviations M2 and mean p-th power q:
+With n values in a part, sum s, mean m, sum of squared deviations M2 and mean p-th power q:
 
     mean        m                                  parts weighted by n
-    total       n m / k                            the mean sum per image, for k images
+    total       s / k                              the mean sum per image, for k images; of whole numbers exact
     variance    M2 / (n - correction)              M2 merged by the law of total variance (normfix.layers.moments)
     deviation   sqrt(variance)
     norm        (n q / k)^(1/p)                    for p = 2 the root mean square of the images' norms
@@ -58,7 +58,9 @@ def observe(law: str, x: Tensor, dims: Sequence[int], *, power: float = 2.0) -> 
     if not count:  # nothing counts (normfix.tiling.stages.masks); the values are no part of any union
         x = x.new_zeros([1 if d in dims else n for d, n in enumerate(x.shape)])
     wide = x.detach().to(torch.float64)
-    if law in ("mean", "total"):
+    if law == "total":
+        return Part(count, (wide.sum(dims, keepdim=True).cpu(),))
+    if law == "mean":
         return Part(count, (wide.mean(dims, keepdim=True).cpu(),))
     if law == "norm":
         return Part(count, (wide.abs().pow(power).mean(dims, keepdim=True).cpu(),))
@@ -101,7 +103,7 @@ def finalise(
         power: p of a norm.
     """
     if law == "total":
-        return (part.values[0] * (part.count / images),)
+        return (part.values[0] / images,)
     if law == "norm":
         return ((part.values[0] * (part.count / images)).pow(1 / power),)
     if law in _SPREAD:
@@ -119,6 +121,8 @@ def _merged(law: str, a: Part, b: Part) -> Part:
     if law in ("maximum", "minimum", "extremes"):
         least, most = torch.minimum(a.values[0], b.values[0]), torch.maximum(a.values[-1], b.values[-1])
         return Part(n, {"maximum": (most,), "minimum": (least,), "extremes": (least, most)}[law])
+    if law == "total":
+        return Part(n, (a.values[0] + b.values[0],))
     delta = b.values[0] - a.values[0]
     mean = a.values[0] + delta * (b.count / n)
     if law not in _SPREAD:

@@ -15,6 +15,7 @@ from functools import partial
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from normfix.networks.devices import bytes_of
@@ -29,11 +30,20 @@ from normfix.networks.reading import (
     written_by,
 )
 
-__all__ = ["SAID", "behaviour_of", "digest_of_tensor", "open_behaviour_of", "state_of", "structure_of"]
+__all__ = [
+    "SAID",
+    "behaviour_of",
+    "digest_of_tensor",
+    "digest_of_values",
+    "open_behaviour_of",
+    "state_of",
+    "structure_of",
+]
 
 SAID = (
     "_normfix_provenance",
     "_normfix_structure",
+    "_normfix_values",
     "_normfix_scaling",
     "_normfix_window",
     "_normfix_folder",
@@ -84,10 +94,16 @@ def _behaviour(model: nn.Module) -> tuple[object, bool]:
     return behaviour, hides
 
 
-def state_of(model: nn.Module) -> object:
+def state_of(model: nn.Module) -> tuple[tuple[str, torch.dtype, torch.device, object], ...]:
     """Return what compares equal as long as the parameters and buffers of a network have the same values."""
     tensors = (*model.named_parameters(), *model.named_buffers())
     return tuple((name, t.dtype, t.device, digest_of_tensor(t)) for name, t in tensors)
+
+
+def digest_of_values(model: nn.Module) -> str:
+    """Return a digest that stays as long as `state_of` does, whatever device a network is on."""
+    values = [(name, dtype, digest) for name, dtype, _, digest in state_of(model)]
+    return hashlib.sha256(repr(values).encode()).hexdigest()
 
 
 def structure_of(model: nn.Module) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
-from normfix.networks.behaviour import SAID, structure_of
+from normfix.networks.behaviour import SAID, digest_of_values, structure_of
 from normfix.records.saved import Provenance, Scaling
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "declare_window_",
     "declared_scaling",
     "declared_window",
+    "has_known_values",
     "is_current",
     "keep_in_",
     "kept_in",
@@ -29,18 +30,24 @@ __all__ = [
     "rescale_",
 ]
 
-_NAME, _STRUCTURE, _SCALING, _WINDOW, _FOLDER = SAID
+_NAME, _STRUCTURE, _VALUES, _SCALING, _WINDOW, _FOLDER = SAID
 
 
 def attach_(model: nn.Module, provenance: Provenance) -> None:
     """Attach provenance in place; deep copies and pickles of the model carry it on."""
     model.__dict__[_NAME] = provenance
     model.__dict__[_STRUCTURE] = structure_of(model)
+    model.__dict__[_VALUES] = digest_of_values(model)
 
 
 def is_current(model: nn.Module) -> bool:
     """Tell whether the model has the modules, attributes and hooks it was converted with; weights may have changed."""
     return model.__dict__.get(_STRUCTURE) == structure_of(model)
+
+
+def has_known_values(model: nn.Module) -> bool:
+    """Tell whether the model has the weights and buffers that what travels with it was found under, on any device."""
+    return model.__dict__.get(_VALUES) == digest_of_values(model)
 
 
 def outdate_(model: nn.Module) -> None:

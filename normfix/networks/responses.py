@@ -21,6 +21,7 @@ from normfix.networks.calling import Caller, home_of, refusals
 from normfix.networks.copying import original_of, twin_of
 from normfix.networks.numerics import IDENTITY, deviation, exact_arithmetic
 from normfix.networks.reading import LIBRARIES
+from normfix.records.sizes import ProvedSizes
 
 __all__ = ["Response", "is_as_known", "response_of"]
 
@@ -52,19 +53,21 @@ class Response:
         return deviation(mine, theirs, sd)[0] <= IDENTITY.get(mine.dtype, 0.0)
 
 
-def response_of(model: nn.Module, caller: Caller, shape: Sequence[int]) -> Response:
+def response_of(
+    model: nn.Module, caller: Caller, shape: Sequence[int], sizes: ProvedSizes | None = None
+) -> Response:
     """Return what a network gives for noise.
 
     Args:
         model: not modified.
         caller: calls it.
-        shape: (N, C, *space) of what it takes; the noise is smaller.
+        shape: (N, C, *space) of what it takes; the noise is smaller where that shows as much.
+        sizes: of the scan that was of this shape, if there is one.
 
     Raises:
         NormfixError: NF208 if a copy of it runs the network's own modules.
     """
-    most = _EXTENTS[min(3, len(shape) - 2)]
-    extents = (1, shape[1], *(min(n, most) for n in shape[2:]))
+    extents = (1, shape[1], *_extents(shape[2:], sizes))
     noise = torch.randn(extents, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     try:
         with exact_arithmetic():
@@ -72,6 +75,16 @@ def response_of(model: nn.Module, caller: Caller, shape: Sequence[int]) -> Respo
     except refusals():  # it takes another size
         return Response(None)
     return Response(given.detach().cpu())
+
+
+def _extents(space: Sequence[int], sizes: ProvedSizes | None) -> Sequence[int]:
+    """Return the extents of the noise: small ones, unless a branch on the size parts them from what was scanned."""
+    most = _EXTENTS[min(3, len(space))]
+    small = tuple(min(n, most) for n in space)
+    if sizes is None:
+        return small
+    here, there = ({*sizes.broken(size), *sizes.passed(size)} for size in (small, space))
+    return space if sizes.unknown or here - there else small
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,20 +99,23 @@ _KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 """Responses of networks whose geometry travels with them."""
 
 
-def is_as_known(model: nn.Module, caller: Caller, shape: Sequence[int]) -> bool:
+def is_as_known(
+    model: nn.Module, caller: Caller, shape: Sequence[int], sizes: ProvedSizes | None = None
+) -> bool:
     """Tell whether a network gives what it gave before, or has other weights now; of one that is new, remember it.
 
     Args:
         model: whose modules, attributes and code are as before.
         caller: calls it.
         shape: (N, C, *space) of what it was scanned with.
+        sizes: that the scan speaks for.
 
     Returns:
         False where other settings than anything in it shows must have changed: with equal values it gives another
         response, or a buffer that it reads itself has other values.
     """
     owner = original_of(model)
-    response, known = response_of(model, caller, shape), _KNOWN.get(owner)
+    response, known = response_of(model, caller, shape, sizes), _KNOWN.get(owner)
     if known is None or response != known.response:
         state = state_of(owner)
         if known is not None and _is_set_anew(owner, known.state, state):

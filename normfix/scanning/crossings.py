@@ -17,7 +17,7 @@ from normfix.networks.calling import refusals
 from normfix.records.sizes import Condition
 from normfix.records.spans import round_up
 from normfix.scanning.graph.bounds import AXES, SizeLook
-from normfix.tiling.dependence import agrees, far, shortest
+from normfix.tiling.dependence import agrees, far, magnitudes, shortest
 from normfix.tiling.grid import Geometry
 
 __all__ = ["Crossings"]
@@ -43,15 +43,19 @@ class Crossings:
     example: Tensor
     geometry: Geometry
     cross: Sequence[int]
-    _agreements: dict[tuple[int, Size, tuple[int, ...]], bool] = field(
+    _agreements: dict[tuple[int, Size, tuple[int, ...], bool], bool] = field(
         default_factory=dict, init=False, repr=False
     )
 
     def crossed(self, branch: Condition) -> bool:
-        """Tell whether tiles equal the whole on either side of a branch, at all sizes that are tried."""
+        """Tell whether tiles equal the whole on either side of a branch, at all sizes and magnitudes that are tried."""
         sizes = list(dict.fromkeys(self._astride(branch)))
         outside = any(self._excludes(branch, size) for _, size in sizes)
-        return outside and self._agree(sizes) and self._agree_where_windows_are_excluded(branch)
+        return (
+            outside
+            and all(self._agrees(axis, size, magnified=True) for axis, size in sizes)
+            and self._agree_where_windows_are_excluded(branch)
+        )
 
     def differing(self, sizes: SizeLook) -> tuple[Condition, ...]:
         """Return the conditions that should make no difference to tiles and do: they count wherever they fail."""
@@ -144,7 +148,7 @@ class Crossings:
         images += [far(self.geometry, self.cross, axis, _PIXELS[0]) for axis in self._axes]
         for axis, size in itertools.product(self._axes, images):
             tiles = [] if self._excludes(branch, size) else list(self._excluded(branch, axis, size))
-            if not all(self._agrees(axis, size, tile) for tile in {*tiles[:1], *tiles[-1:]}):
+            if not all(self._agrees(axis, size, tile, magnified=True) for tile in {*tiles[:1], *tiles[-1:]}):
                 return False
         return True
 
@@ -155,11 +159,15 @@ class Crossings:
             if self._excludes(branch, (*size[:axis], context + tile, *size[axis + 1 :])):
                 yield tile
 
-    def _agrees(self, axis: int, size: Size, *tile: int) -> bool:
-        key = axis, size, tile
+    def _agrees(self, axis: int, size: Size, *tile: int, magnified: bool = False) -> bool:
+        key = axis, size, tile, magnified
         if key not in self._agreements:
+            example = self.example.double()
             try:
-                agreement = agrees(self.double, self.example.double(), axis, self.geometry, size, *tile)
+                agreement = all(
+                    agrees(self.double, x, axis, self.geometry, size, *tile)
+                    for x in (magnitudes(example) if magnified else [example])
+                )
             except refusals():
                 agreement = False
             self._agreements[key] = agreement

@@ -12,16 +12,18 @@ from torch import Tensor, nn
 from normfix.errors import NormfixError
 from normfix.images.collections import Images
 from normfix.images.given import GivenImages, images_of
-from normfix.networks.behaviour import digest_of_tensor, open_behaviour_of, state_of
+from normfix.networks.behaviour import digest_of_tensor, digest_of_values, open_behaviour_of, state_of
 from normfix.networks.calling import Caller
 from normfix.networks.copying import original_of
 from normfix.networks.graph.program import require_free
 from normfix.networks.intake import is_lazy
-from normfix.networks.provenance import is_current, provenance_of
+from normfix.networks.provenance import has_known_values, is_current, provenance_of
 from normfix.networks.responses import is_as_known, response_of
 from normfix.records.extents import WIDEST
+from normfix.records.saved import Provenance
 from normfix.records.sites import Scan
 from normfix.scanning.base import base_of
+from normfix.scanning.renewal import renewed
 from normfix.scanning.scan import look
 from normfix.tiling.grid import Geometry
 
@@ -48,12 +50,29 @@ def known_of(
     known = provenance_of(model)
     if known is not None and is_current(model) and output in (None, known.output, _as_index(known.output)):
         caller = Caller.of(known, forward_fn)
-        if is_as_known(model, caller, known.scan.example):
+        if is_as_known(model, caller, known.scan.example, known.scan.sizes):
             left = tuple(d.site.id for d in known.plan.left_live)
             layers = tuple(d.target for d in known.plan.converted)
-            return Known(caller, known.scan, left, layers)
+            scan = _of_now(model, known, image, caller)
+            return Known(caller, scan, left, layers)
     caller = Caller.of(known, forward_fn, output)
     return _scanned(model, images_of(image, model, caller=caller).excerpt(), caller)
+
+
+_RENEWED: WeakKeyDictionary[nn.Module, tuple[object, Scan]] = WeakKeyDictionary()
+"""The scan of each converted network whose weights were changed since, and under which weights."""
+
+
+def _of_now(model: nn.Module, known: Provenance, image: GivenImages | Images, caller: Caller) -> Scan:
+    """Return the scan of a converted network with the geometry that it has under its weights of now."""
+    if has_known_values(model):
+        return known.scan
+    owner, values = original_of(model), (known.scan, digest_of_values(model))
+    last = _RENEWED.get(owner)
+    if last is None or last[0] != values:
+        excerpt = images_of(image, model, caller=caller).excerpt()
+        last = _RENEWED[owner] = values, renewed(model, known, excerpt, caller, reweighted=True)
+    return last[1]
 
 
 _LAST: WeakKeyDictionary[nn.Module, tuple[object, Known]] = WeakKeyDictionary()
@@ -63,26 +82,31 @@ _LAST: WeakKeyDictionary[nn.Module, tuple[object, Known]] = WeakKeyDictionary()
 def _scanned(model: nn.Module, image: Tensor, caller: Caller) -> Known:
     """Scan a network, or recall the last scan: of the same modules, values and image, so that nothing can differ."""
     owner = original_of(model)
-    same = scanned_of(owner, caller, image.shape)
-    key = None if same is None else (same, image.shape, digest_of_tensor(image))
     last = _LAST.get(owner)
+    key = _key_of(owner, caller, image, None if last is None else last[1].scan)
     if last is None or key is None or last[0] != key:
         base = base_of(model, image, caller)
         scan = look(base.copy(), base.example, base.caller).scan
         known = Known(base.caller, scan, tuple(site.id for site in scan.live))
         if key is None:  # nor is it kept: it may hold the network, and then neither would ever go
             return known
-        last = _LAST[owner] = key, known
+        last = _LAST[owner] = _key_of(owner, caller, image, scan), known
     return last[1]
 
 
-def scanned_of(model: nn.Module, caller: Caller, shape: Sequence[int]) -> object:
+def _key_of(model: nn.Module, caller: Caller, image: Tensor, scan: Scan | None) -> object:
+    same = scanned_of(model, caller, image.shape, scan)
+    return None if same is None else (same, image.shape, digest_of_tensor(image))
+
+
+def scanned_of(model: nn.Module, caller: Caller, shape: Sequence[int], scan: Scan | None = None) -> object:
     """Return what compares equal as long as a network has the modules and values that it was scanned with.
 
     Args:
         model: a network.
         caller: calls it.
         shape: (N, C, *space) of an image that it takes.
+        scan: that is to be kept, if there is one: of which sizes it is may tell what must be run.
 
     Returns:
         None where no scan is to be kept: nothing shows all that the network or a function of the caller's reads.
@@ -90,9 +114,11 @@ def scanned_of(model: nn.Module, caller: Caller, shape: Sequence[int]) -> object
     if is_lazy(model) or caller.forward_fn is not None:
         return None
     behaviour = open_behaviour_of(model)
-    return (
-        None if behaviour is None else (behaviour, state_of(model), caller, response_of(model, caller, shape))
-    )
+    if behaviour is None:
+        return None
+    if scan is None:
+        return behaviour, state_of(model), caller, response_of(model, caller, shape)
+    return behaviour, state_of(model), caller, response_of(model, caller, scan.example, scan.sizes)
 
 
 def _as_index(output: str | None) -> int | None:

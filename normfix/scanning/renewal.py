@@ -1,9 +1,10 @@
-"""Geometry under new statistics: a constant may open a branch that was shut when the geometry was measured.
+"""Geometry under new statistics and weights: a constant may open a branch that was shut when it was measured.
 
 `where(x.mean() > 0, far, near)` is near or far by a frozen mean, and `relu(pool) * branch` is no branch while its pool
 is negative. Norms alone shut nothing, so a network of norms that decides nothing by values keeps its geometry. One
 that decides is measured anew whenever its statistics are; one that freezes other statistics, where the geometry does
-not hold any more.
+not hold any more. Under new weights so is one without a graph, and one that branches on the size where both sides gave
+the same.
 
 Whether a network decides is found out once: what never looks at a value takes the same path whatever its values are,
 as long as its modules, attributes and code are the same.
@@ -56,19 +57,26 @@ def renew_(model: nn.Module, image: Tensor, caller: Caller) -> None:
     if known is None or not is_current(model):
         return
     scan = renewed(model, known, image, caller)
-    if scan is not known.scan:
-        attach_(model, replace(known, scan=scan))
+    attach_(model, replace(known, scan=scan))
 
 
-def renewed(model: nn.Module, known: Provenance, image: Tensor, caller: Caller) -> Scan:
+def renewed(
+    model: nn.Module, known: Provenance, image: Tensor, caller: Caller, *, reweighted: bool = False
+) -> Scan:
     """Return the scan of a converted model with the geometry that holds now: the same object where nothing changed.
 
-    Arguments as for `renew_`.
+    Args:
+        model: converted.
+        known: what travels with it.
+        image: (N, C, *space), the material of the strips.
+        caller: calls it.
+        reweighted: whether weights changed as well, and not statistics alone.
     """
     scan, geometry = known.scan, geometry_of(known.scan)
     if geometry is None or known.plan.left_live:
         return scan
-    decides = _is_deciding(model, image, caller)
+    hangs = reweighted and _hangs_on_values(scan)
+    decides = hangs or _is_deciding(model, image, caller)
     if not decides and not _freezes_others(known):
         return scan
     example = fitting_example(model, image, Intake(model, caller))
@@ -77,9 +85,23 @@ def renewed(model: nn.Module, known: Provenance, image: Tensor, caller: Caller) 
             return scan
     base = base_of(model, example, caller)
     found = look(base.copy(), base.example, base.caller).scan
-    if geometry_of(found) == geometry:
-        return scan
-    return _changed(scan, found)
+    if geometry_of(found) != geometry or (hangs and _bounds(found) != _bounds(scan)):
+        return _changed(scan, found)
+    # what was run under other weights proves nothing of these
+    return replace(scan, sizes=found.sizes) if hangs else scan
+
+
+def _hangs_on_values(scan: Scan) -> bool:
+    """Tell whether a comparison, and no graph, says how the network treats sizes."""
+    return scan.sizes is not None and bool(scan.sizes.crossed or scan.sizes.unknown)
+
+
+def _bounds(scan: Scan) -> tuple[frozenset[str], ...]:
+    """Return the branches on the size, and those that make no difference."""
+    sizes = scan.sizes
+    return tuple(
+        frozenset(c.text for c in s) for s in (() if sizes is None else (sizes.conditions, sizes.crossed))
+    )
 
 
 def keeps_geometry(model: nn.Module, known: Provenance, image: Tensor, caller: Caller) -> bool:
@@ -113,10 +135,11 @@ def _changed(scan: Scan, found: Scan) -> Scan:
     """Return a scan with the geometry of another, and a finding that says so."""
     reasons = "; ".join(finding.message for finding in found.findings) or "none was found"
     message = (
-        f"under the statistics of now the network's stride is {found.stride} and its halo {found.halo}; under those it "
-        f"was converted with they were {scan.stride} and {scan.halo}. Something in it is switched by its statistics."
+        f"under the statistics and weights of now the network's {_told(found)}; under those it was converted with: "
+        f"{_told(scan)}. Something in it is switched by them."
         if found.halo is not None
-        else f"under the statistics of now no geometry holds, so its tiles do not equal the whole: {reasons}"
+        else "under the statistics and weights of now no geometry holds, so its tiles do not equal the whole: "
+        f"{reasons}"
     )
     finding = Finding(code="NF262", where="statistics", message=message)
     _LOG.warning("%s", finding.line)
@@ -132,6 +155,13 @@ def _changed(scan: Scan, found: Scan) -> Scan:
         tile_invariant=scan.tile_invariant and found.tile_invariant,
         sizes=found.sizes,
         findings=(*(f for f in scan.findings if f.code != "NF262"), finding),
+    )
+
+
+def _told(scan: Scan) -> str:
+    limits = " and ".join(() if scan.sizes is None else scan.sizes.limits())
+    return f"stride is {scan.stride}, its halo {scan.halo}" + (
+        f", and it is the same {limits}" if limits else ""
     )
 
 

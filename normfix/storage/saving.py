@@ -19,7 +19,7 @@ from normfix.networks.calling import Caller, evaluating, home_of
 from normfix.networks.copying import copy_of, cpu_twin_of
 from normfix.networks.graph.raising import unlifted
 from normfix.networks.numerics import IDENTITY
-from normfix.networks.provenance import provenance_of
+from normfix.networks.provenance import has_known_values, provenance_of
 from normfix.networks.surroundings import undisturbed
 from normfix.records.certificates import Certificate
 from normfix.records.exports import Export
@@ -27,6 +27,7 @@ from normfix.records.measurements import CalibrationSummary
 from normfix.records.saved import Probe, Provenance, Scaling, Source
 from normfix.records.sites import Scan
 from normfix.records.verdicts import Proof
+from normfix.scanning.renewal import renewed
 from normfix.storage.certificate import certificate_of, read_graph, write_graph
 from normfix.storage.exports import is_export_name, write_export
 from normfix.storage.folder import GRAPH, PROGRAM, WEIGHTS, appearing, digest_of, seeded_input, write_folder
@@ -93,6 +94,10 @@ def save(
         raise NormfixError(
             "NF501", f"the proof did not pass ({wrong}), so nothing is written.", where=str(folder)
         )
+    if not has_known_values(model):  # a file that is read knows no weights but its own
+        device, dtype = home_of(model)
+        noise = seeded_input((1, *provenance.scan.example[1:]), SEED, dtype).to(device)
+        provenance = replace(provenance, scan=renewed(model, provenance, noise, caller, reweighted=True))
     provenance = sourced(provenance, source, args)
     if scaling is not None:
         provenance = replace(provenance, scaling=scaling)

@@ -44,6 +44,7 @@ __all__ = [
     "hides_no_place",
     "is_isolated",
     "is_steady",
+    "magnitudes",
     "shortest",
 ]
 
@@ -87,6 +88,15 @@ _IMAGES: tuple[Change, ...] = (
 
 _MAGNITUDES: tuple[Change, ...] = (lambda x: x * 1e4, lambda x: x * 1e9, lambda x: x * -1e9)
 """What opens the gates of a network: a threshold between ordinary numbers and these is passed on one of them."""
+
+
+def magnitudes(image: Tensor) -> tuple[Tensor, ...]:
+    """Return an image and the same in other magnitudes: what a bound does shows beyond it alone.
+
+    >>> [float(x) for x in magnitudes(torch.ones(1))]
+    [1.0, 1000.0, -30.0]
+    """
+    return tuple(change(image) for change in _IMAGES[:3]) if image.is_floating_point() else (image,)
 
 
 def followed(f: Function, x: Tensor, axis: int, first: int, extent: int) -> Tensor:

@@ -671,3 +671,29 @@ def test_a_stage_that_does_not_run_on_a_block_is_refused_by_name():
     with pytest.raises(normfix.NormfixError) as caught:
         normfix.predict(net.eval(), _image(36, 48), tile=24, engine="stages")
     assert caught.value.code == "NF325"
+
+
+class MeanOfPositive(torch.nn.Module):
+    """Takes off the mean of what is positive: a sum by a count, which is a whole number."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(1, 4, 3, padding=1)
+
+    def forward(self, x):
+        y = self.stem(x)
+        positive = y > 0
+        return y - (y * positive).sum((2, 3), keepdim=True) / positive.sum((2, 3), keepdim=True).clamp_min(1)
+
+
+@pytest.mark.parametrize("size", [(88, 144), (57, 91)])
+def test_a_count_over_blocks_is_the_count_of_the_whole(size):
+    """It is exact, not one less: the rest of the network is computed to rounding."""
+    torch.manual_seed(0)
+    net = MeanOfPositive().double().eval()
+    for seed in range(3):
+        image = torch.randn(1, 1, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        with torch.no_grad():
+            whole = net(image)
+        found = normfix.predict(net, image, tile=24, statistics="per-image")
+        assert float((found - whole).abs().max() / whole.std()) < 1e-11

@@ -122,3 +122,36 @@ def test_beyond_a_branch_a_program_is_used_where_it_computes_the_same(inner, sam
         program_of(network, Caller(), (), image, (32, 32)) as program,
     ):
         assert program.takes((1, 1, 32, 256))
+
+
+class Gained(nn.Module):
+    """Adds where an image is wide what a weight says, and clamps there to a bound."""
+
+    def __init__(self, bound=torch.inf):
+        super().__init__()
+        self.gain, self.bound = nn.Parameter(torch.zeros(())), bound
+
+    def forward(self, x):
+        return (x + self.gain * x.tanh()).clamp(max=self.bound) if x.shape[-1] > 300 else x
+
+
+@pytest.mark.parametrize("width", [320, 1 << 14])
+def test_what_a_program_computes_beyond_a_branch_is_of_the_weights_of_now(width):
+    """It may have been the same before they were trained; control: weights that keep it the same."""
+    network = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), Gained()).eval()
+    image = TensorImage(torch.rand(1, 1, 32, width))
+    for bias in (0, 1):
+        network[0].bias.data.fill_(bias)
+        with program_of(network, Caller(), (), image, (32, 32)):
+            pass
+    network[1].gain.data.fill_(1)
+    with pytest.raises(NotInStages, match="NF321"), program_of(network, Caller(), (), image, (32, 32)):
+        pass
+
+
+def test_what_a_program_computes_beyond_a_branch_is_of_brighter_images_too():
+    """A bound that an image does not reach another does, or the same elsewhere than on its first rows."""
+    network = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), Gained(bound=60.0)).eval()
+    image = TensorImage(torch.rand(1, 1, 32, 320))
+    with pytest.raises(NotInStages, match="NF321"), program_of(network, Caller(), (), image, (32, 32)):
+        pass

@@ -352,3 +352,14 @@ def test_uncalled_norms_are_reported():
     scan = normfix.scan(HandNorm(spare=nn.InstanceNorm2d(4)), IMAGE)
     assert scan.uncalled == ("spare",)
     assert [f.code for f in scan.findings] == ["NF202"]
+
+
+@pytest.mark.parametrize("value", [1.9999999, 2.0000001])
+def test_whole_numbers_are_the_nearest(value):
+    """A count that was computed in floating point is off by rounding, and must not lose one by being cut off."""
+    statistic = FrozenStatistic((1,), rank=1, dtype=torch.int64)
+    statistic.set_values_(torch.tensor([value], dtype=torch.float64))
+    assert statistic.value.tolist() == [2]
+    fraction = FrozenStatistic((1,), rank=1, dtype=torch.float64)
+    fraction.set_values_(torch.tensor([value], dtype=torch.float64))
+    assert fraction.value.tolist() == [value]

@@ -70,3 +70,14 @@ def test_half_precision_is_widened(dtype):
     """A sum of halves beyond their largest integer is exact."""
     (total,) = finalise("total", observe("total", torch.full((100_000,), 3.0, dtype=dtype), (0,)))
     assert total.item() == 300_000
+
+
+@settings(deadline=None, max_examples=30)
+@given(data=st.data())
+def test_a_count_of_any_partition_is_exact(data):
+    """Ones in parts of any sizes add up to their number, which a mean of them times their number does not."""
+    sizes = data.draw(st.lists(st.integers(0, 5000), min_size=1, max_size=12))
+    ones = data.draw(st.integers(0, max(sizes)))
+    parts = [observe("total", torch.arange(n) < ones, (0,)) for n in sizes]
+    (found,) = finalise("total", merge("total", parts))
+    assert found.item() == sum(min(n, ones) for n in sizes)

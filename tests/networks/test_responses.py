@@ -60,11 +60,11 @@ def widen_pool(_, patch):
     patch.setitem(POOLS, "blur", nn.AvgPool2d(15, 1, 7))
 
 
-def assert_tiles_equal_the_whole(net, image):
+def assert_tiles_equal_the_whole(net, image, tile=16):
     """Tiles are what the network gives now for the whole."""
     with torch.no_grad():
         expected = net(image)
-    torch.testing.assert_close(normfix.predict(net, image, 16, engine="tiles"), expected)
+    torch.testing.assert_close(normfix.predict(net, image, tile, engine="tiles"), expected)
 
 
 @pytest.mark.parametrize(
@@ -136,3 +136,64 @@ def test_responses_differ_by_more_than_rounding():
     assert Response(values) != Response(None)
     assert Response(values) != values
     assert response_of(nn.Linear(3, 3), Caller(), (1, 1, 8, 8)) == Response(None)
+
+
+class Hidden:
+    """Says a radius, and nothing of itself: it is pickled as something else."""
+
+    __slots__ = ("radius",)
+
+    def __init__(self):
+        self.radius = 1
+
+    def __reduce__(self):
+        return Hidden, ()
+
+
+HIDDEN = Hidden()
+
+
+def by_hidden_where_wide(_, x):
+    return pooled(x, HIDDEN.radius if x.shape[-1] > 80 else 1)
+
+
+def by_context_where_large(_, x):
+    return pooled(x, RADIUS.get() if x.shape[-2] * x.shape[-1] >= 5000 else 1)
+
+
+@pytest.fixture
+def set_wide():
+    """Set both radii to 7; both are 1 again afterwards."""
+    tokens = []
+
+    def widen():
+        HIDDEN.radius = 7
+        tokens.append(RADIUS.set(7))
+
+    yield widen
+    HIDDEN.radius = 1
+    for token in tokens:
+        RADIUS.reset(token)
+
+
+@pytest.mark.parametrize("blur", [by_hidden_where_wide, by_context_where_large])
+@pytest.mark.parametrize("convert", [True, False])
+def test_a_setting_that_images_of_a_size_alone_reach_is_seen(blur, convert, set_wide):
+    """The noise is as large as what was scanned where the graph says that a smaller one is another network's."""
+    torch.manual_seed(0)
+    image = torch.rand(1, 1, 160, 176, dtype=torch.float64)
+    net = Blurring(blur).double().eval()
+    if convert:
+        model = normfix.convert(net, image).model
+    else:
+        net.norm, model = nn.Identity(), net
+    assert_tiles_equal_the_whole(model, image, 96)
+    set_wide()
+    assert_tiles_equal_the_whole(model, image, 96)
+
+
+def test_noise_is_small_where_no_size_parts_it_from_what_was_scanned():
+    """Control: a small image shows what a large one does."""
+    scan = normfix.scan(Blurring(by_context).eval(), torch.rand(1, 1, 160, 176))
+    given = response_of(Blurring(by_context).eval(), Caller(), scan.example, scan.sizes)
+    assert given.values.shape[2:] == (64, 64)

@@ -51,7 +51,7 @@ def predicted(caplog, model, image, tile, **options):
         try:
             result = normfix.predict(model, image, tile=tile, **options)
         except normfix.NormfixError as error:
-            if error.code not in {"NF260", "NF402", "NF409"}:
+            if error.code not in {"NF260", "NF264", "NF402", "NF409"}:
                 raise
             return None, True
     said = any(code in message for message in caplog.messages for code in ("NF261", "NF262"))
@@ -208,3 +208,16 @@ def test_windows_by_which_a_network_differs_are_conditions(way, expected):
         assert [finding.code for finding in scan.findings if finding.code == "NF213"]
         return
     assert tuple(c.text for c in scan.sizes.conditions) == expected
+
+
+@pytest.mark.parametrize("bound", [60.0, torch.inf])
+def test_a_bound_on_one_side_of_a_branch_is_found_in_another_magnitude(bound):
+    """What the calibration image does not reach a larger one may; control: a bound that nothing reaches."""
+    image = torch.randn(1, 1, 48, 96, generator=torch.Generator().manual_seed(0))
+    done = normfix.convert(Branching(lambda x: x.clamp(max=bound) if x.shape[3] > 100 else x).eval(), image)
+    bright = torch.randn(1, 1, 48, 160, generator=torch.Generator().manual_seed(1)) * 100
+    if bound == torch.inf:
+        assert difference(normfix.predict(done.model, bright, tile=32), done.model(bright).detach()) < 1e-3
+        return
+    with pytest.raises(normfix.NormfixError, match=r"NF260 .*W <= 100"):
+        normfix.predict(done.model, bright, tile=32)

@@ -67,3 +67,74 @@ def test_per_image_statistics_bring_their_geometry(engine):
     result = normfix.predict(converted(case), BRIGHT, tile=32, engine=engine, statistics="per-image")
     with torch.no_grad():
         torch.testing.assert_close(result, case.network()(BRIGHT), atol=1e-4, rtol=1e-4)
+
+
+class Weighted(torch.nn.Module):
+    """Adds what a weight says where an image is wide, and blurs as far as another weight says."""
+
+    def __init__(self, *, sized):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.norm = torch.nn.Conv2d(1, 2, 3, padding=1), torch.nn.InstanceNorm2d(2)
+        self.gain = torch.nn.Parameter(torch.zeros(()))
+        self.radius = torch.nn.Parameter(torch.ones(()))
+        self.sized = sized
+
+    def forward(self, x):
+        y = self.norm(self.stem(x))
+        if self.sized:
+            return y + self.gain * torch.tanh(y) if x.shape[3] > 100 else y
+        radius = int(self.radius)
+        return torch.nn.functional.avg_pool2d(y, 2 * radius + 1, 1, radius)
+
+
+WIDE = torch.rand(1, 1, 48, 160, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def reweighted(*, sized):
+    """Return a converted network whose weights were changed since, and one whose weights were not."""
+    model = normfix.convert(Weighted(sized=sized).double().eval(), WIDE[..., :96]).model
+    trained = copy.deepcopy(model)
+    with torch.no_grad():
+        trained.gain.fill_(3)
+        trained.radius.fill_(9)
+    return model, trained
+
+
+def predicted(model, image=WIDE):
+    """Predict in tiles, and assert that they are the whole."""
+    with torch.no_grad():
+        whole = model(image)
+    torch.testing.assert_close(normfix.predict(model, image, tile=16, engine="tiles"), whole)
+
+
+@pytest.mark.slow
+def test_weights_renew_what_no_graph_tells(tmp_path):
+    """A weight that is read as a setting widens the halo, also in the file that is saved; others keep their scan."""
+    model, trained = reweighted(sized=False)
+    narrow = WIDE[..., :96]
+    for one in (model, trained):
+        predicted(one, narrow)
+    normfix.save(trained, tmp_path / "trained", partial=True)
+    again = normfix.load(tmp_path / "trained", model=Weighted(sized=False).double())
+    assert provenance_of(again).scan.halo[1][0] > 9
+    predicted(again, narrow)
+
+
+@pytest.mark.slow
+def test_weights_may_part_the_sides_of_a_branch():
+    """Both sides gave the same under the weights of then; under others the other is refused, in tiles and stages."""
+    model, trained = reweighted(sized=True)
+    predicted(model)
+    for engine in ("tiles", "stages"):
+        with pytest.raises(normfix.NormfixError, match=r"NF260 .*W > 100"):
+            normfix.predict(trained, WIDE, tile=16, engine=engine)
+
+
+def test_weights_of_a_network_that_hangs_on_none_are_free():
+    """Control: after training a network of norms is not looked at again."""
+    model = converted(LOCAL["plain"])
+    with torch.no_grad():
+        model.stem.weight.mul_(2)
+    known = provenance_of(model)
+    assert renewed(model, known, BRIGHT, Caller(None, None), reweighted=True) is known.scan

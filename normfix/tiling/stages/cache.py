@@ -28,6 +28,7 @@ from normfix.networks.copying import double_of, original_of
 from normfix.networks.examples import EXTENT
 from normfix.networks.provenance import kept_in
 from normfix.records.spans import round_up
+from normfix.tiling.dependence import magnitudes
 from normfix.tiling.lengths import LARGEST, strips_along
 from normfix.tiling.stages.attention import with_attention
 from normfix.tiling.stages.maps import lattice
@@ -89,7 +90,8 @@ class _Capture:
 def _speaks_for(program: Program, image: Image, agrees: Callable[[Tensor], bool]) -> bool:
     """Tell whether a program is the network at an image's size: within its conditions, or where it computes the same.
 
-    Beyond them it is compared on the image, or on strips as long that are beyond them too.
+    Beyond them it is compared on the image, or on strips as long that are beyond them too, in several magnitudes.
+    That holds for the weights and the image of now alone.
     """
     size = (1, *image.shape[1:])
     if program.takes(size):
@@ -98,9 +100,10 @@ def _speaks_for(program: Program, image: Image, agrees: Callable[[Tensor], bool]
     thin = [min(n, EXTENT[len(space)]) for n in space]
     parts = [space] if math.prod(space) <= LARGEST else strips_along(space, thin)
     beyond = [part for part in parts if not program.takes((1, size[1], *part))]
-    found = bool(beyond) and all(agrees(image.read([(0, n) for n in part])[:1].clone()) for part in beyond)
-    program.taken[size] = found
-    return found
+    examples = (image.read([(0, n) for n in part])[:1].clone() for part in beyond)
+    return bool(beyond) and all(
+        agrees(magnified) for example in examples for magnified in magnitudes(example)
+    )
 
 
 _KEPT = 2
