@@ -18,7 +18,7 @@ from normfix.conversion.rewriting import rewrite
 from normfix.errors import NormfixError, reason_of
 from normfix.networks.calling import Caller, failures
 from normfix.networks.copying import copy_of
-from normfix.networks.devices import chosen
+from normfix.networks.devices import chosen, place_
 from normfix.networks.graph.program import ProgramNetwork
 from normfix.networks.naming import defined_in, name_of
 from normfix.networks.provenance import attach_, keep_in_
@@ -105,9 +105,10 @@ def load(
         allow_classes=tuple(allow_classes),
         allow_code=tuple(allow_code),
     )
-    place = chosen(device)
+    chosen(device)  # an unknown name is told before the file is read
     opened = open_any(spec, request, revision=revision).model
-    return opened if place is None else opened.to(place)
+    place_(opened, device)
+    return opened
 
 
 def _architecture(
