@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from normfix.conversion.rewriting import rewrite
 from normfix.errors import NormfixError, reason_of
-from normfix.networks.calling import Caller, failures
+from normfix.networks.calling import Caller, failures, in_eval_mode
 from normfix.networks.copying import copy_of
 from normfix.networks.devices import chosen, place_
 from normfix.networks.graph.program import ProgramNetwork
@@ -258,8 +258,8 @@ def _restored(folder: Path, saved: Saved, base: nn.Module, weights: Mapping[str,
         if saved.probe is not None:
             size = (folder / WEIGHTS).stat().st_size
             with Workload(size, str(folder), math.prod(saved.probe.shape), generous=True):
-                require_probe(model.eval(), caller, saved.probe, str(folder))
-    return model.eval()
+                require_probe(in_eval_mode(model), caller, saved.probe, str(folder))
+    return in_eval_mode(model)
 
 
 @contextmanager
