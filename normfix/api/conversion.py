@@ -28,7 +28,7 @@ from normfix.images.collections import ImageFiles, Images
 from normfix.images.given import GivenImages, images_of
 from normfix.images.parts import Measured, Windows
 from normfix.images.sources import Image, middle_of, whole
-from normfix.networks.calling import Caller, buffers_kept, evaluating, home_of
+from normfix.networks.calling import Caller, buffers_kept, evaluating, home_of, in_eval_mode
 from normfix.networks.copying import double_of
 from normfix.networks.graph.program import require_free
 from normfix.networks.numerics import HALF, exact_arithmetic
@@ -515,7 +515,7 @@ class _Work:
         converted, original = pair
         own = self.statistics.kind in ("whole", "per-image") and not keys_of(self.plan)
         if self.summary is not None and not (own and self.summary.images == (tuple(image.shape),)):
-            converted = self.caller.exactly(self._calibrated(self.original, image).eval(), image)
+            converted = self.caller.exactly(in_eval_mode(self._calibrated(self.original, image)), image)
         step = identity(converted, original)
         if step.status not in ("passed", "failed") or original.dtype == torch.float64:
             return step

@@ -30,7 +30,7 @@ from normfix.images.sources import Image, TensorImage, middle_of, whole
 from normfix.images.windows import ScaledImage
 from normfix.images.writing import OutputFile
 from normfix.networks.behaviour import state_of
-from normfix.networks.calling import Caller, home_of, refusals
+from normfix.networks.calling import Caller, home_of, in_eval_mode, refusals
 from normfix.networks.copying import copy_of, double_of, original_of, twin_of
 from normfix.networks.examples import half_of, middle
 from normfix.networks.numerics import exact_arithmetic, require_finite
@@ -400,7 +400,9 @@ class _Prediction:
         model, caller = copy_of(self.model), self.known.caller
         targets = measured_targets(model, provenance.plan)
         scan, owner = self.known.scan, original_of(self.owner)
-        reason = objection(owner, model.eval(), provenance.plan, caller, scan.example, self.image.shape)
+        reason = objection(
+            owner, in_eval_mode(model), provenance.plan, caller, scan.example, self.image.shape
+        )
         if reason:
             raise NotTiledError("NF409", reason, where=scan.model)
         try:
@@ -548,7 +550,7 @@ def _held(model: nn.Module, image: Tensor, caller: Caller) -> nn.Module:
     else:
         scan, plan = known.scan, known.plan
         base = base_of(model, image, caller, example=middle(image, known.extents))
-    held = rewrite_(base.copy(), plan).eval()
+    held = in_eval_mode(rewrite_(base.copy(), plan))
     part = half_of(base.example)
     single = of_single_images(held, plan)
     if not have_as_many(original_of(model), held, single, base.caller, (part.shape, image.shape)):
@@ -575,13 +577,13 @@ def _require_identity(base: Base, scan: Scan, plan: Plan, image: Tensor) -> nn.M
     """
 
     def compared(network: nn.Module, image: Tensor) -> tuple[ProofStep, nn.Module]:
-        frozen = rewrite(network, plan).eval()
+        frozen = in_eval_mode(rewrite(network, plan))
         freeze_sites_(frozen, measured_targets(frozen, plan), image, base.caller.exactly)
         outputs = [base.caller.exactly(net, image) for net in (frozen, network)]
         ours, own = (y if y.is_floating_point() else y.double() for y in outputs)  # classes
         return identity(ours, own), frozen
 
-    network = copy_of(base.network).eval()
+    network = in_eval_mode(copy_of(base.network))
     example = image[:1].to(*home_of(network))
     with torch.no_grad(), exact_arithmetic():
         try:

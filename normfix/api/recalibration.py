@@ -24,7 +24,7 @@ from normfix.images.collections import ImageFiles
 from normfix.images.given import GivenImages, images_of
 from normfix.layers import FrozenStatistic, HeldTokens
 from normfix.layers.moments import Moments
-from normfix.networks.calling import Caller
+from normfix.networks.calling import Caller, in_eval_mode
 from normfix.networks.copying import copy_of, twin_of
 from normfix.networks.provenance import outdate_, provenance_of, rescale_
 from normfix.networks.responses import is_as_known
@@ -244,7 +244,7 @@ def _measured(
     )
     if known is not None:
         for shape in dict.fromkeys(summary.images):
-            reason = objection(original, model.eval(), known.plan, caller, known.scan.example, shape)
+            reason = objection(original, in_eval_mode(model), known.plan, caller, known.scan.example, shape)
             if reason:
                 raise NormfixError("NF409", reason, where=known.scan.model)
     first = taken.excerpt()[:1]
@@ -292,7 +292,7 @@ def _batch_norms(model: nn.Module, example: Tensor, caller: Caller) -> list[Norm
             "deep copy of a torch.fx GraphModule. Calibrate the network that convert or load returned.",
             where=type(model).__name__,
         )
-    copied = copy_of(model).eval()
+    copied = in_eval_mode(copy_of(model))
     sites = survey(copied, caller, example).sites
     live = [site for site in sites if site.live]
     if live:  # the census alone suspects the token norms of a network that takes one size

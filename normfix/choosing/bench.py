@@ -20,7 +20,7 @@ from normfix.conversion.rewriting import rewrite, rewrite_
 from normfix.conversion.targets import measured_targets
 from normfix.errors import NormfixError
 from normfix.images.sources import TensorImage
-from normfix.networks.calling import Caller
+from normfix.networks.calling import Caller, in_eval_mode
 from normfix.networks.numerics import deviation
 from normfix.proof.indicators import recognise
 from normfix.records.diagnoses import Kind
@@ -97,7 +97,7 @@ class Bench:
                 f"no constants make its tiles exact, so there is nothing to choose: {why}",
                 where=seen.scan.model,
             )
-        converted = rewrite_(ready.copy(), plan).eval()
+        converted = in_eval_mode(rewrite_(ready.copy(), plan))
         ready.network.eval()
         stored = stored_statistics(model, plan)
         return cls(ready.network, converted, plan, ready.caller, seen.geometry, stored, seen.scan.model)
@@ -142,7 +142,7 @@ class Bench:
     def recalibrated(self, images: Sequence[Tensor]) -> nn.Module:
         """Return a BatchRenorm network, converted on the first image and calibrated on all."""
         plan = self.renorm_plan
-        network = rewrite(self.original, plan).eval()
+        network = in_eval_mode(rewrite(self.original, plan))
         whole = Statistics()
         for express, measured in ((True, images[:1]), (False, images)):
             targets = measured_targets(network, plan, express=express)

@@ -9,6 +9,7 @@ import io
 import os
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -115,7 +116,8 @@ def main() -> None:
     except click.ClickException as error:
         said = io.StringIO()
         error.show(said)
-        click.echo(shown(said.getvalue()), nl=False, err=True)
+        with suppress(OSError):
+            click.echo(shown(said.getvalue()), nl=False, err=True)
         code = error.exit_code
     except (click.exceptions.Abort, KeyboardInterrupt) as stop:
         _complain(" ".join(["Stopped; no output is half written.", *notes_of(stop)]))
@@ -159,6 +161,7 @@ def _take_standard_files() -> None:
 
 
 def _complain(text: str, *, debug: bool = False) -> None:
-    if debug:
-        traceback.print_exc()
-    click.echo(shown(text), err=True)
+    with suppress(OSError):  # nobody can be told where stderr is full; the code is the command's all the same
+        if debug:
+            traceback.print_exc()
+        click.echo(shown(text), err=True)

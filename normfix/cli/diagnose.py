@@ -120,7 +120,8 @@ def diagnose_command(
         "announce": lambda cost: note(cost_text(cost)),
     }
     show_ = partial(_shown, verbose=verbose, format_=format_)
-    run = _Run(opened.model.train(pipeline["train"]), files, tile, halo, pipeline, settings, reports, show_)
+    opened.model.train(pipeline["train"])
+    run = _Run(opened.model, files, tile, halo, pipeline, settings, reports, show_)
     if len(files) == 1:
         return 0 if run.diagnose(0, files.paths[0]) else 1
     outcomes: list[bool] = []

@@ -390,19 +390,13 @@ class Arguments:
 
     def _place_(self, model: nn.Module) -> None:
         from normfix.networks.calling import require_network
-        from normfix.networks.devices import AUTO, chosen, described
+        from normfix.networks.devices import AUTO, chosen, described, place_
 
         require_network(model)
         device = chosen(self.device)
         if self.device == AUTO and device is not None and device.type != "cpu":
             note(f"computing on {described(device)}; --device cpu computes on the CPU")
-        try:
-            model.to(device=device, dtype=self.torch_dtype())
-        except (RuntimeError, AssertionError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise NormfixError(
-                "NF116", f"cannot compute there: {reason}.", where=f"--device {self.device}"
-            ) from error
+        place_(model, self.device, self.torch_dtype())
 
 
 def _require_axes(axes: str | None) -> None:

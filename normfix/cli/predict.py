@@ -161,7 +161,9 @@ def _predict_one(opened: Callable[[], _Run], paths: Sequence[Path], out: str, en
         reason = f"{len(paths)} images go to a folder: give -o a name without an ending."
         raise NormfixError("NF531", reason, where=out)
     with output(out, is_image) as place:
-        opened().predict(paths[0], place)
+        run = opened()
+        record = run.predict(paths[0], place)
+    run.show(record)
     tell(place)
     return 0
 
@@ -181,7 +183,8 @@ def _predict_each(opened: Callable[[], _Run], paths: Sequence[Path], folder: Pat
     def work(number: int, path: Path) -> None:
         target = targets[number]
         with output(str(target), is_image) as place, resumable(run.settings["blocks"].store, target.name):
-            run.predict(path, place)
+            record = run.predict(path, place)
+        run.show(record)
         made.append(target)
 
     try:
@@ -215,8 +218,8 @@ class _Run:
         model = arguments.open().model
         return cls(model, arguments.opener(model), settings, format_, arguments.slices)
 
-    def predict(self, path: Path, place: Naming) -> None:
-        """Write the prediction of an image, and show its record."""
+    def predict(self, path: Path, place: Naming) -> Predicted:
+        """Write the prediction of an image, and return its record, to be shown once the prediction has its name."""
         from normfix.api.prediction import write_prediction, write_stack
 
         with self.opener.open(path) as image, working(path) as watch:
@@ -228,8 +231,11 @@ class _Run:
             else:
                 planes, stack = self._planes(path, image), (self.slices, image.planes)
                 shape, dtype = write_stack(self.model, planes, place.path, stack, **settings)
-        record = Predicted(path=str(place.target), shape=shape, dtype=dtype)
-        show(record, f"{place.target}: {'x'.join(map(str, shape))}, {dtype}", self.format)
+        return Predicted(path=str(place.target), shape=shape, dtype=dtype)
+
+    def show(self, record: Predicted) -> None:
+        """Show the record of a prediction."""
+        show(record, f"{record.path}: {'x'.join(map(str, record.shape))}, {record.dtype}", self.format)
 
     def _planes(self, path: Path, first: ScaledImage) -> Iterator[ScaledImage]:
         yield first

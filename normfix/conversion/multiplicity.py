@@ -6,6 +6,7 @@ stands for several. So what is shown on a part of an image holds for the whole w
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -100,6 +101,9 @@ def _several_of(
 ) -> _Several | None:
     """Tell of each target that is reached along which dimensions an image has several of its statistic."""
     found: _Several = {}
+    # what a forward keeps by the image's size, such as a mask, would be without numbers in the model afterwards
+    kept: dict[int, object] = {id(parameter): parameter for parameter in model.parameters()}
+    model, targets = copy.deepcopy((model, tuple(targets)), kept)
     ends = [_watch(target, found) for target in targets]
     device, dtype = home_of(model)
     try:

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from normfix.layers.folding import BATCH_NORMS, STOCK, is_convolution
+from normfix.networks.calling import in_eval_mode
 
 __all__ = ["Flow", "Run", "neighbours", "observe", "parents_of"]
 
@@ -65,7 +66,7 @@ def observe(model: nn.Module, run: Run) -> Flow:
     handles = [hook for module in watched for hook in seen.watch(module)]
     try:
         with torch.no_grad(), seen:
-            outputs = run(model.eval())
+            outputs = run(in_eval_mode(model))
     finally:
         for handle in handles:
             handle.remove()

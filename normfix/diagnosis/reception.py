@@ -32,7 +32,7 @@ def gradient(
     """Return the mean absolute gradient over channels, (*space), of the outputs of one central stride cell.
 
     Args:
-        f: the network, differentiable.
+        f: the network; where its output has no gradient, as classes and masks have none, that is 0.
         image: (1, C, *space); a middle part of `extents` is used.
         geometry: of the network.
         extents: of the part, per axis; rounded to the stride.
@@ -56,7 +56,7 @@ def gradient(
         y = f(x)
         total = torch.zeros(x.shape[2:], dtype=torch.float64)
         chosen = y[at(span)].flatten()
-        for i, value in enumerate(chosen):
+        for i, value in enumerate(chosen if chosen.requires_grad else ()):
             (found,) = torch.autograd.grad(value, x, retain_graph=i + 1 < len(chosen))
             total += found.detach().abs().double().mean((0, 1)).cpu()
     return total / len(chosen), tuple(centre)

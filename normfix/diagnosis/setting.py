@@ -16,7 +16,7 @@ from normfix.diagnosis.experiments import Experiments
 from normfix.diagnosis.intervention import record, run_fixed
 from normfix.errors import NormfixError
 from normfix.images.scaling import scaled
-from normfix.networks.calling import Caller, evaluating, home_of, refusals
+from normfix.networks.calling import Caller, evaluating, home_of, in_eval_mode, refusals
 from normfix.networks.copying import as_trained_copy, copy_of, twin_of
 from normfix.proof.indicators import recognise
 from normfix.records.diagnoses import Kind, Tiling
@@ -80,7 +80,7 @@ def prepare(
     local = {
         s.id for s in seen.scan.sites if not s.live and s.layer is None
     }  # measured, whatever their names say
-    evaluated, trained = ready.copy().eval(), _as_used(base, training).eval()
+    evaluated, trained = in_eval_mode(ready.copy()), in_eval_mode(_as_used(base, training))
     live = {
         mode: tuple(s for s in _sites(net, example, caller) if s.live and s.id not in local)
         for mode, net in ((False, evaluated), (True, trained))
@@ -108,8 +108,8 @@ def prepare(
 def bench_of(setting: Setting, progress: Progress) -> Experiments:
     """Return the experiments' bench, in float64 on the network's device."""
     return Experiments(
-        evaluated=copy_of(setting.model).double().eval(),
-        trained=copy_of(setting.trained).double().eval(),
+        evaluated=in_eval_mode(copy_of(setting.model).double()),
+        trained=in_eval_mode(copy_of(setting.trained).double()),
         run=setting.caller.in_double,
         image=setting.image.double(),
         geometry=setting.geometry,
@@ -131,7 +131,9 @@ def _as_used(base: nn.Module, training: Sequence[str]) -> nn.Module:
 
 
 def _sites(model: nn.Module, example: Tensor, caller: Caller) -> tuple[Site, ...]:
-    return survey(copy_of(model).cpu().float().eval(), caller, example[:1].detach().cpu().float()).sites
+    return survey(
+        in_eval_mode(copy_of(model).cpu().float()), caller, example[:1].detach().cpu().float()
+    ).sites
 
 
 def _geometry(model: nn.Module, example: Tensor, caller: Caller, live: Sequence[Site]) -> Geometry:

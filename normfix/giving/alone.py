@@ -29,7 +29,8 @@ given = load_file(exchange + "/image.safetensors")["image"]
 results = {}
 for name, image in (("output", given), ("double", given.double())):
     with torch.no_grad():
-        result = network.eval().to(image.dtype)(image)
+        network.eval()
+        result = network.to(image.dtype)(image)
     if output:
         result = result[int(output) if output.isdigit() and not hasattr(result, "keys") else output]
     results[name] = result.clone().contiguous()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from normfix.giving.matching import Match
 from normfix.giving.refusals import NotGiven, Unequal
 from normfix.layers import BatchRenorm
-from normfix.networks.calling import Caller, home_of
+from normfix.networks.calling import Caller, home_of, in_eval_mode
 from normfix.networks.copying import copy_of, twin_of
 from normfix.networks.numerics import IDENTITY, deviation, exact_arithmetic
 from normfix.networks.provenance import is_current, provenance_of
@@ -60,7 +60,7 @@ class Work:
         """Return a network's output for it in float64."""
         with exact_arithmetic():
             image = self.image(self.dtype).double()
-            return self.caller.exactly(copy_of(network).double().eval(), image)
+            return self.caller.exactly(in_eval_mode(copy_of(network).double()), image)
 
     def proved(self, match: Match) -> tuple[nn.Module, float]:
         """Return the library's network in the converted one's dtype, and how far its output is.
@@ -68,7 +68,7 @@ class Work:
         Raises:
             Unequal: NF552 if it is another.
         """
-        network = copy_of(match.network).to(self.dtype).eval()
+        network = in_eval_mode(copy_of(match.network).to(self.dtype))
         wanted = self.output(self.model)
         apart = deviation(self.output(network), wanted, float(wanted.double().std()))[0]
         if apart > IDENTITY[self.dtype]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from normfix.errors import NormfixError
 from normfix.giving.refusals import WAYS_ON, Unequal, Unfit
 from normfix.giving.transfer import fill_
-from normfix.networks.calling import Caller
+from normfix.networks.calling import Caller, in_eval_mode
 from normfix.networks.copying import double_of
 from normfix.networks.numerics import deviation, exact_arithmetic
 from normfix.records.saved import Source
@@ -69,7 +69,7 @@ def matched(
             if number == _MOST:
                 break
             try:
-                library = built(source, args).double().eval()
+                library = in_eval_mode(built(source, args).double())
                 fill_(library, double, lambda network: caller.in_double(network, image))
                 actual = caller.in_double(library, image)
             except NormfixError as error:

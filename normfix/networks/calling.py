@@ -36,6 +36,7 @@ __all__ = [
     "evaluating",
     "failures",
     "home_of",
+    "in_eval_mode",
     "is_halved",
     "is_out_of_memory",
     "once_each",
@@ -157,10 +158,14 @@ class Caller:
         """Return the output tensor for an image (N, C, *space).
 
         Raises:
-            NormfixError: NF109 if the network fails on the image, NF110 if `output` leads to no tensor of real numbers.
+            NormfixError: NF109 if the network fails on the image or gives nothing for it, NF110 if `output` leads to no
+                tensor of real numbers.
             OutOfMemory: NF250 if memory runs out.
         """
-        return self.pick(self.everything(model, image))
+        found = self.pick(self.everything(model, image))
+        if not is_exporting():
+            _require_values(model, image, found)
+        return found
 
     def everything(self, model: nn.Module, image: Tensor) -> Any:
         """Return all that the network returns for an image (N, C, *space); raises as a call does, but NF110."""
@@ -279,6 +284,29 @@ class Caller:
         )
 
 
+def _require_values(model: nn.Module, image: Tensor, output: Tensor) -> None:
+    """Refuse an output without values that can be compared.
+
+    Raises:
+        NormfixError: NF109 if there are none for this image, NF110 if they are sparse or on no device.
+    """
+    if output.layout is not torch.strided or (output.device.type == "meta" and image.device.type != "meta"):
+        kind = "on the meta device, without data" if output.is_meta else f"of layout {output.layout}"
+        raise NormfixError(
+            "NF110",
+            f"the output that counts is {kind}, and predictions are dense maps. Bring it to one in forward_fn or in a "
+            "module around the network (.to_dense()).",
+            where=type(model).__name__,
+        )
+    if output.numel() == 0:
+        raise NotTaken(
+            "NF109",
+            f"the network gives nothing for an input of shape {_shape(image)}: its output's shape is {_shape(output)}. "
+            "Give a larger input: --input NxCxHxW to scan with, larger images.",
+            where=type(model).__name__,
+        )
+
+
 def _opened(result: Any) -> Any:
     """Return a dataclass as the mapping of its fields: what is captured and watched is what stands in containers."""
     if not is_dataclass(result) or isinstance(result, type | Mapping):
@@ -379,6 +407,12 @@ _LESS = (
     (torch.bfloat16, Tensor.bfloat16),
 )
 """Floating types, and what casts to them."""
+
+
+def in_eval_mode(model: nn.Module) -> nn.Module:
+    """Put a network in eval mode and return it: a `train` of somebody's own often returns nothing."""
+    model.eval()
+    return model
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from normfix.errors import NormfixError
 from normfix.networks.behaviour import SAID, behaviour_of
-from normfix.networks.calling import failures, home_of, once_each, require_network
+from normfix.networks.calling import failures, home_of, in_eval_mode, once_each, require_network
 
 __all__ = ["as_trained_copy", "copy_of", "cpu_twin_of", "double_of", "original_of", "twin_of"]
 
@@ -59,7 +59,7 @@ def twin_of(model: nn.Module) -> nn.Module:
             raise
         twin = _copied(model, {**shared, **_uncopyable(model, shared)})
     _ORIGINALS[twin] = weakref.ref(model)
-    return twin.eval()
+    return in_eval_mode(twin)
 
 
 def cpu_twin_of(model: nn.Module) -> nn.Module:
@@ -103,13 +103,74 @@ def original_of(model: nn.Module) -> nn.Module:
 
 def _copied(model: nn.Module, shared: Memo) -> nn.Module:
     """Copy a network, again if a container changed meanwhile: another thread may be running it."""
+    unlike = ""
     for trial in range(_TRIALS):
         try:
-            return _deep_copy(model, dict(shared))
+            copied = _deep_copy(model, dict(shared))
         except failures() as error:
             if trial + 1 == _TRIALS or type(error) is not RuntimeError:
                 raise _not_copied(model, error) from error
-    raise AssertionError("unreachable")
+        else:
+            unlike = _unlike(model, copied, shared)
+            if not unlike:
+                return copied
+    raise NormfixError(
+        "NF208",
+        f"a deep copy of the network is not one: {unlike}. normfix works on copies and never changes the one it was "
+        "given. Remove __deepcopy__ (or __reduce__, __getstate__) of its classes, or let it copy all that they hold.",
+        where=type(model).__name__,
+    )
+
+
+def _unlike(model: nn.Module, copied: nn.Module, shared: Memo) -> str:
+    """Return what makes a copy none, as classes that say themselves how they are copied can; '' if nothing does.
+
+    Values are compared where a class that is not torch's says so: elsewhere they were copied by torch.
+    """
+    theirs = {id(module) for module in model.modules()}
+    for path, module in copied.named_modules():
+        if id(module) in theirs:
+            return f"it shares {path or 'the network itself'} with the original"
+    originals, copies = _tensors(model), _tensors(copied)
+    if other := sorted(originals.keys() ^ copies.keys()):
+        return f"only one of them has {other[0]}"
+    told = any(not _is_plain(m) and not type(m).__module__.startswith("torch.") for m in model.modules())
+    for name, tensor in originals.items():
+        if id(tensor) not in shared and _place(tensor) == _place(copies[name]):
+            return f"it shares {name} with the original"
+        if told and not _equal(tensor, copies[name]):
+            return f"it holds other values in {name}"
+    return ""
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a network that have values, under each of their names."""
+    named = (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    )
+    return {
+        name: tensor
+        for name, tensor in named
+        if not isinstance(tensor, UninitializedParameter | UninitializedBuffer)
+    }
+
+
+def _place(tensor: Tensor) -> int:
+    """Return what is equal for tensors that lie in the same memory."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):  # sparse, or of a class that holds others
+        return id(tensor)
+
+
+def _equal(tensor: Tensor, other: Tensor) -> bool:
+    """Tell whether two tensors have the same values, not a number included."""
+    if tensor.shape != other.shape or tensor.dtype != other.dtype:
+        return False
+    if tensor.layout is not torch.strided or tensor is other or torch.equal(tensor, other):
+        return True
+    return bool(((tensor == other) | ((tensor != tensor) & (other != other))).all())
 
 
 def _deep_copy(model: nn.Module, memo: Memo) -> nn.Module:

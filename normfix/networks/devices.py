@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from normfix.errors import NormfixError
 
@@ -26,6 +26,7 @@ __all__ = [
     "chosen",
     "described",
     "moved",
+    "place_",
     "room",
     "synchronize",
 ]
@@ -72,6 +73,23 @@ def chosen(name: str | torch.device | None) -> torch.device | None:
             where=f"--device {name}",
         )
     return device
+
+
+def place_(network: nn.Module, name: str | torch.device | None, dtype: torch.dtype | None = None) -> None:
+    """Move a network to the device of a name, and to a dtype, in place; None leaves it where, or as, it is.
+
+    Raises:
+        NormfixError: NF116 for a name that torch does not know, or a device that is not there, has no room for the
+            network or cannot compute what is needed.
+    """
+    device = chosen(name)
+    if device is None and dtype is None:
+        return
+    try:
+        network.to(device=device, dtype=dtype)
+    except Exception as error:  # torch looks for the module of a device that it was built without
+        reason = " ".join(str(error).split())[:160]
+        raise NormfixError("NF116", f"cannot compute there: {reason}.", where=f"--device {name}") from error
 
 
 def described(device: torch.device) -> str:

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from normfix.errors import NormfixError
 from normfix.networks.alone import Entangled, run_alone
-from normfix.networks.calling import Caller, class_of, evaluating, home_of, refusals
+from normfix.networks.calling import Caller, class_of, evaluating, home_of, in_eval_mode, refusals
 from normfix.networks.copying import copy_of, twin_of
 from normfix.networks.graph.program import ProgramNetwork
 from normfix.networks.randomness import OwnRandomness
@@ -153,7 +153,7 @@ class Intake:
 
     def _measured(self, shape: tuple[int, ...]) -> float | None:
         if self._copy is None or self._lazy:
-            self._copy = copy_of(self._model).eval() if self._lazy else twin_of(self._model)
+            self._copy = in_eval_mode(copy_of(self._model)) if self._lazy else twin_of(self._model)
         image = torch.randn((1, *shape), generator=torch.Generator().manual_seed(0))
         try:
             with torch.no_grad(), evaluating(self._copy), OwnRandomness():  # lazy modules draw their weights

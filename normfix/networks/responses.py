@@ -17,9 +17,10 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from normfix.networks.alone import run_alone
 from normfix.networks.behaviour import state_of
-from normfix.networks.calling import Caller, home_of, refusals
+from normfix.networks.calling import Caller, NotTaken, home_of, refusals
 from normfix.networks.copying import original_of, twin_of
 from normfix.networks.numerics import IDENTITY, deviation, exact_arithmetic
+from normfix.networks.randomness import OwnRandomness
 from normfix.networks.reading import LIBRARIES
 from normfix.records.sizes import ProvedSizes
 
@@ -71,7 +72,7 @@ def response_of(
     noise = torch.randn(extents, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     try:
         with exact_arithmetic():
-            given = run_alone(twin_of(model), model, caller, noise.to(*home_of(model)))
+            given = _given(model, caller, noise.to(*home_of(model)))
     except refusals():  # it takes another size
         return Response(None)
     return Response(given.detach().cpu())
@@ -85,6 +86,15 @@ def _extents(space: Sequence[int], sizes: ProvedSizes | None) -> Sequence[int]:
         return small
     here, there = ({*sizes.broken(size), *sizes.passed(size)} for size in (small, space))
     return space if sizes.unknown or here - there else small
+
+
+def _given(model: nn.Module, caller: Caller, noise: Tensor) -> Tensor:
+    """Run a twin of a network that may draw random numbers: the same ones each time, from no generator of torch's."""
+    try:
+        with OwnRandomness():
+            return run_alone(twin_of(model), model, caller, noise)
+    except NotTaken:  # perhaps of being watched
+        return run_alone(twin_of(model), model, caller, noise)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from torch.export.passes import move_to_device_pass
 
 from normfix.conversion.lowering import LoweringRecord, attempt_fold, freeze, lower, rounding
 from normfix.errors import NormfixError
-from normfix.networks.calling import Caller, home_of, refusals
+from normfix.networks.calling import Caller, home_of, in_eval_mode, refusals
 from normfix.networks.copying import copy_of
 from normfix.networks.graph.isolation import silence
 from normfix.networks.graph.program import ProgramNetwork
@@ -94,7 +94,7 @@ def frozen(bench: Form) -> ProofStep:
         return unmeasured("frozen", claim, "inapplicable", "it has no BatchRenorm: this is its frozen form")
     if not done.record.complete:
         return unmeasured("frozen", claim, "inapplicable", _reasons(done.record))
-    return same("frozen", claim, bench.pairs(done.model.eval()), 0.0, _count(done.record))
+    return same("frozen", claim, bench.pairs(in_eval_mode(done.model)), 0.0, _count(done.record))
 
 
 def folded(bench: Form) -> ProofStep:
@@ -104,7 +104,7 @@ def folded(bench: Form) -> ProofStep:
     if not any(step.done for step in done.record.steps):
         return unmeasured("folded", claim, "inapplicable", _reasons(done.record) or _NO_LAYER)
     bound = max(rounding(home_of(bench.model)[1]), _tolerance(bench))
-    own = same("folded", claim, bench.pairs(done.model.eval()), bound, _count(done.record))
+    own = same("folded", claim, bench.pairs(in_eval_mode(done.model)), bound, _count(done.record))
     if own.status != "passed":
         return own
     double = _folded_in_double(bench, claim)
@@ -113,10 +113,10 @@ def folded(bench: Form) -> ProofStep:
 
 def _folded_in_double(bench: Form, claim: str) -> ProofStep:
     """Compare in float64, where rounding hides nothing."""
-    model, caller = copy_of(bench.model).double().eval(), bench.caller
+    model, caller = in_eval_mode(copy_of(bench.model).double()), bench.caller
     inputs = [image.double() for image in bench.inputs]
     done = attempt_fold(model, lambda network: caller.in_double(network, inputs[-1]))
-    network = done.model.eval()
+    network = in_eval_mode(done.model)
     pairs = [(caller.in_double(network, x), caller.in_double(model, x)) for x in inputs]
     return same("folded", claim, pairs, IDENTITY[torch.float64], "in float64")
 
@@ -130,7 +130,7 @@ def stock(bench: Form) -> ProofStep:
     bound = 0.0
     if _on_accelerator(bench):  # frozen layers are one multiply-add there
         claim, bound = claim.replace("to the bit", "to rounding"), _tolerance(bench)
-    return same("stock", claim, bench.pairs(done.model.eval()), bound, _count(done.record))
+    return same("stock", claim, bench.pairs(in_eval_mode(done.model)), bound, _count(done.record))
 
 
 def portable(bench: Form) -> ProofStep:

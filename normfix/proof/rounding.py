@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from normfix.networks.calling import Caller, refusals
+from normfix.networks.calling import Caller, in_eval_mode, refusals
 from normfix.networks.copying import copy_of
 from normfix.networks.numerics import deviation
 from normfix.proof.steps import identity
@@ -51,9 +51,9 @@ def repeated_in_double(
         convert: converts a float64 network, calibrated on a float64 image alone.
     """
     try:
-        double, wide = copy_of(original).double().eval(), image.double()
+        double, wide = in_eval_mode(copy_of(original).double()), image.double()
         exact = caller.in_double(double, wide)
-        step = identity(caller.in_double(convert(double, wide).eval(), wide), exact)
+        step = identity(caller.in_double(in_eval_mode(convert(double, wide)), wide), exact)
     except refusals() as error:
         return replace(failed, note=f"it cannot be repeated in float64: {' '.join(str(error).split())[:160]}")
     spread = float(exact.std())

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normfix.networks.behaviour import structure_of
-from normfix.networks.calling import Caller, home_of, is_halved, refusals
+from normfix.networks.calling import Caller, home_of, in_eval_mode, is_halved, refusals
 from normfix.networks.copying import copy_of, twin_of
 from normfix.networks.examples import fitting_example
 from normfix.networks.intake import Intake
@@ -167,7 +167,7 @@ def _told(scan: Scan) -> str:
 
 def _holds(model: nn.Module, example: Tensor, caller: Caller, geometry: Geometry) -> bool:
     """Tell in float64 on the CPU whether windows may still be cut at the stride and see nothing beyond the halo."""
-    double, material = copy_of(model).cpu().float().eval().double(), example.cpu().float().double()
+    double, material = in_eval_mode(copy_of(model).cpu().float()).double(), example.cpu().float().double()
 
     def f(x: Tensor) -> Tensor:
         return caller.in_double(double, x)
@@ -198,7 +198,7 @@ def _decides(model: nn.Module, example: Tensor, caller: Caller) -> bool:
     """Tell whether the network compares numbers, or takes one out of tensors; it is run where it is."""
     device, dtype = home_of(model)
     values, names = _Comparisons(), _Departures()
-    probe = copy_of(model).float().eval() if device.type == "cpu" else twin_of(model)
+    probe = in_eval_mode(copy_of(model).float()) if device.type == "cpu" else twin_of(model)
     given = example.to(device, torch.float32 if device.type == "cpu" else dtype)
     if device.type == "cpu" and is_halved(model):
         caller = caller.widened(probe, given)

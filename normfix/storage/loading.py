@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from normfix.conversion.rewriting import rewrite
 from normfix.errors import NormfixError, reason_of
-from normfix.networks.calling import Caller, failures
+from normfix.networks.calling import Caller, failures, in_eval_mode
 from normfix.networks.copying import copy_of
-from normfix.networks.devices import chosen
+from normfix.networks.devices import chosen, place_
 from normfix.networks.graph.program import ProgramNetwork
 from normfix.networks.naming import defined_in, name_of
 from normfix.networks.provenance import attach_, keep_in_
@@ -105,9 +105,10 @@ def load(
         allow_classes=tuple(allow_classes),
         allow_code=tuple(allow_code),
     )
-    place = chosen(device)
+    chosen(device)  # an unknown name is told before the file is read
     opened = open_any(spec, request, revision=revision).model
-    return opened if place is None else opened.to(place)
+    place_(opened, device)
+    return opened
 
 
 def _architecture(
@@ -257,8 +258,8 @@ def _restored(folder: Path, saved: Saved, base: nn.Module, weights: Mapping[str,
         if saved.probe is not None:
             size = (folder / WEIGHTS).stat().st_size
             with Workload(size, str(folder), math.prod(saved.probe.shape), generous=True):
-                require_probe(model.eval(), caller, saved.probe, str(folder))
-    return model.eval()
+                require_probe(in_eval_mode(model), caller, saved.probe, str(folder))
+    return in_eval_mode(model)
 
 
 @contextmanager

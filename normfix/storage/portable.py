@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from normfix.errors import NormfixError
+from normfix.networks.calling import in_eval_mode
 from normfix.records.plans import Plan
 from normfix.records.saved import Source
 
@@ -59,7 +60,7 @@ def returned(model: nn.Module, original: nn.Module) -> nn.Module:
             where=STATE,
         )
     original.load_state_dict({name: new[name] for name in own}, strict=True)
-    return original.eval()
+    return in_eval_mode(original)
 
 
 def write_original(folder: Path, network: nn.Module, source: Source) -> Path:

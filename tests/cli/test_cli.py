@@ -848,3 +848,30 @@ def test_it_is_a_module_too():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "NF115" in done.stdout
+
+
+def test_a_prediction_that_found_no_name_is_not_shown(run, fixed, image, tmp_path):
+    """stdout told of a file at the output's name, which held something else; a second image is shown by itself."""
+    words = ("predict", fixed, "--arch", ARCH, image, "--format", "json")
+    np.save(tmp_path / "other.npy", PIXELS)
+    before = (tmp_path / "other.npy").read_bytes()
+    done = run(*words, "-o", tmp_path / "other.npy")
+    assert (done.code, done.out) == (2, "")
+    assert "NF114" in done.err
+    assert (tmp_path / "other.npy").read_bytes() == before
+    (tmp_path / "several").mkdir()
+    np.save(tmp_path / "several" / "image.npy", PIXELS)
+    done = run(*words, "-o", tmp_path / "several", "--ending", ".npy")
+    assert (done.code, done.out) == (2, "")
+    assert json.loads(run(*words, "-o", tmp_path / "new.npy").out)["path"] == str(tmp_path / "new.npy")
+
+
+@pytest.mark.parametrize("words", [("scan", "nope"), ("scan", "--nope")])
+def test_an_error_that_cannot_be_told_keeps_its_code(run, monkeypatch, words):
+    """Where stderr is full, Python's own exit code would pass for findings."""
+
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("normfix.cli.click.echo", full)
+    assert run(*words).code == 2

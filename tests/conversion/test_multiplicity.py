@@ -155,3 +155,26 @@ def test_what_a_program_computes_beyond_a_branch_is_of_brighter_images_too():
     image = TensorImage(torch.rand(1, 1, 32, 320))
     with pytest.raises(NotInStages, match="NF321"), program_of(network, Caller(), (), image, (32, 32)):
         pass
+
+
+class Remembers(nn.Module):
+    """Keeps a map for each size of image that it saw, as networks keep masks and tables of positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.maps = nn.Conv2d(1, 3, 3, padding=1), nn.InstanceNorm2d(3), {}
+
+    def forward(self, x):
+        size = tuple(x.shape[2:])
+        if size not in self.maps:
+            self.maps[size] = torch.full(size, 0.5)
+        return self.norm(self.conv(x)) * self.maps[size]
+
+
+def test_counting_leaves_nothing_in_what_a_network_keeps():
+    """A map made while shapes alone were computed has no numbers, and was met in the next run."""
+    net, image = Remembers().eval(), torch.rand(1, 1, 48, 40, generator=torch.Generator().manual_seed(0))
+    expected = net(image).detach()
+    own = normfix.predict(net, image, tile=16, statistics="per-image")
+    torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+    assert list(net.maps) == [(48, 40)]

@@ -435,3 +435,30 @@ def test_the_halo_curve_is_that_of_the_converted_network():
         assert (mine.axis, mine.halo) == (theirs.axis, theirs.halo)
         assert mine.cost == pytest.approx(theirs.cost)
         assert mine.max_sd == pytest.approx(theirs.max_sd, rel=1e-3, abs=1e-5)
+
+
+class Decides(torch.nn.Module):
+    """A network that returns classes or a mask, which have no gradient."""
+
+    def __init__(self, last):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.last = (
+            torch.nn.Conv2d(1, 3, 3, padding=1),
+            torch.nn.InstanceNorm2d(3),
+            last,
+        )
+
+    def forward(self, x):
+        return self.last(self.norm(self.conv(x)))
+
+
+@pytest.mark.parametrize(
+    "last", [lambda y: y.argmax(1, keepdim=True), lambda y: y > 0, lambda y: y.round().to(torch.uint8)]
+)
+def test_classes_and_masks_are_diagnosed(last):
+    """Their effective receptive field is unknown, which ended the diagnosis in an error of torch's autograd."""
+    image = torch.rand(1, 1, 48, 40, generator=torch.Generator().manual_seed(0))
+    found = normfix.diagnose(Decides(last).eval(), image, tile=16)
+    assert "instance" in [culprit.cause for culprit in found.culprits]
+    assert found.receptive_field.outside is None

@@ -10,7 +10,7 @@ import normfix
 from normfix.errors import NormfixError
 from normfix.networks.behaviour import behaviour_of
 from normfix.networks.calling import once_each, require_network
-from normfix.networks.copying import copy_of
+from normfix.networks.copying import copy_of, twin_of
 
 
 class Forgets(nn.Module):
@@ -102,3 +102,99 @@ def test_a_module_that_holds_itself_is_named(deep):
     inner.add_module("up", net)
     with pytest.raises(NormfixError, match=rf"NF118.*its part {'0.up' if deep else 'up'} holds itself"):
         normfix.scan(net)
+
+
+class Telling(nn.Module):
+    """A network whose class says itself how it is deep-copied."""
+
+    def __init__(self, way=None):
+        super().__init__()
+        self.way = way
+        self.conv, self.norm = nn.Conv2d(1, 3, 3, padding=1), nn.InstanceNorm2d(3, affine=True)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+    def __deepcopy__(self, memo):
+        return COPIES[self.way](self, memo)
+
+
+def _shallow(network, memo):
+    made = Telling.__new__(Telling)
+    vars(made).update(vars(network))
+    return made
+
+
+def _sharing(network, memo):
+    made = Telling(network.way)
+    made.conv.weight, made.conv.bias = network.conv.weight, network.conv.bias
+    made.norm.load_state_dict(network.norm.state_dict())
+    return made
+
+
+def _whole(network, memo):
+    made = Telling(network.way)
+    made.load_state_dict(network.state_dict())
+    return made
+
+
+COPIES = {
+    "itself": lambda network, memo: network,
+    "shallow": _shallow,
+    "sharing": _sharing,
+    "anew": lambda network, memo: Telling(network.way),
+    "other": lambda network, memo: nn.Identity(),
+    "whole": _whole,
+}
+
+
+@pytest.mark.parametrize("way", ["itself", "shallow", "sharing", "anew", "other"])
+def test_a_copy_that_is_none_is_refused_and_the_network_stays(way):
+    """Copies that shared modules or weights were converted in the caller's network, others passed for it."""
+    net = nn.Sequential(nn.Identity(), Telling(way)).eval() if way == "sharing" else Telling(way).eval()
+    before = {name: (id(value), value.clone()) for name, value in net.state_dict(keep_vars=True).items()}
+    kinds = [type(module) for module in net.modules()]
+    for work in (normfix.scan, normfix.convert):
+        with pytest.raises(NormfixError, match=r"NF208.*a deep copy of the network is not one"):
+            work(net, torch.rand(1, 1, 24, 20))
+    assert [type(module) for module in net.modules()] == kinds
+    for name, value in net.state_dict(keep_vars=True).items():
+        assert id(value) == before[name][0]
+        assert torch.equal(value, before[name][1])
+
+
+def test_a_class_may_say_how_it_is_copied():
+    """What it makes is the network, values that are no numbers included."""
+    net = Telling("whole").eval()
+    with torch.no_grad():
+        net.conv.bias[0] = float("nan")
+    assert copy_of(net).conv.weight is not net.conv.weight
+    assert twin_of(net) is not net
+
+
+class ReturnsNothing(nn.Module):
+    """A network whose own `train` returns nothing, as is often forgotten, and keeps its norm in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 3, 3, padding=1), nn.InstanceNorm2d(3)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.training = False
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+@pytest.mark.parametrize("to", ["frozen", "batchrenorm"])
+def test_a_network_whose_train_returns_nothing_is_converted(to):
+    """It ended in a bare AttributeError of None."""
+    net, image = ReturnsNothing(), torch.rand(1, 1, 24, 20, generator=torch.Generator().manual_seed(0))
+    net.eval()
+    done = normfix.convert(net, image, to=to)
+    assert done.proof.passed
+    torch.testing.assert_close(normfix.predict(done.model, image, tile=8), net(image), rtol=1e-4, atol=1e-5)
+    assert normfix.diagnose(net, image, tile=8).culprits
+    own = normfix.predict(net, image, tile=8, statistics="per-image")
+    torch.testing.assert_close(own, net(image), rtol=1e-4, atol=1e-5)

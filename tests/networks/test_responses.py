@@ -197,3 +197,31 @@ def test_noise_is_small_where_no_size_parts_it_from_what_was_scanned():
     scan = normfix.scan(Blurring(by_context).eval(), torch.rand(1, 1, 160, 176))
     given = response_of(Blurring(by_context).eval(), Caller(), scan.example, scan.sizes)
     assert given.values.shape[2:] == (64, 64)
+
+
+class Drawing(nn.Module):
+    """Adds noise that it draws from torch's generator, as StyleGAN does, or drops out in eval mode."""
+
+    def __init__(self, drops):
+        super().__init__()
+        self.conv, self.norm, self.drops = nn.Conv2d(1, 2, 3, padding=1), nn.InstanceNorm2d(2), drops
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        return nn.functional.dropout(y, 0.5, training=True) if self.drops else y + torch.rand_like(y)
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_a_network_that_draws_is_known_and_leaves_the_generator(drops):
+    """It draws the same numbers in each response, and none that the caller's own program would have drawn."""
+    net, shape = Drawing(drops).eval(), (1, 1, 32, 32)
+    before = torch.get_rng_state()
+    response = response_of(net, Caller(), shape)
+    assert response == response_of(net, Caller(), shape)
+    assert response.values is not None
+    for verb in (normfix.check, normfix.scan):
+        verb(net, torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(torch.get_rng_state(), before)
+    net.conv.bias.data += 1e-2
+    net.norm.eps = 0.1
+    assert response != response_of(net, Caller(), shape)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from normfix.errors import NormfixError
+from normfix.networks.calling import in_eval_mode
 from normfix.storage.opening.allocation import Stored
 from normfix.storage.opening.factories import rebuild
 from normfix.storage.opening.gate import is_network
@@ -49,7 +50,7 @@ def open_network(path: Path, request: Request) -> Loaded:
     source = factory(f"{__name__}:network", args)
     model = rebuild(source, stored=Stored.of(weights.values(), path))
     _fill_(model, weights, path)
-    return Loaded(model.eval(), source)
+    return Loaded(in_eval_mode(model), source)
 
 
 def _fill_(model: Any, weights: dict[str, Tensor], path: Path) -> None:
