@@ -539,13 +539,14 @@ def _held(model: nn.Module, image: Tensor, caller: Caller) -> nn.Module:
         NormfixError: NF409 if it does not compute what the network computes once they are.
     """
     known = _PLANNED.get(model)
-    same = scanned_of(model, caller, image.shape, None if known is None else known.scan)
+    same = None if known is None else scanned_of(model, caller, known.scan)
     if known is None or same is None or known.of != (same, image.shape):
         base = base_of(model, image, caller)
         scan = look(base.copy(), base.example, base.caller).scan
         plan = decide(scan.sites, model=scan.model, to="frozen")
+        # only now: that its runs change nothing of the network was shown by the base
+        same = scanned_of(model, caller, scan)
         if same is not None:
-            same = scanned_of(model, caller, image.shape, scan)
             _PLANNED[model] = _Planned((same, image.shape), scan, plan, base.example.shape[2:])
     else:
         scan, plan = known.scan, known.plan

@@ -17,7 +17,7 @@ from normfix.errors import NormfixError
 from normfix.networks.behaviour import SAID, behaviour_of
 from normfix.networks.calling import failures, home_of, in_eval_mode, once_each, require_network
 
-__all__ = ["as_trained_copy", "copy_of", "cpu_twin_of", "double_of", "original_of", "twin_of"]
+__all__ = ["as_trained_copy", "copy_of", "cpu_twin_of", "double_of", "equal_values", "original_of", "twin_of"]
 
 
 _TRIALS = 5
@@ -138,7 +138,7 @@ def _unlike(model: nn.Module, copied: nn.Module, shared: Memo) -> str:
     for name, tensor in originals.items():
         if id(tensor) not in shared and _place(tensor) == _place(copies[name]):
             return f"it shares {name} with the original"
-        if told and not _equal(tensor, copies[name]):
+        if told and not equal_values(tensor, copies[name]):
             return f"it holds other values in {name}"
     return ""
 
@@ -164,7 +164,7 @@ def _place(tensor: Tensor) -> int:
         return id(tensor)
 
 
-def _equal(tensor: Tensor, other: Tensor) -> bool:
+def equal_values(tensor: Tensor, other: Tensor) -> bool:
     """Tell whether two tensors have the same values, not a number included."""
     if tensor.shape != other.shape or tensor.dtype != other.dtype:
         return False

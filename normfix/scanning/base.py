@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from normfix.errors import NormfixError
 from normfix.networks.alone import run_alone
 from normfix.networks.calling import Caller, NotTaken, evaluating, home_of, take_buffers_
-from normfix.networks.copying import as_trained_copy, copy_of
+from normfix.networks.copying import as_trained_copy, copy_of, equal_values
 from normfix.networks.examples import default_example, fitting_example, probing_part
 from normfix.networks.intake import Intake, is_lazy
 from normfix.networks.numerics import IDENTITY, deviation
@@ -113,8 +113,26 @@ class _Trials:
         first, draws = _drawing(partial(self._run_first, example))
         if self._second is None or not all(self._seen.values()):
             self._second, self._seen = copy_of(self._base), {}
+        self._require_own_values()
         self._require_no_memory(self._second, replace(self._caller, draws=draws), example, first)
         return draws
+
+    def _require_own_values(self) -> None:
+        """Make sure that a run writes into no parameter: copies that share them with the network run as well.
+
+        Raises:
+            NormfixError: NF246 if one did.
+        """
+        assert self._first is not None
+        ran = dict(self._first.named_parameters())
+        for name, parameter in self._base.named_parameters():
+            if name in ran and not equal_values(parameter, ran[name]):
+                raise NormfixError(
+                    "NF246",
+                    f"its forward writes into its own parameter {name}, so that each run changes the network. Compute "
+                    "what is needed of it anew in every forward, or run it until it keeps its values.",
+                    where=type(self._base).__name__,
+                )
 
     def _run_first(self, example: Tensor) -> Tensor:
         self._first = copy_of(self._base)

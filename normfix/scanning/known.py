@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -83,30 +83,30 @@ def _scanned(model: nn.Module, image: Tensor, caller: Caller) -> Known:
     """Scan a network, or recall the last scan: of the same modules, values and image, so that nothing can differ."""
     owner = original_of(model)
     last = _LAST.get(owner)
-    key = _key_of(owner, caller, image, None if last is None else last[1].scan)
-    if last is None or key is None or last[0] != key:
+    if last is None or last[0] != _key_of(owner, caller, image, last[1].scan):
         base = base_of(model, image, caller)
         scan = look(base.copy(), base.example, base.caller).scan
         known = Known(base.caller, scan, tuple(site.id for site in scan.live))
+        # only now: that its runs change nothing of the network was shown by the base
+        key = _key_of(owner, caller, image, scan)
         if key is None:  # nor is it kept: it may hold the network, and then neither would ever go
             return known
-        last = _LAST[owner] = _key_of(owner, caller, image, scan), known
+        last = _LAST[owner] = key, known
     return last[1]
 
 
-def _key_of(model: nn.Module, caller: Caller, image: Tensor, scan: Scan | None) -> object:
-    same = scanned_of(model, caller, image.shape, scan)
+def _key_of(model: nn.Module, caller: Caller, image: Tensor, scan: Scan) -> object:
+    same = scanned_of(model, caller, scan)
     return None if same is None else (same, image.shape, digest_of_tensor(image))
 
 
-def scanned_of(model: nn.Module, caller: Caller, shape: Sequence[int], scan: Scan | None = None) -> object:
+def scanned_of(model: nn.Module, caller: Caller, scan: Scan) -> object:
     """Return what compares equal as long as a network has the modules and values that it was scanned with.
 
     Args:
         model: a network.
         caller: calls it.
-        shape: (N, C, *space) of an image that it takes.
-        scan: that is to be kept, if there is one: of which sizes it is may tell what must be run.
+        scan: of it, which is to be kept: of which sizes it is may tell what must be run.
 
     Returns:
         None where no scan is to be kept: nothing shows all that the network or a function of the caller's reads.
@@ -116,8 +116,6 @@ def scanned_of(model: nn.Module, caller: Caller, shape: Sequence[int], scan: Sca
     behaviour = open_behaviour_of(model)
     if behaviour is None:
         return None
-    if scan is None:
-        return behaviour, state_of(model), caller, response_of(model, caller, shape)
     return behaviour, state_of(model), caller, response_of(model, caller, scan.example, scan.sizes)
 
 

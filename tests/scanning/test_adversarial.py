@@ -1,6 +1,7 @@
 """Networks that once got through: each is now converted right, or refused by name."""
 
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -336,6 +337,44 @@ def test_networks_that_remember_are_refused(image, remember):
     for use in (normfix.scan, normfix.convert, normfix.check):
         with pytest.raises(normfix.NormfixError, match="NF246 Remembering"):
             use(Remembering(remember), image)
+
+
+class Rewriting(nn.Module):
+    """Changes its weights where it runs, by `change`, and gives the same all the same."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.stem, self.norm, self.change = conv(1, 4, bias=False), nn.InstanceNorm2d(4), change
+
+    def forward(self, x):
+        self.change(self.stem.weight)
+        return self.norm(self.stem(x).sign())
+
+
+def halved(weight):
+    weight.data = weight.data / 2
+
+
+def halved_in_place(weight):
+    with torch.no_grad():
+        weight.div_(2)
+
+
+@pytest.mark.parametrize("change", [halved, halved_in_place])
+def test_networks_that_change_their_weights_are_refused(image, change):
+    """Twins share them with the caller's own, so that a prediction would change these."""
+    net = Rewriting(change)
+    before = net.stem.weight.detach().clone()
+    for use in (normfix.scan, partial(normfix.predict, tile=64, statistics="per-image")):
+        with pytest.raises(normfix.NormfixError, match=r"NF246 Rewriting.*parameter stem\.weight"):
+            use(net, image)
+    torch.testing.assert_close(net.stem.weight.detach(), before, rtol=0, atol=0)
+
+
+def test_weights_that_are_written_and_stay_what_they_are_do_no_harm(image):
+    """Control: a constraint that training left fulfilled."""
+    net = Rewriting(lambda weight: weight.data.clamp_(-10, 10))
+    assert normfix.scan(net, image).reach is not None
 
 
 class Table(nn.Module):
