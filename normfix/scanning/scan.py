@@ -37,7 +37,7 @@ from normfix.scanning.positions import Positions
 from normfix.scanning.sightings import Dyed, confirmed, dye_look
 from normfix.scanning.sites import Survey, survey
 from normfix.scanning.witnesses import HaloSource, Witness, witness_of
-from normfix.tiling.geometry import BoundExceededError, Locality, measure_locality, not_dense
+from normfix.tiling.geometry import BoundExceededError, Locality, held_beyond, measure_locality, not_dense
 from normfix.tiling.grid import Geometry
 from normfix.tiling.recall import Recalling
 
@@ -437,7 +437,8 @@ class _Bench:
 
     def measured(self, dilution: Sequence[int], doubts: Doubts, *, fast: bool) -> Locality:
         """Measure its geometry as if no doubt were founded."""
-        return measure_locality(
+        bound = self.witness.bound
+        found = measure_locality(
             self.single,
             self.double,
             self.example,
@@ -448,8 +449,9 @@ class _Bench:
             swallowed=doubts.swallowed,
             compared=doubts.compared,
             both_ends=doubts.wraps,
-            bound=self.witness.bound,
+            bound=bound,
         )
+        return held_beyond(self.unnoted, self.example, found, bound)
 
     def crossings(self, locality: Locality) -> Crossings:
         """Return what tries conditions on the size."""

@@ -43,6 +43,7 @@ __all__ = [
     "Locality",
     "cross_section",
     "geometry_of",
+    "held_beyond",
     "holds_stride",
     "measure_locality",
     "not_dense",
@@ -79,6 +80,13 @@ class Locality:
     extent: tuple[int, ...] = ()
 
 
+_OTHER_IN_WINDOWS = (
+    "its output moves with the input, but is another in a window than in the whole image: something depends "
+    "on the size or on the opposite border (a division by H*W, a branch on the size, a cyclic shift). Take it "
+    "out, or keep to one tile size."
+)
+
+
 class BoundExceededError(NormfixError):
     """The dye reaches further than the graph's bound: a rule of normfix's is wrong (NF251)."""
 
@@ -98,8 +106,6 @@ def measure_locality(
     bound: Bound | None = None,
 ) -> Locality:
     """Measure a network in which no statistic is live.
-
-    Where it may be computed with a place or the size, windows must agree on images of several magnitudes as well.
 
     Where NaN is swallowed or must not be seen, the dye is followed instead, and what that gives must be steady.
 
@@ -121,43 +127,7 @@ def measure_locality(
     Raises:
         BoundExceededError: NF251.
     """
-    found = _settled(
-        single,
-        double,
-        example[:1],
-        dilution,
-        doubtful=doubtful,
-        trial=trial,
-        foreign=foreign,
-        swallowed=swallowed,
-        compared=compared,
-        both_ends=both_ends,
-        bound=bound,
-    )
-    if found.geometry is None or (bound is not None and not bound.knows_places):
-        return found
-    try:
-        hidden = not hides_no_place(double, example[:1].double(), found.geometry, found.cross)
-    except refusals():  # it takes no strip as short as that
-        return found
-    return _hidden() if hidden else found
-
-
-def _settled(
-    single: Function,
-    double: Function,
-    example: Tensor,
-    dilution: Sequence[int],
-    *,
-    doubtful: bool,
-    trial: bool,
-    foreign: bool,
-    swallowed: bool,
-    compared: bool,
-    both_ends: bool,
-    bound: Bound | None,
-) -> Locality:
-    """Measure it, and what is in doubt until it is steady; see measure_locality."""
+    example = example[:1]
     measured = partial(_measured, single, double, example, dilution, both_ends=both_ends, bound=bound)
     plain = Locality(None, (), blind=True) if trial else measured()
     foreign = foreign or plain.foreign
@@ -172,6 +142,35 @@ def _settled(
         return other if _covers(other, plain) else plain
     steady = (wide for wide in (other, _wider(other)) if _is_steady(double, example, wide, thorough=foreign))
     return next((replace(wide, steady=True) for wide in steady), _boundless() if short else plain)
+
+
+def held_beyond(double: Function, example: Tensor, measured: Locality, bound: Bound | None) -> Locality:
+    """Return what was measured, or none where tiles are others on images whose values are larger.
+
+    Where the graph does not bound the halo, the first and the last tile must hold whatever is beyond it; and where the
+    network may be computed with a place or the size, windows must agree on images of several magnitudes.
+
+    Args:
+        double: the network in float64 on CPU. At sizes that it is run at here alone, windows are not compared.
+        example: (N, C, *space) in float32 on CPU, the material of the strips.
+        measured: of it.
+        bound: of its graph.
+    """
+    geometry, material = measured.geometry, example[:1].double()
+    if geometry is None or not (bound is None or bound.knows_places):
+        return measured
+    try:
+        for axis, (stride, scale, (before, after)) in enumerate(
+            zip(geometry.stride, geometry.scale, geometry.halo, strict=True)
+        ):
+            around = round_up(before, stride), round_up(after, stride)
+            if bound is None and not borders_hold(
+                double, material, axis, stride, scale, around, measured.cross
+            ):
+                return _none("NF213", f"axis {axis}", _OTHER_IN_WINDOWS)
+        return measured if hides_no_place(double, material, geometry, measured.cross) else _hidden()
+    except refusals():  # it takes no strip as short as that
+        return measured
 
 
 def _hidden() -> Locality:
@@ -430,7 +429,7 @@ def _along_axes(
                 "its output depends on the whole extent along this axis although no known "
                 "statistic is live, so no halo is enough.",
             )
-        if unit is None or held is None or not line.ends_hold(grid, held, unit, both_ends=both_ends):
+        if unit is None or held is None or (both_ends and not line.wraps_nowhere(grid, held, unit)):
             return _none("NF213", name, line.obstacle(grid, held or reach), blind=True)
         expected = reach
         around = line.around(grid, held)
@@ -611,18 +610,9 @@ class _Line:
         """Tell whether no unit is finer or coarser: extents are lines on the grid of the coarsest map."""
         return self.bound is not None and self.bound.lattice[self.axis] == grid == self.coarsest
 
-    def ends_hold(self, grid: int, reach: tuple[int, int], unit: int, *, both_ends: bool) -> bool:
-        """Tell whether nothing looks past one border to the other.
-
-        Windows from the start of the image, and to its end, must give what the whole gives there, if `both_ends`; and
-        without a bound, they must do so whatever is beyond them.
-        """
-        around = self.around(grid, reach)
-        if both_ends and not self._cuts_at(unit, around):
-            return False
-        return self.bound is not None or borders_hold(
-            self.double, self.example.double(), self.axis, grid, self.scale, around, self.cross
-        )
+    def wraps_nowhere(self, grid: int, reach: tuple[int, int], unit: int) -> bool:
+        """Tell whether windows from the start of the image, and to its end, give what the whole gives there."""
+        return self._cuts_at(unit, self.around(grid, reach))
 
     def holds(self, unit: int, reach: tuple[int, int]) -> bool:
         """Tell whether windows at a unit that was found beyond a step of a lattice hold with the halo itself.
@@ -645,11 +635,7 @@ class _Line:
                 "(align_corners=True, position embeddings, a resize to a fixed size; NF244 names such calls). Replace "
                 "it, or keep to one tile size and place."
             )
-        return (
-            "its output moves with the input, but is another in a window than in the whole image: something depends "
-            "on the size or on the opposite border (a division by H*W, a branch on the size, a cyclic shift). Take it "
-            "out, or keep to one tile size."
-        )
+        return _OTHER_IN_WINDOWS
 
     def _cuts_at(self, unit: int, around: tuple[int, int]) -> bool:
         example = self.example.double()
