@@ -116,8 +116,14 @@ MASKED: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+_DEAR = {"a mask is filled in", "a mask chooses", "with biases"}
+"""Second cases, of the long runs."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.zoo] * (name in _DEAR)) for name in MASKED]
+)
 def test_a_bound_holds_where_masks_hide_the_seam(name: str):
     """Every shift is named, none is open, and no tile reads beyond the bound: the first, one inside and the last."""
     torch.manual_seed(0)
@@ -127,6 +133,7 @@ def test_a_bound_holds_where_masks_hide_the_seam(name: str):
     assert len(bound.shifts) == 2
     assert bound.is_whole_if_masked
     assert not bound.is_whole
+    assert not bound.knows_places  # the masks are known as such
     last = 32 // bound.lattice[1] - 1
     for tile in (0, last // 2, last):
         before, after = true_reach(module, bound, 1, 32, cross=8, tile=tile)
@@ -184,7 +191,10 @@ OPEN: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", OPEN)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * ("mask" in name or "window" in name)) for name in OPEN],
+)
 def test_an_open_shift_is_named(name: str):
     """Control: what may show the other border leaves no bound to rely on."""
     bound = bound_for(Function(OPEN[name]), (1, 1, 16, 32))
@@ -199,6 +209,7 @@ def test_channels_go_around_no_border():
     assert bound.halo((1, 1)) == ((0, 0), (0, 0))
 
 
+@pytest.mark.slow
 def test_one_of_two_shifts_is_open():
     bound = bound_for(Function(lambda x: _shifted(_added)(x) + x.roll(3, 2)), (1, 1, 16, 32))
     assert len(bound.wraps) == 1

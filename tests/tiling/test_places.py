@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import ShiftedWindows
 from reaching import Function, bound_for
 from torch import Tensor
 
@@ -49,13 +48,6 @@ def test_what_knows_a_place_or_the_size_is_seen(name: str):
 def test_what_knows_neither_is_not_suspected(name: str):
     """Control."""
     assert not bound_for(Function(UNPLACED[name]), (1, 1, 24, 48)).knows_places
-
-
-@pytest.mark.slow
-def test_the_masks_of_shifted_windows_are_known_as_such():
-    bound = bound_for(ShiftedWindows(), (1, 1, 24, 48))
-    assert len(bound.masks) == 1
-    assert not bound.knows_places
 
 
 def _written(x: Tensor) -> Tensor:
