@@ -697,3 +697,54 @@ def test_a_count_over_blocks_is_the_count_of_the_whole(size):
             whole = net(image)
         found = normfix.predict(net, image, tile=24, statistics="per-image")
         assert float((found - whole).abs().max() / whole.std()) < 1e-11
+
+
+class Placed(nn.Module):
+    """Adds, between two norms, what a gate lets through of a map that knows the place of a pixel or the size."""
+
+    def __init__(self, place, threshold):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head, self.place, self.threshold = (
+            nn.Conv2d(1, 2, 3, padding=1),
+            nn.Conv2d(2, 1, 3, padding=1),
+            place,
+            threshold,
+        )
+        self.first, self.last = nn.InstanceNorm2d(2), nn.InstanceNorm2d(1)
+
+    def forward(self, x):
+        y = self.stem(x)
+        y = self.first(y) if self.threshold < 100 else y
+        return self.last(self.head(y + torch.relu(self.place(y) - self.threshold)))
+
+
+PLACES = {
+    "half": lambda y: y * (torch.arange(y.shape[-1]) > y.shape[-1] // 2),
+    "size": lambda y: 100 * y / y.shape[-1],
+    "third": lambda y: y * (torch.arange(y.shape[-1]) % 3 == 0),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "threshold"), [("half", 1000), ("size", 1000), ("third", 1000), ("half", 12)]
+)
+def test_no_gate_hides_a_place_from_stages(place, threshold):
+    """Blocks number their own columns: behind a gate that noise leaves shut they were not seen to."""
+    net = Placed(PLACES[place], threshold).double().eval()
+    image = torch.rand(1, 1, 96, 128, dtype=torch.float64)
+    with pytest.raises(normfix.NormfixError, match=r"NF32[45]|NF402|NF409"):
+        normfix.predict(net, image, 32, statistics="per-image")
+
+
+@pytest.mark.slow
+def test_a_stretched_table_behind_a_gate_is_exact_in_stages():
+    """Control: a map that is laid over the image is the image's own in each block, on a bright image too."""
+    table = torch.rand(1, 1, 16, 16, dtype=torch.float64)
+    net = Placed(lambda y: y * nn.functional.interpolate(table.to(y), size=y.shape[2:]), 1000).double().eval()
+    for image in (torch.rand(1, 1, 96, 128, dtype=torch.float64), torch.randn(1, 1, 96, 128).double() * 1e5):
+        with torch.no_grad():
+            expected = net(image)
+        found = normfix.predict(net, image, 32, statistics="per-image")
+        assert float((found - expected).abs().max() / expected.std()) < 1e-9

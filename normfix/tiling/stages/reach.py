@@ -41,7 +41,16 @@ from normfix.tiling.stages.program import Shapes
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stride import common_unit, cutting_grid, smallest_stride
 
-__all__ = ["Reach", "fingerprint", "in_dtype", "is_bounded", "is_derived", "measure_reach", "values_of"]
+__all__ = [
+    "Reach",
+    "fingerprint",
+    "in_dtype",
+    "is_bounded",
+    "is_derived",
+    "knows_places",
+    "measure_reach",
+    "values_of",
+]
 
 Function = Callable[[Tensor], Tensor]
 
@@ -133,6 +142,12 @@ def is_bounded(stage: Stage, image: Node) -> bool:
     """Tell whether a stage's graph bounds what it reads, so that nothing of it need be measured."""
     known = _bound_of(stage, image)
     return known is not None and known.is_whole
+
+
+def knows_places(stage: Stage, image: Node) -> bool:
+    """Tell whether a stage may be computed with the place of a pixel or the image's size."""
+    known = _bound_of(stage, image)
+    return known is None or known.knows_places
 
 
 def fingerprint(stage: Stage, maps: ProgramMaps, shapes: Shapes, *, bounded: bool = True) -> str:

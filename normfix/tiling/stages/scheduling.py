@@ -37,6 +37,7 @@ from normfix.tiling.stages.reach import (
     in_dtype,
     is_bounded,
     is_derived,
+    knows_places,
     measure_reach,
     values_of,
 )
@@ -220,14 +221,16 @@ def _name(planned: Schedule, stride: Sequence[int], rests: Collection[tuple[int,
 
 
 def _prove(planned: Schedule, stride: Sequence[int], rests: Collection[tuple[int, ...]]) -> None:
-    """Compare blocks with the whole along each axis.
+    """Compare blocks with the whole along each axis; on several images where a stage knows a place or the size.
 
     Raises:
         NotInStages: NF325.
     """
+    placed = any(knows_places(stage, planned.program.image) for stage in planned.stages)
     for axis in range(len(stride)):
-        difference = max(_difference(planned, size) for size in _probe_sizes(planned, stride, axis, rests))
-        _require_exact(difference, f"axis {axis}")
+        for size in _probe_sizes(planned, stride, axis, rests):
+            for made in _IMAGES if placed else _IMAGES[:1]:
+                _require_exact(_difference(planned, size, made), f"axis {axis}")
 
 
 def _require_exact(difference: float, where: str) -> None:
@@ -247,24 +250,45 @@ def _reach_of(stage: Stage, maps: ProgramMaps, shapes: Shapes, program: Program)
     return measure_reach(stage, maps, shapes, program.image)
 
 
-def _difference(planned: Schedule, size: Sequence[int]) -> float:
+def _spiky(noise: Tensor) -> Tensor:
+    """Return a few values far from the rest, which a norm brings no nearer."""
+    return noise**9
+
+
+_IMAGES: tuple[Callable[[Tensor], Tensor], ...] = (
+    torch.clone,
+    lambda noise: noise * 1e4,
+    lambda noise: noise * 1e9,
+    _spiky,
+)
+"""What becomes of the noise that blocks and the whole are run on: a gate that is shut on one image opens on another."""
+
+
+def _difference(
+    planned: Schedule, size: Sequence[int], made: Callable[[Tensor], Tensor] = torch.clone
+) -> float:
     """Return the largest difference on the program's device, which the CPU confirms if it is one."""
     if planned.device.type == "cuda":
         with suppress(NotInStages, torch.OutOfMemoryError):
-            difference = largest_difference(planned, size, planned.device)
+            difference = largest_difference(planned, size, planned.device, made)
             if difference <= EXACT:
                 return difference
-    return largest_difference(planned, size)
+    return largest_difference(planned, size, made=made)
 
 
-def largest_difference(planned: Schedule, size: Sequence[int], device: torch.device = CPU) -> float:
-    """Run blocks and the whole program in float64 on noise of this size (N, C, *space).
+def largest_difference(
+    planned: Schedule,
+    size: Sequence[int],
+    device: torch.device = CPU,
+    made: Callable[[Tensor], Tensor] = torch.clone,
+) -> float:
+    """Run blocks and the whole program in float64 on an image of this size (N, C, *space) that is made of noise.
 
     Returns:
         The largest difference of any value that a stage computes, relative to that value's largest entry.
     """
     image = torch.randn(tuple(size), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    image = image.to(device)
+    image = made(image.to(device))
     wide = replace(
         planned,
         device=device,
