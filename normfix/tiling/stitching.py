@@ -1,7 +1,8 @@
 """Predict an image tile by tile: read with halo in phase, run, crop, write. Nothing is blended.
 
 Windows of one shape may share a call of the network: small ones leave most of a GPU idle. Whether a network treats the
-images of a batch apart is seen by the first of such calls, whose ends are compared with calls of their own.
+images of a batch apart is seen by the first of such calls, whose ends are compared with calls of their own, whatever
+the others hold.
 """
 
 from __future__ import annotations
@@ -102,32 +103,46 @@ def _paying(device: torch.device, shape: Sequence[int]) -> int:
     return 1 if device.type == "cpu" else max(1, min(_MOST, _PAYS // math.prod(shape)))
 
 
+_LOUD = 1e6
+"""What the other images of a batch are multiplied by, with either sign: what a gate keeps shut is opened."""
+
+
 def _are_apart(f: Function, image: Tensor, tiles: Sequence[Tile]) -> bool:
-    """Tell whether the first and the last image of a batch give what each gives alone."""
+    """Tell whether the first and the last image of a batch give what each gives alone, whatever the others hold."""
+    windows = [image[at(tile.read)] for tile in tiles]
+    loud = [window * (-_LOUD if number % 2 else _LOUD) for number, window in enumerate(windows)]
     try:
-        together = _answers(f, image, tiles)
+        for kept in (0, -1):
+            alone = f(windows[kept])
+            sd = float(alone.double().std(correction=0)) or 1.0
+            for others in (windows, loud):
+                batch = [*others]
+                batch[kept] = windows[kept]
+                together = _in_calls(f, batch)
+                if len(together) != len(windows) or together[kept].shape != alone.shape:
+                    return False
+                if deviation(together[kept], alone, sd)[0] > IDENTITY.get(alone.dtype, 0.0):
+                    return False
     except refusals():
         return False
-    if len(together) != len(tiles):
-        return False
-    for tile, answer in ((tiles[0], together[0]), (tiles[-1], together[-1])):
-        alone = f(image[at(tile.read)])
-        sd = float(alone.double().std(correction=0)) or 1.0
-        if answer.shape != alone.shape or deviation(answer, alone, sd)[0] > IDENTITY.get(alone.dtype, 0.0):
-            return False
     return True
 
 
 def _answers(f: Function, image: Tensor, tiles: Sequence[Tile]) -> Sequence[Tensor]:
+    """Return what `f` gives for each window of an image; see `_in_calls`."""
+    return _in_calls(f, [image[at(tile.read)] for tile in tiles])
+
+
+def _in_calls(f: Function, windows: Sequence[Tensor]) -> Sequence[Tensor]:
     """Return what `f` gives for each window, in one call, or in several where memory runs out."""
-    if len(tiles) == 1:
-        return [f(image[at(tiles[0].read)])]
-    half = len(tiles) // 2
+    if len(windows) == 1:
+        return [f(windows[0])]
+    half = len(windows) // 2
     try:
-        return torch.chunk(f(torch.cat([image[at(tile.read)] for tile in tiles])), len(tiles))
+        return torch.chunk(f(torch.cat([*windows])), len(windows))
     except (torch.OutOfMemoryError, OutOfMemory):
         pass  # outside, where what the call held is free
-    return [*_answers(f, image, tiles[:half]), *_answers(f, image, tiles[half:])]
+    return [*_in_calls(f, windows[:half]), *_in_calls(f, windows[half:])]
 
 
 def _extents(tiles: Sequence[Tile], first: Tensor, end: Tensor) -> list[int]:

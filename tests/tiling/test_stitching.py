@@ -88,6 +88,26 @@ def test_networks_that_do_not_treat_a_batch_apart(network, monkeypatch):
     assert torch.equal(tiled(network, image, 16, _geometry(), batch=None), image)
 
 
+@pytest.mark.parametrize(
+    "beside",
+    [lambda x: x.roll(1, 0), lambda x: -x.flip(0), lambda x: x.amax(0, keepdim=True), lambda x: -x[-1:]],
+)
+def test_no_gate_hides_the_others_of_a_batch(beside):
+    """What the first tiles keep shut a later one opens; control: a gate on each image's own values."""
+    image = torch.rand(1, 1, 96, 96)
+    image[..., 48:, :] *= 1e5
+
+    def mixed(x):
+        return x + torch.relu(beside(x) - 1000)
+
+    def own(x):
+        return x + torch.relu(x - 1000)
+
+    with pytest.raises(NormfixError, match="NF410 batch=4"):
+        tiled(mixed, image, 16, _geometry(), batch=4)
+    assert torch.equal(tiled(own, image, 16, _geometry(), batch=4), own(image))
+
+
 def test_a_batch_that_does_not_fit_is_halved():
     """Where memory runs out on windows together, fewer go together."""
     sizes = []
