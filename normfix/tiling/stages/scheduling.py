@@ -273,7 +273,7 @@ def _difference(
             difference = largest_difference(planned, size, planned.device, made)
             if difference <= EXACT:
                 return difference
-    return largest_difference(planned, size, made=made)
+    return largest_difference(planned, size, CPU, made)
 
 
 def largest_difference(
