@@ -39,6 +39,7 @@ from normfix.scanning.sites import Survey, survey
 from normfix.scanning.witnesses import HaloSource, Witness, witness_of
 from normfix.tiling.geometry import BoundExceededError, Locality, held_beyond, measure_locality, not_dense
 from normfix.tiling.grid import Geometry
+from normfix.tiling.reach.bounds import Bound
 from normfix.tiling.recall import Recalling
 
 __all__ = ["Scanned", "look", "plan", "scan"]
@@ -252,7 +253,7 @@ def _measured(
     if bench is None:
         locality = _unmeasured(trial, found, material)
     else:
-        doubts = _of_bench(every, bench)
+        doubts = _beside(every, bench.witness.bound)
         try:
             locality = bench.measured(found.dilution, doubts, fast=fast)
         except BoundExceededError:
@@ -260,7 +261,7 @@ def _measured(
                 raise
             # strips are of other sizes, for which the network is not that of the graph
             bench = replace(bench, witness=bench.witness.of_other_sizes())
-            doubts = _of_bench(every, bench)
+            doubts = _beside(every, bench.witness.bound)
             locality = bench.measured(found.dilution, doubts, fast=fast)
     beyond = () if bench is None else bench.witness.findings(locality)
     crossings = None if bench is None or locality.geometry is None else bench.crossings(locality)
@@ -298,17 +299,17 @@ def _measured(
     )
 
 
-def _of_bench(doubts: Doubts, bench: _Bench | None) -> Doubts:
-    """Return what is in doubt beside what the graph of a bench bounds."""
-    bounded = bench is not None and bench.witness.bound is not None
-    return doubts.but_shifts() if bounded else doubts
+def _beside(doubts: Doubts, bound: Bound | None) -> Doubts:
+    """Return what is in doubt beside what a graph bounds."""
+    return doubts if bound is None else doubts.but_shifts()
 
 
 def _unknown(doubts: Doubts, bench: _Bench | None) -> Iterator[str]:
     """Yield what no condition on the size tells."""
-    yield from (f"{f.where}: {f.message}" for f in _of_bench(doubts, bench).placed)
-    if bench is not None and bench.witness.bound is not None and bench.witness.bound.shifts:
-        yield masked(bench.witness.bound.shifts)
+    bound = None if bench is None else bench.witness.bound
+    yield from (f"{f.where}: {f.message}" for f in _beside(doubts, bound).placed)
+    if bound is not None and bound.shifts:
+        yield masked(bound.shifts)
 
 
 def _graph(

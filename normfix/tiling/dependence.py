@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -254,57 +253,47 @@ def _holds(
     material = strip(example, size) + texture(example, size)
     for image in images:
         x = image(material)
-        quiet = f(x).narrow(*kept)
-        for change in changes:
-            loud = change(x)
-            loud.narrow(*window).copy_(x.narrow(*window))
-            if not alike(quiet, f(loud).narrow(*kept)):
-                return False
+        if not _is_held(f, x, f(x), window, kept, changes):
+            return False
     return True
 
 
-def borders_hold(
-    f: Function,
-    example: Tensor,
-    axis: int,
-    grid: int,
-    scale: Fraction,
-    reach: tuple[int, int],
-    cross: Sequence[int],
-) -> bool:
+def borders_hold(f: Function, example: Tensor, axis: int, geometry: Geometry, cross: Sequence[int]) -> bool:
     """Tell whether the first and the last tile hold their values while everything beyond their halo is made huge.
 
     A tile inside does not show what looks past a border to the other one, nor do images of ordinary numbers if a gate
-    (a ReLU, a comparison, a maximum) hides it.
-
-    Args:
-        f: the network in float64.
-        example: (1, C, *space) in float64, the material of the strip.
-        axis: spatial axis, from 0.
-        grid: the stride along this axis.
-        scale: output pixels per input pixel.
-        reach: the halo, (before, after) in multiples of the stride.
-        cross: extents of the other axes.
+    (a ReLU, a comparison, a maximum) hides it. Arguments as for is_steady, and the spatial axis, from 0.
     """
-    before, after = reach
-    tile = round_up(max(_TILE, before, after), grid)
+    stride, scale = geometry.stride[axis], geometry.scale[axis]
+    before, tile, after = _reads(geometry, axis, max(_TILE, *geometry.halo[axis]))
     size = [*cross]
-    size[axis] = length = 2 * tile + max(before, after) + round_up(max(_SEA, before, after), grid)
+    size[axis] = length = 2 * tile + max(before, after) + round_up(max(_SEA, before, after), stride)
     x = strip(example, size) + texture(example, size)
     quiet = f(x)
     first, last = int(tile * scale), int((length - tile) * scale)
     ends = (
-        ((0, tile + after), (0, min(first, quiet.shape[axis + 2]))),
-        ((length - tile - before, tile + before), (last, max(0, quiet.shape[axis + 2] - last))),
+        ((axis + 2, 0, tile + after), (axis + 2, 0, min(first, quiet.shape[axis + 2]))),
+        ((axis + 2, length - tile - before, tile + before), (axis + 2, last, quiet.shape[axis + 2] - last)),
     )
-    for window, kept in ends:
-        if kept[1] == 0:  # a network that crops its end
-            continue
-        for change in _CHANGES[:2]:
-            loud = change(x)
-            loud.narrow(axis + 2, *window).copy_(x.narrow(axis + 2, *window))
-            if not alike(quiet.narrow(axis + 2, *kept), f(loud).narrow(axis + 2, *kept)):
-                return False
+    # a network that crops its end gives nothing there
+    return all(_is_held(f, x, quiet, window, kept, _CHANGES[:2]) for window, kept in ends if kept[2] > 0)
+
+
+def _is_held(
+    f: Function,
+    x: Tensor,
+    whole: Tensor,
+    window: tuple[int, int, int],
+    kept: tuple[int, int, int],
+    changes: Sequence[Change],
+) -> bool:
+    """Tell whether a part of what f gave for x stays while all but a window of x is changed; see Tensor.narrow."""
+    quiet = whole.narrow(*kept)
+    for change in changes:
+        loud = change(x)
+        loud.narrow(*window).copy_(x.narrow(*window))
+        if not alike(quiet, f(loud).narrow(*kept)):
+            return False
     return True
 
 

@@ -160,13 +160,8 @@ def held_beyond(double: Function, example: Tensor, measured: Locality, bound: Bo
     if geometry is None or not (bound is None or bound.knows_places):
         return measured
     try:
-        for axis, (stride, scale, (before, after)) in enumerate(
-            zip(geometry.stride, geometry.scale, geometry.halo, strict=True)
-        ):
-            around = round_up(before, stride), round_up(after, stride)
-            if bound is None and not borders_hold(
-                double, material, axis, stride, scale, around, measured.cross
-            ):
+        for axis in range(len(geometry.stride)) if bound is None else ():
+            if not borders_hold(double, material, axis, geometry, measured.cross):
                 return _none("NF213", f"axis {axis}", _OTHER_IN_WINDOWS)
         return measured if hides_no_place(double, material, geometry, measured.cross) else _hidden()
     except refusals():  # it takes no strip as short as that

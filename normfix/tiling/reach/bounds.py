@@ -6,7 +6,7 @@ import itertools
 import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -97,9 +97,8 @@ class Bound:
         """Tell whether something is computed with a place or with the image's size, masks of shifts aside."""
         if self.derived.stretches:
             return True
-        nodes = self.results[
-            0
-        ].graph.nodes  # also those that write into a constant, which nothing is computed from
+        # also those that write into a constant, which nothing is computed from
+        nodes = self.results[0].graph.nodes
         found = placed_calls(nodes, self.derived.layouts, self.derived.sizes, self.masks)
         return next(found, None) is not None
 
@@ -230,9 +229,12 @@ def bound_between(image: Node, sources: Sequence[Node], results: Sequence[Node])
     if not layouts or None in layouts or offset is None or layouts[0] is None:
         raise Unsized("the output is no map over the image")
     mine = tuple(r for r in results if r in derived.layouts)
+    bound = Bound(derived, tuple(sources), mine, layouts[0], offset)
+    if not derived.wraps:
+        return bound
     opened, masks = open_shifts(derived.order, derived.readings, derived.layouts, mine, derived.sizes)
     masked = tuple(n for n in derived.wraps if n not in opened and call_of(n, derived.sizes).name == "roll")
-    return Bound(derived, tuple(sources), mine, layouts[0], offset, masked, tuple(masks))
+    return replace(bound, masked=masked, masks=tuple(masks))
 
 
 def _functional(program: ExportedProgram) -> ExportedProgram:

@@ -24,7 +24,7 @@ from fractions import Fraction
 from torch.fx import Node
 
 from normfix.tiling.reach.calls import Call, call_of, tensor_of
-from normfix.tiling.reach.extents import Sizes, Unsized, Vector
+from normfix.tiling.reach.extents import Sizes, Unsized, Vector, divides, quotient
 from normfix.tiling.reach.frames import Frame, Layout, Opaque, Space
 from normfix.tiling.reach.links import Along, ByDimension, Nothing, Reading, Unread
 from normfix.tiling.reach.rules.pointwise import is_pointwise
@@ -204,11 +204,11 @@ def _regrouped(state: _State, call: Call) -> Iterator[_Factors]:
             if not left:
                 raise _OpenError
             factor = left.pop(0)
-            if not _divides(factor.extent, target):
+            if not divides(factor.extent, target):
                 factor, inner = _split(factor, target, state)
                 left.insert(0, inner)
             group.append(factor)
-            target = _quotient(target, factor.extent)
+            target = quotient(target, factor.extent)
         yield _joined(group, state)
     if left:
         raise _OpenError
@@ -216,9 +216,9 @@ def _regrouped(state: _State, call: Call) -> Iterator[_Factors]:
 
 def _split(factor: Space | _Inner, outer: Vector, state: _State) -> tuple[Space | _Inner, _Inner]:
     """Return a factor's outer part, of the given extent, and what lies inside."""
-    if not _divides(outer, factor.extent):
+    if not divides(outer, factor.extent):
         raise _OpenError
-    extent = _quotient(factor.extent, outer)
+    extent = quotient(factor.extent, outer)
     if isinstance(factor, Space):
         if len(set(extent)) != 1 or factor.step % extent[0]:
             raise _OpenError
@@ -286,11 +286,3 @@ def _factors(frame: Frame) -> _Factors:
     if any(isinstance(factor, Opaque) for factor in frame):
         raise _OpenError
     return tuple(f if isinstance(f, Space) else _Inner(f.extent) for f in frame)
-
-
-def _divides(part: Vector, extent: Vector) -> bool:
-    return all(n and m % n == 0 for n, m in zip(part, extent, strict=True))
-
-
-def _quotient(extent: Vector, part: Vector) -> Vector:
-    return tuple(m // n for n, m in zip(part, extent, strict=True))

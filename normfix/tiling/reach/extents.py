@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-__all__ = ["Growth", "Sizes", "Unsized", "Vector", "lattice_of", "times"]
+__all__ = ["Growth", "Sizes", "Unsized", "Vector", "divides", "lattice_of", "quotient", "times"]
 
 Vector = tuple[int, ...]
 """An extent at each of the sample sizes."""
@@ -165,6 +165,16 @@ def times(vectors: Iterable[Vector], ones: Vector) -> Vector:
     for vector in vectors:
         product = tuple(a * b for a, b in zip(product, vector, strict=True))
     return product
+
+
+def divides(part: Vector, extent: Vector) -> bool:
+    """Tell whether an extent is a multiple of another at every sample."""
+    return all(n and m % n == 0 for n, m in zip(part, extent, strict=True))
+
+
+def quotient(extent: Vector, part: Vector) -> Vector:
+    """Return how many times an extent holds another."""
+    return tuple(m // n for n, m in zip(part, extent, strict=True))
 
 
 def _crooked(sizes: Sizes, expr: Any) -> int | None:

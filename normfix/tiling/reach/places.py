@@ -93,7 +93,7 @@ def _kind(node: Node, kinds: Mapping[Node, _Kind], sizes: Sizes) -> _Kind:
     of = _worst(call.operands if is_pointwise(call) else _tensors(call), kinds)
     if call.name in _FILLED:
         fill = call.get("fill_value", call.get("s"))
-        return "even" if _is_fixed(_value(fill), sizes) else "placed"
+        return "even" if _is_fixed(fill, sizes) else "placed"
     sized = any(kinds.get(n) == "placed" for n in call.operands)
     if is_pointwise(call) or call.name in _SPREAD:
         if of == "fixed" and sized and call.name in _PARTS:
@@ -119,16 +119,14 @@ def _extents_fixed(call: Call) -> bool:
 
 def _is_fixed(value: Any, sizes: Sizes) -> bool:
     """Tell whether a number is the same at every size of the image."""
+    if isinstance(value, Node):
+        value = value.meta.get("val")
     if not hasattr(value, "node"):
         return True
     try:
         return sizes.is_constant(sizes(value))
     except Unsized:  # a fraction, or computed from what is not known
         return not value.node.expr.free_symbols
-
-
-def _value(value: Any) -> Any:
-    return value.meta.get("val") if isinstance(value, Node) else value
 
 
 def _origin(node: Any) -> Any:

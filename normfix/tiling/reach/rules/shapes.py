@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from normfix.tiling.reach.calls import Call
-from normfix.tiling.reach.extents import Sizes, Vector
+from normfix.tiling.reach.extents import Sizes, Vector, divides, quotient
 from normfix.tiling.reach.frames import Factor, Frame, Layout, Opaque, Rest, Space, joined
 from normfix.tiling.reach.links import Along, ByDimension, Reading, Unread, whole
 from normfix.tiling.reach.needs import Boundless, Interval, Need, Span, united
@@ -86,11 +86,11 @@ def regroup(layout: Layout, shape: Sequence[Vector], sizes: Sizes) -> list[list[
             if not rest:
                 return None
             piece = rest.pop(0)
-            if _divides(piece.factor.extent, left):
+            if divides(piece.factor.extent, left):
                 group.append(piece)
-                left = _quotient(left, piece.factor.extent)
+                left = quotient(left, piece.factor.extent)
                 continue
-            if not _divides(left, piece.factor.extent):
+            if not divides(left, piece.factor.extent):
                 return None
             outer, inner = _split(piece, left, sizes)
             group.append(outer)
@@ -102,7 +102,7 @@ def regroup(layout: Layout, shape: Sequence[Vector], sizes: Sizes) -> list[list[
 
 def _split(piece: Piece, outer: Vector, sizes: Sizes) -> tuple[Piece, Piece]:
     factor = piece.factor
-    inner = _quotient(factor.extent, outer)
+    inner = quotient(factor.extent, outer)
     inside = Piece(Rest(inner), piece.dim, piece.number, None)
     if isinstance(factor, Rest):
         return Piece(Rest(outer), piece.dim, piece.number, None), inside
@@ -159,14 +159,6 @@ def _mapped(span: Span, change: Callable[[Interval], Interval]) -> Span:
     # whole windows count alike from the front and from the end
     fore = None if span.fore is None else change(span.fore)
     return Span(fore, None if span.back is None else change(span.back), span.boundless)
-
-
-def _divides(part: Vector, extent: Vector) -> bool:
-    return all(n and m % n == 0 for n, m in zip(part, extent, strict=True))
-
-
-def _quotient(extent: Vector, part: Vector) -> Vector:
-    return tuple(m // n for n, m in zip(part, extent, strict=True))
 
 
 def _view(call: Call) -> list[Reading]:
