@@ -244,7 +244,8 @@ CODES: dict[str, str] = {
     "run in stages over blocks. Nothing is lost but speed and memory: it runs as a whole, one pass per "
     "statistic.",
     "NF321": "The captured graph does not take an image of this size. Sizes are often multiples of the network's "
-    "stride; images are extended to one that is exact.",
+    "stride; images are extended to one that is exact. Where padding to windows makes sizes too intricate for a graph "
+    "of all, there may be one of multiples: crop or extend the image to those, or predict it whole.",
     "NF322": "An operation of the captured graph writes into its operand, which may be kept for later stages.",
     "NF323": "A later stage needs a value that is not laid out over the image, or depends on all of it, so it cannot "
     "be kept in blocks. The network runs as a whole instead.",

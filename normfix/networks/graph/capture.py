@@ -23,7 +23,7 @@ from normfix.networks.calling import failures, resized
 from normfix.networks.graph.detaching import TracedData
 from normfix.networks.graph.isolation import silence
 from normfix.networks.graph.replaying import once_replayed, replay, replays
-from normfix.networks.graph.sizes import LongFormulaError, ShortSizes
+from normfix.networks.graph.sizes import LongFormulaError, ShortSizes, shortening
 from normfix.networks.numerics import exact_arithmetic
 from normfix.networks.releases import values_of
 
@@ -38,6 +38,7 @@ __all__ = [
     "extents",
     "free_dimensions",
     "image_of",
+    "traced",
 ]
 
 Run = Callable[[nn.Module, Tensor], Any]
@@ -54,13 +55,15 @@ class Captured:
     `free` are the input's dimensions that the program leaves free and that were confirmed on another extent.
     `other` is the same graph at another
     size, for networks whose sizes could not be left free; `shapes` reads both. `replayed` are the input
-    shapes on which program and network were compared.
+    shapes on which program and network were compared. Where formulas of sizes are too long for space to be free, they
+    are short for images whose extents are multiples of `asks` pixels.
     """
 
     program: ExportedProgram
     free: tuple[int, ...]
     other: ExportedProgram | None
     replayed: tuple[tuple[int, ...], ...]
+    asks: int | None = None
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]] | None]:
         """Return each tensor node's shape at two image sizes; None where only one size is known."""
@@ -144,23 +147,30 @@ def export(module: nn.Module, example: Tensor, *, one_size: bool = False) -> Exp
     Raises:
         Exception: whatever torch.export raised at the last trial, which frees nothing.
     """
-    pair = _pair(example)
-    space, fixed = range(2, example.dim()), False
+    return _freest(module, example, one_size)[0]
+
+
+def _freest(
+    module: nn.Module, example: Tensor, one_size: bool
+) -> tuple[ExportedProgram, LongFormulaError | None]:
+    """Return a program that leaves as much free as the module allows, and what kept space from being free, if known."""
+    pair, fault = _pair(example), None
+    space = range(2, example.dim())
     with_space: list[tuple[Tensor, Sequence[int]]] = [(pair, (0, *space)), (example, space)]
     for given, free in [*([] if one_size else with_space), (pair, (0,))]:
-        if fixed and len(free) > 1:
+        if fault is not None and len(free) > 1:
             continue
         try:
-            program = _export(module, given, free)
-        except LongFormulaError:
-            fixed = True
+            program = traced(module, given, free)
+        except LongFormulaError as error:
+            fault = error
             continue
         except failures():  # the next trial asks for less
             continue
         # a graph of exactly two images, as of a prompt made for each, is that of no single one
         if given is example or 0 in free_dimensions(program):
-            return program
-    return _export(module, example, ())  # the last trial asks for nothing
+            return program, fault
+    return traced(module, example, ()), fault  # the last trial asks for nothing
 
 
 def free_dimensions(program: ExportedProgram) -> tuple[int, ...]:
@@ -206,7 +216,7 @@ def _captured(
     once: bool,
     known: Sequence[tuple[Tensor, Tensor]],
 ) -> Captured | NotCaptured:
-    program = export(network, example, one_size=one_size)
+    program, fault = _freest(network, example, one_size)
     free = free_dimensions(program)
     replayed = []
     images = [image for image, _ in known]
@@ -225,7 +235,8 @@ def _captured(
         return NotCaptured("the captured program could be compared with the network on no input")
     confirmed = tuple(d for d in free if any(shape[d] != example.shape[d] for shape in replayed))
     other = None if one_size or once or _roots(program) else _other(network, example, program)
-    return Captured(program, confirmed, other, tuple(replayed))
+    asks = None if fault is None else shortening(fault.formula)
+    return Captured(program, confirmed, other, tuple(replayed), asks)
 
 
 def _other(network: nn.Module, example: Tensor, program: ExportedProgram) -> ExportedProgram | None:
@@ -233,7 +244,7 @@ def _other(network: nn.Module, example: Tensor, program: ExportedProgram) -> Exp
     names = [(node.name, str(node.target)) for node in program.graph.nodes]
     for step in (32, 64):
         try:
-            found = _export(network, resized(example, [n + step for n in example.shape[2:]]), ())
+            found = traced(network, resized(example, [n + step for n in example.shape[2:]]), ())
         except failures():  # this size is not accepted
             continue
         if [(node.name, str(node.target)) for node in found.graph.nodes] == names:
@@ -241,7 +252,13 @@ def _other(network: nn.Module, example: Tensor, program: ExportedProgram) -> Exp
     return None
 
 
-def _export(module: nn.Module, example: Tensor, free: Sequence[int]) -> ExportedProgram:
+def traced(module: nn.Module, example: Tensor, free: Sequence[int]) -> ExportedProgram:
+    """Export a copy of a module, leaving these dimensions of its image free, if what it computes allows it.
+
+    Raises:
+        LongFormulaError: sizes that follow are formulas that nobody can reason about.
+        Exception: whatever else torch.export raised.
+    """
     program = _traced(module, example, free, backends_off=False)
     return _traced(module, example, free, backends_off=True) if _is_tied(program) else program
 

@@ -26,6 +26,7 @@ from normfix.networks.behaviour import behaviour_of
 from normfix.networks.calling import Caller, failures
 from normfix.networks.copying import double_of, original_of
 from normfix.networks.examples import EXTENT
+from normfix.networks.graph.multiples import on_multiples
 from normfix.networks.provenance import kept_in
 from normfix.records.spans import round_up
 from normfix.tiling.dependence import magnitudes
@@ -132,7 +133,8 @@ def program_of(
         stride: of the network.
 
     Raises:
-        NotInStages: NF324 for a network that draws random numbers, and as captured_program.
+        NotInStages: NF324 for a network that draws random numbers, NF321 for an image of a size that it was not
+            captured for, and as captured_program.
     """
     if caller.draws:
         where = type(original_of(model)).__name__
@@ -153,11 +155,13 @@ def program_of(
     )
     known = _borrowed(owner, key)
     try:
+        if known is not None:
+            _require_multiples(known.program, image, owner)
         # a branch by size the smaller part cannot tell; and it may be none for the program: more of it decides
         if known is not None and not (
-            known.program.takes((1, image.shape[1], *large))
+            known.program.takes(on_multiples(part(large), known.program.multiple).shape)
             and any(
-                known.still_holds(model, caller, sites, part(extents))
+                known.still_holds(model, caller, sites, on_multiples(part(extents), known.program.multiple))
                 for extents in dict.fromkeys((small, large))
             )
         ):
@@ -165,8 +169,10 @@ def program_of(
             known = None
         if known is None:
             example = part(large)
-            known = _Capture(key, _captured(model, caller, _telling(model, caller, example), sites))
+            telling = _telling(model, caller, example)
+            known = _Capture(key, _captured(model, caller, telling, sites))
             known.lock.acquire()
+            _require_multiples(known.program, image, owner)
         if not _speaks_for(known.program, image, lambda x: known.agrees(model, caller, sites, x)):
             raise NotInStages(
                 "NF321",
@@ -178,6 +184,22 @@ def program_of(
     finally:
         if known is not None:
             _give_back(owner, known)
+
+
+def _require_multiples(program: Program, image: Image, owner: nn.Module) -> None:
+    """Refuse an image that a program of multiples is not of.
+
+    Raises:
+        NotInStages: NF321.
+    """
+    least, space = program.multiple, image.shape[2:]
+    if least > 1 and any(n % least or n < 2 * least for n in space):
+        raise NotInStages(
+            "NF321",
+            f"its graph holds for images whose extents are multiples of {least} pixels, {2 * least} and more: its "
+            f"sizes are too intricate at others. This one has {'x'.join(map(str, space))}.",
+            where=type(owner).__name__,
+        )
 
 
 def is_captured(model: nn.Module, caller: Caller, sites: Sequence[str]) -> bool:
@@ -205,6 +227,7 @@ def _captured(model: nn.Module, caller: Caller, example: Tensor, sites: tuple[st
         NotInStages: NF320 if it does not compute the same then, and codes of captured_program.
     """
     program = captured_program(model, caller, example, sites)
+    example = on_multiples(example, program.multiple)
     attending = with_attention(program, example.shape)
     if (
         attending is not program
@@ -290,6 +313,7 @@ def schedule_of(
         outputs: whether what the network returns is computed.
         is_known: whether the stride is the network's; if not, the images' own sizes are proved.
     """
+    stride = tuple(math.lcm(s, program.multiple) for s in stride)
     if not is_known:
         stride = tuple(map(math.lcm, stride, lattice(program)))
     given = {tuple(n % s for n, s in zip(image.shape[2:], stride, strict=True)) for image in images} - {

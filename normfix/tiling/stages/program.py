@@ -12,13 +12,14 @@ out: nothing that counts depends on them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
@@ -27,6 +28,7 @@ from normfix.layers.affine import as_in_graphs
 from normfix.networks.calling import Unreached, failures, once_each, refusals
 from normfix.networks.graph.capture import WRAPPED, NotCaptured, capture
 from normfix.networks.graph.isolation import silence
+from normfix.networks.graph.multiples import capture_multiples, on_multiples, unfolded
 from normfix.networks.graph.operators import name_of
 from normfix.networks.numerics import IDENTITY, deviation
 from normfix.tiling.stages.bins import Bins
@@ -89,7 +91,8 @@ class Program:
     placeholder, `outputs` the tensors the network returns, in the order of their leaves. `whole` are values that are
     read of the whole image, wherever the block is; `flat` tells which dimensions (first, last) of a site's operand are
     one dimension of tokens to the network. `pools` and `stretches` are values that no block has by itself; `biases` are
-    of pairs of positions, `numbers` those of the positions of a map.
+    of pairs of positions, `numbers` those of the positions of a map. It takes images whose extents are multiples of
+    `multiple` pixels.
     """
 
     body: GraphModule
@@ -102,6 +105,7 @@ class Program:
     biases: frozenset[Node] = frozenset()
     numbers: frozenset[Node] = frozenset()
     stretches: dict[Node, Stretch] = field(default_factory=dict)
+    multiple: int = 1
     known: dict[tuple[int, ...], Shapes] = field(default_factory=dict, compare=False, repr=False)
     """Shapes by the size of the image: finding them takes as long as a pass."""
     taken: dict[tuple[int, ...], bool] = field(default_factory=dict, compare=False, repr=False)
@@ -206,18 +210,29 @@ def captured_program(model: nn.Module, run: Run, example: Tensor, sites: Sequenc
     captured = capture(model, marked(run, sites), example)
     if isinstance(captured, NotCaptured):
         raise NotInStages("NF320", f"it cannot be captured as a graph: {captured.reason}.", where=where)
+    exported, multiple = captured.program, 1
     if not set(range(2, example.dim())) <= set(captured.free):
-        raise NotInStages(
-            "NF320",
-            "its graph holds for one image size only, so no block can be run through it.",
-            where=where,
-        )
+        asked = captured.asks
+        found = None if asked is None else capture_multiples(model, marked(run, sites), example, asked)
+        if found is None:
+            raise NotInStages(
+                "NF320",
+                "its graph holds for one image size only, so no block can be run through it.",
+                where=where,
+            )
+        exported, multiple = found.program, found.multiple
+        example = on_multiples(example, multiple)
     with silence():
-        body: Any = captured.program.module()
+        body = _body(exported, multiple)
         if not make_functional_(body.graph) or not computes(body, model, marked(run, sites), example):
-            body = captured.program.run_decompositions({}).module()
+            body = _body(exported.run_decompositions({}), multiple)
+    return replace(_program(body, sites, _Names(model), where), multiple=multiple)
+
+
+def _body(exported: ExportedProgram, multiple: int) -> GraphModule:
+    body: Any = exported.module()
     assert isinstance(body, GraphModule)
-    return _program(body, sites, _Names(model), where)
+    return body if multiple == 1 else unfolded(body, multiple)
 
 
 def computes(body: GraphModule, model: nn.Module, run: Run, example: Tensor, *, guarded: bool = True) -> bool:
