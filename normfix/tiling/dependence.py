@@ -43,6 +43,7 @@ __all__ = [
     "hides_no_place",
     "is_isolated",
     "is_steady",
+    "keeps_borders_apart",
     "magnitudes",
     "shortest",
 ]
@@ -119,6 +120,31 @@ def followed(f: Function, x: Tensor, axis: int, first: int, extent: int) -> Tens
         for image in _IMAGES[1:] if foreign else ():
             reached = reached | _follow(f, image(x), axis, first, extent)[0]
     return reached
+
+
+def keeps_borders_apart(
+    f: Function, example: Tensor, axis: int, reach: tuple[int, int], grid: int, cross: Sequence[int]
+) -> bool:
+    """Tell whether the first and the last tile depend on nothing beyond their halo, whatever its values are.
+
+    Args:
+        f: at scale 1, on CPU with oneDNN.
+        example: (1, C, *space), the material of the strip.
+        axis: spatial axis, from 0.
+        reach: pixels before and after a tile that it reads.
+        grid: of tiles along the axis.
+        cross: extents of the thinnest strip.
+    """
+    tile, size = round_up(_TILE, grid), [*cross]
+    size[axis] = length = 2 * tile + round_up(max(_SEA, *reach), grid)
+    x = strip(example, size)
+    ends = ((tile + reach[1], length, 0, tile), (0, length - tile - reach[0], length - tile, length))
+    for first, last, start, end in ends:
+        reached = followed(f, x, axis, first, last - first)
+        end = min(end, reached.shape[axis + 2])  # what ends before the strip does gives nothing there
+        if start < end and bool(reached.narrow(axis + 2, start, end - start).any()):
+            return False
+    return True
 
 
 def is_steady(
