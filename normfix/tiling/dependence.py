@@ -86,8 +86,11 @@ _IMAGES: tuple[Change, ...] = (
 )
 """Images of several magnitudes and textures made from one: a reach that follows the values shows on one of them."""
 
-_MAGNITUDES: tuple[Change, ...] = (lambda x: x * 1e4, lambda x: x * 1e9, lambda x: x * -1e9)
-"""What opens the gates of a network: a threshold between ordinary numbers and these is passed on one of them."""
+_MAGNITUDES: tuple[Change, ...] = (lambda x: x * 1e4, lambda x: x.abs() * 1e9, lambda x: x.abs() * -1e9)
+"""What opens the gates of a network: a threshold between ordinary numbers and these is passed on one of them.
+
+Of one sign are most images, and products of two pixels then: what takes the largest of some takes the same side of all.
+"""
 
 
 def magnitudes(image: Tensor) -> tuple[Tensor, ...]:
