@@ -73,16 +73,21 @@ _CHANGES: tuple[Change, ...] = (
 )
 """What becomes of everything that must not count."""
 
-_IMAGES: tuple[Change, ...] = (
-    lambda x: x,
-    lambda x: x * 1e3,
-    lambda x: -30 * x,
-    lambda x: x * 1e9,
+_TEXTURES: tuple[Change, ...] = (
     lambda x: torch.where(_noise(x) > 2 * _noise(x).std(), 50 * x.abs() + 50, 0 * x),
     torch.ones_like,
     lambda x: -torch.ones_like(x),
     lambda x: (x - x.mean()).cumsum(-1),
     lambda x: (x - x.mean()).cumsum(-2 if x.dim() > 3 else -1),
+)
+"""Images that are flat but for a few pixels, or everywhere, and smooth ones."""
+
+_IMAGES: tuple[Change, ...] = (
+    lambda x: x,
+    lambda x: x * 1e3,
+    lambda x: -30 * x,
+    lambda x: x * 1e9,
+    *_TEXTURES,
 )
 """Images of several magnitudes and textures made from one: a reach that follows the values shows on one of them."""
 
@@ -202,7 +207,8 @@ def hides_no_place(f: Function, example: Tensor, geometry: Geometry, cross: Sequ
     """Tell whether windows of short strips that give what the strip gives there do so on images of other magnitudes.
 
     Arguments as for is_steady. What is computed with a place or the size behind a gate (a ReLU, a comparison) shows on
-    images that open it. One on which the last bit counts (the sine of a large number) tells nothing.
+    images that open it, by their values or by being flat. One on which the last bit counts (the sine of a large number)
+    tells nothing.
     """
 
     def agree(axis: int, image: Change) -> bool:
@@ -216,7 +222,7 @@ def hides_no_place(f: Function, example: Tensor, geometry: Geometry, cross: Sequ
 
     with np.errstate(all="ignore"):
         axes = [axis for axis in range(len(geometry.stride)) if agree(axis, _IMAGES[0])]
-        return all(agree(axis, image) for axis in axes for image in _MAGNITUDES)
+        return all(agree(axis, image) for axis in axes for image in (*_MAGNITUDES, *_TEXTURES))
 
 
 def agrees(

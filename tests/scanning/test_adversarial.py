@@ -587,6 +587,32 @@ def test_no_gate_hides_a_place_or_the_size(image, place):
     assert not scan.tile_invariant
 
 
+def _flat(x):
+    """Tell where eight neighbours are the same."""
+    return (F.max_pool2d(x, 3, 1, 1) + F.max_pool2d(-x, 3, 1, 1)).abs() < 1e-6
+
+
+def _positive(x):
+    """Tell where nearly all around is positive."""
+    return F.avg_pool2d((x > 0).to(x.dtype), 5, 1, 2) > 0.97
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", [_flat, _positive])
+def test_no_texture_hides_a_place(image, gate):
+    """The gate opens by what lies around a pixel, not by how large it is."""
+    net = Through(lambda x: x + gate(x) * torch.arange(x.shape[-1])).eval()
+    assert not normfix.scan(net, image - 0.5).tile_invariant
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", [_flat, _positive])
+def test_a_texture_alone_is_local(image, gate):
+    """Control: the column of the window is the same in every tile."""
+    net = Through(lambda x: x + gate(x) * (torch.arange(x.shape[-1]) * 0 + 7)).eval()
+    assert normfix.scan(net, image - 0.5).tile_invariant
+
+
 @pytest.mark.slow
 def test_sines_of_large_numbers_tell_nothing(image):
     """Control: where the last bit of a value counts, images of other magnitudes are no evidence."""

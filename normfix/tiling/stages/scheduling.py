@@ -263,6 +263,7 @@ _IMAGES: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda noise: noise * 1e4,
     lambda noise: noise.abs() * 1e9,
     _spiky,
+    lambda noise: torch.where(noise > 2, 50 * noise, 0),
 )
 """What becomes of the noise that blocks and the whole are run on: a gate that is shut on one image opens on another."""
 
