@@ -55,6 +55,9 @@ _MOST, _TILE, _SEA = 1 << 18, 32, 128
 _APART, _APART_COARSE, _FINE = 37, 7, 4
 """Strides between two windows, primes so that no lattice hides them; the second above a stride of so many pixels."""
 
+_PERIOD = 16
+"""Pixels along a diagonal over which an image goes through all magnitudes."""
+
 Function = Callable[[Tensor], Tensor]
 Change = Callable[[Tensor], Tensor]
 
@@ -62,6 +65,16 @@ Change = Callable[[Tensor], Tensor]
 def _noise(x: Tensor) -> Tensor:
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     return noise.to(x) * x.abs().mean().clamp_min(1e-3)
+
+
+def _ranged(x: Tensor) -> Tensor:
+    """Return it in magnitudes that rise from a hundredth to ten millions along its diagonals, time and again.
+
+    What compares a few neighbours with two numbers finds values between them in any part that is as large as a period.
+    """
+    places = (torch.arange(n).view(-1, *(1,) * dim) for dim, n in enumerate(reversed(x.shape[2:])))
+    powers = torch.stack(torch.broadcast_tensors(*places)).sum(0) % _PERIOD * (9 / _PERIOD) - 2
+    return x / x.abs().mean().clamp_min(1e-3) * 10 ** powers.to(x)
 
 
 _CHANGES: tuple[Change, ...] = (
@@ -222,7 +235,7 @@ def hides_no_place(f: Function, example: Tensor, geometry: Geometry, cross: Sequ
 
     with np.errstate(all="ignore"):
         axes = [axis for axis in range(len(geometry.stride)) if agree(axis, _IMAGES[0])]
-        return all(agree(axis, image) for axis in axes for image in (*_MAGNITUDES, *_TEXTURES))
+        return all(agree(axis, image) for axis in axes for image in (*_MAGNITUDES, _ranged, *_TEXTURES))
 
 
 def agrees(
@@ -303,15 +316,21 @@ def borders_hold(f: Function, example: Tensor, axis: int, geometry: Geometry, cr
     before, tile, after = _reads(geometry, axis, max(_TILE, *geometry.halo[axis]))
     size = [*cross]
     size[axis] = length = 2 * tile + max(before, after) + round_up(max(_SEA, before, after), stride)
-    x = strip(example, size) + texture(example, size)
-    quiet = f(x)
+    material = strip(example, size) + texture(example, size)
     first, last = int(tile * scale), int((length - tile) * scale)
-    ends = (
-        ((axis + 2, 0, tile + after), (axis + 2, 0, min(first, quiet.shape[axis + 2]))),
-        ((axis + 2, length - tile - before, tile + before), (axis + 2, last, quiet.shape[axis + 2] - last)),
-    )
-    # a network that crops its end gives nothing there
-    return all(_is_held(f, x, quiet, window, kept, _CHANGES[:2]) for window, kept in ends if kept[2] > 0)
+    for x in (material, _ranged(material)):
+        quiet = f(x)
+        ends = (
+            ((axis + 2, 0, tile + after), (axis + 2, 0, min(first, quiet.shape[axis + 2]))),
+            (
+                (axis + 2, length - tile - before, tile + before),
+                (axis + 2, last, quiet.shape[axis + 2] - last),
+            ),
+        )
+        # a network that crops its end gives nothing there
+        if not all(_is_held(f, x, quiet, window, kept, _CHANGES[:2]) for window, kept in ends if kept[2] > 0):
+            return False
+    return True
 
 
 def _is_held(
