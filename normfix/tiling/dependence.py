@@ -72,8 +72,10 @@ def _ranged(x: Tensor) -> Tensor:
 
     What compares a few neighbours with two numbers finds values between them in any part that is as large as a period.
     """
-    places = (torch.arange(n).view(-1, *(1,) * dim) for dim, n in enumerate(reversed(x.shape[2:])))
-    powers = torch.stack(torch.broadcast_tensors(*places)).sum(0) % _PERIOD * (9 / _PERIOD) - 2
+    places = torch.zeros(x.shape[2:], dtype=torch.float64)
+    for dim, n in enumerate(reversed(x.shape[2:])):
+        places += torch.arange(n).view(-1, *(1,) * dim)
+    powers = places % _PERIOD * (9 / _PERIOD) - 2
     return x / x.abs().mean().clamp_min(1e-3) * 10 ** powers.to(x)
 
 
