@@ -43,6 +43,7 @@ __all__ = [
     "hides_no_place",
     "is_isolated",
     "is_steady",
+    "keeps_borders_apart",
     "magnitudes",
     "shortest",
 ]
@@ -54,6 +55,9 @@ _MOST, _TILE, _SEA = 1 << 18, 32, 128
 _APART, _APART_COARSE, _FINE = 37, 7, 4
 """Strides between two windows, primes so that no lattice hides them; the second above a stride of so many pixels."""
 
+_PERIOD = 16
+"""Pixels along a diagonal over which an image goes through all magnitudes."""
+
 Function = Callable[[Tensor], Tensor]
 Change = Callable[[Tensor], Tensor]
 
@@ -61,6 +65,18 @@ Change = Callable[[Tensor], Tensor]
 def _noise(x: Tensor) -> Tensor:
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     return noise.to(x) * x.abs().mean().clamp_min(1e-3)
+
+
+def _ranged(x: Tensor) -> Tensor:
+    """Return it in magnitudes that rise from a hundredth to ten millions along its diagonals, time and again.
+
+    What compares a few neighbours with two numbers finds values between them in any part that is as large as a period.
+    """
+    places = torch.zeros(x.shape[2:], dtype=torch.float64)
+    for dim, n in enumerate(reversed(x.shape[2:])):
+        places += torch.arange(n).view(-1, *(1,) * dim)
+    powers = places % _PERIOD * (9 / _PERIOD) - 2
+    return x / x.abs().mean().clamp_min(1e-3) * 10 ** powers.to(x)
 
 
 _CHANGES: tuple[Change, ...] = (
@@ -72,21 +88,29 @@ _CHANGES: tuple[Change, ...] = (
 )
 """What becomes of everything that must not count."""
 
-_IMAGES: tuple[Change, ...] = (
-    lambda x: x,
-    lambda x: x * 1e3,
-    lambda x: -30 * x,
-    lambda x: x * 1e9,
+_TEXTURES: tuple[Change, ...] = (
     lambda x: torch.where(_noise(x) > 2 * _noise(x).std(), 50 * x.abs() + 50, 0 * x),
     torch.ones_like,
     lambda x: -torch.ones_like(x),
     lambda x: (x - x.mean()).cumsum(-1),
     lambda x: (x - x.mean()).cumsum(-2 if x.dim() > 3 else -1),
 )
+"""Images that are flat but for a few pixels, or everywhere, and smooth ones."""
+
+_IMAGES: tuple[Change, ...] = (
+    lambda x: x,
+    lambda x: x * 1e3,
+    lambda x: -30 * x,
+    lambda x: x * 1e9,
+    *_TEXTURES,
+)
 """Images of several magnitudes and textures made from one: a reach that follows the values shows on one of them."""
 
-_MAGNITUDES: tuple[Change, ...] = (lambda x: x * 1e4, lambda x: x * 1e9, lambda x: x * -1e9)
-"""What opens the gates of a network: a threshold between ordinary numbers and these is passed on one of them."""
+_MAGNITUDES: tuple[Change, ...] = (lambda x: x * 1e4, lambda x: x.abs() * 1e9, lambda x: x.abs() * -1e9)
+"""What opens the gates of a network: a threshold between ordinary numbers and these is passed on one of them.
+
+Of one sign are most images, and products of two pixels then: what takes the largest of some takes the same side of all.
+"""
 
 
 def magnitudes(image: Tensor) -> tuple[Tensor, ...]:
@@ -119,6 +143,31 @@ def followed(f: Function, x: Tensor, axis: int, first: int, extent: int) -> Tens
         for image in _IMAGES[1:] if foreign else ():
             reached = reached | _follow(f, image(x), axis, first, extent)[0]
     return reached
+
+
+def keeps_borders_apart(
+    f: Function, example: Tensor, axis: int, reach: tuple[int, int], grid: int, cross: Sequence[int]
+) -> bool:
+    """Tell whether the first and the last tile depend on nothing beyond their halo, whatever its values are.
+
+    Args:
+        f: at scale 1, on CPU with oneDNN.
+        example: (1, C, *space), the material of the strip.
+        axis: spatial axis, from 0.
+        reach: pixels before and after a tile that it reads.
+        grid: of tiles along the axis.
+        cross: extents of the thinnest strip.
+    """
+    tile, size = round_up(_TILE, grid), [*cross]
+    size[axis] = length = 2 * tile + round_up(max(_SEA, *reach), grid)
+    x = strip(example, size)
+    ends = ((tile + reach[1], length, 0, tile), (0, length - tile - reach[0], length - tile, length))
+    for first, last, start, end in ends:
+        reached = followed(f, x, axis, first, last - first)
+        end = min(end, reached.shape[axis + 2])  # what ends before the strip does gives nothing there
+        if start < end and bool(reached.narrow(axis + 2, start, end - start).any()):
+            return False
+    return True
 
 
 def is_steady(
@@ -173,7 +222,8 @@ def hides_no_place(f: Function, example: Tensor, geometry: Geometry, cross: Sequ
     """Tell whether windows of short strips that give what the strip gives there do so on images of other magnitudes.
 
     Arguments as for is_steady. What is computed with a place or the size behind a gate (a ReLU, a comparison) shows on
-    images that open it. One on which the last bit counts (the sine of a large number) tells nothing.
+    images that open it, by their values or by being flat. One on which the last bit counts (the sine of a large number)
+    tells nothing.
     """
 
     def agree(axis: int, image: Change) -> bool:
@@ -187,7 +237,7 @@ def hides_no_place(f: Function, example: Tensor, geometry: Geometry, cross: Sequ
 
     with np.errstate(all="ignore"):
         axes = [axis for axis in range(len(geometry.stride)) if agree(axis, _IMAGES[0])]
-        return all(agree(axis, image) for axis in axes for image in _MAGNITUDES)
+        return all(agree(axis, image) for axis in axes for image in (*_MAGNITUDES, _ranged, *_TEXTURES))
 
 
 def agrees(
@@ -268,15 +318,21 @@ def borders_hold(f: Function, example: Tensor, axis: int, geometry: Geometry, cr
     before, tile, after = _reads(geometry, axis, max(_TILE, *geometry.halo[axis]))
     size = [*cross]
     size[axis] = length = 2 * tile + max(before, after) + round_up(max(_SEA, before, after), stride)
-    x = strip(example, size) + texture(example, size)
-    quiet = f(x)
+    material = strip(example, size) + texture(example, size)
     first, last = int(tile * scale), int((length - tile) * scale)
-    ends = (
-        ((axis + 2, 0, tile + after), (axis + 2, 0, min(first, quiet.shape[axis + 2]))),
-        ((axis + 2, length - tile - before, tile + before), (axis + 2, last, quiet.shape[axis + 2] - last)),
-    )
-    # a network that crops its end gives nothing there
-    return all(_is_held(f, x, quiet, window, kept, _CHANGES[:2]) for window, kept in ends if kept[2] > 0)
+    for x in (material, _ranged(material)):
+        quiet = f(x)
+        ends = (
+            ((axis + 2, 0, tile + after), (axis + 2, 0, min(first, quiet.shape[axis + 2]))),
+            (
+                (axis + 2, length - tile - before, tile + before),
+                (axis + 2, last, quiet.shape[axis + 2] - last),
+            ),
+        )
+        # a network that crops its end gives nothing there
+        if not all(_is_held(f, x, quiet, window, kept, _CHANGES[:2]) for window, kept in ends if kept[2] > 0):
+            return False
+    return True
 
 
 def _is_held(

@@ -147,8 +147,9 @@ def measure_locality(
 def held_beyond(double: Function, example: Tensor, measured: Locality, bound: Bound | None) -> Locality:
     """Return what was measured, or none where tiles are others on images whose values are larger.
 
-    Where the graph does not bound the halo, the first and the last tile must hold whatever is beyond it; and where the
-    network may be computed with a place or the size, windows must agree on images of several magnitudes.
+    Where the graph does not bound the halo, or does if masks hide what cyclic shifts bring around the border, the first
+    and the last tile must hold whatever is beyond it. There, and where the network may be computed with a place or the
+    size, windows must agree on images of several magnitudes.
 
     Args:
         double: the network in float64 on CPU. At sizes that it is run at here alone, windows are not compared.
@@ -157,10 +158,11 @@ def held_beyond(double: Function, example: Tensor, measured: Locality, bound: Bo
         bound: of its graph.
     """
     geometry, material = measured.geometry, example[:1].double()
-    if geometry is None or not (bound is None or bound.knows_places):
+    at_borders = bound is None or bool(bound.masked)
+    if geometry is None or not (at_borders or (bound is not None and bound.knows_places)):
         return measured
     try:
-        for axis in range(len(geometry.stride)) if bound is None else ():
+        for axis in range(len(geometry.stride)) if at_borders else ():
             if not borders_hold(double, material, axis, geometry, measured.cross):
                 return _none("NF213", f"axis {axis}", _OTHER_IN_WINDOWS)
         return measured if hides_no_place(double, material, geometry, measured.cross) else _hidden()

@@ -723,12 +723,18 @@ PLACES = {
     "half": lambda y: y * (torch.arange(y.shape[-1]) > y.shape[-1] // 2),
     "size": lambda y: 100 * y / y.shape[-1],
     "third": lambda y: y * (torch.arange(y.shape[-1]) % 3 == 0),
+    "flat": lambda y: 1e3 * _flat(y) * torch.arange(y.shape[-1]),
 }
+
+
+def _flat(y):
+    pool = nn.functional.max_pool2d
+    return (pool(y, 3, 1, 1) + pool(-y, 3, 1, 1)).abs() < 1e-6
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("place", "threshold"), [("half", 1000), ("size", 1000), ("third", 1000), ("half", 12)]
+    ("place", "threshold"), [("half", 1000), ("size", 1000), ("third", 1000), ("half", 12), ("flat", 12)]
 )
 def test_no_gate_hides_a_place_from_stages(place, threshold):
     """Blocks number their own columns: behind a gate that noise leaves shut they were not seen to."""

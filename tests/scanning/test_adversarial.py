@@ -587,6 +587,58 @@ def test_no_gate_hides_a_place_or_the_size(image, place):
     assert not scan.tile_invariant
 
 
+def _in_band(other):
+    """Return what takes another value where its own lies between two numbers, and neither below nor above."""
+    return lambda x: torch.where((x > 200) & (x < 300), other(x), x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "other", [lambda x: x.roll(5, -1), lambda x: torch.cat([x[..., -5:], x[..., :-5]], -1)]
+)
+@pytest.mark.parametrize("scale", [30, 1e6])
+def test_no_band_hides_the_other_border(other, scale):
+    """A gate that is shut for larger values as for smaller ones opens for few pixels of any one magnitude."""
+    image = torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(2)) * scale
+    assert not normfix.scan(Through(_in_band(other)).eval(), image).tile_invariant
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "other", [lambda x: F.max_pool2d(x, 5, 1, 2), lambda x: F.pad(x, (3, 3)).roll(2, -1)[..., 3:-3]]
+)
+def test_a_band_of_what_is_near_is_local(other):
+    """Control: what comes around the border is what was padded, and is cut away."""
+    image = torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(2)) * 30
+    assert normfix.scan(Through(_in_band(other)).eval(), image).tile_invariant
+
+
+def _flat(x):
+    """Tell where eight neighbours are the same."""
+    return (F.max_pool2d(x, 3, 1, 1) + F.max_pool2d(-x, 3, 1, 1)).abs() < 1e-6
+
+
+def _positive(x):
+    """Tell where nearly all around is positive."""
+    return F.avg_pool2d((x > 0).to(x.dtype), 5, 1, 2) > 0.97
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", [_flat, _positive])
+def test_no_texture_hides_a_place(image, gate):
+    """The gate opens by what lies around a pixel, not by how large it is."""
+    net = Through(lambda x: x + gate(x) * torch.arange(x.shape[-1])).eval()
+    assert not normfix.scan(net, image - 0.5).tile_invariant
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", [_flat, _positive])
+def test_a_texture_alone_is_local(image, gate):
+    """Control: the column of the window is the same in every tile."""
+    net = Through(lambda x: x + gate(x) * (torch.arange(x.shape[-1]) * 0 + 7)).eval()
+    assert normfix.scan(net, image - 0.5).tile_invariant
+
+
 @pytest.mark.slow
 def test_sines_of_large_numbers_tell_nothing(image):
     """Control: where the last bit of a value counts, images of other magnitudes are no evidence."""

@@ -146,6 +146,48 @@ def test_a_mask_at_another_place_hides_no_border():
     assert "NF213" in {finding.code for finding in scan.findings}
 
 
+class _Lowered(ShiftedWindows):
+    """Lowers pairs that a mask hides by a hundred, which the products of large values exceed."""
+
+    def _hidden(self, weights, mask):
+        return weights + mask.clamp(min=-100)
+
+
+class _SetTo(ShiftedWindows):
+    """Sets pairs that a mask hides to less than most: where all others are lower still, they are the largest."""
+
+    def _hidden(self, weights, mask):
+        return (-weights.abs()).masked_fill(mask.isinf(), -1e4)
+
+
+class _Normalised(_Lowered):
+    """Products of normalised values, which a hundred exceeds on any image."""
+
+    def __init__(self):
+        super().__init__()
+        self.projections = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(2), projection) for projection in self.projections
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("net", [_Lowered, _SetTo])
+def test_a_mask_that_large_values_exceed_hides_no_border(net):
+    """On small values it does."""
+    torch.manual_seed(0)
+    scan = normfix.scan(net().eval(), torch.randn(1, 1, 64, 64))
+    assert len(scan.reach.shifts) == 2
+    assert not scan.tile_invariant
+    assert "NF213" in {finding.code for finding in scan.findings}
+
+
+@pytest.mark.slow
+def test_a_finite_mask_hides_the_border_of_normalised_values():
+    """Control."""
+    torch.manual_seed(0)
+    assert normfix.scan(_Normalised().eval(), torch.randn(1, 1, 64, 64)).tile_invariant
+
+
 def test_a_shift_without_a_mask_stays_a_finding():
     """Control: what rolls around the border without a mask has no geometry, and is named."""
     net = Around(lambda self, y: y + torch.roll(y, 2, -1))

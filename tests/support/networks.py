@@ -218,6 +218,9 @@ class ShiftedWindows(nn.Module):
         cut = self._cut(regions)[..., 0]
         return torch.where(cut[:, None] == cut[:, :, None], 0.0, -torch.inf).to(x.dtype)
 
+    def _hidden(self, weights, mask):
+        return weights + mask
+
     def _attend(self, x, projection, shift):
         n, h, w, c = x.shape
         k = self.window
@@ -225,7 +228,7 @@ class ShiftedWindows(nn.Module):
         q, key, value = projection(self._cut(moved)).chunk(3, -1)
         weights = 3 * q @ key.transpose(1, 2)
         if shift:
-            weights = weights + self._mask(x, shift)
+            weights = self._hidden(weights, self._mask(x, shift))
         out = (
             (weights.softmax(-1) @ value).view(n, h // k, w // k, k, k, c).transpose(2, 3).reshape(n, h, w, c)
         )

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -32,6 +33,7 @@ from normfix.networks.devices import CPU, bytes_of
 from normfix.networks.numerics import EXACT, as_numbers
 from normfix.records.derivations import Obstacle
 from normfix.records.spans import Spans, round_up
+from normfix.tiling.dependence import followed, keeps_borders_apart
 from normfix.tiling.halo import DyeLost, DyeRefused, halo, interference, strip
 from normfix.tiling.reach.bounds import Bound, bound_between
 from normfix.tiling.reach.extents import Unsized
@@ -97,6 +99,8 @@ def measure_reach(
     known = _bound_of(stage, image)
     bound = _bounds(known, stage, maps)
     single = _Cells(stage, maps, shapes, image, torch.float32) if bound is None else None
+    # a mask that hides the opposite border is left to the proof
+    wrapped = known is None or bool(known.wraps)
     cross = _cross_section(double, len(stage.grid))
     grids, halos = [], []
     for axis, pixels in enumerate(stage.grid):
@@ -119,6 +123,10 @@ def measure_reach(
         change = interference(double, double.example, axis, cells, Fraction(1), (before, after), cross, least)
         if change > EXACT:
             raise _refused(stage, axis, f"a block changes by {change:.1g} with what lies beyond its halo")
+        if single is not None and wrapped:
+            apart = keeps_borders_apart(single, single.example, axis, (before, after), cells, cross)
+            if not apart:
+                raise _refused(stage, axis, "a block at a border depends on the opposite one")
         grids.append(cells * pixels)
         halos.append((before * pixels, after * pixels))
     return Reach(tuple(grids), tuple(halos))
@@ -221,8 +229,13 @@ def _shown(
     f: _Cells, stage: Stage, axis: int, cross: Sequence[int], obstacles: Sequence[Obstacle]
 ) -> tuple[int, int]:
     """Return the halo in cells as the dye shows it; obstacles are what the graph has against a bound."""
+    farthest = _DOUBTFUL if obstacles else None
+    shown = partial(halo, f, f.example, axis, 1, Fraction(1), cross, farthest=farthest)
     try:
-        found = halo(f, f.example, axis, 1, Fraction(1), cross, farthest=_DOUBTFUL if obstacles else None)
+        found = shown()
+        if found is not None:
+            # what a comparison, a selection or a sort swallows counts, whatever its values
+            found = shown(felt=followed)
     except DyeLost:
         raise _refused(stage, axis, "no dye arrives at its output, so its halo cannot be read") from None
     except DyeRefused as error:
