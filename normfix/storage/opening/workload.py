@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from normfix.errors import NormfixError
 from normfix.networks.functions import by_position
-from normfix.storage.opening.soundness import require_sound
+from normfix.networks.graph.soundness import require_sound
 
 __all__ = ["Foreseen", "TooMuchError", "Workload"]
 
