@@ -133,9 +133,20 @@ def test_a_recurrence_is_interpreted():
         torch.testing.assert_close(found[0], network(source)[0])
 
 
-@pytest.mark.parametrize("target", ["to.prim_dtype", "to.prim_other", "copy_.int", "__interpolate.default"])
-def test_overloads_of_scripts_are_no_operations_of_programs(target):
-    """TorchScript's own overloads are not on the list: one takes any number for a dtype, which ends the process."""
+@pytest.mark.parametrize(
+    "target",
+    [
+        "to.prim_dtype",
+        "to.prim_other",
+        "copy_.int",
+        "__interpolate.default",
+        "gru.data",
+        "rnn_tanh.data",
+        "lstm.data",
+    ],
+)
+def test_overloads_of_scripts_and_of_packed_sequences_are_no_operations_of_programs(target):
+    """One of TorchScript's takes any number for a dtype, and no lengths are looked at: both end the process."""
     assert not is_allowed(f"torch.ops.aten.{target}")
 
 
