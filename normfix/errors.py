@@ -60,10 +60,12 @@ CODES: dict[str, str] = {
     "with.",
     "NF116": "The device does not exist here, or the network cannot be moved to it or to this dtype.",
     "NF117": 'The demo image comes in the package mahotas: pip install "normfix[demo]".',
-    "NF118": "normfix takes an nn.Module with data, as it is before torch.compile.",
+    "NF118": "normfix takes an nn.Module with data, as it is before torch.compile, whose methods beside forward "
+    "(train, state_dict, __repr__, ...) do what those of nn.Module do.",
     "NF119": "Something that must be one is several: a file with two sets of weights that both fit (trained and "
     "averaged), a network inside several prefixes, a folder with several checkpoints. The message names them; "
-    "say which with --weights NAME, or give one of the files.",
+    "say which with --weights NAME, or give one of the files. Where there are no sets of weights to choose among, the "
+    "choice is left out.",
     "NF120": "The configuration beside the weights does not say in plain values how the network is built: it is "
     "missing, of an older kind, or computes it with an expression, which would run code. Name the network: "
     "--arch pkg.module:factory --arch-args JSON.",

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from normfix import __version__
 from normfix.cli.choose import choose_command
@@ -116,6 +117,7 @@ def main() -> None:
     except click.ClickException as error:
         said = io.StringIO()
         error.show(said)
+        said.write(_source_of(error))
         with suppress(OSError):
             click.echo(shown(said.getvalue()), nl=False, err=True)
         code = error.exit_code
@@ -134,6 +136,16 @@ def main() -> None:
         _complain(text_of_error(error), debug=debug)
         code = 2
     sys.exit(code or 0)
+
+
+def _source_of(error: click.ClickException) -> str:
+    """Return a line that names the file that a value is from which nobody typed; "" for one that was typed."""
+    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    if context is None or parameter is None or SETTINGS not in context.meta:
+        return ""
+    if context.get_parameter_source(parameter.name) is not ParameterSource.DEFAULT_MAP:
+        return ""
+    return f"It is set in {context.meta[SETTINGS].path}: [tool.normfix].\n"
 
 
 def _is_of_click(stop: SystemExit) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -60,7 +61,34 @@ def _unforeseen(error: BaseException) -> NormfixError:
             f"memory ran out ({reason.removesuffix(': ')}). No output is half written. Free memory or raise its limit, "
             f"give a smaller --tile, or read images by window (--engine stages with --budget); {shows}.",
         )
+    if place := _of_a_network(error):
+        return NormfixError(
+            "NF118",
+            f"code of the network's own failed beside its forward, in {place}: {reason}. normfix copies, moves and "
+            "prints networks and reads their state; let these methods do what nn.Module's do. Nothing was written; "
+            f"{shows}.",
+        )
     return NormfixError("NF901", f"{reason}. Nothing was written; {shows}.")
+
+
+def _of_a_network(error: BaseException) -> str:
+    """Return the method of a user's network that an error came from, through libraries but not through normfix."""
+    from torch import nn
+
+    from normfix.networks.reading import is_own
+
+    for frame, line in reversed([*traceback.walk_tb(error.__traceback__)]):
+        module, code = str(frame.f_globals.get("__name__")), frame.f_code
+        if f"{module}.".startswith("normfix."):
+            return ""
+        if is_own(module):
+            first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+            return (
+                f"{type(first).__name__}.{code.co_name} ({code.co_filename}:{line})"
+                if isinstance(first, nn.Module)
+                else ""
+            )
+    return ""
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

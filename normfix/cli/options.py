@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -252,14 +252,15 @@ class Arguments:
         arguments = cls(**{name: options.pop(name) for name in cls.__slots__ if name in options})
         if arguments.scale is not None and arguments.preprocess is not None:
             raise click.UsageError("give --scale or --preprocess, not both")
-        if arguments.scale is not None:
-            parse_scaling(arguments.scale)
+        for name, require in (("scale", parse_scaling), ("axes", _require_axes)):
+            value = getattr(arguments, name)
+            if value is not None:
+                _require_stated(name, value, require)
         for spec in filter(None, (arguments.model, arguments.arch)):
             require_spec(spec)
         require_no_revision(arguments.model, arguments.revision)
         if arguments.preprocess is not None:
             require_findable(arguments.preprocess)
-        _require_axes(arguments.axes)
         find_images([*images])
         return arguments
 
@@ -399,14 +400,26 @@ class Arguments:
         place_(model, self.device, self.torch_dtype())
 
 
-def _require_axes(axes: str | None) -> None:
+def _require_stated(name: str, value: Any, require: Callable[[Any], object]) -> None:
+    """Look at the value of an option, and name the file that it is from where nobody typed it."""
+    context = click.get_current_context()
+    try:
+        require(value)
+    except NormfixError as error:
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT_MAP:
+            raise
+        where = f"{context.meta[SETTINGS].path}: [tool.normfix] {name} = {value!r}"
+        raise NormfixError(error.code, error.message, where=where) from error
+
+
+def _require_axes(axes: str) -> None:
     """Refuse letters that cannot name axes, whatever the image.
 
     Raises:
         NormfixError: NF106.
     """
-    letters = (axes or "").upper()
-    if axes is not None and (not letters.isalpha() or len(set(letters)) < len(letters)):
+    letters = axes.upper()
+    if not letters.isalpha() or len(set(letters)) < len(letters):
         raise NormfixError(
             "NF106", "give each axis one letter of its own, such as YXC or CZYX.", where=f"--axes {axes}"
         )

@@ -206,20 +206,22 @@ def _require_like(image: Tensor, like: tuple[int, ...], where: str) -> None:
 
 def _checked(image: object, where: str, dtype: torch.dtype) -> Tensor:
     """Return the image in `dtype`, in which it must be finite too."""
-    if not isinstance(image, Tensor) or image.dim() < 3 or not image.numel() or not image.is_floating_point():
-        what = (
-            f"{image.dtype} of shape {tuple(image.shape)}"
-            if isinstance(image, Tensor)
-            else type(image).__name__
-        )
-        raise NormfixError(
-            "NF106",
-            f"expected a floating tensor (N, C, *space), got {what}. Convert and scale it first.",
-            where=where,
-        )
+    if not isinstance(image, Tensor) or image.layout != torch.strided or image.is_meta:
+        kind = f"{image.layout} on {image.device}" if isinstance(image, Tensor) else type(image).__name__
+        raise _no_image(kind, where)
+    if image.dim() < 3 or not image.numel() or not image.is_floating_point():
+        raise _no_image(f"{image.dtype} of shape {tuple(image.shape)}", where)
     if not torch.isfinite(image).all():
         raise not_finite(where)
     cast = image.to(dtype)
     if cast is not image and not torch.isfinite(cast).all():
         raise overflown(where, str(dtype).removeprefix("torch."))
     return cast
+
+
+def _no_image(what: str, where: str) -> NormfixError:
+    return NormfixError(
+        "NF106",
+        f"expected a floating tensor (N, C, *space) with its values, got {what}. Convert and scale it first.",
+        where=where,
+    )

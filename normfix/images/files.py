@@ -21,7 +21,7 @@ from normfix.images.origins import Origin
 from normfix.images.views import Part, part_of
 from normfix.images.windows import Unread, windowed
 
-__all__ = ["open_windows", "read_all", "read_image"]
+__all__ = ["open_windows", "read_all", "read_image", "require_walkable"]
 
 _LARGE = 1 << 29
 """Bytes of an image from which it is asked whether its file can hold it."""
@@ -29,6 +29,12 @@ _LARGE = 1 << 29
 _RATIO = 500
 """Bytes of an image for each of its file, from which it is nearly empty or built to harm. Real images have 1 to 20."""
 
+
+_LONG = 1 << 34
+"""Bytes of an image that are walked over in about a minute."""
+
+_BLOCK = 512
+"""Bytes in which systems say how much of a file is stored, whatever the size of its blocks."""
 
 _CHUNKS, _BYTES_A_CHUNK = 1 << 16, 64
 """Chunks that an image may always have, and bytes of its files for each one more; reading one takes a tenth of a
@@ -131,6 +137,27 @@ def read_image(
         for text in window.notes:
             tell(f"{path}: {text}")
         return read_all(window, path)
+
+
+def require_walkable(path: Path, window: Unread) -> None:
+    """Refuse to measure the values of a file that is long and hardly stored: a sparse file of any length costs nothing.
+
+    Raises:
+        NormfixError: NF121.
+    """
+    status = path.stat()
+    size = math.prod(window.shape) * np.dtype(window.array.dtype).itemsize
+    # a pyramid or a compressed file is shorter than its image; what is not stored of either is a hole
+    blocks = getattr(status, "st_blocks", None)
+    stored = status.st_size if blocks is None else blocks * _BLOCK
+    if path.is_file() and size > _LONG and min(size, status.st_size) > _RATIO * stored:
+        raise NormfixError(
+            "NF121",
+            f"its {size:,} bytes would be walked over to measure the scaling, and {stored:,} of the file are stored: "
+            "it is damaged, built to harm, or nearly empty. If it is right, state a scaling that is not measured on "
+            "it: --scale MEAN,STD, unit or none.",
+            where=str(path),
+        )
 
 
 def read_all(window: Unread, path: Path) -> NDArray[Any]:

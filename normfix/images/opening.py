@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from normfix.errors import NormfixError
-from normfix.images.files import open_windows
+from normfix.images.files import open_windows, require_walkable
 from normfix.images.formats.opened import ArrayLike
 from normfix.images.scaling import scaling_numbers
 from normfix.images.spread import Spread
@@ -106,11 +106,17 @@ class Opener:
         """Open an image, or a plane of a stack, to be read by window, scaled over all of it."""
         window = self._window(image, plane)
         try:
+            if isinstance(image, str | PathLike) and self._is_measured:
+                require_walkable(Path(image), window)
             offset, divisor = scaling_numbers(Spread(window), self._scaling)
         except BaseException:
             window.close()
             raise
         return ScaledImage(window, offset=offset, divisor=divisor, dtype=self._dtype, device=self._device)
+
+    @property
+    def _is_measured(self) -> bool:
+        return self._scaling is not None and self._scaling.kind in ("zscore", "percentile")
 
     def _window(self, image: PathLike[str] | str | ArrayLike, plane: int) -> Unread:
         ndim, axes, part = self._intake.ndim, self._axes, replace(self._part, plane=plane)

@@ -106,7 +106,8 @@ class Unread:
         if self.contents is not None and self.contents.array is not None:
             array = self.contents.array
         try:
-            return np.asarray(array[index])
+            taken = array[index]
+            values = np.asarray(taken)
         except (ChangedError, NormfixError):
             raise
         except Exception as error:
@@ -116,6 +117,9 @@ class Unread:
                 f"the window [{pixels}] of it cannot be read: {why(error)}.",
                 where=self.where,
             ) from error
+        if np.ma.is_masked(taken):
+            raise _masked(self.where)
+        return values
 
     def fingerprint(self) -> str:
         """Return what differs if the values do, in one walk over them; what of a file was walked over is known."""
@@ -264,6 +268,15 @@ class ScaledImage:
         if not torch.isfinite(x).all():
             raise overflown(self._window.where, str(self._dtype).removeprefix("torch."))
         return x
+
+
+def _masked(where: str) -> NormfixError:
+    return NormfixError(
+        "NF104",
+        "the image is a masked array, and what its mask hides would be read as if it were seen. Fill it first "
+        "(image.filled(0)); what statistics shall leave out is given beside it, as mask=.",
+        where=where,
+    )
 
 
 def windowed(

@@ -28,6 +28,7 @@ __all__ = [
     "codes",
     "held_by",
     "is_mutable",
+    "is_own",
     "plain_of",
     "read_by",
     "written_by",
@@ -68,18 +69,18 @@ def _valued(
 ) -> Iterator[tuple[str, object]]:
     """Yield a value that is read, or what is read of it: attributes of modules and classes."""
     if isinstance(value, ModuleType):
-        if not _is_own(value.__name__) or id(value) in seen:
+        if not is_own(value.__name__) or id(value) in seen:
             return
         seen.add(id(value))
         for part in sorted(reads.names & vars(value).keys() - reads.stored):
             yield from _valued(f"{name}.{part}", vars(value)[part], value.__name__, reads, seen)
         seen.remove(id(value))
     elif isinstance(value, type):
-        if _is_own(value.__module__):
+        if is_own(value.__module__):
             held = plain_of(value)
             yield name, {part: held[part] for part in sorted(held.keys() - reads.stored)}
     elif isinstance(value, FunctionType):
-        if id(value) not in seen and (value.__module__ == home or _is_own(value.__module__)):
+        if id(value) not in seen and (value.__module__ == home or is_own(value.__module__)):
             seen.add(id(value))
             yield name, value
     elif isinstance(
@@ -95,14 +96,14 @@ def plain_of(kind: type) -> dict[str, object]:
     return {
         name: value
         for c in reversed(kind.__mro__)
-        if _is_own(c.__module__)
+        if is_own(c.__module__)
         for name, value in tuple(vars(c).items())
         if not name.startswith("__") and _is_plain(value)
     }
 
 
 @cache
-def _is_own(module: str | None) -> bool:
+def is_own(module: str | None) -> bool:
     """Tell whether a module is the user's: of no installed library, and not torch or ours."""
     if module is None or f"{module}.".startswith(LIBRARIES):
         return False

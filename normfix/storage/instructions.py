@@ -23,9 +23,11 @@ def commands(saved: Path, source: Source) -> str:
             f"Load it with normfix.load({str(saved)!r}, model=NETWORK), where NETWORK is a fresh {source.spec}: it is "
             "no network that the command line can build."
         )
-    words = " ".join(["normfix predict", shlex.quote(str(saved)), *options_of(source)])
+    # a program holds what it computes, and opens without its factory
+    options, arguments = ([], []) if saved.suffix == ".pt2" else (options_of(source), arguments_of(source))
+    words = " ".join(["normfix predict", shlex.quote(str(saved)), *options])
     return (
-        f"Load it with normfix.load({', '.join([repr(str(saved)), *arguments_of(source)])}), or run\n"
+        f"Load it with normfix.load({', '.join([repr(str(saved)), *arguments])}), or run\n"
         f"  {words} IMAGE -o prediction.tif"
     )
 

@@ -39,7 +39,7 @@ from normfix.storage.opening.factories import built, dumped, rebuild
 from normfix.storage.opening.formats.exported import read_program
 from normfix.storage.opening.gate import FACTORIES, library, vouched
 from normfix.storage.opening.hub import fetched
-from normfix.storage.opening.request import Loaded, Request
+from normfix.storage.opening.request import Loaded, Request, require_no_choice
 from normfix.storage.opening.tensors import read_weights
 from normfix.storage.opening.workload import Workload
 from normfix.storage.probe import require_probe
@@ -149,6 +149,7 @@ def open_any(spec: str | Path, request: Request, *, revision: str | None = None)
 
 
 def _open_saved(folder: Path, request: Request) -> Loaded:
+    require_no_choice(request, str(folder))
     with unchanging(folder):
         loaded = _opened(folder, request)
     keep_in_(loaded.model, folder)
@@ -212,6 +213,7 @@ def _unproved(program: ProgramNetwork) -> tuple[str, ...]:
 
 def _open_program(path: Path, request: Request) -> Loaded:
     """Open a .pt2 file; one that normfix wrote brings plan, geometry and scaling with it."""
+    require_no_choice(request, str(path))
     model, saved = open_program(path, read_program)
     source = Source(kind="object", spec="torch.export:ExportedProgram")
     if saved is None:

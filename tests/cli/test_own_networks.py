@@ -103,6 +103,23 @@ def test_what_convert_wrote_opens_as_it_prints(project, program, source):
     assert iio.imread("prediction.tif").shape[-2:] == (64, 64)
 
 
+@pytest.mark.parametrize(
+    ("method", "named"),
+    [
+        ("state_dict(self, *args, **options)", "Odd.state_dict"),
+        ("__repr__(self)", "Odd.__repr__"),
+        ("train(self, mode=True)", "Odd.train"),
+    ],
+)
+def test_a_method_of_the_network_that_fails_is_named(project, program, method, named):
+    """What fails beside forward is the network's own, and no fault inside normfix."""
+    body = f"    def {method}:\n        return self.nobody.wrote()\n"
+    (project / "odd.py").write_text(f"from my_model import Mine\n\n\nclass Odd(Mine):\n{body}")
+    words = ["image.png", "--scale", "unit", "--to", "frozen", "-o", "fixed"]
+    said = run(program, "convert", "odd.py:Odd", *words, code=2, cwd=project).stderr
+    assert ("NF118" in said, f"{named} (" in said, "NF901" in said) == (True, True, False)
+
+
 def test_a_project_trusts_its_own_module_once_and_a_folder_never_itself(project, program):
     """pyproject.toml of the project counts; the same file inside the network's folder does not."""
     run(program, "convert", "my_model:Mine", "image.png", "--scale", "unit", "--to", "frozen", "-o", "fixed")

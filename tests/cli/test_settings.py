@@ -80,6 +80,27 @@ def test_true_is_no_number_of_sd(tmp_path, monkeypatch, capsys):
         cli.main(["check", "net", "image.npy"], standalone_mode=False)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('tile = "abc"', ()),
+        ('scale = "abc"', ()),
+        ('axes = "YY"', ()),
+        ("dtype = 3", ()),
+        ("", ("--tile", "abc")),
+    ],
+)
+def test_a_wrong_value_names_the_file_that_it_is_from(tmp_path, monkeypatch, capsys, text, words):
+    """The file and its table, where nobody typed the value; control: none of it where it was typed."""
+    monkeypatch.chdir(written(tmp_path, f"[tool.normfix]\n{text}\n"))
+    monkeypatch.setattr(sys, "argv", ["normfix", "predict", "net.pt2", "image.npy", "-o", "p.npy", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert (f"{tmp_path / 'pyproject.toml'}: [tool.normfix]" in said) == bool(text)
+
+
 def test_no_file_says_where_output_goes():
     """Each option that takes a name and speaks of writing is on the list, whatever command has it."""
     names = {

@@ -189,3 +189,25 @@ def test_what_is_no_image_is_refused(model, image):
     """Nothing of another kind ends in another error than one with a code."""
     with pytest.raises(NormfixError, match=r"NF(10[136]|530)"):
         normfix.check(model, image, tile=16)
+
+
+def test_what_a_masked_array_hides_is_not_read_as_seen(model):
+    """A mask of numpy's would be lost: NF104, in memory and by window; control: one that hides nothing is read."""
+    shown = np.ma.masked_array(PIXELS, mask=np.zeros_like(PIXELS, dtype=bool))
+    hidden = np.ma.masked_greater(PIXELS, 6)
+    expected = normfix.predict(model, TENSOR, tile=16)
+    torch.testing.assert_close(normfix.predict(model, shown, tile=16), expected)
+    for use in (normfix.predict, normfix.calibrate):
+        with pytest.raises(NormfixError, match="NF104"):
+            use(model, hidden)
+    opened = normfix.open_image(hidden, model)
+    with pytest.raises(NormfixError, match="NF104"):
+        opened.read([(0, 64), (0, 48)])
+
+
+@pytest.mark.parametrize("image", [TENSOR.to_sparse(), TENSOR.to("meta")], ids=["sparse", "meta"])
+def test_tensors_without_values_of_all_pixels_are_no_images(model, image):
+    """Sparse tensors and those of the meta device ended in errors of torch: NF106."""
+    for use in (normfix.predict, normfix.calibrate):
+        with pytest.raises(NormfixError, match="NF106"):
+            use(model, image)

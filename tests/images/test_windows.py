@@ -215,3 +215,24 @@ def test_an_extended_image_is_extended_further():
         assert twice.shape == (1, 1, 8, 8)
         assert twice.padded((0, 0)).shape == (1, 1, 8, 8)
         assert float(twice.read(((7, 8), (7, 8)))) == 29
+
+
+@pytest.mark.parametrize("scaling", ["zscore", "percentile:1,99"])
+def test_a_file_that_is_hardly_stored_is_not_walked_over(tmp_path, monkeypatch, scaling):
+    """A sparse file costs nothing and takes minutes: NF121; controls: another scaling, a file that is stored."""
+    monkeypatch.setattr("normfix.images.files._LONG", 1 << 20)
+    network = torch.nn.Conv2d(1, 1, 3)
+    np.save(tmp_path / "stored.npy", np.arange(1 << 21, dtype=np.uint8).reshape(1 << 10, -1))
+    np.save(tmp_path / "sparse.npy", np.zeros((8, 8), np.uint8))
+    with (tmp_path / "sparse.npy").open("r+b") as file:
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "|u1", "fortran_order": False, "shape": (1 << 13, 1 << 13)}
+        )
+        file.truncate(file.tell() + (1 << 26))
+    if getattr((tmp_path / "sparse.npy").stat(), "st_blocks", 1 << 26) > 100:
+        pytest.skip("this file system stores holes, or does not say")
+    with pytest.raises(NormfixError, match="NF121"):
+        normfix.open_image(tmp_path / "sparse.npy", network, scaling=scaling)
+    for name, stated in (("sparse.npy", "unit"), ("stored.npy", scaling)):
+        with normfix.open_image(tmp_path / name, network, scaling=stated) as image:
+            assert image.read([(0, 8), (0, 8)]).shape == (1, 1, 8, 8)

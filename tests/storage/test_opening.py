@@ -338,6 +338,15 @@ def test_a_choice_that_is_not_there_is_refused(tmp_path):
     assert (error.code, "model" in error.message) == ("NF119", True)
 
 
+def test_a_choice_of_weights_where_there_is_none_is_refused(tmp_path):
+    """A factory, and a folder that normfix saved, have no sets of weights that a choice could count for: NF119."""
+    image = torch.rand(1, 1, 32, 32)
+    normfix.save(normfix.convert(tiny_unet(), image), tmp_path / "fixed", source=ARCH)
+    for spec, arch in ((ARCH, None), (str(tmp_path / "fixed"), ARCH)):
+        assert refusal(normfix.load, spec, arch=arch, weights="ema").code == "NF119"
+        assert normfix.load(spec, arch=arch) is not None
+
+
 def test_the_one_fitting_set_of_weights_is_taken_and_said(tmp_path):
     """Of generator and discriminator, the one that fits the named network is loaded, with a note."""
     torch.save({"critic": {"w": torch.ones(1)}, "generator": state()}, tmp_path / "w.pt")

@@ -24,8 +24,9 @@ from normfix.networks.graph.capture import export
 from normfix.networks.graph.program import ProgramNetwork, require_free
 from normfix.networks.graph.raising import raised
 from normfix.records.plans import Action
-from normfix.records.saved import statement_of
+from normfix.records.saved import Source, statement_of
 from normfix.storage import saving
+from normfix.storage.instructions import commands
 from normfix.storage.loading import open_any
 from normfix.storage.opening import open_model
 from normfix.storage.opening.formats.exported import read_program
@@ -150,6 +151,13 @@ def fixed(tmp_path_factory, source):
     path = tmp_path_factory.mktemp("program") / "fixed.pt2"
     normfix.save(normfix.convert(normfix.load(source), IMAGE), path)
     return path
+
+
+def test_a_program_is_opened_without_its_factory():
+    """What is said after one was written names none; control: of a folder it does."""
+    source = Source(kind="factory", spec="my_model:UNet")
+    assert "my_model" not in commands(Path("fixed.pt2"), source)
+    assert commands(Path("fixed"), source).count("my_model:UNet") == 2
 
 
 @pytest.mark.parametrize("name", named(*NETWORKS))

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Interpreter
+from torch.fx import Graph, GraphModule
 from torch.fx.node import map_aggregate
 from typing_extensions import Self
 
 from normfix.errors import NormfixError
+from normfix.networks.graph.soundness import SoundInterpreter
 
 __all__ = ["GUARDS", "ProgramNetwork", "Submodule", "require_free", "unguarded"]
 
@@ -71,7 +72,7 @@ class ProgramNetwork(nn.Module):
                 f"the program takes images of shape {expected}, not {given}. {self.remedy()}",
                 where="program",
             )
-        interpreter = Interpreter(self, graph=self._graph)
+        interpreter = SoundInterpreter(self, graph=self._graph)
         interpreter.extra_traceback = False
         return interpreter.run(image, *others)
 
@@ -123,7 +124,7 @@ class Submodule(nn.Module):
 
     def forward(self, call: int, *inputs: Any) -> Any:
         """Run the nodes of one of the module's calls."""
-        interpreter = Interpreter(self, graph=self.graphs[call])
+        interpreter = SoundInterpreter(self, graph=self.graphs[call])
         interpreter.extra_traceback = False
         return interpreter.run(*inputs)
 

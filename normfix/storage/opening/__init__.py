@@ -22,7 +22,7 @@ from normfix.storage.opening.formats.exported import read_program
 from normfix.storage.opening.hub import fetched
 from normfix.storage.opening.packages import described_in
 from normfix.storage.opening.pretrained import folder_weights
-from normfix.storage.opening.request import Loaded, Request, factory, unreadable
+from normfix.storage.opening.request import Loaded, Request, factory, require_no_choice, unreadable
 from normfix.storage.opening.state_dicts import filled
 from normfix.storage.opening.tensors import read_weights
 from normfix.storage.spec import ENDINGS, HUB, is_factory, require_no_revision, require_spec
@@ -88,6 +88,7 @@ def open_spec(spec: str, request: Request, revision: str | None = None) -> Loade
         return open_path(path, request)
     if not is_factory(spec):
         require_spec(spec)
+    require_no_choice(request, spec)
     source = factory(spec, request.arch_args or {})
     return Loaded(build(source), source, _random_weights(spec, request.arch_args or {}))
 

@@ -148,8 +148,7 @@ _OTHERS = _words(
     fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2 fft_rfftn fft_fftfreq fft_rfftfreq fft_hfft fft_hfft2
     fft_hfftn fft_ihfft fft_ihfft2 fft_ihfftn istft stft
 
-    adjoint argwhere cartesian_prod corrcoef cov cumulative_trapezoid diagflat embedding_bag _embedding_bag
-    _embedding_bag_forward_only embedding_renorm_ fake_quantize_per_channel_affine
+    adjoint argwhere cartesian_prod corrcoef cov cumulative_trapezoid diagflat fake_quantize_per_channel_affine
     fake_quantize_per_channel_affine_cachemask fake_quantize_per_tensor_affine
     fake_quantize_per_tensor_affine_cachemask fractional_max_pool2d fractional_max_pool3d gradient histc
     index_reduce isin kron
@@ -231,6 +230,14 @@ def is_allowed(target: str) -> bool:
         return False
     packet = getattr(torch.ops.aten, parts[1], None)
     if packet is None or parts[2] not in packet.overloads() or "out" in parts[2]:
+        return False
+    # TorchScript's own overloads take what no program holds, such as any number for a dtype
+    if not torch._C._dispatch_has_kernel(
+        f"aten::{parts[1]}{'' if parts[2] == 'default' else f'.{parts[2]}'}"
+    ):
+        return False
+    # packed sequences: torch does not check their lengths
+    if parts[1] in _RECURRENT and parts[2] == "data":
         return False
     results = getattr(packet, parts[2])._schema.returns
     # TorchScript's functions of texts and lists have the same names and give no tensors

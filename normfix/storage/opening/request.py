@@ -13,7 +13,7 @@ from normfix.errors import NormfixError
 from normfix.records.saved import Source
 from normfix.storage.opening.factories import dumped
 
-__all__ = ["Loaded", "Request", "factory", "object_source", "unreadable"]
+__all__ = ["Loaded", "Request", "factory", "object_source", "require_no_choice", "unreadable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,21 @@ def object_source(network: nn.Module) -> Source:
     """Return the source of a network that is there: its class, which loading needs again from the caller."""
     kind = type(network)
     return Source(kind="object", spec=f"{kind.__module__}:{kind.__qualname__}")
+
+
+def require_no_choice(request: Request, where: str) -> None:
+    """Refuse a choice among sets of weights where there is one or none, so that it would count for nothing.
+
+    Raises:
+        NormfixError: NF119.
+    """
+    if request.weights is not None:
+        raise NormfixError(
+            "NF119",
+            f"{request.weights!r} (--weights, weights=) chooses among the sets of weights in a file of weights, and "
+            "this is none. Leave it out, or give the file with --arch.",
+            where=where,
+        )
 
 
 def unreadable(path: Path, error: Exception | str) -> NormfixError:

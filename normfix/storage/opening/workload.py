@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from normfix.errors import NormfixError
 from normfix.networks.functions import by_position
-from normfix.storage.opening.soundness import require_sound
+from normfix.networks.graph.soundness import require_sound
 
 __all__ = ["Foreseen", "TooMuchError", "Workload"]
 
@@ -237,7 +237,8 @@ def _foresee(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     made = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
     own = {id(value) for value in tree_leaves((bare, named)) if isinstance(value, Tensor)}
     size = sum(value.numel() * value.itemsize for value in made if id(value) not in own)
-    written = sum(value.numel() for value in made)
+    # of an empty result torch still goes through the longer extents
+    written = sum(value.numel() or max(value.shape, default=0) for value in made)
     slower = max((_SLOWER.get(value.dtype, 1) for value in given), default=1)
     multiplied = _multiplications(func, bare, named, result) + _uncounted(name, given, written)
     seconds = _rate(name) * max(read, written) + slower * multiplied / _FLOPS

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from normfix.errors import NormfixError
@@ -30,6 +30,7 @@ from normfix.networks.graph.capture import WRAPPED, NotCaptured, capture
 from normfix.networks.graph.isolation import silence
 from normfix.networks.graph.multiples import capture_multiples, on_multiples, unfolded
 from normfix.networks.graph.operators import name_of
+from normfix.networks.graph.soundness import SoundInterpreter
 from normfix.networks.numerics import IDENTITY, deviation
 from normfix.tiling.stages.bins import Bins
 from normfix.tiling.stages.functional import make_functional_
@@ -502,7 +503,7 @@ def is_tensor_node(node: Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor)
 
 
-class Unguarded(Interpreter):
+class Unguarded(SoundInterpreter):
     """Runs a graph without its asserts on sizes."""
 
     def run_node(self, n: Node) -> Any:

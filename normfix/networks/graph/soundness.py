@@ -1,6 +1,7 @@
 """What operators of torch take for granted and do not check: given otherwise, they read beyond tensors and may crash.
 
-torch's own functions look at their arguments and then call these operators; a program from a file calls them itself.
+torch's own functions look at their arguments and then call these operators; a program from a file calls them itself,
+with what fits at one size of the image and may not at another.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from typing import Any
 
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.fx import Interpreter
 
 from normfix.networks.functions import by_position
 
-__all__ = ["require_sound"]
+__all__ = ["SoundInterpreter", "require_sound"]
 
 
 def require_sound(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -33,8 +35,25 @@ def require_sound(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, 
     if holds is None:
         return
     names = [argument.name for argument in func._schema.arguments]
-    if not holds({**by_position(names, args), **kwargs}):
+    given = {**by_position(names, args), **kwargs}
+    # where a graph is captured, extents are symbols, and nothing is read
+    if not _is_symbolic(given) and not holds(given):
         raise ValueError(f"{func} is called with what it does not take")
+
+
+class SoundInterpreter(Interpreter):
+    """Runs a graph, and no call in it with which an operator would read beyond its tensors: ValueError."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function, unless it is an operator that does not take this."""
+        if isinstance(target, OpOverload):
+            require_sound(target, args, kwargs)
+        return super().call_function(target, args, kwargs)
+
+
+def _is_symbolic(given: Mapping[str, Any]) -> bool:
+    extents = (n for value in given.values() if isinstance(value, Tensor) for n in value.shape)
+    return any(not isinstance(n, int) for n in extents)
 
 
 def _normalises(given: Mapping[str, Any]) -> bool:
@@ -76,12 +95,47 @@ _LSTM = 2
 """How torch numbers the kinds of recurrence."""
 
 
+def _has_states(given: Mapping[str, Any]) -> bool:
+    """Tell whether an LSTM has a state and a memory for each of its layers."""
+    states = given["hx"]
+    return len(states) == 2 and states[0].dim() == 3 and states[0].shape[:2] == states[1].shape[:2]
+
+
 def _transforms(given: Mapping[str, Any]) -> bool:
     """Tell whether a Fourier transform runs along axes that are there, each once."""
     source: Tensor = given["self"]
     rank = source.dim()
-    axes = [axis % rank for axis in given["dim"] if -rank <= axis < rank]
-    return len(set(axes)) == len(given["dim"]) and source.numel() > 0 and given["normalization"] in range(3)
+    # torch's own functions count them from the front
+    axes = [axis for axis in given["dim"] if 0 <= axis < rank]
+    once = len(set(axes)) == len(given["dim"]) and source.numel() > 0 and given["normalization"] in range(3)
+    size = given.get("last_dim_size")
+    return once and (size is None or (bool(axes) and source.shape[axes[-1]] == size // 2 + 1))
+
+
+def _weighs(given: Mapping[str, Any]) -> bool:
+    """Tell whether the norms that a weight is divided into have one for each of its slices along an axis at an end."""
+    weight, norms, axis = given["v"], given["g"], given.get("dim", 0)
+    if weight.dim() == 0 or axis not in (0, weight.dim() - 1) or weight.dtype != norms.dtype:
+        return False
+    expected = tuple(n if place == axis else 1 for place, n in enumerate(weight.shape))
+    return weight.numel() > 0 and tuple(norms.shape) == expected
+
+
+def _attends(given: Mapping[str, Any]) -> bool:
+    """Tell whether there is a key and a value of each token, and a bias fits them."""
+    # (images, heads, tokens, channels)
+    query, key, value, mask = given["query"], given["key"], given["value"], given.get("attn_mask")
+    if {query.dim(), key.dim(), value.dim()} != {4} or not query.numel() * key.numel():
+        return False
+    images, heads, tokens, channels = query.shape
+    if any(tensor.stride(3) != 1 for tensor in (query, key, value)):
+        return False
+    fits = key.shape == value.shape and heads % key.shape[1] == 0
+    fits = fits and (key.shape[0], key.shape[3]) == (images, channels)
+    if mask is None or not fits:
+        return fits
+    expected = (images, heads, tokens, key.shape[2])[4 - mask.dim() :]
+    return mask.dim() in (2, 4) and all(n in (1, m) for n, m in zip(mask.shape, expected, strict=True))
 
 
 _RULES: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
@@ -95,5 +149,8 @@ _RULES: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
     ),
     "native_group_norm": _groups,
     "mkldnn_rnn_layer": _remembers,
+    "lstm": _has_states,
+    "_weight_norm_interface": _weighs,
+    "_scaled_dot_product_flash_attention_for_cpu": _attends,
     **dict.fromkeys(("_fft_c2c", "_fft_c2r", "_fft_r2c"), _transforms),
 }

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.fx import Graph
 
-from normfix.storage.opening.operations import misplaced
+from normfix.networks.graph.soundness import SoundInterpreter
+from normfix.storage.opening.operations import is_allowed, misplaced
 from normfix.storage.opening.workload import Workload
 
 ATEN = torch.ops.aten
@@ -23,6 +25,16 @@ REFUSED = {
     "few factors of groups": lambda: ATEN.native_group_norm(MAP, ONE, None, 2, 4, 9, 2, 1e-5),
     "an axis too far": lambda: ATEN._fft_r2c(MAP, [4], 0, True),
     "an axis twice": lambda: ATEN._fft_r2c(MAP, [3, -1], 0, True),
+    "an axis from the end": lambda: ATEN._fft_r2c(MAP, [-2], 0, True),
+    "another half": lambda: ATEN._fft_c2r(MAP.cfloat(), [3], 0, 90),
+    "few norms": lambda: ATEN._weight_norm_interface(MAP, ONE, 0),
+    "norms of another axis": lambda: ATEN._weight_norm_interface(MAP, torch.ones(2, 1, 1, 1), 3),
+    "few values": lambda: ATEN._scaled_dot_product_flash_attention_for_cpu(MAP, MAP, MAP[:, :, :1]),
+    "fewer heads": lambda: ATEN._scaled_dot_product_flash_attention_for_cpu(MAP, MAP[:, :3], MAP[:, :3]),
+    "no queries": lambda: ATEN._scaled_dot_product_flash_attention_for_cpu(MAP[:, :, :0], MAP, MAP),
+    "a short bias": lambda: ATEN._scaled_dot_product_flash_attention_for_cpu(
+        MAP, MAP, MAP, attn_mask=torch.zeros(3, 2)
+    ),
     "a fourth scaling": lambda: ATEN._fft_r2c(MAP, [3], 3, True),
     "few weights of a recurrence": lambda: ATEN.mkldnn_rnn_layer(
         *(torch.zeros(3, 2, 5), torch.zeros(3, 5), *LSTM[1:], LSTM[-1], False, []),
@@ -56,6 +68,19 @@ def test_norms_are_called(network):
         torch.testing.assert_close(network(MAP), MAP)
 
 
+def test_attention_and_weights_of_norm_one_are_called():
+    """Negative control: attention with a bias and with fewer keys' heads, and weights normalised along either end."""
+    with torch.no_grad(), Workload(0, "p.pt2"):
+        attend = nn.functional.scaled_dot_product_attention
+        for bias in (None, torch.zeros(3, 3), torch.zeros(2, 1, 3, 3) > 0, torch.zeros(4, 1, 3)):
+            assert attend(MAP, MAP, MAP, attn_mask=bias).shape == MAP.shape
+        assert attend(MAP, MAP[:, :2], MAP[:, :2], enable_gqa=True).shape == MAP.shape
+        for axis, shape in ((0, (2, 1, 1, 1)), (3, (1, 1, 1, 3))):
+            weight = torch._weight_norm(MAP + 1, torch.ones(shape), axis)
+            norms = weight.square().sum([a for a in range(4) if a != axis])
+            torch.testing.assert_close(norms, torch.ones(shape[axis]))
+
+
 def test_spectra_and_recurrence_are_called():
     """Negative control: a transform along two axes and back, and a layer of LSTM."""
     with torch.no_grad(), Workload(0, "p.pt2"):
@@ -64,6 +89,72 @@ def test_spectra_and_recurrence_are_called():
             *(torch.zeros(3, 2, 5), *LSTM, LSTM[-1], False, [], 2, 4, 1, True, False, False, False)
         )
         assert not made[0].any()
+
+
+def _interpreted(function, *inputs):
+    graph = Graph()
+    given = [graph.placeholder(f"x{number}") for number in range(len(inputs))]
+    graph.output(graph.call_function(*function(*given)))
+    return SoundInterpreter(nn.Module(), graph=graph).run(*inputs)
+
+
+def _lstm(source, *states):
+    return ATEN.lstm.input, (source, [*states], [], False, 1, 0.0, False, False, False)
+
+
+def test_what_fits_one_size_is_refused_at_another():
+    """A graph is looked at whenever it runs: attention to as many keys as pixels, and one value fewer."""
+
+    def attention(source, values):
+        return ATEN._scaled_dot_product_flash_attention_for_cpu.default, (source, source, values)
+
+    assert _interpreted(attention, MAP, MAP)[0].shape == MAP.shape
+    with pytest.raises(ValueError, match="is called with what it does not take"):
+        _interpreted(attention, MAP, MAP[:, :, :2])
+
+
+@pytest.mark.parametrize("memory", [(1, 2, 4), (3, 2, 4)], ids=["fewer", "more"])
+def test_a_recurrence_has_as_many_memories_as_states(memory):
+    """torch takes the memory of each layer that has a state, whether it is there or not."""
+    with pytest.raises(ValueError, match="is called with what it does not take"):
+        _interpreted(_lstm, torch.zeros(3, 2, 5), torch.zeros(2, 2, 4), torch.zeros(memory))
+
+
+def test_a_recurrence_is_interpreted():
+    """Negative control: the call of a module of two layers."""
+    network = nn.LSTM(5, 4, num_layers=2).eval()
+
+    def called(source, hidden, memory, *weights):
+        return ATEN.lstm.input, (source, [hidden, memory], [*weights], True, 2, 0.0, False, False, False)
+
+    source, states = torch.rand(3, 2, 5), torch.zeros(2, 2, 4)
+    with torch.no_grad():
+        found = _interpreted(called, source, states, states, *network.parameters())
+        torch.testing.assert_close(found[0], network(source)[0])
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "to.prim_dtype",
+        "to.prim_other",
+        "copy_.int",
+        "__interpolate.default",
+        "gru.data",
+        "rnn_tanh.data",
+        "lstm.data",
+    ],
+)
+def test_overloads_of_scripts_and_of_packed_sequences_are_no_operations_of_programs(target):
+    """One of TorchScript's takes any number for a dtype, and no lengths are looked at: both end the process."""
+    assert not is_allowed(f"torch.ops.aten.{target}")
+
+
+def test_overloads_of_tensors_are_operations_of_programs():
+    """Negative control: the same operations as torch.export writes them."""
+    assert all(
+        is_allowed(f"torch.ops.aten.{target}") for target in ("to.dtype", "copy_.default", "item.default")
+    )
 
 
 def _argument(name: str, argument: dict, kind: int | None) -> dict:
