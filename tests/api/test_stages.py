@@ -745,6 +745,21 @@ def test_no_gate_hides_a_place_from_stages(place, threshold):
 
 
 @pytest.mark.slow
+def test_no_band_of_values_hides_a_place_of_the_image_itself(caplog):
+    """No image that is tried has values in the band but the one that is predicted; another is, exactly."""
+    net = Placed(lambda y: 2e3 * ((y - 3e6).abs() < 30) * torch.arange(y.shape[-1]), 1000).double().eval()
+    noise = torch.rand(1, 1, 96, 128, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gain = float(net.stem.weight[0].detach().sum())
+    with torch.no_grad():
+        other = net(noise + 3.1e6 / gain)
+        found = normfix.predict(net, noise + 3.1e6 / gain, 32, statistics="per-image", engine="stages")
+    assert float((found - other).abs().max() / other.std()) < 1e-6
+    with pytest.raises(normfix.NormfixError, match="NF409"):
+        normfix.predict(net, noise + 3e6 / gain, 32, statistics="per-image", engine="stages")
+    assert "NF325 size (96, 128)" in caplog.text
+
+
+@pytest.mark.slow
 def test_a_stretched_table_behind_a_gate_is_exact_in_stages():
     """Control: a map that is laid over the image is the image's own in each block, on a bright image too."""
     table = torch.rand(1, 1, 16, 16, dtype=torch.float64)

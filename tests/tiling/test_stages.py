@@ -363,6 +363,10 @@ def test_what_a_block_reads_nearby_runs_behind_a_gate(other):
     assert largest_difference(planned, (1, 1, 48, 96), made=lambda noise: 1e4 * noise) == 0
 
 
+def _of(*space):
+    return TensorImage(torch.randn(1, 1, *space, generator=torch.Generator().manual_seed(1)))
+
+
 @pytest.mark.parametrize(
     ("net", "largest"),
     [
@@ -379,16 +383,16 @@ def test_places_that_count_far_from_the_corner_alone_are_found(monkeypatch, net,
     monkeypatch.setattr(scheduling, "LARGEST", largest)
     program = captured_program(net.eval(), Caller(), torch.rand(1, 1, 32, 32), [])
     planned = schedule(program, stride=(1, 1))
-    scheduling.require_as_large(planned, (1, 1), (700, 20))
+    scheduling.require_images(planned, (1, 1), [_of(700, 20)])
     with pytest.raises(NormfixError, match=r"NF325 size \(705, \d+\)"):
-        scheduling.require_as_large(planned, (1, 1), (705, 20))
+        scheduling.require_images(planned, (1, 1), [_of(705, 20)])
 
 
 def test_places_that_count_relative_to_a_block_are_exact():
     """Control: each row reads its neighbour by number."""
     net = ReadByNumber(lambda n: (n + 1).clamp(max=n.shape[0] - 1))
     program = captured_program(net.eval(), Caller(), torch.rand(1, 1, 32, 32), [])
-    scheduling.require_as_large(schedule(program, stride=(1, 1)), (1, 1), (705, 20))
+    scheduling.require_images(schedule(program, stride=(1, 1)), (1, 1), [_of(705, 20)])
 
 
 def test_blocks_that_are_too_large_to_be_compared_are_refused(monkeypatch):

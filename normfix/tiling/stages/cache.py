@@ -47,7 +47,7 @@ from normfix.tiling.stages.program import (
 from normfix.tiling.stages.reach import in_dtype
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.schedule import Schedule
-from normfix.tiling.stages.scheduling import plans_of, recall_, require_as_large, schedule, told
+from normfix.tiling.stages.scheduling import plans_of, recall_, require_images, schedule, told
 
 __all__ = ["hand_on", "is_captured", "keep_plans", "program_of", "schedule_of", "usual_stride"]
 
@@ -325,8 +325,7 @@ def schedule_of(
     if key not in known or known[key][1] != told(known[key][0]):
         planned = schedule(program, stride=stride, rests=rests, measured=measured, outputs=outputs)
         known[key] = planned, told(planned)
-    longest = [max(extents) for extents in zip(*(image.shape[2:] for image in images), strict=True)]
-    require_as_large(known[key][0], stride, longest)
+    require_images(known[key][0], stride, images)
     return known[key][0]
 
 

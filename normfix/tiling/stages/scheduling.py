@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from normfix.images.sources import TensorImage
+from normfix.images.sources import Image, TensorImage
 from normfix.networks.calling import refusals
 from normfix.networks.devices import CPU
 from normfix.networks.numerics import EXACT, exact_arithmetic
 from normfix.records.spans import round_up
+from normfix.tiling.halo import strip
 from normfix.tiling.lengths import LARGEST, strips_along
 from normfix.tiling.stages.cutting import Stage, cut
 from normfix.tiling.stages.execution import execute
@@ -45,7 +46,7 @@ from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.schedule import Schedule
 from normfix.tiling.stages.store import Kept, Store
 
-__all__ = ["largest_difference", "plans_of", "recall_", "require_as_large", "schedule", "told"]
+__all__ = ["largest_difference", "plans_of", "recall_", "require_images", "schedule", "told"]
 
 
 def schedule(
@@ -97,17 +98,18 @@ def schedule(
     return planned
 
 
-def require_as_large(planned: Schedule, stride: Sequence[int], image: Sequence[int]) -> None:
-    """Prove a schedule at an image's size, where a stage makes values of places, or its graph does not bound its reach.
+def require_images(planned: Schedule, stride: Sequence[int], images: Sequence[Image]) -> None:
+    """Prove a schedule at images' sizes and values, where a stage has values of places, or no bound of what it reads.
 
     What such values are far from the image's corner no short strip shows: a mask that begins at the thousandth row, or
-    a count of rows that is compared with a thousand. Images of more than LARGEST pixels are proved on strips that are
-    as long along one axis each.
+    a count of rows that is compared with a thousand. And what a gate hides on every image that was tried may be open on
+    this one. Images of more than LARGEST pixels are proved on strips that are as long along one axis each: of noise,
+    and of their own middle.
 
     Args:
         planned: as `schedule` returned it.
         stride: as `schedule` was given it.
-        image: pixels per axis.
+        images: that it will run over, (N, C, *space).
 
     Raises:
         NotInStages: NF325.
@@ -117,17 +119,38 @@ def require_as_large(planned: Schedule, stride: Sequence[int], image: Sequence[i
         return
     gives = (*(node.name for stage in planned.stages for node in stage.gives), told(planned))
     thin = _example_size(planned.program, stride)
-    for space in [image] if math.prod(image) <= LARGEST else strips_along(image, thin[2:]):
-        size = (*thin[:2], *space)
-        if (gives, size) in known.sizes:
-            continue
-        try:
-            with exact_arithmetic():
-                difference = _difference(planned, size)
-        except refusals() as error:
-            raise NotInStages("NF325", f"it does not run: {error}", where=f"size {size[2:]}") from error
-        _require_exact(difference, f"size {size[2:]}")
-        known.sizes.add((gives, size))
+    for image in images:
+        whole = image.shape[2:]
+        for space in [whole] if math.prod(whole) <= LARGEST else strips_along(whole, thin[2:]):
+            size = (*thin[:2], *space)
+            if (gives, size) not in known.sizes:
+                _require_same(planned, size, torch.clone)
+                known.sizes.add((gives, size))
+            for own in _middle(image, space).split(1):
+                _require_same(planned, size, strip(own, space).to)
+
+
+def _middle(image: Image, extents: Sequence[int]) -> Tensor:
+    """Return the middle of an image, of these extents or as many pixels as there are."""
+    spans = []
+    for n, extent in zip(image.shape[2:], extents, strict=True):
+        start = max(0, n - extent) // 2
+        spans.append((start, min(n, start + extent)))
+    return image.read(spans)
+
+
+def _require_same(planned: Schedule, size: Sequence[int], made: Callable[[Tensor], Tensor]) -> None:
+    """Compare blocks with the whole on an image of this size.
+
+    Raises:
+        NotInStages: NF325.
+    """
+    try:
+        with exact_arithmetic():
+            difference = _difference(planned, size, made)
+    except refusals() as error:
+        raise NotInStages("NF325", f"it does not run: {error}", where=f"size {size[2:]}") from error
+    _require_exact(difference, f"size {size[2:]}")
 
 
 def told(planned: Schedule) -> str:
