@@ -23,7 +23,7 @@ from normfix.networks.calling import failures, resized
 from normfix.networks.graph.detaching import TracedData
 from normfix.networks.graph.isolation import silence
 from normfix.networks.graph.replaying import once_replayed, replay, replays
-from normfix.networks.graph.sizes import LongFormulaError, ShortSizes, shortening
+from normfix.networks.graph.sizes import LongFormulaError, ShortSizes
 from normfix.networks.numerics import exact_arithmetic
 from normfix.networks.releases import values_of
 
@@ -55,15 +55,14 @@ class Captured:
     `free` are the input's dimensions that the program leaves free and that were confirmed on another extent.
     `other` is the same graph at another
     size, for networks whose sizes could not be left free; `shapes` reads both. `replayed` are the input
-    shapes on which program and network were compared. Where formulas of sizes are too long for space to be free, they
-    are short for images whose extents are multiples of `asks` pixels.
+    shapes on which program and network were compared. `formula` is of a size, and too long for space to be free.
     """
 
     program: ExportedProgram
     free: tuple[int, ...]
     other: ExportedProgram | None
     replayed: tuple[tuple[int, ...], ...]
-    asks: int | None = None
+    formula: Any = None
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]] | None]:
         """Return each tensor node's shape at two image sizes; None where only one size is known."""
@@ -235,8 +234,8 @@ def _captured(
         return NotCaptured("the captured program could be compared with the network on no input")
     confirmed = tuple(d for d in free if any(shape[d] != example.shape[d] for shape in replayed))
     other = None if one_size or once or _roots(program) else _other(network, example, program)
-    asks = None if fault is None else shortening(fault.formula)
-    return Captured(program, confirmed, other, tuple(replayed), asks)
+    formula = None if fault is None else fault.formula
+    return Captured(program, confirmed, other, tuple(replayed), formula)
 
 
 def _other(network: nn.Module, example: Tensor, program: ExportedProgram) -> ExportedProgram | None:

@@ -30,6 +30,7 @@ from normfix.networks.graph.capture import WRAPPED, NotCaptured, capture
 from normfix.networks.graph.isolation import silence
 from normfix.networks.graph.multiples import capture_multiples, on_multiples, unfolded
 from normfix.networks.graph.operators import name_of
+from normfix.networks.graph.sizes import shortening
 from normfix.networks.graph.soundness import SoundInterpreter
 from normfix.networks.numerics import IDENTITY, deviation
 from normfix.tiling.stages.bins import Bins
@@ -213,7 +214,7 @@ def captured_program(model: nn.Module, run: Run, example: Tensor, sites: Sequenc
         raise NotInStages("NF320", f"it cannot be captured as a graph: {captured.reason}.", where=where)
     exported, multiple = captured.program, 1
     if not set(range(2, example.dim())) <= set(captured.free):
-        asked = captured.asks
+        asked = None if captured.formula is None else shortening(captured.formula)
         found = None if asked is None else capture_multiples(model, marked(run, sites), example, asked)
         if found is None:
             raise NotInStages(
