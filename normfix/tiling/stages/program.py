@@ -215,7 +215,7 @@ def captured_program(model: nn.Module, run: Run, example: Tensor, sites: Sequenc
     exported, multiple = captured.program, 1
     if not set(range(2, example.dim())) <= set(captured.free):
         asked = None if captured.formula is None else shortening(captured.formula)
-        found = None if asked is None else capture_multiples(model, marked(run, sites), example, asked)
+        found = capture_multiples(model, marked(run, sites), example, asked) if asked and asked > 1 else None
         if found is None:
             raise NotInStages(
                 "NF320",
