@@ -118,10 +118,7 @@ class FrozenStatistic(nn.Module):
         if self.batch is None:
             return value.clone()
         source, unit, target = self.batch
-        if value.shape[target] == 1:
-            shape = list(value.shape)
-            shape[target] = operand.shape[source] // unit
-            return value.expand(shape).clone()
+        # not Tensor.expand, which functorch.dim replaces by what the compiler of torch 2.6 does not know
         repeats = [1] * value.dim()
         repeats[target] = operand.shape[source] // unit
         return value.repeat(repeats)

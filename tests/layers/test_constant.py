@@ -103,6 +103,17 @@ def test_compiled_without_a_break(models, kind):
     assert torch.equal(output(compiled), output(models[kind]))
 
 
+def test_a_method_of_tensors_that_others_replace_is_not_called(models, monkeypatch):
+    """functorch.dim, which tensordict imports, puts another Tensor.expand in place that torch 2.6 does not compile."""
+    expected = output(models[Nested])
+
+    def replaced(*args):
+        raise AssertionError
+
+    monkeypatch.setattr(torch.Tensor, "expand", replaced)
+    assert torch.equal(output(models[Nested]), expected)
+
+
 @pytest.mark.slow
 @EVERY
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # the count of calls

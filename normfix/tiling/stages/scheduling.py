@@ -126,8 +126,9 @@ def require_images(planned: Schedule, stride: Sequence[int], images: Sequence[Im
             if (gives, size) not in known.sizes:
                 _require_same(planned, size, torch.clone)
                 known.sizes.add((gives, size))
-            for own in _middle(image, space).split(1):
-                _require_same(planned, size, strip(own, space).to)
+            part = _middle(image, space)
+            for number in range(len(part)):
+                _require_same(planned, size, strip(part[number : number + 1], space).to)
 
 
 def _middle(image: Image, extents: Sequence[int]) -> Tensor:
