@@ -112,13 +112,13 @@ def _are_apart(f: Function, image: Tensor, tiles: Sequence[Tile]) -> bool:
     windows = [image[at(tile.read)] for tile in tiles]
     loud = [window * (-_LOUD if number % 2 else _LOUD) for number, window in enumerate(windows)]
     try:
+        quiet = _in_calls(f, windows)
         for kept in (0, -1):
             alone = f(windows[kept])
             sd = float(alone.double().std(correction=0)) or 1.0
-            for others in (windows, loud):
-                batch = [*others]
-                batch[kept] = windows[kept]
-                together = _in_calls(f, batch)
+            batch = [*loud]
+            batch[kept] = windows[kept]
+            for together in (quiet, _in_calls(f, batch)):
                 if len(together) != len(windows) or together[kept].shape != alone.shape:
                     return False
                 if deviation(together[kept], alone, sd)[0] > IDENTITY.get(alone.dtype, 0.0):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from factories import tiny_unet
-from networks import HiddenLive, PadsItself, ResizesToSkip
+from networks import HiddenLive, InWindows, PadsItself, ResizesToSkip
 from optional import needs_newer_torch
 from torch import nn
 
@@ -433,30 +433,10 @@ def test_sizes_that_nest_are_not_left_free(levels, free):
     assert captured.free == free
 
 
-class _InWindows(nn.Module):
-    """Pads to whole windows of 7, as windowed attention does, cuts them out and puts them together again."""
-
-    def __init__(self, levels):
-        super().__init__()
-        self.levels = nn.ModuleList(nn.Conv2d(4 if i else 1, 4, 2, stride=2) for i in range(levels))
-
-    def forward(self, x):
-        for level in self.levels:
-            x = level(x)
-            batch, channels, rows, columns = x.shape
-            padded = F.pad(x, (0, (7 - columns % 7) % 7, 0, (7 - rows % 7) % 7))
-            high, wide = padded.shape[2] // 7, padded.shape[3] // 7
-            windows = padded.view(batch, channels, high, 7, wide, 7).permute(0, 2, 4, 1, 3, 5)
-            windows = windows.reshape(-1, channels, 7, 7).relu()
-            again = windows.view(-1, high, wide, channels, 7, 7).permute(0, 3, 1, 4, 2, 5)
-            x = again.reshape(-1, channels, 7 * high, 7 * wide)[:, :, :rows, :columns]
-        return x
-
-
 @pytest.mark.zoo
 def test_sizes_of_padded_windows_are_not_left_free():
     """Remainders within remainders make formulas that take minutes: the sizes are fixed, and the batch is free."""
-    assert free_dimensions(export(_InWindows(2).eval(), torch.randn(1, 1, 64, 64))) == (0,)
+    assert free_dimensions(export(InWindows(2).eval(), torch.randn(1, 1, 64, 64))) == (0,)
 
 
 @pytest.mark.parametrize(("exact", "size"), [((), 32), ((64, 64), 128), ((96, 96), 96), ((80, 80), 32)])

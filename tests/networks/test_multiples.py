@@ -6,14 +6,14 @@ import operator
 import pytest
 import sympy
 import torch
-import torch.nn.functional as F
+from networks import InWindows
 from torch import nn
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 import normfix
 from normfix.networks.graph import sizes
 from normfix.networks.graph.capture import capture
-from normfix.networks.graph.multiples import capture_multiples, unfolded
+from normfix.networks.graph.multiples import capture_multiples, multiples_near, unfolded
 from normfix.networks.graph.sizes import shortening
 from normfix.tiling.stages.refusals import NotInStages
 
@@ -62,32 +62,19 @@ def test_there_is_none_for_a_remainder_that_stays():
     assert shortening(Mod(7 * S - 3, 7) * Mod(S, 1021 * 1019)) is None
 
 
-class Padded(nn.Module):
-    """Mixes within windows of 3, which it pads to at every level, after convolutions of stride 2."""
+def mixed(windows):
+    return windows + windows.flip(-1).tanh()
 
-    def __init__(self, levels=2):
-        super().__init__()
-        self.levels = nn.ModuleList(
-            nn.Conv2d(2 if i else 1, 2, 3, stride=2, padding=1) for i in range(levels)
-        )
-        self.mix = nn.Linear(9, 9)
 
-    def forward(self, x):
-        for level in self.levels:
-            x = level(x)
-            n, c, h, w = x.shape
-            y = F.pad(x, (0, (3 - w % 3) % 3, 0, (3 - h % 3) % 3))
-            high, wide = y.shape[2] // 3, y.shape[3] // 3
-            y = y.view(n, c, high, 3, wide, 3).permute(0, 2, 4, 1, 3, 5).reshape(-1, c, 9)
-            y = self.mix(y).tanh().view(-1, high, wide, c, 3, 3).permute(0, 3, 1, 4, 2, 5)
-            x = x + y.reshape(n, c, 3 * high, 3 * wide)[:, :, :h, :w]
-        return x
+def padded_to(levels):
+    """Return a network that mixes within windows of 3."""
+    torch.manual_seed(0)
+    return InWindows(levels, window=3, mix=mixed).double().eval()
 
 
 @pytest.fixture(scope="module")
 def padded():
-    torch.manual_seed(0)
-    return Padded().double().eval()
+    return padded_to(2)
 
 
 @pytest.mark.slow
@@ -106,10 +93,16 @@ def test_a_graph_of_multiples_is_the_network(padded):
             body(torch.randn(1, 1, *extents).double())
 
 
+def test_extents_are_taken_as_they_are_where_any_do():
+    """Also one pixel."""
+    assert multiples_near((1, 40), 1) == (1, 40)
+    assert multiples_near((1, 40), 12) == (24, 36)
+
+
 @pytest.mark.slow
 def test_multiples_grow_with_what_formulas_divide_by(monkeypatch):
     """Until these are short, or two multiples are many times what was given."""
-    net, image = Padded(1).double().eval(), torch.randn(1, 1, 24, 24).double()
+    net, image = padded_to(1), torch.randn(1, 1, 24, 24).double()
     monkeypatch.setattr(sizes, "_LONGEST", 20)
     assert capture_multiples(net, run, image, 4).multiple == 12
     assert capture_multiples(net, run, image[..., :8, :8], 12) is None
@@ -144,9 +137,8 @@ def test_what_ties_extents_has_none(network):
 def test_a_network_without_a_graph_of_all_sizes_runs_in_stages(monkeypatch):
     """On multiples of its windows; of another image it is said."""
     monkeypatch.setattr(sizes, "_LONGEST", 20)
-    torch.manual_seed(0)
-    head = nn.Sequential(nn.GroupNorm(2, 2), nn.Conv2d(2, 1, 3, padding=1))
-    net = nn.Sequential(Padded(1), head).double().eval()
+    head = nn.Sequential(nn.GroupNorm(2, 4), nn.Conv2d(4, 1, 3, padding=1))
+    net = nn.Sequential(padded_to(1), head).double().eval()
     captured = capture(net, run, torch.randn(1, 1, 48, 72).double())
     assert (captured.free, shortening(captured.formula)) == ((0,), 6)
     for space in [(96, 168), (192, 102)]:

@@ -244,6 +244,34 @@ class ShiftedWindows(nn.Module):
         return y[..., : h * self.factor, : w * self.factor]
 
 
+class InWindows(nn.Module):
+    """Breaks capture with free sizes: pads to whole windows, as windowed attention does, at every level.
+
+    Args:
+        levels: convolutions of stride 2, each with windows after it.
+        window: pixels of a window, which is cut out and put together again.
+        mix: of a window's pixels.
+    """
+
+    def __init__(self, levels, window=7, mix=torch.relu):
+        super().__init__()
+        self.levels = nn.ModuleList(nn.Conv2d(4 if i else 1, 4, 2, stride=2) for i in range(levels))
+        self.window, self.mix = window, mix
+
+    def forward(self, x):
+        n = self.window
+        for level in self.levels:
+            x = level(x)
+            batch, channels, rows, columns = x.shape
+            padded = F.pad(x, (0, (n - columns % n) % n, 0, (n - rows % n) % n))
+            high, wide = padded.shape[2] // n, padded.shape[3] // n
+            windows = padded.view(batch, channels, high, n, wide, n).permute(0, 2, 4, 1, 3, 5)
+            windows = self.mix(windows.reshape(-1, channels, n, n))
+            again = windows.view(-1, high, wide, channels, n, n).permute(0, 3, 1, 4, 2, 5)
+            x = again.reshape(-1, channels, n * high, n * wide)[:, :, :rows, :columns]
+        return x
+
+
 class PadsToMore(nn.Module):
     """Breaks stride as the unit of sizes: a network of stride 4 that extends its input by zeros to more than that."""
 

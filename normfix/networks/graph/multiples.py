@@ -9,6 +9,7 @@ short from the start. The program is unfolded afterwards, and takes an image aga
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +24,9 @@ from normfix.networks.graph.replaying import replay
 from normfix.networks.graph.sizes import LARGEST_MULTIPLE, LongFormulaError, shortening
 from normfix.networks.numerics import exact_arithmetic
 
-__all__ = ["OfMultiples", "capture_multiples", "on_multiples", "unfolded"]
+__all__ = ["OfMultiples", "capture_multiples", "multiples_near", "on_multiples", "unfolded"]
 
 _FLATTENED = (torch.ops.aten.reshape.default, torch.ops.aten.view.default)
-
 
 _LARGER = 4
 """How many times the example's pixels are run at once."""
@@ -76,8 +76,13 @@ def capture_multiples(model: nn.Module, run: Run, example: Tensor, multiple: int
 
 def on_multiples(image: Tensor, multiple: int) -> Tensor:
     """Return an image of multiples of a number, at least two along each axis: repeated or cut."""
-    space = [max(2, n // multiple) * multiple for n in image.shape[2:]]
-    return image if space == list(image.shape[2:]) else resized(image, space)
+    space = multiples_near(image.shape[2:], multiple)
+    return image if space == tuple(image.shape[2:]) else resized(image, space)
+
+
+def multiples_near(extents: Sequence[int], multiple: int) -> tuple[int, ...]:
+    """Return multiples of a number, at least two of it, that are no more than extents else; any are multiples of 1."""
+    return tuple(extents) if multiple == 1 else tuple(max(2, n // multiple) * multiple for n in extents)
 
 
 def unfolded(body: GraphModule, multiple: int) -> GraphModule:
@@ -149,20 +154,18 @@ def _measure_image_(size: Node, image: Node, multiple: int) -> None:
     """Let a node that reads the multiples along a dimension of a folded image compute them from the image's extent."""
     graph, dim = size.graph, size.args[1]
     assert isinstance(dim, int)
+    if dim < 2:  # images and channels are not folded
+        size.replace_input_with(size.all_input_nodes[0], image)
+        return
     with graph.inserting_before(size):
-        extent = graph.call_function(
-            torch.ops.aten.sym_size.int, (image, (dim + 2) // 2 if dim >= 2 else dim)
-        )
-        extent.meta = {"val": size.meta["val"] * multiple if dim >= 2 else size.meta["val"]}
-        if dim < 2:
-            found = extent
-        else:
-            found = graph.call_function(operator.floordiv, (extent, multiple))
-            found.meta = dict(size.meta)
-            for user in list(size.users):
-                if user.target is operator.mul and multiple in user.args:
-                    user.replace_all_uses_with(extent)
-                    graph.erase_node(user)
+        extent = graph.call_function(torch.ops.aten.sym_size.int, (image, (dim + 2) // 2))
+        extent.meta = {"val": size.meta["val"] * multiple}
+        found = graph.call_function(operator.floordiv, (extent, multiple))
+        found.meta = dict(size.meta)
+    for user in list(size.users):
+        if user.target is operator.mul and multiple in user.args:
+            user.replace_all_uses_with(extent)
+            graph.erase_node(user)
     size.replace_all_uses_with(found)
     graph.erase_node(size)
 

@@ -26,7 +26,7 @@ from normfix.networks.behaviour import behaviour_of
 from normfix.networks.calling import Caller, failures
 from normfix.networks.copying import double_of, original_of
 from normfix.networks.examples import EXTENT
-from normfix.networks.graph.multiples import on_multiples
+from normfix.networks.graph.multiples import multiples_near, on_multiples
 from normfix.networks.provenance import kept_in
 from normfix.records.spans import round_up
 from normfix.tiling.dependence import magnitudes
@@ -157,11 +157,12 @@ def program_of(
     try:
         if known is not None:
             _require_multiples(known.program, image, owner)
+            small, large = (multiples_near(n, known.program.multiple) for n in (small, large))
         # a branch by size the smaller part cannot tell; and it may be none for the program: more of it decides
         if known is not None and not (
-            known.program.takes(on_multiples(part(large), known.program.multiple).shape)
+            known.program.takes((1, image.shape[1], *large))
             and any(
-                known.still_holds(model, caller, sites, on_multiples(part(extents), known.program.multiple))
+                known.still_holds(model, caller, sites, part(extents))
                 for extents in dict.fromkeys((small, large))
             )
         ):
