@@ -469,6 +469,40 @@ def test_a_kernel_that_is_made_at_each_pass_is_no_map():
     assert (given - net(image)).abs().max() < 1e-12
 
 
+class Stamped(nn.Module):
+    """Marks the corner of a map that is made as large as its own, as masks of shifted windows are, before a norm."""
+
+    def __init__(self, make, counted):
+        super().__init__()
+        self.first, self.norm, self.last = (
+            nn.Conv2d(1, 2, 3, padding=1),
+            nn.GroupNorm(2, 2),
+            nn.Conv2d(2, 1, 3, padding=1),
+        )
+        self.make, self.counted = make, counted
+
+    def forward(self, x):
+        x = self.first(x)
+        made = self.make(x)
+        if self.counted:
+            return self.last(self.norm(x + 1e-3 * made.sum() * x.relu()))
+        made[..., -8:-4, -8:-4] = 1
+        return self.last(self.norm(x + made * 0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize(
+    "make", [lambda x: x.new_ones(x.shape[2:]), lambda x: x.new_full(x.shape[2:], 0.5), torch.ones_like]
+)
+def test_a_map_that_takes_its_dtype_alone_from_another_is_made_of_no_value(make, counted):
+    """Its corner is no statistic of the image; the sum over it is one, and is put together from blocks."""
+    torch.manual_seed(0)
+    net, (image,) = Stamped(make, counted).double().eval(), _images((48, 64))
+    given = normfix.predict(net, image, tile=16, statistics="per-image", engine="stages")
+    assert (given - net(image)).abs().max() < 1e-12
+
+
 @pytest.mark.slow
 def test_a_halo_one_pixel_short_is_found(tangled):
     """The proof of a schedule fails if one stage's halo is one grid cell short on one side."""

@@ -224,11 +224,11 @@ def bound_between(image: Node, sources: Sequence[Node], results: Sequence[Node])
     nodes = between(sources, results)
     tensors = [v for n in nodes for v in tree_leaves(n.meta.get("val")) if isinstance(v, Tensor)]
     derived = derive(nodes, set(sources), lattice_of(image.meta["val"].shape, tensors))
-    layouts = [derived.scale(result) for result in results if result in derived.layouts]
-    offset = derived.offset(results[0]) if layouts else None
+    mine = tuple(r for r in results if r in derived.layouts)
+    layouts = [derived.scale(result) for result in mine]
+    offset = derived.offset(mine[0]) if mine else None
     if not layouts or None in layouts or offset is None or layouts[0] is None:
         raise Unsized("the output is no map over the image")
-    mine = tuple(r for r in results if r in derived.layouts)
     bound = Bound(derived, tuple(sources), mine, layouts[0], offset)
     if not derived.wraps:
         return bound

@@ -101,9 +101,8 @@ def find_maps(program: Program, size: Sequence[int], step: Sequence[int]) -> Pro
         grown = list(size)
         grown[axis + 2] += step[axis]
         longer.append(program.shapes(grown))
-    blank = (n for n in here if n.op == "call_function" and not taken_by(n))
-    still = {n for n in blank if all(here[n] == there[n] for there in longer)}
-    moving = _computed_from(program, {program.image, *program.stretches}, still)
+    growing = {n for n in here if any(here[n] != there[n] for there in longer)}
+    moving = _computed_from(program, {program.image, *program.stretches}, growing)
     maps, scales = {}, {}
     for node in here:
         if node not in moving or not is_tensor_node(node):
@@ -165,22 +164,27 @@ def _map_of(
     return Map(dims, scale, _lost(dims, scale, shape, size))
 
 
-def _computed_from(program: Program, sources: set[Node], still: Collection[Node]) -> set[Node]:
+def _computed_from(program: Program, sources: set[Node], growing: Collection[Node]) -> set[Node]:
     """Return the tensors that are computed from the sources' values (not from their sizes alone).
 
     Args:
         program: whose tensors.
         sources: what they are computed from.
-        still: nodes that take a dtype and a device from what they are given, and no more.
+        growing: nodes whose sizes follow the image's. What takes a dtype and a device from what it is given, and no
+            more, is no value of it but a map as large, and so is what is made of such maps alone while it grows.
     """
-    found = set(sources)
+    found, blank = set(sources), set[Node]()
     for node in program.body.graph.nodes:
-        if (
-            node in found
-            or node in still
-            or (not is_tensor_node(node) and not isinstance(node.meta.get("val"), (tuple, list)))
+        if node in found or (
+            not is_tensor_node(node) and not isinstance(node.meta.get("val"), (tuple, list))
         ):
             continue
-        if any(parent in found for parent in node.all_input_nodes):
-            found.add(node)
+        parents = found.intersection(node.all_input_nodes)
+        if not parents:
+            continue
+        if parents <= blank or (node.op == "call_function" and not taken_by(node)):
+            if node not in growing:
+                continue
+            blank.add(node)
+        found.add(node)
     return found
