@@ -22,7 +22,7 @@ from normfix.records.verdicts import ProofStep, Verdict
 from normfix.scanning.sites import survey
 from normfix.tiling.geometry import thinnest
 from normfix.tiling.grid import Geometry
-from normfix.tiling.halo import strip
+from normfix.tiling.material import strip
 from normfix.tiling.recall import Recalling
 from normfix.tiling.stitching import tiled
 from normfix.tiling.strips import longer_than_windows

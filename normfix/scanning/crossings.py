@@ -17,8 +17,9 @@ from normfix.networks.calling import refusals
 from normfix.records.sizes import Condition
 from normfix.records.spans import round_up
 from normfix.scanning.graph.bounds import AXES, SizeLook
-from normfix.tiling.dependence import agrees, far, magnitudes, shortest
+from normfix.tiling.dependence import agrees, far, shortest
 from normfix.tiling.grid import Geometry
+from normfix.tiling.material import magnitudes
 
 __all__ = ["Crossings"]
 

@@ -31,7 +31,8 @@ from normfix.records.spans import round_up
 from normfix.tiling.dye.operators import Stain, tensors_in, written_in
 from normfix.tiling.dye.twins import holds_nan
 from normfix.tiling.grid import Geometry
-from normfix.tiling.halo import AMPLIFICATION, DyeRefused, strip, texture
+from normfix.tiling.halo import DyeRefused
+from normfix.tiling.material import CHANGES, MAGNITUDES, TEXTURES, VARIANTS, Change, ranged, strip, textured
 
 __all__ = [
     "FAR",
@@ -44,7 +45,6 @@ __all__ = [
     "is_isolated",
     "is_steady",
     "keeps_borders_apart",
-    "magnitudes",
     "shortest",
 ]
 
@@ -55,71 +55,7 @@ _MOST, _TILE, _SEA = 1 << 18, 32, 128
 _APART, _APART_COARSE, _FINE = 37, 7, 4
 """Strides between two windows, primes so that no lattice hides them; the second above a stride of so many pixels."""
 
-_PERIOD = 16
-"""Pixels along a diagonal over which an image goes through all magnitudes."""
-
 Function = Callable[[Tensor], Tensor]
-Change = Callable[[Tensor], Tensor]
-
-
-def _noise(x: Tensor) -> Tensor:
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    return noise.to(x) * x.abs().mean().clamp_min(1e-3)
-
-
-def _ranged(x: Tensor) -> Tensor:
-    """Return it in magnitudes that rise from a hundredth to ten millions along its diagonals, time and again.
-
-    What compares a few neighbours with two numbers finds values between them in any part that is as large as a period.
-    """
-    places = torch.zeros(x.shape[2:], dtype=torch.float64)
-    for dim, n in enumerate(reversed(x.shape[2:])):
-        places += torch.arange(n).view(-1, *(1,) * dim)
-    powers = places % _PERIOD * (9 / _PERIOD) - 2
-    return x / x.abs().mean().clamp_min(1e-3) * 10 ** powers.to(x)
-
-
-_CHANGES: tuple[Change, ...] = (
-    lambda x: x * AMPLIFICATION,
-    lambda x: -x.abs() * AMPLIFICATION,
-    lambda x: x.abs() * 1e4 + 1e4,
-    torch.zeros_like,
-    _noise,
-)
-"""What becomes of everything that must not count."""
-
-_TEXTURES: tuple[Change, ...] = (
-    lambda x: torch.where(_noise(x) > 2 * _noise(x).std(), 50 * x.abs() + 50, 0 * x),
-    torch.ones_like,
-    lambda x: -torch.ones_like(x),
-    lambda x: (x - x.mean()).cumsum(-1),
-    lambda x: (x - x.mean()).cumsum(-2 if x.dim() > 3 else -1),
-)
-"""Images that are flat but for a few pixels, or everywhere, and smooth ones."""
-
-_IMAGES: tuple[Change, ...] = (
-    lambda x: x,
-    lambda x: x * 1e3,
-    lambda x: -30 * x,
-    lambda x: x * 1e9,
-    *_TEXTURES,
-)
-"""Images of several magnitudes and textures made from one: a reach that follows the values shows on one of them."""
-
-_MAGNITUDES: tuple[Change, ...] = (lambda x: x * 1e4, lambda x: x.abs() * 1e9, lambda x: x.abs() * -1e9)
-"""What opens the gates of a network: a threshold between ordinary numbers and these is passed on one of them.
-
-Of one sign are most images, and products of two pixels then: what takes the largest of some takes the same side of all.
-"""
-
-
-def magnitudes(image: Tensor) -> tuple[Tensor, ...]:
-    """Return an image and the same in other magnitudes: what a bound does shows beyond it alone.
-
-    >>> [float(x) for x in magnitudes(torch.ones(1))]
-    [1.0, 1000.0, -30.0]
-    """
-    return tuple(change(image) for change in _IMAGES[:3]) if image.is_floating_point() else (image,)
 
 
 def followed(f: Function, x: Tensor, axis: int, first: int, extent: int) -> Tensor:
@@ -140,7 +76,7 @@ def followed(f: Function, x: Tensor, axis: int, first: int, extent: int) -> Tens
     """
     with np.errstate(all="ignore"):
         reached, foreign = _follow(f, x, axis, first, extent)
-        for image in _IMAGES[1:] if foreign else ():
+        for image in VARIANTS[1:] if foreign else ():
             reached = reached | _follow(f, image(x), axis, first, extent)[0]
     return reached
 
@@ -183,7 +119,7 @@ def is_steady(
         thorough: try every change on every kind of image; else two of each, where the dye could be followed through
             known operators.
     """
-    images, changes = (_IMAGES, _CHANGES) if thorough else (_IMAGES[:2], _CHANGES[:2])
+    images, changes = (VARIANTS, CHANGES) if thorough else (VARIANTS[:2], CHANGES[:2])
     with np.errstate(all="ignore"):  # an operator written in numpy overflows where it is meant to
         return all(
             _holds(f, example, axis, geometry, cross, images, changes)
@@ -198,7 +134,7 @@ def is_isolated(f: Function, example: Tensor, geometry: Geometry, cross: Sequenc
     Arguments as for is_steady.
     """
     return all(
-        _holds(f, example, axis, geometry, cross, _IMAGES[:1], _CHANGES[:2])
+        _holds(f, example, axis, geometry, cross, VARIANTS[:1], CHANGES[:2])
         for axis in range(len(geometry.stride))
     )
 
@@ -232,12 +168,12 @@ def hides_no_place(f: Function, example: Tensor, geometry: Geometry, cross: Sequ
         size = shortest(geometry, cross, axis, tile)
         if agrees(f, example, axis, geometry, size, tile, image=image):
             return True
-        x = image(strip(example, size) + texture(example, size))
+        x = image(textured(example, size))
         return not alike(f(x), f(x * (1 + 2**-48)))
 
     with np.errstate(all="ignore"):
-        axes = [axis for axis in range(len(geometry.stride)) if agree(axis, _IMAGES[0])]
-        return all(agree(axis, image) for axis in axes for image in (*_MAGNITUDES, _ranged, *_TEXTURES))
+        axes = [axis for axis in range(len(geometry.stride)) if agree(axis, VARIANTS[0])]
+        return all(agree(axis, image) for axis in axes for image in (*MAGNITUDES, ranged, *TEXTURES))
 
 
 def agrees(
@@ -257,7 +193,7 @@ def agrees(
     stride, scale, length = geometry.stride[axis], geometry.scale[axis], size[axis]
     before, tile, after = _reads(geometry, axis, tile)
     reads = before + tile + after
-    x = image(strip(example, size) + texture(example, size))
+    x = image(textured(example, size))
     whole = f(x)
     last = (length - reads) // stride * stride
     starts = [0, last // 2 // stride * stride, last]
@@ -300,7 +236,7 @@ def _holds(
     size[axis] = sea + before + tile + after + sea
     window = (axis + 2, sea, before + tile + after)
     kept = (axis + 2, int((sea + before) * scale), int(tile * scale))
-    material = strip(example, size) + texture(example, size)
+    material = textured(example, size)
     for image in images:
         x = image(material)
         if not _is_held(f, x, f(x), window, kept, changes):
@@ -318,9 +254,9 @@ def borders_hold(f: Function, example: Tensor, axis: int, geometry: Geometry, cr
     before, tile, after = _reads(geometry, axis, max(_TILE, *geometry.halo[axis]))
     size = [*cross]
     size[axis] = length = 2 * tile + max(before, after) + round_up(max(_SEA, before, after), stride)
-    material = strip(example, size) + texture(example, size)
+    material = textured(example, size)
     first, last = int(tile * scale), int((length - tile) * scale)
-    for x in (material, _ranged(material)):
+    for x in (material, ranged(material)):
         quiet = f(x)
         ends = (
             ((axis + 2, 0, tile + after), (axis + 2, 0, min(first, quiet.shape[axis + 2]))),
@@ -330,7 +266,7 @@ def borders_hold(f: Function, example: Tensor, axis: int, geometry: Geometry, cr
             ),
         )
         # a network that crops its end gives nothing there
-        if not all(_is_held(f, x, quiet, window, kept, _CHANGES[:2]) for window, kept in ends if kept[2] > 0):
+        if not all(_is_held(f, x, quiet, window, kept, CHANGES[:2]) for window, kept in ends if kept[2] > 0):
             return False
     return True
 
@@ -459,7 +395,7 @@ class _Follow(Stain):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         outputs = tensors_in(result)
         differs = [torch.zeros(t.shape, dtype=torch.bool) for t in outputs]
-        for change in _CHANGES:
+        for change in CHANGES:
             changed = self._spoiled((args, kwargs), change)
             others = tensors_in(func(*changed[0], **changed[1]))
             if [t.shape for t in others] != [t.shape for t in outputs]:

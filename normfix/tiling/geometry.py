@@ -23,7 +23,8 @@ from normfix.records.sites import Finding, Scan
 from normfix.records.spans import Spans, in_strides, round_up
 from normfix.tiling.dependence import borders_hold, followed, hides_no_place, is_isolated, is_steady
 from normfix.tiling.grid import Geometry
-from normfix.tiling.halo import DyeLost, DyeRefused, Felt, halo, halo_within, strip
+from normfix.tiling.halo import DyeLost, DyeRefused, Felt, halo, halo_within
+from normfix.tiling.material import strip
 from normfix.tiling.reach.bounds import Bound
 from normfix.tiling.recall import Recalling
 from normfix.tiling.stride import (

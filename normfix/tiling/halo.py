@@ -28,19 +28,16 @@ from torch.utils._pytree import tree_leaves
 from normfix.networks import operators
 from normfix.networks.numerics import BOUNDLESS
 from normfix.records.spans import round_up
+from normfix.tiling.material import AMPLIFICATION, strip, textured
 
 __all__ = [
-    "AMPLIFICATION",
     "DyeLost",
     "DyeRefused",
     "halo",
     "halo_within",
     "interference",
-    "strip",
-    "texture",
 ]
 
-AMPLIFICATION = 1e12
 _FIRST_SEA, _LARGEST_SEA, _LARGEST_SHORE = 256, 8192, 4096
 _SEA, _SHORE = 64, 128
 """Sea, and clean shore at least, in pixels, where a bound is known: the dye only confirms it."""
@@ -190,7 +187,7 @@ def interference(
     tile, sea = round_up(32, grid), round_up(max(least, before, after), grid)
     size = [*cross]
     size[axis] = sea + before + tile + after + sea
-    x = strip(example, size) + texture(example, size)
+    x = textured(example, size)
     window = (axis + 2, sea, before + tile + after)
     kept = (axis + 2, int((sea + before) * scale), int(tile * scale))
     quiet_tile = f(x).narrow(*kept)
@@ -203,25 +200,6 @@ def interference(
         change = ((quiet_tile - f(loud).narrow(*kept)).abs().max() / extent).item()
         changes.append(min(change, BOUNDLESS) if change == change else BOUNDLESS)
     return max(changes)
-
-
-def strip(example: Tensor, size: Sequence[int]) -> Tensor:
-    """Return a strip of the given spatial size made from the example, mirrored back and forth.
-
-    Mirroring keeps the example's own values and their smoothness at every size.
-    """
-    x = example
-    for axis, n in enumerate(size, start=2):
-        period = torch.cat([torch.arange(x.shape[axis]), torch.arange(x.shape[axis] - 1, -1, -1)])
-        x = x.index_select(axis, period.to(x.device)[torch.arange(n, device=x.device) % len(period)])
-    return x
-
-
-def texture(example: Tensor, size: Sequence[int]) -> Tensor:
-    """Return reproducible noise as large as the example's own variation: no period can hide a shift."""
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(*example.shape[:2], *size, generator=generator, dtype=torch.float64)
-    return (noise * float(example.double().std().clamp_min(1e-3))).to(example)
 
 
 def _reach(

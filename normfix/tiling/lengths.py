@@ -16,7 +16,7 @@ from normfix.records.spans import round_up
 from normfix.tiling.dependence import alike
 from normfix.tiling.geometry import cross_section
 from normfix.tiling.grid import Geometry
-from normfix.tiling.halo import strip, texture
+from normfix.tiling.material import textured
 from normfix.tiling.stitching import tiled
 
 __all__ = ["LARGEST", "differing", "strips_along"]
@@ -44,7 +44,7 @@ def differing(
         compared: pixels per axis of what was compared before: there are no strips along axes that are no longer.
     """
     for extents in _trials(f, example, size, geometry, compared):
-        x = strip(example, extents) + texture(example, extents)
+        x = textured(example, extents)
         with torch.no_grad():
             if not alike(*(y.double() for y in (tiled(f, x, tile, geometry), f(x)))):
                 return extents

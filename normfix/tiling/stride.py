@@ -18,7 +18,7 @@ from normfix.networks.calling import refusals
 from normfix.networks.numerics import EXACT
 from normfix.records.spans import round_up
 from normfix.tiling.grid import at
-from normfix.tiling.halo import strip, texture
+from normfix.tiling.material import strip, textured
 
 __all__ = [
     "common_strip",
@@ -140,7 +140,7 @@ def is_equivariant(
     length = round_up(reach[0] + reach[1] + 64, grid) + 2 * grid
     size = [*cross]
     size[axis] = length + shift
-    x = strip(example, size) + texture(example, size)
+    x = textured(example, size)
     still, moved = f(x.narrow(axis + 2, 0, length)), f(x.narrow(axis + 2, shift, length))
     first = round_up(reach[0], scale.denominator) + shift
     last = length - round_up(reach[1], scale.denominator)
@@ -260,7 +260,7 @@ def common_strip(
         length = _common_length(max(sum(reach) + _margin(scale), cross[axis]) + hint, hint)
     size = [*cross]
     size[axis] = length + hint
-    return strip(example, size) + texture(example, size)
+    return textured(example, size)
 
 
 def _window_agrees(
@@ -354,7 +354,7 @@ def exact_multiple(
         """Return the largest relative difference; infinite where sizes differ, or nothing varies."""
         size = [*cross]
         size[axis] = length + rest
-        x = strip(example, size) + texture(example, size)
+        x = textured(example, size)
         if function is rough:
             x = x.float()
         ends, whole = _ends(function, x, axis, stride, scale, reach)
@@ -398,7 +398,7 @@ def ends_held(
     length = start + round_up(max(sum(reach) + _margin(scale), cross[axis]), unit)
     size = [*cross]
     size[axis] = length + start
-    x = strip(example, size) + texture(example, size)
+    x = textured(example, size)
     ends, whole = _ends(f, x, axis, start, scale, reach)
     if ends is None or whole is None:
         return False, False
@@ -474,7 +474,7 @@ def _cuts_agree(
     size = [*cross]
     # the strip of common_unit, where the extents are the same: its runs need not be made again
     size[axis] = length + cut
-    x = (strip(example, size) + texture(example, size)).narrow(axis + 2, 0, length)
+    x = textured(example, size).narrow(axis + 2, 0, length)
     ends, whole = _ends(f, x, axis, start, scale, reach)
     at_end = False if ends is None else _same(*ends)
     if at_end is False or whole is None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from normfix.records.spans import round_up
 from normfix.tiling.grid import Geometry
-from normfix.tiling.halo import strip
+from normfix.tiling.material import strip
 
 __all__ = ["longer_than_windows"]
 

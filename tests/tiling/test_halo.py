@@ -29,7 +29,7 @@ from torch import nn
 
 from normfix.proof.comparison import ISOLATED
 from normfix.records.spans import round_up
-from normfix.tiling.halo import DyeLost, halo, interference, strip, texture
+from normfix.tiling.halo import DyeLost, halo, interference
 
 # name: (network, stride, scale, (before, after))
 HALOS = {
@@ -186,18 +186,6 @@ def test_a_saturating_input_blinds_interference():
 
     _, double = functions(Squashes())
     assert interference(double, EXAMPLE.double(), 0, 1, Fraction(1), (0, 0), CROSS) < ISOLATED
-
-
-def test_a_strip_repeats_its_material_back_and_forth():
-    """Strips mirror the example, so that no seam appears."""
-    assert strip(torch.tensor([[[1, 2, 3]]]), (8,)).tolist() == [[[1, 2, 3, 3, 2, 1, 1, 2]]]
-
-
-def test_texture_repeats():
-    """The noise is the same on every call, whatever was drawn in between."""
-    first = texture(EXAMPLE, (8, 8))
-    torch.randn(3)
-    assert torch.equal(first, texture(EXAMPLE, (8, 8)))
 
 
 def test_a_reach_that_alternates_with_the_lattice_is_the_widest_of_it():

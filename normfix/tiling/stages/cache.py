@@ -29,8 +29,8 @@ from normfix.networks.examples import EXTENT
 from normfix.networks.graph.multiples import multiples_near, on_multiples
 from normfix.networks.provenance import kept_in
 from normfix.records.spans import round_up
-from normfix.tiling.dependence import magnitudes
 from normfix.tiling.lengths import LARGEST, strips_along
+from normfix.tiling.material import magnitudes
 from normfix.tiling.stages.attention import with_attention
 from normfix.tiling.stages.maps import lattice
 from normfix.tiling.stages.overviews import with_overviews

@@ -34,7 +34,8 @@ from normfix.networks.numerics import EXACT, as_numbers
 from normfix.records.derivations import Obstacle
 from normfix.records.spans import Spans, round_up
 from normfix.tiling.dependence import followed, keeps_borders_apart
-from normfix.tiling.halo import DyeLost, DyeRefused, halo, interference, strip
+from normfix.tiling.halo import DyeLost, DyeRefused, halo, interference
+from normfix.tiling.material import strip
 from normfix.tiling.reach.bounds import Bound, bound_between
 from normfix.tiling.reach.extents import Unsized
 from normfix.tiling.stages.cutting import Stage

@@ -24,8 +24,8 @@ from normfix.networks.calling import refusals
 from normfix.networks.devices import CPU
 from normfix.networks.numerics import EXACT, exact_arithmetic
 from normfix.records.spans import round_up
-from normfix.tiling.halo import strip
 from normfix.tiling.lengths import LARGEST, strips_along
+from normfix.tiling.material import NOISES, strip
 from normfix.tiling.stages.cutting import Stage, cut
 from normfix.tiling.stages.execution import execute
 from normfix.tiling.stages.maps import ProgramMaps, find_maps
@@ -256,7 +256,7 @@ def _prove(planned: Schedule, stride: Sequence[int], rests: Collection[tuple[int
     left = any(knows_places(stage, image) or not known.bounds(stage, image) for stage in planned.stages)
     for axis in range(len(stride)):
         for size in _probe_sizes(planned, stride, axis, rests):
-            for made in _IMAGES if left else _IMAGES[:1]:
+            for made in NOISES if left else NOISES[:1]:
                 _require_exact(_difference(planned, size, made), f"axis {axis}")
 
 
@@ -275,21 +275,6 @@ def _reach_of(stage: Stage, maps: ProgramMaps, shapes: Shapes, program: Program)
         with suppress(NotInStages, torch.OutOfMemoryError):
             return measure_reach(stage, maps, shapes, program.image, program.device)
     return measure_reach(stage, maps, shapes, program.image)
-
-
-def _spiky(noise: Tensor) -> Tensor:
-    """Return a few values far from the rest, which a norm brings no nearer."""
-    return noise**9
-
-
-_IMAGES: tuple[Callable[[Tensor], Tensor], ...] = (
-    torch.clone,
-    lambda noise: noise * 1e4,
-    lambda noise: noise.abs() * 1e9,
-    _spiky,
-    lambda noise: torch.where(noise > 2, 50 * noise, 0),
-)
-"""What becomes of the noise that blocks and the whole are run on: a gate that is shut on one image opens on another."""
 
 
 def _difference(
