@@ -218,3 +218,33 @@ def test_an_unconverted_network_gives_its_whole_image_output(build):
     with torch.no_grad():
         expected = call(net, image) if call else net(image)
     assert float((given - expected).abs().max() / expected.std()) < 1e-9
+
+
+class Windowed(nn.Module):
+    """Two levels of torchvision's Swin with windows of four, and a norm of the image after them."""
+
+    def __init__(self, swin):
+        super().__init__()
+        self.windows, self.first, self.last = (
+            swin.features,
+            nn.Conv2d(24, 8, 3, padding=1),
+            nn.Conv2d(8, 2, 1),
+        )
+        self.norm = nn.GroupNorm(2, 8)
+
+    def forward(self, x):
+        y = self.norm(self.first(self.windows(x).permute(0, 3, 1, 2)))
+        return self.last(y.relu())
+
+
+def test_shifted_windows_that_fill_their_masks_run_in_blocks(caplog):
+    """Their graph is one of multiples; the masks are filled slice by slice, relative to the image's end."""
+    swin = pytest.importorskip("torchvision.models.swin_transformer").SwinTransformer
+    torch.manual_seed(0)
+    net = Windowed(swin([2, 2], 12, [2, 2], [2, 2], [4, 4], stochastic_depth_prob=0.0)).double().eval()
+    image = torch.rand(1, 3, 96, 128, dtype=torch.float64)
+    given = normfix.predict(net, image, tile=32, statistics="per-image")
+    with torch.no_grad():
+        expected = net(image)
+    assert float((given - expected).abs().max() / expected.std()) < 1e-9
+    assert "passes over whole images" not in caplog.text
