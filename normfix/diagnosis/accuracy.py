@@ -121,8 +121,15 @@ def _numbers(given: Any) -> Tensor:
     """Return labels in a type that torch compares: it only holds unsigned integers of more than 8 bits.
 
     Raises:
-        NormfixError: NF604 for what are no real numbers.
+        NormfixError: NF604 for what are no real numbers, or no array of them.
     """
+    if isinstance(given, Tensor) and (given.layout is not torch.strided or given.is_meta):
+        raise NormfixError(
+            "NF604",
+            f"labels are an array of numbers, and these are a tensor of layout {given.layout} on {given.device}. Give "
+            "labels.to_dense(), or values.",
+            where="labels",
+        )
     values = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
     if values.dtype.kind not in "biuf":
         raise NormfixError(

@@ -66,6 +66,13 @@ def test_labels_of_every_type_of_number_judge(dtype, kind):
     assert truth.row("perfect", perfect.long() if kind == "labels" else perfect * 2.0 - 1).dice == 1
 
 
+@pytest.mark.parametrize("labels", [CLASSES.to_sparse(), CLASSES.to("meta")], ids=["sparse", "meta"])
+def test_labels_that_are_no_array_are_refused(labels):
+    """Tensors without values that lie there one by one are named as such."""
+    with pytest.raises(NormfixError, match="NF604 labels: labels are an array"):
+        Labels.of(labels, (4, 4), "logits", None)
+
+
 def test_labels_that_are_no_numbers_are_refused():
     """Names of classes are no class numbers."""
     with pytest.raises(NormfixError, match=r"NF604 labels: .*U1"):
