@@ -394,7 +394,8 @@ CODES: dict[str, str] = {
     "it are read.",
     "NF603": "The network does not run on this size, so the image was extended by its edge pixels to the next size "
     "it is exact at; that image is the whole.",
-    "NF604": "Labels have the spatial shape of the prediction: one channel of class numbers, or a mask per channel.",
+    "NF604": "Labels have the spatial shape of the prediction: one channel of class numbers, or a mask per channel. "
+    "Both are whole numbers.",
     "NF605": "A pipeline is a function predict(image) that takes an array (C, *space) and returns an array of the "
     "same spatial extents, and gives the same answer each time.",
     "NF606": "The output is constant or not finite, so a difference has no unit and agreement proves nothing.",

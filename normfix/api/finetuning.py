@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn, optim
@@ -142,6 +143,7 @@ def prepare_finetune(
     Raises:
         NormfixError: NF247 if a pattern matches no parameter.
         ValueError: total_steps is below 1 or hold is no share.
+        TypeError: one of them is no number.
 
     Example:
         >>> import normfix, torch
@@ -155,6 +157,10 @@ def prepare_finetune(
         >>> run.steps, model[1].r_max.item(), [len(group["params"]) for group in run.groups]
         (1, 3.0, [2, 2])
     """
+    given: dict[str, Any] = {"total_steps": total_steps, "hold": hold}
+    for name, value in given.items():
+        if not isinstance(value, Real):  # such as an example input, which other verbs take there
+            raise TypeError(f"{name} is a number, got {type(value).__name__}")
     if total_steps < 1 or not 0 <= hold <= 1:
         raise ValueError(f"need total_steps >= 1 and 0 <= hold <= 1, got {total_steps} and {hold}")
     everything = model.named_parameters(remove_duplicate=False)

@@ -50,10 +50,12 @@ class Labels:
             channels: of the output.
 
         Raises:
-            NormfixError: NF604 if the extents differ, or class numbers shall judge several channels that are
-                each a mask of their own.
+            NormfixError: NF604 if the extents differ, class numbers shall judge several channels that are each a
+                mask of their own, or Dice is asked of what are no whole numbers.
         """
         values = _numbers(given)
+        if metric is None and kind != "regression":
+            _require_classes(values)
         if values.dim() == len(size) + 2 and values.shape[0] == 1:
             values = values[0]
         if tuple(values.shape[-len(size) :]) != tuple(size) or values.dim() not in (len(size), len(size) + 1):
@@ -119,8 +121,15 @@ def _numbers(given: Any) -> Tensor:
     """Return labels in a type that torch compares: it only holds unsigned integers of more than 8 bits.
 
     Raises:
-        NormfixError: NF604 for what are no real numbers.
+        NormfixError: NF604 for what are no real numbers, or no array of them.
     """
+    if isinstance(given, Tensor) and (given.layout is not torch.strided or given.is_meta):
+        raise NormfixError(
+            "NF604",
+            f"labels are an array of numbers, and these are a tensor of layout {given.layout} on {given.device}. Give "
+            "labels.to_dense(), or values.",
+            where="labels",
+        )
     values = np.asarray(given.cpu() if isinstance(given, Tensor) else given)
     if values.dtype.kind not in "biuf":
         raise NormfixError(
@@ -131,6 +140,24 @@ def _numbers(given: Any) -> Tensor:
         values = np.minimum(values, largest).astype(np.int64)
     native = values.astype(values.dtype.newbyteorder("="), copy=False)
     return torch.as_tensor(np.require(native, requirements="W"))
+
+
+def _require_classes(values: Tensor) -> None:
+    """Refuse fractions and NaN: as masks all above 0 would be foreground, as class numbers they would equal none.
+
+    Raises:
+        NormfixError: NF604.
+    """
+    if not values.is_floating_point():
+        return
+    odd = values[values != values.round()]
+    if odd.numel():
+        raise NormfixError(
+            "NF604",
+            f"labels are class numbers or masks, and {odd.numel():,} of these are none, such as {float(odd[0]):.3g}. "
+            "Round them, of probabilities labels > 0.5, or give a metric that takes them.",
+            where="labels",
+        )
 
 
 def _scored(metric: Metric, prediction: NDArray[Any], labels: NDArray[Any]) -> float:

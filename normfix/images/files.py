@@ -140,24 +140,40 @@ def read_image(
 
 
 def require_walkable(path: Path, window: Unread) -> None:
-    """Refuse to measure the values of a file that is long and hardly stored: a sparse file of any length costs nothing.
+    """Refuse to measure the values of an image that is long and hardly stored: holes of any length cost nothing.
 
     Raises:
         NormfixError: NF121.
     """
-    status = path.stat()
-    size = math.prod(window.shape) * np.dtype(window.array.dtype).itemsize
+    array = window.array
+    size, chunks = math.prod(window.shape) * np.dtype(array.dtype).itemsize, _chunks_of(array)
+    if size <= _LONG and chunks <= _CHUNKS:
+        return
+    stored = _stored(path)
     # a pyramid or a compressed file is shorter than its image; what is not stored of either is a hole
-    blocks = getattr(status, "st_blocks", None)
-    stored = status.st_size if blocks is None else blocks * _BLOCK
-    if path.is_file() and size > _LONG and min(size, status.st_size) > _RATIO * stored:
+    length = size if path.is_dir() else min(size, path.stat().st_size)
+    if (size > _LONG and length > _RATIO * stored) or chunks > _CHUNKS + stored // _BYTES_A_CHUNK:
         raise NormfixError(
             "NF121",
-            f"its {size:,} bytes would be walked over to measure the scaling, and {stored:,} of the file are stored: "
-            "it is damaged, built to harm, or nearly empty. If it is right, state a scaling that is not measured on "
-            "it: --scale MEAN,STD, unit or none.",
+            f"its {size:,} bytes in {chunks:,} chunks would be walked over to measure the scaling, and {stored:,} are "
+            "stored: it is damaged, built to harm, or nearly empty. If it is right, state a scaling that is not "
+            "measured on it: --scale MEAN,STD, unit or none.",
             where=str(path),
         )
+
+
+def _stored(path: Path) -> int:
+    """Return the bytes of a file, or of the files in a folder, that are no holes."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    found = [file.stat() for file in files if file.is_file()]
+    return sum(getattr(status, "st_blocks", -(-status.st_size // _BLOCK)) * _BLOCK for status in found)
+
+
+def _chunks_of(array: ArrayLike) -> int:
+    """Return in how many chunks an array lies."""
+    shape = tuple(array.shape)
+    sides = getattr(array, "chunks", None) or shape
+    return math.prod(-(-n // max(1, side)) for n, side in zip(shape, sides, strict=True))
 
 
 def read_all(window: Unread, path: Path) -> NDArray[Any]:
@@ -177,8 +193,7 @@ def _require_proportion(path: Path, array: ArrayLike) -> None:
     """
     shape, dtype = tuple(array.shape), np.dtype(array.dtype)
     size = math.prod(shape) * dtype.itemsize
-    sides = getattr(array, "chunks", None) or shape
-    chunks = math.prod(-(-n // max(1, side)) for n, side in zip(shape, sides, strict=True))
+    chunks = _chunks_of(array)
     if size <= _LARGE and chunks <= _CHUNKS:
         return
     files = path.rglob("*") if path.is_dir() else [path]

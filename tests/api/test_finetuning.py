@@ -4,6 +4,7 @@ import copy
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -413,3 +414,11 @@ def test_parameters_that_cannot_train_are_left_alone():
     run = normfix.prepare_finetune(net, total_steps=4)
     assert not net.table.requires_grad
     assert all(p is not net.table for group in run.groups for p in group["params"])
+
+
+@pytest.mark.parametrize("steps", [torch.rand(1, 1, 8, 8), None, "100"])
+def test_steps_that_are_no_number_are_named(model, steps):
+    """An example input, which the other verbs take there, is told from a number of steps; numpy's numbers are ones."""
+    with pytest.raises(TypeError, match="total_steps is a number"):
+        normfix.prepare_finetune(model, steps)
+    assert normfix.prepare_finetune(model, total_steps=np.int64(4)).groups

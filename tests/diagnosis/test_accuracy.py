@@ -35,6 +35,19 @@ def test_labels_that_fit_the_output_judge_it(labels, kind, channels):
     assert truth.row("perfect", score).dice == 1
 
 
+@pytest.mark.parametrize("kind", ["logits", "scores"])
+def test_fractions_and_nan_are_no_labels(kind):
+    """All above 0 was foreground; controls: whole numbers of a float, no Dice asked, the caller's own metric."""
+    for odd in (0.25, torch.nan):
+        labels = CLASSES.float().clone()
+        labels[0, 0] = odd
+        with pytest.raises(NormfixError, match=r"NF604 .*labels > 0\.5"):
+            Labels.of(labels, (4, 4), kind, None, channels=1)
+        assert Labels.of(labels, (4, 4), "regression", None).values.shape == (1, 4, 4)
+        assert Labels.of(labels, (4, 4), kind, lambda a, b: 1.0).values.shape == (1, 4, 4)
+    assert Labels.of(CLASSES.double() * 255, (4, 4), kind, None).values.max() == 510
+
+
 def test_a_kind_that_is_none_is_refused():
     """A slip would be read as numbers without a Dice."""
     with pytest.raises(NormfixError, match="NF580"):
@@ -51,6 +64,13 @@ def test_labels_of_every_type_of_number_judge(dtype, kind):
     truth = Labels.of(values, (4, 4), kind, None)
     perfect = (CLASSES > 0)[None, None]
     assert truth.row("perfect", perfect.long() if kind == "labels" else perfect * 2.0 - 1).dice == 1
+
+
+@pytest.mark.parametrize("labels", [CLASSES.to_sparse(), CLASSES.to("meta")], ids=["sparse", "meta"])
+def test_labels_that_are_no_array_are_refused(labels):
+    """Tensors without values that lie there one by one are named as such."""
+    with pytest.raises(NormfixError, match="NF604 labels: labels are an array"):
+        Labels.of(labels, (4, 4), "logits", None)
 
 
 def test_labels_that_are_no_numbers_are_refused():

@@ -189,6 +189,20 @@ def test_a_description_of_countless_planes_is_refused(tmp_path):
         open_file(_ome(tmp_path / "a.ome.tif", "a.ome.tif", planes=10**9))
 
 
+@pytest.mark.parametrize("extent", ["SizeX", "SizeY"])
+def test_extents_that_countless_planes_would_fill_are_refused(tmp_path, extent):
+    """As many planes as fill an extent that a description claims are not listed either; a right one is read."""
+    path = tmp_path / "a.ome.tif"
+    tifffile.imwrite(path, np.stack([VALUES, VALUES]), metadata={"axes": "ZYX"})
+    opened = open_file(path)
+    opened.close()
+    assert opened.array.shape == (2, 8, 8)
+    said = tifffile.tiffcomment(path).replace(f'{extent}="8"', f'{extent}="4294967295"')
+    tifffile.tiffcomment(path, said.encode())
+    with pytest.raises(NormfixError, match="NF121"):
+        open_file(path)
+
+
 def test_an_extension_larger_than_its_header_says_is_not_read(tmp_path):
     """A compressed NIfTI whose extension claims two gigabytes is refused before any of it is unpacked."""
     nibabel = pytest.importorskip("nibabel")

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from optional import zarr
+from optional import needs_zarr, zarr
 
 import normfix
 from normfix.errors import NormfixError
@@ -215,6 +215,25 @@ def test_an_extended_image_is_extended_further():
         assert twice.shape == (1, 1, 8, 8)
         assert twice.padded((0, 0)).shape == (1, 1, 8, 8)
         assert float(twice.read(((7, 8), (7, 8)))) == 29
+
+
+@needs_zarr
+@pytest.mark.parametrize("chunks", [(1, 1), (1 << 12, 1 << 12)], ids=["countless chunks", "a long image"])
+def test_a_folder_that_is_hardly_stored_is_not_walked_over(tmp_path, monkeypatch, chunks):
+    """So with the chunks of a Zarr that are not there; controls: a stated scaling, an image that is stored."""
+    monkeypatch.setattr("normfix.images.files._LONG", 1 << 20)
+    network = torch.nn.Conv2d(1, 1, 3)
+    metadata = {"shape": (1 << 13, 1 << 13), "chunks": chunks, "dtype": "u1", "zarr_format": 2}
+    zarr.create_array(str(tmp_path / "sparse.zarr"), **metadata)
+    stored = zarr.create_array(
+        str(tmp_path / "stored.zarr"), shape=(1 << 11, 1 << 11), chunks=(256, 256), dtype="u1"
+    )
+    stored[...] = np.random.default_rng(0).integers(0, 255, (1 << 11, 1 << 11), dtype=np.uint8)
+    with pytest.raises(NormfixError, match="NF121"):
+        normfix.open_image(tmp_path / "sparse.zarr", network, scaling="zscore")
+    for name, stated in (("sparse.zarr", "unit"), ("stored.zarr", "zscore")):
+        with normfix.open_image(tmp_path / name, network, scaling=stated) as image:
+            assert image.read([(0, 8), (0, 8)]).shape == (1, 1, 8, 8)
 
 
 @pytest.mark.parametrize("scaling", ["zscore", "percentile:1,99"])

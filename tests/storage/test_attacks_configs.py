@@ -23,6 +23,7 @@ from normfix.images.deadline import within
 from normfix.records.saved import Source
 from normfix.storage.opening.allocation import Bounded, Sketched, Stored, require_proportion
 from normfix.storage.opening.arguments import blanked, require_inert, require_small
+from normfix.storage.opening.configs import read_mapping
 from normfix.storage.opening.factories import confined, rebuild
 from normfix.storage.opening.gate import is_allowed
 from normfix.storage.opening.guard import watched
@@ -469,6 +470,25 @@ def test_json_that_programs_read_differently_or_not_at_all_is_refused(tmp_path, 
     (folder / "configs" / "inference.json").write_text(text)
     with pytest.raises(NormfixError, match="NF101"):
         normfix.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("a.yaml", "0x" + "f" * 5000),
+        ("a.yaml", "1" + ":59" * 400),
+        ("a.yaml", "1" + ":59" * 400 + ".5"),
+        ("a.yaml", "{? " + "0x" + "f" * 300 + " : 1}"),
+        ("a.json", "9" * 309),
+    ],
+)
+def test_numbers_that_are_no_floats_are_refused(tmp_path, name, number):
+    """Windows of so many digits could not be written into a message; the largest float is read."""
+    path, mark = tmp_path / name, '"roi_size"' if name == "a.json" else "roi_size"
+    for found, code in ((number, "NF101"), ("9" * 308, None)):
+        path.write_text(f"{{{mark}: {found}}}")
+        with pytest.raises(NormfixError, match=code) if code else contextlib.nullcontext():
+            assert float(read_mapping(path)["roi_size"]) == 1e308
 
 
 def test_hyperparameters_that_name_a_place_are_refused(tmp_path):

@@ -18,7 +18,7 @@ from normfix.storage import scripts
 from normfix.storage.loading import open_any
 from normfix.storage.opening.configs import read_mapping
 from normfix.storage.opening.descriptions import File, Step, TensorOf, described
-from normfix.storage.opening.processing import processed, scaling_of_steps
+from normfix.storage.opening.processing import UnknownStepError, processed, scaling_of_steps
 from normfix.storage.opening.request import Request
 
 STATE = "weights__pytorch_state_dict"
@@ -112,11 +112,39 @@ def test_a_test_of_many_pixels_is_no_harm(tmp_path):
         ({f"{STATE}__architecture__kwargs__norm": ["instance", {"eps": 1.0}]}, "NF594"),
         ({"outputs__0__postprocessing": []}, "NF594"),
         ({"outputs__0__postprocessing": [{"id": "cellpose_flow_dynamics"}]}, "NF594"),
+        ({"inputs__0__preprocessing": [{"id": "clip", "kwargs": {"min": [[0], [0]], "max": [1]}}]}, "NF594"),
+        ({"inputs__0__preprocessing": [{"id": "scale_range", "kwargs": {"eps": [1e-6] * 64}}]}, "NF594"),
     ],
 )
 def test_a_wrong_description_is_refused(change, code, tmp_path):
     """One wrong value each: the code says what kind of fault it is."""
     assert code_of(rewritten(package(tmp_path / "model"), **change)) == code
+
+
+def test_numbers_of_a_step_are_not_tables_that_grow_with_each_other():
+    """A list where a number belongs would multiply the extents of an image; none is computed."""
+    file = File(name="x.npy", sha256=None)
+    for name, kwargs in (
+        ("scale_range", {"min_percentile": [1, 2, 3]}),
+        ("zero_mean_unit_variance", {"eps": [[1], [2]]}),
+        ("clip", {"min": [[0], [1]], "max": 1}),
+    ):
+        steps = (Step(name=name, kwargs=kwargs, axes=None),)
+        with pytest.raises(UnknownStepError):
+            processed(np.zeros((1, 1, 4, 4)), TensorOf(name="x", axes="bcyx", steps=steps, test=file))
+
+
+def test_a_test_tensor_of_more_than_is_computed_is_not_read(tmp_path):
+    """The values that its header claims, times the steps, are bounded before any is read."""
+    folder = package(tmp_path / "model")
+    rewritten(folder, inputs__0__test_tensor__sha256=None)
+    assert open_any(folder, Request()).source.kind == "factory"
+    path = folder / "test_input.npy"
+    with path.open("wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (1, 1, 1 << 14, (1 << 13) + 2)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + (1 << 14) * ((1 << 13) + 2))
+    assert code_of(folder) == "NF121"
 
 
 def test_weights_of_another_network_are_found_by_the_tests(tmp_path):

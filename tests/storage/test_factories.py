@@ -4,12 +4,13 @@ import sys
 import types
 
 import pytest
+import torch
 from factories import TinyUNet, tiny_unet
 
 from normfix.errors import NormfixError
 from normfix.records.saved import Source
 from normfix.storage.opening import open_model
-from normfix.storage.opening.factories import build, rebuild
+from normfix.storage.opening.factories import build, built, rebuild
 
 ARCH = "factories:tiny_unet"
 
@@ -142,3 +143,18 @@ def test_an_object_needs_its_network_again():
     """A folder saved from an object is NF113, with both ways to give the network."""
     error = refusal(rebuild, Source(kind="object", spec="factories:TinyUNet"))
     assert (error.code, "model=" in error.message, "arch=" in error.message) == ("NF113", True, True)
+
+
+class _Unmade(torch.nn.Module):
+    """A class whose constructor leaves out that of its base, as one of MONAI's schedulers does."""
+
+    def __init__(self):
+        self.steps = 3
+
+
+def test_a_module_that_was_never_made_is_no_network():
+    """Its class alone makes it a module: reading its parameters would fail, wherever that is first done."""
+    error = refusal(built, _Unmade, {})
+    assert error.code == "NF111"
+    assert "nn.Module.__init__" in error.message
+    assert built(torch.nn.Identity, {}).training

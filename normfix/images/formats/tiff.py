@@ -250,8 +250,10 @@ def _require_companions(file: Any, path: Path) -> None:
             )
 
 
-def _require_planes(root: ElementTree.Element, path: Path) -> None:
+def _require_planes(root: ElementTree.Element, path: Path, page: int) -> None:
     """Refuse a description of more planes than a folder has bytes: a list of them is made before any is read.
+
+    tifffile lists as many as all that is described would fill; a `page`, the file's first, has so many values.
 
     Raises:
         NormfixError: NF121.
@@ -261,9 +263,10 @@ def _require_planes(root: ElementTree.Element, path: Path) -> None:
     for pixels in root.iter():
         if not pixels.tag.endswith("Pixels"):
             continue
-        sizes = [pixels.get(f"Size{letter}", "1") for letter in "ZCT"]
+        sizes = {letter: int(pixels.get(f"Size{letter}", "1")[:20]) for letter in "ZCTYX"}
         counts = [part.get("PlaneCount", "1") for part in pixels if part.tag.endswith("TiffData")]
-        planes = [math.prod(int(size[:20]) for size in sizes), *(int(count[:20]) for count in counts)]
+        planes = [math.prod(sizes[letter] for letter in "ZCT"), *(int(count[:20]) for count in counts)]
+        planes.append(math.prod(sizes.values()) // max(1, page))
         if max(planes) > stored:
             raise NormfixError(
                 "NF121",
@@ -280,7 +283,7 @@ def _companions(file: Any, path: Path) -> set[str]:
     names: set[str] = set()
     if file.is_ome and file.ome_metadata:
         root = ElementTree.fromstring(file.ome_metadata)
-        _require_planes(root, path)
+        _require_planes(root, path, int(file.pages.first.size))
         for one in root.iter():
             own = one.text is not None and one.text == root.get("UUID")
             if one.tag.endswith("UUID") and not own:

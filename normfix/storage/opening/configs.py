@@ -6,7 +6,7 @@ Programs disagree about a name that stands twice in an object, so it is refused:
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ _LARGEST, _LARGEST_YAML = 16 << 20, 1 << 17
 _VALUES, _OPEN = 500_000, 100_000
 """Commas, and brackets that open: lists and objects take a hundred bytes and more each."""
 _LEVELS = 64
+_DIGITS = 308
+"""Of a whole number: one of more is no float, and Python writes none of more than 4300."""
 _SECONDS = 5.0
 
 
@@ -41,7 +43,7 @@ def read_json(path: Path) -> Any:
     """Return what a JSON file holds; NF101 if it cannot be read."""
     try:
         text = _text(path, _LARGEST)
-        return within(_SECONDS, lambda: json.loads(text, object_pairs_hook=once), str(path))
+        return within(_SECONDS, lambda: json.loads(text, object_pairs_hook=once, parse_int=_whole), str(path))
     except (OSError, ValueError, RecursionError) as error:
         raise unreadable(path, error) from error
 
@@ -55,7 +57,7 @@ def read_yaml(path: Path) -> Any:
         return within(_SECONDS, lambda: _yaml(text), str(path))
     except NormfixError:
         raise
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError) as error:
         raise unreadable(path, error) from error
 
 
@@ -65,7 +67,28 @@ def _yaml(text: str) -> Any:
     if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
         raise ValueError("it uses YAML aliases, with which a short file can grow without end")
     _require_once(yaml.compose(text, yaml.SafeLoader))
-    return yaml.safe_load(text)
+    found = yaml.safe_load(text)
+    _require_short(found)
+    return found
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _DIGITS:
+        raise ValueError(f"it holds a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _require_short(found: Any) -> None:
+    """Refuse whole numbers of YAML that JSON would not be read with: written in base 16 or 60 no length stops them."""
+    pending = [found]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, Mapping):
+            pending += [*value, *value.values()]
+        elif isinstance(value, list | tuple | set):
+            pending += value
+        elif isinstance(value, int) and abs(value) >= 10**_DIGITS:
+            raise ValueError(f"it holds a number of more than {_DIGITS} digits")
 
 
 def _require_once(node: Any) -> None:

@@ -161,6 +161,13 @@ def built(factory: Callable[..., Any], args: Mapping[str, Any], spec: str = "arc
         raise _failed(spec, error) from error
     if not isinstance(model, nn.Module):
         raise NormfixError("NF111", f"it returned {type(model).__name__}, not an nn.Module.", where=spec)
+    if "_parameters" not in model.__dict__:
+        raise NormfixError(
+            "NF111",
+            f"{type(model).__name__} never called nn.Module.__init__, so it is no network. Call super().__init__() "
+            "first.",
+            where=spec,
+        )
     return model
 
 

@@ -49,18 +49,18 @@ def _applied(x: Any, step: Step, axes: str) -> Any:
     if step.name == "fixed_zero_mean_unit_variance" or _is_fixed(step):
         return (x - _number(kwargs["mean"])) / _number(kwargs["std"])
     if step.name == "zero_mean_unit_variance":
-        spread = x.std(over, keepdims=True) + kwargs.get("eps", _EPS)
+        spread = x.std(over, keepdims=True) + _number(kwargs.get("eps", _EPS))
         return (x - x.mean(over, keepdims=True)) / spread
     if step.name == "scale_range":
         low, high = (
-            np.percentile(x, kwargs.get(name, default), axis=over, keepdims=True)
+            np.percentile(x, _number(kwargs.get(name, default)), axis=over, keepdims=True)
             for name, default in (("min_percentile", 0.0), ("max_percentile", 100.0))
         )
-        return (x - low) / (high - low + kwargs.get("eps", _EPS))
+        return (x - low) / (high - low + _number(kwargs.get("eps", _EPS)))
     if step.name == "sigmoid":
         return 1 / (1 + np.exp(-x))
     if step.name == "clip":
-        return np.clip(x, kwargs.get("min"), kwargs.get("max"))
+        return np.clip(x, _limit(kwargs.get("min")), _limit(kwargs.get("max")))
     if step.name == "binarize":
         return (x > _number(kwargs["threshold"])).astype(np.float64)
     raise UnknownStepError(step.name)
@@ -102,7 +102,11 @@ def _is_fixed(step: Step) -> bool:
     return step.name == "zero_mean_unit_variance" and "mean" in step.kwargs
 
 
-def _number(value: Any) -> Any:
+def _limit(value: Any) -> float | None:
+    return None if value is None else _number(value)
+
+
+def _number(value: Any) -> float:
     """Return a number; of a list of one its one. Lists by channel are not computed here."""
     if isinstance(value, Sequence) and len(value) != 1:
         raise UnknownStepError("one number per channel")

@@ -50,6 +50,9 @@ __all__ = ["allowed_code", "open_network", "recognises"]
 _TORCH_EM = ("UNet2d", "UNet3d", "AnisotropicUNet")
 _MONAI = ("AttentionUnet", "BasicUNet", "BasicUNetPlusPlus", "DynUNet", "SegResNet", "UNet", "VNet")
 _LARGEST_CODE = 1 << 18
+_MOST_PROCESSED = 1 << 27
+"""Values of a test tensor, times the steps of its processing: 134 million take 3 s and 4 GB. The largest that people
+publish have 70 million and one step."""
 _CLOSE, _STRAY = 1e-3, 1e-4
 """The specification's own tolerances: relative and in sd of the output, and the share of values that may be off."""
 
@@ -248,7 +251,16 @@ class _Tests:
         for tensor in (*description.inputs, *description.outputs):
             path = inside(folder, tensor.test.name, f"the test tensor of {tensor.name[:40]}")
             require_digest(path, tensor.test.sha256, f"the test tensor of {tensor.name[:40]}")
-            array = np.array(array_of(path))
+            mapped = array_of(path)
+            if mapped.size * max(1, len(tensor.steps)) > _MOST_PROCESSED:
+                raise NormfixError(
+                    "NF121",
+                    f"this test tensor has {mapped.size} values, and {len(tensor.steps)} steps of processing are "
+                    f"stated for them; {_MOST_PROCESSED} of both together are computed. It is not opened; name the "
+                    "network with --arch and give the file of weights alone.",
+                    where=str(path),
+                )
+            array = np.array(mapped)
             if array.ndim != len(tensor.axes):
                 raise PackageError(
                     f"it has {array.ndim} axes and should have {tensor.axes[:20]!r}.", str(path)
