@@ -567,6 +567,22 @@ def test_hooks_are_carried_over() -> None:
 
 
 @pytest.mark.slow
+@BOTH
+def test_a_norm_keeps_the_modules_that_its_hooks_run(to: str) -> None:
+    """What hooks add to a norm, modules and its own attributes included, stays in place, with its weights."""
+    model, x = build("instance"), image()
+    channels = model[1].num_features
+    model[1].add_module("film", nn.Conv2d(channels, channels, 1))
+    model[1].register_forward_hook(lambda norm, _, output: norm.film(output) / norm.num_features)
+    done = normfix.convert(model, x, to)
+    assert done.proof.passed
+    assert model.state_dict().keys() <= done.model.state_dict().keys()
+    assert done.plan.decisions[0].means is Means.INTERCEPT
+    with torch.no_grad():
+        assert_close(done.model.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_a_pruned_norm_is_converted() -> None:
     """A norm whose weight pruning computes before each call keeps computing it, and equals the original."""
     model, x = build("instance"), image()
