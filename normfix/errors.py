@@ -102,8 +102,8 @@ CODES: dict[str, str] = {
     "NF144": "Opening a program (.pt2) runs it once on a small image, and what it would take for that is foreseen "
     "operation by operation. This one would take more memory or time than a file of its size may or, where its "
     "sizes are fixed to a large image, than such an image may or this machine has: export it with free sizes.",
-    "NF148": "A statistic is NaN or infinite on the given images, or does not fit the dtype it is kept in, so the "
-    "network overflows there: images in another scale than it was trained with, or a half-precision network. "
+    "NF148": "A statistic is NaN or infinite on the given images, or does not fit the dtype it is kept in: the "
+    "network overflows there, or its variance does, by images in another scale or in half precision. "
     "Nothing was changed.",
     "NF149": "The prediction of a finite image has NaN or infinite values: the network overflows on it (another scale "
     "than it was trained with, half precision), or gives such values by design, as the logarithm of 0 or masked "

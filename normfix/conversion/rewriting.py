@@ -33,6 +33,7 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+_PLAIN = (bool, int, float, str, tuple, type(None))
 
 
 def rewrite(model: nn.Module, plan: Plan) -> nn.Module:
@@ -133,6 +134,7 @@ def _swap(root: nn.Module, old: nn.Module, decision: Decision) -> nn.Module:
     new.train(old.training)
     for name in _HOOKS:
         getattr(new, name).update(getattr(old, name))
+    _take_attributes(new, old)
     if old is root:
         return new
     for parent in list(root.modules()):
@@ -140,6 +142,13 @@ def _swap(root: nn.Module, old: nn.Module, decision: Decision) -> nn.Module:
             if child is old:
                 parent._modules[name] = new
     return root
+
+
+def _take_attributes(new: nn.Module, old: nn.Module) -> None:
+    """Carry plain values over that the network may read of its norm: its groups, or what somebody wrote on it."""
+    for name, value in vars(old).items():
+        if not name.startswith("_") and not hasattr(new, name) and isinstance(value, _PLAIN):
+            setattr(new, name, value)
 
 
 def _intercept(modules: dict[str, nn.Module], decision: Decision) -> None:

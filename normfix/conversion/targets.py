@@ -391,8 +391,9 @@ def _require_finite(site: str, **values: Tensor) -> None:
         dtype = str(value.dtype).removeprefix("torch.")
         raise NormfixError(
             "NF148",
-            f"its {name} is not finite in {dtype} on these images (channel {shown}), so the network overflows there. "
-            "Scale the images as it was trained with (--scale), or compute in a wider dtype (--dtype float64).",
+            f"its {name} is not finite in {dtype} on these images (channel {shown}): the network overflows there, or "
+            f"{dtype} has no room for it. Scale the images as it was trained with (--scale), or compute in a wider "
+            "dtype (--dtype float64).",
             where=site,
         )
 

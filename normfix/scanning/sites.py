@@ -266,9 +266,7 @@ class _Sites:
                 **common,
             )
         swappable = (
-            type(owner) in rule.modules
-            and self._invocations[call.owner] == 1
-            and _holds_its_affine_map(owner)
+            type(owner) in rule.modules and self._invocations[call.owner] == 1 and _is_all_it_runs(owner)
         )
         return Site(
             family=rule.family,
@@ -381,9 +379,13 @@ class _Sites:
         return sum(p < position for p in alike), len(alike)
 
 
-def _holds_its_affine_map(owner: nn.Module) -> bool:
-    """Tell whether weight and bias are parameters; pruning and old weight_norm compute them before each call."""
-    return all(getattr(owner, name, None) is None or name in owner._parameters for name in ("weight", "bias"))
+def _is_all_it_runs(owner: nn.Module) -> bool:
+    """Tell whether a norm holds its affine map, and no module that its hooks run.
+
+    Pruning and old weight_norm compute weight and bias before each call; observers of quantisation are its children.
+    """
+    computed = (name for name in ("weight", "bias") if name not in owner._parameters)
+    return not owner._modules and all(getattr(owner, name, None) is None for name in computed)
 
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

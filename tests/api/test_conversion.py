@@ -567,6 +567,48 @@ def test_hooks_are_carried_over() -> None:
 
 
 @pytest.mark.slow
+@BOTH
+def test_a_norm_keeps_the_modules_that_its_hooks_run(to: str) -> None:
+    """What hooks add to a norm, modules and its own attributes included, stays in place, with its weights."""
+    model, x = build("instance"), image()
+    channels = model[1].num_features
+    model[1].add_module("film", nn.Conv2d(channels, channels, 1))
+    model[1].register_forward_hook(lambda norm, _, output: norm.film(output) / norm.num_features)
+    done = normfix.convert(model, x, to)
+    assert done.proof.passed
+    assert model.state_dict().keys() <= done.model.state_dict().keys()
+    assert done.plan.decisions[0].means is Means.INTERCEPT
+    with torch.no_grad():
+        assert_close(done.model.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+class Reading(nn.Module):
+    """A network that reads what its norm was built with, and a factor that was written on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.norm, self.outer = conv(1, 8), nn.GroupNorm(4, 8), conv(8, 2)
+        self.norm.factor = 1.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give one output for each pixel."""
+        y = self.norm(self.inner(x)) * self.norm.factor
+        return self.outer(y.unflatten(1, (self.norm.num_groups, -1)).flip(2).flatten(1, 2))
+
+
+@pytest.mark.slow
+@BOTH
+def test_attributes_of_a_norm_can_still_be_read(to: str) -> None:
+    """What the network reads of a norm beside calling it is read of its replacement, in copies too."""
+    model, x = randomised(Reading()), image()
+    done = normfix.convert(model, x, to)
+    assert done.proof.passed
+    assert done.plan.decisions[0].means is Means.SWAP
+    with torch.no_grad():
+        assert_close(copy.deepcopy(done.model).eval()(x), model.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_a_pruned_norm_is_converted() -> None:
     """A norm whose weight pruning computes before each call keeps computing it, and equals the original."""
     model, x = build("instance"), image()
