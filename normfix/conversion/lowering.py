@@ -34,6 +34,7 @@ from normfix.layers.folding import (
     stock,
 )
 from normfix.networks.randomness import OwnRandomness
+from normfix.networks.replacing import replace_
 from normfix.records.encoding import Record
 
 __all__ = [
@@ -166,7 +167,7 @@ def attempt_fold(model: nn.Module, run: Run | None = None) -> Lowering:
             fold_forward_(norm, after)
             detail = f"folded into the convolution {paths[after]} behind it"
         if not reason:
-            folded = _replace(folded, norm, nn.Identity())
+            folded = replace_(folded, {norm: nn.Identity()})
         steps.append(LoweringStep(path=path, layer=type(norm).__name__, done=not reason, detail=detail))
     return Lowering(model=folded, record=LoweringRecord(steps=tuple(steps)))
 
@@ -185,17 +186,16 @@ def _each_replaced(
 ) -> Lowering:
     """Replace every layer of a kind, where nothing speaks against it, in a copy of the model."""
     model = copy.deepcopy(model)
-    steps = []
-    for path, layer in list(model.named_modules()):
+    steps, new = [], dict[nn.Module, nn.Module]()
+    for path, layer in model.named_modules():
         if not isinstance(layer, kind):
             continue
         detail = reason = why_not(model, layer)
         if not reason:
-            new = make(layer)
-            model = _replace(model, layer, new)
-            detail = f"became {type(new).__name__}{ending}"
+            new[layer] = make(layer)
+            detail = f"became {type(new[layer]).__name__}{ending}"
         steps.append(LoweringStep(path=path, layer=type(layer).__name__, done=not reason, detail=detail))
-    return Lowering(model=model, record=LoweringRecord(steps=tuple(steps)))
+    return Lowering(model=replace_(model, new), record=LoweringRecord(steps=tuple(steps)))
 
 
 def _why_not_frozen(layer: ChannelNorm) -> str:
@@ -271,14 +271,6 @@ def _why_not_folded(
 def _why_conv_stays(conv: nn.Module) -> str:
     hooked = any(getattr(conv, hooks) for hooks in _HOOKS)
     return "the convolution carries hooks, which may rely on its output" if hooked else ""
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
-    return new if model is old else model
 
 
 @torch.no_grad()

@@ -6,8 +6,6 @@ calibrated. Parameters keep their identity, dtype, device, requires_grad; module
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +15,7 @@ from normfix.errors import NormfixError
 from normfix.layers.base import ChannelNorm
 from normfix.layers.moments import Moments, on_host, pool
 from normfix.networks.copying import copy_of
+from normfix.networks.replacing import replace_
 from normfix.records.plans import Action, Decision, Means, Plan
 from normfix.records.sites import LayerSpec
 
@@ -61,12 +60,13 @@ def rewrite_(model: nn.Module, plan: Plan) -> nn.Module:
                 "the plan names a module that this network does not have. Make the plan anew.",
                 where=path,
             )
-    for decision in _bottom_up(plan):
-        if decision.means is Means.SWAP:
-            model = _swap(model, modules[decision.site.owner], decision)
-        else:
+    swapped = [(modules[d.site.owner], d) for d in plan.converted if d.means is Means.SWAP]
+    new = {norm: _replacement(norm, model, decision) for norm, decision in swapped}
+    rewritten = replace_(model, new)
+    for decision in plan.converted:
+        if decision.means is Means.INTERCEPT:
             _intercept(modules, decision)
-    return model
+    return rewritten
 
 
 def layer_of(model: nn.Module, decision: Decision) -> ChannelNorm:
@@ -121,13 +121,8 @@ def _express_group_affine(layer: ChannelNorm, channel: Moments, group: Moments, 
         weight.copy_(w * s_c / s_g)
 
 
-def _bottom_up(plan: Plan) -> Iterator[Decision]:
-    """Yield swaps first, then interceptions in the order of the calls."""
-    yield from (d for d in plan.converted if d.means is Means.SWAP)
-    yield from (d for d in plan.converted if d.means is Means.INTERCEPT)
-
-
-def _swap(root: nn.Module, old: nn.Module, decision: Decision) -> nn.Module:
+def _replacement(old: nn.Module, root: nn.Module, decision: Decision) -> nn.Module:
+    """Return a layer for a norm of a network, with the norm's weights, statistics, hooks and attributes."""
     new = _new_layer(decision, affine=_needs_affine(decision), like=old if _has_tensors(old) else root)
     _take_affine(new, old, decision)
     _take_statistics(new, old, decision)
@@ -135,13 +130,7 @@ def _swap(root: nn.Module, old: nn.Module, decision: Decision) -> nn.Module:
     for name in _HOOKS:
         getattr(new, name).update(getattr(old, name))
     _take_attributes(new, old)
-    if old is root:
-        return new
-    for parent in list(root.modules()):
-        for name, child in parent._modules.items():  # named_children would skip a second alias
-            if child is old:
-                parent._modules[name] = new
-    return root
+    return new
 
 
 def _take_attributes(new: nn.Module, old: nn.Module) -> None:

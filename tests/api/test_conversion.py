@@ -608,6 +608,45 @@ def test_attributes_of_a_norm_can_still_be_read(to: str) -> None:
         assert_close(copy.deepcopy(done.model).eval()(x), model.eval()(x), rtol=1e-4, atol=1e-4)
 
 
+class Listing(nn.Module):
+    """A network that calls its norms as it listed them beside registering them, and one under a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = conv(1, 8), conv(8, 2)
+        self.listed, self.named = [], {}
+        for number in range(2):
+            norm = nn.GroupNorm(4, 8)
+            setattr(self, f"norm{number}", norm)
+            self.listed.append((number, norm))
+        self.last = nn.InstanceNorm2d(8, affine=True)
+        self.named["last"] = [self.last]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give two channels for each pixel."""
+        y = self.inner(x)
+        for _, norm in self.listed:
+            y = norm(y).relu() + y
+        return self.outer(self.named["last"][0](y))
+
+
+@pytest.mark.slow
+@BOTH
+def test_norms_that_a_network_lists_beside_registering_them_are_replaced_there_too(to: str) -> None:
+    """Lists, tuples and dictionaries hold the replacements, those of the caller's network its own norms."""
+    model, x = randomised(Listing()), image()
+    before = [norm for _, norm in model.listed]
+    done = normfix.convert(model, x, to)
+    assert done.proof.passed
+    assert [d.means for d in done.plan.decisions] == [Means.SWAP] * 3
+    assert done.model.named["last"][0] is done.model.last
+    assert all(a is b for (_, a), b in zip(model.listed, before, strict=True))
+    with torch.no_grad():
+        assert_close(done.model.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-4)
+        lowered = normfix.lower(done.model).model
+        assert_close(lowered(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 def test_a_pruned_norm_is_converted() -> None:
     """A norm whose weight pruning computes before each call keeps computing it, and equals the original."""
