@@ -310,7 +310,7 @@ def _first_of(taken: Images, *, in_stages: bool) -> tuple[Tensor, Sequence[int]]
 
 def _seen(ready: Base, example: Tensor, caller: Caller, halo: HaloSource, keys: int | None) -> Scanned:
     """Scan a network; keys are held only where its tiles then equal the whole, as they do not if it knows its size."""
-    seen = look(ready.copy(), example, caller, halo=halo, keys=keys)
+    seen = look(ready.copy, example, caller, halo=halo, keys=keys)
     held = [
         site.id for site in seen.scan.sites if site.statistic is not None and site.statistic.law == "keys"
     ]
@@ -318,7 +318,7 @@ def _seen(ready: Base, example: Tensor, caller: Caller, halo: HaloSource, keys: 
         return seen
     aside = {*held, *seen.scan.uncalled}
     reasons = "; ".join(f"{f.code} {f.message}" for f in seen.scan.findings if f.where not in aside)
-    left = look(ready.copy(), example, caller, halo=halo)
+    left = look(ready.copy, example, caller, halo=halo)
     tied = f"with its keys held, tiles would still not equal the whole: {reasons or 'no halo was found'}"
     sites = tuple(replace(s, refusal=tied) if s.id in held and s.refusal else s for s in left.scan.sites)
     return replace(left, scan=replace(left.scan, sites=sites))

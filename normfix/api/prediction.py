@@ -542,7 +542,7 @@ def _held(model: nn.Module, image: Tensor, caller: Caller) -> nn.Module:
     same = None if known is None else scanned_of(model, caller, known.scan)
     if known is None or same is None or known.of != (same, image.shape):
         base = base_of(model, image, caller)
-        scan = look(base.copy(), base.example, base.caller).scan
+        scan = look(base.copy, base.example, base.caller).scan
         plan = decide(scan.sites, model=scan.model, to="frozen")
         # only now: that its runs change nothing of the network was shown by the base
         same = scanned_of(model, caller, scan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypedDict
 
 import torch
@@ -296,7 +297,8 @@ def _batch_norms(model: nn.Module, example: Tensor, caller: Caller) -> list[Norm
     sites = survey(copied, caller, example).sites
     live = [site for site in sites if site.live]
     if live:  # the census alone suspects the token norms of a network that takes one size
-        live = [site for site in look(copied, example, caller).scan.sites if site.live and site.convertible]
+        seen = look(partial(copy_of, copied), example, caller).scan
+        live = [site for site in seen.sites if site.live and site.convertible]
     batch = [s for s in sites if s.family is Family.BATCH and s.layer is not None and s.layer.carries]
     if live or not batch:
         reason = f"{live[0].id} is live" if live else "it has no normalisation with running statistics"

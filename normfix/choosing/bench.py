@@ -81,7 +81,7 @@ class Bench:
             NormfixError: NF555 if no constants of it are measured, NF556 if no tiles of it are exact.
         """
         ready = base_of(model, image, caller, as_trained=as_trained)
-        seen = look(ready.copy(), ready.example, ready.caller)
+        seen = look(ready.copy, ready.example, ready.caller)
         plan = decide(seen.scan.sites, model=seen.scan.model, to="frozen", keep=keep)
         if not any(d.measured for d in plan.converted):
             raise NormfixError(

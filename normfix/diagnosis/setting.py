@@ -76,7 +76,7 @@ def prepare(
     ready = base_of(model, image, caller)
     base, caller, example = ready.network, ready.caller, ready.example
     training = [name for name, m in base.named_modules() if isinstance(m, _NormBase) and m.training]
-    seen = look(ready.copy(), example, caller)
+    seen = look(ready.copy, example, caller)
     local = {
         s.id for s in seen.scan.sites if not s.live and s.layer is None
     }  # measured, whatever their names say

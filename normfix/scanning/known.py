@@ -85,7 +85,7 @@ def _scanned(model: nn.Module, image: Tensor, caller: Caller) -> Known:
     last = _LAST.get(owner)
     if last is None or last[0] != _key_of(owner, caller, image, last[1].scan):
         base = base_of(model, image, caller)
-        scan = look(base.copy(), base.example, base.caller).scan
+        scan = look(base.copy, base.example, base.caller).scan
         known = Known(base.caller, scan, tuple(site.id for site in scan.live))
         # only now: that its runs change nothing of the network was shown by the base
         key = _key_of(owner, caller, image, scan)

@@ -84,7 +84,7 @@ def renewed(
         if not decides and _holds(model, example[:1].detach(), caller, geometry):
             return scan
     base = base_of(model, example, caller)
-    found = look(base.copy(), base.example, base.caller).scan
+    found = look(base.copy, base.example, base.caller).scan
     if geometry_of(found) != geometry or (hangs and _bounds(found) != _bounds(scan)):
         return _changed(scan, found)
     # what was run under other weights proves nothing of these

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from normfix.conversion.measuring import freeze_sites_
 from normfix.conversion.planning import decide
 from normfix.conversion.rewriting import rewrite_
-from normfix.conversion.targets import measured_targets
+from normfix.conversion.targets import Target, measured_targets
 from normfix.images.given import Given, images_of
 from normfix.images.sources import middle_of
 from normfix.networks.behaviour import behaviour_of
-from normfix.networks.calling import Caller, class_of, is_halved, refusals
+from normfix.networks.calling import Caller, NotTaken, Unreached, class_of, is_halved, refusals
 from normfix.networks.copying import copy_of
 from normfix.networks.graph.capture import Captured
 from normfix.networks.numerics import exact_arithmetic
 from normfix.networks.surroundings import undisturbed
 from normfix.records.derivations import masked
-from normfix.records.plans import Plan
+from normfix.records.plans import Means, Plan
 from normfix.records.sites import Finding, Looked, Scan, Site
 from normfix.records.sizes import Condition, ProvedSizes
 from normfix.records.spans import in_strides
@@ -104,7 +104,7 @@ def scan(
     if not fast:
         timed = (base.network, base.example, base.caller)
         tell_notable("scan", lambda: Durations.of(*timed).scan(graph=True))
-    return look(base.copy(), base.example, base.caller, fast=fast, graph=True, halo=halo).scan
+    return look(base.copy, base.example, base.caller, fast=fast, graph=True, halo=halo).scan
 
 
 def plan(scan: Scan, to: Literal["frozen", "batchrenorm"] = "frozen", keep: Sequence[str] = ()) -> Plan:
@@ -122,7 +122,7 @@ def plan(scan: Scan, to: Literal["frozen", "batchrenorm"] = "frozen", keep: Sequ
 
 
 def look(
-    probe: nn.Module,
+    copied: Callable[[], nn.Module],
     example: Tensor,
     caller: Caller,
     *,
@@ -133,8 +133,11 @@ def look(
 ) -> Scanned:
     """Scan a materialised network on CPU in float32 (geometry in float64 too).
 
+    Norms are replaced. Where a network then does not run or leaves one out, as it may that asks for their class, their
+    calls are intercepted.
+
     Args:
-        probe: a copy of what base_of gives; it is moved and rewritten, and nobody's after that.
+        copied: gives a copy of what base_of gives; it is moved and rewritten, and nobody's after that.
         example: (N, C, *space).
         caller: calls it.
         fast: leave out the dye and the graph.
@@ -142,6 +145,28 @@ def look(
         halo: which witness of the reach is taken.
         keys: how many keys of attention shall be held of all images together, 0 for all; None to leave attention live.
     """
+    options: dict[str, Any] = {"fast": fast, "graph": graph, "halo": halo, "keys": keys}
+    try:
+        return _look(copied(), example, caller, swap=True, **options)
+    except _OtherOnceReplacedError:
+        return _look(copied(), example, caller, swap=False, **options)
+
+
+class _OtherOnceReplacedError(Exception):
+    """A network does not run as before once its norms are replaced and frozen."""
+
+
+def _look(
+    probe: nn.Module,
+    example: Tensor,
+    caller: Caller,
+    *,
+    fast: bool,
+    graph: bool,
+    halo: HaloSource,
+    keys: int | None,
+    swap: bool,
+) -> Scanned:
     name = class_of(probe)
     halved = is_halved(probe)
     probe.cpu().float().eval()
@@ -150,7 +175,7 @@ def look(
         caller = caller.widened(probe, material)
     positions = Positions()
     with exact_arithmetic():
-        found = survey(probe, caller, material, positions.follow, keys=keys)
+        found = survey(probe, caller, material, positions.follow, keys=keys, swap=swap)
         dyed = _dyed(probe, caller, material, found, fast=fast)
         graph_seen = _graph(
             probe, caller, material, found, skipped=_FAST if fast else "" if graph else _PROVED
@@ -475,7 +500,7 @@ def _bench(
     known = found.runs
     if targets:
         small = found.sizes(example)[0]
-        known = ((small, freeze_sites_(frozen, targets, small, caller)),)
+        known = ((small, _frozen_output(frozen, everything, targets, small, caller)),)
     double = copy_of(frozen).double()
     largest = _Largest(example.dim() - 2)
     return _Bench(
@@ -490,3 +515,20 @@ def _bench(
         known[0],
         behaviour_of(frozen),
     )
+
+
+def _frozen_output(
+    frozen: nn.Module, everything: Plan, targets: Sequence[Target], image: Tensor, caller: Caller
+) -> Tensor:
+    """Freeze targets on an image and return what the network gives for it.
+
+    Raises:
+        _OtherOnceReplacedError: norms were replaced, and it runs otherwise than before.
+        NormfixError: it runs otherwise although none was.
+    """
+    try:
+        return freeze_sites_(frozen, targets, image, caller)
+    except (NotTaken, Unreached) as error:
+        if any(decision.means is Means.SWAP for decision in everything.converted):
+            raise _OtherOnceReplacedError from error
+        raise

@@ -85,6 +85,7 @@ def survey(
     *,
     stacked: bool = True,
     keys: int | None = None,
+    swap: bool = True,
 ) -> Survey:
     """Find the sites of a network.
 
@@ -98,6 +99,7 @@ def survey(
             not, and nothing of what is live.
         keys: how many keys of attention shall be held of all images together, 0 for all; None to leave attention as it
             is.
+        swap: a norm's module may be replaced by another class; if not, its calls are intercepted.
 
     Raises:
         NormfixError: NF109 if the network does not run on the example.
@@ -114,7 +116,7 @@ def survey(
 
     growth = Growth(example, calls, other, two)
     modules = dict(model.named_modules())
-    found = _Sites(calls, growth, modules, invocations, keys)
+    found = _Sites(calls, growth, modules, invocations, keys, swap=swap)
     if not _are_idle(model, run, example, found.idle(), output):
         found.doubt_dataflow()
     sites = found.find()
@@ -191,8 +193,10 @@ class _Sites:
         modules: dict[str, nn.Module],
         invocations: Counter[str],
         keys: int | None,
+        *,
+        swap: bool,
     ) -> None:
-        self._calls, self._growth, self._keys = calls, growth, keys
+        self._calls, self._growth, self._keys, self._swap = calls, growth, keys, swap
         self._modules, self._invocations = modules, invocations
         self._roles = roles(calls, growth, lambda name: rule_of(name) is not None)
         self._after = tails(calls, growth, self._roles)
@@ -266,7 +270,10 @@ class _Sites:
                 **common,
             )
         swappable = (
-            type(owner) in rule.modules and self._invocations[call.owner] == 1 and _is_all_it_runs(owner)
+            self._swap
+            and type(owner) in rule.modules
+            and self._invocations[call.owner] == 1
+            and _is_all_it_runs(owner)
         )
         return Site(
             family=rule.family,

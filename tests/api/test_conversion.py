@@ -647,6 +647,44 @@ def test_norms_that_a_network_lists_beside_registering_them_are_replaced_there_t
         assert_close(lowered(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+class Asking(nn.Module):
+    """A network that asks what class its norm is of: others it leaves out, does not know, or scales."""
+
+    def __init__(self, other: str) -> None:
+        super().__init__()
+        self.inner, self.norm, self.outer = conv(1, 8), nn.GroupNorm(4, 8), conv(8, 2)
+        self.other = other
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give two channels for each pixel."""
+        y = self.inner(x)
+        if isinstance(self.norm, nn.GroupNorm):
+            return self.outer(self.norm(y))
+        if self.other == "unknown":
+            raise TypeError(type(self.norm))
+        return self.outer(y if self.other == "left out" else 3 * self.norm(y))
+
+
+@pytest.mark.slow
+@BOTH
+@pytest.mark.parametrize("other", ["left out", "unknown"])
+def test_a_norm_whose_class_counts_stays_what_it_is(to: str, other: str) -> None:
+    """Its call is intercepted; that of a norm beside it whose class nobody asks for is as well."""
+    model, x = randomised(nn.Sequential(Asking(other), nn.GroupNorm(1, 2))), image()
+    done = normfix.convert(model, x, to)
+    assert done.proof.passed
+    assert [d.means for d in done.plan.decisions] == [Means.INTERCEPT] * 2
+    assert isinstance(done.model[0].norm, nn.GroupNorm)
+    with torch.no_grad():
+        assert_close(done.model.eval()(x), model.eval()(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_network_that_computes_otherwise_for_another_class_does_not_pass() -> None:
+    """It runs, and calls its norm once: what it gives tells."""
+    assert normfix.convert(randomised(Asking("scaled")), image()).proof.step("identity").status == "failed"
+
+
 @pytest.mark.slow
 def test_a_pruned_norm_is_converted() -> None:
     """A norm whose weight pruning computes before each call keeps computing it, and equals the original."""
