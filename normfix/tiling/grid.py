@@ -117,7 +117,7 @@ def grid(size: Sequence[int], tile: Sequence[int], geometry: Geometry) -> Iterat
         >>> [(t.read[0].start, t.read[0].stop) for t in grid((24,), (8,), g)]
         [(0, 16), (4, 24), (8, 24)]
     """
-    for parts in itertools.product(*_spans_by_axis(size, tile, geometry)):
+    for parts in _products(_axes(size, tile, geometry)):
         read, keep, write = zip(*parts, strict=True)
         yield Tile(read, keep, write, geometry.stride, geometry.scale)
 
@@ -130,8 +130,7 @@ def window_sizes(size: Sequence[int], tile: Sequence[int], geometry: Geometry) -
         >>> sorted(window_sizes((40,), (8,), g))
         [(12,), (16,)]
     """
-    reads = ([read for read, _, _ in spans] for spans in _spans_by_axis(size, tile, geometry))
-    yield from itertools.product(*({read.stop - read.start for read in axis} for axis in reads))
+    yield from itertools.product(*(axis.extents() for axis in _axes(size, tile, geometry)))
 
 
 def _third(n: int, stride: int, after: int) -> int:
@@ -147,26 +146,55 @@ def _dividing(n: int, stride: int, after: int, most: int) -> int:
     return next((tile for tile in tiles if tile + after < n), tiles[1])
 
 
-def _spans_by_axis(
-    size: Sequence[int], tile: Sequence[int], geometry: Geometry
-) -> list[list[tuple[slice, slice, slice]]]:
+@dataclass(frozen=True, slots=True)
+class _Axis:
+    """The spans of tiles along one axis of n pixels: one after the other, since there may be millions."""
+
+    n: int
+    step: int
+    stride: int
+    before: int
+    after: int
+    scale: Fraction
+
+    @property
+    def starts(self) -> range:
+        """Return where tiles start."""
+        return range(0, self.n, self.step)
+
+    def span(self, start: int) -> tuple[slice, slice, slice]:
+        """Return what the tile that starts at a pixel reads, keeps and writes."""
+        # where the narrowest full window may start
+        latest = (self.n - self.before - self.stride - self.after) // self.stride * self.stride
+        stop = min(start + self.step, self.n)
+        read = slice(max(0, min(start - self.before, latest)), min(self.n, stop + self.after))
+        offset = int(read.start * self.scale)
+        first = int(start * self.scale)
+        # the border tile keeps all that comes out
+        last = int(stop * self.scale) if stop < self.n else None
+        return read, slice(first - offset, last and last - offset), slice(first, last)
+
+    def extents(self) -> set[int]:
+        """Return the different extents that tiles read: further from both ends than windows reach they are alike."""
+        near = (self.before + self.after + self.stride) // self.step + 3
+        reads = (self.span(start)[0] for start in (*self.starts[:near], *self.starts[-near:]))
+        return {read.stop - read.start for read in reads}
+
+
+def _axes(size: Sequence[int], tile: Sequence[int], geometry: Geometry) -> list[_Axis]:
     return [
-        list(_spans(n, step, stride, halo, scale))
+        _Axis(n, step, stride, *(round_up(h, stride) for h in halo), scale)
         for n, step, stride, halo, scale in zip(
             size, tile, geometry.stride, geometry.halo, geometry.scale, strict=True
         )
     ]
 
 
-def _spans(
-    n: int, step: int, stride: int, halo: tuple[int, int], scale: Fraction
-) -> Iterator[tuple[slice, slice, slice]]:
-    before, after = (round_up(h, stride) for h in halo)
-    latest = (n - before - stride - after) // stride * stride  # where the narrowest full window may start
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        read = slice(max(0, min(start - before, latest)), min(n, stop + after))
-        offset = int(read.start * scale)
-        first = int(start * scale)
-        last = int(stop * scale) if stop < n else None  # the border tile keeps all that comes out
-        yield read, slice(first - offset, last and last - offset), slice(first, last)
+def _products(axes: Sequence[_Axis]) -> Iterator[tuple[tuple[slice, slice, slice], ...]]:
+    """Yield one span per axis, in row-major order."""
+    if not axes:
+        yield ()
+        return
+    for start in axes[0].starts:
+        span = axes[0].span(start)
+        yield from ((span, *rest) for rest in _products(axes[1:]))

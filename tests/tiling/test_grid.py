@@ -1,5 +1,6 @@
 """Tiles: every pixel is written once, and windows start in phase and hold tile and halo."""
 
+import itertools
 from fractions import Fraction
 
 import numpy as np
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from normfix.records.spans import round_up
-from normfix.tiling.grid import Geometry, grid
+from normfix.tiling.grid import Geometry, grid, window_sizes
 
 SCALES = [Fraction(1), Fraction(2), Fraction(1, 8), Fraction(3, 2)]
 
@@ -101,3 +102,20 @@ def test_padding_reaches_the_next_multiple(n, multiple):
     (padding,) = geometry.padding((n,))
     assert (n + padding) % multiple == 0
     assert 0 <= padding < multiple
+
+
+@settings(deadline=None)
+@given(grids())
+def test_sizes_of_windows_are_those_of_all_tiles(case):
+    """They are computed of the tiles at both ends."""
+    found = {tuple(read.stop - read.start for read in part.read) for part in grid(*case)}
+    assert set(window_sizes(*case)) == found
+
+
+def test_tiles_without_end_are_listed_one_by_one():
+    """Neither the first tiles nor the sizes of windows wait for the rest, of which there are 10^10."""
+    geometry = Geometry(stride=(1, 1), halo=((3, 2),) * 2, scale=(Fraction(1),) * 2, multiple=(1, 1))
+    image, tile = (2**31 - 1, 10**6), (16, 16)
+    first, second = itertools.islice(grid(image, tile, geometry), 2)
+    assert [part.read for part in (first, second)] == [(slice(0, 18),) * 2, (slice(0, 18), slice(13, 34))]
+    assert set(window_sizes(image, tile, geometry)) == set(itertools.product((18, 21), (18, 21, 19)))
