@@ -28,6 +28,7 @@ from normfix.proof.indicators import spread_of as sd_of
 from normfix.records.candidates import Candidate, ChoiceRecord
 from normfix.records.diagnoses import Kind
 from normfix.records.progress import Progress, logged
+from normfix.records.spans import per_axis
 from normfix.records.statistics import Statistics
 from normfix.records.tables import Shown, Table
 from normfix.reporting.places import Places
@@ -127,7 +128,7 @@ def choose(
     caller = Caller(forward_fn, output)
     declared = declared_window(model) if window is None else None
     window = declared or window
-    asked = (window,) if isinstance(window, int) else tuple(window or ())
+    asked = () if window is None else _sizes(window)
     samples = samples_of(images_of(images, model, caller=caller), labels, asked)
     if labels is None and window is None:
         raise NormfixError(
@@ -184,9 +185,17 @@ def choose(
     return Choice(record, images, places)
 
 
+def _sizes(window: int | Sequence[int]) -> tuple[int, ...]:
+    """Return one number, or as many as were given; NF402 for what are no whole numbers."""
+    sizes = per_axis(window, len(window) if isinstance(window, Sequence) else 1)
+    if sizes is None:
+        raise NormfixError("NF402", f"give whole numbers of pixels, not {window!r}.", where="window")
+    return sizes
+
+
 def _extents(window: int | Sequence[int], bench: Bench) -> tuple[int, ...]:
     """Return the extents of windows, one number where they are the same on all axes."""
-    sizes = (window,) if isinstance(window, int) else tuple(window)
+    sizes = _sizes(window)
     extents = tile_extents(sizes[0] if len(sizes) == 1 else sizes, bench.geometry)
     return extents[:1] if len(set(extents)) == 1 else extents
 

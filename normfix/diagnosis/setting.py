@@ -23,7 +23,7 @@ from normfix.records.diagnoses import Kind, Tiling
 from normfix.records.progress import Progress
 from normfix.records.saved import Scaling
 from normfix.records.sites import Finding, Scan, Site
-from normfix.records.spans import round_up
+from normfix.records.spans import per_axis, round_up
 from normfix.scanning.base import base_of
 from normfix.scanning.scan import look
 from normfix.scanning.sites import survey
@@ -194,9 +194,15 @@ def _completed(
     pairs = zip(geometry.halo, geometry.stride, strict=True)
     exact = tuple((round_up(b, s), round_up(a, s)) for (b, a), s in pairs)
     if tiling is None:
-        extents = (tile,) * ndim if isinstance(tile, int) else tuple(own_tile if tile is None else tile)
-        sides = (halo,) * ndim if isinstance(halo, int) else halo
-        own = exact if isinstance(sides, str) else tuple((n, n) for n in sides)
+        extents = own_tile if tile is None else per_axis(tile, ndim)
+        sides = exact if halo == "auto" else per_axis(halo, ndim)
+        if extents is None or sides is None:
+            raise NormfixError(
+                "NF602",
+                f"give 1 or {ndim} whole numbers of pixels for tile and halo.",
+                where=f"tile={tile!r}, halo={halo!r}",
+            )
+        own = exact if halo == "auto" else tuple((n, n) for n in sides)
         tiling = Tiling(tile=extents, halo=own, train=training)
     tiling = replace(tiling, tile=tiling.tile or own_tile, halo=tiling.halo or exact)
     if not len(tiling.tile) == len(tiling.halo) == ndim or min(tiling.tile) < 1:

@@ -20,6 +20,7 @@ from normfix.errors import NormfixError
 from normfix.networks.calling import OutOfMemory, refusals
 from normfix.networks.numerics import IDENTITY, deviation
 from normfix.records.progress import LOGGER
+from normfix.records.spans import per_axis
 from normfix.tiling.grid import Geometry, Tile, at, grid
 
 __all__ = ["cropped", "dividing", "padded", "require_fit", "stitch", "tile_extents", "tiled"]
@@ -240,13 +241,13 @@ def tile_extents(tile: int | Sequence[int], geometry: Geometry) -> tuple[int, ..
         NormfixError: NF402 if a size is not a positive multiple of the stride.
     """
     ndim = len(geometry.stride)
-    extents = tuple(tile) if isinstance(tile, Sequence) else (tile,) * ndim
-    if len(extents) != ndim:
+    extents = per_axis(tile, ndim)
+    if extents is None:
         raise NormfixError(
-            "NF402", f"the network has {ndim} spatial axes, so give 1 or {ndim} numbers.", where="tile"
+            "NF402",
+            f"the network has {ndim} spatial axes, so give 1 or {ndim} whole numbers of pixels, not {tile!r}.",
+            where="tile",
         )
-    if not all(isinstance(n, int) for n in extents):
-        raise NormfixError("NF402", f"give whole numbers of pixels, not {tile!r}.", where="tile")
     for n, stride in zip(extents, geometry.stride, strict=True):
         if n <= 0 or n % stride:
             near = max(stride, n // stride * stride)

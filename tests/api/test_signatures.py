@@ -4,7 +4,10 @@ import inspect
 from typing import get_origin, get_type_hints
 
 import click
+import numpy as np
 import pytest
+import torch
+from torch import nn
 from typing_extensions import Unpack, is_typeddict
 
 import normfix
@@ -182,3 +185,28 @@ def _hints(function):
     except (NameError, TypeError):
         return {}
     return {name: hint for name, hint in hints.items() if name in _parameters(function)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda net, x, n: normfix.convert(net, x, tile=n).proof,
+        lambda net, x, n: normfix.check(normfix.convert(net, x).model, x, tile=n),
+        lambda net, x, n: normfix.predict(net, x, tile=n, statistics="per-image"),
+        lambda net, x, n: normfix.diagnose(net, x, tile=n, halo=n),
+        lambda net, x, n: normfix.choose(net, x, window=n),
+    ],
+    ids=["convert", "check", "predict", "diagnose", "choose"],
+)
+def test_sizes_may_be_whole_numbers_of_numpy_and_are_nothing_else(call):
+    """What was computed with arrays is a size too; a fraction or a truth value is refused with a code."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.InstanceNorm2d(4), nn.Conv2d(4, 1, 3, padding=1)
+    ).eval()
+    image = torch.rand(1, 1, 64, 96)
+    assert call(net, image, np.int64(16)) is not None
+    for size in (1.5, True, "a"):
+        with pytest.raises(normfix.NormfixError, match=r"NF402|NF602"):
+            call(net, image, size)

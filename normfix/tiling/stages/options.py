@@ -11,6 +11,7 @@ from typing import Literal
 
 from normfix.errors import NormfixError
 from normfix.images.sources import Image
+from normfix.records.spans import per_axis
 from normfix.tiling.stages.cluster import require_cluster
 from normfix.tiling.stages.dask import Dask
 from normfix.tiling.stages.engines import Engine, Local
@@ -111,10 +112,10 @@ class Blocks:
             NormfixError: NF402 for what is no number of pixels per axis.
         """
         tile = _EXTENTS[ndim] if self.tile is None else self.tile
-        extents = tuple(tile) if isinstance(tile, Sequence) else (tile,) * ndim
-        if len(extents) != ndim or not all(isinstance(n, int) and n > 0 for n in extents):
+        extents = per_axis(tile, ndim)
+        if extents is None or min(extents) < 1:
             raise NormfixError(
-                "NF402", f"give 1 or {ndim} positive numbers of pixels, not {tile!r}.", where="tile"
+                "NF402", f"give a positive number of pixels, or {ndim} of them, not {tile!r}.", where="tile"
             )
         return extents
 
