@@ -428,6 +428,24 @@ def test_a_network_is_compared_with_its_weights():
     assert len(confined(layers, Stored(tensors=800, elements=400 * 64 * 65), "config.json")) == 400
 
 
+def test_layers_beyond_the_weights_are_not_made_to_be_counted():
+    """Many small layers take time and room themselves: far fewer are made than a network of more weights may have."""
+    made = []
+
+    def layers(number=20_000):
+        made.clear()
+        for _ in range(number):
+            made.append(nn.Conv2d(1, 1, 1, device="meta"))
+        return nn.Sequential(*made)
+
+    with pytest.raises(NormfixError, match="NF121"):
+        confined(layers, Stored(tensors=10, elements=1 << 20), "config.json")
+    assert len(made) <= 10_050
+    assert (
+        len(confined(lambda: layers(2_000), Stored(tensors=4_000, elements=1 << 20), "config.json")) == 2_000
+    )
+
+
 @pytest.mark.parametrize(
     "make",
     [

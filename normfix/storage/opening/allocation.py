@@ -43,6 +43,8 @@ _LEAST, _GROWTH = 256 << 20, 8
 """Initialisation and tables that are not saved take more than the weights; a file of fewer is tiny."""
 _CALLS = 100_000
 """New tensors; the largest networks make ten thousand."""
+_CALLS_LEAST, _CALLS_EACH = 20_000, 10
+"""Tensors that building a network may make, and how many more for each of its weights: modules take time and room."""
 _LARGE = 1 << 16
 """Elements of a tensor that a sketch makes without memory; constructors read smaller ones, of depths and the like."""
 _FILLED = frozenset(
@@ -62,6 +64,11 @@ class Stored:
 
     tensors: int
     elements: int
+
+    @property
+    def calls(self) -> int:
+        """Return how many tensors may be made to build a network of them."""
+        return min(_CALLS, _CALLS_LEAST + _CALLS_EACH * self.tensors)
 
     @classmethod
     def of(cls, tensors: Iterable[Tensor], path: Path | None = None) -> Stored:
@@ -156,6 +163,7 @@ class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         stored: bytes of the weights.
         where: named in the error.
+        calls: new tensors that may be made.
 
     Raises:
         NormfixError: NF121.
@@ -165,11 +173,11 @@ class Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ...     _ = torch.nn.Conv2d(8, 8, 3)
     """
 
-    def __init__(self, stored: int, where: str) -> None:
+    def __init__(self, stored: int, where: str, calls: int = _CALLS) -> None:
         import_compiler()  # which the mode would import on its own terms
         super().__init__()  # type: ignore[no-untyped-call]
         self._left = _LEAST + _GROWTH * stored
-        self._calls = _CALLS
+        self._calls = calls
         self._where = where
 
     def __torch_dispatch__(

@@ -274,7 +274,7 @@ def confined(
 
     def both() -> nn.Module:
         _sketch(sketch or make, stored, where)
-        return _within_memory(Bounded(4 * stored.elements, where), make)
+        return _within_memory(Bounded(4 * stored.elements, where, stored.calls), make)
 
     # What counting needs of torch writes to a temporary folder; that is not the file's doing.
     import_compiler()
@@ -285,7 +285,7 @@ def confined(
 def _sketch(make: Callable[[], nn.Module], stored: Stored, where: str) -> None:
     """Build it without memory, and compare it with its weights, unless its constructor reads values of its own."""
     try:
-        model = _within_memory(Sketched(4 * stored.elements, where), make)
+        model = _within_memory(Sketched(4 * stored.elements, where, stored.calls), make)
     except NormfixError as error:
         # Such a constructor fails here, and only here.
         reads_values = isinstance(error.__cause__, Exception) and not isinstance(
