@@ -75,7 +75,7 @@ def _examine(entry: Entry, row: dict[str, Any], report: Callable[[dict[str, Any]
     caller = Caller(entry.call, entry.output)
     start = time.process_time()
     base = base_of(model, None, caller, example=material(entry.shape, entry.name))
-    scanned = look(base.copy(), base.example, base.caller, fast=True)
+    scanned = look(base.copy, base.example, base.caller, fast=True)
     scan, double = scanned.scan, scanned.double
     row["scan_s"] = round(time.process_time() - start, 1)
     row |= {"stride": scan.stride, "halo": scan.halo, "findings": sorted({f.code for f in scan.findings})}
