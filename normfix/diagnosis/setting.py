@@ -195,14 +195,14 @@ def _completed(
     exact = tuple((round_up(b, s), round_up(a, s)) for (b, a), s in pairs)
     if tiling is None:
         extents = own_tile if tile is None else per_axis(tile, ndim)
-        sides = exact if halo == "auto" else per_axis(halo, ndim)
-        if extents is None or sides is None:
+        sides = None if halo == "auto" else per_axis(halo, ndim)
+        if extents is None or (sides is None and halo != "auto"):
             raise NormfixError(
                 "NF602",
                 f"give 1 or {ndim} whole numbers of pixels for tile and halo.",
                 where=f"tile={tile!r}, halo={halo!r}",
             )
-        own = exact if halo == "auto" else tuple((n, n) for n in sides)
+        own = exact if sides is None else tuple((n, n) for n in sides)
         tiling = Tiling(tile=extents, halo=own, train=training)
     tiling = replace(tiling, tile=tiling.tile or own_tile, halo=tiling.halo or exact)
     if not len(tiling.tile) == len(tiling.halo) == ndim or min(tiling.tile) < 1:

@@ -183,8 +183,8 @@ class _Axis:
 
 def _axes(size: Sequence[int], tile: Sequence[int], geometry: Geometry) -> list[_Axis]:
     return [
-        _Axis(n, step, stride, *(round_up(h, stride) for h in halo), scale)
-        for n, step, stride, halo, scale in zip(
+        _Axis(n, step, stride, round_up(before, stride), round_up(after, stride), scale)
+        for n, step, stride, (before, after), scale in zip(
             size, tile, geometry.stride, geometry.halo, geometry.scale, strict=True
         )
     ]
