@@ -17,6 +17,7 @@ from normfix.proof.crops import Crop, Difference, crops, disagreement, predicted
 from normfix.proof.indicators import differences, recognise, spread_of
 from normfix.proof.views import Viewer, viewed
 from normfix.records.sites import Finding
+from normfix.records.spans import per_axis
 from normfix.records.verdicts import Verdict
 from normfix.reporting.maps import Maps
 
@@ -48,12 +49,15 @@ def check_pipeline(
         viewer: is given the whole prediction and that of the worst crop, put back into it.
 
     Raises:
-        NormfixError: NF605 if the function fails, answers other extents, or another time something else.
+        NormfixError: NF402 for a tile of no whole numbers, NF605 if the function fails, answers other extents, or
+            another time something else.
     """
     space = space_of(image)
     size = tuple(image.shape[-space:])
     cut = min(64, min(size) // 4) if margin is None else margin
-    extents = (tile,) * space if isinstance(tile, int) else tuple(tile)
+    extents = per_axis(tile, space)
+    if extents is None:
+        raise NormfixError("NF402", f"give 1 or {space} whole numbers of pixels, not {tile!r}.", where="tile")
     with exact_arithmetic():
         whole = predicted(predict, image, space)
         again = predicted(predict, image, space)

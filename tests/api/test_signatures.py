@@ -193,11 +193,12 @@ def _hints(function):
     [
         lambda net, x, n: normfix.convert(net, x, tile=n).proof,
         lambda net, x, n: normfix.check(normfix.convert(net, x).model, x, tile=n),
+        lambda net, x, n: normfix.check(lambda image: image * 2, x.numpy(), tile=n),
         lambda net, x, n: normfix.predict(net, x, tile=n, statistics="per-image"),
         lambda net, x, n: normfix.diagnose(net, x, tile=n, halo=n),
         lambda net, x, n: normfix.choose(net, x, window=n),
     ],
-    ids=["convert", "check", "predict", "diagnose", "choose"],
+    ids=["convert", "check", "pipeline", "predict", "diagnose", "choose"],
 )
 def test_sizes_may_be_whole_numbers_of_numpy_and_are_nothing_else(call):
     """What was computed with arrays is a size too; a fraction or a truth value is refused with a code."""
