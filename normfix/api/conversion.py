@@ -180,8 +180,7 @@ def convert(
     if taken is not None:
         padding = None if seen.geometry is None else seen.geometry.padding
         taken = replace(taken, like=tuple(example.shape), padding=padding)
-    if tile is not None and seen.geometry is not None:
-        tile = tile_extents(tile, seen.geometry)
+    extents = None if tile is None or seen.geometry is None else tile_extents(tile, seen.geometry)
     converted = rewrite_(ready.copy(), plan)
     runs = [example if first is None else first] if in_stages or taken is None else taken
     sizes = cache(lambda: [tuple(image.shape[2:]) for image in runs])
@@ -190,7 +189,7 @@ def convert(
         count = sum(d.measured for d in plan.converted)
         tell_notable("calibrate", lambda: durations().calibration(sizes(), count))
     if blocks.tile is None and in_stages:
-        blocks = blocks.sized(tile)
+        blocks = blocks.sized(extents or tile)
     with resumable(blocks.store):
         summary = _calibrate_(
             converted, plan, taken, caller, blocks, seen.geometry, progress, statistics.start, stored
@@ -232,9 +231,9 @@ def convert(
         statistics=statistics,
         held_out=held_out,
         kind=kind,
-        tile=tile if tile is None or isinstance(tile, int) else tuple(tile),
+        tile=extents,
     )
-    tell_notable("prove", lambda: durations().proof(sizes(), seen.geometry, tile))
+    tell_notable("prove", lambda: durations().proof(sizes(), seen.geometry, extents))
     progress("prove", 0, 1)
     proof = work.prove()
     progress("prove", 1, 1)
@@ -459,7 +458,7 @@ class _Work:
     statistics: Statistics
     held_out: list[Tensor]
     kind: Kind
-    tile: int | tuple[int, ...] | None
+    tile: tuple[int, ...] | None
 
     def prove(self) -> Proof:
         with (

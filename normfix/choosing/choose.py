@@ -147,7 +147,7 @@ def choose(
     bench = Bench.of(model, samples[0].pixels, caller, keep=keep, as_trained=as_trained)
     progress("scan", 1, 1)
     extents = (
-        () if window is None else _extents(on_grid(declared, bench.geometry) if declared else window, bench)
+        () if window is None else _extents(on_grid(declared, bench.geometry) if declared else asked, bench)
     )
     folds = folds_of(samples, bench.geometry)
     if labels is None and not any(_is_cut(s, extents) for fold in folds for s in fold.judged):
@@ -193,9 +193,8 @@ def _sizes(window: int | Sequence[int]) -> tuple[int, ...]:
     return sizes
 
 
-def _extents(window: int | Sequence[int], bench: Bench) -> tuple[int, ...]:
+def _extents(sizes: Sequence[int], bench: Bench) -> tuple[int, ...]:
     """Return the extents of windows, one number where they are the same on all axes."""
-    sizes = _sizes(window)
     extents = tile_extents(sizes[0] if len(sizes) == 1 else sizes, bench.geometry)
     return extents[:1] if len(set(extents)) == 1 else extents
 

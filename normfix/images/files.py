@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -164,9 +165,14 @@ def require_walkable(path: Path, window: Unread) -> None:
 
 def _stored(path: Path) -> int:
     """Return the bytes of a file, or of the files in a folder, that are no holes."""
-    files = path.rglob("*") if path.is_dir() else [path]
-    found = [file.stat() for file in files if file.is_file()]
+    found = _statuses(path)
     return sum(getattr(status, "st_blocks", -(-status.st_size // _BLOCK)) * _BLOCK for status in found)
+
+
+def _statuses(path: Path) -> list[os.stat_result]:
+    """Return what the file system says of a file, or of the files in a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return [file.stat() for file in files if file.is_file()]
 
 
 def _chunks_of(array: ArrayLike) -> int:
@@ -196,8 +202,7 @@ def _require_proportion(path: Path, array: ArrayLike) -> None:
     chunks = _chunks_of(array)
     if size <= _LARGE and chunks <= _CHUNKS:
         return
-    files = path.rglob("*") if path.is_dir() else [path]
-    stored = sum(file.stat().st_size for file in files if file.is_file())
+    stored = sum(status.st_size for status in _statuses(path))
     extents = "x".join(map(str, shape))
     if size > _LARGE and size > _RATIO * stored:
         raise NormfixError(

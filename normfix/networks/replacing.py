@@ -32,13 +32,7 @@ def replace_(network: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Modul
         return new[network]
     seen: set[int] = set()
     for parent in list(network.modules()):
-        attributes = vars(parent)
-        for name, child in parent._modules.items():  # named_children would skip a second alias
-            if child is not None and child in new:
-                parent._modules[name] = new[child]
-        for name in list(attributes):
-            if name != "_modules" and isinstance(attributes[name], nn.Module | list | tuple | dict):
-                attributes[name] = _with(attributes[name], new, seen)
+        _with(vars(parent), new, seen)  # submodules among them, under each alias
     return network
 
 
