@@ -285,6 +285,8 @@ CODES: dict[str, str] = {
     "NF337": "The system refused to read or write something that is needed on the way, such as the folder for "
     "temporary files (TMPDIR): no room, no permission, a read-only disk, too many open files. No output is half "
     "written; put that right and give the same command again.",
+    "NF338": "Stage by stage, what each block measured is held until its stage ends, so an image may have up to a "
+    "million blocks. Give larger blocks (--tile): 1024 pixels in place of 512 are a fourth of them.",
     "NF340": "What reads a site's statistic was not found in the captured graph, so stages after it would be measured "
     "under the statistic it had before. Nothing is measured then. Passes over whole images do not use the graph: "
     "calibrate without tile, store or budget.",

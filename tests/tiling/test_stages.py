@@ -36,9 +36,10 @@ from normfix.tiling.stages import reach as reaches_of
 from normfix.tiling.stages import scheduling
 from normfix.tiling.stages.engines import Local
 from normfix.tiling.stages.execution import execute
+from normfix.tiling.stages.journal import Unwritten
 from normfix.tiling.stages.program import captured_program
 from normfix.tiling.stages.reuse import reuse_
-from normfix.tiling.stages.running import Statistic
+from normfix.tiling.stages.running import Run, Statistic
 from normfix.tiling.stages.schedule import forecast
 from normfix.tiling.stages.scheduling import largest_difference, schedule
 from normfix.tiling.stages.store import Store
@@ -579,3 +580,42 @@ def test_a_program_that_writes_into_its_operands_is_refused(monkeypatch):
     monkeypatch.setattr("normfix.tiling.stages.program.make_functional_", lambda graph: False)
     with pytest.raises(NormfixError, match=r"NF322 aten\.relu_\.default: it writes into its operand"):
         captured_program(net.eval(), Caller(), torch.rand(1, 1, 32, 32), [])
+
+
+class _Unread(TensorImage):
+    """An image of any size, of which nothing may be read."""
+
+    def __init__(self, *shape):
+        super().__init__(torch.zeros((), dtype=torch.float64).expand(shape))
+
+    def read(self, window):
+        raise AssertionError(f"{window} was read")
+
+
+@pytest.mark.parametrize(("size", "tile"), [((2**31, 64), 512), ((2**15, 2**15), 16)])
+def test_images_of_more_blocks_than_are_kept_account_of_are_refused_before_one_is_made(
+    unet, monkeypatch, size, tile
+):
+    """A file that states a size that nobody stored is an error at once, with what to do about it."""
+    monkeypatch.setattr(Run, "blocks", lambda *_: pytest.fail("blocks were made"))
+    with pytest.raises(NormfixError, match=r"NF338.*--tile") as caught:
+        execute(unet.measured, [_Unread(1, 1, *size)], tile=(tile, tile), store=Store(None, None))
+    assert "x".join(map(str, size)) in str(caught.value)
+
+
+def test_blocks_are_counted_without_making_them(unet):
+    """Of several images, ragged ones too, as many as are made, and no more than a rim beside."""
+    images = [TensorImage(x) for x in _images((64, 48), (32, 40), (68, 52))]
+    run = Run(
+        unet.measured,
+        images,
+        (16, 16),
+        Store(None, None),
+        {},
+        lambda: None,
+        lambda *_: None,
+        frozenset(),
+        Unwritten(),
+    )
+    for stage in unet.measured.stages:
+        assert len(run.blocks(stage)) == run.count(stage)

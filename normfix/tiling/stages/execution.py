@@ -8,10 +8,12 @@ how often the run was stopped and continued.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from torch.fx import Node
 
+from normfix.errors import NormfixError
 from normfix.images.sources import Image
 from normfix.tiling.stages.cutting import Stage
 from normfix.tiling.stages.engines import Engine, Local
@@ -22,7 +24,10 @@ from normfix.tiling.stages.running import Run, Sink, Statistic
 from normfix.tiling.stages.schedule import Schedule, forecast
 from normfix.tiling.stages.store import Store
 
-__all__ = ["execute"]
+__all__ = ["MOST_BLOCKS", "execute"]
+
+MOST_BLOCKS = 1 << 20
+"""Of one stage, over all images: what each measured is held until the stage ends, about a gigabyte of it then."""
 
 
 def execute(
@@ -57,7 +62,8 @@ def execute(
     Raises:
         NormfixError: NF321 for an image size the program does not take, NF323 for a statistic that blocks do not
             add up to, NF325 if a block does not come out as the stage promised, NF326, NF327 and NF330 of the
-            store, NF329 if the journal is of other statistics, and codes of the images and the engine.
+            store, NF329 if the journal is of other statistics, NF338 for more blocks than are kept account of, and
+            codes of the images and the engine.
     """
     for stage in schedule.stages:
         _require_whole(stage, schedule, statistics)
@@ -72,12 +78,26 @@ def execute(
         frozenset(keep),
         journal or Unwritten(),
     )
+    _require_few(run)
     held = forecast(schedule, [image.shape for image in images], store.fresh_budget(), keep)
     store.require(held.most_on_disk)
     with (engine or Local()).opened() as crew:
         tick = Clock(watch, run, held, crew.at_a_time).tick if watch is not None else _unwatched
         for stage in schedule.stages:
             run.stage(stage, crew, tick)
+
+
+def _require_few(run: Run) -> None:
+    """Refuse images of more blocks than are kept account of, before any is made."""
+    most = max(run.count(stage) for stage in run.schedule.stages)
+    if most > MOST_BLOCKS:
+        tile = "x".join(map(str, run.tile))
+        raise NormfixError(
+            "NF338",
+            f"in blocks of {tile} pixels a stage has {most:,} of them, and up to {MOST_BLOCKS:,} are kept account of. "
+            "State larger ones (--tile).",
+            where="x".join(map(str, max((image.shape for image in run.images), key=math.prod))),
+        )
 
 
 def _unwatched(stage: int, done: int, blocks: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -120,6 +121,14 @@ class Run:
                 "its statistics are not those that were measured before. Delete the unfinished run to start anew.",
                 where=f"stage {stage.number}",
             )
+
+    def count(self, stage: Stage) -> int:
+        """Return how many blocks a stage has at most, without making them."""
+        extents = self.extents[stage.number]
+        return sum(
+            math.prod(math.ceil(n / extent) for n, extent in zip(image.shape[2:], extents, strict=True))
+            for image in self.images
+        )
 
     def blocks(self, stage: Stage) -> list[Block]:
         """Return the blocks of a stage, image by image."""
