@@ -34,7 +34,7 @@ from normfix.layers.folding import (
     stock,
 )
 from normfix.networks.randomness import OwnRandomness
-from normfix.networks.replacing import replace_
+from normfix.networks.replacing import is_hooked, replace_
 from normfix.records.encoding import Record
 
 __all__ = [
@@ -47,8 +47,6 @@ __all__ = [
     "lower",
     "rounding",
 ]
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,7 +227,7 @@ def _why_not_replaced(model: nn.Module, layer: nn.Module) -> str:
 
 
 def _why_bound(layer: nn.Module) -> str:
-    if any(getattr(layer, hooks) for hooks in _HOOKS):
+    if is_hooked(layer):
         return "it carries hooks, which would be lost"
     if "forward" in layer.__dict__:
         return "its forward is set on the instance"
@@ -269,8 +267,7 @@ def _why_not_folded(
 
 
 def _why_conv_stays(conv: nn.Module) -> str:
-    hooked = any(getattr(conv, hooks) for hooks in _HOOKS)
-    return "the convolution carries hooks, which may rely on its output" if hooked else ""
+    return "the convolution carries hooks, which may rely on its output" if is_hooked(conv) else ""
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from normfix.errors import NormfixError
 from normfix.layers.base import ChannelNorm
 from normfix.layers.moments import Moments, on_host, pool
 from normfix.networks.copying import copy_of
-from normfix.networks.replacing import replace_
+from normfix.networks.replacing import HOOKS, replace_
 from normfix.records.plans import Action, Decision, Means, Plan
 from normfix.records.sites import LayerSpec
 
@@ -23,15 +23,6 @@ __all__ = ["channel_affine", "layer_of", "rewrite", "rewrite_", "set_statistics_
 
 _FROZEN = {1: layers.FrozenNorm1d, 2: layers.FrozenNorm2d, 3: layers.FrozenNorm3d}
 _RENORM = {1: layers.BatchRenorm1d, 2: layers.BatchRenorm2d, 3: layers.BatchRenorm3d}
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 _PLAIN = (bool, int, float, str, tuple, type(None))
 
 
@@ -127,7 +118,7 @@ def _replacement(old: nn.Module, root: nn.Module, decision: Decision) -> nn.Modu
     _take_affine(new, old, decision)
     _take_statistics(new, old, decision)
     new.train(old.training)
-    for name in _HOOKS:
+    for name in HOOKS:
         getattr(new, name).update(getattr(old, name))
     _take_attributes(new, old)
     return new

@@ -33,6 +33,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from normfix.layers.constant import FrozenStatistic
+from normfix.networks.functions import BLANK, FILLED, LIKE
 
 __all__ = ["Divisors", "following"]
 
@@ -48,9 +49,7 @@ _MULTIPLYING = frozenset(
     {"mul", "multiply", "rmul", "imul", "addcmul", "einsum", "tensordot", "matmul", "rmatmul", "bmm", "mm"}
     | {"baddbmm", "addmm", "linear", "conv1d", "conv2d", "conv3d"}
 )
-_SHAPED = frozenset({"expand_as", "view_as", "reshape_as", "type_as", "to"})
-"""Take nothing of their second tensor but its shape or its dtype."""
-_FILLING = frozenset({"ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full"})
+_FILLING = FILLED & BLANK - {"empty_like", "new_empty"}
 _BATCH_NORM = "batch_norm"
 _NAMED = ("other", "tensor2")
 
@@ -124,7 +123,7 @@ class Divisors(TorchFunctionMode):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         known = [self._known[id(t)] for t in given if id(t) in self._known]
         name = _name_of(func)
-        counting = given[:1] if name in _SHAPED else given
+        counting = given[:1] if name in LIKE else given
         alone = all(id(t) in self._known or self._is_constant(t) for t in counting)
         with torch._C.DisableTorchFunction():
             if known:

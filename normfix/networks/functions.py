@@ -20,8 +20,13 @@ from torch import Tensor
 
 __all__ = [
     "ATTENTION",
+    "BLANK",
+    "CONTRACTING",
     "COUNTED",
     "DIRECT",
+    "FILLED",
+    "LIKE",
+    "NEW",
     "NORMS",
     "arguments_of",
     "axes_of_pool",
@@ -76,6 +81,20 @@ DIRECT: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Their counterparts in the torch namespace, which carry no signature of their own."""
 
+LIKE = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
+"""What takes of its second tensor nothing but its shape, or its dtype and place."""
+
+NEW = frozenset({"new_zeros", "new_ones", "new_full", "new_empty"})
+"""What takes dtype and place of its tensor, and none of its values."""
+
+_FILLED_LIKE = frozenset({"zeros_like", "ones_like", "full_like", "empty_like"})
+
+BLANK = NEW | _FILLED_LIKE | {"rand_like", "randn_like", "randint_like"}
+"""What takes nothing of its tensor's values, but perhaps its shape."""
+
+FILLED = NEW | _FILLED_LIKE | {"zeros", "ones", "full", "empty", "scalar_tensor"}
+"""What makes a tensor of one number throughout, or of whatever was there."""
+
 _SIGNATURES = {name: inspect.signature(function) for name, function in NORMS.items()}
 
 
@@ -102,11 +121,10 @@ _ATTENDING: Mapping[str, tuple[str, ...]] = {
     ),
 }
 _NAMED: Mapping[str, tuple[str, ...]] = {**_REDUCING, **_ATTENDING, "einsum": ("equation",)}
-_LIKE = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
 _POOLING = tuple(
     f"{kind}_pool{n}d" for kind in ("adaptive_avg", "adaptive_max", "avg", "max") for n in (1, 2, 3)
 )
-_CONTRACTING = ("matmul", "mm", "mv", "bmm", "baddbmm", "einsum", "tensordot")
+CONTRACTING = ("matmul", "mm", "mv", "bmm", "baddbmm", "einsum", "tensordot")
 _SCALING = ("div", "mul")
 _ALIASES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -124,7 +142,7 @@ _OPERATORS: Mapping[Callable[..., Any], str] = MappingProxyType(
 
 def _table() -> dict[Callable[..., Any], str]:
     found = dict(_OPERATORS)
-    for name in (*_REDUCING, *_POOLING, *_CONTRACTING, *_SCALING, *_ATTENDING):
+    for name in (*_REDUCING, *_POOLING, *CONTRACTING, *_SCALING, *_ATTENDING):
         places: tuple[object, ...] = (torch, Tensor, F)
         if name.startswith("linalg"):
             places = (torch.linalg,)
@@ -166,7 +184,7 @@ def by_position(names: Sequence[str], args: Sequence[Any]) -> dict[str, Any]:
 
 def taken_by(name: str, operands: Sequence[Tensor]) -> Sequence[Tensor]:
     """Return the tensors whose values a call may use: `kernel.to(x)` takes from x its type and place alone."""
-    return operands[:1] if name in _LIKE else operands
+    return operands[:1] if name in LIKE else operands
 
 
 def operand_of(args: Sequence[Any], kwargs: Mapping[str, Any], which: int = 0) -> Tensor:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
+from normfix.networks.functions import BLANK
+
 __all__ = [
     "NEIGHBOURHOODS",
     "RESIZING_POOLS",
@@ -172,18 +174,7 @@ _COMPARES = frozenset({"eq", "ne", "lt", "le", "gt", "ge", "sign", "sgn", "signb
     "nonzero",
 }
 _LOOKUPS = {"aten::embedding": 1, "aten::bucketize": 0, "aten::searchsorted": 1, "aten::take": 1}
-_BLANKS = frozenset(
-    {
-        "aten::zeros_like",
-        "aten::ones_like",
-        "aten::full_like",
-        "aten::empty_like",
-        "aten::new_zeros",
-        "aten::new_ones",
-        "aten::new_full",
-        "aten::new_empty",
-    }
-)
+_BLANKS = frozenset(f"aten::{name}" for name in BLANK)
 _DANGEROUS = frozenset(
     {
         "aten::_grid_sampler_2d_cpu_fallback",

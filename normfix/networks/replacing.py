@@ -7,7 +7,19 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["replace_"]
+__all__ = ["HOOKS", "is_hooked", "replace_"]
+
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+"""Attributes of a module that hold its hooks and how they are called."""
 
 
 def replace_(network: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
@@ -53,3 +65,8 @@ def _with(value: Any, new: Mapping[nn.Module, nn.Module], seen: set[int]) -> Any
         if replaced is not part:
             value[key] = replaced
     return value
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Tell whether something is called before or after a module, forward or backward."""
+    return any(getattr(module, hooks) for hooks in HOOKS)

@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 
-from normfix.networks.functions import ATTENTION, tokens_of
+from normfix.networks.functions import ATTENTION, CONTRACTING, NEW, tokens_of
 from normfix.records.choices import StrEnum
 from normfix.scanning.census import LEAVES, PICKS, Call
 from normfix.scanning.growth import FIXED, REDUCED, SQUARED, Growth
@@ -49,12 +49,10 @@ _ALONG = frozenset(
     {"softmax", "log_softmax", "softmin", "normalize", "cumsum", "cumprod", "logcumsumexp", "sort"}
 )
 _ALONG_TOO = frozenset({"argsort", "cummax", "cummin", "cumsum_", "cumprod_", "flip"})
-_CONTRACTING = frozenset({"matmul", "mm", "mv", "bmm", "baddbmm", "einsum", "tensordot"})
 _SHAPING = frozenset({"__getitem__", "interpolate", "upsample", "size", "expand", "expand_as", "pad"})
 _PICKING = frozenset({"narrow", "select", "index_select", "split", "chunk", "unbind", "gather", "take", "t"})
 
-_MADE = frozenset({"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"})
-"""What takes a tensor's dtype and device, and none of its values."""
+_MADE = NEW | {"new_tensor"}
 
 _RESIZING = frozenset({"interpolate", "upsample"})
 _PLACED = (
@@ -167,7 +165,7 @@ def _role(position: int, call: Call, growth: Growth) -> Role | None:
     if into < FIXED:
         return None
     if out < FIXED:
-        total = (name in _CONTRACTING and growth.two_sizes) or _smaller(call)
+        total = (name in CONTRACTING and growth.two_sizes) or _smaller(call)
         return Role.TOTAL if total and name not in _MADE else None
     pairs = out > SQUARED * max(1.0, into) and not _slides(call)
     if name in ATTENTION and not call.operand and len(call.reads) == 1:

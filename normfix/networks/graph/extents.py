@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from normfix.networks.functions import BLANK, FILLED
 from normfix.networks.graph.operators import name_of, taken_by, viewed_by
 
 __all__ = ["is_sized", "laid", "space_of"]
 
-_EVEN = frozenset(
-    {"full", "zeros", "ones", "empty", "new_full", "new_zeros", "new_ones", "new_empty", "rand", "randn"}
-)
+_EVEN = FILLED | BLANK | {"rand", "randn"}
 _DIAGONAL = ("tril", "triu")
 """Operators that keep what is on one side of the diagonal, along which no strip goes."""
 
@@ -70,12 +69,7 @@ def _is_even(node: Node, space: Collection[Any]) -> bool:
         pairs = zip(shape[len(shape) - len(source) :], source, strict=True)
         return all(isinstance(n, int) or not isinstance(m, int) or m == 1 for n, m in pairs)
     pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-    return (
-        pointwise
-        or name in _EVEN
-        or name.endswith("_like")
-        or (viewed is not None and is_sized(viewed, space))
-    )
+    return pointwise or name in _EVEN or (viewed is not None and is_sized(viewed, space))
 
 
 def space_of(image: Node) -> frozenset[Any]:

@@ -16,6 +16,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from normfix.networks import operators
+from normfix.networks.functions import BLANK, FILLED, LIKE
 
 __all__ = [
     "Normalisation",
@@ -76,12 +77,11 @@ _LOCAL = frozenset(
         "multiply", "subtract", "true_divide", "floor_divide", "fix", "negative", "greater", "greater_equal",
         "less", "less_equal", "not_equal", "hardswish", "log_sigmoid", "log_sigmoid_forward", "rrelu",
         "rrelu_with_noise", "isclose", "isreal", "bucketize", "one_hot", "cross", "cosine_similarity",
-        "pairwise_distance", "rand_like", "randn_like", "randint_like", "bernoulli", "uniform", "normal",
+        "pairwise_distance", "bernoulli", "uniform", "normal",
         "exponential",
         # made from sizes alone
-        "sym_size", "sym_numel", "zeros", "ones", "full", "empty", "arange", "linspace", "zeros_like",
-        "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
-        "scalar_tensor", "eye", "tril", "triu", "empty_strided", "new_empty_strided", "rand", "randn",
+        *FILLED, *BLANK, "sym_size", "sym_numel", "arange", "linspace", "eye", "tril", "triu", "empty_strided",
+        "new_empty_strided", "rand", "randn",
         # convolutions, pools over windows, resampling, channels
         "conv1d", "conv2d", "conv3d", "convolution", "_convolution", "conv_transpose1d", "conv_transpose2d",
         "conv_transpose3d", "max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices",
@@ -112,13 +112,7 @@ _ALONG = frozenset(
         "cummin", "logcumsumexp", "sort", "argsort", "flip", "topk", "median", "glu", "_safe_softmax",
     }
 )
-_LIKE = frozenset({"to", "type_as", "expand_as", "view_as", "reshape_as"})
-_BLANK = frozenset(
-    {
-        "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
-        "sym_size", "sym_numel",
-    }
-)
+_VALUELESS = BLANK | {"sym_size", "sym_numel"}
 _PICKING = frozenset({"index", "_unsafe_index", "index_put", "_unsafe_index_put"})
 _PICKING_DIM = frozenset(
     {
@@ -230,9 +224,9 @@ def read_norm(node: Node) -> Normalisation | None:
 def taken_by(node: Node) -> list[Node]:
     """Return the operands whose values a node may use: `kernel.to(x)` takes from x its type and place alone."""
     name = name_of(node)
-    if name in _BLANK:
+    if name in _VALUELESS:
         return []
-    return node.all_input_nodes[:1] if name in _LIKE else node.all_input_nodes
+    return node.all_input_nodes[:1] if name in LIKE else node.all_input_nodes
 
 
 def viewed_by(node: Node) -> Node | None:

@@ -18,6 +18,7 @@ from fractions import Fraction
 from torch import Tensor
 from torch.fx import Node
 
+from normfix.networks.functions import BLANK
 from normfix.tiling.reach.calls import Call, call_of, nodes_in, tensor_of
 from normfix.tiling.reach.extents import Sizes, Unsized
 from normfix.tiling.reach.frames import Frame, Layout, Opaque, Space, frame_of, is_plain
@@ -28,20 +29,9 @@ from normfix.tiling.reach.rules.resizing import is_stretched
 
 __all__ = ["Derived", "Reached", "Step", "Trail", "between", "depends", "derive"]
 
-_SHAPE_ONLY = frozenset({"sym_size", "sym_numel", "sym_stride", "sym_storage_offset", "size", "numel"}) | {
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "empty_like",
-    "rand_like",
-    "randn_like",
-    "new_zeros",
-    "new_ones",
-    "new_full",
-    "new_empty",
-    "_assert_tensor_metadata",
-    "is_floating_point",
-    "is_complex",
+_SHAPE_ONLY = BLANK | {
+    *("sym_size", "sym_numel", "sym_stride", "sym_storage_offset", "size", "numel"),
+    *("_assert_tensor_metadata", "is_floating_point", "is_complex"),
 }
 """Operators whose result holds nothing of their operand's values."""
 

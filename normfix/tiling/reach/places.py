@@ -18,6 +18,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from normfix.networks import operators
+from normfix.networks.functions import FILLED
 from normfix.tiling.reach.calls import Call, call_of, tensor_of
 from normfix.tiling.reach.extents import Sizes, Unsized
 from normfix.tiling.reach.frames import Layout
@@ -28,15 +29,6 @@ __all__ = ["placed_calls"]
 
 _Kind = Literal["fixed", "even", "placed"]
 
-_FILLED = frozenset(
-    {"zeros", "ones", "full", "empty", "scalar_tensor", "zeros_like", "ones_like", "full_like"}
-) | {
-    "new_zeros",
-    "new_ones",
-    "new_full",
-    "new_empty",
-    "empty_like",
-}
 _PARTS = frozenset({"slice", "narrow", "select", "split", "split_with_sizes", "chunk", "unbind"})
 _SPREAD = frozenset(SHAPES) | _PARTS
 """What leaves a constant even that was."""
@@ -91,7 +83,7 @@ def _kind(node: Node, kinds: Mapping[Node, _Kind], sizes: Sizes) -> _Kind:
         return "fixed"
     call = call_of(node, sizes)
     of = _worst(call.operands if is_pointwise(call) else _tensors(call), kinds)
-    if call.name in _FILLED:
+    if call.name in FILLED:
         fill = call.get("fill_value", call.get("s"))
         return "even" if _is_fixed(fill, sizes) else "placed"
     sized = any(kinds.get(n) == "placed" for n in call.operands)

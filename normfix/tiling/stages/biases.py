@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 
+from normfix.networks.functions import NEW
 from normfix.networks.graph.operators import name_of
 
 __all__ = ["Bias", "NotByPairs", "Numbers"]
@@ -31,7 +32,8 @@ _UNTAGGED = frozenset(
 )
 """Work pair by pair, without torch's tag for it in every version or overload."""
 
-_FILLED = frozenset({"full", "ones", "zeros", "new_full", "new_ones", "new_zeros"})
+_FILLED = NEW | {"zeros", "ones", "full", "empty"}
+"""Made of a stated size."""
 
 
 class NotByPairs(Exception):  # noqa: N818 - a reason, not a fault
