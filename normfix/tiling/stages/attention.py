@@ -48,6 +48,7 @@ def with_attention(program: Program, example: Sequence[int]) -> Program:
     Returns:
         The program with the new barriers; itself where there are none.
     """
+    _drop_unused_(program.body.graph)
     found = list(_attentions(program.body))
     ndim = len(example) - 2
     maps = (
@@ -67,6 +68,8 @@ def with_attention(program: Program, example: Sequence[int]) -> Program:
         space = _space_of(*_tokens(attention.key), maps, shapes)
         if space is None or _space_of(*_tokens(attention.value), maps, shapes) is None:
             continue
+        if any(factor.node in maps.moving for factor in attention.factors):
+            continue  # by the image
         rows = None
         if attention.terms:
             rows = _space_of(attention.query.node, attention.query.labels.index(_QUERIES), maps, shapes)
@@ -96,6 +99,13 @@ def with_attention(program: Program, example: Sequence[int]) -> Program:
         biases=frozenset(biases),
         numbers=frozenset(numbers),
     )
+
+
+def _drop_unused_(graph: Graph) -> None:
+    """Erase what nothing uses, such as the mean of weights that `nn.MultiheadAttention` returns beside its result."""
+    for node in reversed(graph.nodes):
+        if not node.users and getattr(node.target, "namespace", "") == "aten" and not node.is_impure():
+            graph.erase_node(node)
 
 
 def _is_flat(value: Node, ndim: int) -> bool:
@@ -154,10 +164,18 @@ class _Term(NamedTuple):
     factor: float = 1.0
 
 
+class _Factor(NamedTuple):
+    """What scores are multiplied by, or divided by: one value for all pairs of queries and keys."""
+
+    operation: Any
+    node: Node
+
+
 class _Attention(NamedTuple):
     """softmax(scale query key^T) value: (*batch, L, E), (*batch, K, E) and (*batch, K, V), by the names of dimensions.
 
-    `result` names the dimensions of what it gives.
+    `result` names the dimensions of what it gives. `factors` multiply the scores as well, one for all pairs of an entry
+    of the batch, such as a temperature that was learned for each head.
     """
 
     query: _Labelled
@@ -167,6 +185,7 @@ class _Attention(NamedTuple):
     batch: tuple[str, ...]
     scale: float
     terms: tuple[_Term, ...] = ()
+    factors: tuple[_Factor, ...] = ()
 
 
 _QUERIES, _KEYS, _FEATURES, _VALUES = "queries", "keys", "features", "values"
@@ -214,7 +233,7 @@ def _written_out(softmax: Node) -> _Attention | None:
     scores = _scores_of(softmax)
     if scores is None:
         return None
-    first, terms = scores
+    first, terms, factors = scores
     keys = first.result[int(softmax.args[1])]  # type: ignore[arg-type]
     key, query = (first.left, first.right) if keys in first.left.labels else (first.right, first.left)
     weights = _followed(_Labelled(softmax, first.result))
@@ -237,7 +256,7 @@ def _written_out(softmax: Node) -> _Attention | None:
     features = [label for label in query.labels if label not in first.result]
     if len(queries) != 1 or keys in result or sorted(result) != sorted((*batch, *queries, _VALUES)):
         return None
-    if terms and first.result != (*batch, *queries, keys):
+    if (terms or factors) and first.result != (*batch, *queries, keys):
         return None
     renamed = {keys: _KEYS, queries[0]: _QUERIES, features[0]: _FEATURES}
     return _Attention(
@@ -248,6 +267,7 @@ def _written_out(softmax: Node) -> _Attention | None:
         batch=batch,
         scale=first.scale,
         terms=terms,
+        factors=factors,
     )
 
 
@@ -255,20 +275,27 @@ def _renamed(value: _Labelled, names: dict[str, str]) -> _Labelled:
     return _Labelled(value.node, tuple(names.get(label, label) for label in value.labels))
 
 
-def _scores_of(softmax: Node) -> tuple[_Product, tuple[_Term, ...]] | None:
-    """Return the product that a softmax is taken of, with what it is multiplied by and changed by on the way."""
+def _scores_of(softmax: Node) -> tuple[_Product, tuple[_Term, ...], tuple[_Factor, ...]] | None:
+    """Return the product that a softmax is taken of, with what it is changed by and multiplied by on the way."""
     node, factor = softmax.args[0], 1.0
     terms: list[_Term] = []
+    factors: list[_Factor] = []
     while isinstance(node, Node):
         product = _product_of(node)
         if product is not None:
-            return product._replace(scale=product.scale * factor), tuple(terms)
+            return product._replace(scale=product.scale * factor), tuple(terms), tuple(factors)
         number = node.args[1] if len(node.args) > 1 else None
         if node.target in (_aten.mul.Tensor, _aten.mul.Scalar) and isinstance(number, int | float):
             factor *= number
         elif node.target in (_aten.div.Tensor, _aten.div.Scalar) and isinstance(number, int | float):
             factor /= number
+        elif (multiplied := _multiplied(node)) is not None:
+            found, node = multiplied
+            factors.append(found)
+            continue
         elif (changed := _changed(node, factor)) is not None:
+            if factors:
+                return None  # what is added before is multiplied as well
             term, node = changed
             terms.append(term)
             continue
@@ -276,6 +303,23 @@ def _scores_of(softmax: Node) -> tuple[_Product, tuple[_Term, ...]] | None:
             return None
         node = node.args[0]
     return None
+
+
+def _multiplied(node: Node) -> tuple[_Factor, Node] | None:
+    """Return what scores are multiplied by at a node, one value for all pairs, and the scores."""
+    if node.target not in (_aten.mul.Tensor, _aten.div.Tensor) or node.kwargs:
+        return None
+    a, b = node.args
+    if not (isinstance(a, Node) and isinstance(b, Node)):
+        return None
+    scores, other = (b, a) if node.target is _aten.mul.Tensor and _leads_to_product(b) else (a, b)
+    if (
+        not _leads_to_product(scores)
+        or _rank(other) > _rank(scores)
+        or any(n != 1 for n in _shape(other)[-2:])
+    ):
+        return None
+    return _Factor(node.target, other), scores
 
 
 def _changed(node: Node, factor: float) -> tuple[_Term, Node] | None:
@@ -497,6 +541,8 @@ def _barred_(attention: _Attention, space: _Space, rows: _Space | None) -> Node:
     with graph.inserting_before(result):
         extents = [_extent(space.map, dim) for dim in space.dims]
         query = _ordered(attention.query, (*attention.batch, _QUERIES, _FEATURES))
+        for factor in attention.factors:
+            query = _call(graph, factor.operation, query, factor.node)
         key, value = (
             _spread(_ordered(tokens, (*attention.batch, _KEYS, last)), -2, extents)
             for tokens, last in ((attention.key, _FEATURES), (attention.value, _VALUES))
