@@ -66,7 +66,7 @@ def test_windows_hold_tile_and_halo(axis):
 @settings(deadline=None)
 @given(axes())
 def test_no_window_is_narrower_than_its_halo(axis):
-    """Every window holds both halos and a stride, if the image does, the last as much as the first: it may take no less."""
+    """Every window holds both halos and a stride, if the image does, the last as much as the first."""
     size, tile, stride, halo, scale = axis
     geometry = Geometry(stride=(stride,), halo=(halo,), scale=(scale,), multiple=(stride,))
     full = sum(round_up(h, stride) for h in halo) + stride
