@@ -14,21 +14,19 @@ not grow with the image.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_aggregate
-from torch.utils._pytree import tree_leaves
 
 from normfix.tiling.stages.biases import Bias, NotByPairs
 from normfix.tiling.stages.maps import ProgramMaps, maps_of
 from normfix.tiling.stages.overviews import overview_of
-from normfix.tiling.stages.program import Cut, Program, Shapes, is_tensor_node
+from normfix.tiling.stages.program import Cut, Program, Shapes
+from normfix.tiling.stages.spaces import Space, called, extent, prune_, shape_of, space_of, spread
 from normfix.tiling.stages.tokens import ATTEND, ATTEND_BIASED, NUMBERS
 
 __all__ = ["with_attention"]
@@ -65,14 +63,14 @@ def with_attention(program: Program, example: Sequence[int]) -> Program:
     for attention in found:
         if replaced.intersection(x.node for x in (attention.query, attention.key, attention.value)):
             continue  # of what another attention gave as it is: it stays, and is refused by name
-        space = _space_of(*_tokens(attention.key), maps, shapes)
-        if space is None or _space_of(*_tokens(attention.value), maps, shapes) is None:
+        space = space_of(*_tokens(attention.key), maps, shapes)
+        if space is None or space_of(*_tokens(attention.value), maps, shapes) is None:
             continue
         if any(factor.node in maps.moving for factor in attention.factors):
             continue  # by the image
         rows = None
         if attention.terms:
-            rows = _space_of(attention.query.node, attention.query.labels.index(_QUERIES), maps, shapes)
+            rows = space_of(attention.query.node, attention.query.labels.index(_QUERIES), maps, shapes)
             if rows is None or not _are_of_positions(attention, program, maps, shapes):
                 continue
         barrier = _barred_(attention, space, rows)
@@ -110,7 +108,7 @@ def _drop_unused_(graph: Graph) -> None:
 
 def _is_flat(value: Node, ndim: int) -> bool:
     """Tell whether fewer dimensions than space has follow the image's extents; the first may be the batch."""
-    return sum(not isinstance(extent, int) for extent in _shape(value)[1:]) < ndim
+    return sum(not isinstance(extent, int) for extent in shape_of(value)[1:]) < ndim
 
 
 def _spread_sites(
@@ -121,7 +119,7 @@ def _spread_sites(
     for cut in program.cuts:
         operand = cut.operand
         spaces = (
-            [(d, _space_of(operand, d, maps, shapes)) for d in range(len(shapes[operand]))]
+            [(d, space_of(operand, d, maps, shapes)) for d in range(len(shapes[operand]))]
             if operand in maps.scales and operand not in maps.maps
             else []
         )
@@ -129,8 +127,8 @@ def _spread_sites(
         if len(known) == 1:
             ((dim, space),) = known
             with program.body.graph.inserting_before(operand.next):
-                extents = [_extent(space.map, d) for d in space.dims]
-                operand = _spread(operand, dim, extents)
+                extents = [extent(space.map, d) for d in space.dims]
+                operand = spread(operand, dim, extents)
             flat[cut.site] = dim, dim + len(extents) - 1
             cut = replace(cut, operand=operand)
         cuts.append(cut)
@@ -224,7 +222,7 @@ def _fused(node: Node) -> _Attention | None:
         value=_Labelled(value, (*batch, _KEYS, _VALUES)),
         result=_Labelled(node, (*batch, _QUERIES, _VALUES)),
         batch=batch,
-        scale=1 / math.sqrt(_shape(query)[-1]) if scale is None else float(scale),
+        scale=1 / math.sqrt(shape_of(query)[-1]) if scale is None else float(scale),
     )
 
 
@@ -316,7 +314,7 @@ def _multiplied(node: Node) -> tuple[_Factor, Node] | None:
     if (
         not _leads_to_product(scores)
         or _rank(other) > _rank(scores)
-        or any(n != 1 for n in _shape(other)[-2:])
+        or any(n != 1 for n in shape_of(other)[-2:])
     ):
         return None
     return _Factor(node.target, other), scores
@@ -453,49 +451,9 @@ def _rank(node: Node) -> int:
     return value.dim() if isinstance(value, Tensor) else 0
 
 
-def _shape(node: Node) -> Sequence[Any]:
-    """Return a value's extents, those that follow the image's as symbols."""
-    return tuple(node.meta["val"].shape)
-
-
-@dataclass(frozen=True, slots=True)
-class _Space:
-    """The map whose positions are the tokens of a value, and its dimensions over space in the order of the tokens."""
-
-    map: Node
-    dims: tuple[int, ...]
-
-
 def _tokens(value: _Labelled) -> tuple[Node, int]:
     """Return keys or values, and the dimension of their tokens."""
     return value.node, value.labels.index(_KEYS)
-
-
-def _space_of(node: Node, dim: int, maps: ProgramMaps, shapes: Shapes) -> _Space | None:
-    """Return what tokens are the positions of: the nearest map with as many, at every size.
-
-    Tokens of all images of a batch, as `view(1, c, -1)` makes of them, are positions of none.
-    """
-    pending, seen = [node], {node}
-    for candidate in pending:
-        found = maps.maps.get(candidate)
-        if found is not None and is_tensor_node(candidate):
-            extents = [shapes[candidate][d] for d in found.dims]
-            pairs = zip(found.scale, extents, strict=True)
-            grows = tuple((scale * math.prod(extents) / extent,) for scale, extent in pairs)
-            as_many = shapes[node][dim] == math.prod(extents) and maps.scales[node] == grows
-            if as_many and _symbols(node, [dim]) <= _symbols(candidate, found.dims):
-                return _Space(candidate, tuple(sorted(found.dims)))
-        fresh = [n for n in candidate.all_input_nodes if n in maps.moving and n not in seen]
-        seen.update(fresh)
-        pending += fresh
-    return None
-
-
-def _symbols(value: Node, dims: Iterable[int]) -> set[Any]:
-    """Return the extents of the image, and the number of images, that some extents of a value are made of."""
-    sizes = [_shape(value)[dim] for dim in dims]
-    return {symbol for n in sizes if not isinstance(n, int) for symbol in n.node.expr.free_symbols}
 
 
 def _are_of_positions(attention: _Attention, program: Program, maps: ProgramMaps, shapes: Shapes) -> bool:
@@ -534,33 +492,33 @@ def _aligns(shape: Sequence[int], pairs: Sequence[int]) -> bool:
     return all(n in (1, wanted) for n, wanted in zip(reversed(shape), reversed(pairs), strict=False))
 
 
-def _barred_(attention: _Attention, space: _Space, rows: _Space | None) -> Node:
+def _barred_(attention: _Attention, space: Space, rows: Space | None) -> Node:
     """Put the attention to stored keys and values in place of one; return it."""
     result = attention.result.node
     graph = result.graph
     with graph.inserting_before(result):
-        extents = [_extent(space.map, dim) for dim in space.dims]
+        extents = [extent(space.map, dim) for dim in space.dims]
         query = _ordered(attention.query, (*attention.batch, _QUERIES, _FEATURES))
         for factor in attention.factors:
-            query = _call(graph, factor.operation, query, factor.node)
+            query = called(graph, factor.operation, query, factor.node)
         key, value = (
-            _spread(_ordered(tokens, (*attention.batch, _KEYS, last)), -2, extents)
+            spread(_ordered(tokens, (*attention.batch, _KEYS, last)), -2, extents)
             for tokens, last in ((attention.key, _FEATURES), (attention.value, _VALUES))
         )
         if rows is None:
-            barrier = _call(graph, ATTEND, query, key, value, attention.scale, len(extents))
+            barrier = called(graph, ATTEND, query, key, value, attention.scale, len(extents))
         else:
-            numbers = _call(
-                graph, _aten.reshape.default, _call(graph, NUMBERS, rows.map, list(rows.dims)), [-1]
+            numbers = called(
+                graph, _aten.reshape.default, called(graph, NUMBERS, rows.map, list(rows.dims)), [-1]
             )
             bias = _bias(graph, attention)
             floor = _floor_of(attention.terms)
-            barrier = _call(
+            barrier = called(
                 graph, ATTEND_BIASED, query, key, value, attention.scale, len(extents), bias, numbers, floor
             )
         given = _Labelled(barrier, (*attention.batch, _QUERIES, _VALUES))
         result.replace_all_uses_with(_ordered(given, attention.result.labels))
-    _prune_(result)
+    prune_(result)
     return barrier
 
 
@@ -582,38 +540,38 @@ def _bias(graph: Graph, attention: _Attention) -> Node:
         node = term.node
         if node is None:
             full = _filled(graph, _pairs(attention), attention.query.node, True, torch.bool)
-            node = _call(graph, _aten.tril.default, full)
+            node = called(graph, _aten.tril.default, full)
         if term.kind == "added":
-            node = node if term.factor == 1 else _call(graph, _aten.mul.Tensor, node, term.factor)
-            added = node if added is None else _call(graph, _aten.add.Tensor, added, node)
+            node = node if term.factor == 1 else called(graph, _aten.mul.Tensor, node, term.factor)
+            added = node if added is None else called(graph, _aten.add.Tensor, added, node)
         else:
-            node = _call(graph, _aten.logical_not.default, node) if term.kind == "dropped" else node
-            kept = node if kept is None else _call(graph, _aten.logical_and.default, kept, node)
+            node = called(graph, _aten.logical_not.default, node) if term.kind == "dropped" else node
+            kept = node if kept is None else called(graph, _aten.logical_and.default, kept, node)
     if added is None or kept is None:
         found = added or kept
         assert found is not None
         return _paired(graph, found, attention)
-    dropped = _call(graph, _aten.logical_not.default, kept)
-    return _call(graph, _aten.masked_fill.Scalar, _paired(graph, added, attention), dropped, -math.inf)
+    dropped = called(graph, _aten.logical_not.default, kept)
+    return called(graph, _aten.masked_fill.Scalar, _paired(graph, added, attention), dropped, -math.inf)
 
 
 def _pairs(attention: _Attention) -> list[Node]:
     """Return how many queries and keys there are."""
     sides = ((attention.query, _QUERIES), (attention.key, _KEYS))
-    return [_extent(side.node, side.labels.index(name)) for side, name in sides]
+    return [extent(side.node, side.labels.index(name)) for side, name in sides]
 
 
 def _paired(graph: Graph, node: Node, attention: _Attention) -> Node:
     """Return a bias with a dimension of queries and one of keys."""
-    shape = list(_shape(node))
+    shape = list(shape_of(node))
     if len(shape) > 1 and 1 not in shape[-2:]:
         return node
     dtype = node.meta["val"].dtype
     if dtype == torch.bool:
         true = _filled(graph, _pairs(attention), attention.query.node, True, dtype)
-        return _call(graph, _aten.logical_and.default, node, true)
+        return called(graph, _aten.logical_and.default, node, true)
     zeros = _filled(graph, _pairs(attention), attention.query.node, 0, dtype)
-    return _call(graph, _aten.add.Tensor, node, zeros)
+    return called(graph, _aten.add.Tensor, node, zeros)
 
 
 def _filled(graph: Graph, pairs: Sequence[Node], like: Node, value: Any, dtype: torch.dtype) -> Node:
@@ -625,39 +583,9 @@ def _filled(graph: Graph, pairs: Sequence[Node], like: Node, value: Any, dtype: 
     return node
 
 
-def _prune_(node: Node) -> None:
-    """Erase a node that nothing uses, and what it alone used."""
-    if not node.users:
-        before = node.all_input_nodes
-        node.graph.erase_node(node)
-        for parent in before:
-            _prune_(parent)
-
-
 def _ordered(value: _Labelled, wanted: tuple[str, ...]) -> Node:
     """Return a value with its dimensions in another order."""
     if value.labels == wanted:
         return value.node
     order = [value.labels.index(label) for label in wanted]
-    return _call(value.node.graph, _aten.permute.default, value.node, order)
-
-
-def _spread(tokens: Node, dim: int, extents: Sequence[Node]) -> Node:
-    """Return a value with the extents of space in place of a dimension of tokens."""
-    shape = [n if isinstance(n, int) else _extent(tokens, d) for d, n in enumerate(_shape(tokens))]
-    dim %= len(shape)
-    return _call(tokens.graph, _aten.reshape.default, tokens, [*shape[:dim], *extents, *shape[dim + 1 :]])
-
-
-def _extent(value: Node, dim: int) -> Node:
-    return _call(value.graph, _aten.sym_size.int, value, dim)
-
-
-def _call(graph: Graph, target: Any, *args: Any) -> Node:
-    """Return a new call, with what it stands for."""
-    node = graph.call_function(target, args)
-    values = map_aggregate(args, lambda a: a.meta["val"] if isinstance(a, Node) else a)
-    tensor = next(v for v in tree_leaves(values) if isinstance(v, FakeTensor))
-    with tensor.fake_mode:
-        node.meta["val"] = target(*values)
-    return node
+    return called(value.node.graph, _aten.permute.default, value.node, order)
