@@ -3,7 +3,8 @@
 Tiles start on multiples of the stride. A tile reads its own area and `halo` (before, after) pixels of
 context per axis, rounded outwards to the stride so that reading starts in phase; at the border of the image
 it ends where the image ends and the network's own padding applies, as it does to the whole image. A last
-tile of a few pixels reads further back, since a network may not run on a window narrower than its halo.
+tile of a few pixels reads further back: a network may not run on a window narrower than its halo, nor, where keys
+that are held leave it a small halo, on one narrower than the maps that its keys were pooled on.
 """
 
 from __future__ import annotations
@@ -164,8 +165,9 @@ class _Axis:
 
     def span(self, start: int) -> tuple[slice, slice, slice]:
         """Return what the tile that starts at a pixel reads, keeps and writes."""
-        # where the narrowest full window may start
-        latest = (self.n - self.before - self.stride - self.after) // self.stride * self.stride
+        # where the narrowest full window may start, or one as wide as the first, if that is wider
+        least = max(self.before + self.stride, self.step) + self.after
+        latest = (self.n - least) // self.stride * self.stride
         stop = min(start + self.step, self.n)
         read = slice(max(0, min(start - self.before, latest)), min(self.n, stop + self.after))
         offset = int(read.start * self.scale)

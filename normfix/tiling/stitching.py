@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from normfix.errors import NormfixError
-from normfix.networks.calling import OutOfMemory, refusals
+from normfix.networks.calling import NotTaken, OutOfMemory, refusals
 from normfix.networks.numerics import IDENTITY, deviation
 from normfix.records.progress import LOGGER
 from normfix.records.spans import per_axis
@@ -263,9 +263,22 @@ def tile_extents(tile: int | Sequence[int], geometry: Geometry) -> tuple[int, ..
 def tiled(
     f: Function, image: Tensor, tile: int | Sequence[int], geometry: Geometry, batch: int | None = 1
 ) -> Tensor:
-    """Predict one image of any size tile by tile; see `padded` for sizes the stride does not divide, `stitch` else."""
+    """Predict one image of any size tile by tile; see `padded` for sizes the stride does not divide, `stitch` else.
+
+    Raises:
+        NotTaken: NF109 if the network does not run on a window of these tiles.
+    """
     whole = padded(image, geometry)
-    tiles = list(grid(whole.shape[2:], tile_extents(tile, geometry), geometry))
+    extents = tile_extents(tile, geometry)
+    tiles = list(grid(whole.shape[2:], extents, geometry))
     with torch.no_grad():
-        stitched = stitch(f, whole, tiles, batch)
+        try:
+            stitched = stitch(f, whole, tiles, batch)
+        except NotTaken as error:
+            if type(error) is not NotTaken or len(tiles) == 1:
+                raise
+            too_small = (
+                f"That is a window of tiles of {'x'.join(map(str, extents))} pixels: give a larger tile."
+            )
+            raise NotTaken(error.code, f"{error.message} {too_small}", where=error.where) from error
     return stitched if whole is image else cropped(stitched, image.shape[2:], geometry.scale)

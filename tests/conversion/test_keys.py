@@ -79,6 +79,18 @@ def test_tiles_equal_the_originals_whole_image(done):
 
 
 @pytest.mark.slow
+def test_windows_hold_what_keys_were_pooled_on():
+    """Keys of 24 x 24 pixels want windows as wide, though a halo of a few pixels is enough: the last tile's too."""
+    net = Attends(reduced=12).double().eval()
+    done = normfix.convert(net, normfix.Measured(IMAGE, keys="all"), tile=32)
+    assert done.proof.passed
+    assert max(max(halo) for halo in done.scan.halo) < 8
+    assert apart(normfix.predict(done.model, IMAGE, tile=32), run(net, IMAGE)) < 1e-12
+    with pytest.raises(NormfixError, match=r"NF109.*window of tiles of 12x12 pixels: give a larger tile"):
+        normfix.predict(done.model, IMAGE, tile=12)
+
+
+@pytest.mark.slow
 def test_another_image_attends_to_the_keys_that_are_held(done):
     """Its tiles equal what attention to the first image's keys gives for it whole."""
     keys = held(done.model)

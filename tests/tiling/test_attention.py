@@ -190,6 +190,44 @@ def _chosen(q, k, v):
     return torch.where(_offsets(q, k).abs() // 7 < 5, scores, -1e4).softmax(-1) @ v
 
 
+def _looked_up_along_axes(q, k, v):
+    """A table of two offsets, each with an index of its own (Liu et al., arXiv 2103.14030, without their sum)."""
+    table = torch.linspace(-2, 2, 2 * 7 * 5, dtype=q.dtype).sin().reshape(2, 7, 5)
+    y, x = torch.arange(k.shape[-2]) // 3, torch.arange(k.shape[-2]) % 3
+    bias = table[:, (y[:, None] - y).clamp(-3, 3) + 3, (x[:, None] - x) + 2]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def _like_another(q, k, v):
+    """A mask of numbers made like one of truth values, as `nn.MultiheadAttention` does."""
+    later = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(1)
+    mask = torch.zeros_like(later, dtype=q.dtype).masked_fill(later, -torch.inf)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def _with_temperatures(q, k, v):
+    """Of directions, sharpened by a number of each head before a bias (Liu et al., arXiv 2111.09883)."""
+    scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT
+    return (scores * torch.tensor([3.0, 9.0], dtype=q.dtype)[:, None, None] + _offsets(q, k) * 0.01).softmax(
+        -1
+    ) @ v
+
+
+def _sharpened_by_the_image(q, k, v):
+    return (q @ k.mT * q.amax((-2, -1), keepdim=True)).softmax(-1) @ v
+
+
+def _sharpened_after_a_bias(q, k, v):
+    temperatures = torch.tensor([0.3, 0.9], dtype=q.dtype)[:, None, None]
+    return ((q @ k.mT + _offsets(q, k) * 0.01) * temperatures).softmax(-1) @ v
+
+
+def _weighed(q, k, v):
+    """The weights themselves count beside what they give."""
+    weights = (q @ k.mT).softmax(-1)
+    return weights @ v + weights.amax(-1, keepdim=True)
+
+
 def _masked_by_the_image(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=q @ k.transpose(-1, -2) > -1)
 
@@ -204,9 +242,19 @@ def _over_channels(q, k, v):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [_masked_by_the_image, _cumulated, _over_channels])
+@pytest.mark.parametrize(
+    "form",
+    [
+        _masked_by_the_image,
+        _cumulated,
+        _over_channels,
+        _sharpened_by_the_image,
+        _sharpened_after_a_bias,
+        _weighed,
+    ],
+)
 def test_what_is_not_of_positions_pair_by_pair_is_left(form):
-    """A mask by the image, a bias cumulated over keys and attention over channels are no attention to all positions."""
+    """A mask or a factor by the image, a bias cumulated over keys or multiplied, weights that are used, channels."""
     found = program(form)
     assert not [n for n in found.body.graph.nodes if n.target in (ATTEND, ATTEND_BIASED)]
 
@@ -219,7 +267,12 @@ def test_what_is_not_of_positions_pair_by_pair_is_left(form):
         _in_a_square,
         _sloping,
         _chosen,
-        *(pytest.param(f, marks=pytest.mark.zoo) for f in (_lower, _looked_up, _near, _floored)),
+        _looked_up_along_axes,
+        _with_temperatures,
+        *(
+            pytest.param(f, marks=pytest.mark.zoo)
+            for f in (_lower, _looked_up, _near, _floored, _like_another)
+        ),
     ],
 )
 def test_masks_and_biases_of_positions_are_those_of_the_whole(form):
@@ -338,6 +391,34 @@ def test_attention_of_what_attention_gave_is_left():
     assert len(barriers(program(_twice))) == 1
 
 
+class Multihead(nn.Module):
+    """torch's own attention, which returns its weights as well unless it is told not to."""
+
+    def __init__(self, *, batch_first):
+        super().__init__()
+        self.inner, self.outer = nn.Conv2d(1, 8, 4, 4), nn.ConvTranspose2d(8, 1, 4, 4)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+        self.order = (0, 2, 1) if batch_first else (2, 0, 1)
+
+    def forward(self, x):
+        y = self.inner(x)
+        tokens = y.flatten(2).permute(self.order) * 3
+        seen, _ = self.attention(tokens, tokens, tokens)
+        return self.outer(y + seen.permute([self.order.index(d) for d in range(3)]).reshape(y.shape))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_weights_that_nobody_uses_do_not_count(batch_first):
+    """Torch's attention module is found as it is called by default; what its weights' mean takes is left out."""
+    torch.manual_seed(0)
+    net = Multihead(batch_first=batch_first).double().eval()
+    found = with_attention(captured_program(net, Caller(), IMAGE, []), IMAGE.shape)
+    assert len(barriers(found)) == 1
+    expected = whole(net)
+    assert float((predicted(net) - expected).abs().max() / expected.std()) < 1e-12
+
+
 class Windowed(nn.Module):
     """Attention within windows of 4 x 4: as many keys at every size."""
 
@@ -435,7 +516,12 @@ def test_planted_mistakes_are_caught(monkeypatch, mistake):
         monkeypatch.setattr(Tokens, "bands", lambda self, most: list(bands(self, 40))[:-1])
     elif mistake == "an unscaled merge":
         monkeypatch.setattr(tokens, "_SCORES", 2000)
-        monkeypatch.setattr(torch, "logaddexp", lambda a, b: a)
+        merge = tokens._Merged._merge
+        monkeypatch.setattr(
+            tokens._Merged,
+            "_merge",
+            lambda self, part, largest, total: merge(self, part, torch.zeros_like(largest), total),
+        )
     else:
         read = Tokens.bands
         monkeypatch.setattr(Tokens, "bands", lambda self, most: (k.flip(-2) * 1.1 for k in read(self, most)))

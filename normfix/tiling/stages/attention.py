@@ -14,21 +14,19 @@ not grow with the image.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_aggregate
-from torch.utils._pytree import tree_leaves
 
 from normfix.tiling.stages.biases import Bias, NotByPairs
 from normfix.tiling.stages.maps import ProgramMaps, maps_of
 from normfix.tiling.stages.overviews import overview_of
-from normfix.tiling.stages.program import Cut, Program, Shapes, is_tensor_node
+from normfix.tiling.stages.program import Cut, Program, Shapes
+from normfix.tiling.stages.spaces import Space, called, extent, prune_, shape_of, space_of, spread
 from normfix.tiling.stages.tokens import ATTEND, ATTEND_BIASED, NUMBERS
 
 __all__ = ["with_attention"]
@@ -48,6 +46,7 @@ def with_attention(program: Program, example: Sequence[int]) -> Program:
     Returns:
         The program with the new barriers; itself where there are none.
     """
+    _drop_unused_(program.body.graph)
     found = list(_attentions(program.body))
     ndim = len(example) - 2
     maps = (
@@ -64,12 +63,14 @@ def with_attention(program: Program, example: Sequence[int]) -> Program:
     for attention in found:
         if replaced.intersection(x.node for x in (attention.query, attention.key, attention.value)):
             continue  # of what another attention gave as it is: it stays, and is refused by name
-        space = _space_of(*_tokens(attention.key), maps, shapes)
-        if space is None or _space_of(*_tokens(attention.value), maps, shapes) is None:
+        space = space_of(*_tokens(attention.key), maps, shapes)
+        if space is None or space_of(*_tokens(attention.value), maps, shapes) is None:
             continue
+        if any(factor.node in maps.moving for factor in attention.factors):
+            continue  # by the image
         rows = None
         if attention.terms:
-            rows = _space_of(attention.query.node, attention.query.labels.index(_QUERIES), maps, shapes)
+            rows = space_of(attention.query.node, attention.query.labels.index(_QUERIES), maps, shapes)
             if rows is None or not _are_of_positions(attention, program, maps, shapes):
                 continue
         barrier = _barred_(attention, space, rows)
@@ -98,9 +99,16 @@ def with_attention(program: Program, example: Sequence[int]) -> Program:
     )
 
 
+def _drop_unused_(graph: Graph) -> None:
+    """Erase what nothing uses, such as the mean of weights that `nn.MultiheadAttention` returns beside its result."""
+    for node in reversed(graph.nodes):
+        if not node.users and getattr(node.target, "namespace", "") == "aten" and not node.is_impure():
+            graph.erase_node(node)
+
+
 def _is_flat(value: Node, ndim: int) -> bool:
     """Tell whether fewer dimensions than space has follow the image's extents; the first may be the batch."""
-    return sum(not isinstance(extent, int) for extent in _shape(value)[1:]) < ndim
+    return sum(not isinstance(extent, int) for extent in shape_of(value)[1:]) < ndim
 
 
 def _spread_sites(
@@ -111,7 +119,7 @@ def _spread_sites(
     for cut in program.cuts:
         operand = cut.operand
         spaces = (
-            [(d, _space_of(operand, d, maps, shapes)) for d in range(len(shapes[operand]))]
+            [(d, space_of(operand, d, maps, shapes)) for d in range(len(shapes[operand]))]
             if operand in maps.scales and operand not in maps.maps
             else []
         )
@@ -119,8 +127,8 @@ def _spread_sites(
         if len(known) == 1:
             ((dim, space),) = known
             with program.body.graph.inserting_before(operand.next):
-                extents = [_extent(space.map, d) for d in space.dims]
-                operand = _spread(operand, dim, extents)
+                extents = [extent(space.map, d) for d in space.dims]
+                operand = spread(operand, dim, extents)
             flat[cut.site] = dim, dim + len(extents) - 1
             cut = replace(cut, operand=operand)
         cuts.append(cut)
@@ -154,10 +162,18 @@ class _Term(NamedTuple):
     factor: float = 1.0
 
 
+class _Factor(NamedTuple):
+    """What scores are multiplied by, or divided by: one value for all pairs of queries and keys."""
+
+    operation: Any
+    node: Node
+
+
 class _Attention(NamedTuple):
     """softmax(scale query key^T) value: (*batch, L, E), (*batch, K, E) and (*batch, K, V), by the names of dimensions.
 
-    `result` names the dimensions of what it gives.
+    `result` names the dimensions of what it gives. `factors` multiply the scores as well, one for all pairs of an entry
+    of the batch, such as a temperature that was learned for each head.
     """
 
     query: _Labelled
@@ -167,6 +183,7 @@ class _Attention(NamedTuple):
     batch: tuple[str, ...]
     scale: float
     terms: tuple[_Term, ...] = ()
+    factors: tuple[_Factor, ...] = ()
 
 
 _QUERIES, _KEYS, _FEATURES, _VALUES = "queries", "keys", "features", "values"
@@ -205,7 +222,7 @@ def _fused(node: Node) -> _Attention | None:
         value=_Labelled(value, (*batch, _KEYS, _VALUES)),
         result=_Labelled(node, (*batch, _QUERIES, _VALUES)),
         batch=batch,
-        scale=1 / math.sqrt(_shape(query)[-1]) if scale is None else float(scale),
+        scale=1 / math.sqrt(shape_of(query)[-1]) if scale is None else float(scale),
     )
 
 
@@ -214,7 +231,7 @@ def _written_out(softmax: Node) -> _Attention | None:
     scores = _scores_of(softmax)
     if scores is None:
         return None
-    first, terms = scores
+    first, terms, factors = scores
     keys = first.result[int(softmax.args[1])]  # type: ignore[arg-type]
     key, query = (first.left, first.right) if keys in first.left.labels else (first.right, first.left)
     weights = _followed(_Labelled(softmax, first.result))
@@ -237,7 +254,7 @@ def _written_out(softmax: Node) -> _Attention | None:
     features = [label for label in query.labels if label not in first.result]
     if len(queries) != 1 or keys in result or sorted(result) != sorted((*batch, *queries, _VALUES)):
         return None
-    if terms and first.result != (*batch, *queries, keys):
+    if (terms or factors) and first.result != (*batch, *queries, keys):
         return None
     renamed = {keys: _KEYS, queries[0]: _QUERIES, features[0]: _FEATURES}
     return _Attention(
@@ -248,6 +265,7 @@ def _written_out(softmax: Node) -> _Attention | None:
         batch=batch,
         scale=first.scale,
         terms=terms,
+        factors=factors,
     )
 
 
@@ -255,20 +273,27 @@ def _renamed(value: _Labelled, names: dict[str, str]) -> _Labelled:
     return _Labelled(value.node, tuple(names.get(label, label) for label in value.labels))
 
 
-def _scores_of(softmax: Node) -> tuple[_Product, tuple[_Term, ...]] | None:
-    """Return the product that a softmax is taken of, with what it is multiplied by and changed by on the way."""
+def _scores_of(softmax: Node) -> tuple[_Product, tuple[_Term, ...], tuple[_Factor, ...]] | None:
+    """Return the product that a softmax is taken of, with what it is changed by and multiplied by on the way."""
     node, factor = softmax.args[0], 1.0
     terms: list[_Term] = []
+    factors: list[_Factor] = []
     while isinstance(node, Node):
         product = _product_of(node)
         if product is not None:
-            return product._replace(scale=product.scale * factor), tuple(terms)
+            return product._replace(scale=product.scale * factor), tuple(terms), tuple(factors)
         number = node.args[1] if len(node.args) > 1 else None
         if node.target in (_aten.mul.Tensor, _aten.mul.Scalar) and isinstance(number, int | float):
             factor *= number
         elif node.target in (_aten.div.Tensor, _aten.div.Scalar) and isinstance(number, int | float):
             factor /= number
+        elif (multiplied := _multiplied(node)) is not None:
+            found, node = multiplied
+            factors.append(found)
+            continue
         elif (changed := _changed(node, factor)) is not None:
+            if factors:
+                return None  # what is added before is multiplied as well
             term, node = changed
             terms.append(term)
             continue
@@ -276,6 +301,23 @@ def _scores_of(softmax: Node) -> tuple[_Product, tuple[_Term, ...]] | None:
             return None
         node = node.args[0]
     return None
+
+
+def _multiplied(node: Node) -> tuple[_Factor, Node] | None:
+    """Return what scores are multiplied by at a node, one value for all pairs, and the scores."""
+    if node.target not in (_aten.mul.Tensor, _aten.div.Tensor) or node.kwargs:
+        return None
+    a, b = node.args
+    if not (isinstance(a, Node) and isinstance(b, Node)):
+        return None
+    scores, other = (b, a) if node.target is _aten.mul.Tensor and _leads_to_product(b) else (a, b)
+    if (
+        not _leads_to_product(scores)
+        or _rank(other) > _rank(scores)
+        or any(n != 1 for n in shape_of(other)[-2:])
+    ):
+        return None
+    return _Factor(node.target, other), scores
 
 
 def _changed(node: Node, factor: float) -> tuple[_Term, Node] | None:
@@ -409,49 +451,9 @@ def _rank(node: Node) -> int:
     return value.dim() if isinstance(value, Tensor) else 0
 
 
-def _shape(node: Node) -> Sequence[Any]:
-    """Return a value's extents, those that follow the image's as symbols."""
-    return tuple(node.meta["val"].shape)
-
-
-@dataclass(frozen=True, slots=True)
-class _Space:
-    """The map whose positions are the tokens of a value, and its dimensions over space in the order of the tokens."""
-
-    map: Node
-    dims: tuple[int, ...]
-
-
 def _tokens(value: _Labelled) -> tuple[Node, int]:
     """Return keys or values, and the dimension of their tokens."""
     return value.node, value.labels.index(_KEYS)
-
-
-def _space_of(node: Node, dim: int, maps: ProgramMaps, shapes: Shapes) -> _Space | None:
-    """Return what tokens are the positions of: the nearest map with as many, at every size.
-
-    Tokens of all images of a batch, as `view(1, c, -1)` makes of them, are positions of none.
-    """
-    pending, seen = [node], {node}
-    for candidate in pending:
-        found = maps.maps.get(candidate)
-        if found is not None and is_tensor_node(candidate):
-            extents = [shapes[candidate][d] for d in found.dims]
-            pairs = zip(found.scale, extents, strict=True)
-            grows = tuple((scale * math.prod(extents) / extent,) for scale, extent in pairs)
-            as_many = shapes[node][dim] == math.prod(extents) and maps.scales[node] == grows
-            if as_many and _symbols(node, [dim]) <= _symbols(candidate, found.dims):
-                return _Space(candidate, tuple(sorted(found.dims)))
-        fresh = [n for n in candidate.all_input_nodes if n in maps.moving and n not in seen]
-        seen.update(fresh)
-        pending += fresh
-    return None
-
-
-def _symbols(value: Node, dims: Iterable[int]) -> set[Any]:
-    """Return the extents of the image, and the number of images, that some extents of a value are made of."""
-    sizes = [_shape(value)[dim] for dim in dims]
-    return {symbol for n in sizes if not isinstance(n, int) for symbol in n.node.expr.free_symbols}
 
 
 def _are_of_positions(attention: _Attention, program: Program, maps: ProgramMaps, shapes: Shapes) -> bool:
@@ -490,31 +492,33 @@ def _aligns(shape: Sequence[int], pairs: Sequence[int]) -> bool:
     return all(n in (1, wanted) for n, wanted in zip(reversed(shape), reversed(pairs), strict=False))
 
 
-def _barred_(attention: _Attention, space: _Space, rows: _Space | None) -> Node:
+def _barred_(attention: _Attention, space: Space, rows: Space | None) -> Node:
     """Put the attention to stored keys and values in place of one; return it."""
     result = attention.result.node
     graph = result.graph
     with graph.inserting_before(result):
-        extents = [_extent(space.map, dim) for dim in space.dims]
+        extents = [extent(space.map, dim) for dim in space.dims]
         query = _ordered(attention.query, (*attention.batch, _QUERIES, _FEATURES))
+        for factor in attention.factors:
+            query = called(graph, factor.operation, query, factor.node)
         key, value = (
-            _spread(_ordered(tokens, (*attention.batch, _KEYS, last)), -2, extents)
+            spread(_ordered(tokens, (*attention.batch, _KEYS, last)), -2, extents)
             for tokens, last in ((attention.key, _FEATURES), (attention.value, _VALUES))
         )
         if rows is None:
-            barrier = _call(graph, ATTEND, query, key, value, attention.scale, len(extents))
+            barrier = called(graph, ATTEND, query, key, value, attention.scale, len(extents))
         else:
-            numbers = _call(
-                graph, _aten.reshape.default, _call(graph, NUMBERS, rows.map, list(rows.dims)), [-1]
+            numbers = called(
+                graph, _aten.reshape.default, called(graph, NUMBERS, rows.map, list(rows.dims)), [-1]
             )
             bias = _bias(graph, attention)
             floor = _floor_of(attention.terms)
-            barrier = _call(
+            barrier = called(
                 graph, ATTEND_BIASED, query, key, value, attention.scale, len(extents), bias, numbers, floor
             )
         given = _Labelled(barrier, (*attention.batch, _QUERIES, _VALUES))
         result.replace_all_uses_with(_ordered(given, attention.result.labels))
-    _prune_(result)
+    prune_(result)
     return barrier
 
 
@@ -536,38 +540,38 @@ def _bias(graph: Graph, attention: _Attention) -> Node:
         node = term.node
         if node is None:
             full = _filled(graph, _pairs(attention), attention.query.node, True, torch.bool)
-            node = _call(graph, _aten.tril.default, full)
+            node = called(graph, _aten.tril.default, full)
         if term.kind == "added":
-            node = node if term.factor == 1 else _call(graph, _aten.mul.Tensor, node, term.factor)
-            added = node if added is None else _call(graph, _aten.add.Tensor, added, node)
+            node = node if term.factor == 1 else called(graph, _aten.mul.Tensor, node, term.factor)
+            added = node if added is None else called(graph, _aten.add.Tensor, added, node)
         else:
-            node = _call(graph, _aten.logical_not.default, node) if term.kind == "dropped" else node
-            kept = node if kept is None else _call(graph, _aten.logical_and.default, kept, node)
+            node = called(graph, _aten.logical_not.default, node) if term.kind == "dropped" else node
+            kept = node if kept is None else called(graph, _aten.logical_and.default, kept, node)
     if added is None or kept is None:
         found = added or kept
         assert found is not None
         return _paired(graph, found, attention)
-    dropped = _call(graph, _aten.logical_not.default, kept)
-    return _call(graph, _aten.masked_fill.Scalar, _paired(graph, added, attention), dropped, -math.inf)
+    dropped = called(graph, _aten.logical_not.default, kept)
+    return called(graph, _aten.masked_fill.Scalar, _paired(graph, added, attention), dropped, -math.inf)
 
 
 def _pairs(attention: _Attention) -> list[Node]:
     """Return how many queries and keys there are."""
     sides = ((attention.query, _QUERIES), (attention.key, _KEYS))
-    return [_extent(side.node, side.labels.index(name)) for side, name in sides]
+    return [extent(side.node, side.labels.index(name)) for side, name in sides]
 
 
 def _paired(graph: Graph, node: Node, attention: _Attention) -> Node:
     """Return a bias with a dimension of queries and one of keys."""
-    shape = list(_shape(node))
+    shape = list(shape_of(node))
     if len(shape) > 1 and 1 not in shape[-2:]:
         return node
     dtype = node.meta["val"].dtype
     if dtype == torch.bool:
         true = _filled(graph, _pairs(attention), attention.query.node, True, dtype)
-        return _call(graph, _aten.logical_and.default, node, true)
+        return called(graph, _aten.logical_and.default, node, true)
     zeros = _filled(graph, _pairs(attention), attention.query.node, 0, dtype)
-    return _call(graph, _aten.add.Tensor, node, zeros)
+    return called(graph, _aten.add.Tensor, node, zeros)
 
 
 def _filled(graph: Graph, pairs: Sequence[Node], like: Node, value: Any, dtype: torch.dtype) -> Node:
@@ -579,39 +583,9 @@ def _filled(graph: Graph, pairs: Sequence[Node], like: Node, value: Any, dtype: 
     return node
 
 
-def _prune_(node: Node) -> None:
-    """Erase a node that nothing uses, and what it alone used."""
-    if not node.users:
-        before = node.all_input_nodes
-        node.graph.erase_node(node)
-        for parent in before:
-            _prune_(parent)
-
-
 def _ordered(value: _Labelled, wanted: tuple[str, ...]) -> Node:
     """Return a value with its dimensions in another order."""
     if value.labels == wanted:
         return value.node
     order = [value.labels.index(label) for label in wanted]
-    return _call(value.node.graph, _aten.permute.default, value.node, order)
-
-
-def _spread(tokens: Node, dim: int, extents: Sequence[Node]) -> Node:
-    """Return a value with the extents of space in place of a dimension of tokens."""
-    shape = [n if isinstance(n, int) else _extent(tokens, d) for d, n in enumerate(_shape(tokens))]
-    dim %= len(shape)
-    return _call(tokens.graph, _aten.reshape.default, tokens, [*shape[:dim], *extents, *shape[dim + 1 :]])
-
-
-def _extent(value: Node, dim: int) -> Node:
-    return _call(value.graph, _aten.sym_size.int, value, dim)
-
-
-def _call(graph: Graph, target: Any, *args: Any) -> Node:
-    """Return a new call, with what it stands for."""
-    node = graph.call_function(target, args)
-    values = map_aggregate(args, lambda a: a.meta["val"] if isinstance(a, Node) else a)
-    tensor = next(v for v in tree_leaves(values) if isinstance(v, FakeTensor))
-    with tensor.fake_mode:
-        node.meta["val"] = target(*values)
-    return node
+    return called(value.node.graph, _aten.permute.default, value.node, order)

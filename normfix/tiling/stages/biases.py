@@ -9,7 +9,7 @@ holds a row and a column for each pair is narrowed to them, what holds one posit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, NamedTuple, cast
@@ -29,6 +29,7 @@ _SAME = frozenset({"clone", "alias", "contiguous", "detach", "to", "_to_copy", "
 _LOGICAL = frozenset({"__and__", "__or__", "__xor__", "rsub"})
 _UNTAGGED = frozenset(
     {"where", "masked_fill", "floor_divide", "less", "greater", "subtract", "multiply", "divide"}
+    | {"zeros_like", "ones_like", "full_like"}
 )
 """Work pair by pair, without torch's tag for it in every version or overload."""
 
@@ -199,11 +200,7 @@ class _Narrowed:
             value = operand.meta.get("val")
             if not isinstance(value, Tensor):
                 return self._bias.whole(operand)
-            shift = rank - value.dim()
-            dims = (
-                d - shift if d >= shift and not _is_one(value, d - shift) else None for d in (row, column)
-            )
-            return self.of(operand, *dims)
+            return self._aligned(operand, rank, (row, column))
 
         target: Any = node.target
         if target._schema.name == "aten::expand":
@@ -261,20 +258,28 @@ class _Narrowed:
         return self.of(source, row + (row >= place), column + (column >= place)).select(place, index)
 
     def _index(self, node: Node, row: int, column: int) -> Any:
-        """Look a table up by one index, beside dimensions that are kept whole."""
+        """Look a table up by indices in a row of dimensions, one for each, beside dimensions that are kept whole."""
         arguments: Any = node.args
         source, indices = arguments[0], list(arguments[1])
         given = [d for d, index in enumerate(indices) if index is not None]
-        if len(given) != 1:
-            raise NotByPairs("index by several values")
-        (place,) = given
-        index: Any = indices[place]
+        place = given[0]
+        if given != list(range(place, place + len(given))):
+            raise NotByPairs("index of dimensions apart")
+        rank = max(indices[d].meta["val"].dim() for d in given)
         lead = row - place, column - place
-        if min(lead) < 0 or max(lead) >= index.meta["val"].dim():
+        if min(lead) < 0 or max(lead) >= rank:
             raise NotByPairs("index of what has pairs")
-        found = self._bias.whole(source)[(*[slice(None)] * place, self.of(index, *lead))]
+        narrowed = [self._aligned(indices[d], rank, lead) for d in given]
+        found = self._bias.whole(source)[(*[slice(None)] * place, *narrowed)]
         assert isinstance(found, Tensor)
         return found
+
+    def _aligned(self, operand: Node, rank: int, wanted: Sequence[int]) -> Any:
+        """Return what is aligned with a value of this rank at its last dimension, narrowed along two of that."""
+        value = operand.meta["val"]
+        shift = rank - value.dim()
+        dims = (d - shift if d >= shift and not _is_one(value, d - shift) else None for d in wanted)
+        return self.of(operand, *dims)
 
     def _embedding(self, node: Node, row: int, column: int) -> Any:
         table, index = node.args[:2]

@@ -48,6 +48,7 @@ from normfix.tiling.stages.reach import in_dtype
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.schedule import Schedule
 from normfix.tiling.stages.scheduling import plans_of, recall_, require_images, schedule, told
+from normfix.tiling.stages.softmaxes import with_softmaxes
 
 __all__ = ["hand_on", "is_captured", "keep_plans", "program_of", "schedule_of", "usual_stride"]
 
@@ -229,7 +230,7 @@ def _captured(model: nn.Module, caller: Caller, example: Tensor, sites: tuple[st
     """
     program = captured_program(model, caller, example, sites)
     example = on_multiples(example, program.multiple)
-    attending = with_attention(program, example.shape)
+    attending = with_softmaxes(with_attention(program, example.shape), example.shape)
     if (
         attending is not program
         and not computes(attending.body, model, marked(caller, sites), example, guarded=False)
@@ -237,7 +238,7 @@ def _captured(model: nn.Module, caller: Caller, example: Tensor, sites: tuple[st
     ):
         raise NotInStages(
             "NF320",
-            "its attention is not what it was taken for.",
+            "its attention, or softmax over space, is not what it was taken for.",
             where=type(original_of(model)).__name__,
         )
     barred = with_overviews(attending, example.shape)

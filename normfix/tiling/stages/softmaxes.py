@@ -1,0 +1,139 @@
+"""Softmax over all positions of an image, and the logarithm of a sum of exponentials: from pools of the whole image.
+
+    m = max x        s = n mean exp(x - m)        softmax = exp(x - m) / s        log-sum-exp = m + log s
+
+over n positions. Both pools are put together from blocks (`bins`), so the softmax of a block is the whole image's.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import Node
+
+from normfix.tiling.stages.maps import ProgramMaps, maps_of
+from normfix.tiling.stages.program import Program, Shapes
+from normfix.tiling.stages.spaces import called, extent, prune_, shape_of, space_of, spread
+
+__all__ = ["with_softmaxes"]
+
+_aten = torch.ops.aten
+_SOFTMAX = (_aten.softmax.int, _aten._softmax.default)
+_LOGARITHM = (_aten.log_softmax.int, _aten._log_softmax.default)
+_SUM = (_aten.logsumexp.default,)
+_MEANS = {1: _aten.adaptive_avg_pool1d, 2: _aten.adaptive_avg_pool2d, 3: _aten.adaptive_avg_pool3d}
+_MAXIMA = {1: _aten.adaptive_max_pool1d, 2: _aten.adaptive_max_pool2d, 3: _aten.adaptive_max_pool3d}
+_NARROW = (torch.float16, torch.bfloat16)
+
+
+def with_softmaxes(program: Program, example: Sequence[int]) -> Program:
+    """Return a program whose softmaxes over all positions are computed from pools of the whole image.
+
+    Args:
+        program: its graph is changed in place where there are any.
+        example: a size (N, C, *space) that it takes.
+
+    Returns:
+        The program; itself where there are none.
+    """
+    targets = (*_SOFTMAX, *_LOGARITHM, *_SUM)
+    nodes = [node for node in program.body.graph.nodes if node.target in targets]
+    maps = maps_of(program, example) if nodes else None
+    if maps is None:
+        return program
+    found = [one for one in _over_space(nodes, maps, program.shapes(example)) if one is not None]
+    for one in found:
+        _pooled_(one)
+    if not found:
+        return program
+    program.body.graph.lint()
+    program.body.recompile()
+    return replace(program, known={})
+
+
+class _Softmax(NamedTuple):
+    """A softmax of a value over its dimensions `dims`, which are space, or over one of tokens of this `space`."""
+
+    node: Node
+    operand: Node
+    dims: tuple[int, ...]
+    space: tuple[Node, tuple[int, ...]] | None
+
+
+def _over_space(nodes: Sequence[Node], maps: ProgramMaps, shapes: Shapes) -> Iterator[_Softmax | None]:
+    for node in nodes:
+        operand: Any = node.args[0]
+        given: Any = node.args[1]
+        rank = len(shape_of(operand))
+        dims = tuple(sorted(d % rank for d in ([given] if isinstance(given, int) else given)))
+        map_ = maps.maps.get(operand)
+        if map_ is not None and dims == tuple(sorted(map_.dims)):
+            yield _Softmax(node, operand, dims, None)
+        elif map_ is None and operand in maps.moving and len(dims) == 1:
+            space = space_of(operand, dims[0], maps, shapes)
+            if space is not None:
+                yield _Softmax(node, operand, dims, (space.map, space.dims))
+
+
+def _pooled_(one: _Softmax) -> None:
+    """Put what is computed from pools in place of a softmax."""
+    node, graph = one.node, one.node.graph
+    dtype = node.meta["val"].dtype
+    wide = torch.float32 if dtype in _NARROW else dtype
+    with graph.inserting_before(node):
+        value, dims = one.operand, one.dims
+        if one.space is not None:
+            space, places = one.space
+            value = spread(value, dims[0], [extent(space, d) for d in places])
+            dims = tuple(range(dims[0], dims[0] + len(places)))
+        if value.meta["val"].dtype != wide:
+            value = called(graph, _aten._to_copy.default, value, dtype=wide)
+        leads = [d for d in range(len(shape_of(value))) if d not in dims]
+        fronts = [_known(value, d) for d in leads]
+        extents = [extent(value, d) for d in dims]
+        # (n, ..., *space) -> (n, c, *space), as pools take it
+        laid = called(graph, _aten.permute.default, value, [*leads, *dims])
+        laid = called(graph, _aten.reshape.default, laid, [*fronts[:1], -1, *extents])
+        given = _computed(node.target, laid, extents)
+        ends = [1] * len(dims) if node.target in _SUM else extents
+        given = called(graph, _aten.reshape.default, given, [*fronts, *ends])
+        back = [*leads, *dims]
+        given = called(graph, _aten.permute.default, given, [back.index(d) for d in range(len(back))])
+        if node.target in _SUM and not (len(node.args) > 2 and node.args[2]):
+            given = called(graph, _aten.squeeze.dims, given, list(dims))
+        elif one.space is not None:
+            given = called(graph, _aten.flatten.using_ints, given, dims[0], dims[-1])
+        if wide != dtype:
+            given = called(graph, _aten._to_copy.default, given, dtype=dtype)
+    node.replace_all_uses_with(given)
+    prune_(node)
+
+
+def _computed(target: Any, laid: Node, extents: Sequence[Node]) -> Node:
+    """Return what a function gives over the space of a map (N, C, *space)."""
+    graph, ones = laid.graph, [1] * len(extents)
+    pool = called(graph, _MAXIMA[len(ones)].default, laid, ones)
+    largest = called(graph, operator.getitem, pool, 0)
+    above = called(graph, _aten.sub.Tensor, laid, largest)
+    raised = called(graph, _aten.exp.default, above)
+    mean = called(graph, _MEANS[len(ones)].default, raised, ones)
+    count = reduce(lambda a, b: called(graph, operator.mul, a, b), extents)
+    total = called(graph, _aten.mul.Tensor, mean, count)
+    if target in _SOFTMAX:
+        return called(graph, _aten.div.Tensor, raised, total)
+    return called(
+        graph,
+        _aten.add.Tensor if target in _SUM else _aten.sub.Tensor,
+        largest if target in _SUM else above,
+        called(graph, _aten.log.default, total),
+    )
+
+
+def _known(value: Node, dim: int) -> int | Node:
+    n = shape_of(value)[dim]
+    return n if isinstance(n, int) else extent(value, dim)
