@@ -20,7 +20,7 @@ from normfix.conversion.measurement import measure_
 from normfix.conversion.measuring import freeze_sites_
 from normfix.conversion.multiplicity import have_as_many, objection, of_single_images
 from normfix.conversion.planning import decide
-from normfix.conversion.rewriting import rewrite, rewrite_
+from normfix.conversion.rewriting import released, rewrite, rewrite_
 from normfix.conversion.staged import predict_measured_
 from normfix.conversion.targets import Target, measured_targets
 from normfix.errors import NormfixError
@@ -406,20 +406,23 @@ class _Prediction:
         if reason:
             raise NotTiledError("NF409", reason, where=scan.model)
         try:
+            # values without a law are no statistics of blocks, but may be products and sums of exponentials
+            live, plan = released(model, provenance.plan)
             if (
                 self.engine != "tiles"
                 and targets
-                and keeps_geometry(model, provenance, middle_of(self.image), caller)
+                and (live is not model or keeps_geometry(model, provenance, middle_of(self.image), caller))
             ):
+                modules = dict(live.named_modules())
                 with suppress(NotInStages):  # what follows says why
                     return predict_measured_(
-                        model,
-                        targets,
+                        live,
+                        measured_targets(live, plan),
                         self.image,
                         caller,
                         self.blocks,
-                        geometry=self.geometry,
-                        sites=self.known.layers,
+                        geometry=self.geometry if live is model else None,
+                        sites=tuple(path for path in self.known.layers if path in modules),
                         out=out,
                     )
             return replace(self._fitted_(model, targets), statistics="stored").run(out)

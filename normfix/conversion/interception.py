@@ -33,7 +33,7 @@ from normfix.networks.functions import (
     with_operand,
 )
 
-__all__ = ["Intercept", "InterceptedNorm", "intercept_", "obstacle"]
+__all__ = ["Intercept", "InterceptedNorm", "intercept_", "obstacle", "release_"]
 
 _PLANNED = "_normfix_intercepts"
 _FUNCTIONS: dict[Callable[..., Any], str] = {
@@ -112,6 +112,14 @@ def intercept_(owner: nn.Module, intercepts: tuple[Intercept, ...]) -> None:
     owner.__dict__[_PLANNED] = before + intercepts
     if not before:
         owner.__class__ = _subclass(type(owner))
+
+
+def release_(owner: nn.Module, target: str) -> None:
+    """Let calls through again that were handed to a submodule of this name, and remove it, in place."""
+    planned: tuple[Intercept, ...] = owner.__dict__[_PLANNED]
+    owner.__dict__[_PLANNED] = tuple(intercept for intercept in planned if intercept.target != target)
+    holder, _, name = target.rpartition(".")
+    delattr(owner.get_submodule(holder), name)
 
 
 _SUBCLASSES: dict[type[nn.Module], type[nn.Module]] = {}

@@ -6,11 +6,13 @@ calibrated. Parameters keep their identity, dtype, device, requires_grad; module
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from normfix import layers
-from normfix.conversion.interception import Intercept, InterceptedNorm, intercept_, obstacle
+from normfix.conversion.interception import Intercept, InterceptedNorm, intercept_, obstacle, release_
 from normfix.errors import NormfixError
 from normfix.layers.base import ChannelNorm
 from normfix.layers.moments import Moments, on_host, pool
@@ -19,7 +21,7 @@ from normfix.networks.replacing import HOOKS, replace_
 from normfix.records.plans import Action, Decision, Means, Plan
 from normfix.records.sites import LayerSpec
 
-__all__ = ["channel_affine", "layer_of", "rewrite", "rewrite_", "set_statistics_"]
+__all__ = ["channel_affine", "layer_of", "released", "rewrite", "rewrite_", "set_statistics_"]
 
 _FROZEN = {1: layers.FrozenNorm1d, 2: layers.FrozenNorm2d, 3: layers.FrozenNorm3d}
 _RENORM = {1: layers.BatchRenorm1d, 2: layers.BatchRenorm2d, 3: layers.BatchRenorm3d}
@@ -145,12 +147,35 @@ def _intercept(modules: dict[str, nn.Module], decision: Decision) -> None:
         function=site.function,
         index=decision.position,
         visible=decision.visible,
-        target=decision.target.removeprefix(f"{site.anchor}.") if site.anchor else decision.target,
+        target=_within(decision),
         site=site.id,
         operand=spec.operand if spec else 0,
         dims=spec.dims if spec else (),
     )
     intercept_(anchor, (planned,))
+
+
+def released(model: nn.Module, plan: Plan) -> tuple[nn.Module, Plan]:
+    """Return a copy in which values without a population law are computed again, if there are any, and its plan.
+
+    Args:
+        model: with the plan carried out; not modified.
+        plan: of it.
+    """
+    lawless = {d.site.id for d in plan.converted if d.site.statistic and d.site.statistic.law == "none"}
+    if not lawless:
+        return model, plan
+    copied = copy_of(model)
+    for decision in plan.converted:
+        if decision.site.id in lawless:
+            release_(copied.get_submodule(decision.site.anchor), _within(decision))
+    return copied, replace(plan, decisions=tuple(d for d in plan.decisions if d.site.id not in lawless))
+
+
+def _within(decision: Decision) -> str:
+    """Return the path of what calls are handed to, from what they are intercepted in."""
+    anchor = decision.site.anchor
+    return decision.target.removeprefix(f"{anchor}.") if anchor else decision.target
 
 
 def _wrapped_norm(decision: Decision, owner: nn.Module, like: nn.Module) -> InterceptedNorm:

@@ -19,12 +19,12 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from normfix.tiling.stages.biases import Bias, NotByPairs
 from normfix.tiling.stages.maps import ProgramMaps, maps_of
 from normfix.tiling.stages.overviews import overview_of
+from normfix.tiling.stages.products import Labelled, Product, product_of, rank_of
 from normfix.tiling.stages.program import Cut, Program, Shapes
 from normfix.tiling.stages.spaces import Space, called, extent, prune_, shape_of, space_of, spread
 from normfix.tiling.stages.tokens import ATTEND, ATTEND_BIASED, NUMBERS
@@ -135,22 +135,6 @@ def _spread_sites(
     return cuts, flat
 
 
-class _Labelled(NamedTuple):
-    """A value and a name for each of its dimensions."""
-
-    node: Node
-    labels: tuple[str, ...]
-
-
-class _Product(NamedTuple):
-    """Two values whose product is summed over the one name that only they have, times a number."""
-
-    left: _Labelled
-    right: _Labelled
-    result: tuple[str, ...]
-    scale: float
-
-
 class _Term(NamedTuple):
     """What scores (*batch, L, K) are changed by: `added`, times a number; `kept` where true; `dropped` where true.
 
@@ -176,10 +160,10 @@ class _Attention(NamedTuple):
     of the batch, such as a temperature that was learned for each head.
     """
 
-    query: _Labelled
-    key: _Labelled
-    value: _Labelled
-    result: _Labelled
+    query: Labelled
+    key: Labelled
+    value: Labelled
+    result: Labelled
     batch: tuple[str, ...]
     scale: float
     terms: tuple[_Term, ...] = ()
@@ -206,7 +190,7 @@ def _fused(node: Node) -> _Attention | None:
     given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     unsupported = ("dropout_p", "enable_gqa")
     query, key, value = (given[name] for name in names[:3])
-    ranks = {_rank(x) for x in (query, key, value)}
+    ranks = {rank_of(x) for x in (query, key, value)}
     if any(given.get(name) for name in unsupported) or len(ranks) > 1:
         return None
     batch = tuple(f"batch{d}" for d in range(ranks.pop() - 2))
@@ -217,10 +201,10 @@ def _fused(node: Node) -> _Attention | None:
         terms.append(_Term("kept" if mask.meta["val"].dtype == torch.bool else "added", mask))
     return _Attention(
         terms=tuple(terms),
-        query=_Labelled(query, (*batch, _QUERIES, _FEATURES)),
-        key=_Labelled(key, (*batch, _KEYS, _FEATURES)),
-        value=_Labelled(value, (*batch, _KEYS, _VALUES)),
-        result=_Labelled(node, (*batch, _QUERIES, _VALUES)),
+        query=Labelled(query, (*batch, _QUERIES, _FEATURES)),
+        key=Labelled(key, (*batch, _KEYS, _FEATURES)),
+        value=Labelled(value, (*batch, _KEYS, _VALUES)),
+        result=Labelled(node, (*batch, _QUERIES, _VALUES)),
         batch=batch,
         scale=1 / math.sqrt(shape_of(query)[-1]) if scale is None else float(scale),
     )
@@ -234,8 +218,8 @@ def _written_out(softmax: Node) -> _Attention | None:
     first, terms, factors = scores
     keys = first.result[int(softmax.args[1])]  # type: ignore[arg-type]
     key, query = (first.left, first.right) if keys in first.left.labels else (first.right, first.left)
-    weights = _followed(_Labelled(softmax, first.result))
-    second = None if weights is None else _product_of(*weights.node.users)
+    weights = _followed(Labelled(softmax, first.result))
+    second = None if weights is None else product_of(*weights.node.users)
     if weights is None or second is None or second.scale != 1 or keys in query.labels:
         return None
     sides = {second.left.node: second.left, second.right.node: second.right}
@@ -260,8 +244,8 @@ def _written_out(softmax: Node) -> _Attention | None:
     return _Attention(
         query=_renamed(query, renamed),
         key=_renamed(key, renamed),
-        value=_renamed(_Labelled(value, tuple(names[label] for label in labels)), renamed),
-        result=_renamed(_Labelled(next(iter(weights.node.users)), result), renamed),
+        value=_renamed(Labelled(value, tuple(names[label] for label in labels)), renamed),
+        result=_renamed(Labelled(next(iter(weights.node.users)), result), renamed),
         batch=batch,
         scale=first.scale,
         terms=terms,
@@ -269,17 +253,17 @@ def _written_out(softmax: Node) -> _Attention | None:
     )
 
 
-def _renamed(value: _Labelled, names: dict[str, str]) -> _Labelled:
-    return _Labelled(value.node, tuple(names.get(label, label) for label in value.labels))
+def _renamed(value: Labelled, names: dict[str, str]) -> Labelled:
+    return Labelled(value.node, tuple(names.get(label, label) for label in value.labels))
 
 
-def _scores_of(softmax: Node) -> tuple[_Product, tuple[_Term, ...], tuple[_Factor, ...]] | None:
+def _scores_of(softmax: Node) -> tuple[Product, tuple[_Term, ...], tuple[_Factor, ...]] | None:
     """Return the product that a softmax is taken of, with what it is changed by and multiplied by on the way."""
     node, factor = softmax.args[0], 1.0
     terms: list[_Term] = []
     factors: list[_Factor] = []
     while isinstance(node, Node):
-        product = _product_of(node)
+        product = product_of(node)
         if product is not None:
             return product._replace(scale=product.scale * factor), tuple(terms), tuple(factors)
         number = node.args[1] if len(node.args) > 1 else None
@@ -313,7 +297,7 @@ def _multiplied(node: Node) -> tuple[_Factor, Node] | None:
     scores, other = (b, a) if node.target is _aten.mul.Tensor and _leads_to_product(b) else (a, b)
     if (
         not _leads_to_product(scores)
-        or _rank(other) > _rank(scores)
+        or rank_of(other) > rank_of(scores)
         or any(n != 1 for n in shape_of(other)[-2:])
     ):
         return None
@@ -350,7 +334,7 @@ def _leads_to_product(node: Node) -> bool:
     for candidate in pending:
         if not isinstance(candidate, Node):
             continue
-        if _product_of(candidate) is not None:
+        if product_of(candidate) is not None:
             return True
         scaled = candidate.target in (
             _aten.mul.Tensor,
@@ -380,22 +364,22 @@ def _keeps(node: Node) -> bool:
     )
 
 
-def _followed(weights: _Labelled) -> _Labelled | None:
+def _followed(weights: Labelled) -> Labelled | None:
     """Follow weights to the one product that uses them, through what only puts their dimensions in another order."""
     while len(weights.node.users) == 1:
         (user,) = weights.node.users
-        if _product_of(user) is not None:
+        if product_of(user) is not None:
             return weights
         order = range(len(weights.labels)) if _keeps(user) else _order_of(user)
         if order is None:
             return None
-        weights = _Labelled(user, tuple(weights.labels[d] for d in order))
+        weights = Labelled(user, tuple(weights.labels[d] for d in order))
     return None
 
 
 def _order_of(node: Node) -> Sequence[int] | None:
     """Return the order in which a node puts dimensions, None if it does something else."""
-    order = list(range(_rank(node)))
+    order = list(range(rank_of(node)))
     if node.target is _aten.permute.default:
         return [order[int(d)] for d in node.args[1]]  # type: ignore[union-attr, arg-type]
     if node.target is _aten.transpose.int:
@@ -408,50 +392,7 @@ def _order_of(node: Node) -> Sequence[int] | None:
     return order
 
 
-def _product_of(node: Node) -> _Product | None:
-    """Return a node as a product of two values with one dimension summed, None if it is none."""
-    if node.target is _aten.einsum.default:
-        return _einsum(node)
-    if node.target in (_aten.matmul.default, _aten.bmm.default, _aten.mm.default):
-        left, right, scale = *node.args[:2], 1.0
-    elif node.target is _aten.baddbmm.default and node.kwargs.get("beta", 1) == 0:
-        left, right, scale = *node.args[1:3], float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
-    else:
-        return None
-    rank = _rank(node)
-    if not (isinstance(left, Node) and isinstance(right, Node)) or rank < 2:
-        return None
-    if _rank(left) != rank or _rank(right) != rank:
-        return None
-    batch = tuple(f"batch{d}" for d in range(rank - 2))
-    return _Product(
-        _Labelled(left, (*batch, "rows", "summed")),
-        _Labelled(right, (*batch, "summed", "columns")),
-        (*batch, "rows", "columns"),
-        scale,
-    )
-
-
-def _einsum(node: Node) -> _Product | None:
-    operands = node.args[1]
-    inputs, arrow, result = str(node.args[0]).replace(" ", "").partition("->")
-    if not arrow or "." in inputs or not isinstance(operands, list | tuple) or len(operands) != 2:
-        return None
-    a, b = inputs.split(",")
-    summed = set(a + b) - set(result)
-    every = [len(set(labels)) == len(labels) for labels in (a, b, result)]
-    if len(summed) != 1 or not summed <= set(a) & set(b) or not all(every):
-        return None
-    left, right = operands
-    return _Product(_Labelled(left, tuple(a)), _Labelled(right, tuple(b)), tuple(result), 1.0)  # type: ignore[arg-type]
-
-
-def _rank(node: Node) -> int:
-    value = node.meta.get("val")
-    return value.dim() if isinstance(value, Tensor) else 0
-
-
-def _tokens(value: _Labelled) -> tuple[Node, int]:
+def _tokens(value: Labelled) -> tuple[Node, int]:
     """Return keys or values, and the dimension of their tokens."""
     return value.node, value.labels.index(_KEYS)
 
@@ -516,7 +457,7 @@ def _barred_(attention: _Attention, space: Space, rows: Space | None) -> Node:
             barrier = called(
                 graph, ATTEND_BIASED, query, key, value, attention.scale, len(extents), bias, numbers, floor
             )
-        given = _Labelled(barrier, (*attention.batch, _QUERIES, _VALUES))
+        given = Labelled(barrier, (*attention.batch, _QUERIES, _VALUES))
         result.replace_all_uses_with(_ordered(given, attention.result.labels))
     prune_(result)
     return barrier
@@ -583,7 +524,7 @@ def _filled(graph: Graph, pairs: Sequence[Node], like: Node, value: Any, dtype: 
     return node
 
 
-def _ordered(value: _Labelled, wanted: tuple[str, ...]) -> Node:
+def _ordered(value: Labelled, wanted: tuple[str, ...]) -> Node:
     """Return a value with its dimensions in another order."""
     if value.labels == wanted:
         return value.node

@@ -15,7 +15,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -23,10 +23,24 @@ from torch import Tensor
 from normfix.images.sources import Span
 from normfix.tiling.stages.refusals import NotInStages
 
-__all__ = ["Bins", "Partial"]
+__all__ = ["Bins", "Merging", "Partial"]
 
 Partial = dict[str, Any]
-"""What a block gives of the bins that it touches: `first` of them per axis, `value`, positions `seen`, `dtype`."""
+"""What a block gives: `value`, positions `seen`, `dtype`, and of bins the `first` per axis that it touches."""
+
+
+class Merging(Protocol):
+    """Something of a fixed size that blocks of a map are put together to: `counts` are its extents over space."""
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Return its extents over space."""
+
+    def partial(self, block: Tensor, spans: Sequence[Span], extents: Sequence[int]) -> Partial:
+        """Return what a block (..., *space) gives, which lies at `spans` of a map of these extents."""
+
+    def merged(self, parts: Sequence[Partial], extents: Sequence[int], where: str) -> Tensor:
+        """Return what blocks give that cover the map; NF325 if they do not, each position once."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from normfix.images.sources import Image, Span
 from normfix.networks.calling import refusals
 from normfix.networks.devices import moved
 from normfix.tiling.stages.biases import Bias
-from normfix.tiling.stages.bins import Bins, Partial
+from normfix.tiling.stages.bins import Merging, Partial
 from normfix.tiling.stages.chunks import Seals
 from normfix.tiling.stages.journal import SEALS
 from normfix.tiling.stages.maps import Map
@@ -120,7 +120,7 @@ class Given:
                 )
         return result[self.map.index(crop, result.dim())]
 
-    def binned(self, value: Tensor, block: Block, size: Sequence[int], bins: Bins) -> Partial:
+    def binned(self, value: Tensor, block: Block, size: Sequence[int], bins: Merging) -> Partial:
         """Return what a block's interior gives of bins."""
         spans = dict(zip(self.map.dims, self.map.window(block.interior, size, self.shape), strict=True))
         dims = sorted(spans)
@@ -161,7 +161,7 @@ class Work:
     measures: dict[str, tuple[int, Callable[[Tensor], Any]]]
     blocks: tuple[Block, ...]
     device: torch.device
-    pools: dict[str, tuple[int, Bins]] = field(default_factory=dict)
+    pools: dict[str, tuple[int, Merging]] = field(default_factory=dict)
 
     def __call__(self, number: int) -> dict[str, Any]:
         """Compute one block, write its interior and return what was measured of it, and the seals of its chunks."""

@@ -32,6 +32,7 @@ from normfix.records.spans import round_up
 from normfix.tiling.lengths import LARGEST, strips_along
 from normfix.tiling.material import magnitudes
 from normfix.tiling.stages.attention import with_attention
+from normfix.tiling.stages.contractions import with_contractions
 from normfix.tiling.stages.maps import lattice
 from normfix.tiling.stages.overviews import with_overviews
 from normfix.tiling.stages.plans import keep, kept
@@ -230,7 +231,9 @@ def _captured(model: nn.Module, caller: Caller, example: Tensor, sites: tuple[st
     """
     program = captured_program(model, caller, example, sites)
     example = on_multiples(example, program.multiple)
-    attending = with_softmaxes(with_attention(program, example.shape), example.shape)
+    attending = with_contractions(
+        with_softmaxes(with_attention(program, example.shape), example.shape), example.shape
+    )
     if (
         attending is not program
         and not computes(attending.body, model, marked(caller, sites), example, guarded=False)
@@ -238,7 +241,7 @@ def _captured(model: nn.Module, caller: Caller, example: Tensor, sites: tuple[st
     ):
         raise NotInStages(
             "NF320",
-            "its attention, or softmax over space, is not what it was taken for.",
+            "its attention, softmax over space or product of maps is not what it was taken for.",
             where=type(original_of(model)).__name__,
         )
     barred = with_overviews(attending, example.shape)

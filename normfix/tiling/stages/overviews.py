@@ -21,6 +21,7 @@ from normfix.tiling.reach.calls import Call, call_of
 from normfix.tiling.reach.extents import Unsized, lattice_of
 from normfix.tiling.reach.rules.resizing import is_stretched
 from normfix.tiling.stages.bins import Bins
+from normfix.tiling.stages.contractions import CONTRACT, Contraction
 from normfix.tiling.stages.maps import ProgramMaps, maps_of
 from normfix.tiling.stages.program import Cut, Pool, Program, Shapes, Stretch, extent_of
 from normfix.tiling.stages.stretches import RESIZED, Resizing
@@ -171,6 +172,8 @@ def overview_of(
 def _pools(program: Program, ndim: int) -> Iterator[tuple[Node, Pool]]:
     """Yield the bins of maps: of a pool that gives their places too, its values, where nobody uses the places."""
     for node in program.body.graph.nodes:
+        if node.target is CONTRACT:
+            yield node, Pool(node.args[0], _contraction(node, ndim))
         name = name_of(node)
         counts: Any = node.args[1] if len(node.args) > 1 else None
         if name not in _MEANS | _MAXIMA or not _are_constant(counts, ndim):
@@ -186,6 +189,11 @@ def _pools(program: Program, ndim: int) -> Iterator[tuple[Node, Pool]]:
         values = [user for user in users if user.target is operator.getitem and user.args[1] == 0]
         if len(values) == len(users):
             yield from ((value, Pool(operand, Bins("maximum", tuple(counts)))) for value in values)
+
+
+def _contraction(node: Node, ndim: int) -> Contraction:
+    batch, rows = (int(n) for n in node.args[1:])  # type: ignore[arg-type]
+    return Contraction(batch, rows, (1,) * ndim)
 
 
 def _are_constant(counts: Any, ndim: int) -> bool:

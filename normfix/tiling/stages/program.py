@@ -33,7 +33,7 @@ from normfix.networks.graph.operators import name_of
 from normfix.networks.graph.sizes import shortening
 from normfix.networks.graph.soundness import SoundInterpreter
 from normfix.networks.numerics import IDENTITY, deviation
-from normfix.tiling.stages.bins import Bins
+from normfix.tiling.stages.bins import Merging
 from normfix.tiling.stages.functional import make_functional_
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.stretches import Resizing
@@ -71,10 +71,10 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """A pool of a map to a fixed number of bins, which are put together from blocks."""
+    """What blocks of a map are put together to: a pool to a fixed number of bins, a sum of products."""
 
     operand: Node
-    bins: Bins
+    bins: Merging
 
 
 @dataclass(frozen=True, slots=True)

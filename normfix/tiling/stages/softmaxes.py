@@ -1,12 +1,14 @@
-"""Softmax over all positions of an image, and the logarithm of a sum of exponentials: from pools of the whole image.
+"""Softmax over all positions of an image, logarithms of sums of exponentials, and norms: from pools of the whole image.
 
     m = max x        s = n mean exp(x - m)        softmax = exp(x - m) / s        log-sum-exp = m + log s
+    norm = (n mean |x|^p)^(1/p)
 
-over n positions. Both pools are put together from blocks (`bins`), so the softmax of a block is the whole image's.
+over n positions. The pools are put together from blocks (`bins`), so the softmax of a block is the whole image's.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -26,6 +28,7 @@ _aten = torch.ops.aten
 _SOFTMAX = (_aten.softmax.int, _aten._softmax.default)
 _LOGARITHM = (_aten.log_softmax.int, _aten._log_softmax.default)
 _SUM = (_aten.logsumexp.default,)
+_NORM = (_aten.linalg_vector_norm.default,)
 _MEANS = {1: _aten.adaptive_avg_pool1d, 2: _aten.adaptive_avg_pool2d, 3: _aten.adaptive_avg_pool3d}
 _MAXIMA = {1: _aten.adaptive_max_pool1d, 2: _aten.adaptive_max_pool2d, 3: _aten.adaptive_max_pool3d}
 _NARROW = (torch.float16, torch.bfloat16)
@@ -41,7 +44,7 @@ def with_softmaxes(program: Program, example: Sequence[int]) -> Program:
     Returns:
         The program; itself where there are none.
     """
-    targets = (*_SOFTMAX, *_LOGARITHM, *_SUM)
+    targets = (*_SOFTMAX, *_LOGARITHM, *_SUM, *_NORM)
     nodes = [node for node in program.body.graph.nodes if node.target in targets]
     maps = maps_of(program, example) if nodes else None
     if maps is None:
@@ -57,7 +60,7 @@ def with_softmaxes(program: Program, example: Sequence[int]) -> Program:
 
 
 class _Softmax(NamedTuple):
-    """A softmax of a value over its dimensions `dims`, which are space, or over one of tokens of this `space`."""
+    """A softmax or norm of a value over its dimensions `dims`, which are space, or over one of tokens of `space`."""
 
     node: Node
     operand: Node
@@ -68,7 +71,10 @@ class _Softmax(NamedTuple):
 def _over_space(nodes: Sequence[Node], maps: ProgramMaps, shapes: Shapes) -> Iterator[_Softmax | None]:
     for node in nodes:
         operand: Any = node.args[0]
-        given: Any = node.args[1]
+        place = 2 if node.target in _NORM else 1
+        given: Any = node.args[place] if len(node.args) > place else None
+        if given is None or not _is_summed(node):
+            continue
         rank = len(shape_of(operand))
         dims = tuple(sorted(d % rank for d in ([given] if isinstance(given, int) else given)))
         map_ = maps.maps.get(operand)
@@ -78,6 +84,14 @@ def _over_space(nodes: Sequence[Node], maps: ProgramMaps, shapes: Shapes) -> Ite
             space = space_of(operand, dims[0], maps, shapes)
             if space is not None:
                 yield _Softmax(node, operand, dims, (space.map, space.dims))
+
+
+def _is_summed(node: Node) -> bool:
+    """Tell whether a norm, if it is one, is the root of a sum of powers, in the dtype of its operand."""
+    if node.target not in _NORM:
+        return True
+    power = node.args[1]
+    return isinstance(power, int | float) and 0 < power < math.inf and not node.kwargs
 
 
 def _pooled_(one: _Softmax) -> None:
@@ -99,13 +113,21 @@ def _pooled_(one: _Softmax) -> None:
         # (n, ..., *space) -> (n, c, *space), as pools take it
         laid = called(graph, _aten.permute.default, value, [*leads, *dims])
         laid = called(graph, _aten.reshape.default, laid, [*fronts[:1], -1, *extents])
-        given = _computed(node.target, laid, extents)
-        ends = [1] * len(dims) if node.target in _SUM else extents
+        smaller = node.target in (*_SUM, *_NORM)
+        given = (
+            _norm(node.args[1], laid, extents)
+            if node.target in _NORM
+            else _computed(node.target, laid, extents)
+        )
+        ends = [1] * len(dims) if smaller else extents
         given = called(graph, _aten.reshape.default, given, [*fronts, *ends])
         back = [*leads, *dims]
         given = called(graph, _aten.permute.default, given, [back.index(d) for d in range(len(back))])
-        if node.target in _SUM and not (len(node.args) > 2 and node.args[2]):
+        keeps = node.args[3:4] if node.target in _NORM else node.args[2:3]
+        if smaller and not any(keeps):
             given = called(graph, _aten.squeeze.dims, given, list(dims))
+        elif smaller and len(dims) > 1 and one.space is not None:
+            given = called(graph, _aten.squeeze.dims, given, list(dims[1:]))
         elif one.space is not None:
             given = called(graph, _aten.flatten.using_ints, given, dims[0], dims[-1])
         if wide != dtype:
@@ -132,6 +154,16 @@ def _computed(target: Any, laid: Node, extents: Sequence[Node]) -> Node:
         largest if target in _SUM else above,
         called(graph, _aten.log.default, total),
     )
+
+
+def _norm(power: Any, laid: Node, extents: Sequence[Node]) -> Node:
+    """Return the norm over the space of a map (N, C, *space)."""
+    graph = laid.graph
+    powers = called(graph, _aten.pow.Tensor_Scalar, called(graph, _aten.abs.default, laid), power)
+    mean = called(graph, _MEANS[len(extents)].default, powers, [1] * len(extents))
+    count = reduce(lambda a, b: called(graph, operator.mul, a, b), extents)
+    total = called(graph, _aten.mul.Tensor, mean, count)
+    return called(graph, _aten.pow.Tensor_Scalar, total, 1 / power)
 
 
 def _known(value: Node, dim: int) -> int | Node:
