@@ -19,9 +19,9 @@ from normfix.records.sites import Finding, Scan
 from normfix.records.spans import in_strides, round_up
 from normfix.records.verdicts import Verdict
 from normfix.tiling.domain import SizeVerdict
-from normfix.tiling.grid import Geometry, Tile, at, cuts_of, grid
+from normfix.tiling.grid import Geometry, Tile, at, cuts_of
 from normfix.tiling.halo import interference
-from normfix.tiling.stitching import padded, require_fit, stitch, tile_extents
+from normfix.tiling.stitching import in_tiles, padded, require_fit, tile_extents
 
 __all__ = ["EXCUSED", "ISOLATED", "Cuts", "Look", "Network", "compare", "undecided"]
 
@@ -92,9 +92,8 @@ def compare(
     """
     whole_image = padded(image, geometry)
     extents = tile_extents(tile, geometry)
-    tiles = list(grid(whole_image.shape[2:], extents, geometry))
     whole = network.tested(whole_image)
-    stitched = stitch(network.tested, whole_image, tiles)
+    stitched, tiles = in_tiles(network.tested, whole_image, extents, geometry)
     require_fit(stitched, whole)
     look(whole_image, whole, stitched, cuts_of(tiles))
     spread = float(whole.double().std().nan_to_num(0, 0, 0))

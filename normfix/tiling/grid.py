@@ -3,8 +3,7 @@
 Tiles start on multiples of the stride. A tile reads its own area and `halo` (before, after) pixels of
 context per axis, rounded outwards to the stride so that reading starts in phase; at the border of the image
 it ends where the image ends and the network's own padding applies, as it does to the whole image. A last
-tile of a few pixels reads further back: a network may not run on a window narrower than its halo, nor, where keys
-that are held leave it a small halo, on one narrower than the maps that its keys were pooled on.
+tile of a few pixels reads further back, since a network may not run on a window narrower than its halo.
 """
 
 from __future__ import annotations
@@ -105,20 +104,23 @@ def cuts_of(tiles: Iterable[Tile]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(sorted({start for start in axis if start > 0})) for axis in starts)
 
 
-def grid(size: Sequence[int], tile: Sequence[int], geometry: Geometry) -> Iterator[Tile]:
+def grid(
+    size: Sequence[int], tile: Sequence[int], geometry: Geometry, *, wide: bool = False
+) -> Iterator[Tile]:
     """Yield the tiles of an image of `size` in row-major order; together they write every pixel once.
 
     Args:
         size: pixels per spatial axis.
         tile: pixels per spatial axis, each a multiple of the stride.
         geometry: of the network.
+        wide: the last windows read as many pixels as the first ones, though their halo is smaller.
 
     Example:
         >>> g = Geometry(stride=(4,), halo=((3, 5),), scale=(Fraction(1),), multiple=(4,))
         >>> [(t.read[0].start, t.read[0].stop) for t in grid((24,), (8,), g)]
         [(0, 16), (4, 24), (8, 24)]
     """
-    for parts in _products(_axes(size, tile, geometry)):
+    for parts in _products(_axes(size, tile, geometry, wide)):
         read, keep, write = zip(*parts, strict=True)
         yield Tile(read, keep, write, geometry.stride, geometry.scale)
 
@@ -157,6 +159,7 @@ class _Axis:
     before: int
     after: int
     scale: Fraction
+    wide: bool = False
 
     @property
     def starts(self) -> range:
@@ -165,9 +168,9 @@ class _Axis:
 
     def span(self, start: int) -> tuple[slice, slice, slice]:
         """Return what the tile that starts at a pixel reads, keeps and writes."""
-        # where the narrowest full window may start, or one as wide as the first, if that is wider
-        least = max(self.before + self.stride, self.step) + self.after
-        latest = (self.n - least) // self.stride * self.stride
+        # where the narrowest full window may start
+        inner = self.before + self.stride
+        latest = (self.n - max(inner, self.step * self.wide) - self.after) // self.stride * self.stride
         stop = min(start + self.step, self.n)
         read = slice(max(0, min(start - self.before, latest)), min(self.n, stop + self.after))
         offset = int(read.start * self.scale)
@@ -183,9 +186,9 @@ class _Axis:
         return {read.stop - read.start for read in reads}
 
 
-def _axes(size: Sequence[int], tile: Sequence[int], geometry: Geometry) -> list[_Axis]:
+def _axes(size: Sequence[int], tile: Sequence[int], geometry: Geometry, wide: bool = False) -> list[_Axis]:
     return [
-        _Axis(n, step, stride, round_up(before, stride), round_up(after, stride), scale)
+        _Axis(n, step, stride, round_up(before, stride), round_up(after, stride), scale, wide)
         for n, step, stride, (before, after), scale in zip(
             size, tile, geometry.stride, geometry.halo, geometry.scale, strict=True
         )

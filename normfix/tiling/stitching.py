@@ -23,7 +23,7 @@ from normfix.records.progress import LOGGER
 from normfix.records.spans import per_axis
 from normfix.tiling.grid import Geometry, Tile, at, grid
 
-__all__ = ["cropped", "dividing", "padded", "require_fit", "stitch", "tile_extents", "tiled"]
+__all__ = ["cropped", "dividing", "in_tiles", "padded", "require_fit", "stitch", "tile_extents", "tiled"]
 
 Function = Callable[[Tensor], Tensor]
 
@@ -270,15 +270,34 @@ def tiled(
     """
     whole = padded(image, geometry)
     extents = tile_extents(tile, geometry)
-    tiles = list(grid(whole.shape[2:], extents, geometry))
     with torch.no_grad():
         try:
-            stitched = stitch(f, whole, tiles, batch)
+            stitched, _ = in_tiles(f, whole, extents, geometry, batch)
         except NotTaken as error:
-            if type(error) is not NotTaken or len(tiles) == 1:
+            if type(error) is not NotTaken or all(
+                n <= t for n, t in zip(whole.shape[2:], extents, strict=True)
+            ):
                 raise
             too_small = (
                 f"That is a window of tiles of {'x'.join(map(str, extents))} pixels: give a larger tile."
             )
             raise NotTaken(error.code, f"{error.message} {too_small}", where=error.where) from error
     return stitched if whole is image else cropped(stitched, image.shape[2:], geometry.scale)
+
+
+def in_tiles(
+    f: Function, image: Tensor, extents: Sequence[int], geometry: Geometry, batch: int | None = 1
+) -> tuple[Tensor, list[Tile]]:
+    """Stitch the tiles of an image that a network is exact at, and return them too; see `stitch`.
+
+    Where the network does not run on the windows of the last tiles, these are as wide as the first ones: keys that are
+    held leave a network a small halo, and it still pools maps as wide as theirs were.
+    """
+    tiles = list(grid(image.shape[2:], extents, geometry))
+    try:
+        return stitch(f, image, tiles, batch), tiles
+    except NotTaken as error:
+        wide = list(grid(image.shape[2:], extents, geometry, wide=True))
+        if type(error) is not NotTaken or wide == tiles:
+            raise
+    return stitch(f, image, wide, batch), wide
