@@ -406,25 +406,22 @@ class _Prediction:
         if reason:
             raise NotTiledError("NF409", reason, where=scan.model)
         try:
-            # values without a law are no statistics of blocks, but may be products and sums of exponentials
-            live, plan = released(model, provenance.plan)
-            if (
-                self.engine != "tiles"
-                and targets
-                and (live is not model or keeps_geometry(model, provenance, middle_of(self.image), caller))
-            ):
-                modules = dict(live.named_modules())
-                with suppress(NotInStages):  # what follows says why
-                    return predict_measured_(
-                        live,
-                        measured_targets(live, plan),
-                        self.image,
-                        caller,
-                        self.blocks,
-                        geometry=self.geometry if live is model else None,
-                        sites=tuple(path for path in self.known.layers if path in modules),
-                        out=out,
-                    )
+            if self.engine != "tiles" and targets:
+                # values without a law are no statistics of blocks, but may be products and sums of exponentials
+                live, plan = released(model, provenance.plan)
+                if live is not model or keeps_geometry(model, provenance, middle_of(self.image), caller):
+                    modules = dict(live.named_modules())
+                    with suppress(NotInStages):  # what follows says why
+                        return predict_measured_(
+                            live,
+                            measured_targets(live, plan),
+                            self.image,
+                            caller,
+                            self.blocks,
+                            geometry=self.geometry if live is model else None,
+                            sites=tuple(path for path in self.known.layers if path in modules),
+                            out=out,
+                        )
             return replace(self._fitted_(model, targets), statistics="stored").run(out)
         finally:
             hand_on(model, original_of(self.owner))

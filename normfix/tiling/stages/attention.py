@@ -86,14 +86,10 @@ def with_attention(program: Program, example: Sequence[int]) -> Program:
     for node in program.body.graph.nodes:  # kernels of attention lay out what they give each in its own way
         if node.target is _aten.view.default:
             node.target = _aten.reshape.default
-    program.body.graph.lint()
-    program.body.recompile()
-    return replace(
-        program,
+    return program.recompiled(
         cuts=tuple(cuts),
         whole=frozenset(whole),
         flat=flat,
-        known={},
         biases=frozenset(biases),
         numbers=frozenset(numbers),
     )

@@ -111,11 +111,7 @@ def with_contractions(program: Program, example: Sequence[int]) -> Program:
     found = [] if maps is None else list(_over_space(written, maps, program.shapes(example)))
     for one in found:
         _contracted_(one)
-    if not found and not is_changed:
-        return program
-    graph.lint()
-    program.body.recompile()
-    return replace(program, known={})
+    return program.recompiled() if found or is_changed else program
 
 
 _PRODUCTS = (_aten.matmul.default, _aten.bmm.default)

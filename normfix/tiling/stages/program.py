@@ -130,6 +130,12 @@ class Program:
             self.known[size] = self._shapes(size)
         return self.known[size]
 
+    def recompiled(self, **changes: Any) -> Program:
+        """Return the program with these fields, after its graph was changed in place: shapes are found anew."""
+        self.body.graph.lint()
+        self.body.recompile()
+        return replace(self, known={}, **changes)
+
     def takes(self, size: Sequence[int]) -> bool:
         """Tell whether an image of this shape is within the conditions that the network was captured under."""
         size = tuple(size)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from torch.fx import Node
 
 from normfix.tiling.stages.maps import ProgramMaps, maps_of
 from normfix.tiling.stages.program import Program, Shapes
-from normfix.tiling.stages.spaces import called, extent, prune_, shape_of, space_of, spread
+from normfix.tiling.stages.spaces import Space, called, extent, extents_of, prune_, shape_of, space_of, spread
 
 __all__ = ["with_softmaxes"]
 
@@ -49,14 +48,10 @@ def with_softmaxes(program: Program, example: Sequence[int]) -> Program:
     maps = maps_of(program, example) if nodes else None
     if maps is None:
         return program
-    found = [one for one in _over_space(nodes, maps, program.shapes(example)) if one is not None]
+    found = list(_over_space(nodes, maps, program.shapes(example)))
     for one in found:
         _pooled_(one)
-    if not found:
-        return program
-    program.body.graph.lint()
-    program.body.recompile()
-    return replace(program, known={})
+    return program.recompiled() if found else program
 
 
 class _Softmax(NamedTuple):
@@ -65,10 +60,10 @@ class _Softmax(NamedTuple):
     node: Node
     operand: Node
     dims: tuple[int, ...]
-    space: tuple[Node, tuple[int, ...]] | None
+    space: Space | None
 
 
-def _over_space(nodes: Sequence[Node], maps: ProgramMaps, shapes: Shapes) -> Iterator[_Softmax | None]:
+def _over_space(nodes: Sequence[Node], maps: ProgramMaps, shapes: Shapes) -> Iterator[_Softmax]:
     for node in nodes:
         operand: Any = node.args[0]
         place = 2 if node.target in _NORM else 1
@@ -83,7 +78,7 @@ def _over_space(nodes: Sequence[Node], maps: ProgramMaps, shapes: Shapes) -> Ite
         elif map_ is None and operand in maps.moving and len(dims) == 1:
             space = space_of(operand, dims[0], maps, shapes)
             if space is not None:
-                yield _Softmax(node, operand, dims, (space.map, space.dims))
+                yield _Softmax(node, operand, dims, space)
 
 
 def _is_summed(node: Node) -> bool:
@@ -102,13 +97,12 @@ def _pooled_(one: _Softmax) -> None:
     with graph.inserting_before(node):
         value, dims = one.operand, one.dims
         if one.space is not None:
-            space, places = one.space
-            value = spread(value, dims[0], [extent(space, d) for d in places])
-            dims = tuple(range(dims[0], dims[0] + len(places)))
+            value = spread(value, dims[0], [extent(one.space.map, d) for d in one.space.dims])
+            dims = tuple(range(dims[0], dims[0] + len(one.space.dims)))
         if value.meta["val"].dtype != wide:
             value = called(graph, _aten._to_copy.default, value, dtype=wide)
         leads = [d for d in range(len(shape_of(value))) if d not in dims]
-        fronts = [_known(value, d) for d in leads]
+        fronts = extents_of(value, leads)
         extents = [extent(value, d) for d in dims]
         # (n, ..., *space) -> (n, c, *space), as pools take it
         laid = called(graph, _aten.permute.default, value, [*leads, *dims])
@@ -139,13 +133,11 @@ def _pooled_(one: _Softmax) -> None:
 def _computed(target: Any, laid: Node, extents: Sequence[Node]) -> Node:
     """Return what a function gives over the space of a map (N, C, *space)."""
     graph, ones = laid.graph, [1] * len(extents)
-    pool = called(graph, _MAXIMA[len(ones)].default, laid, ones)
+    pool = called(graph, _MAXIMA[len(extents)].default, laid, ones)
     largest = called(graph, operator.getitem, pool, 0)
     above = called(graph, _aten.sub.Tensor, laid, largest)
     raised = called(graph, _aten.exp.default, above)
-    mean = called(graph, _MEANS[len(ones)].default, raised, ones)
-    count = reduce(lambda a, b: called(graph, operator.mul, a, b), extents)
-    total = called(graph, _aten.mul.Tensor, mean, count)
+    total = _total(raised, extents)
     if target in _SOFTMAX:
         return called(graph, _aten.div.Tensor, raised, total)
     return called(
@@ -160,12 +152,12 @@ def _norm(power: Any, laid: Node, extents: Sequence[Node]) -> Node:
     """Return the norm over the space of a map (N, C, *space)."""
     graph = laid.graph
     powers = called(graph, _aten.pow.Tensor_Scalar, called(graph, _aten.abs.default, laid), power)
-    mean = called(graph, _MEANS[len(extents)].default, powers, [1] * len(extents))
+    return called(graph, _aten.pow.Tensor_Scalar, _total(powers, extents), 1 / power)
+
+
+def _total(laid: Node, extents: Sequence[Node]) -> Node:
+    """Return the sum over the space of a map (N, C, *space), (N, C, 1, ...)."""
+    graph = laid.graph
+    mean = called(graph, _MEANS[len(extents)].default, laid, [1] * len(extents))
     count = reduce(lambda a, b: called(graph, operator.mul, a, b), extents)
-    total = called(graph, _aten.mul.Tensor, mean, count)
-    return called(graph, _aten.pow.Tensor_Scalar, total, 1 / power)
-
-
-def _known(value: Node, dim: int) -> int | Node:
-    n = shape_of(value)[dim]
-    return n if isinstance(n, int) else extent(value, dim)
+    return called(graph, _aten.mul.Tensor, mean, count)

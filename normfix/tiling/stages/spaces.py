@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from normfix.tiling.stages.maps import ProgramMaps
 from normfix.tiling.stages.program import Shapes, is_tensor_node
 
-__all__ = ["Space", "called", "extent", "prune_", "shape_of", "space_of", "spread"]
+__all__ = ["Space", "called", "extent", "extents_of", "prune_", "shape_of", "space_of", "spread"]
 
 _aten = torch.ops.aten
 
@@ -53,7 +53,7 @@ def space_of(node: Node, dim: int, maps: ProgramMaps, shapes: Shapes) -> Space |
 
 def spread(tokens: Node, dim: int, extents: Sequence[Node]) -> Node:
     """Return a value with the extents of space in place of a dimension of tokens."""
-    shape = [n if isinstance(n, int) else extent(tokens, d) for d, n in enumerate(shape_of(tokens))]
+    shape = extents_of(tokens, range(len(shape_of(tokens))))
     dim %= len(shape)
     return called(tokens.graph, _aten.reshape.default, tokens, [*shape[:dim], *extents, *shape[dim + 1 :]])
 
@@ -75,6 +75,12 @@ def shape_of(node: Node) -> Sequence[Any]:
 def extent(value: Node, dim: int) -> Node:
     """Return what stands for an extent of a value."""
     return called(value.graph, _aten.sym_size.int, value, dim)
+
+
+def extents_of(value: Node, dims: Iterable[int]) -> list[int | Node]:
+    """Return extents of a value, and what stands for those that follow the image's."""
+    shape = shape_of(value)
+    return [shape[d] if isinstance(shape[d], int) else extent(value, d) for d in dims]
 
 
 def called(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
