@@ -17,6 +17,7 @@ from normfix.tiling.stages import cache as capturing
 from normfix.tiling.stages import scheduling, tokens
 from normfix.tiling.stages.attention import with_attention
 from normfix.tiling.stages.biases import Bias, Numbers
+from normfix.tiling.stages.canonical import with_canonical_forms
 from normfix.tiling.stages.overviews import overview_of
 from normfix.tiling.stages.program import captured_program, computes, marked
 from normfix.tiling.stages.reach import _DOUBTFUL, _Cells
@@ -45,7 +46,7 @@ def of(form="fused", **options):
 def program(form, **options):
     """A program with its barriers."""
     net = of(form, norm=False, **options)
-    return with_attention(captured_program(net, Caller(), IMAGE, []), IMAGE.shape)
+    return with_attention(with_canonical_forms(captured_program(net, Caller(), IMAGE, [])), IMAGE.shape)
 
 
 def barriers(found):

@@ -22,11 +22,12 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from normfix.tiling.stages.biases import Bias, NotByPairs
+from normfix.tiling.stages.canonical import unshifted
 from normfix.tiling.stages.maps import ProgramMaps, maps_of
 from normfix.tiling.stages.overviews import overview_of
-from normfix.tiling.stages.products import Labelled, Product, product_of, rank_of
+from normfix.tiling.stages.products import Labelled, Product, keeps, order_of, product_of, rank_of
 from normfix.tiling.stages.program import Cut, Program, Shapes
-from normfix.tiling.stages.spaces import Space, called, extent, prune_, shape_of, space_of, spread
+from normfix.tiling.stages.spaces import Space, called, extent, filled, prune_, shape_of, space_of, spread
 from normfix.tiling.stages.tokens import ATTEND, ATTEND_BIASED, NUMBERS
 
 __all__ = ["with_attention"]
@@ -46,7 +47,6 @@ def with_attention(program: Program, example: Sequence[int]) -> Program:
     Returns:
         The program with the new barriers; itself where there are none.
     """
-    _drop_unused_(program.body.graph)
     found = list(_attentions(program.body))
     ndim = len(example) - 2
     maps = (
@@ -95,13 +95,6 @@ def with_attention(program: Program, example: Sequence[int]) -> Program:
     )
 
 
-def _drop_unused_(graph: Graph) -> None:
-    """Erase what nothing uses, such as the mean of weights that `nn.MultiheadAttention` returns beside its result."""
-    for node in reversed(graph.nodes):
-        if not node.users and getattr(node.target, "namespace", "") == "aten" and not node.is_impure():
-            graph.erase_node(node)
-
-
 def _is_flat(value: Node, ndim: int) -> bool:
     """Tell whether fewer dimensions than space has follow the image's extents; the first may be the batch."""
     return sum(not isinstance(extent, int) for extent in shape_of(value)[1:]) < ndim
@@ -134,10 +127,10 @@ def _spread_sites(
 class _Term(NamedTuple):
     """What scores (*batch, L, K) are changed by: `added`, times a number; `kept` where true; `dropped` where true.
 
-    Scores that are dropped are set to the factor, and so are those that are not `chosen`.
+    Scores that are dropped are set to the factor.
     """
 
-    kind: Literal["added", "kept", "chosen", "dropped", "causal"]
+    kind: Literal["added", "kept", "dropped", "causal"]
     node: Node | None
     factor: float = 1.0
 
@@ -229,10 +222,17 @@ def _written_out(softmax: Node) -> _Attention | None:
         return None
     names[features[0]] = _VALUES
     queries = [label for label in query.labels if label in first.result and label not in key.labels]
+    if len(queries) > 1:  # heads that share their keys are of the batch
+        queries = [label for label in queries if not isinstance(query.extent(label), int)]
     batch = tuple(label for label in first.result if label not in (keys, *queries))
     result = tuple(names[label] for label in second.result)
     features = [label for label in query.labels if label not in first.result]
-    if len(queries) != 1 or keys in result or sorted(result) != sorted((*batch, *queries, _VALUES)):
+    if (
+        len(queries) != 1
+        or keys in result
+        or not {*batch} <= {*query.labels}
+        or sorted(result) != sorted((*batch, *queries, _VALUES))
+    ):
         return None
     if (terms or factors) and first.result != (*batch, *queries, keys):
         return None
@@ -255,7 +255,7 @@ def _renamed(value: Labelled, names: dict[str, str]) -> Labelled:
 
 def _scores_of(softmax: Node) -> tuple[Product, tuple[_Term, ...], tuple[_Factor, ...]] | None:
     """Return the product that a softmax is taken of, with what it is changed by and multiplied by on the way."""
-    node, factor = softmax.args[0], 1.0
+    node, factor, dim = softmax.args[0], 1.0, int(softmax.args[1])  # type: ignore[arg-type]
     terms: list[_Term] = []
     factors: list[_Factor] = []
     while isinstance(node, Node):
@@ -267,6 +267,18 @@ def _scores_of(softmax: Node) -> tuple[Product, tuple[_Term, ...], tuple[_Factor
             factor *= number
         elif node.target in (_aten.div.Tensor, _aten.div.Scalar) and isinstance(number, int | float):
             factor /= number
+        elif node.target is _aten.neg.default:
+            factor = -factor
+        elif (shifted := _shifted(node)) is not None:
+            sign, shift = shifted
+            # what is the same for all keys changes no softmax; scores are lower than the floor of a mask by it
+            terms = [
+                t._replace(factor=t.factor - shift * factor) if t.kind == "dropped" else t for t in terms
+            ]
+            factor *= sign
+        elif not any(t.kind == "dropped" for t in terms) and unshifted(node, dim) is not node:
+            node = unshifted(node, dim)
+            continue
         elif (multiplied := _multiplied(node)) is not None:
             found, node = multiplied
             factors.append(found)
@@ -277,10 +289,22 @@ def _scores_of(softmax: Node) -> tuple[Product, tuple[_Term, ...], tuple[_Factor
             term, node = changed
             terms.append(term)
             continue
-        elif not _keeps(node):
+        elif not keeps(node):
             return None
         node = node.args[0]
     return None
+
+
+def _shifted(node: Node) -> tuple[int, float] | None:
+    """Return the sign of scores, and the number that is added to them."""
+    number = node.args[1] if len(node.args) > 1 else None
+    if not isinstance(number, int | float) or node.kwargs:
+        return None
+    if node.target in (_aten.add.Tensor, _aten.add.Scalar):
+        return 1, number
+    if node.target in (_aten.sub.Tensor, _aten.sub.Scalar):
+        return 1, -number
+    return (-1, number) if node.target is _aten.rsub.Scalar else None
 
 
 def _multiplied(node: Node) -> tuple[_Factor, Node] | None:
@@ -308,11 +332,6 @@ def _changed(node: Node, factor: float) -> tuple[_Term, Node] | None:
         if isinstance(value, int | float) and value * factor <= _NOUGHT:
             return _Term("dropped", mask, value * factor), scores  # type: ignore[arg-type, return-value]
         return None
-    if node.target is _aten.where.ScalarOther:
-        mask, scores, value = node.args
-        if isinstance(value, int | float) and value * factor <= _NOUGHT:
-            return _Term("chosen", mask, value * factor), scores  # type: ignore[arg-type, return-value]
-        return None
     if node.target is not _aten.add.Tensor or node.kwargs or not all(isinstance(n, Node) for n in node.args):
         return None
     a, b = node.args
@@ -336,28 +355,14 @@ def _leads_to_product(node: Node) -> bool:
             _aten.mul.Tensor,
             _aten.div.Tensor,
             _aten.add.Tensor,
+            _aten.sub.Tensor,
+            _aten.rsub.Scalar,
+            _aten.neg.default,
             _aten.masked_fill.Scalar,
         )
-        if candidate.target is _aten.where.ScalarOther:
-            pending.append(candidate.args[1])
-        if scaled or _keeps(candidate):
+        if scaled or keeps(candidate):
             pending += candidate.args[:2]
     return False
-
-
-def _keeps(node: Node) -> bool:
-    """Tell whether a node gives its operand as it is, or in another dtype."""
-    if node.target in (_aten.dropout.default, _aten.feature_dropout.default):
-        return node.args[2] is False
-    return node.target in (
-        _aten.clone.default,
-        _aten.alias.default,
-        _aten.contiguous.default,
-        _aten.detach.default,
-        _aten.to.dtype,
-        _aten._to_copy.default,
-        _aten.type_as.default,
-    )
 
 
 def _followed(weights: Labelled) -> Labelled | None:
@@ -366,26 +371,11 @@ def _followed(weights: Labelled) -> Labelled | None:
         (user,) = weights.node.users
         if product_of(user) is not None:
             return weights
-        order = range(len(weights.labels)) if _keeps(user) else _order_of(user)
+        order = range(len(weights.labels)) if keeps(user) else order_of(user)
         if order is None:
             return None
         weights = Labelled(user, tuple(weights.labels[d] for d in order))
     return None
-
-
-def _order_of(node: Node) -> Sequence[int] | None:
-    """Return the order in which a node puts dimensions, None if it does something else."""
-    order = list(range(rank_of(node)))
-    if node.target is _aten.permute.default:
-        return [order[int(d)] for d in node.args[1]]  # type: ignore[union-attr, arg-type]
-    if node.target is _aten.transpose.int:
-        a, b = (int(d) for d in node.args[1:3])  # type: ignore[arg-type]
-    elif node.target in (_aten.mT.default, _aten.t.default) and len(order) > 1:
-        a, b = -2, -1
-    else:
-        return None
-    order[a], order[b] = order[b], order[a]
-    return order
 
 
 def _tokens(value: Labelled) -> tuple[Node, int]:
@@ -463,7 +453,7 @@ def _floor_of(terms: Sequence[_Term]) -> float:
     """Return what masks set scores to, at most; what is added afterwards may raise them by half."""
     floors = [-math.inf]
     for place, term in enumerate(terms):
-        if term.kind in ("dropped", "chosen"):
+        if term.kind == "dropped":
             raised = any(later.kind == "added" for later in terms[:place])
             floors.append(term.factor / 2 if raised else term.factor)
     return max(floors)
@@ -476,7 +466,7 @@ def _bias(graph: Graph, attention: _Attention) -> Node:
     for term in attention.terms:
         node = term.node
         if node is None:
-            full = _filled(graph, _pairs(attention), attention.query.node, True, torch.bool)
+            full = filled(_pairs(attention), True, attention.query.node, torch.bool)
             node = called(graph, _aten.tril.default, full)
         if term.kind == "added":
             node = node if term.factor == 1 else called(graph, _aten.mul.Tensor, node, term.factor)
@@ -505,24 +495,18 @@ def _paired(graph: Graph, node: Node, attention: _Attention) -> Node:
         return node
     dtype = node.meta["val"].dtype
     if dtype == torch.bool:
-        true = _filled(graph, _pairs(attention), attention.query.node, True, dtype)
+        true = filled(_pairs(attention), True, attention.query.node, dtype)
         return called(graph, _aten.logical_and.default, node, true)
-    zeros = _filled(graph, _pairs(attention), attention.query.node, 0, dtype)
+    zeros = filled(_pairs(attention), 0, attention.query.node, dtype)
     return called(graph, _aten.add.Tensor, node, zeros)
 
 
-def _filled(graph: Graph, pairs: Sequence[Node], like: Node, value: Any, dtype: torch.dtype) -> Node:
-    """Return one value for every pair."""
-    device = like.meta["val"].device
-    node = graph.call_function(_aten.full.default, (list(pairs), value), {"dtype": dtype, "device": device})
-    with like.meta["val"].fake_mode:
-        node.meta["val"] = torch.full([n.meta["val"] for n in pairs], value, dtype=dtype, device=device)
-    return node
-
-
 def _ordered(value: Labelled, wanted: tuple[str, ...]) -> Node:
-    """Return a value with its dimensions in another order."""
-    if value.labels == wanted:
-        return value.node
-    order = [value.labels.index(label) for label in wanted]
-    return called(value.node.graph, _aten.permute.default, value.node, order)
+    """Return a value with its dimensions in another order, those that it lacks with an extent of 1."""
+    node, labels = value
+    for label in wanted:
+        if label not in labels:
+            node, labels = called(node.graph, _aten.unsqueeze.default, node, 0), (label, *labels)
+    if labels == wanted:
+        return node
+    return called(node.graph, _aten.permute.default, node, [labels.index(label) for label in wanted])

@@ -32,6 +32,7 @@ from normfix.records.spans import round_up
 from normfix.tiling.lengths import LARGEST, strips_along
 from normfix.tiling.material import magnitudes
 from normfix.tiling.stages.attention import with_attention
+from normfix.tiling.stages.canonical import with_canonical_forms
 from normfix.tiling.stages.contractions import with_contractions
 from normfix.tiling.stages.maps import lattice
 from normfix.tiling.stages.overviews import with_overviews
@@ -78,14 +79,16 @@ class _Capture:
             if pairs is None:
                 return False
             if all(bool(torch.isfinite(theirs).all()) for _, theirs in pairs):
-                return agree(pairs) or _agree_in_double(body, model, caller, sites, example)
-        return computes(body, model, run, _noise_like(example))
+                return agree(pairs, self.program.dtypes) or _agree_in_double(
+                    body, model, caller, sites, example
+                )
+        return computes(body, model, run, _noise_like(example), dtypes=self.program.dtypes)
 
     def agrees(self, model: nn.Module, caller: Caller, sites: tuple[str, ...], example: Tensor) -> bool:
         """Tell whether the program computes what the model does beyond the conditions that it was captured under."""
         self.program.refresh_(model)
-        body, run = self.program.body, marked(caller, sites)
-        return computes(body, model, run, example, guarded=False) or _agree_in_double(
+        body, run, dtypes = self.program.body, marked(caller, sites), self.program.dtypes
+        return computes(body, model, run, example, guarded=False, dtypes=dtypes) or _agree_in_double(
             body, model, caller, sites, example
         )
 
@@ -231,12 +234,14 @@ def _captured(model: nn.Module, caller: Caller, example: Tensor, sites: tuple[st
     """
     program = captured_program(model, caller, example, sites)
     example = on_multiples(example, program.multiple)
-    attending = with_contractions(
-        with_softmaxes(with_attention(program, example.shape), example.shape), example.shape
-    )
+    attending = with_canonical_forms(program)
+    for found in (with_attention, with_softmaxes, with_contractions):
+        attending = found(attending, example.shape)
     if (
         attending is not program
-        and not computes(attending.body, model, marked(caller, sites), example, guarded=False)
+        and not computes(
+            attending.body, model, marked(caller, sites), example, guarded=False, dtypes=program.dtypes
+        )
         and not _agree_in_double(attending.body, model, caller, sites, example)
     ):
         raise NotInStages(

@@ -11,6 +11,7 @@ A block's share is the sum over its own positions, in float64; how many there we
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from torch.fx import Node
 from normfix.images.sources import Span
 from normfix.tiling.stages.bins import Partial
 from normfix.tiling.stages.maps import ProgramMaps, maps_of
-from normfix.tiling.stages.products import Labelled, Product, product_of
+from normfix.tiling.stages.products import Labelled, Product, keeps, order_of, product_of
 from normfix.tiling.stages.program import Program, Shapes
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.spaces import Space, called, extent, prune_, shape_of, space_of
@@ -114,32 +115,69 @@ def with_contractions(program: Program, example: Sequence[int]) -> Program:
     return program.recompiled() if found or is_changed else program
 
 
-_PRODUCTS = (_aten.matmul.default, _aten.bmm.default)
+_PRODUCTS = (_aten.matmul.default, _aten.bmm.default, _aten.einsum.default)
 _SCALED = (_aten.mul.Tensor, _aten.mul.Scalar, _aten.div.Tensor, _aten.div.Scalar)
 
 
 def _reassociate_(node: Node) -> bool:
-    """Multiply from the right first where a product of all pairs of positions is scaled and multiplied by a third."""
-    if node.target not in _PRODUCTS:
+    """Sum over positions first where a product of all pairs of them, scaled perhaps, is multiplied by a third value."""
+    outer = product_of(node) if node.target in _PRODUCTS else None
+    if outer is None:
         return False
+    for of_pairs, other in ((outer.left, outer.right), (outer.right, outer.left)):
+        chain, pairs = _scaled(of_pairs)
+        inner = product_of(pairs.node) if pairs.node.target in _PRODUCTS else None
+        if inner is None or outer.left.node is outer.right.node or _growing(pairs.node) != 2:
+            continue
+        if any(_growing(side.node) != 1 for side in (inner.left, inner.right)):
+            continue
+        names = dict(zip(inner.result, pairs.labels, strict=True))
+        near, far = (
+            Labelled(side.node, tuple(names.get(label, "inner") for label in side.labels))
+            for side in (inner.left, inner.right)
+        )
+        (summed,) = {*of_pairs.labels} - {*outer.result}
+        if summed in far.labels:
+            near, far = far, near
+        if summed in far.labels or isinstance(near.extent(summed), int):
+            continue
+        kept = [label for label in dict.fromkeys((*near.labels, *other.labels)) if label != summed]
+        with node.graph.inserting_before(node):
+            given = _einsum(near, other, kept)
+            for scaling in reversed(chain):  # what is small is scaled, not the pairs
+                given = called(node.graph, scaling.target, given, scaling.args[1])
+            given = _einsum(far, Labelled(given, tuple(kept)), outer.result)
+        node.replace_all_uses_with(given)
+        prune_(node)
+        return True
+    return False
+
+
+def _growing(value: Node) -> int:
+    """Return how many dimensions follow the image's extents, beside the number of images in front."""
+    return sum(not isinstance(n, int) for n in shape_of(value)[1:])
+
+
+def _scaled(value: Labelled) -> tuple[list[Node], Labelled]:
+    """Return what a value is made of by scaling it and putting its dimensions in another order, and the scalings."""
     chain: list[Node] = []
-    pairs: Any = node.args[0]
-    while isinstance(pairs, Node) and pairs.target in _SCALED and _is_number(pairs.args[1]):
-        chain.append(pairs)
-        pairs = pairs.args[0]
-    if not isinstance(pairs, Node) or pairs.target not in _PRODUCTS:
-        return False
-    if any(isinstance(n, int) for n in shape_of(pairs)[-2:]):
-        return False
-    graph, (left, right) = node.graph, pairs.args
-    with graph.inserting_before(node):
-        given = called(graph, pairs.target, right, node.args[1])
-        for scaling in reversed(chain):  # what is small is scaled, not the pairs
-            given = called(graph, scaling.target, given, scaling.args[1])
-        given = called(graph, node.target, left, given)
-    node.replace_all_uses_with(given)
-    prune_(node)
-    return True
+    node, labels = value
+    while True:
+        order = order_of(node)
+        source: Any = node.args[0] if node.args else None
+        if order is not None:
+            labels = tuple(labels[order.index(d)] for d in range(len(order)))
+        elif node.target in _SCALED and _is_number(node.args[1]):
+            chain.append(node)
+        elif not keeps(node):
+            return chain, Labelled(node, labels)
+        node = source
+
+
+def _einsum(left: Labelled, right: Labelled, result: Sequence[str]) -> Node:
+    letters = dict(zip(dict.fromkeys((*left.labels, *right.labels)), string.ascii_letters, strict=False))
+    a, b, c = ("".join(letters[label] for label in labels) for labels in (left.labels, right.labels, result))
+    return called(left.node.graph, _aten.einsum.default, f"{a},{b}->{c}", [left.node, right.node])
 
 
 def _is_number(value: object) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-__all__ = ["Labelled", "Product", "product_of", "rank_of"]
+__all__ = ["Labelled", "Product", "keeps", "order_of", "product_of", "rank_of"]
 
 _aten = torch.ops.aten
 
@@ -18,6 +19,10 @@ class Labelled(NamedTuple):
 
     node: Node
     labels: tuple[str, ...]
+
+    def extent(self, label: str) -> Any:
+        """Return the extent of the dimension with a name."""
+        return self.node.meta["val"].shape[self.labels.index(label)]
 
 
 class Product(NamedTuple):
@@ -71,3 +76,33 @@ def rank_of(node: Node) -> int:
     """Return the number of dimensions of a tensor, 0 for anything else."""
     value = node.meta.get("val")
     return value.dim() if isinstance(value, Tensor) else 0
+
+
+def keeps(node: Node) -> bool:
+    """Tell whether a node gives its operand as it is, or in another dtype."""
+    if node.target in (_aten.dropout.default, _aten.feature_dropout.default):
+        return node.args[2] is False
+    return node.target in (
+        _aten.clone.default,
+        _aten.alias.default,
+        _aten.contiguous.default,
+        _aten.detach.default,
+        _aten.to.dtype,
+        _aten._to_copy.default,
+        _aten.type_as.default,
+    )
+
+
+def order_of(node: Node) -> Sequence[int] | None:
+    """Return the order in which a node puts dimensions, None if it does something else."""
+    order = list(range(rank_of(node)))
+    if node.target is _aten.permute.default:
+        return [order[int(d)] for d in node.args[1]]  # type: ignore[union-attr, arg-type]
+    if node.target is _aten.transpose.int:
+        a, b = (int(d) for d in node.args[1:3])  # type: ignore[arg-type]
+    elif node.target in (_aten.mT.default, _aten.t.default) and len(order) > 1:
+        a, b = -2, -1
+    else:
+        return None
+    order[a], order[b] = order[b], order[a]
+    return order

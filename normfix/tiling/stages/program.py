@@ -11,7 +11,7 @@ out: nothing that counts depends on them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -94,7 +94,7 @@ class Program:
     read of the whole image, wherever the block is; `flat` tells which dimensions (first, last) of a site's operand are
     one dimension of tokens to the network. `pools` and `stretches` are values that no block has by itself; `biases` are
     of pairs of positions, `numbers` those of the positions of a map. It takes images whose extents are multiples of
-    `multiple` pixels.
+    `multiple` pixels. `dtypes` are those of floats that the network computes of the image.
     """
 
     body: GraphModule
@@ -108,6 +108,7 @@ class Program:
     numbers: frozenset[Node] = frozenset()
     stretches: dict[Node, Stretch] = field(default_factory=dict)
     multiple: int = 1
+    dtypes: frozenset[torch.dtype] = frozenset()
     known: dict[tuple[int, ...], Shapes] = field(default_factory=dict, compare=False, repr=False)
     """Shapes by the size of the image: finding them takes as long as a pass."""
     taken: dict[tuple[int, ...], bool] = field(default_factory=dict, compare=False, repr=False)
@@ -134,7 +135,8 @@ class Program:
         """Return the program with these fields, after its graph was changed in place: shapes are found anew."""
         self.body.graph.lint()
         self.body.recompile()
-        return replace(self, known={}, **changes)
+        leaves = [n for n in tree_leaves(self.body.graph.output_node().args[0]) if isinstance(n, Node)]
+        return replace(self, known={}, outputs=tuple(leaves[: len(self.outputs)]), **changes)
 
     def takes(self, size: Sequence[int]) -> bool:
         """Tell whether an image of this shape is within the conditions that the network was captured under."""
@@ -243,7 +245,15 @@ def _body(exported: ExportedProgram, multiple: int) -> GraphModule:
     return body if multiple == 1 else unfolded(body, multiple)
 
 
-def computes(body: GraphModule, model: nn.Module, run: Run, example: Tensor, *, guarded: bool = True) -> bool:
+def computes(
+    body: GraphModule,
+    model: nn.Module,
+    run: Run,
+    example: Tensor,
+    *,
+    guarded: bool = True,
+    dtypes: Collection[torch.dtype] = (),
+) -> bool:
     """Tell whether a captured body gives all that a run of the model gives for an example.
 
     Args:
@@ -252,9 +262,10 @@ def computes(body: GraphModule, model: nn.Module, run: Run, example: Tensor, *, 
         run: calls it.
         example: (N, C, *space).
         guarded: hold the body to the sizes that it was captured for, too.
+        dtypes: that the model rounds values to on the way.
     """
     pairs = compared(body, model, run, example, guarded)
-    return pairs is not None and agree(pairs)
+    return pairs is not None and agree(pairs, dtypes)
 
 
 def shows_at_once(body: GraphModule, model: nn.Module, run: Run, example: Tensor) -> bool:
@@ -288,14 +299,25 @@ def compared(
     return list(zip(actual, expected, strict=True))
 
 
-def agree(pairs: list[tuple[Tensor, Tensor]]) -> bool:
-    """Tell whether what a body and a model gave is the same."""
-    return all(_are_same(a, e) for a, e in pairs)
+def agree(pairs: list[tuple[Tensor, Tensor]], dtypes: Collection[torch.dtype] = ()) -> bool:
+    """Tell whether what a body and a model gave is the same, as closely as the narrowest dtype on the way can tell."""
+    return all(_are_same(a, e, dtypes) for a, e in pairs)
 
 
-def _are_same(a: Tensor, e: Tensor) -> bool:
+def _are_same(a: Tensor, e: Tensor, dtypes: Collection[torch.dtype]) -> bool:
     sd = float(e.double().std(correction=0)) or 1.0
-    return deviation(a, e, sd)[0] <= IDENTITY.get(e.dtype, 0.0)
+    rounded = (e.dtype, *dtypes) if e.is_floating_point() else (e.dtype,)
+    return deviation(a, e, sd)[0] <= max(IDENTITY.get(dtype, 0.0) for dtype in rounded)
+
+
+def _dtypes_of(body: GraphModule) -> frozenset[torch.dtype]:
+    """Return the floating dtypes of what is computed of the image."""
+    moving: set[Node] = set()
+    for node in body.graph.nodes:
+        if node.op == "placeholder" or moving.intersection(node.all_input_nodes):
+            moving.add(node)
+    values = [value for node in moving if isinstance(value := node.meta.get("val"), Tensor)]
+    return frozenset(value.dtype for value in values if value.is_floating_point())
 
 
 def marked(run: Run, sites: Sequence[str]) -> Run:
@@ -382,9 +404,9 @@ def _program(body: GraphModule, sites: Sequence[str], names: _Names, where: str)
         Cut(site, operand, _readers(body, site, names, answer))
         for site, operand, answer in zip(sites, operands, answers, strict=True)
     )
-    program = Program(body, images[0], tuple(outputs), cuts)
+    program = Program(body, images[0], tuple(outputs), cuts, dtypes=_dtypes_of(body))
     _require_functional(program)
-    return program if cuts else Program(body, images[0], tuple(outputs), _cuts_of_layers(body))
+    return program if cuts else replace(program, cuts=_cuts_of_layers(body))
 
 
 def _operand_of(mark: Node, where: str) -> Node:

@@ -45,6 +45,7 @@ from normfix.tiling.stages.reach import (
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.schedule import Schedule
 from normfix.tiling.stages.store import Kept, Store
+from normfix.tiling.stages.tokens import attend_to_stored_biased
 
 __all__ = ["largest_difference", "plans_of", "recall_", "require_images", "schedule", "told"]
 
@@ -308,7 +309,7 @@ def largest_difference(
         stages=tuple(
             replace(
                 stage,
-                run=in_dtype(stage.run, torch.float64, device),
+                run=_without_floors(in_dtype(stage.run, torch.float64, device)),
                 biases=tuple(_in_double(bias, device) for bias in stage.biases),
                 before=None if stage.before is None else _in_double(stage.before, device),
                 after=tuple(_in_double(overview, device) for overview in stage.after),
@@ -334,6 +335,18 @@ def largest_difference(
         difference = float((a - b).abs().max() / b.abs().max().clamp_min(1e-300))
         worst = max(worst, difference if difference == difference else float("inf"))
     return worst
+
+
+def _without_floors(run: GraphModule) -> GraphModule:
+    """Return a graph, changed in place, that takes images at which keys count that a mask sets to its floor.
+
+    They do in no block and not in the whole, which are compared; images that are predicted are refused there.
+    """
+    for node in run.graph.nodes:
+        if node.target is attend_to_stored_biased:
+            node.update_arg(len(node.args) - 1, -math.inf)
+    run.recompile()
+    return run
 
 
 def _in_double(overview: Overview, device: torch.device) -> Overview:

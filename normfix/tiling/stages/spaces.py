@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from normfix.tiling.stages.maps import ProgramMaps
 from normfix.tiling.stages.program import Shapes, is_tensor_node
 
-__all__ = ["Space", "called", "extent", "extents_of", "prune_", "shape_of", "space_of", "spread"]
+__all__ = ["Space", "called", "extent", "extents_of", "filled", "prune_", "shape_of", "space_of", "spread"]
 
 _aten = torch.ops.aten
 
@@ -90,6 +90,18 @@ def called(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
     tensor = next((v for v in tree_leaves(values) if isinstance(v, FakeTensor)), None)
     with nullcontext() if tensor is None else tensor.fake_mode:
         node.meta["val"] = target(*values, **kwargs)
+    return node
+
+
+def filled(sizes: Sequence[Any], value: float, like: Node, dtype: torch.dtype) -> Node:
+    """Return a new call that gives one number throughout, where another value is."""
+    device = like.meta["val"].device
+    node = like.graph.call_function(
+        _aten.full.default, (list(sizes), value), {"dtype": dtype, "device": device}
+    )
+    extents = [n.meta["val"] if isinstance(n, Node) else n for n in sizes]
+    with like.meta["val"].fake_mode:
+        node.meta["val"] = torch.full(extents, value, dtype=dtype, device=device)
     return node
 
 
