@@ -1,6 +1,7 @@
 """Products of maps over all positions in blocks: their sum is that of the whole image."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import normfix
 from normfix.errors import NormfixError
 from normfix.tiling.stages import contractions
 from normfix.tiling.stages.contractions import Contraction
+from normfix.tiling.stages.running import _Shares
 
 IMAGE = torch.rand(1, 1, 42, 54, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 4
 IMAGE += torch.linspace(0, 3, 54, dtype=torch.float64)
@@ -201,6 +203,43 @@ def _halved(self, block, spans, extents):
 
 
 _PARTIAL = Contraction.partial
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 3])
+def test_what_blocks_give_is_put_together_as_they_come(monkeypatch, workers):
+    """No more than waits for a block before it is held, and the result is the same to the bit."""
+    held = []
+    merged = Contraction.merged
+
+    def counted(self, parts, extents, where):
+        held.append(len(parts))
+        return merged(self, parts, extents, where)
+
+    monkeypatch.setattr(Contraction, "merged", counted)
+    net = Between(gram).double().eval()
+    blocks = normfix.Blocks(tile=16, workers=workers)
+    given = normfix.predict(net, IMAGE, statistics="per-image", blocks=blocks)
+    assert held
+    assert set(held) == {1}
+    assert torch.equal(given, normfix.predict(net, IMAGE, tile=16, statistics="per-image"))
+
+
+def test_shares_that_come_too_early_wait():
+    work = SimpleNamespace(blocks=[SimpleNamespace(image=0)] * 3 + [SimpleNamespace(image=1)])
+    contraction = Contraction(1, 2, (1,))
+    blocks = [torch.randn(1, 4, n, dtype=torch.float64) for n in (3, 5, 2, 4)]
+    shares = _Shares(work, {"pool": contraction})
+    for number in (2, 0, 3, 1):
+        part = contraction.partial(blocks[number], [(0, blocks[number].shape[-1])], [10])
+        assert shares.add(number, {"pool": part, "site": number}) == {"site": number}
+        assert len(shares.parts[0, "pool"]) <= 1
+    given = [contraction.merged(shares.parts[image, "pool"], [n], "pool") for image, n in ((0, 10), (1, 4))]
+    whole = [torch.cat(blocks[:3], -1), blocks[3]]
+    for products, maps in zip(given, whole, strict=True):
+        torch.testing.assert_close(products[0, 0], maps[0, :2] @ maps[0, 2:].mT, rtol=1e-14, atol=1e-14)
+    with pytest.raises(NormfixError, match="NF325"):
+        contraction.merged(shares.parts[0, "pool"], [11], "pool")
 
 
 @pytest.mark.slow

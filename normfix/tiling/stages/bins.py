@@ -39,6 +39,9 @@ class Merging(Protocol):
     def partial(self, block: Tensor, spans: Sequence[Span], extents: Sequence[int]) -> Partial:
         """Return what a block (..., *space) gives, which lies at `spans` of a map of these extents."""
 
+    def join_(self, parts: list[Partial], part: Partial) -> None:
+        """Add what a block gives, to what is there already if that is as large together."""
+
     def merged(self, parts: Sequence[Partial], extents: Sequence[int], where: str) -> Tensor:
         """Return what blocks give that cover the map; NF325 if they do not, each position once."""
 
@@ -92,6 +95,10 @@ class Bins:
         """Return what bin i covers, end excluded."""
         count = self.counts[axis]
         return i * extent // count, -(-(i + 1) * extent // count)
+
+    def join_(self, parts: list[Partial], part: Partial) -> None:
+        """Add what a block gives; see Merging."""
+        parts.append(part)
 
     def merged(self, parts: Sequence[Partial], extents: Sequence[int], where: str) -> Tensor:
         """Return the bins of the whole map, (..., *counts).

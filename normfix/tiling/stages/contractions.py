@@ -79,6 +79,15 @@ class Contraction:
             "dtype": str(block.dtype).removeprefix("torch."),
         }
 
+    def join_(self, parts: list[Partial], part: Partial) -> None:
+        """Add what a block gives to the sum so far: as large as products of channels are, a thousand are too many."""
+        if not parts:
+            parts.append(part)
+            return
+        (one,) = parts
+        value = one["value"] + part["value"].to(one["value"].device)
+        parts[:] = [{**one, "value": value, "seen": one["seen"] + part["seen"]}]
+
     def merged(self, parts: Sequence[Partial], extents: Sequence[int], where: str) -> Tensor:
         """Return the sum over the whole map, (N, batch, rows, columns).
 
@@ -87,10 +96,12 @@ class Contraction:
         """
         if sum(part["seen"] for part in parts) != math.prod(extents):
             raise NotInStages("NF325", "blocks do not cover each of its positions once.", where=where)
-        total: Tensor = parts[0]["value"]
-        for part in parts[1:]:
-            total = total + part["value"].to(total.device)
-        return total.to(getattr(torch, parts[0]["dtype"]))
+        whole: list[Partial] = []
+        for part in parts:
+            self.join_(whole, part)
+        (one,) = whole
+        total: Tensor = one["value"].to(getattr(torch, one["dtype"]))
+        return total
 
 
 def with_contractions(program: Program, example: Sequence[int]) -> Program:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -19,7 +20,7 @@ from normfix.images.sources import Image
 from normfix.networks.devices import bytes_of
 from normfix.tiling.grid import Geometry, grid
 from normfix.tiling.stages.biases import Bias, Numbers
-from normfix.tiling.stages.bins import Partial
+from normfix.tiling.stages.bins import Merging, Partial
 from normfix.tiling.stages.blocks import Block, Given, ImageWork, Read, Told, Work
 from normfix.tiling.stages.cutting import Stage, windowed
 from normfix.tiling.stages.engines import Crew
@@ -91,7 +92,10 @@ class Run:
         After each block `tick` is called with (stage, blocks done, blocks).
         """
         work = self._work(stage)
-        measured = dict(self.journal.blocks(stage.number))
+        pools = self.schedule.program.pools
+        shares = _Shares(work, {_pool(node): pools[node].bins for node in stage.pools})
+        noted = self.journal.blocks(stage.number)
+        measured = {number: shares.add(number, found) for number, found in noted.items()}
         self._remember(work, stage, measured)
         digest = self.journal.settled(stage.number)
         if digest is None:
@@ -100,9 +104,9 @@ class Run:
             for number, found in crew.run(work, waiting):
                 self.journal.note(stage.number, number, found)
                 self.store.seal(found.get(SEALS, {}))
-                measured[number] = found
+                measured[number] = shares.add(number, found)
                 tick(stage.number, len(measured), len(work.blocks))
-        self._settle(stage, work, measured)
+        self._settle(stage, work, measured, shares)
         if self.journal.lasts:
             self._compare(stage, digest)
         for node in self.schedule.done_after(stage):
@@ -165,15 +169,15 @@ class Run:
                 covered[axis] = min(covered[axis], int(self.shapes[image][node][dim] / scale))
         return tuple(max(1, n) for n in covered)
 
-    def _settle(self, stage: Stage, work: Work, measured: dict[int, Measured]) -> None:
+    def _settle(self, stage: Stage, work: Work, measured: dict[int, Measured], shares: _Shares) -> None:
         parts: list[list[Measured]] = [[] for _ in self.images]
         for number, block in enumerate(work.blocks):
             parts[block.image].append(measured[number])
         for site in work.measures:
             self.statistics[site].settle([[block[site] for block in image] for image in parts])
         for node in stage.pools:
-            for image, blocks in enumerate(parts):
-                self.pools[image, node] = self._pooled(node, image, [block[_pool(node)] for block in blocks])
+            for image in range(len(self.images)):
+                self.pools[image, node] = self._pooled(node, image, shares.parts[image, _pool(node)])
         self.settled()
         for overview in stage.after:
             self._settle_overview(overview)
@@ -306,6 +310,26 @@ class Run:
                         where=name,
                     )
         self.earlier = {}
+
+
+class _Shares:
+    """What blocks of a stage give of pools, put together in their order as they come; what comes too early waits."""
+
+    def __init__(self, work: Work, bins: Mapping[str, Merging]) -> None:
+        self.parts: dict[tuple[int, str], list[Partial]] = defaultdict(list)
+        self._work, self._bins = work, bins
+        self._early: dict[int, Measured] = {}
+        self._next = 0
+
+    def add(self, number: int, found: Measured) -> Measured:
+        """Take what a block gives of pools; return what else was measured of it."""
+        self._early[number] = {name: found[name] for name in self._bins}
+        while self._next in self._early:
+            image = self._work.blocks[self._next].image
+            for name, part in self._early.pop(self._next).items():
+                self._bins[name].join_(self.parts[image, name], part)
+            self._next += 1
+        return {name: value for name, value in found.items() if name not in self._bins}
 
 
 def _of_tokens(measure: Callable[[Tensor], Any], first: int, last: int, operand: Tensor) -> Any:
