@@ -1,7 +1,9 @@
 """Several images with one start of the program: each whole or not at all, and one that fails loses no other."""
 
+import errno
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -251,3 +253,45 @@ def test_what_ctrl_c_leaves_is_said(run, fixed, images, tmp_path, monkeypatch):
     assert "2 of 3 images were predicted before" in err
     assert "nothing was written" not in err
     assert run(*words)[0] == 0
+
+
+def _of_a_full_system(folder, monkeypatch):
+    make = Path.mkdir
+
+    def mkdir(path, *words, **options):
+        if path == folder:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        make(path, *words, **options)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        (_of_a_full_system, "cannot write it: Read-only file system"),
+        (lambda folder, patch: (folder.symlink_to("nowhere"), folder)[1], "it exists and is no folder"),
+        (lambda folder, patch: folder.with_name("o" * 300), "cannot write it: File name too long"),
+        (lambda folder, patch: folder.with_name("o" * 300 + ".tif"), "cannot write it: File name too long"),
+    ],
+    ids=["read-only", "a link to nothing", "a long name", "a long name of a file"],
+)
+@pytest.mark.skipif(os.name != "posix", reason="errors of other systems")
+def test_a_folder_that_cannot_be_made_is_known_before_the_network(run, tmp_path, monkeypatch, place, said):
+    """It is NF114 as for a file, and the network, which is none, is not opened for it."""
+    np.save(tmp_path / "a.npy", PIXELS)
+    (tmp_path / "empty").mkdir()
+    out = place(tmp_path / "out", monkeypatch)
+    code, _out, err = run("predict", tmp_path / "empty", tmp_path / "a.npy", "-o", out)
+    assert (code, f"NF114 {out}: {said}" in err) == (2, True), err
+
+
+def test_a_folder_that_nothing_came_into_is_gone(run, tmp_path):
+    """A network that cannot be opened leaves no folder, and lets one that was there be."""
+    np.save(tmp_path / "a.npy", PIXELS)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "old"):
+        assert run("predict", tmp_path / "empty", tmp_path / "a.npy", "-o", tmp_path / name)[0] == 2
+    assert names(tmp_path) == {"a.npy", "empty", "old"}
