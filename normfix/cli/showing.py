@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -57,8 +58,8 @@ def verbose_option(command: Command) -> Command:
 
 
 def note(text: str) -> None:
-    """Say something beside the result, on stderr."""
-    with _above_bars():
+    """Say something beside the result, on stderr; where nobody can be told there, the work goes on all the same."""
+    with _above_bars(), suppress(OSError):
         click.echo(shown(text), err=True)
 
 
@@ -87,11 +88,21 @@ def telling() -> Iterator[None]:
 
 
 def show(record: Record, text: str, format_: str) -> None:
-    """Put the result on stdout: the record as JSON, or its text."""
-    stdout = click.get_current_context().obj  # None, which is stdout, where nothing was redirected
+    """Put the result on stdout: the record as JSON, or its text. A reader who has seen enough ends no work."""
+    stdout = click.get_current_context().obj or sys.stdout
     with _above_bars():
         said = record.dumps() if format_ == "json" else fitted(shown(text))
-        click.echo(said, file=stdout, nl=format_ != "json")
+        try:
+            click.echo(said, file=stdout, nl=format_ != "json")
+        except BrokenPipeError:
+            _unread(stdout)
+
+
+def _unread(stdout: IO[str]) -> None:
+    """Let what is written from now on go nowhere, since nobody reads it any more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stdout.fileno())
+    os.close(nowhere)
 
 
 def report_option(command: Command) -> Command:
