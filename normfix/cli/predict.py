@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +19,7 @@ from normfix.cli.outputs import is_image, output, tell
 from normfix.cli.showing import format_option, note, show
 from normfix.cli.stages import blocks_of, stage_options, working
 from normfix.errors import NormfixError
+from normfix.images.drafts import cannot_write, require_possible
 from normfix.images.rendering import Rendering
 from normfix.tiling.stages.cluster import require_cluster
 
@@ -125,6 +128,7 @@ def predict_command(
     """
     if not out:  # the working directory, as a path
         raise click.UsageError("-o is empty: name a file or a folder")
+    require_possible(Path(out))
     arguments = Arguments.take(options, images)
     Rendering.parse(as_, logits)
     require_cluster("dask" if engine == "dask" else "local", options["scheduler"], options["store"])
@@ -171,36 +175,55 @@ def _predict_one(opened: Callable[[], _Run], paths: Sequence[Path], out: str, en
 def _predict_each(opened: Callable[[], _Run], paths: Sequence[Path], folder: Path, ending: str | None) -> int:
     _require_folder(folder)
     targets = _targets(paths, folder, ending)
+    with _made(folder):
+        return _predict_to(opened, dict(zip(paths, targets, strict=True)), folder)
+
+
+def _predict_to(opened: Callable[[], _Run], targets: Mapping[Path, Path], folder: Path) -> int:
     run = opened()
 
     from normfix.api.prediction import NotTiledError
     from normfix.tiling.stages.resuming import resumable
 
-    fresh = not folder.exists()
-    folder.mkdir(exist_ok=True)
     made: list[Path] = []
 
     def work(number: int, path: Path) -> None:
-        target = targets[number]
+        target = targets[path]
         with output(str(target), is_image) as place, resumable(run.settings["blocks"].store, target.name):
             record = run.predict(path, place)
         run.show(record)
         made.append(target)
 
     try:
-        failed = each(paths, work, hopeless=(NotTiledError,))
+        failed = each(targets, work, hopeless=(NotTiledError,))
     except KeyboardInterrupt:
         note(
-            f"{len(made)} of {len(paths)} images were predicted before, to {folder}; the same command goes on."
+            f"{len(made)} of {len(targets)} images were predicted before, to {folder}; the same command goes on."
         )
         raise
-    finally:
-        if fresh and not any(folder.iterdir()):
-            folder.rmdir()
-    note(f"{len(paths) - len(failed)} of {len(paths)} images predicted, to {folder}.")
+    note(f"{len(targets) - len(failed)} of {len(targets)} images predicted, to {folder}.")
     if failed:
         note(f"Failed: {', '.join(map(str, failed))}.")
     return 2 if failed else 0
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make a folder, which is gone again if it was not there and nothing came into it.
+
+    Raises:
+        NormfixError: NF114 if it cannot be made.
+    """
+    fresh = not folder.exists()
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    try:
+        yield
+    finally:
+        if fresh and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +278,7 @@ def _require_folder(folder: Path) -> None:
     Raises:
         NormfixError: NF114.
     """
-    if folder.exists() and not folder.is_dir():
+    if os.path.lexists(folder) and not folder.is_dir():
         raise NormfixError("NF114", "it exists and is no folder. Name another one.", where=str(folder))
     if not folder.parent.is_dir():
         raise NormfixError("NF114", f"there is no folder {folder.parent} to make it in.", where=str(folder))

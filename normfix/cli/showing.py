@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -57,8 +58,8 @@ def verbose_option(command: Command) -> Command:
 
 
 def note(text: str) -> None:
-    """Say something beside the result, on stderr."""
-    with _above_bars():
+    """Say something beside the result, on stderr; where nobody can be told there, the work goes on all the same."""
+    with _above_bars(), suppress(OSError):
         click.echo(shown(text), err=True)
 
 
@@ -87,11 +88,21 @@ def telling() -> Iterator[None]:
 
 
 def show(record: Record, text: str, format_: str) -> None:
-    """Put the result on stdout: the record as JSON, or its text."""
-    stdout = click.get_current_context().obj  # None, which is stdout, where nothing was redirected
+    """Put the result on stdout: the record as JSON, or its text. A reader who has seen enough ends no work."""
+    stdout = click.get_current_context().obj or sys.stdout
     with _above_bars():
         said = record.dumps() if format_ == "json" else fitted(shown(text))
-        click.echo(said, file=stdout, nl=format_ != "json")
+        try:
+            click.echo(said, file=stdout, nl=format_ != "json")
+        except BrokenPipeError:
+            _unread(stdout)
+
+
+def _unread(stdout: IO[str]) -> None:
+    """Let what is written from now on go nowhere, since nobody reads it any more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stdout.fileno())
+    os.close(nowhere)
 
 
 def report_option(command: Command) -> Command:
@@ -150,13 +161,14 @@ def _write(target: Path, text: str) -> None:
             raise cannot_write(target, error) from error
 
 
-_DATE = re.compile(rb"\d{4}-\d\d-\d\d")
+_OF_A_RUN = re.compile(rb'\d{4}-\d\d-\d\d|"seconds": [0-9.e+-]+')
+"""What differs from one run of a command to the next: the day, and how long it takes."""
 
 
 def _holds(target: Path, data: bytes) -> bool:
-    """Tell whether a report is there already, whenever it was written."""
+    """Tell whether a report is there already, whenever it was written and however long it took."""
     try:
-        return target.is_file() and _DATE.sub(b"", target.read_bytes()) == _DATE.sub(b"", data)
+        return target.is_file() and _OF_A_RUN.sub(b"", target.read_bytes()) == _OF_A_RUN.sub(b"", data)
     except OSError:
         return False
 

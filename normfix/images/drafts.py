@@ -33,6 +33,7 @@ __all__ = [
     "cannot_write",
     "drafting",
     "naming",
+    "require_possible",
     "require_unnamed",
     "reserve",
     "sweep",
@@ -88,7 +89,7 @@ def drafting(target: Path) -> Iterator[Path]:
         NormfixError: NF114 if the folder cannot be written, TakenError if something has the name by then.
     """
     sweep(target.parent)
-    _require_possible(target)
+    require_possible(target)
     existed = os.path.lexists(target)
     with _holder(target) as inside:
         draft = inside / target.name
@@ -106,7 +107,7 @@ def naming(target: Path) -> Iterator[Naming]:
         NormfixError: NF114 if the folder cannot be written, TakenError if the target holds something else.
     """
     sweep(target.parent)
-    _require_possible(target)
+    require_possible(target)
     if not os.path.lexists(target):
         if target.parent.is_dir():
             with _holder(
@@ -139,6 +140,20 @@ def require_unnamed(target: Path) -> None:
         )
 
 
+def require_possible(target: Path) -> None:
+    """Refuse a name that the system cannot give.
+
+    Raises:
+        NormfixError: NF114.
+    """
+    try:
+        target.lstat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise cannot_write(target, error) from error
+
+
 def cannot_write(target: Path, error: OSError) -> UnwritableError:
     """Return the error for an output that the system does not let be written."""
     reason = " ".join((error.strerror or str(error)).split())[:160]
@@ -167,16 +182,6 @@ def sweep(folder: Path) -> None:
         with suppress(OSError):  # another process sweeps too, or it is not ours to delete
             if reason := _swept(folder / name):
                 _LOG.warning("%s is left alone: %s. Delete it if no run needs it.", folder / name, reason)
-
-
-def _require_possible(target: Path) -> None:
-    """Refuse a name that the system cannot give."""
-    try:
-        target.lstat()
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise cannot_write(target, error) from error
 
 
 def _swept(holder: Path) -> str:

@@ -163,9 +163,11 @@ class Caller:
             OutOfMemory: NF250 if memory runs out.
         """
         found = self.pick(self.everything(model, image))
-        if not is_exporting():
-            _require_values(model, image, found)
-        return found
+        if is_exporting():
+            return found
+        _require_values(model, image, found)
+        # a network may switch gradients on for itself (torch.enable_grad)
+        return found.detach() if found.requires_grad and not torch.is_grad_enabled() else found
 
     def everything(self, model: nn.Module, image: Tensor) -> Any:
         """Return all that the network returns for an image (N, C, *space); raises as a call does, but NF110."""
@@ -180,6 +182,8 @@ class Caller:
         try:
             with ExitStack() as around:
                 around.enter_context(as_given(image.device))
+                if not is_exporting():  # what the network switches is its own affair
+                    around.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
                 if self.draws and not is_exporting():
                     around.enter_context(OwnRandomness())
                 if self.wide and image.dtype == torch.float32:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from normfix.networks.calling import Caller, evaluating
@@ -47,7 +47,7 @@ def answers_of(saved: Path, source: Source, caller: Caller, inputs: Sequence[Ten
     }
     (saved.parent / _ASKED).write_text(json.dumps(asked), encoding="utf-8")
     given = {str(n): image.cpu().contiguous() for n, image in enumerate(inputs)}
-    save_file(given, saved.parent / _GIVEN)
+    (saved.parent / _GIVEN).write_bytes(save(given))
     if reason := run_fresh(_SCRIPT, str(saved.parent)):
         return reason
     answered = load_file(saved.parent / _ANSWERED)
@@ -64,7 +64,8 @@ def answer(folder: str) -> None:
     given = load_file(Path(folder) / _GIVEN)
     with evaluating(model), exact_arithmetic():
         outputs = {name: caller(model, image.to(asked["device"])) for name, image in given.items()}
-    save_file({name: y.cpu().contiguous() for name, y in outputs.items()}, Path(folder) / _ANSWERED)
+    answered = {name: y.cpu().contiguous() for name, y in outputs.items()}
+    (Path(folder) / _ANSWERED).write_bytes(save(answered))
 
 
 def importable(function: Callable[..., Any] | None) -> str | None:

@@ -1,8 +1,14 @@
 """Several images with one start of the program: each whole or not at all, and one that fails loses no other."""
 
+import errno
+import io
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import tifffile
@@ -10,6 +16,8 @@ import torch
 from optional import needs_programs, needs_zarr, zarr
 
 import normfix
+from normfix.cli.answers import Predicted
+from normfix.cli.showing import show
 from normfix.images.names import find_images
 
 pytestmark = needs_programs  # the folder holds no network that can be built without one
@@ -251,3 +259,76 @@ def test_what_ctrl_c_leaves_is_said(run, fixed, images, tmp_path, monkeypatch):
     assert "2 of 3 images were predicted before" in err
     assert "nothing was written" not in err
     assert run(*words)[0] == 0
+
+
+def _of_a_full_system(folder, monkeypatch):
+    make = Path.mkdir
+
+    def mkdir(path, *words, **options):
+        if path == folder:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        make(path, *words, **options)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        (_of_a_full_system, "cannot write it: Read-only file system"),
+        (lambda folder, patch: (folder.symlink_to("nowhere"), folder)[1], "it exists and is no folder"),
+        (lambda folder, patch: folder.with_name("o" * 300), "cannot write it: File name too long"),
+        (lambda folder, patch: folder.with_name("o" * 300 + ".tif"), "cannot write it: File name too long"),
+    ],
+    ids=["read-only", "a link to nothing", "a long name", "a long name of a file"],
+)
+@pytest.mark.skipif(os.name != "posix", reason="errors of other systems")
+def test_a_folder_that_cannot_be_made_is_known_before_the_network(run, tmp_path, monkeypatch, place, said):
+    """It is NF114 as for a file, and the network, which is none, is not opened for it."""
+    np.save(tmp_path / "a.npy", PIXELS)
+    (tmp_path / "empty").mkdir()
+    out = place(tmp_path / "out", monkeypatch)
+    code, _out, err = run("predict", tmp_path / "empty", tmp_path / "a.npy", "-o", out)
+    assert (code, f"NF114 {out}: {said}" in err) == (2, True), err
+
+
+def test_a_folder_that_nothing_came_into_is_gone(run, tmp_path):
+    """A network that cannot be opened leaves no folder, and lets one that was there be."""
+    np.save(tmp_path / "a.npy", PIXELS)
+    (tmp_path / "old").mkdir()
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "old"):
+        assert run("predict", tmp_path / "empty", tmp_path / "a.npy", "-o", tmp_path / name)[0] == 2
+    assert names(tmp_path) == {"a.npy", "empty", "old"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="pipes of other systems")
+@pytest.mark.parametrize("unread", ["stdout", "stderr"])
+def test_a_reader_who_has_seen_enough_stops_no_prediction(fixed, images, tmp_path, unread):
+    """`normfix predict ... | head -1` predicts every image, and says and exits as without."""
+    end, pipe = os.pipe()
+    os.close(end)
+    words = ("predict", fixed, images, "--tile", 32, "-o", tmp_path / "out")
+    program = [sys.executable, "-c", "from normfix.cli import main; main()", *map(str, words)]
+    files = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, unread: pipe}
+    done = subprocess.run(program, **files, text=True, check=False)
+    os.close(pipe)
+    assert (done.returncode, names(tmp_path / "out")) == (0, {"a.tif", "b.npy", "c.tiff"})
+    assert unread == "stderr" or "3 of 3 images predicted" in done.stderr
+    assert unread == "stdout" or done.stdout.count("float32") == 3
+
+
+class _Full(io.StringIO):
+    """A file on a full disk."""
+
+    def write(self, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_result_that_cannot_be_written_is_no_success(monkeypatch):
+    """A full disk behind stdout is another thing than a reader who went: the result is lost, which is an error."""
+    monkeypatch.setattr("sys.stdout", _Full())
+    with click.Context(click.Command("predict")), pytest.raises(OSError, match="No space"):
+        show(Predicted(path="a.tif", shape=(1, 8, 8), dtype="float32"), "a.tif", "text")

@@ -8,6 +8,10 @@ import textwrap
 import pytest
 from commands import on_terminal
 
+from normfix import NormfixError
+from normfix.cli.showing import write_report
+from normfix.records.diagnoses import Cost
+
 pytest.importorskip("pty")
 pytestmark = pytest.mark.slow
 
@@ -89,3 +93,14 @@ def test_text_fits_the_terminal(width):
     assert all(len(line) <= width for line in lines[:-1])
     assert len(lines[-1]) == 200
     assert [line.startswith(" " * 4) for line in lines[:2]] == [False, True]
+
+
+def test_a_report_that_took_longer_is_the_same_report(tmp_path):
+    """A repeated command finds its own report, whatever its clock said; of another image it is refused."""
+    path = tmp_path / "cost.json"
+    write_report(str(path), Cost(windows=20, experiments=4, wholes=3, seconds=0.25))
+    written = path.read_bytes()
+    write_report(str(path), Cost(windows=20, experiments=4, wholes=3, seconds=1e-05))
+    assert path.read_bytes() == written
+    with pytest.raises(NormfixError, match="NF114"):
+        write_report(str(path), Cost(windows=21, experiments=4, wholes=3, seconds=0.25))

@@ -399,6 +399,13 @@ def _ome(path, axes, **dataset):
     return path
 
 
+def _group(path, **attributes):
+    path.mkdir()
+    (path / ".zgroup").write_text(json.dumps({"zarr_format": 2}))
+    (path / ".zattrs").write_text(json.dumps(attributes))
+    return path
+
+
 def _tiff(path, **tags):
     """Write a TIFF of 8 x 8 pixels and change what its tags say."""
     tifffile.imwrite(path, np.zeros((8, 8), np.uint16))
@@ -456,6 +463,22 @@ ODD = {
         lambda p: _ome(p / "a", NAMES, coordinateTransformations=[{"type": "scale", "scale": [1, 2]}]),
         "NF101",
     ),
+    "OME-Zarr with one number for the scale of three axes": (
+        lambda p: _ome(p / "a", NAMES, coordinateTransformations=[{"type": "scale", "scale": 0.5}]),
+        "the scale of its coordinate transformations is not one number for each of its 3 axes",
+    ),
+    "OME-Zarr whose scale is a list of one": (
+        lambda p: _ome(p / "a", NAMES, coordinateTransformations=[{"type": "scale", "scale": [0.5]}]),
+        "the scale of its coordinate transformations is not one number for each of its 3 axes",
+    ),
+    "OME-Zarr moved by texts": (
+        lambda p: _ome(
+            p / "a", NAMES, coordinateTransformations=[{"type": "translation", "translation": [*"123"]}]
+        ),
+        "the translation of its coordinate transformations is not one number for each of its 3 axes",
+    ),
+    "a plate of OME-Zarr": (lambda p: _group(p / "a", plate={"wells": [{"path": "A/1"}]}), "such as A/1/0"),
+    "a well of OME-Zarr": (lambda p: _group(p / "a", well={"images": [{"path": "0"}]}), "such as 0"),
     "TIFF without a width": (lambda p: _tiff(p / "a.tif", ImageWidth=0), "NF101"),
     "TIFF far larger than its file": (
         lambda p: _tiff(p / "a.tif", ImageWidth=2**31, ImageLength=2**31),

@@ -6,6 +6,7 @@ from torch import nn
 
 import normfix
 from normfix import NormfixError
+from normfix.networks.calling import Caller
 
 
 class Spectral(nn.Module):
@@ -77,3 +78,45 @@ def test_an_image_that_leaves_nothing_of_the_output_is_too_small():
     """A network that crops its output is not tried on what it crops whole."""
     with pytest.raises(NormfixError, match=r"NF109.*1x1x40x40.*larger"):
         normfix.convert(Gives(_cropped).eval(), torch.rand(1, 1, 40, 40))
+
+
+class Graded(nn.Module):
+    """Switches gradients on in its forward, for as long as that takes or, carelessly, for good."""
+
+    def __init__(self, *, careless):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.InstanceNorm2d(4), nn.Conv2d(4, 2, 1))
+        self.careless = careless
+
+    def forward(self, x):
+        if self.careless:
+            torch.set_grad_enabled(True)
+            return self.layers(x)
+        with torch.enable_grad():
+            return self.layers(x)
+
+
+@pytest.mark.parametrize("careless", [False, True])
+def test_gradients_that_a_network_switches_on_end_with_its_call(careless):
+    """Its output is plain numbers where nobody asked for gradients, and has them where somebody did."""
+    net, image = Graded(careless=careless).eval(), torch.rand(1, 1, 16, 16)
+    with torch.no_grad():
+        assert not Caller()(net, image).requires_grad
+        assert not torch.is_grad_enabled()
+    assert Caller()(net, image).requires_grad
+
+
+@pytest.mark.parametrize("careless", [False, True])
+def test_networks_that_switch_gradients_on_are_measured_in_stages(careless):
+    """Their graph is traced without the way back, which what marks a site does not have."""
+    net, image = Graded(careless=careless).eval().double(), torch.rand(1, 1, 48, 40).double()
+    with torch.no_grad():
+        expected = net(image)
+    found = normfix.predict(net, image, 16, statistics="per-image", engine="stages")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    done = normfix.convert(net, image)
+    again = normfix.calibrate(done.model, [image], tile=16).model
+    torch.testing.assert_close(normfix.predict(again, image, 16), expected, rtol=0, atol=1e-12)
+    assert normfix.diagnose(net, image, 16).status == "failed"
+    assert all(p.requires_grad for p in net.parameters())

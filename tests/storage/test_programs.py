@@ -657,3 +657,21 @@ def test_an_image_of_a_terabyte_is_not_believed(tmp_path):
     """A size in a file buys no more memory than the machine has: NF144."""
     with pytest.raises(NormfixError, match="NF144"):
         open_any(fixed_to(500_000, tmp_path / "vast.pt2"), Request())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the system limits the length of files there")
+@pytest.mark.parametrize("more", [-1000, 1000], ids=["the program", "what it is compared with"])
+def test_a_disk_that_fills_up_behind_a_program_is_an_error(tmp_path, source, fixed, more):
+    """The program fits, what it is compared with in a fresh process does not: NF114 too, and nothing is left."""
+    import resource
+
+    done = normfix.convert(normfix.load(source), IMAGE)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (fixed.stat().st_size + more, before[1]))
+    try:
+        with pytest.raises(NormfixError, match=r"NF114.*too large"):
+            normfix.save(done, tmp_path / "again.pt2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())

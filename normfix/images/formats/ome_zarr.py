@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from normfix.errors import NormfixError
 from normfix.images.formats.opened import Choice, Opened, choose
@@ -43,9 +44,7 @@ def open_zarr(path: Path, choice: Choice) -> Opened:
     ome: dict[str, Any] = attributes.get("ome", attributes)
     images = ome.get("multiscales")
     if not images:
-        raise NormfixError(
-            "NF101", "it is a Zarr group without OME metadata. Name the array inside it.", where=str(path)
-        )
+        raise NormfixError("NF101", _imageless(ome), where=str(path))
     if len(images) > _IMAGES:
         raise NormfixError(
             "NF121",
@@ -70,6 +69,16 @@ def open_zarr(path: Path, choice: Choice) -> Opened:
     if "C" in letters and len(labels) == array.shape[letters.index("C")] and all(labels):
         placement = replace(placement, channels=labels)
     return _opened(array, chunks, letters, placement, str(dataset["path"]))
+
+
+def _imageless(ome: Mapping[str, Any]) -> str:
+    """Say what a group without an image of its own is, and what to name instead."""
+    for kind, inside in {"plate": "A/1/0", "well": "0", "bioformats2raw.layout": "0"}.items():
+        if kind in ome:
+            return (
+                f"it is a group of images ({kind}), and one is taken. Name one inside it, such as {inside}."
+            )
+    return "it is a Zarr group without OME metadata. Name the array inside it."
 
 
 def _opened(array: Any, chunks: Chunks, axes: str | None, placement: Placement, part: str) -> Opened:
@@ -167,17 +176,35 @@ def _edge(block: int) -> int:
     return block
 
 
+def _per_axis(given: object, kind: str, count: int) -> NDArray[np.float64]:
+    """Return the numbers of a transformation; of fewer numpy would make one for every axis."""
+    numbers = given if isinstance(given, list) else []
+    if len(numbers) != count or not all(type(n) in (int, float) for n in numbers):
+        raise ValueError(
+            f"the {kind} of its coordinate transformations is not one number for each of its {count} axes"
+        )
+    return np.array(numbers, np.float64)
+
+
 def _placement(
     image: Mapping[str, Any], dataset: Mapping[str, Any], axes: Sequence[Mapping[str, Any]], letters: str
 ) -> Placement:
-    """Return what the coordinate transformations say of the axes of space."""
+    """Return what the coordinate transformations say of the axes of space.
+
+    Raises:
+        ValueError: for a scale or translation that is not one number for each axis.
+    """
     scale, moved = np.ones(len(letters)), np.zeros(len(letters))
     told = False
     for one in (*dataset.get("coordinateTransformations", ()), *image.get("coordinateTransformations", ())):
-        if one.get("type") == "scale" and "scale" in one:
-            scale, moved, told = scale * one["scale"], moved * one["scale"], True
-        elif one.get("type") == "translation" and "translation" in one:
-            moved = moved + one["translation"]
+        kind = one.get("type")
+        if kind not in ("scale", "translation") or kind not in one:
+            continue
+        values = _per_axis(one[kind], kind, len(letters))
+        if kind == "scale":
+            scale, moved, told = scale * values, moved * values, True
+        else:
+            moved = moved + values
     order = [letters.index(letter) for letter in "ZYX" if letter in letters]
     units = {unit_named(axes[i].get("unit")) for i in order}
     unit = units.pop() if len(units) == 1 else ""

@@ -33,6 +33,7 @@ __all__ = [
     "Captured",
     "NotCaptured",
     "capture",
+    "decomposed",
     "export",
     "exported",
     "extents",
@@ -260,6 +261,22 @@ def traced(module: nn.Module, example: Tensor, free: Sequence[int]) -> ExportedP
     """
     program = _traced(module, example, free, backends_off=False)
     return _traced(module, example, free, backends_off=True) if _is_tied(program) else program
+
+
+def decomposed(program: ExportedProgram) -> ExportedProgram:
+    """Trace a program again, of functional operators alone, and of nothing that is needed to train it.
+
+    Where a network switches gradients on (torch.enable_grad), its parameters would have torch trace the way back too.
+    """
+    trained = [value for value in program.state_dict.values() if value.requires_grad]
+    try:
+        for value in trained:
+            value.requires_grad_(False)
+        functional: ExportedProgram = program.run_decompositions({})
+    finally:
+        for value in trained:
+            value.requires_grad_()
+    return functional
 
 
 def _traced(

@@ -18,7 +18,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from normfix.networks import operators
-from normfix.networks.graph.capture import WRAPPED, image_of
+from normfix.networks.graph.capture import WRAPPED, decomposed, image_of
 from normfix.networks.graph.isolation import silence
 from normfix.networks.graph.parts import owner_of
 from normfix.records.derivations import Obstacle, PathStep
@@ -254,8 +254,7 @@ def _functional(program: ExportedProgram) -> ExportedProgram:
     else:
         return program
     with silence(), torch.no_grad():
-        functional: ExportedProgram = program.run_decompositions({})
-    return functional
+        return decomposed(program)
 
 
 def _changes_others(node: Node, places: Mapping[Node, int]) -> bool:

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from normfix.errors import NormfixError
 from normfix.layers.affine import as_in_graphs
 from normfix.networks.calling import Unreached, failures, once_each, refusals
-from normfix.networks.graph.capture import WRAPPED, NotCaptured, capture
+from normfix.networks.graph.capture import WRAPPED, NotCaptured, capture, decomposed
 from normfix.networks.graph.isolation import silence
 from normfix.networks.graph.multiples import capture_multiples, on_multiples, unfolded
 from normfix.networks.graph.operators import name_of
@@ -235,7 +235,7 @@ def captured_program(model: nn.Module, run: Run, example: Tensor, sites: Sequenc
     with silence():
         body = _body(exported, multiple)
         if not make_functional_(body.graph) or not computes(body, model, marked(run, sites), example):
-            body = _body(exported.run_decompositions({}), multiple)
+            body = _body(decomposed(exported), multiple)
     return replace(_program(body, sites, _Names(model), where), multiple=multiple)
 
 
