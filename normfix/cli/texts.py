@@ -66,7 +66,7 @@ def scan_text(scan: Scan, *, verbose: bool = True) -> str:
             f"stride: {_by_axis(scan.stride)}",
             f"halo once frozen (before/after): {_rounded(scan.halo, scan.stride, _witness(scan))}",
             *(_wrapped(f"halo from: {scan.reach.words}") if scan.reach else ()),
-            "exact sizes: " + ", ".join("any" if n == 1 else f"multiples of {n}" for n in scan.exact_sizes),
+            f"exact sizes: {_exact_sizes(scan.exact_sizes, scan.padded_inside or ())}",
         ]
         if scan.smallest_tile is not None:
             lines.append(f"smallest tile: {_by_axis(scan.smallest_tile)}")
@@ -361,6 +361,15 @@ def _mismatch(name: str, found: Mismatch | None) -> str:
         return f"  {name}: nothing to compare"
     dice = "" if found.dice is None else f"1 - Dice {found.dice:.2g}, "
     return f"  {name}: {dice}mean {found.mean_sd:.2g}, largest {found.max_sd:.2g} sd"
+
+
+def _exact_sizes(multiples: Sequence[int], inside: Sequence[bool]) -> str:
+    """Say which sizes are exact along each axis; any where the network pads them by itself."""
+    by_itself = inside or [False] * len(multiples)
+    return ", ".join(
+        "any" if n == 1 else f"any (padded inside to {n})" if padded else f"multiples of {n}"
+        for n, padded in zip(multiples, by_itself, strict=True)
+    )
 
 
 def _by_axis(numbers: tuple[int, ...]) -> str:

@@ -42,7 +42,7 @@ from normfix.storage.probe import LARGEST_PROBE, ProbeError, require_probe
 from normfix.tiling.dependence import is_isolated
 from normfix.tiling.geometry import geometry_of, holds_stride, thinnest
 from normfix.tiling.grid import Geometry
-from normfix.tiling.stride import exact_multiple
+from normfix.tiling.stride import exact_multiple, pads_inside
 
 __all__ = ["verify"]
 
@@ -274,6 +274,12 @@ def _disagreement(
             return (
                 f"sizes that are multiples of {multiple} are said to be exact along axis {axis}, and are not"
             )
+        if (
+            any_size
+            and geometry.rests((1,) * len(whole))[axis]
+            and not pads_inside(f, example, axis, stride, scale, whole[axis], cross)
+        ):
+            return f"the network is said to pad its input itself along axis {axis}, and does not"
     return ""
 
 

@@ -74,6 +74,7 @@ def _numbers(scan: Scan) -> Iterator[tuple[str, Sequence[Any] | None, int]]:
     """Yield what stands for each axis: its name, the numbers and the least that each may be."""
     yield "a stride", scan.stride, 1
     yield "exact sizes", scan.exact_sizes, 1
+    yield "padding inside", scan.padded_inside, 0
     yield "a smallest tile", scan.smallest_tile, 1
     if scan.sizes is not None:
         yield "sizes that were run", scan.sizes.extents, 0

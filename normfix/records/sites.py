@@ -177,8 +177,9 @@ class Scan(Shown, Record):
     holds both. None means unbounded or not measurable. `halo_rounded` is it rounded up to the stride:
     what a tile must read, by whatever tool. `scale` is output pixels per input pixel, as a
     fraction in text ("1", "1/2", "2"). `exact_sizes` holds the number of pixels that sizes must be a
-    multiple of (1 = any), `smallest_tile` the least extents the network runs on, `sizes` the sizes that
-    all of this is said of. Geometry is None where the network is not dense or not local. `draws` tells that the
+    multiple of (1 = any); where `padded_inside`, the network pads others by itself, and windows that leave the image's
+    remainder give what the whole gives. `smallest_tile` holds the least extents the network runs on, `sizes` the sizes
+    that all of this is said of. Geometry is None where the network is not dense or not local. `draws` tells that the
     network draws random numbers, which normfix gives it from a source of its own, the same in every call.
     """
 
@@ -192,6 +193,7 @@ class Scan(Shown, Record):
     halo: Spans | None
     scale: tuple[str, ...] | None
     exact_sizes: tuple[int, ...] | None
+    padded_inside: tuple[bool, ...] | None = None
     smallest_tile: tuple[int, ...] | None = None
     halo_rounded: Spans | None = None
     reach: Reach | None = None

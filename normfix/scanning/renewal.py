@@ -149,6 +149,7 @@ def _changed(scan: Scan, found: Scan) -> Scan:
         halo=found.halo,
         scale=found.scale,
         exact_sizes=found.exact_sizes,
+        padded_inside=found.padded_inside,
         smallest_tile=found.smallest_tile,
         halo_rounded=found.halo_rounded,
         reach=found.reach,

@@ -230,6 +230,7 @@ def _look(
             halo=geometry.halo if geometry else None,
             scale=tuple(map(str, geometry.scale)) if geometry else None,
             exact_sizes=geometry.multiple if geometry else None,
+            padded_inside=geometry.padded_inside if geometry else None,
             smallest_tile=locality.smallest_tile,
             halo_rounded=in_strides(geometry.halo, geometry.stride) if geometry else None,
             reach=seen.bench.witness.reach(locality) if seen.bench else None,

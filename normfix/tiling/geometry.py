@@ -35,6 +35,7 @@ from normfix.tiling.stride import (
     exact_multiple,
     lattices,
     output_scale,
+    pads_inside,
     smallest_stride,
     smallest_tile,
 )
@@ -361,7 +362,7 @@ def _along_axes(
     both_ends: bool,
     bound: Bound | None = None,
 ) -> Locality:
-    strides, halos, scales, multiples, least = [], [], [], [], []
+    strides, halos, scales, multiples, inside, least = [], [], [], [], [], []
     dyes: list[tuple[int, int] | None] = []
     expected: tuple[int, int] | None = None
     seen: dict[tuple[int, Fraction, tuple[int, int]], tuple[int, int]] = {}  # of axes alike: stride, multiple
@@ -443,12 +444,19 @@ def _along_axes(
         )
         seen[grid, scale, expected] = unit, multiple
         multiples.append(multiple)
+        inside.append(
+            multiple != 1 and pads_inside(exact, example.double(), axis, unit, scale, around, cross)
+        )
         least.append(smallest_tile(exact, line.seen(unit, around), axis, unit, scale, reach[1], cross[axis]))
         strides.append(unit)
         halos.append(reach)
         scales.append(scale)
     geometry = Geometry(
-        stride=tuple(strides), halo=tuple(halos), scale=tuple(scales), multiple=tuple(multiples)
+        stride=tuple(strides),
+        halo=tuple(halos),
+        scale=tuple(scales),
+        multiple=tuple(multiples),
+        padded_inside=tuple(inside),
     )
     dye = _shown(dyes) if bound is not None else geometry.halo
     looked = tuple(max(_ALONG, min(n, 8 * _ALONG)) for n in example.shape[2:])
@@ -688,7 +696,11 @@ def geometry_of(scan: Scan) -> Geometry | None:
     if scan.stride is None or scan.halo is None or scan.scale is None or scan.exact_sizes is None:
         return None
     return Geometry(
-        stride=scan.stride, halo=scan.halo, scale=tuple(map(Fraction, scan.scale)), multiple=scan.exact_sizes
+        stride=scan.stride,
+        halo=scan.halo,
+        scale=tuple(map(Fraction, scan.scale)),
+        multiple=scan.exact_sizes,
+        padded_inside=scan.padded_inside or (),
     )
 
 

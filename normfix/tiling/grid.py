@@ -4,6 +4,9 @@ Tiles start on multiples of the stride. A tile reads its own area and `halo` (be
 context per axis, rounded outwards to the stride so that reading starts in phase; at the border of the image
 it ends where the image ends and the network's own padding applies, as it does to the whole image. A last
 tile of a few pixels reads further back, since a network may not run on a window narrower than its halo.
+
+A network that pads inside to whole strides, some of it before the image, moves its grid with what is left over of an
+extent. Windows that leave as much over as the image are on its grid, and read up to a stride more on either side.
 """
 
 from __future__ import annotations
@@ -24,17 +27,46 @@ class Geometry:
     """What tiling needs to know of a network, per spatial axis.
 
     `halo` is (before, after) in input pixels, `scale` output pixels per input pixel, `multiple` the number
-    that sizes must be divisible by to be exact.
+    that sizes must be divisible by to be exact, unless the network pads itself: `padded_inside` tells where windows
+    that leave over as much as the image, divided by it, give what the whole gives.
     """
 
     stride: tuple[int, ...]
     halo: Spans
     scale: tuple[Fraction, ...]
     multiple: tuple[int, ...]
+    padded_inside: tuple[bool, ...] = ()
 
     def padding(self, size: Sequence[int]) -> tuple[int, ...]:
         """Return how many pixels to add at the end of each axis to reach an exact size."""
-        return tuple(round_up(n, m) - n for n, m in zip(size, self.multiple, strict=True))
+        rests = zip(size, self.multiple, self.rests(size), strict=True)
+        return tuple(0 if rest else round_up(n, m) - n for n, m, rest in rests)
+
+    def rests(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Return how many pixels of each axis whole strides leave over, where all windows leave as many over; else 0.
+
+        >>> Geometry(
+        ...     stride=(8,) * 2, halo=((3, 3),) * 2, scale=(Fraction(1),) * 2, multiple=(8,) * 2,
+        ...     padded_inside=(True, False),
+        ... ).rests((97, 118))
+        (1, 0)
+        """
+        axes = zip(size, self.multiple, self._inside, strict=True)
+        return tuple(n % multiple if by_itself else 0 for n, multiple, by_itself in axes)
+
+    @property
+    def _inside(self) -> tuple[bool, ...]:
+        return self.padded_inside or (False,) * len(self.multiple)
+
+    def context(self, size: Sequence[int]) -> Spans:
+        """Return what windows of an image read before and after a tile, in whole strides."""
+        return tuple(
+            (round_up(before + more, stride), round_up(after + more, stride))
+            for (before, after), stride, more in (
+                (halo, stride, stride - 1 if rest else 0)
+                for halo, stride, rest in zip(self.halo, self.stride, self.rests(size), strict=True)
+            )
+        )
 
     def covers(self, other: Geometry) -> bool:
         """Tell whether tiles of this geometry are right for a network that has the other."""
@@ -43,7 +75,9 @@ class Geometry:
             for mine, theirs in ((self.stride, other.stride), (self.multiple, other.multiple))
         )
         sides = zip(itertools.chain(*self.halo), itertools.chain(*other.halo), strict=True)
-        return self.scale == other.scale and all(whole) and all(a >= b for a, b in sides)
+        moved = zip(self._inside, other._inside, other.multiple, strict=True)
+        by_itself = all(theirs or multiple == 1 for mine, theirs, multiple in moved if mine)
+        return self.scale == other.scale and all(whole) and by_itself and all(a >= b for a, b in sides)
 
     def third(self, size: Sequence[int]) -> tuple[int, ...]:
         """Return a tile that leaves a first, a last and a middle window per axis: a third, at most 256 pixels.
@@ -56,8 +90,8 @@ class Geometry:
             >>> g.third((128, 1024))
             (44, 256)
         """
-        axes = zip(size, self.stride, self.halo, strict=True)
-        return tuple(_third(n, stride, round_up(after, stride)) for n, stride, (_, after) in axes)
+        axes = zip(size, self.stride, self.context(size), strict=True)
+        return tuple(_third(n, stride, after) for n, stride, (_, after) in axes)
 
     def dividing(self, size: Sequence[int], most: int = 256) -> tuple[int, ...]:
         """Return a tile that divides an image: of at most so many pixels, and smaller where windows would cover it.
@@ -69,8 +103,8 @@ class Geometry:
             >>> g.dividing((1024, 64)), g.dividing((24, 12))
             ((256, 32), (12, 4))
         """
-        axes = zip(size, self.stride, self.halo, strict=True)
-        return tuple(_dividing(n, stride, round_up(after, stride), most) for n, stride, (_, after) in axes)
+        axes = zip(size, self.stride, self.context(size), strict=True)
+        return tuple(_dividing(n, stride, after, most) for n, stride, (_, after) in axes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +194,7 @@ class _Axis:
     after: int
     scale: Fraction
     wide: bool = False
+    rest: int = 0
 
     @property
     def starts(self) -> range:
@@ -172,7 +207,7 @@ class _Axis:
         inner = self.before + self.stride
         latest = (self.n - max(inner, self.step * self.wide) - self.after) // self.stride * self.stride
         stop = min(start + self.step, self.n)
-        read = slice(max(0, min(start - self.before, latest)), min(self.n, stop + self.after))
+        read = slice(max(0, min(start - self.before, latest)), min(self.n, stop + self.after + self.rest))
         offset = int(read.start * self.scale)
         first = int(start * self.scale)
         # the border tile keeps all that comes out
@@ -181,16 +216,22 @@ class _Axis:
 
     def extents(self) -> set[int]:
         """Return the different extents that tiles read: further from both ends than windows reach they are alike."""
-        near = (self.before + self.after + self.stride) // self.step + 3
+        near = (self.before + self.after + self.stride + self.rest) // self.step + 3
         reads = (self.span(start)[0] for start in (*self.starts[:near], *self.starts[-near:]))
         return {read.stop - read.start for read in reads}
 
 
 def _axes(size: Sequence[int], tile: Sequence[int], geometry: Geometry, wide: bool = False) -> list[_Axis]:
     return [
-        _Axis(n, step, stride, round_up(before, stride), round_up(after, stride), scale, wide)
-        for n, step, stride, (before, after), scale in zip(
-            size, tile, geometry.stride, geometry.halo, geometry.scale, strict=True
+        _Axis(n, step, stride, before, after, scale, wide, rest)
+        for n, step, stride, (before, after), scale, rest in zip(
+            size,
+            tile,
+            geometry.stride,
+            geometry.context(size),
+            geometry.scale,
+            geometry.rests(size),
+            strict=True,
         )
     ]
 

@@ -67,7 +67,7 @@ def _trials(
     geometry: Geometry,
     compared: Sequence[int],
 ) -> Iterator[tuple[int, ...]]:
-    exact = tuple(map(round_up, size, geometry.multiple))
+    exact = tuple(n + more for n, more in zip(size, geometry.padding(size), strict=True))
     if math.prod(exact) <= LARGEST:
         yield exact
         return

@@ -29,6 +29,7 @@ __all__ = [
     "is_equivariant",
     "lattices",
     "output_scale",
+    "pads_inside",
     "smallest_stride",
     "smallest_tile",
 ]
@@ -374,6 +375,59 @@ def exact_multiple(
 
     length = stride + round_up(sum(reach) + _margin(scale), stride)
     return 1 if all(map(is_exact, _remainders(stride))) else stride
+
+
+def pads_inside(
+    f: Function,
+    example: Tensor,
+    axis: int,
+    stride: int,
+    scale: Fraction,
+    reach: tuple[int, int],
+    cross: Sequence[int],
+) -> bool:
+    """Tell whether windows that leave as much over of whole strides as an image give what that gives.
+
+    So it is where a network pads to whole strides on both sides, or before the image, and cuts back: what is left over
+    says where its grid begins. A window from the front, one from the middle and one to the end are compared, each but
+    for a stride more than the halo.
+
+    Args:
+        f: the network in float64, and the others as for `exact_multiple`.
+        example: the material of the strips.
+        axis: spatial axis, from 0.
+        stride: along it, of which sizes are not exact in any windows.
+        scale: output pixels per input pixel.
+        reach: halo in whole strides.
+        cross: extents of the other axes.
+    """
+    before, after = reach[0] + stride, reach[1] + stride
+    inner = round_up(_margin(scale), stride)
+    reads = before + inner + after
+    for rest in _remainders(stride):
+        length = 3 * stride + reads + rest
+        x = textured(example, (*cross[:axis], length, *cross[axis + 1 :]))
+        try:
+            whole = f(x)
+            if whole.shape[axis + 2] != math.ceil(length * scale):
+                return False
+            for start in (0, stride, 3 * stride):
+                # by two strides and by three fewer than the strip, so that no coarser grid is shared by chance
+                part = f(x.narrow(axis + 2, start, reads + rest + stride * (start == 0)))
+                first = int(before * scale) if start else 0
+                # the last window ends where the strip does
+                last = part.shape[axis + 2] if start == 3 * stride else int((before + inner) * scale)
+                offset = int(start * scale)
+                if offset + last > whole.shape[axis + 2]:
+                    return False
+                pair = (
+                    y.narrow(axis + 2, n, last - first) for y, n in ((whole, offset + first), (part, first))
+                )
+                if not _same(*pair):
+                    return False
+        except refusals():
+            return False
+    return True
 
 
 def _remainders(stride: int) -> tuple[int, ...]:
