@@ -268,14 +268,17 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
 
     Where a network switches gradients on (torch.enable_grad), its parameters would have torch trace the way back too.
     """
-    trained = [value for value in program.state_dict.values() if value.requires_grad]
+    held = program.state_dict
+    trained = {name: value for name, value in held.items() if value.requires_grad}
+    # names of the same values: the parameters may be the caller's, who trains them meanwhile
+    held.update({name: nn.Parameter(value.detach(), False) for name, value in trained.items()})
     try:
-        for value in trained:
-            value.requires_grad_(False)
         functional: ExportedProgram = program.run_decompositions({})
     finally:
-        for value in trained:
-            value.requires_grad_()
+        held.update(trained)
+    functional.state_dict.update(
+        {name: trained[name] for name in trained.keys() & functional.state_dict.keys()}
+    )
     return functional
 
 
