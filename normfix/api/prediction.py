@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -30,7 +30,7 @@ from normfix.images.sources import Image, TensorImage, middle_of, whole
 from normfix.images.windows import ScaledImage
 from normfix.images.writing import OutputFile
 from normfix.networks.behaviour import state_of
-from normfix.networks.calling import Caller, home_of, in_eval_mode, refusals
+from normfix.networks.calling import Caller, NotTaken, home_of, in_eval_mode, refusals
 from normfix.networks.copying import copy_of, double_of, original_of, twin_of
 from normfix.networks.examples import half_of, middle
 from normfix.networks.numerics import exact_arithmetic, require_finite
@@ -39,7 +39,7 @@ from normfix.networks.surroundings import undisturbed
 from normfix.proof.steps import TILES, identity
 from normfix.records.plans import Plan
 from normfix.records.saved import Provenance, Scaling, Source
-from normfix.records.sites import Family, Scan
+from normfix.records.sites import Family, Finding, Scan
 from normfix.records.spans import round_up
 from normfix.records.verdicts import ProofStep
 from normfix.scanning.base import Base, base_of
@@ -297,6 +297,10 @@ class _Prediction:
     blocks: Blocks
     engine: str
     statistics: str
+    extended: bool = True
+    """Whether the image is extended to a size that tiles are exact at; stages may do without."""
+    told: list[Finding] = field(default_factory=list)
+    """What was said of an extension."""
 
     @classmethod
     def of(
@@ -371,7 +375,8 @@ class _Prediction:
             return self._of_the_image(out)
         model, caller, geometry = self.model, self.known.caller, self.geometry
         tile = self.blocks.extents(len(self.image.shape) - 2)
-        if self.engine == "stages" or (self.engine == "auto" and self._pays(tile)):
+        self._tell_of_extension()
+        if self.engine == "stages" or not self.extended or (self.engine == "auto" and self._pays(tile)):
             try:
                 return predict_in_stages(
                     model,
@@ -379,11 +384,12 @@ class _Prediction:
                     caller,
                     self.blocks,
                     geometry=geometry,
+                    extended=self.extended,
                     sites=self.known.layers,
                     out=out,
                 )
             except NotInStages as error:
-                if self.engine == "stages":
+                if self.engine == "stages" or not self.extended:
                     raise
                 tell_fallback("the image is read whole and predicted in tiles", error)
         assert geometry is not None
@@ -411,20 +417,41 @@ class _Prediction:
                 live, plan = released(model, provenance.plan)
                 if live is not model or keeps_geometry(model, provenance, middle_of(self.image), caller):
                     modules = dict(live.named_modules())
-                    with suppress(NotInStages):  # what follows says why
-                        return predict_measured_(
-                            live,
-                            measured_targets(live, plan),
-                            self.image,
-                            caller,
-                            self.blocks,
-                            geometry=self.geometry if live is model else None,
-                            sites=tuple(path for path in self.known.layers if path in modules),
-                            out=out,
-                        )
-            return replace(self._fitted_(model, targets), statistics="stored").run(out)
+                    for way in self._ways():
+                        way._tell_of_extension()
+                        # what follows says why
+                        with suppress(NotInStages) if way.extended else suppress(NotInStages, NotTaken):
+                            return predict_measured_(
+                                live,
+                                measured_targets(live, plan),
+                                self.image,
+                                caller,
+                                self.blocks,
+                                geometry=self.geometry if live is model else None,
+                                extended=way.extended,
+                                sites=tuple(path for path in self.known.layers if path in modules),
+                                out=out,
+                            )
+            *before, last = self._ways()
+            for way in before:
+                with suppress(NotInStages, NotTaken):
+                    return replace(way._fitted_(model, targets), statistics="stored").run(out)
+            return replace(last._fitted_(model, targets), statistics="stored").run(out)
         finally:
             hand_on(model, original_of(self.owner))
+
+    def _ways(self) -> list[_Prediction]:
+        """Return what is tried in turn: where no tiles are exact at its size, the image as it is comes first."""
+        missing = () if self.geometry is None else self.geometry.padding(self.image.shape[2:])
+        return [replace(self, extended=False), self] if self.engine != "tiles" and any(missing) else [self]
+
+    def _tell_of_extension(self) -> None:
+        """Say once that the image is extended, if it is."""
+        if self.geometry is None or self.told or not self.extended:
+            return
+        for finding in extension(self.image.shape[2:], self.geometry):
+            _LOG.warning("%s", finding.line)
+            self.told.append(finding)
 
     def _require_alike(self, geometry: Geometry, tile: Sequence[int]) -> None:
         """Refuse an image larger than what was compared, with no graph that tells sizes, if tiles of its size differ.
@@ -510,7 +537,8 @@ class _Prediction:
         caller = self.known.caller
         if targets:
             image = images_of(self.image, model)
-            measure_(model, targets, image, caller, self.blocks, geometry=self.geometry)
+            geometry = self.geometry if self.extended else None
+            measure_(model, targets, image, caller, self.blocks, geometry=geometry)
         scan = renewed(model, provenance, middle_of(self.image), caller)
         exact = geometry_of(scan)
         if scan is self.known.scan:
@@ -656,7 +684,7 @@ def _require_inside(scan: Scan, shape: Sequence[int], tile: Sequence[int], geome
     judgement = judge_size(scan.sizes, shape[2:], tile, geometry, shape[0])
     for finding in judgement.outside[:1]:
         raise NormfixError(finding.code, finding.message, where=scan.model)
-    for finding in (*extension(shape[2:], geometry), *judgement.unproved):
+    for finding in judgement.unproved:
         _LOG.warning("%s", finding.line)
 
 

@@ -99,6 +99,7 @@ def predict_measured_(
     blocks: Blocks,
     *,
     geometry: Geometry | None,
+    extended: bool = True,
     sites: Sequence[str] = (),
     out: OutputFile | None = None,
 ) -> Tensor | None:
@@ -107,10 +108,11 @@ def predict_measured_(
     Args:
         model: holds the targets' modules.
         targets: in any order.
-        image: (1, C, *space), of any size; extended to one the network is exact at, and the result cut back.
+        image: (1, C, *space), of any size.
         caller: calls the model and picks the output.
         blocks: how to run in stages.
         geometry: of the network whatever its statistics are, as for predict_in_stages.
+        extended: as for predict_in_stages.
         sites: paths of layers to cut at besides the targets' modules.
         out: where the prediction goes; default: into memory.
 
@@ -130,6 +132,7 @@ def predict_measured_(
             caller,
             blocks,
             geometry=geometry,
+            extended=extended,
             sites=tuple(dict.fromkeys((*(statistic.site for statistic in measured), *sites))),
             statistics=measured,
             out=out,

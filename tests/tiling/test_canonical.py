@@ -65,6 +65,12 @@ def of_one_less(q, k, v):
     return (1 - q @ k.mT * 0.4).softmax(-1) @ v
 
 
+def less_than_the_largest(q, k, v):
+    """Energies taken away from their largest (as channel attention of Fu et al., arXiv 1809.02983, over positions)."""
+    energy = q @ k.mT * 0.4
+    return (energy.max(-1, keepdim=True)[0].expand_as(energy) - energy).softmax(-1) @ v
+
+
 def of_grouped_queries(q, k, v):
     return F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], enable_gqa=True)
 
@@ -114,7 +120,14 @@ def in_single_precision(q, k, v):
 
 FORMS = (
     *(by_hand, by_hand_of_keys_in_rows, by_a_reciprocal, divided_at_last, by_logarithms, by_a_log_sum),
-    *(less_the_largest, of_one_less, of_grouped_queries, of_shared_keys, added_to_a_product),
+    *(
+        less_the_largest,
+        of_one_less,
+        less_than_the_largest,
+        of_grouped_queries,
+        of_shared_keys,
+        added_to_a_product,
+    ),
     *(masked_like_scores, masked_by_a_tensor, masked_by_full, masked_anew, of_two_values),
 )
 

@@ -31,6 +31,7 @@ __all__ = ["unshifted", "with_canonical_forms"]
 _aten = torch.ops.aten
 _SOFTMAX = (_aten.softmax.int, _aten._softmax.default)
 _LOGARITHM = (_aten.log_softmax.int, _aten._log_softmax.default)
+_EXPANDED = (_aten.expand.default, _aten.expand_as.default)
 _SHIFTS = (_aten.add.Tensor, _aten.add.Scalar, _aten.sub.Tensor, _aten.sub.Scalar)
 
 
@@ -103,6 +104,8 @@ def _is_level(operand: Any, value: Node, dim: int) -> bool:
     """Tell whether an operand of a value is the same along one of the value's dimensions."""
     if not isinstance(operand, Node) or not isinstance(operand.meta.get("val"), Tensor):
         return True  # a number
+    while keeps(operand) or operand.target in _EXPANDED:
+        operand = operand.args[0]
     shape, back = shape_of(operand), rank_of(value) - dim % rank_of(value)
     return back > len(shape) or shape[-back] == 1
 
@@ -112,11 +115,15 @@ def _softmax(value: Node, dim: int) -> Node:
 
 
 def _of_shifted(softmax: Node) -> Node | None:
-    """Return the softmax of what is not shifted."""
+    """Return the softmax of what is not shifted, nor taken away from something that is the same along its dimension."""
     value, dim = softmax.args[:2]
     assert isinstance(value, Node)
     assert isinstance(dim, int)
     level = unshifted(value, dim)
+    if level.target is _aten.sub.Tensor and not level.kwargs:
+        a, b = level.args[:2]
+        if isinstance(b, Node) and _is_level(a, level, dim) and shape_of(b) == shape_of(level):
+            level = called(softmax.graph, _aten.neg.default, unshifted(b, dim))
     return None if level is value else called(softmax.graph, softmax.target, level, *softmax.args[1:])
 
 
@@ -186,7 +193,7 @@ _PRODUCTS = (_aten.matmul.default, _aten.bmm.default, _aten.einsum.default)
 
 def _kept(node: Any, target: Any) -> tuple[Node, int] | None:
     """Return what a reduction is of and along which one dimension, which is kept or was put back."""
-    while isinstance(node, Node) and (keeps(node) or node.target is _aten.expand.default):
+    while isinstance(node, Node) and (keeps(node) or node.target in _EXPANDED):
         node = node.args[0]
     back = None
     if isinstance(node, Node) and node.target is _aten.unsqueeze.default:

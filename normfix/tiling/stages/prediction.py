@@ -39,6 +39,7 @@ def predict_in_stages(
     blocks: Blocks,
     *,
     geometry: Geometry | None,
+    extended: bool = True,
     sites: Sequence[str] = (),
     statistics: Sequence[Statistic] = (),
     out: OutputFile | None = None,
@@ -47,10 +48,12 @@ def predict_in_stages(
 
     Args:
         model: without live statistics; in eval mode, where statistics of it are to be measured.
-        image: of any size; extended to one the network is exact at, and the result cut back.
+        image: of any size.
         caller: calls the model and picks the output.
         blocks: how to run in stages.
         geometry: of the network; None where it has none, so that the image is taken as it is.
+        extended: extend the image to a size that the network is exact at, in any tiles, and cut the result back; if
+            not, it is taken as it is, and proved at its own size.
         sites: paths of the layers to cut at; default: before norms, or after convolutions.
         statistics: what is measured of this image on the way, each before it is read; its sites are among `sites`.
         out: where the prediction goes; default: into memory.
@@ -66,15 +69,16 @@ def predict_in_stages(
     network = model if statistics else twin_of(model)
     with ExitStack() as stack:
         stack.enter_context(exact_arithmetic())
-        whole = image.padded((0,) * ndim if geometry is None else geometry.padding(image.shape[2:]))
+        missing = (0,) * ndim if geometry is None else geometry.padding(image.shape[2:])
+        whole = image.padded(missing if extended else (0,) * ndim)
         stride = geometry.stride if geometry is not None else usual_stride(ndim)
         program = stack.enter_context(program_of(network, caller, tuple(sites), whole, stride))
-        is_known = geometry is not None
+        is_known = geometry is not None and (extended or not any(missing))
         measured = tuple(statistic.site for statistic in statistics)
         planned = schedule_of(program, stride, [whole], measured=measured, outputs=True, is_known=is_known)
         lasts = blocks.store is not None
         result = program.outputs[0]
-        space = None if whole.shape == image.shape else image.shape[2:]
+        space = image.shape[2:] if any(missing) else None
         place = Destination(result, space, planned.maps.maps[result].scale, home_of(model)[0], out)
         store, journal = stack.enter_context(blocks.run(planned, [whole], statistics))
         execute(
