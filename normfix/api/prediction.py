@@ -411,34 +411,40 @@ class _Prediction:
         )
         if reason:
             raise NotTiledError("NF409", reason, where=scan.model)
+        *before, last = self._ways()
         try:
-            if self.engine != "tiles" and targets:
-                # values without a law are no statistics of blocks, but may be products and sums of exponentials
-                live, plan = released(model, provenance.plan)
-                if live is not model or keeps_geometry(model, provenance, middle_of(self.image), caller):
-                    modules = dict(live.named_modules())
-                    for way in self._ways():
-                        way._tell_of_extension()
-                        # what follows says why
-                        with suppress(NotInStages) if way.extended else suppress(NotInStages, NotTaken):
-                            return predict_measured_(
-                                live,
-                                measured_targets(live, plan),
-                                self.image,
-                                caller,
-                                self.blocks,
-                                geometry=self.geometry if live is model else None,
-                                extended=way.extended,
-                                sites=tuple(path for path in self.known.layers if path in modules),
-                                out=out,
-                            )
-            *before, last = self._ways()
-            for way in before:
+            for way in before:  # what is extended says why
                 with suppress(NotInStages, NotTaken):
-                    return replace(way._fitted_(model, targets), statistics="stored").run(out)
-            return replace(last._fitted_(model, targets), statistics="stored").run(out)
+                    return way._measured_on_it(model, targets, out)
+            return last._measured_on_it(model, targets, out)
         finally:
             hand_on(model, original_of(self.owner))
+
+    def _measured_on_it(
+        self, model: nn.Module, targets: Sequence[Target], out: OutputFile | None
+    ) -> Tensor | None:
+        """Predict by statistics that are measured on the image, in one walk where that can be."""
+        provenance, caller = provenance_of(model), self.known.caller
+        assert provenance is not None
+        self._tell_of_extension()
+        if self.engine != "tiles" and targets:
+            # values without a law are no statistics of blocks, but may be products and sums of exponentials
+            live, plan = released(model, provenance.plan)
+            if live is not model or keeps_geometry(model, provenance, middle_of(self.image), caller):
+                modules = dict(live.named_modules())
+                with suppress(NotInStages):  # what follows says why
+                    return predict_measured_(
+                        live,
+                        measured_targets(live, plan),
+                        self.image,
+                        caller,
+                        self.blocks,
+                        geometry=self.geometry if live is model else None,
+                        extended=self.extended,
+                        sites=tuple(path for path in self.known.layers if path in modules),
+                        out=out,
+                    )
+        return replace(self._fitted_(model, targets), statistics="stored").run(out)
 
     def _ways(self) -> list[_Prediction]:
         """Return what is tried in turn: where no tiles are exact at its size, the image as it is comes first."""
