@@ -86,6 +86,8 @@ def prepare(
         for mode, net in ((False, evaluated), (True, trained))
     }
     geometry = seen.geometry or _geometry(evaluated, example, caller, live[False])
+    # pipelines' windows leave over what their grid does, not what the image does
+    geometry = replace(geometry, padded_inside=())
     tiling = _completed(tiling, tile, halo, geometry, image, bool(training))
     tiling, findings = _runs(evaluated, image, tiling, geometry, caller)
     with evaluating(evaluated), torch.no_grad():

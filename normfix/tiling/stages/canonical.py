@@ -184,7 +184,12 @@ def _normalized(value: Any, divisor: Any) -> Node | None:
                 return None
             instead = {raised: _softmax(weights, dim)}
             args: Any = map_arg(value.args, lambda n: instead.get(n, n))  # noqa: B023 - called at once
-            return called(value.graph, value.target, *args)
+            target: Any = value.target
+            given = value.graph.call_function(target, args)
+            given.meta["val"] = value.meta[
+                "val"
+            ]  # computed again, torch 2.6 would take its extents for fixed ones
+            return given
     return None
 
 
