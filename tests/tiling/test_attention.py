@@ -267,12 +267,10 @@ def test_what_is_not_of_positions_pair_by_pair_is_left(form):
         _causal,
         _in_a_square,
         _sloping,
-        _chosen,
         _looked_up_along_axes,
-        _with_temperatures,
         *(
             pytest.param(f, marks=pytest.mark.zoo)
-            for f in (_lower, _looked_up, _near, _floored, _like_another)
+            for f in (_chosen, _with_temperatures, _lower, _looked_up, _near, _floored, _like_another)
         ),
     ],
 )

@@ -180,10 +180,13 @@ def barriers(form):
     return [n.target for n in found.body.graph.nodes if n.target in (ATTEND, ATTEND_BIASED, CONTRACT)]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=pytest.mark.zoo if n % 3 == 2 else ()) for n, form in enumerate(FORMS)]
+)
 def test_every_form_is_attention(form):
-    assert set(barriers(form)) <= {ATTEND, ATTEND_BIASED}
-    assert len(barriers(form)) == 1 + (form is of_two_values)
+    found = barriers(form)
+    assert set(found) <= {ATTEND, ATTEND_BIASED}
+    assert len(found) == 1 + (form is of_two_values)
 
 
 @pytest.mark.parametrize("form", [over_another_sum, with_a_constant, over_queries, less_another_largest])
@@ -204,8 +207,8 @@ def predicted(form, image=IMAGE):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "form",
-    [by_hand, of_grouped_queries, masked_like_scores, non_local_from_the_left, in_single_precision]
-    + [pytest.param(f, marks=pytest.mark.zoo) for f in FORMS],
+    [of_grouped_queries, masked_like_scores, in_single_precision]
+    + [pytest.param(f, marks=pytest.mark.zoo) for f in (*FORMS, non_local_from_the_left)],
 )
 def test_blocks_are_the_whole(form, caplog):
     """A softmax in float32 inside a float64 network is as exact as the network itself."""
@@ -223,7 +226,7 @@ def test_blocks_are_the_whole(form, caplog):
     ("form", "name", "planted"),
     [
         (less_another_largest, "_is_level", lambda operand, value, dim: True),
-        (over_queries, "_kept", lambda node, target: (node.args[0], 3)),
+        pytest.param(*(over_queries, "_kept", lambda node, target: (node.args[0], 3)), marks=pytest.mark.zoo),
         (over_another_sum, "_kept", lambda node, target: (_raised(node.args[0]), 3)),
     ],
 )

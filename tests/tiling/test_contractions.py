@@ -166,7 +166,7 @@ def test_of_other_dimensions(function, ndim, size, caplog):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("function", [efficient, non_local])
+@pytest.mark.parametrize("function", [pytest.param(efficient, marks=pytest.mark.zoo), non_local])
 def test_in_single_precision(function):
     assert difference(function, IMAGE, dtype=torch.float32) < 1e-4
 
