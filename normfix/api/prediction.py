@@ -122,7 +122,8 @@ def predict(
         model: without live statistics, or any with statistics="per-image"; not modified.
         image: (N, C, *space), any size, or one that is read by window (normfix.open_image), as files are; arrays and
             files hold pixel values, see normfix.convert. Where the network is not exact at that size, the image is
-            extended by its edge pixels to the next exact size and the result cut back.
+            extended by its edge pixels to the next exact size and the result cut back; by its own statistics it is
+            taken as it is, where the network runs on that size in stages.
         tile: pixels per axis, multiples of the stride; default: 256.
         halo: pixels of context on every side of tiles; "auto" is what the network needs. One or one per axis ask for
             tiles.
