@@ -12,7 +12,7 @@ SIZES = [(41, 53), (64, 47), (33, 64)]
 
 
 class Skips(nn.Module):
-    """Coarse features with a norm, resized to what they came from (as in LR-ASPP and DeepLab)."""
+    """Coarse features with a norm, resized to what they came from (as in LR-ASPP)."""
 
     def __init__(self, mode="bilinear"):
         super().__init__()
