@@ -267,7 +267,7 @@ def _spelt_out(node: Node) -> Node | None:
     if arrow:
         result = result.replace("...", names)
     else:
-        letters = "".join(inputs.replace(",", "").replace("...", ""))
+        letters = inputs.replace(",", "").replace("...", "")
         result = names + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
     return called(node.graph, node.target, f"{','.join(sides)}->{result}", list(operands))
 
@@ -351,10 +351,7 @@ def _source_of(value: Node, dim: int) -> tuple[Node, int]:
             ]
             extent = shape_of(value)[dim]
             same = [(of, d) for of, d in sides if shape_of(of)[d] == extent]
-            if not same:
-                return value, dim
-            value, dim = same[0]
-            return value, dim
+            return same[0] if same else (value, dim)
         source = value.args[0] if value.args else None
         is_same = keeps(value) or value.target in _ELEMENTWISE
         if not is_same or not isinstance(source, Node) or shape_of(source) != shape_of(value):
