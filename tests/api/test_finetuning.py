@@ -16,14 +16,20 @@ IMAGES = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(1)) **
 ERRORS = pytest.mark.filterwarnings("ignore")  # of the frameworks' own
 
 
-@pytest.fixture
-def model():
-    """A network converted to BatchRenorm, in train mode."""
+@pytest.fixture(scope="module")
+def converted():
+    """A network converted to BatchRenorm."""
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(1, 4, 3, padding=1), nn.InstanceNorm2d(4, affine=True), nn.ReLU(), nn.Conv2d(4, 1, 1)
     )
-    return normfix.convert(net, IMAGES, "batchrenorm").model.train()
+    return normfix.convert(net, IMAGES, "batchrenorm").model
+
+
+@pytest.fixture
+def model(converted):
+    """A copy of it, in train mode."""
+    return copy.deepcopy(converted).train()
 
 
 def patches(count=8):

@@ -71,9 +71,18 @@ def image():
     return torch.rand(1, 1, 96, 128)
 
 
+@pytest.fixture(scope="module")
+def converted_once():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.InstanceNorm2d(8), nn.Conv2d(8, 2, 3, padding=1)
+    )
+    return normfix.convert(network, torch.rand(1, 1, 96, 128)).model.eval()
+
+
 @pytest.fixture
-def converted(network, image):
-    return normfix.convert(network, image).model.eval()
+def converted(converted_once):
+    return copy.deepcopy(converted_once)
 
 
 def largest(model, image, tile=32):

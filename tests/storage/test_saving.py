@@ -40,11 +40,18 @@ def done():
     return normfix.convert(tiny_unet(), IMAGE)
 
 
+@pytest.fixture(scope="module")
+def saved_once(done, tmp_path_factory):
+    """Save a folder for tests that each change a copy."""
+    folder = tmp_path_factory.mktemp("once") / "fixed"
+    normfix.save(done, folder)
+    return folder
+
+
 @pytest.fixture
-def folder(done, tmp_path):
-    """Save a folder."""
-    normfix.save(done, tmp_path / "fixed")
-    return tmp_path / "fixed"
+def folder(saved_once, tmp_path):
+    """Copy the saved folder."""
+    return Path(shutil.copytree(saved_once, tmp_path / "fixed"))
 
 
 def refusal(function, *args, **options) -> NormfixError:
@@ -707,20 +714,6 @@ def test_a_folder_of_before_opens_with_a_note(folder):
     assert "no checksum of its plan" in note
 
 
-@pytest.fixture(scope="module")
-def saved_once(done, tmp_path_factory):
-    """Save a folder for tests that each change a copy."""
-    folder = tmp_path_factory.mktemp("once") / "fixed"
-    normfix.save(done, folder)
-    return folder
-
-
-@pytest.fixture
-def copied(saved_once, tmp_path):
-    """Copy the saved folder."""
-    return Path(shutil.copytree(saved_once, tmp_path / "fixed"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value"),
@@ -743,28 +736,28 @@ def copied(saved_once, tmp_path):
         ("example", [1, 1, 64]),
     ],
 )
-def test_a_geometry_that_no_network_has_is_refused(copied, name, value):
+def test_a_geometry_that_no_network_has_is_refused(folder, name, value):
     """One number for each axis, and none that divides by zero or fills the memory: else NF108, whoever sealed it."""
-    edited(copied, lambda data: data["provenance"]["scan"].update({name: value}))
-    assert refusal(normfix.load, copied).code == "NF108"
+    edited(folder, lambda data: data["provenance"]["scan"].update({name: value}))
+    assert refusal(normfix.load, folder).code == "NF108"
 
 
 @pytest.mark.parametrize("changes", [{"axes": "H"}, {"extents": [64]}, {"extents": [64, -1]}])
-def test_sizes_that_are_not_of_its_axes_are_refused(copied, changes):
+def test_sizes_that_are_not_of_its_axes_are_refused(folder, changes):
     """The sizes that a scan speaks for are one for each axis."""
-    edited(copied, lambda data: data["provenance"]["scan"]["sizes"].update(changes))
-    assert refusal(normfix.load, copied).code == "NF108"
+    edited(folder, lambda data: data["provenance"]["scan"]["sizes"].update(changes))
+    assert refusal(normfix.load, folder).code == "NF108"
 
 
 @pytest.mark.slow
 @needs_programs
 @pytest.mark.parametrize("name", [WEIGHTS, PROGRAM])
 @pytest.mark.parametrize("swap", ["replaced", "linked", "written"])
-def test_a_folder_that_changes_while_it_is_read_is_refused(copied, tmp_path, monkeypatch, name, swap):
+def test_a_folder_that_changes_while_it_is_read_is_refused(folder, tmp_path, monkeypatch, name, swap):
     """Between the checksum and the reading, another file in the place of the first, or other bytes in it: NF115."""
     from normfix.storage import folder as rooms
 
-    checked, path = rooms.require_unchanged, copied / name
+    checked, path = rooms.require_unchanged, folder / name
 
     def then_swapped(asked, digest):
         checked(asked, digest)
@@ -778,7 +771,7 @@ def test_a_folder_that_changes_while_it_is_read_is_refused(copied, tmp_path, mon
             }[swap]()
 
     monkeypatch.setattr(rooms, "require_unchanged", then_swapped)
-    assert refusal(normfix.load, copied).code == "NF115"
+    assert refusal(normfix.load, folder).code == "NF115"
 
 
 def test_a_fresh_process_that_ends_early_has_read_nothing_back():

@@ -114,19 +114,9 @@ def norm_of_channels(y):
     )
 
 
-FORMS = [
-    efficient,
-    linear,
-    of_tokens,
-    of_heads,
-    of_channels,
-    cross_covariance,
-    gram,
-    non_local,
-    non_local_by_a_number,
-    sum_of_exponentials,
-    norm_of_channels,
-]
+FORMS = [efficient, linear, of_channels, non_local, sum_of_exponentials, norm_of_channels]
+LIKE_THEM = [of_tokens, of_heads, cross_covariance, gram, non_local_by_a_number]
+"""Forms of which another is one of the same mechanism."""
 
 
 def whole(net, image):
@@ -149,7 +139,9 @@ def in_blocks(caplog):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("function", FORMS)
+@pytest.mark.parametrize(
+    "function", [*FORMS, *(pytest.param(function, marks=pytest.mark.zoo) for function in LIKE_THEM)]
+)
 def test_blocks_are_the_whole(function, caplog):
     with caplog.at_level(logging.WARNING, logger="normfix"):
         assert difference(function, IMAGE) < 1e-12
