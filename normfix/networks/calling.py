@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ __all__ = [
     "ControlFlow",
     "NotTaken",
     "OutOfMemory",
+    "affordable",
     "buffers_kept",
     "class_of",
     "evaluating",
@@ -49,6 +51,10 @@ __all__ = [
 
 REFUSALS = (NormfixError, RuntimeError, ValueError, AssertionError, IndexError)
 """What a network may raise that does not take a size it is tried with; to be caught by `refusals`."""
+
+
+_PAIRS, _SMALL_STEPS = 1 << 29, (16, 8, 4)
+"""Elements of the largest tensor at a size that is tried, if it grows as pairs of pixels do; smaller steps to sizes."""
 
 
 class NotTaken(NormfixError):  # noqa: N818 - what happened, not what went wrong
@@ -544,6 +550,22 @@ def resized(example: Tensor, size: Sequence[int]) -> Tensor:
     for axis, n in enumerate(size, start=2):
         example = example.index_select(axis, torch.arange(n, device=example.device) % example.shape[axis])
     return example
+
+
+def affordable(sizes: Sequence[Sequence[int]], space: Sequence[int], largest: int) -> list[Sequence[int]]:
+    """Return the sizes at which tensors of all pairs of pixels stay small enough to try them, else smaller steps.
+
+    Args:
+        sizes: extents that shall be tried.
+        space: extents that the network ran on.
+        largest: elements of the largest tensor there.
+    """
+
+    def fits(size: Sequence[int]) -> bool:
+        return largest * max(1.0, math.prod(size) / math.prod(space)) ** 2 <= _PAIRS
+
+    small = [[n + step for n in space] for step in _SMALL_STEPS]
+    return [*filter(fits, sizes)] or [*filter(fits, small)] or small[-1:]
 
 
 def class_of(model: nn.Module) -> str:

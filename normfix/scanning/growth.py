@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfix.networks.calling import refusals, resized
+from normfix.networks.calling import affordable, refusals, resized
 from normfix.networks.functions import ATTENTION, tokens_of
 from normfix.scanning.census import Call, Follow, alone, census
 
@@ -57,9 +57,11 @@ def look_again(
 
     Sizes that are multiples of `exact`, per axis, are tried first: below them a network may be another one. A map that
     is coarser than what the image grew by does not grow: where maps stay as they are, a far larger image tells whether
-    they are of one size.
+    they are of one size. Where calls may compare pixels with pixels, an image grows by less than would take too much.
     """
-    looks = (_look(model, run, resized(example, trial), calls, follow) for trial in _trials(example, exact))
+    most = max((math.prod(shape) for call in calls for shape in call.outputs), default=0)
+    trials = affordable(_trials(example, exact), example.shape[2:], most)
+    looks = (_look(model, run, resized(example, trial), calls, follow) for trial in trials)
     near = next((look for look in looks if look is not None), None)
     if near is None or not (still := _unmoved(calls, near.calls, example.dim())):
         return near

@@ -9,6 +9,7 @@ where sizes are free, on another size and another batch. Whatever torch.export r
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -220,7 +221,9 @@ def _captured(
     free = free_dimensions(program)
     replayed = []
     images = [image for image, _ in known]
-    for trials in [once_replayed(example, free, images)] if once else replays(example, free, images):
+    largest = max((math.prod(_sizes(value)) for _, value in _tensor_nodes(program)), default=0)
+    tried = replays(example, free, images, largest=largest)
+    for trials in [once_replayed(example, free, images)] if once else tried:
         for image in trials:
             agree = replay(program, network, image, known)
             if agree is False:

@@ -47,6 +47,10 @@ def silence(*, backends_off: bool = False) -> Iterator[None]:
     with _ALONE, ExitStack() as stack:
         import_compiler()
         stack.enter_context(environment_kept())
+        # fake tensors whose sizes are formulas are seldom met again: looking for them takes a third of a small trace
+        stack.enter_context(
+            importlib.import_module("torch._dynamo.config").patch(fake_tensor_cache_enabled=False)
+        )
         stack.enter_context(_unheard())
         stack.enter_context(_tracing_here(backends_off=backends_off))
         yield

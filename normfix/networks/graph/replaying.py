@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves
 
 from normfix.layers.affine import as_in_graphs
-from normfix.networks.calling import refusals, resized
+from normfix.networks.calling import affordable, refusals, resized
 from normfix.networks.graph.isolation import silence
 from normfix.networks.numerics import IDENTITY, deviation
 from normfix.networks.randomness import OwnRandomness
@@ -19,11 +19,14 @@ from normfix.networks.randomness import OwnRandomness
 __all__ = ["once_replayed", "replay", "replays", "same"]
 
 
-def replays(example: Tensor, free: Sequence[int], known: Sequence[Tensor] = ()) -> Iterator[list[Tensor]]:
+def replays(
+    example: Tensor, free: Sequence[int], known: Sequence[Tensor] = (), *, largest: int = 0
+) -> Iterator[list[Tensor]]:
     """Yield lists of inputs of which one has to be replayed: one image, another batch of another size.
 
     Half the size comes first: it costs a quarter. Where batches are replayed as well, the one image is of another size
-    too, if the network ran on one before; it was captured at the example's.
+    too, if the network ran on one before; it was captured at the example's. `largest` are the elements of the largest
+    tensor there.
     """
     yield [*_of_other_sizes(known, example), example] if 0 in free else [example]
     images = []
@@ -34,7 +37,9 @@ def replays(example: Tensor, free: Sequence[int], known: Sequence[Tensor] = ()) 
         sizes = [size for size in sizes if all(size)]
         sizes += [[n + step * (d in free) for d, n in enumerate(space, start=2)] for step in (32, 64, 128)]
         sizes += [[2 * n for n in space]]
-        images = [resized(example, size) for size in sizes if size != list(space)]
+        for size in affordable([size for size in sizes if size != list(space)], space, largest):
+            kept = [n if d in free else space[d - 2] for d, n in enumerate(size, start=2)]
+            images.append(resized(example, kept))
     if 0 in free:
         # captured of two, replayed on one already
         images = [torch.cat([x, x.flip(-1)]) for x in (*images, example)]
