@@ -560,11 +560,12 @@ def affordable(sizes: Sequence[Sequence[int]], space: Sequence[int], largest: in
         space: extents that the network ran on.
         largest: elements of the largest tensor there.
     """
+    most = max(_PAIRS, 2 * largest)  # what is little larger than an image that fits does, too
 
     def fits(size: Sequence[int]) -> bool:
-        return largest * max(1.0, math.prod(size) / math.prod(space)) ** 2 <= _PAIRS
+        return largest * (math.prod(size) / math.prod(space)) ** 2 <= most
 
-    small = [[n + step for n in space] for step in _SMALL_STEPS]
+    small: list[Sequence[int]] = [[n + step for n in space] for step in _SMALL_STEPS]
     return [*filter(fits, sizes)] or [*filter(fits, small)] or small[-1:]
 
 

@@ -12,7 +12,9 @@ from torchvision.ops import DeformConv2d
 
 import normfix
 from normfix.cli.texts import scan_text
+from normfix.networks import calling
 from normfix.networks.calling import Caller
+from normfix.networks.graph.capture import capture
 from normfix.networks.releases import is_exporting
 from normfix.records.sites import Scan
 from normfix.scanning.census import census
@@ -312,3 +314,32 @@ def test_no_attention_is_run_on_a_far_larger_image(kind):
 
     look_again(net, run, example, census(net, run, example)[0])
     assert (max(extents) >= 256) == (kind == "no attention")
+
+
+class _AllPairs(nn.Module):
+    """Attention between all voxels, written out."""
+
+    def forward(self, x):
+        tokens = x.flatten(2)
+        return (tokens @ (tokens.mT @ tokens).softmax(1)).view_as(x)
+
+
+@pytest.mark.parametrize(("network", "grown"), [(_AllPairs(), (12, 14, 13)), (nn.Tanh(), (36, 38, 37))])
+def test_an_image_grows_by_what_all_pairs_of_pixels_leave_room_for(monkeypatch, network, grown):
+    """Of a volume of 16x24x20 voxels 32 more along each axis are 78 GB of products; other maps grow as the image."""
+    monkeypatch.setattr(calling, "_PAIRS", 1 << 25)
+    example = torch.rand(1, 1, 4, 6, 5)
+
+    def run(model, x):
+        return model(x)
+
+    again = look_again(network, run, example, census(network, run, example)[0])
+    assert tuple(again.example.shape[2:]) == grown
+
+
+def test_a_graph_with_all_pairs_is_compared_at_what_fits_in_memory(monkeypatch):
+    """Its sizes are free, which a larger image shows, and one that was too large left unsaid."""
+    monkeypatch.setattr(calling, "_PAIRS", 1 << 25)
+    found = capture(_AllPairs(), Caller(), torch.rand(1, 1, 4, 6, 5))
+    assert found.free == (0, 2, 3, 4)
+    assert max(shape[2:] for shape in found.replayed) == (8, 12, 10)
