@@ -60,6 +60,8 @@ def test_reports_of_every_kind(run, image, tmp_path):
     assert json.loads(data)["status"] == "failed"
     assert summary.startswith("## normfix: failed")
     assert ET.fromstring(cases).find(".//failure") is not None
+    for text in (page, data, summary, cases):
+        assert all(word in text for word in ("NF557", "taken for regression"))
 
 
 @pytest.mark.slow

@@ -329,6 +329,22 @@ def test_accuracy_stands_beside_invariance(truth):
     assert rows["original, untiled"].metric == pytest.approx(float(labels.float().mean()))
 
 
+@pytest.mark.slow
+def test_labels_that_judge_nothing_are_a_finding():
+    """Where the output has no Dice with them and there is no metric, they are named; where there is, they are not."""
+    net, image = nn.Sequential(LiveInstance(), nn.Conv2d(1, 1, 3, padding=1)), torch.rand(1, 1, 96, 96)
+    labels = torch.ones(96, 96)
+
+    def named(net, **options):
+        found = _diagnose(net, image, labels=labels, batches=(1,), **options).record.findings
+        return [f.message for f in found if (f.code, f.where) == ("NF557", "labels")]
+
+    assert "regression" in named(net, kind="regression")[0]
+    assert "extents" in named(nn.Sequential(net, nn.Upsample(scale_factor=2)), kind="logits")[0]
+    assert not named(net, kind="logits")
+    assert not named(net, kind="regression", metric=lambda prediction, labels: 1.0)
+
+
 def test_the_cost_is_stated_before_and_kept():
     """Experiments are announced once, before progress is made on them, and their number is what runs."""
     heard, stages = [], []
