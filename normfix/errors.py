@@ -269,8 +269,9 @@ CODES: dict[str, str] = {
     "NF330": "A value that was kept on disk is gone, cut short, fails its checksum, or is whole but not the one that "
     "this run wrote at this place. Check the disk, delete the "
     "folder normfix-run in the store and start anew.",
-    "NF331": "An image file changed or vanished while it was read, so what was computed would be of two images. "
-    "Nothing has the result's name. Put the file back as it was and give the same command again, or start anew.",
+    "NF331": "An image file changed or vanished while it was read, or images are drawn anew each time they are read, "
+    "so what was computed would be of two images. Nothing has the result's name. Put the file back as it was and give "
+    "the same command again, or start anew; draw random images once, as a list.",
     "NF332": "Two processes cannot keep their values in one store: one of them would take the other's for its own. "
     "Name another folder with --store.",
     "NF333": 'A cluster is reached through dask.distributed: pip install "normfix[dask]", here and where its workers '

@@ -137,6 +137,12 @@ def choose(
             "which the network's file does not state: predictions are compared with the original's in such windows.",
             where="choose",
         )
+    if labels is None and metric is not None:
+        raise NormfixError(
+            "NF557",
+            "it judges predictions by labels, and none were given. Give labels (--labels), or leave it out.",
+            where="metric",
+        )
     if distilled and window is None:
         raise NormfixError(
             "NF556",

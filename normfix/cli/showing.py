@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -186,11 +187,21 @@ def _require_folder(path: str) -> None:
     folder = next(parent for parent in Path(path).parents if os.path.lexists(parent))
     if not folder.is_dir():
         raise NormfixError("NF114", f"{folder} is no folder to write the report to.", where=path)
+    if not Path(path).is_file():
+        _require_writable(folder, Path(path))
     if not Path(path).parent.is_dir():
         return  # it is made once there is something to write
     sweep(Path(path).parent)
     if not Path(path).is_file():  # one that is there may be of the same command
         require_unnamed(Path(path))
+
+
+def _require_writable(folder: Path, report: Path) -> None:
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise cannot_write(report, error) from error
 
 
 def write_report(path: str | None, record: Record) -> None:

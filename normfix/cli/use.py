@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
+from click.core import ParameterSource
 
 from normfix.cli.extents import Extents, HaloExtents, context_option
 from normfix.cli.failures import each
@@ -210,6 +211,7 @@ def check_command(
         raise click.UsageError("--tolerance belongs to --halo-curve")
     arguments = Arguments.take(options, images)
     if halo_curve:
+        _require_of_curves("halo", "threshold", "reports")
         return _halo_curve(arguments, images, tile, tolerance, format_)
 
     from normfix.proof.check import check
@@ -261,6 +263,15 @@ def _in_its_colours(views: list[Maps], files: ImageFiles, number: int, path: Pat
     # the network may have been given it extended to an exact size
     more = [(0, n - m) for n, m in zip(views[0].image.shape, pixels.shape, strict=True)]
     return replace(views[0], image=np.pad(pixels, more, mode="edge"))
+
+
+def _require_of_curves(*others: str) -> None:
+    """Refuse options that a halo curve has no use for; what the project states for all checks is let be."""
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        stated = context.get_parameter_source(parameter.name or "")
+        if parameter.name in others and stated is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--halo-curve has no {parameter.opts[-1]}; leave it out")
 
 
 def _halo_curve(

@@ -96,6 +96,7 @@ class Examination:
         noise = self._noise(present, seen.sd)
         course = profile(difference, cuts, setting.geometry.stride[-1], 4 * noise)
         slope, centre = self._gradient()
+        accuracy = self._accuracy(seen, fixed, converted, tile)
         record_ = DiagnosisRecord(
             model=setting.scan.model,
             image=tuple(setting.image.shape),
@@ -119,9 +120,13 @@ class Examination:
             culprits=found,
             sites=self._sites(seen, found),
             receptive_field=receptive_field(slope, centre, setting.geometry, bounded=True),
-            accuracy=self._accuracy(seen, fixed, converted, tile),
+            accuracy=accuracy,
             cost=cost,
-            findings=setting.findings + _findings(seen, any(cuts), pairs, setting.geometry),
+            findings=(
+                *setting.findings,
+                *_findings(seen, any(cuts), pairs, setting.geometry),
+                *_unused(accuracy, setting),
+            ),
             settings=(*settings(*home_of(setting.model)), ("experiments", "float64")),
         )
         return record_, _maps(setting, seen, fixed, difference, slope, cuts)
@@ -293,6 +298,21 @@ def _findings(seen: _Seen, cut: bool, pairs: Overlaps, geometry: Geometry) -> tu
         message = "no two windows overlap further than the halo from their cuts; use larger tiles."
         found.append(Finding(code="NF607", where="overlap", message=message))
     return tuple(found)
+
+
+def _unused(accuracy: Sequence[AccuracyRow], setting: Setting) -> list[Finding]:
+    """Say that labels were given and judge nothing."""
+    if not accuracy or any(row.dice is not None or row.metric is not None for row in accuracy):
+        return []
+    if setting.kind == "regression":
+        why = (
+            "the output is taken for regression, which has no Dice. If it holds masks or classes, say which (--kind, "
+            "kind=)"
+        )
+    else:
+        why = "the output has other extents than the image, on which labels lie. Leave them out"
+    message = f"they are used for nothing: {why}, or give a metric (--metric, metric=)."
+    return [Finding(code="NF557", where="labels", message=message)]
 
 
 def _maps(

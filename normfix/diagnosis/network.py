@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict, get_args, overload
 
 from numpy.typing import NDArray
@@ -32,6 +32,7 @@ from normfix.records.diagnoses import (
     TrainEval,
 )
 from normfix.records.progress import Progress, logged
+from normfix.records.sites import Finding
 from normfix.reporting.maps import Maps
 from normfix.reporting.sentences import headline
 from normfix.scanning.known import ForwardFn
@@ -207,4 +208,18 @@ def diagnose_network(
         work = Examination(setting, bench, truth, tuple(batches), per_site, halo_curve, progress)
         cost = work.cost()
         announce(cost)
-        return Diagnosis(*work.measured(cost, converted, setting.tiling.tile if tile is None else tile))
+        record, maps = work.measured(cost, converted, setting.tiling.tile if tile is None else tile)
+    if labels is None:
+        unused = _without_labels(metric=metric, converted=converted)
+        record = replace(record, findings=(*record.findings, *unused))
+    return Diagnosis(record, maps)
+
+
+def _without_labels(**judged: object) -> Iterator[Finding]:
+    """Say what is used for accuracy alone, and was given without labels."""
+    for name, value in judged.items():
+        if value is not None:
+            message = (
+                f"accuracy is judged by labels, and without them --{name} is used for nothing. Give --labels."
+            )
+            yield Finding(code="NF557", where=name, message=message)

@@ -17,6 +17,7 @@ from torch import Tensor
 from normfix.errors import NormfixError
 from normfix.images.axes import to_tensor
 from normfix.images.contents import Contents
+from normfix.images.draws import Draws
 from normfix.images.files import read_all
 from normfix.images.scaling import not_finite, overflown, scaled
 from normfix.images.sources import Image, TensorImage, middle_of, whole
@@ -46,16 +47,26 @@ class Images:
     like: tuple[int, ...] | None = None
     padding: Padding | None = None
     read: Callable[[int, object], object] = lambda number, given: given
+    _draws: Draws = field(default_factory=Draws)
 
     def __iter__(self) -> Iterator[Image]:
         """Yield the images; a tensor is loaded when its turn comes.
 
         Raises:
-            NormfixError: NF104 for NaN or infinity, NF106 for what is no image (N, C, *space).
+            NormfixError: NF104 for NaN or infinity, NF106 for what is no image (N, C, *space), NF331 if it is none
+                of the first pass.
         """
+        draw = self._draws.begin()
         for number, given in enumerate(self.images):
-            image = given if is_by_window(given) else self._taken(self.read(number, given), f"image {number}")
+            image: Image
+            if is_by_window(given):
+                image = given
+            else:
+                tensor = self._taken(self.read(number, given), f"image {number}")
+                draw.note(tensor, f"image {number}")
+                image = TensorImage(tensor.to(self.device))
             yield image if self.padding is None else image.padded(self.padding(image.shape[2:]))
+        draw.end()
 
     def __len__(self) -> int:
         return self.count
@@ -83,11 +94,11 @@ class Images:
             )
         return next(iter(self))
 
-    def _taken(self, given: object, where: str) -> TensorImage:
+    def _taken(self, given: object, where: str) -> Tensor:
         checked = _checked(given, where, self.dtype)
         if self.like is not None:
             _require_like(checked, self.like, where)
-        return TensorImage(checked.to(self.device))
+        return checked
 
     @classmethod
     def of(

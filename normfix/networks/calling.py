@@ -23,7 +23,7 @@ from normfix.networks.numerics import HALF, as_numbers
 from normfix.networks.randomness import OwnRandomness
 from normfix.networks.releases import is_exporting
 from normfix.networks.slabs import in_slabs, is_convolution
-from normfix.networks.surroundings import as_given
+from normfix.networks.surroundings import as_given, own_defaults
 from normfix.records.saved import Provenance
 
 __all__ = [
@@ -187,9 +187,10 @@ class Caller:
     def _returned(self, model: nn.Module, image: Tensor) -> Any:
         try:
             with ExitStack() as around:
-                around.enter_context(as_given(image.device))
                 if not is_exporting():  # what the network switches is its own affair
+                    around.enter_context(own_defaults())
                     around.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
+                around.enter_context(as_given(image.device))
                 if self.draws and not is_exporting():
                     around.enter_context(OwnRandomness())
                 if self.wide and image.dtype == torch.float32:

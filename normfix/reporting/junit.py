@@ -43,6 +43,8 @@ def junit(record: Record) -> str:
         if outcome != "passed":
             tag = _TAGS[outcome]
             ET.SubElement(case, tag, message=_clean(message), type=outcome)
+    if isinstance(record, DiagnosisRecord | PipelineRecord) and record.findings:
+        ET.SubElement(suite, "system-out").text = _clean("\n".join(f.line for f in record.findings))
     suite.set("tests", str(len(cases)))
     for plural, tag in (("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
         suite.set(plural, str(sum(_TAGS.get(outcome) == tag for _, outcome, _ in cases)))

@@ -317,6 +317,7 @@ def test_blended_windows_cover_what_the_stride_does_not_divide(up, extent):
         (network(), {"labels": np.zeros((64, 90))}, "NF604"),
         (network(), {"window": 96}, "NF556"),
         (network(), {"labels": np.zeros((64, 96)), "metric": lambda found, true: float("nan")}, "NF557"),
+        (network(), {"window": 32, "metric": lambda found, true: 1.0}, "NF557"),
     ],
     ids=[
         "nothing live",
@@ -326,6 +327,7 @@ def test_blended_windows_cover_what_the_stride_does_not_divide(up, extent):
         "another size",
         "a window as large",
         "no number",
+        "a metric without labels",
     ],
 )
 def test_what_cannot_be_compared_is_refused(model, options, code):

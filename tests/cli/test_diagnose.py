@@ -2,6 +2,7 @@
 
 import json
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,6 +61,8 @@ def test_reports_of_every_kind(run, image, tmp_path):
     assert json.loads(data)["status"] == "failed"
     assert summary.startswith("## normfix: failed")
     assert ET.fromstring(cases).find(".//failure") is not None
+    for text in (page, data, summary, cases):
+        assert all(word in text for word in ("NF557", "taken for regression"))
 
 
 @pytest.mark.slow
@@ -89,6 +92,20 @@ def test_a_report_that_cannot_be_is_refused_first(run, image, tmp_path, command)
         found, out, err = run(command, "no.module:factory", image, "--report", tmp_path / name)
         assert (found, out) == (2, "")
         assert code in err
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="no folder here in which nobody may make a file")
+@pytest.mark.parametrize("command", ["check", "convert", "diagnose"])
+@pytest.mark.parametrize("folder", ["/proc", "/proc/nowhere/deeper"])
+def test_a_report_in_a_place_that_nobody_writes_to_is_refused_first(run, image, tmp_path, command, folder):
+    """It was said when all was computed; control: a folder that is made then, and nothing left of trying."""
+    words = (command, "no.module:factory", image, *(("-o", tmp_path / "out") if command == "convert" else ()))
+    found, out, err = run(*words, "--report", f"{folder}/report.json")
+    assert (found, out) == (2, "")
+    assert "NF114" in err
+    before = sorted(tmp_path.iterdir())
+    assert "NF114" not in run(*words, "--report", tmp_path / "new" / "report.json").err
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 
 from normfix.cli import cli, main
@@ -148,3 +149,16 @@ def test_show_settings_prints_them(tmp_path, monkeypatch, capsys):
     assert str(tmp_path / "pyproject.toml") in out
     assert "check --tile 512" in out
     assert "explain" not in out
+
+
+@pytest.mark.slow
+def test_a_halo_curve_lets_be_what_the_project_states_of_every_check(run, tmp_path, monkeypatch):
+    """It has no use for a threshold, which is refused only where it is said beside it."""
+    np.save(written(tmp_path, "[tool.normfix.check]\nthreshold = 1\n") / "image.npy", np.eye(40, dtype="f4"))
+    monkeypatch.chdir(tmp_path)
+    command = ("check", "factories:tiny_unet", "image.npy", "--scale", "none", "--tile", 16, "--halo-curve")
+    code, out, _ = run(*command)
+    assert code in (0, 1)
+    assert "sd" in out
+    code, _, err = run(*command, "--threshold", 1)
+    assert (code, "has no --threshold" in err) == (2, True)

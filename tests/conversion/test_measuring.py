@@ -255,6 +255,33 @@ def test_what_cannot_be_read_again_is_refused(images):
         normfix.calibrate(net, images)
 
 
+class Drawn:
+    """Images of a data set, with noise of each draw's own where `noise` is not 0."""
+
+    def __init__(self, count, noise):
+        self.images, self.noise = [torch.randn(1, 1, 24, 20 + 4 * n) for n in range(count)], noise
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, number):
+        image = self.images[number]
+        return image + self.noise * torch.randn_like(image)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_data_set_that_is_drawn_anew_in_each_pass_is_refused(count):
+    """Its sites would be measured on different images; the network is as it was, and what is drawn once is taken."""
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2))
+    before = _state(net)
+    with pytest.raises(NormfixError, match=r"NF331 .*list\(images\)"):
+        normfix.calibrate_(net, Drawn(count, 0.1))
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    for images in (Drawn(count, 0), list(Drawn(count, 0.1))):
+        normfix.calibrate_(net, images)
+    assert not torch.equal(net[1].running_mean, before["1.running_mean"])
+
+
 class Skips(nn.Module):
     """Breaks the plan: leaves its norm out on narrow images, or runs it twice on wide ones."""
 

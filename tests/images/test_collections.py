@@ -159,3 +159,63 @@ def test_what_has_no_length_is_counted_once():
 
     images = Images.of(Dataset(), CPU, torch.float32)
     assert (len(images), len(images), Dataset.passes) == (2, 2, 1)
+
+
+class Augmented:
+    """Images of several extents; each pass adds what `change` gives for it, in batches of `batch`."""
+
+    def __init__(self, change, batch=1):
+        self.change, self.batch, self.passes = change, batch, 0
+        self.images = torch.rand(4, 1, 6, 5)
+
+    def __iter__(self):
+        self.passes += 1
+        return iter(self.change(self.images.clone(), self.passes).split(self.batch))
+
+    def __len__(self):
+        return 4 // self.batch
+
+
+def _flipped(images, number):
+    images[2] = images[2].flip(-1) if number > 2 else images[2]
+    return images
+
+
+def _repeated(images, number):
+    images[2] = images[1] if number > 2 else images[2]
+    return images
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda images, number: images + number * 1e-6,
+        lambda images, number: images[..., number:],
+        lambda images, number: images[: 5 - number],
+        lambda images, number: images[..., :1].expand(4, 1, 6, 5) if number == 2 else images,
+        _flipped,
+        _repeated,
+    ],
+    ids=["noise", "crops", "fewer", "another extent of the same values", "one is turned", "one twice"],
+)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_images_that_each_pass_draws_anew_are_refused(change, batch):
+    """Constants would be of other images than what was measured before them."""
+    images = Images.of(Augmented(change, batch), CPU, torch.float64)
+    list(images)
+    assert code_of(list, images) == "NF331"
+
+
+@pytest.mark.parametrize("padding", [None, lambda size: [-n % 4 for n in size]])
+def test_the_same_images_in_any_order_and_batches_are_taken(padding):
+    """A loader may shuffle; a pass that ends early says nothing of the others, and values are compared as given."""
+    source = Augmented(lambda images, number: images.roll(number, 0))
+    images = replace(Images.of(source, CPU, torch.float64), padding=padding)
+    assert [len(list(images)) for _ in range(3)] == [4, 4, 4]
+    source.batch = 2
+    next(iter(images))
+    assert len(list(images)) == 2
+    early = Images.of(Augmented(lambda images, number: images + number), CPU, torch.float64)
+    assert next(iter(early)) is not next(iter(early))
+    list(early)
+    assert code_of(next, iter(early)) == "NF331"

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import pytest
@@ -80,6 +80,44 @@ def test_surroundings_change_no_conversion(image, name):
     assert seen.halo == ((1, 1), (1, 1))
     torch.testing.assert_close(done.model.state_dict(), expected.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(tiled, normfix.predict(expected, image, 32), rtol=0, atol=0)
+
+
+class Setting(Placing):
+    """Makes something the default of the process in its forward."""
+
+    def __init__(self, name, value):
+        super().__init__()
+        self.name, self.value = name, value
+
+    def forward(self, x):
+        getattr(torch, self.name)(self.value)
+        return self.body(x)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "outer"),
+    [
+        ("set_default_device", "meta", "none"),
+        ("set_default_device", "meta", "bfloat16"),
+        ("set_default_dtype", torch.float64, "none"),
+        ("set_default_dtype", torch.float64, "default device"),
+        ("set_default_dtype", torch.float64, "bfloat16"),
+    ],
+)
+def test_a_default_that_a_network_sets_ends_with_its_call(image, name, value, outer):
+    """It would be that of the package's tensors too, and without values there (NotImplementedError)."""
+    torch.manual_seed(0)
+    net = Setting(name, value).eval()
+    with exact_arithmetic(), torch.no_grad():
+        expected = net.body(image)
+    with SURROUNDINGS.get(outer, nullcontext)():
+        before = torch.empty(0).device, torch.get_default_dtype()
+        result = normfix.convert(net, image)
+        whole = normfix.predict(net, image, 32, statistics="per-image", engine="stages")
+        assert (torch.empty(0).device, torch.get_default_dtype()) == before
+    assert result.proof.passed
+    torch.testing.assert_close(whole, expected)
+    assert normfix.check(result.model, image, tile=32).passed
 
 
 def test_what_is_converted_in_inference_mode_can_train(image):

@@ -329,6 +329,37 @@ def test_accuracy_stands_beside_invariance(truth):
     assert rows["original, untiled"].metric == pytest.approx(float(labels.float().mean()))
 
 
+@pytest.mark.slow
+def test_labels_that_judge_nothing_are_a_finding():
+    """Where the output has no Dice with them and there is no metric, they are named; where there is, they are not."""
+    net, image = nn.Sequential(LiveInstance(), nn.Conv2d(1, 1, 3, padding=1)), torch.rand(1, 1, 96, 96)
+    labels = torch.ones(96, 96)
+
+    def named(net, **options):
+        found = _diagnose(net, image, labels=labels, batches=(1,), **options).record.findings
+        return [f.message for f in found if (f.code, f.where) == ("NF557", "labels")]
+
+    assert "regression" in named(net, kind="regression")[0]
+    assert "extents" in named(nn.Sequential(net, nn.Upsample(scale_factor=2)), kind="logits")[0]
+    assert not named(net, kind="logits")
+    assert not named(net, kind="regression", metric=lambda prediction, labels: 1.0)
+
+
+@pytest.mark.slow
+def test_what_needs_labels_is_a_finding_without_them():
+    """A metric and a converted network serve accuracy alone."""
+    net, image = LiveInstance(), torch.rand(1, 1, 96, 96)
+
+    def named(**options):
+        found = _diagnose(net, image, batches=(1,), **options).record.findings
+        return [f.where for f in found if f.code == "NF557"]
+
+    judging = {"metric": lambda prediction, labels: 1.0, "converted": normfix.convert(net, image).model}
+    assert named(**judging) == ["metric", "converted"]
+    assert not named(**judging, labels=torch.ones(96, 96))
+    assert not named()
+
+
 def test_the_cost_is_stated_before_and_kept():
     """Experiments are announced once, before progress is made on them, and their number is what runs."""
     heard, stages = [], []

@@ -214,7 +214,7 @@ def test_reports_follow_their_schema(found, verdict):
 def test_junit_counts(found, verdict):
     """The verdict and every cause are cases; failures are counted."""
     suite = ET.fromstring(text_of(".xml", found.record)).find("testsuite")
-    names = [case.get("name") for case in suite]
+    names = [case.get("name") for case in suite.iter("testcase")]
     what = "[1x1x100x128, tile 32x32]"
     assert names == [
         f"{name}{what}" for name in ("tile-invariant", "cause: InstanceNorm", "cause: too small a halo")

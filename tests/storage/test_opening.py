@@ -275,6 +275,13 @@ def test_a_factory_of_the_callers_is_called_with_its_arguments():
     assert open_model(ARCH, arch_args={"width": 6}).model.head.in_channels == 12
 
 
+def test_an_architecture_beside_one_is_said_to_be_unused():
+    """MODEL names the network itself; the same name twice, as a project's settings may say it, is nothing to tell."""
+    (note,) = open_model(ARCH, arch="timm:test_resnet").notes
+    assert "timm:test_resnet (--arch, arch=) is not used" in note
+    assert open_model(ARCH, arch=ARCH).notes == open_model(ARCH).notes == ()
+
+
 def test_a_timm_name_builds_that_network():
     """timm:NAME gives timm's network, and a note that its weights are random."""
     opened = open_model("timm:test_resnet")

@@ -27,6 +27,7 @@ from normfix.networks.graph.replaying import once_replayed, replay, replays
 from normfix.networks.graph.sizes import LongFormulaError, ShortSizes
 from normfix.networks.numerics import exact_arithmetic
 from normfix.networks.releases import values_of
+from normfix.networks.surroundings import own_defaults
 
 __all__ = [
     "WRAPPED",
@@ -290,7 +291,7 @@ def _traced(
 ) -> ExportedProgram:
     sizes = ShortSizes()
     try:
-        with silence(backends_off=backends_off), torch.no_grad(), sizes, TracedData():
+        with own_defaults(), silence(backends_off=backends_off), torch.no_grad(), sizes, TracedData():
             return torch.export.export(
                 copy.deepcopy(module),
                 (example.clone(),),

@@ -90,7 +90,10 @@ def open_spec(spec: str, request: Request, revision: str | None = None) -> Loade
         require_spec(spec)
     require_no_choice(request, spec)
     source = factory(spec, request.arch_args or {})
-    return Loaded(build(source), source, _random_weights(spec, request.arch_args or {}))
+    notes = _random_weights(spec, request.arch_args or {})
+    if request.arch not in (None, spec):
+        notes += (f"{spec} names the network itself, so {request.arch} (--arch, arch=) is not used.",)
+    return Loaded(build(source), source, notes)
 
 
 def open_path(path: Path, request: Request) -> Loaded:
