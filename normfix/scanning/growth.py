@@ -90,14 +90,14 @@ def _compares_pixels(here: Sequence[Call], there: Sequence[Call]) -> bool:
 
 def ran_otherwise(
     model: nn.Module, run: Run, example: Tensor, exact: Sequence[int] = ()
-) -> Sequence[int] | None:
+) -> tuple[int, ...] | None:
     """Return extents at which a network runs that `look_again` found to make other calls there, or None."""
     for trial in _trials(example, exact):
         try:
             census(model, run, resized(example, trial))
         except refusals():
             continue
-        return trial
+        return tuple(trial)
     return None
 
 
