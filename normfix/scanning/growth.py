@@ -27,6 +27,8 @@ Run = Callable[[nn.Module, Tensor], Any]
 FIXED, REDUCED, SQUARED = 0.1, 0.75, 1.4
 """Exponents: below the first a tensor does not grow; above the last it compares pixels with pixels."""
 
+_NEAR = 8
+"""Pixels by which a smaller image is tried that may run as the example does where no larger one does."""
 _FEW, _COARSEST = 3, 4096
 """Pixels of growth that say little; largest common multiple, in pixels, of the factors of maps that is believed."""
 
@@ -105,6 +107,8 @@ def _trials(example: Tensor, exact: Sequence[int]) -> list[list[int]]:
     space = example.shape[2:]
     trials: list[list[int]] = [[n // 2 for n in space]] if all(n % 32 == 0 and n >= 64 for n in space) else []
     trials += [[n + step for n in space] for step in (32, 64, 128)]
+    # a branch above a few pixels makes other calls at all of these
+    trials += [[n - _NEAR for n in space]] if min(space) > 2 * _NEAR else []
     return sorted(
         trials, key=lambda trial: any(n % multiple for n, multiple in zip(trial, exact, strict=False))
     )

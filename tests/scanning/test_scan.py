@@ -272,6 +272,20 @@ def test_where_one_size_is_another_function_its_images_are_refused(hidden):
     assert (normfix.predict(net, beside, tile=16) - whole).abs().max() < 1e-5
 
 
+def test_a_small_example_of_a_network_that_branches_on_larger_ones_is_looked_at_as_it_is():
+    """No size that is larger by tens of pixels makes its calls; one smaller by a few does, so it is no size apart."""
+
+    class Large(nn.Module):
+        def forward(self, x):
+            return F.avg_pool2d(x, 3, 1, 1).sigmoid() if x.shape[2] > 48 else F.avg_pool2d(x, 3, 1, 1)
+
+    image = torch.rand(1, 1, 24, 24, dtype=torch.float64)
+    found = normfix.scan(Large(), image)
+    assert (found.example, found.halo) == ((1, 1, 24, 24), ((1, 1), (1, 1)))
+    assert [condition.text for condition in found.sizes.conditions] == ["H <= 48"]
+    assert (normfix.predict(Large(), image, tile=8) - Large()(image)).abs().max() < 1e-6
+
+
 def test_a_network_that_forward_fn_runs_twice_is_refused_by_name():
     """Each run has other statistics, and no module is there that ran once."""
     net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.InstanceNorm2d(4)).eval()
