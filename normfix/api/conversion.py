@@ -475,7 +475,7 @@ class _Work:
                 self.caller,
                 self.plan,
                 self.seen.geometry,
-                tuple(self.example.shape[2:]),
+                self.seen.scan.example[2:],
                 self.tile,
                 self.original,
                 self.seen.cross,

@@ -25,6 +25,8 @@ __all__ = ["Crossings"]
 
 _PIXELS = (1 << 18, 1 << 20)
 """Pixels of the strips on which a branch on the size is tried, at most."""
+_TILE = 32
+"""Pixels along a tile, at least."""
 _LARGE, _WIDE = 64, 1 << 16
 """Pixels along the largest tiles of which smaller ones are tried, and of the images they are cut from, if they may."""
 _PERIOD = 4096
@@ -37,13 +39,15 @@ Size = tuple[int, ...]
 class Crossings:
     """A network without live statistics in float64, the material of its strips, and how it is tiled.
 
-    What a strip showed is kept: several conditions hold or fail at one size.
+    What a strip showed is kept: several conditions hold or fail at one size. `apart` are sizes at which the network was
+    seen to make other calls: of a condition that single sizes fail, no strip tells which they are.
     """
 
     double: Callable[[Tensor], Tensor]
     example: Tensor
     geometry: Geometry
     cross: Sequence[int]
+    apart: tuple[Size, ...] = ()
     _agreements: dict[tuple[int, Size, tuple[int, ...], bool], bool] = field(
         default_factory=dict, init=False, repr=False
     )
@@ -51,9 +55,11 @@ class Crossings:
     def crossed(self, branch: Condition) -> bool:
         """Tell whether tiles equal the whole on either side of a branch, at all sizes and magnitudes that are tried."""
         sizes = list(dict.fromkeys(self._astride(branch)))
-        outside = any(self._excludes(branch, size) for _, size in sizes)
+        apart = [size for size in self.apart if self._excludes(branch, size)]
+        outside = bool(apart) or any(self._excludes(branch, size) for _, size in sizes)
         return (
             outside
+            and all(self._agrees_around(branch, size) for size in apart)
             and all(self._agrees(axis, size, magnified=True) for axis, size in sizes)
             and self._agree_where_windows_are_excluded(branch)
         )
@@ -151,6 +157,31 @@ class Crossings:
             tiles = [] if self._excludes(branch, size) else list(self._excluded(branch, axis, size))
             if not all(self._agrees(axis, size, tile, magnified=True) for tile in {*tiles[:1], *tiles[-1:]}):
                 return False
+        return True
+
+    def _agrees_around(self, branch: Condition, apart: Size) -> bool:
+        """Compare tiles with an image of a size that a branch excludes, with strips along it, and windows of that size.
+
+        Strips count that are as thick as it is along some axes, and images that windows of its extent are cut from.
+        """
+        for axis in self._axes:
+            others = ((n,) if other == axis else (n, self.cross[other]) for other, n in enumerate(apart))
+            window = apart[axis] - self._context(axis)
+            if window < 2 * self.geometry.stride[axis] or window % self.geometry.stride[axis]:
+                return False
+            for size in itertools.product(*others):
+                cut = size, window // 2
+                strip = shortest(self.geometry, size, axis), _TILE
+                if not all(
+                    self._agrees(axis, extents, tile, magnified=True)
+                    for extents, tile in (cut, strip)
+                    if self._excludes(branch, extents)
+                ):
+                    return False
+                if not self._agrees(
+                    axis, shortest(self.geometry, size, axis, window), window, magnified=True
+                ):
+                    return False
         return True
 
     def _excluded(self, branch: Condition, axis: int, size: Size) -> Iterator[int]:

@@ -27,6 +27,8 @@ Run = Callable[[nn.Module, Tensor], Any]
 FIXED, REDUCED, SQUARED = 0.1, 0.75, 1.4
 """Exponents: below the first a tensor does not grow; above the last it compares pixels with pixels."""
 
+_NEAR = 8
+"""Pixels by which a smaller image is tried that may run as the example does where no larger one does."""
 _FEW, _COARSEST = 3, 4096
 """Pixels of growth that say little; largest common multiple, in pixels, of the factors of maps that is believed."""
 
@@ -92,14 +94,14 @@ def _compares_pixels(here: Sequence[Call], there: Sequence[Call]) -> bool:
 
 def ran_otherwise(
     model: nn.Module, run: Run, example: Tensor, exact: Sequence[int] = ()
-) -> Sequence[int] | None:
+) -> tuple[int, ...] | None:
     """Return extents at which a network runs that `look_again` found to make other calls there, or None."""
     for trial in _trials(example, exact):
         try:
             census(model, run, resized(example, trial))
         except refusals():
             continue
-        return trial
+        return tuple(trial)
     return None
 
 
@@ -107,6 +109,8 @@ def _trials(example: Tensor, exact: Sequence[int]) -> list[list[int]]:
     space = example.shape[2:]
     trials: list[list[int]] = [[n // 2 for n in space]] if all(n % 32 == 0 and n >= 64 for n in space) else []
     trials += [[n + step for n in space] for step in (32, 64, 128)]
+    # a branch above a few pixels makes other calls at all of these
+    trials += [[n - _NEAR for n in space]] if min(space) > 2 * _NEAR else []
     return sorted(
         trials, key=lambda trial: any(n % multiple for n, multiple in zip(trial, exact, strict=False))
     )

@@ -16,7 +16,7 @@ from normfix.conversion.targets import Target, measured_targets
 from normfix.images.given import Given, images_of
 from normfix.images.sources import middle_of
 from normfix.networks.behaviour import behaviour_of
-from normfix.networks.calling import Caller, NotTaken, Unreached, class_of, is_halved, refusals
+from normfix.networks.calling import Caller, NotTaken, Unreached, class_of, is_halved, refusals, resized
 from normfix.networks.copying import copy_of
 from normfix.networks.graph.capture import Captured
 from normfix.networks.numerics import exact_arithmetic
@@ -173,9 +173,9 @@ def _look(
     material = example[:1].detach().cpu().float()
     if halved:
         caller = caller.widened(probe, material)
-    positions = Positions()
     with exact_arithmetic():
-        found = survey(probe, caller, material, positions.follow, keys=keys, swap=swap)
+        found, positions = _surveyed(probe, caller, material, keys=keys, swap=swap)
+        material = found.runs[0][0]
         dyed = _dyed(probe, caller, material, found, fast=fast)
         graph_seen = _graph(
             probe, caller, material, found, skipped=_FAST if fast else "" if graph else _PROVED
@@ -204,7 +204,8 @@ def _look(
             bench = _bench(probe, trial, found, caller, material, halo, graph_seen)
         sizes = _sizes(probe, caller, material, found, graph_seen, bench, fast=fast)
         stretches = bench.witness.stretches if bench else ()
-        doubts = replace(doubts, bounds=sizes.conditions, placed=doubts.placed + stretches)
+        bounds = (*sizes.conditions, *_parted(found.apart, AXES[material.dim()], sizes.conditions))
+        doubts = replace(doubts, bounds=bounds, placed=doubts.placed + stretches)
         seen = _measured(trial, bench, doubts, merged, found, material, tried=sizes, fast=fast)
         if bench is not None:
             bench.require_no_memory(name.rpartition(".")[2])
@@ -212,7 +213,7 @@ def _look(
         proved = ProvedSizes(
             axes=AXES[material.dim()],
             conditions=(*seen.bounds, *seen.differing),
-            crossed=tuple(bound for bound in sizes.conditions if bound not in seen.bounds),
+            crossed=tuple(bound for bound in bounds if bound not in seen.bounds),
             unknown=(*sizes.unknown, *_unknown(doubts, seen.bench)),
             extents=tuple(map(max, material.shape[2:], run.extents)),
             pixels=max(math.prod(material.shape[2:]), run.pixels),
@@ -221,7 +222,7 @@ def _look(
     return Scanned(
         Scan(
             model=name,
-            example=tuple(example.shape),
+            example=(example.shape[0], *material.shape[1:]),
             sites=seen.sites,
             uncalled=found.uncalled,
             dense=found.dense,
@@ -243,6 +244,38 @@ def _look(
         locality.cross if geometry is not None and geometry.stride == locality.grid else (),
         seen.bench.twin if seen.bench else None,
     )
+
+
+def _surveyed(
+    probe: nn.Module, caller: Caller, example: Tensor, *, keys: int | None, swap: bool
+) -> tuple[Survey, Positions]:
+    """Survey a network on the example, or on a part of another size if the example's is one of its own.
+
+    A network that keeps a mask of one size makes other calls there than anywhere else. Most images are of other sizes,
+    and it is at these that space is told from channels.
+    """
+
+    def of(x: Tensor) -> tuple[Survey, Positions]:
+        positions = Positions()
+        return survey(probe, caller, x, positions.follow, keys=keys, swap=swap), positions
+
+    here = of(example)
+    if here[0].elsewhere is None:
+        return here
+    there, positions = of(resized(example, here[0].elsewhere))
+    if there.other is None:
+        return here
+    return replace(there, apart=tuple(example.shape[2:])), positions
+
+
+def _parted(apart: Sequence[int] | None, names: str, known: Sequence[Condition]) -> Iterator[Condition]:
+    """Yield that an image is not of the size at which other calls are made, unless a condition says so already."""
+    if apart is None:
+        return
+    extents = {"N": 1, **dict(zip(names, apart, strict=True))}
+    if not any(condition.excludes(extents) for condition in known):
+        text = " or ".join(f"{name} != {n}" for name, n in zip(names, apart, strict=True))
+        yield Condition(text=text, line="", strict=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +323,7 @@ def _measured(
             doubts = _beside(every, bench.witness.bound)
             locality = bench.measured(found.dilution, doubts, fast=fast)
     beyond = () if bench is None else bench.witness.findings(locality)
-    crossings = None if bench is None or locality.geometry is None else bench.crossings(locality)
+    crossings = None if bench is None or locality.geometry is None else bench.crossings(locality, found.apart)
     # what did not hold on longer strips is believed of the example only
     largest = _Largest(material.dim() - 2)
     broken = () if crossings is None else crossings.differing(tried)
@@ -480,10 +513,11 @@ class _Bench:
         )
         return held_beyond(self.unnoted, self.example, found, bound)
 
-    def crossings(self, locality: Locality) -> Crossings:
-        """Return what tries conditions on the size."""
+    def crossings(self, locality: Locality, apart: Sequence[int] | None) -> Crossings:
+        """Return what tries conditions on the size; `apart` is one at which the network makes other calls."""
         assert locality.geometry is not None
-        return Crossings(self.double, self.example, locality.geometry, locality.cross)
+        sizes = () if apart is None else (tuple(apart),)
+        return Crossings(self.double, self.example, locality.geometry, locality.cross, sizes)
 
 
 def _bench(

@@ -46,6 +46,8 @@ class Survey:
     size that was tried with the same calls; `runs` are all inputs that it ran on, each with what it gave; `reaching`
     the ids of calls from which a path leads to the result, or out of tensors, without passing a statistic that can be
     frozen; `mapping` those of sites that make a map of a map and look by name or growth as if each pixel had seen all.
+    `elsewhere` are extents at which the network makes other calls than here, where no other size has those of here;
+    `apart` extents at which it makes other calls than at the sizes of this look.
     """
 
     sites: tuple[Site, ...]
@@ -59,6 +61,8 @@ class Survey:
     runs: tuple[tuple[Tensor, Tensor], ...] = ()
     reaching: frozenset[str] = frozenset()
     mapping: frozenset[str] = frozenset()
+    elsewhere: tuple[int, ...] | None = None
+    apart: tuple[int, ...] | None = None
 
     @property
     def output(self) -> tuple[int, ...]:
@@ -122,6 +126,7 @@ def survey(
     sites = found.find()
     norms = tuple(kind for rule in RULES for kind in rule.modules)
     uncalled = tuple(p for p, m in modules.items() if isinstance(m, norms) and not invocations[p])
+    elsewhere = None if other else ran_otherwise(model, run, example, exact)
     return Survey(
         sites=sites,
         uncalled=uncalled,
@@ -129,13 +134,12 @@ def survey(
         invocations=invocations,
         follows=growth.of_output(output),
         dilution=growth.dilution(),
-        findings=_findings(
-            example, other, uncalled, None if other else ran_otherwise(model, run, example, exact)
-        ),
+        findings=_findings(example, other, uncalled, elsewhere),
         other=other.example if other else None,
         runs=((example, output), *((look.example, look.output) for look in passes)),
         reaching=found.reaching(),
         mapping=found.mapping(),
+        elsewhere=elsewhere,
     )
 
 

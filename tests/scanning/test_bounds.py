@@ -185,3 +185,27 @@ def test_places_of_maxima_that_are_numbers_are_a_map(used):
 def test_an_even_map_is_none(way):
     """Control: one value throughout has no place."""
     assert look(way).unknown == ()
+
+
+_TEXT = """
+class Net(torch.nn.Module):
+    def forward(self, x):
+        return branching(self, x)
+
+def branching(net, x):
+    return x.sigmoid() if x.shape[2] > 48 else x * 2
+"""
+
+
+@pytest.mark.parametrize("way", ["network", "forward_fn"])
+@pytest.mark.parametrize("extent", [40, 56])
+def test_a_branch_in_code_without_a_file_is_a_condition(way, extent):
+    """What `python -c` or exec runs has the name of no file, and torch says of its questions that its caller asked."""
+    names = {"torch": torch}
+    exec(_TEXT, names)
+    net, forward_fn = (
+        (names["Net"](), None) if way == "network" else (torch.nn.Identity(), names["branching"])
+    )
+    program = exported(net.eval(), Caller(forward_fn), torch.rand(1, 1, extent, extent))
+    (condition,) = read_sizes(program).conditions
+    assert condition.text == ("H <= 48" if extent == 40 else "H > 48")

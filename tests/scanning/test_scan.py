@@ -208,12 +208,84 @@ class KeepsMask(nn.Module):
 
 
 def test_a_size_of_which_a_mask_is_kept_is_said_to_be_another():
-    """The example's own size is the exception: the scan says so and asks for another, at which it is silent."""
-    (said,) = survey(KeepsMask(), Caller(), torch.rand(1, 1, 32, 32)).findings
-    assert said.code == "NF201"
+    """The example's own size is the exception: a look at it alone says so, and where another is."""
+    seen = survey(KeepsMask(), Caller(), torch.rand(1, 1, 32, 32))
+    (said,) = seen.findings
+    assert (said.code, seen.elsewhere) == ("NF201", (64, 64))
     assert "other calls than at 64x64" in said.message
     assert "example of another size" in said.message
-    assert not survey(KeepsMask(), Caller(), torch.rand(1, 1, 40, 40)).findings
+    other = survey(KeepsMask(), Caller(), torch.rand(1, 1, 40, 40))
+    assert (other.findings, other.elsewhere) == ((), None)
+
+
+class OneSizeApart(nn.Module):
+    """Makes other calls for images of 64 x 64 pixels, where it may be another function as well.
+
+    Where `hidden`, it asks for the size as a text, which no graph records.
+    """
+
+    def __init__(self, *, same, hidden):
+        super().__init__()
+        self.before, self.after = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 1, 3, padding=1)
+        self.same, self.hidden = same, hidden
+
+    def forward(self, x):
+        y = self.before(x)
+        apart = str(tuple(x.shape[2:])) == "(64, 64)" if self.hidden else x.shape[2:] == (64, 64)
+        if apart:
+            y = y + torch.zeros(64, 64) if self.same else y.sigmoid() + torch.zeros(64, 64)
+        return self.after(y)
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["asked", "hidden"])
+def test_a_network_is_looked_at_beside_the_one_size_at_which_it_makes_other_calls(hidden):
+    """Where tiles equal the whole at that size as well, by float64, it is tiled there and beside it."""
+    torch.manual_seed(0)
+    net = OneSizeApart(same=True, hidden=hidden).double().eval()
+    for size in [(64, 64), (65, 127), (64, 40)]:
+        image = torch.rand(1, 1, *size, dtype=torch.float64)
+        found = normfix.scan(net, image)
+        assert (found.stride, found.halo) == ((1, 1), ((2, 2), (2, 2)))
+        assert "NF201" not in {f.code for f in found.findings}
+        if size == (64, 64):
+            assert (found.example, found.tile_invariant) == ((1, 1, 32, 32), True)
+            assert all(c.text.startswith("H != 64") for c in found.sizes.crossed)
+        with torch.no_grad():
+            whole = net(image)
+        assert (normfix.predict(net, image, tile=16) - whole).abs().max() < 1e-12
+        assert normfix.check(net, image, tile=16).passed
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["asked", "hidden"])
+def test_where_one_size_is_another_function_its_images_are_refused(hidden):
+    """Control: at that size tiles are not the whole, which the scan says and predict refuses; at others they are."""
+    torch.manual_seed(0)
+    net, image = OneSizeApart(same=False, hidden=hidden).eval(), torch.rand(1, 1, 64, 64)
+    found = normfix.scan(net, image)
+    assert (found.tile_invariant, found.sizes.crossed) == (False, ())
+    assert found.sizes.broken((64, 64))
+    assert not found.sizes.broken((64, 65))[1:]
+    with pytest.raises(normfix.NormfixError, match="NF260"):
+        normfix.predict(net, image, tile=16)
+    assert not normfix.check(net, image, tile=16).passed
+    beside = torch.rand(1, 1, 66, 50)
+    with torch.no_grad():
+        whole = net(beside)
+    assert (normfix.predict(net, beside, tile=16) - whole).abs().max() < 1e-5
+
+
+def test_a_small_example_of_a_network_that_branches_on_larger_ones_is_looked_at_as_it_is():
+    """No size that is larger by tens of pixels makes its calls; one smaller by a few does, so it is no size apart."""
+
+    class Large(nn.Module):
+        def forward(self, x):
+            return F.avg_pool2d(x, 3, 1, 1).sigmoid() if x.shape[2] > 48 else F.avg_pool2d(x, 3, 1, 1)
+
+    image = torch.rand(1, 1, 24, 24, dtype=torch.float64)
+    found = normfix.scan(Large(), image)
+    assert (found.example, found.halo) == ((1, 1, 24, 24), ((1, 1), (1, 1)))
+    assert [condition.text for condition in found.sizes.conditions] == ["H <= 48"]
+    assert (normfix.predict(Large(), image, tile=8) - Large()(image)).abs().max() < 1e-6
 
 
 def test_a_network_that_forward_fn_runs_twice_is_refused_by_name():

@@ -42,6 +42,11 @@ Where a slice ends, into how many parts a map falls, which number is the larger.
 """
 _ENDING = "_compute_slice_index"
 """The one that asks where a slice ends in later releases: of one extent alone that is its limit as well."""
+_CALLING = frozenset({"_call_impl", "_wrapped_call_impl", "_returned"})
+"""Functions of torch's and of ours that call a network's code, and ask for no size themselves.
+
+Torch passes over code without a file, as of `python -c` or exec, to whoever called it.
+"""
 _CHOOSING = frozenset({"conv"})
 """Functions of torch's that ask for a size to choose one of several kernels, which all compute the same."""
 _EXTENTS = (8, 12, 16, 24, 40, 64, 100, 160, 250, 400, 640, 1000, 1600, 2500, 4000, 10_000, 100_000, 1 << 20)
@@ -147,9 +152,10 @@ class _Reading:
         """Yield the guards that are about what is computed, with the line that asks where it is not torch's own."""
         for guard in self.environment.guards:
             frame = _frame(guard)
-            file = str(getattr(frame, "filename", ""))
-            if file.startswith(_TORCH):
-                name = getattr(frame, "name", "")
+            file, name = str(getattr(frame, "filename", "")), getattr(frame, "name", "")
+            if name in _CALLING and file.startswith((_TORCH, str(PACKAGE))):
+                yield guard.expr, ""
+            elif file.startswith(_TORCH):
                 if name in _MEANT or (name == _ENDING and len(guard.expr.free_symbols) > 1):
                     yield guard.expr, ""
             elif not file.startswith(str(PACKAGE)):
