@@ -67,9 +67,7 @@ def measure_in_stages_(
             stack.enter_context(context)
         taken, names = stride or usual_stride(ndim), tuple(statistic.site for statistic in measured)
         program = stack.enter_context(program_of(model, caller, names, images[0], taken))
-        planned = schedule_of(
-            program, taken, images, measured=names, outputs=False, is_known=stride is not None
-        )
+        planned = schedule_of(program, stride, images, measured=names, outputs=False)
         store, journal = stack.enter_context(blocks.run(planned, images, measured))
         execute(
             planned,

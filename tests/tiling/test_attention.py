@@ -459,6 +459,37 @@ def test_an_unconverted_network_gives_its_whole_image_output(net):
     assert float((tiles - expected).abs().max() / expected.std()) > 0.1
 
 
+class Volume(nn.Module):
+    """Attention between all voxels of a map that is half as coarse as the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.norm = nn.Conv3d(1, 4, 2, stride=2), nn.GroupNorm(2, 4)
+        self.up = nn.ConvTranspose3d(4, 1, 2, stride=2)
+
+    def forward(self, x):
+        y = self.norm(self.down(x))
+        tokens = y.flatten(2).mT
+        return self.up(F.scaled_dot_product_attention(tokens, tokens, tokens * 2).mT.reshape(y.shape))
+
+
+@pytest.mark.slow
+def test_a_volume_is_proved_on_few_voxels(monkeypatch):
+    """All of them are compared with all: 32 more along each axis would take minutes, in float64 and many times."""
+    sizes = []
+    monkeypatch.setattr(
+        scheduling,
+        "largest_difference",
+        lambda planned, size, *rest: sizes.append(size[2:]) or largest_difference(planned, size, *rest),
+    )
+    torch.manual_seed(0)
+    net, image = Volume().double().eval(), torch.randn(1, 1, 12, 20, 18, dtype=torch.float64)
+    given, expected = normfix.predict(net, image, tile=8, statistics="per-image"), whole(net, image)
+    assert float((given - expected).abs().max() / expected.std()) < 1e-9
+    assert sizes
+    assert max(math.prod(size) for size in sizes) <= 24 * 24 * 16
+
+
 class Far(nn.Module):
     """Attention whose output varies by less than it is rounded to."""
 

@@ -1,5 +1,9 @@
 """Real networks that attend to all positions: in stages they give what they give for the whole image."""
 
+import inspect
+import linecache
+import textwrap
+
 import pytest
 import torch
 from torch import nn
@@ -217,6 +221,59 @@ def test_an_unconverted_network_gives_its_whole_image_output(build):
     given = normfix.predict(net, image, tile=32, statistics="per-image", forward_fn=call)
     with torch.no_grad():
         expected = call(net, image) if call else net(image)
+    assert float((given - expected).abs().max() / expected.std()) < 1e-9
+
+
+class Decodes(nn.Module):
+    """The decoder of an autoencoder."""
+
+    def __init__(self, autoencoder):
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, latent):
+        return self.autoencoder.decode(latent)
+
+
+@pytest.fixture
+def maisi(monkeypatch):
+    """MONAI's MAISI with norms that keep the dtype of what they normalise: its own compute in float32 always."""
+    networks = pytest.importorskip("monai.apps.generation.maisi.networks.autoencoderkl_maisi")
+    source = textwrap.dedent(inspect.getsource(networks.MaisiGroupNorm3D.forward))
+    assert ".to(dtype=torch.float32)" in source
+    source, names = source.replace(".to(dtype=torch.float32)", ""), dict(vars(networks))
+    monkeypatch.setitem(linecache.cache, "maisi.py", (len(source), None, source.splitlines(True), "maisi.py"))
+    exec(compile(source, "maisi.py", "exec"), names)
+    monkeypatch.setattr(networks.MaisiGroupNorm3D, "forward", names["forward"])
+    return networks
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_the_decoder_of_maisi_gives_its_whole_volume_output(maisi, splits):
+    """Norms group by group, attention between all voxels, convolutions in parts: a volume of no whole blocks."""
+    torch.manual_seed(0)
+    autoencoder = maisi.AutoencoderKlMaisi(
+        spatial_dims=3,
+        in_channels=1,
+        out_channels=1,
+        latent_channels=2,
+        num_channels=[8, 16],
+        num_res_blocks=[1, 1],
+        norm_num_groups=4,
+        norm_eps=1e-6,
+        attention_levels=[False, False],
+        with_encoder_nonlocal_attn=False,
+        with_decoder_nonlocal_attn=True,
+        norm_float16=False,
+        num_splits=splits,
+        dim_split=1,
+        print_info=False,
+        save_mem=False,
+    )
+    net, latent = Decodes(autoencoder).double().eval(), torch.randn(1, 2, 13, 18, 15, dtype=torch.float64)
+    given = normfix.predict(net, latent, tile=8, statistics="per-image")
+    with torch.no_grad():
+        expected = net(latent)
     assert float((given - expected).abs().max() / expected.std()) < 1e-9
 
 

@@ -55,6 +55,10 @@ from normfix.tiling.stages.softmaxes import with_softmaxes
 __all__ = ["hand_on", "is_captured", "keep_plans", "program_of", "schedule_of", "usual_stride"]
 
 
+_AXES, _VOLUMES = 3, 8
+"""Of images with so many axes of space, what the lattice of their maps is made a multiple of."""
+
+
 def usual_stride(ndim: int) -> tuple[int, ...]:
     """Return what is taken for the stride of a network whose stride is not known: a multiple of most networks'."""
     return (32,) * ndim
@@ -306,7 +310,7 @@ def _noise_like(example: Tensor) -> Tensor:
 
 def schedule_of(
     program: Program,
-    stride: Sequence[int],
+    stride: Sequence[int] | None,
     images: Sequence[Image],
     *,
     measured: tuple[str, ...],
@@ -317,15 +321,21 @@ def schedule_of(
 
     Args:
         program: of a network.
-        stride: of the network, or what is taken for it.
+        stride: of the network; None if it is not known.
         images: that it will run over.
         measured: sites whose operands are measured.
         outputs: whether what the network returns is computed.
-        is_known: whether the stride is the network's; if not, the images' own sizes are proved.
+        is_known: whether the images are of whole strides; if not, or if it is not known, their own sizes are proved.
     """
+    is_known = is_known and stride is not None
+    found = None if is_known else lattice(program)
+    if stride is None:
+        ndim = len(images[0].shape) - 2
+        # a proof of volumes that compares all voxels takes minutes at 32 of them along each axis
+        stride = (_VOLUMES,) * ndim if found is not None and ndim == _AXES else usual_stride(ndim)
     stride = tuple(math.lcm(s, program.multiple) for s in stride)
-    if not is_known:
-        stride = tuple(map(math.lcm, stride, lattice(program)))
+    if found is not None:
+        stride = tuple(map(math.lcm, stride, found))
     given = {tuple(n % s for n, s in zip(image.shape[2:], stride, strict=True)) for image in images} - {
         (0,) * len(stride)
     }

@@ -118,7 +118,7 @@ def find_maps(program: Program, size: Sequence[int], step: Sequence[int]) -> Pro
 
 def maps_of(program: Program, example: Sequence[int]) -> ProgramMaps | None:
     """Return the program's maps, by a growth that it takes; None if it takes none."""
-    coarsest = [math.lcm(64, n) for n in lattice(program)]
+    coarsest = [math.lcm(64, n) for n in lattice(program) or (1,) * (len(example) - 2)]
     for steps in (coarsest, *([n] * len(coarsest) for n in (64, 32, 16, 8, 4, 2, 1))):
         try:
             return find_maps(program, example, steps)
@@ -127,14 +127,14 @@ def maps_of(program: Program, example: Sequence[int]) -> ProgramMaps | None:
     return None
 
 
-def lattice(program: Program) -> tuple[int, ...]:
-    """Return per axis the pixels by which an image grows for all maps to grow whole; 1 if none are found."""
+def lattice(program: Program) -> tuple[int, ...] | None:
+    """Return per axis the pixels by which an image grows for all maps to grow whole; None if that is not found."""
     tensors = [n.meta["val"] for n in program.body.graph.nodes if is_tensor_node(n)]
     shape = program.image.meta["val"].shape
     try:
         return lattice_of(shape, tensors).lattice
     except Unsized:
-        return (1,) * (len(shape) - 2)
+        return None
 
 
 def _growth(node: Node, here: Shapes, there: Shapes, step: int) -> dict[int, Fraction]:

@@ -71,9 +71,10 @@ def predict_in_stages(
         stack.enter_context(exact_arithmetic())
         missing = (0,) * ndim if geometry is None else geometry.padding(image.shape[2:])
         whole = image.padded(missing if extended else (0,) * ndim)
-        stride = geometry.stride if geometry is not None else usual_stride(ndim)
-        program = stack.enter_context(program_of(network, caller, tuple(sites), whole, stride))
-        is_known = geometry is not None and (extended or not any(missing))
+        stride = None if geometry is None else geometry.stride
+        taken = stride or usual_stride(ndim)
+        program = stack.enter_context(program_of(network, caller, tuple(sites), whole, taken))
+        is_known = extended or not any(missing)
         measured = tuple(statistic.site for statistic in statistics)
         planned = schedule_of(program, stride, [whole], measured=measured, outputs=True, is_known=is_known)
         lasts = blocks.store is not None
