@@ -242,6 +242,35 @@ def _over_channels(q, k, v):
     return v @ (k.transpose(-1, -2) @ q).softmax(-1)
 
 
+def _over_channels_by_the_size(q, k, v):
+    return v @ (k.transpose(-1, -2) @ q / q.shape[-2]).softmax(-1)
+
+
+def _by_the_size(q, k, v):
+    return (q @ k.transpose(-1, -2) / q.shape[-2] * 50).softmax(-1) @ v
+
+
+def _beside_the_size(q, k, v):
+    scores = q.shape[-2] - q @ k.transpose(-1, -2) * (k.shape[-2] ** -0.5)
+    return (scores + q.shape[-2]).softmax(-1) @ v * q.shape[-2] / k.shape[-2]
+
+
+@pytest.mark.slow
+def test_channels_are_compared_by_a_size_as_a_number():
+    """As DANet's channel attention may be scaled: products over all positions by how many there are."""
+    net, image = of(_over_channels_by_the_size), IMAGE[..., :36, :40]
+    given, expected = predicted(net, image), whole(net, image)
+    assert float((given - expected).abs().max() / expected.std()) < 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", [_by_the_size, _beside_the_size])
+def test_scores_by_a_size_as_a_number_are_refused(form):
+    """In a block it would be the block's: nothing is computed in blocks, and it is said."""
+    with pytest.raises(NotInStages, match="NF324"):
+        predicted(of(form), IMAGE[..., :36, :40])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "form",
@@ -252,6 +281,8 @@ def _over_channels(q, k, v):
         _sharpened_by_the_image,
         _sharpened_after_a_bias,
         _weighed,
+        _over_channels_by_the_size,
+        _by_the_size,
     ],
 )
 def test_what_is_not_of_positions_pair_by_pair_is_left(form):
@@ -473,7 +504,7 @@ class Volume(nn.Module):
         return self.up(F.scaled_dot_product_attention(tokens, tokens, tokens * 2).mT.reshape(y.shape))
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_a_volume_is_proved_on_few_voxels(monkeypatch):
     """All of them are compared with all: 32 more along each axis would take minutes, in float64 and many times."""
     sizes = []

@@ -26,7 +26,7 @@ from normfix.tiling.stages.canonical import unshifted
 from normfix.tiling.stages.maps import ProgramMaps, maps_of
 from normfix.tiling.stages.overviews import overview_of
 from normfix.tiling.stages.products import Labelled, Product, keeps, order_of, product_of, rank_of
-from normfix.tiling.stages.program import Cut, Program, Shapes
+from normfix.tiling.stages.program import Cut, Program, Shapes, is_tensor_node
 from normfix.tiling.stages.spaces import Space, called, extent, filled, prune_, shape_of, space_of, spread
 from normfix.tiling.stages.tokens import ATTEND, ATTEND_BIASED, NUMBERS
 
@@ -312,8 +312,8 @@ def _multiplied(node: Node) -> tuple[_Factor, Node] | None:
     if node.target not in (_aten.mul.Tensor, _aten.div.Tensor) or node.kwargs:
         return None
     a, b = node.args
-    if not (isinstance(a, Node) and isinstance(b, Node)):
-        return None
+    if not (isinstance(a, Node) and isinstance(b, Node)) or not (is_tensor_node(a) and is_tensor_node(b)):
+        return None  # a size as a number is a block's own there
     scores, other = (b, a) if node.target is _aten.mul.Tensor and _leads_to_product(b) else (a, b)
     if (
         not _leads_to_product(scores)

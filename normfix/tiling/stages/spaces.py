@@ -68,8 +68,8 @@ def prune_(node: Node) -> None:
 
 
 def shape_of(node: Node) -> Sequence[Any]:
-    """Return a value's extents, those that follow the image's as symbols."""
-    return tuple(node.meta["val"].shape)
+    """Return a value's extents, those that follow the image's as symbols; none of a number."""
+    return tuple(getattr(node.meta["val"], "shape", ()))
 
 
 def extent(value: Node, dim: int) -> Node:
