@@ -70,6 +70,8 @@ def look_again(
     wide = [n + max(n, _WIDE.get(example.dim() - 2, 0)) for n in example.shape[2:]]
     if math.prod(wide) > (_MOST_PAIRED if _compares_pixels(calls, near.calls) else _MOST):
         return near
+    if wide not in affordable([wide], example.shape[2:], most):
+        return near
     far = _look(model, run, resized(example, wide), calls, follow)
     return near if far is None or _unmoved(calls, far.calls, example.dim()) >= still else far
 

@@ -269,12 +269,15 @@ def _surveyed(
 
 
 def _parted(apart: Sequence[int] | None, names: str, known: Sequence[Condition]) -> Iterator[Condition]:
-    """Yield that an image is not of the size at which other calls are made, unless a condition says so already."""
+    """Yield that an image shares no extent with the size at which other calls are made, unless a condition says it.
+
+    Which of the extents decides is not known.
+    """
     if apart is None:
         return
     extents = {"N": 1, **dict(zip(names, apart, strict=True))}
     if not any(condition.excludes(extents) for condition in known):
-        text = " or ".join(f"{name} != {n}" for name, n in zip(names, apart, strict=True))
+        text = " and ".join(f"{name} != {n}" for name, n in zip(names, apart, strict=True))
         yield Condition(text=text, line="", strict=True)
 
 

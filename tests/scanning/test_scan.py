@@ -256,6 +256,31 @@ def test_a_network_is_looked_at_beside_the_one_size_at_which_it_makes_other_call
         assert normfix.check(net, image, tile=16).passed
 
 
+class OneWidthApart(nn.Module):
+    """Is another function for images 64 pixels wide, of any height; it looks the width up, which no graph records."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.after = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 1, 3, padding=1)
+        self.gains = {64: 1.5}
+
+    def forward(self, x):
+        y, width = self.before(x).relu(), x.shape[-1]
+        return self.after(y * self.gains[width] if width in self.gains else y)
+
+
+@pytest.mark.parametrize("size", [(96, 64), (200, 64)])
+def test_an_extent_apart_counts_by_itself(size):
+    """Seen at 64 x 64, where the middle of an image so wide is looked at; which extent decides is not known."""
+    torch.manual_seed(0)
+    net = OneWidthApart().double().eval()
+    with pytest.raises(normfix.NormfixError, match="NF260"):
+        normfix.predict(net, torch.rand(1, 1, *size, dtype=torch.float64), tile=16)
+    beside = torch.rand(1, 1, 96, 96, dtype=torch.float64)
+    with torch.no_grad():
+        assert (normfix.predict(net, beside, tile=16) - net(beside)).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("hidden", [False, True], ids=["asked", "hidden"])
 def test_where_one_size_is_another_function_its_images_are_refused(hidden):
     """Control: at that size tiles are not the whole, which the scan says and predict refuses; at others they are."""
@@ -407,6 +432,31 @@ def test_an_image_grows_by_what_all_pairs_of_pixels_leave_room_for(monkeypatch, 
 
     again = look_again(network, run, example, census(network, run, example)[0])
     assert tuple(again.example.shape[2:]) == grown
+
+
+class _BesideBins(nn.Module):
+    """A function of maps, and a map that stays as it is, however large the image."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x) + F.adaptive_avg_pool2d(x, 2).relu().mean()
+
+
+@pytest.mark.parametrize(("function", "far"), [(_AllPairs(), False), (nn.Tanh(), True)])
+def test_a_far_larger_image_is_none_for_all_pairs_of_pixels(monkeypatch, function, far):
+    """A map that stays as it is calls for one, but not beside attention that is written out."""
+    monkeypatch.setattr(calling, "_PAIRS", 1 << 25)
+    net, example, extents = _BesideBins(function), torch.rand(1, 1, 16, 16), []
+
+    def run(model, x):
+        extents.append(x.shape[2])
+        return model(x)
+
+    look_again(net, run, example, census(net, run, example)[0])
+    assert (max(extents) >= 256) == far
 
 
 def test_a_graph_with_all_pairs_is_compared_at_what_fits_in_memory(monkeypatch):
