@@ -19,7 +19,7 @@ from normfix.networks.numerics import exact_arithmetic
 from normfix.records.measurements import CalibrationSummary
 from normfix.records.progress import Progress, silent
 from normfix.tiling.grid import Geometry
-from normfix.tiling.stages.cache import program_of, schedule_of, usual_stride
+from normfix.tiling.stages.cache import program_of, schedule_of
 from normfix.tiling.stages.execution import execute
 from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stages.outlook import Outlook, Step
@@ -65,8 +65,8 @@ def measure_in_stages_(
     with ExitStack() as stack:
         for context in (evaluating(model), exact_arithmetic(), restoring_on_error(targets)):
             stack.enter_context(context)
-        taken, names = stride or usual_stride(ndim), tuple(statistic.site for statistic in measured)
-        program = stack.enter_context(program_of(model, caller, names, images[0], taken))
+        names = tuple(statistic.site for statistic in measured)
+        program = stack.enter_context(program_of(model, caller, names, images[0], stride))
         planned = schedule_of(program, stride, images, measured=names, outputs=False)
         store, journal = stack.enter_context(blocks.run(planned, images, measured))
         execute(

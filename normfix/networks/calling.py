@@ -39,6 +39,7 @@ __all__ = [
     "failures",
     "home_of",
     "in_eval_mode",
+    "is_affordable",
     "is_halved",
     "is_out_of_memory",
     "once_each",
@@ -561,13 +562,15 @@ def affordable(sizes: Sequence[Sequence[int]], space: Sequence[int], largest: in
         space: extents that the network ran on.
         largest: elements of the largest tensor there.
     """
-    most = max(_PAIRS, 2 * largest)  # what is little larger than an image that fits does, too
-
-    def fits(size: Sequence[int]) -> bool:
-        return largest * (math.prod(size) / math.prod(space)) ** 2 <= most
-
     small: list[Sequence[int]] = [[n + step for n in space] for step in _SMALL_STEPS]
-    return [*filter(fits, sizes)] or [*filter(fits, small)] or small[-1:]
+    fitting = ([size for size in tried if is_affordable(size, space, largest)] for tried in (sizes, small))
+    return next(filter(None, fitting), small[-1:])
+
+
+def is_affordable(size: Sequence[int], space: Sequence[int], largest: int) -> bool:
+    """Tell whether tensors of all pairs of pixels stay small enough at a size to try it; see affordable."""
+    most = max(_PAIRS, 2 * largest)  # what is little larger than an image that fits does, too
+    return largest * (math.prod(size) / math.prod(space)) ** 2 <= most
 
 
 def class_of(model: nn.Module) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfix.networks.calling import affordable, refusals, resized
+from normfix.networks.calling import affordable, is_affordable, refusals, resized
 from normfix.networks.functions import ATTENTION, tokens_of
 from normfix.scanning.census import Call, Follow, alone, census
 
@@ -68,9 +68,8 @@ def look_again(
     if near is None or not (still := _unmoved(calls, near.calls, example.dim())):
         return near
     wide = [n + max(n, _WIDE.get(example.dim() - 2, 0)) for n in example.shape[2:]]
-    if math.prod(wide) > (_MOST_PAIRED if _compares_pixels(calls, near.calls) else _MOST):
-        return near
-    if wide not in affordable([wide], example.shape[2:], most):
+    pixels = _MOST_PAIRED if _compares_pixels(calls, near.calls) else _MOST
+    if math.prod(wide) > pixels or not is_affordable(wide, example.shape[2:], most):
         return near
     far = _look(model, run, resized(example, wide), calls, follow)
     return near if far is None or _unmoved(calls, far.calls, example.dim()) >= still else far

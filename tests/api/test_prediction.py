@@ -61,9 +61,13 @@ class Stacks(nn.Module):
         return self.head(y)
 
 
+def _network():
+    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.InstanceNorm2d(8), nn.Conv2d(8, 2, 3, padding=1))
+
+
 @pytest.fixture
 def network():
-    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.InstanceNorm2d(8), nn.Conv2d(8, 2, 3, padding=1))
+    return _network()
 
 
 @pytest.fixture
@@ -74,10 +78,7 @@ def image():
 @pytest.fixture(scope="module")
 def converted_once():
     torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), nn.InstanceNorm2d(8), nn.Conv2d(8, 2, 3, padding=1)
-    )
-    return normfix.convert(network, torch.rand(1, 1, 96, 128)).model.eval()
+    return normfix.convert(_network(), torch.rand(1, 1, 96, 128)).model.eval()
 
 
 @pytest.fixture

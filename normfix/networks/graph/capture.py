@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,9 +222,12 @@ def _captured(
     free = free_dimensions(program)
     replayed = []
     images = [image for image, _ in known]
-    largest = max((math.prod(_sizes(value)) for _, value in _tensor_nodes(program)), default=0)
-    tried = replays(example, free, images, largest=largest)
-    for trials in [once_replayed(example, free, images)] if once else tried:
+    if once:
+        tried: Iterable[list[Tensor]] = [once_replayed(example, free, images)]
+    else:
+        largest = max((math.prod(_sizes(value)) for _, value in _tensor_nodes(program)), default=0)
+        tried = replays(example, free, images, largest)
+    for trials in tried:
         for image in trials:
             agree = replay(program, network, image, known)
             if agree is False:

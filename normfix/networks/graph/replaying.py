@@ -20,7 +20,7 @@ __all__ = ["once_replayed", "replay", "replays", "same"]
 
 
 def replays(
-    example: Tensor, free: Sequence[int], known: Sequence[Tensor] = (), *, largest: int = 0
+    example: Tensor, free: Sequence[int], known: Sequence[Tensor], largest: int
 ) -> Iterator[list[Tensor]]:
     """Yield lists of inputs of which one has to be replayed: one image, another batch of another size.
 

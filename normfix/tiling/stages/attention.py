@@ -312,7 +312,7 @@ def _multiplied(node: Node) -> tuple[_Factor, Node] | None:
     if node.target not in (_aten.mul.Tensor, _aten.div.Tensor) or node.kwargs:
         return None
     a, b = node.args
-    if not (isinstance(a, Node) and isinstance(b, Node)) or not (is_tensor_node(a) and is_tensor_node(b)):
+    if not (isinstance(a, Node) and isinstance(b, Node) and is_tensor_node(a) and is_tensor_node(b)):
         return None  # a size as a number is a block's own there
     scores, other = (b, a) if node.target is _aten.mul.Tensor and _leads_to_product(b) else (a, b)
     if (

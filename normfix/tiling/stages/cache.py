@@ -52,16 +52,12 @@ from normfix.tiling.stages.schedule import Schedule
 from normfix.tiling.stages.scheduling import plans_of, recall_, require_images, schedule, told
 from normfix.tiling.stages.softmaxes import with_softmaxes
 
-__all__ = ["hand_on", "is_captured", "keep_plans", "program_of", "schedule_of", "usual_stride"]
+__all__ = ["hand_on", "is_captured", "keep_plans", "program_of", "schedule_of"]
 
 
-_AXES, _VOLUMES = 3, 8
-"""Of images with so many axes of space, what the lattice of their maps is made a multiple of."""
-
-
-def usual_stride(ndim: int) -> tuple[int, ...]:
-    """Return what is taken for the stride of a network whose stride is not known: a multiple of most networks'."""
-    return (32,) * ndim
+_USUAL, _VOLUMES = 32, 8
+"""What is taken for the stride of a network whose stride is not known: a multiple of most networks'; of volumes, where
+the lattice of maps is known, which makes it whole. To compare all of 32 voxels along each axis takes minutes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +126,7 @@ def program_of(
     caller: Caller,
     sites: tuple[str, ...],
     image: Image,
-    stride: Sequence[int],
+    stride: Sequence[int] | None,
 ) -> Iterator[Program]:
     """Capture the model, or lend the capture of last time with the model's present weights, to one user at a time.
 
@@ -139,7 +135,7 @@ def program_of(
         caller: calls it.
         sites: paths of modules to cut at.
         image: to capture it on.
-        stride: of the network.
+        stride: of the network; None if it is not known.
 
     Raises:
         NotInStages: NF324 for a network that draws random numbers, NF321 for an image of a size that it was not
@@ -158,8 +154,9 @@ def program_of(
         # of this image: what an earlier one did not reach (a bound, a branch) it may
         return image.read([(0, extent) for extent in extents])[:1].clone()
 
+    steps = stride or (_USUAL,) * ndim
     small, large = (
-        tuple(min(n, round_up(most, m)) for n, m in zip(image.shape[2:], stride, strict=True))
+        tuple(min(n, round_up(most, m)) for n, m in zip(image.shape[2:], steps, strict=True))
         for most in (EXTENT[ndim] // 2, EXTENT[ndim])
     )
     known = _borrowed(owner, key)
@@ -331,8 +328,7 @@ def schedule_of(
     found = None if is_known else lattice(program)
     if stride is None:
         ndim = len(images[0].shape) - 2
-        # a proof of volumes that compares all voxels takes minutes at 32 of them along each axis
-        stride = (_VOLUMES,) * ndim if found is not None and ndim == _AXES else usual_stride(ndim)
+        stride = (_VOLUMES if found is not None and ndim == 3 else _USUAL,) * ndim
     stride = tuple(math.lcm(s, program.multiple) for s in stride)
     if found is not None:
         stride = tuple(map(math.lcm, stride, found))

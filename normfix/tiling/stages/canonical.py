@@ -186,9 +186,8 @@ def _normalized(value: Any, divisor: Any) -> Node | None:
             args: Any = map_arg(value.args, lambda n: instead.get(n, n))  # noqa: B023 - called at once
             target: Any = value.target
             given = value.graph.call_function(target, args)
-            given.meta["val"] = value.meta[
-                "val"
-            ]  # computed again, torch 2.6 would take its extents for fixed ones
+            # computed again, torch 2.6 would take its extents for fixed ones
+            given.meta["val"] = value.meta["val"]
             return given
     return None
 

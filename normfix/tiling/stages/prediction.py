@@ -15,7 +15,7 @@ from normfix.networks.calling import Caller, home_of
 from normfix.networks.copying import twin_of
 from normfix.networks.numerics import exact_arithmetic
 from normfix.tiling.grid import Geometry
-from normfix.tiling.stages.cache import program_of, schedule_of, usual_stride
+from normfix.tiling.stages.cache import program_of, schedule_of
 from normfix.tiling.stages.execution import execute
 from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stages.placing import Destination
@@ -72,8 +72,7 @@ def predict_in_stages(
         missing = (0,) * ndim if geometry is None else geometry.padding(image.shape[2:])
         whole = image.padded(missing if extended else (0,) * ndim)
         stride = None if geometry is None else geometry.stride
-        taken = stride or usual_stride(ndim)
-        program = stack.enter_context(program_of(network, caller, tuple(sites), whole, taken))
+        program = stack.enter_context(program_of(network, caller, tuple(sites), whole, stride))
         is_known = extended or not any(missing)
         measured = tuple(statistic.site for statistic in statistics)
         planned = schedule_of(program, stride, [whole], measured=measured, outputs=True, is_known=is_known)
