@@ -214,8 +214,9 @@ CODES: dict[str, str] = {
     "the size (padding to multiples) are none of these. Take the branch out, or scan and convert with an image, and "
     "use a tile, for which the condition is the same.",
     "NF261": "The image is of a size that was not proved: no captured graph tells how the network treats sizes, and "
-    "it is larger than what was compared; or it lies beyond a branch on the size, on both sides of which tiles "
-    "equalled the whole where they were tried. normfix check compares tiles with the whole at this very size.",
+    "it is larger than what was compared, or too large to be compared whole; or it lies beyond a branch on the size, "
+    "on both sides of which tiles equalled the whole where they were tried. normfix check compares tiles with the "
+    "whole at this very size.",
     "NF262": "What the network does is switched by a statistic or a weight: a branch that was shut when it was "
     "converted is open under those of now, or the other way round. Its stride, halo and sizes were measured anew; "
     "where none hold, tiles do not equal the whole image any more and it is not predicted in tiles. normfix calibrate, "
@@ -224,9 +225,10 @@ CODES: dict[str, str] = {
     "connection that is resized. There an image is extended at its end by its edge pixels to the next size that is "
     "exact, measured and predicted so, and the result cut back. Crop or extend images yourself to multiples of the "
     "stride to decide what is at the border.",
-    "NF264": "No captured graph tells how the network treats sizes, and at the image's size, or on a strip as long, "
-    "its tiles differ from the whole, though they equalled it on what was compared before: something in it goes by the "
-    "place of a pixel in the whole image, such as a mask from a row on. Take that out, or predict the image whole.",
+    "NF264": "No captured graph tells how the network treats sizes, and at the image's size, on a strip as long, or in "
+    "a window of its tiles, it gives tiles another value than the whole, though they equalled it on what was compared "
+    "before: something in it goes by the place of a pixel in the whole image, such as a mask from a row on, or by the "
+    "size, such as a table by width. Take that out, or predict the image whole.",
     "NF224": "A program (.pt2) could not be read, or is not what torch.export.save writes for one image and "
     "the tensors it holds.",
     "NF225": "The network cannot be written as an exported program: torch.export failed, or something in it "

@@ -49,7 +49,7 @@ from normfix.scanning.scan import look
 from normfix.tiling.domain import extension, judge_size
 from normfix.tiling.geometry import geometry_of
 from normfix.tiling.grid import Geometry
-from normfix.tiling.lengths import differing
+from normfix.tiling.lengths import differing, is_compared_whole
 from normfix.tiling.stages.cache import hand_on, is_captured
 from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stages.prediction import predict_in_stages, tell_fallback
@@ -461,13 +461,13 @@ class _Prediction:
             self.told.append(finding)
 
     def _require_alike(self, geometry: Geometry, tile: Sequence[int]) -> None:
-        """Refuse an image larger than what was compared, with no graph that tells sizes, if tiles of its size differ.
+        """Refuse an image at whose size tiles differ from the whole, where no graph tells how sizes are treated.
 
         Raises:
             NormfixError: NF264.
         """
         size, sizes = self.image.shape[2:], self.known.scan.sizes
-        if sizes is None or not sizes.exceeded(size):
+        if sizes is None or not sizes.unknown:
             return
         held = _HELD.setdefault(self.model, set())
         what = (self.known.scan, tuple(size), tuple(tile), geometry, state_of(self.model))
@@ -478,21 +478,23 @@ class _Prediction:
         try:
             with exact_arithmetic():
                 found = differing(
-                    lambda x: self.known.caller.exactly(double, x),
-                    example,
-                    size,
-                    tile,
-                    geometry,
-                    sizes.extents,
+                    lambda x: self.known.caller.exactly(double, x), example, size, tile, geometry
                 )
         except refusals():  # it takes no strip, which says nothing of its tiles
             return
         if found is not None:
             raise NormfixError(
                 "NF264",
-                f"tiles differ from the whole at {'x'.join(map(str, found))} pixels, while they equalled it up to "
-                f"{'x'.join(map(str, sizes.extents))}: {sizes.unknown[0].rstrip('.')}.",
+                f"tiles differ from the whole at {'x'.join(map(str, found))} pixels, while they equalled it at the "
+                f"sizes that were tried: {sizes.unknown[0].rstrip('.')}.",
                 where=self.known.scan.model,
+            )
+        if not sizes.exceeded(size) and not is_compared_whole(size, geometry):
+            _LOG.warning(
+                "NF261 an image of %s was not compared whole, strips as long and a window of its tiles were, and no "
+                "graph tells how the network treats sizes: %s.",
+                "x".join(map(str, size)),
+                sizes.unknown[0].rstrip("."),
             )
         held.add(what)
 

@@ -139,7 +139,8 @@ class ProvedSizes(Record):
         most = "x".join(map(str, self.extents))
         return (
             *limits,
-            f"up to {most} along the axes and {self.pixels} pixels: {self.unknown[0].rstrip('.')}",
+            f"at sizes that were tried, up to {most} along the axes and {self.pixels} pixels: "
+            f"{self.unknown[0].rstrip('.')}",
         )
 
     def broken(self, size: Sequence[int], batch: int = 1) -> tuple[Condition, ...]:

@@ -44,6 +44,7 @@ from normfix.tiling.recall import Recalling
 
 __all__ = ["Scanned", "look", "plan", "scan"]
 
+_ELSEWHERE = "it makes other calls at one size, and no graph says at which others"
 _FAST = "the scan was asked to be fast"
 _PROVED = "nothing was captured: what follows is proved, so the other looks are enough"
 
@@ -204,7 +205,8 @@ def _look(
             bench = _bench(probe, trial, found, caller, material, halo, graph_seen)
         sizes = _sizes(probe, caller, material, found, graph_seen, bench, fast=fast)
         stretches = bench.witness.stretches if bench else ()
-        bounds = (*sizes.conditions, *_parted(found.apart, AXES[material.dim()], sizes.conditions))
+        parted = tuple(_parted(found.apart, AXES[material.dim()], sizes.conditions))
+        bounds = (*sizes.conditions, *parted)
         doubts = replace(doubts, bounds=bounds, placed=doubts.placed + stretches)
         seen = _measured(trial, bench, doubts, merged, found, material, tried=sizes, fast=fast)
         if bench is not None:
@@ -214,7 +216,7 @@ def _look(
             axes=AXES[material.dim()],
             conditions=(*seen.bounds, *seen.differing),
             crossed=tuple(bound for bound in bounds if bound not in seen.bounds),
-            unknown=(*sizes.unknown, *_unknown(doubts, seen.bench)),
+            unknown=(*sizes.unknown, *_unknown(doubts, seen.bench), *(_ELSEWHERE for _ in parted)),
             extents=tuple(map(max, material.shape[2:], run.extents)),
             pixels=max(math.prod(material.shape[2:]), run.pixels),
         )

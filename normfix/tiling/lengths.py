@@ -1,13 +1,14 @@
-"""Tiles against the whole at an image's size, or on strips as long, where no graph tells how a network treats sizes.
+"""Tiles against the whole at an image's size, or on parts of it, where no graph tells how a network treats sizes.
 
-A mask that begins at the thousandth row, or rows read by number, no short strip shows. A strip is thin across, so that
-its whole costs little whatever the image does; what begins far along both axes at once shows on small images alone.
+A mask that begins at the thousandth row, or rows read by number, no short strip shows, and a branch on one width no
+other width. A strip is thin across, so that its whole costs little whatever the image does; what hangs on both axes at
+once shows on small images alone, and of a large one on its windows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,14 +16,19 @@ from torch import Tensor
 from normfix.records.spans import round_up
 from normfix.tiling.dependence import alike
 from normfix.tiling.geometry import cross_section
-from normfix.tiling.grid import Geometry
+from normfix.tiling.grid import Geometry, at, window_sizes
 from normfix.tiling.material import textured
 from normfix.tiling.stitching import tiled
 
-__all__ = ["LARGEST", "differing", "strips_along"]
+__all__ = ["LARGEST", "differing", "is_compared_whole", "strips_along"]
 
 LARGEST = 1 << 18
-"""Pixels of the largest image that is compared whole; of larger ones strips are."""
+"""Pixels of the largest image that is compared whole; of larger ones strips are, and a window."""
+
+
+def is_compared_whole(size: Sequence[int], geometry: Geometry) -> bool:
+    """Tell whether an image of a size is small enough to be compared whole."""
+    return math.prod(_exact(size, geometry)) <= LARGEST
 
 
 def differing(
@@ -31,9 +37,11 @@ def differing(
     size: Sequence[int],
     tile: Sequence[int],
     geometry: Geometry,
-    compared: Sequence[int],
 ) -> tuple[int, ...] | None:
     """Return the extents of an image at which tiles differ from the whole; None if there are none.
+
+    Of an image of more than LARGEST pixels strips are compared that are as long along an axis, and the windows that
+    most of its tiles read with what a larger one gives there.
 
     Args:
         f: the network in float64.
@@ -41,14 +49,37 @@ def differing(
         size: pixels of the image per spatial axis.
         tile: pixels per spatial axis.
         geometry: of the network.
-        compared: pixels per axis of what was compared before: there are no strips along axes that are no longer.
     """
-    for extents in _trials(f, example, size, geometry, compared):
-        x = textured(example, extents)
-        with torch.no_grad():
-            if not alike(*(y.double() for y in (tiled(f, x, tile, geometry), f(x)))):
-                return extents
+    exact = _exact(size, geometry)
+    if math.prod(exact) <= LARGEST:
+        return None if _equals(f, textured(example, exact), tile, geometry) else exact
+    for extents in _strips(f, example, exact, geometry):
+        if not _equals(f, textured(example, extents), tile, geometry):
+            return extents
+    window = max(window_sizes(exact, tile, geometry), key=math.prod)
+    larger = tuple(min(n, w + s) for n, w, s in zip(exact, window, geometry.stride, strict=True))
+    if math.prod(larger) <= LARGEST and not _fits(f, textured(example, larger), window, geometry):
+        return window
     return None
+
+
+def _equals(f: Callable[[Tensor], Tensor], x: Tensor, tile: Sequence[int], geometry: Geometry) -> bool:
+    with torch.no_grad():
+        return alike(*(y.double() for y in (tiled(f, x, tile, geometry), f(x))))
+
+
+def _fits(f: Callable[[Tensor], Tensor], x: Tensor, window: Sequence[int], geometry: Geometry) -> bool:
+    """Tell whether a window at an image's corner gives what the image gives, up to where the window's end is felt."""
+    with torch.no_grad():
+        part, whole = (f(y).double() for y in (x[at([slice(n) for n in window])], x))
+    spans = []
+    for n, w, s, halo, scale, have in zip(
+        x.shape[2:], window, geometry.stride, geometry.halo, geometry.scale, part.shape[2:], strict=True
+    ):
+        felt = 0 if n == w else round_up(halo[1], s)
+        spans.append(slice(have if n == w else max(0, int((w - felt) * scale))))
+    kept = at(spans)
+    return part[kept].numel() == 0 or alike(part[kept], whole[kept])
 
 
 def strips_along(size: Sequence[int], thin: Sequence[int]) -> list[tuple[int, ...]]:
@@ -60,21 +91,13 @@ def strips_along(size: Sequence[int], thin: Sequence[int]) -> list[tuple[int, ..
     return [(*thin[:axis], n, *thin[axis + 1 :]) for axis, n in enumerate(size)]
 
 
-def _trials(
-    f: Callable[[Tensor], Tensor],
-    example: Tensor,
-    size: Sequence[int],
-    geometry: Geometry,
-    compared: Sequence[int],
-) -> Iterator[tuple[int, ...]]:
-    exact = tuple(n + more for n, more in zip(size, geometry.padding(size), strict=True))
-    if math.prod(exact) <= LARGEST:
-        yield exact
-        return
+def _exact(size: Sequence[int], geometry: Geometry) -> tuple[int, ...]:
+    return tuple(n + more for n, more in zip(size, geometry.padding(size), strict=True))
+
+
+def _strips(
+    f: Callable[[Tensor], Tensor], example: Tensor, exact: Sequence[int], geometry: Geometry
+) -> Sequence[tuple[int, ...]]:
+    """Return the extents of strips that the network runs on, as long as an image along an axis each."""
     cross = cross_section(f, example, geometry.stride)
-    if cross is None:  # it runs on no strip
-        return
-    thin = tuple(map(round_up, cross, geometry.multiple))
-    for extents, n, most in zip(strips_along(exact, thin), size, compared, strict=True):
-        if n > most:
-            yield extents
+    return () if cross is None else strips_along(exact, tuple(map(round_up, cross, geometry.multiple)))

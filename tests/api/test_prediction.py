@@ -3,12 +3,14 @@
 import copy
 import pickle
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
+from branching import UNRECORDED, Branching
 from networks import (
     Blocks,
     Extractor,
@@ -613,6 +615,46 @@ def test_a_size_at_which_tiles_were_compared_is_not_compared_again(monkeypatch):
         normfix.predict(net, image, tile=16, engine="tiles")
         with pytest.raises(pytest.fail.Exception, match="compared"):
             normfix.predict(net, image[:, :, :-1], tile=16, engine="tiles")
+
+
+@pytest.mark.parametrize("name", UNRECORDED)
+def test_a_size_that_no_graph_records_is_compared_itself(name):
+    """Converted at another size, and proved there: it is refused where it is another network; control: where it is not.
+
+    Its windows count as the whole image does, of 64 pixels where tiles of 60 have two of halo.
+    """
+    net = Branching(UNRECORDED[name]).double().eval()
+    shapes = [(96, 96), (64, 64), (100, 64), (80, 132), (90, 90)]
+    first, *others, beside = [torch.rand(1, 1, *shape, dtype=torch.float64) for shape in shapes]
+    done = normfix.convert(net, first)
+    assert done.proof.passed
+    for image, tile in zip(others, (16, 16, 60), strict=True):
+        with pytest.raises(normfix.NormfixError, match=r"NF264|NF260"):
+            normfix.predict(done.model, image, tile=tile)
+    with torch.no_grad():
+        assert (normfix.predict(done.model, beside, tile=40) - done.model(beside)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name", ["table", "text", "compared as a tensor"])
+def test_per_image_prediction_is_of_the_network_at_that_size(name):
+    """As it is, in stages or tiles: what it gives for the whole image, or refused; control: exact beside that size."""
+    net = Branching(UNRECORDED[name]).double().eval()
+    for shape in ((64, 64), (96, 64), (80, 72)):
+        image = torch.rand(1, 1, *shape, dtype=torch.float64)
+        with pytest.raises(normfix.NormfixError, match=r"NF260|NF264") if 64 in shape else nullcontext():
+            given = normfix.predict(net, image, tile=16, statistics="per-image")
+            with torch.no_grad():
+                assert (given - net(image)).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(("rows", "said"), [(64, True), (40, False)])
+def test_an_image_that_was_not_compared_whole_is_said_to_be_so(monkeypatch, caplog, rows, said):
+    """Strips and a window are no proof of both extents at once; control: an image small enough."""
+    monkeypatch.setattr(lengths, "LARGEST", 2000)
+    net, image = Branching(UNRECORDED["text"]).eval(), torch.rand(1, 1, 96, 96)
+    model = normfix.convert(net, image).model
+    normfix.predict(model, image[:, :, :rows, :48], tile=16)
+    assert any("NF261" in message and "not compared whole" in message for message in caplog.messages) == said
 
 
 class _Told(MaskedLate):

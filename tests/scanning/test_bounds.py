@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from branching import BY_PLACE, BY_SIZE, LOCAL, Branching
+from branching import BY_PLACE, BY_SIZE, LOCAL, UNRECORDED, Branching
 
 from normfix.networks.calling import Caller
 from normfix.networks.graph.capture import exported
@@ -113,16 +113,48 @@ def test_a_number_that_was_built_in_is_said(name, expected):
         (lambda x: x * (1 + x.shape[3] // 64), "W//64 + 1 == 2"),
         (lambda x: torch.nn.functional.softplus(x, beta=x.shape[2] / 32), "H / 32 == 2.0"),
         (lambda x: x * torch.ones(x.shape[3]).sum(), "W == 96"),
-        (lambda x: x * torch.scalar_tensor(x.shape[3] & 64), "W == 96"),
         (lambda x: torch.cat([x, -x], 1).narrow(1, x.shape[3] // 64 % 2, 1), "(W//64) % 2 == 1"),
     ],
-    ids=["factor", "parameter", "counted", "without a text", "channel"],
+    ids=["factor", "parameter", "counted", "channel"],
 )
 def test_a_number_that_values_are_made_of_is_a_condition(way, expected):
-    """A size that is multiplied with, or counted, leaves no guard; what has no formula is that of one size."""
+    """A size that is multiplied with, or counted, leaves no guard."""
     found = look(way)
     assert expected in texts(found.numbers)
     assert (found.conditions, found.built, found.unknown) == ((), (), ())
+
+
+def test_a_number_without_a_formula_is_that_of_one_size_and_leaves_others_open():
+    """Which sizes it singles out no condition says."""
+    found = look(lambda x: x * torch.scalar_tensor(x.shape[3] & 64))
+    assert texts(found.numbers) == ["W == 96"]
+    assert any("has no formula" in reason for reason in found.unknown)
+
+
+@pytest.mark.parametrize("name", UNRECORDED)
+def test_what_is_done_by_size_and_not_recorded_is_left_open(name):
+    """A table, a text, a length: the graph has one extent, or says where it was asked for what no graph follows."""
+    found = look(UNRECORDED[name])
+    assert found.unknown
+    assert (found.conditions, found.built) == ((), ())
+
+
+@pytest.mark.parametrize(
+    ("number", "chosen"),
+    [
+        (lambda n: (n == 50) * 2.0, True),
+        (lambda n: n.clamp(max=70), True),
+        (lambda n: (n / 64).floor(), True),
+        (lambda n: torch.tensor([1.0, 2.0])[(n > 64).long()], True),
+        (lambda n: (n.double() / 64).sqrt() + 1, False),
+    ],
+    ids=["compares", "clamps", "rounds", "looks up", "scales"],
+)
+def test_a_tensor_made_of_the_size_that_chooses_is_left_open(number, chosen):
+    """Where it jumps need not have been tried; control: one that changes throughout shows at any size."""
+    found = look(lambda x: x * number(torch.scalar_tensor(x.shape[3])))
+    assert bool([reason for reason in found.unknown if "chooses" in reason]) == chosen
+    assert found.numbers
 
 
 def test_the_larger_of_two_numbers_is_a_condition():

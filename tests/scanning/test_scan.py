@@ -276,6 +276,10 @@ def test_an_extent_apart_counts_by_itself(size):
     net = OneWidthApart().double().eval()
     with pytest.raises(normfix.NormfixError, match="NF260"):
         normfix.predict(net, torch.rand(1, 1, *size, dtype=torch.float64), tile=16)
+    assert any(
+        "other calls at one size" in reason
+        for reason in normfix.scan(net, torch.rand(1, 1, 64, 64)).sizes.unknown
+    )
     beside = torch.rand(1, 1, 96, 96, dtype=torch.float64)
     with torch.no_grad():
         assert (normfix.predict(net, beside, tile=16) - net(beside)).abs().max() < 1e-12

@@ -5,6 +5,7 @@ Each has an image to convert with and others to try, and is held against an arit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["BY_PLACE", "BY_SIZE", "BY_STATISTIC", "BY_VALUE", "LOCAL", "Branching", "Case", "tiles_of"]
+__all__ = [
+    "BY_PLACE",
+    "BY_SIZE",
+    "BY_STATISTIC",
+    "BY_VALUE",
+    "LOCAL",
+    "UNRECORDED",
+    "Branching",
+    "Case",
+    "tiles_of",
+]
 
 Way = Callable[[Tensor], Tensor]
 
@@ -317,3 +328,29 @@ LOCAL: Mapping[str, Case] = {
         _LARGER,
     ),
 }
+
+
+def _gained(asks: Callable[[Tensor], object]) -> Way:
+    def way(x: Tensor) -> Tensor:
+        gain = 1.5 if asks(x) else 1.0
+        return x * gain + gain
+
+    return way
+
+
+def _compared(x: Tensor) -> Tensor:
+    gain = torch.where(torch.tensor(x.shape[-1]) == 64, 1.5, 1.0)
+    return x * gain + gain
+
+
+UNRECORDED: Mapping[str, Way] = {
+    "table": _gained(lambda x: {64: True, 65: False}.get(x.shape[-1], False)),
+    "length": _gained(lambda x: len(x[0, 0, 0]) == 64),
+    "float": _gained(lambda x: math.isclose(float(x.shape[-1]), 64)),
+    "bytes": _gained(lambda x: x[0, 0, 0].nbytes == 64 * x.element_size()),
+    "power of two": _gained(lambda x: x.shape[-1] & (x.shape[-1] - 1) == 0),
+    "text": _gained(lambda x: f"{x.shape[-1]}" in {"64", "65"}),
+    "text of a shape": _gained(lambda x: repr(x.shape).endswith("64])")),
+    "compared as a tensor": _compared,
+}
+"""Ways that are another function for images 64 pixels wide, and of which no captured graph says so."""

@@ -25,6 +25,7 @@ from normfix.networks.graph.detaching import TracedData
 from normfix.networks.graph.isolation import silence
 from normfix.networks.graph.replaying import once_replayed, replay, replays
 from normfix.networks.graph.sizes import LongFormulaError, ShortSizes
+from normfix.networks.graph.texts import noted_texts, texts_of
 from normfix.networks.numerics import exact_arithmetic
 from normfix.networks.releases import values_of
 from normfix.networks.surroundings import own_defaults
@@ -34,6 +35,7 @@ __all__ = [
     "AsFunction",
     "Captured",
     "NotCaptured",
+    "asked_as_text",
     "capture",
     "decomposed",
     "export",
@@ -191,6 +193,12 @@ def image_of(program: ExportedProgram) -> Node:
     raise ValueError("the program takes no tensor")
 
 
+def asked_as_text(program: ExportedProgram) -> tuple[str, ...]:
+    """Return the lines that asked for free sizes as text or as a key while a program was captured."""
+    free = (n for n in image_of(program).meta["val"].shape if _symbols(n))
+    return next((texts_of(n.node.shape_env) for n in free), ())
+
+
 def extent_of(extent: Any) -> int | None:
     """Return an extent that is a number, also where it was specialised to one; None where it is free."""
     if isinstance(extent, int):
@@ -294,7 +302,14 @@ def _traced(
 ) -> ExportedProgram:
     sizes = ShortSizes()
     try:
-        with own_defaults(), silence(backends_off=backends_off), torch.no_grad(), sizes, TracedData():
+        with (
+            own_defaults(),
+            silence(backends_off=backends_off),
+            noted_texts(),
+            torch.no_grad(),
+            sizes,
+            TracedData(),
+        ):
             return torch.export.export(
                 copy.deepcopy(module),
                 (example.clone(),),

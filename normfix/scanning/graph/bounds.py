@@ -21,8 +21,9 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from normfix.errors import PACKAGE, NormfixError
-from normfix.networks.graph.capture import image_of
+from normfix.networks.graph.capture import asked_as_text, image_of
 from normfix.networks.graph.extents import is_sized, laid, space_of
+from normfix.networks.graph.factors import factors, is_of_the_size, is_tensor
 from normfix.networks.graph.operators import name_of, taken_by
 from normfix.networks.releases import values_of
 from normfix.records.sizes import Condition
@@ -51,11 +52,42 @@ _CHOOSING = frozenset({"conv"})
 """Functions of torch's that ask for a size to choose one of several kernels, which all compute the same."""
 _EXTENTS = (8, 12, 16, 24, 40, 64, 100, 160, 250, 400, 640, 1000, 1600, 2500, 4000, 10_000, 100_000, 1 << 20)
 """Extents at which a condition is asked whether any image breaks it."""
-_PLACING = ("upsample", "_upsample", "arange", "linspace", "grid_sampler")
-"""Operators whose numbers say where something is and not what."""
-_PARTS = frozenset({"select", "slice", "narrow"})
-_VALUES = frozenset({"Tensor", "number", "float", "Optional[number]", "Optional[float]", "Optional[Tensor]"})
-"""Types of an operator's arguments that values are made of; extents and places are SymInt."""
+_STEADY = frozenset(
+    {
+        *("scalar_tensor", "full", "full_like", "fill", "_to_copy", "to", "detach", "clone", "alias", "copy"),
+        *("lift_fresh_copy", "view", "_unsafe_view", "reshape", "expand", "unsqueeze", "squeeze", "permute"),
+        *(
+            "transpose",
+            "select",
+            "slice",
+            "stack",
+            "cat",
+            "add",
+            "sub",
+            "rsub",
+            "mul",
+            "div",
+            "neg",
+            "pow",
+            "sqrt",
+        ),
+        *(
+            "rsqrt",
+            "reciprocal",
+            "square",
+            "exp",
+            "log",
+            "log2",
+            "log10",
+            "log1p",
+            "sum",
+            "mean",
+            "prod",
+            "cumsum",
+        ),
+    }
+)
+"""Operators of numbers that change with the numbers throughout, so that one size shows what another does."""
 KERNELS = 1 << 31
 """Elements from which on kernels count with longer integers: what asks for as many is about them."""
 
@@ -87,8 +119,9 @@ def read_sizes(program: ExportedProgram) -> SizeLook:
     free = {dim: n.node for dim, n in enumerate(shape) if not isinstance(n, int) and n.node.expr.is_Symbol}
     fixed = [letters[dim] for dim in range(2, len(shape)) if dim not in free]
     unknown = [f"the captured graph has one extent along {' and '.join(fixed)}"] if fixed else []
+    unknown += [f"the size is asked for as text or as a key at {line}" for line in asked_as_text(program)]
     found: dict[_Kind, dict[Condition, None]] = {kind: {} for kind in _Kind}
-    numbers: tuple[Condition, ...] = ()
+    numbers: dict[Condition | None, None] = {}
     if free:
         reading = _Reading.of(free, letters)
         found[_Kind.BRANCH].update({Condition(text=f"{a} == {b}", line=""): None for a, b in reading.tied})
@@ -100,8 +133,14 @@ def read_sizes(program: ExportedProgram) -> SizeLook:
                 continue
             found[kind][condition] = None
         found[_Kind.BRANCH].update(dict.fromkeys(reading.limits(found[_Kind.BRANCH])))
-        numbers = tuple(dict.fromkeys(_numbers(program, image, reading)))
+        for formula, line in _numbers(program, image):
+            try:
+                numbers[reading.number(formula, line)] = None
+            except _Open as error:
+                unknown.append(f"{error}, at {line or 'an unknown line'}")
+                numbers.update(dict.fromkeys(reading.sizes(formula, line)))
         found[_Kind.LATTICE].update(dict.fromkeys(_moved(program, reading)))
+        unknown += [f"a number made of the size chooses at {line}" for line in _choices(program, image)]
     built = [f"a number computed from the size is built in: {c.text}" for c in found[_Kind.BUILT]]
     placed = [f"a map is laid over the image at {line}" for line in _placed(program, image)]
     return SizeLook(
@@ -109,7 +148,7 @@ def read_sizes(program: ExportedProgram) -> SizeLook:
         unknown=tuple(dict.fromkeys((*unknown, *built, *placed))),
         lattice=tuple(found[_Kind.LATTICE]),
         built=tuple(found[_Kind.BUILT]),
-        numbers=numbers,
+        numbers=tuple(condition for condition in numbers if condition is not None),
     )
 
 
@@ -195,22 +234,29 @@ class _Reading:
         except (NoText, NormfixError) as error:
             raise _Open("a size is computed by what has no formula, or a long one") from error
 
-    def number(self, formula: Any, line: str) -> Iterator[Condition]:
-        """Yield the condition that a formula has the value that it had, of its extents where it has no text."""
+    def number(self, formula: Any, line: str) -> Condition | None:
+        """Return the condition that a formula has the value that it had; None for what is the same at every size.
+
+        Raises:
+            _Open: it has no text.
+        """
         formula = formula.subs(self.environment.replacements)
-        symbols = [symbol for symbol in self.names if symbol in formula.free_symbols]
-        extents = {self.names[symbol]: self.extents[self.names[symbol]] for symbol in symbols}
-        value = formula.subs({symbol: self.extents[self.names[symbol]] for symbol in symbols})
-        if not symbols:
-            return
+        if not formula.free_symbols & set(self.names):
+            return None
+        value = formula.subs({symbol: self.extents[name] for symbol, name in self.names.items()})
         try:
             condition = Condition(text=f"{text_of(formula, self.names)} == {text_of(value, {})}", line=line)
-            if condition.holds(extents):
-                yield condition
-                return
+            if condition.holds(self.extents):
+                return condition
         except (NoText, NormfixError):
             pass
-        yield from (Condition(text=f"{name} == {n}", line=line) for name, n in extents.items())
+        raise _Open("a number is computed from the size by what has no formula")
+
+    def sizes(self, formula: Any, line: str) -> Iterator[Condition]:
+        """Yield for each of a formula's extents the condition that it is what it was."""
+        symbols = formula.subs(self.environment.replacements).free_symbols
+        names = (name for symbol, name in self.names.items() if symbol in symbols)
+        yield from (Condition(text=f"{name} == {self.extents[name]}", line=line) for name in names)
 
     def _kind(self, formula: Any, condition: Condition, extents: Mapping[str, int]) -> _Kind:
         if not condition.holds(extents):  # asked on the way to what was asked in the end
@@ -282,15 +328,15 @@ def _answered(program: ExportedProgram, reading: _Reading) -> Iterator[tuple[Any
             yield (formula if bool(answer) else ~formula), _line(node)
 
 
-def _numbers(program: ExportedProgram, image: Node, reading: _Reading) -> Iterator[Condition]:
-    """Yield what the numbers were that are computed from the size and that values are made of.
+def _numbers(program: ExportedProgram, image: Node) -> Iterator[tuple[Any, str]]:
+    """Yield the formulas of the numbers that are computed from the size and that values are made of, with their lines.
 
     They are arguments such as 1 + w // 64 in `y * (1 + w // 64)`, and what sums and counts make of maps that
     follow the image's extent and not its values, as `torch.ones(w).sum()` does.
     """
     depends, sized, space = {image}, set[Node](), space_of(image)
     for node in program.graph.nodes:
-        if node.op != "call_function" or not _is_tensor(node):
+        if node.op != "call_function" or not is_tensor(node):
             continue
         given = taken_by(node)
         if any(source in depends for source in given):
@@ -298,10 +344,26 @@ def _numbers(program: ExportedProgram, image: Node, reading: _Reading) -> Iterat
         elif is_sized(node, space):
             sized.add(node)
         elif extents := [n for source in given if source in sized for n in _sizes_of(source.meta["val"])]:
-            for extent in extents:
-                yield from reading.number(extent, _line(node))
-        for formula in _factors(node):
-            yield from reading.number(formula, _line(node))
+            yield from ((extent, _line(node)) for extent in extents)
+        yield from ((formula, _line(node)) for formula in factors(node))
+
+
+def _choices(program: ExportedProgram, image: Node) -> Iterator[str]:
+    """Yield the lines at which tensors of numbers made of the size do what is not even: they compare, round or choose.
+
+    As in `torch.tensor(w) == 50`. Where that jumps no graph says, and what is tried need not be there.
+    """
+    depends, numbers, space = {image}, set[Node](), space_of(image)
+    for node in program.graph.nodes:
+        if node.op != "call_function" or not is_tensor(node):
+            continue
+        given = taken_by(node)
+        if any(source in depends for source in given):
+            depends.add(node)
+        elif not is_sized(node, space) and is_of_the_size(node, numbers, space):
+            numbers.add(node)
+            if name_of(node).rstrip("_") not in _STEADY:
+                yield _line(node)
 
 
 def _moved(program: ExportedProgram, reading: _Reading) -> Iterator[Condition]:
@@ -312,38 +374,11 @@ def _moved(program: ExportedProgram, reading: _Reading) -> Iterator[Condition]:
     """
     for node in program.graph.nodes:
         for formula in shifts(node):
-            amounts = reading.number(formula, _line(node))
-            yield from (c for c in amounts if not c.repeats(reading.extents))
-
-
-def _factors(node: Node) -> Iterator[Any]:
-    """Yield the formulas of a node's arguments that become values, or choose among channels; no extents, no places."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or name_of(node).startswith(_PLACING):
-        return
-    named = {a.name: a for a in schema.arguments}
-    pairs = [
-        *zip(schema.arguments, node.args, strict=False),
-        *((named[k], v) for k, v in node.kwargs.items()),
-    ]
-    for argument, given in pairs:
-        value = given.meta.get("val") if isinstance(given, Node) else None
-        counts = str(argument.type) in _VALUES or _is_of_channels(node)
-        if counts and isinstance(value, torch.SymInt | torch.SymFloat):
-            yield value.node.expr
-
-
-def _is_of_channels(node: Node) -> bool:
-    """Tell whether a node takes a part along a dimension of one extent, whatever the image's."""
-    if name_of(node) not in _PARTS or not _is_tensor(source := node.all_input_nodes[0]):
-        return False
-    dim = node.args[1] if len(node.args) > 1 else 0
-    return isinstance(dim, int) and isinstance(source.meta["val"].shape[dim], int)
-
-
-def _is_tensor(node: Node) -> bool:
-    value = node.meta.get("val")
-    return any(isinstance(leaf, Tensor) for leaf in (value if isinstance(value, list | tuple) else (value,)))
+            try:
+                found = [reading.number(formula, _line(node))]
+            except _Open:  # which it is at each size is tried
+                found = [*reading.sizes(formula, _line(node))]
+            yield from (c for c in found if c is not None and not c.repeats(reading.extents))
 
 
 def _is_question(node: Node) -> bool:

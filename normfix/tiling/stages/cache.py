@@ -96,16 +96,16 @@ class _Capture:
 def _speaks_for(program: Program, image: Image, agrees: Callable[[Tensor], bool]) -> bool:
     """Tell whether a program is the network at an image's size: within its conditions, or where it computes the same.
 
-    Beyond them it is compared on the image, or on strips as long that are beyond them too, in several magnitudes.
-    That holds for the weights and the image of now alone.
+    Beyond them it is compared on the image, or on strips as long that are beyond them too, in several magnitudes, and
+    within them where they do not tell everything. That holds for the weights and the image of now alone.
     """
     size = (1, *image.shape[1:])
-    if program.takes(size):
+    if program.is_told and program.takes(size):
         return True
     space = size[2:]
     thin = [min(n, EXTENT[len(space)]) for n in space]
     parts = [space] if math.prod(space) <= LARGEST else strips_along(space, thin)
-    beyond = [part for part in parts if not program.takes((1, size[1], *part))]
+    beyond = [part for part in parts if not (program.is_told and program.takes((1, size[1], *part)))]
     examples = (image.read([(0, n) for n in part])[:1].clone() for part in beyond)
     return bool(beyond) and all(
         agrees(magnified) for example in examples for magnified in magnitudes(example)

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from normfix.layers.affine import normalise, normalise_rectified
+from normfix.networks.graph.extents import space_of
+from normfix.networks.graph.factors import made_of_the_size
 from normfix.networks.graph.operators import name_of
 from normfix.tiling.stages.maps import ProgramMaps
 from normfix.tiling.stages.overviews import Overview, overview_of, overviews
@@ -286,11 +288,17 @@ def _stage(
                 f"its value ({node.target}) depends on the whole image, not on a block.",
                 where=node.name,
             )
+    order = [n for n in program.body.graph.nodes if n in inside]
+    for node in made_of_the_size(order, maps.moving, space_of(program.image)):
+        raise NotInStages(
+            "NF324",
+            f"its value ({node.target}) is computed with the size of the image, and blocks have another.",
+            where=node.name,
+        )
     graph = Graph()
     copies: dict[Node, Node] = {
         n: graph.placeholder(n.name) for n in (*reads, *whole, *biases, *seen, *sizes)
     }
-    order = [n for n in program.body.graph.nodes if n in inside]
     for node in order:
         copies[node] = copy = graph.node_copy(node, lambda n: copies[n])
         if copy.target in _STORED:

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from normfix.errors import NormfixError
 from normfix.layers.affine import as_in_graphs
 from normfix.networks.calling import Unreached, failures, once_each, refusals
-from normfix.networks.graph.capture import WRAPPED, NotCaptured, capture, decomposed
+from normfix.networks.graph.capture import WRAPPED, NotCaptured, asked_as_text, capture, decomposed
 from normfix.networks.graph.isolation import silence
 from normfix.networks.graph.multiples import capture_multiples, on_multiples, unfolded
 from normfix.networks.graph.operators import name_of
@@ -94,7 +94,8 @@ class Program:
     read of the whole image, wherever the block is; `flat` tells which dimensions (first, last) of a site's operand are
     one dimension of tokens to the network. `pools` and `stretches` are values that no block has by itself; `biases` are
     of pairs of positions, `numbers` those of the positions of a map. It takes images whose extents are multiples of
-    `multiple` pixels. `dtypes` are those of floats that the network computes of the image.
+    `multiple` pixels. `dtypes` are those of floats that the network computes of the image. `is_told` tells whether the
+    conditions of the capture are all: whether the network never wrote a size as text, which no graph follows.
     """
 
     body: GraphModule
@@ -109,6 +110,7 @@ class Program:
     stretches: dict[Node, Stretch] = field(default_factory=dict)
     multiple: int = 1
     dtypes: frozenset[torch.dtype] = frozenset()
+    is_told: bool = True
     known: dict[tuple[int, ...], Shapes] = field(default_factory=dict, compare=False, repr=False)
     """Shapes by the size of the image: finding them takes as long as a pass."""
     taken: dict[tuple[int, ...], bool] = field(default_factory=dict, compare=False, repr=False)
@@ -236,7 +238,8 @@ def captured_program(model: nn.Module, run: Run, example: Tensor, sites: Sequenc
         body = _body(exported, multiple)
         if not make_functional_(body.graph) or not computes(body, model, marked(run, sites), example):
             body = _body(decomposed(exported), multiple)
-    return replace(_program(body, sites, _Names(model), where), multiple=multiple)
+    told = not asked_as_text(exported)
+    return replace(_program(body, sites, _Names(model), where), multiple=multiple, is_told=told)
 
 
 def _body(exported: ExportedProgram, multiple: int) -> GraphModule:
