@@ -301,6 +301,38 @@ class Striped(nn.Module):
         return self.conv(y.unflatten(2, (y.shape[2] // 48, 48)).flatten(2, 3))
 
 
+class Asks(nn.Module):
+    """Adds what is made of one of its extents: another at one size, which noise of other sizes does not show."""
+
+    def __init__(self, made, dim):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 1, 3, padding=1)
+        self.made, self.dim = made, dim
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.last(y + self.made(y.shape[self.dim]))
+
+
+MADE = {
+    "an answer": lambda n: n == 17,
+    "a tensor": lambda n: (torch.scalar_tensor(n) == 17).float(),
+    "a count": lambda n: (torch.ones(n).sum() == 17).float(),
+    "a place": lambda n: (torch.arange(n)[-1] == 16).float(),
+}
+"""What is added where a block reads 17 rows, 16 and one of halo; no stage is proved on as many."""
+
+
+@pytest.mark.parametrize("made", MADE.values(), ids=MADE)
+def test_values_are_made_of_no_blocks_size(made):
+    """Where it is asked for is said, before any image is read; control: a block has all channels."""
+    image = torch.rand(1, 1, 96, 64)
+    for dim in (2, 3):
+        with pytest.raises(NormfixError, match=r"NF324.*with the size of the image"):
+            schedule(captured_program(Asks(made, dim).eval(), Caller(), image, []), stride=(2, 2))
+    assert schedule(captured_program(Asks(made, 1).eval(), Caller(), image, []), stride=(2, 2)).stages
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("net", "code"),

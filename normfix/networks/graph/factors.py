@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.fx import Node
 from normfix.networks.graph.extents import is_sized
 from normfix.networks.graph.operators import name_of, taken_by
 
-__all__ = ["factors", "is_of_the_size", "is_tensor", "made_of_the_size"]
+__all__ = ["factors", "is_tensor", "made_of_the_size", "numbers_of"]
 
 _PLACING = ("upsample", "_upsample", "arange", "linspace", "grid_sampler")
 """Operators whose numbers say where something is and not what."""
@@ -39,45 +39,54 @@ def factors(node: Node) -> Iterator[Any]:
             yield value.node.expr
 
 
-def is_of_the_size(node: Node, numbers: Collection[Node], space: Collection[Any]) -> bool:
-    """Tell whether a tensor is computed from the image's extents, from maps of them or from numbers made of them.
+def numbers_of(
+    nodes: Iterable[Node], moving: Collection[Node], space: AbstractSet[Any], laid: Collection[Node]
+) -> set[Node]:
+    """Return the tensors that are numbers made of the image's extents: they depend on no pixel, and are no maps.
 
-    Args:
-        node: that depends on no pixel.
-        numbers: tensors that are known to be.
-        space: the symbols of the image's extents.
-    """
-    formulas = (s for formula in factors(node) for s in formula.free_symbols)
-    return any(s in space for s in formulas) or any(
-        n in numbers or is_sized(n, space) for n in taken_by(node)
-    )
-
-
-def made_of_the_size(
-    nodes: Iterable[Node], moving: Collection[Node], space: AbstractSet[Any]
-) -> Iterator[Node]:
-    """Yield the nodes that compute values of pixels with a number made of the image's size, or an answer about it.
+    A part of a map is one where the map varies, as the last of its positions is.
 
     Args:
         nodes: of a graph, in order.
         moving: those that depend on pixels.
         space: the symbols of the image's extents.
+        laid: maps of the image's extents that vary; see `normfix.networks.graph.extents.laid`.
     """
-    numbers: set[Node] = set()
+    numbers, varied = set[Node](), set[Node]()
     for node in nodes:
-        if not is_tensor(node):
+        if node in moving or not is_tensor(node):
             continue
-        answers = (n.meta.get("val") for n in node.all_input_nodes)
-        asked = any(isinstance(a, torch.SymBool) and a.node.expr.free_symbols & space for a in answers)
-        if node not in moving:
-            if not is_sized(node, space) and (asked or is_of_the_size(node, numbers, space)):
-                numbers.add(node)
-        elif (
-            asked
-            or any(formula.free_symbols & space for formula in factors(node))
-            or any(n in numbers for n in taken_by(node))
-        ):
+        given = taken_by(node)
+        if node in laid or any(n in varied for n in given):
+            varied.add(node)
+        if is_sized(node, space):
+            continue
+        counted = any(is_sized(n, space) for n in given) and (node in varied or name_of(node) not in _PARTS)
+        if counted or any(n in numbers for n in given) or _takes_size(node, space):
+            numbers.add(node)
+    return numbers
+
+
+def made_of_the_size(
+    nodes: Sequence[Node], moving: Collection[Node], space: AbstractSet[Any], laid: Collection[Node]
+) -> Iterator[Node]:
+    """Yield the nodes that compute values of pixels with a number made of the image's size, or an answer about it.
+
+    Arguments as for `numbers_of`.
+    """
+    numbers = numbers_of(nodes, moving, space, laid)
+    for node in nodes:
+        if node not in moving or not is_tensor(node):
+            continue
+        if _takes_size(node, space) or any(n in numbers for n in taken_by(node)):
             yield node
+
+
+def _takes_size(node: Node, space: AbstractSet[Any]) -> bool:
+    """Tell whether a number of the image's size, or an answer about it, is among what a node's values are made of."""
+    given = (n.meta.get("val") for n in node.all_input_nodes)
+    answers = (value.node.expr for value in given if isinstance(value, torch.SymBool))
+    return any(formula.free_symbols & space for formula in (*factors(node), *answers))
 
 
 def is_tensor(node: Node) -> bool:

@@ -23,7 +23,7 @@ from torch.fx import Node
 from normfix.errors import PACKAGE, NormfixError
 from normfix.networks.graph.capture import asked_as_text, image_of
 from normfix.networks.graph.extents import is_sized, laid, space_of
-from normfix.networks.graph.factors import factors, is_of_the_size, is_tensor
+from normfix.networks.graph.factors import factors, is_tensor, numbers_of
 from normfix.networks.graph.operators import name_of, taken_by
 from normfix.networks.releases import values_of
 from normfix.records.sizes import Condition
@@ -353,17 +353,13 @@ def _choices(program: ExportedProgram, image: Node) -> Iterator[str]:
 
     As in `torch.tensor(w) == 50`. Where that jumps no graph says, and what is tried need not be there.
     """
-    depends, numbers, space = {image}, set[Node](), space_of(image)
-    for node in program.graph.nodes:
-        if node.op != "call_function" or not is_tensor(node):
-            continue
-        given = taken_by(node)
-        if any(source in depends for source in given):
+    depends, nodes = {image}, [node for node in program.graph.nodes if node.op == "call_function"]
+    for node in nodes:
+        if any(source in depends for source in taken_by(node)):
             depends.add(node)
-        elif not is_sized(node, space) and is_of_the_size(node, numbers, space):
-            numbers.add(node)
-            if name_of(node).rstrip("_") not in _STEADY:
-                yield _line(node)
+    for node in numbers_of(nodes, depends, space_of(image), laid(program.graph, image)):
+        if name_of(node).rstrip("_") not in _STEADY:
+            yield _line(node)
 
 
 def _moved(program: ExportedProgram, reading: _Reading) -> Iterator[Condition]:

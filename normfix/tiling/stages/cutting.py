@@ -289,7 +289,7 @@ def _stage(
                 where=node.name,
             )
     order = [n for n in program.body.graph.nodes if n in inside]
-    for node in made_of_the_size(order, maps.moving, space_of(program.image)):
+    for node in made_of_the_size(order, maps.moving, space_of(program.image), maps.laid):
         raise NotInStages(
             "NF324",
             f"its value ({node.target}) is computed with the size of the image, and blocks have another.",
