@@ -51,7 +51,7 @@ def differing(
         geometry: of the network.
     """
     exact = _exact(size, geometry)
-    if math.prod(exact) <= LARGEST:
+    if is_compared_whole(size, geometry):
         return None if _equals(f, textured(example, exact), tile, geometry) else exact
     for extents in _strips(f, example, exact, geometry):
         if not _equals(f, textured(example, extents), tile, geometry):

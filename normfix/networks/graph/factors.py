@@ -41,7 +41,7 @@ def factors(node: Node) -> Iterator[Any]:
 
 def numbers_of(
     nodes: Iterable[Node], moving: Collection[Node], space: AbstractSet[Any], laid: Collection[Node]
-) -> set[Node]:
+) -> tuple[Node, ...]:
     """Return the tensors that are numbers made of the image's extents: they depend on no pixel, and are no maps.
 
     A part of a map is one where the map varies, as the last of its positions is.
@@ -52,7 +52,7 @@ def numbers_of(
         space: the symbols of the image's extents.
         laid: maps of the image's extents that vary; see `normfix.networks.graph.extents.laid`.
     """
-    numbers, varied = set[Node](), set[Node]()
+    numbers, varied = dict[Node, None](), set[Node]()
     for node in nodes:
         if node in moving or not is_tensor(node):
             continue
@@ -63,8 +63,8 @@ def numbers_of(
             continue
         counted = any(is_sized(n, space) for n in given) and (node in varied or name_of(node) not in _PARTS)
         if counted or any(n in numbers for n in given) or _takes_size(node, space):
-            numbers.add(node)
-    return numbers
+            numbers[node] = None
+    return tuple(numbers)
 
 
 def made_of_the_size(
@@ -74,7 +74,7 @@ def made_of_the_size(
 
     Arguments as for `numbers_of`.
     """
-    numbers = numbers_of(nodes, moving, space, laid)
+    numbers = frozenset(numbers_of(nodes, moving, space, laid))
     for node in nodes:
         if node not in moving or not is_tensor(node):
             continue

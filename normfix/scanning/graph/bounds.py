@@ -54,37 +54,11 @@ _EXTENTS = (8, 12, 16, 24, 40, 64, 100, 160, 250, 400, 640, 1000, 1600, 2500, 40
 """Extents at which a condition is asked whether any image breaks it."""
 _STEADY = frozenset(
     {
-        *("scalar_tensor", "full", "full_like", "fill", "_to_copy", "to", "detach", "clone", "alias", "copy"),
+        *("scalar_tensor", "full", "full_like", "fill", "copy", "_to_copy", "to", "detach", "clone", "alias"),
         *("lift_fresh_copy", "view", "_unsafe_view", "reshape", "expand", "unsqueeze", "squeeze", "permute"),
-        *(
-            "transpose",
-            "select",
-            "slice",
-            "stack",
-            "cat",
-            "add",
-            "sub",
-            "rsub",
-            "mul",
-            "div",
-            "neg",
-            "pow",
-            "sqrt",
-        ),
-        *(
-            "rsqrt",
-            "reciprocal",
-            "square",
-            "exp",
-            "log",
-            "log2",
-            "log10",
-            "log1p",
-            "sum",
-            "mean",
-            "prod",
-            "cumsum",
-        ),
+        *("transpose", "select", "slice", "stack", "cat", "add", "sub", "rsub", "mul", "div", "neg", "sum"),
+        *("mean", "prod", "cumsum", "pow", "square", "sqrt", "rsqrt", "reciprocal", "exp", "log", "log2"),
+        *("log10", "log1p"),
     }
 )
 """Operators of numbers that change with the numbers throughout, so that one size shows what another does."""
