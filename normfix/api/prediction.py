@@ -46,6 +46,7 @@ from normfix.scanning.base import Base, base_of
 from normfix.scanning.known import ForwardFn, Known, known_of, scanned_of, with_halo
 from normfix.scanning.renewal import keeps_geometry, renewed
 from normfix.scanning.scan import look
+from normfix.tiling.dependence import alike
 from normfix.tiling.domain import extension, judge_size
 from normfix.tiling.geometry import geometry_of
 from normfix.tiling.grid import Geometry
@@ -370,7 +371,8 @@ class _Prediction:
     def run(self, out: OutputFile | None = None) -> Tensor | None:
         """Predict by one engine; the result, or None if it went to `out`."""
         if self.statistics == "per-image":
-            if self.image.shape[0] > 1:  # a batch shares nothing
+            if self.image.shape[0] > 1:
+                self._require_apart()
                 each = [replace(self, image=TensorImage(x)).run() for x in torch.split(whole(self.image), 1)]
                 return torch.cat([y for y in each if y is not None])
             return self._of_the_image(out)
@@ -459,6 +461,27 @@ class _Prediction:
         for finding in extension(self.image.shape[2:], self.geometry):
             _LOG.warning("%s", finding.line)
             self.told.append(finding)
+
+    def _require_apart(self) -> None:
+        """Refuse a batch of which the network does not treat the images apart: none has statistics of its own there.
+
+        Raises:
+            NotTiledError: NF409.
+        """
+        images = middle(middle_of(self.image), self.known.scan.example[2:]).to(*home_of(self.owner)).double()
+        network = in_eval_mode(double_of(self.owner))
+        try:
+            with torch.no_grad(), exact_arithmetic():
+                batch, *each = (self.known.caller.exactly(network, x) for x in (images, *images.split(1)))
+        except refusals():  # it takes no batch, so each is meant by itself
+            return
+        if batch.shape != (alone := torch.cat(each)).shape or not alike(batch.double(), alone.double()):
+            raise NotTiledError(
+                "NF409",
+                f"it gives the images of a batch of {len(images)} another output than each alone, so they have no "
+                "statistics of their own there. Predict one image at a time, if each is meant by itself.",
+                where=self.known.scan.model,
+            )
 
     def _require_alike(self, geometry: Geometry, tile: Sequence[int]) -> None:
         """Refuse an image at whose size tiles differ from the whole, where no graph tells how sizes are treated.

@@ -281,6 +281,31 @@ def test_each_of_a_batch_has_its_own_statistics(network, image):
     assert (given - expected).abs().max() < 1e-4 * expected.std()
 
 
+@pytest.mark.parametrize(
+    ("mixed", "count"),
+    [
+        (lambda x: x + x.mean(0, keepdim=True), 3),
+        (lambda x: x * 1.5 + 1 if x.shape[0] == 2 else x, 2),
+        (lambda x: x * 1.5 + 1 if len(x) == 2 else x, 2),
+    ],
+    ids=["a mean", "a count", "a length"],
+)
+def test_a_batch_that_is_not_treated_apart_has_no_statistics_per_image(mixed, count):
+    """Its images one by one are another thing, and exact; control: a count that the network does not know."""
+    net, images = Branching(mixed).double().eval(), torch.rand(count, 1, 40, 48, dtype=torch.float64)
+    with pytest.raises(normfix.NormfixError, match=r"NF409.*images of a batch"):
+        normfix.predict(net, images, tile=16, statistics="per-image")
+    single = images[:1]
+    with torch.no_grad():
+        assert (
+            normfix.predict(net, single, tile=16, statistics="per-image") - net(single)
+        ).abs().max() < 1e-9
+        if count == 2:
+            more = torch.cat([images, images])
+            given = normfix.predict(net, more, tile=16, statistics="per-image")
+            assert (given - net(more)).abs().max() < 1e-9
+
+
 def test_a_new_live_norm_is_noticed(converted, image):
     """A live norm put into a converted network is refused by predict and fails check."""
     converted[2] = nn.Sequential(nn.InstanceNorm2d(8), nn.Conv2d(8, 2, 1))
