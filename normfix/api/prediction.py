@@ -468,11 +468,17 @@ class _Prediction:
         Raises:
             NotTiledError: NF409.
         """
-        images = middle(middle_of(self.image), self.known.scan.example[2:]).to(*home_of(self.owner)).double()
+        images = middle_of(self.image).to(*home_of(self.owner)).double()
+        for axis, extent in enumerate(self.known.scan.example[2:], start=2):
+            images = images.narrow(
+                axis, max(0, images.shape[axis] - extent) // 2, min(extent, images.shape[axis])
+            )
         network = in_eval_mode(double_of(self.owner))
         try:
             with torch.no_grad(), exact_arithmetic():
-                batch, *each = (self.known.caller.exactly(network, x) for x in (images, *images.split(1)))
+                batch, *each = (
+                    self.known.caller.exactly(network, x) for x in (images, *torch.split(images, 1))
+                )
         except refusals():  # it takes no batch, so each is meant by itself
             return
         if batch.shape != (alone := torch.cat(each)).shape or not alike(batch.double(), alone.double()):

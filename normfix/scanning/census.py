@@ -8,6 +8,7 @@ is told from a norm of activations.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from normfix.errors import PACKAGE
 from normfix.networks.functions import COUNTED, DIRECT, NORMS, arguments_of, bound, taken_by
+from normfix.networks.releases import TORCH
 from normfix.records.sites import site_id
 
 __all__ = [
@@ -63,7 +65,7 @@ PICKS = frozenset({"masked_select", "nonzero", "argwhere", "unique", "unique_con
 _ATEN = {"slice": "__getitem__", "select": "__getitem__", "index": "__getitem__", "narrow": "__getitem__"}
 _NAME_OF = {function: name for name, function in NORMS.items()}
 _COUNTED_NAMES = frozenset(COUNTED.values())
-_NOT_OURS = (str(Path(torch.__file__).parent), str(PACKAGE))
+_NOT_OURS = (TORCH, f"{PACKAGE}{os.sep}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,7 @@
 """What a captured graph says of sizes: branches in words, what only repeats, what was built in, maps laid over it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -160,6 +162,41 @@ def test_a_tensor_made_of_the_size_that_chooses_is_left_open(number, chosen):
     found = look(lambda x: x * number(torch.scalar_tensor(x.shape[3])))
     assert bool([reason for reason in found.unknown if "chooses" in reason]) == chosen
     assert found.numbers
+
+
+def test_a_branch_in_a_library_beside_torch_is_a_condition():
+    """torchvision's files begin as torch's folder does, and torch's own questions do not count."""
+    space = {}
+    file = str(Path(torch.__file__).parent) + "beside/network.py"
+    exec(compile("def way(x):\n    return x * 2 if x.shape[3] == 80 else x", file, "exec"), space)
+    (condition,) = look(space["way"]).conditions
+    assert (condition.text, condition.line) == ("W != 80", "torchbeside/network.py:2")
+
+
+def test_two_maps_that_did_not_fit_are_a_condition():
+    """torch asks it for the network, which goes on without; control: a bias of channels fits at every size."""
+
+    def caught(x):
+        try:
+            return x + torch.ones(80)
+        except RuntimeError:
+            return x
+
+    assert texts(look(caught).conditions) == ["W != 80"]
+    assert look(lambda x: x + torch.ones(1, 1, 1)).conditions == ()
+
+
+def test_an_operator_of_another_library_leaves_sizes_open():
+    """Its code is in no graph; control: torch's own."""
+
+    @torch.library.custom_op("normfix_bounds::doubled_at_80", mutates_args=())
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return x * (2 if x.shape[3] == 80 else 1)
+
+    doubled.register_fake(torch.empty_like)
+    (reason,) = look(lambda x: torch.ops.normfix_bounds.doubled_at_80(x)).unknown
+    assert "normfix_bounds.doubled_at_80" in reason
+    assert look(torch.relu).unknown == ()
 
 
 def test_the_larger_of_two_numbers_is_a_condition():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -20,12 +21,13 @@ from weakref import WeakKeyDictionary
 import torch
 
 from normfix.errors import PACKAGE
+from normfix.networks.releases import TORCH
 
 __all__ = ["noted_texts", "texts_of"]
 
 _KINDS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _ASKED = ("__repr__", "__hash__")
-_OTHERS = (str(Path(torch.__file__).parent), str(PACKAGE), str(Path(logging.__file__).parent))
+_OTHERS = (TORCH, f"{PACKAGE}{os.sep}", f"{Path(logging.__file__).parent}{os.sep}")
 """Whose code writes sizes down for people, or as names of symbols."""
 _UNCACHED = "einops"
 """A library that looks up how to rearrange a shape, and works it out where that is refused."""

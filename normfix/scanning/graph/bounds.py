@@ -9,6 +9,7 @@ argument is taken is a condition too. A largest extent that the graph holds for 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.fx import Node
 
@@ -25,7 +27,7 @@ from normfix.networks.graph.capture import asked_as_text, image_of
 from normfix.networks.graph.extents import is_sized, laid, space_of
 from normfix.networks.graph.factors import factors, is_tensor, numbers_of
 from normfix.networks.graph.operators import name_of, taken_by
-from normfix.networks.releases import values_of
+from normfix.networks.releases import TORCH, values_of
 from normfix.records.sizes import Condition
 from normfix.scanning.graph.formulas import NoText, text_of
 from normfix.scanning.graph.shifts import shifts
@@ -35,7 +37,7 @@ __all__ = ["AXES", "KERNELS", "SizeLook", "read_sizes", "varied"]
 AXES = {3: "L", 4: "HW", 5: "DHW"}
 """Names of the spatial axes, by the image's rank."""
 
-_TORCH = str(Path(torch.__file__).parent)
+_OURS = f"{PACKAGE}{os.sep}"
 _MEANT = frozenset({"slice_forward", "split", "_tensor_min_max"})
 """Functions of torch's whose questions are about what is computed.
 
@@ -62,6 +64,8 @@ _STEADY = frozenset(
     }
 )
 """Operators of numbers that change with the numbers throughout, so that one size shows what another does."""
+_KNOWN = frozenset({"aten", "prims", "normfix", "torchvision"})
+"""Namespaces of operators that treat all sizes alike."""
 KERNELS = 1 << 31
 """Elements from which on kernels count with longer integers: what asks for as many is about them."""
 
@@ -94,6 +98,7 @@ def read_sizes(program: ExportedProgram) -> SizeLook:
     fixed = [letters[dim] for dim in range(2, len(shape)) if dim not in free]
     unknown = [f"the captured graph has one extent along {' and '.join(fixed)}"] if fixed else []
     unknown += [f"the size is asked for as text or as a key at {line}" for line in asked_as_text(program)]
+    unknown += [f"what {name} does at other sizes is not known" for name in _foreign(program)]
     found: dict[_Kind, dict[Condition, None]] = {kind: {} for kind in _Kind}
     numbers: dict[Condition | None, None] = {}
     if free:
@@ -166,12 +171,13 @@ class _Reading:
         for guard in self.environment.guards:
             frame = _frame(guard)
             file, name = str(getattr(frame, "filename", "")), getattr(frame, "name", "")
-            if name in _CALLING and file.startswith((_TORCH, str(PACKAGE))):
+            if name in _CALLING and file.startswith((TORCH, _OURS)):
                 yield guard.expr, ""
-            elif file.startswith(_TORCH):
-                if name in _MEANT or (name == _ENDING and len(guard.expr.free_symbols) > 1):
+            elif file.startswith(TORCH):
+                ends = name == _ENDING and len(guard.expr.free_symbols) > 1
+                if name in _MEANT or ends or _is_of_one_number(guard.expr):
                     yield guard.expr, ""
-            elif not file.startswith(str(PACKAGE)):
+            elif not file.startswith(_OURS):
                 yield guard.expr, f"{'/'.join(Path(file).parts[-2:])}:{frame.lineno}" if frame else ""
             elif type(guard.expr).__name__ == "Equality":
                 # torch's own as well, asked from where we call it; an argument that must be a number is built in
@@ -245,6 +251,12 @@ class _Reading:
         return _Kind.BRANCH if broken else _Kind.TRIVIAL
 
 
+def _is_of_one_number(formula: Any) -> bool:
+    """Tell whether it says that a size is not one number: two maps did not fit, which the network may have caught."""
+    numbers = [side for side in formula.args if side.is_Integer]
+    return type(formula).__name__ == "Unequality" and any(int(number) > 1 for number in numbers)
+
+
 def _frame(guard: Any) -> Any:
     """Return where torch was asked a question about a size, None if it does not say."""
     return getattr(getattr(guard, "sloc", None), "framework_loc", None)
@@ -300,6 +312,12 @@ def _answered(program: ExportedProgram, reading: _Reading) -> Iterator[tuple[Any
         answer = formula.subs(known)
         if not answer.free_symbols:
             yield (formula if bool(answer) else ~formula), _line(node)
+
+
+def _foreign(program: ExportedProgram) -> Iterator[str]:
+    """Yield the names of the operators that are of another library than torch, whose code no graph shows."""
+    targets = (node.target for node in program.graph.nodes if isinstance(node.target, OpOverload))
+    yield from dict.fromkeys(str(target) for target in targets if target.namespace not in _KNOWN)
 
 
 def _numbers(program: ExportedProgram, image: Node) -> Iterator[tuple[Any, str]]:
@@ -374,6 +392,6 @@ def _line(node: Node) -> str:
     trace = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
     frames = [line.split('"') for line in trace if line.startswith('File "')]
     places = [(parts[1], parts[2].split(",")[1].split()[1]) for parts in frames if "line" in parts[2]]
-    outside = [place for place in places if not place[0].startswith((_TORCH, str(PACKAGE)))]
+    outside = [place for place in places if not place[0].startswith((TORCH, _OURS))]
     file, number = (outside or places or [("", "")])[-1]
     return f"{'/'.join(Path(file).parts[-2:])}:{number}" if file else ""

@@ -8,12 +8,12 @@ its input; it is live if its result meets a map again. An operator nobody listed
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 from torch.fx import Node
 
@@ -30,6 +30,7 @@ from normfix.networks.graph.operators import (
     written_by,
 )
 from normfix.networks.graph.parts import owner_of
+from normfix.networks.releases import TORCH
 from normfix.records.sites import Family
 
 __all__ = ["NodeReading", "NodeSite", "read_sites"]
@@ -288,9 +289,7 @@ def _line(node: Node) -> str:
     trace = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
     frames = [line.split('"') for line in trace if line.startswith('File "')]
     places = [(parts[1], parts[2].split(",")[1].split()[1]) for parts in frames if "line" in parts[2]]
-    own = str(Path(torch.__file__).parent)
-    ours = str(PACKAGE)
-    outside = [p for p in places if not p[0].startswith((own, ours))]
+    outside = [p for p in places if not p[0].startswith((TORCH, f"{PACKAGE}{os.sep}"))]
     file, number = (outside or places or [("", "")])[-1]
     return f"{'/'.join(Path(file).parts[-2:])}:{number}" if file else ""
 
