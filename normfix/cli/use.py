@@ -112,6 +112,9 @@ def calibrate_command(
     Example:
       normfix calibrate fixed other-images/ -o refitted
     """
+    source = click.get_current_context().get_parameter_source("seed")
+    if sample is None and source is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--seed belongs to --sample")
     arguments = Arguments.take(options, [*images, *masks])
     require_cluster(engine, options["scheduler"], options["store"])
     with ExitStack() as stack:
