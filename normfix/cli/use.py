@@ -171,7 +171,7 @@ def calibrate_command(
 @click.option(
     "--threshold",
     type=Threshold(),
-    help="Largest difference in sd that still passes. Default: 100 noise floors, at most 1e-3.",
+    help="Largest difference in sd that passes; 4 noise floors always do. Default: 100 noise floors, at most 1e-3.",
 )
 @click.option(
     "--halo-curve",
