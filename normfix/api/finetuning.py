@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from numbers import Real
@@ -142,8 +143,8 @@ def prepare_finetune(
 
     Raises:
         NormfixError: NF247 if a pattern matches no parameter.
-        ValueError: total_steps is below 1 or hold is no share.
-        TypeError: one of them is no number.
+        ValueError: total_steps is below 1, hold or momentum is no share, or weight_decay is negative or not finite.
+        TypeError: total_steps or hold is no number.
 
     Example:
         >>> import normfix, torch
@@ -163,6 +164,12 @@ def prepare_finetune(
             raise TypeError(f"{name} is a number, got {type(value).__name__}")
     if total_steps < 1 or not 0 <= hold <= 1:
         raise ValueError(f"need total_steps >= 1 and 0 <= hold <= 1, got {total_steps} and {hold}")
+    if momentum is not None and not 0 <= momentum <= 1:
+        raise ValueError(
+            f"momentum is the share of a new batch in the running statistics, 0 to 1, got {momentum}"
+        )
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay is a finite number, 0 or more, got {weight_decay}")
     everything = model.named_parameters(remove_duplicate=False)
     named = [(n, p) for n, p in everything if p.is_floating_point() or p.is_complex()]
     for pattern in trainable:

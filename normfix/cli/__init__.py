@@ -9,8 +9,11 @@ import io
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -86,6 +89,25 @@ def cli(context: click.Context, debug: bool) -> None:
     context.default_map = {name: dict(values) for name, values in settings.commands.items()}
 
 
+def _stated(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse empty words before a command runs: as a name, a variable that is not set is the working directory."""
+
+    @wraps(run)
+    def checked(*args: Any, **options: Any) -> Any:
+        context = click.get_current_context()
+        for parameter in context.command.params:
+            value = options.get(parameter.name or "")
+            if value == "" or (isinstance(value, tuple) and "" in value):
+                raise click.BadParameter(
+                    "it is empty, as a variable of the shell is that was not set. Say what is meant, or leave it out",
+                    context,
+                    parameter,
+                )
+        return run(*args, **options)
+
+    return checked
+
+
 for command in (
     scan_command,
     plan_command,
@@ -102,6 +124,8 @@ for command in (
     demo_command,
     explain_command,
 ):
+    assert command.callback is not None
+    command.callback = _stated(command.callback)
     cli.add_command(command)
 
 

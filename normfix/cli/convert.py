@@ -168,6 +168,7 @@ def convert_command(
         place = stack.enter_context(output(out, is_saved))
 
         from normfix.api.conversion import convert
+        from normfix.conversion.keys import keys_of
         from normfix.images.parts import Measured
         from normfix.storage.exports import is_export_name, require_exporter
         from normfix.storage.instructions import commands
@@ -219,6 +220,10 @@ def convert_command(
             note(
                 f"Constants are of {measured.words}: tiles agree exactly, and give another prediction than the "
                 "original does for the whole image. Each image's line says how far it moved."
+            )
+        if held is not None and keys_of(done.plan) is None:
+            note(
+                "No keys are held: no attention over all positions was converted, so --keys is used for nothing."
             )
         proof = done.proof
         sound = proof.passed or (proof.partial and not strict)

@@ -126,8 +126,6 @@ def predict_command(
     Example:
       normfix predict fixed nuclei.tif -o prediction.tif
     """
-    if not out:  # the working directory, as a path
-        raise click.UsageError("-o is empty: name a file or a folder")
     require_possible(Path(out))
     arguments = Arguments.take(options, images)
     Rendering.parse(as_, logits)

@@ -112,6 +112,9 @@ def calibrate_command(
     Example:
       normfix calibrate fixed other-images/ -o refitted
     """
+    source = click.get_current_context().get_parameter_source("seed")
+    if sample is None and source is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--seed belongs to --sample")
     arguments = Arguments.take(options, [*images, *masks])
     require_cluster(engine, options["scheduler"], options["store"])
     with ExitStack() as stack:
@@ -168,7 +171,7 @@ def calibrate_command(
 @click.option(
     "--threshold",
     type=Threshold(),
-    help="Largest difference in sd that still passes. Default: 100 noise floors, at most 1e-3.",
+    help="Largest difference in sd that passes; 4 noise floors always do. Default: 100 noise floors, at most 1e-3.",
 )
 @click.option(
     "--halo-curve",

@@ -17,7 +17,7 @@ from normfix.diagnosis.curve import curve_of, halo_count
 from normfix.diagnosis.disparity import disparity, patches
 from normfix.diagnosis.experiments import Experiments, Trial, culprits
 from normfix.diagnosis.intervention import Watched, record
-from normfix.diagnosis.overlaps import Overlaps, PredictedWindow, overlaps
+from normfix.diagnosis.overlaps import Overlaps, PredictedWindow, meeting, overlaps
 from normfix.diagnosis.reception import gradient, receptive_field
 from normfix.diagnosis.setting import Setting
 from normfix.diagnosis.statistics import site_reports
@@ -69,17 +69,26 @@ class Examination:
     progress: Progress
 
     def cost(self) -> Cost:
-        """State what will run; seconds are extrapolated from one window in both precisions."""
-        present = self._present()
+        """State what will run; seconds are extrapolated from one window of each kind of run, and one pair of them."""
+        present, setting = self._present(), self.setting
         here = self.bench.tiles(present)
-        shifted = self._shifted(present)
-        middle = self._window(here[len(here) // 2], present)
+        shifted, window = self._shifted(present), here[len(here) // 2]
+        middle, size = self._window(window, present), self._whole_image(present).shape[2:]
+        live = setting.live[False]
         seconds = _seconds(lambda: self._tested(middle))
-        double = _seconds(lambda: self.bench.run(self._bench_model(), middle.double()))
+        watched = _seconds(lambda: record(self._model(), setting.caller, middle, live))
+        double = _seconds(lambda: record(self._bench_model(), self.bench.run, middle.double(), live))
+        output = self._tested(middle)
+        one = [PredictedWindow(window, output)]
+        pair = _seconds(
+            lambda: overlaps(one, [window], lambda _: output, size, setting.geometry, setting.kind, 1.0)
+        )
+        pairs = sum(map(len, meeting(here, shifted, size)))
         experiments = self._experiments()
-        ratio = self.setting.image[0, 0].numel() / middle[0, 0].numel()
+        ratio = setting.image[0, 0].numel() / middle[0, 0].numel()
         count = len(here) + len(shifted)
-        total = seconds * (count + ratio) + double * (experiments * len(here) + 2 * ratio)
+        total = seconds * (len(shifted) + ratio) + watched * len(here) + pair * pairs
+        total += double * (experiments * len(here) + 2 * ratio)
         return Cost(windows=count + experiments * len(here), wholes=3, experiments=experiments, seconds=total)
 
     def measured(
@@ -330,9 +339,16 @@ def _maps(
     )
 
 
+_BRIEF = 0.1
+"""Seconds after which a run is not timed again."""
+
+
 def _seconds(run: Callable[[], object]) -> float:
     run()
-    start = time.perf_counter()
+    times = list[float]()
     with torch.no_grad():
-        run()
-    return time.perf_counter() - start
+        while len(times) < 3 and sum(times) < _BRIEF:
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+    return min(times)

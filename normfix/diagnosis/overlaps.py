@@ -7,9 +7,10 @@ every cut: there a network without live statistics agrees with itself exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from normfix.diagnosis.windows import Window
@@ -18,7 +19,7 @@ from normfix.records.diagnoses import Kind, Mismatch, Pair
 from normfix.records.spans import round_up
 from normfix.tiling.grid import Geometry, at
 
-__all__ = ["Overlaps", "PredictedWindow", "overlaps"]
+__all__ = ["Overlaps", "PredictedWindow", "meeting", "overlaps"]
 
 Span = tuple[int, int]
 
@@ -61,12 +62,12 @@ def overlaps(
         sd: unit of differences.
     """
     everywhere, beyond, pairs = Accumulator(kind, sd), Accumulator(kind, sd), []
-    for window in second:
+    met = meeting([one.window for one in first], second, size)
+    for window, numbers in zip(second, met, strict=True):
         other = PredictedWindow(window, predict(window))
-        for one in first:
+        for one in (first[number] for number in numbers):
             common = _common(_inside(one.window, size), _inside(window, size))
-            if common is None:
-                continue
+            assert common is not None
             here, there = _both(one, other, common, geometry)
             everywhere.add(here, there)
             inner = _common(_sure(one.window, size, geometry), _sure(window, size, geometry))
@@ -79,6 +80,16 @@ def overlaps(
                 starts = (tuple(a for a, _ in w.read) for w in (one.window, window))
                 pairs.append(Pair(first=next(starts), second=next(starts), mismatch=found))
     return Overlaps(everywhere.result(), beyond.result(), tuple(pairs))
+
+
+def meeting(first: Sequence[Window], second: Sequence[Window], size: Sequence[int]) -> Iterator[list[int]]:
+    """Yield for each window of the second tiling the numbers of those of the first that it overlaps."""
+    low, high = (
+        np.array([_inside(window, size) for window in first]).reshape(-1, len(size), 2).transpose(2, 0, 1)
+    )
+    for window in second:
+        start, stop = np.array(_inside(window, size)).T
+        yield np.flatnonzero((np.maximum(low, start) < np.minimum(high, stop)).all(axis=1)).tolist()
 
 
 def _inside(window: Window, size: Sequence[int]) -> tuple[Span, ...]:

@@ -23,7 +23,8 @@ def find_images(patterns: Sequence[str]) -> list[Path]:
     found: list[Path] = []
     for pattern in patterns:
         try:
-            matched = _matched(pattern)
+            # an empty name would be the working directory
+            matched = _matched(pattern) if str(pattern) else []
         except OSError:  # no file can have such a name
             matched = []
         if not matched:
@@ -65,6 +66,8 @@ def _matched(pattern: str) -> list[Path]:
 
 def _nothing(pattern: str) -> str:
     """Say that a name means no image, and which name it may be a slip of."""
+    if not str(pattern):
+        return "its name is empty. Give a file, a folder or a pattern; the working directory is '.'."
     path = Path(pattern)
     try:
         if path.is_dir():

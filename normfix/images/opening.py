@@ -11,7 +11,7 @@ from torch import nn
 
 from normfix.errors import NormfixError
 from normfix.images.files import open_windows, require_walkable
-from normfix.images.formats.opened import ArrayLike
+from normfix.images.formats.opened import ArrayLike, Choice
 from normfix.images.scaling import scaling_numbers
 from normfix.images.spread import Spread
 from normfix.images.views import Part, part_of
@@ -121,6 +121,7 @@ class Opener:
     def _window(self, image: PathLike[str] | str | ArrayLike, plane: int) -> Unread:
         ndim, axes, part = self._intake.ndim, self._axes, replace(self._part, plane=plane)
         if not isinstance(image, str | PathLike):
+            Choice(self._series, self._level).require_single("image")
             array, said, planes = part_of(image, axes, part, ndim=ndim, where="image")
             window = windowed(array, ndim=ndim, channels=self._intake, axes=said)
             return replace(window, planes=planes)

@@ -190,11 +190,15 @@ class BatchRenorm(ChannelNorm):
         if torch.compiler.is_dynamo_compiling():  # before torch 2.14 Dynamo takes is_exporting() for true
             r, d = keep(torch.stack((r, d))).unbind()
         batches.add_(1)
-        share = batches.to(running_mean.dtype).reciprocal() if self.momentum is None else self.momentum
-        unbiased = var * (count / (count - 1))  # by torch's convention
+        share = self._share(batches, count, running_mean.dtype)
+        # by torch's convention
+        unbiased = var * (count / (count - 1 if isinstance(count, int) else (count - 1).clamp_min(1)))
         running_mean.lerp_(mean.to(running_mean.dtype), share)
         running_var.lerp_(unbiased.to(running_var.dtype), share)
         return r, d
+
+    def _share(self, batches: Tensor, count: int | Tensor, dtype: torch.dtype) -> Tensor | float:
+        return batches.to(dtype).reciprocal() if self.momentum is None else self.momentum
 
 
 class BatchRenorm1d(BatchRenorm):

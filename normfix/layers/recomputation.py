@@ -139,10 +139,19 @@ torch.library.register_fake("normfix::keep", _keep_fake, lib=_LIBRARY)
 
 
 def _nearest(calls: list[RecordedCall], mean: Tensor, var: Tensor) -> list[RecordedCall]:
-    gaps = [((mean - call.mean).square() / call.var.clamp_min(1e-30)).nan_to_num(0).sum() for call in calls]
-    gaps = [gap + (var - call.var).abs().sum() for gap, call in zip(gaps, calls, strict=True)]
-    values = torch.stack(gaps).tolist()
+    values = torch.stack([_gap(call, mean, var) for call in calls]).tolist()
     return [call for call, value in zip(calls, values, strict=True) if value == min(values)]
+
+
+def _gap(call: RecordedCall, mean: Tensor, var: Tensor) -> Tensor:
+    apart = (mean - call.mean).square() / call.var.clamp_min(1e-30) + (var - call.var).abs()
+    # a batch that overflowed repeats itself too, for a GradScaler to skip its step
+    same = _equal(mean, call.mean) & _equal(var, call.var)
+    return apart.masked_fill(same, 0).nan_to_num(nan=torch.inf, posinf=torch.inf).sum()
+
+
+def _equal(one: Tensor, other: Tensor) -> Tensor:
+    return (one == other) | (one.isnan() & other.isnan())
 
 
 def _choose(equal: list[RecordedCall], memory: _Memory, task: int) -> RecordedCall:

@@ -67,7 +67,8 @@ class SyncBatchRenorm(BatchRenorm):
     """BatchRenorm whose batch is spread over processes; abstract over the rank.
 
     Without an initialised process group, or with one process, it is BatchRenorm. A rank may have an empty
-    batch. Gradients are first order only.
+    batch; a batch of at most one value per channel over all ranks leaves the running statistics as they are.
+    Gradients are first order only.
     """
 
     process_group: dist.ProcessGroup | None = None
@@ -93,11 +94,17 @@ class SyncBatchRenorm(BatchRenorm):
         dist.all_gather(shares, own, group=self.process_group)
         counts, means, variances = torch.stack(shares).unbind(1)  # (ranks, 3, c) -> 3 x (ranks, c)
         count = counts.sum(0)
-        mean = (counts * means).sum(0) / count
-        var = (counts * (variances + (means - mean).square())).sum(0) / count
+        values = count.clamp_min(1)  # where every rank's batch is empty
+        mean = (counts * means).sum(0) / values
+        var = (counts * (variances + (means - mean).square())).sum(0) / values
         dtype = torch.promote_types(x.dtype, torch.float32)
         mean, var, count = mean.to(dtype), var.to(dtype), count.to(dtype)
         return BatchMoments(mean, var, (var + self.eps).rsqrt(), count)
+
+    def _share(self, batches: Tensor, count: int | Tensor, dtype: torch.dtype) -> Tensor | float:
+        share = super()._share(batches, count, dtype)
+        # asking whether it is 1 would wait for the device
+        return share * (count > 1).to(dtype) if isinstance(count, Tensor) else share
 
     def _apply_corrections(
         self,

@@ -6,6 +6,7 @@ import inspect
 import math
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -266,6 +267,12 @@ class Caller:
 
     def _way_on(self, model: nn.Module, error: Exception) -> str:
         """Say what to give instead: another shape, or what the network takes beside the image."""
+        if _asks_for_gradients(error):
+            return (
+                "It computes gradients in its forward (torch.autograd), and these end where a statistic is held or "
+                "watched: through a constant they would be others than through the statistic. Such a network is run on "
+                "whole images; give a module without that part to convert the rest."
+            )
         further = [] if self.forward_fn is not None else _further_inputs(model)
         needed = [p.name for p in further if p.default is p.empty]
         # an input left at None fails where it is used, as what None cannot do
@@ -355,6 +362,12 @@ def _is_control_flow(error: BaseException) -> bool:
     dynamo = sys.modules.get("torch._dynamo.exc")
     kind = getattr(dynamo, "UncapturedHigherOrderOpError", None)
     return kind is not None and isinstance(error, kind)
+
+
+def _asks_for_gradients(error: BaseException) -> bool:
+    """Tell whether an error is from a way back through a graph that a network itself began."""
+    begun = (torch.autograd.grad.__code__, torch.autograd.backward.__code__)
+    return any(frame.f_code in begun for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _further_inputs(model: nn.Module) -> list[inspect.Parameter]:

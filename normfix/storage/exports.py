@@ -331,7 +331,8 @@ def _alone(path: Path, cases: list[_Case], *, packages: Iterator[str]) -> list[l
         WrongExportError: NF591 if it does not run there.
     """
     script = Path(__file__).with_name("exports_alone.py")
-    with tempfile.TemporaryDirectory() as folder:
+    # in the draft's folder nothing stays that is left by a kill
+    with tempfile.TemporaryDirectory(prefix="normfix-", dir=path.parent) as folder:
         stored = Path(folder) / "cases.npz"
         arrays = [case.arrays(number) for number, case in enumerate(cases)]
         np.savez(stored, **{name: array for each in arrays for name, array in each.items()})  # type: ignore[arg-type]

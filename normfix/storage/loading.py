@@ -133,6 +133,10 @@ def _architecture(
 
 def open_any(spec: str | Path, request: Request, *, revision: str | None = None) -> Loaded:
     """Open as `load` does, with source and notes."""
+    if not str(spec):  # as a path, the working directory
+        raise NormfixError(
+            "NF101", "the name of the network is empty. Give a file, a folder or pkg.module:factory."
+        )
     require_no_revision(str(spec), revision)
     if Path(spec).suffix == SUFFIX and os.path.isfile(spec):  # noqa: PTH113 - Path raises where a name is too long
         return _open_program(Path(spec), request)

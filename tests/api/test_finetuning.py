@@ -428,3 +428,29 @@ def test_steps_that_are_no_number_are_named(model, steps):
     with pytest.raises(TypeError, match="total_steps is a number"):
         normfix.prepare_finetune(model, steps)
     assert normfix.prepare_finetune(model, total_steps=np.int64(4)).groups
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"momentum": 1.5},
+        {"momentum": -0.1},
+        {"momentum": float("nan")},
+        {"weight_decay": -0.01},
+        {"weight_decay": float("nan")},
+        {"weight_decay": float("inf")},
+        {"hold": float("nan")},
+    ],
+)
+def test_numbers_that_would_spoil_the_run_are_refused(model, wrong):
+    """Nothing of the network is changed by then: its layers keep their momentum, its parameters whether they train."""
+    before = [(p.requires_grad, p.clone()) for p in model.parameters()]
+    momenta = [getattr(module, "momentum", None) for module in model.modules()]
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        normfix.prepare_finetune(model, 10, trainable=("*bias",), **wrong)
+    after = list(model.parameters())
+    assert all(
+        p.requires_grad is grad and torch.equal(p, value)
+        for p, (grad, value) in zip(after, before, strict=True)
+    )
+    assert [getattr(module, "momentum", None) for module in model.modules()] == momenta

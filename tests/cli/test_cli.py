@@ -243,13 +243,23 @@ def test_a_plan_replays_to_the_same_weights(run, fixed, image, tmp_path):
 def test_keys_are_held_and_saved(run, image, tmp_path):
     """`convert --keys` writes a network that loads with its keys, and predicts by tiles what it predicts whole."""
     words = ("--scale", "zscore", "--keys", 64, "-o", tmp_path / "out")
-    assert run("convert", "attentive:Attends", image, *words).code == 0
+    done = run("convert", "attentive:Attends", image, *words)
+    assert done.code == 0
+    assert "used for nothing" not in done.err
     net = normfix.load(tmp_path / "out", trust=["attentive"])
     assert [m.bias.numel() for m in net.modules() if isinstance(m, FrozenKeys)] == [64]
     pixels = torch.randn(1, 1, 48, 64)
     with torch.no_grad():
         whole = net(pixels)
     assert (normfix.predict(net, pixels, tile=16) - whole).abs().max() < 1e-4 * whole.std()
+
+
+@pytest.mark.slow
+def test_keys_of_a_network_without_attention_are_not_taken_without_a_word(run, image, tmp_path):
+    """What the option changes nothing in is converted, and told so."""
+    done = run("convert", ARCH, image, "--scale", "zscore", "--keys", "all", "-o", tmp_path / "out")
+    assert done.code == 0
+    assert "--keys is used for nothing" in done.err
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,6 +45,15 @@ def test_a_name_with_brackets_is_a_file_first(tmp_path):
     """A file whose name looks like a pattern is found."""
     (tmp_path / "cell[1].tif").touch()
     assert find_images([str(tmp_path / "cell[1].tif")]) == [tmp_path / "cell[1].tif"]
+
+
+def test_an_empty_name_is_not_the_working_directory(tmp_path, monkeypatch):
+    """A name that was left empty by mistake takes no images; the folder's own name does."""
+    monkeypatch.chdir(tmp_path)
+    np.save("a.npy", np.zeros((4, 4)))
+    assert find_images(["."]) == [Path("a.npy")]
+    with pytest.raises(NormfixError, match=r"NF101.*name is empty"):
+        find_images(["a.npy", ""])
 
 
 def test_images_keep_the_order_of_the_arguments(tmp_path):

@@ -11,6 +11,7 @@ from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
 
+import imageio.v3 as iio
 import nibabel
 import numpy as np
 import pytest
@@ -269,6 +270,39 @@ def test_several_series_are_not_guessed_between(series, chosen):
     """Without a choice, or with one that is not there, the names are listed."""
     with pytest.raises(NormfixError, match=r"NF141 .*--series.*0 'label' 8x8, 1 'tissue' 64x48"):
         open_file(series[0], Choice(chosen))
+
+
+@pytest.mark.parametrize("ending", [".npy", ".png", ".nii", ".nii.gz", ".zarr"])
+def test_a_choice_that_means_nothing_in_a_single_image_is_refused(tmp_path, ending):
+    """A series or level that is not there is named wherever it is asked for; the first of each is there."""
+    path, image = tmp_path / f"one{ending}", RNG.integers(0, 255, (12, 16), dtype=np.uint8)
+    match ending:
+        case ".npy":
+            np.save(path, image)
+        case ".png":
+            iio.imwrite(path, image)
+        case ".zarr":
+            zarr.create_array(path, data=image)
+        case _:
+            nibabel.save(nibabel.Nifti1Image(image.T, np.eye(4)), path)
+    with open_windows(path, ndim=2, channels=1, series="0", level=0) as window:
+        assert np.array_equal(window.read([(0, 12), (0, 16)])[0], image)
+    for wrong in ("1", "tissue", "-1", ""):
+        with pytest.raises(NormfixError, match=r"NF141 .*holds one image"):
+            open_windows(path, ndim=2, channels=1, series=wrong)
+    for level in (1, -1):
+        with pytest.raises(NormfixError, match=r"NF101 .*1 level, and no level"):
+            open_windows(path, ndim=2, channels=1, level=level)
+
+
+@pytest.mark.parametrize(("wrong", "code"), [({"series": "1"}, "NF141"), ({"level": 2}, "NF101")])
+def test_an_array_has_no_series_and_no_pyramid(wrong, code):
+    """What is no file is one image too."""
+    array = RNG.random((12, 16), dtype=np.float32)
+    assert normfix.open_image(array, Plain(), series="0").shape == (1, 1, 12, 16)
+    with pytest.raises(NormfixError) as caught:
+        normfix.open_image(array, Plain(), **wrong)
+    assert caught.value.code == code
 
 
 def test_channels_come_back_where_they_were(tmp_path):

@@ -425,6 +425,31 @@ def test_checkpointing_with_accumulation_and_two_backwards():
     assert_close(*gradients, **EXACT)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("cut", ["one", "two"])
+def test_checkpointing_a_batch_that_overflowed_changes_nothing(cut, reentrant):
+    """Infinities of mixed precision give the unchecked run's NaN, for a GradScaler to skip, not an error of ours."""
+    plain, checked = _twice("none", False), _twice(cut, reentrant)
+    x = torch.randn(3, 4, 5, 5, dtype=torch.double)
+    x[0, 0, 0, 0] = torch.inf
+    assert_close(_step(checked, checked, x), _step(plain, plain, x), equal_nan=True, **EXACT)
+    assert checked.norm.num_batches_tracked == 3
+
+
+def test_a_batch_that_overflowed_is_told_from_the_one_before():
+    """Of two checkpointed calls the second is spoilt: the first one's gradients are the unchecked run's, and finite."""
+    batches = [torch.randn(3, 4, 5, 5, dtype=torch.double, requires_grad=True) for _ in range(2)]
+    with torch.no_grad():
+        batches[1][0, 0, 0, 0] = torch.nan
+    gradients = []
+    for keep in (lambda part, x: part(x), lambda part, x: checkpoint(part, x, use_reentrant=False)):
+        model = _twice("none", False)
+        losses = [keep(model.part, x).pow(3).mean() for x in batches]
+        gradients.append([torch.autograd.grad(loss, x)[0] for loss, x in zip(losses, batches, strict=True)])
+    assert gradients[0][0].isfinite().all()
+    assert_close(gradients[1], gradients[0], equal_nan=True, **EXACT)
+
+
 def test_checkpointing_a_layer_without_gradients_of_its_own():
     """A layer whose graph holds nothing is still not run twice: its batch is counted once."""
     layer = _randomise(BatchRenorm2d(4)).requires_grad_(False)

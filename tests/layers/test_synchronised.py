@@ -15,6 +15,8 @@ import normfix
 from normfix.layers import BatchRenorm2d, synchronise
 
 SHARES = [(3, 5), (8, 0), (1, 7)]
+FEW = [0, 1, 2]
+"""Values per channel over all ranks."""
 STEPS = 3
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -53,6 +55,12 @@ def _rank(rank, folder, port):
         batches = [_batch(step)[:, :1].split(SHARES[0])[rank] for step in range(STEPS)]
         for name, value in _fine_tuned(network, DistributedDataParallel, batches, world=2).items():
             measured[f"tuned.{kind}.{name}"] = value.contiguous()
+    for values in FEW:
+        layer = synchronise(nn.Sequential(BatchRenorm2d(3, momentum=None))).train()
+        own = torch.randn(values if rank else 0, 3, 1, 1, requires_grad=True)
+        layer(own).sum().backward()
+        assert own.grad.isfinite().all()
+        measured |= {f"few{values}.{name}": value for name, value in layer[0].state_dict().items()}
     save_file(measured, f"{folder}/{rank}.safetensors")
     dist.destroy_process_group()
 
@@ -158,6 +166,17 @@ def test_fine_tuning_without_synchronisation_differs(results, expected):
     """The comparison can fail: under DDP alone statistics are those of one rank's share."""
     for rank in results:
         assert (rank["tuned.plain.1.running_mean"] - expected["1.running_mean"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("values", FEW)
+def test_a_batch_without_a_variance_leaves_the_statistics(results, values):
+    """No value at all, or one, has no unbiased variance: the running ones stay finite and as they were."""
+    for rank in results:
+        mean, var = rank[f"few{values}.running_mean"], rank[f"few{values}.running_var"]
+        assert mean.isfinite().all()
+        assert var.isfinite().all()
+        assert (torch.equal(mean, torch.zeros(3)) and torch.equal(var, torch.ones(3))) is (values < 2)
+        assert rank[f"few{values}.num_batches_tracked"] == 1
 
 
 def test_without_a_process_group_it_is_batchrenorm():

@@ -120,3 +120,42 @@ def test_networks_that_switch_gradients_on_are_measured_in_stages(careless):
     torch.testing.assert_close(normfix.predict(again, image, 16), expected, rtol=0, atol=1e-12)
     assert normfix.diagnose(net, image, 16).status == "failed"
     assert all(p.requires_grad for p in net.parameters())
+
+
+class Descending(nn.Module):
+    """A step down the gradient of an energy, as solvers and score networks make in their forward."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.InstanceNorm2d(4), nn.ReLU())
+        self.way = way
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = self.features(x).square().sum()
+            if self.way == "grad":
+                (slope,) = torch.autograd.grad(energy, x)
+            else:
+                energy.backward()
+                slope = x.grad
+        return x - 0.1 * slope
+
+
+@pytest.mark.parametrize("way", ["grad", "backward"])
+def test_gradients_that_end_at_a_held_statistic_are_named(way):
+    """The refusal says that the way back ends there; another size of image would not help."""
+    image = torch.rand(1, 1, 64, 64)
+    with torch.no_grad():
+        assert Descending(way)(image).isfinite().all()
+    with pytest.raises(NormfixError, match=r"computes gradients in its forward \(torch.autograd\)") as caught:
+        normfix.convert(Descending(way), image)
+    assert caught.value.code == "NF109"
+    assert "--input" not in caught.value.message
+
+
+def test_a_network_that_fails_elsewhere_is_told_to_be_given_another_input():
+    """The other way on stays: what fails outside of a way back may be the size."""
+    with pytest.raises(NormfixError, match="Give an input it accepts") as caught:
+        Caller()(nn.Conv2d(3, 4, 3), torch.rand(1, 1, 16, 16))
+    assert caught.value.code == "NF109"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,6 +104,21 @@ def test_onnx_holds_no_statistic_and_knows_its_plan(volume, tmp_path):
     assert not kinds & {"InstanceNormalization", "GroupNormalization", "ReduceMean", "LayerNormalization"}
     manifest = {entry.key: entry.value for entry in model.metadata_props}["normfix.json"]
     assert '"halo"' in manifest
+
+
+@pytest.mark.slow
+def test_what_it_is_compared_with_lies_in_its_draft(grouped, tmp_path, monkeypatch):
+    """So a kill leaves nothing that the next run does not sweep, and a run that ends leaves the file alone."""
+    places, run_alone = [], exports.run_alone
+
+    def watched(script, path, stored, *words):
+        places.append(Path(stored).relative_to(tmp_path).parts[0])
+        return run_alone(script, path, stored, *words)
+
+    monkeypatch.setattr(exports, "run_alone", watched)
+    normfix.save(grouped, tmp_path / "net.ts")
+    assert [place.startswith(".normfix-draft-") for place in places] == [True]
+    assert [path.name for path in tmp_path.iterdir()] == ["net.ts"]
 
 
 @pytest.mark.cold

@@ -74,6 +74,15 @@ def test_a_state_dict_loads_into_its_architecture(tmp_path, content):
     assert_same(open_model(str(tmp_path / "w.pt"), arch=ARCH).model, trained())
 
 
+def test_an_empty_name_is_not_the_working_directory(tmp_path, monkeypatch):
+    """A network that was saved there is not opened by a name that was left empty by mistake."""
+    image = torch.rand(1, 1, 32, 32)
+    normfix.save(normfix.convert(tiny_unet(), image), tmp_path / "saved", source=ARCH)
+    monkeypatch.chdir(tmp_path / "saved")
+    assert normfix.load(".", arch=ARCH)(image).shape == image.shape
+    assert refusal(normfix.load, "", arch=ARCH).code == "NF101"
+
+
 def test_a_prefix_that_the_network_has_is_kept(tmp_path):
     """A network whose own names begin with module. loads its own weights."""
     torch.save(state(model=Wrapped()), tmp_path / "w.pt")

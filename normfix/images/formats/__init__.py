@@ -39,13 +39,15 @@ def open_file(path: Path, choice: Choice | None = None) -> Opened:
         choice: which series and level, where a file has several.
 
     Raises:
-        NormfixError: NF101 if it cannot be opened, NF141 if it holds several images and none was chosen, NF143 if
-            the library that reads it is missing.
+        NormfixError: NF101 if it cannot be opened or has no such level, NF141 if it holds several images and none was
+            chosen, or not the one that was, NF143 if the library that reads it is missing.
     """
     choice, suffix = choice or Choice(), suffix_of(path)
     if path.exists() and not path.is_file() and not path.is_dir():
         # Opening a pipe waits for ever, and reading a device never ends.
         raise unreadable(path, ValueError("it is a pipe, a device or the like, and no file"))
+    if suffix in (".nii", ".nii.gz", ".npy", ".png", ".jpg", ".jpeg"):
+        choice.require_single(str(path))
     try:
         match suffix:
             case ".tif" | ".tiff":

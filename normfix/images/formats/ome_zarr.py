@@ -35,6 +35,7 @@ def open_zarr(path: Path, choice: Choice) -> Opened:
     third = metadata_of(path, path, "zarr.json")
     flat = (path / ".zarray").exists() if third is None else third.get("node_type") == "array"
     if flat:
+        choice.require_single(str(path))
         array, chunks = open_array(path, path)
         dims = [str(name).upper() for name in (third or {}).get("dimension_names") or ()]
         said = "".join(dims) if dims and all(len(name) == 1 for name in dims) else None

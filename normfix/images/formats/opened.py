@@ -79,6 +79,23 @@ class Choice:
     series: str | None = None
     level: int = 0
 
+    def require_single(self, where: str) -> None:
+        """Refuse a choice that means nothing in what holds one image without a pyramid.
+
+        Raises:
+            NormfixError: NF141 for another series than the first, NF101 for another level.
+        """
+        if self.series not in (None, "0"):
+            raise NormfixError(
+                "NF141", f"it holds one image, and no {self.series!r}. Leave --series out.", where=where
+            )
+        if self.level:
+            raise NormfixError(
+                "NF101",
+                f"it has 1 level, and no level {self.level}: a pyramid is a TIFF or OME-Zarr. Leave --level out.",
+                where=where,
+            )
+
 
 def choose(names: Sequence[str], shapes: Sequence[Sequence[int]], choice: str | None, path: Path) -> int:
     """Return the number of the series that is meant.
