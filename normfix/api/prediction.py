@@ -30,10 +30,10 @@ from normfix.images.sources import Image, TensorImage, middle_of, whole
 from normfix.images.windows import ScaledImage
 from normfix.images.writing import OutputFile
 from normfix.networks.behaviour import state_of
-from normfix.networks.calling import Caller, NotTaken, home_of, in_eval_mode, refusals
+from normfix.networks.calling import Caller, NotTaken, OutOfMemory, home_of, in_eval_mode, refusals
 from normfix.networks.copying import copy_of, double_of, original_of, twin_of
 from normfix.networks.examples import half_of, middle
-from normfix.networks.numerics import exact_arithmetic, require_finite
+from normfix.networks.numerics import IDENTITY, deviation, exact_arithmetic, require_finite
 from normfix.networks.provenance import attach_, provenance_of
 from normfix.networks.surroundings import undisturbed
 from normfix.proof.steps import TILES, identity
@@ -50,13 +50,13 @@ from normfix.tiling.dependence import alike
 from normfix.tiling.domain import extension, judge_size
 from normfix.tiling.geometry import geometry_of
 from normfix.tiling.grid import Geometry
-from normfix.tiling.lengths import differing, is_compared_whole
+from normfix.tiling.lengths import LARGEST, differing, is_compared_whole
 from normfix.tiling.stages.cache import hand_on, is_captured
 from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stages.prediction import predict_in_stages, tell_fallback
 from normfix.tiling.stages.refusals import NotInStages
 from normfix.tiling.stages.resuming import resumable
-from normfix.tiling.stitching import tile_extents, tiled
+from normfix.tiling.stitching import cropped, padded, tile_extents, tiled
 
 __all__ = ["NotTiledError", "PredictOptions", "predict", "write_prediction", "write_stack"]
 
@@ -400,7 +400,9 @@ class _Prediction:
         twin = twin_of(model)
         with exact_arithmetic():
             image = whole(self.image)
-            return tiled(lambda x: caller(twin, x), image, tile, geometry, batch=self.blocks.batch)
+            result = tiled(lambda x: caller(twin, x), image, tile, geometry, batch=self.blocks.batch)
+            self._require_whole(result, image, geometry, tile)
+            return result
 
     def _of_the_image(self, out: OutputFile | None) -> Tensor | None:
         """Predict by the image's own statistics: as they are measured, where no geometry hangs on them."""
@@ -496,28 +498,9 @@ class _Prediction:
             NormfixError: NF264.
         """
         size, sizes = self.image.shape[2:], self.known.scan.sizes
-        if sizes is None or not sizes.unknown:
+        if sizes is None or not sizes.unknown or not self._is_new(geometry, tile):
             return
-        held = _HELD.setdefault(self.model, set())
-        what = (self.known.scan, tuple(size), tuple(tile), geometry, state_of(self.model))
-        if what in held:
-            return
-        example = middle_of(self.image)[:1].to(*home_of(self.model)).double()
-        double = double_of(self.model)
-        try:
-            with exact_arithmetic():
-                found = differing(
-                    lambda x: self.known.caller.exactly(double, x), example, size, tile, geometry
-                )
-        except refusals():  # it takes no strip, which says nothing of its tiles
-            return
-        if found is not None:
-            raise NormfixError(
-                "NF264",
-                f"tiles differ from the whole at {'x'.join(map(str, found))} pixels, while they equalled it at the "
-                f"sizes that were tried: {sizes.unknown[0].rstrip('.')}.",
-                where=self.known.scan.model,
-            )
+        self._require_no_difference(geometry, tile)
         if not sizes.exceeded(size) and not is_compared_whole(size, geometry):
             _LOG.warning(
                 "NF261 an image of %s was not compared whole, strips as long and a window of its tiles were, and no "
@@ -525,7 +508,72 @@ class _Prediction:
                 "x".join(map(str, size)),
                 sizes.unknown[0].rstrip("."),
             )
-        held.add(what)
+
+    def _require_whole(self, result: Tensor, image: Tensor, geometry: Geometry, tile: Sequence[int]) -> None:
+        """Hold what tiles gave against the whole, once for each size: a network may be another while it is captured.
+
+        Small images are run whole; of what differs float64 decides, as of the strips of large ones.
+
+        Raises:
+            NormfixError: NF264.
+        """
+        size = image.shape[2:]
+        if all(n <= t for n, t in zip(size, tile, strict=True)) or not self._is_new(geometry, tile):
+            return
+        if is_compared_whole(size, geometry):
+            part = slice(None if image.shape[0] * math.prod(size) <= LARGEST else 1)
+            try:
+                with torch.no_grad():
+                    whole = self.known.caller(twin_of(self.model), padded(image[part], geometry))
+            except OutOfMemory:  # tiles are what it has room for
+                return
+            except refusals():
+                return
+            expected = cropped(whole, size, geometry.scale)
+            sd = float(expected.double().std(correction=0)) or 1.0
+            if deviation(result[part], expected, sd)[0] <= IDENTITY.get(expected.dtype, 0.0):
+                self._note(geometry, tile)
+                return
+        self._require_no_difference(geometry, tile)
+
+    def _require_no_difference(self, geometry: Geometry, tile: Sequence[int]) -> None:
+        """Compare tiles with the whole in float64 at the image's size.
+
+        Raises:
+            NormfixError: NF264.
+        """
+        scan, caller = self.known.scan, self.known.caller
+        example = middle_of(self.image)[:1].to(*home_of(self.model)).double()
+        double = double_of(self.model)
+        try:
+            with exact_arithmetic():
+                found = differing(
+                    lambda x: caller.exactly(double, x), example, self.image.shape[2:], tile, geometry
+                )
+        except OutOfMemory:  # of float64 it takes twice as much
+            return
+        except refusals():  # it takes no strip, which says nothing of its tiles
+            return
+        if found is not None:
+            unknown = scan.sizes.unknown if scan.sizes is not None else ()
+            why = unknown[0] if unknown else "its graph does not say that it is another network there"
+            raise NormfixError(
+                "NF264",
+                f"tiles differ from the whole at {'x'.join(map(str, found))} pixels, while they equalled it at the "
+                f"sizes that were tried: {why.rstrip('.')}.",
+                where=scan.model,
+            )
+        self._note(geometry, tile)
+
+    def _is_new(self, geometry: Geometry, tile: Sequence[int]) -> bool:
+        """Tell whether tiles were not compared yet at the image's size, with the values of now."""
+        return self._compared(geometry, tile) not in _HELD.get(self.model, ())
+
+    def _note(self, geometry: Geometry, tile: Sequence[int]) -> None:
+        _HELD.setdefault(self.model, set()).add(self._compared(geometry, tile))
+
+    def _compared(self, geometry: Geometry, tile: Sequence[int]) -> tuple[Any, ...]:
+        return (self.known.scan, tuple(self.image.shape[2:]), tuple(tile), geometry, state_of(self.model))
 
     @property
     def scale(self) -> tuple[Fraction, ...]:
