@@ -352,5 +352,6 @@ UNRECORDED: Mapping[str, Way] = {
     "text": _gained(lambda x: f"{x.shape[-1]}" in {"64", "65"}),
     "text of a shape": _gained(lambda x: repr(x.shape).endswith("64])")),
     "compared as a tensor": _compared,
+    "unless it is captured": _gained(lambda x: isinstance(x.shape[-1], int) and x.shape[-1] == 64),
 }
 """Ways that are another function for images 64 pixels wide, and of which no captured graph says so."""

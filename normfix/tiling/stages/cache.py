@@ -62,11 +62,15 @@ the lattice of maps is known, which makes it whole. To compare all of 32 voxels 
 
 @dataclass(frozen=True, slots=True)
 class _Capture:
-    """A program, what it was captured for, and a lock that its one user at a time holds."""
+    """A program, what it was captured for, and a lock that its one user at a time holds.
+
+    `held` are the shapes of images at which it computed what the network does.
+    """
 
     key: tuple[object, ...]
     program: Program
     lock: threading.Lock = field(default_factory=threading.Lock)
+    held: set[tuple[int, ...]] = field(default_factory=set)
 
     def still_holds(self, model: nn.Module, caller: Caller, sites: tuple[str, ...], example: Tensor) -> bool:
         """Tell whether the program, with the model's present weights, computes what the model does at every site."""
@@ -84,6 +88,25 @@ class _Capture:
                 )
         return computes(body, model, run, _noise_like(example), dtypes=self.program.dtypes)
 
+    def differs(self, model: nn.Module, caller: Caller, sites: tuple[str, ...], image: Image) -> bool:
+        """Tell whether the program computes something else than the model at an image's size, or on strips as long.
+
+        Which network it is at a size may hang on what no graph records. Where the model takes no strip nothing is told.
+        """
+        shape = tuple(image.shape[1:])
+        if shape in self.held:
+            return False
+        body, run, dtypes = self.program.body, marked(caller, sites), self.program.dtypes
+        for part in _parts(image):
+            example = image.read([(0, n) for n in part])[:1].clone()
+            pairs = compared(body, model, run, example, guarded=False)
+            if pairs is not None and not (
+                agree(pairs, dtypes) or _agree_in_double(body, model, caller, sites, example)
+            ):
+                return True
+        self.held.add(shape)
+        return False
+
     def agrees(self, model: nn.Module, caller: Caller, sites: tuple[str, ...], example: Tensor) -> bool:
         """Tell whether the program computes what the model does beyond the conditions that it was captured under."""
         self.program.refresh_(model)
@@ -91,6 +114,13 @@ class _Capture:
         return computes(body, model, run, example, guarded=False, dtypes=dtypes) or _agree_in_double(
             body, model, caller, sites, example
         )
+
+
+def _parts(image: Image) -> Sequence[tuple[int, ...]]:
+    """Return the extents of what is compared of an image: all of it, or strips that are as long along an axis each."""
+    space = tuple(image.shape[2:])
+    thin = [min(n, EXTENT[len(space)]) for n in space]
+    return [space] if math.prod(space) <= LARGEST else strips_along(space, thin)
 
 
 def _speaks_for(program: Program, image: Image, agrees: Callable[[Tensor], bool]) -> bool:
@@ -102,10 +132,7 @@ def _speaks_for(program: Program, image: Image, agrees: Callable[[Tensor], bool]
     size = (1, *image.shape[1:])
     if program.is_told and program.takes(size):
         return True
-    space = size[2:]
-    thin = [min(n, EXTENT[len(space)]) for n in space]
-    parts = [space] if math.prod(space) <= LARGEST else strips_along(space, thin)
-    beyond = [part for part in parts if not (program.is_told and program.takes((1, size[1], *part)))]
+    beyond = [part for part in _parts(image) if not (program.is_told and program.takes((1, size[1], *part)))]
     examples = (image.read([(0, n) for n in part])[:1].clone() for part in beyond)
     return bool(beyond) and all(
         agrees(magnified) for example in examples for magnified in magnitudes(example)
@@ -185,6 +212,13 @@ def program_of(
                 "NF321",
                 "it was captured on another side of a branch by size than an image of "
                 f"{'x'.join(map(str, image.shape[2:]))} pixels is on, and nothing shows that both compute the same.",
+                where=type(owner).__name__,
+            )
+        if known.differs(model, caller, sites, image):
+            raise NotInStages(
+                "NF321",
+                f"at {'x'.join(map(str, image.shape[2:]))} pixels, or on a strip as long, it gives something else than "
+                "its graph: it is another network there, or while it is captured.",
                 where=type(owner).__name__,
             )
         yield known.program
