@@ -30,7 +30,7 @@ _ASKED = ("__repr__", "__hash__")
 _OTHERS = (TORCH, f"{PACKAGE}{os.sep}", f"{Path(logging.__file__).parent}{os.sep}")
 """Whose code writes sizes down for people, or as names of symbols."""
 _UNCACHED = "einops"
-"""A library that looks up how to rearrange a shape, and works it out where that is refused."""
+"""A library that looks up how to rearrange a shape, and works it out where a key is refused."""
 
 _NOTED: WeakKeyDictionary[Any, dict[str, None]] = WeakKeyDictionary()
 """The lines that asked, by the environment of a capture's symbols."""
@@ -44,8 +44,10 @@ def noted_texts() -> Iterator[None]:
     def noting(answer: Callable[[Any], Any]) -> Callable[[Any], Any]:
         @functools.wraps(answer)
         def noted(self: Any) -> Any:
-            if threading.get_ident() == here:
-                _note(self, sys._getframe(1))
+            frame = sys._getframe(1)
+            module = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+            if threading.get_ident() == here and (answer.__name__, module) != ("__hash__", _UNCACHED):
+                _note(self, frame)
             return answer(self)
 
         return noted
@@ -67,7 +69,7 @@ def texts_of(environment: Any) -> tuple[str, ...]:
 
 def _note(size: Any, frame: Any) -> None:
     file = frame.f_code.co_filename
-    if file.startswith(_OTHERS) or frame.f_globals.get("__name__", "").partition(".")[0] == _UNCACHED:
+    if file.startswith(_OTHERS):
         return
     formula = getattr(size.node, "expr", None)
     if getattr(formula, "free_symbols", None):
