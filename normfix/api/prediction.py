@@ -68,7 +68,7 @@ _WHOLE = frozenset({Family.ATTENTION, Family.POOL})
 """What is of the whole image in stages, where no constant replaces it."""
 
 _HELD: WeakKeyDictionary[nn.Module, set[tuple[Any, ...]]] = WeakKeyDictionary()
-"""At which sizes and with which values tiles of a network were held against its whole, and equalled it."""
+"""At which sizes, and where no graph tells sizes with which values, tiles of a network equalled its whole."""
 
 _PLANNED: WeakKeyDictionary[nn.Module, _Planned] = WeakKeyDictionary()
 """What is held of networks that were not converted, and of what modules and values."""
@@ -566,14 +566,16 @@ class _Prediction:
         self._note(geometry, tile)
 
     def _is_new(self, geometry: Geometry, tile: Sequence[int]) -> bool:
-        """Tell whether tiles were not compared yet at the image's size, with the values of now."""
+        """Tell whether tiles were not compared yet at this size: with the values of now, where they may count."""
         return self._compared(geometry, tile) not in _HELD.get(self.model, ())
 
     def _note(self, geometry: Geometry, tile: Sequence[int]) -> None:
         _HELD.setdefault(self.model, set()).add(self._compared(geometry, tile))
 
     def _compared(self, geometry: Geometry, tile: Sequence[int]) -> tuple[Any, ...]:
-        return (self.known.scan, tuple(self.image.shape[2:]), tuple(tile), geometry, state_of(self.model))
+        sizes = self.known.scan.sizes
+        state = state_of(self.model) if sizes is not None and sizes.unknown else ()
+        return (self.known.scan, tuple(self.image.shape[2:]), tuple(tile), geometry, state)
 
     @property
     def scale(self) -> tuple[Fraction, ...]:
