@@ -139,7 +139,7 @@ class ProvedSizes(Record):
         most = "x".join(map(str, self.extents))
         return (
             *limits,
-            f"at sizes that were tried, up to {most} along the axes and {self.pixels} pixels: "
+            f"up to {most} along the axes and {self.pixels} pixels, at the sizes that were tried: "
             f"{self.unknown[0].rstrip('.')}",
         )
 

@@ -252,9 +252,12 @@ class _Reading:
 
 
 def _is_of_one_number(formula: Any) -> bool:
-    """Tell whether it says that a size is not one number: two maps did not fit, which the network may have caught."""
-    numbers = [side for side in formula.args if side.is_Integer]
-    return type(formula).__name__ == "Unequality" and any(int(number) > 1 for number in numbers)
+    """Tell whether it says that an extent is not one number: maps did not fit, which the network may catch."""
+    if type(formula).__name__ != "Unequality":
+        return False
+    return any(side.is_Symbol for side in formula.args) and any(
+        side.is_Integer and int(side) > 1 for side in formula.args
+    )
 
 
 def _frame(guard: Any) -> Any:
