@@ -174,7 +174,10 @@ def test_a_branch_in_a_library_beside_torch_is_a_condition():
 
 
 def test_two_maps_that_did_not_fit_are_a_condition():
-    """torch asks it for the network, which goes on without; control: a bias of channels fits at every size."""
+    """torch asks it for the network, which goes on without; control: a bias of channels fits at every size.
+
+    Releases that make a number of the size there leave others open.
+    """
 
     def caught(x):
         try:
@@ -182,7 +185,9 @@ def test_two_maps_that_did_not_fit_are_a_condition():
         except RuntimeError:
             return x
 
-    assert texts(look(caught).conditions) == ["W != 80"]
+    found = look(caught)
+    assert texts(found.conditions) == (["W != 80"] if writes_archives() else [])
+    assert bool(found.unknown) != writes_archives()
     assert look(lambda x: x + torch.ones(1, 1, 1)).conditions == ()
 
 
