@@ -33,7 +33,8 @@ from normfix.networks.behaviour import state_of
 from normfix.networks.calling import Caller, NotTaken, OutOfMemory, home_of, in_eval_mode, refusals
 from normfix.networks.copying import copy_of, double_of, original_of, twin_of
 from normfix.networks.examples import half_of, middle
-from normfix.networks.numerics import IDENTITY, deviation, exact_arithmetic, require_finite
+from normfix.networks.graph.replaying import same
+from normfix.networks.numerics import exact_arithmetic, require_finite
 from normfix.networks.provenance import attach_, provenance_of
 from normfix.networks.surroundings import undisturbed
 from normfix.proof.steps import TILES, identity
@@ -396,12 +397,15 @@ class _Prediction:
                     raise
                 tell_fallback("the image is read whole and predicted in tiles", error)
         assert geometry is not None
-        self._require_alike(geometry, tile)
+        held, what = _HELD.setdefault(model, set()), self._compared(geometry, tile)
+        if what not in held and self._require_alike(geometry, tile):
+            held.add(what)
         twin = twin_of(model)
         with exact_arithmetic():
             image = whole(self.image)
             result = tiled(lambda x: caller(twin, x), image, tile, geometry, batch=self.blocks.batch)
-            self._require_whole(result, image, geometry, tile)
+            if what not in held and self._require_whole(result, image, geometry, tile):
+                held.add(what)
             return result
 
     def _of_the_image(self, out: OutputFile | None) -> Tensor | None:
@@ -491,16 +495,19 @@ class _Prediction:
                 where=self.known.scan.model,
             )
 
-    def _require_alike(self, geometry: Geometry, tile: Sequence[int]) -> None:
+    def _require_alike(self, geometry: Geometry, tile: Sequence[int]) -> bool:
         """Refuse an image at whose size tiles differ from the whole, where no graph tells how sizes are treated.
+
+        Returns:
+            Whether they were compared.
 
         Raises:
             NormfixError: NF264.
         """
         size, sizes = self.image.shape[2:], self.known.scan.sizes
-        if sizes is None or not sizes.unknown or not self._is_new(geometry, tile):
-            return
-        self._require_no_difference(geometry, tile)
+        if sizes is None or not sizes.unknown:
+            return False
+        compared = self._require_no_difference(geometry, tile)
         if not sizes.exceeded(size) and not is_compared_whole(size, geometry):
             _LOG.warning(
                 "NF261 an image of %s was not compared whole, strips as long and a window of its tiles were, and no "
@@ -508,36 +515,40 @@ class _Prediction:
                 "x".join(map(str, size)),
                 sizes.unknown[0].rstrip("."),
             )
+        return compared
 
-    def _require_whole(self, result: Tensor, image: Tensor, geometry: Geometry, tile: Sequence[int]) -> None:
-        """Hold what tiles gave against the whole, once for each size: a network may be another while it is captured.
+    def _require_whole(self, result: Tensor, image: Tensor, geometry: Geometry, tile: Sequence[int]) -> bool:
+        """Hold what tiles gave against the whole: a network may be another while it is captured.
 
         Small images are run whole; of what differs float64 decides, as of the strips of large ones.
+
+        Returns:
+            Whether they were compared.
 
         Raises:
             NormfixError: NF264.
         """
         size = image.shape[2:]
-        if all(n <= t for n, t in zip(size, tile, strict=True)) or not self._is_new(geometry, tile):
-            return
+        if all(n <= t for n, t in zip(size, tile, strict=True)):
+            return False
         if is_compared_whole(size, geometry):
             part = slice(None if image.shape[0] * math.prod(size) <= LARGEST else 1)
             try:
                 with torch.no_grad():
                     whole = self.known.caller(twin_of(self.model), padded(image[part], geometry))
             except OutOfMemory:  # tiles are what it has room for
-                return
+                return False
             except refusals():
-                return
-            expected = cropped(whole, size, geometry.scale)
-            sd = float(expected.double().std(correction=0)) or 1.0
-            if deviation(result[part], expected, sd)[0] <= IDENTITY.get(expected.dtype, 0.0):
-                self._note(geometry, tile)
-                return
-        self._require_no_difference(geometry, tile)
+                return False
+            if same(result[part], cropped(whole, size, geometry.scale)):
+                return True
+        return self._require_no_difference(geometry, tile)
 
-    def _require_no_difference(self, geometry: Geometry, tile: Sequence[int]) -> None:
+    def _require_no_difference(self, geometry: Geometry, tile: Sequence[int]) -> bool:
         """Compare tiles with the whole in float64 at the image's size.
+
+        Returns:
+            Whether they were compared.
 
         Raises:
             NormfixError: NF264.
@@ -551,9 +562,9 @@ class _Prediction:
                     lambda x: caller.exactly(double, x), example, self.image.shape[2:], tile, geometry
                 )
         except OutOfMemory:  # of float64 it takes twice as much
-            return
+            return False
         except refusals():  # it takes no strip, which says nothing of its tiles
-            return
+            return False
         if found is not None:
             unknown = scan.sizes.unknown if scan.sizes is not None else ()
             why = unknown[0] if unknown else "its graph does not say that it is another network there"
@@ -563,16 +574,10 @@ class _Prediction:
                 f"sizes that were tried: {why.rstrip('.')}.",
                 where=scan.model,
             )
-        self._note(geometry, tile)
-
-    def _is_new(self, geometry: Geometry, tile: Sequence[int]) -> bool:
-        """Tell whether tiles were not compared yet at this size: with the values of now, where they may count."""
-        return self._compared(geometry, tile) not in _HELD.get(self.model, ())
-
-    def _note(self, geometry: Geometry, tile: Sequence[int]) -> None:
-        _HELD.setdefault(self.model, set()).add(self._compared(geometry, tile))
+        return True
 
     def _compared(self, geometry: Geometry, tile: Sequence[int]) -> tuple[Any, ...]:
+        """Return what tiles are compared at: a size, with the values of now where they may count."""
         sizes = self.known.scan.sizes
         state = state_of(self.model) if sizes is not None and sizes.unknown else ()
         return (self.known.scan, tuple(self.image.shape[2:]), tuple(tile), geometry, state)
@@ -655,15 +660,15 @@ def _held(model: nn.Module, image: Tensor, caller: Caller) -> nn.Module:
         NormfixError: NF409 if it does not compute what the network computes once they are.
     """
     known = _PLANNED.get(model)
-    same = None if known is None else scanned_of(model, caller, known.scan)
-    if known is None or same is None or known.of != (same, image.shape):
+    scanned = None if known is None else scanned_of(model, caller, known.scan)
+    if known is None or scanned is None or known.of != (scanned, image.shape):
         base = base_of(model, image, caller)
         scan = look(base.copy, base.example, base.caller).scan
         plan = decide(scan.sites, model=scan.model, to="frozen")
         # only now: that its runs change nothing of the network was shown by the base
-        same = scanned_of(model, caller, scan)
-        if same is not None:
-            _PLANNED[model] = _Planned((same, image.shape), scan, plan, base.example.shape[2:])
+        scanned = scanned_of(model, caller, scan)
+        if scanned is not None:
+            _PLANNED[model] = _Planned((scanned, image.shape), scan, plan, base.example.shape[2:])
     else:
         scan, plan = known.scan, known.plan
         base = base_of(model, image, caller, example=middle(image, known.extents))

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch.compiler
 import torch.export
 
-__all__ = ["TORCH", "is_exporting", "values_of", "writes_archives"]
-
-TORCH = f"{Path(torch.__file__).parent}{os.sep}"
-"""What the names of torch's own files begin with, and no other library's: torchvision lies beside it."""
+__all__ = ["is_exporting", "values_of", "writes_archives"]
 
 
 def is_exporting() -> bool:

@@ -8,14 +8,12 @@ is told from a norm of activations.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -26,9 +24,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from normfix.errors import PACKAGE
+from normfix.networks.frames import OURS, TORCH, line_name
 from normfix.networks.functions import COUNTED, DIRECT, NORMS, arguments_of, bound, taken_by
-from normfix.networks.releases import TORCH
 from normfix.records.sites import site_id
 
 __all__ = [
@@ -65,7 +62,6 @@ PICKS = frozenset({"masked_select", "nonzero", "argwhere", "unique", "unique_con
 _ATEN = {"slice": "__getitem__", "select": "__getitem__", "index": "__getitem__", "narrow": "__getitem__"}
 _NAME_OF = {function: name for name, function in NORMS.items()}
 _COUNTED_NAMES = frozenset(COUNTED.values())
-_NOT_OURS = (TORCH, f"{PACKAGE}{os.sep}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -401,10 +397,10 @@ def source_line() -> str:
     first = ""
     while frame is not None:
         name = frame.f_code.co_filename
-        here = f"{'/'.join(Path(name).parts[-2:])}:{frame.f_lineno}"
-        if not name.startswith(_NOT_OURS) and not name.startswith("<"):
+        here = line_name(name, frame.f_lineno)
+        if not name.startswith((TORCH, OURS)) and not name.startswith("<"):
             return here
-        if not first and name.startswith(_NOT_OURS[0]) and "/nn/modules/" in name and "module.py" not in name:
+        if not first and name.startswith(TORCH) and "/nn/modules/" in name and "module.py" not in name:
             first = here
         if frame.f_code.co_name == "census":
             break

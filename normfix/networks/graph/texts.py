@@ -20,14 +20,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from normfix.errors import PACKAGE
-from normfix.networks.releases import TORCH
+from normfix.networks.frames import OURS, TORCH, line_name
 
 __all__ = ["noted_texts", "texts_of"]
 
 _KINDS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _ASKED = ("__repr__", "__hash__")
-_OTHERS = (TORCH, f"{PACKAGE}{os.sep}", f"{Path(logging.__file__).parent}{os.sep}")
+_OTHERS = (TORCH, OURS, f"{Path(logging.__file__).parent}{os.sep}")
 """Whose code writes sizes down for people, or as names of symbols."""
 _UNCACHED = "einops"
 """A library that looks up how to rearrange a shape, and works it out where a key is refused."""
@@ -73,5 +72,4 @@ def _note(size: Any, frame: Any) -> None:
         return
     formula = getattr(size.node, "expr", None)
     if getattr(formula, "free_symbols", None):
-        line = f"{'/'.join(Path(file).parts[-2:])}:{frame.f_lineno}"
-        _NOTED.setdefault(size.node.shape_env, {})[line] = None
+        _NOTED.setdefault(size.node.shape_env, {})[line_name(file, frame.f_lineno)] = None

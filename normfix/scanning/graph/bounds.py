@@ -9,11 +9,9 @@ argument is taken is a condition too. A largest extent that the graph holds for 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +20,13 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from normfix.errors import PACKAGE, NormfixError
+from normfix.errors import NormfixError
+from normfix.networks.frames import OURS, TORCH, innermost, line_name
 from normfix.networks.graph.capture import asked_as_text, image_of
 from normfix.networks.graph.extents import is_sized, laid, space_of
 from normfix.networks.graph.factors import factors, is_tensor, numbers_of
 from normfix.networks.graph.operators import name_of, taken_by
-from normfix.networks.releases import TORCH, values_of
+from normfix.networks.releases import values_of
 from normfix.records.sizes import Condition
 from normfix.scanning.graph.formulas import NoText, text_of
 from normfix.scanning.graph.shifts import shifts
@@ -37,7 +36,6 @@ __all__ = ["AXES", "KERNELS", "SizeLook", "read_sizes", "varied"]
 AXES = {3: "L", 4: "HW", 5: "DHW"}
 """Names of the spatial axes, by the image's rank."""
 
-_OURS = f"{PACKAGE}{os.sep}"
 _MEANT = frozenset({"slice_forward", "split", "_tensor_min_max"})
 """Functions of torch's whose questions are about what is computed.
 
@@ -171,14 +169,14 @@ class _Reading:
         for guard in self.environment.guards:
             frame = _frame(guard)
             file, name = str(getattr(frame, "filename", "")), getattr(frame, "name", "")
-            if name in _CALLING and file.startswith((TORCH, _OURS)):
+            if name in _CALLING and file.startswith((TORCH, OURS)):
                 yield guard.expr, ""
             elif file.startswith(TORCH):
                 ends = name == _ENDING and len(guard.expr.free_symbols) > 1
                 if name in _MEANT or ends or _is_of_one_number(guard.expr):
                     yield guard.expr, ""
-            elif not file.startswith(_OURS):
-                yield guard.expr, f"{'/'.join(Path(file).parts[-2:])}:{frame.lineno}" if frame else ""
+            elif not file.startswith(OURS):
+                yield guard.expr, line_name(file, frame.lineno) if frame else ""
             elif type(guard.expr).__name__ == "Equality":
                 # torch's own as well, asked from where we call it; an argument that must be a number is built in
                 yield guard.expr, ""
@@ -329,17 +327,16 @@ def _numbers(program: ExportedProgram, image: Node) -> Iterator[tuple[Any, str]]
     They are arguments such as 1 + w // 64 in `y * (1 + w // 64)`, and what sums and counts make of maps that
     follow the image's extent and not its values, as `torch.ones(w).sum()` does.
     """
-    depends, sized, space = {image}, set[Node](), space_of(image)
+    moving, sized, space = _moving(program, image), set[Node](), space_of(image)
     for node in program.graph.nodes:
         if node.op != "call_function" or not is_tensor(node):
             continue
-        given = taken_by(node)
-        if any(source in depends for source in given):
-            depends.add(node)
-        elif is_sized(node, space):
-            sized.add(node)
-        elif extents := [n for source in given if source in sized for n in _sizes_of(source.meta["val"])]:
-            yield from ((extent, _line(node)) for extent in extents)
+        if node not in moving:
+            if is_sized(node, space):
+                sized.add(node)
+            else:
+                counted = (source.meta["val"] for source in taken_by(node) if source in sized)
+                yield from ((extent, _line(node)) for value in counted for extent in _sizes_of(value))
         yield from ((formula, _line(node)) for formula in factors(node))
 
 
@@ -348,13 +345,19 @@ def _choices(program: ExportedProgram, image: Node) -> Iterator[str]:
 
     As in `torch.tensor(w) == 50`. Where that jumps no graph says, and what is tried need not be there.
     """
-    depends, nodes = {image}, [node for node in program.graph.nodes if node.op == "call_function"]
-    for node in nodes:
-        if any(source in depends for source in taken_by(node)):
-            depends.add(node)
-    for node in numbers_of(nodes, depends, space_of(image), laid(program.graph, image)):
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    for node in numbers_of(nodes, _moving(program, image), space_of(image), laid(program.graph, image)):
         if name_of(node).rstrip("_") not in _STEADY:
             yield _line(node)
+
+
+def _moving(program: ExportedProgram, image: Node) -> set[Node]:
+    """Return the nodes whose values depend on pixels."""
+    moving = {image}
+    for node in program.graph.nodes:
+        if node.op == "call_function" and not moving.isdisjoint(taken_by(node)):
+            moving.add(node)
+    return moving
 
 
 def _moved(program: ExportedProgram, reading: _Reading) -> Iterator[Condition]:
@@ -391,10 +394,4 @@ def _placed(program: ExportedProgram, image: Node) -> tuple[str, ...]:
 
 
 def _line(node: Node) -> str:
-    """Name the innermost line outside torch and normfix."""
-    trace = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-    frames = [line.split('"') for line in trace if line.startswith('File "')]
-    places = [(parts[1], parts[2].split(",")[1].split()[1]) for parts in frames if "line" in parts[2]]
-    outside = [place for place in places if not place[0].startswith((TORCH, _OURS))]
-    file, number = (outside or places or [("", "")])[-1]
-    return f"{'/'.join(Path(file).parts[-2:])}:{number}" if file else ""
+    return innermost(node.meta.get("stack_trace"))

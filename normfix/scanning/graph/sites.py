@@ -8,16 +8,14 @@ its input; it is live if its result meets a map again. An operator nobody listed
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import nn
 from torch.fx import Node
 
-from normfix.errors import PACKAGE
+from normfix.networks.frames import innermost
 from normfix.networks.graph.capture import WRAPPED, Captured, image_of
 from normfix.networks.graph.operators import (
     Normalisation,
@@ -30,7 +28,6 @@ from normfix.networks.graph.operators import (
     written_by,
 )
 from normfix.networks.graph.parts import owner_of
-from normfix.networks.releases import TORCH
 from normfix.records.sites import Family
 
 __all__ = ["NodeReading", "NodeSite", "read_sites"]
@@ -139,7 +136,7 @@ def read_sites(captured: Captured, model: nn.Module) -> NodeReading:
                 function=function,
                 owner=owner,
                 number=numbers[owner, function],
-                line=_line(node),
+                line=innermost(node.meta.get("stack_trace")),
                 family=family,
                 depends=operand,
                 live=operand and (_live(norm, sizes) if norm else node in meeting or _lasts(node, sizes)),
@@ -282,16 +279,6 @@ def _first_names(model: nn.Module) -> dict[str, str]:
         path: first.setdefault(id(module), path)
         for path, module in model.named_modules(remove_duplicate=False)
     }
-
-
-def _line(node: Node) -> str:
-    """Name the innermost line outside torch, else torch's own, as the census does."""
-    trace = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-    frames = [line.split('"') for line in trace if line.startswith('File "')]
-    places = [(parts[1], parts[2].split(",")[1].split()[1]) for parts in frames if "line" in parts[2]]
-    outside = [p for p in places if not p[0].startswith((TORCH, f"{PACKAGE}{os.sep}"))]
-    file, number = (outside or places or [("", "")])[-1]
-    return f"{'/'.join(Path(file).parts[-2:])}:{number}" if file else ""
 
 
 def _log_ratio(a: tuple[int, ...], b: tuple[int, ...]) -> float:
