@@ -19,6 +19,7 @@ from normfix.networks.behaviour import behaviour_of
 from normfix.networks.calling import Caller, NotTaken, Unreached, class_of, is_halved, refusals, resized
 from normfix.networks.copying import copy_of
 from normfix.networks.graph.capture import Captured
+from normfix.networks.graph.replaying import same
 from normfix.networks.numerics import exact_arithmetic
 from normfix.networks.surroundings import undisturbed
 from normfix.records.derivations import masked
@@ -39,8 +40,10 @@ from normfix.scanning.sites import Survey, survey
 from normfix.scanning.witnesses import HaloSource, Witness, witness_of
 from normfix.tiling.geometry import BoundExceededError, Locality, held_beyond, measure_locality, not_dense
 from normfix.tiling.grid import Geometry
+from normfix.tiling.lengths import differing, is_compared_whole
 from normfix.tiling.reach.bounds import Bound
 from normfix.tiling.recall import Recalling
+from normfix.tiling.stitching import padded, tiled
 
 __all__ = ["Scanned", "look", "plan", "scan"]
 
@@ -208,7 +211,9 @@ def _look(
         parted = tuple(_parted(found.apart, AXES[material.dim()], sizes.conditions))
         bounds = (*sizes.conditions, *parted)
         doubts = replace(doubts, bounds=bounds, placed=doubts.placed + stretches)
-        seen = _measured(trial, bench, doubts, merged, found, material, tried=sizes, fast=fast)
+        seen = _measured(
+            trial, bench, doubts, merged, found, material, tried=sizes, fast=fast, whole=graph and not fast
+        )
         if bench is not None:
             bench.require_no_memory(name.rpartition(".")[2])
         run = seen.largest
@@ -271,7 +276,7 @@ def _surveyed(
 
 
 def _parted(apart: Sequence[int] | None, names: str, known: Sequence[Condition]) -> Iterator[Condition]:
-    """Yield that an image shares no extent with the size at which other calls are made, unless a condition says it.
+    """Yield that an image shares no extent with the size at which it is another, unless a condition says it.
 
     Which of the extents decides is not known.
     """
@@ -311,8 +316,13 @@ def _measured(
     *,
     tried: SizeLook,
     fast: bool,
+    whole: bool,
 ) -> _Measured:
-    """Measure the geometry as if every doubt were unfounded, and settle those that the measurement shows to be."""
+    """Measure the geometry as if every doubt were unfounded, and settle those that the measurement shows to be.
+
+    `whole` has tiles of the example held against all of it, too, which a proof does anyway: what hides its branches on
+    the size from every graph shows there, if the example's size is one of them.
+    """
     sites, every = doubts.settled(merged.sites), doubts
     if bench is None:
         locality = _unmeasured(trial, found, material)
@@ -334,6 +344,9 @@ def _measured(
     broken = () if crossings is None else crossings.differing(tried)
     if bench is not None and crossings is not None and tried.unknown and not fast:
         broken += replace(crossings, double=Recalling(bench.unnoted)).fitting()
+    if bench is not None and crossings is not None and whole and not broken:
+        differing_at = bench.differing_at(crossings.geometry)
+        broken += tuple(_parted(differing_at, AXES[material.dim()], doubts.bounds))
     if bench is not None and (locality.steady or not doubts):
         largest = bench.largest
     if locality.steady and crossings is not None:
@@ -518,6 +531,25 @@ class _Bench:
         )
         return held_beyond(self.unnoted, self.example, found, bound)
 
+    def differing_at(self, geometry: Geometry) -> tuple[int, ...] | None:
+        """Return the example's size, or that of a part of it, if tiles differ from the whole there.
+
+        Tiles are as large as leaves those of the corners shorter than the image: half of it, where the halo is short.
+        Of what differs float64 decides.
+        """
+        image = padded(self.example, geometry)
+        size = image.shape[2:]
+        sides = zip(size, geometry.stride, geometry.halo, strict=True)
+        tile = [max(stride, min(n // 2, n - max(halo) - 1) // stride * stride) for n, stride, halo in sides]
+        try:
+            if is_compared_whole(size, geometry) and same(
+                tiled(self.single, image, tile, geometry), self.single(image)
+            ):
+                return None
+            return differing(self.unnoted, image.double(), size, tile, geometry)
+        except refusals():  # it takes no tile, which says nothing of them
+            return None
+
     def crossings(self, locality: Locality, apart: Sequence[int] | None) -> Crossings:
         """Return what tries conditions on the size; `apart` is one at which the network makes other calls."""
         assert locality.geometry is not None
@@ -545,7 +577,7 @@ def _bench(
     largest = _Largest(example.dim() - 2)
     return _Bench(
         frozen,
-        lambda x: caller(frozen, x),  # the dye alone, which compares nothing
+        lambda x: caller(frozen, x),
         lambda x: caller.in_double(double, largest.noted(x)),
         lambda x: caller.in_double(double, x),
         double,

@@ -221,3 +221,22 @@ def test_a_bound_on_one_side_of_a_branch_is_found_in_another_magnitude(bound):
         return
     with pytest.raises(normfix.NormfixError, match=r"NF260 .*W <= 100"):
         normfix.predict(done.model, bright, tile=32)
+
+
+@pytest.mark.parametrize("asked", ["is_compiling", "a number"])
+@pytest.mark.parametrize(("shape", "strip"), [((72, 64), (72, 64)), ((512, 1024), (16, 1024))])
+def test_a_branch_that_hides_from_the_graph_shows_at_the_size_of_the_example(asked, shape, strip):
+    """The same calls with another number: neither the census nor a graph sees it, and no strip that is tried."""
+
+    def way(x):
+        width = x.shape[3]
+        seen = isinstance(width, int) if asked == "a number" else not torch.compiler.is_compiling()
+        return x * (2.0 if seen and width == shape[1] else 1.0)
+
+    network = Branching(way).eval()
+    there = normfix.scan(network, torch.randn(1, 1, *shape))
+    assert [c.text for c in there.sizes.conditions] == [f"H != {strip[0]} and W != {strip[1]}"]
+    assert [f.code for f in there.findings] == ["NF244"]
+    beside = normfix.scan(network, torch.randn(1, 1, shape[0], shape[1] + 16))
+    assert beside.sizes.conditions == ()
+    assert beside.findings == ()
