@@ -281,6 +281,7 @@ def test_each_of_a_batch_has_its_own_statistics(network, image):
     assert (given - expected).abs().max() < 1e-4 * expected.std()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mixed", "count"),
     [
@@ -660,6 +661,7 @@ def test_a_size_that_no_graph_records_is_compared_itself(name):
         assert (normfix.predict(done.model, beside, tile=40) - done.model(beside)).abs().max() < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["table", "text", "compared as a tensor", "unless it is captured"])
 def test_per_image_prediction_is_of_the_network_at_that_size(name):
     """As it is, in stages or tiles: what it gives for the whole image, or refused; control: exact beside that size."""

@@ -49,6 +49,7 @@ def done():
     return normfix.convert(Handwritten().eval(), normfix.Measured(image(), f"distilled:{SIZE}"))
 
 
+@pytest.mark.slow
 def test_held_out_windows_agree_better_and_the_proof_says_so(done):
     """All kinds of sites are fitted, the held-out loss falls, and the proof measures it once more."""
     assert len(done.plan.converted) == 4

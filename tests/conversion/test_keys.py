@@ -69,6 +69,7 @@ def held(net):
     return found
 
 
+@pytest.mark.slow
 def test_tiles_equal_the_originals_whole_image(done):
     """Of the converted network, by an attention written for this test; tiles of the original do not."""
     expected = run(original(lambda q, k, v: exact(q, k, v, 1.0)), IMAGE)

@@ -102,6 +102,7 @@ def test_constants_are_those_of_the_law(conversions, name):
         torch.testing.assert_close(norm.running_var.double(), var, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_laws_differ(conversions):
     """Control: no two laws give the same variance, so the comparison above tells them apart."""
     variances = [conversions[name].model[4].running_var for name in LAWS]

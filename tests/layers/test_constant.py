@@ -95,6 +95,7 @@ def test_the_batch_is_treated_image_by_image(models, kind):
     assert_close(output(model, OTHER.double()), alone, **TOLERANCE[torch.float64])
 
 
+@pytest.mark.slow
 @EVERY
 def test_compiled_without_a_break(models, kind):
     """torch.compile(fullgraph=True) takes every interception, with equal output."""

@@ -107,6 +107,7 @@ def test_gradients_that_a_network_switches_on_end_with_its_call(careless):
     assert Caller()(net, image).requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("careless", [False, True])
 def test_networks_that_switch_gradients_on_are_measured_in_stages(careless):
     """Their graph is traced without the way back, which what marks a site does not have."""

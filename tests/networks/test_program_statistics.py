@@ -179,6 +179,7 @@ def test_a_statistic_that_is_not_written_as_a_call_is_caught(converted, monkeypa
         normfix.convert(raised(program), IMAGE)
 
 
+@pytest.mark.slow
 def test_a_wrong_constant_fails_the_identity(converted, monkeypatch):
     """A frozen value of the program that is off is found by comparing with the original program."""
     from normfix.layers import FrozenStatistic

@@ -78,6 +78,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", CASES.values(), ids=CASES)
 def test_scan_check_and_predict_agree_at_every_size(build):
     """Frozen at an image's statistics, its tiles are what the network itself gives for it, extended by nobody."""
@@ -97,6 +98,7 @@ def test_scan_check_and_predict_agree_at_every_size(build):
     assert verdict.axes
 
 
+@pytest.mark.slow
 def test_nothing_is_said_of_an_extension(caplog):
     """The image is taken as it is; of a network that resizes to odd sizes it is extended, and that is said."""
     image = image_of((97, 118))
@@ -108,6 +110,7 @@ def test_nothing_is_said_of_an_extension(caplog):
     assert "NF263" in caplog.text
 
 
+@pytest.mark.slow
 def test_statistics_per_image_are_those_of_the_image_as_it_is():
     """Unconverted, it gives what it gives for the whole image; in stages it is refused by name."""
     net, image = seeded(CASES["half on each side of 8"]), image_of((57, 83))

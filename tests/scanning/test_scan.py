@@ -237,6 +237,7 @@ class OneSizeApart(nn.Module):
         return self.after(y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", [False, True], ids=["asked", "hidden"])
 def test_a_network_is_looked_at_beside_the_one_size_at_which_it_makes_other_calls(hidden):
     """Where tiles equal the whole at that size as well, by float64, it is tiled there and beside it."""
@@ -269,6 +270,7 @@ class OneWidthApart(nn.Module):
         return self.after(y * self.gains[width] if width in self.gains else y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(96, 64), (200, 64)])
 def test_an_extent_apart_counts_by_itself(size):
     """Seen at 64 x 64, where the middle of an image so wide is looked at; which extent decides is not known."""

@@ -372,6 +372,7 @@ class Itself:
         return rows[:, None] == torch.arange(columns.start, columns.stop)
 
 
+@pytest.mark.slow
 def test_scores_as_low_as_what_a_mask_sets_are_refused():
     """Beside such a score the keys that the mask sets count as well, which no noise of a proof need show."""
     (attend,) = [n for n in program(_to_itself).body.graph.nodes if n.target is ATTEND_BIASED]
@@ -591,6 +592,7 @@ def test_planted_mistakes_are_caught(monkeypatch, mistake):
     assert caught.value.code in ("NF320", "NF325")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [_masked_by_the_image, _cumulated])
 def test_a_mask_is_refused_by_name(monkeypatch, form):
     """What is not supported is named, not computed: once, on strips that are short as its graph has no bound."""
@@ -655,6 +657,7 @@ def test_a_watch_that_wants_seconds_is_told_of_stages(form):
     assert (watch.last.done, watch.last.stage) == (watch.last.blocks, watch.outlook.stages - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["fused", _causal])
 def test_a_stage_with_attention_can_be_sent(form):
     """What a worker of a cluster makes of a stage computes the same: the call is not traced through."""

@@ -163,6 +163,7 @@ def test_in_single_precision(function):
     assert difference(function, IMAGE, dtype=torch.float32) < 1e-4
 
 
+@pytest.mark.slow
 def test_what_an_image_changes_between_two_products_is_not_taken_out_of_them():
     """A sigmoid of the products of all pairs has no sum of its own."""
 
@@ -255,6 +256,7 @@ def test_planted_mistakes_are_found(monkeypatch, caplog, name, planted):
 _MERGED = Contraction.merged
 
 
+@pytest.mark.slow
 def test_a_graph_that_computes_something_else_is_refused(monkeypatch):
     """Where products are put into another order, the graph is compared with the network."""
     monkeypatch.setattr(contractions, "_SCALED", (*contractions._SCALED, torch.ops.aten.add.Tensor))

@@ -74,6 +74,7 @@ def test_a_loaded_folder_is_never_written_to(folder, planned):
         path.write_text(text)
 
 
+@pytest.mark.slow
 def test_what_is_loaded_and_saved_again_keeps_its_plan(folder, tmp_path):
     """A plan goes with the network from folder to folder, whether this process ran stages or not."""
     model = normfix.load(folder, arch="cuda_networks:small")
