@@ -61,9 +61,12 @@ def test_convert_runs_and_copies_little(network, image):
 
 
 def test_scan_runs_little(network, image):
-    """What the census gave is not computed again for the graph; with a graph one strip is dyed per axis."""
+    """What the census gave is not computed again for the graph; with a graph one strip is dyed per axis.
+
+    Five of the runs are the whole example and four tiles of it.
+    """
     assert normfix.scan(network, image).reach.used == "graph"
-    assert RUNS.total() <= 19
+    assert RUNS.total() <= 24
 
 
 @pytest.mark.parametrize(("norm", "captures"), [(nn.Identity, 1), (nn.InstanceNorm2d, 2)])
