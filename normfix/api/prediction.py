@@ -521,7 +521,8 @@ class _Prediction:
     def _require_whole(self, result: Tensor, image: Tensor, geometry: Geometry, tile: Sequence[int]) -> bool:
         """Hold what tiles gave against the whole: a network may be another while it is captured.
 
-        Small images are run whole; of what differs float64 decides, as of the strips of large ones.
+        Small images are run whole; of what differs float64 decides, as of the strips of large ones. What differs in
+        float64 is no rounding, or turns on it, as a map does that is compared with its own maximum.
 
         Returns:
             Whether they were compared.
@@ -543,6 +544,14 @@ class _Prediction:
                 return False
             if same(result[part], cropped(whole, size, geometry.scale)):
                 return True
+            if result.dtype == torch.float64:
+                raise NormfixError(
+                    "NF264",
+                    f"tiles of this image of {'x'.join(map(str, size))} pixels differ from its whole in float64, while "
+                    "tiles of other images equalled it: the network is another there, or turns on the rounding of a "
+                    "value, as where a map is compared with its own maximum. Predict it whole.",
+                    where=self.known.scan.model,
+                )
         return self._require_no_difference(geometry, tile)
 
     def _require_no_difference(self, geometry: Geometry, tile: Sequence[int]) -> bool:

@@ -683,6 +683,16 @@ def test_an_image_that_was_not_compared_whole_is_said_to_be_so(monkeypatch, capl
     assert any("NF261" in message and "not compared whole" in message for message in caplog.messages) == said
 
 
+@pytest.mark.parametrize(("dtype", "is_refused"), [(torch.float64, True), (torch.float32, False)])
+def test_what_differs_in_float64_is_refused_whatever_other_images_show(monkeypatch, dtype, is_refused):
+    """`y * (y == y.amax())` turns on the last bit, which noise need not show; control: float32 may be rounding."""
+    net = Branching(UNRECORDED["unless it is captured"]).to(dtype).eval()
+    done = normfix.convert(net, torch.rand(1, 1, 96, 96, dtype=dtype))
+    monkeypatch.setattr(prediction, "differing", lambda *_: None)
+    with pytest.raises(normfix.NormfixError, match=r"NF264.*in float64") if is_refused else nullcontext():
+        normfix.predict(done.model, torch.rand(1, 1, 64, 64, dtype=dtype), tile=16, engine="tiles")
+
+
 def _both(x):
     """Twice the image where both extents are large, which no strip has."""
     return 2 * x if x.shape[2] > 80 and x.shape[3] > 80 else x
