@@ -693,6 +693,17 @@ def test_what_differs_in_float64_is_refused_whatever_other_images_show(monkeypat
         normfix.predict(done.model, torch.rand(1, 1, 64, 64, dtype=dtype), tile=16, engine="tiles")
 
 
+def test_tiles_that_give_more_than_the_image_has_are_no_difference():
+    """Of 33 rows the network makes 34, as its tiles do, which is more than belongs to the image."""
+    torch.manual_seed(0)
+    down, up = nn.Conv2d(1, 2, 3, 2, 1), nn.ConvTranspose2d(2, 1, 3, 2, 1, 1)
+    net = nn.Sequential(down, nn.ReLU(), up).double().eval()
+    image = torch.rand(1, 1, 33, 47, dtype=torch.float64)
+    given = normfix.predict(net, image, tile=16, engine="tiles")
+    with torch.no_grad():
+        assert (given - net(image)[..., : given.shape[2], : given.shape[3]]).abs().max() < 1e-12
+
+
 def _both(x):
     """Twice the image where both extents are large, which no strip has."""
     return 2 * x if x.shape[2] > 80 and x.shape[3] > 80 else x
