@@ -33,6 +33,7 @@ from normfix.networks.behaviour import state_of
 from normfix.networks.calling import Caller, NotTaken, OutOfMemory, home_of, in_eval_mode, refusals
 from normfix.networks.copying import copy_of, double_of, original_of, twin_of
 from normfix.networks.examples import half_of, middle
+from normfix.networks.footprints import calls_more
 from normfix.networks.graph.replaying import same
 from normfix.networks.numerics import exact_arithmetic, require_finite
 from normfix.networks.provenance import attach_, provenance_of
@@ -51,7 +52,7 @@ from normfix.tiling.dependence import alike
 from normfix.tiling.domain import extension, judge_size
 from normfix.tiling.geometry import geometry_of
 from normfix.tiling.grid import Geometry
-from normfix.tiling.lengths import LARGEST, differing, is_compared_whole
+from normfix.tiling.lengths import LARGEST, differing, exact_size, is_compared_whole, parts_compared
 from normfix.tiling.stages.cache import hand_on, is_captured
 from normfix.tiling.stages.options import Blocks
 from normfix.tiling.stages.prediction import predict_in_stages, tell_fallback
@@ -520,7 +521,8 @@ class _Prediction:
     def _require_whole(self, result: Tensor, image: Tensor, geometry: Geometry, tile: Sequence[int]) -> bool:
         """Hold what tiles gave against the whole: a network may be another while it is captured.
 
-        Small images are run whole; of what differs float64 decides, as of the strips of large ones.
+        Small images are run whole; of what differs float64 decides, as of the strips of large ones. What differs in
+        float64 is no rounding, or turns on it, as a map does that is compared with its own maximum.
 
         Returns:
             Whether they were compared.
@@ -540,8 +542,18 @@ class _Prediction:
                 return False
             except refusals():
                 return False
-            if same(result[part], cropped(whole, size, geometry.scale)):
+            ours, own = result[part], cropped(whole, size, geometry.scale)
+            if same(ours, own):
                 return True
+            # of a network that rounds its extents up tiles may give more
+            if ours.dtype == torch.float64 and ours.shape == own.shape:
+                raise NormfixError(
+                    "NF264",
+                    f"tiles of this image of {'x'.join(map(str, size))} pixels differ from its whole in float64, while "
+                    "tiles of other images equalled it: the network is another there, or turns on the rounding of a "
+                    "value, as where a map is compared with its own maximum. Predict it whole.",
+                    where=self.known.scan.model,
+                )
         return self._require_no_difference(geometry, tile)
 
     def _require_no_difference(self, geometry: Geometry, tile: Sequence[int]) -> bool:
@@ -556,10 +568,18 @@ class _Prediction:
         scan, caller = self.known.scan, self.known.caller
         example = middle_of(self.image)[:1].to(*home_of(self.model)).double()
         double = double_of(self.model)
+
+        def f(x: Tensor) -> Tensor:
+            return caller.exactly(double, x)
+
+        size = self.image.shape[2:]
         try:
             with exact_arithmetic():
-                found = differing(
-                    lambda x: caller.exactly(double, x), example, self.image.shape[2:], tile, geometry
+                found = differing(f, example, size, tile, geometry)
+                parts = (
+                    ()
+                    if found or not self._is_doubtful(geometry)
+                    else (parts_compared(f, example, size, tile, geometry))
                 )
         except OutOfMemory:  # of float64 it takes twice as much
             return False
@@ -574,7 +594,23 @@ class _Prediction:
                 f"sizes that were tried: {why.rstrip('.')}.",
                 where=scan.model,
             )
+        whole, *others = ((1, example.shape[1], *extents) for extents in (exact_size(size, geometry), *parts))
+        if others and calls_more(twin_of(self.model), caller, whole, others):
+            raise NormfixError(
+                "NF264",
+                f"an image of {'x'.join(map(str, size))} pixels is too large to be compared whole, and the network "
+                "calls there what it calls on no strip of it and in no window, such as where both extents are large. "
+                "Predict it whole, or take the branch out.",
+                where=scan.model,
+            )
         return True
+
+    def _is_doubtful(self, geometry: Geometry) -> bool:
+        """Tell whether the image is not compared whole, while it may be on another side of a branch than most sizes."""
+        sizes, size = self.known.scan.sizes, self.image.shape[2:]
+        if sizes is None or is_compared_whole(size, geometry):
+            return False
+        return bool(sizes.unknown or sizes.passed(exact_size(size, geometry)))
 
     def _compared(self, geometry: Geometry, tile: Sequence[int]) -> tuple[Any, ...]:
         """Return what tiles are compared at: a size, with the values of now where they may count."""

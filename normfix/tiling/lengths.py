@@ -20,7 +20,7 @@ from normfix.tiling.grid import Geometry, at, window_sizes
 from normfix.tiling.material import textured
 from normfix.tiling.stitching import tiled
 
-__all__ = ["LARGEST", "differing", "is_compared_whole", "strips_along"]
+__all__ = ["LARGEST", "differing", "exact_size", "is_compared_whole", "parts_compared", "strips_along"]
 
 LARGEST = 1 << 18
 """Pixels of the largest image that is compared whole; of larger ones strips are, and a window."""
@@ -28,7 +28,7 @@ LARGEST = 1 << 18
 
 def is_compared_whole(size: Sequence[int], geometry: Geometry) -> bool:
     """Tell whether an image of a size is small enough to be compared whole."""
-    return math.prod(_exact(size, geometry)) <= LARGEST
+    return math.prod(exact_size(size, geometry)) <= LARGEST
 
 
 def differing(
@@ -50,17 +50,43 @@ def differing(
         tile: pixels per spatial axis.
         geometry: of the network.
     """
-    exact = _exact(size, geometry)
+    exact = exact_size(size, geometry)
     if is_compared_whole(size, geometry):
         return None if _equals(f, textured(example, exact), tile, geometry) else exact
     for extents in _strips(f, example, exact, geometry):
         if not _equals(f, textured(example, extents), tile, geometry):
             return extents
     window = max(window_sizes(exact, tile, geometry), key=math.prod)
-    larger = tuple(min(n, w + s) for n, w, s in zip(exact, window, geometry.stride, strict=True))
+    larger = _beyond(window, exact, geometry)
     if math.prod(larger) <= LARGEST and not _fits(f, textured(example, larger), window, geometry):
         return window
     return None
+
+
+def parts_compared(
+    f: Callable[[Tensor], Tensor],
+    example: Tensor,
+    size: Sequence[int],
+    tile: Sequence[int],
+    geometry: Geometry,
+) -> tuple[tuple[int, ...], ...]:
+    """Return the extents of what `differing` compares of an image that is too large to be compared whole.
+
+    Args:
+        f: as for `differing`, and so is what follows.
+        example: (1, C, *space) in float64.
+        size: pixels of the image per spatial axis.
+        tile: pixels per spatial axis.
+        geometry: of the network.
+    """
+    exact = exact_size(size, geometry)
+    larger = _beyond(max(window_sizes(exact, tile, geometry), key=math.prod), exact, geometry)
+    return (*_strips(f, example, exact, geometry), *([larger] if math.prod(larger) <= LARGEST else []))
+
+
+def _beyond(window: Sequence[int], exact: Sequence[int], geometry: Geometry) -> tuple[int, ...]:
+    """Return the extents of an image that is larger than a window, and no larger than the whole."""
+    return tuple(min(n, w + s) for n, w, s in zip(exact, window, geometry.stride, strict=True))
 
 
 def _equals(f: Callable[[Tensor], Tensor], x: Tensor, tile: Sequence[int], geometry: Geometry) -> bool:
@@ -91,7 +117,8 @@ def strips_along(size: Sequence[int], thin: Sequence[int]) -> list[tuple[int, ..
     return [(*thin[:axis], n, *thin[axis + 1 :]) for axis, n in enumerate(size)]
 
 
-def _exact(size: Sequence[int], geometry: Geometry) -> tuple[int, ...]:
+def exact_size(size: Sequence[int], geometry: Geometry) -> tuple[int, ...]:
+    """Return the extents of an image once it is extended to a size that tiles are exact at."""
     return tuple(n + more for n, more in zip(size, geometry.padding(size), strict=True))
 
 

@@ -30,6 +30,7 @@ import normfix
 from normfix.api import prediction
 from normfix.networks.provenance import attach_, is_current, provenance_of
 from normfix.tiling import lengths
+from normfix.tiling.stages import cache
 
 
 class Two(nn.Module):
@@ -682,6 +683,63 @@ def test_an_image_that_was_not_compared_whole_is_said_to_be_so(monkeypatch, capl
     model = normfix.convert(net, image).model
     normfix.predict(model, image[:, :, :rows, :48], tile=16)
     assert any("NF261" in message and "not compared whole" in message for message in caplog.messages) == said
+
+
+@pytest.mark.parametrize(("dtype", "is_refused"), [(torch.float64, True), (torch.float32, False)])
+def test_what_differs_in_float64_is_refused_whatever_other_images_show(monkeypatch, dtype, is_refused):
+    """`y * (y == y.amax())` turns on the last bit, which noise need not show; control: float32 may be rounding."""
+    net = Branching(UNRECORDED["unless it is captured"]).to(dtype).eval()
+    done = normfix.convert(net, torch.rand(1, 1, 96, 96, dtype=dtype))
+    monkeypatch.setattr(prediction, "differing", lambda *_: None)
+    with pytest.raises(normfix.NormfixError, match=r"NF264.*in float64") if is_refused else nullcontext():
+        normfix.predict(done.model, torch.rand(1, 1, 64, 64, dtype=dtype), tile=16, engine="tiles")
+
+
+def test_tiles_that_give_more_than_the_image_has_are_no_difference():
+    """Of 33 rows the network makes 34, as its tiles do, which is more than belongs to the image."""
+    torch.manual_seed(0)
+    down, up = nn.Conv2d(1, 2, 3, 2, 1), nn.ConvTranspose2d(2, 1, 3, 2, 1, 1)
+    net = nn.Sequential(down, nn.ReLU(), up).double().eval()
+    image = torch.rand(1, 1, 33, 47, dtype=torch.float64)
+    given = normfix.predict(net, image, tile=16, engine="tiles")
+    with torch.no_grad():
+        assert (given - net(image)[..., : given.shape[2], : given.shape[3]]).abs().max() < 1e-12
+
+
+def _both(x):
+    """Twice the image where both extents are large, which no strip has."""
+    return 2 * x if x.shape[2] > 80 and x.shape[3] > 80 else x
+
+
+def _each(x):
+    """The same numbers in another way along each axis that is long, which strips show."""
+    for dim in (2, 3):
+        if x.shape[dim] > 80:
+            x = torch.cat(x.chunk(2, dim), dim)
+    return x
+
+
+@pytest.mark.parametrize(("way", "is_other"), [(_both, True), (_each, False)])
+@pytest.mark.parametrize("engine", ["tiles", "stages"])
+def test_a_branch_on_both_extents_is_refused_where_strips_alone_are_compared(
+    monkeypatch, way, is_other, engine
+):
+    """It was predicted as the network of small images: strips had shown that the first of its conditions passes."""
+    monkeypatch.setattr(lengths, "LARGEST", 7000)
+    monkeypatch.setattr(cache, "LARGEST", 7000)
+    monkeypatch.setattr(cache, "EXTENT", {2: 64})
+    net = Branching(way).double().eval()
+    done = normfix.convert(net, torch.rand(1, 1, 64, 64, dtype=torch.float64))
+    image = torch.rand(1, 1, 96, 96, dtype=torch.float64)
+    codes = {"tiles": "NF264", "stages": "NF321"}
+    with pytest.raises(normfix.NormfixError, match=codes[engine]) if is_other else nullcontext():
+        given = normfix.predict(done.model, image, tile=32, engine=engine)
+        with torch.no_grad():
+            assert (given - done.model(image)).abs().max() < 1e-9
+    with pytest.raises(normfix.NormfixError, match="NF264") if is_other else nullcontext():
+        own = normfix.predict(net, image, tile=32, statistics="per-image")
+        with torch.no_grad():
+            assert (own - net(image)).abs().max() < 1e-9
 
 
 class _Told(MaskedLate):

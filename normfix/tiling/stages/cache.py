@@ -26,6 +26,7 @@ from normfix.networks.behaviour import behaviour_of
 from normfix.networks.calling import Caller, failures
 from normfix.networks.copying import double_of, original_of
 from normfix.networks.examples import EXTENT
+from normfix.networks.footprints import calls_more
 from normfix.networks.graph.multiples import multiples_near, on_multiples
 from normfix.networks.provenance import kept_in
 from normfix.records.spans import round_up
@@ -116,6 +117,12 @@ class _Capture:
         )
 
 
+def _calls_more(model: nn.Module, caller: Caller, image: Image, parts: Sequence[tuple[int, ...]]) -> bool:
+    """Tell whether a network calls something at an image's size that it calls on none of its parts."""
+    size, channels = (1, *image.shape[1:]), image.shape[1]
+    return bool(calls_more(model, caller, size, [(1, channels, *part) for part in parts]))
+
+
 def _parts(image: Image) -> Sequence[tuple[int, ...]]:
     """Return the extents of what is compared of an image: all of it, or strips that are as long along an axis each."""
     space = tuple(image.shape[2:])
@@ -123,19 +130,28 @@ def _parts(image: Image) -> Sequence[tuple[int, ...]]:
     return [space] if math.prod(space) <= LARGEST else strips_along(space, thin)
 
 
-def _speaks_for(program: Program, image: Image, agrees: Callable[[Tensor], bool]) -> bool:
+def _speaks_for(
+    program: Program,
+    image: Image,
+    agrees: Callable[[Tensor], bool],
+    calls_more_than: Callable[[Sequence[tuple[int, ...]]], bool],
+) -> bool:
     """Tell whether a program is the network at an image's size: within its conditions, or where it computes the same.
 
     Beyond them it is compared on the image, or on strips as long that are beyond them too, in several magnitudes, and
-    within them where they do not tell everything. That holds for the weights and the image of now alone.
+    within them where they do not tell everything. What the network calls at the size of the image alone, such as where
+    both extents are large, no strip compares. That holds for the weights and the image of now alone.
     """
     size = (1, *image.shape[1:])
     if program.is_told and program.takes(size):
         return True
-    beyond = [part for part in _parts(image) if not (program.is_told and program.takes((1, size[1], *part)))]
+    parts = _parts(image)
+    beyond = [part for part in parts if not (program.is_told and program.takes((1, size[1], *part)))]
     examples = (image.read([(0, n) for n in part])[:1].clone() for part in beyond)
-    return bool(beyond) and all(
-        agrees(magnified) for example in examples for magnified in magnitudes(example)
+    return (
+        bool(beyond)
+        and all(agrees(magnified) for example in examples for magnified in magnitudes(example))
+        and (len(parts) == 1 or not calls_more_than(parts))
     )
 
 
@@ -207,7 +223,12 @@ def program_of(
             known = _Capture(key, _captured(model, caller, telling, sites))
             known.lock.acquire()
             _require_multiples(known.program, image, owner)
-        if not _speaks_for(known.program, image, lambda x: known.agrees(model, caller, sites, x)):
+        if not _speaks_for(
+            known.program,
+            image,
+            lambda x: known.agrees(model, caller, sites, x),
+            lambda parts: _calls_more(model, caller, image, parts),
+        ):
             raise NotInStages(
                 "NF321",
                 "it was captured on another side of a branch by size than an image of "
