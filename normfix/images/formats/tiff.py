@@ -85,6 +85,7 @@ class _Pages:
         self._windows: Any = None
         self.shape: tuple[int, ...] = tuple(level.shape)
         self.dtype = np.dtype(level.dtype)
+        self.plain = level.keyframe.compression == 1
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         with _complaints("tifffile") as complaints:
