@@ -117,8 +117,8 @@ def calibrate_command(
         raise click.UsageError("--seed belongs to --sample")
     arguments = Arguments.take(options, [*images, *masks])
     require_cluster(engine, options["scheduler"], options["store"])
-    stated = (tile, sample, options["budget"], options["store"])
-    require_workers_used(engine == "local" and any(value is not None for value in stated))
+    asked = (tile, sample, options["budget"], options["store"])
+    require_workers_used(engine == "local" and any(value is not None for value in asked))
     with ExitStack() as stack:
         place = stack.enter_context(output(out, is_saved))
 

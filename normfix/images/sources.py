@@ -116,7 +116,7 @@ class Cut:
         confirm(self._image)
 
 
-def confirm(image: Image) -> None:
+def confirm(image: Image | Tensor) -> None:
     """Make sure, when work on it is done, that an image that is read by window was one image all the while.
 
     Raises:
