@@ -391,6 +391,8 @@ CODES: dict[str, str] = {
     "and in the file; over 2 GiB it has to be said how many are kept: --keys N. Each image then gives an equal share, "
     "drawn at random, and the report says how far its prediction moved.",
     # 6xx: diagnosing
+    "NF571": "Batch statistics of patches as small as the tile do not exist for this network, since a channel has one "
+    "value there. So diagnose could not compare train mode with eval mode; larger tiles or batches show it.",
     "NF580": "What an output means is probability, logits, softmax, scores, labels or regression; another word would "
     "be read as numbers, without Dice and without classes.",
     "NF601": "Even with every known global operation held constant, no halo or stride could be measured, so "

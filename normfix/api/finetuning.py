@@ -100,15 +100,22 @@ class FineTuning:
         """Continue where a checkpoint was written.
 
         Raises:
-            ValueError: the state was saved for another network.
+            ValueError: the state was saved for another network, or in a run of another length.
         """
         if (state["schedule"] is None) is not (self.schedule is None):
             raise ValueError(
                 "the state was saved for another network: only one of them has BatchRenorm layers"
             )
+        own = self.state_dict()
+        lengths = [(s["hold_at"], (s["schedule"] or {}).get("total_steps")) for s in (state, own)]
+        if lengths[0] != lengths[1]:
+            raise ValueError(
+                f"the state is of a run held from step {state['hold_at']}, and this one is held from step "
+                f"{self.hold_at}: prepare it with the total_steps and hold that the other had"
+            )
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
-        self.steps, self.hold_at = state["steps"], state["hold_at"]
+        self.steps = state["steps"]
         self._hold()
 
     def _hold(self) -> None:

@@ -26,7 +26,7 @@ from normfix.conversion.targets import Target, measured_targets
 from normfix.errors import NormfixError
 from normfix.images.given import Given, images_of, opened
 from normfix.images.rendering import Logits, Rendering
-from normfix.images.sources import Image, TensorImage, middle_of, whole
+from normfix.images.sources import Image, TensorImage, confirm, middle_of, whole
 from normfix.images.windows import ScaledImage
 from normfix.images.writing import OutputFile
 from normfix.networks.behaviour import state_of
@@ -175,6 +175,7 @@ def predict(
         )
         with resumable(job.blocks.store):
             result = job.run()
+            confirm(source)
     assert result is not None
     if not allow_nonfinite:
         require_finite(result, job.known.scan.model)
@@ -226,6 +227,7 @@ def write_prediction(
         if placement is not None:
             file.place(placement.scaled(job.scale))
         job.write(file)
+        confirm(source)
     return file.written
 
 
@@ -272,6 +274,7 @@ def write_stack(
             file.plane = number
             file.place(plane.placement.scaled((*[Fraction(1)] * (stack[0] == "Z"), *job.scale)))
             job.write(file)
+            confirm(plane)
     return file.written
 
 

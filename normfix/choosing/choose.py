@@ -163,6 +163,13 @@ def choose(
             "the whole image. Give the size of the windows in training, larger images, or labels.",
             where="choose",
         )
+    if window is not None and not declared and not any(_is_cut(sample, extents) for sample in samples):
+        raise NormfixError(
+            "NF556",
+            f"windows of {','.join(map(str, extents))} cover every image, so constants of windows would be those of "
+            "whole images. Give the size of the windows in training, larger images, or leave it out.",
+            where="window",
+        )
     with exact_arithmetic():
         bench.understand(kind, samples[0], masks=labels is not None and metric is None)
         judge = Judge(bench, extents, metric, labels is not None)

@@ -13,7 +13,7 @@ from normfix.cli.extents import Extents
 from normfix.cli.options import Arguments, halo_option, image_options, model_options
 from normfix.cli.outputs import is_given, is_saved, output, tell
 from normfix.cli.showing import note, require_report, show, steps, telling, verbose_option, write_report
-from normfix.cli.stages import blocks_of, engine_option, stage_options, watching
+from normfix.cli.stages import blocks_of, engine_option, require_workers_used, stage_options, watching
 from normfix.cli.texts import conversion_text
 from normfix.errors import NormfixError
 from normfix.images.drafts import require_unnamed, sweep
@@ -161,6 +161,9 @@ def convert_command(
     plan = _read_plan(plan_file)
     arguments = Arguments.take(options, [*images, *labels])
     require_cluster(engine, options["scheduler"], options["store"])
+    require_workers_used(
+        engine == "local" and bool(images) and (options["budget"], options["store"]) != (None, None)
+    )
     if give_back is not None and not is_given(Path(give_back)):
         sweep(Path(give_back).parent)
         require_unnamed(Path(give_back))

@@ -80,6 +80,29 @@ class Channels(click.ParamType):  # type: ignore[type-arg]
         return tuple(int(number) for number in numbers)
 
 
+class Named(click.ParamType):  # type: ignore[type-arg]
+    """A text of a form, which it is not looked up by: a slip would allow nothing, without a word."""
+
+    def __init__(self, name: str, form: str, example: str) -> None:
+        self.name, self._form, self._example = name, form, example
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return it, or fail with an example."""
+        if re.fullmatch(self._form, str(value)) is None:
+            self.fail(f"{str(value)!r} is none. Give {self._example}", param, ctx)
+        return str(value)
+
+
+_WORD = r"[^\W\d]\w*"
+_MODULE = Named("MODULE", rf"{_WORD}(\.{_WORD})*", "a module, such as my_project.networks")
+_CLASS = Named(
+    "NAME",
+    rf"{_WORD}([.:]{_WORD})*[.:]({_WORD}|\*)",
+    "a class with its module, such as my_project.Net, or my_project.*",
+)
+_SHA256 = Named("SHA256", "[0-9a-fA-F]{64}", "the 64 digits that the error names")
+
+
 class Device(click.ParamType):  # type: ignore[type-arg]
     """A name of a device that torch, or a package torch_NAME beside it, can know."""
 
@@ -90,6 +113,8 @@ class Device(click.ParamType):  # type: ignore[type-arg]
         kind = re.fullmatch(r"([a-z]+)(:[0-9]+)?", str(value))
         if kind is None or (kind[1] not in _DEVICES and find_spec(f"torch_{kind[1]}") is None):
             self.fail(f"{value!r} is no device. Give auto, cpu, cuda or cuda:1, or xpu", param, ctx)
+        if kind[1] in ("auto", "cpu") and kind[2] not in (None, ":0"):
+            self.fail(f"{value!r} is no device: there is one. Give {kind[1]}", param, ctx)
         return str(value)
 
 
@@ -142,18 +167,21 @@ def model_options(command: Command) -> Command:
             "--allow-class",
             "allow_classes",
             multiple=True,
+            type=_CLASS,
             metavar="NAME",
             help="Class, or PACKAGE.*, that a pickle may build; may be repeated.",
         ),
         click.option(
             "--allow-code",
             multiple=True,
+            type=_SHA256,
             metavar="SHA256",
             help="Run the architecture file of a bioimage.io package that has this checksum.",
         ),
         click.option(
             "--trust",
             multiple=True,
+            type=_MODULE,
             metavar="MODULE",
             help="Call factories of this module if a file names them; pyproject.toml may state it.",
         ),
@@ -252,6 +280,10 @@ class Arguments:
         arguments = cls(**{name: options.pop(name) for name in cls.__slots__ if name in options})
         if arguments.scale is not None and arguments.preprocess is not None:
             raise click.UsageError("give --scale or --preprocess, not both")
+        context = click.get_current_context()
+        insists = context.get_parameter_source("override_scale") is ParameterSource.COMMANDLINE
+        if insists and arguments.scale is None and arguments.preprocess is None:
+            raise click.UsageError("--override-scale belongs to --scale or --preprocess")
         for name, require in (("scale", parse_scaling), ("axes", _require_axes)):
             value = getattr(arguments, name)
             if value is not None:
@@ -412,6 +444,9 @@ def _require_stated(name: str, value: Any, require: Callable[[Any], object]) -> 
         raise NormfixError(error.code, error.message, where=where) from error
 
 
+_LETTERS = frozenset("CSZYXT")
+
+
 def _require_axes(axes: str) -> None:
     """Refuse letters that cannot name axes, whatever the image.
 
@@ -422,6 +457,13 @@ def _require_axes(axes: str) -> None:
     if not letters.isalpha() or len(set(letters)) < len(letters):
         raise NormfixError(
             "NF106", "give each axis one letter of its own, such as YXC or CZYX.", where=f"--axes {axes}"
+        )
+    unknown = next((letter for letter in letters if letter not in _LETTERS), None)
+    if unknown is not None:
+        raise NormfixError(
+            "NF106",
+            f"{unknown} names no axis: C and S are channels, Z, Y and X space, T is time. Give one letter for each.",
+            where=f"--axes {axes}",
         )
 
 

@@ -17,7 +17,7 @@ from normfix.cli.failures import each
 from normfix.cli.options import Arguments, image_options, model_options, override_option
 from normfix.cli.outputs import is_image, output, tell
 from normfix.cli.showing import format_option, note, show
-from normfix.cli.stages import blocks_of, stage_options, working
+from normfix.cli.stages import blocks_of, require_workers_used, stage_options, working
 from normfix.errors import NormfixError
 from normfix.images.drafts import cannot_write, require_possible
 from normfix.images.rendering import Rendering
@@ -130,6 +130,7 @@ def predict_command(
     arguments = Arguments.take(options, images)
     Rendering.parse(as_, logits)
     require_cluster("dask" if engine == "dask" else "local", options["scheduler"], options["store"])
+    require_workers_used(engine in ("auto", "stages"))
 
     def opened() -> _Run:
         settings = {

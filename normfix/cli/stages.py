@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
+from click.core import ParameterSource
 
 from normfix.cli.showing import Command, bars, note
 from normfix.reporting.sentences import duration_text
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from normfix.tiling.stages.options import Blocks
     from normfix.tiling.stages.outlook import Outlook, Step
 
-__all__ = ["blocks_of", "engine_option", "stage_options", "watching", "working"]
+__all__ = ["blocks_of", "engine_option", "require_workers_used", "stage_options", "watching", "working"]
 
 
 _EVERY = 30.0
@@ -78,6 +79,19 @@ def blocks_of(options: dict[str, Any], engine: Literal["local", "dask"]) -> Bloc
         engine=engine,
         **{name: options.pop(name) for name in ("store", "workers", "scheduler")},
     )
+
+
+def require_workers_used(local: bool) -> None:
+    """Refuse workers that were asked for where no blocks are computed here; what the project states is let be.
+
+    Args:
+        local: whether the options ask for stages that run here.
+    """
+    source = click.get_current_context().get_parameter_source("workers")
+    if source is ParameterSource.COMMANDLINE and not local:
+        raise click.UsageError(
+            "--workers belongs to stages that run here (--budget, --store), and has no use without"
+        )
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from normfix.cli.showing import (
     verbose_option,
     write_reports,
 )
-from normfix.cli.stages import blocks_of, engine_option, stage_options, watching
+from normfix.cli.stages import blocks_of, engine_option, require_workers_used, stage_options, watching
 from normfix.cli.texts import calibration_text, halo_curve_text, verdict_text
 from normfix.records.progress import Progress, silent
 from normfix.tiling.stages.cluster import require_cluster
@@ -117,6 +117,8 @@ def calibrate_command(
         raise click.UsageError("--seed belongs to --sample")
     arguments = Arguments.take(options, [*images, *masks])
     require_cluster(engine, options["scheduler"], options["store"])
+    asked = (tile, sample, options["budget"], options["store"])
+    require_workers_used(engine == "local" and any(value is not None for value in asked))
     with ExitStack() as stack:
         place = stack.enter_context(output(out, is_saved))
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from normfix.conversion.keys import KeysTarget
 from normfix.conversion.measuring import restoring_on_error
 from normfix.conversion.targets import Target, TargetAround
-from normfix.images.sources import Image
+from normfix.images.sources import Image, confirm
 from normfix.images.writing import OutputFile
 from normfix.networks.calling import Caller, evaluating
 from normfix.networks.numerics import exact_arithmetic
@@ -80,6 +80,8 @@ def measure_in_stages_(
             journal=journal,
             watch=blocks.watch or _Counted(progress),
         )
+        for image in images:
+            confirm(image)
         # after the last stage: numbers of a device are waited for
         statistics = {target.name: target.compare(parts) for target, parts in settled}
     return CalibrationSummary(

@@ -2,7 +2,8 @@
 
 Running statistics are not updated and dropout stays off, so the two differ in nothing but the statistics.
 What train mode predicts depends on which patches share a batch, so that is stated: patches of the tile size,
-taken from the image in row-major order, `batch` at a time; a last batch that is not full is left out.
+taken from the image in row-major order, `batch` at a time; a last batch that is not full is left out, and so is a
+number of patches of which train mode takes no statistics, such as one of a single pixel.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from normfix.networks.calling import refusals
 from normfix.proof.indicators import Accumulator
 from normfix.records.diagnoses import Kind, TrainEval
 from normfix.tiling.grid import at
@@ -41,6 +43,7 @@ def disparity(
     kind: Kind,
     sd: float,
     score: Score = lambda output, places: None,
+    refused: Callable[[int, str], None] = lambda batch, why: None,
 ) -> tuple[TrainEval, ...]:
     """Compare both modes on the same patches, for each batch size.
 
@@ -53,13 +56,19 @@ def disparity(
         kind: of the output.
         sd: unit of differences.
         score: Dice of a batch of outputs at these places, or None without labels.
+        refused: is told of a size of which the network takes no batch statistics, and why.
     """
     found = []
     for batch in batches:
         gathered, changes = Accumulator(kind, sd), []
         for chosen in _grouped(places, batch):
             together = torch.cat([image[at(place)] for place in chosen])
-            one, other = trained(together), evaluated(together)
+            other = evaluated(together)
+            try:
+                one = trained(together)
+            except refusals() as error:
+                refused(batch, " ".join(str(error).split())[-160:])
+                break
             gathered.add(one, other)
             scores = score(one, chosen), score(other, chosen)
             if scores[0] is not None and scores[1] is not None:

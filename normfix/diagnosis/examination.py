@@ -106,6 +106,7 @@ class Examination:
         course = profile(difference, cuts, setting.geometry.stride[-1], 4 * noise)
         slope, centre = self._gradient()
         accuracy = self._accuracy(seen, fixed, converted, tile)
+        train_eval, without_batches = self._train_eval(seen.sd)
         record_ = DiagnosisRecord(
             model=setting.scan.model,
             image=tuple(setting.image.shape),
@@ -125,7 +126,7 @@ class Examination:
             after=fixed.mismatch,
             profile=course,
             halo_curve=curve_of(self.bench, self.progress) if self.halo_curve else None,
-            train_eval=self._train_eval(seen.sd),
+            train_eval=train_eval,
             culprits=found,
             sites=self._sites(seen, found),
             receptive_field=receptive_field(slope, centre, setting.geometry, bounded=True),
@@ -135,6 +136,7 @@ class Examination:
                 *setting.findings,
                 *_findings(seen, any(cuts), pairs, setting.geometry),
                 *_unused(accuracy, setting),
+                *without_batches,
             ),
             settings=(*settings(*home_of(setting.model)), ("experiments", "float64")),
         )
@@ -234,12 +236,20 @@ class Examination:
         double = self.bench.run(self._bench_model(), window.double())
         return deviation(self._tested(window), double, sd)[0] if sd > 0 else 0.0
 
-    def _train_eval(self, sd: float) -> tuple[TrainEval, ...]:
-        setting = self.setting
+    def _train_eval(self, sd: float) -> tuple[tuple[TrainEval, ...], list[Finding]]:
+        """Return both modes beside each other, and of which batches there are no statistics to use."""
+        setting, left_out = self.setting, list[Finding]()
         places = patches(setting.image.shape[2:], setting.tiling.tile, setting.geometry.multiple)
         truth, scales = self.truth, setting.geometry.scale
+
+        def leave_out(batch: int, why: str) -> None:
+            message = (
+                f"train mode was not looked at in batches of {batch}, of which it takes no statistics: {why}"
+            )
+            left_out.append(Finding(code="NF571", where="train mode", message=message))
+
         with torch.no_grad():
-            return disparity(
+            found = disparity(
                 lambda x: setting.caller(setting.model, x),
                 lambda x: setting.caller(setting.trained, x),
                 setting.scale(setting.image),
@@ -248,7 +258,9 @@ class Examination:
                 setting.kind,
                 sd,
                 lambda out, chosen: None if truth is None else truth.dice_of_patches(out, chosen, scales),
+                leave_out,
             )
+        return found, left_out
 
     def _sites(self, seen: _Seen, found: Sequence[Culprit]) -> tuple[SiteReport, ...]:
         whole = self.bench.recorded().norms

@@ -5,8 +5,12 @@ read so far is read again from the file as it is then: if it agrees, the file wa
 not, what was computed would be of two images. A window that is read twice must be the same twice, whatever times say.
 Where the file was written to before all of it was read, nothing can tell what the rest was, and it is refused.
 
-So without a change this costs a digest of each window (about a gigabyte per second) and a look at the file; after
-one, reading again what was read.
+A program that has mapped a file to write to it changes it without changing its times, once it has begun. So where
+values lie in a file as they are (.npy, .nii, plain TIFF), what was read is read once more when the work is done
+(`Contents.confirm`): of that moment is then all that was computed from.
+
+So without a change this costs a digest of each window (about a gigabyte per second) and a look at the file, and
+reading such files twice; after a change, reading again what was read.
 """
 
 from __future__ import annotations
@@ -52,11 +56,12 @@ class Readable(Protocol):
 class Contents:
     """The digests of what was read of a file, and the stamp that it had then.
 
-    `complete` is whether all of it was read; `array` what reads it now, where it had to be opened anew.
+    `complete` is whether all of it was read; `array` what reads it now, where it had to be opened anew; `plain` whether
+    its values lie in the file as they are.
     """
 
-    def __init__(self, origin: Origin) -> None:
-        self.origin = origin
+    def __init__(self, origin: Origin, *, plain: bool = False) -> None:
+        self.origin, self.plain = origin, plain
         self.complete = False
         self.array: ArrayLike | None = None
         self._seen = origin.seen
@@ -97,6 +102,16 @@ class Contents:
             if now != self._seen:
                 self.compare(layout, reopen, written=_written(now) != _written(self._seen))
         return True
+
+    def confirm(self, layout: str, reopen: Callable[[], Readable]) -> None:
+        """Read again what was read in this process, where the file's times do not tell whether it changed.
+
+        Raises:
+            NormfixError: NF331 if it is not the same image.
+        """
+        self.settle(layout, reopen)
+        if self.plain and self._digests:
+            self.compare(layout, reopen, written=False)
 
     def compare(self, layout: str, reopen: Callable[[], Readable], *, written: bool) -> None:
         """Compare what was read with the file as it is, and go on from there.

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from normfix.errors import NormfixError
 from normfix.images.axes import Channels
 from normfix.images.contents import Contents
+from normfix.images.endings import suffix_of
 from normfix.images.formats import open_file, unreadable
 from normfix.images.formats.opened import ArrayLike, Choice
 from normfix.images.origins import Origin
@@ -100,12 +101,17 @@ def open_windows(
     return replace(
         window,
         close=opened.close,
-        contents=Contents(origin),
+        contents=Contents(origin, plain=_is_plain(path, opened.array)),
         reopen=reopen,
         placement=placement,
         notes=opened.notes,
         planes=planes,
     )
+
+
+def _is_plain(path: Path, array: ArrayLike) -> bool:
+    """Tell whether values lie in a file as they are, where a program may write them through a map of it."""
+    return suffix_of(path) in (".npy", ".nii") or bool(getattr(array, "plain", False))
 
 
 def read_image(

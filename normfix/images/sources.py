@@ -17,6 +17,7 @@ __all__ = [
     "Image",
     "Span",
     "TensorImage",
+    "confirm",
     "digest_of",
     "each_of",
     "is_constant",
@@ -109,6 +110,21 @@ class Cut:
         """Return that of the image, and where the window lies in it; see Image."""
         where = self._spans if self._number is None else (self._number, *self._spans)
         return f"{where} of {self._image.fingerprint()}"
+
+    def confirm(self) -> None:
+        """Make sure that the image is what was read of it; see `confirm`."""
+        confirm(self._image)
+
+
+def confirm(image: Image | Tensor) -> None:
+    """Make sure, when work on it is done, that an image that is read by window was one image all the while.
+
+    Raises:
+        NormfixError: NF331 if it lies in a file which is now another than was read.
+    """
+    ask = getattr(image, "confirm", None)
+    if ask is not None:
+        ask()
 
 
 def each_of(image: Image) -> list[Image]:

@@ -137,6 +137,15 @@ class Unread:
             self.contents.complete = True
         return f"{self.layout} {found.hexdigest()}"
 
+    def confirm(self) -> None:
+        """Make sure that what was read of a file is what is in it now.
+
+        Raises:
+            NormfixError: NF331 if it is not.
+        """
+        if self.contents is not None:
+            self.contents.confirm(self.layout, self._anew)
+
     def pieces(self) -> Iterator[NDArray[Any]]:
         """Yield the whole image in slabs, each pixel once."""
         for spans in slabs(self.shape[1:], self.shape[0]):
@@ -242,6 +251,10 @@ class ScaledImage:
         """Return what differs if the image, its scaling or its padding does; see Source."""
         how = f"({self._offset!r}, {self._divisor!r}) {self._padding} {self._dtype}"
         return f"{self._window.fingerprint()} {how}"
+
+    def confirm(self) -> None:
+        """Make sure that what was read of a file is what is in it now: NF331 if it is not."""
+        self._window.confirm()
 
     def read(self, window: Sequence[Span]) -> Tensor:
         """Return (1, C, *window).

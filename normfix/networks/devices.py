@@ -65,6 +65,8 @@ def chosen(name: str | torch.device | None) -> torch.device | None:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:160]
         raise NormfixError("NF116", f"cannot compute there: {reason}.", where=f"--device {name}") from error
+    if device.type == "cpu" and device.index:
+        raise NormfixError("NF116", "there is one CPU: --device cpu.", where=f"--device {name}")
     if device.type == "mps":
         raise NormfixError(
             "NF116",

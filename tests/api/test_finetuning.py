@@ -151,6 +151,22 @@ def test_a_run_resumed_in_the_ramp_is_the_run_that_was_not_interrupted():
     assert parts[0][1].held
 
 
+@pytest.mark.parametrize("other", [{"total_steps": 20}, {"total_steps": 10, "hold": 0.5}])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_run_is_not_resumed_as_one_of_another_length(other, frozen):
+    """Its state would silently bring the length that it was prepared with; one of the same length goes on."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Identity() if frozen else BatchRenorm2d(4))
+    run = normfix.prepare_finetune(model, total_steps=10)
+    run.step()
+    fresh = normfix.prepare_finetune(copy.deepcopy(model), **other)
+    with pytest.raises(ValueError, match="held from step 9, and this one is held from step"):
+        fresh.load_state_dict(run.state_dict())
+    assert fresh.steps == 0
+    same = normfix.prepare_finetune(copy.deepcopy(model), total_steps=10)
+    same.load_state_dict(run.state_dict())
+    assert same.steps == 1
+
+
 def test_statistics_are_measured_anew_after_averaging(model):
     """The averaged weights' own statistics: calibrate_ on the averaged network leaves no residual."""
     run = normfix.prepare_finetune(model, total_steps=8)

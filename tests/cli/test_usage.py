@@ -81,8 +81,39 @@ WRONG = [
     ["give-back", "taken", "-o", "out", "--original", ""],
     ["push", "", "my-group/nuclei"],
     ["calibrate", MODEL, IMAGE, "-o", "out", "--seed", "1"],
+    ["convert", MODEL, IMAGE, "-o", "out", "--workers", "2"],
+    ["convert", MODEL, IMAGE, "-o", "out", "--workers", "2", "--tile", "64"],
+    ["convert", MODEL, "-o", "out", "--workers", "2", "--budget", "9"],
+    ["calibrate", MODEL, IMAGE, "-o", "out", "--workers", "2"],
+    ["predict", MODEL, IMAGE, "-o", "p.tif", "--workers", "2", "--engine", "tiles"],
+    ["predict", MODEL, IMAGE, "-o", "p.tif", "--override-scale"],
+    ["check", MODEL, IMAGE, "--override-scale"],
+    ["check", MODEL, IMAGE, "--axes", "QYX"],
+    ["check", MODEL, IMAGE, "--axes", "IYX"],
+    ["scan", MODEL, "--trust", "a:b:c"],
+    ["scan", MODEL, "--trust", "json", "--trust", "my-project"],
+    ["scan", MODEL, "--trust", "net.py/"],
+    ["scan", MODEL, "--allow-class", "x"],
+    ["scan", MODEL, "--allow-class", "*"],
+    ["scan", MODEL, "--allow-class", "numpy.*", "--allow-class", "numpy."],
+    ["scan", MODEL, "--allow-code", "zz"],
+    ["scan", MODEL, "--allow-code", "0" * 63],
+    ["scan", MODEL, "--device", "cpu:7"],
+    ["scan", MODEL, "--device", "auto:1"],
     ["demo", "-o", "taken"],
     ["explain", "NF999"],
+]
+
+
+NO_OUTPUT = ["--output", "no"]
+RIGHT = [
+    ["scan", MODEL, *NO_OUTPUT, "--trust", "my_project.networks", "--device", "cpu:0"],
+    ["scan", MODEL, *NO_OUTPUT, "--allow-class", "numpy.*", "--allow-class", "my_project:Net.Inner"],
+    ["scan", MODEL, *NO_OUTPUT, "--allow-code", "0aF9" * 16],
+    ["check", MODEL, IMAGE, "--axes", "tzyxs"],
+    ["check", MODEL, IMAGE, "--axes", "yx", "--override-scale", "--scale", "unit"],
+    ["calibrate", MODEL, IMAGE, "-o", "out", "--workers", "2", "--tile", "64"],
+    ["predict", MODEL, IMAGE, "-o", "p.tif", "--workers", "2"],
 ]
 
 
@@ -94,7 +125,7 @@ def answers(tmp_path_factory):
     (folder / "other").mkdir()
     for name in (IMAGE, "other/image.npy", "weights.pth", "taken.tif"):
         (folder / name).write_bytes(b"never read")
-    script = SCRIPT.format(cases=[*WRONG, ["scan", MODEL, "--output", "no"]])
+    script = SCRIPT.format(cases=[*WRONG, *RIGHT, ["scan", MODEL, *NO_OUTPUT]])
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, timeout=120, check=True
     )
@@ -104,7 +135,14 @@ def answers(tmp_path_factory):
 @pytest.mark.slow
 def test_wrong_usage_exits_2_without_torch(answers):
     """A slip in a name, an option or an output is told before torch is imported."""
-    assert answers[:-1] == [" ".join(["2 False", *words]) for words in WRONG]
+    assert answers[: len(WRONG)] == [" ".join(["2 False", *words]) for words in WRONG]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", RIGHT, ids=" ".join)
+def test_what_is_right_goes_on(answers, case):
+    """Negative control: these go on to what only the network tells, so no option of them was refused."""
+    assert answers[len(WRONG) + RIGHT.index(case)].startswith("2 True"), answers
 
 
 @pytest.mark.slow

@@ -462,3 +462,16 @@ def test_classes_and_masks_are_diagnosed(last):
     found = normfix.diagnose(Decides(last).eval(), image, tile=16)
     assert "instance" in [culprit.cause for culprit in found.culprits]
     assert found.receptive_field.outside is None
+
+
+@pytest.mark.parametrize(("tile", "left_out", "compared"), [(1, [1], [4]), (4, [], [1, 4])])
+def test_train_mode_that_takes_no_statistics_of_a_patch_is_named(tile, left_out, compared):
+    """A batch of one pixel has none, which is said in place of ending the diagnosis; of larger patches it has."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 1)).eval()
+    found = normfix.diagnose(net, torch.rand(1, 1, 12, 12), tile=tile)
+    said = [finding.message for finding in found.record.findings if finding.code == "NF571"]
+    assert len(said) == len(left_out)
+    assert all(f"in batches of {n}" in text for n, text in zip(left_out, said, strict=True))
+    assert [entry.batch for entry in found.train_eval] == compared
+    assert found.status == "passed"

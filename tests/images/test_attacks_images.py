@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import logging
 import lzma
 import os
 import struct
@@ -21,6 +22,7 @@ from PIL import Image
 from normfix.errors import NormfixError
 from normfix.images.files import open_windows, read_image
 from normfix.images.formats import open_file
+from normfix.images.formats.tiff import _complaints, _is_ended
 from normfix.storage.opening import open_model
 
 VALUES = np.arange(64, dtype="<f4").reshape(8, 8)
@@ -477,3 +479,76 @@ def test_a_whole_page_has_no_notes(tmp_path):
     opened = open_file(tmp_path / "a.tif")
     assert opened.notes == ()
     opened.close()
+
+
+def _silenced_by_level(logger):
+    logger.setLevel(logging.CRITICAL)
+
+
+def _silenced_by_switch(logger):
+    logger.disabled = True  # as logging.config does with loggers that are there
+
+
+def _silenced_with_all(_):
+    logging.disable(logging.CRITICAL)
+
+
+@pytest.fixture
+def tifffiles_logger():
+    """The logger of tifffile, and logging, which are as they were afterwards."""
+    logger = logging.getLogger("tifffile")
+    level, disabled, all_of_it = logger.level, logger.disabled, logging.root.manager.disable
+    yield logger
+    logger.setLevel(level)
+    logger.disabled = disabled
+    logging.disable(all_of_it)
+
+
+@pytest.mark.parametrize("silence", [_silenced_by_level, _silenced_by_switch, _silenced_with_all])
+def test_a_stack_that_is_cut_short_is_refused_where_logging_is_silenced(tmp_path, tifffiles_logger, silence):
+    """tifffile only logs that pages are missing, and gives the first as the image; a whole stack is read."""
+    path, pages = tmp_path / "a.tif", np.stack([VALUES + n for n in range(5)])
+    silence(tifffiles_logger)
+    tifffile.imwrite(path, pages, bigtiff=True, compression="zlib", photometric="minisblack")
+    np.testing.assert_array_equal(read_image(path, ndim=3, channels=1)[0], pages)
+    data = path.read_bytes()
+    for cut in range(len(data) // 2, len(data), 40):
+        path.write_bytes(data[:cut])
+        with pytest.raises(NormfixError, match="NF101"):
+            read_image(path, ndim=3, channels=1)
+    assert "error" not in tifffiles_logger.__dict__
+
+
+def test_an_error_is_logged_as_before_and_heard_by_all(caplog):
+    """Listening takes nothing from those who read the log, and is over with the last listener."""
+    logger = logging.getLogger("tifffile")
+    with _complaints("tifffile") as first:
+        with _complaints("tifffile") as second:
+            logger.error("page %d", 3)
+            logger.warning("no error")
+        logger.error("alone")
+    assert (first, second) == (["page 3", "alone"], ["page 3"])
+    assert [record.message for record in caplog.records] == ["page 3", "no error", "alone"]
+    assert {record.funcName for record in caplog.records} == {
+        "test_an_error_is_logged_as_before_and_heard_by_all"
+    }
+
+
+@pytest.mark.parametrize("tile", [None, (16, 16)])
+def test_a_compressed_part_behind_the_end_of_a_file_is_told_before_it_is_decoded(tmp_path, tile):
+    """Some codecs (JPEG, LZW) complete what is cut; so the place of each part is held against the file's length."""
+    path = tmp_path / "a.tif"
+    options = {"tile": tile} if tile else {"rowsperstrip": 16}
+    tifffile.imwrite(path, np.arange(4096, dtype=np.uint16).reshape(64, 64), compression="zlib", **options)
+    assert read_image(path, ndim=2, channels=1).shape == (1, 64, 64)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(NormfixError, match=r"NF101 .*1 of its tiles or strips go on behind the end"):
+        open_file(path)
+
+
+def test_a_jpeg_within_a_tiff_has_to_end():
+    """libjpeg goes on with grey behind the last byte; the data of a scan never look like its end."""
+    whole = _written(Image.fromarray(np.arange(4096, dtype=np.uint8).reshape(64, 64)), "JPEG")
+    assert _is_ended(whole)
+    assert _is_ended(whole + bytes(8))
+    assert not any(_is_ended(whole[:cut]) for cut in range(whole.index(b"\xff\xda") + 2, len(whole) - 1))

@@ -19,6 +19,7 @@ from normfix.images.collections import ImageFiles
 from normfix.images.files import open_windows
 from normfix.images.formats import npy
 from normfix.images.formats.npy import open_npy
+from normfix.images.windows import ScaledImage
 from normfix.records.saved import Scaling
 from normfix.tiling.stages.blocks import Work
 
@@ -53,6 +54,8 @@ def _write(path, array):
             import imageio.v3 as iio
 
             iio.imwrite(path, (array * 255).astype(np.uint8), compress_level=0)
+        case ".nii":
+            nibabel.save(nibabel.Nifti1Image(array.T, np.eye(4)), path)
         case ".nii.gz":
             nibabel.save(nibabel.Nifti1Image(array.T, np.eye(4)), path.with_name("plain.nii"))
             data = path.with_name("plain.nii").read_bytes()
@@ -382,3 +385,56 @@ def test_a_file_that_is_cut_short_while_it_is_read_is_refused(tmp_path):
             window.raw([(0, 64), (0, 4096)])
         with pytest.raises(NormfixError, match="NF331"):
             window.read([(0, 64), (0, 4096)])
+
+
+def _mapped(path):
+    """Return a file's values in a map to which was written already, so that writing more changes no times."""
+    _write(path, ARRAY)
+    if path.suffix == ".npy":
+        values = np.load(path, mmap_mode="r+")
+    elif path.suffix == ".tif":
+        values = tifffile.memmap(path, mode="r+")
+    else:
+        offset = path.stat().st_size - ARRAY.nbytes
+        values = np.memmap(path, ARRAY.dtype, "r+", offset=offset, shape=ARRAY.shape)
+    values[...] = values.copy()
+    return values
+
+
+def _times(path):
+    return path.stat().st_mtime_ns, path.stat().st_ctime_ns
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".nii", ".tif"])
+@pytest.mark.parametrize("how", ["calibrate", "stages"])
+def test_a_file_that_is_written_through_a_map_meanwhile_is_refused(model, tmp_path, monkeypatch, suffix, how):
+    """Its times stay as they were, and blocks would be of two images; what is mapped and not written is read on."""
+    path = tmp_path / f"a{suffix}"
+    values = _mapped(path)
+    read, seen, at = ScaledImage.read, [], [10_000]
+
+    def reading(self, window):
+        seen.append(window)
+        if len(seen) == at[0]:
+            before = _times(path)
+            # at the other end of the image than what is read last
+            values[:2, :2] += 1
+            assert _times(path) == before
+        return read(self, window)
+
+    monkeypatch.setattr(ScaledImage, "read", reading)
+
+    def work():
+        with normfix.open_image(path, model.model, scaling="none") as image:
+            if how == "calibrate":
+                return model.measured(image)
+            return normfix.predict(model.model, image, 16, engine="stages")
+
+    for _ in range(2):  # the first time the network is looked at as well
+        seen.clear()
+        work()
+    at[0] = len(seen)
+    seen.clear()
+    with pytest.raises(NormfixError, match=r"NF331.*changed while it was read"):
+        work()
+    assert len(seen) >= at[0]

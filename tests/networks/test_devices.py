@@ -6,7 +6,7 @@ from factories import tiny_unet
 
 import normfix
 from normfix.errors import NormfixError
-from normfix.networks.devices import place_
+from normfix.networks.devices import chosen, place_
 
 
 @pytest.mark.parametrize("name", ["hpu", "privateuseone", "mtia", "opengl", "nothing", "cpu:x"])
@@ -35,3 +35,11 @@ def test_a_device_that_is_there_takes_it():
     assert next(network.parameters()).dtype == torch.float32
     place_(network, "cpu", torch.float64)
     assert next(network.parameters()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["cpu:1", torch.device("cpu", 7)])
+def test_there_is_one_cpu(name):
+    """torch takes any number of it, and computes on the one; cpu:0 is that."""
+    with pytest.raises(NormfixError, match=r"NF116 .*there is one CPU"):
+        chosen(name)
+    assert chosen("cpu:0") == torch.device("cpu:0")

@@ -36,6 +36,8 @@ REFUSED = {
         MAP, MAP, MAP, attn_mask=torch.zeros(3, 2)
     ),
     "a fourth scaling": lambda: ATEN._fft_r2c(MAP, [3], 3, True),
+    "distances within a volume": lambda: ATEN._pdist_forward(torch.zeros(4, 8, 0)),
+    "distances within values that are none": lambda: ATEN._pdist_forward(torch.zeros(4, 2, 4, 0), 1.0),
     "few weights of a recurrence": lambda: ATEN.mkldnn_rnn_layer(
         *(torch.zeros(3, 2, 5), torch.zeros(3, 5), *LSTM[1:], LSTM[-1], False, []),
         *(2, 4, 1, True, False, False, False),
@@ -81,9 +83,10 @@ def test_attention_and_weights_of_norm_one_are_called():
             torch.testing.assert_close(norms, torch.ones(shape[axis]))
 
 
-def test_spectra_and_recurrence_are_called():
-    """Negative control: a transform along two axes and back, and a layer of LSTM."""
+def test_spectra_distances_and_recurrence_are_called():
+    """Negative control: a transform along two axes and back, distances between rows, and a layer of LSTM."""
     with torch.no_grad(), Workload(0, "p.pt2"):
+        assert nn.functional.pdist(torch.eye(4)).shape == (6,)
         torch.testing.assert_close(torch.fft.irfft2(torch.fft.rfft2(MAP + 1), s=(3, 3)), MAP + 1)
         made = ATEN.mkldnn_rnn_layer(
             *(torch.zeros(3, 2, 5), *LSTM, LSTM[-1], False, [], 2, 4, 1, True, False, False, False)
@@ -111,6 +114,38 @@ def test_what_fits_one_size_is_refused_at_another():
     assert _interpreted(attention, MAP, MAP)[0].shape == MAP.shape
     with pytest.raises(ValueError, match="is called with what it does not take"):
         _interpreted(attention, MAP, MAP[:, :, :2])
+
+
+def _heads(query, key, value):
+    return ATEN._scaled_dot_product_attention_math.default, (query, key, value), {"enable_gqa": True}
+
+
+@pytest.mark.parametrize(
+    "call", [_heads, lambda *x: (ATEN.scaled_dot_product_attention.default, *_heads(*x)[1:])]
+)
+@pytest.mark.parametrize(("keys", "values"), [(0, 0), (2, 0), (0, 2)])
+def test_heads_are_not_shared_among_none(call, keys, values):
+    """torch divides by their number before it looks, which ends the process; among two they are."""
+    with pytest.raises(ValueError, match="is called with what it does not take"):
+        _interpreted(call, MAP, MAP[:, :keys], MAP[:, :values])
+    found = _interpreted(call, MAP, MAP[:, :2], MAP[:, :2])
+    assert (found[0] if isinstance(found, tuple) else found).shape == MAP.shape
+
+
+@pytest.mark.parametrize("numbers", [(0, 1), (1, 0), (0, 0)])
+def test_a_deformable_convolution_has_groups(numbers):
+    """It divides by their numbers; with one of each it is a convolution."""
+    deform_conv2d = pytest.importorskip("torchvision.ops").deform_conv2d
+
+    weight, offset = torch.ones(2, 4, 1, 1), torch.zeros(2, 2, 3, 3)
+
+    def call(source, offset, weight, bias):
+        given = (source, weight, offset, torch.ones(2, 1, 3, 3), bias, 1, 1, 0, 0, 1, 1, *numbers, False)
+        return torch.ops.torchvision.deform_conv2d.default, given
+
+    with pytest.raises(ValueError, match="is called with what it does not take"):
+        _interpreted(call, MAP + 1, offset, weight, torch.zeros(2))
+    assert deform_conv2d(MAP + 1, offset, weight).eq(4).all()
 
 
 @pytest.mark.parametrize("memory", [(1, 2, 4), (3, 2, 4)], ids=["fewer", "more"])

@@ -6,6 +6,7 @@ import logging
 import lzma
 import math
 import re
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -84,6 +85,7 @@ class _Pages:
         self._windows: Any = None
         self.shape: tuple[int, ...] = tuple(level.shape)
         self.dtype = np.dtype(level.dtype)
+        self.plain = level.keyframe.compression == 1
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         with _complaints("tifffile") as complaints:
@@ -173,7 +175,8 @@ def _missing(level: Any, path: Path) -> tuple[int, int]:
     """Return how many tiles or strips of a level are not stored, as GDAL leaves out empty ones, and how many it has.
 
     Raises:
-        NormfixError: NF101 if a page is missing or nothing is stored, which tifffile would read as zeros.
+        NormfixError: NF101 if a page is missing or nothing is stored, which tifffile would read as zeros, or a
+            compressed part goes on behind the end of its file, which not every codec notices.
     """
     pages = list(level.pages) if level.dataoffset is None else [level.keyframe]
     absent = sum(page is None for page in pages)
@@ -193,7 +196,24 @@ def _missing(level: Any, path: Path) -> tuple[int, int]:
     )
     if not stored:
         raise NormfixError("NF101", "none of its pixels are in the file.", where=str(path))
+    beyond = sum(map(_beyond, pages))
+    if beyond:
+        raise NormfixError(
+            "NF101",
+            f"{beyond:,} of its tiles or strips go on behind the end of the file: it is cut short. Fetch it again.",
+            where=str(path),
+        )
     return max(0, expected * len(pages) - stored), expected * len(pages)
+
+
+def _beyond(page: Any) -> int:
+    """Return how many of a page's compressed tiles or strips end behind its file."""
+    size = page.parent.filehandle.size
+    if page.compression == 1:
+        return 0
+    return sum(
+        place + length > size for place, length in zip(page.dataoffsets, page.databytecounts, strict=False)
+    )
 
 
 _SECONDS, _BYTES_A_SECOND = 5.0, 8 << 20
@@ -333,6 +353,12 @@ def _bound(page: Any, path: Path) -> None:
                 "built to harm, and was not unpacked.",
                 where=str(path),
             )
+        if data is not None and page.compression in _JPEG and not _is_ended(data):
+            raise NormfixError(
+                "NF101",
+                f"the JPEG of its segment {index} ends before its picture does, and would be grey from there.",
+                where=str(path),
+            )
         return decode(data, index, **options)
 
     page.__dict__["decode"] = bounded
@@ -343,6 +369,14 @@ _SEGMENTS, _BYTES_A_SEGMENT = 1 << 16, 256
 
 _DICTIONARY = 1 << 28
 """Bytes that an xz stream may ask for as its dictionary."""
+
+
+_JPEG = frozenset({6, 7, 34892, 33007})
+
+
+def _is_ended(data: bytes) -> bool:
+    """Tell whether a JPEG has an end behind its last scan, where libjpeg goes on with grey if there is none."""
+    return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
 
 
 def _unpacks_within(data: bytes, compression: int, most: int) -> bool:
@@ -546,17 +580,36 @@ def _geo(page: Any, code: int) -> Any:
 
 @contextmanager
 def _complaints(name: str) -> Iterator[list[str]]:
-    """Collect the errors that a library only logs."""
+    """Collect the errors that a library only logs.
+
+    Whoever finds it talkative silences its logger, or all of logging, so what it tells is heard before that is asked.
+    """
     found: list[str] = []
-
-    class Collector(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.levelno >= logging.ERROR:
-                found.append(record.getMessage())
-
-    logger, handler = logging.getLogger(name), Collector()
-    logger.addHandler(handler)
+    logger = logging.getLogger(name)
+    with _LISTENING:
+        if not _LISTENERS:
+            logger.__dict__["error"] = _heard(logger.error)
+        _LISTENERS[id(found)] = found
     try:
         yield found
     finally:
-        logger.removeHandler(handler)
+        with _LISTENING:
+            del _LISTENERS[id(found)]
+            if not _LISTENERS:
+                del logger.__dict__["error"]
+
+
+_LISTENERS: dict[int, list[str]] = {}
+_LISTENING = threading.Lock()
+
+
+def _heard(told: Callable[..., None]) -> Callable[..., None]:
+    """Return how a logger logs an error, with everybody listening."""
+
+    def error(message: object, *args: Any, **options: Any) -> None:
+        text = str(message) % args if args else str(message)
+        for found in list(_LISTENERS.values()):
+            found.append(text)
+        told(message, *args, **{**options, "stacklevel": options.get("stacklevel", 1) + 1})
+
+    return error

@@ -1,4 +1,4 @@
-"""What operators of torch take for granted and do not check: given otherwise, they read beyond tensors and may crash.
+"""What operators of torch take for granted and do not check: given otherwise, they read beyond tensors or crash.
 
 torch's own functions look at their arguments and then call these operators; a program from a file calls them itself,
 with what fits at one size of the image and may not at another.
@@ -19,7 +19,7 @@ __all__ = ["SoundInterpreter", "require_sound"]
 
 
 def require_sound(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Refuse a call with which an operator would read beyond its tensors.
+    """Refuse a call with which an operator would read beyond its tensors, or divide by no heads or groups.
 
     Raises:
         ValueError: naming the operator.
@@ -138,6 +138,25 @@ def _attends(given: Mapping[str, Any]) -> bool:
     return mask.dim() in (2, 4) and all(n in (1, m) for n, m in zip(mask.shape, expected, strict=True))
 
 
+def _shares(given: Mapping[str, Any]) -> bool:
+    """Tell whether there are heads of keys and values among which those of queries are shared, if they are."""
+    keys = (given["key"], given["value"])
+    return not given.get("enable_gqa") or all(t.dim() > 2 and t.shape[-3] > 0 for t in keys)
+
+
+def _deforms(given: Mapping[str, Any]) -> bool:
+    """Tell whether a deformable convolution has an image, a kernel, groups and steps to divide by."""
+    numbers = [given[f"{name}_{axis}"] for name in ("stride", "dilation") for axis in "hw"]
+    numbers += [given["groups"], given["offset_groups"]]
+    maps = (given["input"], given["weight"])
+    return all(t.dim() == 4 and t.numel() > 0 for t in maps) and all(number > 0 for number in numbers)
+
+
+def _pairs(given: Mapping[str, Any]) -> bool:
+    """Tell whether distances are asked for between the rows of one matrix."""
+    return bool(given["self"].dim() == 2)
+
+
 _RULES: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
     **dict.fromkeys(
         (
@@ -152,5 +171,8 @@ _RULES: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
     "lstm": _has_states,
     "_weight_norm_interface": _weighs,
     "_scaled_dot_product_flash_attention_for_cpu": _attends,
+    **dict.fromkeys(("scaled_dot_product_attention", "_scaled_dot_product_attention_math"), _shares),
+    "deform_conv2d": _deforms,
+    "_pdist_forward": _pairs,
     **dict.fromkeys(("_fft_c2c", "_fft_c2r", "_fft_r2c"), _transforms),
 }

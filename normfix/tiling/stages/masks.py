@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from normfix.images.sources import Image, Span
+from normfix.images.sources import Image, Span, confirm
 from normfix.tiling.stages.maps import Map
 
 __all__ = ["Masked", "counted", "mask_of", "selected"]
@@ -40,6 +40,11 @@ class Masked:
     def fingerprint(self) -> str:
         """Return what differs if image or mask does; see Image."""
         return f"{self.image.fingerprint()} without {self.mask.fingerprint()}"
+
+    def confirm(self) -> None:
+        """Make sure that both are what was read of them."""
+        confirm(self.image)
+        confirm(self.mask)
 
 
 def mask_of(image: Image) -> Image | None:
