@@ -33,7 +33,7 @@ from normfix.networks.behaviour import state_of
 from normfix.networks.calling import Caller, NotTaken, OutOfMemory, home_of, in_eval_mode, refusals
 from normfix.networks.copying import copy_of, double_of, original_of, twin_of
 from normfix.networks.examples import half_of, middle
-from normfix.networks.footprints import calls_more
+from normfix.networks.footprints import calls_more, footprint
 from normfix.networks.graph.replaying import same
 from normfix.networks.numerics import exact_arithmetic, require_finite
 from normfix.networks.provenance import attach_, provenance_of
@@ -427,11 +427,30 @@ class _Prediction:
         *before, last = self._ways()
         try:
             for way in before:  # what is extended says why
-                with suppress(NotInStages, NotTaken):
+                try:
                     return way._measured_on_it(model, targets, out)
+                except NotTaken:
+                    continue
+                except NotInStages:
+                    # of a network that was not converted the whole image is the one that it is given
+                    if provenance_of(self.owner) is None and self._is_taken():
+                        raise
             return last._measured_on_it(model, targets, out)
         finally:
             hand_on(model, original_of(self.owner))
+
+    def _is_taken(self) -> bool:
+        """Tell whether the caller's network takes the image's size; of a large image it is run without numbers."""
+        size, owner = (1, *self.image.shape[1:]), in_eval_mode(twin_of(self.owner))
+        if math.prod(size[2:]) > LARGEST:
+            return footprint(owner, self.known.caller, size) is not None
+        image = self.image.read([(0, n) for n in size[2:]])[:1].to(*home_of(owner))
+        try:
+            with torch.no_grad(), exact_arithmetic():
+                self.known.caller(owner, image)
+        except refusals():
+            return False
+        return True
 
     def _measured_on_it(
         self, model: nn.Module, targets: Sequence[Target], out: OutputFile | None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle  # noqa: TID251 - of names that were looked at, and nothing is made of them
 import re
 import shutil
 import tempfile
@@ -78,7 +79,9 @@ def _write_anew(path: Path, target: Path) -> None:
             if name.endswith(".py"):
                 _require_code(path, name, archive.read(name, _LARGEST))
             elif name in _PICKLES:
-                _require_plain(path, archive.read(name, _LARGEST))
+                content = archive.read(name, _LARGEST)
+                _require_plain(path, content)
+                _require_data(path, archive, name.removesuffix(".pkl"), content)
         around: dict[str, bytes] = {}
         for name in ("version", "byteorder"):
             if name in archive.names:
@@ -105,6 +108,55 @@ def _require_plain(path: Path, pickle: bytes) -> None:
     strange = sorted(n for n in inspect_pickle(io.BytesIO(pickle), str(path)) if not _ALLOWED.fullmatch(n))
     if strange:
         raise _harmful(path, f"its pickle names {', '.join(strange)[:160]}")
+
+
+def _require_data(path: Path, archive: Archive, folder: str, content: bytes) -> None:
+    """Refuse tensors of more values than their member holds: torch would read on in memory that is not the file's."""
+    tensors = _Tensors(io.BytesIO(content))
+    try:
+        tensors.load()
+        needed = [
+            (f"{folder}/{key}", getattr(torch, kind).dtype.itemsize * n) for kind, key, n in tensors.found
+        ]
+    except Exception as error:  # a pickle that is none, or of something else than numbers
+        raise _damaged(path, f"its {folder}.pkl cannot be followed") from error
+    for name, size in needed:
+        held = archive.size(name) if name in archive.names else 0
+        if not 0 <= size <= held:
+            raise _damaged(path, f"its {name[:80]} has {held} bytes, and its tensors need {size}")
+
+
+class _Nothing:
+    """Stands for whatever a pickle makes, and does nothing."""
+
+    def __new__(cls, *_: Any, **__: Any) -> _Nothing:
+        return object.__new__(cls)
+
+    def __setstate__(self, _: object) -> None: ...
+
+    def __setitem__(self, _: object, __: object) -> None: ...
+
+    def append(self, _: object) -> None: ...
+
+    def extend(self, _: object) -> None: ...
+
+
+class _Tensors(pickle.Unpickler):
+    """Follows a pickle, and notes of each tensor's data the kind, the key and the number of values."""
+
+    def __init__(self, content: io.BytesIO) -> None:
+        super().__init__(content)
+        self.found: list[tuple[str, str, int]] = []
+
+    def find_class(self, module: str, name: str) -> type:
+        """Return what stands for a class or function, under its name."""
+        return type(name, (_Nothing,), {})
+
+    def persistent_load(self, pid: Any) -> _Nothing:
+        """Note what it refers to, as torch writes it: ("storage", kind, key, device, number of values)."""
+        _, kind, key, _, number = pid
+        self.found.append((kind.__name__, str(key), int(number)))
+        return _Nothing()
 
 
 def _transcribed(path: Path, folder: Path) -> str:
@@ -135,6 +187,10 @@ _INSTEAD = (
     "Where the network's source is, trace it (torch.jit.trace), save a program (torch.export.save), or save its "
     "weights, torch.save(model.state_dict(), 'weights.pt'), and give them with --arch."
 )
+
+
+def _damaged(path: Path, problem: str) -> NormfixError:
+    return NormfixError("NF101", f"the file is damaged: {problem}. Get it from its origin.", where=str(path))
 
 
 def _harmful(path: Path, problem: str) -> NormfixError:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import normfix
+from normfix.api import prediction
 
 SIZES = [(41, 53), (64, 47), (33, 64)]
 
@@ -107,3 +108,35 @@ def test_a_network_without_norms_is_the_whole_image_too(size, caplog):
         whole = net(image)
     assert apart(normfix.predict(net, image, tile=16, statistics="per-image"), whole) < 1e-12
     assert "NF263" not in caplog.text
+
+
+class Eighths(nn.Module):
+    """Pools to an eighth of the image's extents, whatever they are, which no graph of free sizes holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(1, 4, 3, 2, 1), nn.InstanceNorm2d(4)
+        self.last = nn.Conv2d(4, 1, 3, padding=1)
+
+    def forward(self, x):
+        y = self.norm(self.first(x))
+        z = F.adaptive_max_pool2d(y, (x.shape[2] // 8, x.shape[3] // 8))
+        return self.last(F.interpolate(y + F.interpolate(z, y.shape[2:]), x.shape[2:]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("largest", [1 << 18, 1 << 10], ids=["computed", "without numbers"])
+def test_an_image_that_the_network_takes_and_stages_do_not_is_not_extended(monkeypatch, largest, caplog):
+    """What an extended image gives is not what the network gives for the image, which is asked for."""
+    monkeypatch.setattr(prediction, "LARGEST", largest)
+    net, image = of(Eighths), image_of((75, 61))
+    with pytest.raises(normfix.NormfixError, match="NF32"):
+        normfix.predict(net, image, tile=16, statistics="per-image")
+    assert "NF263" not in caplog.text
+    with torch.no_grad():
+        whole = net(image_of((64, 80)))
+    assert apart(normfix.predict(net, image_of((64, 80)), tile=16, statistics="per-image"), whole) < 1e-12
+    extended = normfix.predict(net, image, tile=16, statistics="per-image", engine="tiles")
+    assert "NF263" in caplog.text
+    with torch.no_grad():
+        assert apart(extended, net(image)) > 1e-3

@@ -1,6 +1,7 @@
 """TorchScript in: what torch makes of it is proved, what it cannot make is named, and nothing of a file runs unseen."""
 
 import io
+import re
 import warnings
 import zipfile
 from contextlib import nullcontext
@@ -342,6 +343,58 @@ def test_what_runs_on_reading_is_refused_before_torch_reads_it(tmp_path, no_proc
     torch.jit.script(Small(nn.InstanceNorm2d)).save(str(path))
     rewritten(path, "/data.pkl", lambda content: b"\x80\x02cposix\nsystem\n0" + content[2:])
     assert code_of(path) == "NF121"
+
+
+class Offset(nn.Module):
+    """A convolution, and a tensor that TorchScript keeps among the constants of its code."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.by = nn.Conv2d(1, 4, 3, padding=1), torch.rand(4, 1, 1)
+
+    def forward(self, x):
+        return self.stem(x) + self.by
+
+
+def traced(net):
+    return torch.jit.trace(net.eval(), torch.rand(1, 1, 16, 16))
+
+
+@needs_programs
+@pytest.mark.parametrize(
+    ("script", "member"),
+    [
+        (lambda: torch.jit.script(Small(nn.InstanceNorm2d)), "data/0"),
+        (lambda: traced(Offset()), "constants/0"),
+    ],
+    ids=["data", "constants"],
+)
+def test_a_member_shorter_than_its_tensor_is_refused_before_torch_reads_it(
+    tmp_path, no_process, script, member
+):
+    """Beyond its end torch takes what lies in memory there for weights; a longer one is none of its business."""
+    path = tmp_path / "net.ts"
+    script().save(str(path))
+    rewritten(path, f"/{member}", lambda content: content[:-4])
+    with pytest.raises(NormfixError, match=rf"NF101.*{member} has \d+ bytes, and its tensors need \d+"):
+        normfix.load(path)
+    script().save(str(path))
+    rewritten(path, f"/{member}", lambda content: content + b"0000")
+    with pytest.raises(pytest.fail.Exception, match="it was read"):
+        normfix.load(path)
+
+
+@needs_programs
+@pytest.mark.parametrize("number", [b"J\xff\xff\xff\xff", b"N"], ids=["negative", "none"])
+def test_a_number_of_values_that_is_none_is_damage(tmp_path, no_process, number):
+    path = tmp_path / "net.ts"
+    torch.jit.script(Small(nn.InstanceNorm2d)).save(str(path))
+    rewritten(
+        path,
+        "/data.pkl",
+        lambda content: re.sub(rb"(?s)(X\x03\x00\x00\x00cpu(?:q.)?)K.", rb"\1" + number, content),
+    )
+    assert code_of(path) == "NF101"
 
 
 @needs_programs
