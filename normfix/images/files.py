@@ -87,8 +87,10 @@ def open_windows(
         opened.close()
         raise
     reopen = partial(
-        open_windows,
-        path.resolve(),
+        _reopened,
+        window.named,
+        window.fixed,
+        path=path.resolve(),
         ndim=ndim,
         channels=window.shape[0],
         axes=axes if axes or opened.axes else window.named,
@@ -107,6 +109,14 @@ def open_windows(
         notes=opened.notes,
         planes=planes,
     )
+
+
+def _reopened(named: str, fixed: tuple[int, ...], **options: Any) -> Unread:
+    """Open a file again with the axes that it had: one of extent 1 may have a name or none, by how they were found."""
+    window = open_windows(**options)
+    if len(window.array.shape) != len(named) + len(fixed):  # another image, which whoever compares them says
+        return window
+    return replace(window, named=named, fixed=fixed, reopen=partial(_reopened, named, fixed, **options))
 
 
 def _is_plain(path: Path, array: ArrayLike) -> bool:

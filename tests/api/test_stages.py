@@ -266,7 +266,7 @@ class _Doubling:
         return lambda model, x: (self.model is not None) * model(x)
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @torch.no_grad()
 @pytest.mark.parametrize("statistics", ["stored", "per-image"])
 @pytest.mark.parametrize("form", ["closure", "method"])
@@ -326,7 +326,7 @@ def test_a_changed_weight_counts_in_the_next_prediction(converted):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_a_changed_behaviour_is_captured_anew(converted):
     """A capture that is no longer what the model computes is not used, though no module or weight changed."""
     model, image = normfix.calibrate(converted.model, _image(64, 48), tile=32).model, _image(32, 32)

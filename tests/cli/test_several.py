@@ -303,7 +303,7 @@ def test_a_folder_that_nothing_came_into_is_gone(run, tmp_path):
     assert names(tmp_path) == {"a.npy", "empty", "old"}
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @pytest.mark.skipif(os.name != "posix", reason="pipes of other systems")
 @pytest.mark.parametrize("unread", ["stdout", "stderr"])
 def test_a_reader_who_has_seen_enough_stops_no_prediction(fixed, images, tmp_path, unread):

@@ -168,6 +168,7 @@ def test_a_run_that_was_killed_after_naming_its_output_is_done(folder, monkeypat
     assert not (folder / "normfix-run").exists()
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("out", ["predictions", "stack.npy"])
 def test_several_images_go_on_where_the_last_of_them_was_stopped(folder, monkeypatch, out):
     """What is done before is done again, and does not meet the run of another image; a stack's planes likewise."""

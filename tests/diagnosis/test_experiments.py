@@ -323,7 +323,7 @@ def test_nothing_planted_names_nothing():
     assert named(*plant(())) == {}
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @pytest.mark.parametrize("written", ["keywords", "spelled out"])
 def test_attention_is_held_however_it_is_written(written):
     """Keys and values are found behind keywords and two matrix products as well as in the fused call."""

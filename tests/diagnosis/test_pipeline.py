@@ -299,7 +299,7 @@ class _Crops(nn.Module):
         return self.inner(nn.functional.pad(x, (0, w % 2, 0, h % 2)))[..., :h, :w]
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_blending_is_named(local):
     """Averaging windows is a cause of its own, and so is the pushed-back window it comes with."""
     with torch.no_grad():
@@ -318,7 +318,7 @@ def test_a_pushed_back_window_is_told_from_phase(local):
     assert {c.cause for c in found.culprits} == {"blending", "last tile"}
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_the_networks_own_statistic_is_told_from_the_pipelines_steps():
     """A live norm is named with its site; with it held the same pipeline passes."""
     with torch.no_grad():

@@ -41,7 +41,7 @@ def test_a_converted_folder_is_given_back(run, tmp_path):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_convert_gives_back_in_one_step(run, tmp_path):
     """With --give-back, MODEL is the original."""
     bundle(tmp_path / "bundle")

@@ -142,7 +142,7 @@ def test_tensors_without_room_are_the_system_s_error(tmp_path, length):
     assert torch.load(tmp_path / "new" / ".odd", weights_only=True)["a"].shape == (2,)
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @pytest.mark.parametrize(
     "definition",
     [

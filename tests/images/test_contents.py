@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import pickle
 import shutil
 from functools import partial
 
@@ -438,3 +439,20 @@ def test_a_file_that_is_written_through_a_map_meanwhile_is_refused(model, tmp_pa
     with pytest.raises(NormfixError, match=r"NF331.*changed while it was read"):
         work()
     assert len(seen) >= at[0]
+
+
+@pytest.mark.parametrize(("shape", "axes"), [((1, 12, 10), None), ((12, 10, 1), None), ((1, 12, 10), "CYX")])
+def test_a_channel_that_is_alone_may_have_a_name_or_none(tmp_path, shape, axes):
+    """Opened again, here or in another process, an image has the axes that it had."""
+    path = tmp_path / "a.npy"
+    np.save(path, ARRAY[:12, :10].reshape(shape))
+    window = open_windows(path, ndim=2, channels=1, axes=axes)
+    window.read([(0, 5), (2, 9)])
+    again = pickle.loads(pickle.dumps(window))
+    assert again.layout == window.layout
+    for one in (window, again, pickle.loads(pickle.dumps(again))):
+        one.read([(5, 12), (0, 10)])
+        one.confirm()
+    _replace(path, OTHER[:12, :10].reshape(shape))
+    with pytest.raises(NormfixError, match="NF331"):
+        window.confirm()

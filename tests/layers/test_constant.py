@@ -143,7 +143,7 @@ def test_traced(models):
     assert torch.equal(output(traced), output(models[HandNorm]))
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_compiled_by_inductor(models):
     """The default backend agrees up to rounding."""
     torch._dynamo.reset()

@@ -185,7 +185,7 @@ def test_averaging_weights_keeps_a_working_model(kind):
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @needs_compiler
 def test_compiles_whole_and_once_over_the_ramp():
     """Inductor, fullgraph: five steps of a ramp are eager's in every number, with a single compilation."""

@@ -198,7 +198,7 @@ def test_three_axes():
     assert len(found.record.exact_halo) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_one_of_several_outputs():
     """`output` names the one that counts, and another one may have another verdict."""
 

@@ -29,7 +29,7 @@ def circular():
     return nn.Sequential(*layers, conv(8, 1, padding_mode="circular")).eval()
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_circular_padding_never_passes(image, dtype):
     """A tile's own border is not the image's, and no noise floor excuses it."""

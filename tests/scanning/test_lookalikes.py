@@ -54,7 +54,7 @@ def cases(names):
     return [pytest.param(name, marks=pytest.mark.zoo if name in SLOW else ()) for name in names]
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", cases(LOCAL))
 def test_what_only_looks_global_is_exact_in_tiles(name):
     """It has no refused site, converts, and its tiles equal the whole in float64 by an arithmetic of the test's own."""

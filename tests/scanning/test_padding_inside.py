@@ -78,7 +78,7 @@ CASES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @pytest.mark.parametrize("build", CASES.values(), ids=CASES)
 def test_scan_check_and_predict_agree_at_every_size(build):
     """Frozen at an image's statistics, its tiles are what the network itself gives for it, extended by nobody."""

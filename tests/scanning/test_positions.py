@@ -117,7 +117,7 @@ def test_padding_to_a_lattice_is_tile_invariant_at_every_example(make, extent):
     assert {finding.code for finding in scan.findings} <= {"NF252"}
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_what_is_shifted_and_masked_is_bounded_by_the_graph():
     """The graph bounds what windows read; that their masks hide the other border it does not tell."""
     scan = normfix.scan(ShiftedWindows().eval(), torch.randn(1, 1, 64, 64))
@@ -170,7 +170,7 @@ class _Normalised(_Lowered):
         )
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @pytest.mark.parametrize("net", [_Lowered, _SetTo])
 def test_a_mask_that_large_values_exceed_hides_no_border(net):
     """On small values it does."""

@@ -108,7 +108,7 @@ def predicted(model, image=WIDE):
     torch.testing.assert_close(normfix.predict(model, image, tile=16, engine="tiles"), whole)
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_weights_renew_what_no_graph_tells(tmp_path):
     """A weight that is read as a setting widens the halo, also in the file that is saved; others keep their scan."""
     model, trained = reweighted(sized=False)

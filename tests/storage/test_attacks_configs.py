@@ -428,7 +428,7 @@ def test_a_network_is_compared_with_its_weights():
     assert len(confined(layers, Stored(tensors=800, elements=400 * 64 * 65), "config.json")) == 400
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_layers_beyond_the_weights_are_not_made_to_be_counted():
     """Many small layers take time and room themselves: far fewer are made than a network of more weights may have."""
     made = []

@@ -659,7 +659,7 @@ def test_an_image_of_a_terabyte_is_not_believed(tmp_path):
         open_any(fixed_to(500_000, tmp_path / "vast.pt2"), Request())
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @pytest.mark.skipif(sys.platform != "linux", reason="the system limits the length of files there")
 @pytest.mark.parametrize("more", [-1000, 1000], ids=["the program", "what it is compared with"])
 def test_a_disk_that_fills_up_behind_a_program_is_an_error(tmp_path, source, fixed, more):

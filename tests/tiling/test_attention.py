@@ -263,7 +263,7 @@ def test_channels_are_compared_by_a_size_as_a_number():
     assert float((given - expected).abs().max() / expected.std()) < 1e-9
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @pytest.mark.parametrize("form", [_by_the_size, _beside_the_size])
 def test_scores_by_a_size_as_a_number_are_refused(form):
     """In a block it would be the block's: nothing is computed in blocks, and it is said."""
@@ -438,7 +438,7 @@ class Multihead(nn.Module):
         return self.outer(y + seen.permute([self.order.index(d) for d in range(3)]).reshape(y.shape))
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_weights_that_nobody_uses_do_not_count(batch_first):
     """Torch's attention module is found as it is called by default; what its weights' mean takes is left out."""

@@ -163,7 +163,7 @@ def test_in_single_precision(function):
     assert difference(function, IMAGE, dtype=torch.float32) < 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_what_an_image_changes_between_two_products_is_not_taken_out_of_them():
     """A sigmoid of the products of all pairs has no sum of its own."""
 

@@ -89,7 +89,7 @@ def _same(one, other):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 def test_killed_at_random_points_it_ends_with_the_same_bytes(tmp_path):
     """Killed four times by SIGKILL, a command ends with the bytes of an undisturbed one and no block is done thrice."""
     command = [sys.executable, "stopped_runs.py", str(tmp_path), "0", "4"]

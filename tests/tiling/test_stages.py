@@ -460,7 +460,7 @@ class PaddedAgain(nn.Module):
         return self.last(y + nn.functional.pad(z, (1, 0, 1, 0)))
 
 
-@pytest.mark.slow
+@pytest.mark.zoo
 @pytest.mark.parametrize("form", [{}, {"kernel": 5}, {"gated": True}], ids=["three", "five", "gated"])
 @torch.no_grad()
 def test_maps_that_are_a_position_short_between_stages(monkeypatch, form):
@@ -524,6 +524,7 @@ class Stamped(nn.Module):
         return self.last(self.norm(x + made * 0))
 
 
+@pytest.mark.zoo
 @torch.no_grad()
 @pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize(
