@@ -18,7 +18,7 @@ from warm import PROGRAM, warm_program
 pytestmark = pytest.mark.slow
 
 README = ROOT / "README.md"
-LONG = ("bioimageio", "choosing", "converting", "giving-back", "images", "loops", "programs", "streaming")
+LONG = ("choosing", "programs", "streaming")
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 
