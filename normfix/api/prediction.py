@@ -444,7 +444,7 @@ class _Prediction:
         size, owner = (1, *self.image.shape[1:]), in_eval_mode(twin_of(self.owner))
         if math.prod(size[2:]) > LARGEST:
             return footprint(owner, self.known.caller, size) is not None
-        image = self.image.read([(0, n) for n in size[2:]])[:1].to(*home_of(owner))
+        image = whole(self.image)[:1].to(*home_of(owner))
         try:
             with torch.no_grad(), exact_arithmetic():
                 self.known.caller(owner, image)
@@ -594,15 +594,12 @@ class _Prediction:
         def f(x: Tensor) -> Tensor:
             return caller.exactly(double, x)
 
-        size = self.image.shape[2:]
+        size, parts = self.image.shape[2:], tuple[tuple[int, ...], ...]()
         try:
             with exact_arithmetic():
                 found = differing(f, example, size, tile, geometry)
-                parts = (
-                    ()
-                    if found or not self._is_doubtful(geometry)
-                    else (parts_compared(f, example, size, tile, geometry))
-                )
+                if found is None and self._is_doubtful(geometry):
+                    parts = parts_compared(f, example, size, tile, geometry)
         except OutOfMemory:  # of float64 it takes twice as much
             return False
         except refusals():  # it takes no strip, which says nothing of its tiles
@@ -616,8 +613,8 @@ class _Prediction:
                 f"sizes that were tried: {why.rstrip('.')}.",
                 where=scan.model,
             )
-        whole, *others = ((1, example.shape[1], *extents) for extents in (exact_size(size, geometry), *parts))
-        if others and calls_more(twin_of(self.model), caller, whole, others):
+        here, *others = ((1, example.shape[1], *extents) for extents in (exact_size(size, geometry), *parts))
+        if others and calls_more(twin_of(self.model), caller, here, others):
             raise NormfixError(
                 "NF264",
                 f"an image of {'x'.join(map(str, size))} pixels is too large to be compared whole, and the network "

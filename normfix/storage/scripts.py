@@ -27,6 +27,7 @@ from normfix.networks.releases import writes_archives
 from normfix.storage.fresh import run_fresh
 from normfix.storage.opening.archives import Archive
 from normfix.storage.opening.pickles import inspect_pickle
+from normfix.storage.opening.request import unreadable
 
 __all__ = ["program_of"]
 
@@ -103,9 +104,9 @@ def _require_code(path: Path, name: str, text: bytes) -> None:
         )
 
 
-def _require_plain(path: Path, pickle: bytes) -> None:
+def _require_plain(path: Path, content: bytes) -> None:
     """Refuse a pickle that names anything but the archive's own classes, lists and tensors."""
-    strange = sorted(n for n in inspect_pickle(io.BytesIO(pickle), str(path)) if not _ALLOWED.fullmatch(n))
+    strange = sorted(n for n in inspect_pickle(io.BytesIO(content), str(path)) if not _ALLOWED.fullmatch(n))
     if strange:
         raise _harmful(path, f"its pickle names {', '.join(strange)[:160]}")
 
@@ -119,11 +120,11 @@ def _require_data(path: Path, archive: Archive, folder: str, content: bytes) -> 
             (f"{folder}/{key}", getattr(torch, kind).dtype.itemsize * n) for kind, key, n in tensors.found
         ]
     except Exception as error:  # a pickle that is none, or of something else than numbers
-        raise _damaged(path, f"its {folder}.pkl cannot be followed") from error
+        raise unreadable(path, f"its {folder}.pkl cannot be followed") from error
     for name, size in needed:
         held = archive.size(name) if name in archive.names else 0
         if not 0 <= size <= held:
-            raise _damaged(path, f"its {name[:80]} has {held} bytes, and its tensors need {size}")
+            raise unreadable(path, f"its {name[:80]} has {held} bytes, and its tensors need {size}")
 
 
 class _Nothing:
@@ -187,10 +188,6 @@ _INSTEAD = (
     "Where the network's source is, trace it (torch.jit.trace), save a program (torch.export.save), or save its "
     "weights, torch.save(model.state_dict(), 'weights.pt'), and give them with --arch."
 )
-
-
-def _damaged(path: Path, problem: str) -> NormfixError:
-    return NormfixError("NF101", f"the file is damaged: {problem}. Get it from its origin.", where=str(path))
 
 
 def _harmful(path: Path, problem: str) -> NormfixError:

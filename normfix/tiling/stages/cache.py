@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +118,6 @@ class _Capture:
         )
 
 
-def _calls_more(model: nn.Module, caller: Caller, image: Image, parts: Sequence[tuple[int, ...]]) -> bool:
-    """Tell whether a network calls something at an image's size that it calls on none of its parts."""
-    size, channels = (1, *image.shape[1:]), image.shape[1]
-    return bool(calls_more(model, caller, size, [(1, channels, *part) for part in parts]))
-
-
 def _parts(image: Image) -> Sequence[tuple[int, ...]]:
     """Return the extents of what is compared of an image: all of it, or strips that are as long along an axis each."""
     space = tuple(image.shape[2:])
@@ -134,7 +129,7 @@ def _speaks_for(
     program: Program,
     image: Image,
     agrees: Callable[[Tensor], bool],
-    calls_more_than: Callable[[Sequence[tuple[int, ...]]], bool],
+    calls_more_at: Callable[[Sequence[int], Sequence[Sequence[int]]], bool | None],
 ) -> bool:
     """Tell whether a program is the network at an image's size: within its conditions, or where it computes the same.
 
@@ -145,13 +140,13 @@ def _speaks_for(
     size = (1, *image.shape[1:])
     if program.is_told and program.takes(size):
         return True
-    parts = _parts(image)
-    beyond = [part for part in parts if not (program.is_told and program.takes((1, size[1], *part)))]
-    examples = (image.read([(0, n) for n in part])[:1].clone() for part in beyond)
+    parts = [(*size[:2], *part) for part in _parts(image)]
+    beyond = [part for part in parts if not (program.is_told and program.takes(part))]
+    examples = (image.read([(0, n) for n in part[2:]])[:1].clone() for part in beyond)
     return (
         bool(beyond)
         and all(agrees(magnified) for example in examples for magnified in magnitudes(example))
-        and (len(parts) == 1 or not calls_more_than(parts))
+        and (len(parts) == 1 or not calls_more_at(size, parts))
     )
 
 
@@ -227,7 +222,7 @@ def program_of(
             known.program,
             image,
             lambda x: known.agrees(model, caller, sites, x),
-            lambda parts: _calls_more(model, caller, image, parts),
+            partial(calls_more, model, caller),
         ):
             raise NotInStages(
                 "NF321",
